@@ -1,0 +1,64 @@
+# One command each; every one of them makes its own virtual environment first if there is none.
+# `make check` is what CI runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.llambo-dev
+
+# What a target is given beyond its defaults: make test ARGS="tests/unit -k codec"
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help dev check lint test sim soak demo bench docs format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+dev: $(STAMP) ## make .venv with llambo and its tools in it
+
+# Made anew when pyproject.toml changes, and otherwise not touched: no network is needed then.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "make: there is no $(PYTHON); name a Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "make: $$($(PYTHON) --version) is too old; name a Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+check: lint test ## everything CI looks at: lint, format, types, generated docs, tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+
+test: $(STAMP) ## every test: unit, simulation, integration, acceptance
+	$(BIN)/python -m pytest $(ARGS)
+
+sim: $(STAMP) ## 1,000 simulated runs with every fault there is
+	$(BIN)/python -m tests.sim --seeds 1000 $(ARGS)
+
+soak: $(STAMP) ## 100,000 simulated runs; takes a while
+	$(BIN)/python -m tests.sim --seeds 100000 --jobs 2 $(ARGS)
+
+demo: $(STAMP) ## a broker, two workers and a streamed answer
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+bench: $(STAMP) ## the mesh beside bare sockets
+	$(BIN)/python -m bench $(ARGS)
+
+docs: $(STAMP) ## write the generated parts of the documentation
+	$(BIN)/python docs/generate.py
+
+format: $(STAMP) ## lay out the code, and mend what can be mended without thought
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove everything that was made
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

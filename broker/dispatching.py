@@ -1,0 +1,145 @@
+"""From the queue to a worker, and back to the queue when the worker is lost.
+
+A request that moves goes with its prompt and the tokens it has, so that the next worker continues it. Every
+dispatch has a fresh id: whatever the last worker still says under the old one does not count.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from llambo.broker import ending, schedule
+from llambo.broker.actions import ToWorker
+from llambo.broker.registry import WorkerEntry
+from llambo.broker.requests import Request, RequestState
+from llambo.broker.state import State
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.errors import Code, ErrorInfo
+
+#: A request that this many workers have refused is given up.
+MAX_REFUSALS = 100
+
+
+def enqueue(state: State, request: Request, now_ms: int) -> None:
+    state.room.put(request, now_ms)
+    pump(state, request.model, now_ms)
+
+
+def pump(state: State, model: str, now_ms: int) -> None:
+    """Give out whatever can be given out for this model."""
+    while (request := state.room.first(model)) is not None:
+        worker = schedule.choose(state.policy, request, state.pools.get(model))
+        if worker is None:
+            return
+        _dispatch(state, request, worker, now_ms)
+
+
+def settle(state: State, now_ms: int) -> None:
+    """After every event: workers that became free get what waits."""
+    while state.touched:
+        _, worker = state.touched.popitem()
+        state.update_pools(worker)
+        if state.room.count:
+            for model in worker.models:
+                pump(state, model, now_ms)
+
+
+def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
+    try:
+        prefix = request.transcript.ids()
+    except ValueError as error:  # a worker has published what is no chunk
+        request.step(RequestState.DISPATCHED)
+        state.room.left(request)
+        text = f"worker {request.blame} sent a malformed chunk: {error}"
+        ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
+        return
+    request.attempt += 1
+    request.step(RequestState.DISPATCHED)
+    state.room.left(request)
+    request.queued_ms += now_ms - request.queued_at
+    request.key = request.id + request.attempt.to_bytes(4, "big") + state.chance(4)
+    request.worker = worker
+    request.blame = worker.name
+    state.running[request.key] = request
+    state.turns += 1
+    worker.turn = state.turns
+    worker.seq += 1
+    worker.claims[request.key] = worker.seq
+    state.update_pools(worker)
+    state.counters.dispatched += 1
+    request.note(now_ms, "dispatched", f"to {worker.name}, attempt {request.attempt}, from token {len(prefix)}")
+    message = m.Dispatch(
+        request.id,
+        request.dispatch,
+        worker.seq,
+        request.model,
+        request.max_tokens,
+        request.seed,
+        prefix,
+        max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
+        msgspec.Raw(request.sampling),
+    )
+    state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
+
+
+def requeue(state: State, request: Request, why: str, now_ms: int) -> None:
+    """Its worker will not finish it: close the fence, and let another one continue."""
+    state.running.pop(request.key, None)
+    request.note(now_ms, "lost", why)
+    request.worker, request.key = None, b""
+    request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
+    done = request.transcript
+    if done.final or done.next_index >= request.max_tokens:
+        # The last token is here; only the END was lost with the worker.
+        ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
+        return
+    state.counters.moved += 1
+    request.moves += 1
+    request.step(RequestState.WAITING)
+    enqueue(state, request, now_ms)
+
+
+def accepted(state: State, worker: WorkerEntry, accept: m.Accept, now_ms: int) -> None:
+    request = state.running.get(accept.id + accept.dispatch)
+    if request is not None and request.state is RequestState.DISPATCHED:
+        request.step(RequestState.RUNNING)
+        request.note(now_ms, "accepted")
+
+
+def rejected(state: State, worker: WorkerEntry, reject: m.Reject, now_ms: int) -> None:
+    key = reject.id + reject.dispatch
+    worker.claims.pop(key, None)
+    request = state.running.get(key)
+    if not reject.final:
+        worker.closed = True
+    state.update_pools(worker)
+    state.touch(worker)
+    if request is None or request.worker is not worker:
+        return
+    request.refusals += 1
+    request.note(now_ms, "rejected", f"by {worker.name}: {reject.error.text}")
+    if reject.final or request.refusals > MAX_REFUSALS:
+        ending.finish(state, request, "error", now_ms, reject.error)
+    else:
+        requeue(state, request, f"{worker.name} refused it", now_ms)
+
+
+def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: int) -> None:
+    """The engine died with these aboard. That may be their fault, so it is counted against them."""
+    state.counters.engine_deaths += 1
+    state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text} ({len(lost.runs)} requests aboard)")
+    for key in lost.runs:
+        worker.claims.pop(key, None)
+    state.update_pools(worker)
+    for key in lost.runs:
+        request = state.running.get(key)
+        if request is None or request.worker is not worker:
+            continue
+        request.failures += 1
+        if request.failures >= state.config.engine_failures:
+            text = f"the engine died {request.failures} times with this request aboard, last: {lost.text}"
+            ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
+        else:
+            requeue(state, request, f"the engine of {worker.name} died: {lost.text}", now_ms)
+    state.touch(worker)

@@ -1,0 +1,101 @@
+"""How a request ends: once, by the broker alone, and so that its client is sure to learn of it."""
+
+from __future__ import annotations
+
+from llambo.broker.actions import ToClient, ToWorker
+from llambo.broker.archive import Ended
+from llambo.broker.registry import ClientEntry, WorkerEntry
+from llambo.broker.requests import Request, RequestState
+from llambo.broker.state import State
+from llambo.mesh import messages as m
+from llambo.mesh.errors import ErrorInfo
+
+
+def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
+    """The worker is done and every token is here: now it may forget them."""
+    worker = request.worker
+    assert worker is not None, "only a dispatched request is completed"
+    worker.claims.pop(request.key, None)
+    worker.done += 1
+    acknowledge(state, worker, request.key)
+    _close(state, request, end.reason, now_ms, end.error, end.usage)
+    _freed(state, request)
+
+
+def finish(
+    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None = None
+) -> None:
+    """The broker ends it by itself. A worker that runs it is told to stop; its slot counts until it has."""
+    worker, key = request.worker, request.key
+    if worker is not None and key in worker.claims:
+        state.out.append(ToWorker(worker.route, worker.session, m.Cancel(request.id, request.dispatch)))
+    _close(state, request, reason, now_ms, error, m.Usage())
+    _freed(state, request)
+
+
+def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:
+    """Nothing of this dispatch is needed from the worker any more."""
+    state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))
+
+
+def _freed(state: State, request: Request) -> None:
+    if request.worker is not None:
+        state.touch(request.worker)
+    request.worker = None
+
+
+def _close(
+    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage
+) -> None:
+    waiting = request.state is RequestState.WAITING
+    request.step(RequestState.ENDED)
+    if waiting:
+        state.room.left(request)
+        request.queued_ms += now_ms - request.queued_at
+    state.running.pop(request.key, None)
+    del state.requests[request.id]
+    transcript = request.transcript
+    state.reserved -= transcript.reserved + len(request.prompt)
+    state.counters.ended += 1
+    state.counters.failed += error is not None
+    state.counters.tokens += transcript.next_index
+    request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
+    end = m.End(
+        request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms
+    )
+    ended = state.archive.add(request, end, now_ms)
+    for session in request.followers:
+        client = state.registry.clients.get(session)
+        if client is not None:
+            client.following.pop(request.id, None)
+            tell(state, client, ended, 0, now_ms)
+
+
+def tell(state: State, client: ClientEntry, ended: Ended, have: int, now_ms: int) -> None:
+    """Send the END, and without a stream the first page of the answer with it."""
+    client.unacked.pop(ended.end.id, None)
+    client.unacked[ended.end.id] = now_ms
+    _say_end(state, client, ended)
+    if (not ended.stream or have) and ended.transcript is not None and have < ended.end.count:
+        chunks, after = ended.transcript.page(have, 0)
+        page = m.Page(ended.end.id, have, after, ended.end.count, chunks)
+        state.out.append(ToClient(client.route, client.session, page))
+
+
+def remind(state: State, client: ClientEntry, now_ms: int) -> None:
+    """Send again every END that has gone unacknowledged for too long, the oldest first."""
+    late: list[bytes] = []
+    for id, sent_at in client.unacked.items():
+        if now_ms - sent_at < state.config.resend_ms:
+            break
+        late.append(id)
+    for id in late:
+        del client.unacked[id]
+        ended = state.archive.get(id)
+        if ended is not None:
+            client.unacked[id] = now_ms
+            _say_end(state, client, ended)
+
+
+def _say_end(state: State, client: ClientEntry, ended: Ended) -> None:
+    state.out.append(ToClient(client.route, client.session, ended.end))

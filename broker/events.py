@@ -1,0 +1,57 @@
+"""What can happen to a broker: facts, in the past tense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llambo.mesh import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSaid:
+    """A control message from a client: its route, the session it claims, and what it said."""
+
+    route: bytes
+    session: bytes
+    messages: list[tuple[m.Message, bytes]]
+    problems: list[m.Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaid:
+    """A control message from a worker."""
+
+    route: bytes
+    session: bytes
+    messages: list[tuple[m.Message, bytes]]
+    problems: list[m.Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TokensArrived:
+    """Frames from the token plane, in order of arrival; whatever was there when the socket was drained."""
+
+    frames: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class RouteGone:
+    """A message could not be sent: nobody is connected under this route now. A hint, not a verdict."""
+
+    route: bytes
+    to_worker: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """A client's subscription to its session topic was granted."""
+
+    topic: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | Tick

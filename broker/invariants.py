@@ -1,0 +1,81 @@
+"""What is always true of a broker's state. Tests check it after every event."""
+
+from __future__ import annotations
+
+from llambo.broker.core import BrokerCore
+from llambo.broker.requests import RequestState
+from llambo.broker.state import State
+from llambo.mesh import tokens
+
+
+def check(core: BrokerCore) -> None:
+    state = core.state
+    _requests(state)
+    _queue(state)
+    _workers(state)
+    _clients(state)
+    _bytes(state)
+
+
+def _requests(state: State) -> None:
+    for id, request in state.requests.items():
+        assert request.id == id and request.state is not RequestState.ENDED
+        assert not state.archive.get(id), "a live request has a tombstone"
+        if request.state is RequestState.WAITING:
+            assert request.worker is None and not request.key, "a waiting request has a worker"
+        else:
+            assert state.running.get(request.key) is request, "a dispatched request is not behind the fence"
+            assert request.worker is not None
+            assert request.worker.session in state.registry.workers, "dispatched to a worker that is gone"
+            assert request.key in request.worker.claims, "its worker was not given it"
+        assert request.followers or request.detached, "nobody follows it, and it is not detached"
+        index = request.transcript.next_index
+        if request.transcript.chunks:
+            first, count, _ = tokens.head(request.transcript.chunks[-1], tokens.KEY_END)
+            assert first + count == index, "the transcript does not end where it says"
+            before = request.transcript.chunks[-2:-1]
+            ends = sum(tokens.head(before[0], tokens.KEY_END)[:2]) if before else 0
+            assert first == ends, "the last chunk does not continue the one before it"
+        if request.missing:
+            assert request.repair_due, "tokens are missing and nobody will ask for them"
+    for key, request in state.running.items():
+        assert request.key == key and state.requests.get(request.id) is request
+
+
+def _queue(state: State) -> None:
+    waiting = [r for r in state.requests.values() if r.state is RequestState.WAITING]
+    assert state.room.count == len(waiting) == sum(line.count for line in state.room.lines.values())
+    assert state.room.bytes == sum(len(r.prompt) for r in waiting)
+    for model, line in state.room.lines.items():
+        assert sum(1 for _ in line) == line.count
+        pool = state.pools.get(model)
+        assert not (pool and pool.free), "somebody waits although a slot is free"
+
+
+def _workers(state: State) -> None:
+    for session, worker in state.registry.workers.items():
+        assert worker.session == session and state.registry.worker_names[worker.name] is worker
+        assert len(worker.claims) <= worker.slots, "more given to a worker than it has slots"
+        for model in worker.models:
+            pool = state.pools.get(model)
+            inside = pool is not None and model in worker.position
+            assert inside == (pool is not None and worker.dispatchable), "a pool does not know its worker"
+            if pool is not None and inside:
+                assert pool.free[worker.position[model]] is worker
+                assert pool.least_loaded() is not None
+
+
+def _clients(state: State) -> None:
+    for client in state.registry.clients.values():
+        assert state.registry.topics[client.topic] is client
+        for id in client.following:
+            assert client.session in state.requests[id].followers
+
+
+def _bytes(state: State) -> None:
+    live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
+    assert state.reserved == live
+    held = [e.transcript.size for e in state.archive.ended.values() if e.transcript and not e.detached]
+    kept = [e.transcript.size for e in state.archive.ended.values() if e.transcript and e.detached]
+    assert state.archive.owed_bytes == sum(held) and state.archive.kept_bytes == sum(kept)
+    assert state.archive.kept_bytes <= state.config.detached_bytes

@@ -1,0 +1,229 @@
+"""Joining, staying and going: sessions, heartbeats, leases, and what a worker claims to run."""
+
+from __future__ import annotations
+
+from llambo.broker import admission, delivery, dispatching, ending
+from llambo.broker.actions import Publish, ToClient, ToWorker
+from llambo.broker.registry import ClientEntry, WorkerEntry
+from llambo.broker.requests import RequestState
+from llambo.broker.state import State
+from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.errors import Code, ErrorInfo
+
+#: Client sessions at a time; more are refused as busy.
+CLIENT_SESSIONS = 10_000
+#: Housekeeping that nobody waits for: old queue entries, expired results, rates.
+SWEEP_MS = 1_000
+
+
+# --- workers -------------------------------------------------------------------------------------------
+
+
+def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) -> None:
+    """Newest wins, unless the one with that name is alive and another process."""
+    problem = _version_problem(hello.versions)
+    there = state.registry.worker_names.get(hello.name)
+    if there is not None and problem is None:
+        if there.route == route and there.incarnation == hello.incarnation:
+            state.out.append(ToWorker(route, NO_SESSION, there.welcome))
+            return
+        if there.incarnation != hello.incarnation and _alive(state, there, now_ms):
+            problem = ErrorInfo(Code.NAME_TAKEN, f"another worker is called {hello.name!r}, from {there.hello.host}")
+    if problem is not None:
+        state.counters.problems += 1
+        state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))
+        return
+    if there is not None:
+        lose_worker(state, there, "said hello again", now_ms)
+    welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms)
+    worker = WorkerEntry(hello, welcome, route, now_ms)
+    worker.draining = hello.name in state.registry.drained
+    state.registry.add_worker(worker)
+    for model in worker.models:
+        state.models[model] = 0
+    state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots")
+    state.out.append(ToWorker(route, NO_SESSION, welcome))
+    if worker.draining:
+        state.out.append(ToWorker(route, worker.session, m.Drain()))
+
+
+def _alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
+    """Whether a hello under its name has to be someone else's."""
+    return not worker.route_gone_at and now_ms - worker.heard_at < 3 * state.config.heartbeat_ms
+
+
+def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+    """What it claims is compared with what it was given; both kinds of difference are settled here."""
+    worker.last = beat
+    worker.state = beat.state
+    worker.beat = max(worker.beat, beat.beat)
+    worker.closed = False
+    _forget_unclaimed(state, worker, beat, now_ms)
+    for key, index in beat.claims.items():
+        request = state.running.get(key)
+        if request is None or request.worker is not worker:
+            # It runs what nobody waits for: stop it. The END it answers with is acknowledged.
+            id, dispatch = key[: limits.REQUEST_ID_BYTES], key[limits.REQUEST_ID_BYTES :]
+            state.out.append(ToWorker(worker.route, worker.session, m.Cancel(id, dispatch)))
+        else:
+            _claimed(state, request.id, index, now_ms)
+    state.touch(worker)
+
+
+def _forget_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+    """Given to it, received by it (its sequence number says so), and yet not claimed: it does not run it."""
+    gone = [key for key, seq in worker.claims.items() if seq <= beat.seq and key not in beat.claims]
+    for key in gone:
+        del worker.claims[key]
+    if gone:
+        state.update_pools(worker)
+    for key in gone:
+        request = state.running.get(key)
+        if request is not None and request.worker is worker:
+            dispatching.requeue(state, request, f"{worker.name} does not run it", now_ms)
+
+
+def _claimed(state: State, id: bytes, index: int, now_ms: int) -> None:
+    request = state.requests[id]
+    if request.state is RequestState.DISPATCHED:  # its accept was lost, but here it is
+        request.step(RequestState.RUNNING)
+    if index > request.transcript.next_index:
+        delivery.want(state, request, index, now_ms)
+
+
+def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> None:
+    """It is gone, as far as this session goes. Everything it ran continues elsewhere."""
+    state.registry.remove_worker(worker)
+    keys = list(worker.claims)
+    worker.claims.clear()
+    worker.state = "gone"
+    state.update_pools(worker)
+    state.counters.workers_lost += 1
+    state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} requests aboard)")
+    for model in worker.models:
+        if not any(model in other.models for other in state.registry.workers.values()):
+            state.models[model] = max(1, now_ms)
+    for key in keys:
+        request = state.running.get(key)
+        if request is not None and request.worker is worker:
+            dispatching.requeue(state, request, f"worker {worker.name}: {why}", now_ms)
+
+
+def worker_round(state: State, now_ms: int) -> None:
+    """A heartbeat to each worker. Sending is also how a dead one is found: the route is gone at once."""
+    for worker in list(state.registry.workers.values()):
+        if now_ms - worker.heard_at >= state.config.lease_ms:
+            lose_worker(state, worker, f"silent for {now_ms - worker.heard_at} ms", now_ms)
+        elif worker.route_gone_at and now_ms - worker.route_gone_at >= state.config.reconnect_grace_ms:
+            lose_worker(state, worker, "its connection is gone", now_ms)
+        else:
+            delivery.heartbeat_worker(state, worker)
+
+
+def drain(state: State, worker: WorkerEntry, undo: bool, now_ms: int) -> None:
+    worker.draining = not undo
+    state.update_pools(worker)
+    (state.registry.drained.discard if undo else state.registry.drained.add)(worker.name)
+    state.happened(now_ms, "drain", f"{worker.name}: {'works again' if undo else 'takes no new work'}")
+    state.out.append(ToWorker(worker.route, worker.session, m.Drain(undo)))
+    state.touch(worker)
+
+
+# --- clients -------------------------------------------------------------------------------------------
+
+
+def client_hello(state: State, route: bytes, hello: m.ClientHello, now_ms: int) -> None:
+    problem = _version_problem(hello.versions)
+    if problem is None and len(state.registry.clients) >= CLIENT_SESSIONS:
+        problem = ErrorInfo(Code.BUSY, f"{CLIENT_SESSIONS} clients are connected", 1_000)
+    if problem is not None:
+        state.counters.problems += 1
+        state.out.append(ToClient(route, NO_SESSION, m.Problem(problem)))
+        return
+    there = state.registry.client_routes.get(route)
+    if there is not None:
+        state.out.append(ToClient(route, NO_SESSION, there.welcome))
+        return
+    topic = state.chance(limits.TOPIC_BYTES)
+    welcome = _welcome(state, state.config.tokens_out_port, topic, state.config.client_lease_ms)
+    state.registry.add_client(ClientEntry(hello, welcome, route, now_ms))
+    state.out.append(ToClient(route, NO_SESSION, welcome))
+
+
+def subscribed(state: State, topic: bytes, now_ms: int) -> None:
+    """Its subscription is in force: a beat at once tells the client so."""
+    client = state.registry.topics.get(topic)
+    if client is not None:
+        heartbeat_client(state, client)
+
+
+def heartbeat_client(state: State, client: ClientEntry) -> None:
+    """On both planes, with the progress of each of its requests, so that a lost tail is always noticed."""
+    client.number += 1
+    progress: dict[bytes, int] = {}
+    waiting: dict[bytes, int] = {}
+    for id in client.following:
+        request = state.requests[id]
+        if request.state is RequestState.WAITING:
+            waiting[id] = state.room.ahead(request)
+        elif request.stream:
+            progress[id] = request.transcript.next_index
+    beat = m.BrokerHeartbeat(client.number, client.echo, progress, waiting)
+    state.out.append(Publish([client.topic + tokens.encode_beat(client.number, client.session)]))
+    state.out.append(ToClient(client.route, client.session, beat))
+
+
+def lose_client(state: State, client: ClientEntry, why: str, now_ms: int) -> None:
+    state.registry.remove_client(client)
+    state.counters.clients_lost += 1
+    admission.unfollow(state, client, now_ms)
+
+
+def client_round(state: State, now_ms: int) -> None:
+    for client in list(state.registry.clients.values()):
+        if now_ms - client.heard_at >= state.config.client_lease_ms:
+            lose_client(state, client, "silent", now_ms)
+        else:
+            ending.remind(state, client, now_ms)
+            heartbeat_client(state, client)
+
+
+# --- both ----------------------------------------------------------------------------------------------
+
+
+def _welcome(state: State, port: int, topic: bytes, lease_ms: int) -> m.Welcome:
+    session = state.chance(limits.SESSION_ID_BYTES)
+    return m.Welcome(session, port, topic, m.VERSIONS[1], state.config.name, state.config.heartbeat_ms, lease_ms)
+
+
+def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
+    low, high = m.VERSIONS
+    if versions[0] <= high and versions[1] >= low:
+        return None
+    return ErrorInfo(
+        Code.BAD_VERSION, f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here"
+    )
+
+
+def sweep(state: State, now_ms: int) -> None:
+    """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
+    config = state.config
+    for request in state.room.expired(now_ms):
+        text = f"waited {config.queue_ms} ms for a worker"
+        ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
+    for model, line in list(state.room.lines.items()):
+        since = state.models.get(model, 0)
+        if not since:
+            continue
+        for request in list(line):
+            if now_ms - max(since, request.queued_at) >= config.hold_ms:
+                text = f"no worker serves {model!r} since {now_ms - since} ms"
+                ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
+    state.archive.expire(now_ms)
+    ended, at = state.rate_mark
+    if now_ms > at:
+        pace = (state.counters.ended - ended) * 1_000 / (now_ms - at)
+        state.rate = pace if not at else 0.5 * state.rate + 0.5 * pace
+    state.rate_mark = (state.counters.ended, now_ms)

@@ -1,0 +1,235 @@
+"""Questions about the mesh, answered from a snapshot of the state as msgpack maps.
+
+    status     the whole picture in numbers           workers   one entry each
+    models     name, workers, slots, waiting          requests  the live ones
+    why ID     the story of one request               find ID   full ids for a unique prefix
+    events N   what happened after number N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from llambo.broker import membership
+from llambo.broker.actions import ToClient
+from llambo.broker.registry import ClientEntry, WorkerEntry
+from llambo.broker.requests import Request, RequestState
+from llambo.broker.state import State
+from llambo.mesh import limits
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, ErrorInfo, LlamboError
+
+#: Bytes of an answer in one message.
+RESULT_PAGE_BYTES = 512 * 1024
+#: Entries of a listing; more could not be read anyway.
+LISTED = 1_000
+
+
+def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> None:
+    rule = QUERIES.get(asked.what)
+    try:
+        if rule is None:
+            known = ", ".join(QUERIES)
+            raise LlamboError(Code.BAD_REQUEST, f"nothing is known about {asked.what!r}; ask for: {known}")
+        data = msgspec.msgpack.encode(rule(state, asked.argument, now_ms))
+    except LlamboError as error:
+        state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
+        return
+    _send(state, client, asked.query, data)
+
+
+def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
+    worker = state.registry.worker_names.get(asked.worker)
+    if worker is None:
+        text = f"no worker is called {asked.worker!r}"
+        problem = m.Problem(ErrorInfo(Code.UNKNOWN_WORKER, text), b"", asked.query)
+        state.out.append(ToClient(client.route, client.session, problem))
+        return
+    membership.drain(state, worker, asked.undo, now_ms)
+    data = msgspec.msgpack.encode({"worker": worker.name, "draining": worker.draining, "running": len(worker.claims)})
+    _send(state, client, asked.query, data)
+
+
+def _send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
+    if len(data) > limits.RESULT_BYTES:
+        error = ErrorInfo(Code.INTERNAL, f"the answer has {len(data)} bytes, {limits.RESULT_BYTES} are allowed")
+        state.out.append(ToClient(client.route, client.session, m.Problem(error, b"", query)))
+        return
+    parts = [data[at : at + RESULT_PAGE_BYTES] for at in range(0, len(data), RESULT_PAGE_BYTES)]
+    for number, part in enumerate(parts):
+        result = m.Result(query, number, len(parts), part)
+        state.out.append(ToClient(client.route, client.session, result))
+
+
+# --- snapshots -----------------------------------------------------------------------------------------
+
+
+def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
+    workers = state.registry.workers.values()
+    return {
+        "broker": state.config.name,
+        "workers": len(workers),
+        "ready": sum(worker.tokens_up and worker.state == "ready" and not worker.draining for worker in workers),
+        "slots": sum(worker.slots for worker in workers),
+        "busy": sum(len(worker.claims) for worker in workers),
+        "clients": len(state.registry.clients),
+        "running": len(state.running),
+        "waiting": state.room.count,
+        "waiting_bytes": state.room.bytes,
+        "tokens_per_s": round(sum(worker.last.rate for worker in workers), 1),
+        "requests_per_s": round(state.rate, 1),
+        "transcript_bytes": state.held_bytes,
+        "detached_bytes": state.archive.kept_bytes,
+        "remembered": len(state.archive.ended),
+        "policy": state.config.policy,
+        "models": models(state, "", now_ms),
+        "counters": {name: getattr(state.counters, name) for name in state.counters.__slots__},
+    }
+
+
+def models(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+    listed = []
+    for model in sorted(state.models)[:LISTED]:
+        serving = [worker for worker in state.registry.workers.values() if model in worker.models]
+        line = state.room.lines.get(model)
+        listed.append(
+            {
+                "model": model,
+                "workers": len(serving),
+                "slots": sum(worker.slots for worker in serving),
+                "waiting": line.count if line else 0,
+            }
+        )
+    return listed
+
+
+def workers(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+    found = sorted(state.registry.workers.values(), key=lambda worker: worker.name)
+    return [_worker(worker, now_ms) for worker in found[:LISTED]]
+
+
+def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
+    return {
+        "worker": worker.name,
+        "state": _worker_state(worker),
+        "class": worker.hello.node_class,
+        "host": worker.hello.host,
+        "pid": worker.hello.pid,
+        "models": worker.models,
+        "slots": worker.slots,
+        "busy": len(worker.claims),
+        "tokens_per_s": round(worker.last.rate, 1),
+        "done": worker.done,
+        "engine_restarts": worker.last.engine_restarts,
+        "heard_ms": now_ms - worker.heard_at,
+        "up_ms": now_ms - worker.joined_at,
+        "note": worker.last.note,
+    }
+
+
+def _worker_state(worker: WorkerEntry) -> str:
+    if worker.draining or worker.state == "draining":
+        return "drained" if not worker.claims else "draining"
+    if not worker.echo:
+        return "joining"
+    return worker.state if worker.tokens_up else "mending"
+
+
+def requests(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+    return [_request(state, request, now_ms) for _, request in zip(range(LISTED), state.requests.values(), strict=False)]
+
+
+def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
+    waits = request.state is RequestState.WAITING
+    return {
+        "id": request.id.hex(),
+        "state": request.state.value,
+        "model": request.model,
+        "priority": request.priority,
+        "worker": request.worker.name if request.worker else "",
+        "tokens": request.transcript.next_index,
+        "max_tokens": request.max_tokens,
+        "moves": request.moves,
+        "ahead": state.room.ahead(request) if waits else 0,
+        "age_ms": now_ms - request.submitted_at,
+        "detached": request.detached,
+    }
+
+
+def why(state: State, argument: str, now_ms: int) -> dict[str, Any]:
+    """The story of one request, live or remembered."""
+    id = _found(state, argument)
+    request = state.requests.get(id)
+    if request is not None:
+        told = _request(state, request, now_ms)
+        story = request.story
+    else:
+        ended = state.archive.ended[id]
+        story = ended.story
+        end = ended.end
+        told = {
+            "id": id.hex(),
+            "state": "ended",
+            "model": ended.model,
+            "worker": end.worker,
+            "tokens": end.count,
+            "moves": end.moves,
+            "reason": end.reason,
+            "error": end.error.text if end.error else "",
+            "kept": ended.transcript is not None,
+        }
+    start = story[0][0] if story else now_ms
+    told["story"] = [{"at_ms": at - start, "what": what, "detail": detail} for at, what, detail in story]
+    return told
+
+
+def story(state: State, id: bytes) -> list[tuple[int, str, str]]:
+    """What happened to a request and when, for programs."""
+    request = state.requests.get(id)
+    if request is not None:
+        return request.story
+    ended = state.archive.get(id)
+    return ended.story if ended else []
+
+
+def find(state: State, argument: str, now_ms: int) -> dict[str, Any]:
+    return {"id": _found(state, argument).hex()}
+
+
+def _found(state: State, argument: str) -> bytes:
+    prefix = argument.strip().lower()
+    if len(prefix) < 4 or any(digit not in "0123456789abcdef" for digit in prefix):
+        raise LlamboError(Code.BAD_REQUEST, f"{argument!r} is not an id: at least four hex digits are needed")
+    if len(prefix) == 2 * limits.REQUEST_ID_BYTES:
+        id = bytes.fromhex(prefix)
+        if id in state.requests or id in state.archive.ended:
+            return id
+    found = [id for pool in (state.requests, state.archive.ended) for id in pool if id.hex().startswith(prefix)]
+    if not found:
+        raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {argument} is known here")
+    if len(found) > 1:
+        raise LlamboError(Code.BAD_REQUEST, f"{len(found)} requests begin with {argument}; give more digits")
+    return found[0]
+
+
+def events(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+    since = int(argument) if argument.isdigit() else 0
+    return [
+        {"number": event.number, "age_ms": now_ms - event.at_ms, "kind": event.kind, "text": event.text}
+        for event in state.happenings
+        if event.number > since
+    ]
+
+
+QUERIES: dict[str, Callable[[State, str, int], Any]] = {
+    "status": status,
+    "workers": workers,
+    "models": models,
+    "requests": requests,
+    "why": why,
+    "find": find,
+    "events": events,
+}

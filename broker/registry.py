@@ -1,0 +1,148 @@
+"""Who is there: sessions of workers and clients, by session, by route, by name, by topic."""
+
+from __future__ import annotations
+
+from llambo.mesh import messages as m
+
+
+class WorkerEntry:
+    """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
+
+    __slots__ = (
+        "beat",
+        "claims",
+        "closed",
+        "done",
+        "draining",
+        "echo",
+        "heard_at",
+        "hello",
+        "incarnation",
+        "joined_at",
+        "last",
+        "number",
+        "position",
+        "route",
+        "route_gone_at",
+        "seq",
+        "session",
+        "state",
+        "turn",
+        "welcome",
+    )
+
+    def __init__(self, hello: m.WorkerHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
+        self.hello = hello
+        self.welcome = welcome
+        self.incarnation = hello.incarnation
+        self.session = welcome.session
+        self.route = route
+        self.joined_at = self.heard_at = now_ms
+        self.route_gone_at = 0
+        #: The last token-plane beat seen from it: 0 until that plane works.
+        self.echo = 0
+        self.number = 0
+        #: Control sequence number of the last message that carries one.
+        self.seq = 0
+        self.claims: dict[bytes, int] = {}
+        self.state = "ready"
+        self.draining = False
+        #: It refused something: nothing more until its next heartbeat tells how it is.
+        self.closed = False
+        self.last = m.WorkerHeartbeat()
+        self.beat = 0
+        self.done = 0
+        # --- kept by schedule.Pool
+        self.position: dict[str, int] = {}
+        self.turn = 0
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
+
+    @property
+    def models(self) -> list[str]:
+        return [model.name for model in self.hello.models]
+
+    @property
+    def slots(self) -> int:
+        return self.hello.slots
+
+    @property
+    def free(self) -> int:
+        return self.hello.slots - len(self.claims)
+
+    @property
+    def tokens_up(self) -> bool:
+        """Its token plane delivers: a beat was seen, and not too many after it are missing."""
+        return self.echo > 0 and self.beat - self.echo <= 3
+
+    @property
+    def dispatchable(self) -> bool:
+        return (
+            self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
+        )
+
+
+class ClientEntry:
+    """A client's session: its topic, what it follows, and the ENDs it has not acknowledged."""
+
+    __slots__ = ("echo", "following", "heard_at", "hello", "joined_at", "number", "route", "session", "topic", "unacked", "welcome")
+
+    def __init__(self, hello: m.ClientHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
+        self.hello = hello
+        self.welcome = welcome
+        self.session = welcome.session
+        self.topic = welcome.topic
+        self.route = route
+        self.joined_at = self.heard_at = now_ms
+        self.echo = 0
+        self.number = 0
+        self.following: dict[bytes, None] = {}
+        #: Request id to the time its END was sent last, oldest first.
+        self.unacked: dict[bytes, int] = {}
+
+
+class Registry:
+    """Plain tables; the rules of joining and leaving are in membership.py."""
+
+    def __init__(self) -> None:
+        self.workers: dict[bytes, WorkerEntry] = {}
+        self.clients: dict[bytes, ClientEntry] = {}
+        self.worker_names: dict[str, WorkerEntry] = {}
+        self.worker_routes: dict[bytes, WorkerEntry] = {}
+        self.client_routes: dict[bytes, ClientEntry] = {}
+        self.topics: dict[bytes, ClientEntry] = {}
+        #: Workers told to take no new work, by name: it outlives their sessions.
+        self.drained: set[str] = set()
+
+    def add_worker(self, worker: WorkerEntry) -> None:
+        self.workers[worker.session] = worker
+        self.worker_names[worker.name] = worker
+        self.worker_routes[worker.route] = worker
+
+    def remove_worker(self, worker: WorkerEntry) -> None:
+        del self.workers[worker.session]
+        del self.worker_names[worker.name]
+        self.worker_routes.pop(worker.route, None)
+
+    def move_worker(self, worker: WorkerEntry, route: bytes) -> None:
+        """The same session speaks from a new route: its connection blinked."""
+        self.worker_routes.pop(worker.route, None)
+        worker.route = route
+        self.worker_routes[route] = worker
+
+    def add_client(self, client: ClientEntry) -> None:
+        self.clients[client.session] = client
+        self.client_routes[client.route] = client
+        self.topics[client.topic] = client
+
+    def remove_client(self, client: ClientEntry) -> None:
+        del self.clients[client.session]
+        del self.topics[client.topic]
+        self.client_routes.pop(client.route, None)
+
+    def move_client(self, client: ClientEntry, route: bytes) -> None:
+        self.client_routes.pop(client.route, None)
+        client.route = route
+        self.client_routes[route] = client

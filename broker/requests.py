@@ -1,0 +1,136 @@
+"""One request as the broker sees it, and the steps its life may take."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from llambo.broker.transcript import Transcript
+from llambo.mesh import limits
+from llambo.mesh import messages as m
+from llambo.mesh.stream import Stash
+
+if TYPE_CHECKING:
+    from llambo.broker.registry import WorkerEntry
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    DISPATCHED = "dispatched"
+    RUNNING = "running"
+    COMPLETING = "completing"
+    ENDED = "ended"
+
+
+_S = RequestState
+#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
+REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
+    _S.WAITING: {_S.DISPATCHED: "a worker was chosen", _S.ENDED: "cancelled, too late, or nobody to do it"},
+    _S.DISPATCHED: {
+        _S.RUNNING: "accept",
+        _S.COMPLETING: "worker's END, tokens missing",
+        _S.WAITING: "refused, or worker lost",
+        _S.ENDED: "END, cancelled or too late",
+    },
+    _S.RUNNING: {
+        _S.COMPLETING: "worker's END, tokens missing",
+        _S.WAITING: "worker lost",
+        _S.ENDED: "END, cancelled or too late",
+    },
+    _S.COMPLETING: {_S.WAITING: "worker lost", _S.ENDED: "last token repaired, cancelled or too late"},
+    _S.ENDED: {},
+}
+
+
+class Request:
+    """Everything about a live request. Its transcript outlives it in the archive."""
+
+    __slots__ = (
+        "asked_ms",
+        "attempt",
+        "blame",
+        "deadline_at",
+        "detached",
+        "end",
+        "failures",
+        "followers",
+        "id",
+        "key",
+        "max_tokens",
+        "model",
+        "moves",
+        "priority",
+        "prompt",
+        "queued_at",
+        "queued_ms",
+        "refusals",
+        "repair_due",
+        "sampling",
+        "seed",
+        "stash",
+        "state",
+        "story",
+        "stream",
+        "submitted_at",
+        "ticket",
+        "topics",
+        "transcript",
+        "wanted",
+        "worker",
+    )
+
+    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int) -> None:
+        self.id = asked.id
+        self.model = model
+        self.prompt = prompt
+        self.max_tokens = asked.max_tokens
+        self.stream = asked.stream
+        self.priority = asked.priority
+        self.detached = asked.detached
+        self.sampling = bytes(asked.sampling)
+        # The seed is fixed now, so that the chance at index i is the same on whatever worker gets there.
+        self.seed = asked.seed if asked.seed is not None else int.from_bytes(asked.id[:7], "big")
+        self.deadline_at = now_ms + asked.deadline_ms if asked.deadline_ms else 0
+        self.submitted_at = self.queued_at = now_ms
+        self.queued_ms = 0
+        self.state = RequestState.WAITING
+        self.transcript = Transcript(asked.max_tokens)
+        #: Sessions that follow this request, and the topics of those that want a stream.
+        self.followers: dict[bytes, None] = {}
+        self.topics: tuple[bytes, ...] = ()
+        # --- the current dispatch
+        self.attempt = 0
+        self.key = b""  # request id + dispatch id: the fence
+        self.worker: WorkerEntry | None = None
+        self.stash: Stash | None = None
+        self.end: m.End | None = None
+        #: The worker is known to have tokens up to here.
+        self.wanted = 0
+        self.repair_due = 0
+        self.asked_ms = 0
+        # --- its fate so far
+        self.ticket = 0
+        self.moves = 0
+        self.failures = 0
+        self.refusals = 0
+        self.blame = ""
+        self.story: list[tuple[int, str, str]] = []
+
+    def step(self, state: RequestState) -> None:
+        assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"
+        self.state = state
+
+    def note(self, now_ms: int, what: str, detail: str = "") -> None:
+        """Remember why. The middle of a long story is what nobody misses."""
+        if len(self.story) >= limits.STORY_ENTRIES:
+            del self.story[limits.STORY_ENTRIES // 2]
+        self.story.append((now_ms, what, detail))
+
+    @property
+    def dispatch(self) -> bytes:
+        return self.key[limits.REQUEST_ID_BYTES :]
+
+    @property
+    def missing(self) -> bool:
+        """Tokens are known to exist that have not arrived."""
+        return self.wanted > self.transcript.next_index

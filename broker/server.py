@@ -1,0 +1,246 @@
+"""The broker's shell: one thread, four sockets, one poll loop.
+
+Each turn drains what is readable, tokens first so that an END meets its last token already in place, hands
+it to the core, and performs what the core orders. Orders for the same peer leave as one bundle.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from llambo.broker.actions import Action, ToClient, ToWorker
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.broker.events import ClientSaid, RouteGone, Subscribed, Tick, TokensArrived, WorkerSaid
+from llambo.broker.gate import Gate
+from llambo.mesh import codec, sockets, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, LlamboError
+
+log = logging.getLogger(__name__)
+
+#: Messages taken from one socket before the others get a turn.
+DRAIN_MESSAGES = 512
+DRAIN_TOKENS = 4_096
+#: Tries to find four free ports in a row when any will do.
+PORT_TRIES = 100
+#: The longest the loop sleeps, so that a signal is noticed in any case.
+SLEEP_MS = 1_000
+
+Socket = zmq.Socket[bytes]
+Outbox = dict[tuple[bytes, bytes], list[tuple[m.Message, bytes | None]]]
+
+
+def monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+class BrokerServer:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        token_hwm: int = sockets.TOKEN_HWM,
+        context: zmq.Context[Socket] | None = None,
+    ) -> None:
+        self._context: zmq.Context[Any] = context or zmq.Context()
+        self._owns_context = context is None
+        self._token_hwm = token_hwm
+        self._stopping = False
+        self.port = self._bind(host, port)
+        tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
+        config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
+        self.core = BrokerCore(config, os.urandom)
+        self._gate = Gate(self.core.state.registry.topics)
+        self.dropped = 0
+
+    # --- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        for socket in self._sockets:
+            poller.register(socket, zmq.POLLIN)
+        while not self._stopping:
+            wait = self.core.next_wakeup_ms() - monotonic_ms()
+            readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
+            self.turn(readable)
+
+    def turn(self, readable: dict[Any, int]) -> None:
+        now = monotonic_ms()
+        handle = self.core.handle
+        if self._tokens_in in readable:
+            frames = self._drain_tokens()
+            if frames:
+                self._perform(handle(TokensArrived(frames), now))
+        orders: list[Action] = []
+        if self._workers in readable:
+            for route, bundle in self._drain_control(self._workers, codec.from_worker):
+                orders += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems), now)
+        if self._clients in readable:
+            for route, bundle in self._drain_control(self._clients, codec.from_client):
+                orders += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems), now)
+        if self._tokens_out in readable:
+            orders += self._drain_subscriptions(now)
+        if now >= self.core.next_wakeup_ms():
+            orders += handle(Tick(), now)
+        self._perform(orders)
+
+    def stop(self) -> None:
+        """Leave the loop at its next turn. May be called from a signal handler."""
+        self._stopping = True
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close(linger=sockets.LINGER_MS)
+        if self._owns_context:
+            self._context.term()
+
+    # --- arrivals ------------------------------------------------------------------------------------
+
+    def _drain_tokens(self) -> list[bytes]:
+        frames: list[bytes] = []
+        receive, keep = self._tokens_in.recv, frames.append
+        try:
+            for _ in range(DRAIN_TOKENS):
+                keep(receive(zmq.DONTWAIT))
+        except zmq.Again:
+            pass
+        return frames
+
+    def _drain_control(self, socket: Socket, decoder: codec.Codec[Any]) -> Iterable[tuple[bytes, codec.Bundle[Any]]]:
+        receive, decode = socket.recv_multipart, decoder.decode
+        for _ in range(DRAIN_MESSAGES):
+            try:
+                frames = receive(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            yield frames[0], decode(frames[1:])
+
+    def _drain_subscriptions(self, now: int) -> list[Action]:
+        """A grant goes to the sender of the event read last, so it is given before the next one is read."""
+        orders: list[Action] = []
+        socket = self._tokens_out
+        for _ in range(DRAIN_MESSAGES):
+            try:
+                frame = socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                self._gate.drained()
+                break
+            topic = self._gate.admit(frame)
+            if topic is not None:
+                socket.setsockopt(zmq.SUBSCRIBE, topic)
+                orders += self.core.handle(Subscribed(topic), now)
+            elif frame[:1] == b"\x00":
+                socket.setsockopt(zmq.UNSUBSCRIBE, frame[1:])
+        return orders
+
+    # --- orders --------------------------------------------------------------------------------------
+
+    def _perform(self, orders: list[Action]) -> None:
+        clients: Outbox = {}
+        workers: Outbox = {}
+        for order in orders:
+            kind = type(order)
+            if kind is ToClient:
+                clients.setdefault((order.route, order.session), []).append((order.message, None))  # type: ignore[union-attr]
+            elif kind is ToWorker:
+                workers.setdefault((order.route, order.session), []).append((order.message, order.blob))  # type: ignore[union-attr]
+            else:
+                self._publish(order.frames)  # type: ignore[union-attr]
+        if workers:
+            self._send(self._workers, workers, to_worker=True)
+        if clients:
+            self._send(self._clients, clients, to_worker=False)
+
+    def _publish(self, frames: list[bytes]) -> None:
+        send = self._tokens_out.send
+        for frame in frames:
+            try:
+                send(frame, zmq.DONTWAIT)
+            except zmq.Again:
+                self.dropped += 1
+
+    def _send(self, socket: Socket, outbox: Outbox, *, to_worker: bool) -> None:
+        gone: list[bytes] = []
+        for (route, session), messages in outbox.items():
+            for frames in codec.encode_all(session, messages):
+                try:
+                    socket.send_multipart([route, *frames], zmq.DONTWAIT)
+                except zmq.Again:
+                    self.dropped += 1  # a peer that does not read; what matters is sent again
+                except zmq.ZMQError as error:
+                    if error.errno != zmq.EHOSTUNREACH:
+                        raise
+                    gone.append(route)
+        for route in gone:
+            self._perform(self.core.handle(RouteGone(route, to_worker), monotonic_ms()))
+
+    # --- sockets -------------------------------------------------------------------------------------
+
+    @property
+    def _sockets(self) -> tuple[Socket, Socket, Socket, Socket]:
+        return self._clients, self._workers, self._tokens_in, self._tokens_out
+
+    def _bind(self, host: str, port: int) -> int:
+        """Bind all four, at `port` and the three after it; with 0, wherever there is room."""
+        for _ in range(1 if port else PORT_TRIES):
+            self._make()
+            try:
+                return self._bind_all(host, port)
+            except zmq.ZMQError as error:
+                for socket in self._sockets:
+                    socket.close(linger=0)
+                if port or error.errno != zmq.EADDRINUSE:
+                    self._context.term()
+                    text = f"cannot listen on {host}, ports {port} to {port + 3}: {error.strerror}"
+                    raise LlamboError(Code.BAD_SETTING, text) from error
+        raise LlamboError(Code.BAD_SETTING, f"no four free ports in a row were found on {host}")
+
+    def _make(self) -> None:
+        self._clients = sockets.control(self._context, zmq.ROUTER)
+        self._workers = sockets.control(self._context, zmq.ROUTER)
+        self._tokens_in = sockets.token(self._context, zmq.SUB, self._token_hwm)
+        self._tokens_out = sockets.token(self._context, zmq.XPUB, self._token_hwm)
+        self._tokens_out.setsockopt(zmq.XPUB_MANUAL, 1)
+        for prefix in (tokens.CHUNK, tokens.BEAT):
+            self._tokens_in.setsockopt(zmq.SUBSCRIBE, prefix)
+
+    def _bind_all(self, host: str, port: int) -> int:
+        if not port:
+            port = self._clients.bind_to_random_port(f"tcp://{host}")
+        else:
+            self._clients.bind(sockets.endpoint(host, port))
+        self._workers.bind(sockets.endpoint(host, port + sockets.WORKER_OFFSET))
+        self._tokens_in.bind(sockets.endpoint(host, port + sockets.TOKENS_IN_OFFSET))
+        self._tokens_out.bind(sockets.endpoint(host, port + sockets.TOKENS_OUT_OFFSET))
+        return port
+
+
+def run_broker(config: BrokerConfig, host: str, port: int, announce: Callable[[int], None]) -> int:
+    """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
+    server = BrokerServer(config, host, port)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        server.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    log.info("broker %s listens on %s", config.name, sockets.endpoint(host, server.port))
+    announce(server.port)
+    try:
+        server.run()
+    finally:
+        server.close()
+    log.info("broker stopped")
+    return 0

@@ -1,0 +1,131 @@
+"""All that a broker knows, in one value. The modules beside this one are the rules that change it.
+
+Each rule is a function `rule(state, ..., now_ms)`. What it wants done it appends to `state.out`; the core
+hands that to the shell when the event has been handled.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from llambo.broker.actions import Action
+from llambo.broker.archive import Archive
+from llambo.broker.config import BrokerConfig
+from llambo.broker.queue import WaitingRoom
+from llambo.broker.registry import Registry, WorkerEntry
+from llambo.broker.requests import Request
+from llambo.broker.schedule import POLICIES, Pool
+
+#: `chance(n)` gives n random bytes. The shell passes the system's, the simulator seeded ones.
+Chance = Callable[[int], bytes]
+Alarm = Literal["repair", "deadline"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the broker started. Names are what `llambo status` shows."""
+
+    submitted: int = 0
+    attached: int = 0
+    refused: int = 0
+    dispatched: int = 0
+    ended: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    moved: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    stale_chunks: int = 0
+    duplicate_chunks: int = 0
+    malformed_frames: int = 0
+    gaps: int = 0
+    repaired: int = 0
+    replays_asked: int = 0
+    replays_served: int = 0
+    engine_deaths: int = 0
+    workers_lost: int = 0
+    clients_lost: int = 0
+    problems: int = 0
+    unknown_sessions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """One line of the events feed."""
+
+    number: int
+    at_ms: int
+    kind: str
+    text: str
+
+
+class State:
+    def __init__(self, config: BrokerConfig, chance: Chance) -> None:
+        self.config = config
+        self.chance = chance
+        self.policy = POLICIES[config.policy]
+        self.out: list[Action] = []
+        #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
+        self.touched: dict[bytes, WorkerEntry] = {}
+        self.registry = Registry()
+        self.room = WaitingRoom(config.queue_requests, config.queue_bytes, config.queue_ms)
+        self.pools: dict[str, Pool] = {}
+        #: Model to when its last worker went away; 0 while it has one. A model stays known once seen.
+        self.models: dict[str, int] = {}
+        self.requests: dict[bytes, Request] = {}
+        #: The fence: tokens count only under the key of a current dispatch.
+        self.running: dict[bytes, Request] = {}
+        self.archive = Archive(config.tombstones, config.detached_bytes, config.detached_ms)
+        #: Bytes set aside for live requests, transcripts and prompts.
+        self.reserved = 0
+        self.counters = Counters()
+        self.happenings: deque[Happening] = deque(maxlen=config.events)
+        self.rate = 0.0  # requests ended per second, smoothed, for retry-after
+        self.rate_mark = (0, 0)
+        self.worker_round_at = 0
+        self.client_round_at = 0
+        self.sweep_at = 0
+        self.turns = 0
+        self._alarms: list[tuple[int, int, Alarm, bytes]] = []
+        self._alarm_count = 0
+        self._happened = 0
+
+    def happened(self, now_ms: int, kind: str, text: str) -> None:
+        self._happened += 1
+        self.happenings.append(Happening(self._happened, now_ms, kind, text))
+
+    def alarm(self, due_ms: int, kind: Alarm, id: bytes) -> None:
+        """Wake up for this. Alarms are never taken back: whoever hears one looks whether it still matters."""
+        self._alarm_count += 1
+        heapq.heappush(self._alarms, (due_ms, self._alarm_count, kind, id))
+
+    def next_alarm(self, now_ms: int) -> tuple[Alarm, bytes] | None:
+        if not self._alarms or self._alarms[0][0] > now_ms:
+            return None
+        _, _, kind, id = heapq.heappop(self._alarms)
+        return kind, id
+
+    @property
+    def alarm_at(self) -> int:
+        return self._alarms[0][0] if self._alarms else 2**62
+
+    def touch(self, worker: WorkerEntry) -> None:
+        self.touched[worker.session] = worker
+
+    def update_pools(self, worker: WorkerEntry) -> None:
+        """Call it whenever a worker's load or fitness has changed."""
+        for model in worker.models:
+            pool = self.pools.get(model)
+            if pool is None:
+                pool = self.pools[model] = Pool(model)
+            pool.update(worker)
+
+    @property
+    def held_bytes(self) -> int:
+        """What counts against the cap on transcripts."""
+        return self.reserved + self.archive.owed_bytes
+

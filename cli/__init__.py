@@ -1,0 +1,1 @@
+"""The commands: `llambo`, `llambo-broker`, `llambo-worker`. The only place that knows flags."""

@@ -1,0 +1,96 @@
+"""Command line options made from the table of settings: one vocabulary for flags, environment and file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from llambo.cli.common import Common, config_option, verbosity
+from llambo.mesh.settings_table import BY_NAME, Setting
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class SettingType(click.ParamType):
+    """Reads a value as the file and the environment do, so that all three take the same and say the same."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.name = setting.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.setting.parse(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
+class SettingOption(click.Option):
+    """Under which heading the help shows it is decided here; its value goes to Common, not to the function."""
+
+    def __init__(self, setting: Setting, heading: str = "") -> None:
+        shown = setting.show(setting.default)
+        default = f"  [default: {shown}]" if shown else ""
+        super().__init__(
+            [setting.flag, setting.name],
+            type=SettingType(setting),
+            metavar=setting.metavar,
+            help=f"{setting.help[:1].upper()}{setting.help[1:]}.{default}",
+            expose_value=False,
+            callback=self._remember,
+        )
+        self.heading = heading
+
+    @staticmethod
+    def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        # None means not said: the environment, the file or the default decides then.
+        if value is not None and parameter.name is not None:
+            context.ensure_object(Common).flags[parameter.name] = value
+
+
+def settings_options(settings: Iterable[Setting | str], heading: str = "") -> Callable[[F], F]:
+    """Options for these settings, in this order."""
+    rows = [BY_NAME[setting] if isinstance(setting, str) else setting for setting in settings]
+
+    def decorate(function: F) -> F:
+        for setting in reversed(rows):
+            _attach(function, SettingOption(setting, heading))
+        return function
+
+    return decorate
+
+
+def _attach(function: Any, option: click.Option) -> None:
+    # What click's own decorators do; there is none for an option that is made already.
+    if isinstance(function, click.Command):
+        function.params.append(option)
+    else:
+        function.__dict__.setdefault("__click_params__", []).append(option)
+
+
+def client_options(function: F, *, verbose: str = "Log to stderr; twice for more.") -> F:
+    """Every client command takes these, behind its own name as well as behind `llambo`."""
+    return settings_options(["broker"])(config_option()(verbosity(verbose)(function)))
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(function)
+
+
+class Duration(click.ParamType):
+    """A time as people say it, in whole milliseconds."""
+
+    name = "TIME"
+    _UNITS = {"ms": 1, "": 1_000, "s": 1_000, "m": 60_000, "h": 3_600_000}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", str(value).strip())
+        time_ms = round(float(found[1]) * self._UNITS[found[2]]) if found else 0
+        if time_ms < 1:
+            self.fail(f"{value!r} is no time such as 500ms, 20s, 20 (seconds), 5m or 1h", param, ctx)
+        return time_ms

@@ -1,0 +1,50 @@
+"""`llambo status`: the mesh in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from llambo.cli.ask import ask
+from llambo.cli.command import Command
+from llambo.cli.common import Common, pass_common
+from llambo.cli.models import show_models
+from llambo.cli.options import client_options, json_option
+from llambo.cli.output import facts, show_json, size
+
+EXAMPLES = """
+llambo status
+llambo status --json | jq .running
+"""
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@json_option
+@client_options
+@pass_common
+def status(common: Common, as_json: bool) -> None:
+    """Show the mesh in numbers: workers, slots, queue, speed, models."""
+    found = ask(common, lambda client: client.status())
+    if as_json:
+        show_json(found)
+        return
+    facts(_facts(found, common.settings.text("broker")))
+    if found["models"]:
+        click.echo()
+        show_models(found["models"])
+
+
+def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
+    counters = found["counters"]
+    return [
+        ("broker", f"{found['broker']} at {address}"),
+        ("workers", f"{found['ready']} ready of {found['workers']}, {found['busy']} of {found['slots']} slots busy"),
+        ("clients", found["clients"]),
+        ("requests", f"{found['running']} running, {found['waiting']} waiting ({size(found['waiting_bytes'])})"),
+        ("speed", f"{found['tokens_per_s']} tokens/s, {found['requests_per_s']} requests/s"),
+        ("memory", f"{size(found['transcript_bytes'])} of tokens, {size(found['detached_bytes'])} of detached results"),
+        ("so far", ", ".join(f"{counters[name]} {name}" for name in ("submitted", "ended", "failed", "moved", "refused")
+                             if name in counters)),
+        ("policy", found["policy"]),
+    ]  # fmt: skip

@@ -1,0 +1,61 @@
+"""`llambo workers`: who does the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from llambo.cli.ask import ask
+from llambo.cli.command import Command
+from llambo.cli.common import Common, pass_common
+from llambo.cli.options import client_options, json_option
+from llambo.cli.output import Row, duration, number, show_json, table
+
+EXAMPLES = """
+llambo workers
+llambo workers | awk '$2 != "ready"'
+llambo workers --json | jq -r '.[].worker'
+"""
+
+COLUMNS = ("worker", "state", "models", "busy", "tokens/s", "done", "heard", "up", "host", "pid", "note")
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@json_option
+@client_options
+@pass_common
+def workers(common: Common, as_json: bool) -> None:
+    """List the workers.
+
+    \b
+    ready      takes work
+    joining    its token plane has not been proved yet
+    mending    its token plane is down; it works, served by replay
+    draining   finishes what it runs and takes nothing new
+    drained    runs nothing, and takes nothing new
+    """
+    found = ask(common, lambda client: client.workers())
+    if as_json:
+        show_json(found)
+    else:
+        rows = [_row(worker) for worker in found]
+        table(COLUMNS, rows, nothing="no worker has joined: start one with `llambo-worker` or `llambo up`")
+
+
+def _row(worker: dict[str, Any]) -> Row:
+    restarts = worker["engine_restarts"]
+    notes = [worker["class"], worker["note"], f"engine restarted {restarts} times" if restarts else ""]
+    return (
+        worker["worker"],
+        worker["state"],
+        ",".join(worker["models"]),
+        number(f"{worker['busy']}/{worker['slots']}"),
+        number(worker["tokens_per_s"]),
+        number(worker["done"]),
+        number(duration(worker["heard_ms"]), " ago"),
+        duration(worker["up_ms"]),
+        worker["host"],
+        number(worker["pid"]),
+        ", ".join(filter(None, notes)),
+    )

@@ -1,0 +1,71 @@
+"""What a caller may ask for, and the message that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict, Unpack
+
+import msgspec
+
+from llambo.mesh import limits
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, LlamboError
+
+_encode = msgspec.msgpack.Encoder().encode
+_checked = msgspec.msgpack.Decoder(m.InferenceRequest).decode
+_checked_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
+
+
+class Options(TypedDict, total=False):
+    """Options of one request; what is left out (or None) takes its default."""
+
+    #: Needed only where the mesh serves several.
+    model: str | None
+    max_tokens: int | None
+    temperature: float | None
+    #: The same seed gives the same chances. Chosen at random when left out.
+    seed: int | None
+    #: Generation ends before any of these strings.
+    stop: str | Sequence[str] | None
+    #: "interactive", "normal" or "batch".
+    priority: str | None
+    #: The request ends when this is over, whatever it has by then. 0: never.
+    deadline_ms: int | None
+    #: False: the tokens come all together at the end.
+    stream: bool | None
+
+
+def build_request(
+    id: bytes, seed: int, prompt: str, detached: bool, options: Options
+) -> tuple[m.InferenceRequest, bytes]:
+    """The request and its prompt, checked here, so that the caller learns of a mistake at once."""
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(given.keys() - Options.__optional_keys__)
+    if unknown:
+        raise LlamboError(Code.BAD_REQUEST, f"no option is called {unknown[0]!r}")
+    sampling = {name: given.pop(name) for name in ("temperature", "stop") if name in given}
+    if isinstance(sampling.get("stop"), str):
+        sampling["stop"] = [sampling["stop"]]
+    fields = {"seed": seed, **given, "type": "inference_request", "id": id, "detached": detached}
+    try:
+        body = _encode(sampling)
+        _checked_sampling(body)
+        request = _checked(_encode({**fields, "sampling": msgspec.Raw(body)}))
+    except (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError) as error:
+        raise LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}") from error
+    if len(body) > limits.SAMPLING_BYTES:
+        raise LlamboError(Code.BAD_REQUEST, f"sampling options of {len(body)} bytes, {limits.SAMPLING_BYTES} may be")
+    return request, encode_prompt(prompt)
+
+
+def encode_prompt(prompt: str) -> bytes:
+    try:
+        encoded = prompt.encode()
+    except UnicodeEncodeError as error:
+        raise LlamboError(Code.BAD_REQUEST, f"the prompt is not text: {error}") from error
+    if len(encoded) > limits.PROMPT_BYTES:
+        raise LlamboError(Code.TOO_LONG, f"a prompt of {len(encoded)} bytes, {limits.PROMPT_BYTES} are allowed")
+    return encoded
+
+
+__all__ = ["Options", "Unpack", "build_request"]

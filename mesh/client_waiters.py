@@ -1,0 +1,68 @@
+"""Who waits for what, and how a delivery of the core reaches them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from llambo.mesh import client_events as e
+from llambo.mesh import messages as m
+from llambo.mesh.client_stream import Stream
+from llambo.mesh.errors import ErrorInfo, LlamboError
+
+T = TypeVar("T")
+
+
+class Waiters:
+    def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
+        self.streams: dict[bytes, Stream] = {}
+        #: Those who wait for a word about a request without reading it: submits for their place, cancels for the end.
+        self.submits: dict[bytes, asyncio.Future[None]] = {}
+        self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
+        self.questions: dict[int, asyncio.Future[bytes]] = {}
+        self._error_of = error_of
+
+    def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
+        match delivery:
+            case e.Delivered(id, ids, pieces):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.deliver(ids, pieces)
+            case e.Placed(id, ahead, model):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.place(ahead, model)
+                resolve(self.submits.get(id), None)
+            case e.Ended(id, end):
+                if (stream := self.streams.pop(id, None)) is not None:
+                    stream.end(end)
+                resolve(self.submits.get(id), None)
+                resolve(self.cancels.pop(id, None), end)
+            case e.Failed(key, info):
+                self.fail(key, self._error_of(info))
+            case e.Answered(query, data):
+                resolve(self.questions.get(query), data)
+
+    def fail(self, key: bytes | int, error: LlamboError) -> None:
+        if isinstance(key, int):
+            reject(self.questions.get(key), error)
+            return
+        if (stream := self.streams.pop(key, None)) is not None:
+            stream.fail(error)
+        reject(self.submits.get(key), error)
+        reject(self.cancels.pop(key, None), error)
+
+    def fail_all(self, error: LlamboError) -> None:
+        for id in {*self.streams, *self.submits, *self.cancels}:
+            self.fail(id, error)
+        for query in list(self.questions):
+            self.fail(query, error)
+
+
+def resolve(future: asyncio.Future[T] | None, value: T) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def reject(future: asyncio.Future[T] | None, error: LlamboError) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)

@@ -1,0 +1,117 @@
+"""One small error tree, translated once at each edge.
+
+An error knows whose fault it is, its code on the wire, the HTTP status a gateway answers with, whether
+trying again can help, and what the person reading it can do. Cores return `ErrorInfo`; only shells and
+the client raise.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Fault(enum.Enum):
+    """Whose fault an error is, which decides who has to act."""
+
+    CALLER = "caller"  # the request is wrong; sending it again changes nothing
+    MESH = "mesh"  # the mesh cannot do it now; trying again may help
+    PEER = "peer"  # the other end broke the protocol
+
+
+class Code(enum.StrEnum):
+    """The error codes on the wire."""
+
+    BAD_MESSAGE = "bad_message"
+    BAD_VERSION = "bad_version"
+    UNKNOWN_TYPE = "unknown_type"
+    UNKNOWN_SESSION = "unknown_session"
+    NAME_TAKEN = "name_taken"
+    BAD_REQUEST = "bad_request"
+    TOO_LONG = "too_long"
+    UNKNOWN_MODEL = "unknown_model"
+    MODEL_REQUIRED = "model_required"
+    UNKNOWN_REQUEST = "unknown_request"
+    UNKNOWN_WORKER = "unknown_worker"
+    EXPIRED = "expired"
+    BUSY = "busy"
+    NO_WORKER = "no_worker"
+    DEADLINE = "deadline"
+    QUEUE_TIMEOUT = "queue_timeout"
+    ENGINE_FAILED = "engine_failed"
+    NO_BROKER = "no_broker"
+    TIMEOUT = "timeout"
+    BAD_SETTING = "bad_setting"
+    INTERNAL = "internal"
+
+
+class Trait(msgspec.Struct, frozen=True):
+    """What is always true of one error code."""
+
+    fault: Fault
+    http: int
+    retryable: bool
+    hint: str
+
+
+TRAITS: dict[Code, Trait] = {
+    Code.BAD_MESSAGE: Trait(Fault.PEER, 400, False, "the sender broke the protocol; see docs/protocol.md"),
+    Code.BAD_VERSION: Trait(Fault.PEER, 400, False, "install the same llambo release on both ends"),
+    Code.UNKNOWN_TYPE: Trait(Fault.PEER, 400, False, "the other end is older; update it"),
+    Code.UNKNOWN_SESSION: Trait(Fault.PEER, 409, True, "say hello again; the client library does so by itself"),
+    Code.NAME_TAKEN: Trait(Fault.CALLER, 409, False, "choose another --name"),
+    Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "mend the field that is named"),
+    Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
+    Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of the models that are listed"),
+    Code.MODEL_REQUIRED: Trait(Fault.CALLER, 400, False, "name one with --model"),
+    Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo status` lists what runs"),
+    Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),
+    Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was kept for its time and is gone; send again"),
+    Code.BUSY: Trait(Fault.MESH, 429, True, "try again after the time given, or add workers"),
+    Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start one with `llambo-worker`"),
+    Code.DEADLINE: Trait(Fault.MESH, 504, True, "allow more time or ask for fewer tokens"),
+    Code.QUEUE_TIMEOUT: Trait(Fault.MESH, 503, True, "try again later, or add workers"),
+    Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` tells what happened"),
+    Code.NO_BROKER: Trait(Fault.MESH, 503, True, "start one with `llambo-broker` or `llambo up`"),
+    Code.TIMEOUT: Trait(Fault.MESH, 504, True, "try again"),
+    Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "mend the setting that is named"),
+    Code.INTERNAL: Trait(Fault.MESH, 500, False, "this is a bug in llambo; please report it"),
+}
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An error as it travels."""
+
+    code: Code
+    text: str
+    retry_after_ms: int = 0
+
+
+class LlamboError(Exception):
+    """Anything llambo reports. `code` says what it is, `hint` what to do about it."""
+
+    def __init__(self, code: Code, text: str, retry_after_ms: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+        self.retry_after_ms = retry_after_ms
+
+    @classmethod
+    def of(cls, info: ErrorInfo) -> LlamboError:
+        return cls(info.code, info.text, info.retry_after_ms)
+
+    @property
+    def trait(self) -> Trait:
+        return TRAITS[self.code]
+
+    @property
+    def hint(self) -> str:
+        return self.trait.hint
+
+    @property
+    def retryable(self) -> bool:
+        return self.trait.retryable
+
+    def info(self) -> ErrorInfo:
+        return ErrorInfo(self.code, self.text, self.retry_after_ms)

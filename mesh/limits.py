@@ -1,0 +1,54 @@
+"""Every size the protocol bounds, with its unit last in the name.
+
+These are the limits of protocol version 1: both ends rely on them, so they are not settings.
+What an operator may tune (queue length, leases, caps on memory) lives in `llambo.mesh.settings`.
+"""
+
+from __future__ import annotations
+
+#: A request id. Chosen by the client, random, so nobody can guess another one's.
+REQUEST_ID_BYTES = 16
+#: A dispatch id: attempt number (u32) and four random bytes. It is the fence.
+DISPATCH_ID_BYTES = 8
+#: A session id, the proof that a control message belongs to a welcomed link.
+SESSION_ID_BYTES = 8
+#: A client's topic on the token plane. Knowing it is not enough, it must also be granted.
+TOPIC_BYTES = 16
+
+#: Messages bundled in one control message.
+BUNDLE_MESSAGES = 256
+#: The msgpack body of one control message.
+CONTROL_BODY_BYTES = 1024 * 1024
+#: A prompt, as it travels in its own frame.
+PROMPT_BYTES = 4 * 1024 * 1024
+#: Any single frame on the control plane; libzmq drops the peer that sends a longer one.
+CONTROL_FRAME_BYTES = PROMPT_BYTES + 4096
+#: Any single frame on the token plane.
+TOKEN_FRAME_BYTES = 256 * 1024
+#: Chunk bytes in one page of a replay.
+PAGE_BYTES = 256 * 1024
+#: Token chunks in one page of a replay.
+PAGE_CHUNKS = 4096
+#: Tokens in one chunk.
+CHUNK_TOKENS = 4096
+#: The answer to a query, all pages together.
+RESULT_BYTES = 4 * 1024 * 1024
+
+#: Names of workers, clients, models and classes.
+NAME_CHARS = 128
+#: The open part of a request: sampling options the broker passes on unread.
+SAMPLING_BYTES = 64 * 1024
+#: Stop strings per request, and characters in one of them.
+STOP_STRINGS = 16
+STOP_CHARS = 256
+#: The largest `max_tokens` a client may ask for.
+MAX_TOKENS = 131_072
+#: Models one worker may announce.
+MODELS_PER_WORKER = 32
+#: Slots one worker may announce.
+SLOTS_PER_WORKER = 65_536
+#: Chunks kept out of order while a gap before them is repaired.
+STASH_CHUNKS = 64
+
+#: What the broker remembers about one request's life.
+STORY_ENTRIES = 64

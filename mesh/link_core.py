@@ -1,0 +1,274 @@
+"""How a peer joins a broker and stays joined: the core that worker and client share.
+
+A link is one control socket and one token socket to one broker, and each may die alone. So nobody
+sleeps and hopes: a beat goes out on both planes, and what comes back says which of them works.
+
+    worker   publishes beat n on the token plane; the broker echoes the last one it saw on control
+    client   receives beat n on control and on the token plane, and echoes the latter on control
+
+The first proof makes the link UP. Three missing ones make it MENDING: the token socket is rebuilt, and
+until that helps everything is served by REPLAY over control. A silent control plane or an unknown session
+takes the link DOWN, and a new one is opened on fresh sockets.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.codec import NO_SESSION
+
+
+class LinkState(enum.Enum):
+    DOWN = "down"
+    GREETING = "greeting"
+    JOINING = "joining"
+    UP = "up"
+    MENDING = "mending"
+    CLOSED = "closed"
+
+
+#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
+LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
+    LinkState.DOWN: {LinkState.GREETING: "back-off over", LinkState.CLOSED: "left"},
+    LinkState.GREETING: {
+        LinkState.JOINING: "welcome",
+        LinkState.DOWN: "no answer or refused",
+        LinkState.CLOSED: "left",
+    },
+    LinkState.JOINING: {
+        LinkState.UP: "first token-plane proof",
+        LinkState.MENDING: "no proof in time",
+        LinkState.DOWN: "lease out or unknown session",
+        LinkState.CLOSED: "left",
+    },
+    LinkState.UP: {
+        LinkState.MENDING: "three proofs missing",
+        LinkState.DOWN: "lease out or unknown session",
+        LinkState.CLOSED: "left",
+    },
+    LinkState.MENDING: {
+        LinkState.UP: "proof",
+        LinkState.DOWN: "lease out or unknown session",
+        LinkState.CLOSED: "left",
+    },
+    LinkState.CLOSED: {},
+}
+
+#: Token-plane beats that may be missing before the plane counts as down.
+MISSING_BEATS = 3
+#: How long a hello may stay unanswered before it is said again, and before the sockets are replaced.
+HELLO_AGAIN_MS = 500
+GREETING_MS = 5_000
+#: The pause before a new try: doubles from the first to the last.
+BACKOFF_MS = (100, 2_000)
+
+
+# --- orders to the shell -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenControl:
+    """Close whatever this link has open, then connect a fresh control socket."""
+
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTokens:
+    """Connect a fresh token socket to this port of the same host; replace the old one."""
+
+    link: int
+    port: int
+    topic: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    """Close both sockets; what was just sent may still leave."""
+
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send on control, under this session id. Orders of one round travel as one bundle."""
+
+    link: int
+    session: bytes
+    message: m.Message
+    blob: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Publish frames on the token plane."""
+
+    link: int
+    frames: list[bytes]
+
+
+LinkOrder = OpenControl | OpenTokens | CloseLink | Send | Publish
+
+
+class LinkCore:
+    """One link. Its owner passes on what arrives and calls `tick`; orders are appended to `out`."""
+
+    def __init__(self, link: int, hello: Callable[[], m.Message], out: list[LinkOrder]) -> None:
+        self.link = link
+        self.state = LinkState.DOWN
+        self.session = NO_SESSION
+        self.broker = ""
+        self.problem: str = ""
+        self.heartbeat_ms = 200
+        self.lease_ms = 2_000
+        self.beat = 0  # workers: the last number published; clients: the last number seen
+        self.heard_ms = 0
+        self.sessions = 0
+        self._hello = hello
+        self._out = out
+        self._port = 0
+        self._topic = b""
+        self._proof_after = 0
+        self._retry_at = 0
+        self._hello_at = 0
+        self._beat_at = 0
+        self._backoff = BACKOFF_MS[0]
+        self._since = 0
+
+    @property
+    def welcomed(self) -> bool:
+        """The control plane works: requests can be made, if need be served by REPLAY."""
+        return self.state in (LinkState.JOINING, LinkState.UP, LinkState.MENDING)
+
+    @property
+    def up(self) -> bool:
+        return self.state is LinkState.UP
+
+    # --- what arrives ------------------------------------------------------------------------------
+
+    def on_welcome(self, welcome: m.Welcome, now_ms: int) -> bool:
+        """True if it opened a new session."""
+        if self.state is not LinkState.GREETING:
+            return False  # an answer to a hello that was said twice
+        self._step(LinkState.JOINING, now_ms)
+        self.session, self.broker = welcome.session, welcome.broker
+        self.heartbeat_ms, self.lease_ms = max(welcome.heartbeat_ms, 10), max(welcome.lease_ms, 50)
+        self.heard_ms = now_ms
+        self.sessions += 1
+        self._backoff = BACKOFF_MS[0]
+        self._port, self._topic = welcome.token_port, welcome.topic
+        self._beat_at = now_ms
+        self._proof_after = self.beat = 0
+        self._out.append(OpenTokens(self.link, self._port, self._topic))
+        return True
+
+    def on_control(self, session: bytes, now_ms: int) -> bool:
+        """Every control message proves that the broker lives. False: it belongs to an earlier session."""
+        if session != self.session:
+            return False
+        self.heard_ms = now_ms
+        return True
+
+    def on_proof(self, number: int, now_ms: int) -> None:
+        """The token plane works: the broker saw our beat `number` (worker), or we saw its beat (client)."""
+        if number > self._proof_after and self.state in (LinkState.JOINING, LinkState.MENDING):
+            self._step(LinkState.UP, now_ms)
+
+    def on_missing(self, behind: int, now_ms: int) -> None:
+        """The token plane is `behind` beats behind the control plane."""
+        late = behind > MISSING_BEATS
+        if late and self.state in (LinkState.JOINING, LinkState.UP):
+            self._step(LinkState.MENDING, now_ms)
+            self._rebuild(now_ms)
+        elif late and now_ms - self._since >= 5 * self.heartbeat_ms * MISSING_BEATS and self.state is LinkState.MENDING:
+            self._rebuild(now_ms)
+
+    def on_refused(self, text: str, now_ms: int) -> None:
+        """The broker does not know this session, or does not want this peer."""
+        self.problem = text
+        self._down(now_ms)
+
+    # --- time --------------------------------------------------------------------------------------
+
+    def tick(self, now_ms: int) -> bool:
+        """True when a heartbeat is due: the owner composes it, for only the owner knows what it carries."""
+        match self.state:
+            case LinkState.DOWN if now_ms >= self._retry_at:
+                self._step(LinkState.GREETING, now_ms)
+                self._out.append(OpenControl(self.link))
+                self._greet(now_ms)
+            case LinkState.GREETING if now_ms - self._since >= GREETING_MS:
+                self.problem = self.problem or "no answer"
+                self._down(now_ms)
+            case LinkState.GREETING if now_ms >= self._hello_at:
+                self._greet(now_ms)
+            case LinkState.JOINING | LinkState.UP | LinkState.MENDING:
+                if now_ms - self.heard_ms >= self.lease_ms:
+                    self.problem = f"the broker was silent for {self.lease_ms} ms"
+                    self._down(now_ms)
+                elif now_ms >= self._beat_at:
+                    self._beat_at = now_ms + self.heartbeat_ms
+                    return True
+            case _:
+                pass
+        return False
+
+    def next_wakeup_ms(self) -> int:
+        match self.state:
+            case LinkState.DOWN:
+                return self._retry_at
+            case LinkState.GREETING:
+                return min(self._hello_at, self._since + GREETING_MS)
+            case LinkState.CLOSED:
+                return 2**62
+            case _:
+                return min(self._beat_at, self.heard_ms + self.lease_ms)
+
+    def beat_now(self) -> None:
+        """Something changed that the broker should know before the next regular beat."""
+        self._beat_at = 0
+
+    # --- what the owner says -----------------------------------------------------------------------
+
+    def send(self, message: m.Message, blob: bytes | None = None) -> None:
+        self._out.append(Send(self.link, self.session, message, blob))
+
+    def publish_beat(self) -> None:
+        """Workers: put the next beat on the token plane."""
+        self.beat += 1
+        self._out.append(Publish(self.link, [tokens.encode_beat(self.beat, self.session)]))
+
+    def leave(self, reason: str, now_ms: int) -> None:
+        """Say goodbye and close for good."""
+        if self.state is LinkState.CLOSED:
+            return
+        if self.welcomed:
+            self.send(m.Goodbye(reason))
+        self._step(LinkState.CLOSED, now_ms)
+        self._out.append(CloseLink(self.link))
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _step(self, state: LinkState, now_ms: int) -> None:
+        assert state in LINK_STEPS[self.state], f"link cannot go from {self.state} to {state}"
+        self.state, self._since = state, now_ms
+
+    def _greet(self, now_ms: int) -> None:
+        self._hello_at = now_ms + HELLO_AGAIN_MS
+        self._out.append(Send(self.link, NO_SESSION, self._hello()))
+
+    def _rebuild(self, now_ms: int) -> None:
+        self._since = now_ms
+        self._proof_after = self.beat
+        self._out.append(OpenTokens(self.link, self._port, self._topic))
+
+    def _down(self, now_ms: int) -> None:
+        self._step(LinkState.DOWN, now_ms)
+        self.session = NO_SESSION
+        self._retry_at = now_ms + self._backoff
+        self._backoff = min(self._backoff * 2, BACKOFF_MS[1])
+        self._out.append(CloseLink(self.link))

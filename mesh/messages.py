@@ -1,0 +1,323 @@
+"""Everything that is said on the control planes, as types.
+
+Each message is a msgpack map whose `type` is the class name in snake case. Unknown fields are ignored
+and missing ones take their default, so that a field can be added without a new version. docs/protocol.md
+says what each message means and what happens when it is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llambo.mesh import limits
+from llambo.mesh.errors import ErrorInfo
+
+#: The versions of the protocol this release speaks.
+VERSIONS = (1, 1)
+
+RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length=limits.REQUEST_ID_BYTES)]
+DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
+Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
+Count = Annotated[int, Meta(ge=0, le=2**31)]
+Number = Annotated[int, Meta(ge=0, le=2**53)]
+Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Priority = Literal["interactive", "normal", "batch"]
+Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+def _tag(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+class Message(msgspec.Struct, tag_field="type", tag=_tag, omit_defaults=True, frozen=True, gc=False):
+    """Anything that may stand in a control bundle."""
+
+
+# --- joining and staying, both roles -----------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    """The broker's answer to a hello: this is your session, and this is where tokens go."""
+
+    session: bytes
+    token_port: int
+    topic: bytes = b""
+    version: int = 1
+    broker: str = ""
+    heartbeat_ms: int = 200
+    lease_ms: int = 2000
+
+
+class BrokerHeartbeat(Message, frozen=True):
+    """Broker to peer: I am here, I saw your token-plane beat `echo`, and this is how far yours have come."""
+
+    number: Number
+    echo: Number = 0
+    #: To clients: next token index of each request that produces. To workers: empty.
+    progress: dict[RequestId, Count] = {}
+    #: To clients: how many wait before each queued request.
+    waiting: dict[RequestId, Count] = {}
+    #: To workers: the control sequence number of this message.
+    seq: Number = 0
+
+
+class Problem(Message, frozen=True):
+    """Something that was sent cannot be done. With an `id` it ends that request's submission."""
+
+    error: ErrorInfo
+    id: bytes = b""
+    query: Number = 0
+
+
+class Goodbye(Message, frozen=True):
+    """The sender leaves on purpose; nobody has to wait for a lease."""
+
+    reason: str = ""
+
+
+# --- client to broker --------------------------------------------------------------------------------
+
+
+class ClientHello(Message, frozen=True):
+    versions: tuple[int, int] = VERSIONS
+    name: Name = ""
+    software: Name = ""
+
+
+class ClientHeartbeat(Message, frozen=True):
+    """`echo` is the last token-plane beat seen: 0 until the subscription works."""
+
+    echo: Number = 0
+
+
+class InferenceRequest(Message, frozen=True):
+    """Submit a request. Its prompt is this message's extra frame. Sending it again attaches to it."""
+
+    id: RequestId
+    model: Name = ""
+    max_tokens: Annotated[int, Meta(ge=1, le=limits.MAX_TOKENS)] = 256
+    stream: bool = True
+    priority: Priority = "normal"
+    deadline_ms: Milliseconds = 0
+    detached: bool = False
+    seed: Seed | None = None
+    #: How many tokens the sender holds already: 0 for a new request.
+    have: Count = 0
+    #: Options for the engine, passed on unread: a msgpack map, see `Sampling`.
+    sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+
+
+class Attach(Message, frozen=True):
+    """Follow a request that was submitted earlier, from token index `have` on."""
+
+    id: RequestId
+    have: Count = 0
+
+
+class Cancel(Message, frozen=True):
+    """Client to broker, and (with `dispatch`) broker to worker: stop it. The answer is always an End."""
+
+    id: RequestId
+    dispatch: bytes = b""
+
+
+class Replay(Message, frozen=True):
+    """Send these tokens again. Client to broker, and (with `dispatch`) broker to worker. `until` 0: to the end."""
+
+    id: RequestId
+    first: Count
+    until: Count = 0
+    dispatch: bytes = b""
+
+
+class EndAck(Message, frozen=True):
+    """All of these are complete here; forget them. Towards a worker each id is request id + dispatch id."""
+
+    ids: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)]
+
+
+class Query(Message, frozen=True):
+    """Ask about the mesh: status, workers, models, why, events. Answered by `Result` or `Problem`."""
+
+    query: Number
+    what: Name
+    argument: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class DrainWorker(Message, frozen=True):
+    """Give a worker no new work (or, with `undo`, work again)."""
+
+    query: Number
+    worker: Name
+    undo: bool = False
+
+
+# --- broker to client --------------------------------------------------------------------------------
+
+
+class Accepted(Message, frozen=True):
+    """The request is in, and will get an End. `ahead` requests wait before it."""
+
+    id: RequestId
+    ahead: Count = 0
+    model: Name = ""
+
+
+class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What a request cost, in tokens and milliseconds."""
+
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+class End(Message, frozen=True):
+    """A request is over after `count` tokens. Worker to broker, and broker to client; resent until acknowledged."""
+
+    id: RequestId
+    count: Count
+    reason: Reason
+    dispatch: bytes = b""
+    usage: Usage = Usage()
+    error: ErrorInfo | None = None
+    #: To clients: the worker that finished it, how often it moved, and its milliseconds in the queue.
+    worker: Name = ""
+    moves: Count = 0
+    queued_ms: Count = 0
+
+
+class Page(Message, frozen=True):
+    """Part of a transcript, as token chunks in order. `next` is the index after it, `total` what the sender has."""
+
+    id: RequestId
+    first: Count
+    next: Count
+    total: Count
+    chunks: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)]
+    dispatch: bytes = b""
+
+
+class Result(Message, frozen=True):
+    """The answer to a query: msgpack, cut into `pages`."""
+
+    query: Number
+    page: Count
+    pages: Count
+    data: bytes
+
+
+# --- worker to broker --------------------------------------------------------------------------------
+
+
+class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model a worker serves. Streams continue only where the fingerprint is the same."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    fingerprint: Name = ""
+    context_tokens: Count = 0
+
+
+class WorkerHello(Message, frozen=True):
+    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    #: Random, chosen when the process starts: the same worker with another incarnation has restarted.
+    incarnation: bytes
+    models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)]
+    slots: Annotated[int, Meta(ge=1, le=limits.SLOTS_PER_WORKER)]
+    versions: tuple[int, int] = VERSIONS
+    software: Name = ""
+    node_class: Name = ""
+    host: Name = ""
+    pid: Count = 0
+
+
+class WorkerHeartbeat(Message, frozen=True):
+    """What the worker runs, by request id + dispatch id, with the next token index of each.
+
+    `seq` is the highest control sequence number it has received: only a dispatch at or below it can be missing.
+    """
+
+    seq: Number = 0
+    #: The last token-plane beat the worker published, to compare with the one the broker saw.
+    beat: Number = 0
+    claims: dict[bytes, Count] = {}
+    state: Literal["starting", "ready", "draining"] = "ready"
+    #: Tokens per second over the last moments, and what the engine is doing, for people.
+    rate: float = 0.0
+    note: Annotated[str, Meta(max_length=256)] = ""
+    engine_restarts: Count = 0
+
+
+class Accept(Message, frozen=True):
+    """The dispatch has arrived and has a slot."""
+
+    id: RequestId
+    dispatch: DispatchId
+
+
+class Reject(Message, frozen=True):
+    """The dispatch cannot be done here. `final`: nor anywhere else, so the request ends with this error."""
+
+    id: RequestId
+    dispatch: DispatchId
+    error: ErrorInfo
+    final: bool = False
+
+
+class EngineLost(Message, frozen=True):
+    """The engine died with these aboard (request id + dispatch id each); their tokens so far remain valid."""
+
+    runs: Annotated[list[bytes], Meta(max_length=limits.SLOTS_PER_WORKER)]
+    text: Annotated[str, Meta(max_length=1024)] = ""
+
+
+# --- broker to worker --------------------------------------------------------------------------------
+
+
+class Dispatch(Message, frozen=True):
+    """Generate. The prompt is this message's extra frame. `prefix` holds the tokens that exist already."""
+
+    id: RequestId
+    dispatch: DispatchId
+    seq: Number
+    model: Name
+    max_tokens: Count
+    seed: Seed
+    prefix: list[int] = []
+    deadline_ms: Milliseconds = 0
+    sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+
+
+class Drain(Message, frozen=True):
+    """Take no new work; finish what runs. `undo` ends it."""
+
+    undo: bool = False
+
+
+# --- inside the opaque part --------------------------------------------------------------------------
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Options for the engine. The broker never reads them; the worker refuses what it cannot do."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.8
+    stop: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=limits.STOP_CHARS)]],
+        Meta(max_length=limits.STOP_STRINGS),
+    ] = []
+
+
+ClientToBroker = (
+    ClientHello | ClientHeartbeat | InferenceRequest | Attach | Cancel | Replay | EndAck | Query | DrainWorker | Goodbye
+)
+BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
+WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Goodbye
+BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Cancel | Replay | EndAck | Drain | Problem | Goodbye
+
+#: The messages that bring an extra frame of their own.
+WITH_BLOB = (InferenceRequest, Dispatch)

@@ -1,0 +1,267 @@
+"""Every setting there is: one table for flags, environment variables and `llambo.toml`.
+
+A setting is called the same everywhere: `queue_bytes` under `[broker]` in the file is `--queue-bytes` on
+the command line and `LLAMBO_QUEUE_BYTES` in the environment. The few exceptions say so in their row.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+Value = str | int | float | bool
+
+_MIB = 1024 * 1024
+_BYTE_UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": _MIB, "GIB": 1024 * _MIB}
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class Kind(Enum):
+    """What a value is; the text is what `--help` shows in its place."""
+
+    TEXT = "TEXT"
+    NUMBER = "NUMBER"
+    REAL = "REAL"
+    MS = "MS"
+    BYTES = "BYTES"
+    SWITCH = "YES/NO"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row of the table. `key` names it in its section of the file; flag and variable follow from the names."""
+
+    name: str
+    section: str
+    kind: Kind
+    default: Value
+    help: str
+    roles: frozenset[str]
+    key: str
+    flag: str
+    env: str
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = math.inf
+
+    @property
+    def metavar(self) -> str:
+        return "|".join(self.choices) or self.kind.value
+
+    def parse(self, raw: Any) -> Value:
+        """The value that `raw` stands for, typed (from a file) or as text. ValueError says what was expected."""
+        value = _PARSERS[self.kind](raw)
+        if self.choices and value not in self.choices:
+            raise ValueError(f"expected one of {', '.join(self.choices)}")
+        if not isinstance(value, str) and not self.low <= value <= self.high:
+            raise ValueError(f"expected {self._range()}")
+        return value
+
+    def show(self, value: Value) -> str:
+        """The value as a person would write it."""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if self.kind is Kind.BYTES and isinstance(value, int):
+            return _show_bytes(value)
+        return str(value)
+
+    def _range(self) -> str:
+        if math.isinf(self.high):
+            return f"at least {self.low:g}"
+        return f"{self.low:g} to {self.high:.12g}"
+
+
+# --- reading values ----------------------------------------------------------------------------------
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError("expected text")
+    return raw
+
+
+def _whole(raw: Any, what: str = "a whole number") -> int:
+    try:
+        if isinstance(raw, str):
+            return int(raw)
+    except ValueError:
+        pass
+    # True is an int to Python, but not to the person who wrote `port = true`.
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    raise ValueError(f"expected {what}")
+
+
+def _real(raw: Any) -> float:
+    try:
+        if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) and math.isfinite(float(raw)):
+            return float(raw)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("expected a number")
+
+
+def _switch(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.lower() in _YES + _NO:
+        return raw.lower() in _YES
+    raise ValueError("expected yes or no")
+
+
+def _bytes(raw: Any) -> int:
+    if isinstance(raw, str):
+        found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", raw)
+        if found and found[2].upper() in _BYTE_UNITS:
+            return int(found[1]) * _BYTE_UNITS[found[2].upper()]
+    return _whole(raw, "a size such as 65536, 512KiB, 64MiB or 2GiB")
+
+
+def _show_bytes(value: int) -> str:
+    for unit, size in (("GiB", 1024 * _MIB), ("MiB", _MIB), ("KiB", 1024)):
+        if value and value % size == 0:
+            return f"{value // size}{unit}"
+    return str(value)
+
+
+_PARSERS: dict[Kind, Callable[[Any], Value]] = {
+    Kind.TEXT: _text,
+    Kind.NUMBER: _whole,
+    Kind.REAL: _real,
+    Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
+    Kind.BYTES: _bytes,
+    Kind.SWITCH: _switch,
+}
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def _row(
+    where: str,
+    kind: Kind,
+    default: Value,
+    text: str,
+    *,
+    roles: str = "",
+    name: str = "",
+    env: str = "",
+    flag: str = "",
+    choices: tuple[str, ...] = (),
+    low: float = 0,
+    high: float = math.inf,
+) -> Setting:
+    """`where` is "section.key"; the rest is derived from it unless it is given."""
+    section, key = where.split(".")
+    name = name or key
+    return Setting(
+        name=name,
+        section=section,
+        kind=kind,
+        default=default,
+        help=text,
+        roles=frozenset((roles or section).split()),
+        key=key,
+        flag="--" + (flag or key).replace("_", "-"),
+        env="LLAMBO_" + (env or name).upper(),
+        choices=choices,
+        low=low,
+        high=high,
+    )
+
+
+def _fake(
+    key: str,
+    kind: Kind,
+    default: Value,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float = 0,
+    high: float = math.inf,
+) -> Setting:
+    # Its knobs would read as settings of the real engine, so they wear a prefix wherever there are no sections.
+    name = f"fake_{key}"
+    where = f"fake.{key}"
+    return _row(where, kind, default, text, roles="worker", name=name, flag=name, choices=choices, low=low, high=high)
+
+
+#: Longest duration: about a month, which catches a value given in microseconds.
+_LONGEST_MS = 31 * 86_400_000
+_ALL = "broker worker client"
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_MESH = (
+    _row("mesh.broker", Kind.TEXT, "tcp://127.0.0.1:7330", "address of the broker", roles="worker client"),
+    _row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
+)
+_BROKER = (
+    _row("broker.name", Kind.TEXT, "broker", "name of this broker", name="broker_name"),
+    _row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
+    # Three more ports follow it, so the last usable one is 65532.
+    _row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any that are free", high=65_532),
+    _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen: least-loaded, round-robin or random"),
+    _row("broker.queue_requests", Kind.NUMBER, 1_000, "requests that may wait; more are refused as busy", low=1),
+    _row("broker.queue_bytes", Kind.BYTES, 64 * _MIB, "prompts that may wait, together", low=1024),
+    _row("broker.queue_ms", Kind.MS, 600_000, "longest wait in the queue", low=1, high=_LONGEST_MS),
+    _row("broker.transcript_bytes", Kind.BYTES, 256 * _MIB, "tokens kept for running requests, together", low=_MIB),
+    _row("broker.detached_bytes", Kind.BYTES, 64 * _MIB, "finished detached results kept, together"),
+    _row("broker.detached_ms", Kind.MS, 3_600_000, "how long a detached result is kept", high=_LONGEST_MS),
+    _row("broker.hold_ms", Kind.MS, 30_000, "how long a request waits when no worker has its model", high=_LONGEST_MS),
+    _row("broker.heartbeat_ms", Kind.MS, 200, "pause between two heartbeats", low=10, high=60_000),
+    _row("broker.ping_ms", Kind.MS, 100, "pause between two tries to reach a worker", low=10, high=60_000),
+    _row("broker.lease_ms", Kind.MS, 2_000, "a worker silent for so long is given up", low=100, high=_LONGEST_MS),
+    _row("broker.client_lease_ms", Kind.MS, 10_000, "a client silent for so long is gone", low=100, high=_LONGEST_MS),
+    _row("broker.reconnect_grace_ms", Kind.MS, 300, "a worker cut off for so long is given up", high=_LONGEST_MS),
+    _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
+)
+_WORKER = (
+    _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
+    _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=65_536),
+    _row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
+    _row("worker.engine", Kind.TEXT, "fake", "what makes the tokens"),
+    _row("worker.model", Kind.TEXT, "", "what it serves; the fake engine takes any name"),
+    _row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
+    _row("worker.stall_ms", Kind.MS, 10_000, "an engine without progress for so long is killed", low=1),
+)
+_CLIENT = (
+    _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
+    _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=1_000_000),
+    _row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token", high=100),
+    _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
+    _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
+)
+_FAKE = (
+    _fake("style", Kind.TEXT, "plain", "plain: a token follows from the prompt; wander: from the token before it",
+          choices=("plain", "wander")),
+    _fake("ttft_ms", Kind.MS, 0, "time to the first token", high=_LONGEST_MS),
+    _fake("tokens_per_s", Kind.REAL, 0.0, "tokens per second of each stream; 0 is as fast as it can"),
+    _fake("jitter_ms", Kind.MS, 0, "each step takes up to this much longer", high=_LONGEST_MS),
+    _fake("burst", Kind.NUMBER, 1, "tokens in a chunk: 1 to this many", low=1, high=4_096),
+    _fake("utf8_split", Kind.SWITCH, False, "cut characters across tokens now and then"),
+    _fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0 runs to the limit"),
+    _fake("context_tokens", Kind.NUMBER, 0, "longest prompt and answer together; 0 is no limit"),
+    _fake("crash_at", Kind.NUMBER, 0, "die after this many tokens; 0 never"),
+    _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
+    _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
+    _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
+)  # fmt: skip
+
+TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE
+BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
+BY_ENV: dict[str, list[Setting]] = {
+    env: [setting for setting in TABLE if setting.env == env] for env in sorted({setting.env for setting in TABLE})
+}
+SECTIONS: dict[str, dict[str, Setting]] = {
+    section: {setting.key: setting for setting in TABLE if setting.section == section}
+    for section in ("mesh", "broker", "worker", "client", "fake")
+}
+
+
+def of_roles(*roles: str) -> list[Setting]:
+    """The settings that matter to any of these roles, in the order of the table."""
+    return [setting for setting in TABLE if setting.roles & set(roles)]

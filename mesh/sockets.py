@@ -1,0 +1,88 @@
+"""The only place where sockets are made. Every option that matters is set here, on purpose.
+
+Left to its defaults libzmq queues for peers that are gone, lingers for ever at exit, accepts messages of
+any size and does not notice a cut cable.
+"""
+
+from __future__ import annotations
+
+import socket as pysocket
+from urllib.parse import urlsplit
+
+import zmq
+
+from llambo.mesh import limits
+from llambo.mesh.errors import Code, LlamboError
+
+#: Messages a socket queues for one peer, by plane.
+CONTROL_HWM = 10_000
+TOKEN_HWM = 100_000
+#: ZMTP heartbeats notice a cut cable. They are answered by libzmq's own thread: they prove a host, not a process.
+PING_MS = 500
+PING_TIMEOUT_MS = 1_500
+RECONNECT_MS = (20, 1_000)
+#: How long a closing socket may take to hand over its last messages.
+LINGER_MS = 200
+#: How long a peer may take to shake hands.
+HANDSHAKE_MS = 5_000
+
+DEFAULT_PORT = 7330
+#: Where the other three sockets of a broker are, counted from its client port.
+WORKER_OFFSET, TOKENS_IN_OFFSET, TOKENS_OUT_OFFSET = 1, 2, 3
+
+
+def make(context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_frame: int) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.linger = LINGER_MS
+    socket.sndhwm = socket.rcvhwm = hwm
+    socket.setsockopt(zmq.MAXMSGSIZE, max_frame)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, PING_TIMEOUT_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+    if kind == zmq.ROUTER:
+        # Without it a message for a peer that is gone disappears silently.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    if kind == zmq.XPUB:
+        # A repeated subscription is news too: it means that a peer came back.
+        socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+    return socket
+
+
+def control(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = CONTROL_HWM) -> zmq.Socket[bytes]:
+    return make(context, kind, hwm=hwm, max_frame=limits.CONTROL_FRAME_BYTES)
+
+
+def token(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = TOKEN_HWM) -> zmq.Socket[bytes]:
+    return make(context, kind, hwm=hwm, max_frame=limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES)
+
+
+def split(address: str) -> tuple[str, int]:
+    """Host and port of `tcp://host[:port]` or `host[:port]`."""
+    text = address if "://" in address else f"tcp://{address}"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise LlamboError(Code.BAD_SETTING, f"{address!r} is not an address: {error}") from error
+    if parts.scheme != "tcp" or not host or parts.path or parts.query:
+        raise LlamboError(Code.BAD_SETTING, f"{address!r} is not an address like tcp://host:{DEFAULT_PORT}")
+    return host, DEFAULT_PORT if port is None else port
+
+
+def resolve(address: str, offset: int = 0) -> tuple[str, int]:
+    """One IP address for all sockets of a link: two sockets of one link must not reach two hosts."""
+    host, port = split(address)
+    try:
+        found = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
+    except OSError as error:
+        raise LlamboError(Code.NO_BROKER, f"{host!r} cannot be resolved: {error}") from error
+    return str(found[0][4][0]), port + offset
+
+
+def endpoint(ip: str, port: int) -> str:
+    return f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}"

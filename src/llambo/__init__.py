@@ -1,0 +1,47 @@
+"""llambo: a worker mesh for llama.cpp. `from llambo import Client` is the door.
+
+What is named here is public; it is loaded when it is first used, so that importing llambo costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llambo.mesh.client import Answer, Client, Piece, Stream
+    from llambo.mesh.errors import LlamboError
+    from llambo.mesh.sync_client import SyncClient, SyncStream
+
+    __version__: str
+
+_HOME = {
+    "Answer": "llambo.mesh.client",
+    "Client": "llambo.mesh.client",
+    "LlamboError": "llambo.mesh.errors",
+    "Piece": "llambo.mesh.client",
+    "Stream": "llambo.mesh.client",
+    "SyncClient": "llambo.mesh.sync_client",
+    "SyncStream": "llambo.mesh.sync_client",
+}
+
+__all__ = ["Answer", "Client", "LlamboError", "Piece", "Stream", "SyncClient", "SyncStream", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        raise AttributeError(f"module 'llambo' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    try:
+        return version("llambo")
+    except PackageNotFoundError:
+        return "0+unknown"  # run from a checkout that was never installed

@@ -1,0 +1,28 @@
+"""Processes in tests: whose children they are, and whether they are gone. Waits are for events, with a deadline."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+
+def children(pid: int) -> list[int]:
+    """The processes that this one has started, in whichever of its threads."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += map(int, task.read_text().split())
+    return found
+
+
+def wait_until_gone(pid: int, timeout_s: float) -> None:
+    """Any process, not only our own child. A zombie counts as gone."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        readable, _, _ = select.select([fd], [], [], timeout_s)
+    finally:
+        os.close(fd)
+    assert readable, f"process {pid} still lives after {timeout_s} s: {Path(f'/proc/{pid}/status').read_text()}"

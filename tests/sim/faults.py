@@ -1,0 +1,79 @@
+"""What may go wrong, and how often: the documented fault model of the simulator.
+
+    token plane    frames are lost, repeated and reordered at random
+    control plane  order is kept; a cut loses everything in flight, and in harsh runs 30 % of bundles are lost too
+    links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
+    processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
+                   and hang; clients vanish
+    clocks         every node's clock is off by its own, large, amount
+
+One run in eight is calm: no faults at all, so that work done for nothing shows. After `FAULTS_END_MS` all
+faults are off, whoever is to come back comes back, and from then on progress is owed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+#: Faults may begin until then; all are over by then.
+FAULTS_END_MS = 6_000
+#: By then everything must have ended, every END be acknowledged, every worker be idle.
+SETTLED_MS = 40_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run's faults, all drawn from its seed."""
+
+    calm: bool
+    harsh: bool
+    token_loss: float
+    token_repeat: float
+    token_late: float
+    control_loss: float
+    workers: int
+    clients: int
+    requests: int
+    style: str
+    burst: int
+    engine_crashes: bool
+    engine_hangs: bool
+    #: (at, kind, who, how long)
+    incidents: tuple[tuple[int, str, int, int], ...]
+
+
+WORKER_INCIDENTS = ("crash", "power loss", "freeze", "cut", "partition", "tokens down", "engine crash", "leave")
+CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze")
+
+
+def draw(random: Random) -> Plan:
+    calm = random.random() < 0.125
+    harsh = not calm and random.random() < 0.3
+    workers = random.randint(2, 4)
+    clients = random.randint(1, 3)
+    incidents: list[tuple[int, str, int, int]] = []
+    for _ in range(0 if calm else random.randint(0, 6)):
+        at = random.randint(200, FAULTS_END_MS - 1_500)
+        length = random.choice((30, 200, 700, 1_400))
+        if random.random() < 0.75:
+            incidents.append((at, random.choice(WORKER_INCIDENTS), random.randrange(workers), length))
+        else:
+            incidents.append((at, "client " + random.choice(CLIENT_INCIDENTS), random.randrange(clients), length))
+    lossy = not calm and random.random() < 0.7
+    return Plan(
+        calm=calm,
+        harsh=harsh,
+        token_loss=random.choice((0.01, 0.05, 0.2)) if lossy else 0.0,
+        token_repeat=random.choice((0.0, 0.02)) if lossy else 0.0,
+        token_late=random.choice((0.0, 0.05)) if lossy else 0.0,
+        control_loss=0.3 if harsh else 0.0,
+        workers=workers,
+        clients=clients,
+        requests=random.randint(4, 14),
+        style="plain" if random.random() < 0.1 else "wander",
+        burst=random.choice((1, 1, 3)),
+        engine_crashes=not calm and random.random() < 0.15,
+        engine_hangs=not calm and random.random() < 0.1,
+        incidents=tuple(incidents),
+    )

@@ -1,0 +1,156 @@
+"""What really happened in a run, written down while it runs and judged afterwards.
+
+The checker knows nothing of how the mesh works. From the recorded dispatches and the fake engine's arithmetic
+it can tell for every token whether it may follow its predecessor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, ErrorInfo
+from llambo.worker.fake_tokens import START, answer_length, base_of, piece_of, plain_base, plain_next, wander_next
+
+
+@dataclass
+class Wanted:
+    """A request as its client meant it."""
+
+    message: m.InferenceRequest
+    prompt: bytes
+    answer_tokens: int
+    cancelled: bool = False
+    #: Its client went away, on purpose: it may end, or not be heard of again.
+    abandoned: bool = False
+
+
+@dataclass
+class Heard:
+    """What one client heard of one request."""
+
+    ids: list[int] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    placed: bool = False
+    end: m.End | None = None
+    error: ErrorInfo | None = None
+    after_end: int = 0
+    ends: int = 0
+
+
+class History:
+    def __init__(self, style: str) -> None:
+        self.style = style
+        self.wanted: dict[bytes, Wanted] = {}
+        self.heard: dict[tuple[str, bytes], Heard] = {}
+        self.dispatches: dict[bytes, list[m.Dispatch]] = {}
+        self.tokens = 0
+
+    # --- writing -------------------------------------------------------------------------------------
+
+    def dispatched(self, running: dict[bytes, Any], message: m.Dispatch) -> None:
+        self.dispatches.setdefault(message.id, []).append(message)
+
+    def delivered(self, client: str, id: bytes, ids: list[int], pieces: list[bytes], now_ms: int) -> None:
+        heard = self._of(client, id)
+        if heard.ends:
+            heard.after_end += len(ids)
+        heard.ids += ids
+        heard.pieces += pieces
+        self.tokens += len(ids)
+
+    def placed(self, client: str, id: bytes) -> None:
+        self._of(client, id).placed = True
+
+    def ended(self, client: str, id: bytes, end: m.End, now_ms: int) -> None:
+        heard = self._of(client, id)
+        heard.end = end
+        heard.ends += 1
+
+    def failed(self, client: str, id: bytes, error: ErrorInfo, now_ms: int) -> None:
+        heard = self._of(client, id)
+        heard.error = error
+        heard.ends += 1
+
+    def expect(self, client: str, id: bytes) -> None:
+        self._of(client, id)
+
+    def _of(self, client: str, id: bytes) -> Heard:
+        return self.heard.setdefault((client, id), Heard())
+
+    # --- judging -------------------------------------------------------------------------------------
+
+    def judge(self, gone: set[str]) -> list[str]:
+        """All that is wrong. `gone`: clients that vanished, to whom nothing is owed."""
+        wrong: list[str] = []
+        for (client, id), heard in self.heard.items():
+            for problem in self._judge_one(client in gone, self.wanted[id], id, heard):
+                wrong.append(f"{problem} [{client}, request {id.hex()[:8]}]")
+        return wrong
+
+    def _judge_one(self, gone: bool, wanted: Wanted, id: bytes, heard: Heard) -> list[str]:
+        wrong = []
+        if heard.after_end:
+            wrong.append(f"duplicated: {heard.after_end} tokens after the END")
+        if heard.ends > 1:
+            wrong.append(f"duplicated: {heard.ends} ENDs")
+        if (at := self._first_wrong(wanted, id, heard.ids)) is not None:
+            wrong.append(f"wrong: token {at} does not follow from its predecessor")
+        if heard.pieces != [piece_of(i) for i in heard.ids]:
+            wrong.append("wrong: the text does not belong to the tokens")
+        if gone:
+            return wrong
+        if not heard.ends:
+            wrong.append("stuck: it never ended")
+        elif heard.end is not None:
+            wrong += self._judge_end(wanted, heard, heard.end)
+        elif heard.error is not None and not self._may_fail(wanted, heard.error):
+            wrong.append(f"failed: {heard.error.code}: {heard.error.text}")
+        return wrong
+
+    def _judge_end(self, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
+        if not wanted.cancelled and len(heard.ids) != end.count:
+            return [f"lost: {len(heard.ids)} of {end.count} tokens were delivered"]
+        if end.reason == "cancelled":
+            return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though nobody asked for it"]
+        if end.reason == "deadline":
+            return [] if wanted.message.deadline_ms else ["failed: deadline, though it has none"]
+        if end.error is not None:
+            return [f"failed: {end.error.code}: {end.error.text}"]
+        length, reason = self._length(wanted)
+        if (end.count, end.reason) != (length, reason):
+            return [f"lost: ended after {end.count} tokens by {end.reason}, should be {length} by {reason}"]
+        return []
+
+    def _length(self, wanted: Wanted) -> tuple[int, str]:
+        limit, mean = wanted.message.max_tokens, wanted.answer_tokens
+        seed = wanted.message.seed
+        assert seed is not None
+        natural = answer_length(seed, wanted.prompt, mean) if mean else limit + 1
+        return (natural, "stop") if natural <= limit else (limit, "length")
+
+    @staticmethod
+    def _may_fail(wanted: Wanted, error: ErrorInfo) -> bool:
+        if error.code in (Code.UNKNOWN_REQUEST, Code.EXPIRED):
+            # An attach or a cancel that came after the end had been acknowledged.
+            return wanted.cancelled or wanted.abandoned
+        return error.code is Code.BUSY
+
+    def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:
+        """The index of the first token that no recorded dispatch can have said there."""
+        if self.style == "plain":
+            base = plain_base(wanted.message.seed or 0, wanted.prompt)
+            return next((i for i, token in enumerate(ids) if token != plain_next(base, i)), None)
+        made = self.dispatches.get(id, [])
+        bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
+        current, previous = 0, START
+        for index, token in enumerate(ids):
+            while current < len(bases) and wander_next(bases[current], previous) != token:
+                current += 1  # from here on a later dispatch speaks
+                if current < len(made) and made[current].prefix[:index] != ids[:index]:
+                    return index
+            if current == len(bases):
+                return index
+            previous = token
+        return None

@@ -1,0 +1,82 @@
+"""The simulator's teeth: each guard of the delivery rules can be taken out of the real source, one at a time.
+
+A guard is named here with the line that holds it and what stands there without it. `install` puts the changed
+module in place before anything imports it. Each removal must be noticed within 1,000 seeds; see test_teeth.py.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Guard(NamedTuple):
+    module: str
+    with_it: str
+    without_it: str
+
+
+_DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
+_CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
+
+GUARDS: dict[str, Guard] = {
+    "fence": Guard(
+        _DELIVERY,
+        "request = running.get(frame[1:_KEY_END])",
+        "request = running.get(frame[1:_KEY_END]) or state.requests.get(frame[1:17])",
+    ),
+    "index": Guard(_DELIVERY, "if first != transcript.next_index or flags or", "if flags or"),
+    "trim": Guard(_DELIVERY, "if first < transcript.next_index:", "if False:"),
+    "append before forward": Guard(
+        _DELIVERY,
+        "elif first > have:\n",
+        "elif first > have:\n        out.extend(topic + frame for topic in request.topics)\n",
+    ),
+    "end on control": Guard(
+        _ENDING, "    state.out.append(ToClient(client.route, client.session, ended.end))", "    pass"
+    ),
+    "end acknowledgement": Guard(
+        _ENDING, "    state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))", "    pass"
+    ),
+    "claimed-set requeue": Guard(_MEMBERSHIP, _CLAIMED, "if False]"),
+    "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
+    "lease": Guard(_MEMBERSHIP, "if now_ms - worker.heard_at >= state.config.lease_ms:", "if False:"),
+    "dedup of submits": Guard(
+        "llambo.broker.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
+    ),
+    "transcript in the re-dispatch": Guard(
+        "llambo.broker.dispatching", "prefix = request.transcript.ids()", "prefix: list[int] = []"
+    ),
+}
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.path = ROOT / (guard.module.removeprefix("llambo.").replace(".", "/") + ".py")
+
+    def find_spec(
+        self, name: str, path: object = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.guard.module:
+            return None
+        return importlib.util.spec_from_loader(name, self, origin=str(self.path))
+
+    def exec_module(self, module: ModuleType) -> None:
+        source = self.path.read_text()
+        assert source.count(self.guard.with_it) == 1, f"the guard is not where it was: {self.guard}"
+        changed = source.replace(self.guard.with_it, self.guard.without_it)
+        exec(compile(changed, str(self.path), "exec"), module.__dict__)
+
+
+def install(name: str) -> None:
+    guard = GUARDS[name]
+    assert guard.module not in sys.modules, "too late: the module has been imported"
+    sys.meta_path.insert(0, _Changed(guard))

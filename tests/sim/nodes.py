@@ -1,0 +1,348 @@
+"""The shells of the simulator: each runs a real core, in virtual time, over virtual sockets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from llambo.broker import events as b
+from llambo.broker.actions import Publish as BrokerPublish
+from llambo.broker.actions import ToClient, ToWorker
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.broker.invariants import check
+from llambo.mesh import client_events as c
+from llambo.mesh import limits
+from llambo.mesh import link_core as lc
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.client_core import ClientCore
+from llambo.worker import actions as wa
+from llambo.worker import events as w
+from llambo.worker.config import WorkerConfig
+from llambo.worker.core import WorkerCore
+from llambo.worker.fake import FakeEngine
+from llambo.worker.identity import Identity
+from tests.sim.clock import Clock
+from tests.sim.history import History
+from tests.sim.network import Bundle, Network, Wire
+
+
+class Node:
+    """A process: its clock is off, it may freeze, and it wakes when its core wants to."""
+
+    def __init__(self, clock: Clock, skew_ms: int) -> None:
+        self.clock = clock
+        self.skew_ms = skew_ms
+        self.alive = True
+        self.frozen = False
+        self._inbox: list[Any] = []
+        self._wake_at = 2**62
+
+    @property
+    def now_ms(self) -> int:
+        return self.clock.now_ms + self.skew_ms
+
+    def happen(self, event: Any) -> None:
+        if not self.alive:
+            return
+        if self.frozen:
+            self._inbox.append(event)
+            return
+        self.perform(self.handle(event))
+        self.plan_wakeup()
+
+    def plan_wakeup(self) -> None:
+        due = max(self.wakeup() - self.skew_ms, self.clock.now_ms + 1)
+        if due < self._wake_at:
+            self._wake_at = due
+            self.clock.at(due, lambda: self._wake(due))
+
+    def freeze(self, length_ms: int) -> None:
+        self.frozen = True
+        self.clock.after(length_ms, self.thaw)
+
+    def thaw(self) -> None:
+        """Everything that arrived meanwhile is read at once, as from a socket's buffer."""
+        self.frozen = False
+        inbox, self._inbox = self._inbox, []
+        for event in inbox:
+            self.happen(event)
+        self._wake_at = 2**62
+        if self.alive:
+            self.plan_wakeup()
+
+    def _wake(self, due: int) -> None:
+        if due != self._wake_at:
+            return
+        self._wake_at = 2**62
+        if self.alive and not self.frozen:
+            self.happen(self.tick())
+
+    def handle(self, event: Any) -> list[Any]:
+        raise NotImplementedError
+
+    def perform(self, actions: list[Any]) -> None:
+        raise NotImplementedError
+
+    def wakeup(self) -> int:
+        raise NotImplementedError
+
+    def tick(self) -> Any:
+        raise NotImplementedError
+
+
+class BrokerNode(Node):
+    def __init__(
+        self, clock: Clock, skew_ms: int, config: BrokerConfig, random: Random, network: Network, history: History
+    ) -> None:
+        super().__init__(clock, skew_ms)
+        self.core = BrokerCore(config, random.randbytes)
+        self.network = network
+        self.history = history
+        self.check_every = 1
+        self._events = 0
+        network.to_broker = self._control
+        network.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
+
+    def _control(self, wire: Wire, route: bytes, bundle: Bundle) -> None:
+        said = b.WorkerSaid if wire.to_worker else b.ClientSaid
+        self.happen(said(route, bundle[0], bundle[1]))
+
+    def handle(self, event: Any) -> list[Any]:
+        actions = self.core.handle(event, self.now_ms)
+        self._events += 1
+        if self._events % self.check_every == 0:
+            check(self.core)
+        return actions
+
+    def perform(self, actions: list[Any]) -> None:
+        bundles: dict[tuple[bytes, bytes, bool], list[tuple[Any, bytes]]] = {}
+        for action in actions:
+            if isinstance(action, BrokerPublish):
+                for frame in action.frames:
+                    self._publish(frame)
+                continue
+            to_worker = isinstance(action, ToWorker)
+            blob = (action.blob or b"") if isinstance(action, ToWorker) else b""
+            if isinstance(action.message, m.Dispatch):
+                self.history.dispatched(self.core.state.running, action.message)
+            bundles.setdefault((action.route, action.session, to_worker), []).append((action.message, blob))
+        for (route, session, to_worker), messages in bundles.items():
+            wire = self.network.routes.get(route)
+            if wire is not None:
+                wire.deliver((session, messages))
+            else:
+                self.clock.after(1, lambda r=route, t=to_worker: self.happen(b.RouteGone(r, t)))  # type: ignore[misc]
+
+    def _publish(self, frame: bytes) -> None:
+        wire = self.network.topics.get(frame[: limits.TOPIC_BYTES])
+        if wire is not None and wire.tokens_open and not wire.tokens_dead:
+            self.network.token(wire, frame[limits.TOPIC_BYTES :], up=False)
+
+    def subscribe(self, wire: Wire) -> None:
+        self.network.topics[wire.topic] = wire
+        self.happen(b.Subscribed(wire.topic))
+
+    def wakeup(self) -> int:
+        return self.core.next_wakeup_ms()
+
+    def tick(self) -> Any:
+        return b.Tick()
+
+
+class Peer(Node):
+    """What a worker and a client have in common: one link."""
+
+    def __init__(self, clock: Clock, skew_ms: int, wire: Wire) -> None:
+        super().__init__(clock, skew_ms)
+        self.wire = wire
+        wire.from_broker = self._control
+
+    def _control(self, bundle: Bundle) -> None:
+        raise NotImplementedError
+
+    def perform_link(self, orders: list[Any]) -> None:
+        """As the real shell does: what one round orders for one session is one bundle."""
+        outbox: list[tuple[Any, bytes]] = []
+        session = b""
+        for order in orders:
+            match order:
+                case lc.Send(_, to, message, blob):
+                    if to != session and outbox:
+                        self.wire.say((session, outbox))
+                        outbox = []
+                    session = to
+                    outbox.append((message, blob or b""))
+                case lc.Publish(_, frames):
+                    self.wire.publish(frames)
+                case lc.OpenControl():
+                    self.wire.connect()
+                case lc.OpenTokens(_, _, topic):
+                    self.wire.open_tokens(topic)
+                case lc.CloseLink():
+                    if outbox:
+                        self.wire.say((session, outbox))
+                        outbox = []
+                    self.clock.after(10, self._close_unless_reopened(self.wire.route))
+                case _:
+                    self.perform_other(order)
+        if outbox:
+            self.wire.say((session, outbox))
+
+    def _close_unless_reopened(self, route: bytes) -> Callable[[], None]:
+        def close() -> None:
+            if self.wire.route == route:
+                self.wire.close()
+
+        return close
+
+    def perform(self, actions: list[Any]) -> None:
+        self.perform_link(actions)
+
+    def perform_other(self, order: Any) -> None:
+        raise NotImplementedError
+
+    def die(self, *, noticed: bool) -> None:
+        self.alive = False
+        if noticed:
+            self.wire.close()
+        else:
+            # The host lost power: the broker's messages go nowhere, and nothing says so.
+            self.wire.partitioned = True
+
+
+class WorkerNode(Peer):
+    def __init__(self, clock: Clock, skew_ms: int, config: WorkerConfig, random: Random, wire: Wire) -> None:
+        super().__init__(clock, skew_ms, wire)
+        self.config = config
+        self.core = WorkerCore(config, Identity(random.randbytes(8), "sim"))
+        self.engine: FakeEngine | None = None
+        self.engine_deaths = 0
+        self._generation = 0
+        self._step_at = 2**62
+        self.left = False
+
+    def _control(self, bundle: Bundle) -> None:
+        self.happen(w.ControlArrived(0, bundle[0], bundle[1]))
+
+    def handle(self, event: Any) -> list[Any]:
+        return self.core.handle(event, self.now_ms)
+
+    def wakeup(self) -> int:
+        return self.core.next_wakeup_ms()
+
+    def tick(self) -> Any:
+        return w.Ticked()
+
+    def perform_other(self, order: Any) -> None:
+        match order:
+            case wa.SpawnEngine():
+                self.clock.after(20, self._spawn)
+            case wa.KillEngine():
+                self.engine_dies("killed", 2)
+            case wa.StartRun(start):
+                if self.engine is not None:
+                    refused = self.engine.start(start, self.now_ms)
+                    if refused is not None:
+                        self._later(w.EngineRefused(refused.key, refused.error, refused.final))
+                    self._plan_step()
+            case wa.StopRun(key):
+                if self.engine is not None:
+                    self.engine.stop(key)
+            case wa.Exit():
+                self.left = True
+                self.clock.after(50, lambda: self.die(noticed=True))
+            case _:
+                pass  # logs, and READY for a supervisor
+
+    def engine_dies(self, text: str, delay_ms: int = 1) -> None:
+        if self.engine is None and text != "killed":
+            return
+        self.engine = None
+        self.engine_deaths += 1
+        self._generation += 1
+        self._later(w.EngineDied(text), delay_ms)
+
+    def _spawn(self) -> None:
+        if not self.alive:
+            return
+        self.engine = FakeEngine(self.config.fake)
+        self._generation += 1
+        self._step_at = 2**62
+        ready = self.engine.ready()
+        self.happen(w.EngineReady(ready.models, ready.slots, ready.note))
+
+    def _later(self, event: Any, delay_ms: int = 1) -> None:
+        self.clock.after(delay_ms, lambda: self.happen(event))
+
+    def _plan_step(self) -> None:
+        if self.engine is None:
+            return
+        due = max(self.engine.next_wakeup_ms() - self.skew_ms, self.clock.now_ms + 1)
+        if due < self._step_at:
+            self._step_at = due
+            generation = self._generation
+            self.clock.at(due, lambda: self._step(due, generation))
+
+    def _step(self, due: int, generation: int) -> None:
+        """The engine child has a life of its own: it goes on while the agent is frozen."""
+        if due != self._step_at or generation != self._generation or self.engine is None or not self.alive:
+            return
+        self._step_at = 2**62
+        outputs = self.engine.step(self.now_ms)
+        self.happen(w.EngineStep(outputs))
+        if self.engine is not None and self.engine.fault == "crash":
+            self.engine_dies("killed by signal 11")
+        else:
+            self._plan_step()
+
+
+class ClientNode(Peer):
+    def __init__(self, clock: Clock, skew_ms: int, name: str, wire: Wire, history: History) -> None:
+        super().__init__(clock, skew_ms, wire)
+        self.name = name
+        self.core = ClientCore()
+        self.history = history
+        self.duplicates = 0
+        wire.tokens_from_broker = lambda frame: self.happen(c.TokensArrived([frame]))
+
+    def _control(self, bundle: Bundle) -> None:
+        self.happen(c.ControlArrived(bundle[0], bundle[1], []))
+
+    def _count_duplicates(self, frames: list[bytes]) -> None:
+        """Chunks that hold nothing this client has not been given already."""
+        for frame in frames:
+            if frame[:1] == tokens.CHUNK:
+                first, count, _ = tokens.head(frame, tokens.KEY_END)
+                heard = self.history.heard.get((self.name, frame[1 : 1 + limits.REQUEST_ID_BYTES]))
+                self.duplicates += heard is not None and first + count <= len(heard.ids)
+
+    def handle(self, event: Any) -> list[Any]:
+        if isinstance(event, c.TokensArrived):
+            self._count_duplicates(event.frames)
+        elif isinstance(event, c.ControlArrived):
+            for message, _ in event.messages:
+                if isinstance(message, m.Page):
+                    self._count_duplicates(message.chunks)
+        return self.core.handle(event, self.now_ms)
+
+    def wakeup(self) -> int:
+        return self.core.next_wakeup_ms()
+
+    def tick(self) -> Any:
+        return c.Tick()
+
+    def perform_other(self, order: Any) -> None:
+        match order:
+            case c.Delivered(id, ids, pieces):
+                self.history.delivered(self.name, id, ids, pieces, self.clock.now_ms)
+            case c.Ended(id, end):
+                self.history.ended(self.name, id, end, self.clock.now_ms)
+            case c.Failed(key, error) if isinstance(key, bytes):
+                self.history.failed(self.name, key, error, self.clock.now_ms)
+            case c.Placed(id, _, _):
+                self.history.placed(self.name, id)
+            case _:
+                pass

@@ -1,0 +1,50 @@
+"""Runs seeds and adds up what they report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tests.sim.world import Report, World
+
+
+def run_seed(item: tuple[int, int]) -> Report:
+    seed, check_every = item
+    return World(seed, check_every).run()
+
+
+@dataclass
+class Tally:
+    runs: int = 0
+    tokens: int = 0
+    requests: int = 0
+    dispatches: int = 0
+    moves: int = 0
+    duplicates: int = 0
+    stale: int = 0
+    repaired: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    bad: list[Report] = field(default_factory=list)
+
+    def add(self, report: Report) -> None:
+        self.runs += 1
+        for name in ("tokens", "requests", "dispatches", "moves", "duplicates", "stale", "repaired"):
+            setattr(self, name, getattr(self, name) + getattr(report, name))
+        if report.wrong:
+            self.bad.append(report)
+            self.kinds.update(problem.split(":")[0] for problem in report.wrong)
+
+    @property
+    def duplicates_per_token(self) -> float:
+        return self.duplicates / max(1, self.tokens)
+
+    def summary(self, seconds: float) -> str:
+        found = ("lost", "duplicated", "wrong", "stuck", "failed", "disturbed", "broken")
+        return (
+            f"{self.runs} runs, {self.requests} requests, {self.tokens} tokens in {seconds:.1f} s\n"
+            f"{self.dispatches} dispatches, {self.moves} moved ({100 * self.moves / max(1, self.dispatches):.1f} %), "
+            f"{self.stale} stale chunks refused, {self.repaired} repairs, "
+            f"{self.duplicates_per_token:.3f} duplicate frames per token\n"
+            + ", ".join(f"{self.kinds[kind]} {kind}" for kind in found)
+            + f"\n{self.runs - len(self.bad)} passed, {len(self.bad)} failed"
+        )

@@ -1,0 +1,296 @@
+"""One run: a broker, workers and clients, a plan of faults, and the judgement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from llambo.broker.config import BrokerConfig
+from llambo.mesh import client_events as c
+from llambo.mesh import messages as m
+from llambo.worker.config import WorkerConfig
+from llambo.worker.knobs import FakeKnobs
+from tests.sim import faults
+from tests.sim.clock import Clock
+from tests.sim.history import History, Wanted
+from tests.sim.network import Network, Wire
+from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
+
+
+@dataclass
+class Report:
+    seed: int
+    wrong: list[str]
+    tokens: int = 0
+    requests: int = 0
+    dispatches: int = 0
+    moves: int = 0
+    duplicates: int = 0
+    stale: int = 0
+    repaired: int = 0
+    story: list[str] = field(default_factory=list)
+
+
+class World:
+    def __init__(self, seed: int, check_every: int = 1) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.plan = faults.draw(self.random)
+        self.clock = Clock()
+        self.network = Network(self.clock, self.random, self.plan)
+        self.history = History(self.plan.style)
+        self.gone: set[str] = set()
+        self.log: list[str] = []
+        config = BrokerConfig(engine_failures=10**6, hold_ms=10**6, client_lease_ms=4_000, lease_ms=1_500)
+        self.broker = BrokerNode(self.clock, self._skew(), config, self.random, self.network, self.history)
+        self.broker.check_every = check_every
+        self.workers = [self._worker(i) for i in range(self.plan.workers)]
+        self.clients = [self._client(i) for i in range(self.plan.clients)]
+
+    def run(self) -> Report:
+        self.broker.plan_wakeup()
+        for node in (*self.workers, *self.clients):
+            node.plan_wakeup()
+        self._plan_requests()
+        for at, kind, who, length in self.plan.incidents:
+            self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
+        wrong: list[str] = []
+        try:
+            self.clock.run_until(faults.FAULTS_END_MS)
+            self._heal()
+            self.clock.run_until(faults.SETTLED_MS)
+        except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            wrong.append(f"broken: {type(error).__name__}: {error} at {self.clock.now_ms} ms")
+            self.log.append(_where(error))
+        else:
+            wrong += self.history.judge(self.gone)
+            wrong += self._unsettled()
+        return self._report(wrong)
+
+    # --- who is there --------------------------------------------------------------------------------
+
+    def _skew(self) -> int:
+        return self.random.randint(0, 10**9)
+
+    def _worker(self, index: int) -> WorkerNode:
+        plan, random = self.plan, self.random
+        knobs = FakeKnobs(
+            style="plain" if plan.style == "plain" else "wander",
+            slots=random.randint(1, 4),
+            ttft_ms=random.choice((5, 60)),
+            tokens_per_s=random.choice((20, 100, 400)),
+            jitter_ms=random.choice((0, 10)),
+            burst=plan.burst,
+            answer_tokens=self.answer_tokens,
+            crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
+            hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
+        )
+        config = WorkerConfig(name=f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
+        return self._start_worker(config)
+
+    @property
+    def answer_tokens(self) -> int:
+        return 12 if self.seed % 2 else 0
+
+    def _start_worker(self, config: WorkerConfig) -> WorkerNode:
+        wire = Wire(self.network, config.name, to_worker=True)
+        node = WorkerNode(self.clock, self._skew(), config, self.random, wire)
+        wire.on_subscribed = lambda: node.happen(_subscribed())
+        return node
+
+    def _client(self, index: int) -> ClientNode:
+        wire = Wire(self.network, f"c{index}", to_worker=False)
+        wire.on_subscribed = lambda: self.broker.subscribe(wire)
+        return ClientNode(self.clock, self._skew(), f"c{index}", wire, self.history)
+
+    # --- what is asked -------------------------------------------------------------------------------
+
+    def _plan_requests(self) -> None:
+        random = self.random
+        for number in range(self.plan.requests):
+            at = random.randint(150, faults.FAULTS_END_MS - 2_000)
+            client = random.choice(self.clients)
+            message = m.InferenceRequest(
+                random.randbytes(16),
+                "",
+                random.choice((1, 5, 20, 60)),
+                stream=random.random() < 0.8,
+                priority=random.choice(("interactive", "normal", "batch")),
+                deadline_ms=random.choice((0, 0, 0, 0, 500, 20_000)),
+                detached=random.random() < 0.15,
+                seed=random.getrandbits(62),
+            )
+            self.history.wanted[message.id] = Wanted(message, f"prompt {number}".encode(), self.answer_tokens)
+            self.clock.at(at, lambda n=client, q=message: self._submit(n, q))  # type: ignore[misc]
+            if random.random() < 0.15:
+                self.clock.at(at + random.randint(1, 800), lambda n=client, q=message: self._cancel(n, q))  # type: ignore[misc]
+            if random.random() < 0.2:
+                other = random.choice(self.clients)
+                later = at + random.randint(100, 3_000)
+                self.clock.at(later, lambda n=client, o=other, q=message: self._attach(n, o, q))  # type: ignore[misc]
+
+    def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
+        if not client.alive or not self.broker.core.state.models:
+            # Without any worker ever seen the broker refuses at once, and rightly: ask when there is one.
+            if client.alive:
+                self.clock.after(50, lambda: self._submit(client, message))
+            return
+        self.history.expect(client.name, message.id)
+        client.happen(c.Submit(message, self.history.wanted[message.id].prompt))
+
+    def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
+        heard = self.history.heard.get((client.name, message.id))
+        if client.alive and not client.frozen and heard is not None and not heard.ends:
+            self.history.wanted[message.id].cancelled = True
+            client.happen(c.CancelRequest(message.id))
+
+    def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
+        """Another client follows the same request, if the broker knows it by now."""
+        state = self.broker.core.state
+        if other is client or not other.alive or message.id not in state.requests:
+            return
+        self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
+        self.history.expect(other.name, message.id)
+        other.happen(c.AttachTo(message.id))
+
+    # --- what goes wrong -----------------------------------------------------------------------------
+
+    def _incident(self, kind: str, who: int, length_ms: int) -> None:
+        self.log.append(f"{self.clock.now_ms} ms: {kind} of {who} for {length_ms} ms")
+        if kind.startswith("client "):
+            self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
+        else:
+            self._worker_incident(kind, who, length_ms)
+
+    def _client_incident(self, kind: str, client: ClientNode, length_ms: int) -> None:
+        if not client.alive:
+            return
+        match kind:
+            case "vanish":
+                self.gone.add(client.name)
+                for (name, id), heard in self.history.heard.items():
+                    if name == client.name and not heard.ends:
+                        self.history.wanted[id].abandoned = True
+                client.die(noticed=length_ms > 500)
+            case _:
+                self._link_incident(kind, client, length_ms)
+
+    def _worker_incident(self, kind: str, who: int, length_ms: int) -> None:
+        worker = self.workers[who]
+        if not worker.alive:
+            return
+        match kind:
+            case "crash" | "power loss":
+                worker.die(noticed=kind == "crash")
+                self._maybe_restart(who, length_ms)
+            case "engine crash":
+                worker.engine_dies("killed by signal 11")
+            case "leave":
+                worker.happen(_stop())
+                self._maybe_restart(who, 2_500)
+            case "freeze":
+                worker.freeze(length_ms * 3)
+            case _:
+                self._link_incident(kind, worker, length_ms)
+
+    def _link_incident(self, kind: str, node: WorkerNode | ClientNode, length_ms: int) -> None:
+        match kind:
+            case "cut":
+                node.wire.cut()
+            case "partition":
+                node.wire.partition(length_ms * 2)
+            case "tokens down":
+                node.wire.tokens_dead = True
+            case "freeze":
+                node.freeze(length_ms)
+
+    def _maybe_restart(self, who: int, delay_ms: int) -> None:
+        """Worker 0 always comes back: with nobody left there would be no progress to owe."""
+        if who == 0 or self.random.random() < 0.6:
+            self.clock.after(delay_ms, lambda: self._restart(who))
+
+    def _restart(self, who: int) -> None:
+        if not self.workers[who].alive:
+            self.workers[who] = self._start_worker(self.workers[who].config)
+            self.workers[who].plan_wakeup()
+
+    def _heal(self) -> None:
+        self.network.healed = True
+        for index, node in enumerate(self.workers):
+            node.config = _healthy(node.config)
+            if node.engine is not None:
+                node.engine._knobs = node.config.fake
+            if not node.alive and index == 0 and not node.left:
+                self._restart(index)
+
+    # --- the judgement -------------------------------------------------------------------------------
+
+    def _unsettled(self) -> list[str]:
+        """After healing nothing may be left over anywhere."""
+        state = self.broker.core.state
+        wrong = [f"stuck: request {id.hex()[:8]} lives in {r.state.value}" for id, r in state.requests.items()]
+        for client in state.registry.clients.values():
+            if client.unacked:
+                wrong.append(f"stuck: {len(client.unacked)} ENDs are not acknowledged")
+        if state.archive.owed_bytes:
+            wrong.append(f"stuck: {state.archive.owed_bytes} transcript bytes are never freed")
+        for worker in self.workers:
+            if worker.alive and len(worker.core.runs):
+                wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
+        if self.plan.calm and (state.counters.moved or state.counters.workers_lost):
+            wrong.append(f"disturbed: {state.counters.moved} moves although nothing went wrong")
+        return wrong
+
+    def _report(self, wrong: list[str]) -> Report:
+        counters = self.broker.core.state.counters
+        duplicates = counters.duplicate_chunks + sum(client.duplicates for client in self.clients)
+        report = Report(
+            self.seed,
+            wrong,
+            tokens=self.history.tokens,
+            requests=len(self.history.heard),
+            dispatches=counters.dispatched,
+            moves=counters.moved,
+            duplicates=duplicates,
+            stale=counters.stale_chunks,
+            repaired=counters.repaired,
+        )
+        if wrong:
+            report.story = self._tell(wrong)
+        return report
+
+    def _tell(self, wrong: list[str]) -> list[str]:
+        told = [str(self.plan), *self.log]
+        stories = self.broker.core.state
+        for (client, id), heard in self.history.heard.items():
+            if any(id.hex()[:8] in problem for problem in wrong):
+                told.append(f"-- {client} {id.hex()[:8]}: {len(heard.ids)} tokens, {heard.end or heard.error}")
+                live = stories.requests.get(id)
+                ended = stories.archive.get(id)
+                story = live.story if live else ended.story if ended else []
+                told += [f"     {at - self.broker.skew_ms:6} ms {what}: {detail}" for at, what, detail in story]
+        return told
+
+
+def _subscribed() -> object:
+    from llambo.worker.events import Subscribed
+
+    return Subscribed(0)
+
+
+def _stop() -> object:
+    from llambo.worker.events import StopRequested
+
+    return StopRequested()
+
+
+def _healthy(config: WorkerConfig) -> WorkerConfig:
+    from dataclasses import replace
+
+    return replace(config, fake=replace(config.fake, crash_at=0, hang_at=0))
+
+
+def _where(error: BaseException) -> str:
+    import traceback
+
+    return "".join(traceback.format_tb(error.__traceback__)[-3:])

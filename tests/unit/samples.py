@@ -1,0 +1,119 @@
+"""One full sample of every message, and the golden vectors made from them.
+
+    python -m tests.unit.samples --write     after a deliberate change of the protocol
+
+A changed vector is a changed protocol: then a released version no longer understands this one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import msgpack
+import msgspec
+
+from llambo.mesh import codec, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, ErrorInfo
+
+GOLDEN = Path(__file__).parent / "golden" / "messages.json"
+
+ID = bytes(range(16))
+DISPATCH = b"\x00\x00\x00\x02wxyz"
+KEY = ID + DISPATCH
+SESSION = b"session!"
+TOPIC = bytes(range(100, 116))
+CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]], tokens.FINAL)
+BEAT = tokens.encode_beat(2**33, SESSION)
+ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
+#: {"temperature": 0.5, "stop": ["\n"]}
+SAMPLING = msgspec.Raw(msgspec.msgpack.encode(m.Sampling(0.5, ["\n"])))
+
+#: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
+SAMPLES: dict[str, list[m.Message]] = {
+    "client": [
+        m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
+        m.ClientHeartbeat(41),
+        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING),
+        m.Attach(ID, 12),
+        m.Cancel(ID, DISPATCH),
+        m.Replay(ID, 3, 9, DISPATCH),
+        m.EndAck([ID, KEY]),
+        m.Query(5, "why", "0001"),
+        m.DrainWorker(6, "w-1", True),
+        m.Goodbye("done"),
+    ],
+    "to_client": [
+        m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000),
+        m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
+        m.Accepted(ID, 4, "tiny"),
+        m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33),
+        m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
+        m.Result(5, 0, 1, msgpack.packb({"a": 1})),
+        m.Problem(ERROR, ID, 5),
+    ],
+    "worker": [
+        m.WorkerHello(
+            "w-1", b"incarnat", [m.ModelInfo("tiny", "f00d", 2_048)], 8, (1, 2), "0.1.0", "gpu", "host-1", 77
+        ),
+        m.WorkerHeartbeat(17, 41, {KEY: 9}, "draining", 12.5, "loading", 2),
+        m.Accept(ID, DISPATCH),
+        m.Reject(ID, DISPATCH, ERROR, True),
+        m.EngineLost([KEY], "signal 11"),
+    ],
+    "to_worker": [
+        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING),
+        m.Drain(True),
+    ],
+}
+
+CODECS: dict[str, tuple[codec.Codec[Any], Any]] = {
+    "client": (codec.from_client, m.ClientToBroker),
+    "to_client": (codec.to_client, m.BrokerToClient),
+    "worker": (codec.from_worker, m.WorkerToBroker),
+    "to_worker": (codec.to_worker, m.BrokerToWorker),
+}
+
+ALL: list[m.Message] = [sample for samples in SAMPLES.values() for sample in samples]
+
+
+def allowed(direction: str) -> list[m.Message]:
+    """Samples of everything that may be said in this direction."""
+    known = get_args(CODECS[direction][1])
+    return [sample for sample in ALL if type(sample) in known]
+
+
+def frames_of(sample: m.Message) -> list[bytes]:
+    blob = b"What is AI?" if isinstance(sample, m.WITH_BLOB) else None
+    return codec.encode(SESSION, [(sample, blob)])
+
+
+def plain(value: Any) -> Any:
+    """What an independent msgpack reader sees, as JSON can hold it."""
+    match value:
+        case bytes():
+            return f"0x{value.hex()}"
+        case dict():
+            return {str(plain(key)): plain(item) for key, item in value.items()}
+        case list():
+            return [plain(item) for item in value]
+        case _:
+            return value
+
+
+def vectors() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for sample in ALL:
+        frames = frames_of(sample)
+        body = msgpack.unpackb(frames[1], strict_map_key=False)
+        found[type(sample).__name__] = {"frames": [frame.hex() for frame in frames], "body": plain(body)}
+    found["chunk"] = {"frames": [CHUNK.hex()]}
+    found["beat"] = {"frames": [BEAT.hex()]}
+    return found
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    GOLDEN.write_text(json.dumps(vectors(), indent=1) + "\n", encoding="utf-8")

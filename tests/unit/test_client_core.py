@@ -1,0 +1,573 @@
+"""The client core alone: no sockets, and time is a number."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+
+from llambo.mesh import client_events as e
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.client_core import GATE_MS, ClientCore
+from llambo.mesh.client_life import RESEND_MS
+from llambo.mesh.client_questions import ASK_AGAIN_MS
+from llambo.mesh.client_repair import REPLAY_AGAIN_MS, TAIL_GRACE_MS
+from llambo.mesh.client_requests import CLIENT_STEPS, Step
+from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.link_core import LinkState, OpenControl, OpenTokens, Send
+
+ID = b"i" * 16
+KEY = ID + b"d" * 8
+SESSIONS = [b"session1", b"session2", b"session3"]
+
+
+class Bench:
+    """A core with a clock, and what it ordered sorted into what was said and what was delivered."""
+
+    def __init__(self, give_up_ms: int = 0) -> None:
+        self.core = ClientCore(give_up_ms=give_up_ms)
+        self.now = 1_000
+        self.session = NO_SESSION
+        self.said: list[m.Message] = []
+        self.actions: list[e.Action] = []
+        self.beat = 0
+
+    def handle(self, event: e.Event) -> list[e.Action]:
+        """Returns what is not said to the broker."""
+        actions = self.core.handle(event, self.now)
+        self.actions += actions
+        self.said += [action.message for action in actions if isinstance(action, Send)]
+        return [action for action in actions if not isinstance(action, Send)]
+
+    def said_since(self) -> list[m.Message]:
+        """What was said since the last look, without beats."""
+        said, self.said = self.said, []
+        return [message for message in said if not isinstance(message, m.ClientHeartbeat | m.ClientHello)]
+
+    def hear(self, *messages: m.Message) -> list[e.Action]:
+        return self.handle(e.ControlArrived(self.session, [(message, b"") for message in messages], []))
+
+    def tokens(self, first: int, count: int = 1, id: bytes = ID) -> list[e.Action]:
+        return self.handle(e.TokensArrived([chunk(first, count, id)]))
+
+    def heartbeat(self, progress: int = 0, on_tokens: bool = True) -> list[e.Action]:
+        self.beat += 1
+        if on_tokens:
+            self.handle(e.TokensArrived([tokens.encode_beat(self.beat, self.session)]))
+        return self.hear(m.BrokerHeartbeat(self.beat, progress={ID: progress} if progress else {}))
+
+    def wait(self, ms: int, *, alive: bool = True) -> list[e.Action]:
+        """Let time pass, waking the core exactly when it wants to be woken. `alive`: the broker keeps beating."""
+        until, happened = self.now + ms, []
+        beat_at = self.now + 200
+        for _ in range(10_000):
+            at = min(self.core.next_wakeup_ms(), beat_at if alive else until)
+            if at > until:
+                break
+            self.now = max(self.now, at)
+            if alive and self.now >= beat_at:
+                beat_at += 200
+                happened += self.heartbeat()
+            happened += self.handle(e.Tick())
+            if not alive and self.now >= until:
+                break
+        else:
+            pytest.fail("the core asks to be woken again and again")
+        self.now = until
+        return happened
+
+    def welcome(self, number: int = 0) -> list[e.Action]:
+        self.handle(e.Tick())
+        self.session, self.beat = SESSIONS[number], 0
+        welcome = m.Welcome(self.session, 7333, b"t" * 16, lease_ms=1_000)
+        return self.handle(e.ControlArrived(NO_SESSION, [(welcome, b"")], []))
+
+    def up(self, number: int = 0) -> None:
+        self.welcome(number)
+        self.heartbeat()
+        assert self.core.link.state is LinkState.UP
+        self.said.clear()
+
+    def submit(self, **fields: object) -> None:
+        self.handle(e.Submit(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
+
+    def run(self) -> None:
+        """Up to a request that runs."""
+        self.up()
+        self.submit()
+        self.hear(m.Accepted(ID))
+        self.said.clear()
+
+    def step(self) -> Step:
+        return self.core.requests.live[ID].step
+
+
+def chunk(first: int, count: int = 1, id: bytes = ID) -> bytes:
+    ids = list(range(first, first + count))
+    return tokens.encode_chunk(id + b"d" * 8, first, ids, [b"x"] * count)
+
+
+def page(first: int, after: int, total: int) -> m.Page:
+    return m.Page(ID, first, after, total, [chunk(first, after - first)] if after > first else [])
+
+
+def delivered(actions: list[e.Action]) -> list[int]:
+    return [id for action in actions if isinstance(action, e.Delivered) for id in action.ids]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+class TestJoining:
+    def test_says_hello_on_fresh_sockets_at_once(self, bench: Bench) -> None:
+        assert bench.handle(e.Tick()) == [OpenControl(0), e.LinkChanged(LinkState.GREETING)]
+        assert isinstance(bench.said[0], m.ClientHello)
+
+    def test_subscribes_where_the_welcome_says_and_is_up_with_the_first_beat(self, bench: Bench) -> None:
+        assert OpenTokens(0, 7333, b"t" * 16) in bench.welcome()
+        assert bench.heartbeat() == []
+        assert e.LinkChanged(LinkState.UP) in bench.actions
+        assert bench.said[-1] == m.ClientHeartbeat(1)
+
+    def test_a_beat_of_another_session_proves_nothing(self, bench: Bench) -> None:
+        bench.welcome()
+        bench.handle(e.TokensArrived([tokens.encode_beat(1, b"another!"), b"B", b"junk"]))
+        assert bench.core.link.state is LinkState.JOINING
+        assert bench.core.counters.malformed == 2
+
+    def test_beats_that_began_long_ago_do_not_count_as_missing(self, bench: Bench) -> None:
+        # Given a broker that numbers its beats from anywhere
+        bench.welcome()
+        bench.beat = 5_000
+        # When three of them come on control only
+        for _ in range(3):
+            bench.heartbeat(on_tokens=False)
+        # Then the token plane has its time; with the fourth it is mended
+        assert bench.core.link.state is LinkState.JOINING
+        bench.heartbeat(on_tokens=False)
+        assert bench.core.link.state is LinkState.MENDING
+
+    def test_a_refusal_is_told(self, bench: Bench) -> None:
+        bench.handle(e.Tick())
+        error = ErrorInfo(Code.BAD_VERSION, "too old")
+        assert e.LinkChanged(LinkState.DOWN, error) in bench.hear(m.Problem(error))
+
+    def test_a_silent_broker_takes_the_link_down(self, bench: Bench) -> None:
+        bench.up()
+        happened = bench.wait(1_500, alive=False)
+        states = [action.state for action in happened if isinstance(action, e.LinkChanged)]
+        assert states[:2] == [LinkState.DOWN, LinkState.GREETING]
+
+    def test_leaving_cancels_what_runs_and_says_goodbye(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.Leave("bye"))
+        assert bench.said_since() == [m.Cancel(ID), m.Goodbye("bye")]
+
+
+class TestSubmitting:
+    def test_waits_for_the_link(self, bench: Bench) -> None:
+        # Given a request made before anything is connected
+        bench.submit()
+        bench.welcome()
+        assert bench.said_since() == []
+        # When the token plane is proved
+        bench.heartbeat()
+        # Then it goes
+        assert bench.said_since() == [m.InferenceRequest(ID)]
+        assert bench.step() is Step.SUBMITTED
+
+    def test_goes_without_a_token_plane_after_a_while(self, bench: Bench) -> None:
+        bench.submit()
+        bench.welcome()
+        bench.wait(GATE_MS - 1, alive=False)
+        assert bench.said_since() == []
+        bench.wait(1, alive=False)
+        assert bench.said_since() == [m.InferenceRequest(ID)]
+
+    def test_brings_its_prompt(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        sent = [action for action in bench.actions if isinstance(action, Send)][-1]
+        assert (sent.session, sent.blob) == (bench.session, b"prompt")
+
+    def test_is_said_again_until_it_is_accepted(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        assert len(bench.said_since()) == 1
+        bench.wait(RESEND_MS[0])
+        assert len(bench.said_since()) == 1
+        bench.wait(2 * RESEND_MS[0] - 1)
+        assert bench.said_since() == []
+        bench.wait(1)
+        assert len(bench.said_since()) == 1
+        assert bench.hear(m.Accepted(ID, 3, "tiny")) == [e.Placed(ID, 3, "tiny")]
+        bench.wait(10_000)
+        assert bench.said_since() == []
+
+    def test_its_place_in_the_queue_is_told_when_it_changes(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        bench.hear(m.Accepted(ID, 3, "tiny"))
+        assert bench.hear(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
+        assert bench.hear(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.Placed(ID, 1, "tiny")]
+
+    def test_a_problem_ends_it(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        error = ErrorInfo(Code.BUSY, "full", 100)
+        assert bench.hear(m.Problem(error, ID)) == [e.Failed(ID, error)]
+        bench.wait(5_000)
+        assert len(bench.said_since()) == 1
+
+    def test_a_lost_link_means_submitting_again_with_what_is_held_and_the_time_left(self, bench: Bench) -> None:
+        # Given a stream with three tokens
+        bench.up()
+        bench.submit(deadline_ms=60_000)
+        bench.hear(m.Accepted(ID))
+        bench.tokens(0, 3)
+        bench.said.clear()
+        # When the broker does not know the session any more
+        started = bench.now
+        bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+        assert bench.step() is Step.WAITING
+        bench.wait(500, alive=False)
+        bench.up(1)
+        bench.core.requests.introduce_waiting(bench.now)
+        # Then the request was said on the new session
+        sent = [a for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)][-1]
+        assert sent.session == SESSIONS[1]
+        assert sent.message == m.InferenceRequest(ID, deadline_ms=60_000 - (bench.now - started), have=3)
+        # and goes on where it was
+        bench.hear(m.Accepted(ID))
+        assert delivered(bench.tokens(2, 3)) == [3, 4]
+
+    def test_words_of_an_earlier_session_do_not_count(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        bench.session = b"earlier!"
+        assert bench.hear(m.Accepted(ID)) == []
+        assert bench.core.counters.stale_messages == 1
+
+    def test_one_that_is_not_followed_is_forgotten_when_accepted(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.Submit(m.InferenceRequest(ID, detached=True), b"", follow=False))
+        assert bench.hear(m.Accepted(ID, 0, "tiny")) == [e.Placed(ID, 0, "tiny")]
+        assert bench.core.requests.live == {}
+        # What comes of it later is not wanted, and its end is acknowledged.
+        bench.said.clear()
+        assert bench.tokens(0) == []
+        assert bench.hear(m.End(ID, 1, "stop")) == []
+        assert bench.said_since() == [m.EndAck([ID])]
+
+    def test_attaching_says_what_is_held(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.AttachTo(ID, 7))
+        assert bench.said_since() == [m.Attach(ID, 7)]
+        bench.hear(m.Accepted(ID))
+        assert delivered(bench.tokens(7)) == [7]
+
+    def test_fails_when_there_is_no_broker_for_too_long(self) -> None:
+        bench = Bench(give_up_ms=3_000)
+        bench.submit()
+        bench.handle(e.Ask(5, "status"))
+        assert not any(isinstance(action, e.Failed) for action in bench.wait(2_999, alive=False))
+        failed = [action for action in bench.wait(1, alive=False) if isinstance(action, e.Failed)]
+        assert [action.key for action in failed] == [ID, 5]
+        assert {action.error.code for action in failed} == {Code.NO_BROKER}
+
+
+class TestTokens:
+    def test_the_frames_of_a_drain_are_delivered_at_once(self, bench: Bench) -> None:
+        bench.run()
+        happened = bench.handle(e.TokensArrived([chunk(0), chunk(1, 2), chunk(3)]))
+        assert happened == [e.Delivered(ID, [0, 1, 2, 3], [b"x"] * 4)]
+
+    def test_the_end_comes_after_the_last_token_and_is_acknowledged(self, bench: Bench) -> None:
+        bench.run()
+        end = m.End(ID, 2, "stop")
+        assert bench.hear(end) == []
+        assert bench.step() is Step.ENDING
+        assert bench.said_since() == []
+        assert bench.tokens(0, 2) == [e.Delivered(ID, [0, 1], [b"x"] * 2), e.Ended(ID, end)]
+        assert bench.said_since() == [m.EndAck([ID])]
+
+    def test_every_repeated_end_is_acknowledged_again(self, bench: Bench) -> None:
+        bench.run()
+        bench.hear(m.End(ID, 0, "stop"))
+        bench.said.clear()
+        assert bench.hear(m.End(ID, 0, "stop"), m.End(b"?" * 16, 4, "stop")) == []
+        assert bench.said_since() == [m.EndAck([ID, b"?" * 16])]
+
+    def test_strangers_and_junk_are_counted(self, bench: Bench) -> None:
+        bench.run()
+        assert bench.handle(e.TokensArrived([chunk(0, id=b"?" * 16), b"", b"T", b"Z" * 50])) == []
+        assert bench.core.counters.stray_frames == 2
+        assert bench.core.counters.malformed == 2
+
+
+class TestRepair:
+    def test_a_gap_that_closes_by_itself_costs_nothing(self, bench: Bench) -> None:
+        bench.run()
+        bench.tokens(1)
+        bench.wait(TAIL_GRACE_MS - 1)
+        assert delivered(bench.tokens(0)) == [0, 1]
+        bench.wait(1_000)
+        assert bench.said_since() == []
+
+    def test_a_gap_that_stays_is_asked_for_exactly(self, bench: Bench) -> None:
+        bench.run()
+        bench.tokens(0)
+        bench.handle(e.TokensArrived([chunk(5), chunk(6)]))
+        bench.wait(TAIL_GRACE_MS)
+        assert bench.said_since() == [m.Replay(ID, 1, 5)]
+        assert delivered(bench.hear(page(1, 5, 7))) == [1, 2, 3, 4, 5, 6]
+        bench.wait(1_000)
+        assert bench.said_since() == []
+
+    def test_a_replay_without_an_answer_is_asked_for_again(self, bench: Bench) -> None:
+        bench.run()
+        bench.tokens(3)
+        bench.wait(TAIL_GRACE_MS)
+        bench.wait(REPLAY_AGAIN_MS - 1)
+        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+        bench.wait(1)
+        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+
+    def test_the_next_page_is_pulled_at_once(self, bench: Bench) -> None:
+        bench.run()
+        bench.hear(m.End(ID, 30, "length"))
+        bench.wait(TAIL_GRACE_MS)
+        assert bench.said_since() == [m.Replay(ID, 0, 30)]
+        bench.hear(page(0, 10, 30))
+        assert bench.said_since() == [m.Replay(ID, 10, 30)]
+        bench.hear(page(10, 20, 30))
+        assert bench.said_since() == [m.Replay(ID, 20, 30)]
+        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.Ended)
+
+    def test_a_page_that_brings_nothing_is_not_asked_for_in_a_hurry(self, bench: Bench) -> None:
+        # Given a broker that misses the same tokens
+        bench.run()
+        bench.hear(m.End(ID, 5, "stop"))
+        bench.wait(TAIL_GRACE_MS)
+        bench.said.clear()
+        # When it has nothing to give
+        bench.hear(m.Page(ID, 0, 0, 0, []))
+        assert bench.said_since() == []
+        # Then it is asked again later
+        bench.wait(REPLAY_AGAIN_MS)
+        assert bench.said_since() == [m.Replay(ID, 0, 5)]
+
+    def test_a_silent_loss_is_noticed_by_the_beat(self, bench: Bench) -> None:
+        bench.run()
+        bench.tokens(0)
+        bench.heartbeat(progress=4)
+        assert bench.said_since() == []
+        bench.wait(TAIL_GRACE_MS)
+        assert bench.said_since() == [m.Replay(ID, 1, 4)]
+
+    def test_a_beat_that_is_a_little_ahead_costs_nothing(self, bench: Bench) -> None:
+        bench.run()
+        bench.heartbeat(progress=2)
+        bench.tokens(0, 2)
+        bench.wait(1_000)
+        assert bench.said_since() == []
+
+    def test_without_a_token_plane_nobody_waits_for_it(self, bench: Bench) -> None:
+        # Given a token plane that went silent
+        bench.run()
+        for _ in range(4):
+            bench.heartbeat(on_tokens=False)
+        assert bench.core.link.state is LinkState.MENDING
+        bench.said.clear()
+        # When a beat tells of progress
+        bench.heartbeat(progress=3, on_tokens=False)
+        # Then it is fetched
+        bench.wait(0, alive=False)
+        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+        assert delivered(bench.hear(page(0, 3, 3))) == [0, 1, 2]
+
+    def test_nothing_is_asked_of_a_broker_that_may_not_know_the_request(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        bench.said.clear()
+        bench.tokens(5)
+        bench.wait(RESEND_MS[0] - 1)
+        assert bench.said_since() == []
+        bench.hear(m.Accepted(ID))
+        bench.wait(TAIL_GRACE_MS)
+        assert bench.said_since() == [m.Replay(ID, 0, 5)]
+
+    def test_a_foreign_chunk_in_a_page_is_refused(self, bench: Bench) -> None:
+        bench.run()
+        assert bench.hear(m.Page(ID, 0, 1, 1, [chunk(0, id=b"?" * 16)])) == []
+        assert bench.core.counters.malformed == 1
+
+
+class TestWithoutStream:
+    def test_the_answer_follows_its_end(self, bench: Bench) -> None:
+        # Given a request that wants no stream
+        bench.up()
+        bench.submit(stream=False)
+        bench.hear(m.Accepted(ID))
+        bench.said.clear()
+        bench.heartbeat(progress=10)
+        bench.wait(1_000)
+        assert bench.said_since() == []
+        # When its end arrives, the first page is on its way
+        bench.hear(m.End(ID, 30, "stop"))
+        bench.wait(TAIL_GRACE_MS)
+        assert bench.said_since() == []
+        # Then the rest is pulled
+        bench.hear(page(0, 20, 30))
+        assert bench.said_since() == [m.Replay(ID, 20, 30)]
+        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.Ended)
+
+    def test_a_lost_first_page_is_asked_for(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit(stream=False)
+        bench.hear(m.Accepted(ID), m.End(ID, 3, "stop"))
+        bench.said.clear()
+        bench.wait(REPLAY_AGAIN_MS)
+        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+
+
+class TestCancelling:
+    def test_is_said_again_until_the_end(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.CancelRequest(ID))
+        assert bench.said_since() == [m.Cancel(ID)]
+        bench.wait(2 * RESEND_MS[0])
+        assert bench.said_since() == [m.Cancel(ID)] * 2
+        bench.tokens(0)
+        end = m.End(ID, 1, "cancelled")
+        assert bench.hear(end) == [e.Ended(ID, end)]
+
+    def test_dropped_tokens_are_not_waited_for(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.CancelRequest(ID, drop=True))
+        assert bench.tokens(0) == []
+        end = m.End(ID, 9, "cancelled")
+        assert bench.hear(end) == [e.Ended(ID, end)]
+        assert bench.said_since() == [m.Cancel(ID), m.EndAck([ID])]
+
+    def test_dropping_one_that_is_ending_ends_it(self, bench: Bench) -> None:
+        bench.run()
+        end = m.End(ID, 9, "stop")
+        bench.hear(end)
+        assert bench.handle(e.CancelRequest(ID, drop=True)) == [e.Ended(ID, end)]
+
+    def test_one_that_was_never_sent_ends_here(self, bench: Bench) -> None:
+        bench.submit()
+        happened = bench.handle(e.CancelRequest(ID))
+        assert e.Ended(ID, m.End(ID, 0, "cancelled")) in happened
+        bench.up()
+        assert bench.said_since() == []
+
+    def test_somebody_elses_request(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.CancelRequest(ID))
+        assert bench.said_since() == [m.Cancel(ID)]
+        end = m.End(ID, 5, "cancelled")
+        assert bench.hear(end) == [e.Ended(ID, end)]
+
+    def test_an_unknown_request(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.CancelRequest(ID))
+        error = ErrorInfo(Code.UNKNOWN_REQUEST, "?")
+        assert bench.hear(m.Problem(error, ID)) == [e.Failed(ID, error)]
+
+    def test_when_only_the_cancel_arrived_it_never_ran(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit()
+        bench.handle(e.CancelRequest(ID))
+        happened = bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "?"), ID))
+        assert happened == [e.Ended(ID, m.End(ID, 0, "cancelled"))]
+
+    def test_survives_the_link(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.CancelRequest(ID))
+        bench.hear(m.Goodbye("restart"))
+        bench.wait(500, alive=False)
+        bench.welcome(1)
+        bench.said.clear()
+        bench.heartbeat()
+        assert bench.said_since() == [m.InferenceRequest(ID), m.Cancel(ID)]
+
+
+class TestSlowReader:
+    def test_takes_no_more_until_the_reader_has_caught_up(self, bench: Bench) -> None:
+        # Given a reader that is too far behind
+        bench.run()
+        bench.tokens(0, 2)
+        bench.handle(e.Hold(ID))
+        # When more arrives, and the end
+        assert bench.handle(e.TokensArrived([chunk(2, 4), chunk(6, 4)])) == []
+        assert bench.hear(m.End(ID, 10, "stop"), page(2, 10, 10)) == []
+        bench.wait(2_000)
+        assert bench.said_since() == []
+        # Then it is fetched when the reader has caught up
+        bench.handle(e.Release(ID))
+        assert bench.said_since() == [m.Replay(ID, 2, 10)]
+        happened = bench.hear(page(2, 10, 10))
+        assert delivered(happened) == list(range(2, 10))
+        assert isinstance(happened[-1], e.Ended)
+
+    def test_goes_on_as_before_if_nothing_was_missed(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.Hold(ID))
+        bench.handle(e.Release(ID))
+        assert delivered(bench.tokens(0)) == [0]
+        assert bench.said_since() == []
+
+
+class TestQuestions:
+    def test_an_answer_of_several_pages_is_joined(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.Ask(1, "status"))
+        assert bench.said_since() == [m.Query(1, "status")]
+        data = msgpack.packb({"workers": 3})
+        assert bench.hear(m.Result(1, 0, 2, data[:3])) == []
+        assert bench.hear(m.Result(1, 1, 2, data[3:])) == [e.Answered(1, data)]
+
+    def test_pages_of_two_answers_never_mix(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.Ask(1, "status"))
+        bench.hear(m.Result(1, 0, 3, b"a"), m.Result(1, 2, 3, b"c"))
+        happened = bench.hear(m.Result(1, 0, 3, b"A"), m.Result(1, 1, 3, b"B"), m.Result(1, 2, 3, b"C"))
+        assert happened == [e.Answered(1, b"ABC")]
+
+    def test_is_asked_again_until_it_is_answered(self, bench: Bench) -> None:
+        bench.handle(e.Ask(1, "why", "ab"))
+        bench.up()
+        bench.handle(e.Drain(2, "w1"))
+        bench.said.clear()
+        bench.wait(ASK_AGAIN_MS)
+        assert bench.said_since() == [m.Query(1, "why", "ab"), m.DrainWorker(2, "w1")]
+        bench.hear(m.Result(1, 0, 1, b"\xc0"))
+        bench.handle(e.Forget(2))
+        bench.wait(5_000)
+        assert bench.said_since() == []
+
+    def test_a_problem_fails_it(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.Ask(1, "nonsense"))
+        error = ErrorInfo(Code.BAD_REQUEST, "?")
+        assert bench.hear(m.Problem(error, query=1)) == [e.Failed(1, error)]
+
+    def test_is_asked_on_the_next_link(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.Ask(1, "status"))
+        bench.hear(m.Goodbye())
+        bench.wait(500, alive=False)
+        bench.said.clear()
+        bench.welcome(1)
+        assert bench.said_since() == [m.Query(1, "status")]
+
+
+def test_every_step_can_be_reached_and_left() -> None:
+    reached = {step for steps in CLIENT_STEPS.values() for step in steps}
+    assert reached | {Step.WAITING} == set(Step)
+    assert [step for step in Step if not CLIENT_STEPS[step]] == [Step.DONE]

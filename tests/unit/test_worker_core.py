@@ -1,0 +1,523 @@
+"""The worker core: facts in, orders out. What is true between events is checked after every one of them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import pytest
+from msgspec import Raw
+
+from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.worker import actions as a
+from llambo.worker import events as e
+from llambo.worker import invariants
+from llambo.worker.config import WorkerConfig
+from llambo.worker.core import WorkerCore
+from llambo.worker.engine_proto import Output
+from llambo.worker.identity import Identity
+
+SESSION, LATER = b"session1", b"session2"
+MODELS = [m.ModelInfo("fake", "f")]
+T = TypeVar("T")
+
+
+class Rig:
+    """A core, a clock, and everything it ordered since somebody last asked."""
+
+    def __init__(self, **config: Any) -> None:
+        self.core = WorkerCore(WorkerConfig(name="w", drain_ms=5_000, stall_ms=1_000, **config), Identity(b"incarnat"))
+        self.now = 1_000_000
+        self.actions: list[a.Action] = []
+        self.session = SESSION
+
+    def on(self, event: e.Event) -> Rig:
+        self.actions += self.core.handle(event, self.now)
+        if not self.core.exited:
+            invariants.check(self.core)
+        return self
+
+    def say(self, message: m.Message, blob: bytes = b"", session: bytes | None = None) -> Rig:
+        return self.on(e.ControlArrived(0, self.session if session is None else session, [(message, blob)]))
+
+    def wait(self, ms: int) -> Rig:
+        """Let time pass, waking the core when it wants to be woken."""
+        until = self.now + ms
+        while (wake := self.core.next_wakeup_ms()) <= until:
+            self.now = max(self.now, wake)
+            self.on(e.Ticked())
+            assert self.core.next_wakeup_ms() > self.now, "the core wants to be woken for ever"
+        self.now = until
+        return self
+
+    def alive(self, ms: int) -> Rig:
+        """Let time pass with a broker that beats."""
+        for _ in range(ms // 100):
+            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beat))
+        return self
+
+    def take(self, kind: type[T]) -> list[T]:
+        """The orders of one kind so far; all others are forgotten."""
+        found: list[T] = [action for action in self.actions if isinstance(action, kind)]
+        self.actions = []
+        return found
+
+    def sent(self, kind: type[T]) -> list[T]:
+        return [send.message for send in self.take(Send) if isinstance(send.message, kind)]
+
+    def step(self, key: bytes, ids: list[int], end: Any = None) -> Rig:
+        return self.on(e.EngineStep([Output(key, ids, [b" %d" % i for i in ids], end)]))
+
+
+def loaded(slots: int = 4, **config: Any) -> Rig:
+    """The engine is ready and the first hello is out."""
+    rig = Rig(**config).on(e.Ticked())
+    return rig.on(e.EngineReady(MODELS, slots)).wait(200)
+
+
+def joined(slots: int = 4, **config: Any) -> Rig:
+    rig = loaded(slots, **config).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    assert rig.core.links[0].up
+    rig.actions = []
+    return rig
+
+
+def key_of(number: int) -> bytes:
+    return bytes([number]) * 16 + b"dispatch"
+
+
+def dispatch(number: int, **changes: Any) -> m.Dispatch:
+    fields = {"seq": number, "model": "fake", "max_tokens": 100, "seed": 7, **changes}
+    return m.Dispatch(bytes([number]) * 16, b"dispatch", **fields)
+
+
+def running(*numbers: int, **config: Any) -> Rig:
+    rig = joined(**config)
+    for number in numbers:
+        rig.say(dispatch(number), b"prompt")
+    rig.actions = []
+    return rig
+
+
+def chunks(rig: Rig) -> list[dict[str, Any]]:
+    return [tokens.describe(frame) for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == b"T"]
+
+
+# --- joining -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_said_before_the_engine_is_ready() -> None:
+    # Given a worker that starts
+    rig = Rig().on(e.Ticked())
+    assert rig.take(object) == [a.SpawnEngine()]
+    # When the engine loads for a while
+    rig.on(e.EngineProgressed("half")).wait(20_000)
+    # Then no broker hears of it
+    assert rig.take(object) == []
+    # When it is ready, Then hello says what it has
+    rig.on(e.EngineReady(MODELS, 3)).wait(200)
+    assert len(rig.take(OpenControl)) == 1
+    rig.wait(500)
+    (hello,) = rig.sent(m.WorkerHello)
+    assert (hello.name, hello.slots, hello.models, hello.incarnation) == ("w", 3, MODELS, b"incarnat")
+
+
+def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
+    rig = loaded()
+    rig.actions = []
+    rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    kinds = [type(action) for action in rig.actions]
+    assert kinds[:3] == [OpenTokens, Publish, Send]
+    (beat,) = rig.sent(m.WorkerHeartbeat)
+    assert (beat.beat, beat.state, beat.claims) == (1, "ready", {})
+
+
+def test_a_subscription_is_answered_by_a_beat_at_once() -> None:
+    rig = loaded().say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.actions = []
+    rig.on(e.Subscribed(0))
+    (publish,) = [action for action in rig.actions if isinstance(action, Publish)]
+    assert tokens.decode_beat(publish.frames[0]) == (2, SESSION)
+    assert [beat.beat for beat in rig.sent(m.WorkerHeartbeat)] == [2]
+
+
+def test_ready_is_notified_once_and_only_when_the_first_beat_was_echoed() -> None:
+    rig = loaded().say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    assert rig.take(a.NotifyReady) == []
+    rig.say(m.BrokerHeartbeat(1, echo=1))
+    assert rig.take(a.NotifyReady) == [a.NotifyReady()]
+    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig.session = LATER
+    rig.say(m.BrokerHeartbeat(1, echo=1))
+    assert rig.core.links[0].up
+    assert rig.take(a.NotifyReady) == []
+
+
+def test_messages_of_an_earlier_session_are_ignored() -> None:
+    rig = joined().say(dispatch(1), b"p", session=LATER).say(m.Drain(), session=NO_SESSION)
+    assert rig.take(object) == []
+
+
+def test_a_silent_broker_is_left_and_sought_again() -> None:
+    rig = joined().wait(2_100)
+    assert CloseLink(0) in rig.actions
+    assert rig.take(OpenControl) == [OpenControl(0)]
+
+
+def test_a_token_plane_without_echo_is_rebuilt() -> None:
+    rig = joined()
+    for number in range(2, 9):
+        rig.wait(200).say(m.BrokerHeartbeat(number, echo=2))
+    assert rig.take(OpenTokens) == [OpenTokens(0, 7332, b"")]
+
+
+# --- dispatch ----------------------------------------------------------------------------------------
+
+
+def test_a_dispatch_is_started_accepted_and_claimed() -> None:
+    rig = joined()
+    rig.say(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
+    (order,) = [action for action in rig.actions if isinstance(action, a.StartRun)]
+    assert (order.start.key, order.start.prompt, order.start.prefix) == (key_of(1), b"prompt", [5, 6])
+    assert (order.start.max_tokens, order.start.deadline_ms, order.start.sampling.stop) == (100, 900, ["x"])
+    assert rig.sent(m.Accept) == [m.Accept(b"\1" * 16, b"dispatch")]
+    rig.wait(200)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.claims, beat.seq) == ({key_of(1): 2}, 1)
+
+
+def test_the_same_dispatch_twice_is_one_run() -> None:
+    rig = running(1).say(dispatch(1), b"prompt")
+    assert rig.take(object) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "final"),
+    [
+        ({"sampling": Raw(b"\x81\xabtemperature\xa3hot")}, Code.BAD_REQUEST, True),
+        ({"sampling": Raw(b"\x93")}, Code.BAD_REQUEST, True),
+        ({"model": "other"}, Code.UNKNOWN_MODEL, False),
+    ],
+)
+def test_what_cannot_be_done_is_rejected(changes: dict[str, Any], code: Code, final: bool) -> None:
+    rig = joined().say(dispatch(1, **changes), b"p")
+    (reject,) = rig.sent(m.Reject)
+    assert (reject.error.code, reject.final) == (code, final)
+    assert len(rig.core.runs) == 0
+
+
+def test_more_than_the_slots_is_rejected_for_now_and_its_number_counts_as_seen() -> None:
+    rig = joined(slots=1).say(dispatch(1), b"p").say(dispatch(2), b"p")
+    (reject,) = rig.sent(m.Reject)
+    assert (reject.id, reject.error.code, reject.final) == (b"\2" * 16, Code.BUSY, False)
+    rig.wait(200)
+    assert rig.sent(m.WorkerHeartbeat)[-1].seq == 2
+
+
+def test_a_refusal_by_the_engine_rejects_and_frees_the_slot() -> None:
+    rig = running(1, slots=1)
+    error = ErrorInfo(Code.TOO_LONG, "300 of 200")
+    rig.on(e.EngineRefused(key_of(1), error, final=True))
+    assert rig.sent(m.Reject) == [m.Reject(b"\1" * 16, b"dispatch", error, True)]
+    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+
+
+# --- tokens ------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
+    rig = running(1, 2)
+    rig.on(e.EngineStep([Output(key_of(1), [10, 11], [b"a", b"b"]), Output(key_of(2), [20], [b"c"])]))
+    rig.on(e.EngineStep([Output(key_of(1), [12], [b"d"], "length")]))
+    publishes = [action for action in rig.actions if isinstance(action, Publish)]
+    assert [len(publish.frames) for publish in publishes] == [2, 1]
+    assert chunks(rig) == [
+        {"first": 0, "ids": [10, 11], "flags": 0},
+        {"first": 0, "ids": [20], "flags": 0},
+        {"first": 2, "ids": [12], "flags": tokens.FINAL},
+    ]
+
+
+def test_indices_go_on_after_the_prefix() -> None:
+    rig = joined().say(dispatch(1, prefix=[1, 2, 3]), b"p").step(key_of(1), [4], "stop")
+    assert [chunk["first"] for chunk in chunks(rig)] == [3]
+    assert rig.wait(500).sent(m.End)[0].count == 4
+
+
+def test_a_chunk_longer_than_a_frame_is_cut() -> None:
+    rig = running(1)
+    rig.on(e.EngineStep([Output(key_of(1), list(range(10)), [b"x" * 60_000] * 10)]))
+    said = [frame for publish in rig.take(Publish) for frame in publish.frames]
+    assert all(len(frame) <= limits.TOKEN_FRAME_BYTES for frame in said)
+    assert tokens.ids_of(said) == list(range(10))
+
+
+def test_end_is_said_until_it_is_acknowledged() -> None:
+    # Given a run that has ended
+    rig = running(1).step(key_of(1), [1, 2], "length")
+    end = m.End(b"\1" * 16, 2, "length", b"dispatch")
+    assert rig.sent(m.End) == [end]
+    # When nobody acknowledges, Then it is said every half second
+    rig.alive(1_000)
+    assert rig.sent(m.End) == [end, end]
+    # When it is acknowledged, Then never again
+    rig.say(m.EndAck([key_of(1), key_of(9)])).alive(1_000)
+    assert rig.sent(m.End) == []
+    assert len(rig.core.runs) == 0
+
+
+def test_an_ended_run_is_claimed_but_has_no_slot() -> None:
+    rig = running(1, slots=1).step(key_of(1), [1], "length").wait(200)
+    assert rig.sent(m.WorkerHeartbeat)[-1].claims == {key_of(1): 1}
+    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+
+
+def test_an_early_acknowledgement_does_not_end_a_run() -> None:
+    rig = running(1).say(m.EndAck([key_of(1)])).step(key_of(1), [1])
+    assert len(chunks(rig)) == 1
+
+
+# --- replay ------------------------------------------------------------------------------------------
+
+
+def replayed(rig: Rig, first: int, until: int = 0) -> m.Page:
+    (page,) = rig.say(m.Replay(b"\1" * 16, first, until, b"dispatch")).sent(m.Page)
+    assert sum(map(len, page.chunks)) <= limits.PAGE_BYTES
+    assert len(page.chunks) <= limits.PAGE_CHUNKS
+    assert all(len(chunk) <= limits.TOKEN_FRAME_BYTES for chunk in page.chunks)
+    return page
+
+
+@pytest.mark.parametrize(
+    ("first", "until", "ids"),
+    [(0, 0, [3, 4, 5, 6]), (3, 0, [4, 5, 6]), (3, 5, [4, 5]), (5, 99, [6]), (6, 0, []), (9, 0, []), (4, 2, [])],
+)
+def test_a_replay_is_one_coalesced_chunk(first: int, until: int, ids: list[int]) -> None:
+    # Given a run that began after a prefix of two and said four tokens in four chunks
+    rig = joined().say(dispatch(1, prefix=[1, 2]), b"p")
+    for token in (3, 4, 5, 6):
+        rig.step(key_of(1), [token])
+    rig.actions = []
+    # When a part is asked for
+    page = replayed(rig, first, until)
+    # Then it is what we have of it: the prefix is the broker's own
+    assert [i for chunk in page.chunks for i in tokens.describe(chunk)["ids"]] == ids
+    assert page.total == 6
+    assert page.next - page.first == len(ids)
+    assert len(page.chunks) <= 1
+
+
+def test_a_long_run_is_replayed_in_pages() -> None:
+    rig = running(1)
+    count = 60_000
+    for first in range(0, count, 1_000):
+        rig.step(key_of(1), list(range(first, first + 1_000)))
+    rig.step(key_of(1), [count], "length")
+    rig.actions = []
+    at, frames = 0, []
+    while at <= count:
+        page = replayed(rig, at)
+        assert (page.first, page.total) == (at, count + 1)
+        frames += page.chunks
+        at = page.next
+    assert tokens.ids_of(frames) == list(range(count + 1))
+    pieces = [piece for frame in frames if (chunk := tokens.decode_chunk(frame)) for piece in chunk.body.pieces]
+    assert pieces == [b" %d" % i for i in range(count + 1)]
+    assert tokens.describe(frames[-1])["flags"] == tokens.FINAL
+    assert len(frames) < 40
+
+
+def test_a_replay_of_an_unknown_run_is_ignored() -> None:
+    assert joined().say(m.Replay(b"\1" * 16, 0, 0, b"dispatch")).take(object) == []
+
+
+# --- cancel ------------------------------------------------------------------------------------------
+
+
+def test_cancel_stops_the_engine_and_answers_with_end() -> None:
+    rig = running(1, slots=1).step(key_of(1), [1, 2])
+    rig.actions = []
+    rig.say(m.Cancel(b"\1" * 16, b"dispatch"))
+    assert a.StopRun(key_of(1)) in rig.actions
+    assert rig.sent(m.End) == [m.End(b"\1" * 16, 2, "cancelled", b"dispatch")]
+    # Tokens that were on their way go nowhere, and the slot is free.
+    assert chunks(rig.step(key_of(1), [3])) == []
+    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+
+
+def test_cancel_after_the_end_says_the_same_end() -> None:
+    rig = running(1).step(key_of(1), [1], "stop")
+    (end,) = rig.sent(m.End)
+    assert rig.say(m.Cancel(b"\1" * 16, b"dispatch")).sent(m.End) == [end]
+
+
+def test_cancel_of_an_unknown_run_is_answered_once() -> None:
+    rig = joined().say(m.Cancel(b"\1" * 16, b"dispatch"))
+    assert rig.sent(m.End) == [m.End(b"\1" * 16, 0, "cancelled", b"dispatch")]
+    assert rig.alive(2_000).sent(m.End) == []
+
+
+# --- the engine dies ---------------------------------------------------------------------------------
+
+
+def test_engine_death_loses_what_runs_and_keeps_what_ended() -> None:
+    # Given one run that has ended and two that go on
+    rig = running(1, 2, 3).step(key_of(1), [1], "stop").step(key_of(2), [1])
+    rig.actions = []
+    # When the engine dies
+    rig.on(e.EngineDied("SIGSEGV"))
+    # Then the broker hears which are lost, and that there is no engine
+    sent = [send.message for send in rig.take(Send)]
+    assert sent[0] == m.EngineLost([key_of(2), key_of(3)], "SIGSEGV")
+    (beat,) = [message for message in sent if isinstance(message, m.WorkerHeartbeat)]
+    assert (beat.state, beat.claims) == ("starting", {key_of(1): 1})
+    assert "SIGSEGV" in beat.note
+    # And a dispatch in the meantime is for somebody else
+    assert rig.say(dispatch(4), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
+    rig = joined()
+    pauses = []
+    for _ in range(8):
+        rig.on(e.EngineDied("it died"))
+        before, rig.actions = rig.now, []
+        while not rig.take(a.SpawnEngine):
+            rig.alive(100)
+        pauses.append(rig.now - before)
+        rig.on(e.EngineReady(MODELS, 4))
+    assert pauses == [300, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]
+    rig.alive(30_000).on(e.EngineDied("it died"))
+    rig.actions = []
+    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
+    rig.on(e.EngineReady(MODELS, 4))
+    assert rig.sent(m.WorkerHeartbeat)[-1].engine_restarts == 9
+
+
+def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
+    rig = running(1).step(key_of(1), [1])
+    rig.actions = []
+    rig.alive(1_000)
+    assert a.KillEngine() in rig.actions
+    assert rig.sent(m.EngineLost)[0].runs == [key_of(1)]
+    # Its death is awaited before another is started.
+    rig.alive(5_000)
+    assert rig.take(a.SpawnEngine) == []
+    rig.on(e.EngineDied("SIGKILL")).alive(300)
+    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+
+
+def test_an_idle_engine_may_be_silent_and_an_empty_step_is_a_sign_of_life() -> None:
+    rig = joined().alive(5_000).say(dispatch(1), b"p")
+    for _ in range(10):
+        rig.alive(900).on(e.EngineStep([]))
+    assert rig.take(a.KillEngine) == []
+
+
+def test_an_engine_that_never_loads_is_killed() -> None:
+    rig = Rig(load_ms=3_000).on(e.Ticked()).wait(2_000).on(e.EngineProgressed("10 %")).wait(2_900)
+    assert rig.take(a.KillEngine) == []
+    assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
+
+
+def test_an_engine_that_comes_back_different_is_announced_by_a_new_hello() -> None:
+    rig = joined().on(e.EngineDied("x")).alive(300).on(e.EngineReady(MODELS, 2)).wait(200)
+    assert [hello.slots for hello in rig.sent(m.WorkerHello)] == [2]
+
+
+# --- sessions ----------------------------------------------------------------------------------------
+
+
+def test_a_new_session_drops_the_runs_of_the_old_one() -> None:
+    rig = running(1, 2).step(key_of(1), [1], "stop")
+    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+    rig.wait(200).say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    assert rig.take(a.StopRun) == [a.StopRun(key_of(2))]
+    assert len(rig.core.runs) == 0
+    rig.session = LATER
+    rig.alive(200)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.claims, beat.seq) == ({}, 0)
+
+
+def test_nothing_is_published_or_sent_without_a_session() -> None:
+    rig = running(1).say(m.Goodbye("restart"))
+    rig.actions = []
+    rig.step(key_of(1), [1], "stop")
+    assert [action for action in rig.actions if isinstance(action, Publish | Send)] == []
+
+
+def test_a_refused_hello_is_told_to_the_operator_and_tried_again() -> None:
+    rig = loaded()
+    rig.actions = []
+    rig.say(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
+    assert any("'w' is taken" in log.text for log in rig.take(a.Log))
+    assert len(rig.wait(300).sent(m.WorkerHello)) == 1
+
+
+def test_two_brokers_have_two_links_and_their_own_claims() -> None:
+    rig = loaded(brokers=("tcp://a:1", "tcp://b:1"))
+    for link, session in ((0, SESSION), (1, LATER)):
+        rig.on(e.ControlArrived(link, NO_SESSION, [(m.Welcome(session, 7332), b"")]))
+        rig.on(e.ControlArrived(link, session, [(dispatch(link + 1), b"p")]))
+    rig.wait(200)
+    beats = {send.link: send.message.claims for send in rig.take(Send) if isinstance(send.message, m.WorkerHeartbeat)}
+    assert beats == {0: {key_of(1): 0}, 1: {key_of(2): 0}}
+
+
+# --- leaving -----------------------------------------------------------------------------------------
+
+
+def test_stop_drains_and_then_leaves() -> None:
+    # Given a run
+    rig = running(1)
+    # When the worker is told to stop
+    rig.on(e.StopRequested())
+    # Then it says so and takes nothing new
+    assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
+    assert rig.say(dispatch(2), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+    # And leaves when the run was delivered
+    rig.step(key_of(1), [1], "length")
+    assert rig.take(a.Exit) == []
+    rig.say(m.EndAck([key_of(1)]))
+    assert [type(action).__name__ for action in rig.actions] == ["Send", "CloseLink", "KillEngine", "Exit"]
+    assert rig.sent(m.Goodbye) == [m.Goodbye("stopped")]
+    assert rig.core.next_wakeup_ms() > 10**15
+
+
+def test_draining_ends_when_its_time_is_over() -> None:
+    rig = running(1).on(e.StopRequested())
+    for _ in range(49):
+        rig.alive(100).on(e.EngineStep([]))
+    assert rig.take(a.Exit) == []
+    assert len(rig.alive(200).take(a.Exit)) == 1
+
+
+def test_a_second_request_stops_at_once() -> None:
+    rig = running(1).on(e.StopRequested()).on(e.StopRequested())
+    assert len(rig.take(a.Exit)) == 1
+
+
+def test_stop_without_a_broker_does_not_wait() -> None:
+    assert len(Rig().on(e.Ticked()).on(e.StopRequested()).take(a.Exit)) == 1
+
+
+def test_a_broker_may_drain_a_worker_and_change_its_mind() -> None:
+    rig = joined().say(m.Drain())
+    assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
+    assert len(rig.say(dispatch(1), b"p").sent(m.Reject)) == 1
+    rig.say(m.Drain(undo=True))
+    assert rig.sent(m.WorkerHeartbeat)[-1].state == "ready"
+    assert len(rig.say(dispatch(2), b"p").sent(m.Accept)) == 1
+
+
+def test_the_rate_is_that_of_the_last_second() -> None:
+    rig = running(1)
+    for _ in range(20):
+        rig.step(key_of(1), [1] * 10).alive(100)
+    assert rig.sent(m.WorkerHeartbeat)[-1].rate == pytest.approx(100, rel=0.2)

@@ -1,0 +1,56 @@
+"""Orders of the worker core: what is to be done, in the imperative. Those for a link are in `mesh.link_core`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llambo.mesh.link_core import LinkOrder
+from llambo.worker.engine_proto import Start
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnEngine:
+    """Start an engine child. EngineReady or EngineDied will follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class KillEngine:
+    """Kill the engine child. EngineDied will follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartRun:
+    """Give this sequence to the engine."""
+
+    start: Start
+
+
+@dataclass(frozen=True, slots=True)
+class StopRun:
+    """Take this sequence from the engine."""
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NotifyReady:
+    """Ordered once: a broker can dispatch to this worker from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Tell the operator. `warning`: something is not as it should be."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """End the process; everything else has been ordered before."""
+
+    text: str
+
+
+EngineOrder = SpawnEngine | KillEngine | StartRun | StopRun
+Action = LinkOrder | EngineOrder | NotifyReady | Log | Exit

@@ -1,0 +1,218 @@
+"""The agent: a thread, a poll loop, and the hands of the worker core.
+
+It polls the sockets of its links, the pipe of its engine and a wake-up pipe for signals; turns what arrives into
+events, gives them to the core, and carries out its orders. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import assert_never
+
+import zmq
+
+from llambo.mesh import codec, sockets
+from llambo.mesh import messages as m
+from llambo.mesh.link import Link
+from llambo.mesh.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.worker import actions as a
+from llambo.worker import engine_proto as proto
+from llambo.worker import events as e
+from llambo.worker.config import WorkerConfig
+from llambo.worker.core import WorkerCore
+from llambo.worker.engine_process import EngineProcess
+from llambo.worker.identity import Identity
+from llambo.worker.signals import signals_wake
+
+log = logging.getLogger(__name__)
+
+#: The longest sleep, whatever the core says: zmq takes milliseconds as an int.
+POLL_MS = 60_000
+#: An XPUB frame that begins like this is a subscription.
+SUBSCRIBE = b"\x01"
+
+
+class Agent:
+    """One worker. `run` returns when it has left the mesh; `stop` may be called from any thread, or by a signal."""
+
+    def __init__(self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None) -> None:
+        identity = Identity(secrets.token_bytes(8), socket.gethostname(), os.getpid(), _software())
+        self.core = WorkerCore(config, identity)
+        self.engine: EngineProcess | None = None
+        self._config = config
+        self._on_ready = on_ready
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links = {
+            number: Link(
+                self._context,
+                address,
+                token_kind=zmq.XPUB,
+                offset=sockets.WORKER_OFFSET,
+                decoder=codec.to_worker,
+                token_hwm=config.token_hwm,
+            )
+            for number, address in enumerate(config.brokers)
+        }
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._waker.setblocking(False)
+        self._exit = ""
+
+    @property
+    def waker_fd(self) -> int:
+        """Each byte written here is a request to stop: the first to finish first, the next to stop at once."""
+        return self._waker.fileno()
+
+    def stop(self) -> None:
+        self._waker.send(b"\0")
+
+    def run(self) -> None:
+        try:
+            self._handle(e.Ticked())
+            while not self._exit:
+                self._turn()
+            log.info("%s", self._exit)
+        finally:
+            self._close()
+
+    # --- the loop ------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        self._flush()
+        ready = dict(self._poller().poll(min(max(self.core.next_wakeup_ms() - now_ms(), 0), POLL_MS)))
+        if self._wake.fileno() in ready:
+            for _ in self._wake.recv(64):
+                self._handle(e.StopRequested())
+        for number, link in self._links.items():
+            if link.control in ready:
+                self._receive_control(number, link)
+            if link.tokens in ready and any(frame[:1] == SUBSCRIBE for frame in link.receive_tokens()):
+                self._handle(e.Subscribed(number))
+        if self.engine is not None and self.engine.fileno() in ready:
+            self._receive_engine(self.engine)
+        self._handle(e.Ticked())
+
+    def _poller(self) -> zmq.Poller:
+        """Sockets come and go, so it is put together anew: three or four entries."""
+        poller = zmq.Poller()
+        poller.register(self._wake.fileno(), zmq.POLLIN)
+        for link in self._links.values():
+            if link.control is not None:
+                poller.register(link.control, zmq.POLLIN | (zmq.POLLOUT if link.wants_to_write else 0))
+            if link.tokens is not None:
+                poller.register(link.tokens, zmq.POLLIN)
+        if self.engine is not None:
+            poller.register(self.engine.fileno(), zmq.POLLIN | (zmq.POLLOUT if self.engine.wants_to_write else 0))
+        return poller
+
+    def _flush(self) -> None:
+        for link in self._links.values():
+            link.flush()
+        if self.engine is not None:
+            self.engine.push()
+
+    # --- what arrives --------------------------------------------------------------------------------
+
+    def _receive_control(self, number: int, link: Link) -> None:
+        for bundle in link.receive_control():
+            for problem in bundle.problems:
+                log.warning("from the broker: %s", problem.error.text)
+            if bundle.messages:
+                self._handle(e.ControlArrived(number, bundle.session, bundle.messages))
+
+    def _receive_engine(self, engine: EngineProcess) -> None:
+        try:
+            said = engine.read()
+        except proto.BadFrame as error:
+            log.warning("%s", error)
+            said = None
+        if said is None:
+            self.engine = None
+            self._handle(e.EngineDied(engine.reap()))
+            return
+        for message in said:
+            self._handle(_engine_event(message))
+
+    # --- what is to be done --------------------------------------------------------------------------
+
+    def _handle(self, event: e.Event) -> None:
+        for action in self.core.handle(event, now_ms()):
+            self._perform(action)
+
+    def _perform(self, action: a.Action) -> None:
+        match action:
+            case Publish() | Send() | OpenControl() | OpenTokens() | CloseLink():
+                self._links[action.link].perform(action)
+                if isinstance(action, Send) and isinstance(action.message, m.Page):
+                    # A bundle of pages would be longer than a control message may be.
+                    self._links[action.link].flush()
+            case a.StartRun(start):
+                self._order(start)
+            case a.StopRun(key):
+                self._order(proto.Stop(key))
+            case a.SpawnEngine():
+                self.engine = EngineProcess(proto.Configure(self._config.engine, self._config.model, self._config.fake))
+            case a.KillEngine():
+                if self.engine is not None:
+                    self.engine.kill()
+            case a.NotifyReady():
+                self._on_ready()
+            case a.Log(text, warning):
+                log.log(logging.WARNING if warning else logging.INFO, "%s", text)
+            case a.Exit(text):
+                self._exit = text
+            case _:
+                assert_never(action)
+
+    def _order(self, message: proto.EngineMessage) -> None:
+        if self.engine is not None:
+            self.engine.order(message)
+
+    def _close(self) -> None:
+        if self.engine is not None:
+            self.engine.reap()
+            self.engine = None
+        for link in self._links.values():
+            link.close()
+        self._context.term()
+        self._wake.close()
+        self._waker.close()
+
+
+def _engine_event(message: proto.ToAgent) -> e.EngineEvent:
+    match message:
+        case proto.Step(outputs):
+            return e.EngineStep(outputs)
+        case proto.Refused(key, error, final):
+            return e.EngineRefused(key, error, final)
+        case proto.Ready(models, slots, note):
+            return e.EngineReady(models, slots, note)
+        case proto.Progress(note):
+            return e.EngineProgressed(note)
+        case _:
+            assert_never(message)
+
+
+def now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+def _software() -> str:
+    try:
+        return f"llambo {metadata.version('llambo')}"
+    except metadata.PackageNotFoundError:
+        return "llambo"  # run from a checkout that was not installed
+
+
+def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None) -> int:
+    """A whole worker process, in the main thread. The exit status."""
+    agent = Agent(config, on_ready)
+    with signals_wake(agent.waker_fd):
+        agent.run()
+    return 0

@@ -1,0 +1,34 @@
+"""What a worker is told when it starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+
+from llambo.worker.knobs import FakeKnobs
+
+
+def default_name() -> str:
+    """Unique on the host, and tells a person where to look."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    #: One address per broker, `tcp://host:port` with the port clients use.
+    brokers: tuple[str, ...] = ("tcp://127.0.0.1:7330",)
+    name: str = field(default_factory=default_name)
+    engine: str = "fake"
+    #: The model's name in the mesh.
+    model: str = "fake"
+    fake: FakeKnobs = field(default_factory=FakeKnobs)
+    #: A label for groups of equal machines.
+    node_class: str = ""
+    #: How long a worker that was told to stop waits for what runs.
+    drain_ms: int = 30_000
+    #: An engine that has sequences and is silent for so long is killed. So is one that loads, for `load_ms`.
+    stall_ms: int = 10_000
+    load_ms: int = 120_000
+    #: Token frames queued for a slow network before they are dropped, and repaired by replay.
+    token_hwm: int = 100_000

@@ -1,0 +1,321 @@
+"""The worker core: everything an agent decides.
+
+A worker is a go-between. Brokers give it dispatches over links; it hands each to its engine child as a run,
+publishes what the engine says, and keeps those tokens until the broker has acknowledged the END, so that any
+part can be asked for again. Three rules carry the weight:
+
+    claims    every beat names every run this worker holds, running or ended, with its next token index. A
+              dispatch the broker made at or before `seq` and that is not claimed was lost on the way.
+    the end   END is said on control every half second until it is acknowledged; nothing else frees a run
+    a fence   outputs of a run that was cancelled, dropped or lost with its engine go nowhere
+
+The engine may die at any moment: its runs are then reported as lost (the broker continues them elsewhere), runs
+that had ended are still here. A new session means that the broker has forgotten us: its runs are dropped.
+
+Facts come in by `handle`, orders come out of it; there is no clock, socket or chance in here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, assert_never, cast
+
+import msgspec
+
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.link_core import LinkCore, LinkOrder, LinkState
+from llambo.worker import events as e
+from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
+from llambo.worker.config import WorkerConfig
+from llambo.worker.delivery import Delivery
+from llambo.worker.engine_life import NEVER_MS, EngineLife
+from llambo.worker.engine_proto import Start
+from llambo.worker.identity import Identity
+from llambo.worker.rate import Rate
+from llambo.worker.runs import Run, RunState, Tokens
+
+_decode_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
+
+
+class WorkerCore:
+    """`identity` brings what is random or read from the machine."""
+
+    def __init__(self, config: WorkerConfig, identity: Identity) -> None:
+        self.draining = False
+        self.exited = False
+        self._config = config
+        self._identity = identity
+        self._out: list[Action] = []
+        self.engine = EngineLife(config, self._out)
+        orders = cast("list[LinkOrder]", self._out)
+        self.links = {number: LinkCore(number, self._hello, orders) for number in range(len(config.brokers))}
+        self._rate = Rate()
+        self.delivery = Delivery(self.links, self._rate, self._out)
+        self.runs = self.delivery.runs
+        self._told: dict[int, LinkState] = {}
+        self._seq = dict.fromkeys(self.links, 0)
+        self._ready_said = False
+        self._leave_at = NEVER_MS
+
+    # --- the one door --------------------------------------------------------------------------------
+
+    def handle(self, event: e.Event, now_ms: int) -> list[Action]:
+        if self.exited:
+            return []
+        match event:
+            case e.EngineStep(outputs):
+                self.engine.on_word(now_ms)
+                self.delivery.on_outputs(outputs, now_ms)
+            case e.ControlArrived():
+                self._on_control(event, now_ms)
+            case e.Subscribed(link):
+                self.links[link].beat_now()
+            case e.EngineReady():
+                self._on_ready(event, now_ms)
+            case e.EngineProgressed(note):
+                self.engine.on_progress(note, now_ms)
+            case e.EngineRefused(key, error, final):
+                self._on_refused(key, error, final)
+            case e.EngineDied(text):
+                self.engine.on_died(text, now_ms)
+                self._lose_runs(text)
+            case e.StopRequested(urgent):
+                self._on_stop(urgent, now_ms)
+            case e.Ticked():
+                pass
+            case _:
+                assert_never(event)
+        self._tick(now_ms)
+        actions = self._out[:]
+        self._out.clear()
+        return actions
+
+    def next_wakeup_ms(self) -> int:
+        if self.exited:
+            return NEVER_MS
+        engine_ms = self.engine.next_wakeup_ms(self.runs.active > 0)
+        wakeup = min(engine_ms, self._leave_at, self.delivery.next_wakeup_ms())
+        if self.engine.ready is not None:
+            for link in self.links.values():
+                wakeup = min(wakeup, link.next_wakeup_ms())
+        return wakeup
+
+    @property
+    def state(self) -> Literal["starting", "ready", "draining"]:
+        if self.draining:
+            return "draining"
+        return "ready" if self.engine.is_ready else "starting"
+
+    # --- the engine ----------------------------------------------------------------------------------
+
+    def _on_ready(self, ready: e.EngineReady, now_ms: int) -> None:
+        before = self.engine.ready
+        if not self.engine.on_ready(ready, now_ms):
+            return
+        self._out.append(Log(f"engine: ready, {ready.slots} slots, {', '.join(model.name for model in ready.models)}"))
+        changed = before is not None and (before.models, before.slots) != (ready.models, ready.slots)
+        for link in self.links.values():
+            if changed and link.welcomed:
+                # Models and slots are said in the hello only.
+                link.on_refused("the engine came back with other models or slots", now_ms)
+            link.beat_now()
+
+    def _on_refused(self, key: bytes, error: ErrorInfo, final: bool) -> None:
+        run = self.runs.get(key)
+        if run is not None and run.state is RunState.STARTING:
+            self.runs.drop(run)
+            self._reject(run.link, run.id, run.dispatch, error, final)
+
+    def _lose_runs(self, text: str) -> None:
+        self.delivery.lose(text)
+        for link in self.links.values():
+            link.beat_now()
+
+    # --- the broker ----------------------------------------------------------------------------------
+
+    def _on_control(self, event: e.ControlArrived, now_ms: int) -> None:
+        number, link = event.link, self.links[event.link]
+        for message, blob in event.messages:
+            if isinstance(message, m.Welcome):
+                self._on_welcome(number, message, now_ms)
+            elif link.on_control(event.session, now_ms):
+                self._on_message(number, message, blob, now_ms)
+
+    def _on_welcome(self, number: int, welcome: m.Welcome, now_ms: int) -> None:
+        if self.links[number].on_welcome(welcome, now_ms):
+            self._seq[number] = 0
+            self.delivery.forget(number)
+
+    def _on_message(self, number: int, message: m.Message, blob: bytes, now_ms: int) -> None:
+        link = self.links[number]
+        match message:
+            case m.BrokerHeartbeat():
+                self._seq[number] = max(self._seq[number], message.seq)
+                link.on_proof(message.echo, now_ms)
+                link.on_missing(link.beat - message.echo, now_ms)
+            case m.Dispatch():
+                self._on_dispatch(number, message, blob, now_ms)
+            case m.EndAck():
+                self.delivery.on_ack(message)
+            case m.Replay():
+                self.delivery.on_replay(number, message)
+            case m.Cancel():
+                self.delivery.on_cancel(number, message, now_ms)
+            case m.Drain():
+                self._drain(not message.undo)
+            case m.Problem():
+                self._on_problem(number, message, now_ms)
+            case m.Goodbye():
+                self._refused(number, f"the broker left: {message.reason or 'goodbye'}", now_ms)
+            case _:
+                self._out.append(Log(f"a {type(message).__name__} makes no sense for a worker", warning=True))
+
+    def _on_dispatch(self, number: int, dispatch: m.Dispatch, prompt: bytes, now_ms: int) -> None:
+        self._seq[number] = max(self._seq[number], dispatch.seq)
+        key = dispatch.id + dispatch.dispatch
+        if self.runs.get(key) is not None:
+            return
+        sampling = self._admit(dispatch)
+        if isinstance(sampling, ErrorInfo):
+            final = sampling.code is Code.BAD_REQUEST
+            self._reject(number, dispatch.id, dispatch.dispatch, sampling, final)
+            return
+        if self.runs.active == 0:
+            self.engine.on_word(now_ms)
+        self.runs.add(Run(key, number, Tokens(len(dispatch.prefix))))
+        self._out.append(StartRun(_start(key, dispatch, prompt, sampling)))
+        self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
+
+    def _admit(self, dispatch: m.Dispatch) -> m.Sampling | ErrorInfo:
+        """Its sampling options, or why it cannot be taken."""
+        ready = self.engine.ready
+        if self.draining:
+            return ErrorInfo(Code.BUSY, "this worker is draining")
+        if ready is None or not self.engine.is_ready:
+            return ErrorInfo(Code.BUSY, "the engine is starting")
+        if self.runs.active >= ready.slots:
+            return ErrorInfo(Code.BUSY, f"all {ready.slots} slots are taken")
+        if all(dispatch.model != model.name for model in ready.models):
+            return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
+        try:
+            return _decode_sampling(dispatch.sampling)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return ErrorInfo(Code.BAD_REQUEST, f"sampling options: {error}")
+
+    def _reject(self, number: int, request: bytes, dispatch: bytes, error: ErrorInfo, final: bool) -> None:
+        if self.links[number].welcomed:
+            self.links[number].send(m.Reject(request, dispatch, error, final))
+
+    def _on_problem(self, number: int, problem: m.Problem, now_ms: int) -> None:
+        link, error = self.links[number], problem.error
+        if link.state is LinkState.GREETING or error.code is Code.UNKNOWN_SESSION:
+            self._refused(number, error.text, now_ms)
+        else:
+            self._out.append(Log(f"the broker complains: {error.code}: {error.text}", warning=True))
+
+    def _refused(self, number: int, text: str, now_ms: int) -> None:
+        link = self.links[number]
+        if link.welcomed or link.state is LinkState.GREETING:
+            link.on_refused(text, now_ms)
+
+    # --- leaving -------------------------------------------------------------------------------------
+
+    def _drain(self, on: bool) -> None:
+        if self.draining != on and self._leave_at == NEVER_MS:
+            self.draining = on
+            self._out.append(Log("draining: no new work" if on else "draining is over"))
+            for link in self.links.values():
+                link.beat_now()
+
+    def _on_stop(self, urgent: bool, now_ms: int) -> None:
+        self._drain(True)
+        again = self._leave_at != NEVER_MS
+        self._leave_at = now_ms if urgent or again else now_ms + self._config.drain_ms
+
+    def _leave_when_done(self, now_ms: int) -> None:
+        if self._leave_at == NEVER_MS:
+            return
+        # Without a session there is nobody to deliver to: a new one would drop these runs anyway.
+        connected = any(link.welcomed for link in self.links.values())
+        if len(self.runs) and connected and now_ms < self._leave_at:
+            return
+        text = f"stopped with {len(self.runs)} runs unfinished" if len(self.runs) else "stopped, nothing left to do"
+        for link in self.links.values():
+            link.leave("stopped", now_ms)
+        self.engine.kill()
+        self.exited = True
+        self._out.append(Exit(text))
+
+    # --- time ----------------------------------------------------------------------------------------
+
+    def _tick(self, now_ms: int) -> None:
+        if self._leave_at != NEVER_MS:
+            self._leave_when_done(now_ms)
+            if self.exited:
+                return
+        if self.engine.tick(now_ms, self.runs.active > 0):
+            self._lose_runs(self.engine.note)
+        self.delivery.tick(now_ms)
+        if self.engine.ready is None:
+            return  # models and slots are not known yet, so there is nothing to say hello with
+        for number, link in self.links.items():
+            if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
+                self._beat(number, now_ms)
+            if link.state is not self._told.get(number):
+                self._tell(number)
+
+    def _beat(self, number: int, now_ms: int) -> None:
+        link = self.links[number]
+        link.publish_beat()
+        link.send(
+            m.WorkerHeartbeat(
+                seq=self._seq[number],
+                beat=link.beat,
+                claims=self.runs.claims(number),
+                state=self.state,
+                rate=self._rate.per_second(now_ms),
+                note=self.engine.note[:256],
+                engine_restarts=self.engine.restarts,
+            )
+        )
+
+    def _tell(self, number: int) -> None:
+        """Links come and go; the operator hears of it, and the supervisor when the worker is of use."""
+        link = self.links[number]
+        self._told[number] = link.state
+        if link.state is LinkState.DOWN and link.problem:
+            self._out.append(Log(f"link {number}: down, {link.problem}", warning=True))
+        elif link.state is LinkState.MENDING:
+            self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
+        elif link.up:
+            self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
+            if not self._ready_said:
+                self._ready_said = True
+                self._out.append(NotifyReady())
+
+    def _hello(self) -> m.WorkerHello:
+        ready, identity = self.engine.ready, self._identity
+        assert ready is not None, "hello is said only after the engine was ready"
+        return m.WorkerHello(
+            name=self._config.name,
+            incarnation=identity.incarnation,
+            models=ready.models,
+            slots=ready.slots,
+            software=identity.software,
+            node_class=self._config.node_class,
+            host=identity.host,
+            pid=identity.pid,
+        )
+
+
+def _start(key: bytes, dispatch: m.Dispatch, prompt: bytes, sampling: m.Sampling) -> Start:
+    return Start(
+        key,
+        prompt,
+        dispatch.max_tokens,
+        dispatch.seed,
+        dispatch.prefix,
+        sampling,
+        dispatch.deadline_ms,
+        dispatch.model,
+    )

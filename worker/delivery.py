@@ -1,0 +1,133 @@
+"""From what the engine says to an acknowledged END: publishing, keeping, repeating, letting go.
+
+Tokens are published once, on a plane that may lose them, and kept until the END of their run is acknowledged, so
+that any part can be asked for again. The END itself is said on control, and said again until somebody has it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.link_core import LinkCore, Publish
+from llambo.worker.actions import Action, StopRun
+from llambo.worker.engine_life import NEVER_MS
+from llambo.worker.engine_proto import Output
+from llambo.worker.rate import Rate
+from llambo.worker.runs import Run, RunState, RunTable
+
+#: An END that nobody acknowledged is said again after this long.
+END_AGAIN_MS = 500
+
+
+class Delivery:
+    """`links` and `out` belong to the core."""
+
+    def __init__(self, links: dict[int, LinkCore], rate: Rate, out: list[Action]) -> None:
+        self.runs = RunTable()
+        self._links = links
+        self._rate = rate
+        self._out = out
+        #: When to say the END of which run again. All wait equally long, so order of entry is order of time.
+        self._resend: deque[tuple[int, bytes]] = deque()
+
+    # --- from the engine -----------------------------------------------------------------------------
+
+    def on_outputs(self, outputs: list[Output], now_ms: int) -> None:
+        """The hot path: one frame for each run, one order for each link."""
+        runs = self.runs.runs
+        frames: dict[int, list[bytes]] = {}
+        ended: list[tuple[Run, m.End]] = []
+        for output in outputs:
+            run = runs.get(output.key)
+            if run is None or run.end is not None:
+                continue  # cancelled or dropped while this was on its way
+            if run.state is RunState.STARTING:
+                run.step(RunState.RUNNING)
+            if output.ids:
+                self._append(run, output, frames.setdefault(run.link, []))
+            if output.end is not None:
+                end = m.End(run.id, run.tokens.end, output.end, run.dispatch, output.usage or m.Usage(), output.error)
+                ended.append((run, end))
+        for number, said in frames.items():
+            if self._links[number].welcomed:
+                self._out.append(Publish(number, said))
+        for run, end in ended:
+            self._finish(run, end, now_ms)
+
+    def _append(self, run: Run, output: Output, frames: list[bytes]) -> None:
+        first = run.tokens.end
+        run.tokens.extend(output.ids, output.pieces)
+        self._rate.count += len(output.ids)
+        frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, tokens.final_flags(output.end))
+        if len(frame) <= limits.TOKEN_FRAME_BYTES:
+            frames.append(frame)
+        else:
+            frames += run.chunks(first, run.tokens.end, 2 * len(frame))[0]
+
+    def lose(self, text: str) -> None:
+        """The engine is gone and what it was doing with it; what had ended is still ours to deliver."""
+        lost: dict[int, list[bytes]] = {}
+        for run in self.runs.active_runs():
+            lost.setdefault(run.link, []).append(run.key)
+            self.runs.drop(run)
+        for number, keys in lost.items():
+            if self._links[number].welcomed:
+                self._links[number].send(m.EngineLost(keys, text[:1024]))
+
+    # --- from the broker -----------------------------------------------------------------------------
+
+    def on_replay(self, number: int, replay: m.Replay) -> None:
+        run = self.runs.get(replay.id + replay.dispatch)
+        if run is not None:
+            self._links[number].send(run.page(replay.first, replay.until))
+
+    def on_cancel(self, number: int, cancel: m.Cancel, now_ms: int) -> None:
+        run = self.runs.get(cancel.id + cancel.dispatch)
+        if run is None:
+            self._links[number].send(m.End(cancel.id, 0, "cancelled", cancel.dispatch))
+        elif run.end is not None:
+            self._say_end(run, run.end, now_ms)
+        else:
+            # The engine reads its orders in this order, so the slot is free for whatever is started next.
+            self._out.append(StopRun(run.key))
+            self._finish(run, m.End(run.id, run.tokens.end, "cancelled", run.dispatch), now_ms)
+
+    def on_ack(self, ack: m.EndAck) -> None:
+        for key in ack.ids:
+            run = self.runs.get(key)
+            if run is not None and run.end is not None:
+                self.runs.drop(run)
+
+    def forget(self, number: int) -> None:
+        """A new session: this broker does not know what the old one had us do."""
+        for run in self.runs.of_link(number):
+            if run.end is None:
+                self._out.append(StopRun(run.key))
+            self.runs.drop(run)
+
+    # --- the end -------------------------------------------------------------------------------------
+
+    def _finish(self, run: Run, end: m.End, now_ms: int) -> None:
+        self.runs.end(run, end)
+        self._say_end(run, end, now_ms)
+
+    def _say_end(self, run: Run, end: m.End, now_ms: int) -> None:
+        if self._links[run.link].welcomed:
+            self._links[run.link].send(end)
+        run.resend_at = now_ms + END_AGAIN_MS
+        self._resend.append((run.resend_at, run.key))
+
+    def tick(self, now_ms: int) -> None:
+        while self._resend and self._resend[0][0] <= now_ms:
+            at, key = self._resend.popleft()
+            run = self.runs.get(key)
+            if run is not None and run.end is not None and run.resend_at == at:
+                self._say_end(run, run.end, now_ms)
+
+    def waiting_ends(self) -> list[tuple[int, bytes]]:
+        return list(self._resend)
+
+    def next_wakeup_ms(self) -> int:
+        return self._resend[0][0] if self._resend else NEVER_MS

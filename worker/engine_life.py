@@ -1,0 +1,127 @@
+"""The life of the engine child as the agent sees it: spawned, loading, ready, killed when it stalls, spawned again."""
+
+from __future__ import annotations
+
+import enum
+
+from llambo.worker.actions import Action, KillEngine, Log, SpawnEngine
+from llambo.worker.config import WorkerConfig
+from llambo.worker.events import EngineReady
+
+
+class EngineState(enum.Enum):
+    DOWN = "down"
+    LOADING = "loading"
+    READY = "ready"
+    DYING = "dying"
+
+
+#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
+ENGINE_STEPS: dict[EngineState, dict[EngineState, str]] = {
+    EngineState.DOWN: {EngineState.LOADING: "back-off over"},
+    EngineState.LOADING: {
+        EngineState.READY: "loaded",
+        EngineState.DYING: "silent for load_ms, or the worker leaves",
+        EngineState.DOWN: "died",
+    },
+    EngineState.READY: {
+        EngineState.DYING: "silent for stall_ms with sequences, or the worker leaves",
+        EngineState.DOWN: "died",
+    },
+    EngineState.DYING: {EngineState.DOWN: "the process is gone"},
+}
+
+#: The pause before a new engine: doubles from the first to the last, and starts over after a good while.
+BACKOFF_MS = (250, 10_000)
+GOOD_MS = 30_000
+NEVER_MS = 2**62
+
+
+class EngineLife:
+    """Its owner passes on what the engine says, and says how many runs the engine has."""
+
+    def __init__(self, config: WorkerConfig, out: list[Action]) -> None:
+        self.state = EngineState.DOWN
+        self.ready: EngineReady | None = None
+        self.note = ""
+        self.restarts = 0
+        self._config = config
+        self._out = out
+        self._spawns = 0
+        self._spawn_at = 0
+        self._backoff = BACKOFF_MS[0]
+        self._ready_ms = 0
+        self._heard_ms = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is EngineState.READY
+
+    # --- what happened -------------------------------------------------------------------------------
+
+    def on_word(self, now_ms: int) -> None:
+        """It said something, so it lives; or it was just given something to do, so it may be silent again."""
+        self._heard_ms = now_ms
+
+    def on_progress(self, note: str, now_ms: int) -> None:
+        self._heard_ms = now_ms
+        if self.state is EngineState.LOADING:
+            self.note = note
+
+    def on_ready(self, ready: EngineReady, now_ms: int) -> bool:
+        """False: this engine is one that was ordered to die."""
+        if self.state is not EngineState.LOADING:
+            return False
+        self._step(EngineState.READY)
+        self.ready, self.note = ready, ready.note
+        self._heard_ms = self._ready_ms = now_ms
+        return True
+
+    def on_died(self, text: str, now_ms: int) -> None:
+        if self.state is EngineState.DOWN:
+            return
+        if self.is_ready and now_ms - self._ready_ms >= GOOD_MS:
+            self._backoff = BACKOFF_MS[0]
+        self._step(EngineState.DOWN)
+        self._spawn_at = now_ms + self._backoff
+        self.note = f"{text}; a new engine in {self._backoff} ms"
+        self._out.append(Log(f"engine: {self.note}", warning=True))
+        self._backoff = min(self._backoff * 2, BACKOFF_MS[1])
+
+    def kill(self) -> None:
+        if self.state in (EngineState.LOADING, EngineState.READY):
+            self._step(EngineState.DYING)
+            self._out.append(KillEngine())
+
+    # --- time ----------------------------------------------------------------------------------------
+
+    def tick(self, now_ms: int, busy: bool) -> bool:
+        """True when a stalled engine was just ordered to die."""
+        if self.state is EngineState.DOWN and now_ms >= self._spawn_at:
+            self._step(EngineState.LOADING)
+            self._heard_ms = now_ms
+            self.restarts, self._spawns = self._spawns, self._spawns + 1
+            self._out.append(SpawnEngine())
+        elif now_ms >= self._stalled_at(busy):
+            doing = "loading" if self.state is EngineState.LOADING else "decoding"
+            self.note = f"the engine stalled: silent for {now_ms - self._heard_ms} ms while {doing}"
+            self._out.append(Log(self.note, warning=True))
+            self.kill()
+            return True
+        return False
+
+    def next_wakeup_ms(self, busy: bool) -> int:
+        return self._spawn_at if self.state is EngineState.DOWN else self._stalled_at(busy)
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _stalled_at(self, busy: bool) -> int:
+        if self.state is EngineState.LOADING:
+            return self._heard_ms + self._config.load_ms
+        if self.is_ready and busy:
+            return self._heard_ms + self._config.stall_ms
+        return NEVER_MS
+
+    def _step(self, state: EngineState) -> None:
+        assert state in ENGINE_STEPS[self.state], f"engine cannot go from {self.state} to {state}"
+        self.state = state

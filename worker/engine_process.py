@@ -1,0 +1,85 @@
+"""The agent's end of the engine child: a process and a pipe, both of which may fail, neither of which may block."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from llambo.worker import engine_proto as proto
+
+#: Bytes taken from the pipe before the sockets get a turn.
+READ_BYTES = 64 * 1024
+#: How long a process that was killed, or closed its pipe, may take to be gone.
+REAP_S = 10.0
+
+
+class EngineProcess:
+    """One engine child, from its start until it is reaped."""
+
+    def __init__(self, configure: proto.Configure) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        command = [sys.executable, "-m", "llambo.worker.engine"]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._pipe = ours
+        self._unpacker = proto.from_engine()
+        self._pending = bytearray()
+        self.pid = self._process.pid
+        self.order(configure)
+
+    def fileno(self) -> int:
+        return self._pipe.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._pending)
+
+    def order(self, message: proto.EngineMessage) -> None:
+        self._pending += proto.pack(message)
+
+    def push(self) -> None:
+        """Hand over what the pipe takes now. A dead engine is noticed by reading, not here."""
+        try:
+            while self._pending:
+                sent = self._pipe.send(self._pending)
+                del self._pending[:sent]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._pending.clear()
+
+    def read(self) -> list[Any] | None:
+        """What it said; None: it is gone. Raises BadFrame."""
+        try:
+            data = self._pipe.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            return None
+        return self._unpacker.feed(data) if data else None
+
+    def kill(self) -> None:
+        """By its own process id, which cannot be another's until it was reaped."""
+        self._process.kill()
+
+    def close_pipe(self) -> None:
+        """The gentle way to end it: the child leaves when its pipe is closed."""
+        self._pipe.close()
+
+    def reap(self) -> str:
+        """Make sure that it is gone; how it went, for people."""
+        self.kill()
+        code = self._process.wait(timeout=REAP_S)
+        self._pipe.close()
+        if code >= 0:
+            return f"the engine exited with status {code}"
+        return f"the engine was ended by {signal.Signals(-code).name}"

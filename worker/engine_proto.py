@@ -1,0 +1,172 @@
+"""What the agent and its engine child say to each other, over one socket pair.
+
+    agent -> engine   configure, start, stop, shutdown
+    engine -> agent   progress, ready, step, refused
+
+A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
+nothing is negotiated. The engine sends one `Step` per decoding step, whatever the number of sequences in it,
+and an empty one now and then while it has sequences but no token: a loop that turns is alive, silence is not.
+
+An engine of another kind adds its own messages here (embeddings, say, answered by a `Result` of their own).
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from llambo.mesh import limits
+from llambo.mesh.errors import ErrorInfo
+from llambo.mesh.messages import ModelInfo, Reason, Sampling, Usage
+from llambo.worker.knobs import FakeKnobs
+
+#: One message: a prompt at its longest and a prefix at its longest fit.
+FRAME_BYTES = 16 * 1024 * 1024
+#: An engine with sequences but without tokens says so this often.
+ALIVE_MS = 500
+
+_LENGTH = Struct(">I")
+
+Token = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Piece = Annotated[bytes, Meta(max_length=64 * 1024)]
+
+
+class EngineMessage(msgspec.Struct, tag_field="type", tag=str.lower, omit_defaults=True, frozen=True, gc=False):
+    """Anything said between agent and engine."""
+
+
+# --- agent to engine ---------------------------------------------------------------------------------
+
+
+class Configure(EngineMessage, frozen=True):
+    """The first message: which engine to be, and what to load."""
+
+    engine: str
+    model: str
+    fake: FakeKnobs = FakeKnobs()
+
+
+class Start(EngineMessage, frozen=True):
+    """Generate under this key, after prompt and prefix. `max_tokens` counts the prefix."""
+
+    key: bytes
+    prompt: bytes
+    max_tokens: int
+    seed: int
+    prefix: list[int] = []
+    sampling: Sampling = Sampling()
+    #: Milliseconds from now; 0: no deadline.
+    deadline_ms: int = 0
+    model: str = ""
+
+
+class Stop(EngineMessage, frozen=True):
+    """Free the slot of this sequence. Nothing is answered, and tokens on their way are dropped by the agent."""
+
+    key: bytes
+
+
+class Shutdown(EngineMessage, frozen=True):
+    """Leave now. (A closed pipe means the same.)"""
+
+
+# --- engine to agent ---------------------------------------------------------------------------------
+
+
+class Progress(EngineMessage, frozen=True):
+    """Still loading; `note` is for people."""
+
+    note: str = ""
+
+
+class Ready(EngineMessage, frozen=True):
+    """Loaded and proven: this is what it serves, and how many sequences at a time."""
+
+    models: list[ModelInfo]
+    slots: int
+    note: str = ""
+
+
+class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):
+    """What one step gave one sequence. With `end` it is the last of it."""
+
+    key: bytes
+    ids: Annotated[list[Token], Meta(max_length=limits.CHUNK_TOKENS)]
+    pieces: Annotated[list[Piece], Meta(max_length=limits.CHUNK_TOKENS)]
+    end: Reason | None = None
+    usage: Usage | None = None
+    error: ErrorInfo | None = None
+
+
+class Step(EngineMessage, frozen=True):
+    """All that one decoding step produced."""
+
+    outputs: list[Output] = []
+
+
+class Refused(EngineMessage, frozen=True):
+    """This sequence was not started. `final`: no other engine would either."""
+
+    key: bytes
+    error: ErrorInfo
+    final: bool = False
+
+
+ToEngine = Configure | Start | Stop | Shutdown
+ToAgent = Progress | Ready | Step | Refused
+
+
+class BadFrame(Exception):
+    """The other end of the pipe is broken; there is no way to go on with it."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def pack(message: EngineMessage) -> bytes:
+    body = _encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Unpacker:
+    """Bytes as they come from the pipe, to messages."""
+
+    def __init__(self, union: Any) -> None:
+        self._decode = msgspec.msgpack.Decoder(union).decode
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that are complete now. Raises BadFrame."""
+        self._buffer += data
+        messages, at = [], 0
+        with memoryview(self._buffer) as view:
+            while len(view) - at >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(view, at)
+                if length > FRAME_BYTES:
+                    raise BadFrame(f"a message of {length} bytes on the engine pipe")
+                end = at + _LENGTH.size + length
+                if end > len(view):
+                    break
+                messages.append(self._message(view[at + _LENGTH.size : end]))
+                at = end
+        del self._buffer[:at]
+        return messages
+
+    def _message(self, body: memoryview) -> Any:
+        try:
+            return self._decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BadFrame(f"a message that makes no sense on the engine pipe: {error}") from error
+        finally:
+            body.release()
+
+
+def from_agent() -> Unpacker:
+    return Unpacker(ToEngine)
+
+
+def from_engine() -> Unpacker:
+    return Unpacker(ToAgent)

@@ -1,0 +1,173 @@
+"""The runs a worker holds: one for each dispatch it took, until its END is acknowledged."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
+
+
+class RunState(enum.Enum):
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDED = "ended"
+    GONE = "gone"
+
+
+#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
+RUN_STEPS: dict[RunState, dict[RunState, str]] = {
+    RunState.STARTING: {
+        RunState.RUNNING: "first output of the engine",
+        RunState.ENDED: "cancelled",
+        RunState.GONE: "refused by the engine, engine lost or new session",
+    },
+    RunState.RUNNING: {
+        RunState.ENDED: "last token or cancelled",
+        RunState.GONE: "engine lost or new session",
+    },
+    RunState.ENDED: {RunState.GONE: "END acknowledged or new session"},
+    RunState.GONE: {},
+}
+
+#: msgpack's share of one token in a chunk: its id and the header of its piece.
+TOKEN_OVERHEAD_BYTES = 10
+#: Header and body overhead of a chunk.
+CHUNK_OVERHEAD_BYTES = 64
+#: Less room than this is not worth another chunk.
+MIN_CHUNK_BYTES = 1024
+
+
+class Tokens:
+    """Ids and text from token index `base` on: 13 bytes or so for each, no object."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self.end = base
+        self._ids = array("i")
+        self._text = bytearray()
+        self._ends = array("Q")
+
+    def extend(self, ids: Sequence[int], pieces: Sequence[bytes]) -> None:
+        self._ids.extend(ids)
+        text, ends = self._text, self._ends
+        for piece in pieces:
+            text += piece
+            ends.append(len(text))
+        self.end += len(ids)
+
+    def chunk(self, first: int, until: int, budget_bytes: int) -> tuple[list[int], list[bytes]]:
+        """Tokens from `first` on, at least one, as many as fit into one chunk and the budget."""
+        low, high = first - self.base, min(until - self.base, first - self.base + limits.CHUNK_TOKENS)
+        high = low + self._fitting(low, high, min(budget_bytes, limits.TOKEN_FRAME_BYTES) - CHUNK_OVERHEAD_BYTES)
+        start, pieces = self._start(low), []
+        for end in self._ends[low:high]:
+            pieces.append(bytes(self._text[start:end]))
+            start = end
+        return self._ids[low:high].tolist(), pieces
+
+    def _start(self, position: int) -> int:
+        return self._ends[position - 1] if position else 0
+
+    def _fitting(self, low: int, high: int, budget_bytes: int) -> int:
+        start = self._start(low)
+
+        def size(position: int) -> int:
+            return self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+
+        return max(1, bisect_right(range(low, high), budget_bytes, key=size))
+
+
+@dataclass(slots=True)
+class Run:
+    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and are not kept."""
+
+    key: bytes
+    link: int
+    tokens: Tokens
+    state: RunState = RunState.STARTING
+    end: m.End | None = None
+    resend_at: int = 0
+
+    @property
+    def active(self) -> bool:
+        return self.state is RunState.STARTING or self.state is RunState.RUNNING
+
+    @property
+    def id(self) -> bytes:
+        return self.key[: limits.REQUEST_ID_BYTES]
+
+    @property
+    def dispatch(self) -> bytes:
+        return self.key[limits.REQUEST_ID_BYTES :]
+
+    def step(self, state: RunState) -> None:
+        assert state in RUN_STEPS[self.state], f"run cannot go from {self.state} to {state}"
+        self.state = state
+
+    def page(self, first: int, until: int) -> m.Page:
+        """Tokens again, in as few chunks as they fit into, up to one page; the broker pulls the next."""
+        total = self.tokens.end
+        until = min(until, total) if until else total
+        first = min(max(first, self.tokens.base), total)
+        chunks, after = self.chunks(first, until, limits.PAGE_BYTES)
+        return m.Page(self.id, first, after, total, chunks, self.dispatch)
+
+    def chunks(self, first: int, until: int, budget_bytes: int) -> tuple[list[bytes], int]:
+        """As few chunks as hold these tokens, within the budget, and the index after them."""
+        chunks: list[bytes] = []
+        at = first
+        while at < until and len(chunks) < limits.PAGE_CHUNKS and budget_bytes > MIN_CHUNK_BYTES:
+            ids, pieces = self.tokens.chunk(at, until, budget_bytes)
+            chunk = tokens.encode_chunk(self.key, at, ids, pieces, self._flags(at + len(ids)))
+            if chunks and len(chunk) > budget_bytes:
+                break
+            chunks.append(chunk)
+            budget_bytes -= len(chunk)
+            at += len(ids)
+        return chunks, at
+
+    def _flags(self, index: int) -> int:
+        return tokens.final_flags(self.end.reason) if self.end is not None and index == self.tokens.end else 0
+
+
+@dataclass(slots=True)
+class RunTable:
+    """All runs, with the counts that must not be searched for."""
+
+    runs: dict[bytes, Run] = field(default_factory=dict)
+    #: Runs that have a slot of the engine.
+    active: int = 0
+
+    def get(self, key: bytes) -> Run | None:
+        return self.runs.get(key)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def add(self, run: Run) -> None:
+        self.runs[run.key] = run
+        self.active += 1
+
+    def end(self, run: Run, end: m.End) -> None:
+        run.step(RunState.ENDED)
+        run.end = end
+        self.active -= 1
+
+    def drop(self, run: Run) -> None:
+        self.active -= run.active
+        run.step(RunState.GONE)
+        del self.runs[run.key]
+
+    def active_runs(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.active]
+
+    def of_link(self, link: int) -> list[Run]:
+        return [run for run in self.runs.values() if run.link == link]
+
+    def claims(self, link: int) -> dict[bytes, int]:
+        return {run.key: run.tokens.end for run in self.runs.values() if run.link == link}
