@@ -138,9 +138,7 @@ class BrokerCore:
         worker = self.state.registry.worker_routes.get(route) if to_worker else None
         if worker is not None and not worker.route_gone_at:
             worker.route_gone_at = now_ms
-            self.state.worker_round_at = min(
-                self.state.worker_round_at, now_ms + self.state.config.reconnect_grace_ms
-            )
+            self.state.worker_round_at = min(self.state.worker_round_at, now_ms + self.state.config.reconnect_grace_ms)
 
     def _tick(self, now_ms: int) -> None:
         state = self.state

@@ -22,9 +22,7 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
     _freed(state, request)
 
 
-def finish(
-    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None = None
-) -> None:
+def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None = None) -> None:
     """The broker ends it by itself. A worker that runs it is told to stop; its slot counts until it has."""
     worker, key = request.worker, request.key
     if worker is not None and key in worker.claims:

@@ -202,9 +202,7 @@ def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
     low, high = m.VERSIONS
     if versions[0] <= high and versions[1] >= low:
         return None
-    return ErrorInfo(
-        Code.BAD_VERSION, f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here"
-    )
+    return ErrorInfo(Code.BAD_VERSION, f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here")
 
 
 def sweep(state: State, now_ms: int) -> None:

@@ -1,9 +1,9 @@
 """Questions about the mesh, answered from a snapshot of the state as msgpack maps.
 
-    status     the whole picture in numbers           workers   one entry each
-    models     name, workers, slots, waiting          requests  the live ones
-    why ID     the story of one request               find ID   full ids for a unique prefix
-    events N   what happened after number N
+status     the whole picture in numbers           workers   one entry each
+models     name, workers, slots, waiting          requests  the live ones
+why ID     the story of one request               find ID   full ids for a unique prefix
+events N   what happened after number N
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def _worker_state(worker: WorkerEntry) -> str:
 
 
 def requests(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
-    return [_request(state, request, now_ms) for _, request in zip(range(LISTED), state.requests.values(), strict=False)]
+    return [
+        _request(state, request, now_ms) for _, request in zip(range(LISTED), state.requests.values(), strict=False)
+    ]
 
 
 def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:

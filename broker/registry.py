@@ -79,15 +79,25 @@ class WorkerEntry:
 
     @property
     def dispatchable(self) -> bool:
-        return (
-            self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
-        )
+        return self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
 
 
 class ClientEntry:
     """A client's session: its topic, what it follows, and the ENDs it has not acknowledged."""
 
-    __slots__ = ("echo", "following", "heard_at", "hello", "joined_at", "number", "route", "session", "topic", "unacked", "welcome")
+    __slots__ = (
+        "echo",
+        "following",
+        "heard_at",
+        "hello",
+        "joined_at",
+        "number",
+        "route",
+        "session",
+        "topic",
+        "unacked",
+        "welcome",
+    )
 
     def __init__(self, hello: m.ClientHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
         self.hello = hello

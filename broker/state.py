@@ -128,4 +128,3 @@ class State:
     def held_bytes(self) -> int:
         """What counts against the cap on transcripts."""
         return self.reserved + self.archive.owed_bytes
-

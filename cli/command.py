@@ -28,7 +28,7 @@ class _Help(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "heading", "") or "Options", []).append(record)
         # Headed sections first: those are what the command is about.
         for heading in sorted(sections, key=lambda heading: heading == "Options"):

@@ -17,7 +17,7 @@ class Failure(click.ClickException):
     def __init__(self, what: str, hint: str = "", code: int = Exit.ERROR, *, as_json: dict[str, Any] | None = None):
         super().__init__(what)
         self.hint = hint
-        self.exit_code = int(code)
+        self.exit_code = int(code)  # type: ignore[misc]  # the way click means it, whatever it declares
         self.as_json = as_json
 
     @classmethod
@@ -27,7 +27,7 @@ class Failure(click.ClickException):
         text = error.text.removesuffix(f"; {hint}")
         if error.retry_after_ms:
             text = f"{text}; try again in {error.retry_after_ms / 1000:g} s"
-        told = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
+        told: dict[str, Any] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
         if error.retry_after_ms:
             told["retry_after_ms"] = error.retry_after_ms
         told |= {"retryable": error.retryable, "exit": int(code)}

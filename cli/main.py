@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import click
 
 from llambo.cli.command import Group
@@ -23,15 +21,10 @@ llambo why 3f2a                          what became of a request, and why
 
 def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        click.echo(f"llambo {version()}")
+        import llambo
+
+        click.echo(f"llambo {llambo.__version__}")
         context.exit()
-
-
-def version() -> str:
-    try:
-        return metadata.version("llambo")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 @click.group(

@@ -14,7 +14,7 @@ from llambo.mesh.settings_table import BY_NAME, Setting
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class SettingType(click.ParamType):
+class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
     """Reads a value as the file and the environment do, so that all three take the same and say the same."""
 
     def __init__(self, setting: Setting) -> None:
@@ -80,7 +80,7 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(function)
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """A time as people say it, in whole milliseconds."""
 
     name = "TIME"

@@ -121,8 +121,7 @@ class ClientShell:
         if self.closed:
             return
         try:
-            if self._turn():
-                self._pump_soon()
+            self._turn()
             self._set_timer()
         except Exception as error:
             # A fault of ours. Whoever waits for an answer must hear of it, or waits for ever.
@@ -130,17 +129,21 @@ class ClientShell:
             self.close()
             self._broken(error)
 
-    def _turn(self) -> bool:
+    def _turn(self) -> None:
         self._link.flush()
         # Tokens first: an End then finds its last token in place.
         frames = self._link.receive_tokens()
         if frames:
             self.handle(e.TokensArrived([frame[limits.TOPIC_BYTES :] for frame in frames]))
-        heard = bool(frames)
         for bundle in self._link.receive_control():
-            heard = True
             self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
-        return heard
+        held_back = self._link.wants_to_write
+        if held_back:
+            # A send without a connection fails at once and looks for no news; a receive does. So only now the
+            # socket may know that it is connected, and the edge that said so is used up.
+            self._link.push()
+            if not self._link.wants_to_write:
+                self._pump_soon()
 
     def _set_timer(self) -> None:
         """A timer that is set too early does no harm: the core finds nothing to do."""

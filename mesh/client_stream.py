@@ -56,6 +56,8 @@ class Stream:
         self.model = ""
         #: The whole answer, once the end was read.
         self.answer: Answer | None = None
+        #: Called when `ahead` has changed, for whoever shows it. Must not block.
+        self.on_place: Callable[[], None] | None = None
         self._key = id
         self._handle = handle
         self._mine = mine
@@ -142,6 +144,8 @@ class Stream:
 
     def place(self, ahead: int, model: str) -> None:
         self.ahead, self.model = ahead, model or self.model
+        if self.on_place is not None:
+            self.on_place()
 
     def end(self, end: m.End) -> None:
         self._end = end

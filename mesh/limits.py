@@ -45,8 +45,8 @@ STOP_CHARS = 256
 MAX_TOKENS = 131_072
 #: Models one worker may announce.
 MODELS_PER_WORKER = 32
-#: Slots one worker may announce.
-SLOTS_PER_WORKER = 65_536
+#: Slots one worker may announce: its claims have to fit into one heartbeat.
+SLOTS_PER_WORKER = 16_384
 #: Chunks kept out of order while a gap before them is repaired.
 STASH_CHUNKS = 64
 

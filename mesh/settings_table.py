@@ -221,7 +221,7 @@ _BROKER = (
 )
 _WORKER = (
     _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
-    _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=65_536),
+    _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=16_384),
     _row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
     _row("worker.engine", Kind.TEXT, "fake", "what makes the tokens"),
     _row("worker.model", Kind.TEXT, "", "what it serves; the fake engine takes any name"),

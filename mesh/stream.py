@@ -116,7 +116,7 @@ class Reassembly:
 
     def _append(self, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
         try:
-            body = _decode_body(memoryview(frame)[HEAD_BYTES:])
+            body = _decode_body(frame[HEAD_BYTES:])
         except _UNDECODABLE:
             self.malformed += 1
             return False

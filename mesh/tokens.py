@@ -81,7 +81,7 @@ def decode_chunk(frame: bytes) -> TokenChunk | None:
         return None
     first, count, flags = head(frame, KEY_END)
     try:
-        body = _decode_body(memoryview(frame)[HEAD_BYTES:])
+        body = _decode_body(frame[HEAD_BYTES:])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     if not 0 < count <= limits.CHUNK_TOKENS or len(body.ids) != count or len(body.pieces) != count:
@@ -120,7 +120,7 @@ def ids_of(frames: Sequence[bytes]) -> list[int]:
     """The token ids of chunks that were checked when they came in."""
     ids: list[int] = []
     for frame in frames:
-        ids += _decode_body(memoryview(frame)[HEAD_BYTES:]).ids
+        ids += _decode_body(frame[HEAD_BYTES:]).ids
     return ids
 
 

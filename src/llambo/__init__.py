@@ -6,7 +6,6 @@ What is named here is public; it is loaded when it is first used, so that import
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
+    metadata = import_module("importlib.metadata")  # late: it takes longer to import than all the rest of this
     try:
-        return version("llambo")
-    except PackageNotFoundError:
+        return str(metadata.version("llambo"))
+    except metadata.PackageNotFoundError:
         return "0+unknown"  # run from a checkout that was never installed

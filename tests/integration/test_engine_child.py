@@ -32,7 +32,8 @@ def engine(knobs: FakeKnobs) -> Iterator[EngineProcess]:
 
 def listen(child: EngineProcess) -> Iterator[proto.EngineMessage]:
     """What the child says until it is gone or the deadline is over."""
-    deadline, story = time.monotonic() + TIMEOUT_S, []
+    deadline = time.monotonic() + TIMEOUT_S
+    story: list[proto.EngineMessage] = []
     while True:
         child.push()
         want = [child] if child.wants_to_write else []
@@ -159,17 +160,21 @@ signal.pause()
 @pytest.mark.parametrize("hang_at", [0, 1], ids=["decoding", "hanging"])
 def test_it_dies_with_an_agent_that_is_killed(hang_at: int) -> None:
     # Given an agent with an engine that decodes without end, or hangs
-    with subprocess.Popen(
+    agent = subprocess.Popen(
         [sys.executable, "-c", AGENT, str(hang_at)], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
-    ) as agent:
-        assert agent.stdout is not None
-        readable, _, _ = select.select([agent.stdout], [], [], TIMEOUT_S)
-        assert readable, "the agent did not start its engine"
-        engine_pid = int(agent.stdout.readline())
-        # When the agent is killed
-        agent.kill()
-        # Then its engine is gone too
-        wait_until_gone(engine_pid, TIMEOUT_S)
+    )
+    assert agent.stdout is not None
+    with agent.stdout:
+        try:
+            readable, _, _ = select.select([agent.stdout], [], [], TIMEOUT_S)
+            assert readable, "the agent did not start its engine"
+            engine_pid = int(agent.stdout.readline())
+        finally:
+            # When the agent is killed
+            agent.kill()
+            agent.wait(TIMEOUT_S)
+    # Then its engine is gone too
+    wait_until_gone(engine_pid, TIMEOUT_S)
 
 
 def test_an_engine_without_its_agent_does_not_begin() -> None:

@@ -17,7 +17,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1_000, help="how many runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--check-every", type=int, default=1, help="check the broker's invariants after every nth event")
+    parser.add_argument(
+        "--check-every", type=int, default=1, help="check the broker's invariants after every nth event"
+    )
     parser.add_argument("--without", metavar="GUARD", help="take one guard out and stop at the first seed that notices")
     parser.add_argument("--guards", action="store_true", help="list the guards")
     parser.add_argument("--story", action="store_true", help="tell more than the first story")

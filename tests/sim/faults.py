@@ -4,7 +4,8 @@
     control plane  order is kept; a cut loses everything in flight, and in harsh runs 30 % of bundles are lost too
     links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
-                   and hang; clients vanish
+                   and hang; workers are drained; clients vanish, and some read nothing for a while
+    overload       some brokers have a queue of three, and refuse what does not fit
     clocks         every node's clock is off by its own, large, amount
 
 One run in eight is calm: no faults at all, so that work done for nothing shows. After `FAULTS_END_MS` all
@@ -39,12 +40,24 @@ class Plan:
     burst: int
     engine_crashes: bool
     engine_hangs: bool
+    queue: int
     #: (at, kind, who, how long)
     incidents: tuple[tuple[int, str, int, int], ...]
 
 
-WORKER_INCIDENTS = ("crash", "power loss", "freeze", "cut", "partition", "tokens down", "engine crash", "leave")
-CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze")
+WORKER_INCIDENTS = (
+    "crash",
+    "power loss",
+    "freeze",
+    "freeze",
+    "cut",
+    "partition",
+    "tokens down",
+    "engine crash",
+    "leave",
+    "drain",
+)
+CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze", "stall")
 
 
 def draw(random: Random) -> Plan:
@@ -75,5 +88,6 @@ def draw(random: Random) -> Plan:
         burst=random.choice((1, 1, 3)),
         engine_crashes=not calm and random.random() < 0.15,
         engine_hangs=not calm and random.random() < 0.1,
+        queue=3 if random.random() < 0.1 else 1_000,
         incidents=tuple(incidents),
     )

@@ -79,6 +79,10 @@ class History:
     def _of(self, client: str, id: bytes) -> Heard:
         return self.heard.setdefault((client, id), Heard())
 
+    def waiting(self, gone: set[str]) -> bool:
+        """Somebody is still owed an end."""
+        return any(not heard.ends for (client, _), heard in self.heard.items() if client not in gone)
+
     # --- judging -------------------------------------------------------------------------------------
 
     def judge(self, gone: set[str]) -> list[str]:

@@ -157,7 +157,8 @@ class Network:
         self.tokens_to_broker: Callable[[bytes], None] = lambda frame: None
 
     def delay(self) -> int:
-        return self.random.randint(*DELAY_MS)
+        low, high = DELAY_MS
+        return low + int(self.random.random() * (high - low + 1))
 
     def loses_control(self, wire: Wire) -> bool:
         if wire.partitioned:

@@ -8,15 +8,14 @@ from typing import Any
 
 from llambo.broker import events as b
 from llambo.broker.actions import Publish as BrokerPublish
-from llambo.broker.actions import ToClient, ToWorker
+from llambo.broker.actions import ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.invariants import check
 from llambo.mesh import client_events as c
-from llambo.mesh import limits
+from llambo.mesh import limits, tokens
 from llambo.mesh import link_core as lc
 from llambo.mesh import messages as m
-from llambo.mesh import tokens
 from llambo.mesh.client_core import ClientCore
 from llambo.worker import actions as wa
 from llambo.worker import events as w

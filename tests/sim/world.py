@@ -41,7 +41,9 @@ class World:
         self.history = History(self.plan.style)
         self.gone: set[str] = set()
         self.log: list[str] = []
-        config = BrokerConfig(engine_failures=10**6, hold_ms=10**6, client_lease_ms=4_000, lease_ms=1_500)
+        config = BrokerConfig(
+            engine_failures=10**6, hold_ms=10**6, client_lease_ms=4_000, lease_ms=1_500, queue_requests=self.plan.queue
+        )
         self.broker = BrokerNode(self.clock, self._skew(), config, self.random, self.network, self.history)
         self.broker.check_every = check_every
         self.workers = [self._worker(i) for i in range(self.plan.workers)]
@@ -58,7 +60,7 @@ class World:
         try:
             self.clock.run_until(faults.FAULTS_END_MS)
             self._heal()
-            self.clock.run_until(faults.SETTLED_MS)
+            self._settle()
         except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             wrong.append(f"broken: {type(error).__name__}: {error} at {self.clock.now_ms} ms")
             self.log.append(_where(error))
@@ -147,9 +149,11 @@ class World:
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
         state = self.broker.core.state
-        if other is client or not other.alive or message.id not in state.requests:
+        known = message.id in state.requests or (message.detached and state.archive.get(message.id))
+        if other is client or not other.alive or not known:
             return
-        self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
+        if not message.detached:
+            self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
         other.happen(c.AttachTo(message.id))
 
@@ -172,6 +176,8 @@ class World:
                     if name == client.name and not heard.ends:
                         self.history.wanted[id].abandoned = True
                 client.die(noticed=length_ms > 500)
+            case "stall":
+                self._stall(client, length_ms)
             case _:
                 self._link_incident(kind, client, length_ms)
 
@@ -185,6 +191,8 @@ class World:
                 self._maybe_restart(who, length_ms)
             case "engine crash":
                 worker.engine_dies("killed by signal 11")
+            case "drain":
+                self._drain(worker.config.name, length_ms)
             case "leave":
                 worker.happen(_stop())
                 self._maybe_restart(who, 2_500)
@@ -192,6 +200,28 @@ class World:
                 worker.freeze(length_ms * 3)
             case _:
                 self._link_incident(kind, worker, length_ms)
+
+    def _drain(self, name: str, length_ms: int) -> None:
+        """An operator drains a worker, and puts it back to work later."""
+        operator = next((client for client in self.clients if client.alive), None)
+        if operator is not None:
+            operator.happen(c.Drain(self.clock.now_ms, name))
+            back = c.Drain(self.clock.now_ms + 10**6, name, undo=True)
+            self.clock.after(length_ms, lambda: self._undo(back))
+
+    def _undo(self, back: c.Drain) -> None:
+        operator = next((client for client in self.clients if client.alive), None)
+        if operator is not None:
+            operator.happen(back)
+        else:  # nobody is left to ask, and nobody is left to whom progress is owed
+            self.gone.update(client.name for client in self.clients)
+
+    def _stall(self, client: ClientNode, length_ms: int) -> None:
+        """Its user reads nothing for a while: tokens are left out, and fetched afterwards."""
+        ids = [id for (name, id), heard in self.history.heard.items() if name == client.name and not heard.ends]
+        for id in ids:
+            client.happen(c.Hold(id))
+            self.clock.after(length_ms, lambda i=id: client.happen(c.Release(i)))  # type: ignore[misc]
 
     def _link_incident(self, kind: str, node: WorkerNode | ClientNode, length_ms: int) -> None:
         match kind:
@@ -222,6 +252,14 @@ class World:
                 node.engine._knobs = node.config.fake
             if not node.alive and index == 0 and not node.left:
                 self._restart(index)
+
+    def _settle(self) -> None:
+        """Progress is owed: run on until nothing is left to do, or the time for it is over."""
+        while self.clock.now_ms < faults.SETTLED_MS:
+            self.clock.run_until(self.clock.now_ms + 2_000)
+            if not self.history.waiting(self.gone) and not self._unsettled():
+                self.clock.run_until(self.clock.now_ms + 1_000)  # whatever comes after the end comes now
+                return
 
     # --- the judgement -------------------------------------------------------------------------------
 

@@ -235,7 +235,6 @@ class TestSubmitting:
         assert bench.step() is Step.WAITING
         bench.wait(500, alive=False)
         bench.up(1)
-        bench.core.requests.introduce_waiting(bench.now)
         # Then the request was said on the new session
         sent = [a for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)][-1]
         assert sent.session == SESSIONS[1]

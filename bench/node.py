@@ -1,0 +1,88 @@
+"""What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS`, options in JSON.
+
+Each prints one line of JSON when it is ready: what the one who started it has to know. The bare kinds are
+what the mesh is compared with: the same sockets, with the same options, and nothing in between but a loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import zmq
+
+from llambo.broker.config import BrokerConfig
+from llambo.broker.server import run_broker
+from llambo.mesh import sockets
+from llambo.worker.agent import run_worker
+from llambo.worker.config import WorkerConfig
+from llambo.worker.knobs import FakeKnobs
+
+#: As in the broker: messages taken from one socket before the others get a turn.
+DRAIN = 512
+DRAIN_TOKENS = 4_096
+
+Socket = zmq.Socket[bytes]
+
+
+def broker(options: dict[str, Any]) -> None:
+    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: tell(ports=[port]))
+
+
+def worker(options: dict[str, Any]) -> None:
+    knobs = FakeKnobs(**options.pop("fake", {}))
+    run_worker(WorkerConfig(brokers=(options.pop("broker"),), fake=knobs, **options), lambda: tell(pid=os.getpid()))
+
+
+def bare(options: dict[str, Any]) -> None:
+    """Two ROUTERs and a SUB/XPUB pair, forwarding between one client and one worker without a thought."""
+    context: zmq.Context[Socket] = zmq.Context()
+    clients, workers = sockets.control(context, zmq.ROUTER), sockets.control(context, zmq.ROUTER)
+    tokens_in, tokens_out = sockets.token(context, zmq.SUB), sockets.token(context, zmq.XPUB)
+    tokens_in.setsockopt(zmq.SUBSCRIBE, b"")
+    all_sockets = (clients, workers, tokens_in, tokens_out)
+    tell(ports=[socket.bind_to_random_port("tcp://127.0.0.1") for socket in all_sockets])
+    poller = zmq.Poller()
+    for socket in all_sockets:
+        poller.register(socket, zmq.POLLIN)
+    # Each side says one word first, so that its route is known.
+    client, worker = clients.recv_multipart()[0], workers.recv_multipart()[0]
+    topic = tokens_out.recv()[1:]
+    while True:
+        readable = dict(poller.poll())
+        if tokens_in in readable:
+            forward_tokens(tokens_in, tokens_out, topic)
+        if workers in readable:
+            forward(workers, clients, client)
+        if clients in readable:
+            forward(clients, workers, worker)
+
+
+def forward(source: Socket, target: Socket, route: bytes) -> None:
+    receive, send = source.recv_multipart, target.send_multipart
+    try:
+        for _ in range(DRAIN):
+            frames = receive(zmq.DONTWAIT)
+            frames[0] = route
+            send(frames, zmq.DONTWAIT)
+    except zmq.Again:
+        pass
+
+
+def forward_tokens(source: Socket, target: Socket, topic: bytes) -> None:
+    receive, send = source.recv, target.send
+    try:
+        for _ in range(DRAIN_TOKENS):
+            send(topic + receive(zmq.DONTWAIT), zmq.DONTWAIT)
+    except zmq.Again:
+        pass
+
+
+def tell(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+if __name__ == "__main__":
+    {"broker": broker, "worker": worker, "bare": bare}[sys.argv[1]](json.loads(sys.argv[2]))

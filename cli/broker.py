@@ -1,0 +1,64 @@
+"""`llambo-broker`: one service, four ports in a row."""
+
+from __future__ import annotations
+
+import click
+
+from llambo.cli.child import adopt, child_options, notify
+from llambo.cli.command import Command
+from llambo.cli.common import Common, config_option, pass_common, verbosity
+from llambo.cli.exits import Exit
+from llambo.cli.failure import Failure
+from llambo.cli.options import settings_options
+from llambo.mesh.errors import LlamboError
+from llambo.mesh.settings_table import of_roles
+
+EXAMPLES = """
+llambo-broker                                     for this machine
+llambo-broker --bind 0.0.0.0                      for the network
+llambo-broker --port 9000 --queue-requests 200
+llambo-worker --broker tcp://box:7330             then, on other machines
+llambo --broker tcp://box:7330 send hello
+"""
+
+
+@click.command(
+    cls=Command, examples=EXAMPLES, exit_codes=True, context_settings={"help_option_names": ["-h", "--help"]}
+)  # fmt: skip
+@child_options
+@settings_options(of_roles("broker"), heading="Settings")
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
+    """Run a broker: clients and workers connect to it, it connects to nobody.
+
+    It takes the port given and the three after it. SIGTERM and Ctrl-C end it.
+    """
+    adopt(parent)
+    from llambo.broker.config import BrokerConfig
+    from llambo.broker.server import run_broker
+    from llambo.mesh.sockets import endpoint
+
+    settings = common.settings
+    config = BrokerConfig.from_settings(settings.values)
+    host, started = settings.text("bind"), False
+
+    def announce(port: int) -> None:
+        nonlocal started
+        started = True
+        if not notify(notify_fd, str(port)):
+            click.echo(f"llambo-broker: listening at {endpoint(host, port)}", err=True)
+
+    try:
+        code = run_broker(config, host, settings.number("port"), announce)
+    except LlamboError as error:
+        if started:
+            raise
+        hint = "is a broker running there already? `llambo status` tells; --port 0 takes any free ports"
+        raise Failure(error.text, hint, Exit.ERROR) from error
+    click.get_current_context().exit(code)
+
+
+if __name__ == "__main__":
+    main(prog_name="llambo-broker")

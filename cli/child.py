@@ -1,0 +1,39 @@
+"""How `llambo up` holds on to its children: they say when they are ready, and do not outlive it.
+
+Both are hidden options of `llambo-broker` and `llambo-worker`. Readiness is a line on a pipe, so that nobody has to
+guess it from a log or ask in a loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def child_options(function: F) -> F:
+    parent = click.option("--parent", type=int, hidden=True, help="Die with the process of this id.")
+    notify = click.option("--notify-fd", type=int, hidden=True, help="Write a line here when ready, and close it.")
+    return parent(notify(function))
+
+
+def adopt(parent: int | None) -> None:
+    if parent is not None:
+        from llambo.worker.engine import die_with
+
+        die_with(parent)
+
+
+def notify(descriptor: int | None, text: str) -> bool:
+    """False: there is no parent to tell, so a person may want to know."""
+    if descriptor is None:
+        return False
+    # If nobody listens any more, there is nothing to tell.
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as pipe:
+        pipe.write(f"{text}\n".encode())
+    return True

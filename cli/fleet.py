@@ -1,0 +1,128 @@
+"""A broker and its workers as children: started in order, kept, stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from llambo.cli.exits import Exit
+from llambo.cli.failure import Failure
+from llambo.cli.supervisor import Child, how_it_ended
+from llambo.mesh.sockets import DEFAULT_PORT, endpoint
+
+#: What is bound to all addresses is reached at this one from here.
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is only compared with
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    host: str
+    broker: list[str]
+    #: Name and command of each.
+    workers: list[tuple[str, list[str]]]
+
+
+async def run(plan: Plan) -> int:
+    """Until SIGINT or SIGTERM. Children do not outlive it, however it ends."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    fleet = Fleet(plan)
+    work = asyncio.create_task(fleet.run())
+    waiting = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            say("stopping")
+            # From here on a Ctrl-C means: now.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, fleet.hurry)
+    finally:
+        waiting.cancel()
+        # First, so that it starts nothing more. Its children are kept by tasks of their own.
+        work.cancel()
+        await fleet.stop()
+    with suppress(asyncio.CancelledError):
+        await work
+    if not stop.is_set() and fleet.failure is not None:
+        raise fleet.failure
+    say("stopped")
+    return Exit.OK
+
+
+class Fleet:
+    def __init__(self, plan: Plan) -> None:
+        self.failure: Failure | None = None
+        self._plan = plan
+        self._broker = Child("broker", plan.broker, say, show)
+        self._workers: list[Child] = []
+        self._keeping: set[asyncio.Task[int]] = set()
+
+    async def run(self) -> None:
+        """Start everything and wait; ends only if something cannot be started."""
+        port = await self._start(self._broker)
+        if port is None:
+            return
+        address = endpoint(ANYWHERE.get(self._plan.host, self._plan.host), int(port))
+        say(f"broker at {address}, pid {self._broker.pid}")
+        self._workers = [
+            Child(name, [*command, "--broker", address], say, show) for name, command in self._plan.workers
+        ]
+        started = await asyncio.gather(*[self._start_worker(worker) for worker in self._workers])
+        if None in started:
+            return
+        invite(address, len(started))
+        await asyncio.wait(self._keeping)
+
+    async def _start_worker(self, worker: Child) -> str | None:
+        name = await self._start(worker)
+        if name is not None:
+            say(f"{name} is ready, pid {worker.pid}")
+        return name
+
+    async def _start(self, child: Child) -> str | None:
+        """What it says when it is ready. None, with `failure` set, if it ended before."""
+        keeping = asyncio.create_task(child.keep())
+        self._keeping.add(keeping)
+        news: list[asyncio.Future[Any]] = [keeping, child.started]
+        await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
+        if child.started.done():
+            return child.started.result()
+        code = keeping.result()
+        hint = "its last words are above"
+        self.failure = Failure(f"{child.name} {how_it_ended(code)} before it was ready", hint, max(code, Exit.ERROR))
+        return None
+
+    async def stop(self) -> None:
+        """Workers first: what they still have to say goes to a broker that is there."""
+        for child in (*self._workers, self._broker):
+            child.stopping.set()  # from now on it is no news that one of them ends
+        await asyncio.gather(*[worker.stop() for worker in self._workers])
+        await self._broker.stop()
+        await asyncio.gather(*self._keeping)
+
+    def hurry(self) -> None:
+        for child in (*self._workers, self._broker):
+            if child.process is not None and child.process.returncode is None:
+                child.process.kill()
+
+
+def invite(address: str, workers: int) -> None:
+    which = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
+    say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
+    for words in ('send "What is AI?"', "status", "workers"):
+        click.echo(f"    llambo{which} {words}")
+    say("Ctrl-C stops everything")
+
+
+def say(text: str) -> None:
+    click.echo(f"llambo up: {text}")
+
+
+def show(line: str) -> None:
+    click.echo(line, err=True)

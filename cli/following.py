@@ -1,0 +1,145 @@
+"""Following a stream to its end, or to a Ctrl-C: what `send` and `attach` share.
+
+The first Ctrl-C cancels the request on its worker and waits for the end of it, so that one sees what was
+generated. The second one leaves at once; the broker then cancels for us, when it misses us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.ask import connect
+from llambo.cli.command import silence_stdout
+from llambo.cli.common import Common
+from llambo.cli.exits import Exit
+from llambo.cli.out import Out
+from llambo.cli.views import Clock, JsonView, TextView, View, statistics_line
+from llambo.mesh.errors import Code, LlamboError
+
+if TYPE_CHECKING:
+    from llambo.mesh.client import Client
+    from llambo.mesh.client_stream import Answer, Stream
+
+Opener = Callable[["Client"], Awaitable["Stream"]]
+
+#: How long an interrupted command waits for the end of its request.
+END_WAIT_S = 2.0
+
+
+class Interrupts:
+    """SIGINT and SIGTERM while a stream is followed. `signal` is the first that came, or 0."""
+
+    def __init__(self, *, cancels: bool) -> None:
+        self.signal = 0
+        self.stream: Stream | None = None
+        self._cancels = cancels
+        self._loop = asyncio.get_running_loop()
+        self._work = asyncio.current_task()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> Interrupts:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        if self.stream is None or not self._cancels:
+            self._stop()
+        else:
+            self._tasks.append(self._loop.create_task(self.stream.cancel()))
+            self._loop.call_later(END_WAIT_S, self._stop)
+
+    def _stop(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+
+def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
+    """Show the stream that `opener` gives. The exit code. Its statistics go to stderr with -v."""
+    try:
+        return asyncio.run(_follow(common, opener, as_json, mine))
+    except BrokenPipeError:
+        # `| head -3` has what it wanted. The stream was closed on the way here, and that cancels it.
+        silence_stdout()
+        return Exit.OK
+
+
+async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
+    out = Out(sys.stdout.fileno())
+    view: View = JsonView(out) if as_json else TextView(out)
+    timeout_ms = common.settings.number("timeout_ms")
+    with Interrupts(cancels=mine) as interrupts:
+        try:
+            async with asyncio.timeout(timeout_ms / 1_000 or None), connect(common) as client:
+                return await _read(common, await opener(client), view, out, interrupts)
+        except TimeoutError as error:
+            raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
+        except asyncio.CancelledError:
+            if not interrupts.signal:
+                raise
+            return _interrupted(interrupts, mine)
+        finally:
+            out.close()
+
+
+async def _read(common: Common, stream: Stream, view: View, out: Out, interrupts: Interrupts) -> int:
+    interrupts.stream = stream
+    clock = Clock()
+    stream.on_place = lambda: view.placed(stream)
+    async with stream:
+        try:
+            while (piece := await stream.next_piece()) is not None:
+                clock.on_piece()
+                view.piece(piece)
+                await out.room()
+            clock.on_end()
+            assert stream.answer is not None, "a stream that was read to its end has an answer"
+            view.end(stream.answer, clock)
+            view.close()
+        except LlamboError:
+            view.close()
+            await out.flush()  # what there is of the answer comes before the error
+            raise
+        await out.flush()
+    if common.verbose:
+        click.echo(statistics_line(stream.answer, clock), err=True)
+    return _exit_code(stream.answer, interrupts)
+
+
+def _exit_code(answer: Answer, interrupts: Interrupts) -> int:
+    tokens = len(answer.ids)
+    if answer.reason == "deadline":
+        raise LlamboError(Code.DEADLINE, f"the deadline has passed after {tokens} tokens")
+    if answer.reason != "cancelled":
+        return Exit.OK
+    if interrupts.signal:
+        click.echo(f"llambo: interrupted; the request was cancelled after {tokens} tokens", err=True)
+        return 128 + interrupts.signal
+    click.echo(f"llambo: somebody cancelled the request after {tokens} tokens", err=True)
+    return Exit.ERROR
+
+
+def _interrupted(interrupts: Interrupts, mine: bool) -> int:
+    stream = interrupts.stream
+    if stream is not None and not mine:
+        click.echo(f"llambo: interrupted; `llambo attach {stream.id}` follows it again", err=True)
+    else:
+        click.echo("llambo: interrupted", err=True)
+    return 128 + interrupts.signal

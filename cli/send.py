@@ -1,0 +1,114 @@
+"""`llambo send`: ask the mesh, and see the answer as it comes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llambo.cli.command import Command
+from llambo.cli.common import Common, pass_common
+from llambo.cli.options import Duration, client_options, json_option, settings_options
+from llambo.mesh.errors import Code, LlamboError
+
+if TYPE_CHECKING:
+    from llambo.mesh.client import Client
+    from llambo.mesh.client_options import Options
+    from llambo.mesh.client_stream import Stream
+
+EXAMPLES = """
+llambo send "What is AI?"
+git diff | llambo send -                        the prompt from a pipe
+llambo send -v --max-tokens 50 --seed 7 hello   with statistics
+llambo send --json hello | jq -rj 'select(.type == "token").text'
+id=$(llambo send --detach "A long story") && llambo attach "$id"
+llambo send --deadline 20s --priority interactive hello
+"""
+
+SETTINGS = ("client_model", "max_tokens", "temperature", "connect_ms", "timeout_ms")
+
+
+def _client_options(function: Any) -> Any:
+    return client_options(function, verbose="Statistics and the log to stderr; twice for more.")
+
+
+@click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
+@click.argument("prompt", nargs=-1, metavar="[PROMPT|-]")
+@click.option("--seed", type=int, metavar="NUMBER", help="The same seed, the same chances.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
+@click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
+@click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
+@click.option("--no-stream", is_flag=True, help="Show the answer when it is whole.")
+@json_option
+@settings_options(SETTINGS)
+@_client_options
+@pass_common
+def send(
+    common: Common, /, prompt: tuple[str, ...], detach: bool, as_json: bool, no_stream: bool, **chosen: Any
+) -> None:
+    """Send PROMPT and show the answer as it comes.
+
+    The prompt is the arguments, or stdin with `-` or without any. Ctrl-C cancels the request on its worker; a
+    second one leaves at once.
+
+    With --json each line is an object, told apart by its "type"; fields may be added, none changes its meaning:
+
+    \b
+    accepted  id, model, ahead         it is in; so many wait before it
+    waiting   ahead                    its place in the queue has changed
+    token     index, ids, text         tokens that came together; index is
+                                       that of the first
+    end       id, reason, tokens, prompt_tokens, worker, moves, queued_ms,
+              first_token_ms, total_ms, tokens_per_s
+                                       reason: stop, length, cancelled, deadline
+    error     code, text, hint, retryable, exit
+                                       the last line, when it failed
+    """
+    text = _prompt(prompt)
+    options = _options(common, chosen, stream=not no_stream)
+    context = click.get_current_context()
+    if detach:
+        _detach(common, text, options, as_json)
+        return
+    from llambo.cli.following import follow
+
+    async def opener(client: Client) -> Stream:
+        return client.stream(text, **options)
+
+    context.exit(follow(common, opener, as_json=as_json, mine=True))
+
+
+def _prompt(arguments: tuple[str, ...]) -> str:
+    if arguments and arguments != ("-",):
+        return " ".join(arguments)
+    if not arguments and sys.stdin.isatty():
+        raise click.UsageError("there is no prompt: give it as an argument, or pipe it in")
+    try:
+        # Without the newline that `echo` adds, so that both ways of asking ask the same.
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
+
+
+def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options:
+    settings = common.settings
+    return {
+        "model": settings.text("client_model") or None,
+        "max_tokens": settings.number("max_tokens"),
+        "temperature": settings.real("temperature"),
+        "seed": chosen["seed"],
+        "stop": list(chosen["stop"]) or None,
+        "priority": chosen["priority"],
+        "deadline_ms": chosen["deadline_ms"],
+        "stream": stream,
+    }
+
+
+def _detach(common: Common, text: str, options: Options, as_json: bool) -> None:
+    from llambo.cli.ask import ask
+
+    id = ask(common, lambda client: client.submit(text, detached=True, **options))
+    click.echo(json.dumps({"type": "accepted", "id": id, "detached": True}) if as_json else id)

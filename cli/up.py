@@ -1,0 +1,78 @@
+"""`llambo up`: a whole mesh on this machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llambo.cli.command import Command
+from llambo.cli.common import Common, config_option, pass_common, verbosity
+from llambo.cli.options import settings_options
+from llambo.cli.worker import FAKE_HEADING, FAKE_SETTINGS, worker_config
+from llambo.mesh.settings_table import BY_NAME, of_roles
+
+if TYPE_CHECKING:
+    from llambo.cli.fleet import Plan
+
+EXAMPLES = """
+llambo up                                     a broker and two workers
+llambo up --workers 3 --engine fake
+llambo up --port 0                            on whatever ports are free
+llambo up --workers 3 --fake-tokens-per-s 40  slow enough to watch
+"""
+
+BROKER_SETTINGS = ("bind", "port")
+WORKER_SETTINGS = ("engine", "model", "slots")
+
+
+@click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="How many workers.")
+@settings_options([*WORKER_SETTINGS, *BROKER_SETTINGS])
+@settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def up(common: Common, workers: int) -> None:
+    """Run a broker and workers on this machine, until Ctrl-C.
+
+    A worker that dies is started again. Ctrl-C lets the workers finish for a moment; a second one hurries them.
+    """
+    import asyncio
+
+    from llambo.cli.fleet import run
+
+    # What is wrong with a setting is said here, and not by each child.
+    worker_config(common.settings)
+    click.get_current_context().exit(asyncio.run(run(plan(common, workers))))
+
+
+def plan(common: Common, workers: int) -> Plan:
+    """The commands of the children. They are told what we were told, and find the rest where we found it."""
+    from llambo.cli.fleet import Plan
+
+    settings, flags = common.settings, common.flags
+    shared = ["--config", common.config] if common.config else []
+    shared += ["-v"] * common.verbose
+    broker_flags = {name: value for name, value in flags.items() if BY_NAME[name] in of_roles("broker")}
+    worker_flags = {
+        name: value for name, value in flags.items() if BY_NAME[name] in of_roles("worker") and name != "broker"
+    }  # fmt: skip
+    return Plan(
+        host=settings.text("bind"),
+        broker=[*_module("broker"), *shared, *_said(broker_flags)],
+        workers=[(f"worker-{number}", [*_module("worker"), *shared, *_said(worker_flags), "--name", f"worker-{number}"])
+                 for number in range(1, workers + 1)],
+    )  # fmt: skip
+
+
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", f"llambo.cli.{name}"]
+
+
+def _said(flags: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in flags.items():
+        words += [BY_NAME[name].flag, BY_NAME[name].show(value)]
+    return words

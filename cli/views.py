@@ -1,0 +1,137 @@
+"""How a stream is shown: as text for people, or as one JSON object a line for programs.
+
+The JSON lines are a promise to scripts: fields may be added, none changes its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from llambo.cli.out import Out
+
+if TYPE_CHECKING:
+    from llambo.mesh.client_stream import Answer, Piece, Stream
+
+#: To the first column, and erase what is there.
+CLEAR_LINE = "\r\x1b[K"
+
+
+class View(Protocol):
+    def placed(self, stream: Stream) -> None: ...
+    def piece(self, piece: Piece) -> None: ...
+    def end(self, answer: Answer, clock: Clock) -> None: ...
+    def close(self) -> None: ...
+
+
+class Clock:
+    """What a user waited for, in milliseconds since the request was sent."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self.first_ms = 0.0
+        self.total_ms = 0.0
+
+    def on_piece(self) -> None:
+        self.first_ms = self.first_ms or self._now()
+
+    def on_end(self) -> None:
+        self.total_ms = self._now()
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second after the first one."""
+        spent_ms = self.total_ms - self.first_ms
+        return round((tokens - 1) * 1_000 / spent_ms, 1) if tokens > 1 and spent_ms > 0 else 0.0
+
+    def _now(self) -> float:
+        return (time.monotonic() - self._start) * 1_000
+
+
+class TextView:
+    """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
+
+    def __init__(self, out: Out) -> None:
+        self._out = out
+        self._last = "\n"
+        self._waiting = False
+
+    def placed(self, stream: Stream) -> None:
+        if sys.stderr.isatty() and self._last == "\n" and (stream.ahead or self._waiting):
+            self._clear()
+            if stream.ahead:
+                click.echo(f"waiting, {stream.ahead} ahead", nl=False, err=True)
+                self._waiting = True
+
+    def piece(self, piece: Piece) -> None:
+        self._clear()
+        if piece.text:
+            self._out.put(piece.text)
+            self._last = piece.text[-1]
+
+    def end(self, answer: Answer, clock: Clock) -> None:
+        pass
+
+    def close(self) -> None:
+        self._clear()
+        if self._last != "\n":
+            self._out.put("\n")
+            self._last = "\n"
+
+    def _clear(self) -> None:
+        if self._waiting:
+            click.echo(CLEAR_LINE, nl=False, err=True, color=True)
+            self._waiting = False
+
+
+class JsonView:
+    def __init__(self, out: Out) -> None:
+        self._out = out
+        self._accepted = False
+
+    def placed(self, stream: Stream) -> None:
+        if self._accepted:
+            self._put({"type": "waiting", "ahead": stream.ahead})
+        else:
+            self._accepted = True
+            self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead})
+
+    def piece(self, piece: Piece) -> None:
+        self._put({"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text})
+
+    def end(self, answer: Answer, clock: Clock) -> None:
+        self._put({"type": "end"} | statistics(answer, clock))
+
+    def close(self) -> None:
+        pass
+
+    def _put(self, line: dict[str, Any]) -> None:
+        self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
+    return {
+        "id": answer.id,
+        "reason": answer.reason,
+        "tokens": len(answer.ids),
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "worker": answer.worker,
+        "moves": answer.moves,
+        "queued_ms": answer.queued_ms,
+        "first_token_ms": round(clock.first_ms, 1),
+        "total_ms": round(clock.total_ms, 1),
+        "tokens_per_s": clock.rate(len(answer.ids)),
+    }
+
+
+def statistics_line(answer: Answer, clock: Clock) -> str:
+    told = statistics(answer, clock)
+    moves = f"moved {told['moves']} time{'s' if told['moves'] != 1 else ''}" if told["moves"] else "never moved"
+    return (
+        f"{told['tokens']} tokens in {told['total_ms'] / 1000:.2f} s ({told['tokens_per_s']:g} tokens/s), "
+        f"first after {told['first_token_ms']:.0f} ms, queued {told['queued_ms']} ms, "
+        f"worker {told['worker'] or '?'}, {moves}, {told['reason']}, id {told['id']}"
+    )

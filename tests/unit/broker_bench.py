@@ -1,0 +1,150 @@
+"""A broker core with hand-held peers: tests say what the peers do, and look at what the broker answers."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any, TypeVar
+
+from llambo.broker.actions import Publish, ToClient, ToWorker
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.broker.events import ClientSaid, Event, RouteGone, Tick, TokensArrived, WorkerSaid
+from llambo.broker.invariants import check
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.codec import NO_SESSION
+
+M = TypeVar("M", bound=m.Message)
+
+
+def request_id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+class Bench:
+    """Time stands still unless a test moves it. Invariants are checked after every event."""
+
+    def __init__(self, **config: Any) -> None:
+        self.core = BrokerCore(BrokerConfig(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
+        self.state = self.core.state
+        self.now_ms = 1_000
+        self.actions: list[Any] = []
+        #: What was ordered by the last event.
+        self.last: list[Any] = []
+        self.handle(Tick())
+
+    def handle(self, event: Event) -> list[Any]:
+        self.last = list(self.core.handle(event, self.now_ms))
+        self.actions += self.last
+        check(self.core)
+        return self.last
+
+    def pass_time(self, length_ms: int) -> None:
+        """As the shell does: wake the core whenever it wants to be woken."""
+        end = self.now_ms + length_ms
+        while (due := self.core.next_wakeup_ms()) <= end:
+            self.now_ms = max(self.now_ms, due)
+            self.handle(Tick())
+        self.now_ms = end
+
+    def route_gone(self, route: bytes) -> None:
+        self.handle(RouteGone(route, True))
+
+    def worker(
+        self, name: str = "w", slots: int = 2, model: str = "m", incarnation: bytes = b"i", route: bytes = b""
+    ) -> Worker:
+        return Worker(
+            self, route or name.encode() + incarnation, m.WorkerHello(name, incarnation, [m.ModelInfo(model)], slots)
+        )
+
+    def client(self, route: bytes = b"c") -> Client:
+        return Client(self, route)
+
+
+class Peer:
+    bench: Bench
+    route: bytes
+    session: bytes
+
+    def heard(self, kind: type[M]) -> list[M]:
+        """Messages of one kind this peer has been sent, ever."""
+        mine = (a for a in self.bench.actions if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
+        return [a.message for a in mine if isinstance(a.message, kind)]
+
+    def heard_last(self, kind: type[M]) -> list[M]:
+        """... by the last event."""
+        mine = (a for a in self.bench.last if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
+        return [a.message for a in mine if isinstance(a.message, kind)]
+
+
+class Worker(Peer):
+    def __init__(self, bench: Bench, route: bytes, hello: m.WorkerHello) -> None:
+        self.bench = bench
+        self.route = route
+        self.beats = 0
+        self.session = NO_SESSION
+        self.say(hello)
+        welcomes = self.heard(m.Welcome)
+        if welcomes:
+            self.session = welcomes[-1].session
+            self.beat()
+
+    def say(self, *messages: m.Message) -> None:
+        self.bench.handle(WorkerSaid(self.route, self.session, [(message, b"") for message in messages]))
+
+    def publish(self, *frames: bytes) -> list[Any]:
+        return self.bench.handle(TokensArrived(list(frames)))
+
+    def beat(self, seq: int = 0, **fields: Any) -> None:
+        """On both planes, as workers do."""
+        self.beats += 1
+        self.publish(tokens.encode_beat(self.beats, self.session))
+        self.say(m.WorkerHeartbeat(seq=seq, beat=self.beats, **fields))
+
+    @property
+    def dispatches(self) -> list[m.Dispatch]:
+        return self.heard(m.Dispatch)
+
+    def key(self, number: int = -1) -> bytes:
+        dispatch = self.dispatches[number]
+        return dispatch.id + dispatch.dispatch
+
+    def chunk(self, first: int, *ids: int, number: int = -1, flags: int = 0) -> bytes:
+        return tokens.encode_chunk(self.key(number), first, list(ids), [b"x"] * len(ids), flags)
+
+    def end(self, count: int, number: int = -1, reason: m.Reason = "length") -> None:
+        dispatch = self.dispatches[number]
+        self.say(m.End(dispatch.id, count, reason, dispatch.dispatch))
+
+
+class Client(Peer):
+    def __init__(self, bench: Bench, route: bytes) -> None:
+        self.bench = bench
+        self.route = route
+        self.session = NO_SESSION
+        self.say(m.ClientHello())
+        self.welcome = self.heard(m.Welcome)[-1]
+        self.session = self.welcome.session
+
+    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
+        self.bench.handle(ClientSaid(self.route, self.session, [(message, blob) for message in messages]))
+
+    def submit(self, number: int, prompt: bytes = b"hello", **fields: Any) -> bytes:
+        fields.setdefault("max_tokens", 10)
+        self.say(m.InferenceRequest(request_id(number), **fields), blob=prompt)
+        return request_id(number)
+
+    @property
+    def problems(self) -> list[m.Problem]:
+        return self.heard(m.Problem)
+
+    @property
+    def ends(self) -> list[m.End]:
+        return self.heard(m.End)
+
+    def streamed(self) -> list[int]:
+        """Token ids published to this client's topic."""
+        topic = self.welcome.topic
+        frames = [f for a in self.bench.actions if isinstance(a, Publish) for f in a.frames if f.startswith(topic)]
+        chunks = [tokens.decode_chunk(frame[len(topic) :]) for frame in frames]
+        return [token for chunk in chunks if chunk is not None for token in chunk.body.ids]

@@ -1,0 +1,474 @@
+"""The rules of the broker, each seen through its one door."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from llambo.broker.transcript import reservation
+from llambo.mesh import messages as m
+from llambo.mesh import tokens
+from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.errors import Code, ErrorInfo
+from tests.unit.broker_bench import Bench, request_id
+
+
+def test_a_request_goes_from_submit_to_end() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    # When a request is submitted, it is accepted and dispatched at once
+    id = client.submit(1, max_tokens=2)
+    assert [a.id for a in client.heard(m.Accepted)] == [id]
+    assert worker.dispatches[0].max_tokens == 2
+    # and tokens are forwarded as they come
+    worker.publish(worker.chunk(0, 7))
+    worker.publish(worker.chunk(1, 8, flags=tokens.FINAL))
+    assert client.streamed() == [7, 8]
+    # Then the worker's END ends it, and the worker may forget it
+    key = worker.key()
+    worker.end(2)
+    assert [(e.count, e.reason, e.worker) for e in client.ends] == [(2, "length", "w")]
+    assert worker.heard(m.EndAck)[-1].ids == [key]
+    # and the transcript is freed when the client has acknowledged
+    client.say(m.EndAck([id]))
+    assert bench.state.archive.owed_bytes == 0
+    assert bench.state.reserved == 0
+
+
+def test_the_same_submit_again_attaches() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
+    client.submit(1)
+    client.submit(1)
+    worker.publish(worker.chunk(0, 5))
+    other.submit(1)
+    assert len(worker.dispatches) == 1
+    assert len(client.heard(m.Accepted)) == 2
+    # The one who came late is given what has been before.
+    assert other.heard(m.Page)[-1].next == 1
+    worker.publish(worker.chunk(1, 6))
+    assert client.streamed() == [5, 6]
+    assert other.streamed() == [6]
+
+
+def test_without_any_worker_ever_there_is_nothing_to_wait_for() -> None:
+    client = Bench().client()
+    client.submit(1)
+    assert client.problems[0].error.code is Code.NO_WORKER
+    assert client.problems[0].error.retry_after_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "code"),
+    [
+        ({"model": "other"}, b"hello", Code.UNKNOWN_MODEL),
+        ({}, b"", Code.BAD_REQUEST),
+        ({}, b"x" * (4 * 2**20 + 1), Code.TOO_LONG),
+        ({"have": 3}, b"hello", Code.UNKNOWN_REQUEST),
+        ({"sampling": msgspec.Raw(b"\xc5\xff\xff" + bytes(65535) + b"\xc0")}, b"hello", Code.BAD_REQUEST),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(fields: dict[str, object], prompt: bytes, code: Code) -> None:
+    bench = Bench()
+    bench.worker()
+    client = bench.client()
+    client.submit(1, prompt, **fields)
+    assert [p.error.code for p in client.problems] == [code]
+    assert client.problems[0].id == request_id(1)
+    assert bench.state.counters.refused == 1
+
+
+def test_with_several_models_one_has_to_be_named() -> None:
+    bench = Bench()
+    bench.worker("a", model="one")
+    bench.worker("b", model="two")
+    client = bench.client()
+    client.submit(1)
+    assert client.problems[0].error.code is Code.MODEL_REQUIRED
+    assert "one, two" in client.problems[0].error.text
+    client.submit(2, model="two")
+    assert len(client.problems) == 1
+
+
+def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
+    bench = Bench(queue_requests=2)
+    worker, client = bench.worker(slots=1), bench.client()
+    for number in range(4):
+        client.submit(number)
+    assert [p.error.code for p in client.problems] == [Code.BUSY]
+    assert client.problems[0].error.retry_after_ms > 0
+    assert [a.ahead for a in client.heard(m.Accepted)] == [0, 0, 1]
+    # What runs, ends: the next one is dispatched in the same breath.
+    worker.end(0)
+    assert len(worker.dispatches) == 2
+
+
+def test_transcripts_are_reserved_when_a_request_is_admitted() -> None:
+    bench = Bench(transcript_bytes=reservation(10) + 5)
+    bench.worker()
+    client = bench.client()
+    client.submit(1)
+    client.submit(2)
+    client.submit(3, max_tokens=100_000)
+    assert [p.error.code for p in client.problems] == [Code.BUSY, Code.TOO_LONG]
+
+
+def test_chunks_under_an_old_dispatch_are_stale() -> None:
+    bench = Bench()
+    first, client = bench.worker("a", slots=1), bench.client()
+    client.submit(1)
+    late = first.chunk(0, 99)
+    second = bench.worker("b", slots=1)
+    first.say(m.Goodbye())
+    assert second.dispatches[0].id == request_id(1)
+    first.publish(late)
+    assert client.streamed() == []
+    assert bench.state.counters.stale_chunks == 1
+
+
+def test_another_worker_continues_from_the_transcript() -> None:
+    bench = Bench()
+    first, client = bench.worker("a"), bench.client()
+    client.submit(1, seed=5)
+    first.publish(first.chunk(0, 11, 12))
+    second = bench.worker("b")
+    first.say(m.Goodbye())
+    assert second.dispatches[0].prefix == [11, 12]
+    assert second.dispatches[0].seed == 5
+    assert second.dispatches[0].dispatch != first.dispatches[0].dispatch
+    second.publish(second.chunk(2, 13))
+    second.end(3)
+    assert client.streamed() == [11, 12, 13]
+    assert client.ends[0].moves == 1
+
+
+def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1, 2, flags=tokens.FINAL | tokens.STOPPED))
+    worker.say(m.Goodbye())
+    assert [(e.count, e.reason) for e in client.ends] == [(2, "stop")]
+
+
+def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1, 2), worker.chunk(0, 1, 2), worker.chunk(1, 2, 3))
+    assert client.streamed() == [1, 2, 3]
+    assert bench.state.counters.duplicate_chunks == 1
+
+
+def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
+    bench = Bench(tail_grace_ms=10, resend_ms=500)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(3, 4, 5), worker.chunk(5, 6))
+    assert worker.heard(m.Replay) == []
+    bench.pass_time(9)
+    assert worker.heard(m.Replay) == []
+    bench.pass_time(50)
+    assert [(r.first, r.until) for r in worker.heard(m.Replay)] == [(0, 3)]
+    # The page closes the gap, and what was kept aside follows.
+    dispatch = worker.dispatches[0]
+    worker.say(m.Page(dispatch.id, 0, 3, 6, [worker.chunk(0, 1, 2, 3)], dispatch.dispatch))
+    assert client.streamed() == [1, 2, 3, 4, 5, 6]
+    bench.pass_time(1_000)
+    assert len(worker.heard(m.Replay)) == 1
+
+
+def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.end(1)
+    assert client.ends == []
+    worker.publish(worker.chunk(0, 1))
+    assert [e.count for e in client.ends] == [1]
+    bench.pass_time(100)
+    assert worker.heard(m.Replay) == []
+
+
+def test_progress_in_a_beat_shows_a_lost_tail() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.beat(seq=1, claims={worker.key(): 4})
+    bench.pass_time(20)
+    assert [(r.first, r.until) for r in worker.heard(m.Replay)] == [(0, 0)]
+
+
+def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    seq = worker.dispatches[0].seq
+    worker.beat(seq=seq - 1)
+    assert len(worker.dispatches) == 1
+    worker.beat(seq=seq)
+    assert len(worker.dispatches) == 2
+    assert bench.state.counters.moved == 1
+
+
+def test_what_nobody_waits_for_is_cancelled_at_the_worker() -> None:
+    bench = Bench()
+    worker = bench.worker()
+    worker.beat(claims={b"r" * 16 + b"d" * 8: 3})
+    assert [(c.id, c.dispatch) for c in worker.heard(m.Cancel)] == [(b"r" * 16, b"d" * 8)]
+
+
+def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() -> None:
+    bench = Bench()
+    worker, client = bench.worker(slots=1), bench.client()
+    id = client.submit(1)
+    client.submit(2)
+    client.say(m.Cancel(id))
+    assert [(e.id, e.reason) for e in client.ends] == [(id, "cancelled")]
+    assert len(worker.dispatches) == 1
+    worker.end(0, number=0, reason="cancelled")
+    assert [d.id for d in worker.dispatches] == [id, request_id(2)]
+    # Cancelled twice, or too late: the same END.
+    client.say(m.Cancel(id))
+    assert client.ends[-1] == client.ends[0]
+    client.say(m.Cancel(request_id(99)))
+    assert client.problems[-1].error.code is Code.UNKNOWN_REQUEST
+
+
+def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> None:
+    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    bench.pass_time(900)
+    assert worker.session in bench.state.registry.workers
+    bench.pass_time(300)
+    assert worker.session not in bench.state.registry.workers
+    assert bench.state.requests[request_id(1)].state.value == "waiting"
+    bench.pass_time(1_000)
+    assert not bench.state.requests
+    assert not bench.state.registry.clients
+
+
+def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
+    bench = Bench(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
+    worker, client = bench.worker(), bench.client()
+    id = client.submit(1, detached=True)
+    client.say(m.Goodbye())
+    worker.publish(worker.chunk(0, 1))
+    worker.end(1)
+    other = bench.client(b"o")
+    other.say(m.Attach(id))
+    assert other.ends[0].count == 1
+    other.say(m.Replay(id, 0))
+    assert other.heard(m.Page)[-1].next == 1
+    other.say(m.EndAck([id]))
+    bench.pass_time(61_000)
+    third = bench.client(b"t")
+    third.say(m.Attach(id))
+    assert third.problems[0].error.code is Code.EXPIRED
+
+
+def test_detached_results_are_bounded_the_oldest_go_first() -> None:
+    bench = Bench(detached_bytes=100)
+    worker, client = bench.worker(), bench.client()
+    for number in (1, 2):
+        client.submit(number, detached=True)
+        worker.publish(worker.chunk(0, *range(10)))
+        worker.end(10)
+    assert bench.state.archive.kept_bytes <= 100
+    assert bench.state.archive.ended[request_id(1)].transcript is None
+    assert bench.state.archive.ended[request_id(2)].transcript is not None
+
+
+def test_without_a_stream_the_end_brings_the_first_page() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1, stream=False)
+    worker.publish(worker.chunk(0, 1, 2))
+    assert client.streamed() == []
+    worker.end(2)
+    assert (client.ends[0].count, client.heard(m.Page)[0].next) == (2, 2)
+
+
+def test_an_end_is_said_until_it_is_acknowledged() -> None:
+    bench = Bench(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
+    worker, client = bench.worker(), bench.client()
+    id = client.submit(1)
+    worker.end(0)
+    bench.pass_time(1_500)
+    assert len(client.ends) >= 3
+    client.say(m.EndAck([id]))
+    before = len(client.ends)
+    bench.pass_time(1_500)
+    assert len(client.ends) == before
+
+
+def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1, deadline_ms=300)
+    assert worker.dispatches[0].deadline_ms == 300
+    bench.pass_time(301)
+    assert client.ends[0].reason == "deadline"
+    assert client.ends[0].error is not None
+    assert len(worker.heard(m.Cancel)) == 1
+
+
+def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> None:
+    bench = Bench(hold_ms=5_000)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.say(m.Goodbye())
+    client.submit(2)
+    assert client.problems == []
+    bench.pass_time(3_000)
+    client.say(m.ClientHeartbeat())
+    back = bench.worker(incarnation=b"j")
+    assert sorted(d.id for d in back.dispatches) == [request_id(1), request_id(2)]
+    back.say(m.Goodbye())
+    bench.pass_time(7_000)
+    assert {e.error.code for e in client.ends if e.error} == {Code.NO_WORKER}
+
+
+def test_a_request_that_kills_engines_ends() -> None:
+    bench = Bench(engine_failures=2)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.say(m.EngineLost([worker.key()], "signal 11"))
+    assert len(worker.dispatches) == 2
+    worker.say(m.EngineLost([worker.key()], "signal 11"))
+    assert len(worker.dispatches) == 2
+    assert client.ends[0].error is not None
+    assert client.ends[0].error.code is Code.ENGINE_FAILED
+    assert "signal 11" in client.ends[0].error.text
+
+
+def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    dispatch = worker.dispatches[0]
+    worker.say(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.BUSY, "full")))
+    assert len(worker.dispatches) == 1
+    worker.beat(seq=dispatch.seq)
+    assert len(worker.dispatches) == 2
+    # A final refusal is the answer.
+    dispatch = worker.dispatches[1]
+    worker.say(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.TOO_LONG, "9 > 8"), final=True))
+    assert client.ends[0].error == ErrorInfo(Code.TOO_LONG, "9 > 8")
+
+
+def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
+    bench = Bench(lease_ms=10**6)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    client.say(m.DrainWorker(1, "w"))
+    client.submit(2)
+    assert [d.undo for d in worker.heard(m.Drain)] == [False]
+    assert len(worker.dispatches) == 1
+    worker.end(0)
+    assert len(worker.dispatches) == 1
+    client.say(m.DrainWorker(2, "w", undo=True))
+    assert len(worker.dispatches) == 2
+    client.say(m.DrainWorker(3, "nobody"))
+    assert client.problems[-1].error.code is Code.UNKNOWN_WORKER
+    assert client.problems[-1].query == 3
+
+
+def test_a_name_belongs_to_the_living() -> None:
+    bench = Bench(lease_ms=10**6)
+    worker = bench.worker("w", incarnation=b"1")
+    thief = bench.worker("w", incarnation=b"2")
+    assert thief.heard(m.Problem)[0].error.code is Code.NAME_TAKEN
+    # The same process on fresh sockets is welcome, and so is its successor once it is gone.
+    again = bench.worker("w", incarnation=b"1", route=b"fresh")
+    assert again.session not in (NO_SESSION, worker.session)
+    bench.route_gone(again.route)
+    successor = bench.worker("w", incarnation=b"3")
+    assert successor.heard(m.Welcome)
+
+
+def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
+    bench = Bench(reconnect_grace_ms=300)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    bench.route_gone(worker.route)
+    bench.pass_time(200)
+    worker.route = b"new"
+    worker.beat(seq=1, claims={})
+    bench.pass_time(400)
+    assert worker.session in bench.state.registry.workers
+    bench.route_gone(b"new")
+    bench.pass_time(400)
+    assert worker.session not in bench.state.registry.workers
+
+
+def test_an_unknown_session_is_told_so_under_its_own_name() -> None:
+    bench = Bench()
+    client = bench.client()
+    client.session = b"forgotte"
+    client.say(m.ClientHeartbeat(), m.ClientHeartbeat())
+    assert [p.error.code for p in client.heard_last(m.Problem)] == [Code.UNKNOWN_SESSION]
+    assert bench.last[0].session == b"forgotte"
+
+
+@pytest.mark.parametrize("versions", [(2, 3), (0, 0)])
+def test_versions_that_do_not_meet_are_refused(versions: tuple[int, int]) -> None:
+    bench = Bench()
+    client = bench.client()
+    client.route, client.session = b"x", bytes(8)
+    client.say(m.ClientHello(versions))
+    assert client.problems[0].error.code is Code.BAD_VERSION
+
+
+def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    good = worker.chunk(0, 1)
+    forged = tokens.encode_chunk(b"k" * 24, 0, [1], [b"x"])
+    worker.publish(b"", b"T", b"x" * 300, good[:30], good[:32], forged, good)
+    assert client.streamed() == [1]
+    assert bench.state.counters.malformed_frames == 5
+    assert bench.state.counters.stale_chunks == 1
+
+
+def test_a_worker_that_sends_more_than_was_asked_for_is_stopped() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1, max_tokens=1)
+    piece = b"y" * 2_000
+    worker.publish(tokens.encode_chunk(worker.key(), 0, [1], [piece]))
+    assert client.ends[0].error is not None
+    assert client.ends[0].error.code is Code.ENGINE_FAILED
+
+
+def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
+    bench = Bench()
+    bench.worker()
+    client = bench.client()
+    id = client.submit(1)
+    for number, (what, argument) in enumerate(
+        [("status", ""), ("workers", ""), ("models", ""), ("requests", ""), ("events", "0"), ("why", id.hex())]
+    ):
+        client.say(m.Query(number, what, argument))
+        result = client.heard_last(m.Result)[0]
+        assert (result.query, result.pages) == (number, 1)
+        assert msgspec.msgpack.decode(result.data)
+    story = msgspec.msgpack.decode(result.data)["story"]
+    assert [entry["what"] for entry in story] == ["submitted", "dispatched"]
+    for what, argument in [("weather", ""), ("why", "zz"), ("why", "abcdef")]:
+        client.say(m.Query(9, what, argument))
+        assert client.heard_last(m.Problem)[0].query == 9
+
+
+def test_a_story_is_bounded_and_keeps_both_ends() -> None:
+    bench = Bench(engine_failures=10**6)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    for _ in range(100):
+        worker.say(m.EngineLost([worker.key()], "again"))
+    story = bench.state.requests[request_id(1)].story
+    assert len(story) == 64
+    assert story[0][1] == "submitted"
+    assert story[-1][1] == "dispatched"
