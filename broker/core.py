@@ -18,7 +18,7 @@ from typing import Any, assert_never
 from llambo.broker import admission, delivery, dispatching, ending, membership, queries
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
-from llambo.broker.events import ClientSaid, Event, RouteGone, Subscribed, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import ClientSaid, Event, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.state import Chance, State
 from llambo.mesh import messages as m
@@ -78,6 +78,8 @@ class BrokerCore:
                 membership.subscribed(state, topic, now_ms)
             case RouteGone(route, to_worker):
                 self._route_gone(route, to_worker, now_ms)
+            case StopAsked(reason):
+                membership.say_goodbye(state, reason)
             case _:
                 assert_never(event)
         dispatching.settle(state, now_ms)

@@ -50,8 +50,15 @@ class Subscribed:
 
 
 @dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The broker is about to end."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | Tick
+Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | StopAsked | Tick

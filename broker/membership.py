@@ -14,6 +14,10 @@ from llambo.mesh.errors import Code, ErrorInfo
 
 #: Client sessions at a time; more are refused as busy.
 CLIENT_SESSIONS = 10_000
+#: Workers at a time; more are refused as busy.
+WORKER_SESSIONS = 20_000
+#: Models remembered, with or without a worker.
+MODELS_KNOWN = 1_000
 #: Housekeeping that nobody waits for: old queue entries, expired results, rates.
 SWEEP_MS = 1_000
 
@@ -25,6 +29,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
     """Newest wins, unless the one with that name is alive and another process."""
     problem = _version_problem(hello.versions)
     there = state.registry.worker_names.get(hello.name)
+    if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
+        problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
     if there is not None and problem is None:
         if there.route == route and there.incarnation == hello.incarnation:
             state.out.append(ToWorker(route, NO_SESSION, there.welcome))
@@ -205,6 +211,25 @@ def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
     return ErrorInfo(Code.BAD_VERSION, f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here")
 
 
+def say_goodbye(state: State, reason: str) -> None:
+    """Nobody has to find out by a lease that this broker is gone."""
+    for worker in state.registry.workers.values():
+        state.out.append(ToWorker(worker.route, worker.session, m.Goodbye(reason)))
+    for client in state.registry.clients.values():
+        state.out.append(ToClient(client.route, client.session, m.Goodbye(reason)))
+
+
+def _forget_models(state: State) -> None:
+    """Of too many names, those go that no worker serves and nobody waits for, the longest gone first."""
+    excess = len(state.models) - MODELS_KNOWN
+    if excess <= 0:
+        return
+    gone = [(since, model) for model, since in state.models.items() if since and model not in state.room.lines]
+    for _, model in sorted(gone)[:excess]:
+        del state.models[model]
+        state.pools.pop(model, None)
+
+
 def sweep(state: State, now_ms: int) -> None:
     """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
     config = state.config
@@ -220,6 +245,7 @@ def sweep(state: State, now_ms: int) -> None:
                 text = f"no worker serves {model!r} since {now_ms - since} ms"
                 ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
     state.archive.expire(now_ms)
+    _forget_models(state)
     ended, at = state.rate_mark
     if now_ms > at:
         pace = (state.counters.ended - ended) * 1_000 / (now_ms - at)

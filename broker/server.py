@@ -20,7 +20,7 @@ import zmq
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.events import ClientSaid, RouteGone, Subscribed, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import ClientSaid, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
 from llambo.broker.gate import Gate
 from llambo.mesh import codec, sockets, tokens
 from llambo.mesh import messages as m
@@ -75,6 +75,7 @@ class BrokerServer:
             wait = self.core.next_wakeup_ms() - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
+        self._perform(self.core.handle(StopAsked("it was stopped"), monotonic_ms()))
 
     def turn(self, readable: dict[Any, int]) -> None:
         now = monotonic_ms()

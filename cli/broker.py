@@ -23,7 +23,7 @@ llambo --broker tcp://box:7330 send hello
 
 
 @click.command(
-    cls=Command, examples=EXAMPLES, exit_codes=True, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
 )  # fmt: skip
 @child_options
 @settings_options(of_roles("broker"), heading="Settings")

@@ -30,10 +30,9 @@ class _Help(click.Command):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 sections.setdefault(getattr(parameter, "heading", "") or "Options", []).append(record)
-        # Headed sections first: those are what the command is about.
-        for heading in sorted(sections, key=lambda heading: heading == "Options"):
+        for heading, records in sections.items():
             with formatter.section(heading):
-                formatter.write_dl(sections[heading])
+                formatter.write_dl(records)
         if isinstance(self, click.Group):
             self.format_commands(ctx, formatter)
 

@@ -38,7 +38,7 @@ class SettingOption(click.Option):
             [setting.flag, setting.name],
             type=SettingType(setting),
             metavar=setting.metavar,
-            help=f"{setting.help[:1].upper()}{setting.help[1:]}.{default}",
+            help=f"{_sentence(setting.help)}{default}",
             expose_value=False,
             callback=self._remember,
         )
@@ -49,6 +49,11 @@ class SettingOption(click.Option):
         # None means not said: the environment, the file or the default decides then.
         if value is not None and parameter.name is not None:
             context.ensure_object(Common).flags[parameter.name] = value
+
+
+def _sentence(text: str) -> str:
+    # Where the first word is a value that can be chosen, it stays as it is written.
+    return f"{text if text.split()[0].endswith(':') else text[:1].upper() + text[1:]}."
 
 
 def settings_options(settings: Iterable[Setting | str], heading: str = "") -> Callable[[F], F]:

@@ -27,8 +27,10 @@ BROKER_SETTINGS = ("bind", "port")
 WORKER_SETTINGS = ("engine", "model", "slots")
 
 
-@click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
-@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="How many workers.")
+@click.command(cls=Command, examples=EXAMPLES)
+@click.option(
+    "--workers", type=click.IntRange(1, 64), metavar="NUMBER", default=2, show_default=True, help="How many workers."
+)
 @settings_options([*WORKER_SETTINGS, *BROKER_SETTINGS])
 @settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
 @config_option()

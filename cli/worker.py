@@ -33,7 +33,7 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 
 
 @click.command(
-    cls=Command, examples=EXAMPLES, exit_codes=True, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
 )  # fmt: skip
 @child_options
 @settings_options(["broker", *WORKER_SETTINGS], heading="Settings")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from llambo.broker import membership
+from llambo.broker.events import StopAsked
 from llambo.broker.transcript import reservation
 from llambo.mesh import messages as m
 from llambo.mesh import tokens
@@ -460,6 +462,24 @@ def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
     for what, argument in [("weather", ""), ("why", "zz"), ("why", "abcdef")]:
         client.say(m.Query(9, what, argument))
         assert client.heard_last(m.Problem)[0].query == 9
+
+
+def test_a_broker_that_stops_says_so() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    bench.handle(StopAsked("maintenance"))
+    assert worker.heard(m.Goodbye)[0].reason == client.heard(m.Goodbye)[0].reason == "maintenance"
+
+
+def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "MODELS_KNOWN", 3)
+    bench = Bench(lease_ms=10**6)
+    for number in range(6):
+        bench.worker(f"w{number}", model=f"m{number}").say(m.Goodbye())
+        bench.pass_time(100)
+    bench.worker("w", model="m0")
+    bench.pass_time(2_000)
+    assert sorted(bench.state.models) == ["m0", "m4", "m5"]
 
 
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:

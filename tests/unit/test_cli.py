@@ -1,0 +1,351 @@
+"""The commands without a mesh: help, usage, settings, tables, exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from llambo.cli import broker, docs, main, worker
+from llambo.cli.exits import MEANING, Exit, exit_of
+from llambo.cli.failure import Failure
+from llambo.cli.options import Duration
+from llambo.cli.out import Out
+from llambo.cli.output import duration, number, size, table
+from llambo.cli.up import plan
+from llambo.cli.why import summary, timeline
+from llambo.mesh.errors import Code, LlamboError
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
+#: Where nothing listens: port 1 is the tcpmux of another age.
+NOBODY = "tcp://127.0.0.1:1"
+
+
+@pytest.fixture(autouse=True)
+def nothing_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("LLAMBO_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def llambo(*words: str, stdin: str | bytes = "") -> Result:
+    return CliRunner().invoke(main.main, words, input=stdin, prog_name="llambo")
+
+
+# --- help ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ALL, ids=lambda context: context.command_path.replace(" ", "-"))
+def test_every_help_ends_in_examples_and_fits_the_terminal(context: click.Context) -> None:
+    text = context.get_help()
+
+    assert "\nExamples:\n" in text
+    assert "Examples:" in text.split("\n\n")[-1]
+    assert max(map(len, text.splitlines())) <= docs.COLUMNS
+
+
+def test_the_group_lists_every_command_with_its_first_sentence() -> None:
+    shown = llambo("--help").stdout
+
+    assert all(f"\n  {name} " in shown for name in (*main.COMMANDS, *main.LOCAL))
+    assert all(f"{code.value:>3}  {text}" in shown for code, text in MEANING.items())
+
+
+def test_docs_cli_md_is_what_help_says() -> None:
+    assert (ROOT / docs.FILE).read_text(encoding="utf-8") == docs.document(), (
+        f"run: python -m llambo.cli.docs > {docs.FILE}"
+    )
+
+
+def test_the_version_is_shown() -> None:
+    shown = llambo("--version")
+
+    assert shown.exit_code == Exit.OK
+    assert shown.stdout.startswith("llambo ")
+
+
+# --- usage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["send", "--max-tokens", "many", "hello"], "'many': expected a whole number"),
+        (["send", "--temperature", "-1", "hello"], "expected 0 to 100"),
+        (["send", "--deadline", "soon", "hello"], "is no time such as 500ms"),
+        (["send", "--priority", "urgent", "hello"], "interactive"),
+        (["why"], "Missing argument 'ID'"),
+        (["up", "--workers", "0"], "--workers"),
+        (["up", "--engine", "steam"], "there is no engine 'steam'"),
+        (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
+        (["--broker", "ftp://box", "status"], "is not an address"),
+    ],
+)
+def test_wrong_usage_is_said_and_has_its_exit_code(words: list[str], said: str) -> None:
+    result = llambo(*words)
+
+    assert result.exit_code == Exit.USAGE
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "time_ms"), [("500ms", 500), ("20", 20_000), ("20s", 20_000), ("1.5s", 1_500), ("5m", 300_000)]
+)  # fmt: skip
+def test_a_duration_is_read_as_people_write_it(text: str, time_ms: int) -> None:
+    assert Duration()(text) == time_ms
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1 day", "s", "1e3"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Duration()(text)
+
+
+# --- errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", Code)
+def test_every_error_code_has_an_exit_code_that_is_explained(code: Code) -> None:
+    assert exit_of(code) in MEANING
+    assert exit_of(code) not in (Exit.OK, Exit.INTERRUPTED)
+
+
+def test_an_error_says_what_and_what_to_do_once() -> None:
+    error = LlamboError(Code.NO_BROKER, "no broker answers at x; start one with `llambo-broker` or `llambo up`")
+
+    failure = Failure.of(error, as_json=True)
+
+    assert failure.message == "no broker answers at x"
+    assert failure.hint == "start one with `llambo-broker` or `llambo up`"
+    assert failure.as_json is not None
+    assert failure.as_json["code"] == "no_broker"
+    assert failure.as_json["exit"] == Exit.NO_BROKER
+
+
+def test_an_error_says_when_to_try_again() -> None:
+    failure = Failure.of(LlamboError(Code.BUSY, "the queue is full", 1_200), as_json=True)
+
+    assert failure.message == "the queue is full; try again in 1.2 s"
+    assert failure.as_json is not None
+    assert failure.as_json["retry_after_ms"] == 1_200
+
+
+@pytest.mark.parametrize("words", [["send", "hello"], ["status"], ["attach", "abcd"], ["drain", "worker-1"]])
+def test_without_a_broker_every_command_says_how_to_start_one(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMBO_BROKER", NOBODY)
+    monkeypatch.setenv("LLAMBO_CONNECT_MS", "50")
+
+    result = llambo(*words, "--json")
+
+    assert result.exit_code == Exit.NO_BROKER
+    assert result.stderr == (
+        f"llambo: no broker answers at {NOBODY}\n  start one with `llambo-broker` or `llambo up`\n"
+    )  # fmt: skip
+    assert json.loads(result.stdout)["code"] == "no_broker"
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    result = llambo("send", "-", stdin=b"\xff\xfe")
+
+    assert result.exit_code == Exit.REFUSED
+    assert "not UTF-8 text" in result.stderr
+
+
+# --- settings ------------------------------------------------------------------------------------------
+
+
+def test_config_says_where_each_value_came_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "llambo.toml"
+    file.write_text('[broker]\nqueue_requests = 7\nport = 9000\n[mesh]\nbroker = "tcp://file:1"\n')
+    monkeypatch.setenv("LLAMBO_PORT", "9001")
+
+    result = llambo("--broker", "tcp://flag:1", "config", "--json")
+
+    told = json.loads(result.stdout)
+    assert told["file"] == "llambo.toml"
+    assert told["settings"]["mesh.broker"] == {"value": "tcp://flag:1", "source": "flag --broker"}
+    assert told["settings"]["broker.port"] == {"value": "9001", "source": "environment LLAMBO_PORT"}
+    assert told["settings"]["broker.queue_requests"] == {"value": "7", "source": "llambo.toml"}
+    assert told["settings"]["broker.lease_ms"] == {"value": "2000", "source": "default"}
+
+
+def test_config_can_show_only_what_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMBO_PORT", "9001")
+
+    shown = llambo("config", "--changed").stdout
+
+    assert shown.splitlines()[1:] == [
+        "SETTING      VALUE  FROM",
+        "broker.port  9001   environment LLAMBO_PORT",
+    ]
+
+
+def test_a_wrong_value_in_the_file_names_its_place(tmp_path: Path) -> None:
+    (tmp_path / "llambo.toml").write_text("[broker]\nprt = 1\n")
+
+    result = llambo("config")
+
+    assert result.exit_code == Exit.USAGE
+    assert "did you mean port in [broker]" in result.stderr
+
+
+def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
+    shown = llambo("--broker", "tcp://first:1", "config", "--changed", "--broker", "tcp://second:1").stdout
+
+    assert "tcp://second:1" in shown
+    assert "first" not in shown
+
+
+def test_up_hands_its_flags_on_to_those_they_concern() -> None:
+    from llambo.cli.common import Common
+
+    made = plan(Common(flags={"port": 9000, "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}), 2)
+
+    assert made.broker[2:] == ["llambo.cli.broker", "--port", "9000"]
+    name, command = made.workers[1]
+    assert name == "worker-2"
+    assert command[2:] == [
+        "llambo.cli.worker",
+        *("--fake-tokens-per-s", "40.0"),
+        *("--fake-utf8-split", "yes"),
+        *("--slots", "2"),
+        *("--name", "worker-2"),
+    ]
+
+
+def test_worker_settings_become_a_worker_config() -> None:
+    from llambo.mesh import settings
+
+    config = worker.worker_config(
+        settings.load({"slots": 2, "fake_burst": 8, "name": "tiny-01"}, environ={}, places=[])
+    )
+
+    assert (config.name, config.model, config.fake.slots, config.fake.burst) == ("tiny-01", "fake", 2, 8)
+
+
+def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:
+    result = CliRunner().invoke(broker.main, ["--lease-ms", "100", "--port", "0"])
+
+    assert result.exit_code == Exit.USAGE
+    assert "lease_ms is 100, expected at least 600" in result.stderr
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+def test_in_a_pipe_a_table_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    table(["worker", "state", "done", "note"], [("tiny-1", "ready", number(7), ""), ("b", "mending", number(120), "x")])
+
+    assert capsys.readouterr().out.splitlines() == [
+        "WORKER  STATE    DONE  NOTE",
+        "tiny-1  ready       7  -",
+        "b       mending   120  x",
+    ]
+
+
+def test_on_a_terminal_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("NO_COLOR", "1")
+    with open(theirs, "w", encoding="utf-8") as terminal:  # noqa: PTH123 - a descriptor has no path
+        monkeypatch.setattr("sys.stdout", terminal)
+        table(["worker"], [("[red]tiny[/red]",)])
+        terminal.flush()
+        shown = os.read(ours, 4096).decode()
+    os.close(ours)
+
+    assert "[red]tiny[/red]" in shown
+    assert "\x1b[3" not in shown
+
+
+def test_an_empty_table_leaves_stdout_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    table(["worker"], [], nothing="no worker has joined")
+
+    assert capsys.readouterr() == ("", "no worker has joined\n")
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (duration(12.4), "12 ms"),
+        (duration(1_234), "1.2 s"),
+        (duration(600_000), "10 min"),
+        (duration(36_000_000), "10 h"),
+        (size(512), "512 B"),
+        (size(3 * 2**20), "3 MiB"),
+    ],
+)
+def test_numbers_are_shown_in_units_for_people(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_a_story_is_a_timeline() -> None:
+    story = [
+        {"at_ms": 0, "what": "submitted", "detail": "model fake"},
+        {"at_ms": 1_250, "what": "worker lost", "detail": "tiny-01"},
+    ]
+    found = {"id": "ab", "state": "ended", "reason": "length", "tokens": 9, "model": "fake", "worker": "w", "moves": 1}
+
+    assert summary(found) == "request ab: ended (length) after 9 tokens of model fake on w after 1 move"
+    assert timeline(story) == ["  0.000 s  submitted    model fake", "  1.250 s  worker lost  tiny-01"]
+
+
+# --- stdout --------------------------------------------------------------------------------------------
+
+
+async def _fill(out: Out, text: str, limit_s: float = 5.0) -> None:
+    async with asyncio.timeout(limit_s):
+        out.put(text)
+        await out.flush()
+
+
+def test_a_reader_that_stalls_does_not_block_the_loop_and_loses_nothing() -> None:
+    async def scenario() -> bytes:
+        ours, theirs = os.pipe()
+        out = Out(theirs)
+        text = "0123456789" * 50_000
+        out.put(text)  # more than a pipe holds: this would block
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await out.room()
+        read = b""
+        while len(read) < len(text):
+            read += await asyncio.to_thread(os.read, ours, 65_536)
+        await _fill(out, "")
+        os.close(ours)
+        os.close(theirs)
+        return read
+
+    assert asyncio.run(scenario()) == b"0123456789" * 50_000
+
+
+def test_a_reader_that_has_left_is_noticed() -> None:
+    async def scenario() -> None:
+        ours, theirs = os.pipe()
+        os.close(ours)
+        out = Out(theirs)
+        with pytest.raises(BrokenPipeError):
+            await _fill(out, "hello")
+        out.close()
+        os.close(theirs)
+
+    asyncio.run(scenario())
+
+
+def test_a_file_takes_everything(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with (tmp_path / "answer").open("wb") as file:
+            await _fill(Out(file.fileno()), "x" * 100_000)
+
+    asyncio.run(scenario())
+    assert (tmp_path / "answer").stat().st_size == 100_000
