@@ -1,6 +1,5 @@
-"""What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS`, options in JSON.
-
-Each prints one line of JSON when it is ready: what the one who started it has to know. The bare kinds are
+"""What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS PARENT`, options in
+JSON. Each ends with its parent, and prints one line of JSON when it is ready: what the one who started it has to know. The bare kinds are
 what the mesh is compared with: the same sockets, with the same options, and nothing in between but a loop.
 """
 
@@ -18,6 +17,7 @@ from llambo.broker.server import run_broker
 from llambo.mesh import sockets
 from llambo.worker.agent import run_worker
 from llambo.worker.config import WorkerConfig
+from llambo.worker.engine import die_with
 from llambo.worker.knobs import FakeKnobs
 
 #: As in the broker: messages taken from one socket before the others get a turn.
@@ -50,6 +50,7 @@ def bare(options: dict[str, Any]) -> None:
     # Each side says one word first, so that its route is known.
     client, worker = clients.recv_multipart()[0], workers.recv_multipart()[0]
     topic = tokens_out.recv()[1:]
+    tokens_out.send(topic)
     while True:
         readable = dict(poller.poll())
         if tokens_in in readable:
@@ -85,4 +86,5 @@ def tell(**what: Any) -> None:
 
 
 if __name__ == "__main__":
+    die_with(int(sys.argv[3]))
     {"broker": broker, "worker": worker, "bare": bare}[sys.argv[1]](json.loads(sys.argv[2]))

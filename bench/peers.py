@@ -5,6 +5,7 @@ what is slow.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,12 +33,16 @@ class Peer:
         self.control.connect(f"tcp://127.0.0.1:{control_port}")
         self.tokens = sockets.token(context, token_kind)
         self.session = codec.NO_SESSION
+        #: Whether what is said at once travels as one message.
+        self.bundled = True
+        self._heard: deque[tuple[Any, bytes]] = deque()
         self._decode = decoder.decode
 
     def say(self, said: Said) -> None:
-        """Everything at once, in as few messages as the limits allow."""
-        for frames in codec.encode_all(self.session, said):
-            self.control.send_multipart(frames)
+        """Everything at once; in as few messages as the limits allow, unless told otherwise."""
+        for bundle in [said] if self.bundled else [[one] for one in said]:
+            for frames in codec.encode_all(self.session, bundle):
+                self.control.send_multipart(frames)
 
     def hear(self) -> list[tuple[Any, bytes]]:
         """All that has arrived."""
@@ -52,8 +57,12 @@ class Peer:
             return heard
 
     def await_message(self, kind: type[m.Message]) -> Any:
-        while self.control.poll(JOIN_MS):
-            for message, _ in self.hear():
+        """The next one of this kind; what came before it is skipped, what came with it is kept."""
+        while self._heard or self.control.poll(JOIN_MS):
+            if not self._heard:
+                self._heard.extend(self.hear())
+            while self._heard:
+                message, _ = self._heard.popleft()
                 if isinstance(message, kind):
                     return message
         raise RuntimeError(f"no {kind.__name__} within {JOIN_MS} ms")

@@ -25,7 +25,7 @@ class Node:
 
     def __init__(self, kind: str, options: dict[str, Any] | None = None, *, wait: bool = True) -> None:
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-        command = [sys.executable, "-m", "bench.node", kind, json.dumps(options or {})]
+        command = [sys.executable, "-m", "bench.node", kind, json.dumps(options or {}), str(os.getpid())]
         self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE)
         self.pid = self.process.pid
         self.told: dict[str, Any] = {}

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import zmq
 
+from bench.bare import BarePeers, drain
 from bench.peers import BEAT_S, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
+from llambo.mesh import limits, sockets, tokens
 from llambo.mesh import messages as m
-from llambo.mesh import sockets
 
+#: A client's beat on the token plane is this long; every chunk is longer.
+BEAT_FRAME_BYTES = limits.TOPIC_BYTES + tokens.BEAT_BYTES
+#: Between its rounds nobody speaks for the fakes.
+PATIENT = {"lease_ms": 60_000, "client_lease_ms": 60_000}
 PROMPT = b"What is the capital of the county of Nowhere?"
 
 
@@ -32,18 +37,21 @@ class Round:
     generator_us: float
 
 
-def mesh_round(node: Node, client: FakeClient, worker: FakeWorker, seconds: float, flight: int) -> Round:
+def mesh_round(
+    node: Node, client: FakeClient, worker: FakeWorker, seconds: float, flight: int, bundled: bool = True
+) -> Round:
     """Keeps `flight` requests going: each END is answered with its acknowledgement and the next request."""
     poller = zmq.Poller()
     for socket in (client.control, client.tokens, worker.control):
         poller.register(socket, zmq.POLLIN)
+    client.bundled = worker.bundled = bundled
     done = begun = chunks = 0
     meter = Meter(node)
     stop_at = time.perf_counter() + seconds
     beat_at = 0.0
     client.say(submits(flight))
     begun = flight
-    while done < begun:
+    while done < begun or chunks < done:
         readable = dict(poller.poll())
         now = time.perf_counter()
         if now >= beat_at:
@@ -57,15 +65,14 @@ def mesh_round(node: Node, client: FakeClient, worker: FakeWorker, seconds: floa
                     said += worker.answer(message)
             worker.say(said) if said else None
         if client.tokens in readable:
-            chunks += len(client.hear_tokens())
+            chunks += sum(len(frame) > BEAT_FRAME_BYTES for frame in client.hear_tokens())
         if client.control in readable:
-            ended = [message.id for message, _ in client.hear() if type(message) is m.End]
+            ended = [message.id for message, _ in client.hear() if type(message) is m.End and message.count == 1]
             if ended:
                 done += len(ended)
                 fresh = submits(len(ended)) if now < stop_at else []
                 begun += len(fresh)
                 client.say([(m.EndAck(ended), None), *fresh])
-    assert chunks >= done, f"{chunks} chunks for {done} requests"
     return _round(done, meter)
 
 
@@ -73,8 +80,9 @@ def submits(count: int) -> list[tuple[m.Message, bytes | None]]:
     return [(m.InferenceRequest(id, "fake", 16), PROMPT) for id in request_ids(os.urandom(16 * count))]
 
 
-def bare_round(node: Node, client: Socket, worker: Socket, seconds: float, flight: int) -> Round:
+def bare_round(node: Node, peers: BarePeers, seconds: float, flight: int) -> Round:
     """The same number of requests under way through the bare loop; a request is a message of about the same size."""
+    client, worker = peers.client, peers.worker
     poller = zmq.Poller()
     poller.register(client, zmq.POLLIN)
     poller.register(worker, zmq.POLLIN)
@@ -99,31 +107,9 @@ def bare_round(node: Node, client: Socket, worker: Socket, seconds: float, fligh
     return _round(done, meter)
 
 
-def drain(socket: Socket) -> list[bytes]:
-    frames: list[bytes] = []
-    try:
-        while True:
-            frames.append(socket.recv(zmq.DONTWAIT))
-    except zmq.Again:
-        return frames
-
-
 def _round(done: int, meter: Meter) -> Round:
     wall, main, other, mine = meter.read()
     return Round(done / wall, main / done * 1e6, other / done * 1e6, mine / done * 1e6)
-
-
-def bare_peers(context: zmq.Context[Socket], node: Node) -> tuple[Socket, Socket, Socket, Socket]:
-    """Client, worker, publisher and subscriber, connected to a bare node and known to it."""
-    kinds = (zmq.DEALER, zmq.DEALER, zmq.PUB, zmq.SUB)
-    makers = (sockets.control, sockets.control, sockets.token, sockets.token)
-    client, worker, publisher, subscriber = (make(context, kind) for make, kind in zip(makers, kinds, strict=True))
-    for socket, port in zip((client, worker, publisher, subscriber), node.told["ports"], strict=True):
-        socket.connect(f"tcp://127.0.0.1:{port}")
-    client.send(b"")
-    worker.send(b"")
-    subscriber.setsockopt(zmq.SUBSCRIBE, bytes(16))
-    return client, worker, publisher, subscriber
 
 
 def main(arguments: list[str]) -> int:
@@ -133,35 +119,40 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--flight", type=int, default=256, help="requests under way")
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
-    meshed: list[Round] = []
-    bared: list[Round] = []
-    with Node("broker") as broker, Node("bare") as bare:
+    rows: dict[str, list[Round]] = {"mesh": [], "mesh, unbundled": [], "bare ROUTER loop": []}
+    with Node("broker", PATIENT) as broker, Node("bare") as bare:
         port = broker.told["ports"][0]
-        worker = FakeWorker(context, port, options.flight)
-        client = FakeClient(context, port)
-        peers = bare_peers(context, bare)
-        mesh_round(broker, client, worker, 0.3, options.flight)
-        bare_round(bare, peers[0], peers[1], 0.3, options.flight)
+        worker, client = FakeWorker(context, port, options.flight), FakeClient(context, port)
+        peers = BarePeers(context, bare)
+
+        def one_of_each(seconds: float) -> tuple[Round, Round, Round]:
+            return (
+                mesh_round(broker, client, worker, seconds, options.flight),
+                mesh_round(broker, client, worker, seconds, options.flight, bundled=False),
+                bare_round(bare, peers, seconds, options.flight),
+            )
+
+        one_of_each(0.3)
         for _ in range(options.rounds):
-            meshed.append(mesh_round(broker, client, worker, options.seconds, options.flight))
-            bared.append(bare_round(bare, peers[0], peers[1], options.seconds, options.flight))
-        for socket in (client, worker, *peers):
-            socket.close()
+            for row, result in zip(rows.values(), one_of_each(options.seconds), strict=True):
+                row.append(result)
+        for peer in (client, worker, peers):
+            peer.close()
     context.destroy(linger=0)
-    report(meshed, bared, options.flight)
+    report(rows, options.flight)
     return 0
 
 
-def report(meshed: list[Round], bared: list[Round], flight: int) -> None:
-    print(f"requests, {flight} under way, {len(meshed)} rounds of each in turns; medians")
-    print("                    per s   broker us   zmq us   generator us")
-    for name, rounds in (("mesh", meshed), ("bare ROUTER loop", bared)):
+def report(rows: dict[str, list[Round]], flight: int) -> None:
+    bare = rows["bare ROUTER loop"]
+    print(f"requests, {flight} under way, {len(bare)} rounds of each in turns; medians; times in us of processor per request")
+    print("                      per s   loop   zmq   generator   of the bare rate   of the bare loop's cost")
+    for name, rounds in rows.items():
         rate, main, other, mine = (
-            statistics.median(x)
-            for x in zip(*((r.rate, r.main_us, r.zmq_us, r.generator_us) for r in rounds), strict=True)
+            median(values)
+            for values in zip(*((r.rate, r.main_us, r.zmq_us, r.generator_us) for r in rounds), strict=True)
         )
-        print(f"  {name:<17} {rate:>7,.0f} {main:>10.1f} {other:>8.1f} {mine:>13.1f}")
-    ratios = [a.rate / b.rate for a, b in zip(meshed, bared, strict=True)]
-    costs = [b.main_us / a.main_us for a, b in zip(meshed, bared, strict=True)]
-    print(f"  ratio of rates {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); aim 0.35")
-    print(f"  ratio of the loops' own processor time {statistics.median(costs):.2f}")
+        ratio = median(a.rate / b.rate for a, b in zip(rounds, bare, strict=True))
+        cost = median(a.main_us / b.main_us for a, b in zip(rounds, bare, strict=True))
+        print(f"  {name:<17} {rate:>9,.0f} {main:>6.1f} {other:>5.1f} {mine:>11.1f} {ratio:>18.2f} {cost:>25.2f}")
+    print("  aim: 0.35 of the bare rate")

@@ -108,11 +108,11 @@ def unfollow(state: State, client: ClientEntry, now_ms: int) -> None:
 
 def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
     """The model that is meant: the one in the mesh, if there is only one."""
+    if model in state.models:
+        return model, None
     known = sorted(state.models)
     if not known:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
-    if model in state.models:
-        return model, None
     listed = ", ".join(known[:20])
     if model:
         return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker serves {model!r}; there is: {listed}")

@@ -25,6 +25,7 @@ from llambo.mesh.stream import Stash
 _HEAD = tokens.head
 _KEY_END = tokens.KEY_END
 _HEAD_BYTES = tokens.HEAD_BYTES
+_CHUNK_TOKENS = limits.CHUNK_TOKENS
 
 
 def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
@@ -38,13 +39,15 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
             continue
         first, count, flags = _HEAD(frame, _KEY_END)
         transcript = request.transcript
-        if first != transcript.next_index or flags or not count or request.stash is not None:
+        if first != transcript.next_index or not 0 < count <= _CHUNK_TOKENS or request.stash is not None:
             _irregular(state, request, frame, out, now_ms)
             continue
         # Append before forward: nobody may have seen a token that a continuation would not know.
         transcript.chunks.append(frame)
         transcript.next_index = first + count
         transcript.size += len(frame)
+        if flags:
+            transcript.final |= flags
         for topic in request.topics:
             out.append(topic + frame)
         if request.end is not None or transcript.size > transcript.reserved:

@@ -66,6 +66,9 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     worker.state = beat.state
     worker.beat = max(worker.beat, beat.beat)
     worker.closed = False
+    if (beat.state == "draining") != worker.draining:
+        # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
+        state.out.append(ToWorker(worker.route, worker.session, m.Drain(not worker.draining)))
     _forget_unclaimed(state, worker, beat, now_ms)
     for key, index in beat.claims.items():
         request = state.running.get(key)
@@ -233,6 +236,7 @@ def _forget_models(state: State) -> None:
 def sweep(state: State, now_ms: int) -> None:
     """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
     config = state.config
+    state.room.tidy()
     for request in state.room.expired(now_ms):
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))

@@ -43,6 +43,16 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
 
 def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
     worker = state.registry.worker_names.get(asked.worker)
+    if worker is None and asked.undo and asked.worker in state.registry.drained:
+        # It is away, and will find work when it comes back.
+        state.registry.drained.discard(asked.worker)
+        _send(
+            state,
+            client,
+            asked.query,
+            msgspec.msgpack.encode({"worker": asked.worker, "draining": False, "running": 0}),
+        )
+        return
     if worker is None:
         text = f"no worker is called {asked.worker!r}"
         problem = m.Problem(ErrorInfo(Code.UNKNOWN_WORKER, text), b"", asked.query)

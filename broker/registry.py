@@ -20,12 +20,15 @@ class WorkerEntry:
         "incarnation",
         "joined_at",
         "last",
+        "models",
+        "name",
         "number",
         "position",
         "route",
         "route_gone_at",
         "seq",
         "session",
+        "slots",
         "state",
         "turn",
         "welcome",
@@ -34,6 +37,9 @@ class WorkerEntry:
     def __init__(self, hello: m.WorkerHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
         self.hello = hello
         self.welcome = welcome
+        self.name = hello.name
+        self.models = tuple(model.name for model in hello.models)
+        self.slots = hello.slots
         self.incarnation = hello.incarnation
         self.session = welcome.session
         self.route = route
@@ -57,20 +63,8 @@ class WorkerEntry:
         self.turn = 0
 
     @property
-    def name(self) -> str:
-        return self.hello.name
-
-    @property
-    def models(self) -> list[str]:
-        return [model.name for model in self.hello.models]
-
-    @property
-    def slots(self) -> int:
-        return self.hello.slots
-
-    @property
     def free(self) -> int:
-        return self.hello.slots - len(self.claims)
+        return self.slots - len(self.claims)
 
     @property
     def tokens_up(self) -> bool:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 
 class RequestState(enum.Enum):
+    # Enum hashes a member by its name, in Python; each step of a request would pay for that twice.
+    __hash__ = object.__hash__
+
     WAITING = "waiting"
     DISPATCHED = "dispatched"
     RUNNING = "running"

@@ -7,6 +7,7 @@ generated. The second one leaves at once; the broker then cancels for us, when i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -82,45 +83,49 @@ def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
 
 
 async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
-    out = Out(sys.stdout.fileno())
-    view: View = JsonView(out) if as_json else TextView(out)
     timeout_ms = common.settings.number("timeout_ms")
     with Interrupts(cancels=mine) as interrupts:
         try:
             async with asyncio.timeout(timeout_ms / 1_000 or None), connect(common) as client:
-                return await _read(common, await opener(client), view, out, interrupts)
+                interrupts.stream = await opener(client)
+                answer, clock = await _show(interrupts.stream, as_json)
         except TimeoutError as error:
             raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
         except asyncio.CancelledError:
             if not interrupts.signal:
                 raise
             return _interrupted(interrupts, mine)
-        finally:
-            out.close()
-
-
-async def _read(common: Common, stream: Stream, view: View, out: Out, interrupts: Interrupts) -> int:
-    interrupts.stream = stream
-    clock = Clock()
-    stream.on_place = lambda: view.placed(stream)
-    async with stream:
-        try:
-            while (piece := await stream.next_piece()) is not None:
-                clock.on_piece()
-                view.piece(piece)
-                await out.room()
-            clock.on_end()
-            assert stream.answer is not None, "a stream that was read to its end has an answer"
-            view.end(stream.answer, clock)
-            view.close()
-        except LlamboError:
-            view.close()
-            await out.flush()  # what there is of the answer comes before the error
-            raise
-        await out.flush()
     if common.verbose:
-        click.echo(statistics_line(stream.answer, clock), err=True)
-    return _exit_code(stream.answer, interrupts)
+        click.echo(statistics_line(answer, clock), err=True)
+    return _exit_code(answer, interrupts)
+
+
+async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
+    with contextlib.closing(Out(sys.stdout.fileno())) as out:
+        view: View = JsonView(out, stream) if as_json else TextView(out, stream)
+        stream.on_place = view.placed
+        async with stream:
+            try:
+                shown = await _read(stream, view, out)
+            except LlamboError:
+                view.close()
+                await out.flush()  # what there is of the answer comes before the error
+                raise
+            await out.flush()
+            return shown
+
+
+async def _read(stream: Stream, view: View, out: Out) -> tuple[Answer, Clock]:
+    clock = Clock()
+    while (piece := await stream.next_piece()) is not None:
+        clock.on_piece()
+        view.piece(piece)
+        await out.room()
+    clock.on_end()
+    assert stream.answer is not None, "a stream that was read to its end has an answer"
+    view.end(stream.answer, clock)
+    view.close()
+    return stream.answer, clock
 
 
 def _exit_code(answer: Answer, interrupts: Interrupts) -> int:

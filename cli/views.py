@@ -22,7 +22,7 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class View(Protocol):
-    def placed(self, stream: Stream) -> None: ...
+    def placed(self) -> None: ...
     def piece(self, piece: Piece) -> None: ...
     def end(self, answer: Answer, clock: Clock) -> None: ...
     def close(self) -> None: ...
@@ -54,17 +54,19 @@ class Clock:
 class TextView:
     """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
 
-    def __init__(self, out: Out) -> None:
+    def __init__(self, out: Out, stream: Stream) -> None:
         self._out = out
+        self._stream = stream
         self._last = "\n"
         self._waiting = False
 
-    def placed(self, stream: Stream) -> None:
-        if sys.stderr.isatty() and self._last == "\n" and (stream.ahead or self._waiting):
+    def placed(self) -> None:
+        # Nobody ahead is told to a request that starts at once as well: only after a wait it is news.
+        ahead = self._stream.ahead
+        if sys.stderr.isatty() and self._last == "\n" and (ahead or self._waiting):
             self._clear()
-            if stream.ahead:
-                click.echo(f"waiting, {stream.ahead} ahead", nl=False, err=True)
-                self._waiting = True
+            click.echo(f"waiting, {ahead} ahead" if ahead else "waiting, next in line", nl=False, err=True)
+            self._waiting = True
 
     def piece(self, piece: Piece) -> None:
         self._clear()
@@ -88,25 +90,34 @@ class TextView:
 
 
 class JsonView:
-    def __init__(self, out: Out) -> None:
+    def __init__(self, out: Out, stream: Stream) -> None:
         self._out = out
+        self._stream = stream
         self._accepted = False
 
-    def placed(self, stream: Stream) -> None:
+    def placed(self) -> None:
         if self._accepted:
-            self._put({"type": "waiting", "ahead": stream.ahead})
+            self._put({"type": "waiting", "ahead": self._stream.ahead or 0})
         else:
-            self._accepted = True
-            self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead})
+            self._accept()
 
     def piece(self, piece: Piece) -> None:
+        self._accept()
         self._put({"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text})
 
     def end(self, answer: Answer, clock: Clock) -> None:
+        self._accept()
         self._put({"type": "end"} | statistics(answer, clock))
 
     def close(self) -> None:
         pass
+
+    def _accept(self) -> None:
+        """Always the first line, also of a request that was over when it was attached to."""
+        if not self._accepted:
+            self._accepted = True
+            stream = self._stream
+            self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
     def _put(self, line: dict[str, Any]) -> None:
         self._out.put(json.dumps(line, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ A generated part stands between two comments, and everything around them is left
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -23,10 +24,41 @@ import click
 from llambo.mesh.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
+# Run as a script, Python looks for modules in docs/ and not beside it.
+sys.path.insert(0, str(ROOT))
+
+from docs import protocol_parts  # noqa: E402
+
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
 #: Text width of `--help` in docs/cli.md, whatever terminal this runs in.
 HELP_COLUMNS = 100
+
+#: The broker, in the order in which it is best read: from a submit to its END, then what stands beside that path.
+BROKER_ORDER = [
+    "events",
+    "actions",
+    "state",
+    "core",
+    "admission",
+    "requests",
+    "queue",
+    "schedule",
+    "registry",
+    "dispatching",
+    "delivery",
+    "transcript",
+    "ending",
+    "archive",
+    "membership",
+    "server",
+    "queries",
+    "gate",
+    "config",
+    "invariants",
+]
+#: No file of the broker may be longer: it is to be read in one sitting.
+FILE_LINES = 350
 
 
 # --- what is generated -------------------------------------------------------------------------------
@@ -67,6 +99,33 @@ def run_states() -> str:
     return diagram(RUN_STEPS)
 
 
+def engine_states() -> str:
+    from llambo.worker.engine_life import ENGINE_STEPS
+
+    return diagram(ENGINE_STEPS)
+
+
+def broker_files() -> str:
+    """The reading order of the broker: what each file is about, and how long it is."""
+    there = {path.stem for path in (ROOT / "broker").glob("*.py")} - {"__init__"}
+    if there != set(BROKER_ORDER):
+        sys.exit(f"BROKER_ORDER and broker/ differ: {', '.join(sorted(there ^ set(BROKER_ORDER)))}")
+    lines, total = ["| file | its one concept | lines |", "| --- | --- | ---: |"], 0
+    for stem in BROKER_ORDER:
+        source = (ROOT / "broker" / f"{stem}.py").read_text(encoding="utf-8")
+        length = len(source.splitlines())
+        if length > FILE_LINES:
+            sys.exit(f"broker/{stem}.py has {length} lines; {FILE_LINES} are allowed")
+        opening = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+        concept = re.split(r"(?<=\.)\s", " ".join(opening.split()))[0].rstrip(":.")
+        lines.append(f"| `broker/{stem}.py` | {concept} | {length} |")
+        total += length
+    return "\n".join([*lines, f"| all | | {total} |"])
+
+
+# --- commands ----------------------------------------------------------------------------------------
+
+
 def cli() -> str:
     """The help of every command, as the terminal shows it."""
     from llambo.cli import broker, main, worker
@@ -99,12 +158,15 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
+    "broker-files": broker_files,
     "cli": cli,
     "client-states": client_states,
+    "engine-states": engine_states,
     "link-states": link_states,
     "request-states": request_states,
     "run-states": run_states,
     "settings": settings,
+    **protocol_parts.GENERATORS,
 }
 
 

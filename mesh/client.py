@@ -52,6 +52,8 @@ class ClientSettings(TypedDict, total=False):
     query_ms: int
     #: How long requests survive without any broker, once there was one.
     lost_ms: int
+    #: Token frames queued for a reader that is busy; more are dropped, and repaired by replay.
+    token_hwm: int
     #: Share this context instead of making one.
     context: Context | None
 
@@ -61,6 +63,7 @@ _DEFAULTS: ClientSettings = {
     "connect_ms": 5_000,
     "query_ms": 10_000,
     "lost_ms": 30_000,
+    "token_hwm": sockets.TOKEN_HWM,
     "context": None,
 }
 
@@ -90,7 +93,9 @@ class Client:
         await loop.run_in_executor(None, sockets.resolve, self.address)
         self._context = self._settings["context"] or zmq.Context()
         self._welcomed = loop.create_future()
-        self._shell = ClientShell(self._core, self.address, self._context, self._deliver, self._on_broken)
+        self._shell = ClientShell(
+            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken
+        )
         self._shell.handle(e.Tick())
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):

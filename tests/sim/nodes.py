@@ -222,6 +222,7 @@ class WorkerNode(Peer):
         self._generation = 0
         self._step_at = 2**62
         self.left = False
+        self.on_exit: Callable[[], None] = lambda: None
 
     def _control(self, bundle: Bundle) -> None:
         self.happen(w.ControlArrived(0, bundle[0], bundle[1]))
@@ -252,9 +253,13 @@ class WorkerNode(Peer):
                     self.engine.stop(key)
             case wa.Exit():
                 self.left = True
-                self.clock.after(50, lambda: self.die(noticed=True))
+                self.clock.after(50, self._exit)
             case _:
                 pass  # logs, and READY for a supervisor
+
+    def _exit(self) -> None:
+        self.die(noticed=True)
+        self.on_exit()
 
     def engine_dies(self, text: str, delay_ms: int = 1) -> None:
         if self.engine is None and text != "killed":

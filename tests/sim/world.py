@@ -98,6 +98,8 @@ class World:
         wire = Wire(self.network, config.name, to_worker=True)
         node = WorkerNode(self.clock, self._skew(), config, self.random, wire)
         wire.on_subscribed = lambda: node.happen(_subscribed())
+        if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
+            node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))
         return node
 
     def _client(self, index: int) -> ClientNode:
@@ -205,14 +207,16 @@ class World:
         """An operator drains a worker, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
-            operator.happen(c.Drain(self.clock.now_ms, name))
-            back = c.Drain(self.clock.now_ms + 10**6, name, undo=True)
-            self.clock.after(length_ms, lambda: self._undo(back))
+            drain = c.Drain(len(self.log), name)
+            operator.happen(drain)
+            self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
-    def _undo(self, back: c.Drain) -> None:
+    def _undo(self, before: ClientNode, drain: c.Drain) -> None:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
-            operator.happen(back)
+            # A person gives one order after the other: the first is not repeated once it is taken back.
+            before.happen(c.Forget(drain.query))
+            operator.happen(c.Drain(drain.query + 10**6, drain.worker, undo=True))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
             self.gone.update(client.name for client in self.clients)
 
@@ -250,7 +254,7 @@ class World:
             node.config = _healthy(node.config)
             if node.engine is not None:
                 node.engine._knobs = node.config.fake
-            if not node.alive and index == 0 and not node.left:
+            if not node.alive and index == 0:
                 self._restart(index)
 
     def _settle(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -70,6 +72,16 @@ def test_the_version_is_shown() -> None:
 
     assert shown.exit_code == Exit.OK
     assert shown.stdout.startswith("llambo ")
+
+
+def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
+    script = (
+        "import sys, llambo.cli.main, llambo.cli.send, llambo.cli.following, llambo.mesh.client\n"
+        "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments'})"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+
+    assert told.stdout.split() == []
 
 
 # --- usage ---------------------------------------------------------------------------------------------

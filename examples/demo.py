@@ -1,0 +1,157 @@
+"""A mesh on this machine, an answer, and a worker that is killed in the middle of the next one.
+
+    make demo
+
+It takes some seconds and leaves nothing behind. Everything here is what a person would type, save for `kill -9`
+at just the right moment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+from llambo import SyncClient
+
+PROMPT, SEED, TOKENS, TOKENS_PER_S = "Tell me a story", 7, 80, 40
+#: The worker is killed when so many bytes of the answer are here: about a third of it.
+KILL_AFTER_BYTES = 130
+PATIENCE_S = 20.0
+
+
+def main() -> int:
+    step("A broker and two workers. The fake engine makes up its words, at the pace of a small model.")
+    with mesh() as (address, news):
+        step("An answer, streamed through the broker.")
+        undisturbed = ask(address)
+
+        step("The same again. Now its worker gets a kill -9 in the middle of it.")
+        disturbed, id = ask_and_kill(address)
+
+        same = disturbed == undisturbed
+        step(f"The killed answer is {'the same, to the last token' if same else 'NOT the same: this is a bug'}.")
+        print("What happened to it, from `llambo why`:\n", flush=True)
+        subprocess.run([*llambo(address), "why", id], check=True, timeout=PATIENCE_S)
+
+        step("Meanwhile, `llambo up` has seen this.")
+        # It starts the worker again after a moment: that is worth the wait.
+        while "is ready again" not in show(news.get(timeout=PATIENCE_S)):
+            pass
+    step("Stopped; nothing is left running.")
+    return 0 if same else 1
+
+
+# --- the mesh ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mesh() -> Iterator[tuple[str, SimpleQueue[str]]]:
+    """`llambo up` on whatever ports are free: its address, and what it says."""
+    words = ["up", "--port", "0", "--workers", "2", "--engine", "fake", "--fake-tokens-per-s", str(TOKENS_PER_S)]
+    command = [sys.executable, "-m", "llambo.cli", *words]
+    up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    news: SimpleQueue[str] = SimpleQueue()
+    listener = threading.Thread(target=listen, args=(up, news), daemon=True)
+    listener.start()
+    try:
+        print(f"$ llambo {' '.join(words)}", flush=True)
+        yield wait_until_ready(news), news
+    finally:
+        if up.poll() is None:
+            up.send_signal(signal.SIGINT)  # a Ctrl-C
+        up.wait(PATIENCE_S)
+        listener.join(PATIENCE_S)
+
+
+def listen(up: subprocess.Popen[str], news: SimpleQueue[str]) -> None:
+    assert up.stdout is not None
+    with up.stdout:
+        for line in up.stdout:
+            news.put(line.rstrip())
+    news.put("llambo up: it has ended")
+
+
+def wait_until_ready(news: SimpleQueue[str]) -> str:
+    address = ""
+    while True:
+        line = show(news.get(timeout=PATIENCE_S))
+        if found := re.search(r"broker at (tcp://\S+),", line):
+            address = found[1]
+        if "Ctrl-C stops everything" in line:
+            return address
+        if "it has ended" in line:
+            sys.exit("the mesh did not start")
+
+
+# --- the answers ---------------------------------------------------------------------------------------
+
+
+def llambo(address: str) -> list[str]:
+    return [sys.executable, "-m", "llambo.cli", "--broker", address]
+
+
+def send(address: str) -> subprocess.Popen[bytes]:
+    words = ["send", "-v", "--seed", str(SEED), "--max-tokens", str(TOKENS), PROMPT]
+    print(f"$ llambo {' '.join(words[:-1])} {PROMPT!r}", flush=True)
+    # Its statistics come last, so they may share the pipe with the answer.
+    return subprocess.Popen([*llambo(address), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def ask(address: str) -> str:
+    with send(address) as sending:
+        return answer_of(b"".join(pieces(sending)))
+
+
+def ask_and_kill(address: str) -> tuple[str, str]:
+    """The answer, and the id of its request."""
+    said, id = b"", ""
+    with send(address) as sending, SyncClient(address) as client:
+        for piece in pieces(sending):
+            said += piece
+            if not id and len(said) > KILL_AFTER_BYTES:
+                request = client.requests()[0]
+                id = request["id"]
+                pids = {worker["worker"]: worker["pid"] for worker in client.workers()}
+                pid = pids[request["worker"]]
+                print(f"\n\n    >>> kill -9 {pid}: that was {request['worker']}, which writes this <<<\n", flush=True)
+                os.kill(pid, signal.SIGKILL)
+    return answer_of(said), id
+
+
+def pieces(sending: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """What it says, shown as it comes."""
+    assert sending.stdout is not None
+    while piece := os.read(sending.stdout.fileno(), 4096):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+        yield piece
+    if sending.wait(PATIENCE_S) != 0:
+        sys.exit("the answer failed")
+
+
+def answer_of(said: bytes) -> str:
+    """Without the line of statistics."""
+    return said.decode().split("\n")[0]
+
+
+# --- telling -------------------------------------------------------------------------------------------
+
+
+def step(text: str) -> None:
+    print(f"\n== {text}\n", flush=True)
+
+
+def show(line: str) -> str:
+    print(line, flush=True)
+    return line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""The commands a person types, against real brokers and workers with the fake engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from llambo.cli.exits import Exit
+from tests.acceptance.commands import (
+    LLAMBO,
+    PATIENCE_S,
+    ROOT,
+    Mesh,
+    Running,
+    Terminal,
+    by_hand,
+    environment,
+    family,
+    up,
+)
+from tests.integration.processes import wait_until_gone
+
+#: Far more tokens than any of these tests waits for.
+ENDLESS = ("--max-tokens", "20000")
+FIRST_TOKEN = r'"type": "token"'
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    """Two workers, 200 tokens per second for each request."""
+    with up("--workers", "2", "--fake-tokens-per-s", "200") as (mesh, _):
+        yield mesh
+
+
+def nothing_runs(mesh: Mesh) -> bool:
+    return mesh.ok("requests", "--json").json() == []
+
+
+# --- asking --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_streams_through_a_broker_and_a_worker_started_by_hand() -> None:
+    with by_hand(["--name", "tiny-01"]) as (mesh, broker, [worker]):
+        said = mesh.ok("send", "-v", "--seed", "7", "--max-tokens", "12", "hello")
+
+        assert said.out.count(" ") == 12
+        assert said.out.endswith("\n")
+        assert "12 tokens in" in said.err
+        assert "worker tiny-01" in said.err
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == said.out
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == said.out
+        assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != said.out
+        worker.signal(signal.SIGTERM)
+        assert worker.end() == 0, worker.story("SIGTERM")
+        broker.signal(signal.SIGTERM)
+        assert broker.end() == 0, broker.story("SIGTERM")
+
+
+def test_json_lines_tell_the_whole_story(mesh: Mesh) -> None:
+    plain = mesh.ok("send", "--seed", "7", "--max-tokens", "12", "hello").out
+    accepted, *tokens, end = mesh.ok(
+        "send", "-", "--json", "--seed", "7", "--max-tokens", "12", stdin="hello\n"
+    ).lines()
+
+    assert accepted == {"type": "accepted", "id": end["id"], "model": "fake", "ahead": 0}
+    assert {token["type"] for token in tokens} == {"token"}
+    assert "".join(token["text"] for token in tokens) == plain.removesuffix("\n")
+    assert [token["index"] for token in tokens] == [
+        sum(len(t["ids"]) for t in tokens[:at]) for at in range(len(tokens))
+    ]
+    assert (end["type"], end["reason"], end["tokens"], end["moves"]) == ("end", "length", 12, 0)
+    assert end["worker"] in ("worker-1", "worker-2")
+    assert end["total_ms"] >= end["first_token_ms"] > 0
+
+
+def test_without_a_stream_the_answer_comes_whole(mesh: Mesh) -> None:
+    accepted, token, end = mesh.ok("send", "--json", "--no-stream", "--seed", "7", "--max-tokens", "30", "hi").lines()
+
+    assert [line["type"] for line in (accepted, token, end)] == ["accepted", "token", "end"]
+    assert len(token["ids"]) == 30
+    assert mesh.ok("send", "--no-stream", "--seed", "7", "--max-tokens", "30", "hi").out == token["text"] + "\n"
+
+
+def test_generation_ends_before_a_stop_text(mesh: Mesh) -> None:
+    words = mesh.ok("send", "--seed", "7", "--max-tokens", "30", "hello").out.split()
+
+    *_, end = mesh.ok(
+        "send", "--json", "--seed", "7", "--max-tokens", "30", "--stop", words[9], "--stop", "xyzzy", "hello"
+    ).lines()  # fmt: skip
+
+    assert (end["reason"], end["tokens"]) == ("stop", 9)
+
+
+def test_a_detached_request_runs_on_and_is_attached_to_by_the_beginning_of_its_id(mesh: Mesh) -> None:
+    id = mesh.ok("send", "--detach", "--seed", "7", "--max-tokens", "60", "hello").out.strip()
+
+    first = mesh.ok("attach", id[:10])
+
+    assert first.out.count(" ") == 60
+    assert mesh.ok("attach", id).out == first.out
+    assert mesh.ok("send", "--seed", "7", "--max-tokens", "60", "hello").out == first.out
+    assert id in mesh.ok("why", id[:8]).out
+
+
+def test_an_answer_that_is_over_is_attached_to_with_the_same_lines(mesh: Mesh) -> None:
+    id = mesh.ok("send", "--detach", "--json", "--max-tokens", "2", "hello").json()["id"]
+    mesh.ok("attach", id)
+
+    accepted, *tokens, end = mesh.ok("attach", "--json", id).lines()
+
+    assert (accepted["type"], accepted["id"]) == ("accepted", id)
+    assert sum(len(token["ids"]) for token in tokens) == end["tokens"] == 2
+
+
+def test_ctrl_c_leaves_an_attached_request_alone(mesh: Mesh) -> None:
+    id = mesh.ok("send", "--detach", *ENDLESS, "hello").out.strip()
+    with mesh.start("attach", "--json", id) as attached:
+        attached.line(FIRST_TOKEN)
+        attached.signal(signal.SIGINT)
+        assert attached.end() == Exit.INTERRUPTED
+        assert f"llambo attach {id}" in attached.err[-1]
+
+    assert mesh.ok("why", "--json", id).json()["state"] == "running"
+    assert mesh.ok("cancel", id[:10]).out.startswith(f"cancelled {id} after ")
+    assert nothing_runs(mesh)
+
+
+def test_on_a_terminal_the_place_in_the_queue_is_shown() -> None:
+    with by_hand(["--slots", "1", "--fake-tokens-per-s", "50"]) as (mesh, _, _):
+        first, second = (mesh.ok("send", "--detach", *ENDLESS, "hello").out.strip() for _ in range(2))
+        with Terminal(LLAMBO, "--broker", mesh.address, "send", "--seed", "7", "--max-tokens", "2", "hello") as shown:
+            shown.until("waiting, 1 ahead")
+            mesh.ok("cancel", second)
+            shown.until("waiting, next in line")
+            mesh.ok("cancel", first)
+            shown.until("\r\x1b[K")
+            assert shown.end() == Exit.OK
+        assert len(shown.out.split()) == 2
+
+
+# --- stopping ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, 143)])
+def test_an_interrupt_cancels_on_the_worker(mesh: Mesh, number: int, code: int) -> None:
+    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
+        id = sending.line(r'"accepted", "id": "(\w+)"')[1]
+        sending.line(FIRST_TOKEN)
+        sending.signal(number)
+        assert sending.end() == code, sending.story("the exit status")
+        end = sending.objects()[-1]
+
+    assert (end["type"], end["reason"]) == ("end", "cancelled")
+    assert mesh.ok("why", "--json", id).json()["reason"] == "cancelled"
+    assert nothing_runs(mesh)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_broker_that_is_stuck() -> None:
+    with by_hand(["--fake-tokens-per-s", "100"]) as (mesh, broker, _), mesh.start("send", "--json", "a") as sending:
+        sending.line(FIRST_TOKEN)
+        broker.signal(signal.SIGSTOP)
+        try:
+            sending.signal(signal.SIGINT)
+            sending.signal(signal.SIGTERM)
+            # Whichever the kernel hands over first: neither waits for the END.
+            assert sending.end(1.5) in (130, 143)
+        finally:
+            broker.signal(signal.SIGCONT)
+
+
+def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh) -> None:
+    sending = subprocess.Popen(
+        [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "send", "--json", *ENDLESS, "hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    with sending:
+        head = subprocess.run(["head", "-3"], stdin=sending.stdout, capture_output=True, timeout=PATIENCE_S, check=True)
+        assert sending.stdout is not None
+        sending.stdout.close()  # ours: `head` was the other reader
+        assert sending.wait(PATIENCE_S) == Exit.OK
+        assert sending.stderr is not None
+        assert sending.stderr.read() == b""
+
+    assert head.stdout.count(b"\n") == 3
+    assert nothing_runs(mesh)
+
+
+def test_a_deadline_ends_it_and_keeps_what_there_is(mesh: Mesh) -> None:
+    done = mesh.llambo("send", "--deadline", "300ms", *ENDLESS, "hello")
+
+    assert done.code == Exit.TIMEOUT, done.story
+    assert "the deadline has passed after" in done.err
+    assert len(done.out.split()) > 5
+
+
+def test_a_timeout_of_its_own_cancels_too(mesh: Mesh) -> None:
+    done = mesh.llambo("send", "--timeout-ms", "300", *ENDLESS, "hello")
+
+    assert done.code == Exit.TIMEOUT, done.story
+    assert "no whole answer within 300 ms" in done.err
+    assert nothing_runs(mesh)
+
+
+# --- what can be wrong ---------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_refused_and_the_known_ones_are_listed(mesh: Mesh) -> None:
+    done = mesh.llambo("send", "--json", "--model", "gpt-9", "hello")
+
+    assert done.code == Exit.REFUSED, done.story
+    assert "gpt-9" in done.err
+    assert "there is: fake" in done.err
+    assert done.json()["code"] == "unknown_model"
+
+
+def test_with_several_models_one_must_be_named() -> None:
+    with by_hand(["--model", "tiny", "--name", "a"], ["--model", "large", "--name", "b"]) as (mesh, _, _):
+        done = mesh.llambo("send", "hello")
+        assert done.code == Exit.REFUSED, done.story
+        assert "large, tiny" in done.err
+        assert "--model" in done.err
+
+        *_, end = mesh.ok("send", "--json", "--model", "large", "--max-tokens", "3", "hello").lines()
+        assert end["worker"] == "b"
+
+
+def test_an_empty_prompt_is_refused(mesh: Mesh) -> None:
+    done = mesh.llambo("send", "-", stdin="")
+
+    assert done.code == Exit.REFUSED, done.story
+    assert "the prompt is empty" in done.err
+
+
+@pytest.mark.parametrize("command", ["why", "cancel", "attach"])
+def test_an_unknown_id_has_its_own_exit_code(mesh: Mesh, command: str) -> None:
+    done = mesh.llambo(command, "ffffffffffff")
+
+    assert done.code == Exit.UNKNOWN_ID, done.story
+    assert "no request ffffffffffff is known" in done.err
+
+
+def test_no_broker_is_said_with_what_to_do() -> None:
+    done = Mesh("tcp://127.0.0.1:1").llambo("send", "--connect-ms", "200", "hello")
+
+    assert done.code == Exit.NO_BROKER, done.story
+    assert done.err == (
+        "llambo: no broker answers at tcp://127.0.0.1:1\n  start one with `llambo-broker` or `llambo up`\n"
+    )  # fmt: skip
+
+
+def test_a_broker_without_workers_says_so() -> None:
+    with by_hand() as (mesh, _, _):
+        done = mesh.llambo("send", "hello")
+
+        assert done.code == Exit.BUSY, done.story
+        assert "llambo-worker" in done.err
+        assert mesh.ok("workers").out == ""
+
+
+# --- looking -------------------------------------------------------------------------------------------
+
+
+def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Mesh) -> None:
+    mesh.ok("send", "--max-tokens", "3", "hello")
+    shown = {name: mesh.ok(name).out for name in ("status", "workers", "models", "events")}
+
+    assert all(text.isascii() and "\x1b" not in text for text in shown.values())
+    assert [line.split()[:2] for line in shown["workers"].splitlines()[1:]] == [
+        ["worker-1", "ready"],
+        ["worker-2", "ready"],
+    ]
+    assert "2 ready of 2" in shown["status"]
+    assert "worker joined" in shown["events"]
+    assert mesh.ok("status", "--json").json()["ready"] == 2
+    assert [row["worker"] for row in mesh.ok("workers", "--json").json()] == ["worker-1", "worker-2"]
+    assert mesh.ok("models", "--json").json() == [{"model": "fake", "workers": 2, "slots": 8, "waiting": 0}]
+    last = mesh.ok("events", "--json").json()[-1]["number"]
+    assert mesh.ok("events", "--since", str(last), "--json").json() == []
+
+
+def test_why_tells_the_steps_of_a_request(mesh: Mesh) -> None:
+    id = mesh.ok("send", "--json", "--max-tokens", "3", "hello").lines()[0]["id"]
+
+    shown = mesh.ok("why", id[:12]).out
+
+    assert shown.splitlines()[0].startswith(f"request {id}: ended (length) after 3 tokens of model fake on worker-")
+    steps = [line.split()[2] for line in shown.splitlines()[1:]]
+    assert steps[0] == "submitted"
+    assert steps[-1] == "ended"
+
+
+def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Mesh) -> None:
+    assert "takes no new work" in mesh.ok("drain", "worker-1").out
+    try:
+        ends = [mesh.ok("send", "--json", "--max-tokens", "2", "hello").lines()[-1] for _ in range(3)]
+        assert {end["worker"] for end in ends} == {"worker-2"}
+        states = {row["worker"]: row["state"] for row in mesh.ok("workers", "--json").json()}
+        assert states["worker-1"] == "drained"
+    finally:
+        assert mesh.ok("drain", "worker-1", "--undo").out == "worker-1 works again\n"
+
+    done = mesh.llambo("drain", "nobody")
+    assert done.code == Exit.UNKNOWN_ID, done.story
+
+
+# --- a whole mesh --------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_moves_its_stream_and_is_started_again() -> None:
+    with up("--workers", "2", "--fake-tokens-per-s", "100") as (mesh, running):
+        truth = mesh.ok("send", "--seed", "7", "--max-tokens", "150", "hello").out
+        with mesh.start("send", "--json", "--seed", "7", "--max-tokens", "150", "hello") as sending:
+            id = sending.line(r'"accepted", "id": "(\w+)"')[1]
+            sending.line(r'"index": [2-9]\d,')
+            name = mesh.ok("why", "--json", id).json()["worker"]
+            pid = int(running.line(rf"{name} is ready, pid (\d+)")[1])
+            os.kill(pid, signal.SIGKILL)
+            assert sending.end() == Exit.OK, sending.story("the exit status")
+            *_, end = sending.objects()
+
+        assert "".join(line.get("text", "") for line in sending.objects()) == truth.removesuffix("\n")
+        assert end["moves"] == 1
+        assert end["worker"] != name
+        assert "worker lost" in mesh.ok("events").out
+        running.line(rf"{name} was killed by SIGKILL")
+        running.line(rf"{name} is ready again")
+        assert mesh.ok("status", "--json").json()["ready"] == 2
+
+
+def test_ctrl_c_stops_a_whole_mesh_and_leaves_no_process() -> None:
+    with up("--workers", "2", "--fake-tokens-per-s", "100") as (mesh, running):
+        pids = family(running.pid)
+        assert len(pids) == 5, "a broker, two agents, two engines"
+        with mesh.start("send", "--json", "--max-tokens", "50", "hello") as sending:
+            sending.line(FIRST_TOKEN)
+            running.signal(signal.SIGINT)
+            # Stopping is orderly: what runs is finished first, and its end still finds a broker.
+            assert running.end() == Exit.OK, running.story("the exit status")
+            assert sending.end() == Exit.OK, sending.story("the exit status")
+            assert sending.objects()[-1]["tokens"] == 50
+        for pid in pids:
+            wait_until_gone(pid, PATIENCE_S)
+        assert running.said[-2:] == ["llambo up: stopping", "llambo up: stopped"]
+
+
+def test_a_killed_up_takes_its_children_with_it() -> None:
+    with up("--workers", "1") as (_, running):
+        pids = family(running.pid)
+        running.signal(signal.SIGKILL)
+        running.end()
+        for pid in pids:
+            wait_until_gone(pid, PATIENCE_S)
+
+
+def test_a_port_that_is_taken_is_said_at_once() -> None:
+    with by_hand() as (mesh, _, _):
+        port = mesh.address.rpartition(":")[2]
+        with Running(LLAMBO, "up", "--port", port) as second:
+            assert second.end() == Exit.ERROR, second.story("the exit status")
+            second_said = "\n".join(second.said)
+
+    assert f"cannot listen on 127.0.0.1, ports {port} to" in second_said
+    assert "--port 0 takes any free ports" in second_said
+    assert "broker ended with status 1 before it was ready" in second_said
+
+
+def test_the_demo_shows_a_stream_that_survives_its_worker() -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/demo.py"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        timeout=2 * PATIENCE_S,
+        check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "kill -9" in done.stdout
+    assert "moved 1 time" in done.stdout

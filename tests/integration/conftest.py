@@ -1,0 +1,33 @@
+"""What several of these tests begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import Mesh
+from tests.integration.healthy import Healthy
+from tests.integration.raw_peer import RawPeer
+
+
+@pytest.fixture(scope="module")
+def steady_mesh() -> Iterator[Mesh]:
+    """One broker, whose invariants are checked after each turn, and one worker with time for everybody."""
+    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=500), check=True) as mesh:
+        yield mesh
+
+
+@pytest.fixture
+def healthy(steady_mesh: Mesh) -> Iterator[Healthy]:
+    with Healthy(steady_mesh) as stream:
+        yield stream
+
+
+@pytest.fixture
+def raw_client(steady_mesh: Mesh, healthy: Healthy) -> Iterator[RawPeer]:
+    """A client that has joined and will misbehave, while a healthy stream runs."""
+    with RawPeer(steady_mesh.port) as peer:
+        peer.join_as_client()
+        yield peer

@@ -1,0 +1,120 @@
+"""A peer that says what it likes: sockets of its own and bytes by hand, to see how the broker takes it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from llambo.mesh import codec, limits, sockets
+from llambo.mesh import messages as m
+from tests.integration.harness import TIMEOUT_S
+
+T = TypeVar("T", bound=m.Message)
+
+#: Everything a broker may say to anybody.
+_said: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker)
+
+
+class RawPeer:
+    """A DEALER to one of the control sockets, and whatever other sockets it is asked for."""
+
+    def __init__(self, port: int, offset: int = 0) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.session = codec.NO_SESSION
+        self.topic = b""
+        self.heard: list[tuple[bytes, m.Message]] = []
+        self._base = port
+        self._control = sockets.control(self.context, zmq.DEALER)
+        self._control.connect(f"tcp://127.0.0.1:{port + offset}")
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+    def __enter__(self) -> RawPeer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- control -------------------------------------------------------------------------------------
+
+    def send(self, *frames: bytes) -> None:
+        assert self._control.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "the broker does not take it"
+        self._control.send_multipart(list(frames))
+
+    def say(self, *messages: m.Message, blobs: list[bytes] | None = None, session: bytes | None = None) -> None:
+        body = msgspec.msgpack.encode(list(messages))
+        self.send(codec.MAGIC + (self.session if session is None else session), body, *(blobs or []))
+
+    def say_map(self, fields: dict[str, Any], *blobs: bytes) -> None:
+        """A message that no type stands for."""
+        self.send(codec.MAGIC + self.session, msgspec.msgpack.encode([fields]), *blobs)
+
+    def expect(self, kind: type[T], **fields: Any) -> T:
+        """The next message of this kind with these values; others are kept in `heard`."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            wait_ms = int((deadline - time.monotonic()) * 1_000)
+            assert wait_ms > 0 and self._control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.heard}"
+            found: T | None = None
+            bundle = _said.decode(self._control.recv_multipart())
+            assert not bundle.problems
+            for message, _ in bundle.messages:
+                self.heard.append((bundle.session, message))
+                if isinstance(message, kind) and all(getattr(message, name) == fields[name] for name in fields):
+                    found = found or message
+            if found is not None:
+                return found
+
+    def join_as_client(self) -> m.Welcome:
+        self.say(m.ClientHello(name="raw"), session=codec.NO_SESSION)
+        return self._joined()
+
+    def join_as_worker(self, name: str = "raw", model: str = "raw") -> m.Welcome:
+        hello = m.WorkerHello(name, secrets.token_bytes(8), [m.ModelInfo(model)], 1)
+        self.say(hello, session=codec.NO_SESSION)
+        return self._joined()
+
+    def _joined(self) -> m.Welcome:
+        welcome = self.expect(m.Welcome)
+        self.session, self.topic = welcome.session, welcome.topic
+        return welcome
+
+    def cut_off_by(self, frame: bytes) -> None:
+        """Send one frame too many bytes long, and see the broker hang up."""
+        monitor = self._control.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.send(codec.MAGIC + self.session, frame)
+        assert monitor.poll(int(TIMEOUT_S * 1_000)), "the broker keeps the connection"
+        assert recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED
+        self._control.disable_monitor()
+
+    # --- the token planes ------------------------------------------------------------------------------
+
+    def tokens_out(self) -> zmq.Socket[bytes]:
+        """An XSUB: a SUB that can send upstream what it likes."""
+        return self._connected(zmq.XSUB, sockets.TOKENS_OUT_OFFSET)
+
+    def tokens_in(self) -> zmq.Socket[bytes]:
+        """Connected, and subscribed to by the broker: nothing that it publishes is lost."""
+        socket = self._connected(zmq.XPUB, sockets.TOKENS_IN_OFFSET)
+        for _ in range(2):  # the broker wants chunks and beats
+            assert socket.poll(int(TIMEOUT_S * 1_000)), "the broker does not subscribe"
+            socket.recv()
+        return socket
+
+    def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
+        socket = sockets.token(self.context, kind)
+        socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
+        assert socket.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "no connection"
+        return socket
+
+
+def inference_request(**changes: Any) -> dict[str, Any]:
+    """The fields of a good request, but for these."""
+    fields = {"type": "inference_request", "id": secrets.token_bytes(limits.REQUEST_ID_BYTES), "max_tokens": 5}
+    return {**fields, **changes}
