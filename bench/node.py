@@ -1,6 +1,8 @@
-"""What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS PARENT`, options in
-JSON. Each ends with its parent, and prints one line of JSON when it is ready: what the one who started it has to know. The bare kinds are
-what the mesh is compared with: the same sockets, with the same options, and nothing in between but a loop.
+"""What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS PARENT`.
+
+The options are JSON. Each ends with its parent, and prints one line of JSON when it is ready: what the one who
+started it has to know. The bare kind is what the mesh is compared with: the same sockets, with the same options,
+and nothing in between but a loop.
 """
 
 from __future__ import annotations

@@ -18,6 +18,10 @@ from llambo.mesh import messages as m
 JOIN_MS = 10_000
 #: A worker has to be heard well within its lease.
 BEAT_S = 0.3
+#: A broker's settings for peers that are silent between their rounds.
+PATIENT = {"lease_ms": 60_000, "client_lease_ms": 60_000}
+#: A client's beat on the token plane is this long; every chunk is longer.
+BEAT_FRAME_BYTES = limits.TOPIC_BYTES + tokens.BEAT_BYTES
 #: What the fake worker says: the body of a chunk with one token.
 BODY = tokens.encode_chunk(bytes(24), 0, [4711], [b" word"])[tokens.HEAD_BYTES :]
 

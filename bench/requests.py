@@ -15,15 +15,10 @@ from statistics import median
 import zmq
 
 from bench.bare import BarePeers, drain
-from bench.peers import BEAT_S, FakeClient, FakeWorker, Socket, request_ids
+from bench.peers import BEAT_FRAME_BYTES, BEAT_S, PATIENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
-from llambo.mesh import limits, sockets, tokens
 from llambo.mesh import messages as m
 
-#: A client's beat on the token plane is this long; every chunk is longer.
-BEAT_FRAME_BYTES = limits.TOPIC_BYTES + tokens.BEAT_BYTES
-#: Between its rounds nobody speaks for the fakes.
-PATIENT = {"lease_ms": 60_000, "client_lease_ms": 60_000}
 PROMPT = b"What is the capital of the county of Nowhere?"
 
 
@@ -145,7 +140,7 @@ def main(arguments: list[str]) -> int:
 
 def report(rows: dict[str, list[Round]], flight: int) -> None:
     bare = rows["bare ROUTER loop"]
-    print(f"requests, {flight} under way, {len(bare)} rounds of each in turns; medians; times in us of processor per request")
+    print(f"requests, {flight} under way, {len(bare)} rounds of each in turns; medians; us of processor per request")
     print("                      per s   loop   zmq   generator   of the bare rate   of the bare loop's cost")
     for name, rounds in rows.items():
         rate, main, other, mine = (

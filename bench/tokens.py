@@ -16,7 +16,7 @@ from statistics import median
 import zmq
 
 from bench.bare import BarePeers
-from bench.peers import BEAT_S, BODY, FakeClient, FakeWorker, Socket, request_ids
+from bench.peers import BEAT_S, BODY, PATIENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
 from llambo.mesh import messages as m
 from llambo.mesh import tokens
@@ -27,7 +27,7 @@ WINDOW = 8_000
 #: Frames sent before the subscriber gets a look.
 BURST = 1_000
 #: Room for the transcripts of a round.
-BROKER = {"lease_ms": 60_000, "client_lease_ms": 60_000, "transcript_bytes": 2**31}
+BROKER = {**PATIENT, "transcript_bytes": 2**31}
 
 
 @dataclass
@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report(meshed: list[Round], bared: list[Round], streams: int) -> None:
-    print(f"tokens, {streams} streams, {len(bared)} rounds of each in turns; medians; times in us of processor per token")
+    print(f"tokens, {streams} streams, {len(bared)} rounds of each in turns; medians; us of processor per token")
     print("                      per s   loop   zmq   generator")
     for name, rounds in (("mesh", meshed), ("bare SUB-XPUB loop", bared)):
         values = [(r.rate, r.main_us, r.zmq_us, r.generator_us) for r in rounds]

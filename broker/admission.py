@@ -113,11 +113,15 @@ def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
     known = sorted(state.models)
     if not known:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
-    listed = ", ".join(known[:20])
+    if model in state.models:
+        return model, None
+    # One whose last worker has left is still known, but it is no choice while there are others.
+    served = [name for name in known if not state.models[name]] or known
+    listed = ", ".join(served[:20])
     if model:
         return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker serves {model!r}; there is: {listed}")
-    if len(known) == 1:
-        return known[0], None
+    if len(served) == 1:
+        return served[0], None
     return "", ErrorInfo(Code.MODEL_REQUIRED, f"several models are served, name one of: {listed}")
 
 

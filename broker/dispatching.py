@@ -128,7 +128,7 @@ def rejected(state: State, worker: WorkerEntry, reject: m.Reject, now_ms: int) -
 def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: int) -> None:
     """The engine died with these aboard. That may be their fault, so it is counted against them."""
     state.counters.engine_deaths += 1
-    state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text} ({len(lost.runs)} requests aboard)")
+    state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text} ({len(lost.runs)} of its requests move)")
     for key in lost.runs:
         worker.claims.pop(key, None)
     state.update_pools(worker)

@@ -110,7 +110,7 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     worker.state = "gone"
     state.update_pools(worker)
     state.counters.workers_lost += 1
-    state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} requests aboard)")
+    state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
     for model in worker.models:
         if not any(model in other.models for other in state.registry.workers.values()):
             state.models[model] = max(1, now_ms)
@@ -184,16 +184,16 @@ def heartbeat_client(state: State, client: ClientEntry) -> None:
     state.out.append(ToClient(client.route, client.session, beat))
 
 
-def lose_client(state: State, client: ClientEntry, why: str, now_ms: int) -> None:
+def lose_client(state: State, client: ClientEntry, now_ms: int) -> None:
     state.registry.remove_client(client)
-    state.counters.clients_lost += 1
     admission.unfollow(state, client, now_ms)
 
 
 def client_round(state: State, now_ms: int) -> None:
     for client in list(state.registry.clients.values()):
         if now_ms - client.heard_at >= state.config.client_lease_ms:
-            lose_client(state, client, "silent", now_ms)
+            state.counters.clients_lost += 1
+            lose_client(state, client, now_ms)
         else:
             ending.remind(state, client, now_ms)
             heartbeat_client(state, client)

@@ -118,7 +118,7 @@ async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
 async def _read(stream: Stream, view: View, out: Out) -> tuple[Answer, Clock]:
     clock = Clock()
     while (piece := await stream.next_piece()) is not None:
-        clock.on_piece()
+        clock.on_piece(len(piece.ids))
         view.piece(piece)
         await out.room()
     clock.on_end()

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from llambo.cli.out import Out
+from llambo.cli.output import duration
 
 if TYPE_CHECKING:
     from llambo.mesh.client_stream import Answer, Piece, Stream
 
+#: What is shorter says nothing about a rate.
+MEASURABLE_MS = 5.0
 #: To the first column, and erase what is there.
 CLEAR_LINE = "\r\x1b[K"
 
@@ -33,19 +36,23 @@ class Clock:
 
     def __init__(self) -> None:
         self._start = time.monotonic()
+        self._first_tokens = 0
         self.first_ms = 0.0
         self.total_ms = 0.0
 
-    def on_piece(self) -> None:
-        self.first_ms = self.first_ms or self._now()
+    def on_piece(self, tokens: int) -> None:
+        if not self._first_tokens:
+            self._first_tokens, self.first_ms = tokens, self._now()
 
     def on_end(self) -> None:
         self.total_ms = self._now()
 
     def rate(self, tokens: int) -> float:
-        """Tokens per second after the first one."""
-        spent_ms = self.total_ms - self.first_ms
-        return round((tokens - 1) * 1_000 / spent_ms, 1) if tokens > 1 and spent_ms > 0 else 0.0
+        """Tokens per second, from the first that came; of an answer that came at once, from the request."""
+        later, spent_ms = tokens - self._first_tokens, self.total_ms - self.first_ms
+        if later < 1 or spent_ms < MEASURABLE_MS:
+            later, spent_ms = tokens, self.total_ms
+        return round(later * 1_000 / spent_ms, 1) if spent_ms > 0 else 0.0
 
     def _now(self) -> float:
         return (time.monotonic() - self._start) * 1_000
@@ -142,7 +149,7 @@ def statistics_line(answer: Answer, clock: Clock) -> str:
     told = statistics(answer, clock)
     moves = f"moved {told['moves']} time{'s' if told['moves'] != 1 else ''}" if told["moves"] else "never moved"
     return (
-        f"{told['tokens']} tokens in {told['total_ms'] / 1000:.2f} s ({told['tokens_per_s']:g} tokens/s), "
-        f"first after {told['first_token_ms']:.0f} ms, queued {told['queued_ms']} ms, "
+        f"{told['tokens']} tokens in {duration(clock.total_ms)} ({told['tokens_per_s']:.1f} tokens/s), "
+        f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
         f"worker {told['worker'] or '?'}, {moves}, {told['reason']}, id {told['id']}"
     )

@@ -39,9 +39,7 @@ class ClientShell:
         broken: Callable[[Exception], None],
     ) -> None:
         self._core = core
-        self._link = Link(
-            context, address, token_kind=zmq.SUB, offset=0, decoder=codec.to_client, token_hwm=token_hwm
-        )
+        self._link = Link(context, address, token_kind=zmq.SUB, offset=0, decoder=codec.to_client, token_hwm=token_hwm)
         self._deliver = deliver
         self._broken = broken
         self._loop = asyncio.get_running_loop()

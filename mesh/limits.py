@@ -10,6 +10,8 @@ from __future__ import annotations
 REQUEST_ID_BYTES = 16
 #: A dispatch id: attempt number (u32) and four random bytes. It is the fence.
 DISPATCH_ID_BYTES = 8
+#: Both together: one run of one request.
+RUN_KEY_BYTES = REQUEST_ID_BYTES + DISPATCH_ID_BYTES
 #: A session id, the proof that a control message belongs to a welcomed link.
 SESSION_ID_BYTES = 8
 #: A client's topic on the token plane. Knowing it is not enough, it must also be granted.

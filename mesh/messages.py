@@ -21,6 +21,8 @@ VERSIONS = (1, 1)
 
 RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length=limits.REQUEST_ID_BYTES)]
 DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
+#: A run of a worker: request id + dispatch id.
+RunKey = Annotated[bytes, Meta(min_length=limits.RUN_KEY_BYTES, max_length=limits.RUN_KEY_BYTES)]
 Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 Number = Annotated[int, Meta(ge=0, le=2**53)]
@@ -245,7 +247,7 @@ class WorkerHeartbeat(Message, frozen=True):
     seq: Number = 0
     #: The last token-plane beat the worker published, to compare with the one the broker saw.
     beat: Number = 0
-    claims: dict[bytes, Count] = {}
+    claims: dict[RunKey, Count] = {}
     state: Literal["starting", "ready", "draining"] = "ready"
     #: Tokens per second over the last moments, and what the engine is doing, for people.
     rate: float = 0.0
@@ -272,7 +274,7 @@ class Reject(Message, frozen=True):
 class EngineLost(Message, frozen=True):
     """The engine died with these aboard (request id + dispatch id each); their tokens so far remain valid."""
 
-    runs: Annotated[list[bytes], Meta(max_length=limits.SLOTS_PER_WORKER)]
+    runs: Annotated[list[RunKey], Meta(max_length=limits.SLOTS_PER_WORKER)]
     text: Annotated[str, Meta(max_length=1024)] = ""
 
 

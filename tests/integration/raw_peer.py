@@ -27,7 +27,9 @@ class RawPeer:
         self.context: zmq.Context[Any] = zmq.Context()
         self.session = codec.NO_SESSION
         self.topic = b""
+        #: All that was said to it so far, and under which session.
         self.heard: list[tuple[bytes, m.Message]] = []
+        self._unread: list[m.Message] = []
         self._base = port
         self._control = sockets.control(self.context, zmq.DEALER)
         self._control.connect(f"tcp://127.0.0.1:{port + offset}")
@@ -56,20 +58,25 @@ class RawPeer:
         self.send(codec.MAGIC + self.session, msgspec.msgpack.encode([fields]), *blobs)
 
     def expect(self, kind: type[T], **fields: Any) -> T:
-        """The next message of this kind with these values; others are kept in `heard`."""
+        """The next message of this kind with these values; what comes before it stays for later questions."""
         deadline = time.monotonic() + TIMEOUT_S
+        seen = 0
         while True:
+            for at in range(seen, len(self._unread)):
+                message = self._unread[at]
+                if isinstance(message, kind) and all(getattr(message, name) == fields[name] for name in fields):
+                    del self._unread[at]
+                    return message
+            seen = len(self._unread)
             wait_ms = int((deadline - time.monotonic()) * 1_000)
             assert wait_ms > 0 and self._control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.heard}"
-            found: T | None = None
-            bundle = _said.decode(self._control.recv_multipart())
-            assert not bundle.problems
-            for message, _ in bundle.messages:
-                self.heard.append((bundle.session, message))
-                if isinstance(message, kind) and all(getattr(message, name) == fields[name] for name in fields):
-                    found = found or message
-            if found is not None:
-                return found
+            self._receive()
+
+    def _receive(self) -> None:
+        bundle = _said.decode(self._control.recv_multipart())
+        assert not bundle.problems, "the broker itself broke the protocol"
+        self.heard += [(bundle.session, message) for message, _ in bundle.messages]
+        self._unread += [message for message, _ in bundle.messages]
 
     def join_as_client(self) -> m.Welcome:
         self.say(m.ClientHello(name="raw"), session=codec.NO_SESSION)
@@ -92,6 +99,7 @@ class RawPeer:
         assert monitor.poll(int(TIMEOUT_S * 1_000)), "the broker keeps the connection"
         assert recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED
         self._control.disable_monitor()
+        monitor.close()
 
     # --- the token planes ------------------------------------------------------------------------------
 
@@ -109,8 +117,11 @@ class RawPeer:
 
     def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
         socket = sockets.token(self.context, kind)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
-        assert socket.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "no connection"
+        assert monitor.poll(int(TIMEOUT_S * 1_000)), "no connection"
+        socket.disable_monitor()
+        monitor.close()
         return socket
 
 

@@ -1,0 +1,221 @@
+"""`kill -9` of one of three workers in the middle of 200 streams, again and again: the agent and the engine child by
+turns. No client may see an error, every token must be the right one (the fake engine says the same whoever runs
+it), and no process may be left over. What a client does notice is a stall, and that is measured.
+
+Real processes, the real Python client, each token looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from bench.figures import quantile
+from bench.processes import Node, children, gone
+from llambo import Client, LlamboError
+from llambo.worker.fake_tokens import plain_base, plain_next
+
+WORKERS = 3
+#: A stream's usual pace, and how many tokens it has: about as long as a restart of a worker takes.
+TOKENS_PER_S = 20.0
+TOKENS = 50
+#: No round lasts longer.
+ROUND_S = 60.0
+
+
+@dataclass
+class Watched:
+    """One stream, as its reader saw it."""
+
+    ids: list[int] = field(default_factory=list)
+    moves: int = 0
+    last_at: float = 0.0
+    longest_s: float = 0.0
+    wrong: str = ""
+
+
+@dataclass
+class Outcome:
+    """What all rounds together gave."""
+
+    streams: int = 0
+    moved: int = 0
+    errors: list[str] = field(default_factory=list)
+    lost: int = 0
+    duplicated: int = 0
+    wrong: int = 0
+    orphans: list[int] = field(default_factory=list)
+    stalls_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def violations(self) -> int:
+        return len(self.errors) + self.lost + self.duplicated + self.wrong + len(self.orphans)
+
+
+class Fleet:
+    """The workers' processes, and every process that was ever theirs."""
+
+    def __init__(self, port: int, streams: int) -> None:
+        self.seen: set[int] = set()
+        # Two workers must be able to carry everything.
+        fake = {"slots": streams, "tokens_per_s": TOKENS_PER_S}
+        self._options = {"broker": f"tcp://127.0.0.1:{port}", "fake": fake}
+        self._stack = ExitStack()
+        self.workers = [self._start(number) for number in range(WORKERS)]
+        for number in range(WORKERS):
+            self._ready(number)
+
+    def _start(self, number: int) -> Node:
+        node = self._stack.enter_context(Node("worker", {**self._options, "name": f"w{number}"}, wait=False))
+        self.seen.add(node.pid)
+        return node
+
+    def _ready(self, number: int) -> None:
+        node = self.workers[number]
+        node.ready()
+        self.seen.update(children(node.pid))
+
+    def kill(self, number: int, *, engine: bool) -> int:
+        """Returns the process that was killed."""
+        node = self.workers[number]
+        mine = children(node.pid)
+        self.seen.update(mine)
+        pid = mine[0] if engine else node.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def restart(self, number: int) -> None:
+        """A new process in place of an agent that was killed. It has joined when this returns."""
+        self.workers[number].end()
+        self.workers[number] = self._start(number)
+        self._ready(number)
+
+    def note_children(self) -> None:
+        for node in self.workers:
+            self.seen.update(children(node.pid))
+
+    def close(self) -> list[int]:
+        """End everybody; who is still there after that?"""
+        self.note_children()
+        self._stack.close()
+        return [pid for pid in self.seen if not gone(pid)]
+
+
+async def watch(client: Client, number: int) -> Watched:
+    """Read one stream to its end, and compare it with the truth."""
+    seed, prompt = number + 1, f"stream {number}"
+    base = plain_base(seed, prompt.encode())
+    watched = Watched()
+    stream = client.stream(prompt, seed=seed, max_tokens=TOKENS)
+    try:
+        async for piece in stream:
+            now = time.perf_counter()
+            if watched.last_at:
+                watched.longest_s = max(watched.longest_s, now - watched.last_at)
+            watched.last_at = now
+            if piece.index != len(watched.ids):
+                watched.wrong = f"index {piece.index} after {len(watched.ids)} tokens"
+            watched.ids += piece.ids
+    except LlamboError as error:
+        watched.wrong = f"{error.code}: {error.text}"
+    if stream.answer is not None:
+        watched.moves = stream.answer.moves
+    truth = [plain_next(base, index) for index in range(TOKENS)]
+    if not watched.wrong and watched.ids != truth:
+        watched.wrong = difference(watched.ids, truth)
+    return watched
+
+
+def difference(ids: list[int], truth: list[int]) -> str:
+    if len(set(ids)) < len(ids):
+        return "duplicated"
+    return "lost" if set(ids) < set(truth) else "wrong tokens"
+
+
+async def one_round(client: Client, fleet: Fleet, kill: int, streams: int, outcome: Outcome) -> None:
+    """All streams begin, half-way one worker dies, all streams end, and the worker is there again."""
+    begun = [asyncio.create_task(watch(client, kill * streams + number)) for number in range(streams)]
+    await asyncio.sleep(TOKENS / TOKENS_PER_S / 3)
+    victim, engine = kill % WORKERS, bool(kill % 2)
+    engine_child = children(fleet.workers[victim].pid)
+    fleet.kill(victim, engine=engine)
+    killed_agent = not engine
+    restarted = asyncio.to_thread(fleet.restart, victim) if killed_agent else asyncio.sleep(0)
+    async with asyncio.timeout(ROUND_S):
+        _, *watched = await asyncio.gather(restarted, *begun)
+    if killed_agent:
+        outcome.orphans += [pid for pid in engine_child if not gone(pid)]
+    fleet.note_children()
+    for stream in watched:
+        tell(outcome, stream)
+    await all_ready(client)
+
+
+def tell(outcome: Outcome, stream: Watched) -> None:
+    outcome.streams += 1
+    if stream.wrong:
+        outcome.lost += stream.wrong == "lost"
+        outcome.duplicated += stream.wrong == "duplicated"
+        outcome.wrong += stream.wrong == "wrong tokens"
+        if stream.wrong not in ("lost", "duplicated", "wrong tokens"):
+            outcome.errors.append(stream.wrong)
+    if stream.moves:
+        outcome.moved += 1
+        outcome.stalls_ms.append(max(0.0, stream.longest_s - 1 / TOKENS_PER_S) * 1000)
+
+
+async def all_ready(client: Client) -> None:
+    """An engine that was killed is restarted by its agent: the next round waits until everybody can work."""
+    async with asyncio.timeout(ROUND_S):
+        while (await client.status())["ready"] < WORKERS:
+            await asyncio.sleep(0.05)
+
+
+async def all_rounds(port: int, kills: int, streams: int, outcome: Outcome, progress: bool) -> None:
+    fleet = await asyncio.to_thread(Fleet, port, streams)
+    try:
+        async with Client(f"tcp://127.0.0.1:{port}") as client:
+            await all_ready(client)
+            for kill in range(kills):
+                await one_round(client, fleet, kill, streams, outcome)
+                if progress and (kill + 1) % 10 == 0:
+                    print(f"  {kill + 1} kills, {outcome.violations} violations", file=sys.stderr, flush=True)
+    finally:
+        outcome.orphans += fleet.close()
+
+
+def run(kills: int, streams: int, *, progress: bool = False) -> Outcome:
+    outcome = Outcome()
+    begun = time.monotonic()
+    with Node("broker") as broker:
+        asyncio.run(all_rounds(broker.told["ports"][0], kills, streams, outcome, progress))
+    outcome.seconds = time.monotonic() - begun
+    return outcome
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench kills", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--streams", type=int, default=200)
+    options = parser.parse_args(arguments)
+    outcome = run(options.kills, options.streams, progress=True)
+    stalls = outcome.stalls_ms
+    print(
+        f"kills: {options.kills} x kill -9 of one of {WORKERS} workers, agent and engine by turns, {options.streams} streams"
+    )
+    print(f"  {outcome.streams} streams, {outcome.moved} of them moved; {outcome.seconds:.0f} s")
+    print(
+        f"  {len(outcome.errors)} client errors, {outcome.lost} lost, {outcome.duplicated} duplicated, {outcome.wrong} wrong"
+    )
+    print(f"  {len(outcome.orphans)} orphan processes")
+    print(f"  stall of a stream that moved: median {quantile(stalls, 0.5):.0f} ms, p99 {quantile(stalls, 0.99):.0f} ms")
+    for error in outcome.errors[:10]:
+        print(f"  ! {error}")
+    return 1 if outcome.violations else 0

@@ -1,0 +1,218 @@
+"""Nonsense on the token planes: nobody gets another one's tokens, and no forged token gets to anybody."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import threading
+
+import pytest
+import zmq
+
+from llambo.broker.gate import Gate
+from llambo.mesh import limits, messages, sockets, tokens
+from tests.integration.harness import TIMEOUT_S, Mesh, rss_bytes
+from tests.integration.healthy import Healthy
+from tests.integration.raw_peer import RawPeer
+
+FLOOD = 20_000
+
+
+def read_all(socket: zmq.Socket[bytes]) -> list[bytes]:
+    """What has come, and what comes within two beats of the broker."""
+    frames = []
+    while socket.poll(500):
+        frames.append(socket.recv())
+    return frames
+
+
+def victims_topic(mesh: Mesh) -> bytes:
+    return mesh.look(
+        lambda core: next(client.topic for client in core.state.registry.clients.values() if client.following)
+    )
+
+
+def gate(mesh: Mesh) -> Gate:
+    assert mesh.thread is not None
+    return mesh.thread.server._gate
+
+
+# --- subscriptions ---------------------------------------------------------------------------------------
+
+
+def test_short_long_and_foreign_filters_get_nothing(steady_mesh: Mesh, raw_client: RawPeer) -> None:
+    # Given somebody who knows of a victim's topic only a part, or thinks that more will do
+    topic, refused = victims_topic(steady_mesh), gate(steady_mesh).refused
+    socket = raw_client.tokens_out()
+    filters = [
+        b"",
+        topic[:1],
+        topic[:8],
+        topic[:15],
+        topic + b"T",
+        topic + bytes(100),
+        secrets.token_bytes(16),
+        b"T",
+        b"B",
+    ]
+    # When it subscribes
+    for wanted in filters:
+        socket.send(b"\x01" + wanted)
+    steady_mesh.until(lambda core: gate(steady_mesh).refused >= refused + len(filters), "all filters refused")
+    # Then it receives nothing, and what is its own it gets all the same
+    assert read_all(socket) == []
+    socket.send(b"\x01" + raw_client.topic)
+    assert socket.poll(int(TIMEOUT_S * 1_000)), "no beat"
+    assert socket.recv().startswith(raw_client.topic + tokens.BEAT)
+
+
+def test_a_flood_of_subscriptions(steady_mesh: Mesh, raw_client: RawPeer) -> None:
+    gate_, before = gate(steady_mesh), rss_bytes(os.getpid())
+    refused = gate_.refused
+    socket = raw_client.tokens_out()
+    for _ in range(FLOOD):
+        socket.send(b"\x01" + secrets.token_bytes(limits.TOPIC_BYTES))
+    socket.send(b"\x01" + raw_client.topic)
+    # Many get lost on the way; those that arrive are refused. And the flooder's own topic has come last.
+    assert socket.poll(int(TIMEOUT_S * 1_000)), "no beat after the flood"
+    grown = rss_bytes(os.getpid()) - before
+    print(f"\n{FLOOD} subscriptions: {gate_.refused - refused} refused; RSS grew by {grown / 2**20:.0f} MiB")
+    assert gate_.refused > refused
+    assert grown < 64 * 2**20
+
+
+def test_a_flood_and_the_connection_is_dropped(steady_mesh: Mesh, healthy: Healthy) -> None:
+    for _ in range(20):
+        with RawPeer(steady_mesh.port) as peer:
+            socket = peer.tokens_out()
+            for _ in range(500):
+                socket.send(b"\x01" + secrets.token_bytes(limits.TOPIC_BYTES))
+    steady_mesh.look(lambda core: None)
+
+
+def test_junk_sent_upstream_on_the_way_for_subscriptions(steady_mesh: Mesh, raw_client: RawPeer) -> None:
+    junk, chance = gate(steady_mesh).junk, random.Random(1)
+    socket = raw_client.tokens_out()
+    for _ in range(2_000):
+        socket.send(bytes([chance.randrange(2, 256)]) + chance.randbytes(chance.randrange(40)))
+    socket.send(b"")
+    socket.send_multipart([b"\x02", b"\x01", b"\x00"])
+    steady_mesh.until(lambda core: gate(steady_mesh).junk >= junk + 2_001, "the junk was counted")
+    assert read_all(socket) == []
+
+
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
+def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytest.MonkeyPatch, guard: bool) -> None:
+    """Junk makes libzmq give the next grant to the next one in line. Without the guard this works: the test has teeth."""
+    if not guard:
+        monkeypatch.setattr(Gate, "admit", _admit_without_guard)
+    release, held = threading.Event(), threading.Event()
+    with RawPeer(steady_mesh.port) as attacker, RawPeer(steady_mesh.port) as victim:
+        # Given an attacker with two sockets, and a victim that is about to subscribe
+        victim.join_as_client()
+        junk, thief, theirs = attacker.tokens_out(), attacker.tokens_out(), victim.tokens_out()
+        for socket in (junk, thief, theirs):
+            socket.send(b"\x01known")  # its pipe is there and in use
+        refused = gate(steady_mesh).refused
+        steady_mesh.until(lambda core: gate(steady_mesh).refused >= refused, "all three are known")
+
+        # When, while the broker is busy, there is junk, then the victim's subscription, then the thief's
+        def hold(core: object) -> None:
+            held.set()
+            release.wait(TIMEOUT_S)
+
+        holder = threading.Thread(target=steady_mesh.look, args=(hold,))
+        holder.start()
+        assert held.wait(TIMEOUT_S)
+        _arrived(junk, b"\x02junk")
+        _arrived(theirs, b"\x01" + victim.topic)
+        _arrived(thief, b"\x01")
+        release.set()
+        holder.join(TIMEOUT_S)
+        # Then the thief gets none of what is the victim's
+        victim.expect(messages.BrokerHeartbeat)
+        stolen = [frame for frame in read_all(thief) if frame.startswith(victim.topic)]
+        assert bool(stolen) != guard
+
+
+def _arrived(socket: zmq.Socket[bytes], frame: bytes) -> None:
+    """Sent, and given the time of many round trips on loopback to be taken in by the broker's I/O thread."""
+    socket.send(frame)
+    socket.poll(100)
+
+
+def _admit_without_guard(self: Gate, frame: bytes) -> bytes | None:
+    topic = frame[1:]
+    return topic if frame[:1] == b"\x01" and topic in self._topics else None
+
+
+# --- tokens ------------------------------------------------------------------------------------------------
+
+
+def chunks_of_others(mesh: Mesh) -> list[bytes]:
+    """All that somebody could forge who knows the ids of requests, and yet not the dispatch."""
+    key = mesh.look(lambda core: next(iter(core.state.running)))
+    forged = [key[:16] + bytes(8), key[:16] + key[16:20] + bytes(4), bytes(24), secrets.token_bytes(24)]
+    return [
+        tokens.encode_chunk(one, first, [666], [b" forged"], flags)
+        for one in forged
+        for first in (0, 5, 30)
+        for flags in (0, 3)
+    ]
+
+
+def test_forged_chunks_are_stale(steady_mesh: Mesh, healthy: Healthy) -> None:
+    stale = steady_mesh.counter("stale_chunks")
+    forged = chunks_of_others(steady_mesh)
+    with RawPeer(steady_mesh.port) as peer:
+        socket = peer.tokens_in()
+        for frame in forged:
+            socket.send(frame)
+        steady_mesh.until(lambda core: core.state.counters.stale_chunks >= stale + len(forged), "all of them refused")
+    assert 666 not in healthy.ids
+
+
+def test_junk_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None:
+    malformed, chance = steady_mesh.counter("malformed_frames"), random.Random(3)
+    with RawPeer(steady_mesh.port) as peer:
+        socket = peer.tokens_in()
+        for _ in range(2_000):
+            socket.send(chance.choice([b"T", b"B"]) + chance.randbytes(chance.randrange(20)))
+        socket.send(b"B" + bytes(16))  # a beat of no session
+        socket.send(tokens.encode_beat(2**63, bytes(8)))
+        socket.send_multipart([b"T", b"more", b"frames"])
+        steady_mesh.until(lambda core: core.state.counters.malformed_frames >= malformed + 2_000, "all of it counted")
+
+
+def test_a_frame_over_the_limit_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None:
+    with RawPeer(steady_mesh.port) as peer:
+        socket = peer.tokens_in()
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        socket.send(b"T" + bytes(limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES))
+        assert monitor.poll(int(TIMEOUT_S * 1_000)), "the broker keeps the connection"
+        socket.disable_monitor()
+        monitor.close()
+
+
+def test_tokens_on_a_control_socket_and_control_on_a_token_socket(steady_mesh: Mesh, raw_client: RawPeer) -> None:
+    malformed = steady_mesh.counter("malformed_frames")
+    raw_client.send(tokens.encode_chunk(bytes(24), 0, [1], [b"x"]))
+    assert raw_client.expect(messages.Problem).error.code == "bad_message"
+    socket = raw_client.tokens_in()
+    socket.send(b"T" + b"llb\x01")
+    steady_mesh.until(lambda core: core.state.counters.malformed_frames > malformed, "it was counted")
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+def test_somebody_who_does_not_even_speak_zmtp(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
+    with zmq.Context() as context, context.socket(zmq.STREAM) as socket:
+        socket.linger = 0
+        socket.connect(sockets.endpoint("127.0.0.1", steady_mesh.port + offset))
+        assert socket.poll(int(TIMEOUT_S * 1_000))
+        identity, _ = socket.recv_multipart()
+        socket.send_multipart([identity, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(5_000)])
+        while socket.poll(int(TIMEOUT_S * 1_000)):
+            if not socket.recv_multipart()[1]:
+                return  # the broker hung up
+        raise AssertionError("the broker keeps the connection")

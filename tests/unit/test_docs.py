@@ -1,0 +1,153 @@
+"""The documentation says what the code does, as far as a program can tell."""
+
+from __future__ import annotations
+
+import ast
+import re
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from docs import generate, protocol_parts
+from llambo.mesh import codec
+from llambo.mesh import messages as m
+from llambo.mesh.errors import Code
+from tests.sim.mutants import GUARDS
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@cache
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# --- generated parts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_parts_are_current(name: str) -> None:
+    assert generate.fill(text_of(name), ROOT / name) == text_of(name), "run `make docs`"
+
+
+def test_every_part_that_can_be_generated_is_shown_somewhere() -> None:
+    shown = {part for name in NAMES for part in re.findall(r"<!-- generated: ([\w-]+) -->", text_of(name))}
+    assert shown >= {"broker-files", "engine-states", *protocol_parts.GENERATORS}
+
+
+@pytest.mark.parametrize("message", m.Message.__subclasses__())
+def test_every_message_has_prose_and_fields(message: type[m.Message]) -> None:
+    tag = protocol_parts.tag_of(message)
+    section = re.search(
+        rf"\n#### `{tag}`\n(.*?)<!-- generated: message-{tag} -->", text_of("docs/protocol.md"), re.DOTALL
+    )
+    assert section is not None, f"docs/protocol.md does not tell what {tag} means"
+    assert len(section[1].split()) > 2
+    assert f"`{tag}" in text_of("docs/protocol.md").split("## What if it is lost?")[1], f"what if {tag} is lost?"
+
+
+def test_every_error_code_is_explained() -> None:
+    rows = text_of("docs/protocol.md").split("When they come:")[1]
+    assert not [code.value for code in Code if f"`{code.value}`" not in rows]
+
+
+def test_every_guard_of_the_simulator_is_explained() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", text_of("docs/simulation.md").split("## Teeth")[1], re.MULTILINE)
+    assert rows == list(GUARDS)
+
+
+# --- references ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(name)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), f"{name} leads to {target}"
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{name} leads to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    """What a forge makes of headings: lower case, no punctuation, hyphens."""
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_and_functions_that_are_named_are_there(name: str) -> None:
+    for file, function in re.findall(r"`([\w/]+\.py)(?::(\w+))?`", text_of(name)):
+        if "/" not in file:
+            continue
+        assert (ROOT / file).exists(), f"{name} names {file}"
+        defined = {
+            node.name
+            for node in ast.walk(ast.parse(text_of(file)))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
+        assert not function or function in defined, f"{name} names {file}:{function}"
+
+
+# --- the conversation in bytes ---------------------------------------------------------------------------
+
+
+def conversation() -> list[list[bytes]]:
+    """The frames of the page, read back from their hex."""
+    part = re.search(r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol.md"), re.DOTALL)
+    assert part is not None
+    said = []
+    for paragraph in part[1].strip().split("\n\n"):
+        joined = re.sub(r"\n      (?=[0-9a-f])", " ", paragraph)  # lines of hex that go on
+        said.append([bytes.fromhex(line) for line in re.findall(r"^    - ([0-9a-f ]+)$", joined, re.MULTILINE)])
+    return said
+
+
+def body(frames: list[bytes]) -> list[dict[str, Any]]:
+    assert frames[0][:4] == b"llb\x01"
+    decoded: list[dict[str, Any]] = msgpack.unpackb(frames[1], strict_map_key=False)
+    return decoded
+
+
+def test_the_conversation_can_be_read_by_hand() -> None:
+    hello, welcome, beat, submit, accepted, chunk, end, replay, page, ack = conversation()
+    assert body(hello) == [{"type": "client_hello"}]
+    assert hello[0][4:] == welcome[0][4:] == bytes(8)
+
+    session, topic = body(welcome)[0]["session"], body(welcome)[0]["topic"]
+    assert beat == [topic + b"B" + struct.pack(">Q", 1) + session]
+    assert [message["type"] for message in body(submit)] == ["client_heartbeat", "inference_request"]
+    assert submit[2] == b"What is AI?"
+    id = body(submit)[1]["id"]
+    assert submit[0][4:] == session and body(accepted)[0]["id"] == id
+
+    tokens = {**read_chunk(chunk[0].removeprefix(topic), id), **read_chunk(body(page)[0]["chunks"][0], id)}
+    assert [tokens[index] for index in range(body(end)[0]["count"])] == [(77, b"A"), (1234, b" mesh")]
+    assert (body(replay)[0]["first"], body(replay)[0]["until"]) == (0, 1)
+    assert body(ack) == [{"type": "end_ack", "ids": [id]}]
+
+
+def read_chunk(frame: bytes, id: bytes) -> dict[int, tuple[int, bytes]]:
+    """As docs/protocol.md lays it out."""
+    assert frame[:1] == b"T" and frame[1:17] == id
+    first, count, _flags = struct.unpack_from(">IHB", frame, 25)
+    ids, pieces = msgpack.unpackb(frame[32:])
+    assert len(ids) == len(pieces) == count
+    return {first + at: pair for at, pair in enumerate(zip(ids, pieces, strict=True))}
+
+
+def test_the_conversation_is_understood_by_the_mesh() -> None:
+    for frames, (title, _) in zip(conversation(), protocol_parts.EXAMPLE, strict=True):
+        if "token plane" in title:
+            continue
+        decoder = codec.from_client if "client" in title else codec.to_client
+        bundle = decoder.decode(frames)
+        assert bundle.messages and not bundle.problems, title
