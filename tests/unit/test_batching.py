@@ -1,0 +1,228 @@
+"""The batching core, driven by an engine that only counts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llambo.worker.batching import MIN_COPY, MIN_SHARE, STRETCH, Batcher, Placed, Plan, common_prefix
+
+A, B, C = b"a", b"b", b"c"
+
+
+def tokens(count: int, start: int = 0) -> list[int]:
+    return list(range(start, start + count))
+
+
+def step(batcher: Batcher, took_ms: float = 10.0) -> Plan:
+    """Decode, and give every output row a next token."""
+    plan = batcher.plan()
+    assert plan is not None
+    batcher.done(plan, took_ms)
+    for _, key in plan.outputs:
+        batcher.push(key, 1_000)
+    return plan
+
+
+def finish_after_prefill(batcher: Batcher, key: bytes, prompt: list[int]) -> None:
+    assert batcher.place(key, prompt) is not None
+    while not any(key == done for _, done in step(batcher).outputs):
+        pass
+    batcher.finish(key)
+
+
+def test_a_prompt_is_decoded_once_and_gives_one_output() -> None:
+    batcher = Batcher(slots=2, context=100, batch=64)
+    assert batcher.place(A, tokens(10)) == Placed(0, 0)
+    plan = step(batcher)
+    assert (plan.tokens, plan.positions, plan.slots) == (tokens(10), tokens(10), [0] * 10)
+    assert plan.outputs == [(9, A)]
+    again = step(batcher)
+    assert (again.tokens, again.positions, again.outputs) == ([1_000], [10], [(0, A)])
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    assert Batcher(1, 100, 64).plan() is None
+
+
+def test_running_streams_share_the_step_with_a_prompt() -> None:
+    batcher = Batcher(slots=3, context=2_000, batch=512)
+    for key in (A, B):
+        batcher.place(key, tokens(4, start=ord(key) * 100))
+    step(batcher)
+    batcher.place(C, tokens(1_000))
+    plan = step(batcher)
+    assert plan.slots[:2] == [0, 1]
+    assert {key for _, key in plan.outputs} == {A, B}
+    assert 0 < plan.prefill < 1_000
+
+
+def test_a_long_prompt_stretches_the_steps_of_others_only_so_far() -> None:
+    # Given a model that needs 10 ms for a step of streams, and 0.5 ms for each prompt token
+    batcher = Batcher(slots=2, context=20_000, batch=2_048)
+    batcher.place(A, tokens(4))
+    step(batcher, 2.0)
+    for _ in range(20):
+        step(batcher, 10.0)
+    batcher.place(B, tokens(10_000, start=50_000))
+    worst, steps = 0.0, 0
+    while True:
+        plan = batcher.plan()
+        assert plan is not None
+        took_ms = 10.0 + 0.5 * plan.prefill
+        batcher.done(plan, took_ms)
+        # When the first steps have been measured
+        worst, steps = max(worst, took_ms if steps else 0.0), steps + 1
+        for _, key in plan.outputs:
+            batcher.push(key, 1)
+        if any(key == B for _, key in plan.outputs):
+            break
+    # Then none is much longer than it may be, and the prompt is not starved
+    assert worst <= 10.0 * STRETCH * 1.05
+    assert steps < 10_000 / MIN_SHARE
+
+
+def test_a_prompt_alone_is_cut_so_that_a_cancel_is_heard() -> None:
+    batcher = Batcher(slots=1, context=20_000, batch=4_096)
+    batcher.place(A, tokens(10_000))
+    step(batcher, 320.0)  # 10 ms a token: a large model
+    plan = step(batcher, 300.0)
+    assert plan.prefill == 30
+
+
+def test_prompts_are_served_in_the_order_they_came() -> None:
+    batcher = Batcher(slots=2, context=1_000, batch=64)
+    batcher.place(A, tokens(40))
+    batcher.place(B, tokens(40, start=100))
+    first = step(batcher, 3.2)
+    assert set(first.slots) == {0}
+    second = step(batcher, 3.2)
+    assert second.outputs[0][1] == A
+    assert 1 in second.slots
+
+
+def test_when_all_slots_are_taken_there_is_no_place() -> None:
+    batcher = Batcher(slots=1, context=100, batch=64)
+    batcher.place(A, tokens(4))
+    assert batcher.place(B, tokens(4)) is None
+    batcher.finish(A)
+    assert batcher.place(B, tokens(4)) is not None
+
+
+def test_the_second_turn_of_a_chat_computes_only_what_is_new() -> None:
+    batcher = Batcher(slots=2, context=4_000, batch=512)
+    finish_after_prefill(batcher, A, tokens(500))
+    assert batcher.place(B, tokens(520)) == Placed(0, 500)
+    assert step(batcher).positions[0] == 500
+
+
+def test_the_same_prompt_again_still_decodes_its_last_token() -> None:
+    batcher = Batcher(slots=1, context=100, batch=64)
+    finish_after_prefill(batcher, A, tokens(20))
+    assert batcher.place(B, tokens(20)) == Placed(0, 19)
+    assert step(batcher).outputs == [(0, B)]
+
+
+def test_a_prefix_of_a_running_stream_is_copied() -> None:
+    batcher = Batcher(slots=2, context=4_000, batch=512)
+    batcher.place(A, tokens(200))
+    while not step(batcher).outputs:
+        pass
+    assert batcher.place(B, [*tokens(150), 7, 7, 7]) == Placed(1, 150, copy_from=0)
+    assert step(batcher).positions[:2] == [200, 150]
+
+
+def test_a_short_common_prefix_is_not_worth_a_copy() -> None:
+    batcher = Batcher(slots=2, context=4_000, batch=512)
+    batcher.place(A, tokens(MIN_COPY + 100))
+    while not step(batcher).outputs:
+        pass
+    assert batcher.place(B, [*tokens(MIN_COPY - 1), 7]) == Placed(1, 0)
+
+
+def test_a_long_cached_prefix_is_not_spoiled_for_a_short_match() -> None:
+    batcher = Batcher(slots=2, context=4_000, batch=512)
+    finish_after_prefill(batcher, A, tokens(1_000))
+    assert batcher.place(B, [*tokens(100), 7, 7]) == Placed(1, 100, copy_from=0)
+
+
+def test_the_slot_used_longest_ago_is_given_up_first() -> None:
+    batcher = Batcher(slots=2, context=4_000, batch=512)
+    finish_after_prefill(batcher, A, tokens(100))
+    finish_after_prefill(batcher, B, tokens(100, start=1_000))
+    placed = batcher.place(C, tokens(100, start=2_000))
+    assert placed == Placed(0, 0)
+
+
+def test_a_cancel_in_the_middle_of_a_prompt_keeps_what_is_computed() -> None:
+    batcher = Batcher(slots=1, context=4_000, batch=64)
+    batcher.place(A, tokens(1_000))
+    computed = step(batcher).prefill
+    batcher.finish(A)
+    assert (batcher.running, batcher.cells, batcher.cached_cells) == (0, 0, computed)
+    assert batcher.place(B, tokens(1_000)) == Placed(0, computed)
+
+
+def test_a_model_that_cannot_cut_its_cache_computes_everything() -> None:
+    batcher = Batcher(slots=1, context=100, batch=64)
+    finish_after_prefill(batcher, A, tokens(20))
+    batcher.place(B, tokens(30))
+    batcher.restart(B)
+    assert step(batcher).positions == tokens(30)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_the_cells_are_accounted_for(seed: int) -> None:
+    """A thousand random starts, steps, ends and cancels beside an account of our own."""
+    chance = random.Random(seed)
+    batcher = Batcher(slots=4, context=300, batch=48)
+    cache: list[list[int]] = [[] for _ in range(4)]
+    wanted: dict[bytes, list[int]] = {}
+    for turn in range(1_000):
+        kind = chance.random()
+        if kind < 0.15:
+            key, prompt = turn.to_bytes(4, "big"), tokens(chance.randrange(1, 200), chance.choice([0, 0, 500]))
+            placed = batcher.place(key, prompt)
+            if placed is None:
+                assert len(wanted) == 4
+                continue
+            if placed.copy_from is not None:
+                cache[placed.slot] = list(cache[placed.copy_from])
+            del cache[placed.slot][placed.cached :]
+            assert cache[placed.slot] == prompt[: placed.cached]
+            wanted[key] = prompt
+        elif kind < 0.2 and wanted:
+            key = chance.choice(list(wanted))
+            del wanted[key]
+            batcher.finish(key)
+        elif (plan := batcher.plan()) is not None:
+            assert len(plan.tokens) <= 48
+            for token, position, slot in zip(plan.tokens, plan.positions, plan.slots, strict=True):
+                assert position == len(cache[slot])
+                cache[slot].append(token)
+            batcher.done(plan, chance.uniform(1, 50))
+            for _, key in plan.outputs:
+                assert cache[batcher.slot_of(key)] == wanted[key]
+                if len(wanted[key]) == 300:
+                    del wanted[key]
+                    batcher.finish(key)
+                    continue
+                token = chance.randrange(600)
+                wanted[key].append(token)
+                batcher.push(key, token)
+        else:
+            assert not wanted
+        assert batcher.running == len(wanted)
+        assert [slot.tokens[: slot.cells] for slot in batcher.slots] == cache
+    for key in wanted:
+        batcher.finish(key)
+    assert batcher.cells == 0
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 50, 99, 100])
+def test_the_common_prefix_is_found_by_halves(length: int) -> None:
+    one = tokens(100)
+    other = [*one[:length], *([-1] * (100 - length))]
+    assert common_prefix(one, other) == length
+    assert common_prefix(one[:length], one) == length

@@ -1,0 +1,214 @@
+"""What goes into the next decoding step: continuous batching as a value, without a model.
+
+An engine has slots; each holds one sequence of tokens whose keys and values are in the cache (its cells). A request
+takes a free slot, and until its last prompt token has been decoded it prefills; from then on it puts one token into
+every step. All requests share each step. Three things are decided here:
+
+    share     a step with running streams takes only so many prompt tokens that it lasts at most STRETCH times as
+              long as one without; a step without streams only so many that cancels and deadlines are heard soon.
+              Both follow from measured times, so that they suit a small model as well as a large one.
+    reuse     a finished slot keeps its tokens. A new request takes the slot with the longest common prefix, or gets
+              a copy of the prefix of another slot, running ones included; slots go least recently used first.
+    cells     a slot never holds more than `context` tokens: who could exceed that is refused at the door.
+
+Every slot has a cache of its own, of `context` cells (not one cache for all: that was measured to be slower).
+There is no clock and no model in here: the engine says what it measured, and does what `plan` says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+#: A step with prompt tokens in it may take so many times as long as a step without.
+STRETCH = 2.5
+#: A step without running streams takes about so long, so that a cancel is heard in the middle of a prompt.
+PREFILL_STEP_MS = 300.0
+#: Prompt tokens in a step, at least: less would make a prompt wait for ever behind running streams.
+MIN_SHARE = 8
+#: Assumed until something was measured.
+FIRST_SHARE = 32
+#: Copying the cells of another slot costs a copy of the whole slot; a shorter prefix is sooner computed.
+MIN_COPY = 64
+#: Weight of the newest measurement.
+NEWEST = 0.25
+
+
+@dataclass(slots=True)
+class Slot:
+    """`tokens[:cells]` are in the cache; the rest waits to be decoded."""
+
+    number: int
+    tokens: list[int] = field(default_factory=list)
+    cells: int = 0
+    key: bytes | None = None
+    #: When it became free, counted in requests: the smallest is the least recently used.
+    used: int = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self.tokens) - self.cells
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a request was put, and what has to be done to the cache before the next step."""
+
+    slot: int
+    #: Tokens that need not be computed.
+    cached: int
+    #: Copy the cells of this slot first, then cut them back to `cached`.
+    copy_from: int | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """One decoding step, as columns: that is how the engine wants them."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    #: Row and key of each request that gets a next token from this step.
+    outputs: list[tuple[int, bytes]] = field(default_factory=list)
+    #: How many of the rows are prompt.
+    prefill: int = 0
+
+
+class Batcher:
+    def __init__(self, slots: int, context: int, batch: int) -> None:
+        self.context = context
+        self.slots = [Slot(number) for number in range(slots)]
+        self._batch = batch
+        self._by_key: dict[bytes, Slot] = {}
+        #: Requests that still prefill, oldest first.
+        self._prefilling: dict[bytes, Slot] = {}
+        self._finished = 0
+        self._decode_ms = 0.0
+        self._prefill_ms = 0.0  # per token
+
+    # --- requests come and go ------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        return len(self._by_key)
+
+    @property
+    def cells(self) -> int:
+        """Cells in use by running requests; the rest is cache that may be dropped at any time."""
+        return sum(slot.cells for slot in self._by_key.values())
+
+    @property
+    def cached_cells(self) -> int:
+        return sum(slot.cells for slot in self.slots if slot.key is None)
+
+    def place(self, key: bytes, tokens: list[int]) -> Placed | None:
+        """A slot for this request; None: all are taken. At least one token is left to decode, for its output."""
+        free = [slot for slot in self.slots if slot.key is None]
+        if not free:
+            return None
+        assert tokens, "a prompt has at least one token"
+        assert len(tokens) <= self.context, "who could exceed the context was to be refused"
+        placed = self._choose(free, tokens)
+        slot = self.slots[placed.slot]
+        slot.key = key
+        slot.tokens, slot.cells = list(tokens), placed.cached
+        self._by_key[key] = slot
+        self._prefilling[key] = slot
+        return placed
+
+    def restart(self, key: bytes) -> None:
+        """The cache could not be cut or copied (some models cannot): compute everything."""
+        self._by_key[key].cells = 0
+
+    def push(self, key: bytes, token: int) -> None:
+        """The next token of a running request: it is decoded in the next step."""
+        slot = self._by_key[key]
+        assert slot.waiting == 0, "its last token is not decoded yet"
+        slot.tokens.append(token)
+
+    def finish(self, key: bytes) -> None:
+        """Ended or cancelled, also in the middle of its prompt. What is in the cache stays, for those who come."""
+        slot = self._by_key.pop(key)
+        self._prefilling.pop(key, None)
+        self._finished += 1
+        slot.key, slot.used = None, self._finished
+        del slot.tokens[slot.cells :]
+
+    def slot_of(self, key: bytes) -> int:
+        return self._by_key[key].number
+
+    def _choose(self, free: list[Slot], tokens: list[int]) -> Placed:
+        kept = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]
+        own = max(free, key=lambda slot: kept[slot.number])
+        oldest = min(free, key=lambda slot: (slot.cells > 0, slot.used))
+        donor = max(self.slots, key=lambda slot: kept[slot.number])
+        saved = kept[donor.number]
+        # In place, unless that would spoil a long prefix of others for a short one of ours.
+        if 0 < own.cells <= 2 * kept[own.number] and saved - kept[own.number] < MIN_COPY:
+            return Placed(own.number, kept[own.number])
+        if donor is not oldest and saved - kept[oldest.number] >= MIN_COPY:
+            return Placed(oldest.number, saved, donor.number)
+        return Placed(oldest.number, kept[oldest.number])
+
+    # --- steps ---------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan | None:
+        """The next step, or None if there is nothing to decode. `done` has to follow."""
+        plan = Plan()
+        for key, slot in self._by_key.items():
+            if key not in self._prefilling and slot.waiting:
+                self._add(plan, key, slot, 1)
+        share = self._share(len(plan.tokens))
+        for key, slot in list(self._prefilling.items()):
+            count = min(share - plan.prefill, slot.waiting)
+            if count <= 0:
+                break
+            self._add(plan, key, slot, count)
+            plan.prefill += count
+        return plan if plan.tokens else None
+
+    def _add(self, plan: Plan, key: bytes, slot: Slot, count: int) -> None:
+        start, end = slot.cells, slot.cells + count
+        plan.tokens += slot.tokens[start:end]
+        plan.positions += range(start, end)
+        plan.slots += [slot.number] * count
+        if end == len(slot.tokens):
+            plan.outputs.append((len(plan.tokens) - 1, key))
+
+    def done(self, plan: Plan, took_ms: float) -> None:
+        """The step was decoded, and took so long."""
+        for number in plan.slots:
+            self.slots[number].cells += 1
+        for _, key in plan.outputs:
+            self._prefilling.pop(key, None)
+        streams = len(plan.tokens) - plan.prefill
+        if not plan.prefill:
+            self._decode_ms = _mixed(self._decode_ms, took_ms)
+        elif plan.prefill >= MIN_SHARE:
+            rest_ms = max(took_ms - (self._decode_ms if streams else 0.0), 0.1 * took_ms)
+            self._prefill_ms = _mixed(self._prefill_ms, rest_ms / plan.prefill)
+
+    def _share(self, streams: int) -> int:
+        """Prompt tokens for a step with so many running streams."""
+        room = self._batch - streams
+        if not self._prefill_ms:
+            return min(room, FIRST_SHARE)
+        spare_ms = (STRETCH - 1) * self._decode_ms if streams else PREFILL_STEP_MS
+        return min(room, max(MIN_SHARE, int(spare_ms / self._prefill_ms)))
+
+
+def _mixed(old: float, new: float) -> float:
+    return new if not old else old + NEWEST * (new - old)
+
+
+def common_prefix(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with. By halves, because comparing slices is what Python does fast."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
