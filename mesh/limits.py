@@ -43,6 +43,14 @@ SAMPLING_BYTES = 64 * 1024
 #: Stop strings per request, and characters in one of them.
 STOP_STRINGS = 16
 STOP_CHARS = 256
+#: The message that tells a model how to behave.
+SYSTEM_CHARS = 16 * 1024
+#: A grammar or a JSON schema; a longer one, nested deeply, has crashed llama.cpp's parser.
+GRAMMAR_CHARS = 16 * 1024
+#: How deep a grammar or a JSON schema may be nested.
+GRAMMAR_DEPTH = 100
+#: Token ids with a bias.
+LOGIT_BIASES = 1024
 #: The largest `max_tokens` a client may ask for.
 MAX_TOKENS = 131_072
 #: Models one worker may announce.

@@ -1,0 +1,397 @@
+"""llama.cpp, as much of it as the engine needs. The only file that knows its bindings.
+
+    Model       weights and vocabulary: tokens of a text, text of a token, metadata
+    Decoder     a context with a cache of its own for each slot; one call decodes one step of all of them
+    Candidates  the native part of sampling, for one request
+    Gbnf        a grammar, for one request
+
+What was learnt the hard way:
+- A ctypes callback that nobody holds is collected, and the next call of it is a segmentation fault.
+- Filling a batch field by field through ctypes costs more than sampling does. The batch here is made of numpy
+  arrays, and llama.cpp is given their addresses.
+- A C++ exception that meets Python ends the process. So a grammar is never told of a token it has not allowed.
+- With `use_extra_bufts` llama.cpp may choose instructions (AMX) that a hypervisor forbids; then the first prompt of
+  more than one token ends the process. The agent retries with `safe`, without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llama_cpp as lib
+import numpy as np
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+from numpy.typing import NDArray
+
+from llambo.mesh.messages import Sampling
+from llambo.worker.sampling import Grammar, Ids, Logits
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
+FLASH = {"auto": -1, "off": 0, "on": 1}
+#: What ends the repetitions that DRY looks for, as in llama.cpp.
+DRY_BREAKERS = (b"\n", b":", b'"', b"*")
+#: The longest piece of text one token stands for.
+PIECE_BYTES = 4096
+#: From ggml.h.
+LOG_WARNING, LOG_ERROR = 2, 3
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class LoadError(Exception):
+    """The model cannot be served; the text says why, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a context is laid out."""
+
+    slots: int
+    #: Per slot.
+    context: int
+    batch: int
+    threads: int
+    kv_type: str = "f16"
+    flash_attn: str = "auto"
+
+
+class _Log:
+    """The last complaints of llama.cpp: they explain why a model did not load."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._level = 0
+        # Held here for as long as the process lives.
+        self._callback = lib.llama_log_callback(self._on_line)
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_line(self, level: int, text: bytes, _: Any) -> None:
+        self._level = level if level <= 4 else self._level  # 5 goes on with the line before
+        if self._level in (LOG_WARNING, LOG_ERROR):
+            self.lines = [*self.lines[-7:], text.decode(errors="replace").strip()]
+
+    def said(self) -> str:
+        return "; ".join(line for line in self.lines if line) or "llama.cpp gave no reason"
+
+
+_log: _Log | None = None
+
+
+def _start_library() -> _Log:
+    global _log  # noqa: PLW0603  # the library has one log, too
+    if _log is None:
+        _log = _Log()
+        lib.llama_backend_init()
+    _log.lines.clear()
+    return _log
+
+
+class Model:
+    def __init__(self, path: str, *, gpu_layers: int, safe: bool, on_progress: Callable[[float], None]) -> None:
+        log = _start_library()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.use_extra_bufts = not safe
+        callback = lib.llama_progress_callback(lambda share, _: on_progress(share) or True)
+        params.progress_callback = callback
+        self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        del callback
+        if not self.handle:
+            raise LoadError(f"{path} cannot be loaded: {log.said()}")
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.tokens = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.trained_context = int(lib.llama_model_n_ctx_train(self.handle))
+        self._pieces: dict[int, bytes] = {}
+        self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
+            raise LoadError(f"{path} is no model that writes text by itself")
+        if self.tokens == 0:
+            raise LoadError(f"{path} has no vocabulary")
+        self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
+        self._endings = frozenset(self.endings)
+
+    def close(self) -> None:
+        lib.llama_model_free(self.handle)
+
+    # --- what it is ----------------------------------------------------------------------------------
+
+    def text_of(self, key: str) -> str:
+        """One entry of its metadata, or nothing."""
+        size = 1024
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if length < size:
+                return buffer.value.decode(errors="replace") if length >= 0 else ""
+            size = length + 1
+
+    def describe(self) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.handle, buffer, 256)
+        return buffer.value.decode(errors="replace")
+
+    # --- text ----------------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
+        """`special`: names of control tokens in the text mean those tokens, as a chat template needs it."""
+        most = len(text) + 8
+        buffer = (ctypes.c_int32 * most)()
+        count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
+        if count < 0:
+            most = -count
+            buffer = (ctypes.c_int32 * most)()
+            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes it adds to a text. Control tokens add none."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._render(token, special=False)
+        return found
+
+    def name(self, token: int) -> str:
+        """The text that stands for a token in a template: `<s>` and the like."""
+        return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    @property
+    def bos(self) -> str:
+        return self.name(int(lib.llama_vocab_bos(self.vocab)))
+
+    @property
+    def eos(self) -> str:
+        return self.name(int(lib.llama_vocab_eos(self.vocab)))
+
+    def ends(self, token: int) -> bool:
+        return token in self._endings
+
+    def _render(self, token: int, *, special: bool) -> bytes:
+        size = lib.llama_token_to_piece(self.vocab, token, self._buffer, PIECE_BYTES, 0, special)
+        return self._buffer.raw[:size] if size > 0 else b""
+
+
+class Decoder:
+    """A context: `slots` sequences, each with cells of its own."""
+
+    def __init__(self, model: Model, shape: Shape) -> None:
+        log = _start_library()
+        params = lib.llama_context_default_params()
+        params.n_ctx = shape.slots * shape.context
+        params.n_seq_max = shape.slots
+        params.n_batch = params.n_ubatch = shape.batch
+        params.n_threads = params.n_threads_batch = shape.threads
+        # One cache for each sequence: measured to be faster than one for all.
+        params.kv_unified = False
+        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
+        params.flash_attn_type = FLASH[shape.flash_attn]
+        params.offload_kqv = True
+        params.no_perf = True
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise LoadError(f"no context of {shape.slots} x {shape.context} tokens: {log.said()}")
+        self._memory = lib.llama_get_memory(self.handle)
+        self._vocab = model.tokens
+        self.context = int(lib.llama_n_ctx_seq(self.handle))
+        self._make_batch(shape.batch)
+
+    def close(self) -> None:
+        lib.llama_free(self.handle)
+
+    def _make_batch(self, size: int) -> None:
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._counts = np.ones(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        # Each row names its sequences by address; ours have one each, in one array.
+        self._addresses = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        fields = dict(lib.llama_batch._fields_)
+
+        def pointer(array: NDArray[Any], name: str) -> Any:
+            return ctypes.cast(array.ctypes.data, fields[name])
+
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=pointer(self._tokens, "token"),
+            embd=None,
+            pos=pointer(self._positions, "pos"),
+            n_seq_id=pointer(self._counts, "n_seq_id"),
+            seq_id=pointer(self._addresses, "seq_id"),
+            logits=pointer(self._wanted, "logits"),
+        )
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """One step. A row of logits for each row of `outputs`, in that order; valid until the next step."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = slots
+        self._wanted[:count] = 0
+        self._wanted[outputs] = 1
+        self._batch.n_tokens = count
+        code = lib.llama_decode(self.handle, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code} for a step of {count} tokens")
+        if not outputs:
+            return np.empty((0, self._vocab), np.float32)
+        # In the order of the batch, and so are our outputs.
+        logits = lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
+
+    # --- the cache -----------------------------------------------------------------------------------
+
+    def cut(self, slot: int, cells: int) -> bool:
+        """Keep only so many cells. False: this kind of cache cannot be cut; the slot is empty now."""
+        if lib.llama_memory_seq_rm(self._memory, slot, cells, -1):
+            return True
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        return False
+
+    def copy(self, source: int, slot: int, cells: int) -> bool:
+        """The first cells of another slot. (Between caches only a whole one can be copied; then it is cut.)"""
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        lib.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
+        return self.cut(slot, cells)
+
+    def cells(self, slot: int) -> int:
+        return int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+
+class Gbnf:
+    """A grammar that follows an answer."""
+
+    def __init__(self, model: Model, text: str) -> None:
+        log = _start_library()
+        self._handle = lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
+        if not self._handle:
+            raise ValueError(f"the grammar makes no sense: {log.said()}")
+        self._one = np.zeros(1, CANDIDATE)
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            lib.llama_sampler_free(handle)
+
+    def allows(self, token: int) -> bool:
+        self._one[0] = (token, 0.0, 0.0)
+        self.apply(_array(self._one))
+        return bool(np.isfinite(self._one["logit"][0]))
+
+    def accept(self, token: int) -> None:
+        if not self.allows(token):
+            raise ValueError("the grammar refuses this token")
+        lib.llama_sampler_accept(self._handle, token)
+
+    def apply(self, array: Any) -> None:
+        lib.llama_sampler_apply(self._handle, ctypes.byref(array))
+
+
+def grammar_of(schema: str) -> str:
+    """GBNF for a JSON schema. Raises ValueError."""
+    try:
+        text: str = json_schema_to_gbnf(schema)
+    except RecursionError as error:
+        raise ValueError("the schema refers to itself without end") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"the schema makes no sense: {error!r}") from error
+    return text
+
+
+class Candidates:
+    """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests: one step, one user."""
+
+    def __init__(self, model: Model, options: Sampling, shared: NDArray[Any], history: Sequence[int]) -> None:
+        self._shared = shared
+        self._dry = options.dry_multiplier > 0
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for sampler in self._samplers(model, options):
+            lib.llama_sampler_chain_add(self._chain, sampler)
+        for token in history if self._dry else ():
+            self.accept(token)
+
+    def __del__(self) -> None:
+        chain, self._chain = getattr(self, "_chain", None), None
+        if chain:
+            lib.llama_sampler_free(chain)
+
+    def _samplers(self, model: Model, options: Sampling) -> list[Any]:
+        samplers = []
+        if self._dry:
+            breakers = (ctypes.c_char_p * len(DRY_BREAKERS))(*DRY_BREAKERS)
+            samplers.append(
+                lib.llama_sampler_init_dry(
+                    model.vocab,
+                    options.dry_multiplier,
+                    options.dry_base,
+                    options.dry_allowed_length,
+                    options.dry_penalty_last_n,
+                    breakers,
+                    len(DRY_BREAKERS),
+                )
+            )
+        if options.mirostat:
+            return samplers  # it does its own narrowing
+        if options.top_k:
+            samplers.append(lib.llama_sampler_init_top_k(options.top_k))
+        if options.typical_p < 1:
+            samplers.append(lib.llama_sampler_init_typical(options.typical_p, 1))
+        if options.top_p < 1:
+            samplers.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+        if options.min_p > 0:
+            samplers.append(lib.llama_sampler_init_min_p(options.min_p, 1))
+        return samplers
+
+    def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]:
+        array = self._fill(logits)
+        if isinstance(grammar, Gbnf):
+            grammar.apply(array)
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return _columns(array)
+
+    def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]:
+        array = self._fill(logits)
+        if isinstance(grammar, Gbnf):
+            grammar.apply(array)
+        return _columns(array)
+
+    def accept(self, token: int) -> None:
+        if self._dry:
+            lib.llama_sampler_accept(self._chain, token)
+
+    def _fill(self, logits: Logits) -> Any:
+        self._shared["id"] = _numbers(len(logits))
+        self._shared["logit"] = logits
+        return _array(self._shared)
+
+
+_ids: dict[int, Ids] = {}
+
+
+def _numbers(count: int) -> Ids:
+    if count not in _ids:
+        _ids[count] = np.arange(count, dtype=np.int32)
+    return _ids[count]
+
+
+def shared_candidates(model: Model) -> NDArray[Any]:
+    return np.zeros(model.tokens, CANDIDATE)
+
+
+def _array(candidates: NDArray[Any]) -> Any:
+    data = ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p)
+    return lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+
+
+def _columns(array: Any) -> tuple[Ids, Logits]:
+    """A sampler may have put its result elsewhere: the address in the array is what counts."""
+    address = ctypes.cast(array.data, ctypes.c_void_p).value
+    assert address is not None
+    raw = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(address)
+    left = np.frombuffer(raw, CANDIDATE)
+    return left["id"].copy(), left["logit"].copy()

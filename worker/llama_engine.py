@@ -1,0 +1,222 @@
+"""The llama.cpp engine: the batching core above, the decoder below, and what a request is in between.
+
+A request is a `Stream`: a sampler that chooses, a gate that lets text out, and a few counts. `start` refuses what can
+never end well (too long, no template, a grammar that is none) before anything was computed; `step` decodes one
+plan of the batching core and gives each request its next token. A continued request is one whose prompt ends with
+the tokens it has: they are prefilled like any other, and accepted by its sampler and its gate.
+
+Cancels and deadlines act between steps, and the core keeps steps short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llambo.mesh import limits
+from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.messages import ModelInfo, Reason, Usage
+from llambo.worker import llama
+from llambo.worker.batching import Batcher, Plan
+from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
+from llambo.worker.grammar import GrammarError, grammar_text
+from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+from llambo.worker.sampling import DeadEnd, Sampler
+from llambo.worker.text import Gate
+
+NEVER_MS = 2**62
+#: The self-test: more than one token, because that is where a wrong choice of instructions shows.
+SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
+SELF_TEST_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Stream:
+    key: bytes
+    sampler: Sampler
+    gate: Gate
+    index: int
+    limit: int
+    prompt_tokens: int
+    cached_tokens: int
+    started: float
+    deadline_ms: int
+    first: float = 0.0
+
+
+class LlamaEngine:
+    """`say` takes progress while the model loads."""
+
+    fault = None
+
+    def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
+                 fingerprint: str = "", say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
+        percent = -1
+
+        def on_progress(share: float) -> None:
+            nonlocal percent
+            if int(share * 100) > percent:
+                percent = int(share * 100)
+                say(Progress(f"loading {name}: {percent} %"))
+
+        self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
+        self._decoder = llama.Decoder(self._model, shape)
+        self._batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
+        self._shared = llama.shared_candidates(self._model)
+        self._streams: dict[bytes, Stream] = {}
+        self._name = name
+        self._fingerprint = fingerprint
+        self._slots = shape.slots
+        self._safe = safe
+        source = self._model.text_of("tokenizer.chat_template")
+        self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
+        say(Progress(f"testing {name}"))
+        self._test()
+
+    # --- the Engine protocol -------------------------------------------------------------------------
+
+    def ready(self) -> Ready:
+        note = f"{self._model.describe()}, {self._slots} x {self._decoder.context} tokens"
+        note += ", safe settings" if self._safe else ""
+        info = ModelInfo(self._name, self._fingerprint, self._decoder.context)
+        return Ready([info], self._slots, note)
+
+    def start(self, start: Start, now_ms: int) -> Refused | None:
+        started = time.perf_counter()
+        try:
+            prompt = self._prompt(start)
+        except BadPrompt as error:
+            return _refused(start, Code.BAD_REQUEST, str(error))
+        context = self._decoder.context
+        if len(prompt) + start.max_tokens > context:
+            text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
+            return _refused(start, Code.TOO_LONG, text)
+        if self._batcher.running >= self._slots:
+            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
+        try:
+            sampler = self._sampler(start, prompt)
+        except (GrammarError, ValueError) as error:
+            return _refused(start, Code.BAD_REQUEST, str(error))
+        gate = Gate(start.sampling.stop)
+        gate.replay([(token, self._model.piece(token)) for token in start.prefix])
+        self._streams[start.key] = Stream(
+            start.key, sampler, gate,
+            index=len(start.prefix), limit=start.max_tokens, prompt_tokens=len(prompt),
+            cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
+            deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
+        )  # fmt: skip
+        return None
+
+    def stop(self, key: bytes) -> None:
+        if self._streams.pop(key, None) is not None:
+            self._batcher.finish(key)
+
+    def next_wakeup_ms(self) -> int:
+        return 0 if self._streams else NEVER_MS
+
+    def step(self, now_ms: int) -> list[Output]:
+        outputs = [
+            self._end(stream, "deadline", *stream.gate.flush())
+            for stream in list(self._streams.values())
+            if now_ms >= stream.deadline_ms
+        ]
+        plan = self._batcher.plan()
+        if plan is not None:
+            rows = self._decode(plan)
+            for (_, key), row in zip(plan.outputs, rows, strict=True):
+                outputs.append(self._advance(self._streams[key], row))
+        # One that was held back says nothing, and the message as a whole says that the engine is alive.
+        return [output for output in outputs if output.ids or output.end is not None]
+
+    # --- starting ------------------------------------------------------------------------------------
+
+    def _prompt(self, start: Start) -> list[int]:
+        text, templated = text_of(start.prompt, start.sampling, self._template)
+        tokens = self._model.tokenize(text, special=templated)
+        if not tokens:
+            raise BadPrompt("the prompt is empty")
+        return tokens
+
+    def _sampler(self, start: Start, prompt: list[int]) -> Sampler:
+        options = start.sampling
+        text = grammar_text(options, llama.grammar_of)
+        sampler = Sampler(
+            options,
+            start.seed,
+            llama.Candidates(self._model, options, self._shared, prompt),
+            history=list(prompt),
+            grammar=llama.Gbnf(self._model, text) if text else None,
+            banned=self._model.endings if options.ignore_eos else None,
+        )
+        for token in start.prefix:
+            sampler.accept(token)
+        return sampler
+
+    def _place(self, key: bytes, tokens: list[int]) -> int:
+        """How many of these need not be computed."""
+        placed = self._batcher.place(key, tokens)
+        assert placed is not None, "there was a free slot a moment ago"
+        if placed.copy_from is None:
+            kept = self._decoder.cut(placed.slot, placed.cached)
+        else:
+            kept = self._decoder.copy(placed.copy_from, placed.slot, placed.cached)
+        if not kept:
+            self._batcher.restart(key)
+            return 0
+        return placed.cached
+
+    # --- stepping ------------------------------------------------------------------------------------
+
+    def _decode(self, plan: Plan) -> llama.Logits:
+        began = time.perf_counter()
+        outputs = [row for row, _ in plan.outputs]
+        rows = self._decoder.decode(plan.tokens, plan.positions, plan.slots, outputs)
+        self._batcher.done(plan, (time.perf_counter() - began) * 1000)
+        return rows
+
+    def _advance(self, stream: Stream, logits: llama.Logits) -> Output:
+        """Its next token, and what of its text may go."""
+        stream.first = stream.first or time.perf_counter()
+        try:
+            token = stream.sampler.choose(logits, stream.index)
+        except DeadEnd:
+            text = "no token can follow: grammar and biases exclude each other"
+            return self._end(stream, "error", [], [], ErrorInfo(Code.BAD_REQUEST, text))
+        if self._model.ends(token):
+            return self._end(stream, "stop", *stream.gate.flush())
+        stream.index += 1
+        ids, pieces, stopped = stream.gate.push(token, self._model.piece(token))
+        if stopped:
+            return self._end(stream, "stop", ids, pieces)
+        if stream.index >= stream.limit:
+            more, more_pieces = stream.gate.flush()
+            return self._end(stream, "length", ids + more, pieces + more_pieces)
+        self._batcher.push(stream.key, token)
+        return Output(stream.key, ids, pieces)
+
+    def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
+             error: ErrorInfo | None = None) -> Output:  # fmt: skip
+        del self._streams[stream.key]
+        self._batcher.finish(stream.key)
+        now = time.perf_counter()
+        first = stream.first or now
+        usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
+        return Output(stream.key, ids, pieces, reason, usage, error)
+
+    # --- before READY --------------------------------------------------------------------------------
+
+    def _test(self) -> None:
+        """Prove it on more than one token; whatever is wrong ends this process now, and not under a request."""
+        key = bytes(limits.RUN_KEY_BYTES)
+        if self._template is not None:
+            self._template.render([Message("user", "Hello")])
+        refused = self.start(Start(key, SELF_TEST, SELF_TEST_TOKENS, 1), 0)
+        if refused is not None:
+            raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
+        while self._streams:
+            self.step(0)
+
+
+def _refused(start: Start, code: Code, text: str) -> Refused:
+    return Refused(start.key, ErrorInfo(code, text), final=True)

@@ -1,0 +1,128 @@
+"""From what a client sent to the text a model reads: as it is, or through the model's own chat template.
+
+A template comes with a model file, that is, from strangers. It runs in a sandbox that reaches no attribute of
+Python's own and cannot change what it is given, and a timer ends one that does not come to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+import msgspec
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llambo.mesh import limits
+from llambo.mesh.messages import Sampling
+
+#: A template that takes longer is broken, or means harm.
+RENDER_S = 2.0
+#: Messages of one prompt.
+MESSAGES = 4096
+
+
+class BadPrompt(Exception):
+    """The prompt or the model's template is no good; the text says why."""
+
+
+class Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str
+
+
+_decode_messages = msgspec.json.Decoder(list[Message]).decode
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what to train on; here it means nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        parser.stream.skip(1)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class Template:
+    """A chat template. Raises BadPrompt if it is none."""
+
+    def __init__(self, source: str, *, bos: str, eos: str) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], autoescape=False
+        )  # the result is read by a model, not by a browser
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _complain
+        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+        self._names = {"bos_token": bos, "eos_token": eos}
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError) as error:
+            raise BadPrompt(f"the model's chat template cannot be read: {error}") from error
+
+    def render(self, messages: list[Message]) -> str:
+        told = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            with time_limit(RENDER_S):
+                return self._template.render(messages=told, add_generation_prompt=True, **self._names)
+        except BadPrompt:
+            raise
+        # A template can fail in any way Python can; whatever it is, the prompt has no text.
+        except Exception as error:
+            raise BadPrompt(f"the model's chat template failed: {type(error).__name__}: {error}") from error
+
+
+def text_of(prompt: bytes, sampling: Sampling, template: Template | None) -> tuple[bytes, bool]:
+    """The text for the model, and whether it was put into a template. Raises BadPrompt."""
+    if sampling.form == "text":
+        return prompt, False
+    messages = _messages(prompt, sampling)
+    if template is None:
+        return "\n\n".join(message.content for message in messages).encode(), False
+    text = template.render(messages).encode(errors="replace")
+    if len(text) > limits.PROMPT_BYTES:
+        raise BadPrompt(f"the chat template made {len(text)} bytes of it, {limits.PROMPT_BYTES} are allowed")
+    return text, True
+
+
+def _messages(prompt: bytes, sampling: Sampling) -> list[Message]:
+    try:
+        if sampling.form == "user":
+            system = [Message("system", sampling.system)] if sampling.system else []
+            return [*system, Message("user", prompt.decode())]
+        messages = _decode_messages(prompt)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadPrompt(f"the prompt is no list of messages: {error}") from error
+    if not 0 < len(messages) <= MESSAGES:
+        raise BadPrompt(f"{len(messages)} messages, 1 to {MESSAGES} may be")
+    return messages
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _complain(text: str) -> NoReturn:
+    raise BadPrompt(f"the model's chat template says: {text}")
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Main thread only. TimeoutError where it is raised in the middle of."""
+
+    def ring(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
