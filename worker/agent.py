@@ -156,8 +156,10 @@ class Agent:
                 self._order(start)
             case a.StopRun(key):
                 self._order(proto.Stop(key))
-            case a.SpawnEngine():
-                self.engine = EngineProcess(proto.Configure(self._config.engine, self._config.model, self._config.fake))
+            case a.SpawnEngine(safe):
+                config = self._config
+                configure = proto.Configure(config.engine, config.model, config.fake, config.llama, safe)
+                self.engine = EngineProcess(configure)
             case a.KillEngine():
                 if self.engine is not None:
                     self.engine.kill()
@@ -193,8 +195,8 @@ def _engine_event(message: proto.ToAgent) -> e.EngineEvent:
             return e.EngineRefused(key, error, final)
         case proto.Ready(models, slots, note):
             return e.EngineReady(models, slots, note)
-        case proto.Progress(note):
-            return e.EngineProgressed(note)
+        case proto.Progress(note, problem):
+            return e.EngineProgressed(note, problem)
         case _:
             assert_never(message)
 

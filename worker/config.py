@@ -6,7 +6,7 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 
 def default_name() -> str:
@@ -23,6 +23,7 @@ class WorkerConfig:
     #: The model's name in the mesh.
     model: str = "fake"
     fake: FakeKnobs = field(default_factory=FakeKnobs)
+    llama: LlamaKnobs = field(default_factory=LlamaKnobs)
     #: A label for groups of equal machines.
     node_class: str = ""
     #: How long a worker that was told to stop waits for what runs.

@@ -72,8 +72,8 @@ class WorkerCore:
                 self.links[link].beat_now()
             case e.EngineReady():
                 self._on_ready(event, now_ms)
-            case e.EngineProgressed(note):
-                self.engine.on_progress(note, now_ms)
+            case e.EngineProgressed(note, problem):
+                self.engine.on_progress(note, problem, now_ms)
             case e.EngineRefused(key, error, final):
                 self._on_refused(key, error, final)
             case e.EngineDied(text):

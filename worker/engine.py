@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llambo.worker import engine_proto as proto
@@ -38,10 +39,14 @@ class Engine(Protocol):
     def next_wakeup_ms(self) -> int: ...
 
 
-def make_engine(configure: proto.Configure) -> Engine:
+def make_engine(configure: proto.Configure, say: Callable[[proto.Progress], None]) -> Engine:
     if configure.engine == "fake":
         return FakeEngine(configure.fake, configure.model)
-    raise SystemExit(f"there is no engine {configure.engine!r}; this release has: fake")
+    if configure.engine == "llama":
+        from llambo.worker.llama_load import load  # noqa: PLC0415  # only here is llama.cpp needed
+
+        return load(configure, say)
+    raise SystemExit(f"there is no engine {configure.engine!r}; this release has: fake, llama")
 
 
 def now_ms() -> int:
@@ -60,7 +65,7 @@ class Child:
         configure = self._orders.get()
         if not isinstance(configure, proto.Configure):
             raise SystemExit(f"the agent began with {configure!r}")
-        engine = make_engine(configure)
+        engine = make_engine(configure, self._say)
         self._say(engine.ready())
         while True:
             self._obey(engine)

@@ -48,6 +48,10 @@ class EngineLife:
         self._config = config
         self._out = out
         self._spawns = 0
+        #: Why the engine cannot load, in its own words.
+        self._problem = ""
+        #: An engine died while it was loading: from then on all of them are told to be careful.
+        self._safe = False
         self._spawn_at = 0
         self._backoff = BACKOFF_MS[0]
         self._ready_ms = 0
@@ -63,10 +67,10 @@ class EngineLife:
         """It said something, so it lives; or it was just given something to do, so it may be silent again."""
         self._heard_ms = now_ms
 
-    def on_progress(self, note: str, now_ms: int) -> None:
+    def on_progress(self, note: str, problem: str, now_ms: int) -> None:
         self._heard_ms = now_ms
         if self.state is EngineState.LOADING:
-            self.note = note
+            self.note, self._problem = note, problem
 
     def on_ready(self, ready: EngineReady, now_ms: int) -> bool:
         """False: this engine is one that was ordered to die."""
@@ -82,9 +86,17 @@ class EngineLife:
             return
         if self.is_ready and now_ms - self._ready_ms >= GOOD_MS:
             self._backoff = BACKOFF_MS[0]
+        loading = self.state is EngineState.LOADING
         self._step(EngineState.DOWN)
+        if loading and not self._problem and not self._safe:
+            # It did not say what is wrong: it may have met an instruction that this machine does not have.
+            self._safe = True
+            self._spawn_at = now_ms
+            self.note = f"{text} while loading; trying again with safe settings"
+            self._out.append(Log(f"engine: {self.note}", warning=True))
+            return
         self._spawn_at = now_ms + self._backoff
-        self.note = f"{text}; a new engine in {self._backoff} ms"
+        self.note = f"{self._problem or text}; a new engine in {self._backoff} ms"
         self._out.append(Log(f"engine: {self.note}", warning=True))
         self._backoff = min(self._backoff * 2, BACKOFF_MS[1])
 
@@ -101,7 +113,8 @@ class EngineLife:
             self._step(EngineState.LOADING)
             self._heard_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
-            self._out.append(SpawnEngine())
+            self._problem = ""
+            self._out.append(SpawnEngine(self._safe))
         elif now_ms >= self._stalled_at(busy):
             doing = "loading" if self.state is EngineState.LOADING else "decoding"
             self.note = f"the engine stalled: silent for {now_ms - self._heard_ms} ms while {doing}"

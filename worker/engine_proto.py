@@ -21,7 +21,7 @@ from msgspec import Meta
 from llambo.mesh import limits
 from llambo.mesh.errors import ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Sampling, Usage
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 #: One message: a prompt at its longest and a prefix at its longest fit.
 FRAME_BYTES = 16 * 1024 * 1024
@@ -47,6 +47,9 @@ class Configure(EngineMessage, frozen=True):
     engine: str
     model: str
     fake: FakeKnobs = FakeKnobs()
+    llama: LlamaKnobs = LlamaKnobs()
+    #: An engine before this one died while it was loading: do without whatever might not work on this machine.
+    safe: bool = False
 
 
 class Start(EngineMessage, frozen=True):
@@ -77,9 +80,10 @@ class Shutdown(EngineMessage, frozen=True):
 
 
 class Progress(EngineMessage, frozen=True):
-    """Still loading; `note` is for people."""
+    """Still loading; `note` is for people. With a `problem` it cannot, and this is the last that is heard of it."""
 
     note: str = ""
+    problem: str = ""
 
 
 class Ready(EngineMessage, frozen=True):

@@ -33,9 +33,10 @@ class Subscribed:
 
 @dataclass(frozen=True, slots=True)
 class EngineProgressed:
-    """The engine is still loading."""
+    """The engine is still loading, or has a problem with it and ends."""
 
     note: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

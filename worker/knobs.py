@@ -37,3 +37,19 @@ class FakeKnobs:
     #: After this many tokens each chunk takes `slow_factor` times as long; 0: never.
     slow_at: int = 0
     slow_factor: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaKnobs:
+    """How llama.cpp is to serve a model; 0 is for what suits the machine."""
+
+    slots: int = 4
+    #: Longest prompt + answer, in tokens, of each slot.
+    context: int = 0
+    threads: int = 0
+    #: The most tokens in one step.
+    batch: int = 512
+    #: Layers computed by a GPU; -1: all.
+    gpu_layers: int = 0
+    kv_type: Literal["f16", "q8_0", "q4_0", "f32", "bf16"] = "f16"
+    flash_attn: Literal["auto", "on", "off"] = "auto"

@@ -22,13 +22,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp as lib
+import llama_cpp
 import numpy as np
 from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
 from llambo.mesh.messages import Sampling
 from llambo.worker.sampling import Grammar, Ids, Logits
+
+#: Its types change with every release; what we use of it is proved by tests on a real model.
+lib: Any = llama_cpp
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
 FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -90,13 +93,21 @@ def _start_library() -> _Log:
     return _log
 
 
+def _progress(on_progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    def report(share: float, _: Any) -> bool:
+        on_progress(share)
+        return True  # go on
+
+    return report
+
+
 class Model:
     def __init__(self, path: str, *, gpu_layers: int, safe: bool, on_progress: Callable[[float], None]) -> None:
         log = _start_library()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = not safe
-        callback = lib.llama_progress_callback(lambda share, _: on_progress(share) or True)
+        callback = lib.llama_progress_callback(_progress(on_progress))
         params.progress_callback = callback
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         del callback
@@ -184,6 +195,7 @@ class Decoder:
         params.n_seq_max = shape.slots
         params.n_batch = params.n_ubatch = shape.batch
         params.n_threads = params.n_threads_batch = shape.threads
+        params.n_outputs_max = shape.slots
         # One cache for each sequence: measured to be faster than one for all.
         params.kv_unified = False
         params.type_k = params.type_v = KV_TYPES[shape.kv_type]
@@ -304,7 +316,7 @@ def grammar_of(schema: str) -> str:
 
 
 class Candidates:
-    """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests: one step, one user."""
+    """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests."""
 
     def __init__(self, model: Model, options: Sampling, shared: NDArray[Any], history: Sequence[int]) -> None:
         self._shared = shared

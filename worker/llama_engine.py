@@ -22,7 +22,7 @@ from llambo.worker.batching import Batcher, Plan
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
 from llambo.worker.prompts import BadPrompt, Message, Template, text_of
-from llambo.worker.sampling import DeadEnd, Sampler
+from llambo.worker.sampling import DeadEnd, Logits, Sampler
 from llambo.worker.text import Gate
 
 NEVER_MS = 2**62
@@ -168,14 +168,14 @@ class LlamaEngine:
 
     # --- stepping ------------------------------------------------------------------------------------
 
-    def _decode(self, plan: Plan) -> llama.Logits:
+    def _decode(self, plan: Plan) -> Logits:
         began = time.perf_counter()
         outputs = [row for row, _ in plan.outputs]
         rows = self._decoder.decode(plan.tokens, plan.positions, plan.slots, outputs)
         self._batcher.done(plan, (time.perf_counter() - began) * 1000)
         return rows
 
-    def _advance(self, stream: Stream, logits: llama.Logits) -> Output:
+    def _advance(self, stream: Stream, logits: Logits) -> Output:
         """Its next token, and what of its text may go."""
         stream.first = stream.first or time.perf_counter()
         try:

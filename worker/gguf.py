@@ -1,0 +1,177 @@
+"""The head of a GGUF file: enough to say what it is, what it needs, and whether it is whole, before it is loaded.
+
+llama.cpp reads such files with little mistrust, so what is plainly wrong is found here first: another kind of file,
+one that was cut off, counts and lengths that cannot be. Nothing is believed that the size of the file rules out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+from struct import error as struct_error
+from typing import Any, BinaryIO
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+#: More than any real model has; a count beyond it is damage.
+MAX_ENTRIES = 65_536
+MAX_TENSORS = 262_144
+MAX_KEY_BYTES = 65_535
+#: Of an array only so many values are kept: nobody here reads the vocabulary.
+KEPT_VALUES = 64
+
+_U32, _U64 = Struct("<I"), Struct("<Q")
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRUCTS = {kind: Struct(form) for kind, form in _SCALARS.items()}
+_STRING, _ARRAY = 8, 9
+#: Values in a block and bytes of a block, by tensor type, as far as they are known here.
+_BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2),
+}  # fmt: skip
+
+
+class BadModelFile(Exception):
+    """The file is no model, or not a whole one; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """What the head of the file says."""
+
+    path: str
+    size_bytes: int
+    meta: dict[str, Any]
+    tensors: int
+
+    @property
+    def architecture(self) -> str:
+        return str(self.meta.get("general.architecture", "unknown"))
+
+    def number(self, key: str, default: int = 0) -> int:
+        """A number under the architecture's name. Of a list (one per layer) the largest."""
+        value = self.meta.get(f"{self.architecture}.{key}", default)
+        if isinstance(value, list):
+            value = max((each for each in value if isinstance(each, int)), default=default)
+        return value if isinstance(value, int) else default
+
+    @property
+    def trained_context(self) -> int:
+        return self.number("context_length")
+
+    @property
+    def template(self) -> str:
+        return str(self.meta.get("tokenizer.chat_template", ""))
+
+    def cell_bytes(self, value_bytes: float) -> float:
+        """Keys and values of one token, all layers."""
+        heads = self.number("attention.head_count", 1)
+        size = self.number("embedding_length") // max(heads, 1)
+        per_head = self.number("attention.key_length", size) + self.number("attention.value_length", size)
+        return self.number("block_count") * self.number("attention.head_count_kv", heads) * per_head * value_bytes
+
+
+def read(path: str) -> ModelFile:
+    """Raises BadModelFile and OSError."""
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        try:
+            return _Reader(file, path, size).model()
+        except (struct_error, UnicodeDecodeError, EOFError) as error:
+            raise BadModelFile(f"{path} is damaged, or not all of it is here: {error}") from error
+
+
+class _Reader:
+    def __init__(self, file: BinaryIO, path: str, size: int) -> None:
+        self._file = file
+        self._path = path
+        self._size = size
+
+    def model(self) -> ModelFile:
+        if self._file.read(4) != MAGIC:
+            raise BadModelFile(f"{self._path} is no GGUF file")
+        version = self._u32()
+        if version not in VERSIONS:
+            raise BadModelFile(f"{self._path} is GGUF version {version}; {VERSIONS[0]} and {VERSIONS[1]} are known")
+        tensors, entries = self._u64(), self._u64()
+        if tensors > MAX_TENSORS or entries > MAX_ENTRIES:
+            raise BadModelFile(f"{self._path} is damaged: {tensors} tensors, {entries} entries")
+        meta: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._string(MAX_KEY_BYTES)
+            meta[key] = self._value(self._u32(), 0)
+        end = self._tensors(tensors, meta)
+        if end > self._size:
+            raise BadModelFile(f"{self._path} is cut off: {self._size} bytes of at least {end}")
+        return ModelFile(self._path, self._size, meta, tensors)
+
+    def _tensors(self, count: int, meta: dict[str, Any]) -> int:
+        """The size the file has to have, at least."""
+        end = 0
+        for _ in range(count):
+            self._string(MAX_KEY_BYTES)
+            dimensions = self._u32()
+            if dimensions > 8:
+                raise BadModelFile(f"{self._path} is damaged: a tensor of {dimensions} dimensions")
+            values = 1
+            for _ in range(dimensions):
+                values *= self._u64()
+            kind, offset = self._u32(), self._u64()
+            block, size = _BLOCKS.get(kind, (1, 0))
+            end = max(end, offset + values // block * size)
+        alignment = meta.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise BadModelFile(f"{self._path} is damaged: alignment {alignment!r}")
+        start = -(-self._file.tell() // alignment) * alignment
+        return start + end if count else 0
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in _STRUCTS:
+            return self._unpack(_STRUCTS[kind])
+        if kind == _STRING:
+            return self._string(self._size)
+        if kind != _ARRAY or depth > 2:
+            raise BadModelFile(f"{self._path} is damaged: a value of kind {kind}")
+        inner, count = self._u32(), self._u64()
+        self._in_file(count)
+        if inner in _STRUCTS and count > KEPT_VALUES:
+            self._skip(count * _STRUCTS[inner].size)
+            return []
+        kept = []
+        for number in range(count):
+            value = self._value(inner, depth + 1)
+            if number < KEPT_VALUES:
+                kept.append(value)
+        return kept
+
+    def _string(self, limit: int) -> str:
+        length = self._u64()
+        if length > limit:
+            raise BadModelFile(f"{self._path} is damaged: a text of {length} bytes")
+        self._in_file(length)
+        return self._bytes(length).decode(errors="replace")
+
+    def _in_file(self, count: int) -> None:
+        if count > self._size - self._file.tell():
+            raise BadModelFile(f"{self._path} is damaged: something of length {count} does not fit into the file")
+
+    def _skip(self, count: int) -> None:
+        self._in_file(count)
+        self._file.seek(count, os.SEEK_CUR)
+
+    def _bytes(self, count: int) -> bytes:
+        data = self._file.read(count)
+        if len(data) < count:
+            raise EOFError("it ends too early")
+        return data
+
+    def _unpack(self, form: Struct) -> Any:
+        return form.unpack(self._bytes(form.size))[0]
+
+    def _u32(self) -> int:
+        return int(self._unpack(_U32))
+
+    def _u64(self) -> int:
+        return int(self._unpack(_U64))

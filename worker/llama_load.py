@@ -1,0 +1,42 @@
+"""From a model's name to an engine that has proved itself: what happens in the engine child before READY."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from llambo.worker import gguf, llama, models
+from llambo.worker.engine_proto import Configure, Progress
+from llambo.worker.llama_engine import LlamaEngine
+from llambo.worker.prompts import BadPrompt
+
+#: What an engine that cannot load its model exits with.
+CANNOT_LOAD = 3
+
+
+def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
+    """What is wrong with the model is said, and ends this process: there is nothing else it could do."""
+    try:
+        return _load(configure, say)
+    except (models.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
+        say(Progress(problem=str(error)[:1000]))
+        sys.exit(CANNOT_LOAD)
+
+
+def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
+    knobs, path = configure.llama, str(models.find(configure.model))
+    say(Progress(f"looking at {path}"))
+    file = gguf.read(path)
+    layout = models.layout(knobs, file, models.free_bytes(), models.cores())
+    say(Progress("computing the fingerprint"))
+    fingerprint = models.fingerprint(file, layout.context, knobs.kv_type)
+    # Each thread waits for the others by spinning: one that is not there costs more than it brings.
+    os.environ.setdefault("OMP_NUM_THREADS", str(layout.threads))
+    shape = llama.Shape(
+        layout.slots, layout.context, layout.batch, layout.threads, knobs.kv_type, knobs.flash_attn
+    )  # fmt: skip
+    return LlamaEngine(
+        models.name_of(configure.model), path, shape,
+        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=say,
+    )  # fmt: skip
