@@ -58,7 +58,7 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
         _refuse(state, client, asked.id, Code.EXPIRED, f"the tokens of request {asked.id.hex()} are gone")
     else:
         ended.owed.add(client.session)
-        ending.tell(state, client, ended, asked.have, now_ms)
+        ending.tell(state, client, ended, asked.have, now_ms, with_page=True)
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, now_ms: int) -> None:
@@ -113,8 +113,6 @@ def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
     known = sorted(state.models)
     if not known:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
-    if model in state.models:
-        return model, None
     # One whose last worker has left is still known, but it is no choice while there are others.
     served = [name for name in known if not state.models[name]] or known
     listed = ", ".join(served[:20])

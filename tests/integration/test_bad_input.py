@@ -213,7 +213,7 @@ def test_a_session_that_nobody_has_is_told_so_under_its_name(steady_mesh: Mesh, 
 
 
 def test_a_frame_over_the_limit_costs_the_connection_and_no_more(steady_mesh: Mesh, raw_client: RawPeer) -> None:
-    raw_client.cut_off_by(bytes(limits.CONTROL_FRAME_BYTES + 1))
+    raw_client.cut_off_by(codec.MAGIC + raw_client.session, bytes(limits.CONTROL_FRAME_BYTES + 1))
     # The session survives it, as it survives any lost connection
     raw_client.say(m.Query(7, "status"))
     raw_client.expect(m.Result, query=7)
