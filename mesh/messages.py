@@ -123,6 +123,12 @@ class Attach(Message, frozen=True):
     have: Count = 0
 
 
+class Detach(Message, frozen=True):
+    """Stop following a request. What nobody follows any more is cancelled, unless it is detached."""
+
+    id: RequestId
+
+
 class Cancel(Message, frozen=True):
     """Client to broker, and (with `dispatch`) broker to worker: stop it. The answer is always an End."""
 
@@ -317,7 +323,17 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 ClientToBroker = (
-    ClientHello | ClientHeartbeat | InferenceRequest | Attach | Cancel | Replay | EndAck | Query | DrainWorker | Goodbye
+    ClientHello
+    | ClientHeartbeat
+    | InferenceRequest
+    | Attach
+    | Detach
+    | Cancel
+    | Replay
+    | EndAck
+    | Query
+    | DrainWorker
+    | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
 WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Goodbye

@@ -105,7 +105,7 @@ def test_junk_sent_upstream_on_the_way_for_subscriptions(steady_mesh: Mesh, raw_
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
 def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytest.MonkeyPatch, guard: bool) -> None:
-    """Junk makes libzmq give the next grant to the next one in line. Without the guard this works: the test has teeth."""
+    """Junk makes libzmq give the next grant to the next one in line. Without the guard that works."""
     if not guard:
         monkeypatch.setattr(Gate, "admit", _admit_without_guard)
     release, held = threading.Event(), threading.Event()

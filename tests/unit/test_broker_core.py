@@ -270,6 +270,25 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
     assert third.problems[0].error.code is Code.EXPIRED
 
 
+def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
+    id = client.submit(1)
+    other.say(m.Attach(id))
+    worker.publish(worker.chunk(0, 1))
+    other.say(m.Detach(id))
+    worker.publish(worker.chunk(1, 2))
+    assert (client.streamed(), other.streamed()) == ([1, 2], [1])
+    client.say(m.Detach(id))
+    assert bench.state.requests == {}
+    assert client.ends == other.ends == []
+    assert len(worker.heard(m.Cancel)) == 1
+    # A detached one goes on without anybody.
+    id = client.submit(2, detached=True)
+    client.say(m.Detach(id))
+    assert id in bench.state.requests
+
+
 def test_detached_results_are_bounded_the_oldest_go_first() -> None:
     bench = Bench(detached_bytes=100)
     worker, client = bench.worker(), bench.client()
