@@ -21,8 +21,8 @@ from tests.integration.harness import Mesh, rss_bytes, timed, truth
 HWM = 10
 REQUESTS = 8
 #: After so many tokens the reader stalls until the mesh has made so many more.
-READ_TOKENS = 40_000
-STALL_TOKENS = 200_000
+READ_TOKENS = 25_000
+STALL_TOKENS = 250_000
 #: ... and within this, or the client's lease would be out.
 STALL_S = 8.0
 TIMEOUT_S = 180.0
@@ -118,7 +118,7 @@ async def lossy(client: Client, watch: Watch) -> None:
 
 def test_a_million_tokens_most_of_them_dropped() -> None:
     # Given a token plane towards clients that queues next to nothing
-    knobs = FakeKnobs(slots=REQUESTS // 2, burst=3)
+    knobs = FakeKnobs(slots=REQUESTS // 2, burst=2)
     with Mesh(workers=2, knobs=knobs, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
         watch, client = Watch(limits.MAX_TOKENS), mesh.client(token_hwm=HWM)
@@ -142,7 +142,7 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
 
 def test_losses_at_every_end_at_a_time() -> None:
     # Given token planes that queue next to nothing, from the workers and towards the client
-    knobs, worker = FakeKnobs(slots=REQUESTS // 2, burst=3), WorkerConfig(token_hwm=HWM)
+    knobs, worker = FakeKnobs(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
     with Mesh(workers=2, knobs=knobs, worker=worker, token_hwm=HWM) as mesh:
         watch, client, at_broker = Watch(limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM), [0]
         count_at_broker(mesh, at_broker)
