@@ -36,6 +36,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m llambo.cli.docs --check
 
 test: $(STAMP) ## every test: unit, simulation, integration, acceptance
 	$(BIN)/python -m pytest $(ARGS)
@@ -54,6 +55,7 @@ bench: $(STAMP) ## the mesh beside bare sockets
 
 docs: $(STAMP) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m llambo.cli.docs > docs/cli.md
 
 format: $(STAMP) ## lay out the code, and mend what can be mended without thought
 	$(BIN)/ruff check --fix .

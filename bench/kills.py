@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 from bench.figures import quantile
 from bench.processes import Node, children, gone
-from llambo import Client, LlamboError
+from llambo import Client, LlamboError, Piece
 from llambo.worker.fake_tokens import plain_base, plain_next
 
 WORKERS = 3
+KINDS = ("agent", "engine")
 #: A stream's usual pace, and how many tokens it has: about as long as a restart of a worker takes.
 TOKENS_PER_S = 20.0
 TOKENS = 50
@@ -39,19 +40,28 @@ class Watched:
     longest_s: float = 0.0
     wrong: str = ""
 
+    def see(self, piece: Piece) -> None:
+        now = time.perf_counter()
+        if self.last_at:
+            self.longest_s = max(self.longest_s, now - self.last_at)
+        self.last_at = now
+        if piece.index != len(self.ids):
+            self.wrong = f"index {piece.index} after {len(self.ids)} tokens"
+        self.ids += piece.ids
+
 
 @dataclass
 class Outcome:
     """What all rounds together gave."""
 
     streams: int = 0
-    moved: int = 0
     errors: list[str] = field(default_factory=list)
     lost: int = 0
     duplicated: int = 0
     wrong: int = 0
     orphans: list[int] = field(default_factory=list)
-    stalls_ms: list[float] = field(default_factory=list)
+    #: By what was killed: how much longer than usual a stream that moved stood still.
+    stalls_ms: dict[str, list[float]] = field(default_factory=lambda: {what: [] for what in KINDS})
     seconds: float = 0.0
 
     @property
@@ -82,14 +92,13 @@ class Fleet:
         node.ready()
         self.seen.update(children(node.pid))
 
-    def kill(self, number: int, *, engine: bool) -> int:
-        """Returns the process that was killed."""
+    def kill(self, number: int, what: str) -> int:
+        """Returns the engine child, which must not outlive either."""
         node = self.workers[number]
-        mine = children(node.pid)
-        self.seen.update(mine)
-        pid = mine[0] if engine else node.pid
-        os.kill(pid, signal.SIGKILL)
-        return pid
+        (engine,) = children(node.pid)
+        self.seen.add(engine)
+        os.kill(engine if what == "engine" else node.pid, signal.SIGKILL)
+        return engine
 
     def restart(self, number: int) -> None:
         """A new process in place of an agent that was killed. It has joined when this returns."""
@@ -108,7 +117,20 @@ class Fleet:
         return [pid for pid in self.seen if not gone(pid)]
 
 
-async def watch(client: Client, number: int) -> Watched:
+class Middle:
+    """Set when all streams together are a third of the way."""
+
+    def __init__(self, tokens: int) -> None:
+        self.reached = asyncio.Event()
+        self._left = tokens
+
+    def count(self, tokens: int) -> None:
+        self._left -= tokens
+        if self._left <= 0:
+            self.reached.set()
+
+
+async def watch(client: Client, number: int, middle: Middle) -> Watched:
     """Read one stream to its end, and compare it with the truth."""
     seed, prompt = number + 1, f"stream {number}"
     base = plain_base(seed, prompt.encode())
@@ -116,13 +138,8 @@ async def watch(client: Client, number: int) -> Watched:
     stream = client.stream(prompt, seed=seed, max_tokens=TOKENS)
     try:
         async for piece in stream:
-            now = time.perf_counter()
-            if watched.last_at:
-                watched.longest_s = max(watched.longest_s, now - watched.last_at)
-            watched.last_at = now
-            if piece.index != len(watched.ids):
-                watched.wrong = f"index {piece.index} after {len(watched.ids)} tokens"
-            watched.ids += piece.ids
+            watched.see(piece)
+            middle.count(len(piece.ids))
     except LlamboError as error:
         watched.wrong = f"{error.code}: {error.text}"
     if stream.answer is not None:
@@ -140,41 +157,43 @@ def difference(ids: list[int], truth: list[int]) -> str:
 
 
 async def one_round(client: Client, fleet: Fleet, kill: int, streams: int, outcome: Outcome) -> None:
-    """All streams begin, half-way one worker dies, all streams end, and the worker is there again."""
-    begun = [asyncio.create_task(watch(client, kill * streams + number)) for number in range(streams)]
-    await asyncio.sleep(TOKENS / TOKENS_PER_S / 3)
-    victim, engine = kill % WORKERS, bool(kill % 2)
-    engine_child = children(fleet.workers[victim].pid)
-    fleet.kill(victim, engine=engine)
-    killed_agent = not engine
-    restarted = asyncio.to_thread(fleet.restart, victim) if killed_agent else asyncio.sleep(0)
-    async with asyncio.timeout(ROUND_S):
-        _, *watched = await asyncio.gather(restarted, *begun)
-    if killed_agent:
-        outcome.orphans += [pid for pid in engine_child if not gone(pid)]
-    fleet.note_children()
-    for stream in watched:
-        tell(outcome, stream)
+    """All streams begin, in their middle one worker dies, all streams end, and the worker is there again."""
+    victim, what = kill % WORKERS, KINDS[kill % len(KINDS)]
+    middle = Middle(streams * TOKENS // 3)
+    async with asyncio.timeout(ROUND_S), asyncio.TaskGroup() as tasks:
+        watching = [tasks.create_task(watch(client, kill * streams + n, middle)) for n in range(streams)]
+        await middle.reached.wait()
+        engine = fleet.kill(victim, what)
+        if what == "agent":
+            await asyncio.to_thread(fleet.restart, victim)
+    if not gone(engine):
+        outcome.orphans.append(engine)
+    for task in watching:
+        tell(outcome, task.result(), what)
     await all_ready(client)
 
 
-def tell(outcome: Outcome, stream: Watched) -> None:
+def tell(outcome: Outcome, stream: Watched, what: str) -> None:
     outcome.streams += 1
-    if stream.wrong:
-        outcome.lost += stream.wrong == "lost"
-        outcome.duplicated += stream.wrong == "duplicated"
-        outcome.wrong += stream.wrong == "wrong tokens"
-        if stream.wrong not in ("lost", "duplicated", "wrong tokens"):
-            outcome.errors.append(stream.wrong)
+    match stream.wrong:
+        case "":
+            pass
+        case "lost":
+            outcome.lost += 1
+        case "duplicated":
+            outcome.duplicated += 1
+        case "wrong tokens":
+            outcome.wrong += 1
+        case error:
+            outcome.errors.append(error)
     if stream.moves:
-        outcome.moved += 1
-        outcome.stalls_ms.append(max(0.0, stream.longest_s - 1 / TOKENS_PER_S) * 1000)
+        outcome.stalls_ms[what].append(max(0.0, stream.longest_s - 1 / TOKENS_PER_S) * 1000)
 
 
 async def all_ready(client: Client) -> None:
     """An engine that was killed is restarted by its agent: the next round waits until everybody can work."""
     async with asyncio.timeout(ROUND_S):
-        while (await client.status())["ready"] < WORKERS:
+        while (await client.status())["ready"] < WORKERS:  # noqa: ASYNC110  (the broker tells whoever asks)
             await asyncio.sleep(0.05)
 
 
@@ -206,16 +225,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--streams", type=int, default=200)
     options = parser.parse_args(arguments)
     outcome = run(options.kills, options.streams, progress=True)
-    stalls = outcome.stalls_ms
+    report(outcome, options.kills, options.streams)
+    return 1 if outcome.violations else 0
+
+
+def report(outcome: Outcome, kills: int, streams: int) -> None:
     print(
-        f"kills: {options.kills} x kill -9 of one of {WORKERS} workers, agent and engine by turns, {options.streams} streams"
+        f"kills: {kills} x kill -9 of one of {WORKERS} workers amid {streams} streams, {' and '.join(KINDS)} by turns"
     )
-    print(f"  {outcome.streams} streams, {outcome.moved} of them moved; {outcome.seconds:.0f} s")
+    moved = sum(map(len, outcome.stalls_ms.values()))
+    print(f"  {outcome.streams} streams of {TOKENS} tokens, {moved} of them moved; {outcome.seconds:.0f} s")
     print(
-        f"  {len(outcome.errors)} client errors, {outcome.lost} lost, {outcome.duplicated} duplicated, {outcome.wrong} wrong"
+        f"  {len(outcome.errors)} client errors, {outcome.lost} lost, {outcome.duplicated} duplicated, "
+        f"{outcome.wrong} wrong, {len(outcome.orphans)} orphan processes"
     )
-    print(f"  {len(outcome.orphans)} orphan processes")
-    print(f"  stall of a stream that moved: median {quantile(stalls, 0.5):.0f} ms, p99 {quantile(stalls, 0.99):.0f} ms")
+    for what, stalls in outcome.stalls_ms.items():
+        half, most = quantile(stalls, 0.5), quantile(stalls, 0.99)
+        print(f"  stall of a stream that moved, {what} killed: median {half:.0f} ms, p99 {most:.0f} ms")
     for error in outcome.errors[:10]:
         print(f"  ! {error}")
-    return 1 if outcome.violations else 0

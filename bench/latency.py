@@ -113,7 +113,7 @@ def measure(pair: MeshPair | BarePair, requests: int, pace_s: float) -> list[Tim
     for _ in range(requests):
         due = due + pace_s if pace_s else time.perf_counter()
         while (left := due - time.perf_counter()) > 0:
-            pair.turn(dict(poller.poll(left * 1000)))
+            pair.turn(dict(poller.poll(int(left * 1000))))
         times.append(one(pair, poller, due))
     return times
 
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
     context: zmq.Context[Socket] = zmq.Context()
     found: dict[tuple[str, str], list[Times]] = {}
     with Node("broker", PATIENT) as broker, Node("bare") as bare:
-        pairs = {"mesh": MeshPair(context, broker), "bare": BarePair(context, bare)}
+        pairs: dict[str, MeshPair | BarePair] = {"mesh": MeshPair(context, broker), "bare": BarePair(context, bare)}
         for pair in pairs.values():
             measure(pair, 50, 0.0)
         for _ in range(options.rounds):

@@ -8,6 +8,7 @@ and nothing in between but a loop.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from typing import Any
@@ -89,4 +90,5 @@ def tell(**what: Any) -> None:
 
 if __name__ == "__main__":
     die_with(int(sys.argv[3]))
+    logging.disable(logging.WARNING)  # what goes wrong here is meant to
     {"broker": broker, "worker": worker, "bare": bare}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -58,7 +58,7 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
         _refuse(state, client, asked.id, Code.EXPIRED, f"the tokens of request {asked.id.hex()} are gone")
     else:
         ended.owed.add(client.session)
-        ending.tell(state, client, ended, asked.have, now_ms)
+        ending.tell(state, client, ended, asked.have, now_ms, with_page=True)
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, now_ms: int) -> None:
@@ -94,16 +94,29 @@ def unfollow(state: State, client: ClientEntry, now_ms: int) -> None:
     """The client is gone. What nobody follows any more is cancelled, unless it was meant to run alone."""
     for id in client.unacked:
         state.archive.acknowledged(id, client.session)
-    for id in client.following:
-        request = state.requests.get(id)
-        if request is None:
-            continue
-        request.followers.pop(client.session, None)
-        request.topics = tuple(topic for topic in request.topics if topic != client.topic)
-        if not request.followers and not request.detached:
-            state.counters.cancelled += 1
-            request.note(now_ms, "cancelled", "its client is gone")
-            ending.finish(state, request, "cancelled", now_ms)
+    for id in list(client.following):
+        _unfollow_one(state, client, id, "its client is gone", now_ms)
+
+
+def detach(state: State, client: ClientEntry, asked: m.Detach, now_ms: int) -> None:
+    """Nothing is answered. Whatever of it is on its way meets a client that is not interested."""
+    if client.unacked.pop(asked.id, None) is not None:
+        state.archive.acknowledged(asked.id, client.session)
+    if asked.id in client.following:
+        _unfollow_one(state, client, asked.id, "nobody follows it any more", now_ms)
+
+
+def _unfollow_one(state: State, client: ClientEntry, id: bytes, why: str, now_ms: int) -> None:
+    client.following.pop(id)
+    request = state.requests.get(id)
+    if request is None:
+        return
+    request.followers.pop(client.session, None)
+    request.topics = tuple(topic for topic in request.topics if topic != client.topic)
+    if not request.followers and not request.detached:
+        state.counters.cancelled += 1
+        request.note(now_ms, "cancelled", why)
+        ending.finish(state, request, "cancelled", now_ms)
 
 
 def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
@@ -113,8 +126,6 @@ def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
     known = sorted(state.models)
     if not known:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
-    if model in state.models:
-        return model, None
     # One whose last worker has left is still known, but it is no choice while there are others.
     served = [name for name in known if not state.models[name]] or known
     listed = ", ".join(served[:20])

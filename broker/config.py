@@ -56,8 +56,6 @@ class BrokerConfig:
     tokens_out_port: int = 0
     #: Entries of the events feed that are kept.
     events: int = 1_000
-    #: Stories kept of requests that are over, for `llambo why`.
-    stories: int = 2_000
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Any]) -> BrokerConfig:

@@ -26,10 +26,16 @@ _HEAD = tokens.head
 _KEY_END = tokens.KEY_END
 _HEAD_BYTES = tokens.HEAD_BYTES
 _CHUNK_TOKENS = limits.CHUNK_TOKENS
+_FINAL_FLAGS = tokens.FINAL | tokens.STOPPED
+_decode_body = tokens.decode_body
+_UNDECODABLE = tokens.UNDECODABLE
 
 
 def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
-    """A drained batch at once: an event for each chunk would cost more than all the rest."""
+    """A drained batch at once: an event for each chunk would cost more than all the rest.
+
+    What is malformed is dropped here, so that whoever reads a transcript later need not ask.
+    """
     running = state.running
     out: list[bytes] = []
     for frame in frames:
@@ -38,8 +44,16 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
             _not_running(state, frame)
             continue
         first, count, flags = _HEAD(frame, _KEY_END)
+        try:
+            body = _decode_body(frame[_HEAD_BYTES:])
+        except _UNDECODABLE:
+            state.counters.malformed_frames += 1
+            continue
+        if len(body.ids) != count or len(body.pieces) != count or not 0 < count <= _CHUNK_TOKENS:
+            state.counters.malformed_frames += 1
+            continue
         transcript = request.transcript
-        if first != transcript.next_index or not 0 < count <= _CHUNK_TOKENS or request.stash is not None:
+        if first != transcript.next_index or request.stash is not None:
             _irregular(state, request, frame, out, now_ms)
             continue
         # Append before forward: nobody may have seen a token that a continuation would not know.
@@ -47,7 +61,7 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
         transcript.next_index = first + count
         transcript.size += len(frame)
         if flags:
-            transcript.final |= flags
+            transcript.final |= flags & _FINAL_FLAGS
         for topic in request.topics:
             out.append(topic + frame)
         if request.end is not None or transcript.size > transcript.reserved:
@@ -91,9 +105,7 @@ def _irregular(state: State, request: Request, frame: bytes, out: list[bytes], n
     """Anything but the plain next chunk."""
     first, count, _ = _HEAD(frame, _KEY_END)
     have = request.transcript.next_index
-    if not 0 < count <= limits.CHUNK_TOKENS:
-        state.counters.malformed_frames += 1
-    elif first + count <= have:
+    if first + count <= have:
         state.counters.duplicate_chunks += 1
     elif first > have:
         _keep_aside(state, request, first, count, frame, now_ms)
@@ -116,7 +128,7 @@ def _append(state: State, request: Request, frame: bytes, out: list[bytes]) -> N
     transcript.chunks.append(frame)
     transcript.next_index = first + count
     transcript.size += len(frame)
-    transcript.final |= flags
+    transcript.final |= flags & _FINAL_FLAGS
     out.extend(topic + frame for topic in request.topics)
 
 
@@ -181,8 +193,12 @@ def page_arrived(state: State, worker: WorkerEntry, page: m.Page, now_ms: int) -
     if request is None or request.worker is not worker:
         return
     before = request.transcript.next_index
-    mine = [chunk for chunk in page.chunks if chunk[1:_KEY_END] == request.key]
-    tokens_arrived(state, mine, now_ms)
+    if any(chunk[1:_KEY_END] != request.key or tokens.decode_chunk(chunk) is None for chunk in page.chunks):
+        # Frames on the token plane may be anyone's; this is its own word, and asking again will not mend it.
+        text = f"worker {worker.name} sent a page that is malformed"
+        ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
+        return
+    tokens_arrived(state, page.chunks, now_ms)
     if request.state is RequestState.ENDED:
         return
     want(state, request, page.total, now_ms)

@@ -46,14 +46,7 @@ def settle(state: State, now_ms: int) -> None:
 
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
-    try:
-        prefix = request.transcript.ids()
-    except ValueError as error:  # a worker has published what is no chunk
-        request.step(RequestState.DISPATCHED)
-        state.room.left(request)
-        text = f"worker {request.blame} sent a malformed chunk: {error}"
-        ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
-        return
+    prefix = request.transcript.ids()
     request.attempt += 1
     request.step(RequestState.DISPATCHED)
     state.room.left(request)
@@ -83,10 +76,10 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
 
 
-def requeue(state: State, request: Request, why: str, now_ms: int) -> None:
+def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
     """Its worker will not finish it: close the fence, and let another one continue."""
     state.running.pop(request.key, None)
-    request.note(now_ms, "lost", why)
+    request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
     done = request.transcript
@@ -94,8 +87,9 @@ def requeue(state: State, request: Request, why: str, now_ms: int) -> None:
         # The last token is here; only the END was lost with the worker.
         ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
         return
-    state.counters.moved += 1
-    request.moves += 1
+    if what == "lost":  # a refusal cost nobody anything
+        state.counters.moved += 1
+        request.moves += 1
     request.step(RequestState.WAITING)
     enqueue(state, request, now_ms)
 
@@ -118,11 +112,10 @@ def rejected(state: State, worker: WorkerEntry, reject: m.Reject, now_ms: int) -
     if request is None or request.worker is not worker:
         return
     request.refusals += 1
-    request.note(now_ms, "rejected", f"by {worker.name}: {reject.error.text}")
     if reject.final or request.refusals > MAX_REFUSALS:
         ending.finish(state, request, "error", now_ms, reject.error)
     else:
-        requeue(state, request, f"{worker.name} refused it", now_ms)
+        requeue(state, request, f"by {worker.name}: {reject.error.text}", now_ms, what="refused")
 
 
 def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: int) -> None:
@@ -131,6 +124,8 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
     state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text} ({len(lost.runs)} of its requests move)")
     for key in lost.runs:
         worker.claims.pop(key, None)
+    # Its load is least now, and it would refuse everything: its next heartbeat tells when it can work again.
+    worker.closed = True
     state.update_pools(worker)
     for key in lost.runs:
         request = state.running.get(key)

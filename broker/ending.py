@@ -8,7 +8,7 @@ from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
 from llambo.broker.state import State
 from llambo.mesh import messages as m
-from llambo.mesh.errors import ErrorInfo
+from llambo.mesh.errors import Code, ErrorInfo
 
 
 def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
@@ -18,7 +18,10 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
     worker.claims.pop(request.key, None)
     worker.done += 1
     acknowledge(state, worker, request.key)
-    _close(state, request, end.reason, now_ms, end.error, end.usage)
+    error = end.error
+    if end.reason == "deadline" and error is None:  # the engine saw it first
+        error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
+    _close(state, request, end.reason, now_ms, error, end.usage)
     _freed(state, request)
 
 
@@ -66,15 +69,15 @@ def _close(
         client = state.registry.clients.get(session)
         if client is not None:
             client.following.pop(request.id, None)
-            tell(state, client, ended, 0, now_ms)
+            tell(state, client, ended, 0, now_ms, with_page=not ended.stream)
 
 
-def tell(state: State, client: ClientEntry, ended: Ended, have: int, now_ms: int) -> None:
-    """Send the END, and without a stream the first page of the answer with it."""
+def tell(state: State, client: ClientEntry, ended: Ended, have: int, now_ms: int, *, with_page: bool) -> None:
+    """Send the END, and to those who had no stream the first page of the answer with it."""
     client.unacked.pop(ended.end.id, None)
     client.unacked[ended.end.id] = now_ms
     _say_end(state, client, ended)
-    if (not ended.stream or have) and ended.transcript is not None and have < ended.end.count:
+    if with_page and ended.transcript is not None and have < ended.end.count:
         chunks, after = ended.transcript.page(have, 0)
         page = m.Page(ended.end.id, have, after, ended.end.count, chunks)
         state.out.append(ToClient(client.route, client.session, page))

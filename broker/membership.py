@@ -43,7 +43,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
         return
     if there is not None:
         lose_worker(state, there, "said hello again", now_ms)
-    welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms)
+    welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms, hello.versions)
     worker = WorkerEntry(hello, welcome, route, now_ms)
     worker.draining = hello.name in state.registry.drained
     state.registry.add_worker(worker)
@@ -156,7 +156,7 @@ def client_hello(state: State, route: bytes, hello: m.ClientHello, now_ms: int) 
         state.out.append(ToClient(route, NO_SESSION, there.welcome))
         return
     topic = state.chance(limits.TOPIC_BYTES)
-    welcome = _welcome(state, state.config.tokens_out_port, topic, state.config.client_lease_ms)
+    welcome = _welcome(state, state.config.tokens_out_port, topic, state.config.client_lease_ms, hello.versions)
     state.registry.add_client(ClientEntry(hello, welcome, route, now_ms))
     state.out.append(ToClient(route, NO_SESSION, welcome))
 
@@ -202,9 +202,10 @@ def client_round(state: State, now_ms: int) -> None:
 # --- both ----------------------------------------------------------------------------------------------
 
 
-def _welcome(state: State, port: int, topic: bytes, lease_ms: int) -> m.Welcome:
+def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
     session = state.chance(limits.SESSION_ID_BYTES)
-    return m.Welcome(session, port, topic, m.VERSIONS[1], state.config.name, state.config.heartbeat_ms, lease_ms)
+    version = min(m.VERSIONS[1], versions[1])
+    return m.Welcome(session, port, topic, version, state.config.name, state.config.heartbeat_ms, lease_ms)
 
 
 def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:

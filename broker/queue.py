@@ -121,6 +121,6 @@ class WaitingRoom:
         return max(0, min(request.ticket - self.served - 1, self.count - 1))
 
     def expired(self, now_ms: int) -> list[Request]:
-        """Those that have waited for too long. Requests that run already are never given up by age."""
+        """Those that have waited for too long, also in their second line after losing a worker."""
         limit = now_ms - self._max_age_ms
-        return [r for line in self.lines.values() for r in line if r.queued_at <= limit and not r.attempt]
+        return [r for line in self.lines.values() for r in line if r.queued_at <= limit]

@@ -211,8 +211,9 @@ class BrokerServer:
             except zmq.ZMQError as error:
                 for socket in self._sockets:
                     socket.close(linger=0)
-                if port or error.errno != zmq.EADDRINUSE:
-                    self._context.term()
+                if port:
+                    if self._owns_context:
+                        self._context.term()
                     text = f"cannot listen on {host}, ports {port} to {port + 3}: {error.strerror}"
                     raise LlamboError(Code.BAD_SETTING, text) from error
         raise LlamboError(Code.BAD_SETTING, f"no four free ports in a row were found on {host}")
@@ -228,7 +229,7 @@ class BrokerServer:
 
     def _bind_all(self, host: str, port: int) -> int:
         if not port:
-            port = self._clients.bind_to_random_port(f"tcp://{host}")
+            port = self._clients.bind_to_random_port(sockets.endpoint(host, 0).rpartition(":")[0])
         else:
             self._clients.bind(sockets.endpoint(host, port))
         self._workers.bind(sockets.endpoint(host, port + sockets.WORKER_OFFSET))

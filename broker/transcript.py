@@ -36,7 +36,7 @@ class Transcript:
         self.final = 0
 
     def ids(self) -> list[int]:
-        """All token ids, for the worker that continues. Raises on a chunk whose body is malformed."""
+        """All token ids, for the worker that continues."""
         return tokens.ids_of(self.chunks)
 
     def page(self, first: int, until: int) -> tuple[list[bytes], int]:

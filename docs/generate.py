@@ -19,8 +19,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from llambo.mesh.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +29,6 @@ from docs import protocol_parts  # noqa: E402
 
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
-#: Text width of `--help` in docs/cli.md, whatever terminal this runs in.
-HELP_COLUMNS = 100
 
 #: The broker, in the order in which it is best read: from a submit to its END, then what stands beside that path.
 BROKER_ORDER = [
@@ -126,27 +122,6 @@ def broker_files() -> str:
 # --- commands ----------------------------------------------------------------------------------------
 
 
-def cli() -> str:
-    """The help of every command, as the terminal shows it."""
-    from llambo.cli import broker, main, worker
-
-    parts = []
-    for name, command in (("llambo", main.main), ("llambo-broker", broker.main), ("llambo-worker", worker.main)):
-        parts += _helps(command, click.Context(command, info_name=name, max_content_width=HELP_COLUMNS))
-    return "\n".join(parts).strip()
-
-
-def _helps(command: click.Command, context: click.Context) -> list[str]:
-    context.terminal_width = HELP_COLUMNS
-    parts = [f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"]
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            child = command.get_command(context, name)
-            if child is not None and not child.hidden:
-                parts += _helps(child, click.Context(child, parent=context, info_name=name))
-    return parts
-
-
 def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
     """A Mermaid state diagram of a table of legal steps, whose first state is where life begins."""
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {next(iter(steps)).value}"]
@@ -159,7 +134,6 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "broker-files": broker_files,
-    "cli": cli,
     "client-states": client_states,
     "engine-states": engine_states,
     "link-states": link_states,

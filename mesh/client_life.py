@@ -103,8 +103,8 @@ class Requests:
                 self._settle(request, now_ms)
 
     def forget(self, id: bytes) -> None:
-        if id in self.live:
-            self._drop(self.live[id])
+        if (request := self.live.get(id)) is not None:
+            self._detach(request)
 
     def hold(self, id: bytes) -> None:
         if (request := self.live.get(id)) is not None:
@@ -141,7 +141,7 @@ class Requests:
         if request.step is not Step.SUBMITTED:
             return
         if not request.follow:
-            self._drop(request)
+            self._detach(request)
             return
         request.step_to(Step.RUNNING)
         self._timers.clear(request.id)
@@ -263,6 +263,12 @@ class Requests:
     def _fail(self, request: Request, error: ErrorInfo) -> None:
         self._drop(request)
         self._out.append(e.Failed(request.id, error))
+
+    def _detach(self, request: Request) -> None:
+        """It goes on without us. If this is lost, its tokens come here for nothing, and its END is acknowledged."""
+        if request.said and self._link.welcomed:
+            self._link.send(m.Detach(request.id))
+        self._drop(request)
 
     def _drop(self, request: Request) -> None:
         request.step_to(Step.DONE)

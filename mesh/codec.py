@@ -96,12 +96,12 @@ class Codec(Generic[T]):
             try:
                 messages.append(self._one(part))
             except msgspec.ValidationError as error:
-                text = str(error)
+                text = str(error)[:1_000]
                 unknown = text.startswith("Invalid value") and "$.type" in text
                 code = Code.UNKNOWN_TYPE if unknown else Code.BAD_MESSAGE
                 problems.append(_about(part, ErrorInfo(code, text)))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                problems.append(_bad(str(error)))
+                problems.append(_bad(str(error)[:1_000]))
         return messages
 
 

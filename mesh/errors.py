@@ -8,8 +8,10 @@ the client raise.
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 
 class Fault(enum.Enum):
@@ -22,6 +24,11 @@ class Fault(enum.Enum):
 
 class Code(enum.StrEnum):
     """The error codes on the wire."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Code:
+        """A newer release may know more codes. An error is still an error, and its text says which."""
+        return cls.INTERNAL
 
     BAD_MESSAGE = "bad_message"
     BAD_VERSION = "bad_version"
@@ -80,11 +87,15 @@ TRAITS: dict[Code, Trait] = {
 }
 
 
+#: Characters of an error's text. Error texts end up in stories and in the events feed.
+TEXT_CHARS = 2_000
+
+
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """An error as it travels."""
 
     code: Code
-    text: str
+    text: Annotated[str, Meta(max_length=TEXT_CHARS)]
     retry_after_ms: int = 0
 
 
@@ -114,4 +125,4 @@ class LlamboError(Exception):
         return self.trait.retryable
 
     def info(self) -> ErrorInfo:
-        return ErrorInfo(self.code, self.text, self.retry_after_ms)
+        return ErrorInfo(self.code, self.text[:TEXT_CHARS], self.retry_after_ms)

@@ -19,6 +19,8 @@ from llambo.mesh.errors import ErrorInfo
 #: The versions of the protocol this release speaks.
 VERSIONS = (1, 1)
 
+#: Request id and dispatch id together.
+KEY_BYTES = limits.REQUEST_ID_BYTES + limits.DISPATCH_ID_BYTES
 RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length=limits.REQUEST_ID_BYTES)]
 DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
 #: A run of a worker: request id + dispatch id.
@@ -79,7 +81,7 @@ class Problem(Message, frozen=True):
 class Goodbye(Message, frozen=True):
     """The sender leaves on purpose; nobody has to wait for a lease."""
 
-    reason: str = ""
+    reason: Annotated[str, Meta(max_length=256)] = ""
 
 
 # --- client to broker --------------------------------------------------------------------------------
@@ -121,6 +123,12 @@ class Attach(Message, frozen=True):
     have: Count = 0
 
 
+class Detach(Message, frozen=True):
+    """Stop following a request. What nobody follows any more is cancelled, unless it is detached."""
+
+    id: RequestId
+
+
 class Cancel(Message, frozen=True):
     """Client to broker, and (with `dispatch`) broker to worker: stop it. The answer is always an End."""
 
@@ -140,7 +148,7 @@ class Replay(Message, frozen=True):
 class EndAck(Message, frozen=True):
     """All of these are complete here; forget them. Towards a worker each id is request id + dispatch id."""
 
-    ids: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)]
+    ids: Annotated[list[Annotated[bytes, Meta(max_length=KEY_BYTES)]], Meta(max_length=limits.PAGE_CHUNKS)]
 
 
 class Query(Message, frozen=True):
@@ -228,7 +236,7 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 class WorkerHello(Message, frozen=True):
     name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
     #: Random, chosen when the process starts: the same worker with another incarnation has restarted.
-    incarnation: bytes
+    incarnation: Annotated[bytes, Meta(max_length=64)]
     models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)]
     slots: Annotated[int, Meta(ge=1, le=limits.SLOTS_PER_WORKER)]
     versions: tuple[int, int] = VERSIONS
@@ -359,7 +367,17 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 ClientToBroker = (
-    ClientHello | ClientHeartbeat | InferenceRequest | Attach | Cancel | Replay | EndAck | Query | DrainWorker | Goodbye
+    ClientHello
+    | ClientHeartbeat
+    | InferenceRequest
+    | Attach
+    | Detach
+    | Cancel
+    | Replay
+    | EndAck
+    | Query
+    | DrainWorker
+    | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
 WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Goodbye

@@ -193,6 +193,7 @@ def _fake(
 #: Longest duration: about a month, which catches a value given in microseconds.
 _LONGEST_MS = 31 * 86_400_000
 _ALL = "broker worker client"
+_POLICIES = ("least-loaded", "round-robin", "random")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MESH = (
@@ -204,7 +205,7 @@ _BROKER = (
     _row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
     # Three more ports follow it, so the last usable one is 65532.
     _row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any that are free", high=65_532),
-    _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen: least-loaded, round-robin or random"),
+    _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen", choices=_POLICIES),
     _row("broker.queue_requests", Kind.NUMBER, 1_000, "requests that may wait; more are refused as busy", low=1),
     _row("broker.queue_bytes", Kind.BYTES, 64 * _MIB, "prompts that may wait, together", low=1024),
     _row("broker.queue_ms", Kind.MS, 600_000, "longest wait in the queue", low=1, high=_LONGEST_MS),
@@ -239,7 +240,7 @@ _WORKER = (
 )  # fmt: skip
 _CLIENT = (
     _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
-    _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=1_000_000),
+    _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
     _row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token", high=100),
     _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
     _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),

@@ -117,10 +117,10 @@ class SyncClient:
         self._loop = self._thread = None
         if loop is None or thread is None:
             return
+        # On its own thread: the caller's may have a loop that runs, in a notebook for one.
+        asyncio.run_coroutine_threadsafe(_wind_up(loop), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
 
     def __enter__(self) -> SyncClient:
@@ -190,3 +190,8 @@ class SyncClient:
 
     def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
         return self.run(self._client.drain(worker, undo))
+
+
+async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from llambo.mesh import limits
 
@@ -36,10 +37,13 @@ BEAT_BYTES = _BEAT.size
 head = _HEAD.unpack_from
 
 
+Token = Annotated[int, Meta(ge=0, lt=2**32)]
+
+
 class Body(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):
     """What a chunk carries."""
 
-    ids: list[int]
+    ids: list[Token]
     pieces: list[bytes]
     logprobs: msgspec.Raw = msgspec.Raw(b"\xc0")
 
@@ -67,7 +71,10 @@ class _PlainBody(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_body = msgspec.msgpack.Decoder(Body).decode
+#: The body of a chunk, `frame[HEAD_BYTES:]`; raises one of UNDECODABLE.
+decode_body = msgspec.msgpack.Decoder(Body).decode
+#: What a decoder raises for bytes that are not what they should be.
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 def encode_chunk(key: bytes, first: int, ids: Sequence[int], pieces: Sequence[bytes], flags: int = 0) -> bytes:
@@ -81,8 +88,8 @@ def decode_chunk(frame: bytes) -> TokenChunk | None:
         return None
     first, count, flags = head(frame, KEY_END)
     try:
-        body = _decode_body(frame[HEAD_BYTES:])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        body = decode_body(frame[HEAD_BYTES:])
+    except UNDECODABLE:
         return None
     if not 0 < count <= limits.CHUNK_TOKENS or len(body.ids) != count or len(body.pieces) != count:
         return None
@@ -120,7 +127,7 @@ def ids_of(frames: Sequence[bytes]) -> list[int]:
     """The token ids of chunks that were checked when they came in."""
     ids: list[int] = []
     for frame in frames:
-        ids += _decode_body(frame[HEAD_BYTES:]).ids
+        ids += decode_body(frame[HEAD_BYTES:]).ids
     return ids
 
 

@@ -38,7 +38,7 @@ def mesh() -> Iterator[Mesh]:
 
 
 def nothing_runs(mesh: Mesh) -> bool:
-    return mesh.ok("requests", "--json").json() == []
+    return bool(mesh.ok("requests", "--json").json() == [])
 
 
 # --- asking --------------------------------------------------------------------------------------------

@@ -196,9 +196,9 @@ class Mesh:
         for process in started:
             process.first_line()
 
-    def spawn(self, name: str, address: str = "", **changes: Any) -> Process:
-        """Start a worker; `first_line` returns when it is ready."""
-        config = replace(self.worker_config, name=name, brokers=(address or self.address,), **changes)
+    def spawn(self, name: str, *addresses: str) -> Process:
+        """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""
+        config = replace(self.worker_config, name=name, brokers=addresses or (self.address,))
         process = Process(name, WORKER, msgspec.json.encode(config).decode(), mark=self.mark)
         self.workers.append(process)
         return process

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from llambo.mesh import codec, limits, sockets
 from llambo.mesh import messages as m
@@ -31,11 +32,14 @@ class RawPeer:
         self.heard: list[tuple[bytes, m.Message]] = []
         self._unread: list[m.Message] = []
         self._base = port
+        self._tokens: list[zmq.Socket[bytes]] = []
         self._control = sockets.control(self.context, zmq.DEALER)
         self._control.connect(f"tcp://127.0.0.1:{port + offset}")
 
     def close(self) -> None:
-        self.context.destroy(linger=0)
+        for socket in (self._control, *self._tokens):
+            socket.close(linger=0)
+        self.context.term()
 
     def __enter__(self) -> RawPeer:
         return self
@@ -92,14 +96,22 @@ class RawPeer:
         self.session, self.topic = welcome.session, welcome.topic
         return welcome
 
-    def cut_off_by(self, frame: bytes) -> None:
-        """Send one frame too many bytes long, and see the broker hang up."""
-        monitor = self._control.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.send(codec.MAGIC + self.session, frame)
-        assert monitor.poll(int(TIMEOUT_S * 1_000)), "the broker keeps the connection"
-        assert recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED
-        self._control.disable_monitor()
-        monitor.close()
+    def cut_off_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
+        """Send what the broker does not take, and see it hang up."""
+        socket = on or self._control
+        with self._event(socket, zmq.EVENT_DISCONNECTED):
+            socket.send_multipart(list(frames))
+
+    @contextmanager
+    def _event(self, socket: zmq.Socket[bytes], event: int) -> Iterator[None]:
+        """What the body does leads to this event."""
+        monitor = socket.get_monitor_socket(event, f"inproc://{secrets.token_hex(8)}")
+        try:
+            yield
+            assert monitor.poll(int(TIMEOUT_S * 1_000)), f"no {zmq.Event(event).name} in {TIMEOUT_S} s"
+        finally:
+            socket.disable_monitor()
+            monitor.close()
 
     # --- the token planes ------------------------------------------------------------------------------
 
@@ -117,11 +129,9 @@ class RawPeer:
 
     def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
         socket = sockets.token(self.context, kind)
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
-        assert monitor.poll(int(TIMEOUT_S * 1_000)), "no connection"
-        socket.disable_monitor()
-        monitor.close()
+        self._tokens.append(socket)
+        with self._event(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+            socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
         return socket
 
 

@@ -73,6 +73,10 @@ def draw(random: Random) -> Plan:
             incidents.append((at, random.choice(WORKER_INCIDENTS), random.randrange(workers), length))
         else:
             incidents.append((at, "client " + random.choice(CLIENT_INCIDENTS), random.randrange(clients), length))
+    if not calm and random.random() < 0.3:
+        # Frozen beyond its lease in the middle of its work, while its engine runs on: a zombie when it wakes.
+        for _ in range(2):
+            incidents.append((random.randint(1_000, 3_500), "freeze", random.randrange(workers), 1_400))
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,

@@ -32,7 +32,9 @@ GUARDS: dict[str, Guard] = {
         "request = running.get(frame[1:_KEY_END])",
         "request = running.get(frame[1:_KEY_END]) or state.requests.get(frame[1:17])",
     ),
-    "index": Guard(_DELIVERY, "if first != transcript.next_index or flags or", "if flags or"),
+    "index": Guard(
+        _DELIVERY, "if first != transcript.next_index or request.stash is not None:", "if request.stash is not None:"
+    ),
     "trim": Guard(_DELIVERY, "if first < transcript.next_index:", "if False:"),
     "append before forward": Guard(
         _DELIVERY,

@@ -117,7 +117,7 @@ class World:
             message = m.InferenceRequest(
                 random.randbytes(16),
                 "",
-                random.choice((1, 5, 20, 60)),
+                random.choice((1, 5, 20, 60, 150)),
                 stream=random.random() < 0.8,
                 priority=random.choice(("interactive", "normal", "batch")),
                 deadline_ms=random.choice((0, 0, 0, 0, 500, 20_000)),

@@ -39,6 +39,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.ClientHeartbeat(41),
         m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING),
         m.Attach(ID, 12),
+        m.Detach(ID),
         m.Cancel(ID, DISPATCH),
         m.Replay(ID, 3, 9, DISPATCH),
         m.EndAck([ID, KEY]),

@@ -270,6 +270,25 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
     assert third.problems[0].error.code is Code.EXPIRED
 
 
+def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
+    id = client.submit(1)
+    other.say(m.Attach(id))
+    worker.publish(worker.chunk(0, 1))
+    other.say(m.Detach(id))
+    worker.publish(worker.chunk(1, 2))
+    assert (client.streamed(), other.streamed()) == ([1, 2], [1])
+    client.say(m.Detach(id))
+    assert bench.state.requests == {}
+    assert client.ends == other.ends == []
+    assert len(worker.heard(m.Cancel)) == 1
+    # A detached one goes on without anybody.
+    id = client.submit(2, detached=True)
+    client.say(m.Detach(id))
+    assert id in bench.state.requests
+
+
 def test_detached_results_are_bounded_the_oldest_go_first() -> None:
     bench = Bench(detached_bytes=100)
     worker, client = bench.worker(), bench.client()
@@ -337,6 +356,9 @@ def test_a_request_that_kills_engines_ends() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     worker.say(m.EngineLost([worker.key()], "signal 11"))
+    # Its engine is not back before a heartbeat says so.
+    assert len(worker.dispatches) == 1
+    worker.beat(seq=100)
     assert len(worker.dispatches) == 2
     worker.say(m.EngineLost([worker.key()], "signal 11"))
     assert len(worker.dispatches) == 2
@@ -449,11 +471,43 @@ def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
     assert bench.state.counters.stale_chunks == 1
 
 
+DEEP = b"\x93\x91\x01\x91\xc4\x01x" + b"\x91" * 9_000 + b"\xc0"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xc1", b"\x92\x91\x01\x90", b"\x92\x92\x01\x02\x91\xc4\x01x", DEEP],
+    ids=["empty", "no msgpack", "no piece", "other count", "deep"],
+)
+def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    bad = worker.chunk(0, 1)[: tokens.HEAD_BYTES] + body
+    worker.publish(bad)
+    assert client.streamed() == []
+    assert bench.state.counters.malformed_frames == 1
+    # On the token plane it may have been anyone's. In a page it is the worker's own word.
+    dispatch = worker.dispatches[0]
+    worker.say(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
+    assert client.ends[0].error is not None
+    assert client.ends[0].error.code is Code.ENGINE_FAILED
+
+
+def test_flags_of_a_later_release_do_not_end_an_answer() -> None:
+    bench = Bench()
+    worker, client = bench.worker("a"), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1, flags=16))
+    worker.say(m.Goodbye())
+    assert bench.worker("b").dispatches[0].prefix == [1]
+
+
 def test_a_worker_that_sends_more_than_was_asked_for_is_stopped() -> None:
     bench = Bench()
     worker, client = bench.worker(), bench.client()
     client.submit(1, max_tokens=1)
-    piece = b"y" * 2_000
+    piece = b"y" * 2_500
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1], [piece]))
     assert client.ends[0].error is not None
     assert client.ends[0].error.code is Code.ENGINE_FAILED
@@ -502,6 +556,7 @@ def test_a_story_is_bounded_and_keeps_both_ends() -> None:
     client.submit(1)
     for _ in range(100):
         worker.say(m.EngineLost([worker.key()], "again"))
+        worker.beat(seq=10**6, claims={})
     story = bench.state.requests[request_id(1)].story
     assert len(story) == 64
     assert story[0][1] == "submitted"

@@ -77,7 +77,7 @@ def test_who_lost_a_worker_goes_before_all_and_is_not_counted_out() -> None:
     assert room.full(0)
     room.put(moved, 50)
     assert serve(room) is moved
-    assert room.expired(10**9)[0].id == request_id(1)
+    assert [r.id for r in room.expired(10**6 + 49)] == [request_id(1)]
 
 
 def test_the_room_is_bounded_in_bytes() -> None:
@@ -157,11 +157,11 @@ def test_ten_thousand_workers_choose_without_a_scan() -> None:
 
     pool.free = Counted(pool.free)
     for turn in range(1_000):
-        worker = pool.least_loaded()
-        assert worker is not None
-        worker.turn = turn + 1
-        worker.claims[request_id(turn)] = 1
-        pool.update(worker)
+        chosen = pool.least_loaded()
+        assert chosen is not None
+        chosen.turn = turn + 1
+        chosen.claims[request_id(turn)] = 1
+        pool.update(chosen)
     assert looked_at == 0
 
 

@@ -1,0 +1,27 @@
+"""The benchmarks run, from one end to the other. What they measure is no matter of a test: see docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.__main__ import NAMES, main
+
+#: `kills` has a test of its own.
+SHORT = {
+    "requests": ["--rounds", "1", "--seconds", "0.2"],
+    "latency": ["--rounds", "1", "--requests", "10"],
+    "tokens": ["--rounds", "1", "--streams", "20", "--length", "50"],
+    "overload": ["--seconds", "1", "--peak-seconds", "1"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name, *SHORT[name]])
+    assert capsys.readouterr().out.startswith(name)
+
+
+def test_an_unknown_benchmark_is_answered_with_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["faster"]) == 2
+    said = capsys.readouterr().out
+    assert all(name in said for name in NAMES)

@@ -1,0 +1,18 @@
+"""A worker dies by `kill -9` in the middle of many streams, and no client notices more than a short stall.
+
+The long version is `python -m bench kills`.
+"""
+
+from __future__ import annotations
+
+from bench import kills
+
+
+def test_killing_an_agent_and_an_engine_costs_no_client_a_token() -> None:
+    outcome = kills.run(kills=2, streams=30)
+
+    assert outcome.streams == 60
+    assert all(outcome.stalls_ms.values()), "each kill should have moved some of the streams"
+    assert not outcome.errors
+    assert (outcome.lost, outcome.duplicated, outcome.wrong) == (0, 0, 0)
+    assert not outcome.orphans
