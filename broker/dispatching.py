@@ -23,13 +23,14 @@ MAX_REFUSALS = 100
 
 def enqueue(state: State, request: Request, now_ms: int) -> None:
     state.room.put(request, now_ms)
-    pump(state, request.model, now_ms)
+    state.open_lane(request.lane)
+    pump(state, request.lane, now_ms)
 
 
-def pump(state: State, model: str, now_ms: int) -> None:
-    """Give out whatever can be given out for this model."""
-    while (request := state.room.first(model)) is not None:
-        worker = schedule.choose(state.policy, request, state.pools.get(model))
+def pump(state: State, lane: str, now_ms: int) -> None:
+    """Give out whatever can be given out in this lane."""
+    while (request := state.room.first(lane)) is not None:
+        worker = schedule.choose(state.policy, request, state.pools.get(lane))
         if worker is None:
             return
         _dispatch(state, request, worker, now_ms)
@@ -41,8 +42,9 @@ def settle(state: State, now_ms: int) -> None:
         _, worker = state.touched.popitem()
         state.update_pools(worker)
         if state.room.count:
-            for model in worker.models:
-                pump(state, model, now_ms)
+            # Those who were interrupted go first.
+            for lane in (*worker.lanes, *worker.models):
+                pump(state, lane, now_ms)
 
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
@@ -53,6 +55,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     request.queued_ms += now_ms - request.queued_at
     request.key = request.id + request.attempt.to_bytes(4, "big") + state.chance(4)
     request.worker = worker
+    request.fingerprint = request.fingerprint if prefix else worker.fingerprint_of(request.model)
     request.blame = worker.name
     state.running[request.key] = request
     state.turns += 1

@@ -46,9 +46,9 @@ def _queue(state: State) -> None:
     waiting = [r for r in state.requests.values() if r.state is RequestState.WAITING]
     assert state.room.count == len(waiting) == sum(line.count for line in state.room.lines.values())
     assert state.room.bytes == sum(len(r.prompt) for r in waiting)
-    for model, line in state.room.lines.items():
+    for lane, line in state.room.lines.items():
         assert sum(1 for _ in line) == line.count
-        pool = state.pools.get(model)
+        pool = state.pools.get(lane)
         assert not (line.count and pool and pool.free), "somebody waits although a slot is free"
 
 
@@ -56,7 +56,7 @@ def _workers(state: State) -> None:
     for session, worker in state.registry.workers.items():
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
         assert len(worker.claims) <= worker.slots, "more given to a worker than it has slots"
-        for model in worker.models:
+        for model in (*worker.models, *worker.lanes):
             pool = state.pools.get(model)
             inside = pool is not None and model in worker.position
             assert inside == (pool is not None and worker.dispatchable), "a pool does not know its worker"

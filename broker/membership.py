@@ -234,6 +234,22 @@ def _forget_models(state: State) -> None:
         state.pools.pop(model, None)
 
 
+def _give_up_on_lanes(state: State, now_ms: int) -> None:
+    """Nobody is there to run these, and nobody came in time."""
+    for lane, line in list(state.room.lines.items()):
+        model, _, fingerprint = lane.partition("\0")
+        since = state.models.get(model, 0)
+        if fingerprint and not since:
+            if any(lane in worker.lanes for worker in state.registry.workers.values()):
+                continue
+            since = 1  # others have the model, but not the very same: what counts is how long the request waits
+        for request in list(line) if since else ():
+            if now_ms - max(since, request.queued_at) >= state.config.hold_ms:
+                which = "the very same model" if fingerprint else "it"
+                text = f"no worker serves {model!r}: {which} was missing for {now_ms - request.queued_at} ms"
+                ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
+
+
 def sweep(state: State, now_ms: int) -> None:
     """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
     config = state.config
@@ -241,14 +257,8 @@ def sweep(state: State, now_ms: int) -> None:
     for request in state.room.expired(now_ms):
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
-    for model, line in list(state.room.lines.items()):
-        since = state.models.get(model, 0)
-        if not since:
-            continue
-        for request in list(line):
-            if now_ms - max(since, request.queued_at) >= config.hold_ms:
-                text = f"no worker serves {model!r} since {now_ms - since} ms"
-                ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
+    _give_up_on_lanes(state, now_ms)
+    state.close_lanes()
     state.archive.expire(now_ms)
     _forget_models(state)
     ended, at = state.rate_mark

@@ -79,7 +79,7 @@ class WaitingRoom:
         self.count = 0
         self.bytes = 0
         self.served = 0
-        #: One for each model that is waited for, and until the next `tidy` also those where nobody is left.
+        #: One for each lane that is waited for, and until the next `tidy` also those where nobody is left.
         self.lines: dict[str, Line] = {}
         self._max_requests = max_requests
         self._max_bytes = max_bytes
@@ -96,9 +96,9 @@ class WaitingRoom:
         self.count += 1
         self.bytes += len(request.prompt)
         due = now_ms + self._max_age_ms
-        line = self.lines.get(request.model)
+        line = self.lines.get(request.lane)
         if line is None:
-            line = self.lines[request.model] = Line()
+            line = self.lines[request.lane] = Line()
         line.put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
@@ -106,7 +106,7 @@ class WaitingRoom:
         self.count -= 1
         self.bytes -= len(request.prompt)
         self.served += 1
-        self.lines[request.model].left(request)
+        self.lines[request.lane].left(request)
 
     def first(self, model: str) -> Request | None:
         line = self.lines.get(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llambo.broker.requests import lane
 from llambo.mesh import messages as m
 
 
@@ -19,6 +20,7 @@ class WorkerEntry:
         "hello",
         "incarnation",
         "joined_at",
+        "lanes",
         "last",
         "models",
         "name",
@@ -39,6 +41,8 @@ class WorkerEntry:
         self.welcome = welcome
         self.name = hello.name
         self.models = tuple(model.name for model in hello.models)
+        #: The lanes of requests that only the very same model may continue.
+        self.lanes = tuple(lane(model.name, model.fingerprint) for model in hello.models if model.fingerprint)
         self.slots = hello.slots
         self.incarnation = hello.incarnation
         self.session = welcome.session
@@ -61,6 +65,9 @@ class WorkerEntry:
         # --- kept by schedule.Pool
         self.position: dict[str, int] = {}
         self.turn = 0
+
+    def fingerprint_of(self, name: str) -> str:
+        return next((model.fingerprint for model in self.hello.models if model.name == name), "")
 
     @property
     def free(self) -> int:

@@ -45,6 +45,11 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 }
 
 
+def lane(model: str, fingerprint: str) -> str:
+    """The name of a line and of its pool. A model without a fingerprint goes on wherever its name is known."""
+    return f"{model}\0{fingerprint}" if fingerprint else model
+
+
 class Request:
     """Everything about a live request. Its transcript outlives it in the archive."""
 
@@ -56,6 +61,7 @@ class Request:
         "detached",
         "end",
         "failures",
+        "fingerprint",
         "followers",
         "id",
         "key",
@@ -105,6 +111,8 @@ class Request:
         self.attempt = 0
         self.key = b""  # request id + dispatch id: the fence
         self.worker: WorkerEntry | None = None
+        #: Of the model its tokens are from.
+        self.fingerprint = ""
         self.stash: Stash | None = None
         self.end: m.End | None = None
         #: The worker is known to have tokens up to here.
@@ -118,6 +126,11 @@ class Request:
         self.refusals = 0
         self.blame = ""
         self.story: list[tuple[int, str, str]] = []
+
+    @property
+    def lane(self) -> str:
+        """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
+        return lane(self.model, self.fingerprint if self.transcript.next_index else "")
 
     def step(self, state: RequestState) -> None:
         assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"

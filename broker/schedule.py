@@ -34,6 +34,11 @@ class Pool:
         if fit:
             self._push(worker)
 
+    def clear(self) -> None:
+        for worker in self.free:
+            del worker.position[self.model]
+        self.free.clear()
+
     def least_loaded(self) -> WorkerEntry | None:
         """Entries that tell an old load are skipped when met; each change has pushed a true one."""
         heap = self._heap

@@ -123,6 +123,22 @@ class State:
             if pool is None:
                 pool = self.pools[model] = Pool(model)
             pool.update(worker)
+        for lane in worker.lanes:
+            if (pool := self.pools.get(lane)) is not None:
+                pool.update(worker)
+
+    def open_lane(self, lane: str) -> None:
+        """A request moves: from now on there is a pool of those who may continue it. Most lanes never need one."""
+        if lane not in self.pools:
+            pool = self.pools[lane] = Pool(lane)
+            for worker in self.registry.workers.values():
+                if lane in worker.lanes or lane in worker.models:
+                    pool.update(worker)
+
+    def close_lanes(self) -> None:
+        """Those that nobody waits in."""
+        for name in [name for name in self.pools if "\0" in name and name not in self.room.lines]:
+            self.pools.pop(name).clear()
 
     @property
     def held_bytes(self) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 llambo send "What is AI?"
+llambo send --system "Answer in one word." "Is the sea blue?"
 git diff | llambo send -                        the prompt from a pipe
 llambo send -v --max-tokens 50 --seed 7 hello   with statistics
 llambo send --json hello | jq -rj 'select(.type == "token").text'
@@ -38,6 +39,8 @@ def _client_options(function: Any) -> Any:
 @click.argument("prompt", nargs=-1, metavar="[PROMPT|-]")
 @click.option("--seed", type=int, metavar="NUMBER", help="The same seed, the same chances.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
+@click.option("--system", metavar="TEXT", help="Tell the model how to behave.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
 @click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
 @click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
@@ -95,12 +98,16 @@ def _prompt(arguments: tuple[str, ...]) -> str:
 
 def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options:
     settings = common.settings
+    if chosen["raw"] and chosen["system"]:
+        raise click.UsageError("--raw leaves no place for --system")
     return {
         "model": settings.text("client_model") or None,
         "max_tokens": settings.number("max_tokens"),
         "temperature": settings.real("temperature"),
         "seed": chosen["seed"],
         "stop": list(chosen["stop"]) or None,
+        "form": "text" if chosen["raw"] else "user",
+        "system": chosen["system"],
         "priority": chosen["priority"],
         "deadline_ms": chosen["deadline_ms"],
         "stream": stream,

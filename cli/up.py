@@ -10,7 +10,7 @@ import click
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.options import settings_options
-from llambo.cli.worker import FAKE_HEADING, FAKE_SETTINGS, worker_config
+from llambo.cli.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
 from llambo.mesh.settings_table import BY_NAME, of_roles
 
 if TYPE_CHECKING:
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 llambo up                                     a broker and two workers
+llambo up --workers 1 --model ~/models/x.gguf
 llambo up --workers 3 --engine fake
 llambo up --port 0                            on whatever ports are free
-llambo up --workers 3 --fake-tokens-per-s 40  slow enough to watch
+llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
 """
 
 BROKER_SETTINGS = ("bind", "port")
-WORKER_SETTINGS = ("engine", "model", "slots")
+WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -53,6 +54,7 @@ def up(common: Common, workers: int) -> None:
 def plan(common: Common, workers: int) -> Plan:
     """The commands of the children. They are told what we were told, and find the rest where we found it."""
     from llambo.cli.fleet import Plan
+    from llambo.worker.models import cores
 
     settings, flags = common.settings, common.flags
     shared = ["--config", common.config] if common.config else []
@@ -61,6 +63,9 @@ def plan(common: Common, workers: int) -> Plan:
     worker_flags = {
         name: value for name, value in flags.items() if BY_NAME[name] in of_roles("worker") and name != "broker"
     }  # fmt: skip
+    if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
+        # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
+        worker_flags["threads"] = max(1, cores() // workers)
     return Plan(
         host=settings.text("bind"),
         broker=[*_module("broker"), *shared, *_said(broker_flags)],

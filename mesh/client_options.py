@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 
@@ -27,6 +27,12 @@ class Options(TypedDict, total=False):
     seed: int | None
     #: Generation ends before any of these strings.
     stop: str | Sequence[str] | None
+    #: "text": the prompt as it is; "user": put into the model's chat template; "messages": a JSON list of them.
+    form: str | None
+    #: With "user": how the model is to behave.
+    system: str | None
+    #: Whatever else `llambo.mesh.messages.Sampling` has: top_k, min_p, grammar, ...
+    sampling: dict[str, Any] | None
     #: "interactive", "normal" or "batch".
     priority: str | None
     #: The request ends when this is over, whatever it has by then. 0: never.
@@ -43,7 +49,8 @@ def build_request(
     unknown = sorted(given.keys() - Options.__optional_keys__)
     if unknown:
         raise LlamboError(Code.BAD_REQUEST, f"no option is called {unknown[0]!r}")
-    sampling = {name: given.pop(name) for name in ("temperature", "stop") if name in given}
+    sampling: dict[str, Any] = {**_more(given.pop("sampling", {}))}
+    sampling |= {name: given.pop(name) for name in ("temperature", "stop", "form", "system") if name in given}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
     fields = {"seed": seed, **given, "type": "inference_request", "id": id, "detached": detached}
@@ -56,6 +63,16 @@ def build_request(
     if len(body) > limits.SAMPLING_BYTES:
         raise LlamboError(Code.BAD_REQUEST, f"sampling options of {len(body)} bytes, {limits.SAMPLING_BYTES} may be")
     return request, encode_prompt(prompt)
+
+
+def _more(sampling: Any) -> dict[str, Any]:
+    """A worker ignores a field it does not know; here a name that means nothing is a mistake."""
+    if not isinstance(sampling, dict):
+        raise LlamboError(Code.BAD_REQUEST, "sampling options are no dictionary")
+    unknown = sorted(map(str, sampling.keys() - set(m.Sampling.__struct_fields__)))
+    if unknown:
+        raise LlamboError(Code.BAD_REQUEST, f"no sampling option is called {unknown[0]!r}")
+    return sampling
 
 
 def encode_prompt(prompt: str) -> bytes:

@@ -133,6 +133,14 @@ class Batcher:
         slot.key, slot.used = None, self._finished
         del slot.tokens[slot.cells :]
 
+    def forget(self) -> list[int]:
+        """Drop what finished requests have left; the slots that are empty now."""
+        free = [slot for slot in self.slots if slot.key is None]
+        for slot in free:
+            slot.tokens.clear()
+            slot.cells = 0
+        return [slot.number for slot in free]
+
     def slot_of(self, key: bytes) -> int:
         return self._by_key[key].number
 

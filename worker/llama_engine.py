@@ -62,7 +62,7 @@ class LlamaEngine:
 
         self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)
-        self._batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
+        self.batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
         self._shared = llama.shared_candidates(self._model)
         self._streams: dict[bytes, Stream] = {}
         self._name = name
@@ -92,7 +92,7 @@ class LlamaEngine:
         if len(prompt) + start.max_tokens > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
             return _refused(start, Code.TOO_LONG, text)
-        if self._batcher.running >= self._slots:
+        if self.batcher.running >= self._slots:
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
         try:
             sampler = self._sampler(start, prompt)
@@ -110,7 +110,7 @@ class LlamaEngine:
 
     def stop(self, key: bytes) -> None:
         if self._streams.pop(key, None) is not None:
-            self._batcher.finish(key)
+            self.batcher.finish(key)
 
     def next_wakeup_ms(self) -> int:
         return 0 if self._streams else NEVER_MS
@@ -121,13 +121,22 @@ class LlamaEngine:
             for stream in list(self._streams.values())
             if now_ms >= stream.deadline_ms
         ]
-        plan = self._batcher.plan()
+        plan = self.batcher.plan()
         if plan is not None:
             rows = self._decode(plan)
             for (_, key), row in zip(plan.outputs, rows, strict=True):
                 outputs.append(self._advance(self._streams[key], row))
         # One that was held back says nothing, and the message as a whole says that the engine is alive.
         return [output for output in outputs if output.ids or output.end is not None]
+
+    def cells(self, slot: int) -> int:
+        """How many the decoder holds for a slot: the same as the batcher believes."""
+        return self._decoder.cells(slot)
+
+    def forget(self) -> None:
+        """Empty the cache of all that is not running."""
+        for slot in self.batcher.forget():
+            self._decoder.cut(slot, 0)
 
     # --- starting ------------------------------------------------------------------------------------
 
@@ -155,14 +164,14 @@ class LlamaEngine:
 
     def _place(self, key: bytes, tokens: list[int]) -> int:
         """How many of these need not be computed."""
-        placed = self._batcher.place(key, tokens)
+        placed = self.batcher.place(key, tokens)
         assert placed is not None, "there was a free slot a moment ago"
         if placed.copy_from is None:
             kept = self._decoder.cut(placed.slot, placed.cached)
         else:
             kept = self._decoder.copy(placed.copy_from, placed.slot, placed.cached)
         if not kept:
-            self._batcher.restart(key)
+            self.batcher.restart(key)
             return 0
         return placed.cached
 
@@ -172,7 +181,7 @@ class LlamaEngine:
         began = time.perf_counter()
         outputs = [row for row, _ in plan.outputs]
         rows = self._decoder.decode(plan.tokens, plan.positions, plan.slots, outputs)
-        self._batcher.done(plan, (time.perf_counter() - began) * 1000)
+        self.batcher.done(plan, (time.perf_counter() - began) * 1000)
         return rows
 
     def _advance(self, stream: Stream, logits: Logits) -> Output:
@@ -192,13 +201,13 @@ class LlamaEngine:
         if stream.index >= stream.limit:
             more, more_pieces = stream.gate.flush()
             return self._end(stream, "length", ids + more, pieces + more_pieces)
-        self._batcher.push(stream.key, token)
+        self.batcher.push(stream.key, token)
         return Output(stream.key, ids, pieces)
 
     def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
              error: ErrorInfo | None = None) -> Output:  # fmt: skip
         del self._streams[stream.key]
-        self._batcher.finish(stream.key)
+        self.batcher.finish(stream.key)
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)

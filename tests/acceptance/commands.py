@@ -30,9 +30,15 @@ LLAMBO, BROKER, WORKER = "llambo.cli", "llambo.cli.broker", "llambo.cli.worker"
 
 
 def environment() -> dict[str, str]:
-    """Ours without any setting of llambo, so that a test sees the defaults."""
+    """Ours without any setting of llambo, so that a test sees the defaults; but the engine needs no model."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
-    return {**kept, "PYTHONPATH": str(ROOT / "src"), "XDG_CONFIG_HOME": "/nonexistent", "HOME": "/nonexistent"}
+    return {
+        **kept,
+        "PYTHONPATH": str(ROOT / "src"),
+        "XDG_CONFIG_HOME": "/nonexistent",
+        "HOME": "/nonexistent",
+        "LLAMBO_ENGINE": "fake",
+    }
 
 
 class Running:

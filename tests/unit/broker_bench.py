@@ -51,11 +51,16 @@ class Bench:
         self.handle(RouteGone(route, True))
 
     def worker(
-        self, name: str = "w", slots: int = 2, model: str = "m", incarnation: bytes = b"i", route: bytes = b""
+        self,
+        name: str = "w",
+        slots: int = 2,
+        model: str = "m",
+        incarnation: bytes = b"i",
+        route: bytes = b"",
+        fingerprint: str = "",
     ) -> Worker:
-        return Worker(
-            self, route or name.encode() + incarnation, m.WorkerHello(name, incarnation, [m.ModelInfo(model)], slots)
-        )
+        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots)
+        return Worker(self, route or name.encode() + incarnation, hello)
 
     def client(self, route: bytes = b"c") -> Client:
         return Client(self, route)

@@ -30,7 +30,7 @@ CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]],
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
-SAMPLING = msgspec.Raw(msgspec.msgpack.encode(m.Sampling(0.5, ["\n"])))
+SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {

@@ -561,3 +561,55 @@ def test_a_story_is_bounded_and_keeps_both_ends() -> None:
     assert len(story) == 64
     assert story[0][1] == "submitted"
     assert story[-1][1] == "dispatched"
+
+
+# --- the very same model -------------------------------------------------------------------------------
+
+
+def test_a_stream_goes_on_only_where_the_model_is_the_very_same() -> None:
+    # Given a stream with tokens from one of three workers, of which two have the very same model
+    bench = Bench(hold_ms=1_000)
+    same = bench.worker("a", fingerprint="one")
+    client = bench.client()
+    client.submit(1)
+    same.publish(same.chunk(0, 5, 6))
+    other = bench.worker("b", fingerprint="two")
+    bench.route_gone(same.route)
+    # When its worker is lost
+    bench.pass_time(600)
+    # Then it waits, although there is a worker with a model of that name
+    assert other.dispatches == []
+    # ... new requests do not
+    client.submit(2)
+    assert [dispatch.prefix for dispatch in other.dispatches] == [[]]
+    # ... and it goes on where it can
+    again = bench.worker("c", fingerprint="one")
+    assert [dispatch.prefix for dispatch in again.dispatches] == [[5, 6]]
+
+
+def test_without_tokens_any_worker_with_the_model_will_do() -> None:
+    bench = Bench()
+    first = bench.worker("a", fingerprint="one")
+    client = bench.client()
+    client.submit(1)
+    other = bench.worker("b", fingerprint="two")
+    bench.route_gone(first.route)
+    bench.pass_time(600)
+    assert len(other.dispatches) == 1
+    other.publish(other.chunk(0, 5))
+    assert client.streamed() == [5]
+
+
+def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
+    bench = Bench(hold_ms=1_000)
+    worker, client = bench.worker("a", fingerprint="one"), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 5))
+    other = bench.worker("b", fingerprint="two")
+    bench.route_gone(worker.route)
+    for _ in range(40):
+        bench.pass_time(100)
+        other.beat()
+        client.say(m.ClientHeartbeat())
+    assert [(end.reason, end.error and end.error.code) for end in client.ends[:1]] == [("error", Code.NO_WORKER)]
+    assert set(bench.state.pools) == {"m"}

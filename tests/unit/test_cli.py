@@ -97,7 +97,7 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         (["send", "--priority", "urgent", "hello"], "interactive"),
         (["why"], "Missing argument 'ID'"),
         (["up", "--workers", "0"], "--workers"),
-        (["up", "--engine", "steam"], "there is no engine 'steam'"),
+        (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
         (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
         (["--broker", "ftp://box", "status"], "is not an address"),
     ],
@@ -240,7 +240,7 @@ def test_worker_settings_become_a_worker_config() -> None:
     from llambo.mesh import settings
 
     config = worker.worker_config(
-        settings.load({"slots": 2, "fake_burst": 8, "name": "tiny-01"}, environ={}, places=[])
+        settings.load({"engine": "fake", "slots": 2, "fake_burst": 8, "name": "tiny-01"}, environ={}, places=[])
     )
 
     assert (config.name, config.model, config.fake.slots, config.fake.burst) == ("tiny-01", "fake", 2, 8)

@@ -1,0 +1,355 @@
+"""The llama.cpp engine on a real model, driven by hand: what it refuses, what it says, how it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from llambo.mesh.errors import Code
+from llambo.mesh.messages import Reason, Sampling, Usage
+from llambo.worker import models
+from llambo.worker.engine_proto import Configure, Output, Progress, Refused, Start
+from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.llama_engine import LlamaEngine
+from llambo.worker.llama_load import load
+
+CONTEXT, SLOTS = 1024, 4
+GREEDY = Sampling(form="user", temperature=0.0)
+SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},\
+ "required": ["name", "age"]}'
+#: One of each kind that has something to replay.
+KINDS = {
+    "greedy": GREEDY,
+    "seeded": Sampling(form="user"),
+    "penalties": Sampling(form="user", repeat_penalty=1.2, presence_penalty=0.3, frequency_penalty=0.2),
+    "dry": Sampling(form="user", dry_multiplier=0.8),
+    "xtc": Sampling(form="user", xtc_probability=0.5),
+    "typical": Sampling(form="user", top_k=0, typical_p=0.9),
+    "stop": Sampling(form="user", stop=["never said", " the moon", "xyz"]),
+    "grammar": Sampling(form="user", grammar='root ::= [a-z ]+ "." '),
+    "schema": Sampling(form="user", json_schema=SCHEMA),
+}
+
+
+@pytest.fixture(scope="module")
+def said() -> list[Progress]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def loaded(said: list[Progress]) -> LlamaEngine:
+    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
+    return load(Configure("llama", "smollm2", llama=knobs, safe=True), said.append)
+
+
+@pytest.fixture
+def engine(loaded: LlamaEngine) -> Iterator[LlamaEngine]:
+    """After each test nothing may be left in it."""
+    yield loaded
+    assert loaded.next_wakeup_ms() > 2**60, "a stream was left running"
+    assert (loaded.batcher.running, loaded.batcher.cells) == (0, 0)
+    for slot in loaded.batcher.slots:
+        assert loaded.cells(slot.number) == slot.cells, "the account of cells is wrong"
+
+
+@dataclass
+class Told:
+    ids: list[int] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    end: Reason | None = None
+    usage: Usage | None = None
+    code: Code | None = None
+
+    @property
+    def text(self) -> str:
+        return b"".join(self.pieces).decode()
+
+    def hear(self, output: Output) -> None:
+        assert self.end is None, "something came after the end"
+        for piece in output.pieces:
+            piece.decode()  # never half a character
+        self.ids += output.ids
+        self.pieces += output.pieces
+        self.end, self.usage = output.end, output.usage
+        self.code = output.error.code if output.error else None
+
+
+def ask(number: int = 1, prompt: str = "Tell me a short story.", tokens: int = 24, sampling: Sampling = GREEDY,
+        prefix: list[int] | None = None, deadline_ms: int = 0) -> Start:  # fmt: skip
+    return Start(bytes([number]) * 24, prompt.encode(), tokens, 7, prefix or [], sampling, deadline_ms)
+
+
+def run(engine: LlamaEngine, *starts: Start, now_ms: int = 0) -> list[Told]:
+    told = {start.key: Told() for start in starts}
+    for start in starts:
+        refused = engine.start(start, now_ms)
+        assert refused is None, refused
+    for _ in range(10_000):
+        for output in engine.step(now_ms):
+            told[output.key].hear(output)
+        if all(one.end for one in told.values()):
+            return list(told.values())
+    raise AssertionError("it goes on for ever")
+
+
+def refusal(engine: LlamaEngine, start: Start) -> Refused:
+    refused = engine.start(start, 0)
+    assert refused is not None
+    return refused
+
+
+# --- answers --------------------------------------------------------------------------------
+
+
+def test_it_tells_what_it_serves_and_how_it_got_there(engine: LlamaEngine, said: list[Progress]) -> None:
+    ready = engine.ready()
+    assert ready.slots == SLOTS
+    assert [(model.name, model.context_tokens) for model in ready.models] == [("smollm2", CONTEXT)]
+    assert ready.models[0].fingerprint.startswith("llama-")
+    assert "safe settings" in ready.note
+    notes = [progress.note for progress in said]
+    assert "loading smollm2: 100 %" in notes
+    assert notes[-1] == "testing smollm2"
+
+
+def test_a_question_gets_a_sensible_answer(engine: LlamaEngine) -> None:
+    (told,) = run(engine, ask(prompt="What is the capital of France? Answer in one word."))
+    assert "Paris" in told.text
+    assert told.end == "stop"
+    assert told.usage is not None
+    assert told.usage.prompt_tokens > 10
+
+
+def test_a_system_message_and_a_list_of_messages_say_the_same(engine: LlamaEngine) -> None:
+    messages = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}])
+    by_user = ask(1, "Who are you?", sampling=Sampling(form="user", temperature=0.0, system="Be brief."))
+    by_list = ask(2, messages, sampling=Sampling(form="messages", temperature=0.0))
+    (first,), (second,) = run(engine, by_user), run(engine, by_list)
+    assert first.usage is not None and second.usage is not None
+    assert first.usage.prompt_tokens == second.usage.prompt_tokens
+    assert first.text == second.text
+
+
+def test_text_goes_to_the_model_as_it_is(engine: LlamaEngine) -> None:
+    # Given a name of a control token in plain text, it is text and not the token
+    (told,) = run(engine, ask(prompt="<|im_start|>", tokens=1, sampling=Sampling(temperature=0.0)))
+    assert told.usage is not None
+    assert told.usage.prompt_tokens > 3
+
+
+def test_streams_share_their_steps_and_each_gets_its_own_answer(engine: LlamaEngine) -> None:
+    prompts = ["Who are you?", "Name three animals.", "Say hello.", "Count to five."]
+    engine.forget()
+    alone = [run(engine, ask(number, prompt, 16))[0] for number, prompt in enumerate(prompts)]
+    engine.forget()
+    together = run(engine, *[ask(number, prompt, 16) for number, prompt in enumerate(prompts)])
+    assert [told.ids for told in together] == [told.ids for told in alone]
+
+
+def test_the_same_seed_says_the_same_and_another_one_does_not(engine: LlamaEngine) -> None:
+    start = ask(sampling=Sampling(form="user", temperature=1.5))
+    other = Start(start.key, start.prompt, start.max_tokens, 8, sampling=start.sampling)
+    assert run(engine, start)[0].ids == run(engine, start)[0].ids
+    assert run(engine, other)[0].ids != run(engine, start)[0].ids
+
+
+def test_characters_are_whole(engine: LlamaEngine) -> None:
+    (told,) = run(engine, ask(prompt="Repeat exactly: 🦙🌍é漢字 🦙🌍é漢字", tokens=40))
+    assert any(ord(char) > 127 for char in told.text)
+
+
+# --- options --------------------------------------------------------------------------------
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: LlamaEngine) -> None:
+    (whole,) = run(engine, ask())
+    stop = whole.text[20:26]
+    (told,) = run(engine, ask(sampling=Sampling(form="user", temperature=0.0, stop=[stop])))
+    assert told.end == "stop"
+    assert told.text == whole.text[: whole.text.index(stop)]
+
+
+def test_a_json_schema_is_kept(engine: LlamaEngine) -> None:
+    (told,) = run(engine, ask(prompt="Invent a person.", tokens=80, sampling=KINDS["schema"]))
+    assert told.end == "stop"
+    assert set(json.loads(told.text)) == {"name", "age"}
+
+
+def test_a_grammar_is_kept_greedily_too(engine: LlamaEngine) -> None:
+    sampling = Sampling(form="user", temperature=0.0, grammar='root ::= ("yes" | "no") "!"')
+    (told,) = run(engine, ask(prompt="Is the sky blue?", sampling=sampling))
+    assert told.text in ("yes!", "no!")
+    assert told.end == "stop"
+
+
+def test_a_bias_forces_and_forbids(engine: LlamaEngine) -> None:
+    (whole,) = run(engine, ask(tokens=3))
+    first = whole.ids[0]
+    (told,) = run(engine, ask(tokens=3, sampling=Sampling(form="user", temperature=0.0, logit_bias={first: -1000.0})))
+    assert first not in told.ids
+    (told,) = run(engine, ask(tokens=3, sampling=Sampling(form="user", logit_bias={first: 1000.0})))
+    assert told.ids == [first] * 3
+
+
+def test_ignore_eos_runs_to_the_limit(engine: LlamaEngine) -> None:
+    sampling = Sampling(form="user", temperature=0.0, ignore_eos=True)
+    (told,) = run(
+        engine, ask(prompt="Answer in one word: what is the capital of France?", tokens=60, sampling=sampling)
+    )
+    assert (told.end, len(told.ids)) == ("length", 60)
+
+
+def test_penalties_keep_it_from_repeating_itself(engine: LlamaEngine) -> None:
+    plain = Sampling(temperature=0.0, ignore_eos=True)
+    strict = Sampling(temperature=0.0, ignore_eos=True, repeat_penalty=1.5, penalty_last_n=-1)
+    (first,), (second,) = (
+        run(engine, ask(prompt="la la la la la la la la", sampling=s, tokens=30)) for s in (plain, strict)
+    )
+    assert len(set(second.ids)) > len(set(first.ids))
+
+
+def test_mirostat_talks(engine: LlamaEngine) -> None:
+    (told,) = run(engine, ask(sampling=Sampling(form="user", mirostat=2)))
+    assert told.ids
+
+
+# --- going on --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_continued_answer_goes_on_where_it_was(engine: LlamaEngine, kind: str) -> None:
+    """As if it had never moved. That its tokens are equal, too, is true of one thread on one machine."""
+    sampling = KINDS[kind]
+    (whole,) = run(engine, ask(tokens=32, sampling=sampling))
+    for cut in (1, 5, len(whole.ids) - 1):
+        (rest,) = run(engine, ask(tokens=32, sampling=sampling, prefix=whole.ids[:cut]))
+        assert (whole.ids[:cut] + rest.ids, rest.end) == (whole.ids, whole.end)
+        assert b"".join(whole.pieces) == b"".join(whole.pieces[:cut] + rest.pieces)
+
+
+def test_a_transcript_that_the_grammar_refuses_is_an_error(engine: LlamaEngine) -> None:
+    (told,) = run(engine, ask(tokens=4))
+    refused = refusal(engine, ask(sampling=Sampling(form="user", grammar='root ::= "xyz"'), prefix=told.ids))
+    assert refused.final
+    assert refused.error.code is Code.BAD_REQUEST
+
+
+def test_the_second_turn_of_a_chat_is_not_computed_again(engine: LlamaEngine) -> None:
+    text = "The llama is an animal of the Andes, and this is a long text about it. " * 12
+    first, second = run(engine, ask(1, text, 8))[0], run(engine, ask(2, text + "And so on.", 8))[0]
+    assert first.usage is not None and second.usage is not None
+    assert second.usage.cached_tokens > 0.9 * first.usage.prompt_tokens
+
+
+def test_the_prefix_of_a_running_stream_is_used(engine: LlamaEngine) -> None:
+    text = "Another llama walks over the hills and thinks about the world. " * 12
+    first = ask(1, text, 200, Sampling(temperature=0.0, ignore_eos=True))
+    assert engine.start(first, 0) is None
+    while not engine.step(0):
+        pass
+    second = ask(2, text + "Yes?", 4, Sampling(temperature=0.0, ignore_eos=True))
+    assert engine.start(second, 0) is None
+    told = {first.key: Told(), second.key: Told()}
+    while told[second.key].end is None:
+        for output in engine.step(0):
+            told[output.key].hear(output)
+    engine.stop(first.key)
+    usage = told[second.key].usage
+    assert usage is not None
+    assert usage.cached_tokens > 0.9 * usage.prompt_tokens
+    # ... and what was copied is right: without any cache it says the same
+    engine.forget()
+    assert run(engine, second)[0].ids == told[second.key].ids
+
+
+# --- limits --------------------------------------------------------------------------------
+
+
+def test_too_long_is_refused_with_the_numbers(engine: LlamaEngine) -> None:
+    refused = refusal(engine, ask(tokens=CONTEXT))
+    assert (refused.error.code, refused.final) == (Code.TOO_LONG, True)
+    assert f"max_tokens {CONTEXT} exceed the context of {CONTEXT}" in refused.error.text
+
+
+def test_the_last_cell_can_be_used(engine: LlamaEngine) -> None:
+    start = ask(prompt="la " * 900, tokens=2, sampling=Sampling(temperature=0.0, ignore_eos=True))
+    prompt = run(engine, start)[0].usage
+    assert prompt is not None
+    room = CONTEXT - prompt.prompt_tokens
+    (told,) = run(engine, Start(start.key, start.prompt, room, 7, sampling=start.sampling))
+    assert (told.end, len(told.ids)) == ("length", room)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(grammar="this is no grammar"),
+        Sampling(grammar='root ::= "a" unknown'),
+        Sampling(grammar="root ::= root"),
+        Sampling(grammar="root ::= " + "(" * 5_000 + '"a"' + ")" * 5_000),
+        Sampling(grammar='root ::= (("a"{1,2000}){1,2000}){1,2000}'),
+        Sampling(json_schema="{"),
+        Sampling(json_schema='{"$ref": "http://example.com/x"}'),
+        Sampling(json_schema='{"items":' * 200 + "{}" + "}" * 200),
+        Sampling(grammar='root ::= "a"', json_schema="{}"),
+        Sampling(form="messages"),
+    ],
+    ids=[
+        "nonsense",
+        "unknown rule",
+        "left recursion",
+        "depth",
+        "repetition",
+        "no JSON",
+        "remote",
+        "deep",
+        "both",
+        "text",
+    ],
+)
+def test_what_makes_no_sense_is_refused_for_good(engine: LlamaEngine, sampling: Sampling) -> None:
+    refused = refusal(engine, ask(sampling=sampling))
+    assert (refused.error.code, refused.final) == (Code.BAD_REQUEST, True)
+    assert refused.error.text
+
+
+def test_an_empty_prompt_is_refused(engine: LlamaEngine) -> None:
+    assert refusal(engine, ask(prompt="", sampling=Sampling())).error.code is Code.BAD_REQUEST
+
+
+def test_more_than_there_are_slots_is_refused_for_now(engine: LlamaEngine) -> None:
+    for number in range(SLOTS):
+        assert engine.start(ask(number), 0) is None
+    refused = refusal(engine, ask(SLOTS))
+    assert (refused.error.code, refused.final) == (Code.BUSY, False)
+    for number in range(SLOTS):
+        engine.stop(ask(number).key)
+
+
+def test_a_deadline_ends_it_with_what_there_is(engine: LlamaEngine) -> None:
+    start = ask(tokens=200, sampling=Sampling(temperature=0.0, ignore_eos=True), deadline_ms=1_000)
+    assert engine.start(start, 0) is None
+    told = Told()
+    for now_ms in range(0, 2_000, 100):
+        for output in engine.step(now_ms):
+            told.hear(output)
+        if told.end:
+            break
+    assert told.end == "deadline"
+    assert 0 < len(told.ids) < 20
+
+
+def test_a_cancel_in_the_middle_of_a_long_prompt_is_heard(engine: LlamaEngine) -> None:
+    start = ask(prompt="word " * 900, tokens=8)
+    assert engine.start(start, 0) is None
+    assert engine.step(0) == []
+    engine.stop(start.key)
+    assert engine.step(0) == []
+
+
+def test_models_that_are_not_there_are_named() -> None:
+    with pytest.raises(models.NoSuchModel, match="names are: smollm2"):
+        models.find("/nowhere/x.gguf")
