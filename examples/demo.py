@@ -20,14 +20,14 @@ from queue import SimpleQueue
 
 from llambo import SyncClient
 
-PROMPT, SEED, TOKENS, TOKENS_PER_S = "Tell me a story", 7, 80, 40
+PROMPT, SEED, TOKENS = "Tell me a short story about a llama.", 7, 80
 #: The worker is killed when so many bytes of the answer are here: about a third of it.
 KILL_AFTER_BYTES = 130
 PATIENCE_S = 20.0
 
 
 def main() -> int:
-    step("A broker and two workers. The fake engine makes up its words, at the pace of a small model.")
+    step("A broker and two workers with SmolLM2, a chat model of 98 MB.")
     with mesh() as (address, news):
         step("An answer, streamed through the broker.")
         undisturbed = ask(address)
@@ -35,8 +35,12 @@ def main() -> int:
         step("The same again. Now its worker gets a kill -9 in the middle of it.")
         disturbed, id = ask_and_kill(address)
 
+        # A model computes a prompt of other length in other steps, and may then round otherwise: that the words are
+        # the same is likely. That no word which was shown has changed is a promise.
         same = disturbed == undisturbed
-        step(f"The killed answer is {'the same, to the last token' if same else 'NOT the same: this is a bug'}.")
+        kept = disturbed.encode()[:KILL_AFTER_BYTES] == undisturbed.encode()[:KILL_AFTER_BYTES]
+        words = "the same, to the last token" if same else "whole, and goes on in other words"
+        step(f"The killed answer is {words if kept else 'NOT what was shown: this is a bug'}.")
         print("What happened to it, from `llambo why`:\n", flush=True)
         subprocess.run([*llambo(address), "why", id], check=True, timeout=PATIENCE_S)
 
@@ -45,7 +49,7 @@ def main() -> int:
         while "is ready again" not in show(news.get(timeout=PATIENCE_S)):
             pass
     step("Stopped; nothing is left running.")
-    return 0 if same else 1
+    return 0 if kept else 1
 
 
 # --- the mesh ------------------------------------------------------------------------------------------
@@ -54,7 +58,7 @@ def main() -> int:
 @contextmanager
 def mesh() -> Iterator[tuple[str, SimpleQueue[str]]]:
     """`llambo up` on whatever ports are free: its address, and what it says."""
-    words = ["up", "--port", "0", "--workers", "2", "--engine", "fake", "--fake-tokens-per-s", str(TOKENS_PER_S)]
+    words = ["up", "--port", "0", "--workers", "2", "--engine", "llama", "--model", "smollm2"]
     command = [sys.executable, "-m", "llambo.cli", *words]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     news: SimpleQueue[str] = SimpleQueue()
@@ -138,7 +142,7 @@ def pieces(sending: subprocess.Popen[bytes]) -> Iterator[bytes]:
 
 def answer_of(said: bytes) -> str:
     """Without the line of statistics."""
-    return said.decode().split("\n")[0]
+    return said.decode().rstrip("\n").rpartition("\n")[0]
 
 
 # --- telling -------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ from llambo.worker.prompts import BadPrompt
 
 #: What an engine that cannot load its model exits with.
 CANNOT_LOAD = 3
+#: Characters of the progress bar.
+WIDTH = 30
 
 
 def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
@@ -24,6 +27,32 @@ def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
         sys.exit(CANNOT_LOAD)
 
 
+def tell(text: str) -> None:
+    """Whoever started the worker may want to know what was chosen for the machine."""
+    sys.stderr.write(f"llambo engine: {text}\n")
+    sys.stderr.flush()
+
+
+class Bar:
+    """Progress for the agent, and for a person if one is looking."""
+
+    def __init__(self, say: Callable[[Progress], None]) -> None:
+        self._say = say
+        self._drawn = False
+
+    def __call__(self, progress: Progress) -> None:
+        self._say(progress)
+        if sys.stderr.isatty():
+            percent = re.search(r"(\d+) %$", progress.note)
+            if percent:
+                done = int(percent[1]) * WIDTH // 100
+                sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
+            elif self._drawn:
+                sys.stderr.write("\n")
+            self._drawn = bool(percent)
+            sys.stderr.flush()
+
+
 def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     knobs, path = configure.llama, str(models.find(configure.model))
     say(Progress(f"looking at {path}"))
@@ -33,10 +62,15 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     fingerprint = models.fingerprint(file, layout.context, knobs.kv_type)
     # Each thread waits for the others by spinning: one that is not there costs more than it brings.
     os.environ.setdefault("OMP_NUM_THREADS", str(layout.threads))
+    tell(
+        f"{path}: {layout.slots} slots of {layout.context} tokens, {layout.threads} threads, {layout.batch} tokens in "
+        f"a step, {knobs.kv_type} cache, flash attention {knobs.flash_attn}, {knobs.gpu_layers} layers on a GPU; "
+        f"needs {layout.need_bytes // models.MIB} MiB of {layout.free_bytes // models.MIB}"
+    )
     shape = llama.Shape(
         layout.slots, layout.context, layout.batch, layout.threads, knobs.kv_type, knobs.flash_attn
     )  # fmt: skip
     return LlamaEngine(
         models.name_of(configure.model), path, shape,
-        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=say,
+        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=Bar(say),
     )  # fmt: skip
