@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import jinja2
 import msgspec
 from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llambo.mesh import limits
@@ -26,6 +27,8 @@ from llambo.mesh.messages import Sampling
 RENDER_S = 2.0
 #: Messages of one prompt.
 MESSAGES = 4096
+#: The largest base or exponent of a power in a template.
+MAX_POWER = 1000
 
 
 class BadPrompt(Exception):
@@ -50,14 +53,28 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """One multiplication can ask for more memory than there is, and no timer interrupts it."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        size = max((len(side) for side in (left, right) if isinstance(side, (str, list, tuple, bytes))), default=0)
+        times = max((abs(side) for side in (left, right) if isinstance(side, int)), default=0)
+        if (size and size * times > limits.PROMPT_BYTES) or (operator == "**" and times > MAX_POWER):
+            raise BadPrompt(f"the model's chat template asks for something huge with {operator}")
+        return super().call_binop(context, operator, left, right)
+
+
 class Template:
     """A chat template. Raises BadPrompt if it is none."""
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], autoescape=False
         )  # the result is read by a model, not by a browser
         environment.filters["tojson"] = _to_json
+        del environment.filters["center"], environment.filters["format"]  # they pad to any length
         environment.globals["raise_exception"] = _complain
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._names = {"bos_token": bos, "eos_token": eos}

@@ -222,7 +222,10 @@ def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
 def test_up_hands_its_flags_on_to_those_they_concern() -> None:
     from llambo.cli.common import Common
 
-    made = plan(Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}), 2)
+    made = plan(
+        Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}),
+        2,
+    )
 
     assert made.broker[2:] == ["llambo.cli.broker", "--port", "9000"]
     name, command = made.workers[1]

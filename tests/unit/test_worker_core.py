@@ -521,3 +521,27 @@ def test_the_rate_is_that_of_the_last_second() -> None:
     for _ in range(20):
         rig.step(key_of(1), [1] * 10).alive(100)
     assert rig.sent(m.WorkerHeartbeat)[-1].rate == pytest.approx(100, rel=0.2)
+
+
+def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_settings() -> None:
+    rig = Rig().on(e.Ticked())
+    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+    rig.actions = []
+    rig.on(e.EngineProgressed("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
+    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
+    assert rig.take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+    assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
+    # It is careful from then on, and what dies all the same waits as before.
+    rig.on(e.EngineReady(MODELS, 4)).on(e.EngineDied("it died"))
+    rig.actions = []
+    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+
+
+def test_an_engine_that_cannot_load_its_model_says_why_and_is_tried_again() -> None:
+    rig = Rig().on(e.Ticked()).on(e.EngineProgressed("", "x.gguf is cut off"))
+    rig.actions = []
+    rig.on(e.EngineDied("the engine exited with status 3"))
+    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
+    assert "x.gguf is cut off; a new engine in 250 ms" in logged[0]
+    assert rig.take(a.SpawnEngine) == []
+    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]

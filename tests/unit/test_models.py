@@ -1,0 +1,168 @@
+"""Model files before they are loaded: what is plainly wrong, how they are laid out, their fingerprint; and grammars."""
+
+from __future__ import annotations
+
+import random
+import struct
+from pathlib import Path
+
+import pytest
+
+from llambo.mesh.messages import Sampling
+from llambo.worker import gguf, models
+from llambo.worker.gguf import BadModelFile
+from llambo.worker.grammar import GrammarError, depth, grammar_text
+from llambo.worker.knobs import LlamaKnobs
+
+MIB = 1024 * 1024
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def entry(key: str, value: int | str | list[str]) -> bytes:
+    if isinstance(value, str):
+        return text(key) + struct.pack("<I", 8) + text(value)
+    if isinstance(value, list):
+        return text(key) + struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(text, value))
+    return text(key) + struct.pack("<II", 4, value)
+
+
+def tiny(path: Path, *, layers: int = 4, template: str = "") -> Path:
+    """A whole GGUF file with one tensor, of a model with 1 KiB of cache for a token at f16."""
+    entries: dict[str, int | str | list[str]] = {
+        "general.architecture": "llama",
+        "llama.block_count": layers,
+        "llama.embedding_length": 64,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 4,
+        "llama.context_length": 8192,
+        "tokenizer.ggml.tokens": [f"t{number}" for number in range(200)],
+        "tokenizer.chat_template": template,
+    }
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(entries)) + b"".join(entry(k, v) for k, v in entries.items())
+    head += text("weights") + struct.pack("<IQIQ", 1, 256, 0, 0)
+    head += bytes(-len(head) % 32)
+    path.write_bytes(head + bytes(1024))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny(tmp_path / "tiny.gguf")
+
+
+def test_the_head_of_a_model_is_read(model: Path) -> None:
+    file = gguf.read(str(model))
+    assert (file.architecture, file.tensors, file.trained_context) == ("llama", 1, 8192)
+    assert file.cell_bytes(2.0) == 4 * 4 * 32 * 2.0
+
+
+@pytest.mark.parametrize("size", [0, 3, 10, 100, 2_000, -1])
+def test_a_part_of_a_model_is_no_model(model: Path, size: int) -> None:
+    whole = model.read_bytes()
+    model.write_bytes(whole[:size])
+    with pytest.raises(BadModelFile):
+        gguf.read(str(model))
+
+
+def test_another_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"PK\3\4 a zip file")
+    with pytest.raises(BadModelFile, match="is no GGUF file"):
+        gguf.read(str(path))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_damage_is_an_error_or_does_no_harm(model: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    data = bytearray(model.read_bytes())
+    for _ in range(chance.randrange(1, 12)):
+        data[chance.randrange(min(len(data), 600))] = chance.randrange(256)
+    model.write_bytes(data)
+    try:
+        gguf.read(str(model)).cell_bytes(2.0)
+    except BadModelFile as error:
+        assert str(model) in str(error)  # noqa: PT017  # both outcomes are right
+
+
+# --- layout ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_open_suits_model_and_machine(model: Path) -> None:
+    file = gguf.read(str(model))
+    layout = models.layout(LlamaKnobs(), file, 2**40, cores=6)
+    assert (layout.context, layout.threads) == (models.DEFAULT_CONTEXT, 6)
+    # 4 slots of 4096 tokens need 16 MiB: with 10 MiB for them it is half of that
+    small = models.layout(LlamaKnobs(), file, models.WORK_BYTES + 10 * MIB, cores=6)
+    assert small.context == models.DEFAULT_CONTEXT // 2
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path) -> None:
+    file = gguf.read(str(model))
+    with pytest.raises(BadModelFile) as refused:
+        models.layout(LlamaKnobs(context=8192), file, models.WORK_BYTES + 10 * MIB, cores=2)
+    assert "32 MiB of cache for 4 slots of 8192 tokens" in str(refused.value)
+    assert "266 MiB are free; --ctx 2304 would fit" in str(refused.value)
+
+
+def test_cores_and_memory_are_found() -> None:
+    assert 1 <= models.cores() <= 4096
+    assert models.free_bytes() > MIB
+
+
+# --- fingerprint -----------------------------------------------------------------------------------------
+
+
+def test_a_digest_is_remembered_until_the_file_changes(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "digests.json"
+    first = models.digest(str(model), cache)
+    cache.write_text(cache.read_text().replace(first, "remembered"))
+    assert models.digest(str(model), cache) == "remembered"
+    tiny(model, layers=5)
+    assert models.digest(str(model), cache) not in (first, "remembered")
+
+
+@pytest.mark.parametrize("junk", ["", "[]", "{", '{"a": 1}', "\0"])
+def test_a_damaged_memory_of_digests_is_none(model: Path, tmp_path: Path, junk: str) -> None:
+    cache = tmp_path / "digests.json"
+    cache.write_text(junk)
+    assert len(models.digest(str(model), cache)) == 64
+
+
+def test_another_template_or_context_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one, other = (gguf.read(str(tiny(tmp_path / f"{name}.gguf", template=name))) for name in "ab")
+    prints = {models.fingerprint(one, 4096, "f16"), models.fingerprint(one, 2048, "f16"),
+              models.fingerprint(one, 4096, "q8_0"), models.fingerprint(other, 4096, "f16")}  # fmt: skip
+    assert len(prints) == 4
+
+
+def test_names() -> None:
+    assert models.name_of("smollm2") == "smollm2"
+    assert models.name_of("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"
+
+
+# --- grammars --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grammar", "deep"),
+    [("", 0), ('root ::= "a"', 0), ('root ::= ("a" ("b"))', 2), ('root ::= "((" [(] (x) # (((\n', 1),
+     (r'root ::= "\"(" (x)', 1), (r"root ::= [\]((] (x)", 1), ("# ((", 0), ('"(((', 0)],
+)  # fmt: skip
+def test_how_deep_a_grammar_is(grammar: str, deep: int) -> None:
+    assert depth(grammar) == deep
+
+
+def test_a_grammar_passes_and_a_bomb_does_not() -> None:
+    assert grammar_text(Sampling(grammar='root ::= "a"'), str) == 'root ::= "a"'
+    assert grammar_text(Sampling(json_schema='{"type": "object"}'), lambda schema: f"made of {schema}").startswith(
+        "made"
+    )
+    for bad in ("(" * 101 + ")" * 101, 'root ::= "a\0"'):
+        with pytest.raises(GrammarError):
+            grammar_text(Sampling(grammar=bad), str)
+    with pytest.raises(GrammarError, match="characters"):
+        grammar_text(Sampling(json_schema="{}"), lambda schema: "x" * 10**6)

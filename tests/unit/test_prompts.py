@@ -1,0 +1,88 @@
+"""Chat templates: the model's own, hostile ones, and prompts that are none."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import pytest
+
+from llambo.mesh.messages import Sampling
+from llambo.worker import prompts
+from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [Message("user", "Hello")]
+
+
+def template(source: str = CHATML) -> Template:
+    return Template(source, bos="<s>", eos="</s>")
+
+
+def test_a_template_is_filled_in() -> None:
+    assert template().render(HELLO) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    assert template("{{ bos_token }}{{ messages[0].content | tojson }}").render(HELLO) == '<s>"Hello"'
+    assert template("{% generation %}{{ messages[0].role }}{% endgeneration %}").render(HELLO) == "user"
+
+
+def test_what_a_user_says_and_the_system_message() -> None:
+    text, templated = text_of(b"Hi", Sampling(form="user", system="Be brief."), template())
+    assert templated
+    assert text.startswith(b"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+    messages = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]).encode()
+    assert text_of(messages, Sampling(form="messages"), template()) == (text, True)
+
+
+def test_without_a_template_or_with_plain_text_nothing_is_added() -> None:
+    assert text_of(b"Hi", Sampling(form="user", system="S"), None) == (b"S\n\nHi", False)
+    assert text_of(b"Hi \xff", Sampling(), template()) == (b"Hi \xff", False)
+
+
+@pytest.mark.parametrize("prompt", [b"", b"{}", b"[]", b"[1]", b'[{"role": "user"}]', b"\xff", b"[" * 10_000])
+def test_what_is_no_list_of_messages(prompt: bytes) -> None:
+    with pytest.raises(BadPrompt):
+        text_of(prompt, Sampling(form="messages"), template())
+
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__ }}{{ messages.append(1) }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{{ lipsum.__globals__['os'].popen('id').read() }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ raise_exception('no') }}",
+    "{{ 1 / 0 }}",
+    "{{ missing.attribute.again }}",
+    "{{ range(10 ** 9) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * (10 ** 9) * 10 }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 'x' | center(10 ** 10) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ messages | map(attribute='__class__') | list | first | attr('__base__') }}",
+    "{{ '%s' | format(messages.__init__) }}{{ '{0.__class__}'.format(messages) }}",
+    "{{ messages[10 ** 30] }}",
+    "{{ strftime_now(1) }}",
+    "{% if %}",
+    "{{ (" + "(" * 500 + "1" + ")" * 500 + ") }}",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_template_fails_and_that_is_all(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "RENDER_S", 0.3)
+    began = time.monotonic()
+    try:
+        text = template(source).render(HELLO)
+    except BadPrompt as error:
+        assert "chat template" in str(error)  # noqa: PT017  # both outcomes are right
+    else:
+        assert "class '" not in text and "subclass" not in text and "root:" not in text
+    assert time.monotonic() - began < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
