@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from bench.figures import quantile
@@ -22,7 +22,7 @@ from llambo import Client, LlamboError, Piece
 from llambo.worker.fake_tokens import plain_base, plain_next
 
 WORKERS = 3
-KINDS = ("agent", "engine")
+KINDS = ("agent", "engine", "both")
 #: A stream's usual pace, and how many tokens it has: about as long as a restart of a worker takes.
 TOKENS_PER_S = 20.0
 TOKENS = 50
@@ -97,7 +97,11 @@ class Fleet:
         node = self.workers[number]
         (engine,) = children(node.pid)
         self.seen.add(engine)
-        os.kill(engine if what == "engine" else node.pid, signal.SIGKILL)
+        # With the agent first the engine has a moment to find itself alone; with the engine first the agent
+        # has one to tell: "both" is neither.
+        for pid in {"agent": [node.pid], "engine": [engine], "both": [node.pid, engine]}[what]:
+            with suppress(ProcessLookupError):  # an engine that has found itself alone is gone already
+                os.kill(pid, signal.SIGKILL)
         return engine
 
     def restart(self, number: int) -> None:
@@ -164,7 +168,7 @@ async def one_round(client: Client, fleet: Fleet, kill: int, streams: int, outco
         watching = [tasks.create_task(watch(client, kill * streams + n, middle)) for n in range(streams)]
         await middle.reached.wait()
         engine = fleet.kill(victim, what)
-        if what == "agent":
+        if what != "engine":
             await asyncio.to_thread(fleet.restart, victim)
     if not gone(engine):
         outcome.orphans.append(engine)
@@ -230,9 +234,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report(outcome: Outcome, kills: int, streams: int) -> None:
-    print(
-        f"kills: {kills} x kill -9 of one of {WORKERS} workers amid {streams} streams, {' and '.join(KINDS)} by turns"
-    )
+    print(f"kills: {kills} x kill -9 of one of {WORKERS} workers amid {streams} streams, {', '.join(KINDS)} by turns")
     moved = sum(map(len, outcome.stalls_ms.values()))
     print(f"  {outcome.streams} streams of {TOKENS} tokens, {moved} of them moved; {outcome.seconds:.0f} s")
     print(

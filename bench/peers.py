@@ -37,16 +37,18 @@ class Peer:
         self.control.connect(f"tcp://127.0.0.1:{control_port}")
         self.tokens = sockets.token(context, token_kind)
         self.session = codec.NO_SESSION
-        #: Whether what is said at once travels as one message.
-        self.bundled = True
         self._heard: deque[tuple[Any, bytes]] = deque()
         self._decode = decoder.decode
 
     def say(self, said: Said) -> None:
-        """Everything at once; in as few messages as the limits allow, unless told otherwise."""
-        for bundle in [said] if self.bundled else [[one] for one in said]:
-            for frames in codec.encode_all(self.session, bundle):
-                self.control.send_multipart(frames)
+        """Everything at once, in as few messages as the limits allow."""
+        for frames in codec.encode_all(self.session, said):
+            self.control.send_multipart(frames)
+
+    def say_each(self, said: Said) -> None:
+        """Everything in a message of its own."""
+        for one in said:
+            self.control.send_multipart(codec.encode(self.session, [one]))
 
     def hear(self) -> list[tuple[Any, bytes]]:
         """All that has arrived."""

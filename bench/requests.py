@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 import zmq
 
@@ -19,7 +21,12 @@ from bench.peers import BEAT_FRAME_BYTES, BEAT_S, PATIENT, FakeClient, FakeWorke
 from bench.processes import Meter, Node
 from llambo.mesh import messages as m
 
+#: Requests spoken of in one control message.
+BUNDLE = 64
 PROMPT = b"What is the capital of the county of Nowhere?"
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,12 +46,13 @@ def mesh_round(
     poller = zmq.Poller()
     for socket in (client.control, client.tokens, worker.control):
         poller.register(socket, zmq.POLLIN)
-    client.bundled = worker.bundled = bundled
+    tell_broker = client.say if bundled else client.say_each
+    answer = worker.say if bundled else worker.say_each
     done = begun = chunks = 0
     meter = Meter(node)
     stop_at = time.perf_counter() + seconds
     beat_at = 0.0
-    client.say(submits(flight))
+    tell_broker(submits(flight))
     begun = flight
     while done < begun or chunks < done:
         readable = dict(poller.poll())
@@ -54,21 +62,24 @@ def mesh_round(
             client.say([(m.ClientHeartbeat(), None)])
             beat_at = now + BEAT_S
         if worker.control in readable:
-            said = []
-            for message, _ in worker.hear():
-                if type(message) is m.Dispatch:
-                    said += worker.answer(message)
-            worker.say(said) if said else None
+            for given in parts([message for message, _ in worker.hear() if type(message) is m.Dispatch]):
+                answer([said for dispatch in given for said in worker.answer(dispatch)])
         if client.tokens in readable:
             chunks += sum(len(frame) > BEAT_FRAME_BYTES for frame in client.hear_tokens())
         if client.control in readable:
             ended = [message.id for message, _ in client.hear() if type(message) is m.End and message.count == 1]
-            if ended:
-                done += len(ended)
-                fresh = submits(len(ended)) if now < stop_at else []
+            for part in parts(ended):
+                done += len(part)
+                fresh = submits(len(part)) if now < stop_at else []
                 begun += len(fresh)
-                client.say([(m.EndAck(ended), None), *fresh])
+                tell_broker([(m.EndAck(part), None), *fresh])
     return _round(done, meter)
+
+
+def parts(items: list[T]) -> Iterator[list[T]]:
+    """As a real link does: it does not wait for the last before it sends the first, and so both ends have work."""
+    for at in range(0, len(items), BUNDLE):
+        yield items[at : at + BUNDLE]
 
 
 def submits(count: int) -> list[tuple[m.Message, bytes | None]]:
@@ -111,7 +122,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench requests", description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of one round")
-    parser.add_argument("--flight", type=int, default=256, help="requests under way")
+    parser.add_argument("--flight", type=int, default=512, help="requests under way")
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
     rows: dict[str, list[Round]] = {"mesh": [], "mesh, unbundled": [], "bare ROUTER loop": []}

@@ -22,9 +22,17 @@ MAX_REFUSALS = 100
 
 
 def enqueue(state: State, request: Request, now_ms: int) -> None:
+    """Where nobody waits and a slot is free, straight to a worker: most requests never see the queue."""
+    lane = request.lane
+    state.open_lane(lane)
+    if state.room.first(lane) is None:
+        worker = schedule.choose(state.policy, request, state.pools.get(lane))
+        if worker is not None:
+            request.queued_at = now_ms
+            _dispatch(state, request, worker, now_ms)
+            return
     state.room.put(request, now_ms)
-    state.open_lane(request.lane)
-    pump(state, request.lane, now_ms)
+    pump(state, lane, now_ms)
 
 
 def pump(state: State, lane: str, now_ms: int) -> None:
@@ -34,6 +42,7 @@ def pump(state: State, lane: str, now_ms: int) -> None:
         if worker is None:
             return
         _dispatch(state, request, worker, now_ms)
+        state.room.left(request)
 
 
 def settle(state: State, now_ms: int) -> None:
@@ -51,7 +60,6 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     prefix = request.transcript.ids()
     request.attempt += 1
     request.step(RequestState.DISPATCHED)
-    state.room.left(request)
     request.queued_ms += now_ms - request.queued_at
     request.key = request.id + request.attempt.to_bytes(4, "big") + state.chance(4)
     request.worker = worker

@@ -49,7 +49,7 @@ def _queue(state: State) -> None:
     for lane, line in state.room.lines.items():
         assert sum(1 for _ in line) == line.count
         pool = state.pools.get(lane)
-        assert not (line.count and pool and pool.free), "somebody waits although a slot is free"
+        assert not (pool and pool.free), "somebody waits although a slot is free"
 
 
 def _workers(state: State) -> None:

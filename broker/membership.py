@@ -253,7 +253,6 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
 def sweep(state: State, now_ms: int) -> None:
     """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
     config = state.config
-    state.room.tidy()
     for request in state.room.expired(now_ms):
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))

@@ -79,7 +79,7 @@ class WaitingRoom:
         self.count = 0
         self.bytes = 0
         self.served = 0
-        #: One for each lane that is waited for, and until the next `tidy` also those where nobody is left.
+        #: One for each lane that is waited for.
         self.lines: dict[str, Line] = {}
         self._max_requests = max_requests
         self._max_bytes = max_bytes
@@ -96,25 +96,21 @@ class WaitingRoom:
         self.count += 1
         self.bytes += len(request.prompt)
         due = now_ms + self._max_age_ms
-        line = self.lines.get(request.lane)
-        if line is None:
-            line = self.lines[request.lane] = Line()
-        line.put(request, min(due, request.deadline_at or due))
+        self._line(request.lane).put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
         """Call it after the request has made its step out of WAITING."""
         self.count -= 1
         self.bytes -= len(request.prompt)
         self.served += 1
-        self.lines[request.lane].left(request)
+        line = self.lines[request.lane]
+        line.left(request)
+        if not line.count:
+            del self.lines[request.lane]
 
-    def first(self, model: str) -> Request | None:
-        line = self.lines.get(model)
-        return line.first() if line is not None and line.count else None
-
-    def tidy(self) -> None:
-        """Now and then: most lines empty and fill again many times a second, and should not be made anew each time."""
-        self.lines = {model: line for model, line in self.lines.items() if line.count}
+    def first(self, lane: str) -> Request | None:
+        line = self.lines.get(lane)
+        return line.first() if line else None
 
     def ahead(self, request: Request) -> int:
         """About how many are served before this one: exact while nobody overtakes."""
@@ -124,3 +120,6 @@ class WaitingRoom:
         """Those that have waited for too long, also in their second line after losing a worker."""
         limit = now_ms - self._max_age_ms
         return [r for line in self.lines.values() for r in line if r.queued_at <= limit]
+
+    def _line(self, lane: str) -> Line:
+        return self.lines.setdefault(lane, Line())

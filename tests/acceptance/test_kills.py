@@ -8,10 +8,10 @@ from __future__ import annotations
 from bench import kills
 
 
-def test_killing_an_agent_and_an_engine_costs_no_client_a_token() -> None:
-    outcome = kills.run(kills=2, streams=30)
+def test_killing_agents_and_engines_costs_no_client_a_token() -> None:
+    outcome = kills.run(kills=3, streams=30)
 
-    assert outcome.streams == 60
+    assert outcome.streams == 90
     assert all(outcome.stalls_ms.values()), "each kill should have moved some of the streams"
     assert not outcome.errors
     assert (outcome.lost, outcome.duplicated, outcome.wrong) == (0, 0, 0)

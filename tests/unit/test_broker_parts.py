@@ -99,7 +99,6 @@ def test_who_left_is_skipped_and_who_came_back_waits_once() -> None:
     room.put(second, 5)
     assert serve(room) is second
     assert room.count == room.bytes == 0
-    room.tidy()
     assert room.lines == {}
 
 
