@@ -156,6 +156,7 @@ class BrokerCore:
                 error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
                 ending.finish(state, request, "deadline", now_ms, error)
         if now_ms >= state.worker_round_at:
+            membership.pardon(state, now_ms - state.worker_round_at, now_ms)
             state.worker_round_at = now_ms + state.config.ping_ms
             membership.worker_round(state, now_ms)
         if now_ms >= state.client_round_at:

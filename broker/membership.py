@@ -120,6 +120,19 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
             dispatching.requeue(state, request, f"worker {worker.name}: {why}", now_ms)
 
 
+def pardon(state: State, late_ms: int, now_ms: int) -> None:
+    """This round comes late: the broker, or its whole machine, stood still. Nobody else was silent meanwhile."""
+    if late_ms < state.config.heartbeat_ms or not state.worker_round_at:
+        return
+    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms")
+    for worker in state.registry.workers.values():
+        worker.heard_at = min(now_ms, worker.heard_at + late_ms)
+        if worker.route_gone_at:
+            worker.route_gone_at = min(now_ms, worker.route_gone_at + late_ms)
+    for client in state.registry.clients.values():
+        client.heard_at = min(now_ms, client.heard_at + late_ms)
+
+
 def worker_round(state: State, now_ms: int) -> None:
     """A heartbeat to each worker. Sending is also how a dead one is found: the route is gone at once."""
     for worker in list(state.registry.workers.values()):

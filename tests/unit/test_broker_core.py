@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from llambo.broker import membership
-from llambo.broker.events import StopAsked
+from llambo.broker.events import StopAsked, Tick
 from llambo.broker.transcript import reservation
 from llambo.mesh import messages as m
 from llambo.mesh import tokens
@@ -249,6 +249,21 @@ def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> N
     bench.pass_time(1_000)
     assert not bench.state.requests
     assert not bench.state.registry.clients
+
+
+def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
+    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    bench.pass_time(500)
+    # Given that the whole machine slept for a minute, with no tick in between
+    bench.now_ms += 60_000
+    bench.handle(Tick())
+    # Then nobody is lost by that, and whoever stays silent from now on is.
+    assert worker.session in bench.state.registry.workers
+    assert client.session in bench.state.registry.clients
+    bench.pass_time(700)
+    assert worker.session not in bench.state.registry.workers
 
 
 def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
