@@ -162,9 +162,10 @@ class Batcher:
     def plan(self) -> Plan | None:
         """The next step, or None if there is nothing to decode. `done` has to follow."""
         plan = Plan()
-        for key, slot in self._by_key.items():
-            if key not in self._prefilling and slot.waiting:
-                self._add(plan, key, slot, 1)
+        # In the order of the slots: llama.cpp computes neighbours together, and others one after the other.
+        for slot in self.slots:
+            if slot.key is not None and slot.key not in self._prefilling and slot.waiting:
+                self._add(plan, slot.key, slot, 1)
         share = self._share(len(plan.tokens))
         for key, slot in list(self._prefilling.items()):
             count = min(share - plan.prefill, slot.waiting)

@@ -23,6 +23,10 @@ from llambo.worker import engine_proto as proto
 from llambo.worker.fake import FakeEngine
 
 READ_BYTES = 64 * 1024
+#: How often a thread of llama.cpp looks whether the others are there before it sleeps. libgomp's own choice is 300
+#: times that, and where another process wants a core, too, each step then waits for the scheduler: 2 tokens/s
+#: were seen on two busy cores, and 20 to 40 with this. Whoever sets the variable decides.
+SPIN_COUNT = 1000
 #: From linux/prctl.h: the signal this process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -43,6 +47,8 @@ def make_engine(configure: proto.Configure, say: Callable[[proto.Progress], None
     if configure.engine == "fake":
         return FakeEngine(configure.fake, configure.model)
     if configure.engine == "llama":
+        # Read when the library is loaded, so before that.
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
         from llambo.worker.llama_load import load  # noqa: PLC0415  # only here is llama.cpp needed
 
         return load(configure, say)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -58,10 +57,10 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     say(Progress(f"looking at {path}"))
     file = gguf.read(path)
     layout = models.layout(knobs, file, models.free_bytes(), models.cores())
-    say(Progress("computing the fingerprint"))
-    fingerprint = models.fingerprint(file, layout.context, knobs.kv_type)
-    # Each thread waits for the others by spinning: one that is not there costs more than it brings.
-    os.environ.setdefault("OMP_NUM_THREADS", str(layout.threads))
+    bar = Bar(say)
+    fingerprint = models.fingerprint(
+        file, layout.context, knobs.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
+    )
     tell(
         f"{path}: {layout.slots} slots of {layout.context} tokens, {layout.threads} threads, {layout.batch} tokens in "
         f"a step, {knobs.kv_type} cache, flash attention {knobs.flash_attn}, {knobs.gpu_layers} layers on a GPU; "
@@ -72,5 +71,5 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     )  # fmt: skip
     return LlamaEngine(
         models.name_of(configure.model), path, shape,
-        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=Bar(say),
+        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=bar,
     )  # fmt: skip

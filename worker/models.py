@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ MIN_CONTEXT = 256
 WORK_BYTES = 256 * 1024 * 1024
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 MIB = 1024 * 1024
+#: Read at a time for a fingerprint.
+READ_BYTES = 64 * MIB
 
 
 class NoSuchModel(Exception):
@@ -137,24 +140,40 @@ def cores() -> int:
 # --- fingerprint ---------------------------------------------------------------------------------------
 
 
-def fingerprint(file: ModelFile, context: int, kv_type: str) -> str:
+def fingerprint(
+    file: ModelFile, context: int, kv_type: str, on_progress: Callable[[int], None] = lambda percent: None
+) -> str:
     """The same only where a stream may go on: same weights, same template, same context."""
     template = hashlib.sha256(file.template.encode()).hexdigest()[:8]
     quant = file.meta.get("general.file_type", "?")
-    return f"{file.architecture}-{quant}-{context}-{kv_type}-{digest(file.path)[:32]}-{template}"[: limits.NAME_CHARS]
+    return (
+        f"{file.architecture}-{quant}-{context}-{kv_type}-{digest(file.path, on_progress=on_progress)[:32]}-{template}"[
+            : limits.NAME_CHARS
+        ]
+    )
 
 
-def digest(path: str, cache: Path | None = None) -> str:
+def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
     """sha256 of the file, remembered under its path for as long as size and time of change stay."""
     cache = cache or _cache_file()
     info = Path(path).stat()
     mark = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}"
     known = _known(cache)
     if mark not in known:
-        with Path(path).open("rb") as file:
-            known[mark] = hashlib.file_digest(file, "sha256").hexdigest()
+        known[mark] = _digest(path, info.st_size, on_progress)
         _remember(cache, known)
     return known[mark]
+
+
+def _digest(path: str, size: int, on_progress: Callable[[int], None]) -> str:
+    """A large file takes minutes, and whoever waits wants to know that it goes on."""
+    result, done = hashlib.sha256(), 0
+    with Path(path).open("rb") as file:
+        while block := file.read(READ_BYTES):
+            result.update(block)
+            done += len(block)
+            on_progress(done * 100 // max(size, 1))
+    return result.hexdigest()
 
 
 def _cache_file() -> Path:
