@@ -21,6 +21,11 @@ llambo-worker --broker tcp://box:7330             then, on other machines
 llambo --broker tcp://box:7330 send hello
 """
 
+OPEN = (
+    "llambo-broker: warning: nothing is encrypted yet, and whoever reaches these ports may send, read and cancel "
+    "everything; keep them inside a network you trust"
+)
+
 
 @click.command(
     cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
@@ -38,7 +43,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     adopt(parent)
     from llambo.broker.config import BrokerConfig
     from llambo.broker.server import run_broker
-    from llambo.mesh.sockets import endpoint
+    from llambo.mesh.sockets import endpoint, is_loopback
 
     settings = common.settings
     config = BrokerConfig.from_settings(settings.values)
@@ -49,6 +54,8 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
         started = True
         if not notify(notify_fd, str(port)):
             click.echo(f"llambo-broker: listening at {endpoint(host, port)}", err=True)
+        if not is_loopback(host):
+            click.echo(OPEN, err=True)
 
     try:
         code = run_broker(config, host, settings.number("port"), announce)

@@ -6,6 +6,7 @@ any size and does not notice a cut cable.
 
 from __future__ import annotations
 
+import ipaddress
 import socket as pysocket
 from urllib.parse import urlsplit
 
@@ -82,6 +83,14 @@ def resolve(address: str, offset: int = 0) -> tuple[str, int]:
     except OSError as error:
         raise LlamboError(Code.NO_BROKER, f"{host!r} cannot be resolved: {error}") from error
     return str(found[0][4][0]), port + offset
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name other than localhost may be anything."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def endpoint(ip: str, port: int) -> str:
