@@ -19,8 +19,8 @@ from random import Random
 
 #: Faults may begin until then; all are over by then.
 FAULTS_END_MS = 6_000
-#: By then everything must have ended, every END be acknowledged, every worker be idle. One slow worker may be all that is
-#: left of the mesh, with ten long answers to give: most runs settle within seconds, and stop there.
+#: By then everything must have ended, every END be acknowledged, every worker be idle. One slow worker may be all
+#: that is left of the mesh, with ten long answers to give: most runs settle within seconds, and stop there.
 SETTLED_MS = 150_000
 
 
