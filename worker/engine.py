@@ -24,8 +24,9 @@ from llambo.worker.fake import FakeEngine
 
 READ_BYTES = 64 * 1024
 #: How often a thread of llama.cpp looks whether the others are there before it sleeps. libgomp's own choice is 300
-#: times that, and where another process wants a core, too, each step then waits for the scheduler: 2 tokens/s
-#: were seen on two busy cores, and 20 to 40 with this. Whoever sets the variable decides.
+#: times that. With the cores to itself an engine is as fast either way (166 tokens/s for 8 streams on two cores, 206
+#: for 16); where another process wants one, too, each step then waits for the scheduler (27 tokens/s instead of 79
+#: for one stream). Whoever sets the variable decides.
 SPIN_COUNT = 1000
 #: From linux/prctl.h: the signal this process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
