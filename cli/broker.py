@@ -8,7 +8,7 @@ from llambo.cli.child import adopt, child_options, notify
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
-from llambo.cli.failure import Failure
+from llambo.cli.failure import Failure, check_name
 from llambo.cli.options import settings_options
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import of_roles
@@ -47,6 +47,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 
     settings = common.settings
     config = BrokerConfig.from_settings(settings.values)
+    check_name(settings.text("broker_name"), "--name")
     host, started = settings.text("bind"), False
 
     def announce(port: int) -> None:

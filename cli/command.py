@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 
 from llambo.cli.exits import MEANING, Exit
 from llambo.cli.failure import Failure
+from llambo.cli.standard import NO_ROOM, cannot_write, fill_closed_streams, silence
 from llambo.mesh.errors import LlamboError
 
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
@@ -23,6 +23,17 @@ class _Help(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples.strip("\n")
         self.exit_codes = exit_codes
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole process: its streams before anything else, and a last word if they take nothing more."""
+        fill_closed_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            cannot_write(error, "llambo")
+            sys.exit(Exit.ERROR)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -79,7 +90,5 @@ class Group(_Help, click.Group):
 
 
 def silence_stdout() -> None:
-    """What Python flushes at its exit would meet the broken pipe again, and complain."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
+    """Whoever read it has left."""
+    silence(sys.stdout.fileno())

@@ -8,7 +8,8 @@ from typing import IO, Any
 import click
 
 from llambo.cli.exits import Exit, exit_of
-from llambo.mesh.errors import LlamboError
+from llambo.mesh import limits
+from llambo.mesh.errors import Code, LlamboError
 
 
 class Failure(click.ClickException):
@@ -22,7 +23,7 @@ class Failure(click.ClickException):
 
     @classmethod
     def of(cls, error: LlamboError, *, as_json: bool = False) -> Failure:
-        hint, code = error.hint, exit_of(error.code)
+        hint, code = hint_of(error), exit_of(error.code)
         # Some texts say already what to do; once is enough.
         text = error.text.removesuffix(f"; {hint}")
         if error.retry_after_ms:
@@ -39,3 +40,21 @@ class Failure(click.ClickException):
         click.echo(f"llambo: {self.message}", err=True)
         if self.hint:
             click.echo(f"  {self.hint}", err=True)
+
+
+def hint_of(error: LlamboError) -> str:
+    """That of its code, unless more can be said."""
+    if error.code is Code.UNKNOWN_TYPE and "client_hello" in error.text:
+        return "that is a broker's port for workers; clients take the first of its ports, the one it says at its start"
+    if error.code is Code.BAD_REQUEST and "prompt is empty" in error.text:
+        return "give a prompt, as an argument or on stdin"
+    return error.hint
+
+
+def check_name(name: str, flag: str) -> str:
+    """Names are shown in everybody's lists and logs: what moves the cursor does not belong there."""
+    if not name.isprintable() or len(name) > limits.NAME_CHARS:
+        raise Failure(
+            f"{flag} {name!r} is no name", f"at most {limits.NAME_CHARS} characters, none of control", Exit.USAGE
+        )
+    return name

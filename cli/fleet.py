@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import errno
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import click
 
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure
+from llambo.cli.following import end_signals
 from llambo.cli.supervisor import Child, how_it_ended
 from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 
@@ -28,9 +29,10 @@ class Plan:
 
 
 async def run(plan: Plan) -> int:
-    """Until SIGINT or SIGTERM. Children do not outlive it, however it ends."""
+    """Until SIGINT, SIGTERM or SIGHUP. Children do not outlive it, however it ends."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = end_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stop.set)
     fleet = Fleet(plan)
     work = asyncio.create_task(fleet.run())
@@ -40,7 +42,7 @@ async def run(plan: Plan) -> int:
         if stop.is_set():
             say("stopping")
             # From here on a Ctrl-C means: now.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in numbers:
                 loop.add_signal_handler(number, fleet.hurry)
     finally:
         waiting.cancel()
@@ -116,13 +118,22 @@ def invite(address: str, workers: int) -> None:
     which = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
     say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     for words in ('send "What is AI?"', "status", "workers"):
-        click.echo(f"    llambo{which} {words}")
+        _echo(f"    llambo{which} {words}")
     say("Ctrl-C stops everything")
 
 
 def say(text: str) -> None:
-    click.echo(f"llambo up: {text}")
+    _echo(f"llambo up: {text}")
 
 
 def show(line: str) -> None:
-    click.echo(line, err=True)
+    _echo(line, err=True)
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    """What nobody can see any more, because the terminal is gone, must not keep the children from a good end."""
+    try:
+        click.echo(text, err=err)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise

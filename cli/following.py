@@ -22,7 +22,7 @@ from llambo.cli.command import silence_stdout
 from llambo.cli.common import Common
 from llambo.cli.exits import Exit
 from llambo.cli.out import Out
-from llambo.cli.views import Clock, JsonView, TextView, View, statistics_line
+from llambo.cli.views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
 from llambo.mesh.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -35,26 +35,33 @@ Opener = Callable[["Client"], Awaitable["Stream"]]
 END_WAIT_S = 2.0
 
 
+def end_signals() -> list[int]:
+    """What ends a command. Under `nohup` a terminal that is closed does not."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+
+
 class Interrupts:
-    """SIGINT and SIGTERM while a stream is followed. `signal` is the first that came, or 0."""
+    """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
 
     def __init__(self, *, cancels: bool) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels
+        self._numbers = end_signals()
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.current_task()
         self._tasks: list[asyncio.Task[None]] = []
 
     def __enter__(self) -> Interrupts:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             self._loop.add_signal_handler(number, self._on_signal, number)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self._numbers:
             self._loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
@@ -87,6 +94,8 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
     with Interrupts(cancels=mine) as interrupts:
         try:
             async with asyncio.timeout(timeout_ms / 1_000 or None), connect(common) as client:
+                if common.verbose or sys.stderr.isatty():
+                    client.on_link = tell_link
                 interrupts.stream = await opener(client)
                 answer, clock = await _show(interrupts.stream, as_json)
         except TimeoutError as error:
@@ -98,6 +107,13 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
     if common.verbose:
         click.echo(statistics_line(answer, clock), err=True)
     return _exit_code(answer, interrupts)
+
+
+def tell_link(lost: str) -> None:
+    """An answer that stands still for a while should say why."""
+    before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
+    text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
+    click.echo(f"{before}llambo: {text}", err=True)
 
 
 async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from llambo.cli.common import Common, config_option, verbosity
+from llambo.mesh import limits
 from llambo.mesh.settings_table import BY_NAME, Setting
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -99,3 +100,23 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         if time_ms < 1:
             self.fail(f"{value!r} is no time such as 500ms, 20s, 20 (seconds), 5m or 1h", param, ctx)
         return time_ms
+
+
+class StopText(click.ParamType):  # type: ignore[type-arg]
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not 1 <= len(value) <= limits.STOP_CHARS:
+            self.fail(f"{value!r}: expected 1 to {limits.STOP_CHARS} characters", param, ctx)
+        return str(value)
+
+
+class Seed(click.ParamType):  # type: ignore[type-arg]
+    name = "NUMBER"
+    _HIGHEST = 2**63 - 1
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seed = int(value) if re.fullmatch(r"\d{1,19}", str(value).strip(), re.ASCII) else -1
+        if not 0 <= seed <= self._HIGHEST:
+            self.fail(f"{value!r}: expected a whole number, 0 to {self._HIGHEST}", param, ctx)
+        return seed

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 Row = Sequence[Any]
+
+#: A last column that is wider than this is folded before others are left out.
+FOLDED = 24
 
 
 def show_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def table(columns: Sequence[str], rows: Sequence[Row], *, nothing: str = "") -> None:
-    """`nothing` is said on stderr when there are no rows, so that a script reads an empty list."""
+def table(
+    columns: Sequence[str], rows: Sequence[Row], *, nothing: str = "", fixed: int = 0, spare: Sequence[str] = ()
+) -> None:
+    """`nothing` is said on stderr when there are no rows, so that a script reads an empty list.
+
+    On a terminal the first `fixed` columns are never folded; where it is narrow, those that are `spare` are left out,
+    the first of them first.
+    """
     if not rows:
         click.echo(nothing or "nothing to show", err=True)
         return
     texts = [[str(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
-        _rich_table(columns, texts, rows)
+        _rich_table(columns, texts, rows, fixed, spare)
     else:
         _plain_table(columns, texts, rows)
 
@@ -48,19 +57,39 @@ def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[
         click.echo("  ".join(cells).rstrip())
 
 
-def _rich_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:
+def _rich_table(
+    columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row], fixed: int, spare: Sequence[str]
+) -> None:
     # Late: rich takes longer to import than the mesh to answer.
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for title, right in zip(columns, _numeric(rows), strict=True):
-        shown.add_column(title, justify="right" if right else "left", overflow="fold")
+    console, shown = Console(), Table(box=box.SIMPLE_HEAD, header_style="bold")
+    kept = _fitting(columns, texts, spare, console.width)
+    numeric = _numeric(rows)
+    for at in kept:
+        justify: Literal["left", "right"] = "right" if numeric[at] else "left"
+        shown.add_column(columns[at], justify=justify, overflow="fold", no_wrap=at < fixed)
     for row in texts:
-        shown.add_row(*map(escape, row))
-    Console().print(shown)
+        shown.add_row(*[escape(row[at]) for at in kept])
+    console.print(shown)
+
+
+def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str], width: int) -> list[int]:
+    """Which columns a terminal of this width has room for. Those that nobody can spare are shown in any case."""
+    from rich.cells import cell_len
+
+    kept = list(range(len(columns)))
+    # The box of a column takes three more, and the last one, a text, may well be folded.
+    widths = [3 + max(cell_len(line[at]) for line in (columns, *texts)) for at in kept]
+    widths[-1] = min(widths[-1], FOLDED)
+    for title in spare:
+        if sum(widths[at] for at in kept) + 1 <= width:
+            break
+        kept.remove(columns.index(title))
+    return kept
 
 
 def _numeric(rows: Sequence[Row]) -> list[bool]:

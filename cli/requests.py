@@ -18,6 +18,8 @@ llambo cancel "$(llambo requests --json | jq -r '.[0].id')"
 """
 
 COLUMNS = ("id", "state", "model", "priority", "worker", "tokens", "moves", "age", "note")
+#: What a narrow terminal does without.
+SPARE = ("moves", "priority", "model", "age", "note", "worker")
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -30,7 +32,7 @@ def requests(common: Common, as_json: bool) -> None:
     if as_json:
         show_json(found)
     else:
-        table(COLUMNS, [_row(request) for request in found], nothing="nothing waits or runs")
+        table(COLUMNS, [_row(request) for request in found], nothing="nothing waits or runs", fixed=2, spare=SPARE)
 
 
 def _row(request: dict[str, Any]) -> Row:

@@ -10,7 +10,8 @@ import click
 
 from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
-from llambo.cli.options import Duration, client_options, json_option, settings_options
+from llambo.cli.options import Duration, Seed, StopText, client_options, json_option, settings_options
+from llambo.mesh import limits
 from llambo.mesh.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ def _client_options(function: Any) -> Any:
 
 @click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT|-]")
-@click.option("--seed", type=int, metavar="NUMBER", help="The same seed, the same chances.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--seed", type=Seed(), metavar="NUMBER", help="The same seed, the same chances.")
+@click.option(
+    "--stop", type=StopText(), multiple=True, metavar="TEXT", help="End before this text; may be given often."
+)
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
 @click.option("--system", metavar="TEXT", help="Tell the model how to behave.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
@@ -71,6 +74,10 @@ def send(
                                        the last line, when it failed
     """
     text = _prompt(prompt)
+    if not text:
+        raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
+    if len(chosen["stop"]) > limits.STOP_STRINGS:
+        raise click.UsageError(f"--stop may be given {limits.STOP_STRINGS} times")
     options = _options(common, chosen, stream=not no_stream)
     context = click.get_current_context()
     if detach:
@@ -85,15 +92,26 @@ def send(
 
 
 def _prompt(arguments: tuple[str, ...]) -> str:
+    if "-" in arguments and len(arguments) > 1:
+        raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):
         return " ".join(arguments)
     if not arguments and sys.stdin.isatty():
         raise click.UsageError("there is no prompt: give it as an argument, or pipe it in")
     try:
         # Without the newline that `echo` adds, so that both ways of asking ask the same.
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return _read_stdin().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
+
+
+def _read_stdin() -> bytes:
+    """No more than a prompt may have and a newline, however much there is."""
+    read = sys.stdin.buffer.read(limits.PROMPT_BYTES + 2)
+    if len(read.removesuffix(b"\n")) > limits.PROMPT_BYTES:
+        text = f"the prompt on stdin is longer than the {limits.PROMPT_BYTES} bytes that are allowed"
+        raise LlamboError(Code.TOO_LONG, text)
+    return read
 
 
 def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options:

@@ -11,7 +11,7 @@ from llambo.cli.child import adopt, child_options, notify
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
-from llambo.cli.failure import Failure
+from llambo.cli.failure import Failure, check_name
 from llambo.cli.options import settings_options
 from llambo.mesh.settings_table import SECTIONS
 
@@ -71,7 +71,7 @@ def worker_config(settings: Settings) -> WorkerConfig:
     knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
     return WorkerConfig(
         brokers=(settings.text("broker"),),
-        name=settings.text("name") or default_name(),
+        name=check_name(settings.text("name"), "--name") or default_name(),
         engine=engine,
         model=model,
         # The table of settings has checked each value against its kind and its choices.

@@ -19,6 +19,8 @@ llambo workers --json | jq -r '.[].worker'
 """
 
 COLUMNS = ("worker", "state", "models", "busy", "tokens/s", "done", "heard", "up", "host", "pid", "note")
+#: What a narrow terminal does without.
+SPARE = ("pid", "host", "up", "done", "heard", "note")
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -26,7 +28,7 @@ COLUMNS = ("worker", "state", "models", "busy", "tokens/s", "done", "heard", "up
 @client_options
 @pass_common
 def workers(common: Common, as_json: bool) -> None:
-    """List the workers.
+    """List the workers. A narrow terminal has no room for every column; a pipe and --json have.
 
     \b
     ready      takes work
@@ -40,7 +42,8 @@ def workers(common: Common, as_json: bool) -> None:
         show_json(found)
     else:
         rows = [_row(worker) for worker in found]
-        table(COLUMNS, rows, nothing="no worker has joined: start one with `llambo-worker` or `llambo up`")
+        nothing = "no worker has joined: start one with `llambo-worker` or `llambo up`"
+        table(COLUMNS, rows, nothing=nothing, fixed=2, spare=SPARE)
 
 
 def _row(worker: dict[str, Any]) -> Row:

@@ -82,6 +82,9 @@ class Client:
         self._welcomed: asyncio.Future[None] | None = None
         self._waiters = Waiters(self._error)
         self._numbers = count(1)
+        #: Called with why the broker was lost, and with "" when one answers again.
+        self.on_link: Callable[[str], None] | None = None
+        self._lost = ""
 
     # --- connecting --------------------------------------------------------------------------------------------
 
@@ -289,8 +292,18 @@ class Client:
         log.debug("link %s%s", delivery.state.value, f": {problem.text}" if problem else "")
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
+            self._tell_link("")
         elif problem is not None and not (error := self._error(problem)).retryable:
             reject(self._welcomed, error)
+        elif problem is not None and self._welcomed is not None and self._welcomed.done():
+            self._tell_link(problem.text or "no answer")
+
+    def _tell_link(self, lost: str) -> None:
+        """Only what is news: each try to connect anew changes the link as well."""
+        if bool(lost) != bool(self._lost):
+            self._lost = lost
+            if self.on_link is not None:
+                self.on_link(lost)
 
     def _on_broken(self, error: Exception) -> None:
         told = LlamboError(Code.INTERNAL, f"the client is broken: {error!r}")

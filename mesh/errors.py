@@ -72,7 +72,7 @@ TRAITS: dict[Code, Trait] = {
     Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
     Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of the models that are listed"),
     Code.MODEL_REQUIRED: Trait(Fault.CALLER, 400, False, "name one with --model"),
-    Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo status` lists what runs"),
+    Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo requests` lists what runs"),
     Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),
     Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was kept for its time and is gone; send again"),
     Code.BUSY: Trait(Fault.MESH, 429, True, "try again after the time given, or add workers"),

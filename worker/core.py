@@ -22,7 +22,7 @@ from typing import Literal, assert_never, cast
 import msgspec
 
 from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore, LinkOrder, LinkState
 from llambo.worker import events as e
 from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
@@ -53,6 +53,7 @@ class WorkerCore:
         self.delivery = Delivery(self.links, self._rate, self._out)
         self.runs = self.delivery.runs
         self._told: dict[int, LinkState] = {}
+        self._complaints: dict[int, str] = {}
         self._seq = dict.fromkeys(self.links, 0)
         self._ready_said = False
         self._leave_at = NEVER_MS
@@ -209,7 +210,8 @@ class WorkerCore:
     def _on_problem(self, number: int, problem: m.Problem, now_ms: int) -> None:
         link, error = self.links[number], problem.error
         if link.state is LinkState.GREETING or error.code is Code.UNKNOWN_SESSION:
-            self._refused(number, error.text, now_ms)
+            taken = error.code is Code.NAME_TAKEN
+            self._refused(number, f"{error.text}; {TRAITS[error.code].hint}" if taken else error.text, now_ms)
         else:
             self._out.append(Log(f"the broker complains: {error.code}: {error.text}", warning=True))
 
@@ -284,10 +286,18 @@ class WorkerCore:
         link = self.links[number]
         self._told[number] = link.state
         if link.state is LinkState.DOWN and link.problem:
-            self._out.append(Log(f"link {number}: down, {link.problem}", warning=True))
+            # Each try fails for the same reason; once is enough.
+            if self._complaints.get(number) != link.problem:
+                self._complaints[number] = link.problem
+                address = self._config.brokers[number]
+                text = (
+                    f"no broker answers at {address}" if link.problem == "no answer" else f"{address}: {link.problem}"
+                )
+                self._out.append(Log(f"{text}; trying on", warning=True))
         elif link.state is LinkState.MENDING:
             self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
+            self._complaints.pop(number, None)
             self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
             if not self._ready_said:
                 self._ready_said = True

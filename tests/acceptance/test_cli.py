@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 
 from llambo.cli.exits import Exit
 from tests.acceptance.commands import (
+    BROKER,
     LLAMBO,
     PATIENCE_S,
     ROOT,
+    WORKER,
     Mesh,
     Running,
     Terminal,
@@ -76,6 +79,107 @@ def test_json_lines_tell_the_whole_story(mesh: Mesh) -> None:
     assert (end["type"], end["reason"], end["tokens"], end["moves"]) == ("end", "length", 12, 0)
     assert end["worker"] in ("worker-1", "worker-2")
     assert end["total_ms"] >= end["first_token_ms"] > 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Mesh, closed: str) -> None:
+    done = subprocess.run(
+        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} send -v --max-tokens 5 hi {closed}",
+        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" ") == 5
+
+
+@pytest.mark.parametrize("words", ["send hi", "status", "workers"])
+def test_nobody_who_listens_is_no_error(mesh: Mesh, words: str) -> None:
+    done = subprocess.run(
+        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >&-",
+        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("words", ["send hi", "status"])
+def test_a_full_disk_is_one_line(mesh: Mesh, words: str) -> None:
+    done = subprocess.run(
+        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >/dev/full",
+        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
+
+
+def test_a_terminal_that_is_closed_cancels(mesh: Mesh) -> None:
+    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
+        sending.line(FIRST_TOKEN)
+        sending.signal(signal.SIGHUP)
+        assert sending.end() == 128 + signal.SIGHUP, sending.story("the exit status")
+
+    assert sending.objects()[-1]["reason"] == "cancelled"
+
+
+def test_the_port_for_workers_is_recognized(mesh: Mesh) -> None:
+    host, _, port = mesh.address.rpartition(":")
+    done = mesh.llambo("--broker", f"{host}:{int(port) + 1}", "status")
+
+    assert done.code != 0
+    assert "port for workers" in done.err
+
+
+def test_a_broker_that_is_lost_is_said_and_so_is_its_return() -> None:
+    with Running(BROKER, "--port", "0") as broker:
+        port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
+        address = f"tcp://127.0.0.1:{port}"
+        with Running(WORKER, "--broker", address, "--fake-tokens-per-s", "50") as worker:
+            worker.line("is ready")
+            with Running(LLAMBO, "--broker", address, "send", "-v", "--json", *ENDLESS, "hello") as sending:
+                sending.line(FIRST_TOKEN)
+                broker.signal(signal.SIGKILL)
+                broker.end()
+                sending.line("lost the broker .*; trying again")
+                with Running(BROKER, "--port", port):
+                    sending.line("the broker is back")
+                    sending.signal(signal.SIGINT)
+                    sending.end()
+            assert sum("lost the broker" in line for line in sending.err) == 1
+
+
+def test_a_worker_says_once_that_its_name_is_taken() -> None:
+    with (
+        by_hand(["--name", "tiny"]) as (mesh, _, _),
+        Running(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
+    ):
+        second.line("another worker is called 'tiny'.*choose another --name; trying on")
+
+
+def test_a_worker_without_a_broker_says_so() -> None:
+    with Running(WORKER, "--broker", "tcp://127.0.0.1:1") as worker:
+        worker.line("no broker answers at tcp://127.0.0.1:1; trying on")
+
+
+def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
+    screen, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", LLAMBO, "up", "--port", "0", "--workers", "1", "-v"],
+        stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=environment(),
+    ) as running:  # fmt: skip
+        try:
+            os.close(theirs)
+            said = b""
+            while b"Ctrl-C stops everything" not in said:
+                assert select.select([screen], [], [], PATIENCE_S)[0], said
+                said += os.read(screen, 4096)
+            pids = family(running.pid)
+            os.close(screen)
+            running.send_signal(signal.SIGHUP)
+            assert running.wait(PATIENCE_S) == Exit.OK
+        finally:
+            running.kill()
+    for pid in pids:
+        wait_until_gone(pid, PATIENCE_S)
 
 
 def test_without_a_stream_the_answer_comes_whole(mesh: Mesh) -> None:

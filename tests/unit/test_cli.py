@@ -13,7 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from llambo.cli import broker, docs, main, worker
+from llambo.cli import broker, docs, main, worker, workers
 from llambo.cli.exits import MEANING, Exit, exit_of
 from llambo.cli.failure import Failure
 from llambo.cli.options import Duration
@@ -21,6 +21,7 @@ from llambo.cli.out import Out
 from llambo.cli.output import duration, number, size, table
 from llambo.cli.up import plan
 from llambo.cli.why import summary, timeline
+from llambo.mesh import limits
 from llambo.mesh.errors import Code, LlamboError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,10 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         (["send", "--temperature", "-1", "hello"], "expected 0 to 100"),
         (["send", "--deadline", "soon", "hello"], "is no time such as 500ms"),
         (["send", "--priority", "urgent", "hello"], "interactive"),
+        (["send", "--seed", "-1", "hello"], "expected a whole number, 0 to"),
+        (["send", "--seed", "9223372036854775808", "hello"], "expected a whole number, 0 to"),
+        (["send", "--stop", "", "hello"], "expected 1 to 256 characters"),
+        (["send", "-", "hello"], "stands for the whole prompt"),
         (["why"], "Missing argument 'ID'"),
         (["up", "--workers", "0"], "--workers"),
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
@@ -257,6 +262,38 @@ def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:
     assert "lease_ms is 100, expected at least 600" in result.stderr
 
 
+@pytest.mark.parametrize("main", [broker.main, worker.main])
+def test_a_name_of_control_characters_is_refused(main: click.Command) -> None:
+    result = CliRunner().invoke(main, ["--name", "a\x1b[2Jb"])
+
+    assert result.exit_code == Exit.USAGE
+    assert "none of control" in result.stderr
+
+
+def test_no_more_of_stdin_is_read_than_a_prompt_may_have() -> None:
+    result = llambo("send", "--broker", NOBODY, stdin=b"x" * (limits.PROMPT_BYTES + 3))
+
+    assert result.exit_code == Exit.REFUSED
+    assert f"longer than the {limits.PROMPT_BYTES} bytes" in result.stderr
+
+
+def test_an_empty_prompt_is_refused_with_what_to_do() -> None:
+    result = llambo("send", "--broker", NOBODY, "")
+
+    assert result.exit_code == Exit.REFUSED
+    assert "give a prompt" in result.stderr
+
+
+def test_a_full_disk_is_one_line() -> None:
+    for words in ("--help", "config"):
+        with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+            told = subprocess.run(
+                [sys.executable, "-m", "llambo.cli", words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            )
+
+        assert (told.returncode, told.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
+
+
 # --- tables --------------------------------------------------------------------------------------------
 
 
@@ -282,6 +319,32 @@ def test_on_a_terminal_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert "[red]tiny[/red]" in shown
     assert "\x1b[3" not in shown
+
+
+def test_on_a_narrow_terminal_names_are_whole_and_columns_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("COLUMNS", "80")
+    name, host = "rack-07-gpu-machine-03", "a-host-with-a-name.of.some.length"
+    row = (
+        name,
+        "draining",
+        "llama-3-8b",
+        *["1234567"] * 6,
+        host,
+        "4194304",
+        "a note of more words than there is room for",
+    )
+    with open(theirs, "w", encoding="utf-8") as terminal:  # noqa: PTH123 - a descriptor has no path
+        monkeypatch.setattr("sys.stdout", terminal)
+        columns = [*workers.COLUMNS[:3], "more", *workers.COLUMNS[3:]]
+        table(columns, [row], fixed=2, spare=workers.SPARE)
+        terminal.flush()
+        shown = os.read(ours, 8192).decode()
+    os.close(ours)
+
+    assert name in shown
+    assert "draining" in shown
+    assert host not in shown
 
 
 def test_an_empty_table_leaves_stdout_empty(capsys: pytest.CaptureFixture[str]) -> None:

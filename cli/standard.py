@@ -1,0 +1,50 @@
+"""The three standard streams, which a process may be started without.
+
+A descriptor that is closed is given to whatever is opened next: a socket that became number 2 would be written to
+as if it were stderr. So /dev/null takes each empty place before anything else can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+
+import click
+
+#: What a write fails with when there is no room for it.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def fill_closed_streams() -> None:
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+            os.set_inheritable(descriptor, True)
+    # For one that was closed when Python started, it has None.
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def silence(descriptor: int) -> None:
+    """What Python flushes at its exit would meet the same trouble again, and complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
+def cannot_write(error: OSError, program: str) -> None:
+    """One line about a full disk, if there is still a place to say it."""
+    with contextlib.suppress(OSError, ValueError):
+        silence(sys.stdout.fileno())
+    try:
+        click.echo(f"{program}: cannot write: {error.strerror}", err=True)
+    except OSError:
+        silence(sys.stderr.fileno())
