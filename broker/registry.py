@@ -10,7 +10,9 @@ class WorkerEntry:
     """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
 
     __slots__ = (
+        "adopted",
         "beat",
+        "busy",
         "claims",
         "closed",
         "done",
@@ -58,6 +60,10 @@ class WorkerEntry:
         #: Control sequence number of the last message that carries one.
         self.seq = 0
         self.claims: dict[bytes, int] = {}
+        #: Those of them that it ran already: they may be more than it has slots, if they have ended.
+        self.adopted: set[bytes] = set()
+        #: Slots that others than us have taken.
+        self.busy = 0
         self.state = "ready"
         self.draining = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
@@ -71,7 +77,7 @@ class WorkerEntry:
 
     @property
     def free(self) -> int:
-        return self.slots - len(self.claims)
+        return self.slots - len(self.claims) - self.busy
 
     @property
     def tokens_up(self) -> bool:
