@@ -29,6 +29,7 @@ class WorkerEntry:
         "route",
         "route_gone_at",
         "seq",
+        "serving",
         "session",
         "slots",
         "state",
@@ -40,10 +41,7 @@ class WorkerEntry:
         self.hello = hello
         self.welcome = welcome
         self.name = hello.name
-        self.models = tuple(model.name for model in hello.models)
-        #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(model.name, model.fingerprint) for model in hello.models if model.fingerprint)
-        self.slots = hello.slots
+        self.serve(hello.models, hello.slots)
         self.incarnation = hello.incarnation
         self.session = welcome.session
         self.route = route
@@ -55,7 +53,7 @@ class WorkerEntry:
         #: Control sequence number of the last message that carries one.
         self.seq = 0
         self.claims: dict[bytes, int] = {}
-        self.state = "ready"
+        self.state: str = hello.state
         self.draining = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
         self.closed = False
@@ -66,8 +64,16 @@ class WorkerEntry:
         self.position: dict[str, int] = {}
         self.turn = 0
 
+    def serve(self, serving: list[m.ModelInfo], slots: int) -> None:
+        """What it serves: from its hello, or, if that was said too early to know, from a heartbeat."""
+        self.serving = serving
+        self.models = tuple(model.name for model in serving)
+        #: The lanes of requests that only the very same model may continue.
+        self.lanes = tuple(lane(model.name, model.fingerprint) for model in serving if model.fingerprint)
+        self.slots = slots
+
     def fingerprint_of(self, name: str) -> str:
-        return next((model.fingerprint for model in self.hello.models if model.name == name), "")
+        return next((model.fingerprint for model in self.serving if model.name == name), "")
 
     @property
     def free(self) -> int:

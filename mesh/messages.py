@@ -233,7 +233,13 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     context_tokens: Count = 0
 
 
+#: How a worker is: its engine is loading, or works, or it takes nothing new.
+WorkerState = Literal["starting", "ready", "draining"]
+
+
 class WorkerHello(Message, frozen=True):
+    """Who has come. One that is still loading says what it is going to serve, as far as it knows."""
+
     name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
     #: Random, chosen when the process starts: the same worker with another incarnation has restarted.
     incarnation: Annotated[bytes, Meta(max_length=64)]
@@ -244,6 +250,7 @@ class WorkerHello(Message, frozen=True):
     node_class: Name = ""
     host: Name = ""
     pid: Count = 0
+    state: WorkerState = "ready"
 
 
 class WorkerHeartbeat(Message, frozen=True):
@@ -256,11 +263,16 @@ class WorkerHeartbeat(Message, frozen=True):
     #: The last token-plane beat the worker published, to compare with the one the broker saw.
     beat: Number = 0
     claims: dict[RunKey, Count] = {}
-    state: Literal["starting", "ready", "draining"] = "ready"
+    state: WorkerState = "ready"
     #: Tokens per second over the last moments, and what the engine is doing, for people.
     rate: float = 0.0
     note: Annotated[str, Meta(max_length=256)] = ""
     engine_restarts: Count = 0
+    #: While it is starting: how much of the model is loaded.
+    percent: Annotated[int, Meta(ge=0, le=100)] = 0
+    #: What it serves, if that is not what this session's hello said; empty: it is.
+    models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)] = []
+    slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
 
 
 class Accept(Message, frozen=True):

@@ -58,7 +58,7 @@ class LlamaEngine:
             nonlocal percent
             if int(share * 100) > percent:
                 percent = int(share * 100)
-                say(Progress(f"loading {name}: {percent} %"))
+                say(Progress(f"loading {name}: {percent} %", percent=percent))
 
         self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)

@@ -58,8 +58,9 @@ class Bench:
         incarnation: bytes = b"i",
         route: bytes = b"",
         fingerprint: str = "",
+        state: m.WorkerState = "ready",
     ) -> Worker:
-        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots)
+        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello)
 
     def client(self, route: bytes = b"c") -> Client:
@@ -92,7 +93,7 @@ class Worker(Peer):
         welcomes = self.heard(m.Welcome)
         if welcomes:
             self.session = welcomes[-1].session
-            self.beat()
+            self.beat(state=hello.state)
 
     def say(self, *messages: m.Message) -> None:
         self.bench.handle(WorkerSaid(self.route, self.session, [(message, b"") for message in messages]))
