@@ -106,7 +106,8 @@ class EngineLife:
             careful = " while loading, with safe settings too" if loading else ""
             return self._problem or (self.note if stalled else f"{text}{careful}")
         self._spawn_at = now_ms + self._backoff
-        self.note = f"{self._problem or text}; a new engine in {self._backoff} ms"
+        where = " while loading" if loading else ""
+        self.note = f"{self._problem or text + where}; a new engine in {self._backoff} ms"
         self._out.append(Log(f"engine: {self.note}", warning=True))
         self._backoff = min(self._backoff * 2, self._config.backoff_ms)
         return ""
@@ -125,6 +126,8 @@ class EngineLife:
             self._heard_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
             self._problem, self._stalled, self.percent = "", False, 0
+            careful = ", with safe settings" if self._safe else ""
+            self._out.append(Log(f"engine: starting{careful}"))
             self._out.append(SpawnEngine(self._safe))
         elif now_ms >= self._stalled_at(busy):
             doing = "loading" if self.state is EngineState.LOADING else "decoding"
