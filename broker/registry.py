@@ -32,6 +32,7 @@ class WorkerEntry:
         "route",
         "route_gone_at",
         "seq",
+        "serving",
         "session",
         "slots",
         "state",
@@ -43,12 +44,7 @@ class WorkerEntry:
         self.hello = hello
         self.welcome = welcome
         self.name = hello.name
-        self.models = tuple(model.name for model in hello.models)
-        #: Model to fingerprint, for those that have one.
-        self.fingerprints = {model.name: model.fingerprint for model in hello.models if model.fingerprint}
-        #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
-        self.slots = hello.slots
+        self.serve(hello.models, hello.slots)
         self.incarnation = hello.incarnation
         self.session = welcome.session
         self.route = route
@@ -64,7 +60,7 @@ class WorkerEntry:
         self.adopted: set[bytes] = set()
         #: Slots that others than us have taken.
         self.busy = 0
-        self.state = "ready"
+        self.state: str = hello.state
         self.draining = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
         self.closed = False
@@ -74,6 +70,16 @@ class WorkerEntry:
         # --- kept by schedule.Pool
         self.position: dict[str, int] = {}
         self.turn = 0
+
+    def serve(self, serving: list[m.ModelInfo], slots: int) -> None:
+        """What it serves: from its hello, or, if that was said too early to know, from a heartbeat."""
+        self.serving = serving
+        self.models = tuple(model.name for model in serving)
+        #: Model to fingerprint, for those that have one.
+        self.fingerprints = {model.name: model.fingerprint for model in serving if model.fingerprint}
+        #: The lanes of requests that only the very same model may continue.
+        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
+        self.slots = slots
 
     @property
     def free(self) -> int:

@@ -40,6 +40,7 @@ from llambo.mesh.worker_messages import (
     Reject,
     WorkerHeartbeat,
     WorkerHello,
+    WorkerState,
 )
 
 __all__ = [
@@ -84,6 +85,7 @@ __all__ = [
     "Welcome",
     "WorkerHeartbeat",
     "WorkerHello",
+    "WorkerState",
     "WorkerToBroker",
 ]  # fmt: skip
 

@@ -264,6 +264,9 @@ _FAKE = (
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
     _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
+    _fake("load_ms", Kind.MS, 0, "how long it takes to load", high=_LONGEST_MS),
+    _fake("load_crash", Kind.TEXT, "never", "die while loading: never, always, or careless: unless told to be careful",
+          choices=("never", "careless", "always")),
 )  # fmt: skip
 
 TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE

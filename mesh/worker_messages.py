@@ -34,7 +34,13 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     context_tokens: Count = 0
 
 
+#: How a worker is: its engine is loading, or works, or it takes nothing new.
+WorkerState = Literal["starting", "ready", "draining"]
+
+
 class WorkerHello(Message, frozen=True):
+    """Who has come. One that is still loading says what it is going to serve, as far as it knows."""
+
     name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
     #: Random, chosen when the process starts: the same worker with another incarnation has restarted.
     incarnation: Annotated[bytes, Meta(max_length=64)]
@@ -45,6 +51,7 @@ class WorkerHello(Message, frozen=True):
     node_class: Name = ""
     host: Name = ""
     pid: Count = 0
+    state: WorkerState = "ready"
 
 
 class WorkerHeartbeat(Message, frozen=True):
@@ -59,11 +66,16 @@ class WorkerHeartbeat(Message, frozen=True):
     claims: dict[RunKey, Count] = {}
     #: Slots taken by what other brokers have given it, or by what has lost its broker.
     busy: Count = 0
-    state: Literal["starting", "ready", "draining"] = "ready"
+    state: WorkerState = "ready"
     #: Tokens per second over the last moments, and what the engine is doing, for people.
     rate: float = 0.0
     note: Annotated[str, Meta(max_length=256)] = ""
     engine_restarts: Count = 0
+    #: While it is starting: how much of the model is loaded.
+    percent: Annotated[int, Meta(ge=0, le=100)] = 0
+    #: What it serves, if that is not what this session's hello said; empty: it is.
+    models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)] = []
+    slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
 
 
 class Accept(Message, frozen=True):

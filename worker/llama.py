@@ -40,7 +40,7 @@ DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 #: The longest piece of text one token stands for.
 PIECE_BYTES = 4096
 #: From ggml.h.
-LOG_WARNING, LOG_ERROR = 2, 3
+LOG_WARNING, LOG_ERROR = 3, 4
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

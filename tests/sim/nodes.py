@@ -259,6 +259,9 @@ class WorkerNode(Peer):
         self._generation = 0
         self._step_at = 2**62
         self.left = False
+        #: How long an engine of this host takes to load its model.
+        self.load_ms = 20
+        self._loading = False
         self.on_exit: Callable[[], None] = lambda: None
 
     def _control(self, bundle: Bundle) -> None:
@@ -276,7 +279,7 @@ class WorkerNode(Peer):
     def perform_other(self, order: Any) -> None:
         match order:
             case wa.SpawnEngine():
-                self.clock.after(20, self._spawn)
+                self._load()
             case wa.KillEngine():
                 self.engine_dies("killed", 2)
             case wa.StartRun(start):
@@ -299,18 +302,31 @@ class WorkerNode(Peer):
         self.on_exit()
 
     def engine_dies(self, text: str, delay_ms: int = 1) -> None:
-        if self.engine is None and text != "killed":
+        if self.engine is None and not self._loading and text != "killed":
             return
-        self.engine = None
+        self.engine, self._loading = None, False
         self.engine_deaths += 1
         self._generation += 1
         self._later(w.EngineDied(text), delay_ms)
 
-    def _spawn(self) -> None:
-        if not self.alive:
-            return
-        self.engine = FakeEngine(self.config.fake)
+    def _load(self) -> None:
+        """It takes its time, tells how far it is, and may die of it."""
+        self._loading = True
         self._generation += 1
+        generation = self._generation
+
+        def progress(percent: int) -> None:
+            if self.alive and generation == self._generation:
+                self.happen(w.EngineProgressed(f"loading: {percent} %", percent=percent))
+
+        for quarter in range(4):
+            self.clock.after(self.load_ms * quarter // 4, lambda n=25 * quarter: progress(n))  # type: ignore[misc]
+        self.clock.after(self.load_ms, lambda: self._spawn(generation))
+
+    def _spawn(self, generation: int) -> None:
+        if not self.alive or generation != self._generation:
+            return
+        self.engine, self._loading = FakeEngine(self.config.fake), False
         self._step_at = 2**62
         ready = self.engine.ready()
         self.happen(w.EngineReady(ready.models, ready.slots, ready.note))

@@ -107,6 +107,8 @@ class World:
     def _start_worker(self, config: WorkerConfig) -> WorkerNode:
         wire = Wire(self.network, config.name, to_worker=True)
         node = WorkerNode(self.clock, self._skew(), config, self.random, wire)
+        # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
+        node.load_ms = self.random.choice((20, 20, 300, 2_500))
         wire.on_subscribed = lambda: node.happen(_subscribed())
         if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
             node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))

@@ -59,8 +59,9 @@ class Bench:
         incarnation: bytes = b"i",
         route: bytes = b"",
         fingerprint: str = "",
+        state: m.WorkerState = "ready",
     ) -> Worker:
-        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots)
+        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello)
 
     def client(self, route: bytes = b"c") -> Client:
@@ -93,7 +94,7 @@ class Worker(Peer):
         welcomes = self.heard(m.Welcome)
         if welcomes:
             self.session = welcomes[-1].session
-            self.beat()
+            self.beat(state=hello.state)
 
     def say(self, *messages: m.Message, blob: bytes = b"") -> None:
         self.bench.handle(WorkerSaid(self.route, self.session, [(message, blob) for message in messages]))

@@ -59,9 +59,20 @@ SAMPLES: dict[str, list[m.Message]] = {
     ],
     "worker": [
         m.WorkerHello(
-            "w-1", b"incarnat", [m.ModelInfo("tiny", "f00d", 2_048)], 8, (1, 2), "0.1.0", "gpu", "host-1", 77
+            "w-1",
+            b"incarnat",
+            [m.ModelInfo("tiny", "f00d", 2_048)],
+            8,
+            (1, 2),
+            "0.1.0",
+            "gpu",
+            "host-1",
+            77,
+            "starting",
         ),
-        m.WorkerHeartbeat(17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2),
+        m.WorkerHeartbeat(
+            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8
+        ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
         m.EngineLost([KEY], "signal 11"),

@@ -110,20 +110,57 @@ def chunks(rig: Rig) -> list[dict[str, Any]]:
 # --- joining -----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_said_before_the_engine_is_ready() -> None:
+def test_hello_is_said_while_the_engine_loads() -> None:
     # Given a worker that starts
-    rig = Rig().on(e.Ticked())
-    assert rig.take(object) == [a.SpawnEngine()]
-    # When the engine loads for a while
-    rig.on(e.EngineProgressed("half")).wait(20_000)
-    # Then no broker hears of it
-    assert rig.take(object) == []
-    # When it is ready, Then hello says what it has
-    rig.on(e.EngineReady(MODELS, 3)).wait(200)
-    assert len(rig.take(OpenControl)) == 1
-    rig.wait(500)
+    rig = Rig(model="models/tiny.gguf").on(e.Ticked())
+    # Then its engine is started and the broker is greeted, with what is known by now
+    assert [type(action).__name__ for action in rig.actions] == ["Log", "SpawnEngine", "OpenControl", "Send"]
     (hello,) = rig.sent(m.WorkerHello)
-    assert (hello.name, hello.slots, hello.models, hello.incarnation) == ("w", 3, MODELS, b"incarnat")
+    assert (hello.name, hello.state, hello.models, hello.incarnation) == (
+        "w", "starting", [m.ModelInfo("tiny")], b"incarnat"
+    )  # fmt: skip
+    # When it was welcomed and the engine loads, Then its heartbeats say how far it is
+    rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig.on(e.EngineProgressed("loading tiny: 43 %", percent=43)).alive(300)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.percent, beat.note) == ("starting", 43, "loading tiny: 43 %")
+    # And nothing can be given to it
+    assert rig.say(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
+    rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    assert rig.take(a.NotifyReady) == []
+    rig.on(e.EngineReady(MODELS, 3))
+    assert a.NotifyReady() in rig.actions
+    beats = rig.alive(1_000).sent(m.WorkerHeartbeat)
+    assert len(beats) >= 4
+    assert {(beat.state, beat.percent, beat.slots) for beat in beats} == {("ready", 0, 3)}
+    assert all(beat.models == MODELS for beat in beats)
+    # A later hello knows it
+    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    (hello,) = rig.sent(m.WorkerHello)
+    assert (hello.models, hello.slots, hello.state) == (MODELS, 3, "ready")
+    rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig.session = LATER
+    assert {len(beat.models) for beat in rig.alive(500).sent(m.WorkerHeartbeat)} == {0}
+
+
+def test_a_hello_that_is_said_again_says_the_same() -> None:
+    rig = Rig().on(e.Ticked()).on(e.EngineReady(MODELS, 3)).wait(600)
+    first, second = rig.sent(m.WorkerHello)
+    assert first == second
+    # And the heartbeats say what it could not
+    beat = rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).sent(m.WorkerHeartbeat)[0]
+    assert (beat.models, beat.slots) == (MODELS, 3)
+
+
+def test_an_engine_that_starts_again_is_told_as_loading() -> None:
+    rig = joined().on(e.EngineDied("it died")).alive(300).on(e.EngineProgressed("x: 7 %", percent=7)).alive(200)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.percent) == ("starting", 7)
+    assert rig.on(e.EngineReady(MODELS, 4)).sent(m.WorkerHeartbeat)[-1].state == "ready"
 
 
 def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
@@ -425,9 +462,12 @@ def test_an_engine_that_never_loads_is_killed() -> None:
     assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
 
 
-def test_an_engine_that_comes_back_different_is_announced_by_a_new_hello() -> None:
-    rig = joined().on(e.EngineDied("x")).alive(300).on(e.EngineReady(MODELS, 2)).wait(200)
-    assert [hello.slots for hello in rig.sent(m.WorkerHello)] == [2]
+def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
+    rig = joined().on(e.EngineDied("x")).alive(300)
+    rig.actions = []
+    beat = rig.on(e.EngineReady([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
+    assert (beat.models, beat.slots) == ([m.ModelInfo("fake", "other")], 2)
+    assert rig.core.links[0].up
 
 
 # --- sessions ----------------------------------------------------------------------------------------
@@ -607,11 +647,33 @@ def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_s
     assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
 
 
-def test_an_engine_that_cannot_load_its_model_says_why_and_is_tried_again() -> None:
-    rig = Rig().on(e.Ticked()).on(e.EngineProgressed("", "x.gguf is cut off"))
+@pytest.mark.parametrize("kind", ["said why", "died twice", "silent"])
+def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: str) -> None:
+    rig = Rig(load_ms=3_000, model="x.gguf").on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    if kind == "said why":
+        rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
+    elif kind == "died twice":
+        rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
+        assert rig.take(a.SpawnEngine)[-1] == a.SpawnEngine(safe=True)
+        rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
+    else:
+        rig.alive(3_100).on(e.EngineDied("the engine was ended by SIGKILL"))
+    reason = {
+        "said why": "x.gguf is cut off",
+        "died twice": "the engine was ended by SIGSEGV while loading, with safe settings too",
+        "silent": "the engine stalled: silent for 3000 ms while loading",
+    }[kind]
+    told = f"cannot serve x.gguf: {reason}"
+    assert rig.actions[-1] == a.Exit(told, status=1)
+    assert rig.sent(m.Goodbye) == [m.Goodbye(told)]
+    assert rig.core.exited
+
+
+def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again() -> None:
+    rig = joined().on(e.EngineDied("it died")).alive(300)
     rig.actions = []
-    rig.on(e.EngineDied("the engine exited with status 3"))
+    rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
-    assert "x.gguf is cut off; a new engine in 250 ms" in logged[0]
+    assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]
     assert rig.take(a.SpawnEngine) == []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.alive(600).take(a.SpawnEngine) == [a.SpawnEngine()]
