@@ -259,6 +259,7 @@ _FAKE = (
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
     _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
+    _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
 )  # fmt: skip
 
 TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE

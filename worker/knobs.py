@@ -37,6 +37,8 @@ class FakeKnobs:
     #: After this many tokens each chunk takes `slow_factor` times as long; 0: never.
     slow_at: int = 0
     slow_factor: float = 10.0
+    #: A prompt with this text in it kills the process, at the same token whoever runs it; empty: none does.
+    poison: str = ""
 
 
 @dataclass(frozen=True, slots=True)
