@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--preset", choices=PRESETS, default="mixed", help="what is set, where nothing else is said")
+    made.add_argument("--preset", choices=PRESETS, help="what is set where nothing else is said")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--minutes", type=float, default=None, help="how long faults go on")
     made.add_argument("--faults", metavar="KIND[=PER-MINUTE],...", help="only these")
@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
-    chosen: dict[str, Any] = dict(PRESETS[options.preset])
+    chosen: dict[str, Any] = dict(PRESETS[options.preset or "mixed"])
+    if options.preset is None:
+        chosen["minutes"] = 1.0
     for name in ("seed", "minutes", "brokers", "workers", "clients", "streams", "slots", "lease_ms", "stall_ms",
                  "drain_ms", "tokens_per_s", "engine", "style"):  # fmt: skip
         if getattr(options, name) is not None:

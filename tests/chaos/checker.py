@@ -65,20 +65,24 @@ class Streams:
     orphaned: int = 0
     #: Refused or failed, as they were meant to be.
     foreseen: int = 0
+    #: Results kept for somebody who comes back for them, by a broker that was restarted before that.
+    forgotten: int = 0
     tokens: int = 0
 
 
 def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
     """`style`: plain, wander, or anything else where the truth is not known beforehand."""
-    streams, killed = _collect(lines)
+    streams, killed, restarts = _collect(lines)
     for asked in streams.requests.values():
         _judge_one(streams, asked, asked.submit["who"] in killed, style, split)
+        _forgive(streams, asked, restarts)
     streams.wrong.sort(key=lambda wrong: wrong.at_ms)
     return streams
 
 
-def _collect(lines: Iterable[Line]) -> tuple[Streams, set[str]]:
-    streams, killed = Streams(), set[str]()
+def _collect(lines: Iterable[Line]) -> tuple[Streams, set[str], list[int]]:
+    """Also the clients that were killed, and when brokers were restarted."""
+    streams, killed, restarts = Streams(), set[str](), list[int]()
     for line in lines:
         match line["e"]:
             case "submit":
@@ -94,7 +98,19 @@ def _collect(lines: Iterable[Line]) -> tuple[Streams, set[str]]:
                     streams.wrong.append(Wrong(WRONG, f"{line['e']} for a request that nobody made", line["t"]))
             case "killed":
                 killed.add(line["whom"])
-    return streams, killed
+            case "fault" if line["kind"] == "broker":
+                restarts.append(line["t"])
+    return streams, killed, restarts
+
+
+def _forgive(streams: Streams, asked: Asked, restarts: list[int]) -> None:
+    """What a broker keeps it keeps in memory: nobody was promised that a result outlives its broker."""
+    for wrong in [wrong for wrong in streams.wrong if wrong.id == asked.id and wrong.sort == ERROR]:
+        unknown = wrong.text.startswith(("unknown_request", "expired"))
+        again = asked.submit.get("how") == "detached" and asked.readings.get(0) and asked.readings[0].ends
+        if unknown and again and any(asked.submit["t"] <= at <= wrong.at_ms for at in restarts):
+            streams.wrong.remove(wrong)
+            streams.forgotten += 1
 
 
 def _note(asked: Asked, line: Line) -> None:

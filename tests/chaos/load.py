@@ -135,13 +135,14 @@ class Load:
 
     async def _ask(self, client: Client, request: dict[str, Any], draw: float) -> bool:
         """False if it failed."""
-        id = ""
+        id, reading = "", {}
         options = {"seed": request["seed"], "max_tokens": request["max"]}
         try:
             if draw < DETACHED:
                 id = await client.submit(request["prompt"], **options)
                 self._journal.write("submit", id=id, how="detached", **request)
                 await self._read(await client.attach(id), 0)
+                reading = {"r": 1}
                 await self._read(await client.attach(id), 1)
             else:
                 whole = draw < DETACHED + GENERATED
@@ -150,7 +151,7 @@ class Load:
                 self._journal.write("submit", id=id, how="generate" if whole else "stream", **request)
                 await self._read(stream, 0)
         except LlamboError as error:
-            self._journal.write("error", id=id, code=error.code.value, text=error.text)
+            self._journal.write("error", id=id, code=error.code.value, text=error.text, **reading)
             await self._ask_why(client, id)
             return False
         finally:

@@ -17,6 +17,8 @@ from tests.chaos.promises import Times
 #: A process has settled after this long; its growth is measured from then on, if it lives as long again.
 WARM_MS = 20_000
 STORY_LINES = 80
+#: A silence of this length within an answer is part of its story.
+GAP_MS = 500
 
 Totals = dict[str, Any]
 
@@ -34,6 +36,7 @@ def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals
         "tokens": streams.tokens,
         "orphaned": streams.orphaned,
         "foreseen errors": streams.foreseen,
+        "forgotten results": streams.forgotten,
         **{f"fault {kind}": count for kind, count in times.faults.items()},
         **{f"skipped {kind}": count for kind, count in times.skipped.items()},
         **{f"variety {kind}": count for kind, count in times.varieties.items()},
@@ -76,8 +79,9 @@ def told(total: Totals) -> list[str]:
     if groups["skipped"]:
         lines.append("  skipped, because the victim was not there: " + _pairs(groups["skipped"]))
     lines.append("wrong: " + _pairs(groups["wrong"]))
-    if total["orphaned"] or total["foreseen errors"]:
-        lines.append(f"  {total['orphaned']} requests of killed clients, {total['foreseen errors']} foreseen errors")
+    allowed = {name: total[name] for name in ("orphaned", "foreseen errors", "forgotten results") if total[name]}
+    if allowed:
+        lines.append("  allowed: " + _pairs(allowed))
     counters = {name: groups["broker"][name] for name in TOLD if name in groups["broker"]}
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:
@@ -139,12 +143,33 @@ def story(wrong: Wrong, lines: list[Line], whys: dict[str, list[dict[str, Any]]]
         mine, begin, end = [], wrong.at_ms - 5_000, wrong.at_ms + 8_000
     around = [line for line in lines if begin - 1_000 <= line["t"] <= end + 1_000
               and line["e"] in ("fault", "healed", "gone", "skipped", "event", "begun", "ended", "back")]  # fmt: skip
-    for line in sorted([*mine, *around], key=lambda line: line["t"])[-STORY_LINES:]:
+    for line in sorted([*_shortened(mine), *around], key=lambda line: line["t"])[:STORY_LINES]:
         told.append(f"  {line['t'] - begin:>7} ms  {line['who']:<8} {line['e']:<8} {_facts(line)}")
     for broker, entries in whys.items():
         told.append(f"  what {broker} knows of it:")
         told += [f"    {entry['at_ms']:>7} ms  {entry['what']}: {entry['detail']}" for entry in entries]
     return told
+
+
+def _shortened(lines: list[Line]) -> list[Line]:
+    """Chunks that go on where the last one ended, by the same dispatch, say nothing new."""
+    kept: list[Line] = []
+    before: Line | None = None
+    for line in lines:
+        usual = (
+            line["e"] == "chunk"
+            and before is not None
+            and before["e"] == "chunk"
+            and line["i"] == before["i"] + len(before["ids"])
+            and {dispatch for dispatch, _ in line["d"]} == {dispatch for dispatch, _ in before["d"]}
+            and line["t"] - before["t"] < GAP_MS
+        )
+        if not usual:
+            if before is not None and before not in kept:
+                kept.append(before)
+            kept.append(line)
+        before = line
+    return kept
 
 
 def _facts(line: Line) -> str:
