@@ -5,7 +5,7 @@ from __future__ import annotations
 from llambo.broker import admission, delivery, dispatching, ending
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import RequestState
+from llambo.broker.requests import PARKED, RequestState
 from llambo.broker.state import State
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -54,6 +54,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     if worker.draining:
         state.out.append(ToWorker(route, worker.session, m.Drain()))
+    admission.ask_again(state, now_ms)
 
 
 def _alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
@@ -68,6 +69,8 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     worker.last = beat
     worker.state = beat.state
     worker.beat = max(worker.beat, beat.beat)
+    worker.busy = beat.busy
+    worker.adopted &= worker.claims.keys()
     worker.closed = False
     if (beat.state == "draining") != worker.draining:
         # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
@@ -130,6 +133,7 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     keys = list(worker.claims)
     worker.claims.clear()
     worker.state = "gone"
+    state.orphanage.forget_worker(worker)
     state.update_pools(worker)
     state.counters.workers_lost += 1
     state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
@@ -277,6 +281,8 @@ def _may_serve(worker: WorkerEntry, model: str, lane: str) -> bool:
 def _give_up_on_lanes(state: State, now_ms: int) -> None:
     """Nobody is there to run these, and nobody came in time."""
     for lane, line in list(state.room.lines.items()):
+        if lane == PARKED:
+            continue
         model, _, fingerprint = lane.partition("\0")
         since = state.models.get(model, 0)
         if fingerprint and not since:
@@ -297,6 +303,8 @@ def sweep(state: State, now_ms: int) -> None:
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
     _give_up_on_lanes(state, now_ms)
+    admission.ask_again(state, now_ms)
+    state.orphanage.expire(now_ms)
     state.close_lanes()
     state.archive.expire(now_ms)
     _forget_models(state)

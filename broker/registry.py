@@ -10,12 +10,15 @@ class WorkerEntry:
     """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
 
     __slots__ = (
+        "adopted",
         "beat",
+        "busy",
         "claims",
         "closed",
         "done",
         "draining",
         "echo",
+        "fingerprints",
         "heard_at",
         "hello",
         "incarnation",
@@ -53,6 +56,10 @@ class WorkerEntry:
         #: Control sequence number of the last message that carries one.
         self.seq = 0
         self.claims: dict[bytes, int] = {}
+        #: Those of them that it ran already: they may be more than it has slots, if they have ended.
+        self.adopted: set[bytes] = set()
+        #: Slots that others than us have taken.
+        self.busy = 0
         self.state: str = hello.state
         self.draining = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
@@ -68,16 +75,15 @@ class WorkerEntry:
         """What it serves: from its hello, or, if that was said too early to know, from a heartbeat."""
         self.serving = serving
         self.models = tuple(model.name for model in serving)
+        #: Model to fingerprint, for those that have one.
+        self.fingerprints = {model.name: model.fingerprint for model in serving if model.fingerprint}
         #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(model.name, model.fingerprint) for model in serving if model.fingerprint)
+        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
         self.slots = slots
-
-    def fingerprint_of(self, name: str) -> str:
-        return next((model.fingerprint for model in self.serving if model.name == name), "")
 
     @property
     def free(self) -> int:
-        return self.slots - len(self.claims)
+        return self.slots - len(self.claims) - self.busy
 
     @property
     def tokens_up(self) -> bool:

@@ -30,6 +30,8 @@ class WorkerConfig:
     node_class: str = ""
     #: How long a worker that was told to stop waits for what runs.
     drain_ms: int = 30_000
+    #: How long what runs goes on without a broker.
+    orphan_ms: int = 30_000
     #: An engine that has sequences and is silent for so long is killed. So is one that loads, for `load_ms`.
     stall_ms: int = 10_000
     load_ms: int = 120_000

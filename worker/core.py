@@ -10,7 +10,7 @@ part can be asked for again. Three rules carry the weight:
     a fence   outputs of a run that was cancelled, dropped or lost with its engine go nowhere
 
 The engine may die at any moment: its runs are then reported as lost (the broker continues them elsewhere), runs
-that had ended are still here. A new session means that the broker has forgotten us: its runs are dropped.
+that had ended are still here. The broker may die as well: its runs go on, and are offered to the next (orphans.py).
 
 Facts come in by `handle`, orders come out of it; there is no clock, socket or chance in here.
 """
@@ -23,6 +23,7 @@ from typing import assert_never, cast
 import msgspec
 
 from llambo.mesh import messages as m
+from llambo.mesh import transfer
 from llambo.mesh.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore, LinkOrder, LinkState
 from llambo.worker import events as e
@@ -33,6 +34,7 @@ from llambo.worker.engine_life import NEVER_MS, EngineLife
 from llambo.worker.engine_proto import Start
 from llambo.worker.identity import Identity
 from llambo.worker.introduction import Introduction
+from llambo.worker.orphans import Orphans
 from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
 
@@ -59,6 +61,7 @@ class WorkerCore:
         self._rate = Rate()
         self.delivery = Delivery(self.links, self._rate, self._out)
         self.runs = self.delivery.runs
+        self.orphans = Orphans(self.links, self.delivery, self._out, config.orphan_ms)
         self._told: dict[int, LinkState] = {}
         self._complaints: dict[int, str] = {}
         self._seq = dict.fromkeys(self.links, 0)
@@ -106,7 +109,8 @@ class WorkerCore:
             return NEVER_MS
         engine_ms = self.engine.next_wakeup_ms(self.runs.active > 0)
         links_ms = min(link.next_wakeup_ms() for link in self.links.values())
-        return min(engine_ms, self._leave_at, self.delivery.next_wakeup_ms(), links_ms)
+        runs_ms = min(self.delivery.next_wakeup_ms(), self.orphans.next_wakeup_ms())
+        return min(engine_ms, self._leave_at, runs_ms, links_ms)
 
     @property
     def state(self) -> m.WorkerState:
@@ -148,7 +152,7 @@ class WorkerCore:
     def _on_welcome(self, number: int, welcome: m.Welcome, now_ms: int) -> None:
         if self.links[number].on_welcome(welcome, now_ms):
             self._seq[number] = 0
-            self.delivery.forget(number)
+            self.orphans.on_welcome(number, now_ms)
 
     def _on_message(self, number: int, message: m.Message, blob: bytes, now_ms: int) -> None:
         link = self.links[number]
@@ -159,6 +163,10 @@ class WorkerCore:
                 link.on_missing(link.beat - message.echo, now_ms)
             case m.Dispatch():
                 self._on_dispatch(number, message, blob, now_ms)
+            case m.Adopt():
+                self._seq[number] = max(self._seq[number], message.seq)
+                self.orphans.adopt(number, message, now_ms)
+                link.beat_now()
             case m.EndAck():
                 self.delivery.on_ack(message)
             case m.Replay():
@@ -174,10 +182,15 @@ class WorkerCore:
             case _:
                 self._out.append(Log(f"a {type(message).__name__} makes no sense for a worker", warning=True))
 
-    def _on_dispatch(self, number: int, dispatch: m.Dispatch, prompt: bytes, now_ms: int) -> None:
+    def _on_dispatch(self, number: int, dispatch: m.Dispatch, blob: bytes, now_ms: int) -> None:
         self._seq[number] = max(self._seq[number], dispatch.seq)
         key = dispatch.id + dispatch.dispatch
         if self.runs.get(key) is not None:
+            return
+        try:
+            prompt, chunks = transfer.unpack(blob, dispatch.prompt_bytes)
+        except ValueError as error:
+            self._reject(number, dispatch.id, dispatch.dispatch, ErrorInfo(Code.BAD_REQUEST, str(error)), True)
             return
         sampling = self._admit(dispatch)
         if isinstance(sampling, ErrorInfo):
@@ -186,8 +199,11 @@ class WorkerCore:
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
-        self.runs.add(Run(key, number, Tokens(len(dispatch.prefix))))
-        self._out.append(StartRun(_start(key, dispatch, prompt, sampling)))
+        deadline_at = now_ms + dispatch.deadline_ms if dispatch.deadline_ms else 0
+        self.runs.add(Run(key, number, Tokens.of(dispatch, chunks), dispatch, prompt, deadline_at))
+        d = dispatch
+        start = Start(key, prompt, d.max_tokens, d.seed, d.prefix, sampling, d.deadline_ms, d.model)
+        self._out.append(StartRun(start))
         self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
 
     def _admit(self, dispatch: m.Dispatch) -> m.Sampling | ErrorInfo:
@@ -264,11 +280,12 @@ class WorkerCore:
         if self.engine.tick(now_ms, self.runs.active > 0):
             self._lose_runs(self.engine.note)
         self.delivery.tick(now_ms)
+        self.orphans.tick(now_ms)
         for number, link in self.links.items():
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
             if link.state is not self._told.get(number):
-                self._tell(number)
+                self._tell(number, now_ms)
 
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
@@ -279,6 +296,7 @@ class WorkerCore:
                 seq=self._seq[number],
                 beat=link.beat,
                 claims=self.runs.claims(number),
+                busy=self.runs.busy(number),
                 state=self.state,
                 rate=self._rate.per_second(now_ms),
                 note=self.engine.note[:256],
@@ -289,10 +307,12 @@ class WorkerCore:
             )
         )
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, number: int, now_ms: int) -> None:
         """Links come and go; the operator hears of it, and the supervisor when the worker is of use."""
         link = self.links[number]
         self._told[number] = link.state
+        if not link.welcomed:
+            self.orphans.on_lost(number, now_ms)
         if link.state is LinkState.DOWN and link.problem:
             # Each try fails for the same reason; once is enough.
             if self._complaints.get(number) != link.problem:
@@ -317,16 +337,3 @@ class WorkerCore:
 
     def _hello(self, number: int) -> m.WorkerHello:
         return self._introduction.hello(number, self.links[number].greetings, self.state)
-
-
-def _start(key: bytes, dispatch: m.Dispatch, prompt: bytes, sampling: m.Sampling) -> Start:
-    return Start(
-        key,
-        prompt,
-        dispatch.max_tokens,
-        dispatch.seed,
-        dispatch.prefix,
-        sampling,
-        dispatch.deadline_ms,
-        dispatch.model,
-    )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 from msgspec import Raw
 
-from llambo.mesh import limits, tokens
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 from llambo.mesh.codec import NO_SESSION
 from llambo.mesh.errors import Code, ErrorInfo
@@ -114,7 +114,7 @@ def test_hello_is_said_while_the_engine_loads() -> None:
     # Given a worker that starts
     rig = Rig(model="models/tiny.gguf").on(e.Ticked())
     # Then its engine is started and the broker is greeted, with what is known by now
-    assert [type(action).__name__ for action in rig.actions] == ["SpawnEngine", "OpenControl", "Send"]
+    assert [type(action).__name__ for action in rig.actions] == ["Log", "SpawnEngine", "OpenControl", "Send"]
     (hello,) = rig.sent(m.WorkerHello)
     assert (hello.name, hello.state, hello.models, hello.incarnation) == (
         "w", "starting", [m.ModelInfo("tiny")], b"incarnat"
@@ -473,16 +473,86 @@ def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> No
 # --- sessions ----------------------------------------------------------------------------------------
 
 
-def test_a_new_session_drops_the_runs_of_the_old_one() -> None:
-    rig = running(1, 2).step(key_of(1), [1], "stop")
-    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+def lost(*numbers: int, **config: Any) -> Rig:
+    """Its broker is gone while these run."""
+    rig = running(*numbers, **config).say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+    rig.actions = []
+    return rig
+
+
+def back(rig: Rig) -> Rig:
+    """A broker says welcome again."""
     rig.wait(200).say(m.Welcome(LATER, 7332), session=NO_SESSION)
-    assert rig.take(a.StopRun) == [a.StopRun(key_of(2))]
-    assert len(rig.core.runs) == 0
     rig.session = LATER
-    rig.alive(200)
+    return rig
+
+
+def orphans(rig: Rig) -> list[tuple[m.Orphan, bytes]]:
+    sends = [send for send in rig.take(Send) if isinstance(send.message, m.Orphan)]
+    return [(send.message, send.blob or b"") for send in sends if isinstance(send.message, m.Orphan)]
+
+
+def test_runs_survive_their_broker_and_are_announced_to_the_next() -> None:
+    # Given a run with a deadline that continues two tokens, and has lost its broker after a third
+    existing, prompt_bytes = transfer.pack(b"prompt", [tokens.encode_chunk(key_of(1), 0, [1, 2], [b"a", b"b"])])
+    rig = joined().say(dispatch(1, prefix=[1, 2], prompt_bytes=prompt_bytes, deadline_ms=9_000), existing)
+    rig.step(key_of(1), [3]).say(m.Goodbye("restart")).step(key_of(1), [4])
+    # When a broker says welcome
+    rig.actions = []
+    ((orphan, blob),) = orphans(back(rig))
+    # Then it is told all of it, and what is left of the time
+    assert orphan.home and orphan.work.id == dispatch(1).id and orphan.work.dispatch == dispatch(1).dispatch
+    assert 8_000 < orphan.work.deadline_ms < 9_000
+    prompt, chunks_told = transfer.unpack(blob, orphan.work.prompt_bytes)
+    assert (prompt, tokens.ids_of(chunks_told)) == (b"prompt", [1, 2, 3, 4])
+    # and nothing of it is claimed or published until it is adopted
+    rig.alive(300).step(key_of(1), [5])
+    assert rig.sent(m.WorkerHeartbeat)[-1].claims == {} and chunks(rig) == []
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 12)).wait(1)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
-    assert (beat.claims, beat.seq) == ({}, 0)
+    assert (beat.claims, beat.seq, beat.busy) == ({key_of(1): 5}, 12, 0)
+    assert chunks(rig.step(key_of(1), [6])) == [{"first": 5, "ids": [6], "flags": 0}]
+
+
+def test_a_run_that_ended_without_a_broker_says_its_end_to_the_one_that_adopts_it() -> None:
+    rig = back(lost(1).step(key_of(1), [1], "stop"))
+    rig.actions = []
+    rig.alive(1_000)
+    assert rig.sent(m.End) == []
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 3))
+    assert [end.count for end in rig.sent(m.End)] == [1]
+    assert [end.count for end in rig.alive(600).sent(m.End)] == [1]  # and again, until it is acknowledged
+
+
+def test_orphans_take_slots_and_say_so() -> None:
+    rig = back(lost(1, 2, slots=2))
+    rig.actions = []
+    assert rig.alive(300).sent(m.WorkerHeartbeat)[-1].busy == 2
+    assert rig.say(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_what_nobody_adopts_is_stopped() -> None:
+    rig = back(lost(1, orphan_ms=700).step(key_of(1), [1]))
+    rig.alive(400)
+    assert len(rig.core.runs) == 1
+    rig.alive(200)
+    assert rig.take(a.StopRun) == [a.StopRun(key_of(1))] and len(rig.core.runs) == 0
+    # and an Adopt that comes too late is answered by a beat that does not claim it
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 9)).wait(1)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.seq, beat.claims) == (9, {})
+
+
+def test_a_broker_that_knows_better_cancels_an_orphan() -> None:
+    rig = back(lost(1))
+    rig.actions = []
+    rig.say(m.Cancel(dispatch(1).id, dispatch(1).dispatch))
+    assert [end.reason for end in rig.sent(m.End)] == ["cancelled"]
+
+
+def test_a_run_without_the_text_of_its_prefix_cannot_be_given_back() -> None:
+    rig = joined().say(dispatch(1, prefix=[1, 2]), b"p").say(m.Goodbye("restart"))
+    assert orphans(back(rig)) == []
 
 
 def test_nothing_is_published_or_sent_without_a_session() -> None:
