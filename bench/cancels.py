@@ -230,11 +230,13 @@ async def one_cancel(client: Client, chance: random.Random, took: dict[str, list
         if moment != "deadline":
             await stream.cancel()
         answer = await stream.result()
-        took["by itself" if answer.reason != "cancelled" else phase].append((time.perf_counter() - began) * 1000)
     except LlamboError as error:
         if error.code is not Code.DEADLINE:
             raise
         took["by its deadline"].append(0.0)
+    else:
+        how = {"cancelled": phase, "deadline": "by its deadline"}.get(answer.reason, "by itself")
+        took[how].append((time.perf_counter() - began) * 1000)
 
 
 async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str, list[float]], float]:
