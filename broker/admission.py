@@ -146,7 +146,7 @@ def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, now_ms: int
         return ErrorInfo(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
     if len(asked.sampling) > limits.SAMPLING_BYTES:
         return ErrorInfo(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
-    wanted = reservation(asked.max_tokens) + len(prompt)
+    wanted = reservation(asked.max_tokens, asked.logprobs) + len(prompt)
     if wanted > state.config.transcript_bytes:
         return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
     if state.room.full(len(prompt)):

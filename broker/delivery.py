@@ -49,7 +49,12 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
         except _UNDECODABLE:
             state.counters.malformed_frames += 1
             continue
-        if len(body.ids) != count or len(body.pieces) != count or not 0 < count <= _CHUNK_TOKENS:
+        if (
+            len(body.ids) != count
+            or len(body.pieces) != count
+            or not 0 < count <= _CHUNK_TOKENS
+            or (body.logprobs is not None and len(body.logprobs) != count)
+        ):
             state.counters.malformed_frames += 1
             continue
         transcript = request.transcript

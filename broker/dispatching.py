@@ -83,6 +83,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         prefix,
         max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
         msgspec.Raw(request.sampling),
+        request.logprobs,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
 

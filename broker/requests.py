@@ -65,6 +65,7 @@ class Request:
         "followers",
         "id",
         "key",
+        "logprobs",
         "max_tokens",
         "model",
         "moves",
@@ -93,6 +94,7 @@ class Request:
         self.model = model
         self.prompt = prompt
         self.max_tokens = asked.max_tokens
+        self.logprobs = asked.logprobs
         self.stream = asked.stream
         self.priority = asked.priority
         self.detached = asked.detached
@@ -103,7 +105,7 @@ class Request:
         self.submitted_at = self.queued_at = now_ms
         self.queued_ms = 0
         self.state = RequestState.WAITING
-        self.transcript = Transcript(asked.max_tokens)
+        self.transcript = Transcript(asked.max_tokens, asked.logprobs)
         #: Sessions that follow this request, and the topics of those that want a stream.
         self.followers: dict[bytes, None] = {}
         self.topics: tuple[bytes, ...] = ()

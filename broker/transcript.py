@@ -11,15 +11,21 @@ from bisect import bisect_right
 
 from llambo.mesh import limits, tokens
 
-#: What one token may cost in a transcript: a chunk of its own with the piece and room for logprobs.
+#: What one token may cost in a transcript: a chunk of its own with its piece.
 BYTES_PER_TOKEN = 128
+#: What its logprob may cost, and each of the likeliest tokens told with it.
+BYTES_PER_LOGPROB = 16
+BYTES_PER_TOP_TOKEN = 48
 #: What an empty transcript is charged with.
 BYTES_PER_TRANSCRIPT = 1_024
 
 
-def reservation(max_tokens: int) -> int:
+def reservation(max_tokens: int, logprobs: int | None = None) -> int:
     """The bytes to set aside for an answer of at most this many tokens."""
-    return BYTES_PER_TRANSCRIPT + BYTES_PER_TOKEN * max_tokens
+    each = BYTES_PER_TOKEN
+    if logprobs is not None:
+        each += BYTES_PER_LOGPROB + BYTES_PER_TOP_TOKEN * logprobs
+    return BYTES_PER_TRANSCRIPT + each * max_tokens
 
 
 class Transcript:
@@ -27,11 +33,11 @@ class Transcript:
 
     __slots__ = ("chunks", "final", "next_index", "reserved", "size")
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, logprobs: int | None = None) -> None:
         self.chunks: list[bytes] = []
         self.next_index = 0
         self.size = 0
-        self.reserved = reservation(max_tokens)
+        self.reserved = reservation(max_tokens, logprobs)
         #: The flags of the last chunk, once it is here.
         self.final = 0
 

@@ -6,6 +6,8 @@ what is missing", while it is being cancelled "say cancel again".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llambo.mesh import client_events as e
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -17,6 +19,9 @@ from llambo.mesh.timers import Timers
 
 #: How long what was said may stay unanswered before it is said again; doubles for submits, up to the second.
 RESEND_MS = (500, 4_000)
+
+#: Of a request that asked for none, which is nearly every one.
+NO_LOGPROBS: Sequence[tokens.Logprob | None] = ()
 
 _ID_END = 1 + limits.REQUEST_ID_BYTES
 
@@ -248,7 +253,8 @@ class Requests:
         """Hand over what is in order; then the request is over, or something is missing, or all is well."""
         ids, pieces = request.tokens.take()
         if ids and request.wanted:
-            self._out.append(e.Delivered(request.id, ids, pieces))
+            logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
+            self._out.append(e.Delivered(request.id, ids, pieces, logprobs))
         if request.end is not None and request.complete:
             self._finish(request, request.end)
         elif request.tokens.stash:

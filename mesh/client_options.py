@@ -31,6 +31,8 @@ class Options(TypedDict, total=False):
     form: str | None
     #: With "user": how the model is to behave.
     system: str | None
+    #: Tell how likely the model held each token, and so many of the likeliest with it: 0 to 20.
+    logprobs: int | None
     #: Whatever else `llambo.mesh.messages.Sampling` has: top_k, min_p, grammar, ...
     sampling: dict[str, Any] | None
     #: "interactive", "normal" or "batch".

@@ -25,9 +25,9 @@ class Waiters:
 
     def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
         match delivery:
-            case e.Delivered(id, ids, pieces):
+            case e.Delivered(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
-                    stream.deliver(ids, pieces)
+                    stream.deliver(ids, pieces, logprobs)
             case e.Placed(id, ahead, model):
                 if (stream := self.streams.get(id)) is not None:
                     stream.place(ahead, model)

@@ -49,6 +49,10 @@ SYSTEM_CHARS = 16 * 1024
 GRAMMAR_CHARS = 16 * 1024
 #: How deep a grammar or a JSON schema may be nested.
 GRAMMAR_DEPTH = 100
+#: Likeliest tokens that may be told beside each token of an answer.
+TOP_LOGPROBS = 20
+#: The text of one of those; a longer one is cut.
+LOGPROB_PIECE_BYTES = 256
 #: Token ids with a bias.
 LOGIT_BIASES = 1024
 #: The largest `max_tokens` a client may ask for.

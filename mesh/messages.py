@@ -31,6 +31,8 @@ Number = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
+#: How many of the likeliest tokens are told beside each; None: not even the token's own logprob.
+Logprobs = Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
@@ -114,6 +116,8 @@ class InferenceRequest(Message, frozen=True):
     have: Count = 0
     #: Options for the engine, passed on unread: a msgpack map, see `Sampling`.
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+    #: No part of `sampling`, because the broker has to set aside room for them.
+    logprobs: Logprobs = None
 
 
 class Attach(Message, frozen=True):
@@ -301,6 +305,7 @@ class Dispatch(Message, frozen=True):
     prefix: list[int] = []
     deadline_ms: Milliseconds = 0
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+    logprobs: Logprobs = None
 
 
 class Drain(Message, frozen=True):

@@ -328,4 +328,5 @@ def _start(key: bytes, dispatch: m.Dispatch, prompt: bytes, sampling: m.Sampling
         sampling,
         dispatch.deadline_ms,
         dispatch.model,
+        dispatch.logprobs,
     )

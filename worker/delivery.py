@@ -58,9 +58,10 @@ class Delivery:
 
     def _append(self, run: Run, output: Output, frames: list[bytes]) -> None:
         first = run.tokens.end
-        run.tokens.extend(output.ids, output.pieces)
+        run.tokens.extend(output.ids, output.pieces, output.logprobs)
         self._rate.count += len(output.ids)
-        frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, tokens.final_flags(output.end))
+        flags = tokens.final_flags(output.end)
+        frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, flags, output.logprobs)
         if len(frame) <= limits.TOKEN_FRAME_BYTES:
             frames.append(frame)
         else:

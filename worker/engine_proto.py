@@ -20,7 +20,8 @@ from msgspec import Meta
 
 from llambo.mesh import limits
 from llambo.mesh.errors import ErrorInfo
-from llambo.mesh.messages import ModelInfo, Reason, Sampling, Usage
+from llambo.mesh.messages import Logprobs, ModelInfo, Reason, Sampling, Usage
+from llambo.mesh.tokens import Logprob
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 #: One message: a prompt at its longest and a prefix at its longest fit.
@@ -64,6 +65,7 @@ class Start(EngineMessage, frozen=True):
     #: Milliseconds from now; 0: no deadline.
     deadline_ms: int = 0
     model: str = ""
+    logprobs: Logprobs = None
 
 
 class Stop(EngineMessage, frozen=True):
@@ -103,6 +105,8 @@ class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaul
     end: Reason | None = None
     usage: Usage | None = None
     error: ErrorInfo | None = None
+    #: If they were asked for, one for each token.
+    logprobs: Annotated[list[Logprob], Meta(max_length=limits.CHUNK_TOKENS)] | None = None
 
 
 class Step(EngineMessage, frozen=True):

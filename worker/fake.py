@@ -41,6 +41,7 @@ class _Sequence:
     due_ms: float
     deadline_ms: int
     stops: list[bytes]
+    logprobs: int | None
     #: The end of the text so far, as much as a stop string could reach back into.
     tail: bytes = b""
     first_ms: int = -1
@@ -123,6 +124,7 @@ class FakeEngine:
             due_ms=now_ms + self._knobs.ttft_ms,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             stops=stops,
+            logprobs=start.logprobs,
         )
         if stops:
             reach = max(map(len, stops))
@@ -143,6 +145,7 @@ class FakeEngine:
         if sequence.first_ms < 0:
             sequence.first_ms = now_ms
         end: Reason | None = None
+        first = sequence.index
         if now_ms >= sequence.deadline_ms:
             ids, end = [], "deadline"
         else:
@@ -154,10 +157,13 @@ class FakeEngine:
                 end = sequence.reason
         self._count(len(ids))
         sequence.due_ms = self._next_due(sequence, len(ids), now_ms)
+        logprobs = None
+        if sequence.logprobs is not None:
+            logprobs = [fake_tokens.logprob_of(token, at, sequence.logprobs) for at, token in enumerate(ids, first)]
         if end is None:
-            return Output(sequence.key, ids, pieces_of(ids))
+            return Output(sequence.key, ids, pieces_of(ids), logprobs=logprobs)
         del self._sequences[sequence.key]
-        return Output(sequence.key, ids, pieces_of(ids), end, _usage(sequence, now_ms))
+        return Output(sequence.key, ids, pieces_of(ids), end, _usage(sequence, now_ms), None, logprobs)
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
         burst = self._knobs.burst

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llambo.mesh import limits
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
+from llambo.mesh.tokens import Logprob
 from llambo.worker import llama
 from llambo.worker.batching import Batcher, Plan
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
+from llambo.worker.logprobs import logprob_of
 from llambo.worker.prompts import BadPrompt, Message, Template, text_of
 from llambo.worker.sampling import DeadEnd, Logits, Sampler
 from llambo.worker.text import Gate
@@ -43,6 +45,17 @@ class Stream:
     started: float
     deadline_ms: int
     first: float = 0.0
+    #: How many are told beside each token; None: none of it. What the gate holds back waits here, too.
+    top: int | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
+
+    def told(self, tokens: int) -> list[Logprob] | None:
+        """The logprobs of so many tokens that the gate lets go."""
+        if self.top is None:
+            return None
+        told = self.logprobs[:tokens]
+        del self.logprobs[:tokens]
+        return told
 
 
 class LlamaEngine:
@@ -105,6 +118,7 @@ class LlamaEngine:
             index=len(start.prefix), limit=start.max_tokens, prompt_tokens=len(prompt),
             cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
+            top=start.logprobs,
         )  # fmt: skip
         return None
 
@@ -195,6 +209,8 @@ class LlamaEngine:
         if self._model.ends(token):
             return self._end(stream, "stop", *stream.gate.flush())
         stream.index += 1
+        if stream.top is not None:
+            stream.logprobs.append(logprob_of(logits, token, stream.top, self._model.piece))
         ids, pieces, stopped = stream.gate.push(token, self._model.piece(token))
         if stopped:
             return self._end(stream, "stop", ids, pieces)
@@ -202,7 +218,7 @@ class LlamaEngine:
             more, more_pieces = stream.gate.flush()
             return self._end(stream, "length", ids + more, pieces + more_pieces)
         self.batcher.push(stream.key, token)
-        return Output(stream.key, ids, pieces)
+        return Output(stream.key, ids, pieces, logprobs=stream.told(len(ids)))
 
     def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
              error: ErrorInfo | None = None) -> Output:  # fmt: skip
@@ -211,7 +227,7 @@ class LlamaEngine:
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
-        return Output(stream.key, ids, pieces, reason, usage, error)
+        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)))
 
     # --- before READY --------------------------------------------------------------------------------
 

@@ -6,12 +6,23 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
-from llambo.worker.fake_tokens import START, answer_length, base_of, piece_of, plain_base, plain_next, wander_next
+from llambo.mesh.tokens import Logprob
+from llambo.worker.fake_tokens import (
+    START,
+    answer_length,
+    base_of,
+    logprob_of,
+    piece_of,
+    plain_base,
+    plain_next,
+    wander_next,
+)
 
 
 @dataclass
@@ -32,6 +43,7 @@ class Heard:
 
     ids: list[int] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)
     placed: bool = False
     end: m.End | None = None
     error: ErrorInfo | None = None
@@ -52,12 +64,15 @@ class History:
     def dispatched(self, running: dict[bytes, Any], message: m.Dispatch) -> None:
         self.dispatches.setdefault(message.id, []).append(message)
 
-    def delivered(self, client: str, id: bytes, ids: list[int], pieces: list[bytes], now_ms: int) -> None:
+    def delivered(
+        self, client: str, id: bytes, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]
+    ) -> None:
         heard = self._of(client, id)
         if heard.ends:
             heard.after_end += len(ids)
         heard.ids += ids
         heard.pieces += pieces
+        heard.logprobs += logprobs
         self.tokens += len(ids)
 
     def placed(self, client: str, id: bytes) -> None:
@@ -103,6 +118,8 @@ class History:
             wrong.append(f"wrong: token {at} does not follow from its predecessor")
         if heard.pieces != [piece_of(i) for i in heard.ids]:
             wrong.append("wrong: the text does not belong to the tokens")
+        if heard.logprobs != self._logprobs(wanted, heard.ids):
+            wrong.append("wrong: the logprobs do not belong to the tokens")
         if gone:
             return wrong
         if not heard.ends:
@@ -112,6 +129,11 @@ class History:
         elif heard.error is not None and not self._may_fail(wanted, heard.error):
             wrong.append(f"failed: {heard.error.code}: {heard.error.text}")
         return wrong
+
+    @staticmethod
+    def _logprobs(wanted: Wanted, ids: list[int]) -> list[Logprob | None]:
+        count = wanted.message.logprobs
+        return [] if count is None else [logprob_of(token, index, count) for index, token in enumerate(ids)]
 
     def _judge_end(self, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
         if not wanted.cancelled and len(heard.ids) != end.count:

@@ -114,8 +114,9 @@ class World:
         for number in range(self.plan.requests):
             at = random.randint(150, faults.FAULTS_END_MS - 2_000)
             client = random.choice(self.clients)
+            id = random.randbytes(16)
             message = m.InferenceRequest(
-                random.randbytes(16),
+                id,
                 "",
                 random.choice((1, 5, 20, 60, 150)),
                 stream=random.random() < 0.8,
@@ -123,6 +124,8 @@ class World:
                 deadline_ms=random.choice((0, 0, 0, 0, 500, 20_000)),
                 detached=random.random() < 0.15,
                 seed=random.getrandbits(62),
+                # Of every fourth, and a few each time: what travels with tokens has to arrive with them.
+                logprobs=id[1] % 4 if id[0] % 4 == 0 else None,
             )
             self.history.wanted[message.id] = Wanted(message, f"prompt {number}".encode(), self.answer_tokens)
             self.clock.at(at, lambda n=client, q=message: self._submit(n, q))  # type: ignore[misc]

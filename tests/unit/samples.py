@@ -26,7 +26,12 @@ DISPATCH = b"\x00\x00\x00\x02wxyz"
 KEY = ID + DISPATCH
 SESSION = b"session!"
 TOPIC = bytes(range(100, 116))
+LOGPROBS = [
+    tokens.Logprob(-0.5, [tokens.TopToken(11, b"Hi", -0.5), tokens.TopToken(12, b"Ho", -2.25)]),
+    tokens.Logprob(-3.0),
+]
 CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]], tokens.FINAL)
+CHUNK_WITH_LOGPROBS = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", b"!"], 0, LOGPROBS)
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
@@ -37,7 +42,7 @@ SAMPLES: dict[str, list[m.Message]] = {
     "client": [
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
         m.ClientHeartbeat(41),
-        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING),
+        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING, 5),
         m.Attach(ID, 12),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
@@ -66,7 +71,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.EngineLost([KEY], "signal 11"),
     ],
     "to_worker": [
-        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING),
+        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING, 5),
         m.Drain(True),
     ],
 }
@@ -112,6 +117,10 @@ def vectors() -> dict[str, Any]:
         body = msgpack.unpackb(frames[1], strict_map_key=False)
         found[type(sample).__name__] = {"frames": [frame.hex() for frame in frames], "body": plain(body)}
     found["chunk"] = {"frames": [CHUNK.hex()]}
+    found["chunk with logprobs"] = {
+        "frames": [CHUNK_WITH_LOGPROBS.hex()],
+        "body": plain(msgpack.unpackb(CHUNK_WITH_LOGPROBS[tokens.HEAD_BYTES :])),
+    }
     found["beat"] = {"frames": [BEAT.hex()]}
     return found
 
