@@ -24,8 +24,9 @@ MAX_REFUSALS = 100
 def enqueue(state: State, request: Request, now_ms: int) -> None:
     """Where nobody waits and a slot is free, straight to a worker: most requests never see the queue."""
     lane = request.lane
-    state.open_lane(lane)
-    if state.room.first(lane) is None:
+    if lane not in state.pools:
+        state.open_lane(lane)
+    if lane not in state.room.lines:
         worker = schedule.choose(state.policy, request, state.pools.get(lane))
         if worker is not None:
             request.queued_at = now_ms
@@ -57,13 +58,14 @@ def settle(state: State, now_ms: int) -> None:
 
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
-    prefix = request.transcript.ids()
+    prefix = request.transcript.ids() if request.transcript.chunks else []
     request.attempt += 1
     request.step(RequestState.DISPATCHED)
     request.queued_ms += now_ms - request.queued_at
     request.key = request.id + request.attempt.to_bytes(4, "big") + state.chance(4)
     request.worker = worker
-    request.fingerprint = request.fingerprint if prefix else worker.fingerprint_of(request.model)
+    if not prefix:  # otherwise it is the one its tokens are from, and stays
+        request.fingerprint = worker.fingerprints.get(request.model, "")
     request.blame = worker.name
     state.running[request.key] = request
     state.turns += 1

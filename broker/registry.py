@@ -16,6 +16,7 @@ class WorkerEntry:
         "done",
         "draining",
         "echo",
+        "fingerprints",
         "heard_at",
         "hello",
         "incarnation",
@@ -41,8 +42,10 @@ class WorkerEntry:
         self.welcome = welcome
         self.name = hello.name
         self.models = tuple(model.name for model in hello.models)
+        #: Model to fingerprint, for those that have one.
+        self.fingerprints = {model.name: model.fingerprint for model in hello.models if model.fingerprint}
         #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(model.name, model.fingerprint) for model in hello.models if model.fingerprint)
+        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
         self.slots = hello.slots
         self.incarnation = hello.incarnation
         self.session = welcome.session
@@ -65,9 +68,6 @@ class WorkerEntry:
         # --- kept by schedule.Pool
         self.position: dict[str, int] = {}
         self.turn = 0
-
-    def fingerprint_of(self, name: str) -> str:
-        return next((model.fingerprint for model in self.hello.models if model.name == name), "")
 
     @property
     def free(self) -> int:

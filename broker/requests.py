@@ -132,7 +132,7 @@ class Request:
     @property
     def lane(self) -> str:
         """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
-        return lane(self.model, self.fingerprint if self.transcript.next_index else "")
+        return lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
 
     def step(self, state: RequestState) -> None:
         assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"

@@ -127,7 +127,8 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     return {
         "model": settings.text("client_model") or None,
         "max_tokens": settings.number("max_tokens"),
-        "temperature": settings.real("temperature"),
+        # Unless somebody has said one, the model may have a default of its own.
+        "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,
         "seed": chosen["seed"],
         "stop": list(chosen["stop"]) or None,
         "form": "text" if chosen["raw"] else "user",

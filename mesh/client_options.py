@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     #: Needed only where the mesh serves several.
     model: str | None
     max_tokens: int | None
+    #: 0: always the likeliest token. Left out: the model's default if it has one, else 0.8; likewise for the rest.
     temperature: float | None
     #: The same seed gives the same chances. Chosen at random when left out.
     seed: int | None

@@ -35,6 +35,7 @@ from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
 
 _decode_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
+_decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class WorkerCore:
@@ -329,4 +330,5 @@ def _start(key: bytes, dispatch: m.Dispatch, prompt: bytes, sampling: m.Sampling
         dispatch.deadline_ms,
         dispatch.model,
         dispatch.logprobs,
+        list(_decode_names(dispatch.sampling)),
     )

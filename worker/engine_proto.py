@@ -66,6 +66,8 @@ class Start(EngineMessage, frozen=True):
     deadline_ms: int = 0
     model: str = ""
     logprobs: Logprobs = None
+    #: The names of the sampling options that the request itself has: for all others the model may have a default.
+    given: list[str] = []
 
 
 class Stop(EngineMessage, frozen=True):

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from llambo.mesh import limits
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
 from llambo.mesh.tokens import Logprob
 from llambo.worker import llama
 from llambo.worker.batching import Batcher, Plan
+from llambo.worker.defaults import Defaults, in_force
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
 from llambo.worker.logprobs import logprob_of
@@ -64,7 +67,8 @@ class LlamaEngine:
     fault = None
 
     def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
-                 fingerprint: str = "", say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
+                 fingerprint: str = "", defaults: Defaults | None = None,
+                 say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
         percent = -1
 
         def on_progress(share: float) -> None:
@@ -82,6 +86,7 @@ class LlamaEngine:
         self._fingerprint = fingerprint
         self._slots = shape.slots
         self._safe = safe
+        self._defaults = defaults or {}
         source = self._model.text_of("tokenizer.chat_template")
         self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
         say(Progress(f"testing {name}"))
@@ -97,6 +102,9 @@ class LlamaEngine:
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         started = time.perf_counter()
+        if self._defaults:
+            sampling = in_force(start.sampling, start.given, self._defaults)
+            start = msgspec.structs.replace(start, sampling=sampling)
         try:
             prompt = self._prompt(start)
         except BadPrompt as error:

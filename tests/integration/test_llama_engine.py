@@ -162,6 +162,18 @@ def test_logprobs_are_those_of_the_model_and_in_step_with_the_tokens(engine: Lla
     )
 
 
+def test_defaults_of_the_model_hold_where_the_request_says_nothing(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (greedy,), (seeded,) = run(engine, ask()), run(engine, ask(sampling=Sampling(form="user")))
+    assert greedy.ids != seeded.ids
+    monkeypatch.setattr(engine, "_defaults", {"temperature": 0.0})
+    silent = ask(sampling=Sampling(form="user"))
+    assert run(engine, silent)[0].ids == greedy.ids
+    # And a request that names our own default means it
+    assert run(engine, msgspec.structs.replace(silent, given=["form", "temperature"]))[0].ids == seeded.ids
+
+
 def test_text_goes_to_the_model_as_it_is(engine: LlamaEngine) -> None:
     # Given a name of a control token in plain text, it is text and not the token
     (told,) = run(engine, ask(prompt="<|im_start|>", tokens=1, sampling=Sampling(temperature=0.0)))

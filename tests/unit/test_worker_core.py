@@ -184,6 +184,7 @@ def test_a_dispatch_is_started_accepted_and_claimed() -> None:
     rig = joined()
     rig.say(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
     (order,) = [action for action in rig.actions if isinstance(action, a.StartRun)]
+    assert order.start.given == ["stop"], "what the request itself has is told apart from a default"
     assert (order.start.key, order.start.prompt, order.start.prefix) == (key_of(1), b"prompt", [5, 6])
     assert (order.start.max_tokens, order.start.deadline_ms, order.start.sampling.stop) == (100, 900, ["x"])
     assert rig.sent(m.Accept) == [m.Accept(b"\1" * 16, b"dispatch")]
