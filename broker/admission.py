@@ -33,12 +33,22 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, prompt:
     state.requests[asked.id] = request
     state.reserved += request.transcript.reserved + len(prompt)
     follow(request, client)
-    request.note(now_ms, "submitted", f"model {model}, at most {asked.max_tokens} tokens, {asked.priority}")
+    what = f"at most {asked.max_tokens} tokens" if asked.task == "generate" else asked.task
+    request.note(now_ms, "submitted", f"model {model}, {what}, {asked.priority}")
     if request.deadline_at:
         state.alarm(request.deadline_at, "deadline", request.id)
     dispatching.enqueue(state, request, now_ms)
     ahead = state.room.ahead(request) if request.state is RequestState.WAITING else 0
     state.out.append(ToClient(client.route, client.session, m.Accepted(request.id, ahead, model)))
+
+
+def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
+    """A result is for whoever asked for it: who only attaches does not know what its bytes mean."""
+    there = state.requests.get(asked.id) or state.archive.get(asked.id)
+    if there is not None and there.task != "generate":
+        _refuse(state, client, asked.id, Code.BAD_REQUEST, f"request {asked.id.hex()} ({there.task}) makes no stream")
+        return
+    attach(state, client, asked, now_ms)
 
 
 def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
@@ -140,13 +150,16 @@ def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, now_ms: int
     if asked.have:
         # Its tokens came from a broker that is gone: another run would not continue them.
         return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
-    if not prompt:
+    if not prompt and asked.task == "generate":
         return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
     if len(prompt) > limits.PROMPT_BYTES:
         return ErrorInfo(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
     if len(asked.sampling) > limits.SAMPLING_BYTES:
         return ErrorInfo(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
-    wanted = reservation(asked.max_tokens, asked.logprobs) + len(prompt)
+    if asked.task != "generate" and asked.max_tokens > limits.RESULT_PIECES:
+        text = f"a result of {asked.max_tokens} pieces, {limits.RESULT_PIECES} are allowed"
+        return ErrorInfo(Code.TOO_LONG, text)
+    wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
     if wanted > state.config.transcript_bytes:
         return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
     if state.room.full(len(prompt)):

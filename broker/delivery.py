@@ -258,8 +258,9 @@ def send_page(state: State, client: ClientEntry, asked: m.Replay) -> None:
 
 
 def _transcript(state: State, id: bytes) -> Transcript | None:
+    """What a client may have of it. Of a result that is not whole that is nothing: it may yet be begun again."""
     request = state.requests.get(id)
     if request is not None:
-        return request.transcript
+        return request.transcript if request.task == "generate" else Transcript(0)
     ended = state.archive.get(id)
     return ended.transcript if ended else None

@@ -86,6 +86,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
         msgspec.Raw(request.sampling),
         request.logprobs,
+        request.task,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
 
@@ -97,7 +98,10 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
     done = request.transcript
-    if done.final or done.next_index >= request.max_tokens:
+    if request.task != "generate" and not done.final:
+        # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
+        done.clear()
+    elif done.final or done.next_index >= request.max_tokens:
         # The last token is here; only the END was lost with the worker.
         ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
         return

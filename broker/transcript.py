@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
 
 #: What one token may cost in a transcript: a chunk of its own with its piece.
 BYTES_PER_TOKEN = 128
@@ -20,9 +21,9 @@ BYTES_PER_TOP_TOKEN = 48
 BYTES_PER_TRANSCRIPT = 1_024
 
 
-def reservation(max_tokens: int, logprobs: int | None = None) -> int:
-    """The bytes to set aside for an answer of at most this many tokens."""
-    each = BYTES_PER_TOKEN
+def reservation(max_tokens: int, logprobs: int | None = None, task: m.Task = "generate") -> int:
+    """The bytes to set aside for an answer of at most this many tokens, or a result of so many pieces."""
+    each = BYTES_PER_TOKEN if task == "generate" else limits.RESULT_PIECE_BYTES + BYTES_PER_TOKEN
     if logprobs is not None:
         each += BYTES_PER_LOGPROB + BYTES_PER_TOP_TOKEN * logprobs
     return BYTES_PER_TRANSCRIPT + each * max_tokens
@@ -33,11 +34,15 @@ class Transcript:
 
     __slots__ = ("chunks", "final", "next_index", "reserved", "size")
 
-    def __init__(self, max_tokens: int, logprobs: int | None = None) -> None:
+    def __init__(self, max_tokens: int, logprobs: int | None = None, task: m.Task = "generate") -> None:
+        self.reserved = reservation(max_tokens, logprobs, task)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again."""
         self.chunks: list[bytes] = []
         self.next_index = 0
         self.size = 0
-        self.reserved = reservation(max_tokens, logprobs)
         #: The flags of the last chunk, once it is here.
         self.final = 0
 

@@ -31,6 +31,8 @@ Number = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
+#: What a request wants: an answer, or something that is made at once and is no stream of tokens (see `tasks`).
+Task = Literal["generate", "tokenize", "detokenize", "embed", "model_info"]
 #: How many of the likeliest tokens are told beside each; None: not even the token's own logprob.
 Logprobs = Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -118,6 +120,8 @@ class InferenceRequest(Message, frozen=True):
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     #: No part of `sampling`, because the broker has to set aside room for them.
     logprobs: Logprobs = None
+    #: For all but `generate`, `max_tokens` counts the pieces of the result, and `sampling` is a `TaskOptions`.
+    task: Task = "generate"
 
 
 class Attach(Message, frozen=True):
@@ -306,6 +310,7 @@ class Dispatch(Message, frozen=True):
     deadline_ms: Milliseconds = 0
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     logprobs: Logprobs = None
+    task: Task = "generate"
 
 
 class Drain(Message, frozen=True):

@@ -261,6 +261,7 @@ _FAKE = (
     _fake("utf8_split", Kind.SWITCH, False, "cut characters across tokens now and then"),
     _fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0 runs to the limit"),
     _fake("context_tokens", Kind.NUMBER, 0, "longest prompt and answer together; 0 is no limit"),
+    _fake("embedding_size", Kind.NUMBER, 8, "numbers in an embedding", low=1, high=65_536),
     _fake("crash_at", Kind.NUMBER, 0, "die after this many tokens; 0 never"),
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),

@@ -24,6 +24,7 @@ import msgspec
 from llambo.mesh import messages as m
 from llambo.mesh.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.tasks import TaskOptions
 from llambo.worker import events as e
 from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.config import WorkerConfig
@@ -35,6 +36,7 @@ from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
 
 _decode_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
+_decode_options = msgspec.msgpack.Decoder(TaskOptions).decode
 _decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -177,19 +179,19 @@ class WorkerCore:
         key = dispatch.id + dispatch.dispatch
         if self.runs.get(key) is not None:
             return
-        sampling = self._admit(dispatch)
-        if isinstance(sampling, ErrorInfo):
-            final = sampling.code is Code.BAD_REQUEST
-            self._reject(number, dispatch.id, dispatch.dispatch, sampling, final)
+        start = self._admit(dispatch, prompt)
+        if isinstance(start, ErrorInfo):
+            final = start.code is Code.BAD_REQUEST
+            self._reject(number, dispatch.id, dispatch.dispatch, start, final)
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
-        self.runs.add(Run(key, number, Tokens(len(dispatch.prefix))))
-        self._out.append(StartRun(_start(key, dispatch, prompt, sampling)))
+        self.runs.add(Run(key, number, Tokens(len(dispatch.prefix)), published=dispatch.task == "generate"))
+        self._out.append(StartRun(start))
         self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
 
-    def _admit(self, dispatch: m.Dispatch) -> m.Sampling | ErrorInfo:
-        """Its sampling options, or why it cannot be taken."""
+    def _admit(self, dispatch: m.Dispatch, prompt: bytes) -> Start | ErrorInfo:
+        """What to tell the engine, or why it cannot be taken."""
         ready = self.engine.ready
         if self.draining:
             return ErrorInfo(Code.BUSY, "this worker is draining")
@@ -200,7 +202,7 @@ class WorkerCore:
         if all(dispatch.model != model.name for model in ready.models):
             return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
         try:
-            return _decode_sampling(dispatch.sampling)
+            return _start(dispatch, prompt)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return ErrorInfo(Code.BAD_REQUEST, f"sampling options: {error}")
 
@@ -319,16 +321,20 @@ class WorkerCore:
         )
 
 
-def _start(key: bytes, dispatch: m.Dispatch, prompt: bytes, sampling: m.Sampling) -> Start:
+def _start(dispatch: m.Dispatch, prompt: bytes) -> Start:
+    """Raises what a decoder raises."""
+    key, generates = dispatch.id + dispatch.dispatch, dispatch.task == "generate"
     return Start(
         key,
         prompt,
         dispatch.max_tokens,
         dispatch.seed,
         dispatch.prefix,
-        sampling,
+        _decode_sampling(dispatch.sampling) if generates else m.Sampling(),
         dispatch.deadline_ms,
         dispatch.model,
         dispatch.logprobs,
         list(_decode_names(dispatch.sampling)),
+        dispatch.task,
+        TaskOptions() if generates else _decode_options(dispatch.sampling),
     )

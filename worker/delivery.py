@@ -59,6 +59,8 @@ class Delivery:
     def _append(self, run: Run, output: Output, frames: list[bytes]) -> None:
         first = run.tokens.end
         run.tokens.extend(output.ids, output.pieces, output.logprobs)
+        if not run.published:
+            return
         self._rate.count += len(output.ids)
         flags = tokens.final_flags(output.end)
         frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, flags, output.logprobs)
@@ -112,6 +114,9 @@ class Delivery:
 
     def _finish(self, run: Run, end: m.End, now_ms: int) -> None:
         self.runs.end(run, end)
+        if not run.published and run.tokens.end and self._links[run.link].welcomed:
+            # Most results are one page: with it just before the END nobody has to ask for anything.
+            self._links[run.link].send(run.page(0, 0))
         self._say_end(run, end, now_ms)
 
     def _say_end(self, run: Run, end: m.End, now_ms: int) -> None:

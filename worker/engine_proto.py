@@ -6,8 +6,6 @@
 A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
 nothing is negotiated. The engine sends one `Step` per decoding step, whatever the number of sequences in it,
 and an empty one now and then while it has sequences but no token: a loop that turns is alive, silence is not.
-
-An engine of another kind adds its own messages here (embeddings, say, answered by a `Result` of their own).
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ from msgspec import Meta
 
 from llambo.mesh import limits
 from llambo.mesh.errors import ErrorInfo
-from llambo.mesh.messages import Logprobs, ModelInfo, Reason, Sampling, Usage
+from llambo.mesh.messages import Logprobs, ModelInfo, Reason, Sampling, Task, Usage
+from llambo.mesh.tasks import TaskOptions
 from llambo.mesh.tokens import Logprob
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
@@ -68,6 +67,9 @@ class Start(EngineMessage, frozen=True):
     logprobs: Logprobs = None
     #: The names of the sampling options that the request itself has: for all others the model may have a default.
     given: list[str] = []
+    #: Not `generate`: make a result. Its pieces come as those of tokens do, and `max_tokens` is how many there may be.
+    task: Task = "generate"
+    options: TaskOptions = TaskOptions()
 
 
 class Stop(EngineMessage, frozen=True):

@@ -12,7 +12,7 @@ answer that ends at `max_tokens` may stop inside a character, as with a real mod
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from hashlib import blake2b, shake_128
 
 from llambo.mesh.tokens import Logprob, TopToken
 
@@ -71,6 +71,11 @@ def wander_token(dispatch: bytes, prompt: bytes, previous: int, utf8_split: bool
 def decide(base: int, index: int, choices: int) -> int:
     """A number below `choices` for a purpose other than a token: chunk sizes, jitter, length."""
     return _mix(~(base + index) & _MASK) % choices
+
+
+def bits(base: int, text: bytes, count: int) -> bytes:
+    """That many bytes which depend on both."""
+    return shake_128(text + base.to_bytes(8, "big")).digest(count)
 
 
 def answer_length(seed: int, prompt: bytes, mean: int) -> int:

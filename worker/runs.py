@@ -118,6 +118,8 @@ class Run:
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
+    #: False: it makes a result and not an answer, and that goes with the END, on control.
+    published: bool = True
 
     @property
     def active(self) -> bool:

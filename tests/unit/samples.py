@@ -42,7 +42,7 @@ SAMPLES: dict[str, list[m.Message]] = {
     "client": [
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
         m.ClientHeartbeat(41),
-        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING, 5),
+        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING, 5, "embed"),
         m.Attach(ID, 12),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
@@ -71,7 +71,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.EngineLost([KEY], "signal 11"),
     ],
     "to_worker": [
-        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING, 5),
+        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING, 5, "embed"),
         m.Drain(True),
     ],
 }
