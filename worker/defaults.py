@@ -61,6 +61,13 @@ def in_force(options: Sampling, given: Collection[str], defaults: Defaults) -> S
     return msgspec.structs.replace(options, **missing) if missing else options
 
 
+def options_in_force(defaults: Defaults) -> dict[str, Any]:
+    """All options of numbers, as a request gets them that says nothing."""
+    options: dict[str, Any] = msgspec.to_builtins(in_force(Sampling(), (), defaults))
+    every = {name: getattr(Sampling(), name) for name in Sampling.__struct_fields__} | options
+    return {name: value for name, value in every.items() if isinstance(value, int | float)}
+
+
 def told(defaults: Defaults) -> str:
     """For whoever starts a worker."""
     ours = in_force(Sampling(), (), defaults)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 
@@ -20,11 +21,12 @@ from llambo.mesh import limits
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
 from llambo.mesh.tokens import Logprob
-from llambo.worker import llama
+from llambo.worker import llama, models
 from llambo.worker.batching import Batcher, Plan
-from llambo.worker.defaults import Defaults, in_force
+from llambo.worker.defaults import Defaults, in_force, options_in_force
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
+from llambo.worker.llama_tasks import NoRoom, Tasks
 from llambo.worker.logprobs import logprob_of
 from llambo.worker.prompts import BadPrompt, Message, Template, text_of
 from llambo.worker.sampling import DeadEnd, Logits, Sampler
@@ -67,7 +69,7 @@ class LlamaEngine:
     fault = None
 
     def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
-                 fingerprint: str = "", defaults: Defaults | None = None,
+                 fingerprint: str = "", defaults: Defaults | None = None, embed_bytes: int = 0, pooling: str = "mean",
                  say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
         percent = -1
 
@@ -89,6 +91,10 @@ class LlamaEngine:
         self._defaults = defaults or {}
         source = self._model.text_of("tokenizer.chat_template")
         self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
+        self._shape = shape
+        self._embed_bytes = embed_bytes
+        context = self._decoder.context
+        self._tasks = Tasks(self._model, self._template, context, self._make_embedder, self._info, pooling)
         say(Progress(f"testing {name}"))
         self._test()
 
@@ -101,6 +107,8 @@ class LlamaEngine:
         return Ready([info], self._slots, note)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
+        if start.task != "generate":
+            return self._tasks.start(start, now_ms)
         started = time.perf_counter()
         if self._defaults:
             sampling = in_force(start.sampling, start.given, self._defaults)
@@ -133,9 +141,10 @@ class LlamaEngine:
     def stop(self, key: bytes) -> None:
         if self._streams.pop(key, None) is not None:
             self.batcher.finish(key)
+        self._tasks.stop(key)
 
     def next_wakeup_ms(self) -> int:
-        return 0 if self._streams else NEVER_MS
+        return 0 if self._streams or self._tasks.pending else NEVER_MS
 
     def step(self, now_ms: int) -> list[Output]:
         outputs = [
@@ -143,11 +152,14 @@ class LlamaEngine:
             for stream in list(self._streams.values())
             if now_ms >= stream.deadline_ms
         ]
+        began = time.perf_counter()
         plan = self.batcher.plan()
         if plan is not None:
             rows = self._decode(plan)
             for (_, key), row in zip(plan.outputs, rows, strict=True):
                 outputs.append(self._advance(self._streams[key], row))
+        if self._tasks.pending:
+            outputs += self._tasks.step(now_ms, (time.perf_counter() - began) * 1000 if plan is not None else 0.0)
         # One that was held back says nothing, and the message as a whole says that the engine is alive.
         return [output for output in outputs if output.ids or output.end is not None]
 
@@ -159,6 +171,43 @@ class LlamaEngine:
         """Empty the cache of all that is not running."""
         for slot in self.batcher.forget():
             self._decoder.cut(slot, 0)
+
+    # --- tasks ---------------------------------------------------------------------------------------
+
+    def _make_embedder(self) -> llama.Embedder:
+        free_bytes = models.free_bytes()
+        if self._embed_bytes > free_bytes:
+            need, free = self._embed_bytes // models.MIB, free_bytes // models.MIB
+            raise NoRoom(
+                f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
+            )
+        try:
+            return llama.Embedder(self._model, replace(self._shape, context=self._decoder.context))
+        except llama.LoadError as error:
+            raise NoRoom(str(error)) from error
+
+    def _info(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "model": self._name,
+            "description": model.describe(),
+            "fingerprint": self._fingerprint,
+            "architecture": model.text_of("general.architecture"),
+            "parameters": model.parameters,
+            "layers": model.layers,
+            "vocabulary": model.tokens,
+            "embedding_size": model.embedding_size,
+            "trained_context": model.trained_context,
+            "context_tokens": self._decoder.context,
+            "slots": self._slots,
+            "kv_type": self._shape.kv_type,
+            "safe": self._safe,
+            "bos": model.bos,
+            "eos": model.eos,
+            "sampling": options_in_force(self._defaults),
+            "sampling_from_model": sorted(self._defaults),
+            "chat_template": model.text_of("tokenizer.chat_template"),
+        }
 
     # --- starting ------------------------------------------------------------------------------------
 

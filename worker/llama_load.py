@@ -15,6 +15,8 @@ from llambo.worker.prompts import BadPrompt
 CANNOT_LOAD = 3
 #: Characters of the progress bar.
 WIDTH = 30
+#: By the number that a model made for embeddings has in its file. Others are not known here.
+POOLINGS = {1: "mean", 3: "last"}
 
 
 def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
@@ -75,5 +77,7 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     )  # fmt: skip
     return LlamaEngine(
         models.name_of(configure.model), path, shape,
-        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended, say=bar,
+        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended,
+        embed_bytes=0 if knobs.gpu_layers else models.embed_need(knobs, file, layout.context),
+        pooling=POOLINGS.get(file.number("pooling_type"), "mean"), say=bar,
     )  # fmt: skip

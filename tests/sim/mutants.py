@@ -56,6 +56,10 @@ GUARDS: dict[str, Guard] = {
     "transcript in the re-dispatch": Guard(
         "llambo.broker.dispatching", "prefix = request.transcript.ids()", "prefix: list[int] = []"
     ),
+    "whole results": Guard("llambo.broker.dispatching", "        done.clear()\n", "        pass\n"),
+    "no part of a result": Guard(
+        _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
+    ),
 }
 
 
