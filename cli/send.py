@@ -77,7 +77,7 @@ def send(
     error     code, text, hint, retryable, exit
                                        the last line, when it failed
     """
-    text = _prompt(prompt)
+    text = prompt_of(prompt)
     if not text:
         raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
     if len(chosen["stop"]) > limits.STOP_STRINGS:
@@ -97,7 +97,8 @@ def send(
     context.exit(follow(common, opener, as_json=as_json, mine=True))
 
 
-def _prompt(arguments: tuple[str, ...]) -> str:
+def prompt_of(arguments: tuple[str, ...]) -> str:
+    """What a person says, as arguments or on stdin."""
     if "-" in arguments and len(arguments) > 1:
         raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):

@@ -69,8 +69,8 @@ def vectors(engine: LlamaEngine, texts: list[str], **options: Any) -> Any:
 def reference() -> Any:
     """Pooled and normalised by llama.cpp itself, each text in one step."""
     llama = llama_cpp.Llama(
-        str(models.find("smollm2")), embedding=True, pooling_type=1, n_ctx=CONTEXT, n_batch=CONTEXT, n_ubatch=CONTEXT,
-        n_threads=1, verbose=False,
+        str(models.find("smollm2")), embedding=True, pooling_type=1, n_ctx=256, n_batch=256, n_ubatch=256,
+        n_threads=1, n_threads_batch=1, verbose=False,
     )  # fmt: skip
     return lambda texts, normalize: np.array([llama.embed(text, normalize=normalize) for text in texts])
 
