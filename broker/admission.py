@@ -44,7 +44,8 @@ def _take(
     state.counters.submitted += 1
     state.admit(request)
     follow(request, client)
-    request.note(now_ms, "submitted", f"model {request.model}, at most {asked.max_tokens} tokens, {asked.priority}")
+    what = f"at most {asked.max_tokens} tokens" if asked.task == "generate" else asked.task
+    request.note(now_ms, "submitted", f"model {request.model}, {what}, {asked.priority}")
     if request.deadline_at:
         state.alarm(request.deadline_at, "deadline", request.id)
     if asked.resume or asked.id in state.orphanage:
@@ -96,6 +97,15 @@ def _makes_sense(state: State, message: m.InferenceRequest | m.Attach, now_ms: i
     if message.id in state.requests or state.archive.get(message.id):
         return True
     return isinstance(message, m.InferenceRequest) and _place(state, message, now_ms)[1] is None
+
+
+def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
+    """A result is for whoever asked for it: who only attaches does not know what its bytes mean."""
+    there = state.requests.get(asked.id) or state.archive.get(asked.id)
+    if there is not None and there.task != "generate":
+        _refuse(state, client, asked.id, Code.BAD_REQUEST, f"request {asked.id.hex()} ({there.task}) makes no stream")
+        return
+    attach(state, client, asked, now_ms)
 
 
 def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
@@ -219,13 +229,19 @@ def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, held: list[
     if asked.have != transfer.count(held):
         # Its tokens came from a broker that is gone, and without them another run would not continue them.
         return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
-    if not prompt:
+    if held and asked.task != "generate":
+        # Two workers need not agree in the last digit, so one does not continue the result of the other.
+        return ErrorInfo(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
+    if not prompt and asked.task == "generate":
         return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
     if len(prompt) > limits.PROMPT_BYTES:
         return ErrorInfo(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
     if len(asked.sampling) > limits.SAMPLING_BYTES:
         return ErrorInfo(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
-    wanted = reservation(asked.max_tokens) + len(prompt)
+    if asked.task != "generate" and asked.max_tokens > limits.RESULT_PIECES:
+        text = f"a result of {asked.max_tokens} pieces, {limits.RESULT_PIECES} are allowed"
+        return ErrorInfo(Code.TOO_LONG, text)
+    wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
     if wanted > state.config.transcript_bytes:
         return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
     if state.room.full(len(prompt)) and not asked.resume:

@@ -132,7 +132,7 @@ def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
     work = orphan.work
     asked = m.InferenceRequest(
         work.id, work.model, work.max_tokens, work.stream, work.priority, work.deadline_ms, True, work.seed,
-        sampling=work.sampling,
+        sampling=work.sampling, logprobs=work.logprobs, task=work.task,
     )  # fmt: skip
     request = Request(asked, work.model, orphan.prompt, now_ms)
     state.admit(request)

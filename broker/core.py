@@ -36,7 +36,7 @@ def _client_heartbeat(state: State, client: ClientEntry, beat: m.ClientHeartbeat
 CLIENT_RULES: dict[type[m.Message], ClientRule] = {
     m.ClientHeartbeat: _client_heartbeat,
     m.InferenceRequest: admission.submit,
-    m.Attach: lambda state, client, said, blob, now_ms: admission.attach(state, client, said, now_ms),
+    m.Attach: lambda state, client, said, blob, now_ms: admission.attach_asked(state, client, said, now_ms),
     m.Detach: lambda state, client, said, blob, now_ms: admission.detach(state, client, said, now_ms),
     m.Cancel: lambda state, client, said, blob, now_ms: admission.cancel(state, client, said, now_ms),
     m.Replay: lambda state, client, said, blob, now_ms: delivery.replay_asked(state, client, said, now_ms),

@@ -93,6 +93,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         request.priority,
         request.detached,
         msgspec.Raw(request.sampling),
+        request.logprobs,
+        request.task,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, blob))
 
@@ -103,7 +105,10 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
-    if finish_complete(state, request, now_ms):
+    if request.task != "generate" and not request.transcript.final:
+        # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
+        request.transcript.clear()
+    elif finish_complete(state, request, now_ms):
         return
     if what == "lost":  # a refusal cost nobody anything
         state.counters.moved += 1

@@ -65,10 +65,12 @@ def _close(
     state.running.pop(request.key, None)
     del state.requests[request.id]
     transcript = request.transcript
+    if request.task != "generate" and reason != "stop":
+        transcript.clear()  # whole or nothing
     state.reserved -= transcript.reserved + len(request.prompt)
     state.counters.ended += 1
     state.counters.failed += error is not None
-    state.counters.tokens += transcript.next_index
+    state.counters.tokens += transcript.next_index if request.task == "generate" else 0
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
         request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms

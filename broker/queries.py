@@ -165,6 +165,7 @@ def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
         "id": request.id.hex(),
         "state": request.state.value,
         "model": request.model,
+        "task": request.task,
         "priority": request.priority,
         "worker": request.worker.name if request.worker else "",
         "tokens": request.transcript.next_index,

@@ -69,6 +69,7 @@ class Request:
         "followers",
         "id",
         "key",
+        "logprobs",
         "max_tokens",
         "model",
         "moves",
@@ -86,6 +87,7 @@ class Request:
         "story",
         "stream",
         "submitted_at",
+        "task",
         "ticket",
         "topics",
         "transcript",
@@ -98,7 +100,10 @@ class Request:
         self.model = model
         self.prompt = prompt
         self.max_tokens = asked.max_tokens
-        self.stream = asked.stream
+        self.logprobs = asked.logprobs
+        self.task = asked.task
+        # A result is whole or nothing; it comes with the END.
+        self.stream = asked.stream and asked.task == "generate"
         self.priority = asked.priority
         self.detached = asked.detached
         self.sampling = bytes(asked.sampling)
@@ -108,7 +113,7 @@ class Request:
         self.submitted_at = self.queued_at = now_ms
         self.queued_ms = 0
         self.state = RequestState.WAITING
-        self.transcript = Transcript(asked.max_tokens)
+        self.transcript = Transcript(asked.max_tokens, asked.logprobs, asked.task)
         #: Sessions that follow this request, and the topics of those that want a stream.
         self.followers: dict[bytes, None] = {}
         self.topics: tuple[bytes, ...] = ()

@@ -93,6 +93,11 @@ class Request:
         return isinstance(self.message, m.InferenceRequest) and self.message.detached
 
     @property
+    def whole(self) -> bool:
+        """A result: of no use in parts, since the rest may come from another worker, which need not agree with it."""
+        return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
+
+    @property
     def streams(self) -> bool:
         return not isinstance(self.message, m.InferenceRequest) or self.message.stream
 

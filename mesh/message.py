@@ -25,6 +25,10 @@ Number = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
+#: What a request wants: an answer, or something that is made at once and is no stream of tokens (see `tasks`).
+Task = Literal["generate", "tokenize", "detokenize", "embed", "model_info"]
+#: How many of the likeliest tokens are told beside each; None: not even the token's own logprob.
+Logprobs = Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 

@@ -19,6 +19,7 @@ from llambo.mesh.message import (
     VERSIONS,
     Count,
     DispatchId,
+    Logprobs,
     Message,
     Milliseconds,
     Name,
@@ -28,6 +29,7 @@ from llambo.mesh.message import (
     RequestId,
     RunKey,
     Seed,
+    Task,
 )
 from llambo.mesh.worker_messages import (
     Accept,
@@ -67,6 +69,7 @@ __all__ = [
     "EngineLost",
     "Goodbye",
     "InferenceRequest",
+    "Logprobs",
     "Message",
     "ModelInfo",
     "Orphan",
@@ -81,6 +84,7 @@ __all__ = [
     "Result",
     "RunKey",
     "Sampling",
+    "Task",
     "Usage",
     "Welcome",
     "WorkerHeartbeat",
@@ -169,6 +173,10 @@ class InferenceRequest(Message, frozen=True):
     fingerprint: Name = ""
     #: Options for the engine, passed on unread: a msgpack map, see `Sampling`.
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+    #: No part of `sampling`, because the broker has to set aside room for them.
+    logprobs: Logprobs = None
+    #: For all but `generate`, `max_tokens` counts the pieces of the result, and `sampling` is a `TaskOptions`.
+    task: Task = "generate"
 
 
 class Attach(Message, frozen=True):

@@ -246,7 +246,13 @@ _WORKER = (
 _CLIENT = (
     _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
     _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
-    _row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token", high=100),
+    _row(
+        "client.temperature",
+        Kind.REAL,
+        0.8,
+        "0 always takes the likeliest token; a model may have a default of its own",
+        high=100,
+    ),
     _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
     _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
 )
@@ -260,6 +266,7 @@ _FAKE = (
     _fake("utf8_split", Kind.SWITCH, False, "cut characters across tokens now and then"),
     _fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0 runs to the limit"),
     _fake("context_tokens", Kind.NUMBER, 0, "longest prompt and answer together; 0 is no limit"),
+    _fake("embedding_size", Kind.NUMBER, 8, "numbers in an embedding", low=1, high=65_536),
     _fake("crash_at", Kind.NUMBER, 0, "die after this many tokens; 0 never"),
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),

@@ -17,7 +17,7 @@ from bisect import insort
 import msgspec
 
 from llambo.mesh import limits
-from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, head, trim_chunk
+from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, Logprob, head, trim_chunk
 
 _decode_body = msgspec.msgpack.Decoder(Body).decode
 #: What a decoder raises for bytes that are not what they should be.
@@ -78,6 +78,7 @@ class Reassembly:
         "base",
         "final_index",
         "kept",
+        "logprobs",
         "malformed",
         "next_index",
         "old",
@@ -96,6 +97,8 @@ class Reassembly:
         self.old = self.trimmed = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
+        #: Of the tokens that are taken next, if there are any: see `take_logprobs`.
+        self.logprobs: list[Logprob | None] = []
 
     @property
     def gap(self) -> tuple[int, int] | None:
@@ -131,6 +134,11 @@ class Reassembly:
             self._ids, self._pieces = [], []
         return ids, pieces
 
+    def take_logprobs(self, count: int) -> list[Logprob | None]:
+        """Those of the tokens that were just taken, if `logprobs` has any."""
+        logprobs, self.logprobs = self.logprobs, []
+        return logprobs + [None] * (count - len(logprobs))
+
     def _append(self, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
         try:
             body = _decode_body(frame[HEAD_BYTES:])
@@ -141,6 +149,13 @@ class Reassembly:
         if not 0 < count <= limits.CHUNK_TOKENS or len(ids) != count or len(pieces) != count:
             self.malformed += 1
             return False
+        if body.logprobs is not None:
+            if len(body.logprobs) != count:
+                self.malformed += 1
+                return False
+            # In step with the ids, whoever left some out before.
+            self.logprobs += [None] * (len(self._ids) - len(self.logprobs))
+            self.logprobs += body.logprobs[skip:]
         self._ids += ids[skip:] if skip else ids
         self._pieces += pieces[skip:] if skip else pieces
         self.kept.append(trim_chunk(frame, self.next_index) or b"" if skip else frame)

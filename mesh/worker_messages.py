@@ -13,6 +13,7 @@ from llambo.mesh.message import (
     VERSIONS,
     Count,
     DispatchId,
+    Logprobs,
     Message,
     Milliseconds,
     Name,
@@ -21,6 +22,7 @@ from llambo.mesh.message import (
     RequestId,
     RunKey,
     Seed,
+    Task,
 )
 
 # --- worker to broker --------------------------------------------------------------------------------
@@ -124,6 +126,8 @@ class Dispatch(Message, frozen=True):
     priority: Priority = "normal"
     detached: bool = False
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
+    logprobs: Logprobs = None
+    task: Task = "generate"
 
 
 class Adopt(Message, frozen=True):

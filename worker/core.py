@@ -31,7 +31,7 @@ from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.config import WorkerConfig
 from llambo.worker.delivery import Delivery
 from llambo.worker.engine_life import NEVER_MS, EngineLife
-from llambo.worker.engine_proto import Start
+from llambo.worker.engine_proto import Start, start_of
 from llambo.worker.identity import Identity
 from llambo.worker.introduction import Introduction
 from llambo.worker.orphans import Orphans
@@ -40,8 +40,6 @@ from llambo.worker.runs import Run, RunState, Tokens
 
 #: Of the reason why it leaves.
 GOODBYE_CHARS = 256
-
-_decode_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
 
 
 class WorkerCore:
@@ -192,22 +190,30 @@ class WorkerCore:
         except ValueError as error:
             self._reject(number, dispatch.id, dispatch.dispatch, ErrorInfo(Code.BAD_REQUEST, str(error)), True)
             return
-        sampling = self._admit(dispatch)
-        if isinstance(sampling, ErrorInfo):
-            final = sampling.code is Code.BAD_REQUEST
-            self._reject(number, dispatch.id, dispatch.dispatch, sampling, final)
+        start = self._admit(dispatch, prompt)
+        if isinstance(start, ErrorInfo):
+            final = start.code is Code.BAD_REQUEST
+            self._reject(number, dispatch.id, dispatch.dispatch, start, final)
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
         deadline_at = now_ms + dispatch.deadline_ms if dispatch.deadline_ms else 0
-        self.runs.add(Run(key, number, Tokens.of(dispatch, chunks), dispatch, prompt, deadline_at))
-        d = dispatch
-        start = Start(key, prompt, d.max_tokens, d.seed, d.prefix, sampling, d.deadline_ms, d.model)
+        self.runs.add(
+            Run(
+                key,
+                number,
+                Tokens.of(dispatch, chunks),
+                dispatch,
+                prompt,
+                deadline_at,
+                published=dispatch.task == "generate",
+            )
+        )
         self._out.append(StartRun(start))
         self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
 
-    def _admit(self, dispatch: m.Dispatch) -> m.Sampling | ErrorInfo:
-        """Its sampling options, or why it cannot be taken."""
+    def _admit(self, dispatch: m.Dispatch, prompt: bytes) -> Start | ErrorInfo:
+        """What to tell the engine, or why it cannot be taken."""
         ready = self.engine.ready
         if self.draining:
             return ErrorInfo(Code.BUSY, "this worker is draining")
@@ -218,7 +224,7 @@ class WorkerCore:
         if all(dispatch.model != model.name for model in ready.models):
             return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
         try:
-            return _decode_sampling(dispatch.sampling)
+            return start_of(dispatch, prompt)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return ErrorInfo(Code.BAD_REQUEST, f"sampling options: {error}")
 

@@ -58,9 +58,12 @@ class Delivery:
 
     def _append(self, run: Run, output: Output, frames: list[bytes]) -> None:
         first = run.tokens.end
-        run.tokens.extend(output.ids, output.pieces)
+        run.tokens.extend(output.ids, output.pieces, output.logprobs)
+        if not run.published:
+            return
         self._rate.count += len(output.ids)
-        frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, tokens.final_flags(output.end))
+        flags = tokens.final_flags(output.end)
+        frame = tokens.encode_chunk(run.key, first, output.ids, output.pieces, flags, output.logprobs)
         if len(frame) <= limits.TOKEN_FRAME_BYTES:
             frames.append(frame)
         else:
@@ -107,6 +110,9 @@ class Delivery:
 
     def _finish(self, run: Run, end: m.End, now_ms: int) -> None:
         self.runs.end(run, end)
+        if not run.published and run.tokens.end and not run.orphan_at and self._links[run.link].welcomed:
+            # Most results are one page: with it just before the END nobody has to ask for anything.
+            self._links[run.link].send(run.page(0, 0))
         self.say_end(run, end, now_ms)
 
     def say_end(self, run: Run, end: m.End, now_ms: int) -> None:

@@ -31,6 +31,8 @@ class FakeKnobs:
     answer_tokens: int = 0
     #: The longest prompt + answer; 0: no limit.
     context_tokens: int = 0
+    #: Numbers in an embedding.
+    embedding_size: int = 8
     #: After this many tokens the process dies by a segmentation fault; 0: never.
     crash_at: int = 0
     #: After this many tokens the process lives on and does nothing; 0: never.

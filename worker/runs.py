@@ -8,6 +8,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 
@@ -43,7 +45,7 @@ MIN_CHUNK_BYTES = 1024
 
 
 class Tokens:
-    """Ids and text from token index `base` on: 13 bytes or so for each, no object."""
+    """Ids and text from token index `base` on: 13 bytes or so for each, no object. Logprobs, if any, encoded."""
 
     def __init__(self, base: int) -> None:
         self.base = base
@@ -51,6 +53,9 @@ class Tokens:
         self._ids = array("i")
         self._text = bytearray()
         self._ends = array("Q")
+        self._logprobs: list[bytes] | None = None
+        #: Where each would end if all stood in a row, to know how many fit.
+        self._logprob_ends = array("Q")
 
     @classmethod
     def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
@@ -60,18 +65,33 @@ class Tokens:
         existing = cls(0)
         for chunk in chunks:
             body = tokens.decode_body(chunk[tokens.HEAD_BYTES :])
-            existing.extend(body.ids, body.pieces)
+            existing.extend(body.ids, body.pieces, body.logprobs)
         return existing
 
-    def extend(self, ids: Sequence[int], pieces: Sequence[bytes]) -> None:
+    def extend(
+        self, ids: Sequence[int], pieces: Sequence[bytes], logprobs: Sequence[tokens.Logprob] | None = None
+    ) -> None:
         self._ids.extend(ids)
+        if logprobs is not None:
+            self._keep(logprobs)
         text, ends = self._text, self._ends
         for piece in pieces:
             text += piece
             ends.append(len(text))
         self.end += len(ids)
 
-    def chunk(self, first: int, until: int, budget_bytes: int) -> tuple[list[int], list[bytes]]:
+    def _keep(self, logprobs: Sequence[tokens.Logprob]) -> None:
+        if self._logprobs is None:
+            self._logprobs = []
+        end = self._logprob_ends[-1] if self._logprob_ends else 0
+        for logprob in logprobs:
+            self._logprobs.append(tokens.encode_logprob(logprob))
+            end += len(self._logprobs[-1])
+            self._logprob_ends.append(end)
+
+    def chunk(
+        self, first: int, until: int, budget_bytes: int
+    ) -> tuple[list[int], list[bytes], list[msgspec.Raw] | None]:
         """Tokens from `first` on, at least one, as many as fit into one chunk and the budget."""
         low, high = first - self.base, min(until - self.base, first - self.base + limits.CHUNK_TOKENS)
         high = low + self._fitting(low, high, min(budget_bytes, limits.TOKEN_FRAME_BYTES) - CHUNK_OVERHEAD_BYTES)
@@ -79,16 +99,22 @@ class Tokens:
         for end in self._ends[low:high]:
             pieces.append(bytes(self._text[start:end]))
             start = end
-        return self._ids[low:high].tolist(), pieces
+        logprobs = None if self._logprobs is None else [msgspec.Raw(each) for each in self._logprobs[low:high]]
+        return self._ids[low:high].tolist(), pieces, logprobs
 
     def _start(self, position: int) -> int:
         return self._ends[position - 1] if position else 0
+
+    def _logprob_bytes(self, low: int, high: int) -> int:
+        ends = self._logprob_ends
+        return ends[high - 1] - (ends[low - 1] if low else 0) if ends else 0
 
     def _fitting(self, low: int, high: int, budget_bytes: int) -> int:
         start = self._start(low)
 
         def size(position: int) -> int:
-            return self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            text = self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            return text + self._logprob_bytes(low, position + 1)
 
         return max(1, bisect_right(range(low, high), budget_bytes, key=size))
 
@@ -109,6 +135,8 @@ class Run:
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
+    #: False: it makes a result and not an answer, and that goes with the END, on control.
+    published: bool = True
 
     @property
     def active(self) -> bool:
@@ -139,8 +167,8 @@ class Run:
         chunks: list[bytes] = []
         at = first
         while at < until and len(chunks) < limits.PAGE_CHUNKS and budget_bytes > MIN_CHUNK_BYTES:
-            ids, pieces = self.tokens.chunk(at, until, budget_bytes)
-            chunk = tokens.encode_chunk(self.key, at, ids, pieces, self._flags(at + len(ids)))
+            ids, pieces, logprobs = self.tokens.chunk(at, until, budget_bytes)
+            chunk = tokens.encode_chunk(self.key, at, ids, pieces, self._flags(at + len(ids)), logprobs)
             if chunks and len(chunk) > budget_bytes:
                 break
             chunks.append(chunk)

@@ -58,6 +58,10 @@ GUARDS: dict[str, Guard] = {
         "prefix = request.transcript.ids() if request.transcript.chunks else []",
         "prefix: list[int] = []",
     ),
+    "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
+    "no part of a result": Guard(
+        _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
+    ),
 }
 
 

@@ -393,8 +393,8 @@ class ClientNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case c.Delivered(id, ids, pieces):
-                self.history.delivered(self.name, id, ids, pieces, self.clock.now_ms)
+            case c.Delivered(id, ids, pieces, logprobs):
+                self.history.delivered(self.name, id, ids, pieces, logprobs)
             case c.Ended(id, end):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
             case c.Failed(key, error) if isinstance(key, bytes):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from llambo.broker.config import BrokerConfig
 from llambo.mesh import client_events as c
 from llambo.mesh import messages as m
@@ -12,7 +14,7 @@ from llambo.worker.config import WorkerConfig
 from llambo.worker.knobs import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
-from tests.sim.history import History, Wanted
+from tests.sim.history import EMBEDDING_SIZE, History, Wanted
 from tests.sim.network import Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
 
@@ -90,6 +92,7 @@ class World:
             jitter_ms=random.choice((0, 10)),
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
+            embedding_size=EMBEDDING_SIZE,
             crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
             hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
         )
@@ -126,17 +129,25 @@ class World:
         for number in range(self.plan.requests):
             at = random.randint(150, faults.FAULTS_END_MS - 2_000)
             client = random.choice(self.clients)
+            id = random.randbytes(16)
+            prompt = f"prompt {number}".encode()
+            texts = 1 + id[3] % 90 if id[2] % 6 == 0 else 0
+            if texts:  # embeddings of so many texts, one in six
+                prompt = msgspec.msgpack.encode([f"{number} {text}" for text in range(texts)])
             message = m.InferenceRequest(
-                random.randbytes(16),
+                id,
                 "",
-                random.choice((1, 5, 20, 60, 150)),
+                random.choice((1, 5, 20, 60, 150)) if not texts else random.choice((30, 40)),
                 stream=random.random() < 0.8,
                 priority=random.choice(("interactive", "normal", "batch")),
                 deadline_ms=random.choice((0, 0, 0, 0, 500, 20_000)),
                 detached=random.random() < 0.15,
                 seed=random.getrandbits(62),
+                # Of every fourth, and a few each time: what travels with tokens has to arrive with them.
+                logprobs=id[1] % 4 if id[0] % 4 == 0 else None,
+                task="embed" if texts else "generate",
             )
-            self.history.wanted[message.id] = Wanted(message, f"prompt {number}".encode(), self.answer_tokens)
+            self.history.wanted[message.id] = Wanted(message, prompt, self.answer_tokens)
             self.clock.at(at, lambda n=client, q=message: self._submit(n, q))  # type: ignore[misc]
             if random.random() < 0.15:
                 self.clock.at(at + random.randint(1, 800), lambda n=client, q=message: self._cancel(n, q))  # type: ignore[misc]
@@ -160,6 +171,8 @@ class World:
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
         state = self.broker.core.state
+        if message.task != "generate":
+            return  # a result is for whoever asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
             return

@@ -26,19 +26,28 @@ DISPATCH = b"\x00\x00\x00\x02wxyz"
 KEY = ID + DISPATCH
 SESSION = b"session!"
 TOPIC = bytes(range(100, 116))
+LOGPROBS = [
+    tokens.Logprob(-0.5, [tokens.TopToken(11, b"Hi", -0.5), tokens.TopToken(12, b"Ho", -2.25)]),
+    tokens.Logprob(-3.0),
+]
 CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]], tokens.FINAL)
+CHUNK_WITH_LOGPROBS = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", b"!"], 0, LOGPROBS)
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
-DISPATCHED = m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING)
+DISPATCHED = m.Dispatch(
+    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed"
+)
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
     "client": [
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
         m.ClientHeartbeat(41),
-        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING),
+        m.InferenceRequest(
+            ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed"
+        ),
         m.Attach(ID, 12, [CHUNK]),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
@@ -126,6 +135,10 @@ def vectors() -> dict[str, Any]:
         body = msgpack.unpackb(frames[1], strict_map_key=False)
         found[type(sample).__name__] = {"frames": [frame.hex() for frame in frames], "body": plain(body)}
     found["chunk"] = {"frames": [CHUNK.hex()]}
+    found["chunk with logprobs"] = {
+        "frames": [CHUNK_WITH_LOGPROBS.hex()],
+        "body": plain(msgpack.unpackb(CHUNK_WITH_LOGPROBS[tokens.HEAD_BYTES :])),
+    }
     found["beat"] = {"frames": [BEAT.hex()]}
     return found
 

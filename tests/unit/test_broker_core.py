@@ -8,10 +8,11 @@ import pytest
 from llambo.broker import membership, queries
 from llambo.broker.events import StopAsked, Tick
 from llambo.broker.transcript import reservation
+from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
-from llambo.mesh import tokens
 from llambo.mesh.codec import NO_SESSION
 from llambo.mesh.errors import Code, ErrorInfo
+from llambo.worker.fake_tokens import logprob_of
 from tests.unit.broker_bench import Bench, request_id
 
 
@@ -526,6 +527,45 @@ def test_a_worker_that_sends_more_than_was_asked_for_is_stopped() -> None:
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1], [piece]))
     assert client.ends[0].error is not None
     assert client.ends[0].error.code is Code.ENGINE_FAILED
+
+
+def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -> None:
+    bench = Bench()
+    worker, client, late = bench.worker(), bench.client(), bench.client()
+    count, most = 300, limits.TOP_LOGPROBS
+    id = client.submit(1, max_tokens=count, logprobs=most)
+    dispatch = worker.dispatches[0]
+    assert dispatch.logprobs == most
+    told = [logprob_of(token, token, most) for token in range(count)]
+
+    def chunk(first: int, until: int) -> bytes:
+        ids = list(range(first, until))
+        return tokens.encode_chunk(worker.key(), first, ids, [b" word"] * len(ids), 0, told[first:until])
+
+    # Given chunks that overlap, of tokens that come one by one: the most that they may cost
+    worker.publish(chunk(0, 3), chunk(1, 5), *[chunk(at, at + 1) for at in range(5, count)])
+    worker.say(m.End(dispatch.id, count, "length", dispatch.dispatch))
+    # Then they fit what was set aside for them
+    assert [end.reason for end in client.ends] == ["length"]
+    assert client.ends[0].error is None
+    # And whoever fetches them later gets all of them
+    kept: list[tokens.Logprob] = []
+    while len(kept) < count:
+        late.say(m.Replay(id, len(kept)))
+        for frame in late.heard_last(m.Page)[0].chunks:
+            found = tokens.decode_chunk(frame)
+            assert found is not None and found.body.logprobs is not None
+            kept += found.body.logprobs[len(kept) - found.first :]
+    assert kept == told
+
+
+def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1, logprobs=0)
+    worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
+    assert client.streamed() == []
+    assert bench.state.counters.malformed_frames == 1
 
 
 def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:

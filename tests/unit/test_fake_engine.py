@@ -10,6 +10,7 @@ from llambo.mesh.errors import Code
 from llambo.mesh.messages import Sampling
 from llambo.worker.engine_proto import ALIVE_MS, Output, Start
 from llambo.worker.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
+from llambo.worker.fake_tokens import logprob_of
 
 KEY = b"r" * 16 + b"dispatch"
 PROMPT = b"three small words"
@@ -51,6 +52,20 @@ def test_plain_does_not_depend_on_the_dispatch_and_wander_does() -> None:
     assert generate(FakeKnobs(), start())[0] == generate(FakeKnobs(), start(other))[0]
     wander = FakeKnobs(style="wander")
     assert generate(wander, start())[0] != generate(wander, start(other))[0]
+
+
+def test_logprobs_depend_on_the_token_and_its_place_alone() -> None:
+    engine = FakeEngine(FakeKnobs(burst=3))
+    assert engine.start(start(logprobs=2, prefix=[5, 6, 7]), 0) is None
+    outputs = [output for _, output in run(engine)]
+    ids = [id for output in outputs for id in output.ids]
+    told = [logprob for output in outputs for logprob in output.logprobs or []]
+    assert told == [logprob_of(token, index, 2) for index, token in enumerate(ids, 3)]
+    assert len(ids) == 9
+    assert len(set(map(str, told))) == 9
+    # And whoever does not ask is told nothing
+    assert engine.start(start(), 0) is None
+    assert {output.logprobs for _, output in run(engine)} == {None}
 
 
 def test_wander_tokens_follow_from_their_predecessor() -> None:

@@ -18,6 +18,7 @@ from llambo.worker import invariants
 from llambo.worker.config import WorkerConfig
 from llambo.worker.core import WorkerCore
 from llambo.worker.engine_proto import Output
+from llambo.worker.fake_tokens import logprob_of
 from llambo.worker.identity import Identity
 
 SESSION, LATER = b"session1", b"session2"
@@ -220,6 +221,7 @@ def test_a_dispatch_is_started_accepted_and_claimed() -> None:
     rig = joined()
     rig.say(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
     (order,) = [action for action in rig.actions if isinstance(action, a.StartRun)]
+    assert order.start.given == ["stop"], "what the request itself has is told apart from a default"
     assert (order.start.key, order.start.prompt, order.start.prefix) == (key_of(1), b"prompt", [5, 6])
     assert (order.start.max_tokens, order.start.deadline_ms, order.start.sampling.stop) == (100, 900, ["x"])
     assert rig.sent(m.Accept) == [m.Accept(b"\1" * 16, b"dispatch")]
@@ -367,6 +369,39 @@ def test_a_long_run_is_replayed_in_pages() -> None:
     assert pieces == [b" %d" % i for i in range(count + 1)]
     assert tokens.describe(frames[-1])["flags"] == tokens.FINAL
     assert len(frames) < 40
+
+
+def test_logprobs_are_published_kept_and_replayed_as_they_were() -> None:
+    told = [logprob_of(token, token, 20) for token in range(3_000)]
+    rig = running(1)
+    for first in range(0, 3_000, 100):
+        ids = list(range(first, first + 100))
+        rig.on(e.EngineStep([Output(key_of(1), ids, [b"x"] * 100, logprobs=told[first : first + 100])]))
+    published = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
+    assert logprobs_of(published) == told
+    at, replayed_frames = 7, []
+    while at < 3_000:
+        page = replayed(rig, at)
+        assert sum(map(len, page.chunks)) <= limits.PAGE_BYTES
+        assert page.next > at
+        replayed_frames += page.chunks
+        at = page.next
+    assert logprobs_of(replayed_frames) == told[7:]
+    assert len(replayed_frames) < 20, "they are put together"
+
+
+def logprobs_of(frames: list[bytes]) -> list[tokens.Logprob]:
+    chunks = [tokens.decode_chunk(frame) for frame in frames]
+    return [logprob for chunk in chunks if chunk is not None for logprob in chunk.body.logprobs or []]
+
+
+def test_a_step_whose_logprobs_exceed_a_frame_is_cut() -> None:
+    told = [logprob_of(token, token, 20) for token in range(2_000)]
+    rig = running(1)
+    rig.on(e.EngineStep([Output(key_of(1), list(range(2_000)), [b"x"] * 2_000, logprobs=told)]))
+    frames = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
+    assert max(map(len, frames)) <= limits.TOKEN_FRAME_BYTES
+    assert logprobs_of(frames) == told
 
 
 def test_a_replay_of_an_unknown_run_is_ignored() -> None:
