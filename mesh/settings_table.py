@@ -248,6 +248,7 @@ _CLIENT = (
     _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
     _row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token", high=100),
     _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
+    _row("client.models_dir", Kind.TEXT, "", "a folder of GGUF files that `llambo models` lists, too"),
     _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
 )
 _FAKE = (
