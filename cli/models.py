@@ -33,7 +33,7 @@ NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 
 @click.command(cls=Command, examples=EXAMPLES)
 @json_option
-@settings_options(["models_dir"])
+@settings_options(["models_dir", "connect_ms"])
 @client_options
 @pass_common
 def models(common: Common, as_json: bool) -> None:
