@@ -92,9 +92,10 @@ def check(engine: LlamaEngine, running: int) -> int:
 def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
     """Requests come, run for a random while and are stopped; after each the books are compared with llama.cpp's."""
     chance, told, now_ms, number = random.Random(seed), Storm(), 0, 0
+    slots = len(engine.batcher.slots)
     live: dict[bytes, str] = {}
     while told.ended.total() < cancels:
-        while len(live) < SLOTS and chance.random() < 0.7:
+        while len(live) < slots and chance.random() < 0.7:
             number += 1
             key = number.to_bytes(24, "big")
             deadline_ms = chance.randrange(1, 40) * STEP_MS if chance.random() < 0.25 else 0
