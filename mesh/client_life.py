@@ -62,6 +62,9 @@ class Requests:
                 request.step_to(Step.WAITING)
             request.end, request.tries = None, 0
             request.forget_repair()
+            # The next broker may not know this answer, and go on with it in another way.
+            request.owed = 0
+            request.tokens.forget_stash()
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 
@@ -137,6 +140,7 @@ class Requests:
         if request is None or request.step is Step.WAITING:
             return
         request.model = accepted.model or request.model
+        request.fingerprint = accepted.fingerprint or request.fingerprint
         self._place(request, accepted.ahead)
         if request.step is not Step.SUBMITTED:
             return
@@ -196,13 +200,15 @@ class Requests:
 
     def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
         """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
-        live = self.live
+        live, waiting = self.live, Step.WAITING
         touched: dict[bytes, Request] = {}
         for frame in frames:
             id = frame[1:_ID_END]
             request = live.get(id)
             if request is None:
                 self.counters.stray_frames += 1
+            elif request.step is waiting:
+                self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
             elif request.held:
                 self._leave_out(request, frame)
             else:
@@ -218,9 +224,9 @@ class Requests:
         if request.step is Step.WAITING:
             request.step_to(Step.SUBMITTED)
         request.said = True
-        message = request.introduction(now_ms)
+        message, blob = request.introduction(now_ms)
         if message is not None:
-            self._link.send(message, request.prompt)
+            self._link.send(message, blob)
             self._timers.set(request.id, now_ms + min(RESEND_MS[0] << request.tries, RESEND_MS[1]))
             request.tries = min(request.tries + 1, 8)
         if request.cancelled:

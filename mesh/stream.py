@@ -17,7 +17,7 @@ from bisect import insort
 import msgspec
 
 from llambo.mesh import limits
-from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, head
+from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, head, trim_chunk
 
 _decode_body = msgspec.msgpack.Decoder(Body).decode
 #: What a decoder raises for bytes that are not what they should be.
@@ -72,13 +72,27 @@ class Stash:
 class Reassembly:
     """One stream. `add` frames as they come, then `take` what is in order since the last time."""
 
-    __slots__ = ("_ids", "_pieces", "final_index", "malformed", "next_index", "old", "stash", "stashed", "trimmed")
+    __slots__ = (
+        "_ids",
+        "_pieces",
+        "base",
+        "final_index",
+        "kept",
+        "malformed",
+        "next_index",
+        "old",
+        "stash",
+        "stashed",
+        "trimmed",
+    )
 
     def __init__(self, next_index: int = 0) -> None:
-        self.next_index = next_index
+        self.base = self.next_index = next_index
         #: The number of tokens of the whole answer, once the chunk that says so was taken.
         self.final_index: int | None = None
         self.stash = Stash()
+        #: All that was taken, in order, to be shown to a broker that does not know this answer.
+        self.kept: list[bytes] = []
         self.old = self.trimmed = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
@@ -107,6 +121,9 @@ class Reassembly:
             self._unstash()
         return True
 
+    def forget_stash(self) -> None:
+        self.stash = Stash()
+
     def take(self) -> tuple[list[int], list[bytes]]:
         """The token ids and their bytes that have come into order since the last take."""
         ids, pieces = self._ids, self._pieces
@@ -126,6 +143,7 @@ class Reassembly:
             return False
         self._ids += ids[skip:] if skip else ids
         self._pieces += pieces[skip:] if skip else pieces
+        self.kept.append(trim_chunk(frame, self.next_index) or b"" if skip else frame)
         self.next_index += count - skip
         if flags & FINAL:
             self.final_index = self.next_index

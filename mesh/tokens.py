@@ -107,6 +107,10 @@ def trim_chunk(frame: bytes, first: int) -> bytes | None:
     return encode_chunk(chunk.key, first, chunk.body.ids[skip:], chunk.body.pieces[skip:], chunk.flags)
 
 
+def has_logprobs(body: Body) -> bool:
+    return bytes(body.logprobs) != b"\xc0"
+
+
 def final_flags(reason: str | None) -> int:
     """What the last chunk of an answer says about it, should the END be lost together with its worker."""
     return {"stop": FINAL | STOPPED, "length": FINAL}.get(reason or "", 0)

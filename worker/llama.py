@@ -20,6 +20,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -40,7 +41,7 @@ DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 #: The longest piece of text one token stands for.
 PIECE_BYTES = 4096
 #: From ggml.h.
-LOG_WARNING, LOG_ERROR = 2, 3
+LOG_WARNING, LOG_ERROR = 3, 4
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -168,6 +169,11 @@ class Model:
     def name(self, token: int) -> str:
         """The text that stands for a token in a template: `<s>` and the like."""
         return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest text that one token stands for, as its name or in an answer."""
+        return max(len(self._render(token, special=True)) for token in range(self.tokens)) or 1
 
     @property
     def bos(self) -> str:

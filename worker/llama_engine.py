@@ -21,7 +21,7 @@ from llambo.worker import llama
 from llambo.worker.batching import Batcher, Plan
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
-from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+from llambo.worker.prompts import BadPrompt, Message, Template, TooLong, text_of
 from llambo.worker.sampling import DeadEnd, Logits, Sampler
 from llambo.worker.text import Gate
 
@@ -58,7 +58,7 @@ class LlamaEngine:
             nonlocal percent
             if int(share * 100) > percent:
                 percent = int(share * 100)
-                say(Progress(f"loading {name}: {percent} %"))
+                say(Progress(f"loading {name}: {percent} %", percent=percent))
 
         self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)
@@ -87,7 +87,8 @@ class LlamaEngine:
         try:
             prompt = self._prompt(start)
         except BadPrompt as error:
-            return _refused(start, Code.BAD_REQUEST, str(error))
+            code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
+            return _refused(start, code, str(error))
         context = self._decoder.context
         if len(prompt) + start.max_tokens > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
@@ -142,6 +143,11 @@ class LlamaEngine:
 
     def _prompt(self, start: Start) -> list[int]:
         text, templated = text_of(start.prompt, start.sampling, self._template)
+        context, longest = self._decoder.context, self._model.longest
+        if len(text) > context * longest:
+            # Known without counting, which takes its time for megabytes while all others wait.
+            least = len(text) // longest
+            raise TooLong(f"a prompt of {len(text)} bytes is more than {least} tokens, and the context is {context}")
         tokens = self._model.tokenize(text, special=templated)
         if not tokens:
             raise BadPrompt("the prompt is empty")
@@ -220,7 +226,9 @@ class LlamaEngine:
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
             self._template.render([Message("user", "Hello")])
-        refused = self.start(Start(key, SELF_TEST, SELF_TEST_TOKENS, 1), 0)
+        # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
+        text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
+        refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)
         if refused is not None:
             raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
         while self._streams:

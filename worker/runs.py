@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llambo.mesh import limits, tokens
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 
 
@@ -24,13 +24,13 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.STARTING: {
         RunState.RUNNING: "first output of the engine",
         RunState.ENDED: "cancelled",
-        RunState.GONE: "refused by the engine, engine lost or new session",
+        RunState.GONE: "refused by the engine, engine lost or nobody adopts it",
     },
     RunState.RUNNING: {
         RunState.ENDED: "last token or cancelled",
-        RunState.GONE: "engine lost or new session",
+        RunState.GONE: "engine lost or nobody adopts it",
     },
-    RunState.ENDED: {RunState.GONE: "END acknowledged or new session"},
+    RunState.ENDED: {RunState.GONE: "END acknowledged or nobody adopts it"},
     RunState.GONE: {},
 }
 
@@ -51,6 +51,17 @@ class Tokens:
         self._ids = array("i")
         self._text = bytearray()
         self._ends = array("Q")
+
+    @classmethod
+    def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
+        """Those that exist already, with their text if it came with them."""
+        if transfer.count(chunks) != len(dispatch.prefix):
+            return cls(len(dispatch.prefix))
+        existing = cls(0)
+        for chunk in chunks:
+            body = tokens.decode_body(chunk[tokens.HEAD_BYTES :])
+            existing.extend(body.ids, body.pieces)
+        return existing
 
     def extend(self, ids: Sequence[int], pieces: Sequence[bytes]) -> None:
         self._ids.extend(ids)
@@ -84,11 +95,17 @@ class Tokens:
 
 @dataclass(slots=True)
 class Run:
-    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and are not kept."""
+    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and without their text."""
 
     key: bytes
     link: int
     tokens: Tokens
+    #: What was asked for, in case that nobody else knows it any more.
+    work: m.Dispatch
+    prompt: bytes
+    deadline_at: int = 0
+    #: Its broker is gone: until then it waits for one that adopts it.
+    orphan_at: int = 0
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
@@ -167,7 +184,14 @@ class RunTable:
         return [run for run in self.runs.values() if run.active]
 
     def of_link(self, link: int) -> list[Run]:
-        return [run for run in self.runs.values() if run.link == link]
+        return [run for run in self.runs.values() if run.link == link and not run.orphan_at]
+
+    def orphans(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.orphan_at]
 
     def claims(self, link: int) -> dict[bytes, int]:
-        return {run.key: run.tokens.end for run in self.runs.values() if run.link == link}
+        return {run.key: run.tokens.end for run in self.of_link(link)}
+
+    def busy(self, link: int) -> int:
+        """Slots that this broker has not given away itself."""
+        return self.active - sum(run.active for run in self.of_link(link))

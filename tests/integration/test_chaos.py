@@ -1,4 +1,4 @@
-"""A short run of the harness in `tests/chaos`: every fault that the mesh is proof against, all within seconds."""
+"""A short run of the harness in `tests/chaos`: every fault that the mesh is proof against, at once, for seconds."""
 
 from __future__ import annotations
 

@@ -54,7 +54,9 @@ GUARDS: dict[str, Guard] = {
         "llambo.broker.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
     ),
     "transcript in the re-dispatch": Guard(
-        "llambo.broker.dispatching", "prefix = request.transcript.ids()", "prefix: list[int] = []"
+        "llambo.broker.dispatching",
+        "prefix = request.transcript.ids() if request.transcript.chunks else []",
+        "prefix: list[int] = []",
     ),
 }
 
