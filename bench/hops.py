@@ -39,10 +39,9 @@ class Passage:
         return sum(self.hops) - self.hops[trace.ENGINE - 1]
 
 
-async def ask(address: str, requests: int, tokens: int, folder: str) -> list[tuple[int, int]]:
+async def ask(address: str, requests: int, tokens: int) -> list[tuple[int, int]]:
     """When each was asked, and its first piece read."""
     asked: list[tuple[int, int]] = []
-    trace.trace_client(folder)
     options = {**CHANCE, "ignore_eos": True}
     async with Client(address) as client:
         for turn in range(requests + WARM):
@@ -94,9 +93,14 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     knobs = LlamaKnobs(slots=4, context=1024, threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
+        tracing = trace.trace_client(folder)
         os.environ[trace.FOLDER] = folder
-        with mesh(knobs, traced=True) as ours:
-            asked = asyncio.run(ask(ours.address, options.requests, options.tokens, folder))
+        try:
+            with mesh(knobs, traced=True) as ours:
+                asked = asyncio.run(ask(ours.address, options.requests, options.tokens))
+        finally:
+            del os.environ[trace.FOLDER]
+            tracing.close()
         found = passages(asked, trace.read(folder))
     print(f"hops: {len(found)} requests one after another, {options.threads} threads, {options.tokens} tokens each")
     report(found)

@@ -68,6 +68,13 @@ class Trace:
 
     def __init__(self, folder: str) -> None:
         self._fd = os.open(Path(folder, f"{os.getpid()}.trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self._wrapped: list[tuple[Any, str, Any]] = []
+
+    def close(self) -> None:
+        """Everything is as it was."""
+        for owner, name, function in reversed(self._wrapped):
+            setattr(owner, name, function)
+        os.close(self._fd)
 
     def note(self, point: str) -> None:
         now = time.monotonic_ns()
@@ -99,6 +106,7 @@ class Trace:
                 self.note(point)
             return result
 
+        self._wrapped.append((owner, name, function))
         setattr(owner, name, traced)
 
 
@@ -111,10 +119,11 @@ def read(folder: str) -> list[tuple[int, int]]:
 # --- where the points are --------------------------------------------------------------------------------
 
 
-def trace_client(folder: str) -> None:
+def trace_client(folder: str) -> Trace:
     trace = Trace(folder)
     trace.after(Link, "flush", "client said", lambda a: _has(a[0]._outbox, m.InferenceRequest))
     trace.before(ClientCore, "handle", "client got", lambda a: _is(a[1], ce.TokensArrived) and _chunks(a[1].frames))
+    return trace
 
 
 def trace_broker() -> None:

@@ -93,7 +93,8 @@ class Batcher:
         #: Requests that still prefill, oldest first.
         self._prefilling: dict[bytes, Slot] = {}
         self._finished = 0
-        self._decode_ms = 0.0
+        #: A step without prompts, by the number of its streams.
+        self._decode_ms: dict[int, float] = {}
         self._prefill_ms = 0.0  # per token
         self._burst_ms = BURST_MS
 
@@ -217,20 +218,34 @@ class Batcher:
             self._prefilling.pop(key, None)
         streams = len(plan.tokens) - plan.prefill
         if not plan.prefill:
-            self._decode_ms = _mixed(self._decode_ms, took_ms)
+            self._decode_ms[streams] = _mixed(self._decode_ms.get(streams, 0.0), took_ms)
             self._burst_ms = min(BURST_MS, self._burst_ms + SAVED * took_ms)
-        elif plan.prefill >= MIN_SHARE:
-            rest_ms = max(took_ms - (self._decode_ms if streams else 0.0), 0.1 * took_ms)
+            return
+        decode_ms = self._undisturbed_ms(streams)
+        if plan.prefill >= MIN_SHARE:
+            rest_ms = max(took_ms - decode_ms, 0.1 * took_ms)
             self._prefill_ms = _mixed(self._prefill_ms, rest_ms / plan.prefill)
-        if plan.prefill and streams:
-            self._burst_ms -= max(0.0, took_ms - STRETCH * self._decode_ms)
+        if streams:
+            self._burst_ms -= max(0.0, took_ms - STRETCH * decode_ms)
+
+    def _undisturbed_ms(self, streams: int) -> float:
+        """What a step of so many streams takes without prompts.
+
+        Before it was measured it is guessed from the nearest number that was: half of such a step is the same for
+        any number (the weights have to be read), half grows with it. A guess far too low would be taken for slow
+        prompts, and they would then be let in by crumbs.
+        """
+        if not streams or not self._decode_ms:
+            return 0.0
+        known = min(self._decode_ms, key=lambda number: abs(number - streams))
+        return self._decode_ms[known] * (1 + streams / known) / 2
 
     def _share(self, streams: int) -> tuple[int, int]:
         """Prompt tokens for a step with so many running streams, and how many more for prompts that fit in whole."""
         room = self._batch - streams
         if not self._prefill_ms:
             return min(room, FIRST_SHARE), 0
-        spare_ms = (STRETCH - 1) * self._decode_ms if streams else PREFILL_STEP_MS
+        spare_ms = (STRETCH - 1) * self._undisturbed_ms(streams) if streams else PREFILL_STEP_MS
         share = min(room, max(MIN_SHARE, int(spare_ms / self._prefill_ms)))
         burst = int(max(0.0, self._burst_ms) / self._prefill_ms) if streams else 0
         return share, min(burst, room - share)

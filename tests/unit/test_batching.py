@@ -120,6 +120,27 @@ def test_short_prompts_that_come_together_go_in_together() -> None:
     assert {key for _, key in plan.outputs} == {A, *newcomers}
 
 
+def test_prompts_keep_their_pace_when_more_streams_run_than_ever_before() -> None:
+    """Once only one stream was measured. Then many come, and a step takes longer: that is not the prompts' fault."""
+    batcher = Batcher(slots=16, context=4_000, batch=512)
+    measured(batcher, decode_ms=9.0, prefill_ms=1.0)
+    waiting = {n.to_bytes(1, "big") for n in range(15)}
+    for n, key in enumerate(waiting):
+        batcher.place(key, tokens(300, start=1_000 * n))
+    steps = 0
+    while waiting:
+        plan = batcher.plan()
+        assert plan is not None
+        streams = len(plan.tokens) - plan.prefill
+        batcher.done(plan, 6.0 + 3.2 * streams + 1.0 * plan.prefill)
+        waiting -= {key for _, key in plan.outputs}
+        steps += 1
+        for _, key in plan.outputs:
+            batcher.push(key, 1)
+    # 4,500 tokens: at 1.5 times what a step of so many streams takes, some 15 to 80 of them in a step
+    assert steps < 150
+
+
 def test_a_short_prompt_goes_past_a_long_one() -> None:
     batcher = Batcher(slots=3, context=20_000, batch=512)
     measured(batcher, decode_ms=10.0, prefill_ms=1.0)
