@@ -29,8 +29,8 @@ class Child:
         while not isinstance(self.hear(), proto.Ready):
             pass
 
-    def order(self, start: proto.Start) -> None:
-        self._process.order(start)
+    def order(self, order: proto.EngineMessage) -> None:
+        self._process.order(order)
 
     def hear(self) -> proto.ToAgent:
         while not self._said:

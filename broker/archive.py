@@ -25,6 +25,7 @@ class Ended:
     detached: bool
     ended_at: int
     story: list[tuple[int, str, str]]
+    task: m.Task
     #: None: the tokens are gone.
     transcript: Transcript | None
     #: Sessions that have not acknowledged the END yet.
@@ -48,7 +49,7 @@ class Archive:
     def add(self, request: Request, end: m.End, now_ms: int) -> Ended:
         transcript = request.transcript
         ended = Ended(
-            end, request.model, request.stream, request.detached, now_ms, request.story, transcript,
+            end, request.model, request.stream, request.detached, now_ms, request.story, request.task, transcript,
             set(request.followers),
         )  # fmt: skip
         self.ended[request.id] = ended

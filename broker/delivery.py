@@ -49,7 +49,12 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
         except _UNDECODABLE:
             state.counters.malformed_frames += 1
             continue
-        if len(body.ids) != count or len(body.pieces) != count or not 0 < count <= _CHUNK_TOKENS:
+        if (
+            len(body.ids) != count
+            or len(body.pieces) != count
+            or not 0 < count <= _CHUNK_TOKENS
+            or (body.logprobs is not None and len(body.logprobs) != count)
+        ):
             state.counters.malformed_frames += 1
             continue
         transcript = request.transcript
@@ -253,8 +258,9 @@ def send_page(state: State, client: ClientEntry, asked: m.Replay) -> None:
 
 
 def _transcript(state: State, id: bytes) -> Transcript | None:
+    """What a client may have of it. Of a result that is not whole that is nothing: it may yet be begun again."""
     request = state.requests.get(id)
     if request is not None:
-        return request.transcript
+        return request.transcript if request.task == "generate" else Transcript(0)
     ended = state.archive.get(id)
     return ended.transcript if ended else None

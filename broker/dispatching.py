@@ -14,7 +14,7 @@ from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import Request, RequestState
 from llambo.broker.state import State
 from llambo.mesh import messages as m
-from llambo.mesh import tokens
+from llambo.mesh import tokens, transfer
 from llambo.mesh.errors import Code, ErrorInfo
 
 #: A request that this many workers have refused is given up.
@@ -24,8 +24,9 @@ MAX_REFUSALS = 100
 def enqueue(state: State, request: Request, now_ms: int) -> None:
     """Where nobody waits and a slot is free, straight to a worker: most requests never see the queue."""
     lane = request.lane
-    state.open_lane(lane)
-    if state.room.first(lane) is None:
+    if lane not in state.pools:
+        state.open_lane(lane)
+    if lane not in state.room.lines:
         worker = schedule.choose(state.policy, request, state.pools.get(lane))
         if worker is not None:
             request.queued_at = now_ms
@@ -43,6 +44,8 @@ def pump(state: State, lane: str, now_ms: int) -> None:
             return
         _dispatch(state, request, worker, now_ms)
         state.room.left(request)
+        if request.fingerprint:
+            ending.confirm(state, request)
 
 
 def settle(state: State, now_ms: int) -> None:
@@ -57,13 +60,14 @@ def settle(state: State, now_ms: int) -> None:
 
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
-    prefix = request.transcript.ids()
+    prefix = request.transcript.ids() if request.transcript.chunks else []
     request.attempt += 1
     request.step(RequestState.DISPATCHED)
     request.queued_ms += now_ms - request.queued_at
     request.key = request.id + request.attempt.to_bytes(4, "big") + state.chance(4)
     request.worker = worker
-    request.fingerprint = request.fingerprint if prefix else worker.fingerprint_of(request.model)
+    if not prefix:  # otherwise it is the one its tokens are from, and stays
+        request.fingerprint = worker.fingerprints.get(request.model, "")
     request.blame = worker.name
     state.running[request.key] = request
     state.turns += 1
@@ -73,6 +77,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     state.update_pools(worker)
     state.counters.dispatched += 1
     request.note(now_ms, "dispatched", f"to {worker.name}, attempt {request.attempt}, from token {len(prefix)}")
+    # The worker gets what exists with its text, so that it can give back all of it should this broker be gone.
+    blob, prompt_bytes = transfer.pack(request.prompt, request.transcript.chunks) if prefix else (request.prompt, 0)
     message = m.Dispatch(
         request.id,
         request.dispatch,
@@ -81,10 +87,16 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         request.max_tokens,
         request.seed,
         prefix,
+        prompt_bytes,
         max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
+        request.stream,
+        request.priority,
+        request.detached,
         msgspec.Raw(request.sampling),
+        request.logprobs,
+        request.task,
     )
-    state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
+    state.out.append(ToWorker(worker.route, worker.session, message, blob))
 
 
 def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
@@ -93,16 +105,25 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
-    done = request.transcript
-    if done.final or done.next_index >= request.max_tokens:
-        # The last token is here; only the END was lost with the worker.
-        ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
+    if request.task != "generate" and not request.transcript.final:
+        # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
+        request.transcript.clear()
+    elif finish_complete(state, request, now_ms):
         return
     if what == "lost":  # a refusal cost nobody anything
         state.counters.moved += 1
         request.moves += 1
     request.step(RequestState.WAITING)
     enqueue(state, request, now_ms)
+
+
+def finish_complete(state: State, request: Request, now_ms: int) -> bool:
+    """The last token is here; only the END was lost, with the worker or the broker that would have said it."""
+    done = request.transcript
+    if not done.final and done.next_index < request.max_tokens:
+        return False
+    ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
+    return True
 
 
 def accepted(state: State, worker: WorkerEntry, accept: m.Accept, now_ms: int) -> None:

@@ -34,6 +34,15 @@ def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error:
     _freed(state, request)
 
 
+def confirm(state: State, request: Request) -> None:
+    """Its followers learn which model it is from: they will be asked should this broker be gone."""
+    for session in request.followers:
+        client = state.registry.clients.get(session)
+        if client is not None:
+            said = m.Accepted(request.id, 0, request.model, request.fingerprint)
+            state.out.append(ToClient(client.route, client.session, said))
+
+
 def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:
     """Nothing of this dispatch is needed from the worker any more."""
     state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))
@@ -56,10 +65,12 @@ def _close(
     state.running.pop(request.key, None)
     del state.requests[request.id]
     transcript = request.transcript
+    if request.task != "generate" and reason != "stop":
+        transcript.clear()  # whole or nothing
     state.reserved -= transcript.reserved + len(request.prompt)
     state.counters.ended += 1
     state.counters.failed += error is not None
-    state.counters.tokens += transcript.next_index
+    state.counters.tokens += transcript.next_index if request.task == "generate" else 0
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
         request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms

@@ -45,6 +45,10 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 }
 
 
+#: Where those wait that are not to be dispatched.
+PARKED = "\0parked"
+
+
 def lane(model: str, fingerprint: str) -> str:
     """The name of a line and of its pool. A model without a fingerprint goes on wherever its name is known."""
     return f"{model}\0{fingerprint}" if fingerprint else model
@@ -65,9 +69,11 @@ class Request:
         "followers",
         "id",
         "key",
+        "logprobs",
         "max_tokens",
         "model",
         "moves",
+        "parked",
         "priority",
         "prompt",
         "queued_at",
@@ -81,6 +87,7 @@ class Request:
         "story",
         "stream",
         "submitted_at",
+        "task",
         "ticket",
         "topics",
         "transcript",
@@ -93,7 +100,10 @@ class Request:
         self.model = model
         self.prompt = prompt
         self.max_tokens = asked.max_tokens
-        self.stream = asked.stream
+        self.logprobs = asked.logprobs
+        self.task = asked.task
+        # A result is whole or nothing; it comes with the END.
+        self.stream = asked.stream and asked.task == "generate"
         self.priority = asked.priority
         self.detached = asked.detached
         self.sampling = bytes(asked.sampling)
@@ -103,7 +113,7 @@ class Request:
         self.submitted_at = self.queued_at = now_ms
         self.queued_ms = 0
         self.state = RequestState.WAITING
-        self.transcript = Transcript(asked.max_tokens)
+        self.transcript = Transcript(asked.max_tokens, asked.logprobs, asked.task)
         #: Sessions that follow this request, and the topics of those that want a stream.
         self.followers: dict[bytes, None] = {}
         self.topics: tuple[bytes, ...] = ()
@@ -112,7 +122,7 @@ class Request:
         self.key = b""  # request id + dispatch id: the fence
         self.worker: WorkerEntry | None = None
         #: Of the model its tokens are from.
-        self.fingerprint = ""
+        self.fingerprint = asked.fingerprint
         self.stash: Stash | None = None
         self.end: m.End | None = None
         #: The worker is known to have tokens up to here.
@@ -121,6 +131,8 @@ class Request:
         self.asked_ms = 0
         # --- its fate so far
         self.ticket = 0
+        #: Its broker is gone; for a moment it waits for a worker that runs it still.
+        self.parked = False
         self.moves = 0
         self.failures = 0
         self.refusals = 0
@@ -130,7 +142,9 @@ class Request:
     @property
     def lane(self) -> str:
         """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
-        return lane(self.model, self.fingerprint if self.transcript.next_index else "")
+        if self.parked:
+            return PARKED
+        return lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
 
     def step(self, state: RequestState) -> None:
         assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"

@@ -10,16 +10,23 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from llambo.mesh import limits, tokens
+from llambo.mesh import messages as m
 
-#: What one token may cost in a transcript: a chunk of its own with the piece and room for logprobs.
+#: What one token may cost in a transcript: a chunk of its own with its piece.
 BYTES_PER_TOKEN = 128
+#: What its logprob may cost, and each of the likeliest tokens told with it.
+BYTES_PER_LOGPROB = 16
+BYTES_PER_TOP_TOKEN = 48
 #: What an empty transcript is charged with.
 BYTES_PER_TRANSCRIPT = 1_024
 
 
-def reservation(max_tokens: int) -> int:
-    """The bytes to set aside for an answer of at most this many tokens."""
-    return BYTES_PER_TRANSCRIPT + BYTES_PER_TOKEN * max_tokens
+def reservation(max_tokens: int, logprobs: int | None = None, task: m.Task = "generate") -> int:
+    """The bytes to set aside for an answer of at most this many tokens, or a result of so many pieces."""
+    each = BYTES_PER_TOKEN if task == "generate" else limits.RESULT_PIECE_BYTES + BYTES_PER_TOKEN
+    if logprobs is not None:
+        each += BYTES_PER_LOGPROB + BYTES_PER_TOP_TOKEN * logprobs
+    return BYTES_PER_TRANSCRIPT + each * max_tokens
 
 
 class Transcript:
@@ -27,13 +34,26 @@ class Transcript:
 
     __slots__ = ("chunks", "final", "next_index", "reserved", "size")
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, logprobs: int | None = None, task: m.Task = "generate") -> None:
+        self.reserved = reservation(max_tokens, logprobs, task)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin again."""
         self.chunks: list[bytes] = []
         self.next_index = 0
         self.size = 0
-        self.reserved = reservation(max_tokens)
         #: The flags of the last chunk, once it is here.
         self.final = 0
+
+    def restore(self, chunks: list[bytes]) -> None:
+        """Begin with these, which were checked: what somebody was given of this answer before."""
+        self.chunks = list(chunks)
+        self.size = sum(map(len, chunks))
+        if chunks:
+            first, count, flags = tokens.head(chunks[-1], tokens.KEY_END)
+            self.next_index = first + count
+            self.final = flags & (tokens.FINAL | tokens.STOPPED)
 
     def ids(self) -> list[int]:
         """All token ids, for the worker that continues."""

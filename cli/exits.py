@@ -40,6 +40,7 @@ _OF: dict[Code, Exit] = {
     Code.UNKNOWN_SESSION: Exit.ERROR,
     Code.NAME_TAKEN: Exit.ERROR,
     Code.INTERNAL: Exit.ERROR,
+    Code.CANCELLED: Exit.ERROR,
     Code.BAD_SETTING: Exit.USAGE,
     Code.NO_BROKER: Exit.NO_BROKER,
     Code.BAD_REQUEST: Exit.REFUSED,

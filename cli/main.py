@@ -8,7 +8,20 @@ from llambo.cli.command import Group
 from llambo.cli.common import config_option, verbosity
 from llambo.cli.options import settings_options
 
-COMMANDS = ("send", "attach", "cancel", "status", "workers", "models", "requests", "why", "events", "drain")
+COMMANDS = (
+    "send",
+    "attach",
+    "cancel",
+    "status",
+    "workers",
+    "models",
+    "tokens",
+    "embed",
+    "requests",
+    "why",
+    "events",
+    "drain",
+)
 LOCAL = ("config", "up")
 
 EXAMPLES = """

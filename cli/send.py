@@ -47,6 +47,10 @@ def _client_options(function: Any) -> Any:
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
 @click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
 @click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
+@click.option(
+    "--logprobs", type=click.IntRange(0, limits.TOP_LOGPROBS), metavar="N",
+    help="With --json: how likely each token was, and the N likeliest.",
+)  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="Show the answer when it is whole.")
 @json_option
 @settings_options(SETTINGS)
@@ -66,18 +70,20 @@ def send(
     accepted  id, model, ahead         it is in; so many wait before it
     waiting   ahead                    its place in the queue has changed
     token     index, ids, text         tokens that came together; index is
-                                       that of the first
+                                       that of the first; logprobs if asked for
     end       id, reason, tokens, prompt_tokens, worker, moves, queued_ms,
               first_token_ms, total_ms, tokens_per_s
                                        reason: stop, length, cancelled, deadline
     error     code, text, hint, retryable, exit
                                        the last line, when it failed
     """
-    text = _prompt(prompt)
+    text = prompt_of(prompt)
     if not text:
         raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
     if len(chosen["stop"]) > limits.STOP_STRINGS:
         raise click.UsageError(f"--stop may be given {limits.STOP_STRINGS} times")
+    if chosen["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs is shown with --json only")
     options = _options(common, chosen, stream=not no_stream)
     context = click.get_current_context()
     if detach:
@@ -91,7 +97,8 @@ def send(
     context.exit(follow(common, opener, as_json=as_json, mine=True))
 
 
-def _prompt(arguments: tuple[str, ...]) -> str:
+def prompt_of(arguments: tuple[str, ...]) -> str:
+    """What a person says, as arguments or on stdin."""
     if "-" in arguments and len(arguments) > 1:
         raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):
@@ -121,13 +128,15 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     return {
         "model": settings.text("client_model") or None,
         "max_tokens": settings.number("max_tokens"),
-        "temperature": settings.real("temperature"),
+        # Unless somebody has said one, the model may have a default of its own.
+        "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,
         "seed": chosen["seed"],
         "stop": list(chosen["stop"]) or None,
         "form": "text" if chosen["raw"] else "user",
         "system": chosen["system"],
         "priority": chosen["priority"],
         "deadline_ms": chosen["deadline_ms"],
+        "logprobs": chosen["logprobs"],
         "stream": stream,
     }
 

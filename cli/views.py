@@ -17,6 +17,7 @@ from llambo.cli.output import duration
 
 if TYPE_CHECKING:
     from llambo.mesh.client_stream import Answer, Piece, Stream
+    from llambo.mesh.tokens import Logprob
 
 #: What is shorter says nothing about a rate.
 MEASURABLE_MS = 5.0
@@ -110,7 +111,10 @@ class JsonView:
 
     def piece(self, piece: Piece) -> None:
         self._accept()
-        self._put({"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text})
+        line = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
+        if piece.logprobs:
+            line["logprobs"] = [each and _logprob(each) for each in piece.logprobs]
+        self._put(line)
 
     def end(self, answer: Answer, clock: Clock) -> None:
         self._accept()
@@ -128,6 +132,11 @@ class JsonView:
 
     def _put(self, line: dict[str, Any]) -> None:
         self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _logprob(told: Logprob) -> dict[str, Any]:
+    top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in told.top]
+    return {"logprob": told.logprob, "top": top}
 
 
 def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from llambo.mesh.client_options import Options, build_request
 from llambo.mesh.client_requests import Counters
 from llambo.mesh.client_shell import ClientShell
 from llambo.mesh.client_stream import Answer, Piece, Stream
+from llambo.mesh.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized
 from llambo.mesh.client_waiters import Waiters, reject, resolve
 from llambo.mesh.errors import Code, ErrorInfo, LlamboError
 
@@ -68,7 +69,7 @@ _DEFAULTS: ClientSettings = {
 }
 
 
-class Client:
+class Client(TaskCalls):
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, **settings: Unpack[ClientSettings]) -> None:
@@ -261,6 +262,13 @@ class Client:
         id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
         return build_request(id, secrets.randbits(63), prompt, detached, options)
 
+    def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None:
+        self._waiters.streams[request.id] = collector
+        self._handle(e.Submit(request, data))
+
+    def _drop_task(self, id: bytes) -> None:
+        self._handle_for_stream(e.CancelRequest(id, drop=True))
+
     def _follow(self, id: bytes, *, mine: bool) -> Stream:
         stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine)
         return stream
@@ -318,4 +326,7 @@ class Client:
         return LlamboError(Code.NO_BROKER, text)
 
 
-__all__ = ["DEFAULT_ADDRESS", "Answer", "Client", "ClientSettings", "Options", "Piece", "Stream"]
+__all__ = [
+    "DEFAULT_ADDRESS", "Answer", "Client", "ClientSettings", "Embeddings", "Options", "Piece", "Stream", "TaskCall",
+    "Tokenized",
+]  # fmt: skip

@@ -3,12 +3,14 @@ orders to the sockets and deliveries to the user out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llambo.mesh import messages as m
 from llambo.mesh.errors import ErrorInfo
 from llambo.mesh.link_core import LinkOrder, LinkState
+from llambo.mesh.tokens import Logprob
 
 # --- the user wishes -----------------------------------------------------------------------------------
 
@@ -129,6 +131,8 @@ class Delivered:
     id: bytes
     ids: list[int]
     pieces: list[bytes]
+    #: Of each token, if they were asked for.
+    logprobs: Sequence[Logprob | None] = ()
 
 
 @dataclass(frozen=True, slots=True)

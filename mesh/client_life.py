@@ -6,6 +6,8 @@ what is missing", while it is being cancelled "say cancel again".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llambo.mesh import client_events as e
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -13,10 +15,14 @@ from llambo.mesh.client_repair import Repair
 from llambo.mesh.client_requests import Counters, Request, Step
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore
+from llambo.mesh.stream import Reassembly
 from llambo.mesh.timers import Timers
 
 #: How long what was said may stay unanswered before it is said again; doubles for submits, up to the second.
 RESEND_MS = (500, 4_000)
+
+#: Of a request that asked for none, which is nearly every one.
+NO_LOGPROBS: Sequence[tokens.Logprob | None] = ()
 
 _ID_END = 1 + limits.REQUEST_ID_BYTES
 
@@ -62,6 +68,11 @@ class Requests:
                 request.step_to(Step.WAITING)
             request.end, request.tries = None, 0
             request.forget_repair()
+            # The next broker may not know this answer, and go on with it in another way.
+            request.owed = 0
+            request.tokens.forget_stash()
+            if request.whole:
+                request.tokens = Reassembly()
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 
@@ -137,6 +148,7 @@ class Requests:
         if request is None or request.step is Step.WAITING:
             return
         request.model = accepted.model or request.model
+        request.fingerprint = accepted.fingerprint or request.fingerprint
         self._place(request, accepted.ahead)
         if request.step is not Step.SUBMITTED:
             return
@@ -196,13 +208,15 @@ class Requests:
 
     def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
         """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
-        live = self.live
+        live, waiting = self.live, Step.WAITING
         touched: dict[bytes, Request] = {}
         for frame in frames:
             id = frame[1:_ID_END]
             request = live.get(id)
             if request is None:
                 self.counters.stray_frames += 1
+            elif request.step is waiting:
+                self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
             elif request.held:
                 self._leave_out(request, frame)
             else:
@@ -218,9 +232,9 @@ class Requests:
         if request.step is Step.WAITING:
             request.step_to(Step.SUBMITTED)
         request.said = True
-        message = request.introduction(now_ms)
+        message, blob = request.introduction(now_ms)
         if message is not None:
-            self._link.send(message, request.prompt)
+            self._link.send(message, blob)
             self._timers.set(request.id, now_ms + min(RESEND_MS[0] << request.tries, RESEND_MS[1]))
             request.tries = min(request.tries + 1, 8)
         if request.cancelled:
@@ -246,9 +260,10 @@ class Requests:
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Hand over what is in order; then the request is over, or something is missing, or all is well."""
-        ids, pieces = request.tokens.take()
+        ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
         if ids and request.wanted:
-            self._out.append(e.Delivered(request.id, ids, pieces))
+            logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
+            self._out.append(e.Delivered(request.id, ids, pieces, logprobs))
         if request.end is not None and request.complete:
             self._finish(request, request.end)
         elif request.tokens.stash:

@@ -22,6 +22,7 @@ class Options(TypedDict, total=False):
     #: Needed only where the mesh serves several.
     model: str | None
     max_tokens: int | None
+    #: 0: always the likeliest token. Left out: the model's default if it has one, else 0.8; likewise for the rest.
     temperature: float | None
     #: The same seed gives the same chances. Chosen at random when left out.
     seed: int | None
@@ -31,6 +32,8 @@ class Options(TypedDict, total=False):
     form: str | None
     #: With "user": how the model is to behave.
     system: str | None
+    #: Tell how likely the model held each token, and so many of the likeliest with it: 0 to 20.
+    logprobs: int | None
     #: Whatever else `llambo.mesh.messages.Sampling` has: top_k, min_p, grammar, ...
     sampling: dict[str, Any] | None
     #: "interactive", "normal" or "batch".
@@ -53,16 +56,28 @@ def build_request(
     sampling |= {name: given.pop(name) for name in ("temperature", "stop", "form", "system") if name in given}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
-    fields = {"seed": seed, **given, "type": "inference_request", "id": id, "detached": detached}
+    fields = {"seed": seed, **given, "id": id, "detached": detached}
     try:
         body = _encode(sampling)
         _checked_sampling(body)
-        request = _checked(_encode({**fields, "sampling": msgspec.Raw(body)}))
     except (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError) as error:
-        raise LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}") from error
+        raise _invalid(error) from error
+    request = checked_request({**fields, "sampling": msgspec.Raw(body)})
     if len(body) > limits.SAMPLING_BYTES:
         raise LlamboError(Code.BAD_REQUEST, f"sampling options of {len(body)} bytes, {limits.SAMPLING_BYTES} may be")
     return request, encode_prompt(prompt)
+
+
+def checked_request(fields: dict[str, Any]) -> m.InferenceRequest:
+    """As a broker would read it."""
+    try:
+        return _checked(_encode({**fields, "type": "inference_request"}))
+    except (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError) as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: Exception) -> LlamboError:
+    return LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}")
 
 
 def _more(sampling: Any) -> dict[str, Any]:

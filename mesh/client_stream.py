@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from llambo.mesh import client_events as e
 from llambo.mesh import messages as m
 from llambo.mesh.errors import LlamboError
+from llambo.mesh.tokens import Logprob
 
 #: What may wait for a slow reader. Then no more is taken: the broker has the transcript, it can be fetched later.
 BUFFER_TOKENS = 65_536
 BUFFER_BYTES = 4 * 1024 * 1024
+#: What a token that is told beside another one counts there.
+TOP_TOKEN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,8 @@ class Piece:
     ids: list[int]
     #: The position of the first of them in the answer.
     index: int
+    #: How likely the model held each of them, if that was asked for.
+    logprobs: list[Logprob | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,8 @@ class Answer:
     moves: int
     id: str
     queued_ms: int
+    #: How likely the model held each token, if that was asked for.
+    logprobs: list[Logprob | None] = field(default_factory=list)
 
 
 class Stream:
@@ -63,10 +70,12 @@ class Stream:
         self._mine = mine
         self._buffer_ids: list[int] = []
         self._buffer: list[bytes] = []
+        self._buffer_logprobs: list[Logprob | None] = []
         self._buffer_bytes = 0
         self._held = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
+        self._logprobs: list[Logprob | None] = []
         self._texts: list[str] = []
         self._end: m.End | None = None
         self._error: LlamboError | None = None
@@ -130,12 +139,15 @@ class Stream:
         """Nothing more will arrive; there may still be something to read."""
         return self._end is not None or self._error is not None
 
-    def deliver(self, ids: list[int], pieces: list[bytes]) -> None:
+    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         if self._closed:
             return
         self._buffer_ids += ids
         self._buffer += pieces
         self._buffer_bytes += sum(map(len, pieces))
+        if logprobs:
+            self._buffer_logprobs += logprobs
+            self._buffer_bytes += TOP_TOKEN_BYTES * sum(1 + len(each.top) for each in logprobs if each is not None)
         full = len(self._buffer) >= BUFFER_TOKENS or self._buffer_bytes >= BUFFER_BYTES
         if full and not self._held:
             self._held = True
@@ -162,10 +174,11 @@ class Stream:
             self._waiter.set_result(None)
 
     def _take(self) -> Piece:
-        ids, data = self._buffer_ids, b"".join(self._buffer)
-        self._buffer_ids, self._buffer, self._buffer_bytes = [], [], 0
-        piece = Piece(self._decoder.decode(data), ids, len(self._ids))
+        ids, data, logprobs = self._buffer_ids, b"".join(self._buffer), self._buffer_logprobs
+        self._buffer_ids, self._buffer, self._buffer_logprobs, self._buffer_bytes = [], [], [], 0
+        piece = Piece(self._decoder.decode(data), ids, len(self._ids), logprobs)
         self._ids += ids
+        self._logprobs += logprobs
         self._texts.append(piece.text)
         if self._held:
             self._held = False
@@ -177,8 +190,9 @@ class Stream:
         rest = self._decoder.decode(b"", final=True)
         self._texts.append(rest)
         self.answer = Answer(
-            "".join(self._texts), self._ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms
-        )
+            "".join(self._texts), self._ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
+            self._logprobs,
+        )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
             raise self._error

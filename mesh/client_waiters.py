@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from llambo.mesh import client_events as e
 from llambo.mesh import messages as m
-from llambo.mesh.client_stream import Stream
 from llambo.mesh.errors import ErrorInfo, LlamboError
+from llambo.mesh.tokens import Logprob
 
 T = TypeVar("T")
 
 
+class Reader(Protocol):
+    """Who reads what a request brings: a stream, or a collector of a result."""
+
+    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
+    def place(self, ahead: int, model: str) -> None: ...
+    def end(self, end: m.End) -> None: ...
+    def fail(self, error: LlamboError) -> None: ...
+
+
 class Waiters:
     def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
-        self.streams: dict[bytes, Stream] = {}
+        self.streams: dict[bytes, Reader] = {}
         #: Those who wait for a word about a request without reading it: submits for their place, cancels for the end.
         self.submits: dict[bytes, asyncio.Future[None]] = {}
         self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
@@ -25,9 +34,9 @@ class Waiters:
 
     def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
         match delivery:
-            case e.Delivered(id, ids, pieces):
+            case e.Delivered(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
-                    stream.deliver(ids, pieces)
+                    stream.deliver(ids, pieces, logprobs)
             case e.Placed(id, ahead, model):
                 if (stream := self.streams.get(id)) is not None:
                     stream.place(ahead, model)

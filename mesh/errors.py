@@ -49,6 +49,7 @@ class Code(enum.StrEnum):
     ENGINE_FAILED = "engine_failed"
     NO_BROKER = "no_broker"
     TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
     BAD_SETTING = "bad_setting"
     INTERNAL = "internal"
 
@@ -82,6 +83,7 @@ TRAITS: dict[Code, Trait] = {
     Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` tells what happened"),
     Code.NO_BROKER: Trait(Fault.MESH, 503, True, "start one with `llambo-broker` or `llambo up`"),
     Code.TIMEOUT: Trait(Fault.MESH, 504, True, "try again"),
+    Code.CANCELLED: Trait(Fault.CALLER, 409, True, "send again; `llambo why ID` tells who cancelled it"),
     Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "mend the setting that is named"),
     Code.INTERNAL: Trait(Fault.MESH, 500, False, "this is a bug in llambo; please report it"),
 }

@@ -33,8 +33,14 @@ PAGE_BYTES = 256 * 1024
 PAGE_CHUNKS = 4096
 #: Tokens in one chunk.
 CHUNK_TOKENS = 4096
-#: The answer to a query, all pages together.
+#: The answer to a query, or the result of a task, all pages together.
 RESULT_BYTES = 4 * 1024 * 1024
+#: The result of a task comes in pieces of so many bytes (the last one may be shorter).
+RESULT_PIECE_BYTES = 16 * 1024
+#: Pieces of one result.
+RESULT_PIECES = RESULT_BYTES // RESULT_PIECE_BYTES
+#: Texts whose embeddings one task may ask for.
+EMBED_INPUTS = 2_048
 
 #: Names of workers, clients, models and classes.
 NAME_CHARS = 128
@@ -49,6 +55,10 @@ SYSTEM_CHARS = 16 * 1024
 GRAMMAR_CHARS = 16 * 1024
 #: How deep a grammar or a JSON schema may be nested.
 GRAMMAR_DEPTH = 100
+#: Likeliest tokens that may be told beside each token of an answer.
+TOP_LOGPROBS = 20
+#: The text of one of those; a longer one is cut.
+LOGPROB_PIECE_BYTES = 256
 #: Token ids with a bias.
 LOGIT_BIASES = 1024
 #: The largest `max_tokens` a client may ask for.

@@ -18,7 +18,8 @@ Window = Annotated[int, Meta(ge=-1, le=limits.MAX_TOKENS)]
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     """Options for the engine. The broker never reads them; the worker refuses what it cannot do.
 
-    The defaults, save for those that change nothing, are those of llama.cpp. The fake engine knows `stop` only.
+    The defaults, save for those that change nothing, are those of llama.cpp. A model may have others in its file; they
+    hold for what a request leaves out. The fake engine knows `stop` only.
     """
 
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.8

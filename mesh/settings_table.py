@@ -218,8 +218,12 @@ _BROKER = (
     _row("broker.lease_ms", Kind.MS, 2_000, "a worker silent for so long is given up", low=100, high=_LONGEST_MS),
     _row("broker.client_lease_ms", Kind.MS, 10_000, "a client silent for so long is gone", low=100, high=_LONGEST_MS),
     _row("broker.reconnect_grace_ms", Kind.MS, 300, "a worker cut off for so long is given up", high=_LONGEST_MS),
+    _row("broker.adopt_ms", Kind.MS, 1_000, "wait for a worker that still runs what a former broker gave it",
+         high=_LONGEST_MS),
+    _row("broker.young_ms", Kind.MS, 5_000, "after its start it waits so long before it refuses what it does not know",
+         high=_LONGEST_MS),
     _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
-)
+)  # fmt: skip
 _WORKER = (
     _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
     _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=16_384),
@@ -235,13 +239,20 @@ _WORKER = (
     _row("worker.kv_type", Kind.TEXT, "f16", "how the cache keeps its numbers",
          choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
     _row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
+    _row("worker.orphan_ms", Kind.MS, 30_000, "how long requests run on without a broker", high=_LONGEST_MS),
     _row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
     _row("worker.stall_ms", Kind.MS, 10_000, "an engine without progress for so long is killed", low=1),
 )  # fmt: skip
 _CLIENT = (
     _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
     _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
-    _row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token", high=100),
+    _row(
+        "client.temperature",
+        Kind.REAL,
+        0.8,
+        "0 always takes the likeliest token; a model may have a default of its own",
+        high=100,
+    ),
     _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
     _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
 )
@@ -255,10 +266,15 @@ _FAKE = (
     _fake("utf8_split", Kind.SWITCH, False, "cut characters across tokens now and then"),
     _fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0 runs to the limit"),
     _fake("context_tokens", Kind.NUMBER, 0, "longest prompt and answer together; 0 is no limit"),
+    _fake("embedding_size", Kind.NUMBER, 8, "numbers in an embedding", low=1, high=65_536),
     _fake("crash_at", Kind.NUMBER, 0, "die after this many tokens; 0 never"),
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
     _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
+    _fake("load_ms", Kind.MS, 0, "how long it takes to load", high=_LONGEST_MS),
+    _fake("load_crash", Kind.TEXT, "never", "die while loading: never, always, or careless: unless told to be careful",
+          choices=("never", "careless", "always")),
+    _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
 )  # fmt: skip
 
 TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE

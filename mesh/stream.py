@@ -17,7 +17,7 @@ from bisect import insort
 import msgspec
 
 from llambo.mesh import limits
-from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, head
+from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, Logprob, head, trim_chunk
 
 _decode_body = msgspec.msgpack.Decoder(Body).decode
 #: What a decoder raises for bytes that are not what they should be.
@@ -72,16 +72,33 @@ class Stash:
 class Reassembly:
     """One stream. `add` frames as they come, then `take` what is in order since the last time."""
 
-    __slots__ = ("_ids", "_pieces", "final_index", "malformed", "next_index", "old", "stash", "stashed", "trimmed")
+    __slots__ = (
+        "_ids",
+        "_pieces",
+        "base",
+        "final_index",
+        "kept",
+        "logprobs",
+        "malformed",
+        "next_index",
+        "old",
+        "stash",
+        "stashed",
+        "trimmed",
+    )
 
     def __init__(self, next_index: int = 0) -> None:
-        self.next_index = next_index
+        self.base = self.next_index = next_index
         #: The number of tokens of the whole answer, once the chunk that says so was taken.
         self.final_index: int | None = None
         self.stash = Stash()
+        #: All that was taken, in order, to be shown to a broker that does not know this answer.
+        self.kept: list[bytes] = []
         self.old = self.trimmed = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
+        #: Of the tokens that are taken next, if there are any: see `take_logprobs`.
+        self.logprobs: list[Logprob | None] = []
 
     @property
     def gap(self) -> tuple[int, int] | None:
@@ -107,12 +124,20 @@ class Reassembly:
             self._unstash()
         return True
 
+    def forget_stash(self) -> None:
+        self.stash = Stash()
+
     def take(self) -> tuple[list[int], list[bytes]]:
         """The token ids and their bytes that have come into order since the last take."""
         ids, pieces = self._ids, self._pieces
         if ids:
             self._ids, self._pieces = [], []
         return ids, pieces
+
+    def take_logprobs(self, count: int) -> list[Logprob | None]:
+        """Those of the tokens that were just taken, if `logprobs` has any."""
+        logprobs, self.logprobs = self.logprobs, []
+        return logprobs + [None] * (count - len(logprobs))
 
     def _append(self, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
         try:
@@ -124,8 +149,16 @@ class Reassembly:
         if not 0 < count <= limits.CHUNK_TOKENS or len(ids) != count or len(pieces) != count:
             self.malformed += 1
             return False
+        if body.logprobs is not None:
+            if len(body.logprobs) != count:
+                self.malformed += 1
+                return False
+            # In step with the ids, whoever left some out before.
+            self.logprobs += [None] * (len(self._ids) - len(self.logprobs))
+            self.logprobs += body.logprobs[skip:]
         self._ids += ids[skip:] if skip else ids
         self._pieces += pieces[skip:] if skip else pieces
+        self.kept.append(trim_chunk(frame, self.next_index) or b"" if skip else frame)
         self.next_index += count - skip
         if flags & FINAL:
             self.final_index = self.next_index

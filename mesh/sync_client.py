@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -12,7 +12,9 @@ from llambo.mesh.client import DEFAULT_ADDRESS, Client, ClientSettings
 from llambo.mesh.client_options import Options
 from llambo.mesh.client_requests import Counters
 from llambo.mesh.client_stream import Answer, Piece, Stream
+from llambo.mesh.client_tasks import Embeddings, TaskCall, Tokenized
 from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.tasks import Form, Pooling
 
 T = TypeVar("T")
 
@@ -164,6 +166,39 @@ class SyncClient:
     def cancel(self, id: str) -> str:
         """Stop a request, whoever submitted it. Returns the reason it ended for."""
         return self.run(self._client.cancel(id))
+
+    # --- tasks -------------------------------------------------------------------------------------------------
+
+    def tokenize(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        form: Form = "text",
+        system: str = "",
+        **call: Unpack[TaskCall],
+    ) -> Tokenized:
+        """The tokens a prompt of this text has."""
+        return self.run(self._client.tokenize(text, special=special, form=form, system=system, **call))
+
+    def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
+        """The text of these tokens."""
+        return self.run(self._client.detokenize(ids, special=special, **call))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalized: bool = True,
+        pooling: Pooling = "",
+        **call: Unpack[TaskCall],
+    ) -> Embeddings:
+        """Vectors for texts."""
+        return self.run(self._client.embed(texts, normalized=normalized, pooling=pooling, **call))
+
+    def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
+        """What a model is, and how it is served."""
+        return self.run(self._client.model_info(**call))
 
     async def _stream(self, prompt: str, options: Options) -> Stream:
         return self._client.stream(prompt, **options)

@@ -3,8 +3,9 @@
     chunk   "T", request id (16), dispatch id (8), first index (u32), count (u16), flags (u8), body
     beat    "B", number (u64), session id (8)
 
-The body of a chunk is a msgpack array `[ids, pieces]` (and `logprobs` third, when asked for): token ids,
-and the bytes each adds to the text. Towards a client every frame is preceded by its session's topic.
+The body of a chunk is a msgpack array `[ids, pieces]`: token ids, and the bytes each adds to the text. Whoever asked
+for logprobs gets them as a third entry; nobody else pays for them. Towards a client every frame is preceded by its
+session's topic.
 All integers are big-endian.
 """
 
@@ -40,12 +41,43 @@ head = _HEAD.unpack_from
 Token = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
+#: The natural logarithm of a probability. What the model rules out altogether is told as the lowest.
+LOWEST_LOGPROB = -9999.0
+LogNumber = Annotated[float, Meta(ge=LOWEST_LOGPROB, le=0.0)]
+
+
+class TopToken(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """A token that might have stood there."""
+
+    id: Token
+    piece: Annotated[bytes, Meta(max_length=limits.LOGPROB_PIECE_BYTES)]
+    logprob: LogNumber
+
+
+class Logprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How likely the model held a token of the answer, and what else it held likely, the likeliest first."""
+
+    logprob: LogNumber
+    top: Annotated[list[TopToken], Meta(max_length=limits.TOP_LOGPROBS)] = []
+
+
 class Body(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):
     """What a chunk carries."""
 
     ids: list[Token]
     pieces: list[bytes]
-    logprobs: msgspec.Raw = msgspec.Raw(b"\xc0")
+    #: One for each token, or none at all.
+    logprobs: list[Logprob] | None = None
+
+    def fits(self, count: int) -> bool:
+        """Whether it is what a header with this count promises."""
+        logprobs = self.logprobs
+        return (
+            0 < count <= limits.CHUNK_TOKENS
+            and len(self.ids) == count
+            and len(self.pieces) == count
+            and (logprobs is None or len(logprobs) == count)
+        )
 
 
 class TokenChunk(msgspec.Struct, frozen=True):
@@ -70,6 +102,12 @@ class _PlainBody(msgspec.Struct, array_like=True, frozen=True, gc=False):
     pieces: Sequence[bytes]
 
 
+class _FullBody(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    ids: Sequence[int]
+    pieces: Sequence[bytes]
+    logprobs: Sequence[Logprob | msgspec.Raw]
+
+
 _encode = msgspec.msgpack.Encoder().encode
 #: The body of a chunk, `frame[HEAD_BYTES:]`; raises one of UNDECODABLE.
 decode_body = msgspec.msgpack.Decoder(Body).decode
@@ -77,9 +115,21 @@ decode_body = msgspec.msgpack.Decoder(Body).decode
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-def encode_chunk(key: bytes, first: int, ids: Sequence[int], pieces: Sequence[bytes], flags: int = 0) -> bytes:
-    """`key` is request id + dispatch id."""
-    return CHUNK + key + _HEAD.pack(first, len(ids), flags) + _encode(_PlainBody(ids, pieces))
+def encode_chunk(
+    key: bytes,
+    first: int,
+    ids: Sequence[int],
+    pieces: Sequence[bytes],
+    flags: int = 0,
+    logprobs: Sequence[Logprob | msgspec.Raw] | None = None,
+) -> bytes:
+    """`key` is request id + dispatch id; logprobs may be encoded already."""
+    body = _PlainBody(ids, pieces) if logprobs is None else _FullBody(ids, pieces, logprobs)
+    return CHUNK + key + _HEAD.pack(first, len(ids), flags) + _encode(body)
+
+
+#: One logprob, as `encode_chunk` takes it and as it is kept.
+encode_logprob = _encode
 
 
 def decode_chunk(frame: bytes) -> TokenChunk | None:
@@ -91,7 +141,7 @@ def decode_chunk(frame: bytes) -> TokenChunk | None:
         body = decode_body(frame[HEAD_BYTES:])
     except UNDECODABLE:
         return None
-    if not 0 < count <= limits.CHUNK_TOKENS or len(body.ids) != count or len(body.pieces) != count:
+    if not body.fits(count):
         return None
     return TokenChunk(frame[1:KEY_END], first, flags, body)
 
@@ -104,7 +154,9 @@ def trim_chunk(frame: bytes, first: int) -> bytes | None:
     skip = first - chunk.first
     if not 0 <= skip < len(chunk.body.ids):
         return None
-    return encode_chunk(chunk.key, first, chunk.body.ids[skip:], chunk.body.pieces[skip:], chunk.flags)
+    ids, pieces, logprobs = chunk.body.ids, chunk.body.pieces, chunk.body.logprobs
+    kept = None if logprobs is None else logprobs[skip:]
+    return encode_chunk(chunk.key, first, ids[skip:], pieces[skip:], chunk.flags, kept)
 
 
 def final_flags(reason: str | None) -> int:

@@ -6,8 +6,6 @@
 A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
 nothing is negotiated. The engine sends one `Step` per decoding step, whatever the number of sequences in it,
 and an empty one now and then while it has sequences but no token: a loop that turns is alive, silence is not.
-
-An engine of another kind adds its own messages here (embeddings, say, answered by a `Result` of their own).
 """
 
 from __future__ import annotations
@@ -20,7 +18,9 @@ from msgspec import Meta
 
 from llambo.mesh import limits
 from llambo.mesh.errors import ErrorInfo
-from llambo.mesh.messages import ModelInfo, Reason, Sampling, Usage
+from llambo.mesh.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
+from llambo.mesh.tasks import TaskOptions
+from llambo.mesh.tokens import Logprob
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 #: One message: a prompt at its longest and a prefix at its longest fit.
@@ -64,6 +64,12 @@ class Start(EngineMessage, frozen=True):
     #: Milliseconds from now; 0: no deadline.
     deadline_ms: int = 0
     model: str = ""
+    logprobs: Logprobs = None
+    #: The names of the sampling options that the request itself has: for all others the model may have a default.
+    given: list[str] = []
+    #: Not `generate`: make a result. Its pieces come as those of tokens do, and `max_tokens` is how many there may be.
+    task: Task = "generate"
+    options: TaskOptions = TaskOptions()
 
 
 class Stop(EngineMessage, frozen=True):
@@ -84,6 +90,8 @@ class Progress(EngineMessage, frozen=True):
 
     note: str = ""
     problem: str = ""
+    #: Of what `note` speaks of; below 0: that has no percent.
+    percent: int = -1
 
 
 class Ready(EngineMessage, frozen=True):
@@ -103,6 +111,8 @@ class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaul
     end: Reason | None = None
     usage: Usage | None = None
     error: ErrorInfo | None = None
+    #: If they were asked for, one for each token.
+    logprobs: Annotated[list[Logprob], Meta(max_length=limits.CHUNK_TOKENS)] | None = None
 
 
 class Step(EngineMessage, frozen=True):
@@ -174,3 +184,27 @@ def from_agent() -> Unpacker:
 
 def from_engine() -> Unpacker:
     return Unpacker(ToAgent)
+
+
+_decode_sampling = msgspec.msgpack.Decoder(Sampling).decode
+_decode_options = msgspec.msgpack.Decoder(TaskOptions).decode
+_decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
+    """What a dispatch is to an engine. Raises what a decoder raises."""
+    key, generates = dispatch.id + dispatch.dispatch, dispatch.task == "generate"
+    return Start(
+        key,
+        prompt,
+        dispatch.max_tokens,
+        dispatch.seed,
+        dispatch.prefix,
+        _decode_sampling(dispatch.sampling) if generates else Sampling(),
+        dispatch.deadline_ms,
+        dispatch.model,
+        dispatch.logprobs,
+        list(_decode_names(dispatch.sampling)),
+        dispatch.task,
+        TaskOptions() if generates else _decode_options(dispatch.sampling),
+    )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
-from llambo.worker import fake_tokens
+from llambo.worker import fake_tasks, fake_tokens
 from llambo.worker.engine_proto import ALIVE_MS, Output, Ready, Refused, Start
 from llambo.worker.fake_tokens import START, piece_of, pieces_of, plain_token, wander_token
 from llambo.worker.knobs import FakeKnobs
@@ -23,6 +23,8 @@ __all__ = ["START", "FakeEngine", "FakeKnobs", "piece_of", "pieces_of", "plain_t
 NEVER_MS = 2**62
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
+#: The token that a poisonous prompt does not live to see.
+POISON_INDEX = 5
 #: How far behind its pace an engine that was held up will try to catch up.
 CATCH_UP_MS = 1000.0
 
@@ -41,6 +43,10 @@ class _Sequence:
     due_ms: float
     deadline_ms: int
     stops: list[bytes]
+    logprobs: int | None
+    #: Of a task: its result.
+    result: list[bytes] | None = None
+    poisonous: bool = False
     #: The end of the text so far, as much as a stop string could reach back into.
     tail: bytes = b""
     first_ms: int = -1
@@ -69,11 +75,19 @@ class FakeEngine:
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         refusal = self._refusal(start)
-        if refusal is None:
-            if not self._sequences:
-                self._alive_at = now_ms + ALIVE_MS
-            self._sequences[start.key] = self._sequence(start, now_ms)
-        return refusal
+        if refusal is not None:
+            return refusal
+        sequence = self._sequence(start, now_ms)
+        if start.task != "generate":
+            try:
+                sequence.result = fake_tasks.result_of(start, self._knobs, self._model)
+            except fake_tasks.BadTask as error:
+                return Refused(start.key, error.info, final=True)
+            sequence.limit, sequence.reason = len(sequence.result), "stop"
+        if not self._sequences:
+            self._alive_at = now_ms + ALIVE_MS
+        self._sequences[start.key] = sequence
+        return None
 
     def stop(self, key: bytes) -> None:
         self._sequences.pop(key, None)
@@ -92,6 +106,10 @@ class FakeEngine:
             if self.fault:
                 break
             if sequence.due_ms <= now_ms:
+                if sequence.poisonous and sequence.index >= POISON_INDEX:
+                    # As in a real decode, which takes the whole batch with it: nobody gets anything of this step.
+                    self.fault = "crash"
+                    return []
                 outputs.append(self._advance(sequence, now_ms))
         return outputs
 
@@ -102,7 +120,7 @@ class FakeEngine:
             error = ErrorInfo(Code.BUSY, f"all {self._knobs.slots} slots of this engine are taken")
             return Refused(start.key, error)
         prompt_tokens, limit = len(start.prompt.split()), self._knobs.context_tokens
-        if limit and prompt_tokens + start.max_tokens > limit:
+        if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
             return Refused(start.key, ErrorInfo(Code.TOO_LONG, text), final=True)
         return None
@@ -123,6 +141,8 @@ class FakeEngine:
             due_ms=now_ms + self._knobs.ttft_ms,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             stops=stops,
+            poisonous=bool(self._knobs.poison) and self._knobs.poison.encode() in start.prompt,
+            logprobs=start.logprobs,
         )
         if stops:
             reach = max(map(len, stops))
@@ -143,6 +163,7 @@ class FakeEngine:
         if sequence.first_ms < 0:
             sequence.first_ms = now_ms
         end: Reason | None = None
+        first = sequence.index
         if now_ms >= sequence.deadline_ms:
             ids, end = [], "deadline"
         else:
@@ -152,19 +173,28 @@ class FakeEngine:
             sequence.index += len(ids)
             if end is None and sequence.index >= sequence.limit:
                 end = sequence.reason
+        pieces = pieces_of(ids) if sequence.result is None else sequence.result[first : sequence.index]
         self._count(len(ids))
         sequence.due_ms = self._next_due(sequence, len(ids), now_ms)
+        logprobs = None
+        if sequence.logprobs is not None:
+            logprobs = [fake_tokens.logprob_of(token, at, sequence.logprobs) for at, token in enumerate(ids, first)]
         if end is None:
-            return Output(sequence.key, ids, pieces_of(ids))
+            return Output(sequence.key, ids, pieces, logprobs=logprobs)
         del self._sequences[sequence.key]
-        return Output(sequence.key, ids, pieces_of(ids), end, _usage(sequence, now_ms))
+        return Output(sequence.key, ids, pieces, end, _usage(sequence, now_ms), None, logprobs)
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
         burst = self._knobs.burst
         wanted = 1 if burst == 1 else 1 + fake_tokens.decide(sequence.base, sequence.index, burst)
-        return max(0, min(wanted, sequence.limit - sequence.index))
+        limit = sequence.limit
+        if sequence.poisonous:
+            limit = min(limit, max(POISON_INDEX, sequence.index))
+        return max(0, min(wanted, limit - sequence.index))
 
     def _generate(self, sequence: _Sequence, count: int) -> list[int]:
+        if sequence.result is not None:
+            return [0] * count
         base, index, split = sequence.base, sequence.index, self._knobs.utf8_split
         if not self._wander:
             return [fake_tokens.plain_next(base, i, split) for i in range(index, index + count)]

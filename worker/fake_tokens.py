@@ -12,7 +12,9 @@ answer that ends at `max_tokens` may stop inside a character, as with a real mod
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from hashlib import blake2b, shake_128
+
+from llambo.mesh.tokens import Logprob, TopToken
 
 _MASK = 2**64 - 1
 
@@ -71,9 +73,22 @@ def decide(base: int, index: int, choices: int) -> int:
     return _mix(~(base + index) & _MASK) % choices
 
 
+def bits(base: int, text: bytes, count: int) -> bytes:
+    """That many bytes which depend on both."""
+    return shake_128(text + base.to_bytes(8, "big")).digest(count)
+
+
 def answer_length(seed: int, prompt: bytes, mean: int) -> int:
     """Where an answer ends by itself: 1 to 2 * mean - 1 tokens."""
     return 1 + decide(plain_base(seed, prompt), 0, 2 * mean - 1)
+
+
+def logprob_of(token_id: int, index: int, count: int) -> Logprob:
+    """What is told beside a token: it depends on the token and its place alone, whoever says it."""
+    likeliest = [_mix(~token_id ^ (index << 8) ^ rank) >> 35 << 2 for rank in range(count)]
+    top = [TopToken(other, piece_of(other), -(rank + decide(other, index, 1000) / 1000)) for rank, other in
+           enumerate(likeliest)]  # fmt: skip
+    return Logprob(-decide(token_id, index, 9_000_001) / 1_000_000, top)
 
 
 def _pieces() -> list[bytes]:

@@ -2,6 +2,7 @@
 
     Model       weights and vocabulary: tokens of a text, text of a token, metadata
     Decoder     a context with a cache of its own for each slot; one call decodes one step of all of them
+    Embedder    a context with one small cache, which gives the last layer's numbers for each token
     Candidates  the native part of sampling, for one request
     Gbnf        a grammar, for one request
 
@@ -20,6 +21,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -41,8 +43,10 @@ DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 NEAR = np.float32(12)
 #: The longest piece of text one token stands for.
 PIECE_BYTES = 4096
+#: Texts under way at a time, and tokens in a step, of a context for embeddings.
+EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From ggml.h.
-LOG_WARNING, LOG_ERROR = 2, 3
+LOG_WARNING, LOG_ERROR = 3, 4
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -118,6 +122,7 @@ class Model:
         self.vocab = lib.llama_model_get_vocab(self.handle)
         self.tokens = int(lib.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(lib.llama_model_n_ctx_train(self.handle))
+        self.embedding_size = int(lib.llama_model_n_embd_out(self.handle))
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
         if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
@@ -131,6 +136,14 @@ class Model:
         lib.llama_model_free(self.handle)
 
     # --- what it is ----------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> int:
+        return int(lib.llama_model_n_params(self.handle))
+
+    @property
+    def layers(self) -> int:
+        return int(lib.llama_model_n_layer(self.handle))
 
     def text_of(self, key: str) -> str:
         """One entry of its metadata, or nothing."""
@@ -167,9 +180,18 @@ class Model:
             found = self._pieces[token] = self._render(token, special=False)
         return found
 
+    def spelled(self, token: int) -> bytes:
+        """The same, but control tokens by their names."""
+        return self._render(token, special=True)
+
     def name(self, token: int) -> str:
         """The text that stands for a token in a template: `<s>` and the like."""
         return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest text that one token stands for, as its name or in an answer."""
+        return max(len(self._render(token, special=True)) for token in range(self.tokens)) or 1
 
     @property
     def bos(self) -> str:
@@ -275,6 +297,48 @@ class Decoder:
 
     def cells(self, slot: int) -> int:
         return int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+
+class Embedder(Decoder):
+    """All texts under way share `context` cells. Pooling is ours, so that a long text can take several steps."""
+
+    sequences = EMBED_SEQUENCES
+
+    def __init__(self, model: Model, shape: Shape) -> None:
+        log = _start_library()
+        params = lib.llama_context_default_params()
+        params.n_ctx = shape.context
+        params.n_seq_max = EMBED_SEQUENCES
+        params.n_batch = params.n_ubatch = EMBED_ROWS
+        params.n_threads = params.n_threads_batch = shape.threads
+        params.kv_unified = True
+        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
+        params.flash_attn_type = FLASH[shape.flash_attn]
+        params.offload_kqv = True
+        params.no_perf = True
+        params.embeddings = True
+        params.pooling_type = 0  # none: a row for each token
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise LoadError(f"no context of {shape.context} tokens for embeddings: {log.said()}")
+        self._memory = lib.llama_get_memory(self.handle)
+        self._size = model.embedding_size
+        self.context = shape.context
+        self._make_batch(EMBED_ROWS)
+
+    def embed(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> NDArray[np.float32]:
+        """One step: a row for each token, in their order; valid until the next step."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wanted[:count] = 1
+        self._batch.n_tokens = count
+        code = lib.llama_decode(self.handle, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code} for {count} tokens to embed")
+        rows = lib.llama_get_embeddings(self.handle)
+        return np.ctypeslib.as_array(rows, shape=(count, self._size))
 
 
 class Gbnf:

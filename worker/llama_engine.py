@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
 
 from llambo.mesh import limits
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
-from llambo.worker import llama
+from llambo.mesh.tokens import Logprob
+from llambo.worker import llama, models
 from llambo.worker.batching import Batcher, Plan
+from llambo.worker.defaults import Defaults, in_force, options_in_force
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
-from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+from llambo.worker.llama_tasks import NoRoom, Tasks
+from llambo.worker.logprobs import logprob_of
+from llambo.worker.prompts import BadPrompt, Message, Template, TooLong, text_of
 from llambo.worker.sampling import DeadEnd, Logits, Sampler
 from llambo.worker.text import Gate
 
@@ -43,6 +50,17 @@ class Stream:
     started: float
     deadline_ms: int
     first: float = 0.0
+    #: How many are told beside each token; None: none of it. What the gate holds back waits here, too.
+    top: int | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
+
+    def told(self, tokens: int) -> list[Logprob] | None:
+        """The logprobs of so many tokens that the gate lets go."""
+        if self.top is None:
+            return None
+        told = self.logprobs[:tokens]
+        del self.logprobs[:tokens]
+        return told
 
 
 class LlamaEngine:
@@ -51,14 +69,15 @@ class LlamaEngine:
     fault = None
 
     def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
-                 fingerprint: str = "", say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
+                 fingerprint: str = "", defaults: Defaults | None = None, embed_bytes: int = 0, pooling: str = "mean",
+                 say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
         percent = -1
 
         def on_progress(share: float) -> None:
             nonlocal percent
             if int(share * 100) > percent:
                 percent = int(share * 100)
-                say(Progress(f"loading {name}: {percent} %"))
+                say(Progress(f"loading {name}: {percent} %", percent=percent))
 
         self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)
@@ -69,8 +88,13 @@ class LlamaEngine:
         self._fingerprint = fingerprint
         self._slots = shape.slots
         self._safe = safe
+        self._defaults = defaults or {}
         source = self._model.text_of("tokenizer.chat_template")
         self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
+        self._shape = shape
+        self._embed_bytes = embed_bytes
+        context = self._decoder.context
+        self._tasks = Tasks(self._model, self._template, context, self._make_embedder, self._info, pooling)
         say(Progress(f"testing {name}"))
         self._test()
 
@@ -83,11 +107,17 @@ class LlamaEngine:
         return Ready([info], self._slots, note)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
+        if start.task != "generate":
+            return self._tasks.start(start, now_ms)
         started = time.perf_counter()
+        if self._defaults:
+            sampling = in_force(start.sampling, start.given, self._defaults)
+            start = msgspec.structs.replace(start, sampling=sampling)
         try:
             prompt = self._prompt(start)
         except BadPrompt as error:
-            return _refused(start, Code.BAD_REQUEST, str(error))
+            code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
+            return _refused(start, code, str(error))
         context = self._decoder.context
         if len(prompt) + start.max_tokens > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
@@ -105,15 +135,17 @@ class LlamaEngine:
             index=len(start.prefix), limit=start.max_tokens, prompt_tokens=len(prompt),
             cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
+            top=start.logprobs,
         )  # fmt: skip
         return None
 
     def stop(self, key: bytes) -> None:
         if self._streams.pop(key, None) is not None:
             self.batcher.finish(key)
+        self._tasks.stop(key)
 
     def next_wakeup_ms(self) -> int:
-        return 0 if self._streams else NEVER_MS
+        return 0 if self._streams or self._tasks.pending else NEVER_MS
 
     def step(self, now_ms: int) -> list[Output]:
         outputs = [
@@ -121,11 +153,14 @@ class LlamaEngine:
             for stream in list(self._streams.values())
             if now_ms >= stream.deadline_ms
         ]
+        began = time.perf_counter()
         plan = self.batcher.plan()
         if plan is not None:
             rows = self._decode(plan)
             for (_, key), row in zip(plan.outputs, rows, strict=True):
                 outputs.append(self._advance(self._streams[key], row))
+        if self._tasks.pending:
+            outputs += self._tasks.step(now_ms, (time.perf_counter() - began) * 1000 if plan is not None else 0.0)
         # One that was held back says nothing, and the message as a whole says that the engine is alive.
         return [output for output in outputs if output.ids or output.end is not None]
 
@@ -138,10 +173,52 @@ class LlamaEngine:
         for slot in self.batcher.forget():
             self._decoder.cut(slot, 0)
 
+    # --- tasks ---------------------------------------------------------------------------------------
+
+    def _make_embedder(self) -> llama.Embedder:
+        free_bytes = models.free_bytes()
+        if self._embed_bytes > free_bytes:
+            need, free = self._embed_bytes // models.MIB, free_bytes // models.MIB
+            raise NoRoom(
+                f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
+            )
+        try:
+            return llama.Embedder(self._model, replace(self._shape, context=self._decoder.context))
+        except llama.LoadError as error:
+            raise NoRoom(str(error)) from error
+
+    def _info(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "model": self._name,
+            "description": model.describe(),
+            "fingerprint": self._fingerprint,
+            "architecture": model.text_of("general.architecture"),
+            "parameters": model.parameters,
+            "layers": model.layers,
+            "vocabulary": model.tokens,
+            "embedding_size": model.embedding_size,
+            "trained_context": model.trained_context,
+            "context_tokens": self._decoder.context,
+            "slots": self._slots,
+            "kv_type": self._shape.kv_type,
+            "safe": self._safe,
+            "bos": model.bos,
+            "eos": model.eos,
+            "sampling": options_in_force(self._defaults),
+            "sampling_from_model": sorted(self._defaults),
+            "chat_template": model.text_of("tokenizer.chat_template"),
+        }
+
     # --- starting ------------------------------------------------------------------------------------
 
     def _prompt(self, start: Start) -> list[int]:
         text, templated = text_of(start.prompt, start.sampling, self._template)
+        context, longest = self._decoder.context, self._model.longest
+        if len(text) > context * longest:
+            # Known without counting, which takes its time for megabytes while all others wait.
+            least = len(text) // longest
+            raise TooLong(f"a prompt of {len(text)} bytes is more than {least} tokens, and the context is {context}")
         tokens = self._model.tokenize(text, special=templated)
         if not tokens:
             raise BadPrompt("the prompt is empty")
@@ -195,6 +272,8 @@ class LlamaEngine:
         if self._model.ends(token):
             return self._end(stream, "stop", *stream.gate.flush())
         stream.index += 1
+        if stream.top is not None:
+            stream.logprobs.append(logprob_of(logits, token, stream.top, self._model.piece))
         ids, pieces, stopped = stream.gate.push(token, self._model.piece(token))
         if stopped:
             return self._end(stream, "stop", ids, pieces)
@@ -202,7 +281,7 @@ class LlamaEngine:
             more, more_pieces = stream.gate.flush()
             return self._end(stream, "length", ids + more, pieces + more_pieces)
         self.batcher.push(stream.key, token)
-        return Output(stream.key, ids, pieces)
+        return Output(stream.key, ids, pieces, logprobs=stream.told(len(ids)))
 
     def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
              error: ErrorInfo | None = None) -> Output:  # fmt: skip
@@ -211,7 +290,7 @@ class LlamaEngine:
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
-        return Output(stream.key, ids, pieces, reason, usage, error)
+        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)))
 
     # --- before READY --------------------------------------------------------------------------------
 
@@ -220,7 +299,9 @@ class LlamaEngine:
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
             self._template.render([Message("user", "Hello")])
-        refused = self.start(Start(key, SELF_TEST, SELF_TEST_TOKENS, 1), 0)
+        # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
+        text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
+        refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)
         if refused is not None:
             raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
         while self._streams:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from llambo.worker import gguf, llama, models
+from llambo.worker import defaults, gguf, llama, models
 from llambo.worker.engine_proto import Configure, Progress
 from llambo.worker.llama_engine import LlamaEngine
 from llambo.worker.prompts import BadPrompt
@@ -15,6 +15,8 @@ from llambo.worker.prompts import BadPrompt
 CANNOT_LOAD = 3
 #: Characters of the progress bar.
 WIDTH = 30
+#: By the number that a model made for embeddings has in its file. Others are not known here.
+POOLINGS = {1: "mean", 3: "last"}
 
 
 def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
@@ -66,10 +68,16 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
         f"a step, {knobs.kv_type} cache, flash attention {knobs.flash_attn}, {knobs.gpu_layers} layers on a GPU; "
         f"needs {layout.need_bytes // models.MIB} MiB of {layout.free_bytes // models.MIB}"
     )
+    recommended, complaints = defaults.of_model(file.meta)
+    tell(defaults.told(recommended))
+    for complaint in complaints:
+        tell(f"not taken from the model: {complaint}")
     shape = llama.Shape(
         layout.slots, layout.context, layout.batch, layout.threads, knobs.kv_type, knobs.flash_attn
     )  # fmt: skip
     return LlamaEngine(
         models.name_of(configure.model), path, shape,
-        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, say=bar,
+        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended,
+        embed_bytes=0 if knobs.gpu_layers else models.embed_need(knobs, file, layout.context),
+        pooling=POOLINGS.get(file.number("pooling_type"), "mean"), say=bar,
     )  # fmt: skip

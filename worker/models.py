@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llambo.mesh import limits
+from llambo.worker.config import mesh_name
 from llambo.worker.gguf import BadModelFile, ModelFile
 from llambo.worker.knobs import LlamaKnobs
 
@@ -22,6 +23,8 @@ MIN_CONTEXT = 256
 #: Beside weights and cache: the buffers a step works in, and Python.
 WORK_BYTES = 256 * 1024 * 1024
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+#: The same of a context for embeddings.
+EMBED_WORK_BYTES = 128 * 1024 * 1024
 MIB = 1024 * 1024
 #: Read at a time for a fingerprint.
 READ_BYTES = 64 * MIB
@@ -56,7 +59,7 @@ def packaged(model: str) -> Path | None:
 
 def name_of(model: str) -> str:
     """What it is called in the mesh."""
-    return model if model in PACKAGED else Path(model).name.removesuffix(".gguf")[: limits.NAME_CHARS]
+    return mesh_name(model)
 
 
 def installed() -> bool:
@@ -95,6 +98,11 @@ def _cache(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
 
 def _need(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
     return file.size_bytes + _cache(knobs, file, context) + WORK_BYTES
+
+
+def embed_need(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
+    """What a context for embeddings takes when the first of them is asked for."""
+    return int(context * file.cell_bytes(KV_BYTES[knobs.kv_type])) + EMBED_WORK_BYTES
 
 
 def _too_large(knobs: LlamaKnobs, file: ModelFile, context: int, free_bytes: int) -> str:

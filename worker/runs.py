@@ -8,7 +8,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llambo.mesh import limits, tokens
+import msgspec
+
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 
 
@@ -24,13 +26,13 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.STARTING: {
         RunState.RUNNING: "first output of the engine",
         RunState.ENDED: "cancelled",
-        RunState.GONE: "refused by the engine, engine lost or new session",
+        RunState.GONE: "refused by the engine, engine lost or nobody adopts it",
     },
     RunState.RUNNING: {
         RunState.ENDED: "last token or cancelled",
-        RunState.GONE: "engine lost or new session",
+        RunState.GONE: "engine lost or nobody adopts it",
     },
-    RunState.ENDED: {RunState.GONE: "END acknowledged or new session"},
+    RunState.ENDED: {RunState.GONE: "END acknowledged or nobody adopts it"},
     RunState.GONE: {},
 }
 
@@ -43,7 +45,7 @@ MIN_CHUNK_BYTES = 1024
 
 
 class Tokens:
-    """Ids and text from token index `base` on: 13 bytes or so for each, no object."""
+    """Ids and text from token index `base` on: 13 bytes or so for each, no object. Logprobs, if any, encoded."""
 
     def __init__(self, base: int) -> None:
         self.base = base
@@ -51,16 +53,45 @@ class Tokens:
         self._ids = array("i")
         self._text = bytearray()
         self._ends = array("Q")
+        self._logprobs: list[bytes] | None = None
+        #: Where each would end if all stood in a row, to know how many fit.
+        self._logprob_ends = array("Q")
 
-    def extend(self, ids: Sequence[int], pieces: Sequence[bytes]) -> None:
+    @classmethod
+    def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
+        """Those that exist already, with their text if it came with them."""
+        if transfer.count(chunks) != len(dispatch.prefix):
+            return cls(len(dispatch.prefix))
+        existing = cls(0)
+        for chunk in chunks:
+            body = tokens.decode_body(chunk[tokens.HEAD_BYTES :])
+            existing.extend(body.ids, body.pieces, body.logprobs)
+        return existing
+
+    def extend(
+        self, ids: Sequence[int], pieces: Sequence[bytes], logprobs: Sequence[tokens.Logprob] | None = None
+    ) -> None:
         self._ids.extend(ids)
+        if logprobs is not None:
+            self._keep(logprobs)
         text, ends = self._text, self._ends
         for piece in pieces:
             text += piece
             ends.append(len(text))
         self.end += len(ids)
 
-    def chunk(self, first: int, until: int, budget_bytes: int) -> tuple[list[int], list[bytes]]:
+    def _keep(self, logprobs: Sequence[tokens.Logprob]) -> None:
+        if self._logprobs is None:
+            self._logprobs = []
+        end = self._logprob_ends[-1] if self._logprob_ends else 0
+        for logprob in logprobs:
+            self._logprobs.append(tokens.encode_logprob(logprob))
+            end += len(self._logprobs[-1])
+            self._logprob_ends.append(end)
+
+    def chunk(
+        self, first: int, until: int, budget_bytes: int
+    ) -> tuple[list[int], list[bytes], list[msgspec.Raw] | None]:
         """Tokens from `first` on, at least one, as many as fit into one chunk and the budget."""
         low, high = first - self.base, min(until - self.base, first - self.base + limits.CHUNK_TOKENS)
         high = low + self._fitting(low, high, min(budget_bytes, limits.TOKEN_FRAME_BYTES) - CHUNK_OVERHEAD_BYTES)
@@ -68,30 +99,44 @@ class Tokens:
         for end in self._ends[low:high]:
             pieces.append(bytes(self._text[start:end]))
             start = end
-        return self._ids[low:high].tolist(), pieces
+        logprobs = None if self._logprobs is None else [msgspec.Raw(each) for each in self._logprobs[low:high]]
+        return self._ids[low:high].tolist(), pieces, logprobs
 
     def _start(self, position: int) -> int:
         return self._ends[position - 1] if position else 0
+
+    def _logprob_bytes(self, low: int, high: int) -> int:
+        ends = self._logprob_ends
+        return ends[high - 1] - (ends[low - 1] if low else 0) if ends else 0
 
     def _fitting(self, low: int, high: int, budget_bytes: int) -> int:
         start = self._start(low)
 
         def size(position: int) -> int:
-            return self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            text = self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            return text + self._logprob_bytes(low, position + 1)
 
         return max(1, bisect_right(range(low, high), budget_bytes, key=size))
 
 
 @dataclass(slots=True)
 class Run:
-    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and are not kept."""
+    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and without their text."""
 
     key: bytes
     link: int
     tokens: Tokens
+    #: What was asked for, in case that nobody else knows it any more.
+    work: m.Dispatch
+    prompt: bytes
+    deadline_at: int = 0
+    #: Its broker is gone: until then it waits for one that adopts it.
+    orphan_at: int = 0
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
+    #: False: it makes a result and not an answer, and that goes with the END, on control.
+    published: bool = True
 
     @property
     def active(self) -> bool:
@@ -122,8 +167,8 @@ class Run:
         chunks: list[bytes] = []
         at = first
         while at < until and len(chunks) < limits.PAGE_CHUNKS and budget_bytes > MIN_CHUNK_BYTES:
-            ids, pieces = self.tokens.chunk(at, until, budget_bytes)
-            chunk = tokens.encode_chunk(self.key, at, ids, pieces, self._flags(at + len(ids)))
+            ids, pieces, logprobs = self.tokens.chunk(at, until, budget_bytes)
+            chunk = tokens.encode_chunk(self.key, at, ids, pieces, self._flags(at + len(ids)), logprobs)
             if chunks and len(chunk) > budget_bytes:
                 break
             chunks.append(chunk)
@@ -167,7 +212,14 @@ class RunTable:
         return [run for run in self.runs.values() if run.active]
 
     def of_link(self, link: int) -> list[Run]:
-        return [run for run in self.runs.values() if run.link == link]
+        return [run for run in self.runs.values() if run.link == link and not run.orphan_at]
+
+    def orphans(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.orphan_at]
 
     def claims(self, link: int) -> dict[bytes, int]:
-        return {run.key: run.tokens.end for run in self.runs.values() if run.link == link}
+        return {run.key: run.tokens.end for run in self.of_link(link)}
+
+    def busy(self, link: int) -> int:
+        """Slots that this broker has not given away itself."""
+        return self.active - sum(run.active for run in self.of_link(link))

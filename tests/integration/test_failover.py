@@ -15,6 +15,7 @@ from llambo.broker.core import BrokerCore
 from llambo.mesh.client import Answer, Stream
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.sync_client import SyncClient
+from llambo.worker.fake_tokens import logprob_of
 from llambo.worker.knobs import FakeKnobs
 from tests.integration.harness import Mesh, truth
 from tests.integration.processes import wait_until_gone
@@ -59,6 +60,38 @@ async def stream_through(client: Client, streams: int, disturb: Callable[[], Awa
 
 
 # --- workers that die --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_logprobs_survive_a_kill_exactly(stream: bool) -> None:
+    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+
+        async def one(client: Client, number: int, count: int | None) -> Answer:
+            prompt = f"logprobs {number}"
+            async with client.stream(prompt, max_tokens=TOKENS, seed=number, logprobs=count, stream=stream) as asked:
+                answer = await asked.result()
+            assert answer.ids == truth(prompt, number, TOKENS)
+            told = (
+                [logprob_of(token, index, count) for index, token in enumerate(answer.ids)] if count is not None else []
+            )
+            assert answer.logprobs == told
+            return answer
+
+        async def scenario() -> list[Answer]:
+            async with mesh.client() as client:
+                asked = [asyncio.create_task(one(client, n, count)) for n, count in enumerate((0, 5, 20, None))]
+                await mesh.aside(
+                    lambda core: (
+                        all(r.transcript.next_index > 20 for r in core.state.requests.values())
+                        and len(core.state.requests) == 4
+                    ),
+                    "all have begun",
+                )
+                mesh.workers[0].send(signal.SIGKILL)
+                return await asyncio.gather(*asked)
+
+        answers = mesh.run(scenario())
+        assert sum(answer.moves for answer in answers) == 2
 
 
 @pytest.mark.parametrize("victim", ["agent", "engine", "both"])

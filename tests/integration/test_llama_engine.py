@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 
 from llambo.mesh.errors import Code
 from llambo.mesh.messages import Reason, Sampling, Usage
+from llambo.mesh.tokens import Logprob
 from llambo.worker import models
 from llambo.worker.engine_proto import Configure, Output, Progress, Refused, Start
 from llambo.worker.knobs import LlamaKnobs
@@ -62,6 +65,7 @@ class Told:
     end: Reason | None = None
     usage: Usage | None = None
     code: Code | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -73,6 +77,7 @@ class Told:
             piece.decode()  # never half a character
         self.ids += output.ids
         self.pieces += output.pieces
+        self.logprobs += output.logprobs or []
         self.end, self.usage = output.end, output.usage
         self.code = output.error.code if output.error else None
 
@@ -131,6 +136,42 @@ def test_a_system_message_and_a_list_of_messages_say_the_same(engine: LlamaEngin
     assert first.usage is not None and second.usage is not None
     assert first.usage.prompt_tokens == second.usage.prompt_tokens
     assert first.text == second.text
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(form="user", stop=[" the", "never said"])])
+def test_logprobs_are_those_of_the_model_and_in_step_with_the_tokens(engine: LlamaEngine, sampling: Sampling) -> None:
+    start = msgspec.structs.replace(ask(sampling=sampling, tokens=40), logprobs=3)
+    plain, told = run(engine, ask(sampling=sampling, tokens=40))[0], run(engine, start)[0]
+    # Being told them changes nothing
+    assert (told.ids, told.pieces, told.end) == (plain.ids, plain.pieces, plain.end)
+    assert len(told.logprobs) == len(told.ids) > 1
+    for token, logprob in zip(told.ids, told.logprobs, strict=True):
+        assert [top.logprob for top in logprob.top] == sorted((top.logprob for top in logprob.top), reverse=True)
+        among = {top.id: top.logprob for top in logprob.top}
+        assert among.get(token, logprob.logprob) == logprob.logprob
+        if sampling is GREEDY:
+            assert logprob.top[0].id == token
+        assert sum(math.exp(value) for value in among.values()) <= 1.0001
+    # And an answer that goes on elsewhere has the same from there on
+    half = len(told.ids) // 2
+    rest = msgspec.structs.replace(start, key=bytes([2]) * 24, prefix=told.ids[:half])
+    (again,) = run(engine, rest)
+    assert again.ids == told.ids[half:]
+    assert [each.logprob for each in again.logprobs] == pytest.approx(
+        [each.logprob for each in told.logprobs[half:]], abs=0.05
+    )
+
+
+def test_defaults_of_the_model_hold_where_the_request_says_nothing(
+    engine: LlamaEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (greedy,), (seeded,) = run(engine, ask()), run(engine, ask(sampling=Sampling(form="user")))
+    assert greedy.ids != seeded.ids
+    monkeypatch.setattr(engine, "_defaults", {"temperature": 0.0})
+    silent = ask(sampling=Sampling(form="user"))
+    assert run(engine, silent)[0].ids == greedy.ids
+    # And a request that names our own default means it
+    assert run(engine, msgspec.structs.replace(silent, given=["form", "temperature"]))[0].ids == seeded.ids
 
 
 def test_text_goes_to_the_model_as_it_is(engine: LlamaEngine) -> None:

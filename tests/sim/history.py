@@ -6,12 +6,29 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
-from llambo.worker.fake_tokens import START, answer_length, base_of, piece_of, plain_base, plain_next, wander_next
+from llambo.mesh.tokens import Logprob
+from llambo.worker.engine_proto import Start
+from llambo.worker.fake_tasks import result_of
+from llambo.worker.fake_tokens import (
+    START,
+    answer_length,
+    base_of,
+    logprob_of,
+    piece_of,
+    plain_base,
+    plain_next,
+    wander_next,
+)
+from llambo.worker.knobs import FakeKnobs
+
+#: A text's embedding is a quarter of a piece, so that many texts are many pieces, and some results more than a page.
+EMBEDDING_SIZE = 1024
 
 
 @dataclass
@@ -32,6 +49,7 @@ class Heard:
 
     ids: list[int] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)
     placed: bool = False
     end: m.End | None = None
     error: ErrorInfo | None = None
@@ -52,12 +70,15 @@ class History:
     def dispatched(self, running: dict[bytes, Any], message: m.Dispatch) -> None:
         self.dispatches.setdefault(message.id, []).append(message)
 
-    def delivered(self, client: str, id: bytes, ids: list[int], pieces: list[bytes], now_ms: int) -> None:
+    def delivered(
+        self, client: str, id: bytes, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]
+    ) -> None:
         heard = self._of(client, id)
         if heard.ends:
             heard.after_end += len(ids)
         heard.ids += ids
         heard.pieces += pieces
+        heard.logprobs += logprobs
         self.tokens += len(ids)
 
     def placed(self, client: str, id: bytes) -> None:
@@ -95,6 +116,8 @@ class History:
 
     def _judge_one(self, gone: bool, wanted: Wanted, id: bytes, heard: Heard) -> list[str]:
         wrong = []
+        if wanted.message.task != "generate":
+            return self._judge_task(gone, wanted, id, heard)
         if heard.after_end:
             wrong.append(f"duplicated: {heard.after_end} tokens after the END")
         if heard.ends > 1:
@@ -103,15 +126,59 @@ class History:
             wrong.append(f"wrong: token {at} does not follow from its predecessor")
         if heard.pieces != [piece_of(i) for i in heard.ids]:
             wrong.append("wrong: the text does not belong to the tokens")
+        if heard.logprobs != self._logprobs(wanted, heard.ids):
+            wrong.append("wrong: the logprobs do not belong to the tokens")
         if gone:
             return wrong
+        if heard.end is not None:
+            return wrong + self._judge_end(wanted, heard, heard.end)
+        return wrong + self._judge_failure(wanted, heard)
+
+    @staticmethod
+    def _logprobs(wanted: Wanted, ids: list[int]) -> list[Logprob | None]:
+        count = wanted.message.logprobs
+        return [] if count is None else [logprob_of(token, index, count) for index, token in enumerate(ids)]
+
+    def _judge_task(self, gone: bool, wanted: Wanted, id: bytes, heard: Heard) -> list[str]:
+        """Whole or nothing, once, and all of it from one dispatch."""
+        wrong = [f"duplicated: {heard.ends} ENDs"] if heard.ends > 1 else []
+        end = heard.end
+        if heard.after_end:
+            wrong.append(f"duplicated: {heard.after_end} pieces after the END")
+        if end is not None and end.reason == "stop":
+            if not wanted.cancelled or heard.pieces:
+                made = [self._result(wanted, dispatch) for dispatch in self.dispatches.get(id, [])]
+                if heard.pieces not in made:
+                    wrong.append(f"wrong: {len(heard.pieces)} pieces are the result of no dispatch")
+        elif heard.pieces and not gone:
+            wrong.append(f"wrong: {len(heard.pieces)} pieces of a result that is not whole")
+        if gone:
+            return wrong
+        if end is None:
+            return [*wrong, *self._judge_failure(wanted, heard)]
+        if end.reason == "cancelled":
+            asked_for = wanted.cancelled or wanted.abandoned
+            return wrong if asked_for else [*wrong, "failed: cancelled, though nobody asked for it"]
+        if end.reason == "deadline":
+            return wrong if wanted.message.deadline_ms else [*wrong, "failed: deadline, though it has none"]
+        return wrong if end.error is None else [*wrong, f"failed: {end.error.code}: {end.error.text}"]
+
+    def _judge_failure(self, wanted: Wanted, heard: Heard) -> list[str]:
         if not heard.ends:
-            wrong.append("stuck: it never ended")
-        elif heard.end is not None:
-            wrong += self._judge_end(wanted, heard, heard.end)
-        elif heard.error is not None and not self._may_fail(wanted, heard.error):
-            wrong.append(f"failed: {heard.error.code}: {heard.error.text}")
-        return wrong
+            return ["stuck: it never ended"]
+        if heard.error is not None and not self._may_fail(wanted, heard.error):
+            return [f"failed: {heard.error.code}: {heard.error.text}"]
+        return []
+
+    def _result(self, wanted: Wanted, dispatch: m.Dispatch) -> list[bytes]:
+        start = Start(
+            dispatch.id + dispatch.dispatch, wanted.prompt, wanted.message.max_tokens, 0, task=wanted.message.task
+        )
+        return result_of(
+            start,
+            FakeKnobs(style="plain" if self.style == "plain" else "wander", embedding_size=EMBEDDING_SIZE),
+            "fake",
+        )
 
     def _judge_end(self, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
         if not wanted.cancelled and len(heard.ids) != end.count:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
+import msgspec
+
 from llambo.broker.config import BrokerConfig
 from llambo.mesh import client_events as c
 from llambo.mesh import messages as m
@@ -12,7 +14,7 @@ from llambo.worker.config import WorkerConfig
 from llambo.worker.knobs import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
-from tests.sim.history import History, Wanted
+from tests.sim.history import EMBEDDING_SIZE, History, Wanted
 from tests.sim.network import Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
 
@@ -25,6 +27,7 @@ class Report:
     requests: int = 0
     dispatches: int = 0
     moves: int = 0
+    adopted: int = 0
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
@@ -42,7 +45,12 @@ class World:
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
-            engine_failures=10**6, hold_ms=10**6, client_lease_ms=4_000, lease_ms=1_500, queue_requests=self.plan.queue
+            engine_failures=10**6,
+            hold_ms=10**6,
+            young_ms=60_000,
+            client_lease_ms=4_000,
+            lease_ms=1_500,
+            queue_requests=self.plan.queue,
         )
         self.broker = BrokerNode(self.clock, self._skew(), config, self.random, self.network, self.history)
         self.broker.check_every = check_every
@@ -84,11 +92,16 @@ class World:
             jitter_ms=random.choice((0, 10)),
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
+            embedding_size=EMBEDDING_SIZE,
             crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
             hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
         )
         config = WorkerConfig(name=f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
         return self._start_worker(config)
+
+    @property
+    def restarts(self) -> bool:
+        return any(kind.startswith("broker ") for _, kind, _, _ in self.plan.incidents)
 
     @property
     def answer_tokens(self) -> int:
@@ -97,6 +110,8 @@ class World:
     def _start_worker(self, config: WorkerConfig) -> WorkerNode:
         wire = Wire(self.network, config.name, to_worker=True)
         node = WorkerNode(self.clock, self._skew(), config, self.random, wire)
+        # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
+        node.load_ms = self.random.choice((20, 20, 300, 2_500))
         wire.on_subscribed = lambda: node.happen(_subscribed())
         if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
             node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))
@@ -114,17 +129,25 @@ class World:
         for number in range(self.plan.requests):
             at = random.randint(150, faults.FAULTS_END_MS - 2_000)
             client = random.choice(self.clients)
+            id = random.randbytes(16)
+            prompt = f"prompt {number}".encode()
+            texts = 1 + id[3] % 90 if id[2] % 6 == 0 else 0
+            if texts:  # embeddings of so many texts, one in six
+                prompt = msgspec.msgpack.encode([f"{number} {text}" for text in range(texts)])
             message = m.InferenceRequest(
-                random.randbytes(16),
+                id,
                 "",
-                random.choice((1, 5, 20, 60, 150)),
+                random.choice((1, 5, 20, 60, 150)) if not texts else random.choice((30, 40)),
                 stream=random.random() < 0.8,
                 priority=random.choice(("interactive", "normal", "batch")),
                 deadline_ms=random.choice((0, 0, 0, 0, 500, 20_000)),
                 detached=random.random() < 0.15,
                 seed=random.getrandbits(62),
+                # Of every fourth, and a few each time: what travels with tokens has to arrive with them.
+                logprobs=id[1] % 4 if id[0] % 4 == 0 else None,
+                task="embed" if texts else "generate",
             )
-            self.history.wanted[message.id] = Wanted(message, f"prompt {number}".encode(), self.answer_tokens)
+            self.history.wanted[message.id] = Wanted(message, prompt, self.answer_tokens)
             self.clock.at(at, lambda n=client, q=message: self._submit(n, q))  # type: ignore[misc]
             if random.random() < 0.15:
                 self.clock.at(at + random.randint(1, 800), lambda n=client, q=message: self._cancel(n, q))  # type: ignore[misc]
@@ -134,10 +157,7 @@ class World:
                 self.clock.at(later, lambda n=client, o=other, q=message: self._attach(n, o, q))  # type: ignore[misc]
 
     def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
-        if not client.alive or not self.broker.core.state.models:
-            # Without any worker ever seen the broker refuses at once, and rightly: ask when there is one.
-            if client.alive:
-                self.clock.after(50, lambda: self._submit(client, message))
+        if not client.alive:
             return
         self.history.expect(client.name, message.id)
         client.happen(c.Submit(message, self.history.wanted[message.id].prompt))
@@ -151,10 +171,12 @@ class World:
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
         state = self.broker.core.state
+        if message.task != "generate":
+            return  # a result is for whoever asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
             return
-        if not message.detached:
+        if not message.detached or self.restarts:
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
         other.happen(c.AttachTo(message.id))
@@ -163,7 +185,9 @@ class World:
 
     def _incident(self, kind: str, who: int, length_ms: int) -> None:
         self.log.append(f"{self.clock.now_ms} ms: {kind} of {who} for {length_ms} ms")
-        if kind.startswith("client "):
+        if kind.startswith("broker "):
+            self.broker.restart(length_ms, politely=kind == "broker restart")
+        elif kind.startswith("client "):
             self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
         else:
             self._worker_incident(kind, who, length_ms)
@@ -284,18 +308,19 @@ class World:
         return wrong
 
     def _report(self, wrong: list[str]) -> Report:
-        counters = self.broker.core.state.counters
-        duplicates = counters.duplicate_chunks + sum(client.duplicates for client in self.clients)
+        counted = self.broker.counted
+        duplicates = counted("duplicate_chunks") + sum(client.duplicates for client in self.clients)
         report = Report(
             self.seed,
             wrong,
             tokens=self.history.tokens,
             requests=len(self.history.heard),
-            dispatches=counters.dispatched,
-            moves=counters.moved,
+            dispatches=counted("dispatched"),
+            moves=counted("moved"),
+            adopted=counted("adopted"),
             duplicates=duplicates,
-            stale=counters.stale_chunks,
-            repaired=counters.repaired,
+            stale=counted("stale_chunks"),
+            repaired=counted("repaired"),
         )
         if wrong:
             report.story = self._tell(wrong)

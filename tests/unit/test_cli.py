@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -22,6 +23,7 @@ from llambo.cli.output import duration, number, size, table
 from llambo.cli.up import plan
 from llambo.cli.why import summary, timeline
 from llambo.mesh import limits
+from llambo.mesh.client import Client
 from llambo.mesh.errors import Code, LlamboError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -428,3 +430,22 @@ def test_a_file_takes_everything(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert (tmp_path / "answer").stat().st_size == 100_000
+
+
+def test_a_temperature_that_nobody_chose_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("llambo.mesh.client.Client.stream", lambda self, text, **options: asked.append(options))
+    monkeypatch.setattr(
+        "llambo.cli.following.follow", lambda common, opener, **rest: asyncio.run(opener(Client("tcp://127.0.0.1:1")))
+    )
+    llambo("send", "hello")
+    llambo("send", "hello", "--temperature", "0.8")
+    monkeypatch.setenv("LLAMBO_TEMPERATURE", "0.5")
+    llambo("send", "hello")
+    assert [options["temperature"] for options in asked] == [None, 0.8, 0.5]
+
+
+def test_logprobs_are_for_programs() -> None:
+    result = llambo("send", "--logprobs", "2", "hello")
+    assert result.exit_code == Exit.USAGE
+    assert "--json" in result.stderr

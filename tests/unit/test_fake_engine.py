@@ -9,7 +9,8 @@ import pytest
 from llambo.mesh.errors import Code
 from llambo.mesh.messages import Sampling
 from llambo.worker.engine_proto import ALIVE_MS, Output, Start
-from llambo.worker.fake import START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
+from llambo.worker.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
+from llambo.worker.fake_tokens import logprob_of
 
 KEY = b"r" * 16 + b"dispatch"
 PROMPT = b"three small words"
@@ -51,6 +52,20 @@ def test_plain_does_not_depend_on_the_dispatch_and_wander_does() -> None:
     assert generate(FakeKnobs(), start())[0] == generate(FakeKnobs(), start(other))[0]
     wander = FakeKnobs(style="wander")
     assert generate(wander, start())[0] != generate(wander, start(other))[0]
+
+
+def test_logprobs_depend_on_the_token_and_its_place_alone() -> None:
+    engine = FakeEngine(FakeKnobs(burst=3))
+    assert engine.start(start(logprobs=2, prefix=[5, 6, 7]), 0) is None
+    outputs = [output for _, output in run(engine)]
+    ids = [id for output in outputs for id in output.ids]
+    told = [logprob for output in outputs for logprob in output.logprobs or []]
+    assert told == [logprob_of(token, index, 2) for index, token in enumerate(ids, 3)]
+    assert len(ids) == 9
+    assert len(set(map(str, told))) == 9
+    # And whoever does not ask is told nothing
+    assert engine.start(start(), 0) is None
+    assert {output.logprobs for _, output in run(engine)} == {None}
 
 
 def test_wander_tokens_follow_from_their_predecessor() -> None:
@@ -206,6 +221,19 @@ def test_an_illness_strikes_after_its_token_and_nothing_follows(fault: str) -> N
     engine.start(start(b"t" * 24), 0)
     assert sum(len(output.ids) for _, output in run(engine)) == 5
     assert engine.fault == fault
+
+
+def test_poison_kills_at_the_same_token_whoever_runs_it_and_nobody_else_does() -> None:
+    knobs = FakeKnobs(poison="arsenic", burst=4, slots=2)
+    for prefix in ([], list(range(POISON_INDEX))):
+        engine = FakeEngine(knobs)
+        engine.start(Start(KEY, b"tea with arsenic", max_tokens=12, seed=7, prefix=prefix), 0)
+        assert sum(len(output.ids) for _, output in run(engine)) == POISON_INDEX - len(prefix)
+        assert engine.fault == "crash"
+    innocent = FakeEngine(knobs)
+    innocent.start(start(), 0)
+    run(innocent)
+    assert innocent.fault is None
 
 
 def test_slowness_begins_at_its_token() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.messages import Sampling
-from llambo.worker import gguf, models
+from llambo.worker import gguf, grammar, models
 from llambo.worker.gguf import BadModelFile
 from llambo.worker.grammar import GrammarError, depth, grammar_text
 from llambo.worker.knobs import LlamaKnobs
@@ -21,7 +21,9 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
 
-def entry(key: str, value: int | str | list[str]) -> bytes:
+def entry(key: str, value: float | str | list[str]) -> bytes:
+    if isinstance(value, float):
+        return text(key) + struct.pack("<If", 6, value)
     if isinstance(value, str):
         return text(key) + struct.pack("<I", 8) + text(value)
     if isinstance(value, list):
@@ -29,9 +31,9 @@ def entry(key: str, value: int | str | list[str]) -> bytes:
     return text(key) + struct.pack("<II", 4, value)
 
 
-def tiny(path: Path, *, layers: int = 4, template: str = "") -> Path:
+def tiny(path: Path, *, layers: int = 4, template: str = "", more: dict[str, float | str] | None = None) -> Path:
     """A whole GGUF file with one tensor, of a model with 1 KiB of cache for a token at f16."""
-    entries: dict[str, int | str | list[str]] = {
+    entries: dict[str, float | str | list[str]] = {
         "general.architecture": "llama",
         "llama.block_count": layers,
         "llama.embedding_length": 64,
@@ -40,6 +42,7 @@ def tiny(path: Path, *, layers: int = 4, template: str = "") -> Path:
         "llama.context_length": 8192,
         "tokenizer.ggml.tokens": [f"t{number}" for number in range(200)],
         "tokenizer.chat_template": template,
+        **(more or {}),
     }
     head = b"GGUF" + struct.pack("<IQQ", 3, 1, len(entries)) + b"".join(entry(k, v) for k, v in entries.items())
     head += text("weights") + struct.pack("<IQIQ", 1, 256, 0, 0)
@@ -166,3 +169,23 @@ def test_a_grammar_passes_and_a_bomb_does_not() -> None:
             grammar_text(Sampling(grammar=bad), str)
     with pytest.raises(GrammarError, match="characters"):
         grammar_text(Sampling(json_schema="{}"), lambda schema: "x" * 10**6)
+
+
+@pytest.mark.parametrize("key", ["minLength", "maxLength", "minItems", "maxItems"])
+def test_a_schema_may_not_ask_for_a_grammar_without_end(key: str) -> None:
+    def never(schema: str) -> str:
+        raise AssertionError("it was to be refused before")
+
+    schema = f'{{"properties": {{"a": {{"{key}": 1000000000}}}}}}'
+    with pytest.raises(GrammarError, match=f"{key} 1000000000, at most"):
+        grammar_text(Sampling(json_schema=schema), never)
+
+
+def test_making_a_grammar_of_a_schema_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(schema: str) -> str:
+        while True:
+            pass
+
+    monkeypatch.setattr(grammar, "MADE_S", 0.1)
+    with pytest.raises(GrammarError, match="not done after"):
+        grammar_text(Sampling(json_schema="{}"), endless)

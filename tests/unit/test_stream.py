@@ -176,3 +176,44 @@ class TestStash:
         assert stash.pop_next(5) == b"overlaps"
         assert stash.pop_next(10) is None
         assert stash.first_index == 20
+
+
+def test_logprobs_stay_with_their_tokens_in_any_order() -> None:
+    told = {index: tokens.Logprob(-float(index)) for index in range(8)}
+    frames = [
+        tokens.encode_chunk(
+            KEY, first, list(range(first, first + 3)), [b"x"] * 3, 0, [told[i] for i in range(first, first + 3)]
+        )
+        for first in range(6)
+    ]
+    for seed in range(50):
+        chance, stream = random.Random(seed), Reassembly()
+        ids: list[int] = []
+        logprobs: list[tokens.Logprob | None] = []
+        for frame in chance.sample(frames, len(frames)) + frames:
+            stream.add(frame)
+            if chance.random() < 0.5:
+                taken, _ = stream.take()
+                ids += taken
+                logprobs += stream.take_logprobs(len(taken))
+        taken, _ = stream.take()
+        ids += taken
+        logprobs += stream.take_logprobs(len(taken))
+        assert ids == list(range(8))
+        assert logprobs == [told[i] for i in range(8)]
+
+
+def test_tokens_without_logprobs_among_others_shift_nothing() -> None:
+    stream = Reassembly()
+    stream.add(chunk(0, 2))
+    stream.add(tokens.encode_chunk(KEY, 2, [2], [b"x"], 0, [tokens.Logprob(-2.0)]))
+    stream.add(chunk(3))
+    ids, _ = stream.take()
+    assert stream.take_logprobs(len(ids)) == [None, None, tokens.Logprob(-2.0), None]
+    assert not stream.logprobs
+
+
+def test_a_chunk_whose_logprobs_do_not_add_up_is_malformed() -> None:
+    stream = Reassembly()
+    assert not stream.add(tokens.encode_chunk(KEY, 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-2.0)]))
+    assert (stream.malformed, stream.next_index) == (1, 0)

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from llambo.mesh import limits, tokens
-from tests.unit.samples import BEAT, CHUNK, DISPATCH, GOLDEN, ID, KEY, SESSION
+from tests.unit.samples import BEAT, CHUNK, CHUNK_WITH_LOGPROBS, DISPATCH, GOLDEN, ID, KEY, LOGPROBS, SESSION
 
 HEAD = CHUNK[: tokens.HEAD_BYTES]
 
@@ -42,11 +42,46 @@ def test_a_chunk_comes_back_as_it_was() -> None:
     assert (found.body.ids, found.body.pieces) == ([11, 2**31], [b"Hi", b"\xc3"])
 
 
-def test_a_third_element_is_carried_and_a_fourth_ignored() -> None:
-    for more in ([[-0.5]], [[-0.5], "from the future"]):
+def test_logprobs_are_a_third_element_and_a_fourth_is_ignored() -> None:
+    for more in ([[[-0.5, []]]], [[[-0.5, []]], "from the future"]):
         found = tokens.decode_chunk(chunk(0, 1)[: tokens.HEAD_BYTES] + msgpack.packb([[1], [b"x"], *more]))
         assert found is not None
-        assert msgpack.unpackb(found.body.logprobs) == [-0.5]
+        assert found.body.logprobs == [tokens.Logprob(-0.5)]
+
+
+def test_logprobs_come_back_as_they_were_and_nobody_else_pays_for_them() -> None:
+    found = tokens.decode_chunk(CHUNK_WITH_LOGPROBS)
+    assert found is not None and found.body.logprobs == LOGPROBS
+    plain = tokens.decode_chunk(CHUNK)
+    assert plain is not None and plain.body.logprobs is None
+    assert msgpack.unpackb(CHUNK_WITH_LOGPROBS[32:])[2] == [[-0.5, [[11, b"Hi", -0.5], [12, b"Ho", -2.25]]], [-3.0, []]]
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        [[-0.5, []]],  # one for two tokens
+        [[-0.5, []]] * 3,
+        [],
+        [[0.5, []]] * 2,  # nothing is likelier than certain
+        [[float("nan"), []]] * 2,
+        [[float("-inf"), []]] * 2,
+        [-0.5, -0.5],
+        ["-0.5", "-0.5"],
+        [[-0.5, [[1, b"x", -1.0]] * (limits.TOP_LOGPROBS + 1)]] * 2,
+        [[-0.5, [[1, bytes(limits.LOGPROB_PIECE_BYTES + 1), -1.0]]]] * 2,
+        [[-0.5, [[-1, b"x", -1.0]]]] * 2,
+        [[-0.5, [[1, "x", -1.0]]]] * 2,
+    ],
+)
+def test_logprobs_that_are_none_make_no_chunk(logprobs: list[object]) -> None:
+    assert tokens.decode_chunk(HEAD + msgpack.packb([[11, 12], [b"a", b"b"], logprobs])) is None
+
+
+def test_trimming_trims_the_logprobs_as_well() -> None:
+    trimmed = tokens.trim_chunk(CHUNK_WITH_LOGPROBS, 8)
+    assert trimmed == tokens.encode_chunk(KEY, 8, [2**31], [b"!"], 0, LOGPROBS[1:])
+    assert tokens.trim_chunk(CHUNK_WITH_LOGPROBS, 7) == CHUNK_WITH_LOGPROBS
 
 
 @pytest.mark.parametrize(
