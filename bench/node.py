@@ -21,7 +21,7 @@ from llambo.mesh import sockets
 from llambo.worker.agent import run_worker
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import die_with
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512
@@ -35,8 +35,9 @@ def broker(options: dict[str, Any]) -> None:
 
 
 def worker(options: dict[str, Any]) -> None:
-    knobs = FakeKnobs(**options.pop("fake", {}))
-    run_worker(WorkerConfig(brokers=(options.pop("broker"),), fake=knobs, **options), lambda: tell(pid=os.getpid()))
+    fake, llama = FakeKnobs(**options.pop("fake", {})), LlamaKnobs(**options.pop("llama", {}))
+    config = WorkerConfig(brokers=(options.pop("broker"),), fake=fake, llama=llama, **options)
+    run_worker(config, lambda: tell(pid=os.getpid()))
 
 
 def bare(options: dict[str, Any]) -> None:

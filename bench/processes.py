@@ -79,6 +79,11 @@ def thread_cpu_s(task: Path) -> float:
     return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
+def process_cpu_s(pid: int) -> float:
+    """Of all its threads."""
+    return sum(thread_cpu_s(task) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
 def children(pid: int) -> list[int]:
     """The processes that this one has started, in whichever of its threads."""
     found: list[int] = []

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from llambo.broker import delivery, dispatching, ending
+from llambo.broker import adoption, delivery, dispatching, ending
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.requests import Request, RequestState
-from llambo.broker.state import State
+from llambo.broker.state import Early, State
 from llambo.broker.transcript import reservation
-from llambo.mesh import limits
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
 
@@ -16,30 +16,87 @@ from llambo.mesh.errors import Code, ErrorInfo
 RETRY_AFTER_MS = (100, 30_000)
 
 
-def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, prompt: bytes, now_ms: int) -> None:
+def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: bytes, now_ms: int) -> None:
     """Take a request in, or say why not. The same id again means the same request: its sender joins it."""
+    try:
+        prompt, held = transfer.unpack(blob, asked.prompt_bytes)
+    except ValueError as wrong:
+        _refuse(state, client, asked.id, Code.BAD_REQUEST, str(wrong))
+        return
     if asked.id in state.requests or state.archive.get(asked.id):
         state.counters.attached += 1
-        attach(state, client, m.Attach(asked.id, asked.have), now_ms)
+        attach(state, client, m.Attach(asked.id, asked.have, held), now_ms)
         return
-    model, error = _place(state, asked.model)
-    error = error or _refusal(state, asked, prompt, now_ms)
+    model, error = _place(state, asked, now_ms)
+    if error is not None and _wait_and_see(state, client, asked, blob, now_ms):
+        return
+    error = error or _refusal(state, asked, prompt, held)
     if error is not None:
         state.counters.refused += 1
         state.out.append(ToClient(client.route, client.session, m.Problem(error, asked.id)))
         return
-    request = Request(asked, model, prompt, now_ms)
+    _take(state, client, Request(asked, model, prompt, now_ms), asked, held, now_ms)
+
+
+def _take(
+    state: State, client: ClientEntry, request: Request, asked: m.InferenceRequest, held: list[bytes], now_ms: int
+) -> None:
     state.counters.submitted += 1
-    state.requests[asked.id] = request
-    state.reserved += request.transcript.reserved + len(prompt)
+    state.admit(request)
     follow(request, client)
     what = f"at most {asked.max_tokens} tokens" if asked.task == "generate" else asked.task
-    request.note(now_ms, "submitted", f"model {model}, {what}, {asked.priority}")
+    request.note(now_ms, "submitted", f"model {request.model}, {what}, {asked.priority}")
     if request.deadline_at:
         state.alarm(request.deadline_at, "deadline", request.id)
-    dispatching.enqueue(state, request, now_ms)
+    if asked.resume or asked.id in state.orphanage:
+        request.transcript.restore([tokens.CHUNK + asked.id + chunk[1 + limits.REQUEST_ID_BYTES :] for chunk in held])
+        adoption.resume(state, request, now_ms)
+    else:
+        dispatching.enqueue(state, request, now_ms)
     ahead = state.room.ahead(request) if request.state is RequestState.WAITING else 0
-    state.out.append(ToClient(client.route, client.session, m.Accepted(request.id, ahead, model)))
+    accepted = m.Accepted(request.id, ahead, request.model, request.fingerprint)
+    state.out.append(ToClient(client.route, client.session, accepted))
+    if state.early:
+        ask_again(state, now_ms)
+
+
+def _wait_and_see(
+    state: State, client: ClientEntry, asked: m.InferenceRequest | m.Attach, blob: bytes, now_ms: int
+) -> bool:
+    """A broker that has just begun: those who could answer this may be on their way. False: it is old enough."""
+    key = (client.session, asked.id)
+    early = state.early.get(key)
+    began = state.started_at if state.started_at >= 0 else now_ms
+    due = early.due if early else began + state.config.young_ms
+    if now_ms >= due:
+        return False
+    if early is None and len(state.early) >= state.config.queue_requests:
+        _refuse(state, client, asked.id, Code.BUSY, "this broker has just begun, and too many wait for its workers")
+    else:
+        state.early[key] = Early(client, asked, blob, due)
+    return True
+
+
+def ask_again(state: State, now_ms: int) -> None:
+    """Something is known now that was not before, or the time to wait for it is over."""
+    early = list(state.early.items())
+    for key, said in early:
+        if key not in state.early:
+            continue  # one that made sense made sense of this
+        if said.client.session not in state.registry.clients:
+            del state.early[key]
+        elif now_ms >= said.due or _makes_sense(state, said.message, now_ms):
+            del state.early[key]
+            if isinstance(said.message, m.Attach):
+                attach_asked(state, said.client, said.message, now_ms)
+            else:
+                submit(state, said.client, said.message, said.blob, now_ms)
+
+
+def _makes_sense(state: State, message: m.InferenceRequest | m.Attach, now_ms: int) -> bool:
+    if message.id in state.requests or state.archive.get(message.id):
+        return True
+    return isinstance(message, m.InferenceRequest) and _place(state, message, now_ms)[1] is None
 
 
 def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
@@ -54,14 +111,19 @@ def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int
 def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
     """Follow a request from token `have` on, live or ended."""
     request = state.requests.get(asked.id)
+    if request is not None and not _agreed(state, client, request, asked.held):
+        return
     if request is not None:
         follow(request, client)
         ahead = state.room.ahead(request) if request.state is RequestState.WAITING else 0
-        state.out.append(ToClient(client.route, client.session, m.Accepted(request.id, ahead, request.model)))
+        accepted = m.Accepted(request.id, ahead, request.model, request.fingerprint)
+        state.out.append(ToClient(client.route, client.session, accepted))
         if request.stream and asked.have < request.transcript.next_index:
             delivery.send_page(state, client, m.Replay(asked.id, asked.have))
         return
     ended = state.archive.get(asked.id)
+    if ended is None and _wait_and_see(state, client, asked, b"", now_ms):
+        return
     if ended is None:
         _refuse(state, client, asked.id, Code.UNKNOWN_REQUEST, f"no request {asked.id.hex()} is known here")
     elif ended.transcript is None and asked.have < ended.end.count:
@@ -69,6 +131,18 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
     else:
         ended.owed.add(client.session)
         ending.tell(state, client, ended, asked.have, now_ms, with_page=True)
+
+
+def _agreed(state: State, client: ClientEntry, request: Request, held: list[bytes]) -> bool:
+    """Nobody is given a continuation of something else than what he was given before."""
+    try:
+        if not held or adoption.agrees(request, transfer.check(held)):
+            return True
+    except ValueError as wrong:
+        _refuse(state, client, request.id, Code.BAD_REQUEST, str(wrong))
+        return False
+    _refuse(state, client, request.id, Code.EXPIRED, "this answer goes on otherwise than the tokens you hold")
+    return False
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, now_ms: int) -> None:
@@ -129,9 +203,14 @@ def _unfollow_one(state: State, client: ClientEntry, id: bytes, why: str, now_ms
         ending.finish(state, request, "cancelled", now_ms)
 
 
-def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
+def _place(state: State, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
     """The model that is meant: the one in the mesh, if there is only one."""
+    model = asked.model
     if model in state.models:
+        return model, None
+    if asked.resume and model:
+        # It was served before: its workers are on their way, or somebody will wait for them in vain.
+        state.models[model] = max(1, now_ms)
         return model, None
     known = sorted(state.models)
     if not known:
@@ -146,9 +225,9 @@ def _place(state: State, model: str) -> tuple[str, ErrorInfo | None]:
     return "", ErrorInfo(Code.MODEL_REQUIRED, f"several models are served, name one of: {listed}")
 
 
-def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, now_ms: int) -> ErrorInfo | None:
-    if asked.have:
-        # Its tokens came from a broker that is gone: another run would not continue them.
+def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, held: list[bytes]) -> ErrorInfo | None:
+    if asked.have != transfer.count(held):
+        # Its tokens came from a broker that is gone, and without them another run would not continue them.
         return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
     if not prompt and asked.task == "generate":
         return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
@@ -162,7 +241,7 @@ def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, now_ms: int
     wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
     if wanted > state.config.transcript_bytes:
         return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
-    if state.room.full(len(prompt)):
+    if state.room.full(len(prompt)) and not asked.resume:
         return ErrorInfo(Code.BUSY, f"the queue is full: {state.room.count} requests wait", retry_after(state))
     if state.held_bytes + wanted > state.config.transcript_bytes:
         return ErrorInfo(Code.BUSY, "no room for another answer", retry_after(state))
@@ -179,4 +258,5 @@ def retry_after(state: State) -> int:
 
 def _refuse(state: State, client: ClientEntry, id: bytes, code: Code, text: str) -> None:
     state.counters.refused += 1
-    state.out.append(ToClient(client.route, client.session, m.Problem(ErrorInfo(code, text), id)))
+    error = ErrorInfo(code, text, retry_after(state) if code is Code.BUSY else 0)
+    state.out.append(ToClient(client.route, client.session, m.Problem(error, id)))

@@ -26,6 +26,12 @@ class BrokerConfig:
     client_lease_ms: int = 10_000
     #: A worker whose route is gone and that has not come back within this is given up before its lease is out.
     reconnect_grace_ms: int = 300
+    #: A request that another broker had is kept from dispatch for so long: a worker may run it still.
+    adopt_ms: int = 1_000
+    #: How long a run that has lost its broker is remembered.
+    orphan_ms: int = 30_000
+    #: A broker that has begun so recently does not know yet what it will know in a moment: it does not refuse it.
+    young_ms: int = 5_000
     #: END overtakes the last tokens by a moment; wait so long before asking for them again.
     tail_grace_ms: int = 10
     #: What must be acknowledged is sent again after so long.

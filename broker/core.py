@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import admission, delivery, dispatching, ending, membership, queries
+from llambo.broker import admission, adoption, delivery, dispatching, ending, membership, queries
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import ClientSaid, Event, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
@@ -118,12 +118,14 @@ class BrokerCore:
             worker.route_gone_at = 0
             if worker.route != said.route:
                 state.registry.move_worker(worker, said.route)
-        for message, _ in said.messages:
+        for message, blob in said.messages:
             if isinstance(message, m.WorkerHello):
                 membership.worker_hello(state, said.route, message, now_ms)
             elif worker is None or worker.session not in state.registry.workers:
                 self._unknown_session(said.route, said.session, now_ms, to_worker=True)
                 break
+            elif isinstance(message, m.Orphan):
+                adoption.announced(state, worker, message, blob, now_ms)
             else:
                 WORKER_RULES[type(message)](state, worker, message, now_ms)
         for problem in said.problems:
@@ -145,6 +147,8 @@ class BrokerCore:
 
     def _tick(self, now_ms: int) -> None:
         state = self.state
+        if state.started_at < 0:
+            state.started_at = now_ms
         while (alarm := state.next_alarm(now_ms)) is not None:
             kind, id = alarm
             request = state.requests.get(id)
@@ -152,6 +156,8 @@ class BrokerCore:
                 continue
             if kind == "repair":
                 delivery.repair(state, request, now_ms)
+            elif kind == "adopt":
+                adoption.give_up(state, request, now_ms)
             elif now_ms >= request.deadline_at:
                 error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
                 ending.finish(state, request, "deadline", now_ms, error)

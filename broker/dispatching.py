@@ -14,7 +14,7 @@ from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import Request, RequestState
 from llambo.broker.state import State
 from llambo.mesh import messages as m
-from llambo.mesh import tokens
+from llambo.mesh import tokens, transfer
 from llambo.mesh.errors import Code, ErrorInfo
 
 #: A request that this many workers have refused is given up.
@@ -44,6 +44,8 @@ def pump(state: State, lane: str, now_ms: int) -> None:
             return
         _dispatch(state, request, worker, now_ms)
         state.room.left(request)
+        if request.fingerprint:
+            ending.confirm(state, request)
 
 
 def settle(state: State, now_ms: int) -> None:
@@ -75,6 +77,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     state.update_pools(worker)
     state.counters.dispatched += 1
     request.note(now_ms, "dispatched", f"to {worker.name}, attempt {request.attempt}, from token {len(prefix)}")
+    # The worker gets what exists with its text, so that it can give back all of it should this broker be gone.
+    blob, prompt_bytes = transfer.pack(request.prompt, request.transcript.chunks) if prefix else (request.prompt, 0)
     message = m.Dispatch(
         request.id,
         request.dispatch,
@@ -83,12 +87,16 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         request.max_tokens,
         request.seed,
         prefix,
+        prompt_bytes,
         max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
+        request.stream,
+        request.priority,
+        request.detached,
         msgspec.Raw(request.sampling),
         request.logprobs,
         request.task,
     )
-    state.out.append(ToWorker(worker.route, worker.session, message, request.prompt))
+    state.out.append(ToWorker(worker.route, worker.session, message, blob))
 
 
 def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
@@ -97,19 +105,25 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
-    done = request.transcript
-    if request.task != "generate" and not done.final:
+    if request.task != "generate" and not request.transcript.final:
         # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
-        done.clear()
-    elif done.final or done.next_index >= request.max_tokens:
-        # The last token is here; only the END was lost with the worker.
-        ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
+        request.transcript.clear()
+    if finish_complete(state, request, now_ms):
         return
     if what == "lost":  # a refusal cost nobody anything
         state.counters.moved += 1
         request.moves += 1
     request.step(RequestState.WAITING)
     enqueue(state, request, now_ms)
+
+
+def finish_complete(state: State, request: Request, now_ms: int) -> bool:
+    """The last token is here; only the END was lost, with the worker or the broker that would have said it."""
+    done = request.transcript
+    if not done.final and (done.next_index < request.max_tokens or request.task != "generate"):
+        return False
+    ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
+    return True
 
 
 def accepted(state: State, worker: WorkerEntry, accept: m.Accept, now_ms: int) -> None:

@@ -34,6 +34,15 @@ def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error:
     _freed(state, request)
 
 
+def confirm(state: State, request: Request) -> None:
+    """Its followers learn which model it is from: they will be asked should this broker be gone."""
+    for session in request.followers:
+        client = state.registry.clients.get(session)
+        if client is not None:
+            said = m.Accepted(request.id, 0, request.model, request.fingerprint)
+            state.out.append(ToClient(client.route, client.session, said))
+
+
 def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:
     """Nothing of this dispatch is needed from the worker any more."""
     state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))

@@ -55,7 +55,8 @@ def _queue(state: State) -> None:
 def _workers(state: State) -> None:
     for session, worker in state.registry.workers.items():
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
-        assert len(worker.claims) <= worker.slots, "more given to a worker than it has slots"
+        given = worker.claims.keys() - worker.adopted
+        assert len(given) <= worker.slots, "more given to a worker than it has slots"
         for model in (*worker.models, *worker.lanes):
             pool = state.pools.get(model)
             inside = pool is not None and model in worker.position
@@ -73,6 +74,10 @@ def _clients(state: State) -> None:
 
 
 def _bytes(state: State) -> None:
+    assert state.orphanage.bytes == sum(orphan.size for orphan in state.orphanage)
+    for orphan in state.orphanage:
+        assert orphan.work.id not in state.requests, "an orphan of a live request is still up for adoption"
+        assert orphan.worker.session in state.registry.workers, "an orphan of a worker that is gone"
     live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
     assert state.reserved == live
     held = [e.transcript.size for e in state.archive.ended.values() if e.transcript and not e.detached]

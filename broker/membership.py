@@ -5,7 +5,7 @@ from __future__ import annotations
 from llambo.broker import admission, delivery, dispatching, ending
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import RequestState
+from llambo.broker.requests import PARKED, RequestState
 from llambo.broker.state import State
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -49,10 +49,12 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
     state.registry.add_worker(worker)
     for model in worker.models:
         state.models[model] = 0
-    state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots")
+    loading = ", still loading" if worker.state == "starting" else ""
+    state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots{loading}")
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     if worker.draining:
         state.out.append(ToWorker(route, worker.session, m.Drain()))
+    admission.ask_again(state, now_ms)
 
 
 def _alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
@@ -62,9 +64,13 @@ def _alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
 
 def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
     """What it claims is compared with what it was given; both kinds of difference are settled here."""
+    if beat.models and (beat.models, beat.slots) != (worker.serving, worker.slots):
+        _serves(state, worker, beat, now_ms)
     worker.last = beat
     worker.state = beat.state
     worker.beat = max(worker.beat, beat.beat)
+    worker.busy = beat.busy
+    worker.adopted &= worker.claims.keys()
     worker.closed = False
     if (beat.state == "draining") != worker.draining:
         # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
@@ -79,6 +85,25 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
         else:
             _claimed(state, request.id, index, now_ms)
     state.touch(worker)
+
+
+def _serves(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+    """Its model has been loaded, and now it is known what it is; or its engine came back with another one."""
+    before = worker.models
+    worker.state = "gone"
+    state.update_pools(worker)
+    worker.serve(beat.models, max(beat.slots, 1))
+    for model in worker.models:
+        state.models[model] = 0
+    _note_unserved(state, before, now_ms)
+    state.happened(now_ms, "worker serves", f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots")
+
+
+def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
+    """Of these, whatever nobody serves any more is gone since now."""
+    for model in models:
+        if not any(model in worker.models for worker in state.registry.workers.values()):
+            state.models[model] = max(1, now_ms)
 
 
 def _forget_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
@@ -108,12 +133,11 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     keys = list(worker.claims)
     worker.claims.clear()
     worker.state = "gone"
+    state.orphanage.forget_worker(worker)
     state.update_pools(worker)
     state.counters.workers_lost += 1
     state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
-    for model in worker.models:
-        if not any(model in other.models for other in state.registry.workers.values()):
-            state.models[model] = max(1, now_ms)
+    _note_unserved(state, worker.models, now_ms)
     for key in keys:
         request = state.running.get(key)
         if request is not None and request.worker is worker:
@@ -247,13 +271,22 @@ def _forget_models(state: State) -> None:
         state.pools.pop(model, None)
 
 
+def _may_serve(worker: WorkerEntry, model: str, lane: str) -> bool:
+    """It has this very model; or one of that name is being loaded, which may turn out to be the same."""
+    if lane in worker.lanes:
+        return True
+    return worker.state == "starting" and any(m.name == model and not m.fingerprint for m in worker.serving)
+
+
 def _give_up_on_lanes(state: State, now_ms: int) -> None:
     """Nobody is there to run these, and nobody came in time."""
     for lane, line in list(state.room.lines.items()):
+        if lane == PARKED:
+            continue
         model, _, fingerprint = lane.partition("\0")
         since = state.models.get(model, 0)
         if fingerprint and not since:
-            if any(lane in worker.lanes for worker in state.registry.workers.values()):
+            if any(_may_serve(worker, model, lane) for worker in state.registry.workers.values()):
                 continue
             since = 1  # others have the model, but not the very same: what counts is how long the request waits
         for request in list(line) if since else ():
@@ -270,6 +303,8 @@ def sweep(state: State, now_ms: int) -> None:
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
     _give_up_on_lanes(state, now_ms)
+    admission.ask_again(state, now_ms)
+    state.orphanage.expire(now_ms)
     state.close_lanes()
     state.archive.expire(now_ms)
     _forget_models(state)

@@ -83,6 +83,7 @@ def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
         "broker": state.config.name,
         "workers": len(workers),
         "ready": sum(worker.tokens_up and worker.state == "ready" and not worker.draining for worker in workers),
+        "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
         "slots": sum(worker.slots for worker in workers),
         "busy": sum(len(worker.claims) for worker in workers),
         "clients": len(state.registry.clients),
@@ -109,6 +110,7 @@ def models(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
             {
                 "model": model,
                 "workers": len(serving),
+                "loading": sum(worker.state == "starting" for worker in serving),
                 "slots": sum(worker.slots for worker in serving),
                 "waiting": line.count if line else 0,
             }
@@ -136,6 +138,7 @@ def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
         "engine_restarts": worker.last.engine_restarts,
         "heard_ms": now_ms - worker.heard_at,
         "up_ms": now_ms - worker.joined_at,
+        "percent": worker.last.percent,
         "note": worker.last.note,
     }
 
@@ -143,6 +146,8 @@ def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
 def _worker_state(worker: WorkerEntry) -> str:
     if worker.draining or worker.state == "draining":
         return "drained" if not worker.claims else "draining"
+    if worker.state == "starting":
+        return "loading"
     if not worker.echo:
         return "joining"
     return worker.state if worker.tokens_up else "mending"

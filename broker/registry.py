@@ -10,7 +10,9 @@ class WorkerEntry:
     """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
 
     __slots__ = (
+        "adopted",
         "beat",
+        "busy",
         "claims",
         "closed",
         "done",
@@ -30,6 +32,7 @@ class WorkerEntry:
         "route",
         "route_gone_at",
         "seq",
+        "serving",
         "session",
         "slots",
         "state",
@@ -41,12 +44,7 @@ class WorkerEntry:
         self.hello = hello
         self.welcome = welcome
         self.name = hello.name
-        self.models = tuple(model.name for model in hello.models)
-        #: Model to fingerprint, for those that have one.
-        self.fingerprints = {model.name: model.fingerprint for model in hello.models if model.fingerprint}
-        #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
-        self.slots = hello.slots
+        self.serve(hello.models, hello.slots)
         self.incarnation = hello.incarnation
         self.session = welcome.session
         self.route = route
@@ -58,7 +56,11 @@ class WorkerEntry:
         #: Control sequence number of the last message that carries one.
         self.seq = 0
         self.claims: dict[bytes, int] = {}
-        self.state = "ready"
+        #: Those of them that it ran already: they may be more than it has slots, if they have ended.
+        self.adopted: set[bytes] = set()
+        #: Slots that others than us have taken.
+        self.busy = 0
+        self.state: str = hello.state
         self.draining = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
         self.closed = False
@@ -69,9 +71,19 @@ class WorkerEntry:
         self.position: dict[str, int] = {}
         self.turn = 0
 
+    def serve(self, serving: list[m.ModelInfo], slots: int) -> None:
+        """What it serves: from its hello, or, if that was said too early to know, from a heartbeat."""
+        self.serving = serving
+        self.models = tuple(model.name for model in serving)
+        #: Model to fingerprint, for those that have one.
+        self.fingerprints = {model.name: model.fingerprint for model in serving if model.fingerprint}
+        #: The lanes of requests that only the very same model may continue.
+        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
+        self.slots = slots
+
     @property
     def free(self) -> int:
-        return self.slots - len(self.claims)
+        return self.slots - len(self.claims) - self.busy
 
     @property
     def tokens_up(self) -> bool:

@@ -45,6 +45,10 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 }
 
 
+#: Where those wait that are not to be dispatched.
+PARKED = "\0parked"
+
+
 def lane(model: str, fingerprint: str) -> str:
     """The name of a line and of its pool. A model without a fingerprint goes on wherever its name is known."""
     return f"{model}\0{fingerprint}" if fingerprint else model
@@ -69,6 +73,7 @@ class Request:
         "max_tokens",
         "model",
         "moves",
+        "parked",
         "priority",
         "prompt",
         "queued_at",
@@ -117,7 +122,7 @@ class Request:
         self.key = b""  # request id + dispatch id: the fence
         self.worker: WorkerEntry | None = None
         #: Of the model its tokens are from.
-        self.fingerprint = ""
+        self.fingerprint = asked.fingerprint
         self.stash: Stash | None = None
         self.end: m.End | None = None
         #: The worker is known to have tokens up to here.
@@ -126,6 +131,8 @@ class Request:
         self.asked_ms = 0
         # --- its fate so far
         self.ticket = 0
+        #: Its broker is gone; for a moment it waits for a worker that runs it still.
+        self.parked = False
         self.moves = 0
         self.failures = 0
         self.refusals = 0
@@ -135,6 +142,8 @@ class Request:
     @property
     def lane(self) -> str:
         """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
+        if self.parked:
+            return PARKED
         return lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
 
     def step(self, state: RequestState) -> None:

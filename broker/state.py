@@ -15,14 +15,16 @@ from typing import Literal
 from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.config import BrokerConfig
+from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
-from llambo.broker.registry import Registry, WorkerEntry
+from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
 from llambo.broker.requests import Request
 from llambo.broker.schedule import POLICIES, Pool
+from llambo.mesh.messages import Attach, InferenceRequest
 
 #: `chance(n)` gives n random bytes. The shell passes the system's, the simulator seeded ones.
 Chance = Callable[[int], bytes]
-Alarm = Literal["repair", "deadline"]
+Alarm = Literal["repair", "deadline", "adopt"]
 
 
 @dataclass(slots=True)
@@ -37,6 +39,7 @@ class Counters:
     failed: int = 0
     cancelled: int = 0
     moved: int = 0
+    adopted: int = 0
     tokens: int = 0
     chunks: int = 0
     stale_chunks: int = 0
@@ -63,6 +66,16 @@ class Happening:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Early:
+    """Something a client said about what this broker does not know yet."""
+
+    client: ClientEntry
+    message: InferenceRequest | Attach
+    blob: bytes
+    due: int
+
+
 class State:
     def __init__(self, config: BrokerConfig, chance: Chance) -> None:
         self.config = config
@@ -79,6 +92,10 @@ class State:
         self.requests: dict[bytes, Request] = {}
         #: The fence: tokens count only under the key of a current dispatch.
         self.running: dict[bytes, Request] = {}
+        #: Requests of other brokers, by workers that run them still.
+        self.orphanage = Orphanage()
+        #: What may yet make sense, since we have only just begun; see admission.py.
+        self.early: dict[tuple[bytes, bytes], Early] = {}
         self.archive = Archive(config.tombstones, config.detached_bytes, config.detached_ms)
         #: Bytes set aside for live requests, transcripts and prompts.
         self.reserved = 0
@@ -86,6 +103,7 @@ class State:
         self.happenings: deque[Happening] = deque(maxlen=config.events)
         self.rate = 0.0  # requests ended per second, smoothed, for retry-after
         self.rate_mark = (0, 0)
+        self.started_at = -1
         self.worker_round_at = 0
         self.client_round_at = 0
         self.sweep_at = 0
@@ -93,6 +111,11 @@ class State:
         self._alarms: list[tuple[int, int, Alarm, bytes]] = []
         self._alarm_count = 0
         self._happened = 0
+
+    def admit(self, request: Request) -> None:
+        """From now on it is ours, until it has ended."""
+        self.requests[request.id] = request
+        self.reserved += request.transcript.reserved + len(request.prompt)
 
     def happened(self, now_ms: int, kind: str, text: str) -> None:
         self._happened += 1

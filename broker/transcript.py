@@ -46,6 +46,15 @@ class Transcript:
         #: The flags of the last chunk, once it is here.
         self.final = 0
 
+    def restore(self, chunks: list[bytes]) -> None:
+        """Begin with these, which were checked: what somebody was given of this answer before."""
+        self.chunks = list(chunks)
+        self.size = sum(map(len, chunks))
+        if chunks:
+            first, count, flags = tokens.head(chunks[-1], tokens.KEY_END)
+            self.next_index = first + count
+            self.final = flags & (tokens.FINAL | tokens.STOPPED)
+
     def ids(self) -> list[int]:
         """All token ids, for the worker that continues."""
         return tokens.ids_of(self.chunks)

@@ -18,6 +18,9 @@ llambo status
 llambo status --json | jq .running
 """
 
+#: Of the workers that are loading, so many have their percent shown.
+SHOWN = 4
+
 
 @click.command(cls=Command, examples=EXAMPLES)
 @json_option
@@ -39,7 +42,7 @@ def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
     counters = found["counters"]
     return [
         ("broker", f"{found['broker']} at {address}"),
-        ("workers", f"{found['ready']} ready of {found['workers']}, {found['busy']} of {found['slots']} slots busy"),
+        ("workers", f"{_ready(found)}, {found['busy']} of {found['slots']} slots busy"),
         ("clients", found["clients"]),
         ("requests", f"{found['running']} running, {found['waiting']} waiting ({size(found['waiting_bytes'])})"),
         ("speed", f"{found['tokens_per_s']} tokens/s, {found['requests_per_s']} requests/s"),
@@ -48,3 +51,11 @@ def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
                              if name in counters)),
         ("policy", found["policy"]),
     ]  # fmt: skip
+
+
+def _ready(found: dict[str, Any]) -> str:
+    """How many, and how far those are that load their model."""
+    loading = [f"{percent} %" for percent in sorted(found.get("loading", {}).values(), reverse=True)]
+    more = ", ..." if len(loading) > SHOWN else ""
+    told = f", loading {', '.join(loading[:SHOWN])}{more}" if loading else ""
+    return f"{found['ready']} ready of {found['workers']}{told}"

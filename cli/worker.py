@@ -86,6 +86,7 @@ def worker_config(settings: Settings) -> WorkerConfig:
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
         ),
         node_class=settings.text("node_class"),
+        orphan_ms=settings.number("orphan_ms"),
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )

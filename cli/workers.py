@@ -32,6 +32,7 @@ def workers(common: Common, as_json: bool) -> None:
 
     \b
     ready      takes work
+    loading    its engine loads the model; the note says how far it is
     joining    its token plane has not been proved yet
     mending    its token plane is down; it works, served by replay
     draining   finishes what it runs and takes nothing new

@@ -47,6 +47,8 @@ BROKER_ORDER = [
     "ending",
     "archive",
     "membership",
+    "adoption",
+    "orphanage",
     "server",
     "queries",
     "gate",

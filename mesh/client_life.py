@@ -15,6 +15,7 @@ from llambo.mesh.client_repair import Repair
 from llambo.mesh.client_requests import Counters, Request, Step
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore
+from llambo.mesh.stream import Reassembly
 from llambo.mesh.timers import Timers
 
 #: How long what was said may stay unanswered before it is said again; doubles for submits, up to the second.
@@ -67,6 +68,11 @@ class Requests:
                 request.step_to(Step.WAITING)
             request.end, request.tries = None, 0
             request.forget_repair()
+            # The next broker may not know this answer, and go on with it in another way.
+            request.owed = 0
+            request.tokens.forget_stash()
+            if request.whole:
+                request.tokens = Reassembly()  # or make it anew: parts of two results make none
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 
@@ -142,6 +148,7 @@ class Requests:
         if request is None or request.step is Step.WAITING:
             return
         request.model = accepted.model or request.model
+        request.fingerprint = accepted.fingerprint or request.fingerprint
         self._place(request, accepted.ahead)
         if request.step is not Step.SUBMITTED:
             return
@@ -162,7 +169,7 @@ class Requests:
             return  # it was not said on this link yet; then the broker answers again
         request.end = end
         if request.complete:
-            self._finish(request, end)
+            self._settle(request, now_ms)
             return
         if request.step is not Step.ENDING:
             request.step_to(Step.ENDING)
@@ -201,13 +208,15 @@ class Requests:
 
     def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
         """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
-        live = self.live
+        live, waiting = self.live, Step.WAITING
         touched: dict[bytes, Request] = {}
         for frame in frames:
             id = frame[1:_ID_END]
             request = live.get(id)
             if request is None:
                 self.counters.stray_frames += 1
+            elif request.step is waiting:
+                self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
             elif request.held:
                 self._leave_out(request, frame)
             else:
@@ -223,9 +232,9 @@ class Requests:
         if request.step is Step.WAITING:
             request.step_to(Step.SUBMITTED)
         request.said = True
-        message = request.introduction(now_ms)
+        message, blob = request.introduction(now_ms)
         if message is not None:
-            self._link.send(message, request.prompt)
+            self._link.send(message, blob)
             self._timers.set(request.id, now_ms + min(RESEND_MS[0] << request.tries, RESEND_MS[1]))
             request.tries = min(request.tries + 1, 8)
         if request.cancelled:
@@ -251,6 +260,8 @@ class Requests:
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Hand over what is in order; then the request is over, or something is missing, or all is well."""
+        if request.whole and not request.complete:
+            return
         ids, pieces = request.tokens.take()
         if ids and request.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS

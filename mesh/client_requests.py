@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llambo.mesh import limits
+from llambo.mesh import limits, transfer
 from llambo.mesh import messages as m
 from llambo.mesh.stream import Reassembly
 
@@ -72,6 +72,7 @@ class Request:
     held: bool = False
     ahead: int = -1
     model: str = ""
+    fingerprint: str = ""
     end: m.End | None = None
     tokens: Reassembly = field(default_factory=Reassembly)
 
@@ -94,6 +95,11 @@ class Request:
     @property
     def streams(self) -> bool:
         return not isinstance(self.message, m.InferenceRequest) or self.message.stream
+
+    @property
+    def whole(self) -> bool:
+        """It has a result, and not an answer: nothing is handed over before all of it is here."""
+        return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
 
     @property
     def repairable(self) -> bool:
@@ -121,13 +127,36 @@ class Request:
         assert step in CLIENT_STEPS[self.step], f"request cannot go from {self.step} to {step}"
         self.step = step
 
-    def introduction(self, now_ms: int) -> m.InferenceRequest | m.Attach | None:
-        """The message that makes a broker know this request, with what is held and the time that is left."""
+    def introduction(self, now_ms: int) -> tuple[m.InferenceRequest | m.Attach | None, bytes | None]:
+        """The message that makes a broker know this request, and its extra frame.
+
+        A broker may have been restarted, or be another one: it gets what is held of the answer as well.
+        """
         have = self.tokens.next_index
-        if isinstance(self.message, m.InferenceRequest):
-            left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
-            return msgspec.structs.replace(self.message, have=have, deadline_ms=left)
-        return None if self.message is None else m.Attach(self.id, have)
+        if not isinstance(self.message, m.InferenceRequest):
+            return None if self.message is None else m.Attach(self.id, have, self._held()), None
+        left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
+        if not self.model and not have:
+            return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
+        # A broker has accepted it once.
+        blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.kept)
+        message = msgspec.structs.replace(
+            self.message,
+            model=self.model or self.message.model,
+            have=have,
+            deadline_ms=left,
+            resume=True,
+            prompt_bytes=prompt_bytes,
+            fingerprint=self.fingerprint,
+        )
+        return message, blob
+
+    def _held(self) -> list[bytes]:
+        """What was given to us, if that is all from the first token on and not too much to be said."""
+        kept = self.tokens.kept
+        if not kept or self.tokens.base or sum(map(len, kept)) > limits.CONTROL_BODY_BYTES // 2:
+            return []
+        return transfer.merge(kept)
 
 
 @dataclass(slots=True)

@@ -128,6 +128,8 @@ class LinkCore:
         self.beat = 0  # workers: the last number published; clients: the last number seen
         self.heard_ms = 0
         self.sessions = 0
+        #: Tries so far: a hello that is said again within one of them has to say the same.
+        self.greetings = 0
         self._hello = hello
         self._out = out
         self._port = 0
@@ -199,6 +201,7 @@ class LinkCore:
         match self.state:
             case LinkState.DOWN if now_ms >= self._retry_at:
                 self._step(LinkState.GREETING, now_ms)
+                self.greetings += 1
                 self._out.append(OpenControl(self.link))
                 self._greet(now_ms)
             case LinkState.GREETING if now_ms - self._since >= GREETING_MS:

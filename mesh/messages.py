@@ -7,44 +7,91 @@ says what each message means and what happens when it is lost.
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from llambo.mesh import limits, sampling
 from llambo.mesh.errors import ErrorInfo
+from llambo.mesh.message import (
+    KEY_BYTES,
+    VERSIONS,
+    Count,
+    DispatchId,
+    Logprobs,
+    Message,
+    Milliseconds,
+    Name,
+    Number,
+    Priority,
+    Reason,
+    RequestId,
+    RunKey,
+    Seed,
+    Task,
+)
+from llambo.mesh.worker_messages import (
+    Accept,
+    Adopt,
+    Dispatch,
+    Drain,
+    EngineLost,
+    ModelInfo,
+    Orphan,
+    Reject,
+    WorkerHeartbeat,
+    WorkerHello,
+    WorkerState,
+)
 
-#: The versions of the protocol this release speaks.
-VERSIONS = (1, 1)
-
-#: Request id and dispatch id together.
-KEY_BYTES = limits.REQUEST_ID_BYTES + limits.DISPATCH_ID_BYTES
-RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length=limits.REQUEST_ID_BYTES)]
-DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
-#: A run of a worker: request id + dispatch id.
-RunKey = Annotated[bytes, Meta(min_length=limits.RUN_KEY_BYTES, max_length=limits.RUN_KEY_BYTES)]
-Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
-Count = Annotated[int, Meta(ge=0, le=2**31)]
-Number = Annotated[int, Meta(ge=0, le=2**53)]
-Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
-Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Priority = Literal["interactive", "normal", "batch"]
-#: What a request wants: an answer, or something that is made at once and is no stream of tokens (see `tasks`).
-Task = Literal["generate", "tokenize", "detokenize", "embed", "model_info"]
-#: How many of the likeliest tokens are told beside each; None: not even the token's own logprob.
-Logprobs = Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None
-Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
-
-
-def _tag(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-class Message(msgspec.Struct, tag_field="type", tag=_tag, omit_defaults=True, frozen=True, gc=False):
-    """Anything that may stand in a control bundle."""
-
+__all__ = [
+    "VERSIONS",
+    "WITH_BLOB",
+    "Accept",
+    "Accepted",
+    "Adopt",
+    "Attach",
+    "BrokerHeartbeat",
+    "BrokerToClient",
+    "BrokerToWorker",
+    "Cancel",
+    "ClientHeartbeat",
+    "ClientHello",
+    "ClientToBroker",
+    "Detach",
+    "Dispatch",
+    "DispatchId",
+    "Drain",
+    "DrainWorker",
+    "End",
+    "EndAck",
+    "EngineLost",
+    "Goodbye",
+    "InferenceRequest",
+    "Logprobs",
+    "Message",
+    "ModelInfo",
+    "Orphan",
+    "Page",
+    "Priority",
+    "Problem",
+    "Query",
+    "Reason",
+    "Reject",
+    "Replay",
+    "RequestId",
+    "Result",
+    "RunKey",
+    "Sampling",
+    "Task",
+    "Usage",
+    "Welcome",
+    "WorkerHeartbeat",
+    "WorkerHello",
+    "WorkerState",
+    "WorkerToBroker",
+]  # fmt: skip
 
 # --- joining and staying, both roles -----------------------------------------------------------------
 
@@ -104,7 +151,11 @@ class ClientHeartbeat(Message, frozen=True):
 
 
 class InferenceRequest(Message, frozen=True):
-    """Submit a request. Its prompt is this message's extra frame. Sending it again attaches to it."""
+    """Submit a request. Its prompt is this message's extra frame. Sending it again attaches to it.
+
+    A request that a broker had accepted, and lost, comes with `resume` and the tokens its sender holds: they stand
+    in the extra frame after the prompt, which then is the first `prompt_bytes` of it (see `transfer`).
+    """
 
     id: RequestId
     model: Name = ""
@@ -116,6 +167,10 @@ class InferenceRequest(Message, frozen=True):
     seed: Seed | None = None
     #: How many tokens the sender holds already: 0 for a new request.
     have: Count = 0
+    resume: bool = False
+    prompt_bytes: Count = 0
+    #: Of the model those tokens are from, as `Accepted` told it.
+    fingerprint: Name = ""
     #: Options for the engine, passed on unread: a msgpack map, see `Sampling`.
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     #: No part of `sampling`, because the broker has to set aside room for them.
@@ -125,10 +180,14 @@ class InferenceRequest(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """Follow a request that was submitted earlier, from token index `have` on."""
+    """Follow a request that was submitted earlier, from token index `have` on.
+
+    After a lost link `held` has what the sender was given, as chunks from token 0: another broker may go on otherwise.
+    """
 
     id: RequestId
     have: Count = 0
+    held: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)] = []
 
 
 class Detach(Message, frozen=True):
@@ -184,6 +243,8 @@ class Accepted(Message, frozen=True):
     id: RequestId
     ahead: Count = 0
     model: Name = ""
+    #: Of the model that runs it, once that is known.
+    fingerprint: Name = ""
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -230,95 +291,6 @@ class Result(Message, frozen=True):
     data: bytes
 
 
-# --- worker to broker --------------------------------------------------------------------------------
-
-
-class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A model a worker serves. Streams continue only where the fingerprint is the same."""
-
-    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
-    fingerprint: Name = ""
-    context_tokens: Count = 0
-
-
-class WorkerHello(Message, frozen=True):
-    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
-    #: Random, chosen when the process starts: the same worker with another incarnation has restarted.
-    incarnation: Annotated[bytes, Meta(max_length=64)]
-    models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)]
-    slots: Annotated[int, Meta(ge=1, le=limits.SLOTS_PER_WORKER)]
-    versions: tuple[int, int] = VERSIONS
-    software: Name = ""
-    node_class: Name = ""
-    host: Name = ""
-    pid: Count = 0
-
-
-class WorkerHeartbeat(Message, frozen=True):
-    """What the worker runs, by request id + dispatch id, with the next token index of each.
-
-    `seq` is the highest control sequence number it has received: only a dispatch at or below it can be missing.
-    """
-
-    seq: Number = 0
-    #: The last token-plane beat the worker published, to compare with the one the broker saw.
-    beat: Number = 0
-    claims: dict[RunKey, Count] = {}
-    state: Literal["starting", "ready", "draining"] = "ready"
-    #: Tokens per second over the last moments, and what the engine is doing, for people.
-    rate: float = 0.0
-    note: Annotated[str, Meta(max_length=256)] = ""
-    engine_restarts: Count = 0
-
-
-class Accept(Message, frozen=True):
-    """The dispatch has arrived and has a slot."""
-
-    id: RequestId
-    dispatch: DispatchId
-
-
-class Reject(Message, frozen=True):
-    """The dispatch cannot be done here. `final`: nor anywhere else, so the request ends with this error."""
-
-    id: RequestId
-    dispatch: DispatchId
-    error: ErrorInfo
-    final: bool = False
-
-
-class EngineLost(Message, frozen=True):
-    """The engine died with these aboard (request id + dispatch id each); their tokens so far remain valid."""
-
-    runs: Annotated[list[RunKey], Meta(max_length=limits.SLOTS_PER_WORKER)]
-    text: Annotated[str, Meta(max_length=1024)] = ""
-
-
-# --- broker to worker --------------------------------------------------------------------------------
-
-
-class Dispatch(Message, frozen=True):
-    """Generate. The prompt is this message's extra frame. `prefix` holds the tokens that exist already."""
-
-    id: RequestId
-    dispatch: DispatchId
-    seq: Number
-    model: Name
-    max_tokens: Count
-    seed: Seed
-    prefix: list[int] = []
-    deadline_ms: Milliseconds = 0
-    sampling: msgspec.Raw = msgspec.Raw(b"\x80")
-    logprobs: Logprobs = None
-    task: Task = "generate"
-
-
-class Drain(Message, frozen=True):
-    """Take no new work; finish what runs. `undo` ends it."""
-
-    undo: bool = False
-
-
 # --- inside the opaque part --------------------------------------------------------------------------
 
 
@@ -339,8 +311,8 @@ ClientToBroker = (
     | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
-WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Goodbye
-BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Cancel | Replay | EndAck | Drain | Problem | Goodbye
+WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Orphan | Goodbye
+BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that bring an extra frame of their own.
-WITH_BLOB = (InferenceRequest, Dispatch)
+WITH_BLOB = (InferenceRequest, Dispatch, Orphan)

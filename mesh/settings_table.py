@@ -218,8 +218,12 @@ _BROKER = (
     _row("broker.lease_ms", Kind.MS, 2_000, "a worker silent for so long is given up", low=100, high=_LONGEST_MS),
     _row("broker.client_lease_ms", Kind.MS, 10_000, "a client silent for so long is gone", low=100, high=_LONGEST_MS),
     _row("broker.reconnect_grace_ms", Kind.MS, 300, "a worker cut off for so long is given up", high=_LONGEST_MS),
+    _row("broker.adopt_ms", Kind.MS, 1_000, "wait for a worker that still runs what a former broker gave it",
+         high=_LONGEST_MS),
+    _row("broker.young_ms", Kind.MS, 5_000, "after its start it waits so long before it refuses what it does not know",
+         high=_LONGEST_MS),
     _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
-)
+)  # fmt: skip
 _WORKER = (
     _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
     _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=16_384),
@@ -235,6 +239,7 @@ _WORKER = (
     _row("worker.kv_type", Kind.TEXT, "f16", "how the cache keeps its numbers",
          choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
     _row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
+    _row("worker.orphan_ms", Kind.MS, 30_000, "how long requests run on without a broker", high=_LONGEST_MS),
     _row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
     _row("worker.stall_ms", Kind.MS, 10_000, "an engine without progress for so long is killed", low=1),
 )  # fmt: skip
@@ -266,6 +271,10 @@ _FAKE = (
     _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
     _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
     _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
+    _fake("load_ms", Kind.MS, 0, "how long it takes to load", high=_LONGEST_MS),
+    _fake("load_crash", Kind.TEXT, "never", "die while loading: never, always, or careless: unless told to be careful",
+          choices=("never", "careless", "always")),
+    _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
 )  # fmt: skip
 
 TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE

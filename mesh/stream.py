@@ -17,7 +17,7 @@ from bisect import insort
 import msgspec
 
 from llambo.mesh import limits
-from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, Logprob, head
+from llambo.mesh.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, Logprob, head, trim_chunk
 
 _decode_body = msgspec.msgpack.Decoder(Body).decode
 #: What a decoder raises for bytes that are not what they should be.
@@ -75,7 +75,9 @@ class Reassembly:
     __slots__ = (
         "_ids",
         "_pieces",
+        "base",
         "final_index",
+        "kept",
         "logprobs",
         "malformed",
         "next_index",
@@ -86,10 +88,12 @@ class Reassembly:
     )
 
     def __init__(self, next_index: int = 0) -> None:
-        self.next_index = next_index
+        self.base = self.next_index = next_index
         #: The number of tokens of the whole answer, once the chunk that says so was taken.
         self.final_index: int | None = None
         self.stash = Stash()
+        #: All that was taken, in order, to be shown to a broker that does not know this answer.
+        self.kept: list[bytes] = []
         self.old = self.trimmed = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
@@ -119,6 +123,9 @@ class Reassembly:
         if self.stash:
             self._unstash()
         return True
+
+    def forget_stash(self) -> None:
+        self.stash = Stash()
 
     def take(self) -> tuple[list[int], list[bytes]]:
         """The token ids and their bytes that have come into order since the last take."""
@@ -151,6 +158,7 @@ class Reassembly:
             self.logprobs += body.logprobs[skip:]
         self._ids += ids[skip:] if skip else ids
         self._pieces += pieces[skip:] if skip else pieces
+        self.kept.append(trim_chunk(frame, self.next_index) or b"" if skip else frame)
         self.next_index += count - skip
         if flags & FINAL:
             self.final_index = self.next_index

@@ -49,9 +49,10 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """End the process; everything else has been ordered before."""
+    """End the process; everything else has been ordered before. A `status` other than 0: it could not do its work."""
 
     text: str
+    status: int = 0
 
 
 EngineOrder = SpawnEngine | KillEngine | StartRun | StopRun

@@ -63,6 +63,8 @@ class Agent:
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._exit = ""
+        #: What `run_worker` returns.
+        self.status = 0
 
     @property
     def waker_fd(self) -> int:
@@ -77,7 +79,7 @@ class Agent:
             self._handle(e.Ticked())
             while not self._exit:
                 self._turn()
-            log.info("%s", self._exit)
+            log.log(logging.ERROR if self.status else logging.INFO, "%s", self._exit)
         finally:
             self._close()
 
@@ -167,8 +169,8 @@ class Agent:
                 self._on_ready()
             case a.Log(text, warning):
                 log.log(logging.WARNING if warning else logging.INFO, "%s", text)
-            case a.Exit(text):
-                self._exit = text
+            case a.Exit(text, status):
+                self._exit, self.status = text, status
             case _:
                 assert_never(action)
 
@@ -195,8 +197,8 @@ def _engine_event(message: proto.ToAgent) -> e.EngineEvent:
             return e.EngineRefused(key, error, final)
         case proto.Ready(models, slots, note):
             return e.EngineReady(models, slots, note)
-        case proto.Progress(note, problem):
-            return e.EngineProgressed(note, problem)
+        case proto.Progress(note, problem, percent):
+            return e.EngineProgressed(note, problem, percent)
         case _:
             assert_never(message)
 
@@ -217,4 +219,4 @@ def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None
     agent = Agent(config, on_ready)
     with signals_wake(agent.waker_fd):
         agent.run()
-    return 0
+    return agent.status

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
+from llambo.mesh import limits
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 
@@ -20,7 +22,7 @@ class WorkerConfig:
     brokers: tuple[str, ...] = ("tcp://127.0.0.1:7330",)
     name: str = field(default_factory=default_name)
     engine: str = "fake"
-    #: The model's name in the mesh.
+    #: A file, or the name of a model that is installed.
     model: str = "fake"
     fake: FakeKnobs = field(default_factory=FakeKnobs)
     llama: LlamaKnobs = field(default_factory=LlamaKnobs)
@@ -28,8 +30,27 @@ class WorkerConfig:
     node_class: str = ""
     #: How long a worker that was told to stop waits for what runs.
     drain_ms: int = 30_000
+    #: How long what runs goes on without a broker.
+    orphan_ms: int = 30_000
     #: An engine that has sequences and is silent for so long is killed. So is one that loads, for `load_ms`.
     stall_ms: int = 10_000
     load_ms: int = 120_000
+    #: The longest pause before an engine that died is started again.
+    backoff_ms: int = 10_000
     #: Token frames queued for a slow network before they are dropped, and repaired by replay.
     token_hwm: int = 100_000
+
+    @property
+    def model_name(self) -> str:
+        """What the model is called in the mesh."""
+        return mesh_name(self.model)
+
+    @property
+    def slots(self) -> int:
+        """How many sequences the engine will run, which it says itself once it is ready."""
+        return self.llama.slots if self.engine == "llama" else self.fake.slots
+
+
+def mesh_name(model: str) -> str:
+    """A file goes by its last name, a name by itself."""
+    return PurePath(model).name.removesuffix(".gguf")[: limits.NAME_CHARS] or "model"

@@ -10,21 +10,22 @@ part can be asked for again. Three rules carry the weight:
     a fence   outputs of a run that was cancelled, dropped or lost with its engine go nowhere
 
 The engine may die at any moment: its runs are then reported as lost (the broker continues them elsewhere), runs
-that had ended are still here. A new session means that the broker has forgotten us: its runs are dropped.
+that had ended are still here. The broker may die as well: its runs go on, and are offered to the next (orphans.py).
 
 Facts come in by `handle`, orders come out of it; there is no clock, socket or chance in here.
 """
 
 from __future__ import annotations
 
-from typing import Literal, assert_never, cast
+from functools import partial
+from typing import assert_never, cast
 
 import msgspec
 
 from llambo.mesh import messages as m
+from llambo.mesh import transfer
 from llambo.mesh.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.link_core import LinkCore, LinkOrder, LinkState
-from llambo.mesh.tasks import TaskOptions
 from llambo.worker import events as e
 from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.config import WorkerConfig
@@ -32,12 +33,14 @@ from llambo.worker.delivery import Delivery
 from llambo.worker.engine_life import NEVER_MS, EngineLife
 from llambo.worker.engine_proto import Start
 from llambo.worker.identity import Identity
+from llambo.worker.introduction import Introduction
+from llambo.worker.orphans import Orphans
 from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
+from llambo.worker.starting import start_of
 
-_decode_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
-_decode_options = msgspec.msgpack.Decoder(TaskOptions).decode
-_decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
+#: Of the reason why it leaves.
+GOODBYE_CHARS = 256
 
 
 class WorkerCore:
@@ -47,14 +50,17 @@ class WorkerCore:
         self.draining = False
         self.exited = False
         self._config = config
-        self._identity = identity
         self._out: list[Action] = []
         self.engine = EngineLife(config, self._out)
+        self._introduction = Introduction(config, identity, self.engine)
         orders = cast("list[LinkOrder]", self._out)
-        self.links = {number: LinkCore(number, self._hello, orders) for number in range(len(config.brokers))}
+        self.links = {
+            number: LinkCore(number, partial(self._hello, number), orders) for number in range(len(config.brokers))
+        }
         self._rate = Rate()
         self.delivery = Delivery(self.links, self._rate, self._out)
         self.runs = self.delivery.runs
+        self.orphans = Orphans(self.links, self.delivery, self._out, config.orphan_ms)
         self._told: dict[int, LinkState] = {}
         self._complaints: dict[int, str] = {}
         self._seq = dict.fromkeys(self.links, 0)
@@ -76,20 +82,23 @@ class WorkerCore:
                 self.links[link].beat_now()
             case e.EngineReady():
                 self._on_ready(event, now_ms)
-            case e.EngineProgressed(note, problem):
-                self.engine.on_progress(note, problem, now_ms)
+            case e.EngineProgressed(note, problem, percent):
+                self.engine.on_progress(note, problem, percent, now_ms)
             case e.EngineRefused(key, error, final):
                 self._on_refused(key, error, final)
             case e.EngineDied(text):
-                self.engine.on_died(text, now_ms)
+                hopeless = self.engine.on_died(text, now_ms)
                 self._lose_runs(text)
+                if hopeless:
+                    self._leave(f"cannot serve {self._config.model}: {hopeless}", now_ms, status=1)
             case e.StopRequested(urgent):
                 self._on_stop(urgent, now_ms)
             case e.Ticked():
                 pass
             case _:
                 assert_never(event)
-        self._tick(now_ms)
+        if not self.exited:
+            self._tick(now_ms)
         actions = self._out[:]
         self._out.clear()
         return actions
@@ -98,14 +107,12 @@ class WorkerCore:
         if self.exited:
             return NEVER_MS
         engine_ms = self.engine.next_wakeup_ms(self.runs.active > 0)
-        wakeup = min(engine_ms, self._leave_at, self.delivery.next_wakeup_ms())
-        if self.engine.ready is not None:
-            for link in self.links.values():
-                wakeup = min(wakeup, link.next_wakeup_ms())
-        return wakeup
+        links_ms = min(link.next_wakeup_ms() for link in self.links.values())
+        runs_ms = min(self.delivery.next_wakeup_ms(), self.orphans.next_wakeup_ms())
+        return min(engine_ms, self._leave_at, runs_ms, links_ms)
 
     @property
-    def state(self) -> Literal["starting", "ready", "draining"]:
+    def state(self) -> m.WorkerState:
         if self.draining:
             return "draining"
         return "ready" if self.engine.is_ready else "starting"
@@ -113,16 +120,12 @@ class WorkerCore:
     # --- the engine ----------------------------------------------------------------------------------
 
     def _on_ready(self, ready: e.EngineReady, now_ms: int) -> None:
-        before = self.engine.ready
         if not self.engine.on_ready(ready, now_ms):
             return
         self._out.append(Log(f"engine: ready, {ready.slots} slots, {', '.join(model.name for model in ready.models)}"))
-        changed = before is not None and (before.models, before.slots) != (ready.models, ready.slots)
         for link in self.links.values():
-            if changed and link.welcomed:
-                # Models and slots are said in the hello only.
-                link.on_refused("the engine came back with other models or slots", now_ms)
             link.beat_now()
+        self._say_ready()
 
     def _on_refused(self, key: bytes, error: ErrorInfo, final: bool) -> None:
         run = self.runs.get(key)
@@ -148,7 +151,7 @@ class WorkerCore:
     def _on_welcome(self, number: int, welcome: m.Welcome, now_ms: int) -> None:
         if self.links[number].on_welcome(welcome, now_ms):
             self._seq[number] = 0
-            self.delivery.forget(number)
+            self.orphans.on_welcome(number, now_ms)
 
     def _on_message(self, number: int, message: m.Message, blob: bytes, now_ms: int) -> None:
         link = self.links[number]
@@ -159,6 +162,10 @@ class WorkerCore:
                 link.on_missing(link.beat - message.echo, now_ms)
             case m.Dispatch():
                 self._on_dispatch(number, message, blob, now_ms)
+            case m.Adopt():
+                self._seq[number] = max(self._seq[number], message.seq)
+                self.orphans.adopt(number, message, now_ms)
+                link.beat_now()
             case m.EndAck():
                 self.delivery.on_ack(message)
             case m.Replay():
@@ -174,10 +181,15 @@ class WorkerCore:
             case _:
                 self._out.append(Log(f"a {type(message).__name__} makes no sense for a worker", warning=True))
 
-    def _on_dispatch(self, number: int, dispatch: m.Dispatch, prompt: bytes, now_ms: int) -> None:
+    def _on_dispatch(self, number: int, dispatch: m.Dispatch, blob: bytes, now_ms: int) -> None:
         self._seq[number] = max(self._seq[number], dispatch.seq)
         key = dispatch.id + dispatch.dispatch
         if self.runs.get(key) is not None:
+            return
+        try:
+            prompt, chunks = transfer.unpack(blob, dispatch.prompt_bytes)
+        except ValueError as error:
+            self._reject(number, dispatch.id, dispatch.dispatch, ErrorInfo(Code.BAD_REQUEST, str(error)), True)
             return
         start = self._admit(dispatch, prompt)
         if isinstance(start, ErrorInfo):
@@ -186,7 +198,8 @@ class WorkerCore:
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
-        self.runs.add(Run(key, number, Tokens(len(dispatch.prefix)), published=dispatch.task == "generate"))
+        deadline_at = now_ms + dispatch.deadline_ms if dispatch.deadline_ms else 0
+        self.runs.add(Run(key, number, Tokens.of(dispatch, chunks), dispatch, prompt, deadline_at))
         self._out.append(StartRun(start))
         self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
 
@@ -202,7 +215,7 @@ class WorkerCore:
         if all(dispatch.model != model.name for model in ready.models):
             return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
         try:
-            return _start(dispatch, prompt)
+            return start_of(dispatch, prompt)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return ErrorInfo(Code.BAD_REQUEST, f"sampling options: {error}")
 
@@ -245,11 +258,14 @@ class WorkerCore:
         if len(self.runs) and connected and now_ms < self._leave_at:
             return
         text = f"stopped with {len(self.runs)} runs unfinished" if len(self.runs) else "stopped, nothing left to do"
+        self._leave(text, now_ms)
+
+    def _leave(self, text: str, now_ms: int, status: int = 0) -> None:
         for link in self.links.values():
-            link.leave("stopped", now_ms)
+            link.leave(text[:GOODBYE_CHARS] if status else "stopped", now_ms)
         self.engine.kill()
         self.exited = True
-        self._out.append(Exit(text))
+        self._out.append(Exit(text, status))
 
     # --- time ----------------------------------------------------------------------------------------
 
@@ -261,33 +277,39 @@ class WorkerCore:
         if self.engine.tick(now_ms, self.runs.active > 0):
             self._lose_runs(self.engine.note)
         self.delivery.tick(now_ms)
-        if self.engine.ready is None:
-            return  # models and slots are not known yet, so there is nothing to say hello with
+        self.orphans.tick(now_ms)
         for number, link in self.links.items():
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
             if link.state is not self._told.get(number):
-                self._tell(number)
+                self._tell(number, now_ms)
 
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
+        news = self._introduction.news(number)
         link.send(
             m.WorkerHeartbeat(
                 seq=self._seq[number],
                 beat=link.beat,
                 claims=self.runs.claims(number),
+                busy=self.runs.busy(number),
                 state=self.state,
                 rate=self._rate.per_second(now_ms),
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
+                percent=self.engine.percent if self.state == "starting" else 0,
+                models=news.models if news else [],
+                slots=news.slots if news else 0,
             )
         )
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, number: int, now_ms: int) -> None:
         """Links come and go; the operator hears of it, and the supervisor when the worker is of use."""
         link = self.links[number]
         self._told[number] = link.state
+        if not link.welcomed:
+            self.orphans.on_lost(number, now_ms)
         if link.state is LinkState.DOWN and link.problem:
             # Each try fails for the same reason; once is enough.
             if self._complaints.get(number) != link.problem:
@@ -302,39 +324,13 @@ class WorkerCore:
         elif link.up:
             self._complaints.pop(number, None)
             self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
-            if not self._ready_said:
-                self._ready_said = True
-                self._out.append(NotifyReady())
+            self._say_ready()
 
-    def _hello(self) -> m.WorkerHello:
-        ready, identity = self.engine.ready, self._identity
-        assert ready is not None, "hello is said only after the engine was ready"
-        return m.WorkerHello(
-            name=self._config.name,
-            incarnation=identity.incarnation,
-            models=ready.models,
-            slots=ready.slots,
-            software=identity.software,
-            node_class=self._config.node_class,
-            host=identity.host,
-            pid=identity.pid,
-        )
+    def _say_ready(self) -> None:
+        """Once: the engine is ready, and a broker can dispatch to it."""
+        if not self._ready_said and self.engine.is_ready and any(link.up for link in self.links.values()):
+            self._ready_said = True
+            self._out.append(NotifyReady())
 
-
-def _start(dispatch: m.Dispatch, prompt: bytes) -> Start:
-    """Raises what a decoder raises."""
-    key, generates = dispatch.id + dispatch.dispatch, dispatch.task == "generate"
-    return Start(
-        key,
-        prompt,
-        dispatch.max_tokens,
-        dispatch.seed,
-        dispatch.prefix,
-        _decode_sampling(dispatch.sampling) if generates else m.Sampling(),
-        dispatch.deadline_ms,
-        dispatch.model,
-        dispatch.logprobs,
-        list(_decode_names(dispatch.sampling)),
-        dispatch.task,
-        TaskOptions() if generates else _decode_options(dispatch.sampling),
-    )
+    def _hello(self, number: int) -> m.WorkerHello:
+        return self._introduction.hello(number, self.links[number].greetings, self.state)

@@ -46,7 +46,7 @@ class Delivery:
             if run.state is RunState.STARTING:
                 run.step(RunState.RUNNING)
             if output.ids:
-                self._append(run, output, frames.setdefault(run.link, []))
+                self._append(run, output, [] if run.orphan_at else frames.setdefault(run.link, []))
             if output.end is not None:
                 end = m.End(run.id, run.tokens.end, output.end, run.dispatch, output.usage or m.Usage(), output.error)
                 ended.append((run, end))
@@ -73,7 +73,8 @@ class Delivery:
         """The engine is gone and what it was doing with it; what had ended is still ours to deliver."""
         lost: dict[int, list[bytes]] = {}
         for run in self.runs.active_runs():
-            lost.setdefault(run.link, []).append(run.key)
+            if not run.orphan_at:
+                lost.setdefault(run.link, []).append(run.key)
             self.runs.drop(run)
         for number, keys in lost.items():
             if self._links[number].welcomed:
@@ -88,10 +89,12 @@ class Delivery:
 
     def on_cancel(self, number: int, cancel: m.Cancel, now_ms: int) -> None:
         run = self.runs.get(cancel.id + cancel.dispatch)
+        if run is not None and run.orphan_at:
+            run.link, run.orphan_at = number, 0  # whoever knows that it is not needed may say so
         if run is None:
             self._links[number].send(m.End(cancel.id, 0, "cancelled", cancel.dispatch))
         elif run.end is not None:
-            self._say_end(run, run.end, now_ms)
+            self.say_end(run, run.end, now_ms)
         else:
             # The engine reads its orders in this order, so the slot is free for whatever is started next.
             self._out.append(StopRun(run.key))
@@ -103,23 +106,18 @@ class Delivery:
             if run is not None and run.end is not None:
                 self.runs.drop(run)
 
-    def forget(self, number: int) -> None:
-        """A new session: this broker does not know what the old one had us do."""
-        for run in self.runs.of_link(number):
-            if run.end is None:
-                self._out.append(StopRun(run.key))
-            self.runs.drop(run)
-
     # --- the end -------------------------------------------------------------------------------------
 
     def _finish(self, run: Run, end: m.End, now_ms: int) -> None:
         self.runs.end(run, end)
-        if not run.published and run.tokens.end and self._links[run.link].welcomed:
+        if not run.published and run.tokens.end and not run.orphan_at and self._links[run.link].welcomed:
             # Most results are one page: with it just before the END nobody has to ask for anything.
             self._links[run.link].send(run.page(0, 0))
-        self._say_end(run, end, now_ms)
+        self.say_end(run, end, now_ms)
 
-    def _say_end(self, run: Run, end: m.End, now_ms: int) -> None:
+    def say_end(self, run: Run, end: m.End, now_ms: int) -> None:
+        if run.orphan_at:
+            return  # it is said to whoever adopts it
         if self._links[run.link].welcomed:
             self._links[run.link].send(end)
         run.resend_at = now_ms + END_AGAIN_MS
@@ -130,7 +128,7 @@ class Delivery:
             at, key = self._resend.popleft()
             run = self.runs.get(key)
             if run is not None and run.end is not None and run.resend_at == at:
-                self._say_end(run, run.end, now_ms)
+                self.say_end(run, run.end, now_ms)
 
     def waiting_ends(self) -> list[tuple[int, bytes]]:
         return list(self._resend)

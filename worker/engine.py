@@ -28,6 +28,8 @@ READ_BYTES = 64 * 1024
 #: for 16); where another process wants one, too, each step then waits for the scheduler (27 tokens/s instead of 79
 #: for one stream). Whoever sets the variable decides.
 SPIN_COUNT = 1000
+#: How often a fake engine that loads says so.
+FAKE_LOAD_PERCENT = 1
 #: From linux/prctl.h: the signal this process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -46,6 +48,7 @@ class Engine(Protocol):
 
 def make_engine(configure: proto.Configure, say: Callable[[proto.Progress], None]) -> Engine:
     if configure.engine == "fake":
+        load_fake(configure, say)
         return FakeEngine(configure.fake, configure.model)
     if configure.engine == "llama":
         # Read when the library is loaded, so before that.
@@ -54,6 +57,16 @@ def make_engine(configure: proto.Configure, say: Callable[[proto.Progress], None
 
         return load(configure, say)
     raise SystemExit(f"there is no engine {configure.engine!r}; this release has: fake, llama")
+
+
+def load_fake(configure: proto.Configure, say: Callable[[proto.Progress], None]) -> None:
+    """The time that a real model would take, told as that would tell it."""
+    knobs = configure.fake
+    for percent in range(0, 100, FAKE_LOAD_PERCENT) if knobs.load_ms else ():
+        say(proto.Progress(f"loading {configure.model}: {percent} %", percent=percent))
+        time.sleep(knobs.load_ms * FAKE_LOAD_PERCENT / 100 / 1000)
+    if knobs.load_crash == "always" or (knobs.load_crash == "careless" and not configure.safe):
+        suffer("crash")
 
 
 def now_ms() -> int:

@@ -31,8 +31,8 @@ ENGINE_STEPS: dict[EngineState, dict[EngineState, str]] = {
     EngineState.DYING: {EngineState.DOWN: "the process is gone"},
 }
 
-#: The pause before a new engine: doubles from the first to the last, and starts over after a good while.
-BACKOFF_MS = (250, 10_000)
+#: The pause before a new engine: doubles from this to the worker's `backoff_ms`, and starts over after a good while.
+BACKOFF_MS = 250
 GOOD_MS = 30_000
 NEVER_MS = 2**62
 
@@ -45,15 +45,18 @@ class EngineLife:
         self.ready: EngineReady | None = None
         self.note = ""
         self.restarts = 0
+        #: Of the model, while it loads.
+        self.percent = 0
         self._config = config
         self._out = out
         self._spawns = 0
         #: Why the engine cannot load, in its own words.
         self._problem = ""
+        self._stalled = False
         #: An engine died while it was loading: from then on all of them are told to be careful.
         self._safe = False
         self._spawn_at = 0
-        self._backoff = BACKOFF_MS[0]
+        self._backoff = min(BACKOFF_MS, config.backoff_ms)
         self._ready_ms = 0
         self._heard_ms = 0
 
@@ -67,10 +70,11 @@ class EngineLife:
         """It said something, so it lives; or it was just given something to do, so it may be silent again."""
         self._heard_ms = now_ms
 
-    def on_progress(self, note: str, problem: str, now_ms: int) -> None:
+    def on_progress(self, note: str, problem: str, percent: int, now_ms: int) -> None:
         self._heard_ms = now_ms
         if self.state is EngineState.LOADING:
             self.note, self._problem = note, problem
+            self.percent = min(percent, 100) if percent >= 0 else self.percent
 
     def on_ready(self, ready: EngineReady, now_ms: int) -> bool:
         """False: this engine is one that was ordered to die."""
@@ -81,11 +85,13 @@ class EngineLife:
         self._heard_ms = self._ready_ms = now_ms
         return True
 
-    def on_died(self, text: str, now_ms: int) -> None:
+    def on_died(self, text: str, now_ms: int) -> str:
+        """Why there is no use in trying again; mostly empty: a new engine is tried."""
         if self.state is EngineState.DOWN:
-            return
+            return ""
         if self.is_ready and now_ms - self._ready_ms >= GOOD_MS:
-            self._backoff = BACKOFF_MS[0]
+            self._backoff = min(BACKOFF_MS, self._config.backoff_ms)
+        stalled = self.state is EngineState.DYING and self._stalled
         loading = self.state is EngineState.LOADING
         self._step(EngineState.DOWN)
         if loading and not self._problem and not self._safe:
@@ -94,11 +100,17 @@ class EngineLife:
             self._spawn_at = now_ms
             self.note = f"{text} while loading; trying again with safe settings"
             self._out.append(Log(f"engine: {self.note}", warning=True))
-            return
+            return ""
+        if self.ready is None:
+            # Never was it ready, and neither patience nor safe settings will change the file.
+            careful = " while loading, with safe settings too" if loading else ""
+            return self._problem or (self.note if stalled else f"{text}{careful}")
         self._spawn_at = now_ms + self._backoff
-        self.note = f"{self._problem or text}; a new engine in {self._backoff} ms"
+        where = " while loading" if loading else ""
+        self.note = f"{self._problem or text + where}; a new engine in {self._backoff} ms"
         self._out.append(Log(f"engine: {self.note}", warning=True))
-        self._backoff = min(self._backoff * 2, BACKOFF_MS[1])
+        self._backoff = min(self._backoff * 2, self._config.backoff_ms)
+        return ""
 
     def kill(self) -> None:
         if self.state in (EngineState.LOADING, EngineState.READY):
@@ -113,12 +125,15 @@ class EngineLife:
             self._step(EngineState.LOADING)
             self._heard_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
-            self._problem = ""
+            self._problem, self._stalled, self.percent = "", False, 0
+            careful = ", with safe settings" if self._safe else ""
+            self._out.append(Log(f"engine: starting{careful}"))
             self._out.append(SpawnEngine(self._safe))
         elif now_ms >= self._stalled_at(busy):
             doing = "loading" if self.state is EngineState.LOADING else "decoding"
             self.note = f"the engine stalled: silent for {now_ms - self._heard_ms} ms while {doing}"
             self._out.append(Log(self.note, warning=True))
+            self._stalled = True
             self.kill()
             return True
         return False

@@ -90,6 +90,8 @@ class Progress(EngineMessage, frozen=True):
 
     note: str = ""
     problem: str = ""
+    #: Of what `note` speaks of; below 0: that has no percent.
+    percent: int = -1
 
 
 class Ready(EngineMessage, frozen=True):

@@ -37,6 +37,7 @@ class EngineProgressed:
 
     note: str
     problem: str = ""
+    percent: int = -1
 
 
 @dataclass(frozen=True, slots=True)

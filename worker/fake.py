@@ -23,6 +23,8 @@ __all__ = ["START", "FakeEngine", "FakeKnobs", "piece_of", "pieces_of", "plain_t
 NEVER_MS = 2**62
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
+#: The token that a poisonous prompt does not live to see.
+POISON_INDEX = 5
 #: How far behind its pace an engine that was held up will try to catch up.
 CATCH_UP_MS = 1000.0
 
@@ -42,6 +44,7 @@ class _Sequence:
     deadline_ms: int
     stops: list[bytes]
     logprobs: int | None
+    poisonous: bool = False
     #: Of a task: its result.
     result: list[bytes] | None = None
     #: The end of the text so far, as much as a stop string could reach back into.
@@ -103,6 +106,10 @@ class FakeEngine:
             if self.fault:
                 break
             if sequence.due_ms <= now_ms:
+                if sequence.poisonous and sequence.index >= POISON_INDEX:
+                    # As in a real decode, which takes the whole batch with it: nobody gets anything of this step.
+                    self.fault = "crash"
+                    return []
                 outputs.append(self._advance(sequence, now_ms))
         return outputs
 
@@ -135,6 +142,7 @@ class FakeEngine:
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             stops=stops,
             logprobs=start.logprobs,
+            poisonous=bool(self._knobs.poison) and self._knobs.poison.encode() in start.prompt,
         )
         if stops:
             reach = max(map(len, stops))
@@ -179,7 +187,10 @@ class FakeEngine:
     def _chunk_tokens(self, sequence: _Sequence) -> int:
         burst = self._knobs.burst
         wanted = 1 if burst == 1 else 1 + fake_tokens.decide(sequence.base, sequence.index, burst)
-        return max(0, min(wanted, sequence.limit - sequence.index))
+        limit = sequence.limit
+        if sequence.poisonous:
+            limit = min(limit, max(POISON_INDEX, sequence.index))
+        return max(0, min(wanted, limit - sequence.index))
 
     def _generate(self, sequence: _Sequence, count: int) -> list[int]:
         if sequence.result is not None:

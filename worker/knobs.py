@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Style = Literal["plain", "wander"]
+LoadCrash = Literal["never", "careless", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,13 @@ class FakeKnobs:
     #: After this many tokens each chunk takes `slow_factor` times as long; 0: never.
     slow_at: int = 0
     slow_factor: float = 10.0
+    #: How long its model takes to load.
+    load_ms: int = 0
+    #: The process dies while it loads: `careless` unless it was told to be careful, as where a machine lacks what a
+    #: fast engine needs; or `always`.
+    load_crash: LoadCrash = "never"
+    #: A prompt with this text in it kills the process, at the same token whoever runs it; empty: none does.
+    poison: str = ""
 
 
 @dataclass(frozen=True, slots=True)

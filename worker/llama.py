@@ -43,7 +43,7 @@ PIECE_BYTES = 4096
 #: Texts under way at a time, and tokens in a step, of a context for embeddings.
 EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From ggml.h.
-LOG_WARNING, LOG_ERROR = 2, 3
+LOG_WARNING, LOG_ERROR = 3, 4
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

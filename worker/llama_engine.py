@@ -77,7 +77,7 @@ class LlamaEngine:
             nonlocal percent
             if int(share * 100) > percent:
                 percent = int(share * 100)
-                say(Progress(f"loading {name}: {percent} %"))
+                say(Progress(f"loading {name}: {percent} %", percent=percent))
 
         self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)
@@ -293,7 +293,9 @@ class LlamaEngine:
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
             self._template.render([Message("user", "Hello")])
-        refused = self.start(Start(key, SELF_TEST, SELF_TEST_TOKENS, 1), 0)
+        # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
+        text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
+        refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)
         if refused is not None:
             raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
         while self._streams:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llambo.mesh import limits
+from llambo.worker.config import mesh_name
 from llambo.worker.gguf import BadModelFile, ModelFile
 from llambo.worker.knobs import LlamaKnobs
 
@@ -58,7 +59,7 @@ def packaged(model: str) -> Path | None:
 
 def name_of(model: str) -> str:
     """What it is called in the mesh."""
-    return model if model in PACKAGED else Path(model).name.removesuffix(".gguf")[: limits.NAME_CHARS]
+    return mesh_name(model)
 
 
 def installed() -> bool:

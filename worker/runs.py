@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llambo.mesh import limits, tokens
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 
 
@@ -26,13 +26,13 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.STARTING: {
         RunState.RUNNING: "first output of the engine",
         RunState.ENDED: "cancelled",
-        RunState.GONE: "refused by the engine, engine lost or new session",
+        RunState.GONE: "refused by the engine, engine lost or nobody adopts it",
     },
     RunState.RUNNING: {
         RunState.ENDED: "last token or cancelled",
-        RunState.GONE: "engine lost or new session",
+        RunState.GONE: "engine lost or nobody adopts it",
     },
-    RunState.ENDED: {RunState.GONE: "END acknowledged or new session"},
+    RunState.ENDED: {RunState.GONE: "END acknowledged or nobody adopts it"},
     RunState.GONE: {},
 }
 
@@ -56,6 +56,18 @@ class Tokens:
         self._logprobs: list[bytes] | None = None
         #: Where each would end if all stood in a row, to know how many fit.
         self._logprob_ends = array("Q")
+
+    @classmethod
+    def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
+        """Those that exist already, with their text if it came with them."""
+        bodies = [tokens.decode_body(chunk[tokens.HEAD_BYTES :]) for chunk in chunks]
+        alike = all((body.logprobs is None) == (dispatch.logprobs is None) for body in bodies)
+        if transfer.count(chunks) != len(dispatch.prefix) or not alike:
+            return cls(len(dispatch.prefix))
+        existing = cls(0)
+        for body in bodies:
+            existing.extend(body.ids, body.pieces, body.logprobs)
+        return existing
 
     def extend(
         self, ids: Sequence[int], pieces: Sequence[bytes], logprobs: Sequence[tokens.Logprob] | None = None
@@ -110,16 +122,25 @@ class Tokens:
 
 @dataclass(slots=True)
 class Run:
-    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and are not kept."""
+    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and without their text."""
 
     key: bytes
     link: int
     tokens: Tokens
+    #: What was asked for, in case that nobody else knows it any more.
+    work: m.Dispatch
+    prompt: bytes
+    deadline_at: int = 0
+    #: Its broker is gone: until then it waits for one that adopts it.
+    orphan_at: int = 0
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
-    #: False: it makes a result and not an answer, and that goes with the END, on control.
-    published: bool = True
+
+    @property
+    def published(self) -> bool:
+        """If not, it makes a result and no answer, and that goes with the END, on control."""
+        return self.work.task == "generate"
 
     @property
     def active(self) -> bool:
@@ -195,7 +216,14 @@ class RunTable:
         return [run for run in self.runs.values() if run.active]
 
     def of_link(self, link: int) -> list[Run]:
-        return [run for run in self.runs.values() if run.link == link]
+        return [run for run in self.runs.values() if run.link == link and not run.orphan_at]
+
+    def orphans(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.orphan_at]
 
     def claims(self, link: int) -> dict[bytes, int]:
-        return {run.key: run.tokens.end for run in self.runs.values() if run.link == link}
+        return {run.key: run.tokens.end for run in self.of_link(link)}
+
+    def busy(self, link: int) -> int:
+        """Slots that this broker has not given away itself."""
+        return self.active - sum(run.active for run in self.of_link(link))

@@ -32,6 +32,7 @@ class DoubleBroker:
         self.session = codec.NO_SESSION
         self.route = b""
         self.seen_beat = 0
+        self.worker_state = "unknown"
         self.seq = 0
         #: Chunks as they came; messages not yet expected; everything, for the story.
         self.chunks: list[tokens.TokenChunk] = []
@@ -64,12 +65,13 @@ class DoubleBroker:
         return message.id + message.dispatch
 
     def welcome(self, session: bytes = b"session1") -> m.WorkerHello:
-        """Wait for a hello and answer it, until the worker's beats come through."""
+        """Wait for a hello and answer it, until the worker's beats come through and it has loaded its model."""
         hello = self.expect(m.WorkerHello)
-        self.session, self.seen_beat = session, 0
+        self.session, self.seen_beat, self.worker_state = session, 0, "unknown"
         self.send(m.Welcome(session, self.token_port, heartbeat_ms=50))
         self.until(lambda: self.seen_beat > 0, "a beat on the token plane")
         self.send(m.BrokerHeartbeat(1, self.seen_beat, seq=self.seq))
+        self.until(lambda: self.worker_state == "ready", "a worker that is ready")
         return hello
 
     # --- hearing -------------------------------------------------------------------------------------
@@ -122,6 +124,7 @@ class DoubleBroker:
             self.inbox.append(message)
             self.story.append(message)
             if isinstance(message, m.WorkerHeartbeat) and bundle.session == self.session:
+                self.worker_state = message.state
                 self.send(m.BrokerHeartbeat(message.beat, self.seen_beat, seq=self.seq))
 
     # --- tokens --------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ from llambo.broker.server import run_broker
 
 logging.basicConfig(level=logging.INFO)
 config = msgspec.json.decode(sys.argv[1], type=BrokerConfig)
-host, token_hwm = sys.argv[2], int(sys.argv[3])
-sys.exit(run_broker(config, host, 0, lambda port: print(port, flush=True), token_hwm=token_hwm))
+host, token_hwm, port = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sys.exit(run_broker(config, host, port, lambda port: print(port, flush=True), token_hwm=token_hwm))
 """
 
 T = TypeVar("T")
@@ -189,12 +189,24 @@ class Mesh:
             self.thread = BrokerThread(self._config, self._host, token_hwm=self._token_hwm, check=self._check)
             self.port = self.thread.server.port
         else:
-            config = msgspec.json.encode(self._config).decode()
-            self.process = Process("broker", BROKER, config, self._host, str(self._token_hwm), mark=self.mark)
-            self.port = int(self.process.first_line())
+            self._start_broker()
         started = [self.spawn(f"w{number}") for number in range(self._count)]
         for process in started:
             process.first_line()
+
+    def _start_broker(self) -> None:
+        config = msgspec.json.encode(self._config).decode()
+        told = (config, self._host, str(self._token_hwm), str(self.port))
+        self.process = Process("broker", BROKER, *told, mark=self.mark)
+        self.port = int(self.process.first_line())
+
+    def restart_broker(self, how: signal.Signals) -> None:
+        """End it, and start another one at the same ports. Returns when clients can connect."""
+        assert self.process is not None, "only a broker that is a process can be restarted"
+        self.process.send(how)
+        self.process.wait()
+        self.process.close()
+        self._start_broker()
 
     def spawn(self, name: str, *addresses: str) -> Process:
         """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""

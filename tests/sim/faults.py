@@ -3,6 +3,7 @@
     token plane    frames are lost, repeated and reordered at random
     control plane  order is kept; a cut loses everything in flight, and in harsh runs 30 % of bundles are lost too
     links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
+    broker         dies or is stopped, and begins again without a memory
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
                    and hang; workers are drained; clients vanish, and some read nothing for a while
     overload       some brokers have a queue of three, and refuse what does not fit
@@ -78,6 +79,10 @@ def draw(random: Random) -> Plan:
         # Frozen beyond its lease in the middle of its work, while its engine runs on: a zombie when it wakes.
         for _ in range(2):
             incidents.append((random.randint(1_000, 3_500), "freeze", random.randrange(workers), 1_400))
+    if not calm and random.random() < 0.25:
+        for _ in range(random.choice((1, 1, 2))):
+            kind = random.choice(("broker crash", "broker restart"))
+            incidents.append((random.randint(400, FAULTS_END_MS - 1_500), kind, 0, random.choice((30, 300, 1_200))))
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,

@@ -54,9 +54,11 @@ GUARDS: dict[str, Guard] = {
         "llambo.broker.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
     ),
     "transcript in the re-dispatch": Guard(
-        "llambo.broker.dispatching", "prefix = request.transcript.ids()", "prefix: list[int] = []"
+        "llambo.broker.dispatching",
+        "prefix = request.transcript.ids() if request.transcript.chunks else []",
+        "prefix: list[int] = []",
     ),
-    "whole results": Guard("llambo.broker.dispatching", "        done.clear()\n", "        pass\n"),
+    "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

@@ -44,6 +44,7 @@ class Wire:
         self.on_subscribed: Callable[[], None] = lambda: None
         self._ready_up = 0
         self._ready_down = 0
+        network.wires.append(self)
 
     # --- the peer's orders ---------------------------------------------------------------------------
 
@@ -116,6 +117,10 @@ class Wire:
     # --- inside --------------------------------------------------------------------------------------
 
     def _new_route(self) -> None:
+        if self.network.broker_down:
+            epoch = self.epoch
+            self.network.clock.after(RECONNECT_MS[1], lambda: self._reconnect(epoch))
+            return
         self.network.route_count += 1
         self.route = self.network.route_count.to_bytes(5, "big")
         self.network.routes[self.route] = self
@@ -123,11 +128,11 @@ class Wire:
     def _reconnect(self, epoch: int) -> None:
         if self.open and self.epoch == epoch and self.route not in self.network.routes:
             self._new_route()
-            if self.tokens_open:
+            if self.tokens_open and not self.network.broker_down:
                 self._subscribe(self.token_epoch)
 
     def _subscribe(self, epoch: int) -> None:
-        if self.tokens_open and self.token_epoch == epoch and not self.partitioned:
+        if self.tokens_open and self.token_epoch == epoch and not self.partitioned and not self.network.broker_down:
             self.on_subscribed()
 
     def _say_later(self, bundle: Bundle, epoch: int) -> None:
@@ -148,6 +153,8 @@ class Network:
         self.clock = clock
         self.random = random
         self.plan = plan
+        self.wires: list[Wire] = []
+        self.broker_down = False
         self.healed = False
         self.routes: dict[bytes, Wire] = {}
         self.topics: dict[bytes, Wire] = {}
@@ -179,6 +186,8 @@ class Network:
             elif draw < self.plan.token_loss + self.plan.token_repeat + self.plan.token_late:
                 late = self.random.randint(1, LATE_MS)
         epoch = wire.token_epoch
+        if self.broker_down:
+            return
         for _ in range(copies):
             self.clock.after(self.delay() + late, lambda: self._arrive(wire, frame, epoch, up))
 

@@ -12,6 +12,7 @@ from llambo.broker.actions import ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.invariants import check
+from llambo.broker.state import Counters
 from llambo.mesh import client_events as c
 from llambo.mesh import limits, tokens
 from llambo.mesh import link_core as lc
@@ -97,13 +98,45 @@ class BrokerNode(Node):
         self, clock: Clock, skew_ms: int, config: BrokerConfig, random: Random, network: Network, history: History
     ) -> None:
         super().__init__(clock, skew_ms)
+        self._config = config
+        self._random = random
         self.core = BrokerCore(config, random.randbytes)
+        #: What its former lives have counted.
+        self.past: list[Counters] = []
         self.network = network
         self.history = history
         self.check_every = 1
         self._events = 0
         network.to_broker = self._control
         network.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
+
+    def restart(self, down_ms: int, *, politely: bool) -> None:
+        """It forgets everything; its peers find its port closed, and then find it again."""
+        if not self.alive:
+            return
+        if politely:
+            self.happen(b.StopAsked("it was stopped"))
+            self.clock.after(5, lambda: self._die(down_ms))
+        else:
+            self._die(down_ms)
+
+    def _die(self, down_ms: int) -> None:
+        self.alive = False
+        self.past.append(self.core.state.counters)
+        self.network.broker_down = True
+        self.network.topics.clear()
+        for wire in self.network.wires:
+            wire.cut()
+        self.clock.after(down_ms, self._begin_again)
+
+    def _begin_again(self) -> None:
+        self.core = BrokerCore(self._config, self._random.randbytes)
+        self.alive, self.network.broker_down = True, False
+        self._wake_at = 2**62
+        self.plan_wakeup()
+
+    def counted(self, name: str) -> int:
+        return sum(getattr(counters, name) for counters in (*self.past, self.core.state.counters))
 
     def _control(self, wire: Wire, route: bytes, bundle: Bundle) -> None:
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
@@ -130,6 +163,8 @@ class BrokerNode(Node):
             bundles.setdefault((action.route, action.session, to_worker), []).append((action.message, blob))
         for (route, session, to_worker), messages in bundles.items():
             wire = self.network.routes.get(route)
+            if not self.alive:
+                return
             if wire is not None:
                 wire.deliver((session, messages))
             else:
@@ -141,6 +176,8 @@ class BrokerNode(Node):
             self.network.token(wire, frame[limits.TOPIC_BYTES :], up=False)
 
     def subscribe(self, wire: Wire) -> None:
+        if wire.topic not in self.core.state.registry.topics:
+            return  # granted to nobody: it is the topic of a former life
         self.network.topics[wire.topic] = wire
         self.happen(b.Subscribed(wire.topic))
 
@@ -222,6 +259,9 @@ class WorkerNode(Peer):
         self._generation = 0
         self._step_at = 2**62
         self.left = False
+        #: How long an engine of this host takes to load its model.
+        self.load_ms = 20
+        self._loading = False
         self.on_exit: Callable[[], None] = lambda: None
 
     def _control(self, bundle: Bundle) -> None:
@@ -239,7 +279,7 @@ class WorkerNode(Peer):
     def perform_other(self, order: Any) -> None:
         match order:
             case wa.SpawnEngine():
-                self.clock.after(20, self._spawn)
+                self._load()
             case wa.KillEngine():
                 self.engine_dies("killed", 2)
             case wa.StartRun(start):
@@ -262,18 +302,31 @@ class WorkerNode(Peer):
         self.on_exit()
 
     def engine_dies(self, text: str, delay_ms: int = 1) -> None:
-        if self.engine is None and text != "killed":
+        if self.engine is None and not self._loading and text != "killed":
             return
-        self.engine = None
+        self.engine, self._loading = None, False
         self.engine_deaths += 1
         self._generation += 1
         self._later(w.EngineDied(text), delay_ms)
 
-    def _spawn(self) -> None:
-        if not self.alive:
-            return
-        self.engine = FakeEngine(self.config.fake)
+    def _load(self) -> None:
+        """It takes its time, tells how far it is, and may die of it."""
+        self._loading = True
         self._generation += 1
+        generation = self._generation
+
+        def progress(percent: int) -> None:
+            if self.alive and generation == self._generation:
+                self.happen(w.EngineProgressed(f"loading: {percent} %", percent=percent))
+
+        for quarter in range(4):
+            self.clock.after(self.load_ms * quarter // 4, lambda n=25 * quarter: progress(n))  # type: ignore[misc]
+        self.clock.after(self.load_ms, lambda: self._spawn(generation))
+
+    def _spawn(self, generation: int) -> None:
+        if not self.alive or generation != self._generation:
+            return
+        self.engine, self._loading = FakeEngine(self.config.fake), False
         self._step_at = 2**62
         ready = self.engine.ready()
         self.happen(w.EngineReady(ready.models, ready.slots, ready.note))

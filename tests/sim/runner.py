@@ -20,6 +20,7 @@ class Tally:
     requests: int = 0
     dispatches: int = 0
     moves: int = 0
+    adopted: int = 0
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
@@ -28,7 +29,7 @@ class Tally:
 
     def add(self, report: Report) -> None:
         self.runs += 1
-        for name in ("tokens", "requests", "dispatches", "moves", "duplicates", "stale", "repaired"):
+        for name in ("tokens", "requests", "dispatches", "moves", "adopted", "duplicates", "stale", "repaired"):
             setattr(self, name, getattr(self, name) + getattr(report, name))
         if report.wrong:
             self.bad.append(report)
@@ -43,6 +44,7 @@ class Tally:
         return (
             f"{self.runs} runs, {self.requests} requests, {self.tokens} tokens in {seconds:.1f} s\n"
             f"{self.dispatches} dispatches, {self.moves} moved ({100 * self.moves / max(1, self.dispatches):.1f} %), "
+            f"{self.adopted} adopted, "
             f"{self.stale} stale chunks refused, {self.repaired} repairs, "
             f"{self.duplicates_per_token:.3f} duplicate frames per token\n"
             + ", ".join(f"{self.kinds[kind]} {kind}" for kind in found)

@@ -27,6 +27,7 @@ class Report:
     requests: int = 0
     dispatches: int = 0
     moves: int = 0
+    adopted: int = 0
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
@@ -44,7 +45,12 @@ class World:
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
-            engine_failures=10**6, hold_ms=10**6, client_lease_ms=4_000, lease_ms=1_500, queue_requests=self.plan.queue
+            engine_failures=10**6,
+            hold_ms=10**6,
+            young_ms=60_000,
+            client_lease_ms=4_000,
+            lease_ms=1_500,
+            queue_requests=self.plan.queue,
         )
         self.broker = BrokerNode(self.clock, self._skew(), config, self.random, self.network, self.history)
         self.broker.check_every = check_every
@@ -94,12 +100,18 @@ class World:
         return self._start_worker(config)
 
     @property
+    def restarts(self) -> bool:
+        return any(kind.startswith("broker ") for _, kind, _, _ in self.plan.incidents)
+
+    @property
     def answer_tokens(self) -> int:
         return 12 if self.seed % 2 else 0
 
     def _start_worker(self, config: WorkerConfig) -> WorkerNode:
         wire = Wire(self.network, config.name, to_worker=True)
         node = WorkerNode(self.clock, self._skew(), config, self.random, wire)
+        # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
+        node.load_ms = self.random.choice((20, 20, 300, 2_500))
         wire.on_subscribed = lambda: node.happen(_subscribed())
         if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
             node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))
@@ -145,10 +157,7 @@ class World:
                 self.clock.at(later, lambda n=client, o=other, q=message: self._attach(n, o, q))  # type: ignore[misc]
 
     def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
-        if not client.alive or not self.broker.core.state.models:
-            # Without any worker ever seen the broker refuses at once, and rightly: ask when there is one.
-            if client.alive:
-                self.clock.after(50, lambda: self._submit(client, message))
+        if not client.alive:
             return
         self.history.expect(client.name, message.id)
         client.happen(c.Submit(message, self.history.wanted[message.id].prompt))
@@ -167,7 +176,7 @@ class World:
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
             return
-        if not message.detached:
+        if not message.detached or self.restarts:
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
         other.happen(c.AttachTo(message.id))
@@ -176,7 +185,9 @@ class World:
 
     def _incident(self, kind: str, who: int, length_ms: int) -> None:
         self.log.append(f"{self.clock.now_ms} ms: {kind} of {who} for {length_ms} ms")
-        if kind.startswith("client "):
+        if kind.startswith("broker "):
+            self.broker.restart(length_ms, politely=kind == "broker restart")
+        elif kind.startswith("client "):
             self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
         else:
             self._worker_incident(kind, who, length_ms)
@@ -297,18 +308,19 @@ class World:
         return wrong
 
     def _report(self, wrong: list[str]) -> Report:
-        counters = self.broker.core.state.counters
-        duplicates = counters.duplicate_chunks + sum(client.duplicates for client in self.clients)
+        counted = self.broker.counted
+        duplicates = counted("duplicate_chunks") + sum(client.duplicates for client in self.clients)
         report = Report(
             self.seed,
             wrong,
             tokens=self.history.tokens,
             requests=len(self.history.heard),
-            dispatches=counters.dispatched,
-            moves=counters.moved,
+            dispatches=counted("dispatched"),
+            moves=counted("moved"),
+            adopted=counted("adopted"),
             duplicates=duplicates,
-            stale=counters.stale_chunks,
-            repaired=counters.repaired,
+            stale=counted("stale_chunks"),
+            repaired=counted("repaired"),
         )
         if wrong:
             report.story = self._tell(wrong)

@@ -25,6 +25,7 @@ class Bench:
     """Time stands still unless a test moves it. Invariants are checked after every event."""
 
     def __init__(self, **config: Any) -> None:
+        config.setdefault("young_ms", 0)  # what it does not know it refuses at once
         self.core = BrokerCore(BrokerConfig(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
         self.state = self.core.state
         self.now_ms = 1_000
@@ -58,8 +59,9 @@ class Bench:
         incarnation: bytes = b"i",
         route: bytes = b"",
         fingerprint: str = "",
+        state: m.WorkerState = "ready",
     ) -> Worker:
-        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots)
+        hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello)
 
     def client(self, route: bytes = b"c") -> Client:
@@ -92,10 +94,10 @@ class Worker(Peer):
         welcomes = self.heard(m.Welcome)
         if welcomes:
             self.session = welcomes[-1].session
-            self.beat()
+            self.beat(state=hello.state)
 
-    def say(self, *messages: m.Message) -> None:
-        self.bench.handle(WorkerSaid(self.route, self.session, [(message, b"") for message in messages]))
+    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
+        self.bench.handle(WorkerSaid(self.route, self.session, [(message, blob) for message in messages]))
 
     def publish(self, *frames: bytes) -> list[Any]:
         return self.bench.handle(TokensArrived(list(frames)))

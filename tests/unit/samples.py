@@ -36,14 +36,19 @@ BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
+DISPATCHED = m.Dispatch(
+    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed"
+)
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
     "client": [
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
         m.ClientHeartbeat(41),
-        m.InferenceRequest(ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, SAMPLING, 5, "embed"),
-        m.Attach(ID, 12),
+        m.InferenceRequest(
+            ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed"
+        ),
+        m.Attach(ID, 12, [CHUNK]),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
         m.Replay(ID, 3, 9, DISPATCH),
@@ -55,7 +60,7 @@ SAMPLES: dict[str, list[m.Message]] = {
     "to_client": [
         m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000),
         m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
-        m.Accepted(ID, 4, "tiny"),
+        m.Accepted(ID, 4, "tiny", "sha256:1"),
         m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33),
         m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
         m.Result(5, 0, 1, msgpack.packb({"a": 1})),
@@ -63,15 +68,28 @@ SAMPLES: dict[str, list[m.Message]] = {
     ],
     "worker": [
         m.WorkerHello(
-            "w-1", b"incarnat", [m.ModelInfo("tiny", "f00d", 2_048)], 8, (1, 2), "0.1.0", "gpu", "host-1", 77
+            "w-1",
+            b"incarnat",
+            [m.ModelInfo("tiny", "f00d", 2_048)],
+            8,
+            (1, 2),
+            "0.1.0",
+            "gpu",
+            "host-1",
+            77,
+            "starting",
         ),
-        m.WorkerHeartbeat(17, 41, {KEY: 9}, "draining", 12.5, "loading", 2),
+        m.WorkerHeartbeat(
+            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8
+        ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
         m.EngineLost([KEY], "signal 11"),
+        m.Orphan(DISPATCHED, True),
     ],
     "to_worker": [
-        m.Dispatch(ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5_000, SAMPLING, 5, "embed"),
+        DISPATCHED,
+        m.Adopt(ID, DISPATCH, 18),
         m.Drain(True),
     ],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from llambo.broker import membership
+from llambo.broker import membership, queries
 from llambo.broker.events import StopAsked, Tick
 from llambo.broker.transcript import reservation
 from llambo.mesh import limits, tokens
@@ -668,3 +668,76 @@ def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
         client.say(m.ClientHeartbeat())
     assert [(end.reason, end.error and end.error.code) for end in client.ends[:1]] == [("error", Code.NO_WORKER)]
     assert set(bench.state.pools) == {"m"}
+
+
+def test_requests_for_a_model_that_is_loading_wait_for_it() -> None:
+    # Given a worker that has come and is loading
+    bench = Bench()
+    client = bench.client()
+    worker = bench.worker(state="starting")
+    # When its model is asked for, named or as the only one
+    client.submit(1, model="m")
+    client.submit(2)
+    # Then the requests wait, for longer than a lost worker is waited for
+    assert client.problems == []
+    for percent in range(100):
+        bench.pass_time(500)
+        worker.beat(state="starting", percent=percent)
+        client.say(m.ClientHeartbeat())
+    assert worker.dispatches == [] and client.ends == []
+    assert queries.status(bench.state, "", bench.now_ms)["loading"] == {"w": 99}
+    assert queries.workers(bench.state, "", bench.now_ms)[0]["state"] == "loading"
+    # And go to it as soon as it is ready
+    worker.beat(models=[m.ModelInfo("m", "f")], slots=2)
+    assert [dispatch.id for dispatch in worker.dispatches] == [request_id(1), request_id(2)]
+    assert queries.status(bench.state, "", bench.now_ms)["loading"] == {}
+
+
+def test_a_wait_for_a_model_that_is_loading_is_bounded_as_any_other() -> None:
+    bench = Bench(queue_ms=3_000)
+    worker, client = bench.worker(state="starting"), bench.client()
+    client.submit(1)
+    for _ in range(50):
+        bench.pass_time(100)
+        worker.beat(state="starting")
+        client.say(m.ClientHeartbeat())
+    assert [end.error and end.error.code for end in client.ends[:1]] == [Code.QUEUE_TIMEOUT]
+    # A load that fails for good takes its worker away: then it is a model without workers
+    client.submit(2)
+    worker.say(m.Goodbye("cannot serve m"))
+    assert bench.state.models["m"] > 0
+
+
+def test_what_was_loaded_decides_who_continues_a_stream() -> None:
+    # Given a stream whose worker is lost, while two others load a model of that name
+    bench = Bench(hold_ms=1_000)
+    first, client = bench.worker("a", fingerprint="one"), bench.client()
+    client.submit(1)
+    first.publish(first.chunk(0, 5, 6))
+    other, same = bench.worker("b", state="starting"), bench.worker("c", state="starting")
+    bench.route_gone(first.route)
+    # When that takes longer than a missing model is waited for
+    for _ in range(30):
+        bench.pass_time(100)
+        other.beat(state="starting")
+        same.beat(state="starting")
+        client.say(m.ClientHeartbeat())
+    # Then it is still held: either may be the very same
+    assert client.ends == []
+    # And goes on at the one that is
+    other.beat(models=[m.ModelInfo("m", "two")], slots=2)
+    assert other.dispatches == []
+    same.beat(models=[m.ModelInfo("m", "one")], slots=2)
+    assert [dispatch.prefix for dispatch in same.dispatches] == [[5, 6]]
+
+
+def test_a_worker_that_turns_out_to_serve_another_model_is_moved_there() -> None:
+    bench = Bench()
+    worker, client = bench.worker(model="m"), bench.client()
+    worker.beat(models=[m.ModelInfo("n", "f")], slots=1)
+    assert bench.state.models["m"] > 0 and bench.state.models["n"] == 0
+    client.submit(1)
+    assert [dispatch.model for dispatch in worker.dispatches] == ["n"]
+    # One slot is what it has now
+    client.submit(2)
+    assert len(worker.dispatches) == 1

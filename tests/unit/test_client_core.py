@@ -7,7 +7,7 @@ import pytest
 
 from llambo.mesh import client_events as e
 from llambo.mesh import messages as m
-from llambo.mesh import tokens
+from llambo.mesh import tokens, transfer
 from llambo.mesh.client_core import GATE_MS, ClientCore
 from llambo.mesh.client_life import RESEND_MS
 from llambo.mesh.client_questions import ASK_AGAIN_MS
@@ -226,8 +226,9 @@ class TestSubmitting:
         # Given a stream with three tokens
         bench.up()
         bench.submit(deadline_ms=60_000)
-        bench.hear(m.Accepted(ID))
+        bench.hear(m.Accepted(ID, 0, "tiny", "f00d"))
         bench.tokens(0, 3)
+        bench.tokens(4, 1)
         bench.said.clear()
         # When the broker does not know the session any more
         started = bench.now
@@ -238,10 +239,37 @@ class TestSubmitting:
         # Then the request was said on the new session
         sent = [a for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)][-1]
         assert sent.session == SESSIONS[1]
-        assert sent.message == m.InferenceRequest(ID, deadline_ms=60_000 - (bench.now - started), have=3)
-        # and goes on where it was
+        left = 60_000 - (bench.now - started)
+        assert sent.message == m.InferenceRequest(
+            ID, "tiny", deadline_ms=left, have=3, resume=True, prompt_bytes=6, fingerprint="f00d"
+        )
+        prompt, held = transfer.unpack(sent.blob or b"", 6)
+        assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])
+        # and goes on where it was; what came early on the old link is forgotten, since this broker may go on otherwise
         bench.hear(m.Accepted(ID))
-        assert delivered(bench.tokens(2, 3)) == [3, 4]
+        assert delivered(bench.tokens(2, 2)) == [3]
+
+    def test_what_arrives_late_on_a_lost_link_does_not_count(self, bench: Bench) -> None:
+        bench.run()
+        bench.tokens(0, 3)
+        bench.hear(m.Goodbye("restart"))
+        assert delivered(bench.tokens(3, 1)) == []
+
+    def test_a_follower_says_what_it_holds_too(self, bench: Bench) -> None:
+        bench.up()
+        bench.handle(e.AttachTo(ID))
+        bench.hear(m.Accepted(ID))
+        bench.tokens(0, 2)
+        bench.hear(m.Goodbye("restart"))
+        bench.wait(500, alive=False)
+        bench.said.clear()
+        bench.up(1)
+        (attach,) = [
+            action.message
+            for action in bench.actions
+            if isinstance(action, Send) and isinstance(action.message, m.Attach)
+        ][1:]
+        assert attach.have == 2 and tokens.ids_of(attach.held) == [0, 1]
 
     def test_words_of_an_earlier_session_do_not_count(self, bench: Bench) -> None:
         bench.up()

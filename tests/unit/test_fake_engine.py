@@ -9,7 +9,7 @@ import pytest
 from llambo.mesh.errors import Code
 from llambo.mesh.messages import Sampling
 from llambo.worker.engine_proto import ALIVE_MS, Output, Start
-from llambo.worker.fake import START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
+from llambo.worker.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
 from llambo.worker.fake_tokens import logprob_of
 
 KEY = b"r" * 16 + b"dispatch"
@@ -221,6 +221,19 @@ def test_an_illness_strikes_after_its_token_and_nothing_follows(fault: str) -> N
     engine.start(start(b"t" * 24), 0)
     assert sum(len(output.ids) for _, output in run(engine)) == 5
     assert engine.fault == fault
+
+
+def test_poison_kills_at_the_same_token_whoever_runs_it_and_nobody_else_does() -> None:
+    knobs = FakeKnobs(poison="arsenic", burst=4, slots=2)
+    for prefix in ([], list(range(POISON_INDEX))):
+        engine = FakeEngine(knobs)
+        engine.start(Start(KEY, b"tea with arsenic", max_tokens=12, seed=7, prefix=prefix), 0)
+        assert sum(len(output.ids) for _, output in run(engine)) == POISON_INDEX - len(prefix)
+        assert engine.fault == "crash"
+    innocent = FakeEngine(knobs)
+    innocent.start(start(), 0)
+    run(innocent)
+    assert innocent.fault is None
 
 
 def test_slowness_begins_at_its_token() -> None:

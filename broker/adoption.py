@@ -1,0 +1,150 @@
+"""Answers that outlive their broker.
+
+What a broker knows dies with it, but nothing is lost: the client has its prompt and the tokens it was given, the
+worker has the prompt and all tokens, and goes on making more. Both come to the next broker, in whatever order.
+
+    the worker says     I run this, and nobody wants it                (orphan)      kept until somebody asks for it
+    the client says     I had this, and these are the tokens I hold    (resume)      waits `adopt_ms` for such a worker
+
+A run whose tokens begin with those the client holds is adopted: it goes on as if nothing had been, and is not
+computed again. If there are several, the latest attempt is taken, and the others are stopped. If none comes in time,
+another run continues after the client's tokens. Either way what a client was given never changes.
+"""
+
+from __future__ import annotations
+
+from llambo.broker import delivery, dispatching
+from llambo.broker.actions import ToWorker
+from llambo.broker.orphanage import Orphan
+from llambo.broker.registry import WorkerEntry
+from llambo.broker.requests import Request, RequestState
+from llambo.broker.state import State
+from llambo.mesh import messages as m
+from llambo.mesh import tokens, transfer
+
+
+def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, now_ms: int) -> None:
+    """A worker has a run that has lost its broker, perhaps us in a former life."""
+    work = said.work
+    try:
+        prompt, chunks = transfer.unpack(blob, work.prompt_bytes)
+    except ValueError as error:
+        state.happened(now_ms, "bad orphan", f"{worker.name}: {error}")
+        _dismiss(state, worker, work)
+        return
+    orphan = Orphan(worker, work, prompt, [_keyed(chunk, work) for chunk in chunks], now_ms + state.config.orphan_ms)
+    request = state.requests.get(work.id)
+    if request is not None:
+        if request.state is RequestState.WAITING and _fits(request, orphan):
+            _adopt(state, request, orphan, now_ms)
+        else:
+            _dismiss(state, worker, work)
+    elif (
+        state.archive.get(work.id)
+        or state.held_bytes + state.orphanage.bytes + orphan.size > state.config.transcript_bytes
+    ):
+        _dismiss(state, worker, work)
+    elif work.detached and said.home:
+        _take_in(state, orphan, now_ms)
+    else:
+        state.orphanage.add(orphan)
+
+
+def resume(state: State, request: Request, now_ms: int) -> None:
+    """A request from another broker's life: it waits apart until its run is found, or is not."""
+    request.parked = True
+    state.room.put(request, now_ms)
+    if request.transcript.next_index:
+        request.note(now_ms, "resumed", f"its client holds {request.transcript.next_index} tokens")
+    if dispatching.finish_complete(state, request, now_ms):
+        return
+    if not _claim(state, request, now_ms):
+        state.alarm(now_ms + state.config.adopt_ms, "adopt", request.id)
+
+
+def give_up(state: State, request: Request, now_ms: int) -> None:
+    """An alarm rang: nobody has announced it. Another run goes on from here."""
+    if request.parked and request.state is RequestState.WAITING:
+        state.room.left(request)
+        request.parked = False
+        request.queued_ms += now_ms - request.queued_at
+        request.note(now_ms, "not adopted", "no worker announced it; it goes on elsewhere")
+        dispatching.enqueue(state, request, now_ms)
+
+
+def agrees(request: Request, held: list[bytes]) -> bool:
+    """Whether what this client was given is what others are given. One that still waits apart may learn from it."""
+    ours, theirs = request.transcript.ids(), tokens.ids_of(held)
+    if len(theirs) > len(ours) and request.parked and theirs[: len(ours)] == ours:
+        request.transcript.restore(held)
+        return True
+    return ours[: len(theirs)] == theirs
+
+
+def _claim(state: State, request: Request, now_ms: int) -> bool:
+    """Adopt the latest run that fits. The others are of no use to anybody."""
+    found = False
+    for orphan in state.orphanage.take(request.id):
+        if not found and _fits(request, orphan):
+            found = True
+            _adopt(state, request, orphan, now_ms)
+        else:
+            _dismiss(state, orphan.worker, orphan.work)
+    return found
+
+
+def _fits(request: Request, orphan: Orphan) -> bool:
+    """It is the same model, and all that was given out already is what this run has said."""
+    fingerprint = orphan.worker.fingerprints.get(orphan.work.model, "")
+    if request.model != orphan.work.model or request.fingerprint not in ("", fingerprint):
+        return False
+    given = request.transcript.ids()
+    return tokens.ids_of(orphan.chunks)[: len(given)] == given
+
+
+def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
+    """As if it had been dispatched to that worker just now, only that it runs already."""
+    worker, key = orphan.worker, orphan.key
+    held = request.transcript.next_index
+    request.step(RequestState.DISPATCHED)
+    state.room.left(request)
+    request.parked = False
+    request.queued_ms += now_ms - request.queued_at
+    request.attempt = max(request.attempt, orphan.attempt)
+    request.key, request.worker, request.blame = key, worker, worker.name
+    request.fingerprint = worker.fingerprints.get(request.model, "")
+    state.running[key] = request
+    worker.seq += 1
+    worker.claims[key] = worker.seq
+    worker.adopted.add(key)
+    state.update_pools(worker)
+    state.counters.adopted += 1
+    request.note(
+        now_ms, "adopted", f"from {worker.name}, which has {transfer.count(orphan.chunks)} tokens; {held} held"
+    )
+    adopt = m.Adopt(orphan.work.id, orphan.work.dispatch, worker.seq)
+    state.out.append(ToWorker(worker.route, worker.session, adopt))
+    delivery.tokens_arrived(state, orphan.chunks, now_ms)
+
+
+def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
+    """It was meant to run without its client, so nobody may come and ask for a long time."""
+    work = orphan.work
+    asked = m.InferenceRequest(
+        work.id, work.model, work.max_tokens, work.stream, work.priority, work.deadline_ms, True, work.seed,
+        sampling=work.sampling, logprobs=work.logprobs, task=work.task,
+    )  # fmt: skip
+    request = Request(asked, work.model, orphan.prompt, now_ms)
+    state.admit(request)
+    request.parked = True
+    state.room.put(request, now_ms)
+    _adopt(state, request, orphan, now_ms)
+
+
+def _dismiss(state: State, worker: WorkerEntry, work: m.Dispatch) -> None:
+    state.out.append(ToWorker(worker.route, worker.session, m.Cancel(work.id, work.dispatch)))
+
+
+def _keyed(chunk: bytes, work: m.Dispatch) -> bytes:
+    """Chunks of earlier attempts bear other keys; what comes in is let in by the current one."""
+    return tokens.CHUNK + work.id + work.dispatch + chunk[tokens.KEY_END :]

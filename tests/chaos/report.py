@@ -1,0 +1,187 @@
+"""What a run found, as text and as numbers that can be added up over runs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import checker, promises
+from tests.chaos.checker import SORTS, Streams, Wrong
+from tests.chaos.history import Line
+from tests.chaos.plan import Plan
+from tests.chaos.promises import Times
+
+#: A process has settled after this long; its growth is measured from then on, if it lives as long again.
+WARM_MS = 20_000
+STORY_LINES = 80
+#: A silence of this length within an answer is part of its story.
+GAP_MS = 500
+
+Totals = dict[str, Any]
+
+
+def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals:
+    """Numbers and lists of numbers only, so that runs can be put together."""
+    sorts: dict[str, int] = defaultdict(int)
+    for wrong in [*streams.wrong, *times.wrong]:
+        sorts[wrong.sort] += 1
+    moved, still = checker.stalls(streams)
+    return {
+        "runs": 1,
+        "seconds": round(seconds),
+        "streams": len(streams.requests),
+        "tokens": streams.tokens,
+        "orphaned": streams.orphaned,
+        "foreseen errors": streams.foreseen,
+        "forgotten results": streams.forgotten,
+        **{f"fault {kind}": count for kind, count in times.faults.items()},
+        **{f"skipped {kind}": count for kind, count in times.skipped.items()},
+        **{f"variety {kind}": count for kind, count in times.varieties.items()},
+        **{f"wrong {sort}": sorts.get(sort, 0) for sort in sorted({*SORTS, *sorts})},
+        **{f"broker {name}": value for name, value in times.counters.items()},
+        **{f"share {name}": value for name, value in times.shares.items()},
+        **{f"ms {what}": values for what, values in times.measured.items()},
+        "ms stall of a stream that moved": moved,
+        "ms stall of one that did not": still,
+    }
+
+
+def add(runs: Iterable[Totals]) -> Totals:
+    total: Totals = {}
+    for run in runs:
+        for name, value in run.items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def quantile(values: list[int], share: float) -> int:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0
+
+
+#: Counters of the brokers that tell about faults; the others are in the totals.
+TOLD = ("moved", "adopted", "stale_chunks", "duplicate_chunks", "gaps", "repaired", "replays_served", "engine_deaths",
+        "workers_lost", "clients_lost", "unknown_sessions", "refused", "failed", "attached")  # fmt: skip
+
+
+def told(total: Totals) -> list[str]:
+    """The report."""
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in total.items():
+        group, _, rest = name.partition(" ")
+        groups[group if rest else ""][rest or group] = value
+    lines = [f"{total['runs']} run(s), {total['seconds']} s: {total['streams']} requests, {total['tokens']} tokens"]
+    lines.append("faults: " + (_pairs(groups["fault"]) or "none"))
+    if groups["variety"]:
+        lines.append("  of these " + _pairs(groups["variety"]))
+    if groups["skipped"]:
+        lines.append("  skipped, because the victim was not there: " + _pairs(groups["skipped"]))
+    lines.append("wrong: " + _pairs(groups["wrong"]))
+    allowed = {name: total[name] for name in ("orphaned", "foreseen errors", "forgotten results") if total[name]}
+    if allowed:
+        lines.append("  allowed: " + _pairs(allowed))
+    counters = {name: groups["broker"][name] for name in TOLD if name in groups["broker"]}
+    lines.append("brokers: " + _pairs(counters))
+    if len(groups["share"]) > 1:
+        lines.append("  dispatched by each: " + _pairs(groups["share"]))
+    for what, values in sorted(groups["ms"].items()):
+        if values:
+            line = f"{quantile(values, 0.5)} ms, p99 {quantile(values, 0.99)} ms, most {max(values)} ms"
+            lines.append(f"{what}: {len(values)} times, median {line}")
+    return lines
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+# --- growth ------------------------------------------------------------------------------------------
+
+
+def slopes(lines: Iterable[Line]) -> list[str]:
+    """Memory and descriptors of each process that lived long enough: where it began, and how it grew."""
+    lives: dict[tuple[str, int], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["e"] == "size":
+            lives[line["whom"], line["pid"]].append(line)
+    longest: dict[str, list[Line]] = {}
+    for (whom, _), life in lives.items():
+        if len(life) > len(longest.get(whom, [])):
+            longest[whom] = life
+    found = []
+    for whom, life in sorted(longest.items()):
+        late = [line for line in life if line["t"] - life[0]["t"] >= WARM_MS]
+        if len(late) < 3 or late[-1]["t"] - late[0]["t"] < WARM_MS:
+            continue
+        rss, fds = (slope([(line["t"], line[what]) for line in late]) * 60_000 for what in ("rss", "fds"))
+        found.append(f"{whom}: {late[0]['rss'] // 1024} KiB {rss / 1024:+.0f} KiB/min, {late[0]['fds']} descriptors "
+                     f"{fds:+.2f}/min, in {(late[-1]['t'] - late[0]['t']) // 1000} s")  # fmt: skip
+    return found
+
+
+def slope(points: list[tuple[int, int]]) -> float:
+    """Least squares."""
+    count = len(points)
+    mid_x, mid_y = sum(x for x, _ in points) / count, sum(y for _, y in points) / count
+    spread = sum((x - mid_x) ** 2 for x, _ in points)
+    return sum((x - mid_x) * (y - mid_y) for x, y in points) / spread if spread else 0.0
+
+
+# --- stories -----------------------------------------------------------------------------------------
+
+
+def story(wrong: Wrong, lines: list[Line], whys: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """All that is known about what went wrong first: its client, the faults of that time, the broker's own words."""
+    told = [f"{wrong.sort}: {wrong.text}"]
+    if wrong.id:
+        mine = [line for line in lines if line.get("id") == wrong.id and line["e"] != "why"]
+        begin, end = mine[0]["t"] if mine else wrong.at_ms, max([wrong.at_ms, *(line["t"] for line in mine)])
+        told[0] += f" [request {wrong.id[:8]}]"
+    else:
+        mine, begin, end = [], wrong.at_ms - 5_000, wrong.at_ms + 8_000
+    around = [line for line in lines if begin - 1_000 <= line["t"] <= end + 1_000
+              and line["e"] in ("fault", "healed", "gone", "skipped", "event", "begun", "ended", "back")]  # fmt: skip
+    for line in sorted([*_shortened(mine), *around], key=lambda line: line["t"])[:STORY_LINES]:
+        told.append(f"  {line['t'] - begin:>7} ms  {line['who']:<8} {line['e']:<8} {_facts(line)}")
+    for broker, entries in whys.items():
+        told.append(f"  what {broker} knows of it:")
+        told += [f"    {entry['at_ms']:>7} ms  {entry['what']}: {entry['detail']}" for entry in entries]
+    return told
+
+
+def _shortened(lines: list[Line]) -> list[Line]:
+    """Chunks that go on where the last one ended, by the same dispatch, say nothing new."""
+    kept: list[Line] = []
+    before: Line | None = None
+    for line in lines:
+        usual = (
+            line["e"] == "chunk"
+            and before is not None
+            and before["e"] == "chunk"
+            and line["i"] == before["i"] + len(before["ids"])
+            and {dispatch for dispatch, _ in line["d"]} == {dispatch for dispatch, _ in before["d"]}
+            and line["t"] - before["t"] < GAP_MS
+        )
+        if not usual:
+            if before is not None and before not in kept:
+                kept.append(before)
+            kept.append(line)
+        before = line
+    return kept
+
+
+def _facts(line: Line) -> str:
+    facts = {name: value for name, value in line.items() if name not in ("t", "who", "e", "id")}
+    if line["e"] == "chunk":
+        made = ", ".join(f"{count} by {dispatch}" for dispatch, count in line["d"])
+        return f"token {line['i']} and on: {made or 'none'}"
+    return json.dumps(facts)[:220]
+
+
+def read_totals(path: Path) -> list[Totals]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+__all__ = ["add", "promises", "slopes", "story", "told", "totals"]

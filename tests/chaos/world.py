@@ -1,0 +1,288 @@
+"""The processes of one run, where they are, and what their brokers say about them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from llambo import Client, LlamboError
+from tests.chaos import nodes, places
+from tests.chaos.history import Journal, now_ms
+from tests.chaos.plan import Plan
+from tests.chaos.proxy import Proxy
+
+#: The first broker's ports where nobody else is, and how far apart those of two brokers are.
+BASE_PORT, APART = 7330, 10
+#: How often a broker is asked who is there, and every how many times for its counters.
+LOOK_S, COUNTERS_EVERY = 0.25, 4
+SIZES_S = 2.0
+#: How long everybody may take to end what is running, once the faults are over.
+SETTLE_S = 60.0
+LEAVE_S = 20.0
+
+
+def free_port(start: int) -> int:
+    """The first of four ports in a row that are free. Below those that the kernel gives out by itself."""
+    for base in range(start, 30_000, APART):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(base, base + 4):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return base
+    raise RuntimeError("no four ports in a row are free")
+
+
+class World:
+    def __init__(self, plan: Plan, folder: Path, journal: Journal) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.journal = journal
+        self.inside = places.is_inside()
+        self.host = places.BROKERS if self.inside else "127.0.0.1"
+        self.ports: list[int] = []
+        for _ in range(plan.brokers):
+            self.ports.append(free_port(self.ports[-1] + APART if self.ports else BASE_PORT if self.inside else 20_000))
+        self.keepers: dict[int, places.Keeper] = {}
+        self.proxies: dict[int, Proxy] = {}
+        self.brokers = [self._broker(number) for number in range(plan.brokers)]
+        self.workers: list[nodes.Node] = []
+        self.clients = [self._client(number) for number in range(plan.clients)]
+        #: Worker names in the hands of a fault now: nothing is owed by them.
+        self.suffering: dict[str, int] = {}
+        #: What the brokers said last: broker to worker to its line.
+        self.views: dict[str, dict[str, dict[str, Any]]] = {}
+        self.seen = asyncio.Condition()
+        #: Engine children and whose they are, to see that none is left.
+        self.engines: dict[int, str] = {}
+        self._keeping: list[asyncio.Task[None]] = []
+        self._looking: list[asyncio.Task[None]] = []
+
+    # --- who they are --------------------------------------------------------------------------------
+
+    def address(self, broker: int, host: str = "") -> str:
+        return f"tcp://{host or self.host}:{self.ports[broker]}"
+
+    def addresses(self, host: str = "", first: int = 0) -> str:
+        """Of all brokers, beginning with one of them."""
+        order = [(first + number) % self.plan.brokers for number in range(self.plan.brokers)]
+        return ",".join(self.address(number, host) for number in order)
+
+    def _broker(self, number: int) -> nodes.Node:
+        flags: dict[str, object] = {"lease-ms": self.plan.lease_ms}
+        command = nodes.broker_command(f"b{number}", self.host, self.ports[number], flags)
+        return nodes.Node(f"b{number}", lambda _: command, self.folder, self.journal)
+
+    async def _worker(self, number: int) -> nodes.Node:
+        plan, name, host = self.plan, f"w{number}", self.host
+        prefix: list[str] = []
+        match plan.place(number):
+            case "far":
+                keeper = self.keepers[number] = places.Keeper(number)
+                prefix = keeper.prefix
+            case "near":
+                proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports)
+                await proxy.start()
+                host = proxy.host
+        flags: dict[str, object] = {"engine": plan.engine, "slots": plan.slots, "stall-ms": plan.stall_ms,
+                                    "drain-ms": plan.drain_ms}  # fmt: skip
+        if plan.engine == "fake":
+            flags |= {"fake-tokens-per-s": plan.tokens_per_s, "fake-burst": 2, "fake-utf8-split": "yes",
+                      "fake-style": plan.style, "fake-jitter-ms": 4, "fake-poison": "arsenic"}  # fmt: skip
+        else:
+            flags |= {"model": "smollm2", "threads": 1, "ctx": 512}
+        command = [*prefix, *nodes.worker_command(name, self.addresses(host), flags)]
+        return nodes.Node(name, lambda _: command, self.folder, self.journal)
+
+    def _client(self, number: int) -> nodes.Node:
+        plan = self.plan
+
+        def command(start: int) -> list[str]:
+            name = f"c{number}.{start}"
+            return nodes.client_command({
+                "name": name, "address": self.addresses(first=number), "history": str(self.folder / f"{name}.jsonl"),
+                "parent": os.getpid(), "seed": plan.seed, "streams": plan.streams, "tokens": plan.tokens,
+            })  # fmt: skip
+
+        return nodes.Node(f"c{number}", command, self.folder, self.journal, says=False)
+
+    def client_name(self, number: int) -> str:
+        return f"c{number}.{self.clients[number].starts}"
+
+    def everybody(self) -> list[nodes.Node]:
+        return [*self.brokers, *self.workers, *self.clients]
+
+    # --- coming and going ----------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        for broker in self.brokers:
+            await broker.start()
+            self._keep(broker)
+        self.workers = [await self._worker(number) for number in range(self.plan.workers)]
+        await asyncio.gather(*(worker.start() for worker in self.workers))
+        missing = [worker.name for worker in self.workers if not worker.ready.is_set()]
+        if missing:
+            raise RuntimeError(f"not ready: {', '.join(missing)}; see {self.folder}")
+        for worker in self.workers:
+            self._keep(worker)
+        for client in self.clients:
+            await client.start()
+            self._keep(client)
+        for number in range(self.plan.brokers):
+            self._looking.append(asyncio.create_task(self._watch(number)))
+        self._looking.append(asyncio.create_task(self._weigh()))
+
+    def _keep(self, node: nodes.Node) -> None:
+        self._keeping.append(asyncio.create_task(self._kept(node)))
+
+    async def _kept(self, node: nodes.Node) -> None:
+        try:
+            await node.keep()
+        except (OSError, TimeoutError) as error:
+            self.journal.write("broken", whom=node.name, text=repr(error))
+
+    async def finish(self) -> None:
+        """Faults are over: the clients end what they have. Whoever does not is ended, and its requests hung."""
+        for client in self.clients:
+            client.wanted = False
+            if client.process is not None and client.process.stdin is not None:
+                client.process.stdin.close()
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await asyncio.gather(*(client.process.wait() for client in self.clients if client.process))
+        except TimeoutError:
+            self.journal.write("broken", whom="clients", text=f"not done {SETTLE_S:.0f} s after the faults were over")
+        for client in self.clients:
+            if client.process is not None and client.process.returncode:
+                text = f"it ended with status {client.process.returncode}; see {client.log}"
+                self.journal.write("broken", whom=client.name, text=text)
+        await self._last_look()
+
+    async def _last_look(self) -> None:
+        """Everybody is back and nobody has anything to do."""
+        for number, broker in enumerate(self.brokers):
+            status: dict[str, Any] = {"running": -1, "waiting": -1, "busy": -1, "ready": -1}
+            with contextlib.suppress(LlamboError, TimeoutError):
+                async with asyncio.timeout(LEAVE_S), Client(self.address(number)) as client:
+                    while True:
+                        status = await client.status()
+                        idle = not (status["running"] or status["waiting"] or status["busy"])
+                        if idle and status["ready"] >= self.plan.workers:
+                            break
+                        await asyncio.sleep(LOOK_S)
+            if "counters" in status:
+                self.journal.write("status", broker=broker.name, pid=broker.pid, counters=status["counters"])
+            facts = {name: status[name] for name in ("running", "waiting", "busy", "ready")}
+            self.journal.write("last", broker=broker.name, workers_wanted=self.plan.workers, **facts)
+
+    async def end(self) -> None:
+        """Everybody goes, gently at first. Whatever outlives its parent is told of."""
+        for task in self._looking:
+            task.cancel()
+        for group in (self.clients, self.workers, self.brokers):
+            for node in group:
+                node.wanted = False
+                node.send(signal.SIGCONT)
+                node.send(signal.SIGTERM)
+            await asyncio.gather(*(self._gone(node) for node in group))
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._looking, *self._keeping, return_exceptions=True)
+        for proxy in self.proxies.values():
+            await proxy.close()
+        for keeper in self.keepers.values():
+            keeper.close()
+        for pid, whom in self.engines.items():
+            if not await gone(pid, 2.0):
+                self.journal.write("orphan", pid=pid, whom=whom)
+
+    async def _gone(self, node: nodes.Node) -> None:
+        if node.process is None:
+            return
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await node.process.wait()
+        except TimeoutError:
+            self.journal.write("broken", whom=node.name, text=f"still there {LEAVE_S:.0f} s after SIGTERM")
+            node.send(signal.SIGKILL)
+            await node.process.wait()
+
+    # --- looking -------------------------------------------------------------------------------------
+
+    async def _watch(self, number: int) -> None:
+        """What this broker says, life after life."""
+        broker = self.brokers[number]
+        while True:
+            await broker.ready.wait()
+            pid = broker.pid
+            try:
+                async with Client(self.address(number), name="watcher", query_ms=2_000) as client:
+                    await self._look(client, broker, pid)
+            except LlamboError:
+                # It went away in the middle; what there is to be said of that the faults tell.
+                self.views.pop(broker.name, None)
+                await asyncio.sleep(LOOK_S)
+
+    async def _look(self, client: Client, broker: nodes.Node, pid: int) -> None:
+        since, turn = 0, 0
+        while broker.pid == pid:
+            listed = {line["worker"]: line for line in await client.workers()}
+            ready = [name for name, line in listed.items() if line["state"] == "ready"]
+            self.journal.write("workers", broker=broker.name, names=list(listed), ready=ready)
+            async with self.seen:
+                self.views[broker.name] = listed
+                self.seen.notify_all()
+            for event in await client.events(since):
+                since = event["number"]
+                # Its own clock is not ours, but the age is true.
+                self.journal.write("event", broker=broker.name, kind=event["kind"], text=event["text"],
+                                   t=now_ms() - event["age_ms"])  # fmt: skip
+            if turn % COUNTERS_EVERY == 0:
+                status = await client.status()
+                self.journal.write("status", broker=broker.name, pid=pid, counters=status["counters"])
+            turn += 1
+            await asyncio.sleep(LOOK_S)
+
+    async def _weigh(self) -> None:
+        while True:
+            for node in self.everybody():
+                size = node.size()
+                if size is not None:
+                    self.journal.write("size", whom=node.name, pid=node.pid, rss=size[0], fds=size[1])
+                engine = node.engine() if node in self.workers else 0
+                if engine and (size := nodes.size_of(engine)):
+                    self.engines[engine] = node.name
+                    self.journal.write("size", whom=f"{node.name} engine", pid=engine, rss=size[0], fds=size[1])
+            await asyncio.sleep(SIZES_S)
+
+    def busy(self, worker: str) -> int:
+        """How many requests it has, all brokers together."""
+        return sum(view[worker]["busy"] for view in self.views.values() if worker in view)
+
+    def healthy(self) -> list[str]:
+        return [worker.name for worker in self.workers if worker.ready.is_set() and not self.suffering.get(worker.name)]
+
+
+async def gone(pid: int, within_s: float) -> bool:
+    """Whether a process ends in time. It need not be a child of ours."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    loop, over = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, over.set)
+    try:
+        async with asyncio.timeout(within_s):
+            await over.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return True

@@ -1,0 +1,75 @@
+"""A real broker process that is killed or stopped in the middle of its streams, and begins again at the same port."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from llambo import Client
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import Mesh, truth
+
+KNOBS = FakeKnobs(slots=16, tokens_per_s=150)
+STREAMS = 24
+TOKENS = 300
+
+
+async def one(client: Client, number: int, begun: asyncio.Event) -> float:
+    """The longest silence of a stream whose every token is right, once and in order."""
+    ids: list[int] = []
+    longest, heard = 0.0, time.monotonic()
+    async with client.stream(f"stream {number}", max_tokens=TOKENS, seed=number) as stream:
+        while (piece := await stream.next_piece()) is not None:
+            assert piece.index == len(ids), "a token is missing, or came twice"
+            ids += piece.ids
+            longest, heard = max(longest, time.monotonic() - heard), time.monotonic()
+            if len(ids) > 20:
+                begun.set()
+    assert ids == truth(f"stream {number}", number, TOKENS)
+    assert stream.answer is not None and stream.answer.reason == "length"
+    return longest
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
+    with Mesh(workers=2, knobs=KNOBS, broker="process") as mesh:
+
+        async def scenario() -> tuple[list[float], dict[str, int]]:
+            async with mesh.client() as client, asyncio.TaskGroup() as group:
+                begun = [asyncio.Event() for _ in range(STREAMS)]
+                tasks = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
+                for event in begun:
+                    await event.wait()
+                await asyncio.to_thread(mesh.restart_broker, how)
+                stalls = [await task for task in tasks]
+                status = await client.status()
+            return stalls, status["counters"]
+
+        stalls, counters = mesh.run(scenario())
+        print(f"longest silence {max(stalls) * 1000:.0f} ms, {counters['adopted']} of {STREAMS} adopted")
+        # No worker was lost, so nothing had to be computed again.
+        assert counters["adopted"] == STREAMS
+        assert counters["dispatched"] == 0
+
+
+def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
+    with Mesh(workers=2, knobs=KNOBS, broker="process") as mesh:
+
+        async def scenario() -> dict[str, int]:
+            async with mesh.client() as client, asyncio.TaskGroup() as group:
+                begun = [asyncio.Event() for _ in range(STREAMS)]
+                tasks = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
+                for event in begun:
+                    await event.wait()
+                mesh.workers[0].send(signal.SIGKILL)
+                await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+                for task in tasks:
+                    await task
+                return dict((await client.status())["counters"])
+
+        counters = mesh.run(scenario())
+        assert counters["adopted"] > 0 and counters["dispatched"] > 0
+        assert counters["adopted"] + counters["dispatched"] == STREAMS

@@ -1,0 +1,48 @@
+"""A short run of the harness in `tests/chaos`: every fault that the mesh is proof against, at once, for seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.processes import marked
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "TEST_CHAOS"
+TIMEOUT_S = 120.0
+#: Per minute. Restarts of brokers and poison are not among them yet.
+FAULTS = "kill=20,stop=8,hang=6,link=6,cut=8,hold=4,halfopen=4,delay=4,throttle=4,drain=4,client=4"
+
+
+def chaos(*arguments: str, mark: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.chaos", *arguments]
+    environment = {**os.environ, MARK: mark}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def test_nothing_is_lost_in_some_seconds_of_chaos(tmp_path: Path) -> None:
+    mark = tmp_path.name
+    folder = tmp_path / "history"
+    done = chaos("--faults", FAULTS, "--minutes", "0.2", "--lease-ms", "1000", "--keep", str(folder), mark=mark)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert "duplicated 0" in told
+    assert "faults: " in told
+    assert "faults: none" not in told
+    assert not marked(MARK, mark), "a process outlived the harness"
+    # And the history says the same when it is read once more.
+    again = chaos("--read", str(folder))
+    assert again.returncode == 0, again.stdout
+
+
+@pytest.mark.parametrize("wanted", ["--list", "--plan"])
+def test_it_tells_what_it_would_do(wanted: str) -> None:
+    done = chaos(wanted)
+    assert done.returncode == 0, done.stderr
+    assert "kill" in done.stdout
