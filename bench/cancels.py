@@ -92,9 +92,10 @@ def check(engine: LlamaEngine, running: int) -> int:
 def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
     """Requests come, run for a random while and are stopped; after each the books are compared with llama.cpp's."""
     chance, told, now_ms, number = random.Random(seed), Storm(), 0, 0
+    slots = len(engine.batcher.slots)
     live: dict[bytes, str] = {}
     while told.ended.total() < cancels:
-        while len(live) < SLOTS and chance.random() < 0.7:
+        while len(live) < slots and chance.random() < 0.7:
             number += 1
             key = number.to_bytes(24, "big")
             deadline_ms = chance.randrange(1, 40) * STEP_MS if chance.random() < 0.25 else 0
@@ -230,11 +231,13 @@ async def one_cancel(client: Client, chance: random.Random, took: dict[str, list
         if moment != "deadline":
             await stream.cancel()
         answer = await stream.result()
-        took["by itself" if answer.reason != "cancelled" else phase].append((time.perf_counter() - began) * 1000)
     except LlamboError as error:
         if error.code is not Code.DEADLINE:
             raise
         took["by its deadline"].append(0.0)
+    else:
+        how = {"cancelled": phase, "deadline": "by its deadline"}.get(answer.reason, "by itself")
+        took[how].append((time.perf_counter() - began) * 1000)
 
 
 async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str, list[float]], float]:

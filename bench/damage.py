@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -109,9 +109,11 @@ class Ward:
         )
         self._lines: SimpleQueue[tuple[float, str]] = SimpleQueue()
         self._story: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         verdict = self.load(0.0)
         if verdict.verdict != "serves":
+            self.close()
             raise AgentLost(f"{name} does not serve a whole model: {verdict}")
 
     def _read(self) -> None:
@@ -177,6 +179,9 @@ class Ward:
     def close(self) -> None:
         self._process.kill()
         self._process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
 
 
 class Well:
@@ -261,11 +266,12 @@ def models(first: int, count: int, jobs: int) -> Outcome:
     return outcome
 
 
-def templates() -> Outcome:
+def templates(names: Collection[str] = ()) -> Outcome:
     outcome = Outcome()
     with meshed() as (port, folder, well):
         ward = Ward("ward", port, folder)
-        for name, source in hostile.TEMPLATES.items():
+        for name in names or hostile.TEMPLATES:
+            source = hostile.TEMPLATES[name]
             try:
                 outcome.tried.append(try_one(ward, name, tiny_model.whole(source), form="user"))
             except AgentLost as lost:
@@ -277,11 +283,12 @@ def templates() -> Outcome:
     return outcome
 
 
-def grammars() -> Outcome:
+def grammars(names: Collection[str] = ()) -> Outcome:
     outcome = Outcome()
     with meshed() as (port, folder, well):
         ward = Ward("ward", port, folder)
-        for name, sampling in hostile.GRAMMARS.items():
+        for name in names or hostile.GRAMMARS:
+            sampling = hostile.GRAMMARS[name]
             error = ward.ask(sampling=sampling, max_tokens=24)
             verdict = "serves" if not error else "engine died" if "engine died" in error else "refused"
             outcome.tried.append(Tried(name, verdict, error))
@@ -323,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=("models", "templates", "grammars"))
     options = parser.parse_args(arguments)
     wrong = 0
-    parts = {
+    parts: dict[str, Callable[[], Outcome]] = {
         "models": lambda: models(options.first, options.models, options.jobs),
         "templates": templates,
         "grammars": grammars,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import struct
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 VOCABULARY, WIDTH, LAYERS, HEADS, HEADS_KV, INNER = 300, 64, 2, 4, 2, 128
@@ -104,14 +105,25 @@ def build(template: str = TEMPLATE) -> File:
         Entry(b"tokenizer.ggml.unknown_token_id", U32, 0),
         Entry(b"tokenizer.chat_template", STRING, template.encode()),
     ]
-    chance, tensors, data = random.Random(1), [], bytearray()
+    tensors, at = [], 0
     for name, dims in _shapes().items():
-        count = dims[0] * (dims[1] if len(dims) > 1 else 1)
-        tensors.append(Tensor(name.encode(), dims, 0, len(data)))
-        norm = "norm" in name
+        tensors.append(Tensor(name.encode(), dims, 0, at))
+        at += -(-4 * _count(dims) // ALIGNMENT) * ALIGNMENT
+    return File(entries, tensors, bytearray(_data()))
+
+
+@cache
+def _data() -> bytes:
+    chance, data = random.Random(1), bytearray()
+    for name, dims in _shapes().items():
+        norm, count = "norm" in name, _count(dims)
         data += struct.pack(f"<{count}f", *[1.0 if norm else chance.gauss(0, 0.2) for _ in range(count)])
         data += bytes(-len(data) % ALIGNMENT)
-    return File(entries, tensors, data)
+    return bytes(data)
+
+
+def _count(dims: list[int]) -> int:
+    return dims[0] * (dims[1] if len(dims) > 1 else 1)
 
 
 def _shapes() -> dict[str, list[int]]:
@@ -232,7 +244,7 @@ def _tensor(file: File, chance: random.Random) -> str:
 def _weights(file: File, chance: random.Random) -> str:
     tensor = chance.choice(file.tensors)
     value = chance.choice((float("nan"), float("inf"), -float("inf"), 0.0, 3e38))
-    count = tensor.dims[0] * (tensor.dims[1] if len(tensor.dims) > 1 else 1)
+    count = _count(tensor.dims)
     struct.pack_into(f"<{count}f", file.data, tensor.offset, *[value] * count)
     return f"tensor {tensor.name.decode()} is all {value}"
 

@@ -229,6 +229,9 @@ def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, held: list[
     if asked.have != transfer.count(held):
         # Its tokens came from a broker that is gone, and without them another run would not continue them.
         return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
+    if held and asked.task != "generate":
+        # Two workers need not agree in the last digit, so one does not continue the result of the other.
+        return ErrorInfo(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
     if not prompt and asked.task == "generate":
         return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
     if len(prompt) > limits.PROMPT_BYTES:

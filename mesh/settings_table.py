@@ -254,6 +254,7 @@ _CLIENT = (
         high=100,
     ),
     _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
+    _row("client.models_dir", Kind.TEXT, "", "a folder of GGUF files that `llambo models` lists, too"),
     _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
 )
 _FAKE = (

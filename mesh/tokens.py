@@ -159,10 +159,6 @@ def trim_chunk(frame: bytes, first: int) -> bytes | None:
     return encode_chunk(chunk.key, first, ids[skip:], pieces[skip:], chunk.flags, kept)
 
 
-def has_logprobs(body: Body) -> bool:
-    return body.logprobs is not None
-
-
 def final_flags(reason: str | None) -> int:
     """What the last chunk of an answer says about it, should the END be lost together with its worker."""
     return {"stop": FINAL | STOPPED, "length": FINAL}.get(reason or "", 0)

@@ -66,7 +66,7 @@ def merge(chunks: Sequence[bytes]) -> list[bytes]:
     for frame in chunks:
         body = tokens.decode_body(frame[tokens.HEAD_BYTES :])
         length = sum(map(len, body.pieces)) + TOKEN_OVERHEAD_BYTES * len(body.ids)
-        plain = not tokens.has_logprobs(body)
+        plain = body.logprobs is None
         full = len(ids) + len(body.ids) > limits.CHUNK_TOKENS or size + length > limits.TOKEN_FRAME_BYTES // 2
         if not plain or full or (ids and frame[1 : tokens.KEY_END] != key):
             close()

@@ -31,13 +31,12 @@ from llambo.worker.actions import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.config import WorkerConfig
 from llambo.worker.delivery import Delivery
 from llambo.worker.engine_life import NEVER_MS, EngineLife
-from llambo.worker.engine_proto import Start
+from llambo.worker.engine_proto import Start, start_of
 from llambo.worker.identity import Identity
 from llambo.worker.introduction import Introduction
 from llambo.worker.orphans import Orphans
 from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
-from llambo.worker.starting import start_of
 
 #: Of the reason why it leaves.
 GOODBYE_CHARS = 256
@@ -199,7 +198,17 @@ class WorkerCore:
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
         deadline_at = now_ms + dispatch.deadline_ms if dispatch.deadline_ms else 0
-        self.runs.add(Run(key, number, Tokens.of(dispatch, chunks), dispatch, prompt, deadline_at))
+        self.runs.add(
+            Run(
+                key,
+                number,
+                Tokens.of(dispatch, chunks),
+                dispatch,
+                prompt,
+                deadline_at,
+                published=dispatch.task == "generate",
+            )
+        )
         self._out.append(StartRun(start))
         self.links[number].send(m.Accept(dispatch.id, dispatch.dispatch))
 

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from llambo.mesh import limits
 from llambo.mesh.errors import ErrorInfo
-from llambo.mesh.messages import Logprobs, ModelInfo, Reason, Sampling, Task, Usage
+from llambo.mesh.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.tasks import TaskOptions
 from llambo.mesh.tokens import Logprob
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
@@ -184,3 +184,27 @@ def from_agent() -> Unpacker:
 
 def from_engine() -> Unpacker:
     return Unpacker(ToAgent)
+
+
+_decode_sampling = msgspec.msgpack.Decoder(Sampling).decode
+_decode_options = msgspec.msgpack.Decoder(TaskOptions).decode
+_decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
+
+
+def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
+    """What a dispatch is to an engine. Raises what a decoder raises."""
+    key, generates = dispatch.id + dispatch.dispatch, dispatch.task == "generate"
+    return Start(
+        key,
+        prompt,
+        dispatch.max_tokens,
+        dispatch.seed,
+        dispatch.prefix,
+        _decode_sampling(dispatch.sampling) if generates else Sampling(),
+        dispatch.deadline_ms,
+        dispatch.model,
+        dispatch.logprobs,
+        list(_decode_names(dispatch.sampling)),
+        dispatch.task,
+        TaskOptions() if generates else _decode_options(dispatch.sampling),
+    )

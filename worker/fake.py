@@ -44,9 +44,9 @@ class _Sequence:
     deadline_ms: int
     stops: list[bytes]
     logprobs: int | None
-    poisonous: bool = False
     #: Of a task: its result.
     result: list[bytes] | None = None
+    poisonous: bool = False
     #: The end of the text so far, as much as a stop string could reach back into.
     tail: bytes = b""
     first_ms: int = -1
@@ -141,8 +141,8 @@ class FakeEngine:
             due_ms=now_ms + self._knobs.ttft_ms,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             stops=stops,
-            logprobs=start.logprobs,
             poisonous=bool(self._knobs.poison) and self._knobs.poison.encode() in start.prompt,
+            logprobs=start.logprobs,
         )
         if stops:
             reach = max(map(len, stops))

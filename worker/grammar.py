@@ -8,9 +8,16 @@ from typing import Any
 
 from llambo.mesh import limits
 from llambo.mesh.messages import Sampling
+from llambo.worker.prompts import RENDER_BYTES, memory_limit, time_limit
 
 #: A schema of a few kilobytes can stand for a large grammar, but not for one without end.
 MADE_CHARS = 8 * limits.GRAMMAR_CHARS
+#: A schema may ask for so many characters or items: each becomes a piece of the grammar.
+MADE_REPETITIONS = 10_000
+#: The keys that ask for them.
+REPETITIONS = ("minLength", "maxLength", "minItems", "maxItems")
+#: Making a grammar of a schema takes milliseconds; one that takes longer means harm.
+MADE_S = 2.0
 
 
 class GrammarError(Exception):
@@ -24,8 +31,9 @@ def grammar_text(options: Sampling, of_schema: Callable[[str], str]) -> str:
     if options.json_schema:
         _check_schema(options.json_schema)
         try:
-            text = of_schema(options.json_schema)
-        except ValueError as error:
+            with time_limit(MADE_S), memory_limit(RENDER_BYTES):
+                text = of_schema(options.json_schema)
+        except (ValueError, TimeoutError, MemoryError) as error:
             raise GrammarError(f"the JSON schema cannot be used: {error}") from error
         if len(text) > MADE_CHARS:
             raise GrammarError(f"the JSON schema makes a grammar of {len(text)} characters, {MADE_CHARS} may be")
@@ -76,5 +84,9 @@ def _check_schema(text: str) -> None:
         value, level = waiting.pop()
         if level > limits.GRAMMAR_DEPTH:
             raise GrammarError(f"the JSON schema is nested more than {limits.GRAMMAR_DEPTH} deep")
+        for key in REPETITIONS if isinstance(value, dict) else ():
+            count = value.get(key)
+            if isinstance(count, int) and count > MADE_REPETITIONS:
+                raise GrammarError(f"the JSON schema has {key} {count}, at most {MADE_REPETITIONS} may be")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         waiting += [(each, level + 1) for each in inner]

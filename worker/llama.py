@@ -21,6 +21,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import llama_cpp
@@ -184,6 +185,11 @@ class Model:
     def name(self, token: int) -> str:
         """The text that stands for a token in a template: `<s>` and the like."""
         return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest text that one token stands for, as its name or in an answer."""
+        return max(len(self._render(token, special=True)) for token in range(self.tokens)) or 1
 
     @property
     def bos(self) -> str:

@@ -28,7 +28,7 @@ from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
 from llambo.worker.grammar import GrammarError, grammar_text
 from llambo.worker.llama_tasks import NoRoom, Tasks
 from llambo.worker.logprobs import logprob_of
-from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+from llambo.worker.prompts import BadPrompt, Message, Template, TooLong, text_of
 from llambo.worker.sampling import DeadEnd, Logits, Sampler
 from llambo.worker.text import Gate
 
@@ -116,7 +116,8 @@ class LlamaEngine:
         try:
             prompt = self._prompt(start)
         except BadPrompt as error:
-            return _refused(start, Code.BAD_REQUEST, str(error))
+            code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
+            return _refused(start, code, str(error))
         context = self._decoder.context
         if len(prompt) + start.max_tokens > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
@@ -213,6 +214,11 @@ class LlamaEngine:
 
     def _prompt(self, start: Start) -> list[int]:
         text, templated = text_of(start.prompt, start.sampling, self._template)
+        context, longest = self._decoder.context, self._model.longest
+        if len(text) > context * longest:
+            # Known without counting, which takes its time for megabytes while all others wait.
+            least = len(text) // longest
+            raise TooLong(f"a prompt of {len(text)} bytes is more than {least} tokens, and the context is {context}")
         tokens = self._model.tokenize(text, special=templated)
         if not tokens:
             raise BadPrompt("the prompt is empty")

@@ -1,16 +1,22 @@
 """From what a client sent to the text a model reads: as it is, or through the model's own chat template.
 
 A template comes with a model file, that is, from strangers. It runs in a sandbox that reaches no attribute of
-Python's own and cannot change what it is given, and a timer ends one that does not come to its end.
+Python's own and cannot change what it is given; a timer ends one that does not come to its end, and a limit on the
+memory of this process one that grows without end. Neither interrupts a single long operation, so what could be one
+(products, powers) is looked at before.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -29,10 +35,20 @@ RENDER_S = 2.0
 MESSAGES = 4096
 #: The largest base or exponent of a power in a template.
 MAX_POWER = 1000
+#: The longest number that may be multiplied: of long ones a single product takes minutes.
+MAX_BITS = 100_000
+#: A width or precision of a thousand and more, or one that is an argument.
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
+#: What a template may use of memory, beyond what the process has.
+RENDER_BYTES = 256 * 1024 * 1024
 
 
 class BadPrompt(Exception):
     """The prompt or the model's template is no good; the text says why."""
+
+
+class TooLong(BadPrompt):
+    """It cannot fit, however it is counted."""
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -56,14 +72,22 @@ class _Generation(Extension):
 class _Sandbox(ImmutableSandboxedEnvironment):
     """One multiplication can ask for more memory than there is, and no timer interrupts it."""
 
-    intercepted_binops = frozenset(["*", "**"])
+    intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        size = max((len(side) for side in (left, right) if isinstance(side, (str, list, tuple, bytes))), default=0)
-        times = max((abs(side) for side in (left, right) if isinstance(side, int)), default=0)
-        if (size and size * times > limits.PROMPT_BYTES) or (operator == "**" and times > MAX_POWER):
+        if _huge(operator, left, right):
             raise BadPrompt(f"the model's chat template asks for something huge with {operator}")
         return super().call_binop(context, operator, left, right)
+
+
+def _huge(operator: str, left: Any, right: Any) -> bool:
+    if operator == "%":  # a remainder, or a text with widths in it
+        return isinstance(left, str) and _WIDE.search(left) is not None
+    size = max((len(side) for side in (left, right) if isinstance(side, (str, list, tuple, bytes))), default=0)
+    times = max((abs(side) for side in (left, right) if isinstance(side, int)), default=0)
+    if times.bit_length() > MAX_BITS or (size and size * times > limits.PROMPT_BYTES):
+        return True
+    return operator == "**" and times > MAX_POWER
 
 
 class Template:
@@ -86,7 +110,7 @@ class Template:
     def render(self, messages: list[Message]) -> str:
         told = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            with time_limit(RENDER_S):
+            with time_limit(RENDER_S), memory_limit(RENDER_BYTES):
                 return self._template.render(messages=told, add_generation_prompt=True, **self._names)
         except BadPrompt:
             raise
@@ -143,3 +167,17 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """MemoryError where the process would take so much more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
+    limits_now = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits_now), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -61,6 +61,7 @@ class Tokens:
     def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
         """Those that exist already, with their text if it came with them."""
         bodies = [tokens.decode_body(chunk[tokens.HEAD_BYTES :]) for chunk in chunks]
+        # A client may give back what it likes: tokens without the logprobs it has asked for, or the reverse.
         alike = all((body.logprobs is None) == (dispatch.logprobs is None) for body in bodies)
         if transfer.count(chunks) != len(dispatch.prefix) or not alike:
             return cls(len(dispatch.prefix))
@@ -136,11 +137,8 @@ class Run:
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
-
-    @property
-    def published(self) -> bool:
-        """If not, it makes a result and no answer, and that goes with the END, on control."""
-        return self.work.task == "generate"
+    #: False: it makes a result and not an answer, and that goes with the END, on control.
+    published: bool = True
 
     @property
     def active(self) -> bool:

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from bench import tiny_model
 from llambo.cli.exits import Exit
 from tests.acceptance.commands import (
     BROKER,
@@ -359,6 +361,42 @@ def test_no_broker_is_said_with_what_to_do() -> None:
     )  # fmt: skip
 
 
+def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
+    (tmp_path / "junk.gguf").write_bytes(b"junk")
+    words = ("models", "--connect-ms", "200", "--models-dir", str(tmp_path))
+    nowhere = Mesh("tcp://127.0.0.1:1")
+
+    shown = nowhere.ok(*words).out
+    told = nowhere.ok(*words, "--json").json()
+
+    assert shown.splitlines()[-1].startswith("served: no broker answers at tcp://127.0.0.1:1")
+    (line,) = [line for line in shown.splitlines() if "tiny.gguf" in line]
+    assert line.split()[3:] == ["llama", "F32", "512", "models", "folder", "yes"]
+    assert (told["mesh"], told["problem"].split(" at ")[0]) == (None, "no broker answers")
+    assert {Path(each["path"]).name: each["problem"] for each in told["host"] if each["where"] == "models folder"} == {
+        "tiny.gguf": "",
+        "junk.gguf": "it is no GGUF file",
+    }
+
+
+@pytest.mark.parametrize("kind", ["junk", "cut", "too large"])
+def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Path, kind: str) -> None:
+    path, content = tmp_path / "x.gguf", tiny_model.whole()
+    path.write_bytes({"junk": b"junk", "cut": content[:200_000]}.get(kind, content))
+    with by_hand() as (mesh, _, _):
+        size = ("--ctx", str(16 * 2**20), "--slots", "64") if kind == "too large" else ()
+        words = ("--broker", mesh.address, "--engine", "llama", "--model", str(path))
+        with Running(WORKER, *words, *size) as worker:
+            assert worker.end() == Exit.ERROR
+        said = " ".join(worker.err)
+        assert f"cannot serve {path}: {path} " in said
+        if kind == "too large":
+            assert "MiB of cache for 64 slots of 16777216 tokens" in said and "would fit" in said
+        # The mesh has seen it come and go
+        assert "cannot serve" in mesh.ok("events").out
+
+
 def test_a_broker_without_workers_says_so() -> None:
     with by_hand() as (mesh, _, _):
         done = mesh.llambo("send", "hello")
@@ -384,7 +422,9 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Mesh) -> None:
     assert "worker joined" in shown["events"]
     assert mesh.ok("status", "--json").json()["ready"] == 2
     assert [row["worker"] for row in mesh.ok("workers", "--json").json()] == ["worker-1", "worker-2"]
-    assert mesh.ok("models", "--json").json() == [{"model": "fake", "workers": 2, "slots": 8, "waiting": 0}]
+    listed = mesh.ok("models", "--json").json()
+    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0}]
+    assert listed["problem"] == ""
     last = mesh.ok("events", "--json").json()[-1]["number"]
     assert mesh.ok("events", "--since", str(last), "--json").json() == []
 

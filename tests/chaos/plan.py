@@ -176,8 +176,9 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
         case "kill":
             return replace(fault, what=random.choice(KINDS))
         case "stop":
-            # Past the lease, so that it wakes up as a zombie.
-            return replace(fault, length_ms=plan.lease_ms + random.randint(200, 1_000))
+            # Past the lease, so that it wakes up as a zombie. With a short lease its connections are still there (ZMTP
+            # gives them up after 1,500 ms), and what it says at first is heard, and refused.
+            return replace(fault, length_ms=plan.lease_ms + random.randint(200, 700))
         case "hang":
             return replace(fault, length_ms=plan.stall_ms)
         case "link":
@@ -209,7 +210,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "broker": {"minutes": 12.0, "faults": {"broker": 9.0}, "streams": 100, "tokens": (60, 140), "slots": 128},
     "two-brokers": {"minutes": 6.0, "faults": {"broker": 9.0}, "brokers": 2, "broker_ends": ("kill",),
                     "spared_broker": 0},
-    "freeze": {"minutes": 9.0, "faults": {"stop": 12.0}, "lease_ms": 1_000, "style": "wander",
+    "freeze": {"minutes": 9.0, "faults": {"stop": 12.0}, "lease_ms": 700, "style": "wander",
                "tokens_per_s": 50.0, "tokens": (100, 300)},
     "hang": {"minutes": 9.0, "faults": {"hang": 6.0}},
     "links": {"minutes": 12.0, "faults": {"link": 9.0}, "places": "far"},

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Literal
 
 import pytest
 
@@ -342,3 +343,31 @@ def test_a_sync_client_where_an_event_loop_runs_already() -> None:
                 return client.generate("hello", max_tokens=5, seed=1).ids
 
         assert mesh.run(cell()) == truth("hello", 1, 5)
+
+
+def test_a_request_waits_for_a_model_that_is_loading() -> None:
+    knobs = FakeKnobs(load_ms=1_500)
+    with Mesh(0, knobs=knobs, check=True) as mesh:
+        mesh.spawn("slow")
+        mesh.until(lambda core: any(w.last.percent > 30 for w in core.state.registry.workers.values()), "30 % loaded")
+
+        async def scenario() -> Answer:
+            async with mesh.client() as client:
+                told = await client.status()
+                assert (told["ready"], told["workers"], list(told["loading"])) == (0, 1, ["slow"])
+                return await client.generate("Hello", max_tokens=5, seed=1)
+
+        assert mesh.run(scenario()).ids == truth("Hello", 1, 5)
+
+
+@pytest.mark.parametrize("when", ["careless", "always"])
+def test_an_engine_that_dies_while_it_loads(when: Literal["careless", "always"]) -> None:
+    """Careful it may live; if not, the worker ends and says why."""
+    with Mesh(0, knobs=FakeKnobs(load_crash=when), check=True) as mesh:
+        worker = mesh.spawn("w")
+        if when == "careless":
+            worker.first_line()
+        else:
+            assert worker.wait() == 1
+            assert "cannot serve fake: the engine was ended by SIGSEGV while loading, with safe" in worker.written()
+        assert "SIGSEGV while loading; trying again with safe settings" in worker.written()

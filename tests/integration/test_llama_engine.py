@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
+from bench import cancels
 from llambo.mesh.errors import Code
 from llambo.mesh.messages import Reason, Sampling, Usage
 from llambo.mesh.tokens import Logprob
@@ -394,3 +395,19 @@ def test_a_cancel_in_the_middle_of_a_long_prompt_is_heard(engine: LlamaEngine) -
 def test_models_that_are_not_there_are_named() -> None:
     with pytest.raises(models.NoSuchModel, match="names are: smollm2"):
         models.find("/nowhere/x.gguf")
+
+
+def test_requests_that_are_stopped_anywhere_leave_nothing(engine: LlamaEngine) -> None:
+    """After each cancel and deadline llama.cpp's own cache is compared with our account. For long: bench.cancels."""
+    engine.forget()
+    before = cancels.answer(engine)
+    told = cancels.storm(engine, 25, seed=1)
+    assert told.ended.total() >= 25
+    assert {"in its answer", "by its deadline"} <= set(told.ended)
+    assert cancels.answer(engine) == before
+
+
+def test_a_hopelessly_long_prompt_is_not_even_counted(engine: LlamaEngine) -> None:
+    refused = refusal(engine, ask(prompt="x" * 3_000_000))
+    assert refused.error.code is Code.TOO_LONG
+    assert "a prompt of 3000" in refused.error.text

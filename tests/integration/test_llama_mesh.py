@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llambo import Client
+from llambo.broker import queries
 from llambo.mesh.client import Answer, Options, Piece
 from llambo.mesh.errors import Code, LlamboError
 from llambo.worker import engine_proto as proto
@@ -187,6 +188,33 @@ def test_kills_of_engines_and_agents_change_no_text(mesh: Mesh) -> None:
     )
     # On one machine, with one thread each, nearly all are
     assert same > 0.5 * asked
+
+
+def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_serves() -> None:
+    """As where the fast instructions of a machine are forbidden: the first engine dies before it is ready."""
+    with Mesh(0, worker=WORKER, check=True) as mesh:
+        # Given a worker whose engine loads the model
+        worker = mesh.spawn("careful")
+        mesh.until(
+            lambda core: any(w.last.note.startswith("loading") for w in core.state.registry.workers.values()),
+            "a worker that is loading",
+        )
+        assert mesh.look(lambda core: queries.status(core.state, "", 0)["ready"]) == 0
+
+        # When a request comes, and the engine dies of a segmentation fault
+        async def scenario() -> Answer:
+            async with mesh.client() as client:
+                asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
+                await mesh.aside(lambda core: core.state.room.count, "a request that waits")
+                os.kill(worker.children()[0], signal.SIGSEGV)
+                return await asking
+
+        answer = mesh.run(scenario())
+        # Then the next one is careful, and the request that waited is answered
+        assert (answer.worker, len(answer.ids)) == ("careful", 4)
+        (note,) = mesh.look(lambda core: [w.last.note for w in core.state.registry.workers.values()])
+        assert note.endswith("safe settings")
+        assert "SIGSEGV while loading; trying again with safe settings" in worker.written()
 
 
 def listen(child: EngineProcess) -> list[proto.ToAgent]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.messages import Sampling
-from llambo.worker import gguf, models
+from llambo.worker import gguf, grammar, models
 from llambo.worker.gguf import BadModelFile
 from llambo.worker.grammar import GrammarError, depth, grammar_text
 from llambo.worker.knobs import LlamaKnobs
@@ -169,3 +169,23 @@ def test_a_grammar_passes_and_a_bomb_does_not() -> None:
             grammar_text(Sampling(grammar=bad), str)
     with pytest.raises(GrammarError, match="characters"):
         grammar_text(Sampling(json_schema="{}"), lambda schema: "x" * 10**6)
+
+
+@pytest.mark.parametrize("key", ["minLength", "maxLength", "minItems", "maxItems"])
+def test_a_schema_may_not_ask_for_a_grammar_without_end(key: str) -> None:
+    def never(schema: str) -> str:
+        raise AssertionError("it was to be refused before")
+
+    schema = f'{{"properties": {{"a": {{"{key}": 1000000000}}}}}}'
+    with pytest.raises(GrammarError, match=f"{key} 1000000000, at most"):
+        grammar_text(Sampling(json_schema=schema), never)
+
+
+def test_making_a_grammar_of_a_schema_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(schema: str) -> str:
+        while True:
+            pass
+
+    monkeypatch.setattr(grammar, "MADE_S", 0.1)
+    with pytest.raises(GrammarError, match="not done after"):
+        grammar_text(Sampling(json_schema="{}"), endless)

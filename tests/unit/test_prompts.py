@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import time
 
@@ -10,7 +11,7 @@ import pytest
 
 from llambo.mesh.messages import Sampling
 from llambo.worker import prompts
-from llambo.worker.prompts import BadPrompt, Message, Template, text_of
+from llambo.worker.prompts import BadPrompt, Message, Template, memory_limit, text_of
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -61,6 +62,11 @@ HOSTILE = [
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'x' * (10 ** 9) * 10 }}",
     "{{ 10 ** 10 ** 10 }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%*d' % (9999999999, 1) }}",
+    "{{ 'x'.ljust(10 ** 10) }}{{ '{:>9999999999}'.format('x') }}",
+    "{% set n = namespace(v='x') %}{% for i in range(200) %}{% set n.v = n.v ~ n.v %}{% endfor %}",
+    "{% set n = namespace(v=3) %}{% for i in range(200) %}{% set n.v = n.v * n.v %}{% endfor %}",
     "{{ 'x' | center(10 ** 10) }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% include '/etc/passwd' %}",
@@ -86,3 +92,17 @@ def test_a_hostile_template_fails_and_that_is_all(source: str, monkeypatch: pyte
         assert "class '" not in text and "subclass" not in text and "root:" not in text
     assert time.monotonic() - began < 5
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert resource.getrlimit(resource.RLIMIT_AS) == (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+
+def test_percent_still_means_what_it_means() -> None:
+    source = "{{ 7 % 4 }} {{ '%s: %03d' % ('x', 7) }} {{ '%-20s|' % 'x' }}"
+    assert template(source).render(HELLO).split() == ["3", "x:", "007", "x", "|"]
+
+
+def test_a_limit_on_memory_is_an_error_and_over_afterwards() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), memory_limit(10**8):
+        bytearray(10**10)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert len(bytearray(2 * 10**8)) == 2 * 10**8

@@ -1,0 +1,115 @@
+"""The models of a host, as `llambo models` lists them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import tiny_model
+from llambo.worker import found, models
+from llambo.worker.found import Found
+from llambo.worker.knobs import LlamaKnobs
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home and a working folder with nothing in them."""
+    for name in ("home", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(models, "packaged", lambda name: None)
+    return tmp_path
+
+
+def put(path: Path, content: bytes = tiny_model.whole()) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def listed(folder: str = "") -> dict[str, Found]:
+    return {Path(each.path).name: each for each in found.on_this_host(folder)}
+
+
+def test_every_usual_place_is_looked_at(host: Path) -> None:
+    cache = host / "home/.cache"
+    put(host / "work/a.gguf")
+    put(host / "work/below/not-this.gguf")
+    put(cache / "llama.cpp/b.gguf")
+    put(cache / "huggingface/hub/models--x--y/snapshots/abc/c.gguf")
+    put(host / "mine/deep/d.GGUF")
+    put(host / "work/readme.txt")
+    seen = found.on_this_host(str(host / "mine"))
+    assert [(Path(each.path).name, each.where) for each in seen] == [
+        ("d.GGUF", "models folder"),
+        ("a.gguf", "working folder"),
+        ("b.gguf", "llama.cpp cache"),
+        ("c.gguf", "Hugging Face cache"),
+    ]
+    assert all(Path(each.model).is_file() for each in seen), "what --model takes"
+
+
+def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_CACHE", str(host / "one"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(host / "two"))
+    put(host / "one/a.gguf")
+    put(host / "two/b.gguf")
+    assert set(listed()) == {"a.gguf", "b.gguf"}
+
+
+def test_a_file_is_listed_once_and_told_of(host: Path) -> None:
+    path = put(host / "mine/tiny.gguf")
+    (host / "work/link.gguf").symlink_to(path)
+    (only,) = found.on_this_host(str(host / "mine"))
+    size = path.stat().st_size
+    assert only == Found(str(path), str(path), "models folder", size, "llama", "F32", tiny_model.CONTEXT)
+
+
+def test_what_cannot_be_loaded_is_said_with_the_reason(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(host / "work/junk.gguf", b"x" * 100)
+    put(host / "work/empty.gguf", b"")
+    put(host / "work/cut.gguf", tiny_model.whole()[:-5000])
+    helper = tiny_model.build()
+    helper.entry("general.architecture").value = b"clip"
+    put(host / "work/mmproj.gguf", helper.encode())
+    problems = {name: each.problem for name, each in listed().items()}
+    assert problems["junk.gguf"] == "it is no GGUF file"
+    assert problems["empty.gguf"].startswith("it is")
+    assert problems["cut.gguf"].startswith("it is cut off")
+    assert "picture encoder" in problems["mmproj.gguf"]
+    monkeypatch.setattr(models, "free_bytes", lambda: 1000)
+    put(host / "work/large.gguf")
+    assert listed()["large.gguf"].problem.startswith("it does not fit: 0 MiB of weights")
+
+
+def test_without_llama_cpp_nothing_can_be_loaded(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(host / "work/a.gguf")
+    monkeypatch.setattr(models, "installed", lambda: False)
+    assert "llama.cpp is not installed" in listed()["a.gguf"].problem
+
+
+def test_a_model_in_parts_is_one(host: Path) -> None:
+    for number in (1, 2, 3):
+        put(host / f"work/big-{number:05}-of-00003.gguf")
+    (only,) = listed().values()
+    assert only.path.endswith("big-00001-of-00003.gguf")
+    assert only.size_bytes == 3 * len(tiny_model.whole())
+
+
+def test_an_installed_package_goes_by_its_name(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(host / "site/packaged.gguf")
+    monkeypatch.setattr(models, "packaged", lambda name: path)
+    (only,) = found.on_this_host()
+    assert (only.model, only.where) == ("smollm2", "package")
+
+
+@pytest.mark.parametrize("seed", range(0, 500, 4))
+def test_a_damaged_model_is_listed_all_the_same(tmp_path: Path, seed: int) -> None:
+    what, content = tiny_model.mutant(seed)
+    path = put(tmp_path / "x.gguf", content)
+    told = found.look_at("x", path, "here", LlamaKnobs(), 2**34, 2)
+    assert told.size_bytes > 0 or not content, what
