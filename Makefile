@@ -19,10 +19,10 @@ SEED ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help dev check lint test sim soak chaos demo bench docs format clean
+.PHONY: help dev check lint test sim soak chaos demo bench bench-peers docs format clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
 
 dev: $(STAMP) ## make .venv with llambo and its tools in it
 
@@ -64,6 +64,9 @@ demo: $(STAMP) ## a broker, two workers and a streamed answer
 
 bench: $(STAMP) ## the mesh beside bare sockets
 	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(STAMP) ## the mesh on SmolLM2 beside llama-server, which is built first, and llama-cpp-python's server
+	$(BIN)/python -m bench beside --profile $(ARGS)
 
 docs: $(STAMP) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py

@@ -70,8 +70,9 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
         safe = "safe settings" in str(worker["note"])
         path = models.find(MODEL)
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
-        print(f"SmolLM2-135M Q4_1, {options.threads} threads, {SLOTS} slots of {CONTEXT}, {tokens} tokens a stream, "
-              f"{'no repacking' if safe else 'repacking allowed'}")  # fmt: skip
+        repacking = "no repacking" if safe else "repacking allowed"
+        shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {tokens} tokens a stream, {repacking}"
+        print(f"beside: SmolLM2-135M Q4_1, {shape}")
 
         async def of_mesh(turn: int, streams: int) -> list[Timed]:
             return await mesh_round(client, turn, streams, tokens)

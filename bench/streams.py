@@ -111,6 +111,10 @@ class HttpStream:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def close(self) -> None:
+        self.over = True
+        self._socket.close()
+
     def start(self) -> None:
         self.timed.started = time.perf_counter()
         self._socket.sendall(self._request)
@@ -131,8 +135,7 @@ class HttpStream:
         self._rest = heard[heard.rfind(EVENT) + len(EVENT) :] if events else heard
         self._rest = self._rest[-2 * READ_BYTES :]
         if not data:
-            self.over = True
-            self._socket.close()
+            self.close()
             if not self.timed.arrivals:
                 raise SystemExit(f"no tokens came, but {heard[:500]!r}")
 

@@ -114,10 +114,11 @@ class Agent:
         return poller
 
     def _flush(self) -> None:
-        for link in self._links.values():
-            link.flush()
+        # The engine first: what it is told to start, somebody waits for.
         if self.engine is not None:
             self.engine.push()
+        for link in self._links.values():
+            link.flush()
 
     # --- what arrives --------------------------------------------------------------------------------
 

@@ -6,23 +6,32 @@ every step. All requests share each step. Three things are decided here:
 
     share     a step with running streams takes only so many prompt tokens that it lasts at most STRETCH times as
               long as one without; a step without streams only so many that cancels and deadlines are heard soon.
-              Both follow from measured times, so that they suit a small model as well as a large one.
+              Both follow from measured times, so that they suit a small model as well as a large one. Steps
+              without prompts save up for a burst: short prompts that come together go in together, and past a
+              long one.
     reuse     a finished slot keeps its tokens. A new request takes the slot with the longest common prefix, or gets
               a copy of the prefix of another slot, running ones included; slots go least recently used first.
     cells     a slot never holds more than `context` tokens: who could exceed that is refused at the door.
 
 Every slot has a cache of its own, of `context` cells (not one cache for all: that was measured to be slower).
+llama.cpp decodes slots together that are neighbours, and others one after the other. So a new request goes beside
+those that run.
 There is no clock and no model in here: the engine says what it measured, and does what `plan` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 #: A step with prompt tokens in it may take so many times as long as a step without.
 STRETCH = 2.5
 #: A step without running streams takes about so long, so that a cancel is heard in the middle of a prompt.
 PREFILL_STEP_MS = 300.0
+#: Beyond that, prompts that fit in whole may take so long, saved up at this rate while streams run undisturbed: a
+#: handful of short prompts at once is one short pause, and in small helpings each would wait for all before it.
+BURST_MS = 400.0
+SAVED = 0.1
 #: Prompt tokens in a step, at least: less would make a prompt wait for ever behind running streams.
 MIN_SHARE = 8
 #: Assumed until something was measured.
@@ -41,6 +50,8 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     cells: int = 0
     key: bytes | None = None
+    #: Nothing of its prompt was decoded yet.
+    fresh: bool = False
     #: When it became free, counted in requests: the smallest is the least recently used.
     used: int = 0
 
@@ -82,8 +93,10 @@ class Batcher:
         #: Requests that still prefill, oldest first.
         self._prefilling: dict[bytes, Slot] = {}
         self._finished = 0
-        self._decode_ms = 0.0
+        #: A step without prompts, by the number of its streams.
+        self._decode_ms: dict[int, float] = {}
         self._prefill_ms = 0.0  # per token
+        self._burst_ms = BURST_MS
 
     # --- requests come and go ------------------------------------------------------------------------
 
@@ -109,7 +122,7 @@ class Batcher:
         assert len(tokens) <= self.context, "who could exceed the context was to be refused"
         placed = self._choose(free, tokens)
         slot = self.slots[placed.slot]
-        slot.key = key
+        slot.key, slot.fresh = key, True
         slot.tokens, slot.cells = list(tokens), placed.cached
         self._by_key[key] = slot
         self._prefilling[key] = slot
@@ -147,7 +160,8 @@ class Batcher:
     def _choose(self, free: list[Slot], tokens: list[int]) -> Placed:
         kept = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]
         own = max(free, key=lambda slot: kept[slot.number])
-        oldest = min(free, key=lambda slot: (slot.cells > 0, slot.used))
+        apart = self._apart()
+        oldest = min(free, key=lambda slot: (apart[slot.number], slot.cells > 0, slot.used))
         donor = max(self.slots, key=lambda slot: kept[slot.number])
         saved = kept[donor.number]
         # In place, unless that would spoil a long prefix of others for a short one of ours.
@@ -156,6 +170,15 @@ class Batcher:
         if donor is not oldest and saved - kept[oldest.number] >= MIN_COPY:
             return Placed(oldest.number, saved, donor.number)
         return Placed(oldest.number, kept[oldest.number])
+
+    def _apart(self) -> list[int]:
+        """Into how many runs of neighbours the busy slots would fall, with each of the slots among them."""
+        busy = [slot.key is not None for slot in self.slots]
+        runs = []
+        for number in range(len(busy)):
+            with_it = [*busy[:number], True, *busy[number + 1 :]]
+            runs.append(sum(here and not before for before, here in pairwise([False, *with_it])))
+        return runs
 
     # --- steps ---------------------------------------------------------------------------------------
 
@@ -166,13 +189,16 @@ class Batcher:
         for slot in self.slots:
             if slot.key is not None and slot.key not in self._prefilling and slot.waiting:
                 self._add(plan, slot.key, slot, 1)
-        share = self._share(len(plan.tokens))
+        share, burst = self._share(len(plan.tokens))
         for key, slot in list(self._prefilling.items()):
             count = min(share - plan.prefill, slot.waiting)
-            if count <= 0:
-                break
-            self._add(plan, key, slot, count)
-            plan.prefill += count
+            if slot.fresh and slot.waiting <= share + burst - plan.prefill:
+                count = slot.waiting
+                burst -= max(0, plan.prefill + count - share)
+                share = max(share, plan.prefill + count)
+            if count > 0:
+                self._add(plan, key, slot, count)
+                plan.prefill += count
         return plan if plan.tokens else None
 
     def _add(self, plan: Plan, key: bytes, slot: Slot, count: int) -> None:
@@ -187,22 +213,42 @@ class Batcher:
         """The step was decoded, and took so long."""
         for number in plan.slots:
             self.slots[number].cells += 1
+            self.slots[number].fresh = False
         for _, key in plan.outputs:
             self._prefilling.pop(key, None)
         streams = len(plan.tokens) - plan.prefill
         if not plan.prefill:
-            self._decode_ms = _mixed(self._decode_ms, took_ms)
-        elif plan.prefill >= MIN_SHARE:
-            rest_ms = max(took_ms - (self._decode_ms if streams else 0.0), 0.1 * took_ms)
+            self._decode_ms[streams] = _mixed(self._decode_ms.get(streams, 0.0), took_ms)
+            self._burst_ms = min(BURST_MS, self._burst_ms + SAVED * took_ms)
+            return
+        decode_ms = self._undisturbed_ms(streams)
+        if plan.prefill >= MIN_SHARE:
+            rest_ms = max(took_ms - decode_ms, 0.1 * took_ms)
             self._prefill_ms = _mixed(self._prefill_ms, rest_ms / plan.prefill)
+        if streams:
+            self._burst_ms -= max(0.0, took_ms - STRETCH * decode_ms)
 
-    def _share(self, streams: int) -> int:
-        """Prompt tokens for a step with so many running streams."""
+    def _undisturbed_ms(self, streams: int) -> float:
+        """What a step of so many streams takes without prompts.
+
+        Before it was measured it is guessed from the nearest number that was: half of such a step is the same for
+        any number (the weights have to be read), half grows with it. A guess far too low would be taken for slow
+        prompts, and they would then be let in by crumbs.
+        """
+        if not streams or not self._decode_ms:
+            return 0.0
+        known = min(self._decode_ms, key=lambda number: abs(number - streams))
+        return self._decode_ms[known] * (1 + streams / known) / 2
+
+    def _share(self, streams: int) -> tuple[int, int]:
+        """Prompt tokens for a step with so many running streams, and how many more for prompts that fit in whole."""
         room = self._batch - streams
         if not self._prefill_ms:
-            return min(room, FIRST_SHARE)
-        spare_ms = (STRETCH - 1) * self._decode_ms if streams else PREFILL_STEP_MS
-        return min(room, max(MIN_SHARE, int(spare_ms / self._prefill_ms)))
+            return min(room, FIRST_SHARE), 0
+        spare_ms = (STRETCH - 1) * self._undisturbed_ms(streams) if streams else PREFILL_STEP_MS
+        share = min(room, max(MIN_SHARE, int(spare_ms / self._prefill_ms)))
+        burst = int(max(0.0, self._burst_ms) / self._prefill_ms) if streams else 0
+        return share, min(burst, room - share)
 
 
 def _mixed(old: float, new: float) -> float:

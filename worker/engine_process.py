@@ -11,6 +11,8 @@ from typing import Any
 
 from llambo.worker import engine_proto as proto
 
+#: What the child runs.
+MODULE = "llambo.worker.engine"
 #: Bytes taken from the pipe before the sockets get a turn.
 READ_BYTES = 64 * 1024
 #: How long a process that was killed, or closed its pipe, may take to be gone.
@@ -23,7 +25,7 @@ class EngineProcess:
     def __init__(self, configure: proto.Configure) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        command = [sys.executable, "-m", "llambo.worker.engine"]
+        command = [sys.executable, "-m", MODULE]
         with theirs:
             self._process = subprocess.Popen(
                 [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())],

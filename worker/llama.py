@@ -39,6 +39,8 @@ KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
 FLASH = {"auto": -1, "off": 0, "on": 1}
 #: What ends the repetitions that DRY looks for, as in llama.cpp.
 DRY_BREAKERS = (b"\n", b":", b'"', b"*")
+#: Who is so far below the best is hardly ever among the likeliest k.
+NEAR = np.float32(12)
 #: The longest piece of text one token stands for.
 PIECE_BYTES = 4096
 #: Texts under way at a time, and tokens in a step, of a context for embeddings.
@@ -385,6 +387,8 @@ class Candidates:
     def __init__(self, model: Model, options: Sampling, shared: NDArray[Any], history: Sequence[int]) -> None:
         self._shared = shared
         self._dry = options.dry_multiplier > 0
+        #: The top-k that is first in the chain, or 0.
+        self._few = 0 if self._dry or options.mirostat else options.top_k
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for sampler in self._samplers(model, options):
             lib.llama_sampler_chain_add(self._chain, sampler)
@@ -424,7 +428,7 @@ class Candidates:
         return samplers
 
     def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]:
-        array = self._fill(logits)
+        array = self._near(logits) if grammar is None and self._few else self._fill(logits)
         if isinstance(grammar, Gbnf):
             grammar.apply(array)
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
@@ -439,6 +443,19 @@ class Candidates:
     def accept(self, token: int) -> None:
         if self._dry:
             lib.llama_sampler_accept(self._chain, token)
+
+    def _near(self, logits: Logits) -> Any:
+        """Of a top-k the candidates, found without moving the whole vocabulary: who is near the best, if they are k.
+
+        All others are below all of these, so what the chain leaves is the same.
+        """
+        near = np.flatnonzero(logits > logits.max() - NEAR)
+        if len(near) < self._few:
+            return self._fill(logits)
+        candidates = self._shared[: len(near)]
+        candidates["id"] = near
+        candidates["logit"] = logits[near]
+        return _array(candidates)
 
     def _fill(self, logits: Logits) -> Any:
         self._shared["id"] = _numbers(len(logits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.__main__ import NAMES, main
+from bench.__main__ import NAMES, WITH_MODEL, main
 
 #: `kills` has a test of its own.
 SHORT = {
@@ -12,6 +12,11 @@ SHORT = {
     "latency": ["--rounds", "1", "--requests", "10"],
     "tokens": ["--rounds", "1", "--streams", "20", "--length", "50"],
     "overload": ["--seconds", "1", "--peak-seconds", "1"],
+    "engine": ["--threads", "1", "--tokens", "8", "--streams", "1", "3"],
+    "hops": ["--threads", "1", "--requests", "5"],
+    "newcomer": ["--threads", "1", "--rounds", "1", "--tokens", "200", "--alone"],
+    "turns": ["--threads", "1", "--chats", "1", "--prompt-tokens", "200", "--tokens", "8"],
+    "beside": ["--threads", "1", "--rounds", "1", "--tokens", "8", "--streams", "1", "--beside", "--profile"],
 }
 
 
@@ -24,4 +29,4 @@ def test_a_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_an_unknown_benchmark_is_answered_with_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["faster"]) == 2
     said = capsys.readouterr().out
-    assert all(name in said for name in NAMES)
+    assert all(name in said for name in NAMES + WITH_MODEL)

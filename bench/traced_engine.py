@@ -1,0 +1,15 @@
+"""The engine child, with timestamps: see `trace`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from bench.trace import trace_engine
+from llambo.worker import engine
+
+if __name__ == "__main__":
+    # As the child itself does, before llama.cpp is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", str(engine.SPIN_COUNT))
+    trace_engine()
+    engine.main(sys.argv[1:])
