@@ -88,7 +88,7 @@ def ask_again(state: State, now_ms: int) -> None:
         elif now_ms >= said.due or _makes_sense(state, said.message, now_ms):
             del state.early[key]
             if isinstance(said.message, m.Attach):
-                attach(state, said.client, said.message, now_ms)
+                attach_asked(state, said.client, said.message, now_ms)
             else:
                 submit(state, said.client, said.message, said.blob, now_ms)
 

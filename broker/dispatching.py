@@ -120,7 +120,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
 def finish_complete(state: State, request: Request, now_ms: int) -> bool:
     """The last token is here; only the END was lost, with the worker or the broker that would have said it."""
     done = request.transcript
-    if not done.final and done.next_index < request.max_tokens:
+    if not done.final and (done.next_index < request.max_tokens or request.task != "generate"):
         return False
     ending.finish(state, request, "stop" if done.final & tokens.STOPPED else "length", now_ms)
     return True

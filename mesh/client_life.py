@@ -169,7 +169,7 @@ class Requests:
             return  # it was not said on this link yet; then the broker answers again
         request.end = end
         if request.complete:
-            self._finish(request, end)
+            self._settle(request, now_ms)  # of a result nothing has been handed over yet
             return
         if request.step is not Step.ENDING:
             request.step_to(Step.ENDING)

@@ -60,11 +60,13 @@ class Tokens:
     @classmethod
     def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
         """Those that exist already, with their text if it came with them."""
-        if transfer.count(chunks) != len(dispatch.prefix):
+        bodies = [tokens.decode_body(chunk[tokens.HEAD_BYTES :]) for chunk in chunks]
+        # A client may give back what it likes: tokens without the logprobs it has asked for, or the reverse.
+        alike = all((body.logprobs is None) == (dispatch.logprobs is None) for body in bodies)
+        if transfer.count(chunks) != len(dispatch.prefix) or not alike:
             return cls(len(dispatch.prefix))
         existing = cls(0)
-        for chunk in chunks:
-            body = tokens.decode_body(chunk[tokens.HEAD_BYTES :])
+        for body in bodies:
             existing.extend(body.ids, body.pieces, body.logprobs)
         return existing
 

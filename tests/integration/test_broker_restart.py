@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from llambo import Client
+from llambo.mesh import tasks
+from llambo.worker.engine_proto import Start
+from llambo.worker.fake_tasks import embeddings
+from llambo.worker.fake_tokens import logprob_of
 from llambo.worker.knobs import FakeKnobs
 from tests.integration.harness import Mesh, truth
 
@@ -40,11 +46,11 @@ def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
         async def scenario() -> tuple[list[float], dict[str, int]]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
                 begun = [asyncio.Event() for _ in range(STREAMS)]
-                tasks = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
+                asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
                 for event in begun:
                     await event.wait()
                 await asyncio.to_thread(mesh.restart_broker, how)
-                stalls = [await task for task in tasks]
+                stalls = [await task for task in asked]
                 status = await client.status()
             return stalls, status["counters"]
 
@@ -61,15 +67,56 @@ def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
         async def scenario() -> dict[str, int]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
                 begun = [asyncio.Event() for _ in range(STREAMS)]
-                tasks = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
+                asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
                 for event in begun:
                     await event.wait()
                 mesh.workers[0].send(signal.SIGKILL)
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
-                for task in tasks:
+                for task in asked:
                     await task
                 return dict((await client.status())["counters"])
 
         counters = mesh.run(scenario())
         assert counters["adopted"] > 0 and counters["dispatched"] > 0
         assert counters["adopted"] + counters["dispatched"] == STREAMS
+
+
+def test_logprobs_and_results_come_through_whole() -> None:
+    texts = [f"text {number}" for number in range(120)]
+    knobs = replace(KNOBS, embedding_size=2_048)
+
+    async def answer(client: Client, number: int, begun: asyncio.Event) -> None:
+        prompt = f"stream {number}"
+        async with client.stream(prompt, max_tokens=TOKENS, seed=number, logprobs=number) as stream:
+            while (piece := await stream.next_piece()) is not None:
+                if piece.index > 20:
+                    begun.set()
+        assert stream.answer is not None
+        ids = truth(prompt, number, TOKENS)
+        assert stream.answer.ids == ids
+        assert stream.answer.logprobs == [logprob_of(token, index, number) for index, token in enumerate(ids)]
+
+    async def embedded(client: Client) -> None:
+        start = Start(bytes(24), msgspec.msgpack.encode(texts), 256, 0)
+        assert (await client.embed(texts)).vectors == tasks.vectors_of(embeddings(b"", start, knobs))
+
+    with Mesh(workers=2, knobs=knobs, broker="process") as mesh:
+
+        async def scenario() -> dict[str, int]:
+            async with mesh.client() as client, asyncio.TaskGroup() as group:
+                begun = [asyncio.Event() for _ in range(4)]
+                for number, event in enumerate(begun):
+                    group.create_task(answer(client, number, event))
+                for event in begun:
+                    await event.wait()
+                wanted = [group.create_task(embedded(client)) for _ in range(4)]
+                while sum(request["task"] == "embed" for request in await client.requests()) < 4:
+                    pass
+                mesh.workers[0].send(signal.SIGKILL)
+                await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+                await asyncio.gather(*wanted)
+            async with mesh.client() as client:
+                return dict((await client.status())["counters"])
+
+        counters = mesh.run(scenario())
+        assert counters["adopted"] + counters["dispatched"] == 8

@@ -598,3 +598,43 @@ def test_every_step_can_be_reached_and_left() -> None:
     reached = {step for steps in CLIENT_STEPS.values() for step in steps}
     assert reached | {Step.WAITING} == set(Step)
     assert [step for step in Step if not CLIENT_STEPS[step]] == [Step.DONE]
+
+
+class TestTasks:
+    """A result is handed over when all of it is here, and is never put together from two."""
+
+    def result(self, first: int, after: int, total: int) -> m.Page:
+        pieces = [b"%d" % index for index in range(first, after)]
+        frame = tokens.encode_chunk(ID + b"d" * 8, first, [0] * len(pieces), pieces)
+        return m.Page(ID, first, after, total, [frame])
+
+    def run(self, bench: Bench) -> None:
+        bench.up()
+        bench.submit(task="embed", stream=False)
+        bench.hear(m.Accepted(ID, model="fake"))
+        bench.said.clear()
+
+    def test_nothing_is_handed_over_before_the_last_page(self, bench: Bench) -> None:
+        self.run(bench)
+        assert bench.hear(m.End(ID, 3, "stop")) == []
+        assert bench.hear(self.result(0, 2, 3)) == []
+        assert bench.said[-1] == m.Replay(ID, 2, 3)
+        end = m.End(ID, 3, "stop")
+        assert bench.hear(self.result(2, 3, 3)) == [e.Delivered(ID, [0] * 3, [b"0", b"1", b"2"]), e.Ended(ID, end)]
+
+    def test_pages_that_overtake_the_end_are_handed_over_with_it(self, bench: Bench) -> None:
+        self.run(bench)
+        assert bench.hear(self.result(0, 3, 3)) == []
+        end = m.End(ID, 3, "stop")
+        assert bench.hear(end) == [e.Delivered(ID, [0] * 3, [b"0", b"1", b"2"]), e.Ended(ID, end)]
+
+    def test_on_another_session_it_is_fetched_from_the_beginning(self, bench: Bench) -> None:
+        self.run(bench)
+        bench.hear(m.End(ID, 3, "stop"))
+        bench.hear(self.result(0, 2, 3))
+        bench.hear(m.Goodbye())
+        bench.wait(200)
+        bench.welcome(1)
+        bench.heartbeat()
+        (again,) = [said for said in bench.said if isinstance(said, m.InferenceRequest)]
+        assert (again.have, again.prompt_bytes, again.task) == (0, 0, "embed")
