@@ -145,7 +145,7 @@ class DoubleBroker:
     def _on_message(self, peer: Peer, message: Any, blob: bytes) -> None:
         match message:
             case m.InferenceRequest():
-                self._submit(peer, message, blob.decode())
+                self._submit(peer, message, blob[: message.prompt_bytes or None].decode())
             case m.Attach(id) if id in self.runs:
                 self._tell(peer, m.Accepted(id))
                 self._stream(peer, self.runs[id], message.have)

@@ -194,11 +194,11 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
     """As where the fast instructions of a machine are forbidden: the first engine dies before it is ready."""
     with Mesh(0, worker=WORKER, check=True) as mesh:
         # Given a worker whose engine loads the model
+        # (a frozen one, or it might be ready before the broker has looked twice)
         worker = mesh.spawn("careful")
-        mesh.until(
-            lambda core: any(w.last.note.startswith("loading") for w in core.state.registry.workers.values()),
-            "a worker that is loading",
-        )
+        mesh.until(lambda core: core.state.registry.workers and worker.children(), "a worker and its engine")
+        engine = worker.children()[0]
+        os.kill(engine, signal.SIGSTOP)
         assert mesh.look(lambda core: queries.status(core.state, "", 0)["ready"]) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
@@ -206,7 +206,8 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
             async with mesh.client() as client:
                 asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
                 await mesh.aside(lambda core: core.state.room.count, "a request that waits")
-                os.kill(worker.children()[0], signal.SIGSEGV)
+                os.kill(engine, signal.SIGSEGV)
+                os.kill(engine, signal.SIGCONT)
                 return await asking
 
         answer = mesh.run(scenario())
