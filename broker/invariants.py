@@ -13,6 +13,7 @@ def check(core: BrokerCore) -> None:
     _requests(state)
     _queue(state)
     _workers(state)
+    _emptying(state)
     _clients(state)
     _bytes(state)
 
@@ -64,6 +65,15 @@ def _workers(state: State) -> None:
             if pool is not None and inside:
                 assert pool.free[worker.position[model]] is worker
                 assert pool.least_loaded() is not None
+
+
+def _emptying(state: State) -> None:
+    for worker in state.emptying.values():
+        assert state.registry.workers[worker.session] is worker and worker.moving
+        for request in [state.running[key] for key in worker.claims if key in state.running]:
+            if request.worker is worker and request.state in (RequestState.DISPATCHED, RequestState.RUNNING):
+                pool = state.pools.get(request.lane)
+                assert not (pool and pool.free), "a request stays where it is to go from although a slot is free"
 
 
 def _clients(state: State) -> None:

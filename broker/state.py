@@ -85,6 +85,8 @@ class State:
         #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
         self.touched: dict[bytes, WorkerEntry] = {}
         self.registry = Registry()
+        #: Workers, by session, whose requests are to go on elsewhere: see draining.py.
+        self.emptying: dict[bytes, WorkerEntry] = {}
         self.room = WaitingRoom(config.queue_requests, config.queue_bytes, config.queue_ms)
         self.pools: dict[str, Pool] = {}
         #: Model to when its last worker went away; 0 while it has one. A model stays known once seen.

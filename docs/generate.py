@@ -47,6 +47,7 @@ BROKER_ORDER = [
     "ending",
     "archive",
     "membership",
+    "draining",
     "adoption",
     "orphanage",
     "server",

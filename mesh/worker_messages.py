@@ -78,6 +78,9 @@ class WorkerHeartbeat(Message, frozen=True):
     #: What it serves, if that is not what this session's hello said; empty: it is.
     models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)] = []
     slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
+    #: An operator's order is in force, whichever broker passed it on; and it is to give away what runs.
+    drained: bool = False
+    moving: bool = False
 
 
 class Accept(Message, frozen=True):
@@ -139,9 +142,10 @@ class Adopt(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Take no new work; finish what runs. `undo` ends it."""
+    """Take no new work; finish what runs, or (`move`) have it taken elsewhere. `undo` ends it."""
 
     undo: bool = False
+    move: bool = False
 
 
 # --- worker to broker, once more ---------------------------------------------------------------------

@@ -5,7 +5,7 @@
     links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
     broker         dies or is stopped, and begins again without a memory
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
-                   and hang; workers are drained; clients vanish, and some read nothing for a while
+                   and hang; workers are drained, or emptied; clients vanish, and some read nothing for a while
     overload       some brokers have a queue of three, and refuse what does not fit
     clocks         every node's clock is off by its own, large, amount
 
@@ -58,6 +58,7 @@ WORKER_INCIDENTS = (
     "engine crash",
     "leave",
     "drain",
+    "move",
 )
 CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze", "stall")
 
@@ -83,6 +84,11 @@ def draw(random: Random) -> Plan:
         for _ in range(random.choice((1, 1, 2))):
             kind = random.choice(("broker crash", "broker restart"))
             incidents.append((random.randint(400, FAULTS_END_MS - 1_500), kind, 0, random.choice((30, 300, 1_200))))
+    if not calm and random.random() < 0.2:
+        # One worker after the other, as before an update of each: what runs goes from one to the next.
+        at = random.randint(1_000, 2_500)
+        for worker in range(workers):
+            incidents.append((at + 600 * worker, "move", worker, 500))
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,

@@ -217,8 +217,8 @@ class World:
                 self._maybe_restart(who, length_ms)
             case "engine crash":
                 worker.engine_dies("killed by signal 11")
-            case "drain":
-                self._drain(worker.config.name, length_ms)
+            case "drain" | "move":
+                self._drain(worker.config.name, length_ms, move=kind == "move")
             case "leave":
                 worker.happen(_stop())
                 self._maybe_restart(who, 2_500)
@@ -227,11 +227,11 @@ class World:
             case _:
                 self._link_incident(kind, worker, length_ms)
 
-    def _drain(self, name: str, length_ms: int) -> None:
-        """An operator drains a worker, and puts it back to work later."""
+    def _drain(self, name: str, length_ms: int, *, move: bool) -> None:
+        """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
-            drain = c.Drain(len(self.log), name)
+            drain = c.Drain(len(self.log), name, move=move)
             operator.happen(drain)
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
@@ -241,8 +241,15 @@ class World:
             # A person gives one order after the other: the first is not repeated once it is taken back.
             before.happen(c.Forget(drain.query))
             operator.happen(c.Drain(drain.query + 10**6, drain.worker, undo=True))
+            lives = len(self.broker.past)
+            self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
             self.gone.update(client.name for client in self.clients)
+
+    def _see_to_it(self, operator: ClientNode, drain: c.Drain, lives: int) -> None:
+        """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
+        if lives != len(self.broker.past) or not operator.alive:
+            self._undo(operator, c.Drain(drain.query + 1_000, drain.worker))
 
     def _stall(self, client: ClientNode, length_ms: int) -> None:
         """Its user reads nothing for a while: tokens are left out, and fetched afterwards."""
@@ -303,6 +310,8 @@ class World:
         for worker in self.workers:
             if worker.alive and len(worker.core.runs):
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
+            if worker.alive and worker.core.leaving.drained and any(c.alive for c in self.clients):
+                wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
         if self.plan.calm and (state.counters.moved or state.counters.workers_lost):
             wrong.append(f"disturbed: {state.counters.moved} moves although nothing went wrong")
         return wrong
