@@ -54,7 +54,8 @@ class WorkerCore:
         self._introduction = Introduction(config, identity, self.engine)
         orders = cast("list[LinkOrder]", self._out)
         self.links = {
-            number: LinkCore(number, partial(self._hello, number), orders) for number in range(len(config.brokers))
+            number: LinkCore(number, partial(self._hello, number), orders, hasty=len(config.brokers) > 1)
+            for number in range(len(config.brokers))
         }
         self._rate = Rate()
         self.delivery = Delivery(self.links, self._rate, self._out)
@@ -79,6 +80,8 @@ class WorkerCore:
                 self._on_control(event, now_ms)
             case e.Subscribed(link):
                 self.links[link].beat_now()
+            case e.ConnectionChanged(link, sign):
+                self.links[link].on_connection(sign, now_ms)
             case e.EngineReady():
                 self._on_ready(event, now_ms)
             case e.EngineProgressed(note, problem, percent):
