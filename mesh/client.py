@@ -79,7 +79,8 @@ class Client(TaskCalls):
         sockets.split_all(address)
         self.address = address
         self._settings: ClientSettings = {**_DEFAULTS, **settings}
-        hello = m.ClientHello(name=self._settings["name"][: limits.NAME_CHARS])
+        name = self._settings["name"][: limits.NAME_CHARS]
+        hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
         self._core = ClientCore(hello, give_up_ms=self._settings["lost_ms"])
         self._shell: ClientShell | None = None
         self._context: Context | None = None
