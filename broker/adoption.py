@@ -44,10 +44,12 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
         or state.held_bytes + state.orphanage.bytes + orphan.size > state.config.transcript_bytes
     ):
         _dismiss(state, worker, work)
-    elif work.detached and (said.home or any(id == work.id for _, id in state.early)):
-        _take_in(state, orphan, now_ms)
     else:
         state.orphanage.add(orphan)
+        asked = [early.message for (_, id), early in state.early.items() if id == work.id]
+        waiting = next((message for message in asked if isinstance(message, m.Attach)), None)
+        if waiting is not None or said.home:
+            look_for(state, waiting or m.Attach(work.id), now_ms)
 
 
 def resume(state: State, request: Request, now_ms: int) -> None:
