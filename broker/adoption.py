@@ -44,10 +44,12 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
         or state.held_bytes + state.orphanage.bytes + orphan.size > state.config.transcript_bytes
     ):
         _dismiss(state, worker, work)
-    elif work.detached and said.home:
-        _take_in(state, orphan, now_ms)
     else:
         state.orphanage.add(orphan)
+        asked = [early.message for (_, id), early in state.early.items() if id == work.id]
+        waiting = next((message for message in asked if isinstance(message, m.Attach)), None)
+        if waiting is not None or said.home:
+            look_for(state, waiting or m.Attach(work.id), now_ms)
 
 
 def resume(state: State, request: Request, now_ms: int) -> None:
@@ -60,6 +62,22 @@ def resume(state: State, request: Request, now_ms: int) -> None:
         return
     if not _claim(state, request, now_ms):
         state.alarm(now_ms + state.config.adopt_ms, "adopt", request.id)
+
+
+def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
+    """Somebody wants to follow it. If it was meant to run without its client, nobody else has to ask for it."""
+    if asked.id not in state.orphanage:
+        return
+    given = tokens.ids_of(asked.held)
+    orphans = state.orphanage.take(asked.id)
+    fitting = [o for o in orphans if o.work.detached and tokens.ids_of(o.chunks)[: len(given)] == given]
+    for orphan in orphans:
+        if not fitting:
+            state.orphanage.add(orphan)
+        elif orphan is fitting[0]:
+            _take_in(state, orphan, now_ms)
+        else:
+            _dismiss(state, orphan.worker, orphan.work)
 
 
 def give_up(state: State, request: Request, now_ms: int) -> None:

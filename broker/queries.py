@@ -83,6 +83,7 @@ def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
         "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
         "slots": sum(worker.slots for worker in workers),
         "busy": sum(len(worker.claims) for worker in workers),
+        "busy_elsewhere": sum(worker.busy for worker in workers),
         "clients": len(state.registry.clients),
         "running": len(state.running),
         "waiting": state.room.count,

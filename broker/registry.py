@@ -133,6 +133,10 @@ class ClientEntry:
         #: Request id to the time its END was sent last, oldest first.
         self.unacked: dict[bytes, int] = {}
 
+    def is_same(self, other: ClientEntry) -> bool:
+        """Two sessions of one client."""
+        return bool(self.hello.incarnation) and self.hello.incarnation == other.hello.incarnation
+
 
 class Drained(NamedTuple):
     """`incarnation`: of the process that has said so itself."""

@@ -67,6 +67,7 @@ class Request:
         "failures",
         "fingerprint",
         "followers",
+        "forsaken",
         "id",
         "key",
         "logprobs",
@@ -133,6 +134,8 @@ class Request:
         self.ticket = 0
         #: Its broker is gone; for a moment it waits for a worker that runs it still.
         self.parked = False
+        #: It is ended only because nobody follows it.
+        self.forsaken = False
         self.moves = 0
         self.failures = 0
         self.refusals = 0

@@ -65,7 +65,8 @@ class Pool:
 
 
 def _load(worker: WorkerEntry) -> float:
-    return len(worker.claims) / worker.slots
+    # With what other brokers have given it, too.
+    return (len(worker.claims) + worker.busy) / worker.slots
 
 
 Policy = Callable[[Request, Pool], WorkerEntry | None]

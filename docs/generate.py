@@ -49,6 +49,7 @@ BROKER_ORDER = [
     "membership",
     "draining",
     "adoption",
+    "returning",
     "orphanage",
     "server",
     "queries",

@@ -18,6 +18,9 @@ from tests.chaos.history import Line
 LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END = "lost", "duplicated", "wrong", "stale", "hung", "error", "end"
 SORTS = (LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END)
 
+#: A silence within so long after a broker's end is taken to come of it.
+AFTER_RESTART_MS = 5_000
+
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
@@ -68,11 +71,14 @@ class Streams:
     #: Results kept for somebody who comes back for them, by a broker that was restarted before that.
     forgotten: int = 0
     tokens: int = 0
+    #: When brokers were restarted.
+    restarts: list[int] = field(default_factory=list)
 
 
 def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
     """`style`: plain, wander, or anything else where the truth is not known beforehand."""
     streams, killed, restarts = _collect(lines)
+    streams.restarts = restarts
     for asked in streams.requests.values():
         _judge_one(streams, asked, asked.submit["who"] in killed, style, split)
         _forgive(streams, asked, restarts)
@@ -240,3 +246,27 @@ def stalls(streams: Streams) -> tuple[list[int], list[int]]:
         longest = max(after - before for before, after in zip(reading.times, reading.times[1:], strict=False))
         (moved if reading.ends[0]["moves"] else still).append(longest)
     return moved, still
+
+
+def silences(streams: Streams) -> list[int]:
+    """Of each answer that was under way when a broker was ended: its longest silence in the seconds after that."""
+    found: list[int] = []
+    for asked in streams.requests.values():
+        reading = asked.readings.get(0)
+        if asked.submit.get("how") != "stream" or reading is None or not reading.ends:
+            continue
+        gaps = list(zip(reading.times, reading.times[1:], strict=False))
+        for at in streams.restarts:
+            near = [after - before for before, after in gaps if after >= at and before <= at + AFTER_RESTART_MS]
+            if gaps and gaps[0][0] <= at <= gaps[-1][1]:
+                found.append(max(near))
+    return found
+
+
+def shares(streams: Streams) -> dict[str, int]:
+    """How many answers each worker has brought to their end."""
+    counts: dict[str, int] = {}
+    for asked in streams.requests.values():
+        for end in [end for reading in asked.readings.values() for end in reading.ends][:1]:
+            counts[end["worker"]] = counts.get(end["worker"], 0) + 1
+    return dict(sorted(counts.items()))

@@ -215,12 +215,15 @@ class History:
             return next((i for i, token in enumerate(ids) if token != plain_next(base, i)), None)
         made = self.dispatches.get(id, [])
         bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
-        current, previous = 0, START
+        current, spoken, previous = 0, 0, START
         for index, token in enumerate(ids):
             while current < len(bases) and wander_next(bases[current], previous) != token:
-                current += 1  # from here on a later dispatch speaks
-                if current < len(made) and made[current].prefix[:index] != ids[:index]:
-                    return index
+                # From here on a later dispatch speaks. One that has said nothing may have had another prefix: a run of
+                # an earlier attempt that was away is adopted, and has the longer answer.
+                current += 1
+            if current > spoken and current < len(made) and made[current].prefix[:index] != ids[:index]:
+                return index
+            spoken = current
             if current == len(bases):
                 return index
             previous = token

@@ -67,6 +67,10 @@ GUARDS: dict[str, Guard] = {
     ),
     "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
+    "word of the client": Guard(
+        "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
+    ),
+    "forsaken is not ended": Guard("llambo.broker.returning", "    if ended.forsaken:\n        return False\n", ""),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

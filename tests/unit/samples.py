@@ -43,12 +43,12 @@ DISPATCHED = m.Dispatch(
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
     "client": [
-        m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
+        m.ClientHello((1, 2), "laptop", "llambo 0.1.0", b"incarnat"),
         m.ClientHeartbeat(41),
         m.InferenceRequest(
             ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed"
         ),
-        m.Attach(ID, 12, [CHUNK]),
+        m.Attach(ID, 12, [CHUNK], True),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
         m.Replay(ID, 3, 9, DISPATCH),
