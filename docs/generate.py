@@ -42,6 +42,7 @@ BROKER_ORDER = [
     "schedule",
     "registry",
     "dispatching",
+    "suspicion",
     "delivery",
     "transcript",
     "ending",

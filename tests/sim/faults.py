@@ -6,6 +6,7 @@
     broker         dies or is stopped, and begins again without a memory
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
                    and hang; workers are drained; clients vanish, and some read nothing for a while
+    poison         a request kills every engine that runs it; sometimes two do
     overload       some brokers have a queue of three, and refuse what does not fit
     clocks         every node's clock is off by its own, large, amount
 
@@ -43,6 +44,8 @@ class Plan:
     engine_crashes: bool
     engine_hangs: bool
     queue: int
+    #: Requests that kill whatever engine makes their sixth token.
+    poison: int
     #: (at, kind, who, how long)
     incidents: tuple[tuple[int, str, int, int], ...]
 
@@ -83,6 +86,7 @@ def draw(random: Random) -> Plan:
         for _ in range(random.choice((1, 1, 2))):
             kind = random.choice(("broker crash", "broker restart"))
             incidents.append((random.randint(400, FAULTS_END_MS - 1_500), kind, 0, random.choice((30, 300, 1_200))))
+    poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,
@@ -99,5 +103,6 @@ def draw(random: Random) -> Plan:
         engine_crashes=not calm and random.random() < 0.15,
         engine_hangs=not calm and random.random() < 0.1,
         queue=3 if random.random() < 0.1 else 1_000,
+        poison=poison,
         incidents=tuple(incidents),
     )
