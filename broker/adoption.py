@@ -135,6 +135,8 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     worker.seq += 1
     worker.claims[key] = worker.seq
     worker.adopted.add(key)
+    if request.suspect_at >= 0:
+        worker.suspect = key, request
     state.update_pools(worker)
     state.counters.adopted += 1
     request.note(

@@ -52,8 +52,8 @@ class BrokerConfig:
     detached_ms: int = 3_600_000
     #: Ends of finished requests remembered, to answer whoever asks late.
     tombstones: int = 10_000
-    #: Engine deaths a request may be aboard of before it is ended as their cause.
-    engine_failures: int = 3
+    #: Engine deaths a request may be aboard of before it is ended, even if none of them could be laid to its charge.
+    engine_failures: int = 10
     #: Name of the policy that chooses a worker.
     policy: str = "least-loaded"
     #: Where workers publish tokens. The shell fills it in once the socket is bound.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llambo.broker import admission, delivery, dispatching, ending
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import PARKED, RequestState
+from llambo.broker.requests import PARKED, RequestState, plain
 from llambo.broker.state import State
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -283,10 +283,10 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.room.lines.items()):
         if lane == PARKED:
             continue
-        model, _, fingerprint = lane.partition("\0")
+        model, _, fingerprint = plain(lane).partition("\0")
         since = state.models.get(model, 0)
         if fingerprint and not since:
-            if any(_may_serve(worker, model, lane) for worker in state.registry.workers.values()):
+            if any(_may_serve(worker, model, plain(lane)) for worker in state.registry.workers.values()):
                 continue
             since = 1  # others have the model, but not the very same: what counts is how long the request waits
         for request in list(line) if since else ():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker.requests import lane
+from llambo.broker.requests import Request, lane
 from llambo.mesh import messages as m
 
 
@@ -36,6 +36,7 @@ class WorkerEntry:
         "session",
         "slots",
         "state",
+        "suspect",
         "turn",
         "welcome",
     )
@@ -58,6 +59,8 @@ class WorkerEntry:
         self.claims: dict[bytes, int] = {}
         #: Those of them that it ran already: they may be more than it has slots, if they have ended.
         self.adopted: set[bytes] = set()
+        #: The last suspect it was given, with its key: one at a time.
+        self.suspect: tuple[bytes, Request] | None = None
         #: Slots that others than us have taken.
         self.busy = 0
         self.state: str = hello.state
@@ -80,6 +83,14 @@ class WorkerEntry:
         #: The lanes of requests that only the very same model may continue.
         self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
         self.slots = slots
+
+    def serves(self, lane: str) -> bool:
+        return lane in self.models or lane in self.lanes
+
+    @property
+    def wary(self) -> bool:
+        """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
+        return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
 
     @property
     def free(self) -> int:

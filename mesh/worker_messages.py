@@ -101,6 +101,10 @@ class EngineLost(Message, frozen=True):
 
     runs: Annotated[list[RunKey], Meta(max_length=limits.SLOTS_PER_WORKER)]
     text: Annotated[str, Meta(max_length=1024)] = ""
+    #: The next token index of each, in the same order: the broker may not have them all.
+    made: Annotated[list[Count], Meta(max_length=limits.SLOTS_PER_WORKER)] = []
+    #: Somebody has ended it, a person or the machine: none of these is to blame.
+    outside: bool = False
 
 
 # --- broker to worker --------------------------------------------------------------------------------

@@ -91,9 +91,9 @@ class WorkerCore:
                 self.engine.on_progress(note, problem, percent, now_ms)
             case e.EngineRefused(key, error, final):
                 self._on_refused(key, error, final)
-            case e.EngineDied(text):
+            case e.EngineDied(text, outside):
                 hopeless = self.engine.on_died(text, now_ms)
-                self._lose_runs(text)
+                self._lose_runs(text, outside=outside)
                 if hopeless:
                     self._leave(f"cannot serve {self._config.model}: {hopeless}", now_ms, status=1)
             case e.StopRequested(urgent):
@@ -138,8 +138,8 @@ class WorkerCore:
             self.runs.drop(run)
             self._reject(run.link, run.id, run.dispatch, error, final)
 
-    def _lose_runs(self, text: str) -> None:
-        self.delivery.lose(text)
+    def _lose_runs(self, text: str, *, outside: bool = False) -> None:
+        self.delivery.lose(text, self.engine.heard_ms, outside=outside)
         for link in self.links.values():
             link.beat_now()
 
@@ -214,6 +214,7 @@ class WorkerCore:
                 prompt,
                 deadline_at,
                 published=dispatch.task == "generate",
+                given_at=now_ms,
             )
         )
         self._out.append(StartRun(start))

@@ -139,6 +139,8 @@ class Run:
     resend_at: int = 0
     #: False: it makes a result and not an answer, and that goes with the END, on control.
     published: bool = True
+    #: When the engine was told of it.
+    given_at: int = 0
 
     @property
     def active(self) -> bool:

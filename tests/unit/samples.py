@@ -84,7 +84,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
-        m.EngineLost([KEY], "signal 11"),
+        m.EngineLost([KEY], "signal 11", [9], True),
         m.Orphan(DISPATCHED, True),
     ],
     "to_worker": [
