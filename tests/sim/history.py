@@ -217,11 +217,12 @@ class History:
         bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
         current, previous = 0, START
         for index, token in enumerate(ids):
+            before = current
             while current < len(bases) and wander_next(bases[current], previous) != token:
-                current += 1  # from here on a later dispatch speaks
-                if current < len(made) and made[current].prefix[:index] != ids[:index]:
-                    return index
+                current += 1  # from here on a later dispatch speaks (and others, of another broker perhaps, never did)
             if current == len(bases):
+                return index
+            if current != before and made[current].prefix[:index] != ids[:index]:
                 return index
             previous = token
         return None
