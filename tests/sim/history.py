@@ -269,18 +269,12 @@ class History:
         bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
         current, previous = 0, START
         for index, token in enumerate(ids):
-            speaks = current
-            while (
-                speaks < len(bases)
-                and not (
-                    wander_next(bases[speaks], previous) == token
-                    # From here on a later one speaks; those in between may be of another broker, and have other tokens.
-                    and (speaks == current or made[speaks].prefix[:index] == ids[:index])
-                )
-            ):
-                speaks += 1
-            current = speaks
+            before = current
+            while current < len(bases) and wander_next(bases[current], previous) != token:
+                current += 1  # from here on a later dispatch speaks (and others, of another broker perhaps, never did)
             if current == len(bases):
+                return index
+            if current != before and made[current].prefix[:index] != ids[:index]:
                 return index
             previous = token
         return None
