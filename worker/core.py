@@ -71,6 +71,7 @@ class WorkerCore:
     def handle(self, event: e.Event, now_ms: int) -> list[Action]:
         if self.exited:
             return []
+        self._rate.passed(self.runs.streams, now_ms)
         match event:
             case e.EngineStep(outputs):
                 self.engine.on_word(now_ms)
@@ -297,6 +298,7 @@ class WorkerCore:
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
+        rate, pace = self._rate.sample(now_ms)
         news = self._introduction.news(number)
         link.send(
             m.WorkerHeartbeat(
@@ -305,7 +307,8 @@ class WorkerCore:
                 claims=self.runs.claims(number),
                 busy=self.runs.busy(number),
                 state=self.state,
-                rate=self._rate.per_second(now_ms),
+                rate=rate,
+                pace=pace,
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,
