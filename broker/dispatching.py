@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from llambo.broker import ending, schedule
+from llambo.broker import budget, ending, schedule
 from llambo.broker.actions import ToWorker
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import Request, RequestState, plain
@@ -149,5 +149,8 @@ def rejected(state: State, worker: WorkerEntry, reject: m.Reject, now_ms: int) -
     request.refusals += 1
     if reject.final or request.refusals > MAX_REFUSALS:
         ending.finish(state, request, "error", now_ms, reject.error)
+    elif not budget.spend(state, request.model, now_ms):
+        why = f"{worker.name} refused: {reject.error.text}"
+        ending.finish(state, request, "error", now_ms, budget.denied(state, request, why))
     else:
         requeue(state, request, f"by {worker.name}: {reject.error.text}", now_ms, what="refused")

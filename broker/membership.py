@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import admission, delivery, dispatching, ending
+from llambo.broker import admission, delivery, dispatching, ending, speed
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import PARKED, RequestState, plain
@@ -72,6 +72,8 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     worker.busy = beat.busy
     worker.adopted &= worker.claims.keys()
     worker.closed = False
+    if beat.pace:
+        speed.measured(worker, beat.pace, now_ms)
     if (beat.state == "draining") != worker.draining:
         # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
         state.out.append(ToWorker(worker.route, worker.session, m.Drain(not worker.draining)))
@@ -302,6 +304,7 @@ def sweep(state: State, now_ms: int) -> None:
     for request in state.room.expired(now_ms):
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
+    speed.compare(state, now_ms)
     _give_up_on_lanes(state, now_ms)
     admission.ask_again(state, now_ms)
     state.orphanage.expire(now_ms)

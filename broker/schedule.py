@@ -71,14 +71,14 @@ class Pool:
 
 def _load(worker: WorkerEntry) -> float:
     # With what other brokers have given it, too.
-    return (len(worker.claims) + worker.busy) / worker.slots
+    return worker.idle_load + (len(worker.claims) + worker.busy) * worker.step_load
 
 
 Policy = Callable[[Request, Pool], WorkerEntry | None]
 
 
 def least_loaded(request: Request, pool: Pool) -> WorkerEntry | None:
-    """The smallest share of busy slots; among equals the one whose last turn is longest ago."""
+    """The smallest share of busy slots, by its speed; among equals the one whose last turn is longest ago."""
     return pool.least_loaded()
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
+from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
@@ -52,6 +53,8 @@ class Counters:
     engine_deaths: int = 0
     suspected: int = 0
     convicted: int = 0
+    ejected: int = 0
+    retries_denied: int = 0
     workers_lost: int = 0
     clients_lost: int = 0
     problems: int = 0
@@ -93,6 +96,8 @@ class State:
         self.wary: list[Pool] = []
         #: Model to when its last worker went away; 0 while it has one. A model stays known once seen.
         self.models: dict[str, int] = {}
+        #: What may be retried of each model, where that is not all: budget.py.
+        self.budgets: dict[str, Budget] = {}
         self.requests: dict[bytes, Request] = {}
         #: The fence: tokens count only under the key of a current dispatch.
         self.running: dict[bytes, Request] = {}

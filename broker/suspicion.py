@@ -16,7 +16,7 @@ read the request yet, says nothing about it. What this broker knows of suspects 
 
 from __future__ import annotations
 
-from llambo.broker import dispatching, ending
+from llambo.broker import budget, dispatching, ending
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import Request
 from llambo.broker.state import State
@@ -42,6 +42,8 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
         if 0 <= request.suspect_at < made.get(request.key, 0):
             clear(state, request, now_ms)  # it was further than what has arrived here
     suspects = [request for request in aboard if request.suspect_at >= 0]
+    # One death is one failure, however many were aboard: those who only shared a batch are to be answered.
+    paid = {model: not charged or budget.spend(state, model, now_ms) for model in {r.model for r in aboard}}
     for request in aboard:
         request.failures += 1
         request.note(now_ms, "engine died", f"that of {worker.name}{cause}: {lost.text}")
@@ -50,6 +52,9 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
         elif request.failures >= state.config.engine_failures:
             text = f"{request.failures} engines died with this request aboard, the last of {worker.name}: {lost.text}"
             ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
+        elif not paid[request.model]:
+            why = f"the engine of {worker.name} died: {lost.text}"
+            ending.finish(state, request, "error", now_ms, budget.denied(state, request, why))
         else:
             if charged:
                 _suspect(state, request, worker, lost, made.get(request.key, 0), now_ms)

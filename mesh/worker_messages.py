@@ -78,6 +78,8 @@ class WorkerHeartbeat(Message, frozen=True):
     #: What it serves, if that is not what this session's hello said; empty: it is.
     models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)] = []
     slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
+    #: Tokens per second of each stream over the last moments, waiting for the first included; 0: there were none.
+    pace: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
 
 
 class Accept(Message, frozen=True):

@@ -75,6 +75,7 @@ class WorkerCore:
     def handle(self, event: e.Event, now_ms: int) -> list[Action]:
         if self.exited:
             return []
+        self._rate.passed(self.runs.streams, now_ms)
         match event:
             case e.EngineStep(outputs):
                 self.engine.on_word(now_ms)
@@ -309,6 +310,7 @@ class WorkerCore:
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
+        rate, pace = self._rate.sample(now_ms)
         news = self._introduction.news(number)
         busy = self._busy[number] = self.runs.busy(number)
         link.send(
@@ -318,7 +320,8 @@ class WorkerCore:
                 claims=self.runs.claims(number),
                 busy=busy,
                 state=self.state,
-                rate=self._rate.per_second(now_ms),
+                rate=rate,
+                pace=pace,
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,
