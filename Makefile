@@ -48,7 +48,7 @@ lint: $(STAMP)
 	$(BIN)/python -m llambo.cli.docs --check
 
 test: $(STAMP) ## every test: unit, simulation, integration, acceptance
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 10 $(ARGS)
 
 sim: $(STAMP) ## 1,000 simulated runs with every fault there is
 	$(BIN)/python -m tests.sim --seeds 1000 $(ARGS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import adoption, delivery, dispatching, ending
+from llambo.broker import adoption, delivery, dispatching, ending, returning
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.requests import Request, RequestState
@@ -14,6 +14,7 @@ from llambo.mesh.errors import Code, ErrorInfo
 
 #: Between these a refused client is told to wait.
 RETRY_AFTER_MS = (100, 30_000)
+OTHERWISE = "this answer goes on otherwise than the tokens you hold"
 
 
 def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: bytes, now_ms: int) -> None:
@@ -23,6 +24,7 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
     except ValueError as wrong:
         _refuse(state, client, asked.id, Code.BAD_REQUEST, str(wrong))
         return
+    returning.make_way(state, client, asked, held, now_ms)
     if asked.id in state.requests or state.archive.get(asked.id):
         state.counters.attached += 1
         attach(state, client, m.Attach(asked.id, asked.have, held), now_ms)
@@ -67,6 +69,8 @@ def _wait_and_see(
     key = (client.session, asked.id)
     early = state.early.get(key)
     began = state.started_at if state.started_at >= 0 else now_ms
+    if isinstance(asked, m.Attach) and asked.resume:
+        began = now_ms  # however old we are: it was with another broker, and those who know it are on their way
     due = early.due if early else began + state.config.young_ms
     if now_ms >= due:
         return False
@@ -110,6 +114,7 @@ def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int
 
 def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
     """Follow a request from token `have` on, live or ended."""
+    adoption.look_for(state, asked, now_ms)
     request = state.requests.get(asked.id)
     if request is not None and not _agreed(state, client, request, asked.held):
         return
@@ -126,6 +131,8 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
         return
     if ended is None:
         _refuse(state, client, asked.id, Code.UNKNOWN_REQUEST, f"no request {asked.id.hex()} is known here")
+    elif not returning.fits(ended, asked.held):
+        _refuse(state, client, asked.id, Code.EXPIRED, OTHERWISE)
     elif ended.transcript is None and asked.have < ended.end.count:
         _refuse(state, client, asked.id, Code.EXPIRED, f"the tokens of request {asked.id.hex()} are gone")
     else:
@@ -141,7 +148,7 @@ def _agreed(state: State, client: ClientEntry, request: Request, held: list[byte
     except ValueError as wrong:
         _refuse(state, client, request.id, Code.BAD_REQUEST, str(wrong))
         return False
-    _refuse(state, client, request.id, Code.EXPIRED, "this answer goes on otherwise than the tokens you hold")
+    _refuse(state, client, request.id, Code.EXPIRED, OTHERWISE)
     return False
 
 
@@ -199,6 +206,7 @@ def _unfollow_one(state: State, client: ClientEntry, id: bytes, why: str, now_ms
     request.topics = tuple(topic for topic in request.topics if topic != client.topic)
     if not request.followers and not request.detached:
         state.counters.cancelled += 1
+        request.forsaken = True
         request.note(now_ms, "cancelled", why)
         ending.finish(state, request, "cancelled", now_ms)
 

@@ -44,10 +44,12 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
         or state.held_bytes + state.orphanage.bytes + orphan.size > state.config.transcript_bytes
     ):
         _dismiss(state, worker, work)
-    elif work.detached and said.home:
-        _take_in(state, orphan, now_ms)
     else:
         state.orphanage.add(orphan)
+        asked = [early.message for (_, id), early in state.early.items() if id == work.id]
+        waiting = next((message for message in asked if isinstance(message, m.Attach)), None)
+        if waiting is not None or said.home:
+            look_for(state, waiting or m.Attach(work.id), now_ms)
 
 
 def resume(state: State, request: Request, now_ms: int) -> None:
@@ -60,6 +62,22 @@ def resume(state: State, request: Request, now_ms: int) -> None:
         return
     if not _claim(state, request, now_ms):
         state.alarm(now_ms + state.config.adopt_ms, "adopt", request.id)
+
+
+def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
+    """Somebody wants to follow it. If it was meant to run without its client, nobody else has to ask for it."""
+    if asked.id not in state.orphanage:
+        return
+    given = tokens.ids_of(asked.held)
+    orphans = state.orphanage.take(asked.id)
+    fitting = [o for o in orphans if o.work.detached and tokens.ids_of(o.chunks)[: len(given)] == given]
+    for orphan in orphans:
+        if not fitting:
+            state.orphanage.add(orphan)
+        elif orphan is fitting[0]:
+            _take_in(state, orphan, now_ms)
+        else:
+            _dismiss(state, orphan.worker, orphan.work)
 
 
 def give_up(state: State, request: Request, now_ms: int) -> None:
@@ -104,7 +122,7 @@ def _fits(request: Request, orphan: Orphan) -> bool:
 
 def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     """As if it had been dispatched to that worker just now, only that it runs already."""
-    worker, key = orphan.worker, orphan.key
+    worker, key, work = orphan.worker, orphan.key, orphan.work
     held = request.transcript.next_index
     request.step(RequestState.DISPATCHED)
     state.room.left(request)
@@ -117,7 +135,10 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     worker.seq += 1
     worker.claims[key] = worker.seq
     worker.adopted.add(key)
+    if work.suspect is not None and work.suspect >= held and request.suspect_at < 0:
+        request.suspect_at, request.suspicion = work.suspect, "one before its broker was gone"
     if request.suspect_at >= 0:
+        request.watched = True
         worker.suspect = key, request
     state.update_pools(worker)
     state.counters.adopted += 1

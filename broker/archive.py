@@ -30,6 +30,8 @@ class Ended:
     transcript: Transcript | None
     #: Sessions that have not acknowledged the END yet.
     owed: set[bytes] = field(default_factory=set)
+    #: It was ended because its client was gone. If that is back, it has not ended.
+    forsaken: bool = False
 
 
 class Archive:
@@ -50,7 +52,7 @@ class Archive:
         transcript = request.transcript
         ended = Ended(
             end, request.model, request.stream, request.detached, now_ms, request.story, request.task, transcript,
-            set(request.followers),
+            set(request.followers), request.forsaken,
         )  # fmt: skip
         self.ended[request.id] = ended
         if ended.detached:
@@ -71,6 +73,12 @@ class Archive:
         ended.owed.discard(session)
         if not ended.owed and not ended.detached:
             self._forget_tokens(ended)
+
+    def forget(self, id: bytes) -> None:
+        """As if it had never been here."""
+        ended = self.ended.pop(id)
+        self._forget_tokens(ended)
+        self._kept.pop(id, None)
 
     def expire(self, now_ms: int) -> None:
         """Detached results whose time is over."""

@@ -126,6 +126,8 @@ class BrokerCore:
                 break
             elif isinstance(message, m.Orphan):
                 adoption.announced(state, worker, message, blob, now_ms)
+                if state.early:
+                    admission.ask_again(state, now_ms)
             else:
                 WORKER_RULES[type(message)](state, worker, message, now_ms)
         for problem in said.problems:
@@ -158,7 +160,7 @@ class BrokerCore:
                 delivery.repair(state, request, now_ms)
             elif kind == "adopt":
                 adoption.give_up(state, request, now_ms)
-            elif now_ms >= request.deadline_at:
+            elif request.deadline_at and now_ms >= request.deadline_at:
                 error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
                 ending.finish(state, request, "deadline", now_ms, error)
         if now_ms >= state.worker_round_at:

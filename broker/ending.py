@@ -37,6 +37,19 @@ def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error:
     _freed(state, request)
 
 
+def forget(state: State, request: Request, now_ms: int) -> None:
+    """As if it had never been here: nobody is told but the worker."""
+    worker, key = request.worker, request.key
+    if worker is not None and key in worker.claims:
+        state.out.append(ToWorker(worker.route, worker.session, m.Cancel(request.id, request.dispatch)))
+    _remove(state, request, now_ms)
+    for session in request.followers:
+        client = state.registry.clients.get(session)
+        if client is not None:
+            client.following.pop(request.id, None)
+    _freed(state, request)
+
+
 def confirm(state: State, request: Request) -> None:
     """Its followers learn which model it is from: they will be asked should this broker be gone."""
     for session in request.followers:
@@ -57,9 +70,7 @@ def _freed(state: State, request: Request) -> None:
     request.worker = None
 
 
-def _close(
-    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage
-) -> None:
+def _remove(state: State, request: Request, now_ms: int) -> None:
     waiting = request.state is RequestState.WAITING
     request.step(RequestState.ENDED)
     if waiting:
@@ -67,10 +78,16 @@ def _close(
         request.queued_ms += now_ms - request.queued_at
     state.running.pop(request.key, None)
     del state.requests[request.id]
+    state.reserved -= request.transcript.reserved + len(request.prompt)
+
+
+def _close(
+    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage
+) -> None:
+    _remove(state, request, now_ms)
     transcript = request.transcript
     if request.task != "generate" and reason != "stop":
         transcript.clear()  # whole or nothing
-    state.reserved -= transcript.reserved + len(request.prompt)
     state.counters.ended += 1
     state.counters.failed += error is not None
     state.counters.tokens += transcript.next_index if request.task == "generate" else 0

@@ -118,6 +118,8 @@ class WorkerEntry:
     @property
     def wary(self) -> bool:
         """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
+        if self.last.wary:
+            return True
         return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
 
     @property
@@ -164,6 +166,10 @@ class ClientEntry:
         self.following: dict[bytes, None] = {}
         #: Request id to the time its END was sent last, oldest first.
         self.unacked: dict[bytes, int] = {}
+
+    def is_same(self, other: ClientEntry) -> bool:
+        """Two sessions of one client."""
+        return bool(self.hello.incarnation) and self.hello.incarnation == other.hello.incarnation
 
 
 class Registry:

@@ -74,6 +74,7 @@ class Request:
         "failures",
         "fingerprint",
         "followers",
+        "forsaken",
         "id",
         "key",
         "logprobs",
@@ -145,6 +146,8 @@ class Request:
         self.ticket = 0
         #: Its broker is gone; for a moment it waits for a worker that runs it still.
         self.parked = False
+        #: It is ended only because nobody follows it.
+        self.forsaken = False
         self.moves = 0
         #: Engine deaths it was aboard of, whatever caused them.
         self.failures = 0

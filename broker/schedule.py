@@ -70,7 +70,8 @@ class Pool:
 
 
 def _load(worker: WorkerEntry) -> float:
-    return worker.idle_load + len(worker.claims) * worker.step_load
+    # With what other brokers have given it, too.
+    return worker.idle_load + (len(worker.claims) + worker.busy) * worker.step_load
 
 
 Policy = Callable[[Request, Pool], WorkerEntry | None]

@@ -24,6 +24,7 @@ from llambo.broker.events import ClientSaid, RouteGone, StopAsked, Subscribed, T
 from llambo.broker.gate import Gate
 from llambo.mesh import codec, sockets, tokens
 from llambo.mesh import messages as m
+from llambo.mesh.activation import Inherited
 from llambo.mesh.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,16 @@ class BrokerServer:
         *,
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
+        inherited: Inherited | None = None,
     ) -> None:
+        """`inherited`: sockets that listen already, in place of host and port."""
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._token_hwm = token_hwm
         self._stopping = False
+        self._inherited = inherited
+        if inherited is not None:
+            host, port = inherited.host, inherited.port
         self.port = self._bind(host, port)
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
@@ -228,6 +234,10 @@ class BrokerServer:
             self._tokens_in.setsockopt(zmq.SUBSCRIBE, prefix)
 
     def _bind_all(self, host: str, port: int) -> int:
+        if self._inherited is not None:
+            for socket, descriptor in zip(self._sockets, self._inherited.descriptors, strict=True):
+                # Then to bind is to accept there. When the socket is closed only our copy of the descriptor is.
+                socket.setsockopt(zmq.USE_FD, descriptor)
         if not port:
             port = self._clients.bind_to_random_port(sockets.endpoint(host, 0).rpartition(":")[0])
         else:
@@ -259,9 +269,12 @@ def run_broker(
     announce: Callable[[int], None],
     *,
     token_hwm: int = sockets.TOKEN_HWM,
+    inherited: Inherited | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
-    server = BrokerServer(config, host, port, token_hwm=token_hwm)
+    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited)
+    if inherited is not None:
+        host = inherited.host
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         server.stop()

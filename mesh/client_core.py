@@ -60,6 +60,10 @@ class ClientCore:
                 self._on_tokens(frames, now_ms)
             case e.ControlArrived():
                 self._on_control(event, now_ms)
+            case e.ConnectionChanged(sign):
+                self.link.on_connection(sign, now_ms)
+            case e.BrokersFound(count):
+                self.link.on_found(count)
             case e.Tick():
                 pass
             case e.Leave(reason):
@@ -160,7 +164,7 @@ class ClientCore:
     def _refused(self, error: ErrorInfo, now_ms: int) -> None:
         if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
             self.problem = error
-            self.link.on_refused(error.text, now_ms)
+            self.link.on_refused(error.text, now_ms, again=error.code is Code.UNKNOWN_SESSION)
 
     # --- arrivals ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llambo.mesh import messages as m
 from llambo.mesh.errors import ErrorInfo
-from llambo.mesh.link_core import LinkOrder, LinkState
+from llambo.mesh.link_core import LinkOrder, LinkState, Sign
 from llambo.mesh.tokens import Logprob
 
 # --- the user wishes -----------------------------------------------------------------------------------
@@ -102,6 +102,20 @@ class TokensArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionChanged:
+    """The control connection is there, is broken, or cannot be had."""
+
+    sign: Sign
+
+
+@dataclass(frozen=True, slots=True)
+class BrokersFound:
+    """The names were looked up: there are so many brokers to choose from."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time that was asked for has come."""
 
@@ -118,6 +132,8 @@ Event = (
     | Leave
     | ControlArrived
     | TokensArrived
+    | ConnectionChanged
+    | BrokersFound
     | Tick
 )
 

@@ -134,7 +134,9 @@ class Request:
         """
         have = self.tokens.next_index
         if not isinstance(self.message, m.InferenceRequest):
-            return None if self.message is None else m.Attach(self.id, have, self._held()), None
+            if self.message is None:
+                return None, None
+            return m.Attach(self.id, have, self._held(), bool(self.model)), None
         left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
         if not self.model and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt

@@ -39,7 +39,15 @@ class ClientShell:
         broken: Callable[[Exception], None],
     ) -> None:
         self._core = core
-        self._link = Link(context, address, token_kind=zmq.SUB, offset=0, decoder=codec.to_client, token_hwm=token_hwm)
+        self._link = Link(
+            context,
+            address,
+            token_kind=zmq.SUB,
+            offset=0,
+            decoder=codec.to_client,
+            token_hwm=token_hwm,
+            spread=True,
+        )
         self._deliver = deliver
         self._broken = broken
         self._loop = asyncio.get_running_loop()
@@ -70,6 +78,11 @@ class ClientShell:
             self._working = False
         self._pump_soon()
 
+    def begin(self, found: list[tuple[str, int]]) -> None:
+        """Connect to one of these."""
+        self._link.take(found)
+        self.handle(e.BrokersFound(len(found)))
+
     def close(self) -> None:
         """After `Leave`: the sockets are closed, nothing will be heard of this any more."""
         self.closed = True
@@ -94,11 +107,14 @@ class ClientShell:
                 self._deliver(action)
 
     def _watch(self) -> None:
-        for socket in (self._link.control, self._link.tokens):
-            if socket is not None:
-                descriptor = int(socket.getsockopt(zmq.FD))
-                self._loop.add_reader(descriptor, self._on_edge)
-                self._watched.append(descriptor)
+        link = self._link
+        watched = [socket for socket in (link.control, link.tokens, link.monitor) if socket is not None]
+        descriptors = [int(socket.getsockopt(zmq.FD)) for socket in watched]
+        if link.lookup is not None:
+            descriptors.append(link.lookup.fileno())
+        for descriptor in descriptors:
+            self._loop.add_reader(descriptor, self._on_edge)
+            self._watched.append(descriptor)
 
     def _unwatch(self) -> None:
         for descriptor in self._watched:
@@ -131,6 +147,11 @@ class ClientShell:
             self._broken(error)
 
     def _turn(self) -> None:
+        if self._link.lookup is not None and self._link.lookup.done:
+            self._unwatch()
+            self._link.answered()
+            self._watch()
+            self.handle(e.BrokersFound(len(self._link.found)))
         self._link.flush()
         # Tokens first: an End then finds its last token in place.
         frames = self._link.receive_tokens()
@@ -138,6 +159,9 @@ class ClientShell:
             self.handle(e.TokensArrived([frame[limits.TOPIC_BYTES :] for frame in frames]))
         for bundle in self._link.receive_control():
             self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
+        # After what was said: the last words of a broker that leaves come before its connection breaks.
+        for sign in self._link.receive_signs():
+            self.handle(e.ConnectionChanged(sign))
         held_back = self._link.wants_to_write
         if held_back:
             # A send without a connection fails at once and looks for no news; a receive does. So only now the

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+import struct
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +13,8 @@ import zmq
 
 from llambo.mesh import codec, sockets
 from llambo.mesh import messages as m
-from llambo.mesh.errors import LlamboError
-from llambo.mesh.link_core import CloseLink, LinkOrder, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.link_core import CloseLink, LinkOrder, OpenControl, OpenTokens, Publish, Send, Sign
+from llambo.mesh.lookup import Lookup
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +22,18 @@ log = logging.getLogger(__name__)
 PENDING_MESSAGES = 1_024
 #: Messages taken from one socket before the others get a turn.
 DRAIN_MESSAGES = 1_000
+#: What libzmq is asked to tell of the control connection: a number and a value.
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _FAILED
+_EVENT = struct.Struct("=HI")
 
 
 class Link:
-    """DEALER for control, and SUB (client) or XPUB (worker) for tokens."""
+    """DEALER for control, and SUB (client) or XPUB (worker) for tokens.
+
+    `address` may be a list, and a name may stand for several: `OpenControl` says which of those that were found is
+    meant. With `spread` everybody has them in an order of his own; without it only the first one is meant.
+    """
 
     def __init__(
         self,
@@ -34,9 +44,16 @@ class Link:
         offset: int,
         decoder: codec.Codec[Any],
         token_hwm: int = sockets.TOKEN_HWM,
+        spread: bool = False,
     ) -> None:
         self.control: zmq.Socket[bytes] | None = None
         self.tokens: zmq.Socket[bytes] | None = None
+        #: What libzmq has to say of the control connection.
+        self.monitor: zmq.Socket[bytes] | None = None
+        #: The name is being looked up: when this is done, `answered` goes on.
+        self.lookup: Lookup | None = None
+        #: Where the brokers are, as far as they were found.
+        self.found: list[tuple[str, int]] = []
         self.dropped_frames = 0
         self._context = context
         self._address = address
@@ -44,6 +61,11 @@ class Link:
         self._token_kind = token_kind
         self._token_hwm = token_hwm
         self._decoder = decoder
+        self._spread = spread
+        self._shares: dict[tuple[str, int], float] = {}
+        self._literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
+        self._target = 0
+        self._shaken = False
         self._ip = ""
         self._outbox: list[tuple[m.Message, bytes | None]] = []
         self._outbox_session = codec.NO_SESSION
@@ -60,8 +82,8 @@ class Link:
                 self._outbox.append((message, blob))
             case Publish(_, frames):
                 self._publish(frames)
-            case OpenControl():
-                self._open_control()
+            case OpenControl(_, target):
+                self._open_control(target)
             case OpenTokens(_, port, topic):
                 self._open_tokens(port, topic)
             case CloseLink():
@@ -100,6 +122,19 @@ class Link:
                 return
             yield self._decoder.decode(frames)
 
+    def receive_signs(self) -> Iterator[Sign]:
+        """What became of the control connection."""
+        while self.monitor is not None:
+            try:
+                event, _ = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
+            except zmq.Again:
+                return
+            shaken, self._shaken = self._shaken, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self._shaken:
+                yield Sign.CONNECTED
+            else:
+                yield Sign.CUT if shaken else Sign.REFUSED
+
     def receive_tokens(self) -> list[bytes]:
         """Frames from the token plane. Each is checked for itself, so it does not matter how they were sent."""
         frames: list[bytes] = []
@@ -124,16 +159,45 @@ class Link:
             except zmq.Again:
                 self.dropped_frames += 1
 
-    def _open_control(self) -> None:
+    def _open_control(self, target: int) -> None:
         self.close()
-        try:
-            self._ip, port = sockets.resolve(self._address, self._offset)
-        except LlamboError as error:
-            # The core sees a greeting without an answer and tries again after its back-off.
-            log.warning("%s", error)
+        self._target = target
+        if self._literal:
+            self.take(sockets.resolve_all(self._address))
+        elif not self.found or target == 0:
+            # Once a round: the brokers of a name may be others by now.
+            self.lookup = Lookup(self._address)
             return
+        self._connect()
+
+    def take(self, found: list[tuple[str, int]]) -> None:
+        """Where they are. Who remains keeps his place."""
+        if not self._spread:
+            self.found = found[:1]
+            return
+        for place in found:
+            self._shares.setdefault(place, random.random())
+        self.found = sorted(found, key=lambda place: self._shares[place])
+
+    def answered(self) -> None:
+        """The name was looked up. If in vain, the core sees a greeting without an answer and tries again later."""
+        lookup, self.lookup = self.lookup, None
+        if lookup is None:
+            return
+        lookup.close()
+        if lookup.problem:
+            log.warning("%s", lookup.problem)
+        if lookup.found:
+            self.take(lookup.found)
+        if self.found:
+            self._connect()
+
+    def _connect(self) -> None:
+        self._ip, port = self.found[self._target % len(self.found)]
         self.control = sockets.control(self._context, zmq.DEALER)
-        self.control.connect(sockets.endpoint(self._ip, port))
+        self.monitor = self.control.get_monitor_socket(_WATCHED)
+        self._shaken = False
+        self.control.connect(sockets.endpoint(self._ip, port + self._offset))
 
     def _open_tokens(self, port: int, topic: bytes) -> None:
         if self.tokens is not None:
@@ -144,6 +208,12 @@ class Link:
         self.tokens.connect(sockets.endpoint(self._ip, port))
 
     def close(self) -> None:
+        if self.lookup is not None:
+            self.lookup.close()
+        if self.monitor is not None and self.control is not None:
+            self.control.disable_monitor()
+            self.monitor.close(linger=0)
+        self.lookup = self.monitor = None
         if self.control is not None:
             self.control.close()
         if self.tokens is not None:

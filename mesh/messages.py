@@ -142,6 +142,8 @@ class ClientHello(Message, frozen=True):
     versions: tuple[int, int] = VERSIONS
     name: Name = ""
     software: Name = ""
+    #: Random, chosen when the client begins: by it a broker knows the one that was here before.
+    incarnation: Annotated[bytes, Meta(max_length=64)] = b""
 
 
 class ClientHeartbeat(Message, frozen=True):
@@ -188,6 +190,8 @@ class Attach(Message, frozen=True):
     id: RequestId
     have: Count = 0
     held: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)] = []
+    #: A broker had accepted it: if this one does not know the request yet, it will.
+    resume: bool = False
 
 
 class Detach(Message, frozen=True):

@@ -197,7 +197,13 @@ _POLICIES = ("least-loaded", "round-robin", "random")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MESH = (
-    _row("mesh.broker", Kind.TEXT, "tcp://127.0.0.1:7330", "address of the broker", roles="worker client"),
+    _row(
+        "mesh.broker",
+        Kind.TEXT,
+        "tcp://127.0.0.1:7330",
+        "address of the broker; of several, with commas",
+        roles="worker client",
+    ),
     _row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
 )
 _BROKER = (

@@ -75,14 +75,47 @@ def split(address: str) -> tuple[str, int]:
     return host, DEFAULT_PORT if port is None else port
 
 
-def resolve(address: str, offset: int = 0) -> tuple[str, int]:
-    """One IP address for all sockets of a link: two sockets of one link must not reach two hosts."""
-    host, port = split(address)
+def split_all(addresses: str) -> list[tuple[str, int]]:
+    """One address, or several with commas between them."""
+    return [split(address.strip()) for address in addresses.split(",") if address.strip()] or [split(addresses)]
+
+
+def literal(host: str) -> bool:
+    """Whether it is an IP address, for which nobody has to be asked."""
     try:
-        found = pysocket.getaddrinfo(host, port, type=pysocket.SOCK_STREAM)
-    except OSError as error:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def resolve(host: str) -> list[str]:
+    """The IP addresses of a name, which are taken for a broker each.
+
+    Of one family only: a name of a host with IPv4 and IPv6 is one broker and not two. Two sockets of one link must
+    not reach two hosts, so a link resolves its name once, for all its sockets.
+    """
+    if literal(host):
+        return [host]
+    try:
+        found = pysocket.getaddrinfo(host, None, type=pysocket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
         raise LlamboError(Code.NO_BROKER, f"{host!r} cannot be resolved: {error}") from error
-    return str(found[0][4][0]), port + offset
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found if entry[0] == found[0][0]))
+
+
+def resolve_all(addresses: str) -> list[tuple[str, int]]:
+    """Where the brokers of this list are. A name that cannot be resolved is left out, if that leaves any."""
+    found: dict[tuple[str, int], None] = {}
+    failed: LlamboError | None = None
+    for host, port in split_all(addresses):
+        try:
+            found |= dict.fromkeys((ip, port) for ip in resolve(host))
+        except LlamboError as error:
+            failed = error
+    if failed is not None and not found:
+        raise failed
+    return list(found)
 
 
 def is_loopback(host: str) -> bool:

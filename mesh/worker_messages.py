@@ -80,6 +80,8 @@ class WorkerHeartbeat(Message, frozen=True):
     slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
     #: Tokens per second of each stream over the last moments, waiting for the first included; 0: there were none.
     pace: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+    #: A suspect of another broker, or of one that is gone, is aboard.
+    wary: bool = False
 
 
 class Accept(Message, frozen=True):
@@ -134,6 +136,8 @@ class Dispatch(Message, frozen=True):
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     logprobs: Logprobs = None
     task: Task = "generate"
+    #: An engine died when it was to make this token: no other suspect may be aboard until it is past it.
+    suspect: Count | None = None
 
 
 class Adopt(Message, frozen=True):

@@ -92,8 +92,12 @@ class Agent:
             for _ in self._wake.recv(64):
                 self._handle(e.StopRequested())
         for number, link in self._links.items():
+            if link.lookup is not None and link.lookup.done:
+                link.answered()
             if link.control in ready:
                 self._receive_control(number, link)
+            for sign in link.receive_signs():
+                self._handle(e.ConnectionChanged(number, sign))
             if link.tokens in ready and any(frame[:1] == SUBSCRIBE for frame in link.receive_tokens()):
                 self._handle(e.Subscribed(number))
         if self.engine is not None and self.engine.fileno() in ready:
@@ -101,14 +105,17 @@ class Agent:
         self._handle(e.Ticked())
 
     def _poller(self) -> zmq.Poller:
-        """Sockets come and go, so it is put together anew: three or four entries."""
+        """Sockets come and go, so it is put together anew: four or five entries."""
         poller = zmq.Poller()
         poller.register(self._wake.fileno(), zmq.POLLIN)
         for link in self._links.values():
             if link.control is not None:
                 poller.register(link.control, zmq.POLLIN | (zmq.POLLOUT if link.wants_to_write else 0))
-            if link.tokens is not None:
-                poller.register(link.tokens, zmq.POLLIN)
+            for there in (link.tokens, link.monitor):
+                if there is not None:
+                    poller.register(there, zmq.POLLIN)
+            if link.lookup is not None:
+                poller.register(link.lookup.fileno(), zmq.POLLIN)
         if self.engine is not None:
             poller.register(self.engine.fileno(), zmq.POLLIN | (zmq.POLLOUT if self.engine.wants_to_write else 0))
         return poller

@@ -37,6 +37,7 @@ from llambo.worker.introduction import Introduction
 from llambo.worker.orphans import Orphans
 from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
+from llambo.worker.telling import Telling
 
 #: Of the reason why it leaves.
 GOODBYE_CHARS = 256
@@ -54,14 +55,17 @@ class WorkerCore:
         self._introduction = Introduction(config, identity, self.engine)
         orders = cast("list[LinkOrder]", self._out)
         self.links = {
-            number: LinkCore(number, partial(self._hello, number), orders) for number in range(len(config.brokers))
+            number: LinkCore(number, partial(self._hello, number), orders, hasty=len(config.brokers) > 1)
+            for number in range(len(config.brokers))
         }
         self._rate = Rate()
         self.delivery = Delivery(self.links, self._rate, self._out)
         self.runs = self.delivery.runs
         self.orphans = Orphans(self.links, self.delivery, self._out, config.orphan_ms)
-        self._told: dict[int, LinkState] = {}
-        self._complaints: dict[int, str] = {}
+        self._telling = Telling(config.brokers, self._out)
+        #: Slots that each broker believes to be taken by others.
+        self._busy = dict.fromkeys(self.links, 0)
+        self._active = 0
         self._seq = dict.fromkeys(self.links, 0)
         self._ready_said = False
         self._leave_at = NEVER_MS
@@ -80,6 +84,8 @@ class WorkerCore:
                 self._on_control(event, now_ms)
             case e.Subscribed(link):
                 self.links[link].beat_now()
+            case e.ConnectionChanged(link, sign):
+                self.links[link].on_connection(sign, now_ms)
             case e.EngineReady():
                 self._on_ready(event, now_ms)
             case e.EngineProgressed(note, problem, percent):
@@ -183,8 +189,7 @@ class WorkerCore:
 
     def _on_dispatch(self, number: int, dispatch: m.Dispatch, blob: bytes, now_ms: int) -> None:
         self._seq[number] = max(self._seq[number], dispatch.seq)
-        key = dispatch.id + dispatch.dispatch
-        if self.runs.get(key) is not None:
+        if self.runs.get(key := dispatch.id + dispatch.dispatch) is not None:
             return
         try:
             prompt, chunks = transfer.unpack(blob, dispatch.prompt_bytes)
@@ -195,6 +200,7 @@ class WorkerCore:
         if isinstance(start, ErrorInfo):
             final = start.code is Code.BAD_REQUEST
             self._reject(number, dispatch.id, dispatch.dispatch, start, final)
+            self.links[number].beat_soon(now_ms)  # with how much it can take
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
@@ -221,6 +227,8 @@ class WorkerCore:
             return ErrorInfo(Code.BUSY, "this worker is draining")
         if ready is None or not self.engine.is_ready:
             return ErrorInfo(Code.BUSY, "the engine is starting")
+        if dispatch.suspect is not None and self.runs.suspects():
+            return ErrorInfo(Code.BUSY, "another suspect is aboard")
         if self.runs.active >= ready.slots:
             return ErrorInfo(Code.BUSY, f"all {ready.slots} slots are taken")
         if all(dispatch.model != model.name for model in ready.models):
@@ -289,26 +297,33 @@ class WorkerCore:
             self._lose_runs(self.engine.note)
         self.delivery.tick(now_ms)
         self.orphans.tick(now_ms)
+        if self.runs.active != self._active and len(self.links) > 1:
+            self._active = self.runs.active
+            for number, link in self.links.items():
+                if self.runs.busy(number) != self._busy[number]:
+                    link.beat_soon(now_ms)  # a slot more or less, which this broker knows nothing of
         for number, link in self.links.items():
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
-            if link.state is not self._told.get(number):
-                self._tell(number, now_ms)
+            if self._telling.news(link):
+                self._tell(link, now_ms)
 
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
         rate, pace = self._rate.sample(now_ms)
         news = self._introduction.news(number)
+        busy = self._busy[number] = self.runs.busy(number)
         link.send(
             m.WorkerHeartbeat(
                 seq=self._seq[number],
                 beat=link.beat,
                 claims=self.runs.claims(number),
-                busy=self.runs.busy(number),
+                busy=busy,
                 state=self.state,
                 rate=rate,
                 pace=pace,
+                wary=self.runs.suspects(number),
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,
@@ -317,26 +332,12 @@ class WorkerCore:
             )
         )
 
-    def _tell(self, number: int, now_ms: int) -> None:
+    def _tell(self, link: LinkCore, now_ms: int) -> None:
         """Links come and go; the operator hears of it, and the supervisor when the worker is of use."""
-        link = self.links[number]
-        self._told[number] = link.state
         if not link.welcomed:
-            self.orphans.on_lost(number, now_ms)
-        if link.state is LinkState.DOWN and link.problem:
-            # Each try fails for the same reason; once is enough.
-            if self._complaints.get(number) != link.problem:
-                self._complaints[number] = link.problem
-                address = self._config.brokers[number]
-                text = (
-                    f"no broker answers at {address}" if link.problem == "no answer" else f"{address}: {link.problem}"
-                )
-                self._out.append(Log(f"{text}; trying on", warning=True))
-        elif link.state is LinkState.MENDING:
-            self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
-        elif link.up:
-            self._complaints.pop(number, None)
-            self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
+            self.orphans.on_lost(link.link, now_ms)
+        self._telling.tell(link)
+        if link.up:
             self._say_ready()
 
     def _say_ready(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llambo.mesh.errors import ErrorInfo
+from llambo.mesh.link_core import Sign
 from llambo.mesh.messages import ModelInfo
 from llambo.worker.engine_proto import Output
 
@@ -29,6 +30,14 @@ class Subscribed:
     """The broker's subscription has reached our token socket: what is published from now on arrives."""
 
     link: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionChanged:
+    """The control connection to a broker is there, is broken, or cannot be had."""
+
+    link: int
+    sign: Sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +89,4 @@ class StopRequested:
 
 
 EngineEvent = EngineProgressed | EngineReady | EngineStep | EngineRefused | EngineDied
-Event = Ticked | ControlArrived | Subscribed | EngineEvent | StopRequested
+Event = Ticked | ControlArrived | Subscribed | ConnectionChanged | EngineEvent | StopRequested

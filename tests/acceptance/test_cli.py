@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import tiny_model
+from llambo import SyncClient
 from llambo.cli.exits import Exit
 from tests.acceptance.commands import (
     BROKER,
@@ -460,10 +461,14 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Mesh) -> None:
 def test_a_killed_worker_moves_its_stream_and_is_started_again() -> None:
     with up("--workers", "2", "--fake-tokens-per-s", "100") as (mesh, running):
         truth = mesh.ok("send", "--seed", "7", "--max-tokens", "150", "hello").out
-        with mesh.start("send", "--json", "--seed", "7", "--max-tokens", "150", "hello") as sending:
+        # (asked by a client that is there already: a command takes a while to start, and the answer does not wait)
+        with (
+            SyncClient(mesh.address) as client,
+            mesh.start("send", "--json", "--seed", "7", "--max-tokens", "150", "hello") as sending,
+        ):
             id = sending.line(r'"accepted", "id": "(\w+)"')[1]
             sending.line(r'"index": [2-9]\d,')
-            name = mesh.ok("why", "--json", id).json()["worker"]
+            name = client.why(id)["worker"]
             pid = int(running.line(rf"{name} is ready, pid (\d+)")[1])
             os.kill(pid, signal.SIGKILL)
             assert sending.end() == Exit.OK, sending.story("the exit status")

@@ -20,6 +20,9 @@ LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END = "lost", "duplicated", "wrong"
 POISON_DEATHS = 2
 SORTS = (LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END)
 
+#: A silence within so long after a broker's end is taken to come of it.
+AFTER_RESTART_MS = 5_000
+
 
 @dataclass(frozen=True, slots=True)
 class Wrong:
@@ -72,6 +75,8 @@ class Streams:
     tokens: int = 0
     #: Of each request that was meant to kill engines: how many died with it aboard, as its broker tells.
     deaths: list[int] = field(default_factory=list)
+    #: When brokers were restarted.
+    restarts: list[int] = field(default_factory=list)
 
 
 def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
@@ -79,6 +84,7 @@ def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
     lines = list(lines)
     streams, killed, restarts = _collect(lines)
     poison_alone = {line["kind"] for line in lines if line["e"] == "fault"} == {"poison"}
+    streams.restarts = restarts
     for asked in streams.requests.values():
         _judge_one(streams, asked, asked.submit["who"] in killed, style, split)
         if asked.submit.get("fate") == "engine_failed" and asked.why is not None:
@@ -257,3 +263,27 @@ def stalls(streams: Streams) -> tuple[list[int], list[int]]:
         longest = max(after - before for before, after in zip(reading.times, reading.times[1:], strict=False))
         (moved if reading.ends[0]["moves"] else still).append(longest)
     return moved, still
+
+
+def silences(streams: Streams) -> list[int]:
+    """Of each answer that was under way when a broker was ended: its longest silence in the seconds after that."""
+    found: list[int] = []
+    for asked in streams.requests.values():
+        reading = asked.readings.get(0)
+        if asked.submit.get("how") != "stream" or reading is None or not reading.ends:
+            continue
+        gaps = list(zip(reading.times, reading.times[1:], strict=False))
+        for at in streams.restarts:
+            near = [after - before for before, after in gaps if after >= at and before <= at + AFTER_RESTART_MS]
+            if gaps and gaps[0][0] <= at <= gaps[-1][1]:
+                found.append(max(near))
+    return found
+
+
+def shares(streams: Streams) -> dict[str, int]:
+    """How many answers each worker has brought to their end."""
+    counts: dict[str, int] = {}
+    for asked in streams.requests.values():
+        for end in [end for reading in asked.readings.values() for end in reading.ends][:1]:
+            counts[end["worker"]] = counts.get(end["worker"], 0) + 1
+    return dict(sorted(counts.items()))

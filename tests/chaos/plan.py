@@ -208,8 +208,7 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
 PRESETS: dict[str, dict[str, Any]] = {
     "kills": {"minutes": 18.0, "faults": {"kill": 60.0}, "workers": 6, "tokens": (30, 60), "streams": 20},
     "broker": {"minutes": 12.0, "faults": {"broker": 9.0}, "streams": 100, "tokens": (60, 140), "slots": 128},
-    "two-brokers": {"minutes": 6.0, "faults": {"broker": 9.0}, "brokers": 2, "broker_ends": ("kill",),
-                    "spared_broker": 0},
+    "two-brokers": {"minutes": 6.0, "faults": {"broker": 9.0}, "brokers": 2, "broker_ends": ("kill",)},
     "freeze": {"minutes": 9.0, "faults": {"stop": 12.0}, "lease_ms": 700, "style": "wander",
                "tokens_per_s": 50.0, "tokens": (100, 300)},
     "hang": {"minutes": 9.0, "faults": {"hang": 6.0}},

@@ -44,9 +44,11 @@ def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals
         **{f"wrong {sort}": sorts.get(sort, 0) for sort in sorted({*SORTS, *sorts})},
         **{f"broker {name}": value for name, value in times.counters.items()},
         **{f"share {name}": value for name, value in times.shares.items()},
+        **{f"ended {name}": value for name, value in checker.shares(streams).items()},
         **{f"ms {what}": values for what, values in times.measured.items()},
         "ms stall of a stream that moved": moved,
         "ms stall of one that did not": still,
+        "ms silence when a broker ended": checker.silences(streams),
     }
 
 
@@ -90,6 +92,10 @@ def told(total: Totals) -> list[str]:
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:
         lines.append("  dispatched by each: " + _pairs(groups["share"]))
+    if len(groups["ended"]) > 1:
+        counts = list(groups["ended"].values())
+        spread = f"most to least {max(counts) / min(counts):.2f}"
+        lines.append(f"  answers by worker: {_pairs(groups['ended'])} ({spread})")
     for what, values in sorted(groups["ms"].items()):
         if values:
             line = f"{quantile(values, 0.5)} ms, p99 {quantile(values, 0.99)} ms, most {max(values)} ms"

@@ -40,7 +40,7 @@ MIX: list[Options] = [
     {"temperature": 0.0, "system": "Be brief."},
 ]
 #: Rounds of eight streams with a kill in each: KILLS=50 in the environment for more of them.
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "3"))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_kills_of_engines_and_agents_change_no_text(mesh: Mesh) -> None:
             quiet = await answers(client, 48)
             return quiet, [await disturbed(mesh, client, other, turn) for turn in range(KILLS)]
 
-    quiet, rounds = mesh.run(scenario(), timeout_s=max(6, KILLS) * TIMEOUT_S)
+    quiet, rounds = mesh.run(scenario(), timeout_s=max(3, KILLS) * TIMEOUT_S)
     asked = KILLS * len(MIX)
     moves = sum(answer.moves for done in rounds for answer in done)
     moved = sum(answer.moves > 0 for done in rounds for answer in done)

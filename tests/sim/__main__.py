@@ -20,6 +20,7 @@ def main() -> int:
     parser.add_argument(
         "--check-every", type=int, default=1, help="check the broker's invariants after every nth event"
     )
+    parser.add_argument("--brokers", type=int, default=0, help="so many in each run, and not as the seed says")
     parser.add_argument("--without", metavar="GUARD", help="take one guard out and stop at the first seed that notices")
     parser.add_argument("--guards", action="store_true", help="list the guards")
     parser.add_argument("--story", action="store_true", help="tell more than the first story")
@@ -33,10 +34,10 @@ def main() -> int:
     return _run(seeds, args)
 
 
-def _reports(seeds: Iterable[int], jobs: int, check_every: int) -> Iterator[object]:
+def _reports(seeds: Iterable[int], jobs: int, check_every: int, brokers: int) -> Iterator[object]:
     from tests.sim.runner import run_seed
 
-    work = ((seed, check_every) for seed in seeds)
+    work = ((seed, check_every, brokers) for seed in seeds)
     if jobs == 1:
         yield from (run_seed(item) for item in work)
         return
@@ -49,7 +50,7 @@ def _run(seeds: range, args: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     tally = Tally()
-    for report in _reports(seeds, args.jobs, args.check_every):
+    for report in _reports(seeds, args.jobs, args.check_every, args.brokers):
         tally.add(report)  # type: ignore[arg-type]
         if args.without and tally.bad:
             break

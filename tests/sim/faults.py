@@ -4,6 +4,7 @@
     control plane  order is kept; a cut loses everything in flight, and in harsh runs 30 % of bundles are lost too
     links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
     broker         dies or is stopped, and begins again without a memory
+    brokers        one world in four has two: either may die, or be alive and out of reach, of all or of a client
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
                    and hang; workers are drained; clients vanish, and some read nothing for a while
     poison         a request kills every engine that runs it; sometimes two do
@@ -46,6 +47,7 @@ class Plan:
     queue: int
     #: Requests that kill whatever engine makes their sixth token.
     poison: int
+    brokers: int
     #: (at, kind, who, how long)
     incidents: tuple[tuple[int, str, int, int], ...]
 
@@ -65,7 +67,8 @@ WORKER_INCIDENTS = (
 CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze", "stall")
 
 
-def draw(random: Random) -> Plan:
+def draw(random: Random, brokers: int = 0) -> Plan:
+    """`brokers`: so many, whatever the seed says."""
     calm = random.random() < 0.125
     harsh = not calm and random.random() < 0.3
     workers = random.randint(2, 4)
@@ -87,6 +90,17 @@ def draw(random: Random) -> Plan:
             kind = random.choice(("broker crash", "broker restart"))
             incidents.append((random.randint(400, FAULTS_END_MS - 1_500), kind, 0, random.choice((30, 300, 1_200))))
     poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
+    brokers = brokers or (2 if random.random() < 0.25 else 1)
+    if brokers > 1 and not calm:
+        for _ in range(random.randint(0, 4)):
+            at, length = random.randint(400, FAULTS_END_MS - 1_500), random.choice((30, 300, 1_200))
+            kind = random.choice(("broker crash", "broker crash", "broker restart", "broker partition", "client lost"))
+            incidents.append((at, kind, random.randrange(clients if kind == "client lost" else brokers), length))
+        if random.random() < 0.5:
+            # Away and back: a client loses sight of its broker, goes to the other, and that one dies as well.
+            at, who, length = random.randint(400, 1_800), random.randrange(clients), random.choice((30, 300, 700))
+            incidents.append((at, "client lost", who, length))
+            incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,
@@ -102,6 +116,7 @@ def draw(random: Random) -> Plan:
         burst=random.choice((1, 1, 3)),
         engine_crashes=not calm and random.random() < 0.15,
         engine_hangs=not calm and random.random() < 0.1,
+        brokers=brokers,
         queue=3 if random.random() < 0.1 else 1_000,
         poison=poison,
         incidents=tuple(incidents),

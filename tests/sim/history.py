@@ -79,8 +79,8 @@ class History:
         self.aboard: set[bytes] = set()
         #: Of those, the ones that were the cause.
         self.killers: set[bytes] = set()
-        #: Such deaths that brokers were told of, by request: the broker's life, the run, the token it was to make next.
-        self.deaths: dict[bytes, list[tuple[int, bytes, int]]] = {}
+        #: Such deaths that brokers were told of, by request: the broker and its life, the run, the token not made.
+        self.deaths: dict[bytes, list[tuple[tuple[int, int], bytes, int]]] = {}
 
     # --- writing -------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class History:
         if cause:
             self.killers.add(cause)
 
-    def death_told(self, lost: m.EngineLost, life: int) -> None:
+    def death_told(self, lost: m.EngineLost, life: tuple[int, int]) -> None:
         for key, made in zip(lost.runs, lost.made, strict=True):
             if key in self.aboard and not lost.outside:
                 self.deaths.setdefault(key[:16], []).append((life, key, made))

@@ -1,4 +1,4 @@
-"""Virtual sockets between peers and the broker, with the faults of `faults.py`.
+"""Virtual sockets between peers and brokers, with the faults of `faults.py`.
 
 A connection is what one DEALER has with the broker's ROUTER: it keeps order, has a route, and a new route
 after every cut. The token plane is frames without any promise. No bytes travel on control: the codec has
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from llambo.mesh.link_core import Sign
 from tests.sim.clock import Clock
 from tests.sim.faults import Plan
 
@@ -24,11 +25,24 @@ RECONNECT_MS = (20, 90)
 Bundle = tuple[bytes, list[tuple[Any, bytes]]]
 
 
-class Wire:
-    """Everything one peer has to the broker: its connection, its token socket, and what is wrong with them."""
+class Hub:
+    """One broker as the network sees it: who is connected, who has subscribed."""
 
-    def __init__(self, network: Network, name: str, to_worker: bool) -> None:
+    def __init__(self) -> None:
+        self.down = False
+        self.routes: dict[bytes, Wire] = {}
+        self.topics: dict[bytes, Wire] = {}
+        self.wires: list[Wire] = []
+        self.to_broker: Callable[[Wire, bytes, Bundle], None] = lambda wire, route, bundle: None
+        self.tokens_to_broker: Callable[[bytes], None] = lambda frame: None
+
+
+class Wire:
+    """Everything one peer has to one broker: its connection, its token socket, and what is wrong with them."""
+
+    def __init__(self, network: Network, name: str, to_worker: bool, hub: Hub) -> None:
         self.network = network
+        self.hub = hub
         self.name = name
         self.to_worker = to_worker
         self.route = b""
@@ -42,9 +56,10 @@ class Wire:
         self.from_broker: Callable[[Bundle], None] = lambda bundle: None
         self.tokens_from_broker: Callable[[bytes], None] = lambda frame: None
         self.on_subscribed: Callable[[], None] = lambda: None
+        self.on_sign: Callable[[Sign], None] = lambda sign: None
         self._ready_up = 0
         self._ready_down = 0
-        network.wires.append(self)
+        hub.wires.append(self)
 
     # --- the peer's orders ---------------------------------------------------------------------------
 
@@ -63,11 +78,11 @@ class Wire:
         self.epoch += 1
         self.token_epoch += 1
         self.open = self.tokens_open = False
-        self.network.routes.pop(self.route, None)
+        self.hub.routes.pop(self.route, None)
 
     def say(self, bundle: Bundle) -> None:
         """Peer to broker on control, in order."""
-        if not self.open or self.route not in self.network.routes:
+        if not self.open or self.route not in self.hub.routes:
             # The socket holds it back until it is connected again.
             if self.open:
                 epoch = self.epoch
@@ -97,9 +112,10 @@ class Wire:
     def cut(self, *, comes_back: bool = True) -> None:
         """The connection breaks, and both ends see it. What was in flight is lost."""
         self.epoch += 1
-        self.network.routes.pop(self.route, None)
+        self.hub.routes.pop(self.route, None)
         if comes_back:
             epoch = self.epoch
+            self._see(Sign.CUT)
             delay = self.network.random.randint(*RECONNECT_MS)
             self.network.clock.after(delay, lambda: self._reconnect(epoch))
 
@@ -116,23 +132,31 @@ class Wire:
 
     # --- inside --------------------------------------------------------------------------------------
 
+    def _see(self, sign: Sign) -> None:
+        """The peer's socket tells it. Not always: a cable that is cut tells nothing."""
+        epoch = self.epoch
+        if self.open and not self.partitioned and self.network.random.random() < 0.9:
+            self.network.clock.after(1, lambda: self.on_sign(sign) if self.open and self.epoch == epoch else None)
+
     def _new_route(self) -> None:
-        if self.network.broker_down:
+        if self.hub.down:
             epoch = self.epoch
+            self._see(Sign.REFUSED)
             self.network.clock.after(RECONNECT_MS[1], lambda: self._reconnect(epoch))
             return
         self.network.route_count += 1
         self.route = self.network.route_count.to_bytes(5, "big")
-        self.network.routes[self.route] = self
+        self.hub.routes[self.route] = self
+        self._see(Sign.CONNECTED)
 
     def _reconnect(self, epoch: int) -> None:
-        if self.open and self.epoch == epoch and self.route not in self.network.routes:
+        if self.open and self.epoch == epoch and self.route not in self.hub.routes:
             self._new_route()
-            if self.tokens_open and not self.network.broker_down:
+            if self.tokens_open and not self.hub.down:
                 self._subscribe(self.token_epoch)
 
     def _subscribe(self, epoch: int) -> None:
-        if self.tokens_open and self.token_epoch == epoch and not self.partitioned and not self.network.broker_down:
+        if self.tokens_open and self.token_epoch == epoch and not self.partitioned and not self.hub.down:
             self.on_subscribed()
 
     def _say_later(self, bundle: Bundle, epoch: int) -> None:
@@ -141,7 +165,7 @@ class Wire:
 
     def _arrive_up(self, bundle: Bundle, epoch: int, route: bytes) -> None:
         if self.epoch == epoch and not self.partitioned:
-            self.network.to_broker(self, route, bundle)
+            self.hub.to_broker(self, route, bundle)
 
     def _arrive_down(self, bundle: Bundle, epoch: int) -> None:
         if self.epoch == epoch and not self.partitioned:
@@ -153,15 +177,9 @@ class Network:
         self.clock = clock
         self.random = random
         self.plan = plan
-        self.wires: list[Wire] = []
-        self.broker_down = False
         self.healed = False
-        self.routes: dict[bytes, Wire] = {}
-        self.topics: dict[bytes, Wire] = {}
         self.route_count = 0
         self.repeated = 0
-        self.to_broker: Callable[[Wire, bytes, Bundle], None] = lambda wire, route, bundle: None
-        self.tokens_to_broker: Callable[[bytes], None] = lambda frame: None
 
     def delay(self) -> int:
         low, high = DELAY_MS
@@ -186,7 +204,7 @@ class Network:
             elif draw < self.plan.token_loss + self.plan.token_repeat + self.plan.token_late:
                 late = self.random.randint(1, LATE_MS)
         epoch = wire.token_epoch
-        if self.broker_down:
+        if wire.hub.down:
             return
         for _ in range(copies):
             self.clock.after(self.delay() + late, lambda: self._arrive(wire, frame, epoch, up))
@@ -195,6 +213,6 @@ class Network:
         if wire.token_epoch != epoch or wire.partitioned or wire.tokens_dead:
             return
         if up:
-            self.tokens_to_broker(frame)
+            wire.hub.tokens_to_broker(frame)
         else:
             wire.tokens_from_broker(frame)

@@ -26,7 +26,7 @@ from llambo.worker.fake import FakeEngine
 from llambo.worker.identity import Identity
 from tests.sim.clock import Clock
 from tests.sim.history import History
-from tests.sim.network import Bundle, Network, Wire
+from tests.sim.network import Bundle, Hub, Network, Wire
 
 
 class Node:
@@ -95,7 +95,14 @@ class Node:
 
 class BrokerNode(Node):
     def __init__(
-        self, clock: Clock, skew_ms: int, config: BrokerConfig, random: Random, network: Network, history: History
+        self,
+        clock: Clock,
+        skew_ms: int,
+        config: BrokerConfig,
+        random: Random,
+        network: Network,
+        hub: Hub,
+        history: History,
     ) -> None:
         super().__init__(clock, skew_ms)
         self._config = config
@@ -104,11 +111,12 @@ class BrokerNode(Node):
         #: What its former lives have counted.
         self.past: list[Counters] = []
         self.network = network
+        self.hub = hub
         self.history = history
         self.check_every = 1
         self._events = 0
-        network.to_broker = self._control
-        network.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
+        hub.to_broker = self._control
+        hub.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
 
     def restart(self, down_ms: int, *, politely: bool) -> None:
         """It forgets everything; its peers find its port closed, and then find it again."""
@@ -123,15 +131,15 @@ class BrokerNode(Node):
     def _die(self, down_ms: int) -> None:
         self.alive = False
         self.past.append(self.core.state.counters)
-        self.network.broker_down = True
-        self.network.topics.clear()
-        for wire in self.network.wires:
+        self.hub.down = True
+        self.hub.topics.clear()
+        for wire in self.hub.wires:
             wire.cut()
         self.clock.after(down_ms, self._begin_again)
 
     def _begin_again(self) -> None:
         self.core = BrokerCore(self._config, self._random.randbytes)
-        self.alive, self.network.broker_down = True, False
+        self.alive, self.hub.down = True, False
         self._wake_at = 2**62
         self.plan_wakeup()
 
@@ -142,7 +150,7 @@ class BrokerNode(Node):
         if self.alive and bundle[0] in self.core.state.registry.workers:
             for message, _ in bundle[1]:
                 if isinstance(message, m.EngineLost):
-                    self.history.death_told(message, len(self.past))
+                    self.history.death_told(message, (id(self), len(self.past)))
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
         self.happen(said(route, bundle[0], bundle[1]))
 
@@ -166,7 +174,7 @@ class BrokerNode(Node):
                 self.history.dispatched(self.core.state.running, action.message)
             bundles.setdefault((action.route, action.session, to_worker), []).append((action.message, blob))
         for (route, session, to_worker), messages in bundles.items():
-            wire = self.network.routes.get(route)
+            wire = self.hub.routes.get(route)
             if not self.alive:
                 return
             if wire is not None:
@@ -175,14 +183,14 @@ class BrokerNode(Node):
                 self.clock.after(1, lambda r=route, t=to_worker: self.happen(b.RouteGone(r, t)))  # type: ignore[misc]
 
     def _publish(self, frame: bytes) -> None:
-        wire = self.network.topics.get(frame[: limits.TOPIC_BYTES])
+        wire = self.hub.topics.get(frame[: limits.TOPIC_BYTES])
         if wire is not None and wire.tokens_open and not wire.tokens_dead:
             self.network.token(wire, frame[limits.TOPIC_BYTES :], up=False)
 
     def subscribe(self, wire: Wire) -> None:
         if wire.topic not in self.core.state.registry.topics:
             return  # granted to nobody: it is the topic of a former life
-        self.network.topics[wire.topic] = wire
+        self.hub.topics[wire.topic] = wire
         self.happen(b.Subscribed(wire.topic))
 
     def wakeup(self) -> int:
@@ -193,48 +201,53 @@ class BrokerNode(Node):
 
 
 class Peer(Node):
-    """What a worker and a client have in common: one link."""
+    """What a worker and a client have in common: a wire to each broker, for their links."""
 
-    def __init__(self, clock: Clock, skew_ms: int, wire: Wire) -> None:
+    def __init__(self, clock: Clock, skew_ms: int, wires: list[Wire]) -> None:
         super().__init__(clock, skew_ms)
-        self.wire = wire
-        wire.from_broker = self._control
+        self.wires = wires
 
-    def _control(self, bundle: Bundle) -> None:
+    def wire_of(self, link: int) -> Wire:
         raise NotImplementedError
+
+    def connect(self, order: lc.OpenControl) -> None:
+        self.wire_of(order.link).connect()
 
     def perform_link(self, orders: list[Any]) -> None:
         """As the real shell does: what one round orders for one session is one bundle."""
-        outbox: list[tuple[Any, bytes]] = []
-        session = b""
+        outboxes: dict[int, tuple[bytes, list[tuple[Any, bytes]]]] = {}
+
+        def flush(link: int) -> None:
+            session, messages = outboxes.pop(link, (b"", []))
+            if messages:
+                self.wire_of(link).say((session, messages))
+
         for order in orders:
             match order:
-                case lc.Send(_, to, message, blob):
-                    if to != session and outbox:
-                        self.wire.say((session, outbox))
-                        outbox = []
-                    session = to
-                    outbox.append((message, blob or b""))
-                case lc.Publish(_, frames):
-                    self.wire.publish(frames)
+                case lc.Send(link, to, message, blob):
+                    if link in outboxes and outboxes[link][0] != to:
+                        flush(link)
+                    outboxes.setdefault(link, (to, []))[1].append((message, blob or b""))
+                case lc.Publish(link, frames):
+                    self.wire_of(link).publish(frames)
                 case lc.OpenControl():
-                    self.wire.connect()
-                case lc.OpenTokens(_, _, topic):
-                    self.wire.open_tokens(topic)
-                case lc.CloseLink():
-                    if outbox:
-                        self.wire.say((session, outbox))
-                        outbox = []
-                    self.clock.after(10, self._close_unless_reopened(self.wire.route))
+                    self.connect(order)
+                case lc.OpenTokens(link, _, topic):
+                    self.wire_of(link).open_tokens(topic)
+                case lc.CloseLink(link):
+                    flush(link)
+                    wire = self.wire_of(link)
+                    self.clock.after(10, self._close_unless_reopened(wire, wire.route))
                 case _:
                     self.perform_other(order)
-        if outbox:
-            self.wire.say((session, outbox))
+        for link in list(outboxes):
+            flush(link)
 
-    def _close_unless_reopened(self, route: bytes) -> Callable[[], None]:
+    @staticmethod
+    def _close_unless_reopened(wire: Wire, route: bytes) -> Callable[[], None]:
         def close() -> None:
-            if self.wire.route == route:
-                self.wire.close()
+            if wire.route == route:
+                wire.close()
 
         return close
 
@@ -246,18 +259,23 @@ class Peer(Node):
 
     def die(self, *, noticed: bool) -> None:
         self.alive = False
-        if noticed:
-            self.wire.close()
-        else:
-            # The host lost power: the broker's messages go nowhere, and nothing says so.
-            self.wire.partitioned = True
+        for wire in self.wires:
+            if noticed:
+                wire.close()
+            else:
+                # The host lost power: the broker's messages go nowhere, and nothing says so.
+                wire.partitioned = True
 
 
 class WorkerNode(Peer):
     def __init__(
-        self, clock: Clock, skew_ms: int, config: WorkerConfig, random: Random, wire: Wire, history: History
+        self, clock: Clock, skew_ms: int, config: WorkerConfig, random: Random, wires: list[Wire], history: History
     ) -> None:
-        super().__init__(clock, skew_ms, wire)
+        super().__init__(clock, skew_ms, wires)
+        for number, wire in enumerate(wires):
+            wire.from_broker = lambda bundle, n=number: self.happen(w.ControlArrived(n, bundle[0], bundle[1]))  # type: ignore[misc]
+            wire.on_subscribed = lambda n=number: self.happen(w.Subscribed(n))  # type: ignore[misc]
+            wire.on_sign = lambda sign, n=number: self.happen(w.ConnectionChanged(n, sign))  # type: ignore[misc]
         self.config = config
         self.history = history
         self.core = WorkerCore(config, Identity(random.randbytes(8), "sim"))
@@ -273,8 +291,8 @@ class WorkerNode(Peer):
         self._loading = False
         self.on_exit: Callable[[], None] = lambda: None
 
-    def _control(self, bundle: Bundle) -> None:
-        self.happen(w.ControlArrived(0, bundle[0], bundle[1]))
+    def wire_of(self, link: int) -> Wire:
+        return self.wires[link]
 
     def handle(self, event: Any) -> list[Any]:
         return self.core.handle(event, self.now_ms)
@@ -371,16 +389,37 @@ class WorkerNode(Peer):
 
 
 class ClientNode(Peer):
-    def __init__(self, clock: Clock, skew_ms: int, name: str, wire: Wire, history: History) -> None:
-        super().__init__(clock, skew_ms, wire)
+    def __init__(
+        self, clock: Clock, skew_ms: int, name: str, incarnation: bytes, wires: list[Wire], history: History
+    ) -> None:
+        """The wires are in the order in which it tries the brokers."""
+        super().__init__(clock, skew_ms, wires)
         self.name = name
-        self.core = ClientCore()
+        self.core = ClientCore(m.ClientHello(name=name, incarnation=incarnation))
         self.history = history
         self.duplicates = 0
-        wire.tokens_from_broker = lambda frame: self.happen(c.TokensArrived([frame]))
+        self.wire = wires[0]
+        for wire in wires:
+            # What comes from the one it has left is not read any more: that socket is closed.
+            wire.tokens_from_broker = lambda frame, x=wire: self._if(x, c.TokensArrived([frame]))  # type: ignore[misc]
+            wire.from_broker = lambda bundle, x=wire: self._if(x, c.ControlArrived(bundle[0], bundle[1], []))  # type: ignore[misc]
+            wire.on_sign = lambda sign, x=wire: self._if(x, c.ConnectionChanged(sign))  # type: ignore[misc]
 
-    def _control(self, bundle: Bundle) -> None:
-        self.happen(c.ControlArrived(bundle[0], bundle[1], []))
+    def begin(self) -> None:
+        self.happen(c.BrokersFound(len(self.wires)))
+
+    def _if(self, wire: Wire, event: Any) -> None:
+        if wire is self.wire:
+            self.happen(event)
+
+    def wire_of(self, link: int) -> Wire:
+        return self.wire
+
+    def connect(self, order: lc.OpenControl) -> None:
+        if self.wire is not self.wires[order.target]:
+            self.clock.after(10, self._close_unless_reopened(self.wire, self.wire.route))
+            self.wire = self.wires[order.target]
+        self.wire.connect()
 
     def _count_duplicates(self, frames: list[bytes]) -> None:
         """Chunks that hold nothing this client has not been given already."""

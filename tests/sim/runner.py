@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from tests.sim.world import Report, World
 
 
-def run_seed(item: tuple[int, int]) -> Report:
-    seed, check_every = item
-    return World(seed, check_every).run()
+def run_seed(item: tuple[int, ...]) -> Report:
+    """Seed, how often to check the invariants, and how many brokers (0: as the seed says)."""
+    return World(*item).run()
 
 
 @dataclass

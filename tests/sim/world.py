@@ -15,7 +15,7 @@ from llambo.worker.knobs import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
-from tests.sim.network import Network, Wire
+from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
 
 
@@ -36,10 +36,10 @@ class Report:
 
 
 class World:
-    def __init__(self, seed: int, check_every: int = 1) -> None:
+    def __init__(self, seed: int, check_every: int = 1, brokers: int = 0) -> None:
         self.seed = seed
         self.random = Random(seed)
-        self.plan = faults.draw(self.random)
+        self.plan = faults.draw(self.random, brokers)
         self.clock = Clock()
         self.network = Network(self.clock, self.random, self.plan)
         self.history = History(self.plan.style, hangs=self.plan.engine_hangs)
@@ -48,20 +48,25 @@ class World:
         config = BrokerConfig(
             engine_failures=10**6,
             hold_ms=10**6,
-            young_ms=60_000,
-            client_lease_ms=4_000,
+            young_ms=60_000 if self.plan.brokers == 1 else 20_000,
+            client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
         )
-        self.broker = BrokerNode(self.clock, self._skew(), config, self.random, self.network, self.history)
-        self.broker.check_every = check_every
+        self.brokers = [
+            BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history)
+            for _ in range(self.plan.brokers)
+        ]
+        for broker in self.brokers:
+            broker.check_every = check_every
         self.workers = [self._worker(i) for i in range(self.plan.workers)]
         self.clients = [self._client(i) for i in range(self.plan.clients)]
 
     def run(self) -> Report:
-        self.broker.plan_wakeup()
-        for node in (*self.workers, *self.clients):
+        for node in (*self.brokers, *self.workers):
             node.plan_wakeup()
+        for client in self.clients:
+            client.begin()
         self._plan_requests()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
@@ -98,7 +103,8 @@ class World:
             crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
             hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
         )
-        config = WorkerConfig(name=f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
+        brokers = tuple(f"tcp://b{number}:7330" for number in range(plan.brokers))
+        config = WorkerConfig(brokers, f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
         return self._start_worker(config)
 
     @property
@@ -110,19 +116,22 @@ class World:
         return 12 if self.seed % 2 else 0
 
     def _start_worker(self, config: WorkerConfig) -> WorkerNode:
-        wire = Wire(self.network, config.name, to_worker=True)
-        node = WorkerNode(self.clock, self._skew(), config, self.random, wire, self.history)
+        wires = [Wire(self.network, config.name, True, broker.hub) for broker in self.brokers]
+        node = WorkerNode(self.clock, self._skew(), config, self.random, wires, self.history)
         # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
         node.load_ms = self.random.choice((20, 20, 300, 2_500))
-        wire.on_subscribed = lambda: node.happen(_subscribed())
         if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
             node.on_exit = lambda: self.clock.after(500, lambda: self._restart(0))
         return node
 
     def _client(self, index: int) -> ClientNode:
-        wire = Wire(self.network, f"c{index}", to_worker=False)
-        wire.on_subscribed = lambda: self.broker.subscribe(wire)
-        return ClientNode(self.clock, self._skew(), f"c{index}", wire, self.history)
+        wires = []
+        for broker in self.random.sample(self.brokers, len(self.brokers)):
+            wire = Wire(self.network, f"c{index}", False, broker.hub)
+            wire.on_subscribed = lambda b=broker, w=wire: b.subscribe(w)  # type: ignore[misc]
+            wires.append(wire)
+        incarnation = self.random.randbytes(8)
+        return ClientNode(self.clock, self._skew(), f"c{index}", incarnation, wires, self.history)
 
     # --- what is asked -------------------------------------------------------------------------------
 
@@ -175,13 +184,13 @@ class World:
 
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
-        state = self.broker.core.state
+        state = next(broker for broker in self.brokers if broker.hub is other.wire.hub).core.state
         if message.task != "generate":
             return  # a result is for whoever asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
             return
-        if not message.detached or self.restarts:
+        if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
         other.happen(c.AttachTo(message.id))
@@ -190,8 +199,11 @@ class World:
 
     def _incident(self, kind: str, who: int, length_ms: int) -> None:
         self.log.append(f"{self.clock.now_ms} ms: {kind} of {who} for {length_ms} ms")
-        if kind.startswith("broker "):
-            self.broker.restart(length_ms, politely=kind == "broker restart")
+        if kind == "broker partition":
+            for wire in self.brokers[who].hub.wires:
+                wire.partition(length_ms * 2)
+        elif kind.startswith("broker "):
+            self.brokers[who].restart(length_ms, politely=kind == "broker restart")
         elif kind.startswith("client "):
             self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
         else:
@@ -209,6 +221,13 @@ class World:
                 client.die(noticed=length_ms > 500)
             case "stall":
                 self._stall(client, length_ms)
+            case "lost":
+                # Its broker is out of its reach for longer than any lease, and well.
+                client.wire.partition(2_100 + length_ms)
+            case "bereft":
+                next(broker for broker in self.brokers if broker.hub is client.wire.hub).restart(
+                    length_ms, politely=False
+                )
             case _:
                 self._link_incident(kind, client, length_ms)
 
@@ -235,7 +254,7 @@ class World:
     def _drain(self, name: str, length_ms: int) -> None:
         """An operator drains a worker, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
-        if operator is not None:
+        if operator is not None and self.plan.brokers == 1:
             drain = c.Drain(len(self.log), name)
             operator.happen(drain)
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
@@ -257,13 +276,14 @@ class World:
             self.clock.after(length_ms, lambda i=id: client.happen(c.Release(i)))  # type: ignore[misc]
 
     def _link_incident(self, kind: str, node: WorkerNode | ClientNode, length_ms: int) -> None:
+        wire = node.wire if isinstance(node, ClientNode) else self.random.choice(node.wires)
         match kind:
             case "cut":
-                node.wire.cut()
+                wire.cut()
             case "partition":
-                node.wire.partition(length_ms * 2)
+                wire.partition(length_ms * 2)
             case "tokens down":
-                node.wire.tokens_dead = True
+                wire.tokens_dead = True
             case "freeze":
                 node.freeze(length_ms)
 
@@ -298,22 +318,26 @@ class World:
 
     def _unsettled(self) -> list[str]:
         """After healing nothing may be left over anywhere."""
-        state = self.broker.core.state
-        wrong = [f"stuck: request {id.hex()[:8]} lives in {r.state.value}" for id, r in state.requests.items()]
-        for client in state.registry.clients.values():
-            if client.unacked:
-                wrong.append(f"stuck: {len(client.unacked)} ENDs are not acknowledged")
-        if state.archive.owed_bytes:
-            wrong.append(f"stuck: {state.archive.owed_bytes} transcript bytes are never freed")
+        wrong: list[str] = []
+        for state in (broker.core.state for broker in self.brokers):
+            wrong += [f"stuck: request {id.hex()[:8]} lives in {r.state.value}" for id, r in state.requests.items()]
+            for client in state.registry.clients.values():
+                if client.unacked:
+                    wrong.append(f"stuck: {len(client.unacked)} ENDs are not acknowledged")
+            if state.archive.owed_bytes:
+                wrong.append(f"stuck: {state.archive.owed_bytes} transcript bytes are never freed")
         for worker in self.workers:
             if worker.alive and len(worker.core.runs):
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
-        if self.plan.calm and (state.counters.moved or state.counters.workers_lost):
-            wrong.append(f"disturbed: {state.counters.moved} moves although nothing went wrong")
+        if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
+            wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
         return wrong
 
+    def _counted(self, name: str) -> int:
+        return sum(broker.counted(name) for broker in self.brokers)
+
     def _report(self, wrong: list[str]) -> Report:
-        counted = self.broker.counted
+        counted = self._counted
         duplicates = counted("duplicate_chunks") + sum(client.duplicates for client in self.clients)
         report = Report(
             self.seed,
@@ -334,21 +358,15 @@ class World:
 
     def _tell(self, wrong: list[str]) -> list[str]:
         told = [str(self.plan), *self.log]
-        stories = self.broker.core.state
         for (client, id), heard in self.history.heard.items():
             if any(id.hex()[:8] in problem for problem in wrong):
                 told.append(f"-- {client} {id.hex()[:8]}: {len(heard.ids)} tokens, {heard.end or heard.error}")
-                live = stories.requests.get(id)
-                ended = stories.archive.get(id)
-                story = live.story if live else ended.story if ended else []
-                told += [f"     {at - self.broker.skew_ms:6} ms {what}: {detail}" for at, what, detail in story]
+                for number, broker in enumerate(self.brokers):
+                    live = broker.core.state.requests.get(id)
+                    ended = broker.core.state.archive.get(id)
+                    story = live.story if live else ended.story if ended else []
+                    told += [f" b{number} {at - broker.skew_ms:6} ms {what}: {detail}" for at, what, detail in story]
         return told
-
-
-def _subscribed() -> object:
-    from llambo.worker.events import Subscribed
-
-    return Subscribed(0)
 
 
 def _stop() -> object:

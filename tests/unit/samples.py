@@ -37,18 +37,18 @@ ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
-    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed"
+    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed", 3
 )
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
     "client": [
-        m.ClientHello((1, 2), "laptop", "llambo 0.1.0"),
+        m.ClientHello((1, 2), "laptop", "llambo 0.1.0", b"incarnat"),
         m.ClientHeartbeat(41),
         m.InferenceRequest(
             ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed"
         ),
-        m.Attach(ID, 12, [CHUNK]),
+        m.Attach(ID, 12, [CHUNK], True),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
         m.Replay(ID, 3, 9, DISPATCH),
@@ -80,7 +80,7 @@ SAMPLES: dict[str, list[m.Message]] = {
             "starting",
         ),
         m.WorkerHeartbeat(
-            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8, 4.25
+            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8, 4.25, True
         ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
