@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from llambo.broker import adoption, delivery, dispatching, ending, returning
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
@@ -92,7 +94,7 @@ def ask_again(state: State, now_ms: int) -> None:
         elif now_ms >= said.due or _makes_sense(state, said.message, now_ms):
             del state.early[key]
             if isinstance(said.message, m.Attach):
-                attach_asked(state, said.client, said.message, now_ms)
+                attach_asked(state, said.client, msgspec.structs.replace(said.message, resume=False), now_ms)
             else:
                 submit(state, said.client, said.message, said.blob, now_ms)
 

@@ -37,6 +37,8 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
     if request is not None:
         if request.state is RequestState.WAITING and _fits(request, orphan):
             _adopt(state, request, orphan, now_ms)
+        elif request.key == orphan.key and request.worker is worker:
+            _say_adopt(state, orphan)  # it was told of twice, and the first time we took it
         else:
             _dismiss(state, worker, work)
     elif (
@@ -83,6 +85,7 @@ def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
 def give_up(state: State, request: Request, now_ms: int) -> None:
     """An alarm rang: nobody has announced it. Another run goes on from here."""
     if request.parked and request.state is RequestState.WAITING:
+        _dismiss_others(state, request.id, b"")
         state.room.left(request)
         request.parked = False
         request.queued_ms += now_ms - request.queued_at
@@ -106,9 +109,20 @@ def _claim(state: State, request: Request, now_ms: int) -> bool:
         if not found and _fits(request, orphan):
             found = True
             _adopt(state, request, orphan, now_ms)
+        elif not found and _outdated(request, orphan):
+            state.orphanage.add(orphan)
         else:
             _dismiss(state, orphan.worker, orphan.work)
     return found
+
+
+def _outdated(request: Request, orphan: Orphan) -> bool:
+    """What was told of this run is less than its client got of it later, through another broker that adopted it.
+
+    So it is no orphan; or it is one again, and then its worker tells us anew, with all it has. We wait for that.
+    """
+    known, given = tokens.ids_of(orphan.chunks), request.transcript.ids()
+    return len(known) < len(given) and given[: len(known)] == known
 
 
 def _fits(request: Request, orphan: Orphan) -> bool:
@@ -132,8 +146,6 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     request.key, request.worker, request.blame = key, worker, worker.name
     request.fingerprint = worker.fingerprints.get(request.model, "")
     state.running[key] = request
-    worker.seq += 1
-    worker.claims[key] = worker.seq
     worker.adopted.add(key)
     if work.suspect is not None and work.suspect >= held and request.suspect_at < 0:
         request.suspect_at, request.suspicion = work.suspect, "one before its broker was gone"
@@ -142,12 +154,21 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
         worker.suspect = key, request
     state.update_pools(worker)
     state.counters.adopted += 1
+    _dismiss_others(state, request.id, key)
     request.note(
         now_ms, "adopted", f"from {worker.name}, which has {transfer.count(orphan.chunks)} tokens; {held} held"
     )
+    _say_adopt(state, orphan)
+    delivery.tokens_arrived(state, orphan.chunks, now_ms)
+
+
+def _say_adopt(state: State, orphan: Orphan) -> None:
+    worker = orphan.worker
+    worker.seq += 1
+    worker.claims[orphan.key] = worker.seq
+    state.update_pools(worker)
     adopt = m.Adopt(orphan.work.id, orphan.work.dispatch, worker.seq)
     state.out.append(ToWorker(worker.route, worker.session, adopt))
-    delivery.tokens_arrived(state, orphan.chunks, now_ms)
 
 
 def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
@@ -162,6 +183,12 @@ def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
     request.parked = True
     state.room.put(request, now_ms)
     _adopt(state, request, orphan, now_ms)
+
+
+def _dismiss_others(state: State, id: bytes, key: bytes) -> None:
+    for orphan in state.orphanage.take(id):
+        if orphan.key != key:
+            _dismiss(state, orphan.worker, orphan.work)
 
 
 def _dismiss(state: State, worker: WorkerEntry, work: m.Dispatch) -> None:

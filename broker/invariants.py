@@ -82,7 +82,8 @@ def _clients(state: State) -> None:
 def _bytes(state: State) -> None:
     assert state.orphanage.bytes == sum(orphan.size for orphan in state.orphanage)
     for orphan in state.orphanage:
-        assert orphan.work.id not in state.requests, "an orphan of a live request is still up for adoption"
+        request = state.requests.get(orphan.work.id)
+        assert request is None or request.parked, "an orphan of a live request is still up for adoption"
         assert orphan.worker.session in state.registry.workers, "an orphan of a worker that is gone"
     live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
     assert state.reserved == live

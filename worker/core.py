@@ -173,7 +173,7 @@ class WorkerCore:
                 self.orphans.adopt(number, message, now_ms)
                 link.beat_now()
             case m.EndAck():
-                self.delivery.on_ack(message)
+                self.delivery.on_ack(number, message)
             case m.Replay():
                 self.delivery.on_replay(number, message)
             case m.Cancel():

@@ -98,7 +98,7 @@ class Delivery:
         run = self.runs.get(cancel.id + cancel.dispatch)
         if run is not None and run.orphan_at:
             run.link, run.orphan_at = number, 0  # whoever knows that it is not needed may say so
-        if run is None:
+        if run is None or run.link != number:  # another broker has adopted it meanwhile
             self._links[number].send(m.End(cancel.id, 0, "cancelled", cancel.dispatch))
         elif run.end is not None:
             self.say_end(run, run.end, now_ms)
@@ -107,10 +107,10 @@ class Delivery:
             self._out.append(StopRun(run.key))
             self._finish(run, m.End(run.id, run.tokens.end, "cancelled", run.dispatch), now_ms)
 
-    def on_ack(self, ack: m.EndAck) -> None:
+    def on_ack(self, number: int, ack: m.EndAck) -> None:
         for key in ack.ids:
             run = self.runs.get(key)
-            if run is not None and run.end is not None:
+            if run is not None and run.end is not None and run.link == number:
                 self.runs.drop(run)
 
     # --- the end -------------------------------------------------------------------------------------

@@ -35,8 +35,13 @@ class Orphans:
 
     def on_lost(self, number: int, now_ms: int) -> None:
         """This link has no session any more."""
-        lost = self._delivery.runs.of_link(number)
-        for run in lost:
+        lost = []
+        for run in self._delivery.runs.of_link(number):
+            if run.end is not None and run.end.reason == "cancelled":
+                # Its broker has told so whoever it may concern. For another one it would be an answer cut short.
+                self._delivery.runs.drop(run)
+                continue
+            lost.append(run)
             run.orphan_at = now_ms + self._orphan_ms
             self._due_at = min(self._due_at, run.orphan_at)
         if lost:

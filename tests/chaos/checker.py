@@ -73,18 +73,18 @@ class Streams:
     #: Results kept for somebody who comes back for them, by a broker that was restarted before that.
     forgotten: int = 0
     tokens: int = 0
-    #: Of each request that was meant to kill engines: how many died with it aboard, as its broker tells.
-    deaths: list[int] = field(default_factory=list)
     #: When brokers were restarted.
     restarts: list[int] = field(default_factory=list)
+    #: Of each request that was meant to kill engines: how many died with it aboard, as its broker tells.
+    deaths: list[int] = field(default_factory=list)
 
 
 def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
     """`style`: plain, wander, or anything else where the truth is not known beforehand."""
     lines = list(lines)
     streams, killed, restarts = _collect(lines)
-    poison_alone = {line["kind"] for line in lines if line["e"] == "fault"} == {"poison"}
     streams.restarts = restarts
+    poison_alone = {line["kind"] for line in lines if line["e"] == "fault"} == {"poison"}
     for asked in streams.requests.values():
         _judge_one(streams, asked, asked.submit["who"] in killed, style, split)
         if asked.submit.get("fate") == "engine_failed" and asked.why is not None:

@@ -45,9 +45,9 @@ class Plan:
     engine_crashes: bool
     engine_hangs: bool
     queue: int
+    brokers: int
     #: Requests that kill whatever engine makes their sixth token.
     poison: int
-    brokers: int
     #: (at, kind, who, how long)
     incidents: tuple[tuple[int, str, int, int], ...]
 
@@ -89,7 +89,6 @@ def draw(random: Random, brokers: int = 0) -> Plan:
         for _ in range(random.choice((1, 1, 2))):
             kind = random.choice(("broker crash", "broker restart"))
             incidents.append((random.randint(400, FAULTS_END_MS - 1_500), kind, 0, random.choice((30, 300, 1_200))))
-    poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     brokers = brokers or (2 if random.random() < 0.25 else 1)
     if brokers > 1 and not calm:
         for _ in range(random.randint(0, 4)):
@@ -101,6 +100,7 @@ def draw(random: Random, brokers: int = 0) -> Plan:
             at, who, length = random.randint(400, 1_800), random.randrange(clients), random.choice((30, 300, 700))
             incidents.append((at, "client lost", who, length))
             incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
+    poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,

@@ -30,6 +30,8 @@ from llambo.worker.knobs import FakeKnobs
 
 #: Whatever has this in its prompt kills the engine that makes its sixth token.
 POISON = b", with arsenic"
+#: Which broker, and which of its lives.
+Life = tuple[int, int]
 #: So many engines it may cost.
 POISON_DEATHS = 2
 #: A text's embedding is a quarter of a piece, so that many texts are many pieces, and some results more than a page.
@@ -79,8 +81,8 @@ class History:
         self.aboard: set[bytes] = set()
         #: Of those, the ones that were the cause.
         self.killers: set[bytes] = set()
-        #: Such deaths that brokers were told of, by request: the broker and its life, the run, the token not made.
-        self.deaths: dict[bytes, list[tuple[tuple[int, int], bytes, int]]] = {}
+        #: Such deaths that brokers were told of, by request: the broker's life, the run, the token it was to make next.
+        self.deaths: dict[bytes, list[tuple[Life, bytes, int]]] = {}
 
     # --- writing -------------------------------------------------------------------------------------
 
@@ -116,7 +118,7 @@ class History:
         if cause:
             self.killers.add(cause)
 
-    def death_told(self, lost: m.EngineLost, life: tuple[int, int]) -> None:
+    def death_told(self, lost: m.EngineLost, life: Life) -> None:
         for key, made in zip(lost.runs, lost.made, strict=True):
             if key in self.aboard and not lost.outside:
                 self.deaths.setdefault(key[:16], []).append((life, key, made))
@@ -267,11 +269,12 @@ class History:
         bases = [base_of(dispatch.dispatch, wanted.prompt) for dispatch in made]
         current, previous = 0, START
         for index, token in enumerate(ids):
+            before = current
             while current < len(bases) and wander_next(bases[current], previous) != token:
-                current += 1  # from here on a later dispatch speaks
-                if current < len(made) and made[current].prefix[:index] != ids[:index]:
-                    return index
+                current += 1  # from here on a later dispatch speaks (and others, of another broker perhaps, never did)
             if current == len(bases):
+                return index
+            if current != before and made[current].prefix[:index] != ids[:index]:
                 return index
             previous = token
         return None

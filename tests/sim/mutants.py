@@ -60,6 +60,10 @@ GUARDS: dict[str, Guard] = {
         "prefix: list[int] = []",
     ),
     "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
+    "word of the client": Guard(
+        "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
+    ),
+    "forsaken is not ended": Guard("llambo.broker.returning", "    if ended.forsaken:\n        return False\n", ""),
     "conviction": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(
         "llambo.broker.schedule",
@@ -70,10 +74,6 @@ GUARDS: dict[str, Guard] = {
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
     ),
     "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
-    "word of the client": Guard(
-        "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
-    ),
-    "forsaken is not ended": Guard("llambo.broker.returning", "    if ended.forsaken:\n        return False\n", ""),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

@@ -1,0 +1,379 @@
+"""More than one broker: where a client goes, what a worker tells whom, and what a broker makes of those who come."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from llambo.mesh import client_events as c
+from llambo.mesh import messages as m
+from llambo.mesh import sockets, tokens, transfer
+from llambo.mesh.client_core import ClientCore
+from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.link_core import BACKOFF_MS, CUT_MS, SILENT_MS, SOON_MS, TRY_MS, LinkState, OpenControl, Send, Sign
+from llambo.mesh.lookup import Lookup
+from llambo.worker import events as e
+from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.test_worker_core import LATER, SESSION, Rig, dispatch, key_of, loaded
+
+# --- a client's link -----------------------------------------------------------------------------------
+
+
+class Wanderer:
+    """A client core that knows several brokers."""
+
+    def __init__(self, brokers: int) -> None:
+        self.core = ClientCore()
+        self.now = 1_000
+        self.went: list[int] = []
+        self.said: list[m.Message] = []
+        self.handle(c.BrokersFound(brokers))
+
+    def handle(self, event: c.Event) -> None:
+        actions = self.core.handle(event, self.now)
+        self.went += [action.target for action in actions if isinstance(action, OpenControl)]
+        self.said += [action.message for action in actions if isinstance(action, Send)]
+
+    def see(self, *signs: Sign) -> None:
+        for sign in signs:
+            self.handle(c.ConnectionChanged(sign))
+
+    def welcome(self, lease_ms: int = 10_000) -> None:
+        welcome = m.Welcome(b"session!", 7333, b"t" * 16, lease_ms=lease_ms)
+        self.handle(c.ControlArrived(NO_SESSION, [(welcome, b"")], []))
+        assert self.core.link.welcomed
+
+    def wait(self, length_ms: int) -> None:
+        end = self.now + length_ms
+        while (due := self.core.next_wakeup_ms()) <= end:
+            self.now = max(self.now, due)
+            self.handle(c.Tick())
+        self.now = end
+
+
+def test_who_is_refused_goes_to_the_next_at_once_and_pauses_after_a_round() -> None:
+    client = Wanderer(3)
+    client.see(Sign.REFUSED, Sign.REFUSED)
+    assert client.went == [0, 1, 2]
+    client.see(Sign.REFUSED)
+    client.wait(BACKOFF_MS[0] - 1)
+    assert client.went == [0, 1, 2]
+    client.wait(1)
+    assert client.went == [0, 1, 2, 0]
+
+
+def test_a_broker_that_does_not_answer_is_not_waited_for_long() -> None:
+    client = Wanderer(2)
+    client.wait(TRY_MS - 1)
+    assert client.went == [0]
+    client.wait(1)
+    assert client.went == [0, 1]
+
+
+def test_a_broken_connection_that_is_not_to_be_had_again_is_a_broker_that_is_gone() -> None:
+    client = Wanderer(2)
+    client.welcome()
+    client.see(Sign.CONNECTED, Sign.CUT)
+    assert client.went == [0]
+    client.see(Sign.REFUSED)
+    assert client.went == [0, 1]
+
+
+def test_a_connection_that_blinks_is_stayed_with() -> None:
+    client = Wanderer(2)
+    client.welcome()
+    client.see(Sign.CUT)
+    client.wait(CUT_MS - 1)
+    client.see(Sign.CONNECTED)
+    client.wait(CUT_MS)
+    assert client.went == [0]
+    client.see(Sign.CUT)
+    client.wait(CUT_MS)
+    assert client.went == [0, 1]
+
+
+def test_silence_is_left_with_a_word_of_goodbye() -> None:
+    client = Wanderer(2)
+    client.welcome()
+    client.wait(SILENT_MS)
+    assert client.went == [0, 1]
+    assert any(isinstance(said, m.Goodbye) for said in client.said)
+
+
+def test_with_one_broker_there_is_nowhere_to_go() -> None:
+    client = Wanderer(1)
+    client.welcome()
+    client.see(Sign.CUT, Sign.REFUSED)
+    client.wait(SILENT_MS + CUT_MS)
+    assert client.went == [0]
+    assert client.core.link.welcomed
+    assert not any(isinstance(said, m.Goodbye) for said in client.said)
+
+
+def test_a_young_broker_that_does_not_know_the_session_is_asked_again() -> None:
+    client = Wanderer(2)
+    client.welcome()
+    unknown = m.Problem(LlamboError(Code.UNKNOWN_SESSION, "say hello first").info())
+    client.handle(c.ControlArrived(b"session!", [(unknown, b"")], []))
+    client.wait(BACKOFF_MS[0])
+    assert client.went == [0, 0]
+
+
+# --- names ---------------------------------------------------------------------------------------------
+
+
+def test_a_list_is_several_addresses() -> None:
+    assert sockets.split_all("tcp://a:1, b ,tcp://[::1]:9") == [("a", 1), ("b", sockets.DEFAULT_PORT), ("::1", 9)]
+    with pytest.raises(LlamboError):
+        sockets.split_all("tcp://a:1,http://b")
+
+
+def test_a_name_stands_for_all_its_addresses_of_one_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    four, six = socket.AF_INET, socket.AF_INET6
+
+    def found(host: str, port: object, **kind: object) -> list[Any]:
+        if host == "nowhere":
+            raise OSError("no such name")
+        return [(family, 1, 6, "", (ip, 0)) for family, ip in
+                ((four, "10.0.0.1"), (six, "fe80::1"), (four, "10.0.0.2"), (four, "10.0.0.1"))]  # fmt: skip
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    assert sockets.resolve_all("tcp://mesh:5,nowhere,127.0.0.1:6,mesh:5") == [
+        ("10.0.0.1", 5), ("10.0.0.2", 5), ("127.0.0.1", 6)]  # fmt: skip
+    with pytest.raises(LlamboError, match="nowhere"):
+        sockets.resolve_all("nowhere")
+
+
+def test_a_lookup_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Event()
+    monkeypatch.setattr(sockets, "resolve_all", lambda addresses: [("10.0.0.1", 5)] if slow.wait(30) else [])
+    lookup, dropped = Lookup("mesh"), Lookup("mesh")
+    assert not lookup.done
+    dropped.close()  # while its thread still waits for the resolver
+    slow.set()
+    with open(lookup.fileno(), "rb", closefd=False) as pipe:
+        assert pipe.read(1) == b"\0"
+    assert lookup.found == [("10.0.0.1", 5)]
+    lookup.close()
+
+
+# --- a worker ------------------------------------------------------------------------------------------
+
+
+def linked(*, slots: int = 4) -> Rig:
+    rig = loaded(slots, brokers=("tcp://a:1", "tcp://b:1"))
+    for link, session in ((0, SESSION), (1, LATER)):
+        rig.on(e.ControlArrived(link, NO_SESSION, [(m.Welcome(session, 7332), b"")]))
+    rig.wait(200)
+    rig.actions = []
+    return rig
+
+
+def given(rig: Rig, link: int, number: int) -> Rig:
+    return rig.on(e.ControlArrived(link, (SESSION, LATER)[link], [(dispatch(number), b"p")]))
+
+
+def told(rig: Rig, kind: type[Any]) -> list[tuple[int, Any]]:
+    return [(send.link, send.message) for send in rig.take(Send) if isinstance(send.message, kind)]
+
+
+def test_each_broker_learns_at_once_what_the_other_has_given() -> None:
+    rig = given(linked(), 0, 1).wait(SOON_MS)
+    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(1, 1)]
+    given(rig, 1, 2).wait(SOON_MS)
+    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(0, 1)]
+
+
+def test_a_slot_is_not_sold_twice_and_the_refusal_comes_with_the_load() -> None:
+    rig = given(linked(slots=1), 0, 1).wait(SOON_MS)
+    rig.actions = []
+    given(rig, 1, 2).wait(SOON_MS)
+    said = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
+    assert said == [(1, "Reject"), (1, "WorkerHeartbeat")]
+
+
+def test_the_same_request_from_two_brokers_is_two_runs() -> None:
+    rig = linked()
+    twin = m.Dispatch(bytes([1]) * 16, b"another!", 1, "fake", 100, 7)
+    given(rig, 0, 1).on(e.ControlArrived(1, LATER, [(twin, b"p")])).wait(200)
+    claims = {link: beat.claims for link, beat in told(rig, m.WorkerHeartbeat)}
+    assert claims == {0: {key_of(1): 0}, 1: {bytes([1]) * 16 + b"another!": 0}}
+
+
+def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
+    rig = given(linked(), 0, 1)
+    rig.actions = []
+    rig.on(e.ConnectionChanged(0, Sign.CUT)).on(e.ConnectionChanged(0, Sign.REFUSED))
+    assert [(link, orphan.work.id) for link, orphan in told(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
+
+
+def test_only_who_has_a_run_may_end_it() -> None:
+    rig = given(linked(), 0, 1)
+    rig.actions = []
+    rig.on(e.ControlArrived(1, LATER, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
+    assert [(link, end.count, end.reason) for link, end in told(rig, m.End)] == [(1, 0, "cancelled")]
+    rig.step(key_of(1), [5], "length")
+    assert [(link, end.reason) for link, end in told(rig, m.End)] == [(0, "length")]
+    rig.on(e.ControlArrived(1, LATER, [(m.EndAck([key_of(1)]), b"")]))
+    assert len(rig.core.runs) == 1
+
+
+def test_what_was_cancelled_is_offered_to_nobody() -> None:
+    rig = given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
+    rig.actions = []
+    rig.on(e.ConnectionChanged(0, Sign.CUT)).on(e.ConnectionChanged(0, Sign.REFUSED))
+    assert told(rig, m.Orphan) == []
+    assert len(rig.core.runs) == 0
+
+
+# --- a broker ------------------------------------------------------------------------------------------
+
+
+def back(bench: Bench, route: bytes, who: bytes = b"me") -> Client:
+    """A client on a session of its own, known by its incarnation."""
+    client = Client(bench, route)
+    bench.state.registry.clients[client.session].hello = m.ClientHello(incarnation=who)
+    return client
+
+
+def held(number: int, ids: list[int], **fields: Any) -> tuple[m.InferenceRequest, bytes]:
+    """What a client says that comes from another broker."""
+    key = request_id(number) + b"\0\0\0\1old!"
+    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))] if ids else [])
+    asked = m.InferenceRequest(request_id(number), "m", 10, have=len(ids), resume=True, prompt_bytes=size, **fields)
+    return asked, blob
+
+
+def test_the_load_that_others_make_counts() -> None:
+    bench = Bench()
+    busy, idle = bench.worker("busy", slots=4), bench.worker("idle", slots=4)
+    busy.beat(busy=3)
+    client = bench.client()
+    for number in range(3):
+        client.submit(number)
+    assert (len(busy.dispatches), len(idle.dispatches)) == (0, 3)
+
+
+def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
+    bench = Bench(adopt_ms=100)
+    worker, client = bench.worker(), back(bench, b"1")
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1, 2, 3))
+    # Elsewhere its answer went on in another way.
+    again = back(bench, b"2")
+    asked, blob = held(1, [1, 2, 9, 9])
+    again.say(asked, blob=blob)
+    assert [cancel.dispatch for cancel in worker.heard(m.Cancel)] == [worker.dispatches[0].dispatch]
+    worker.end(3, reason="cancelled")
+    bench.pass_time(150)
+    worker.beat()
+    assert worker.dispatches[-1].prefix == [1, 2, 9, 9]
+    assert not again.problems and not again.ends
+
+
+def test_who_follows_another_continuation_here_is_not_disturbed() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"somebody else")
+    client.submit(1)
+    other.say(m.Attach(request_id(1)))
+    worker.publish(worker.chunk(0, 1, 2, 3))
+    asked, blob = held(1, [1, 9])
+    again = back(bench, b"3")
+    again.say(asked, blob=blob)
+    assert [problem.error.code for problem in again.problems] == [Code.EXPIRED]
+    assert not worker.heard(m.Cancel)
+
+
+def test_what_was_cancelled_for_want_of_its_client_goes_on_when_that_is_back() -> None:
+    bench = Bench(adopt_ms=100)
+    worker, client = bench.worker(), back(bench, b"1")
+    client.submit(1)
+    client.say(m.Goodbye())
+    worker.end(0, reason="cancelled")
+    again = back(bench, b"2")
+    asked, blob = held(1, [1, 2])
+    again.say(asked, blob=blob)
+    bench.pass_time(150)
+    assert not again.ends
+    assert worker.dispatches[-1].prefix == [1, 2]
+
+
+def test_what_its_user_has_cancelled_stays_cancelled() -> None:
+    bench = Bench()
+    bench.worker()
+    client = back(bench, b"1")
+    client.submit(1)
+    client.say(m.Cancel(request_id(1)))
+    again = back(bench, b"2")
+    asked, blob = held(1, [])
+    again.say(asked, blob=blob)
+    assert [end.reason for end in again.ends] == ["cancelled"]
+
+
+def test_an_attach_from_elsewhere_waits_for_those_who_know_but_not_for_ever() -> None:
+    bench = Bench(young_ms=1_000)
+    bench.worker()
+    bench.pass_time(5_000)
+    client = bench.client()
+    client.say(m.Attach(request_id(1), resume=True))
+    assert not client.problems
+    bench.pass_time(3_000)
+    assert [problem.error.code for problem in client.problems] == [Code.UNKNOWN_REQUEST]
+
+
+def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None:
+    bench = Bench(young_ms=1_000)
+    worker = bench.worker()
+    bench.pass_time(1_500)
+    client = bench.client()
+    key = request_id(1) + b"\0\0\0\1old!"
+    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, [1, 2], [b"x", b"x"])])
+    work = m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, detached=True)
+    worker.say(m.Orphan(work), blob=blob)
+    assert not worker.heard(m.Adopt)
+    client.say(m.Attach(request_id(1)))
+    assert [adopt.dispatch for adopt in worker.heard(m.Adopt)] == [key[16:]]
+    assert [page.total for page in client.heard(m.Page)] == [2]
+
+
+def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    key = request_id(1) + b"\0\0\0\1old!"
+    for ids in ([1, 2], [1, 2, 3, 4]):
+        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
+        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+        if len(ids) == 2:
+            asked, given_back = held(1, [1, 2])
+            client.say(asked, blob=given_back)
+    assert len(worker.heard(m.Adopt)) == 2 and not worker.heard(m.Cancel)
+
+
+def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    key = request_id(1) + b"\0\0\0\1old!"
+
+    def announce(ids: list[int]) -> None:
+        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
+        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+
+    announce([1, 2])
+    asked, blob = held(1, [1, 2, 3])
+    client.say(asked, blob=blob)
+    assert not worker.heard(m.Cancel) and not worker.heard(m.Adopt)
+    announce([1, 2, 3, 4])
+    assert worker.heard(m.Adopt) and not worker.heard(m.Cancel)
+
+
+def test_link_states_of_a_client_that_wanders_are_legal() -> None:
+    client = Wanderer(2)
+    for _ in range(5):
+        client.welcome()
+        client.see(Sign.CUT, Sign.REFUSED)
+        assert client.core.link.state is LinkState.GREETING
+    assert client.went == [0, 1, 0, 1, 0, 1]
