@@ -126,6 +126,8 @@ class WorkerEntry:
     @property
     def wary(self) -> bool:
         """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
+        if self.last.wary:
+            return True
         return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
 
     @property
