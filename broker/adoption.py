@@ -147,6 +147,9 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     request.fingerprint = worker.fingerprints.get(request.model, "")
     state.running[key] = request
     worker.adopted.add(key)
+    if request.suspect_at >= 0:
+        worker.suspect = key, request
+    state.update_pools(worker)
     state.counters.adopted += 1
     _dismiss_others(state, request.id, key)
     request.note(

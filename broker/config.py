@@ -52,8 +52,14 @@ class BrokerConfig:
     detached_ms: int = 3_600_000
     #: Ends of finished requests remembered, to answer whoever asks late.
     tombstones: int = 10_000
-    #: Engine deaths a request may be aboard of before it is ended as their cause.
-    engine_failures: int = 3
+    #: Engine deaths a request may be aboard of before it is ended, even if none of them could be laid to its charge.
+    engine_failures: int = 10
+    #: A worker so many times slower than its peers gets no new work for a while; 0: never.
+    slow_factor: int = 8
+    #: Retries of a model's requests, after refusals and deaths of engines, that nothing has to be paid for.
+    retry_reserve: int = 100
+    #: Each request that ends well pays for so much of another retry.
+    retry_percent: int = 20
     #: Name of the policy that chooses a worker.
     policy: str = "least-loaded"
     #: Where workers publish tokens. The shell fills it in once the socket is bound.

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import admission, adoption, delivery, dispatching, ending, membership, queries
+from llambo.broker import admission, adoption, delivery, dispatching, ending, membership, queries, suspicion
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import ClientSaid, Event, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
@@ -51,7 +51,7 @@ WORKER_RULES: dict[type[m.Message], WorkerRule] = {
     m.Accept: dispatching.accepted,
     m.Reject: dispatching.rejected,
     m.End: delivery.end_arrived,
-    m.EngineLost: dispatching.engine_lost,
+    m.EngineLost: suspicion.engine_lost,
     m.Page: delivery.page_arrived,
     m.Goodbye: lambda state, worker, said, now_ms: membership.lose_worker(
         state, worker, f"left: {said.reason or 'goodbye'}", now_ms

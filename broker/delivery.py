@@ -11,7 +11,7 @@ A client that misses something asks the same of the broker, and is served from t
 
 from __future__ import annotations
 
-from llambo.broker import ending
+from llambo.broker import ending, suspicion
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
@@ -69,7 +69,7 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
             transcript.final |= flags & _FINAL_FLAGS
         for topic in request.topics:
             out.append(topic + frame)
-        if request.end is not None or transcript.size > transcript.reserved:
+        if request.watched or transcript.size > transcript.reserved:
             _settle(state, request, now_ms)
     state.counters.chunks += len(frames)
     if out:
@@ -146,9 +146,11 @@ def _keep_aside(state: State, request: Request, first: int, count: int, frame: b
 
 
 def _settle(state: State, request: Request, now_ms: int) -> None:
-    """After an append that was not plain: is the gap closed, is it complete, is it too much?"""
+    """After an append that was not plain: is the gap closed, is it complete, is it too much, is a suspect cleared?"""
     if not request.stash:
         request.stash = None
+    if 0 <= request.suspect_at < request.transcript.next_index:
+        suspicion.clear(state, request, now_ms)
     if request.transcript.size > request.transcript.reserved:
         text = f"worker {request.blame} sent more bytes than {request.max_tokens} tokens may take"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
@@ -224,7 +226,7 @@ def end_arrived(state: State, worker: WorkerEntry, end: m.End, now_ms: int) -> N
         ending.acknowledge(state, worker, key)
         return
     if request.end is None:
-        request.end = end
+        request.end, request.watched = end, True
         request.note(now_ms, "worker done", f"{end.count} tokens, {end.reason}")
     if request.transcript.next_index >= end.count:
         ending.complete(state, request, end, now_ms)

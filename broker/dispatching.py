@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import msgspec
 
-from llambo.broker import ending, schedule
+from llambo.broker import budget, ending, schedule
 from llambo.broker.actions import ToWorker
 from llambo.broker.registry import WorkerEntry
-from llambo.broker.requests import Request, RequestState
+from llambo.broker.requests import Request, RequestState, plain
 from llambo.broker.state import State
 from llambo.mesh import messages as m
 from llambo.mesh import tokens, transfer
-from llambo.mesh.errors import Code, ErrorInfo
 
 #: A request that this many workers have refused is given up.
 MAX_REFUSALS = 100
@@ -55,7 +54,8 @@ def settle(state: State, now_ms: int) -> None:
         state.update_pools(worker)
         if state.room.count:
             # Those who were interrupted go first.
-            for lane in (*worker.lanes, *worker.models):
+            suspects = [pool.model for pool in state.wary if worker.serves(plain(pool.model))]
+            for lane in (*suspects, *worker.lanes, *worker.models):
                 pump(state, lane, now_ms)
 
 
@@ -74,6 +74,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     worker.turn = state.turns
     worker.seq += 1
     worker.claims[request.key] = worker.seq
+    if request.suspect_at >= 0:
+        worker.suspect = request.key, request
     state.update_pools(worker)
     state.counters.dispatched += 1
     request.note(now_ms, "dispatched", f"to {worker.name}, attempt {request.attempt}, from token {len(prefix)}")
@@ -105,6 +107,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
+    request.watched = request.suspect_at >= 0
     if request.task != "generate" and not request.transcript.final:
         # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
         request.transcript.clear()
@@ -146,27 +149,8 @@ def rejected(state: State, worker: WorkerEntry, reject: m.Reject, now_ms: int) -
     request.refusals += 1
     if reject.final or request.refusals > MAX_REFUSALS:
         ending.finish(state, request, "error", now_ms, reject.error)
+    elif not budget.spend(state, request.model, now_ms):
+        why = f"{worker.name} refused: {reject.error.text}"
+        ending.finish(state, request, "error", now_ms, budget.denied(state, request, why))
     else:
         requeue(state, request, f"by {worker.name}: {reject.error.text}", now_ms, what="refused")
-
-
-def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: int) -> None:
-    """The engine died with these aboard. That may be their fault, so it is counted against them."""
-    state.counters.engine_deaths += 1
-    state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text} ({len(lost.runs)} of its requests move)")
-    for key in lost.runs:
-        worker.claims.pop(key, None)
-    # Its load is least now, and it would refuse everything: its next heartbeat tells when it can work again.
-    worker.closed = True
-    state.update_pools(worker)
-    for key in lost.runs:
-        request = state.running.get(key)
-        if request is None or request.worker is not worker:
-            continue
-        request.failures += 1
-        if request.failures >= state.config.engine_failures:
-            text = f"the engine died {request.failures} times with this request aboard, last: {lost.text}"
-            ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
-        else:
-            requeue(state, request, f"the engine of {worker.name} died: {lost.text}", now_ms)
-    state.touch(worker)

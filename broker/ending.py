@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llambo.broker import budget
 from llambo.broker.actions import ToClient, ToWorker
 from llambo.broker.archive import Ended
 from llambo.broker.registry import ClientEntry, WorkerEntry
@@ -19,6 +20,8 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
     worker.done += 1
     acknowledge(state, worker, request.key)
     error = end.error
+    if state.budgets and error is None:
+        budget.earn(state, request)
     if end.reason == "deadline" and error is None:  # the engine saw it first
         error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
     _close(state, request, end.reason, now_ms, error, end.usage)

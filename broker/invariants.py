@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llambo.broker.core import BrokerCore
-from llambo.broker.requests import RequestState
+from llambo.broker.requests import RequestState, plain
 from llambo.broker.state import State
 from llambo.mesh import tokens
 
@@ -36,6 +36,7 @@ def _requests(state: State) -> None:
             before = request.transcript.chunks[-2:-1]
             ends = sum(tokens.head(before[0], tokens.KEY_END)[:2]) if before else 0
             assert first == ends, "the last chunk does not continue the one before it"
+        assert not 0 <= request.suspect_at < index, "it is past the token at which an engine died, and still a suspect"
         if request.missing:
             assert request.repair_due, "tokens are missing and nobody will ask for them"
     for key, request in state.running.items():
@@ -64,6 +65,11 @@ def _workers(state: State) -> None:
             if pool is not None and inside:
                 assert pool.free[worker.position[model]] is worker
                 assert pool.least_loaded() is not None
+        for pool in state.wary:
+            fit = worker.serves(plain(pool.model)) and worker.dispatchable and not worker.wary
+            assert (pool.model in worker.position) == fit, "a pool for suspects does not know its worker"
+        aboard = [r for key in given if (r := state.running.get(key)) is not None and r.suspect_at >= 0]
+        assert len(aboard) <= 1, "two suspects on one engine"
 
 
 def _clients(state: State) -> None:

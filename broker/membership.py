@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llambo.broker import admission, delivery, dispatching, ending
+from llambo.broker import admission, delivery, dispatching, ending, speed
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import PARKED, RequestState
+from llambo.broker.requests import PARKED, RequestState, plain
 from llambo.broker.state import State
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -72,6 +72,8 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     worker.busy = beat.busy
     worker.adopted &= worker.claims.keys()
     worker.closed = False
+    if beat.pace:
+        speed.measured(worker, beat.pace, now_ms)
     if (beat.state == "draining") != worker.draining:
         # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
         state.out.append(ToWorker(worker.route, worker.session, m.Drain(not worker.draining)))
@@ -283,10 +285,10 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.room.lines.items()):
         if lane == PARKED:
             continue
-        model, _, fingerprint = lane.partition("\0")
+        model, _, fingerprint = plain(lane).partition("\0")
         since = state.models.get(model, 0)
         if fingerprint and not since:
-            if any(_may_serve(worker, model, lane) for worker in state.registry.workers.values()):
+            if any(_may_serve(worker, model, plain(lane)) for worker in state.registry.workers.values()):
                 continue
             since = 1  # others have the model, but not the very same: what counts is how long the request waits
         for request in list(line) if since else ():
@@ -302,6 +304,7 @@ def sweep(state: State, now_ms: int) -> None:
     for request in state.room.expired(now_ms):
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
+    speed.compare(state, now_ms)
     _give_up_on_lanes(state, now_ms)
     admission.ask_again(state, now_ms)
     state.orphanage.expire(now_ms)

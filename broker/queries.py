@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker import membership
+from llambo.broker import membership, speed
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
@@ -83,6 +83,7 @@ def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
         "broker": state.config.name,
         "workers": len(workers),
         "ready": sum(worker.tokens_up and worker.state == "ready" and not worker.draining for worker in workers),
+        "slow": speed.slow(workers),
         "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
         "slots": sum(worker.slots for worker in workers),
         "busy": sum(len(worker.claims) for worker in workers),
@@ -136,12 +137,15 @@ def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
         "busy": len(worker.claims),
         "busy_elsewhere": worker.busy,
         "tokens_per_s": round(worker.last.rate, 1),
+        "pace": round(worker.pace, 1),
+        "weight": 1 / worker.idle_load,
         "done": worker.done,
         "engine_restarts": worker.last.engine_restarts,
         "heard_ms": now_ms - worker.heard_at,
         "up_ms": now_ms - worker.joined_at,
         "percent": worker.last.percent,
         "note": worker.last.note,
+        "slow": worker.slow_note,
     }
 
 
@@ -152,7 +156,9 @@ def _worker_state(worker: WorkerEntry) -> str:
         return "loading"
     if not worker.echo:
         return "joining"
-    return worker.state if worker.tokens_up else "mending"
+    if worker.ejected:
+        return "slow"
+    return ("trial" if worker.trial else worker.state) if worker.tokens_up else "mending"
 
 
 def requests(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker.requests import lane
+from llambo.broker.requests import Request, lane
 from llambo.mesh import messages as m
 
 
@@ -18,16 +18,22 @@ class WorkerEntry:
         "done",
         "draining",
         "echo",
+        "ejected",
         "fingerprints",
         "heard_at",
         "hello",
+        "idle_load",
         "incarnation",
         "joined_at",
         "lanes",
         "last",
+        "level",
         "models",
         "name",
         "number",
+        "pace",
+        "paced",
+        "paced_at",
         "position",
         "route",
         "route_gone_at",
@@ -35,7 +41,13 @@ class WorkerEntry:
         "serving",
         "session",
         "slots",
+        "slow_note",
+        "slow_times",
+        "slow_until",
         "state",
+        "step_load",
+        "suspect",
+        "trial",
         "turn",
         "welcome",
     )
@@ -44,6 +56,16 @@ class WorkerEntry:
         self.hello = hello
         self.welcome = welcome
         self.name = hello.name
+        # --- kept by speed.py: a smoothed pace, from how many measurements, and the last one's time
+        self.pace = 0.0
+        self.paced = 0
+        self.paced_at = 0
+        #: How often its weight is halved.
+        self.level = 0
+        #: It is much slower than its peers: no new work until `slow_until`; then one at a time while it is tried.
+        self.ejected = self.trial = False
+        self.slow_until = self.slow_times = 0
+        self.slow_note = ""
         self.serve(hello.models, hello.slots)
         self.incarnation = hello.incarnation
         self.session = welcome.session
@@ -58,6 +80,8 @@ class WorkerEntry:
         self.claims: dict[bytes, int] = {}
         #: Those of them that it ran already: they may be more than it has slots, if they have ended.
         self.adopted: set[bytes] = set()
+        #: The last suspect it was given, with its key: one at a time.
+        self.suspect: tuple[bytes, Request] | None = None
         #: Slots that others than us have taken.
         self.busy = 0
         self.state: str = hello.state
@@ -80,6 +104,21 @@ class WorkerEntry:
         #: The lanes of requests that only the very same model may continue.
         self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
         self.slots = slots
+        self.weigh(self.level)
+
+    def weigh(self, level: int) -> None:
+        """What it counts as loaded, idle and for each claim: full is taken to be half as fast as idle."""
+        self.level = level
+        self.idle_load = float(2**level)
+        self.step_load = self.idle_load / self.slots
+
+    def serves(self, lane: str) -> bool:
+        return lane in self.models or lane in self.lanes
+
+    @property
+    def wary(self) -> bool:
+        """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
+        return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
 
     @property
     def free(self) -> int:
@@ -92,7 +131,8 @@ class WorkerEntry:
 
     @property
     def dispatchable(self) -> bool:
-        return self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
+        fit = self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
+        return fit and not self.ejected and not (self.trial and self.claims)
 
 
 class ClientEntry:

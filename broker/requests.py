@@ -47,11 +47,18 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 
 #: Where those wait that are not to be dispatched.
 PARKED = "\0parked"
+#: The end of the names of lanes for those that may have killed an engine: suspicion.py.
+WARY = "\0\0wary"
 
 
 def lane(model: str, fingerprint: str) -> str:
     """The name of a line and of its pool. A model without a fingerprint goes on wherever its name is known."""
     return f"{model}\0{fingerprint}" if fingerprint else model
+
+
+def plain(lane: str) -> str:
+    """The lane of the same requests if nothing spoke against them."""
+    return lane.removesuffix(WARY)
 
 
 class Request:
@@ -88,11 +95,14 @@ class Request:
         "story",
         "stream",
         "submitted_at",
+        "suspect_at",
+        "suspicion",
         "task",
         "ticket",
         "topics",
         "transcript",
         "wanted",
+        "watched",
         "worker",
     )
 
@@ -130,6 +140,8 @@ class Request:
         self.wanted = 0
         self.repair_due = 0
         self.asked_ms = 0
+        #: Each chunk is looked at: an END waits for it, or it would clear a suspect.
+        self.watched = False
         # --- its fate so far
         self.ticket = 0
         #: Its broker is gone; for a moment it waits for a worker that runs it still.
@@ -137,7 +149,11 @@ class Request:
         #: It is ended only because nobody follows it.
         self.forsaken = False
         self.moves = 0
+        #: Engine deaths it was aboard of, whatever caused them.
         self.failures = 0
+        #: An engine died when it was to make this token, and how; -1: nothing speaks against it.
+        self.suspect_at = -1
+        self.suspicion = ""
         self.refusals = 0
         self.blame = ""
         self.story: list[tuple[int, str, str]] = []
@@ -147,7 +163,8 @@ class Request:
         """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
         if self.parked:
             return PARKED
-        return lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
+        name = lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
+        return name if self.suspect_at < 0 else name + WARY
 
     def step(self, state: RequestState) -> None:
         assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"

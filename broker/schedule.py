@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Callable
 
 from llambo.broker.registry import WorkerEntry
-from llambo.broker.requests import Request
+from llambo.broker.requests import WARY, Request
 
 
 class Pool:
@@ -18,6 +18,8 @@ class Pool:
 
     def __init__(self, model: str) -> None:
         self.model = model
+        #: For suspects: a worker that has one is not free for another.
+        self.wary = model.endswith(WARY)
         self.free: list[WorkerEntry] = []
         self.cursor = 0
         self._heap: list[tuple[float, int, int, WorkerEntry]] = []
@@ -25,7 +27,7 @@ class Pool:
 
     def update(self, worker: WorkerEntry) -> None:
         """The worker's load or fitness has changed."""
-        fit = worker.dispatchable
+        fit = self.takes(worker)
         if fit and self.model not in worker.position:
             worker.position[self.model] = len(self.free)
             self.free.append(worker)
@@ -33,6 +35,9 @@ class Pool:
             self._remove(worker)
         if fit:
             self._push(worker)
+
+    def takes(self, worker: WorkerEntry) -> bool:
+        return worker.dispatchable and not (self.wary and worker.wary)
 
     def clear(self) -> None:
         for worker in self.free:
@@ -66,14 +71,14 @@ class Pool:
 
 def _load(worker: WorkerEntry) -> float:
     # With what other brokers have given it, too.
-    return (len(worker.claims) + worker.busy) / worker.slots
+    return worker.idle_load + (len(worker.claims) + worker.busy) * worker.step_load
 
 
 Policy = Callable[[Request, Pool], WorkerEntry | None]
 
 
 def least_loaded(request: Request, pool: Pool) -> WorkerEntry | None:
-    """The smallest share of busy slots; among equals the one whose last turn is longest ago."""
+    """The smallest share of busy slots, by its speed; among equals the one whose last turn is longest ago."""
     return pool.least_loaded()
 
 

@@ -14,11 +14,12 @@ from typing import Literal
 
 from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
+from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
-from llambo.broker.requests import Request
+from llambo.broker.requests import Request, plain
 from llambo.broker.schedule import POLICIES, Pool
 from llambo.mesh.messages import Attach, InferenceRequest
 
@@ -50,6 +51,10 @@ class Counters:
     replays_asked: int = 0
     replays_served: int = 0
     engine_deaths: int = 0
+    suspected: int = 0
+    convicted: int = 0
+    ejected: int = 0
+    retries_denied: int = 0
     workers_lost: int = 0
     clients_lost: int = 0
     problems: int = 0
@@ -87,8 +92,12 @@ class State:
         self.registry = Registry()
         self.room = WaitingRoom(config.queue_requests, config.queue_bytes, config.queue_ms)
         self.pools: dict[str, Pool] = {}
+        #: Those of them that are for suspects. Mostly there is none.
+        self.wary: list[Pool] = []
         #: Model to when its last worker went away; 0 while it has one. A model stays known once seen.
         self.models: dict[str, int] = {}
+        #: What may be retried of each model, where that is not all: budget.py.
+        self.budgets: dict[str, Budget] = {}
         self.requests: dict[bytes, Request] = {}
         #: The fence: tokens count only under the key of a current dispatch.
         self.running: dict[bytes, Request] = {}
@@ -149,19 +158,27 @@ class State:
         for lane in worker.lanes:
             if (pool := self.pools.get(lane)) is not None:
                 pool.update(worker)
+        for pool in self.wary:
+            if worker.serves(plain(pool.model)):
+                pool.update(worker)
 
     def open_lane(self, lane: str) -> None:
         """A request moves: from now on there is a pool of those who may continue it. Most lanes never need one."""
         if lane not in self.pools:
             pool = self.pools[lane] = Pool(lane)
+            if pool.wary:
+                self.wary.append(pool)
             for worker in self.registry.workers.values():
-                if lane in worker.lanes or lane in worker.models:
+                if worker.serves(plain(lane)):
                     pool.update(worker)
 
     def close_lanes(self) -> None:
         """Those that nobody waits in."""
         for name in [name for name in self.pools if "\0" in name and name not in self.room.lines]:
-            self.pools.pop(name).clear()
+            pool = self.pools.pop(name)
+            pool.clear()
+            if pool.wary:
+                self.wary.remove(pool)
 
     @property
     def held_bytes(self) -> int:

@@ -58,4 +58,5 @@ def _ready(found: dict[str, Any]) -> str:
     loading = [f"{percent} %" for percent in sorted(found.get("loading", {}).values(), reverse=True)]
     more = ", ..." if len(loading) > SHOWN else ""
     told = f", loading {', '.join(loading[:SHOWN])}{more}" if loading else ""
-    return f"{found['ready']} ready of {found['workers']}{told}"
+    slow = f", slow: {', '.join(found['slow'][:SHOWN])}" if found.get("slow") else ""
+    return f"{found['ready']} ready of {found['workers']}{told}{slow}"

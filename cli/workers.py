@@ -34,6 +34,8 @@ def workers(common: Common, as_json: bool) -> None:
     ready      takes work
     loading    its engine loads the model; the note says how far it is
     joining    its token plane has not been proved yet
+    slow       much slower than its peers: finishes what it runs, gets nothing new
+    trial      was slow: one request at a time until its pace is known
     mending    its token plane is down; it works, served by replay
     draining   finishes what it runs and takes nothing new
     drained    runs nothing, and takes nothing new
@@ -49,7 +51,8 @@ def workers(common: Common, as_json: bool) -> None:
 
 def _row(worker: dict[str, Any]) -> Row:
     restarts = worker["engine_restarts"]
-    notes = [worker["class"], worker["note"], f"engine restarted {restarts} times" if restarts else ""]
+    slow = f"slow: {worker['slow']}" if worker["slow"] else ""
+    notes = [worker["class"], slow, worker["note"], f"engine restarted {restarts} times" if restarts else ""]
     return (
         worker["worker"],
         worker["state"],

@@ -219,6 +219,8 @@ _BROKER = (
     _row("broker.detached_bytes", Kind.BYTES, 64 * _MIB, "finished detached results kept, together"),
     _row("broker.detached_ms", Kind.MS, 3_600_000, "how long a detached result is kept", high=_LONGEST_MS),
     _row("broker.hold_ms", Kind.MS, 30_000, "how long a request waits when no worker has its model", high=_LONGEST_MS),
+    _row("broker.slow_factor", Kind.NUMBER, 8, "a worker so many times slower than its peers is left alone; 0: never",
+         high=1_000),
     _row("broker.heartbeat_ms", Kind.MS, 200, "pause between two heartbeats", low=10, high=60_000),
     _row("broker.ping_ms", Kind.MS, 100, "pause between two tries to reach a worker", low=10, high=60_000),
     _row("broker.lease_ms", Kind.MS, 2_000, "a worker silent for so long is given up", low=100, high=_LONGEST_MS),

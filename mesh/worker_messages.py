@@ -78,6 +78,8 @@ class WorkerHeartbeat(Message, frozen=True):
     #: What it serves, if that is not what this session's hello said; empty: it is.
     models: Annotated[list[ModelInfo], Meta(max_length=limits.MODELS_PER_WORKER)] = []
     slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
+    #: Tokens per second of each stream over the last moments, waiting for the first included; 0: there were none.
+    pace: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
 
 
 class Accept(Message, frozen=True):
@@ -101,6 +103,10 @@ class EngineLost(Message, frozen=True):
 
     runs: Annotated[list[RunKey], Meta(max_length=limits.SLOTS_PER_WORKER)]
     text: Annotated[str, Meta(max_length=1024)] = ""
+    #: The next token index of each, in the same order: the broker may not have them all.
+    made: Annotated[list[Count], Meta(max_length=limits.SLOTS_PER_WORKER)] = []
+    #: Somebody has ended it, a person or the machine: none of these is to blame.
+    outside: bool = False
 
 
 # --- broker to worker --------------------------------------------------------------------------------

@@ -137,14 +137,16 @@ class Agent:
                 self._handle(e.ControlArrived(number, bundle.session, bundle.messages))
 
     def _receive_engine(self, engine: EngineProcess) -> None:
+        garbled = False
         try:
             said = engine.read()
         except proto.BadFrame as error:
             log.warning("%s", error)
-            said = None
+            said, garbled = None, True
         if said is None:
             self.engine = None
-            self._handle(e.EngineDied(engine.reap()))
+            text, outside = engine.reap()
+            self._handle(e.EngineDied(text, outside and not garbled))
             return
         for message in said:
             self._handle(_engine_event(message))

@@ -75,6 +75,7 @@ class WorkerCore:
     def handle(self, event: e.Event, now_ms: int) -> list[Action]:
         if self.exited:
             return []
+        self._rate.passed(self.runs.streams, now_ms)
         match event:
             case e.EngineStep(outputs):
                 self.engine.on_word(now_ms)
@@ -91,9 +92,9 @@ class WorkerCore:
                 self.engine.on_progress(note, problem, percent, now_ms)
             case e.EngineRefused(key, error, final):
                 self._on_refused(key, error, final)
-            case e.EngineDied(text):
+            case e.EngineDied(text, outside):
                 hopeless = self.engine.on_died(text, now_ms)
-                self._lose_runs(text)
+                self._lose_runs(text, outside=outside)
                 if hopeless:
                     self._leave(f"cannot serve {self._config.model}: {hopeless}", now_ms, status=1)
             case e.StopRequested(urgent):
@@ -138,8 +139,8 @@ class WorkerCore:
             self.runs.drop(run)
             self._reject(run.link, run.id, run.dispatch, error, final)
 
-    def _lose_runs(self, text: str) -> None:
-        self.delivery.lose(text)
+    def _lose_runs(self, text: str, *, outside: bool = False) -> None:
+        self.delivery.lose(text, self.engine.heard_ms, outside=outside)
         for link in self.links.values():
             link.beat_now()
 
@@ -214,6 +215,7 @@ class WorkerCore:
                 prompt,
                 deadline_at,
                 published=dispatch.task == "generate",
+                given_at=now_ms,
             )
         )
         self._out.append(StartRun(start))
@@ -308,6 +310,7 @@ class WorkerCore:
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
+        rate, pace = self._rate.sample(now_ms)
         news = self._introduction.news(number)
         busy = self._busy[number] = self.runs.busy(number)
         link.send(
@@ -317,7 +320,8 @@ class WorkerCore:
                 claims=self.runs.claims(number),
                 busy=busy,
                 state=self.state,
-                rate=self._rate.per_second(now_ms),
+                rate=rate,
+                pace=pace,
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,

@@ -19,6 +19,8 @@ from llambo.worker.runs import Run, RunState, RunTable
 
 #: An END that nobody acknowledged is said again after this long.
 END_AGAIN_MS = 500
+#: From the word of an engine to its reading what it is to do next, on a machine that is busy.
+UNREAD_MS = 250
 
 
 class Delivery:
@@ -69,16 +71,21 @@ class Delivery:
         else:
             frames += run.chunks(first, run.tokens.end, 2 * len(frame))[0]
 
-    def lose(self, text: str) -> None:
-        """The engine is gone and what it was doing with it; what had ended is still ours to deliver."""
-        lost: dict[int, list[bytes]] = {}
+    def lose(self, text: str, heard_ms: int, *, outside: bool = False) -> None:
+        """The engine is gone and what it was doing with it; what had ended is still ours to deliver.
+
+        One that was given to it after its last word, by more than a moment, it has never seen: it reads between two
+        steps, and speaks after each. Such a run is not named; the next beat does not claim it, and that is all.
+        """
+        lost: dict[int, list[Run]] = {}
         for run in self.runs.active_runs():
-            if not run.orphan_at:
-                lost.setdefault(run.link, []).append(run.key)
+            if not run.orphan_at and run.given_at <= heard_ms + UNREAD_MS:
+                lost.setdefault(run.link, []).append(run)
             self.runs.drop(run)
-        for number, keys in lost.items():
+        for number, runs in lost.items():
             if self._links[number].welcomed:
-                self._links[number].send(m.EngineLost(keys, text[:1024]))
+                keys, made = [run.key for run in runs], [run.tokens.end for run in runs]
+                self._links[number].send(m.EngineLost(keys, text[:1024], made, outside))
 
     # --- from the broker -----------------------------------------------------------------------------
 

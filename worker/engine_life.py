@@ -64,6 +64,11 @@ class EngineLife:
     def is_ready(self) -> bool:
         return self.state is EngineState.READY
 
+    @property
+    def heard_ms(self) -> int:
+        """When it spoke last, or was given work after having had none."""
+        return self._heard_ms
+
     # --- what happened -------------------------------------------------------------------------------
 
     def on_word(self, now_ms: int) -> None:

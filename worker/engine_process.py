@@ -15,6 +15,8 @@ from llambo.worker import engine_proto as proto
 MODULE = "llambo.worker.engine"
 #: Bytes taken from the pipe before the sockets get a turn.
 READ_BYTES = 64 * 1024
+#: A process does not do this to itself: a person, a supervisor, or the kernel for want of memory.
+FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 #: How long a process that was killed, or closed its pipe, may take to be gone.
 REAP_S = 10.0
 
@@ -77,11 +79,14 @@ class EngineProcess:
         """The gentle way to end it: the child leaves when its pipe is closed."""
         self._pipe.close()
 
-    def reap(self) -> str:
-        """Make sure that it is gone; how it went, for people."""
+    def reap(self) -> tuple[str, bool]:
+        """Make sure that it is gone; how it went, for people, and whether it was ended from outside.
+
+        One that has closed its pipe is past being killed: the signal that is sent here does not show.
+        """
         self.kill()
         code = self._process.wait(timeout=REAP_S)
         self._pipe.close()
         if code >= 0:
-            return f"the engine exited with status {code}"
-        return f"the engine was ended by {signal.Signals(-code).name}"
+            return f"the engine exited with status {code}", False
+        return f"the engine was ended by {signal.Signals(-code).name}", -code in FROM_OUTSIDE

@@ -72,9 +72,13 @@ class EngineRefused:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """The engine process is gone, by itself or because it was killed; `text` says how."""
+    """The engine process is gone, by itself or because it was killed; `text` says how.
+
+    `outside`: by a signal that neither it nor we have sent.
+    """
 
     text: str
+    outside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,8 @@ class FakeEngine:
 
     def __init__(self, knobs: FakeKnobs, model: str = "fake") -> None:
         self.fault: Literal["crash", "hang"] | None = None
+        #: The poisonous sequence that it has died of.
+        self.poisoned = b""
         self.tokens = 0
         self._knobs = knobs
         self._model = model
@@ -72,6 +74,10 @@ class FakeEngine:
     @property
     def running(self) -> int:
         return len(self._sequences)
+
+    @property
+    def aboard(self) -> list[bytes]:
+        return list(self._sequences)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         refusal = self._refusal(start)
@@ -108,7 +114,7 @@ class FakeEngine:
             if sequence.due_ms <= now_ms:
                 if sequence.poisonous and sequence.index >= POISON_INDEX:
                     # As in a real decode, which takes the whole batch with it: nobody gets anything of this step.
-                    self.fault = "crash"
+                    self.fault, self.poisoned = "crash", sequence.key
                     return []
                 outputs.append(self._advance(sequence, now_ms))
         return outputs

@@ -139,6 +139,8 @@ class Run:
     resend_at: int = 0
     #: False: it makes a result and not an answer, and that goes with the END, on control.
     published: bool = True
+    #: When the engine was told of it.
+    given_at: int = 0
 
     @property
     def active(self) -> bool:
@@ -189,6 +191,8 @@ class RunTable:
     runs: dict[bytes, Run] = field(default_factory=dict)
     #: Runs that have a slot of the engine.
     active: int = 0
+    #: Those of them that make tokens.
+    streams: int = 0
 
     def get(self, key: bytes) -> Run | None:
         return self.runs.get(key)
@@ -199,14 +203,17 @@ class RunTable:
     def add(self, run: Run) -> None:
         self.runs[run.key] = run
         self.active += 1
+        self.streams += run.published
 
     def end(self, run: Run, end: m.End) -> None:
         run.step(RunState.ENDED)
         run.end = end
         self.active -= 1
+        self.streams -= run.published
 
     def drop(self, run: Run) -> None:
         self.active -= run.active
+        self.streams -= run.active and run.published
         run.step(RunState.GONE)
         del self.runs[run.key]
 

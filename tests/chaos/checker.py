@@ -16,6 +16,8 @@ from tests.chaos.history import Line
 
 #: What is wrong with an answer, from the counters' point of view.
 LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END = "lost", "duplicated", "wrong", "stale", "hung", "error", "end"
+#: What a request may cost that kills whatever engine runs it.
+POISON_DEATHS = 2
 SORTS = (LOST, DUPLICATED, WRONG, STALE, HUNG, ERROR, END)
 
 #: A silence within so long after a broker's end is taken to come of it.
@@ -73,14 +75,20 @@ class Streams:
     tokens: int = 0
     #: When brokers were restarted.
     restarts: list[int] = field(default_factory=list)
+    #: Of each request that was meant to kill engines: how many died with it aboard, as its broker tells.
+    deaths: list[int] = field(default_factory=list)
 
 
 def judge(lines: Iterable[Line], *, style: str, split: bool) -> Streams:
     """`style`: plain, wander, or anything else where the truth is not known beforehand."""
+    lines = list(lines)
     streams, killed, restarts = _collect(lines)
     streams.restarts = restarts
+    poison_alone = {line["kind"] for line in lines if line["e"] == "fault"} == {"poison"}
     for asked in streams.requests.values():
         _judge_one(streams, asked, asked.submit["who"] in killed, style, split)
+        if asked.submit.get("fate") == "engine_failed" and asked.why is not None:
+            _judge_deaths(streams, asked, asked.why["story"], poison_alone)
         _forgive(streams, asked, restarts)
     streams.wrong.sort(key=lambda wrong: wrong.at_ms)
     return streams
@@ -117,6 +125,15 @@ def _forgive(streams: Streams, asked: Asked, restarts: list[int]) -> None:
         if unknown and again and any(asked.submit["t"] <= at <= wrong.at_ms for at in restarts):
             streams.wrong.remove(wrong)
             streams.forgotten += 1
+
+
+def _judge_deaths(streams: Streams, asked: Asked, story: list[Line], poison_alone: bool) -> None:
+    """One engine to be suspected, one to be convicted. Where more goes wrong than that, others may be charged to it."""
+    deaths = sum(step["what"] == "engine died" for step in story)
+    streams.deaths.append(deaths)
+    if poison_alone and deaths != POISON_DEATHS:
+        text = f"{deaths} engines died with it aboard, {POISON_DEATHS} are allowed"
+        streams.wrong.append(Wrong(ERROR, text, asked.submit["t"], asked.id))
 
 
 def _note(asked: Asked, line: Line) -> None:

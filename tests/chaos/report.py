@@ -37,6 +37,7 @@ def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals
         "orphaned": streams.orphaned,
         "foreseen errors": streams.foreseen,
         "forgotten results": streams.forgotten,
+        **{f"poison {n} engines": streams.deaths.count(n) for n in sorted(set(streams.deaths))},
         **{f"fault {kind}": count for kind, count in times.faults.items()},
         **{f"skipped {kind}": count for kind, count in times.skipped.items()},
         **{f"variety {kind}": count for kind, count in times.varieties.items()},
@@ -65,7 +66,8 @@ def quantile(values: list[int], share: float) -> int:
 
 #: Counters of the brokers that tell about faults; the others are in the totals.
 TOLD = ("moved", "adopted", "stale_chunks", "duplicate_chunks", "gaps", "repaired", "replays_served", "engine_deaths",
-        "workers_lost", "clients_lost", "unknown_sessions", "refused", "failed", "attached")  # fmt: skip
+        "suspected", "convicted", "workers_lost", "clients_lost", "unknown_sessions", "refused", "failed",
+        "attached")  # fmt: skip
 
 
 def told(total: Totals) -> list[str]:
@@ -84,6 +86,8 @@ def told(total: Totals) -> list[str]:
     allowed = {name: total[name] for name in ("orphaned", "foreseen errors", "forgotten results") if total[name]}
     if allowed:
         lines.append("  allowed: " + _pairs(allowed))
+    if groups["poison"]:
+        lines.append("  requests that killed so many engines: " + _pairs(groups["poison"]))
     counters = {name: groups["broker"][name] for name in TOLD if name in groups["broker"]}
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:

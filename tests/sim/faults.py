@@ -7,6 +7,7 @@
     brokers        one world in four has two: either may die, or be alive and out of reach, of all or of a client
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
                    and hang; workers are drained; clients vanish, and some read nothing for a while
+    poison         a request kills every engine that runs it; sometimes two do
     overload       some brokers have a queue of three, and refuse what does not fit
     clocks         every node's clock is off by its own, large, amount
 
@@ -45,6 +46,8 @@ class Plan:
     engine_hangs: bool
     queue: int
     brokers: int
+    #: Requests that kill whatever engine makes their sixth token.
+    poison: int
     #: (at, kind, who, how long)
     incidents: tuple[tuple[int, str, int, int], ...]
 
@@ -97,6 +100,7 @@ def draw(random: Random, brokers: int = 0) -> Plan:
             at, who, length = random.randint(400, 1_800), random.randrange(clients), random.choice((30, 300, 700))
             incidents.append((at, "client lost", who, length))
             incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
+    poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,
@@ -114,5 +118,6 @@ def draw(random: Random, brokers: int = 0) -> Plan:
         engine_hangs=not calm and random.random() < 0.1,
         brokers=brokers,
         queue=3 if random.random() < 0.1 else 1_000,
+        poison=poison,
         incidents=tuple(incidents),
     )

@@ -14,6 +14,7 @@ from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.tokens import Logprob
 from llambo.worker.engine_proto import Start
+from llambo.worker.fake import POISON_INDEX
 from llambo.worker.fake_tasks import result_of
 from llambo.worker.fake_tokens import (
     START,
@@ -27,6 +28,12 @@ from llambo.worker.fake_tokens import (
 )
 from llambo.worker.knobs import FakeKnobs
 
+#: Whatever has this in its prompt kills the engine that makes its sixth token.
+POISON = b", with arsenic"
+#: Which broker, and which of its lives.
+Life = tuple[int, int]
+#: So many engines it may cost.
+POISON_DEATHS = 2
 #: A text's embedding is a quarter of a piece, so that many texts are many pieces, and some results more than a page.
 EMBEDDING_SIZE = 1024
 
@@ -41,6 +48,10 @@ class Wanted:
     cancelled: bool = False
     #: Its client went away, on purpose: it may end, or not be heard of again.
     abandoned: bool = False
+
+    @property
+    def poisonous(self) -> bool:
+        return POISON in self.prompt
 
 
 @dataclass
@@ -58,12 +69,20 @@ class Heard:
 
 
 class History:
-    def __init__(self, style: str) -> None:
+    def __init__(self, style: str, *, hangs: bool = False) -> None:
         self.style = style
+        #: Engines hang by themselves, which looks like a request's doing.
+        self.hangs = hangs
         self.wanted: dict[bytes, Wanted] = {}
         self.heard: dict[tuple[str, bytes], Heard] = {}
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
         self.tokens = 0
+        #: Runs that were in an engine's batch when it died or hung by itself.
+        self.aboard: set[bytes] = set()
+        #: Of those, the ones that were the cause.
+        self.killers: set[bytes] = set()
+        #: Such deaths that brokers were told of, by request: the broker's life, the run, the token it was to make next.
+        self.deaths: dict[bytes, list[tuple[Life, bytes, int]]] = {}
 
     # --- writing -------------------------------------------------------------------------------------
 
@@ -94,6 +113,16 @@ class History:
         heard.error = error
         heard.ends += 1
 
+    def engine_died(self, cause: bytes, aboard: list[bytes]) -> None:
+        self.aboard.update(aboard)
+        if cause:
+            self.killers.add(cause)
+
+    def death_told(self, lost: m.EngineLost, life: Life) -> None:
+        for key, made in zip(lost.runs, lost.made, strict=True):
+            if key in self.aboard and not lost.outside:
+                self.deaths.setdefault(key[:16], []).append((life, key, made))
+
     def expect(self, client: str, id: bytes) -> None:
         self._of(client, id)
 
@@ -112,6 +141,11 @@ class History:
         for (client, id), heard in self.heard.items():
             for problem in self._judge_one(client in gone, self.wanted[id], id, heard):
                 wrong.append(f"{problem} [{client}, request {id.hex()[:8]}]")
+        for id, deaths in self.deaths.items():
+            lives = [life for life, key, _ in deaths if key in self.killers]
+            most = max((lives.count(life) for life in lives), default=0)
+            if most > POISON_DEATHS:
+                wrong.append(f"poison: it has killed {most} engines [request {id.hex()[:8]}]")
         return wrong
 
     def _judge_one(self, gone: bool, wanted: Wanted, id: bytes, heard: Heard) -> list[str]:
@@ -131,7 +165,7 @@ class History:
         if gone:
             return wrong
         if heard.end is not None:
-            return wrong + self._judge_end(wanted, heard, heard.end)
+            return wrong + self._judge_end(id, wanted, heard, heard.end)
         return wrong + self._judge_failure(wanted, heard)
 
     @staticmethod
@@ -161,6 +195,8 @@ class History:
             return wrong if asked_for else [*wrong, "failed: cancelled, though nobody asked for it"]
         if end.reason == "deadline":
             return wrong if wanted.message.deadline_ms else [*wrong, "failed: deadline, though it has none"]
+        if end.error is not None and end.error.code is Code.ENGINE_FAILED:
+            return wrong + self._judge_conviction(id, wanted)
         return wrong if end.error is None else [*wrong, f"failed: {end.error.code}: {end.error.text}"]
 
     def _judge_failure(self, wanted: Wanted, heard: Heard) -> list[str]:
@@ -180,16 +216,32 @@ class History:
             "fake",
         )
 
-    def _judge_end(self, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
+    def _judge_conviction(self, id: bytes, wanted: Wanted) -> list[str]:
+        """Two engines died with it aboard, and it made no progress in between. Two that killed may harm a third."""
+        told = self.deaths.get(id, [])
+        if len(told) < 2 or told[-1][0] != told[-2][0]:
+            return [f"poison: convicted after {len(told)} deaths with it aboard"]
+        if told[-1][2] > told[-2][2]:
+            return [f"poison: convicted although it came from token {told[-2][2]} to {told[-1][2]}"]
+        others = {key[:16] for key in self.killers} - {id}
+        if not wanted.poisonous and len(others) < 2 and not self.hangs:
+            return ["poison: an innocent was convicted"]
+        return []
+
+    def _judge_end(self, id: bytes, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
         if not wanted.cancelled and len(heard.ids) != end.count:
             return [f"lost: {len(heard.ids)} of {end.count} tokens were delivered"]
         if end.reason == "cancelled":
             return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though nobody asked for it"]
         if end.reason == "deadline":
             return [] if wanted.message.deadline_ms else ["failed: deadline, though it has none"]
+        if end.error is not None and end.error.code is Code.ENGINE_FAILED:
+            return self._judge_conviction(id, wanted)
         if end.error is not None:
             return [f"failed: {end.error.code}: {end.error.text}"]
         length, reason = self._length(wanted)
+        if wanted.poisonous and length > POISON_INDEX:
+            return ["poison: it was answered"]
         if (end.count, end.reason) != (length, reason):
             return [f"lost: ended after {end.count} tokens by {end.reason}, should be {length} by {reason}"]
         return []

@@ -24,6 +24,7 @@ class Guard(NamedTuple):
 
 
 _DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
+_SUSPICION = "llambo.broker.suspicion"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
 GUARDS: dict[str, Guard] = {
@@ -63,6 +64,16 @@ GUARDS: dict[str, Guard] = {
         "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
     ),
     "forsaken is not ended": Guard("llambo.broker.returning", "    if ended.forsaken:\n        return False\n", ""),
+    "conviction": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
+    "one suspect on an engine": Guard(
+        "llambo.broker.schedule",
+        "return worker.dispatchable and not (self.wary and worker.wary)",
+        "return worker.dispatchable",
+    ),
+    "progress clears a suspect": Guard(
+        _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
+    ),
+    "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

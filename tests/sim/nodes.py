@@ -147,6 +147,10 @@ class BrokerNode(Node):
         return sum(getattr(counters, name) for counters in (*self.past, self.core.state.counters))
 
     def _control(self, wire: Wire, route: bytes, bundle: Bundle) -> None:
+        if self.alive and bundle[0] in self.core.state.registry.workers:
+            for message, _ in bundle[1]:
+                if isinstance(message, m.EngineLost):
+                    self.history.death_told(message, (id(self), len(self.past)))
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
         self.happen(said(route, bundle[0], bundle[1]))
 
@@ -264,16 +268,21 @@ class Peer(Node):
 
 
 class WorkerNode(Peer):
-    def __init__(self, clock: Clock, skew_ms: int, config: WorkerConfig, random: Random, wires: list[Wire]) -> None:
+    def __init__(
+        self, clock: Clock, skew_ms: int, config: WorkerConfig, random: Random, wires: list[Wire], history: History
+    ) -> None:
         super().__init__(clock, skew_ms, wires)
         for number, wire in enumerate(wires):
             wire.from_broker = lambda bundle, n=number: self.happen(w.ControlArrived(n, bundle[0], bundle[1]))  # type: ignore[misc]
             wire.on_subscribed = lambda n=number: self.happen(w.Subscribed(n))  # type: ignore[misc]
             wire.on_sign = lambda sign, n=number: self.happen(w.ConnectionChanged(n, sign))  # type: ignore[misc]
         self.config = config
+        self.history = history
         self.core = WorkerCore(config, Identity(random.randbytes(8), "sim"))
         self.engine: FakeEngine | None = None
         self.engine_deaths = 0
+        #: What its engine died or hung of, and who was aboard then.
+        self._aboard: tuple[bytes, list[bytes]] | None = None
         self._generation = 0
         self._step_at = 2**62
         self.left = False
@@ -319,13 +328,15 @@ class WorkerNode(Peer):
         self.die(noticed=True)
         self.on_exit()
 
-    def engine_dies(self, text: str, delay_ms: int = 1) -> None:
+    def engine_dies(self, text: str, delay_ms: int = 1, *, outside: bool = False) -> None:
         if self.engine is None and not self._loading and text != "killed":
             return
-        self.engine, self._loading = None, False
+        if self._aboard and not outside:
+            self.history.engine_died(*self._aboard)
+        self.engine, self._aboard, self._loading = None, None, False
         self.engine_deaths += 1
         self._generation += 1
-        self._later(w.EngineDied(text), delay_ms)
+        self._later(w.EngineDied(text, outside), delay_ms)
 
     def _load(self) -> None:
         """It takes its time, tells how far it is, and may die of it."""
@@ -367,9 +378,12 @@ class WorkerNode(Peer):
             return
         self._step_at = 2**62
         outputs = self.engine.step(self.now_ms)
+        if self.engine.fault and self._aboard is None:
+            self._aboard = self.engine.poisoned, self.engine.aboard
         self.happen(w.EngineStep(outputs))
         if self.engine is not None and self.engine.fault == "crash":
-            self.engine_dies("killed by signal 11")
+            # Its own count of tokens stands for what comes from outside; a request is not to blame for it.
+            self.engine_dies("killed by a signal", outside=not self.engine.poisoned)
         else:
             self._plan_step()
 

@@ -24,12 +24,24 @@ class Tally:
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
+    convicted: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     bad: list[Report] = field(default_factory=list)
 
     def add(self, report: Report) -> None:
         self.runs += 1
-        for name in ("tokens", "requests", "dispatches", "moves", "adopted", "duplicates", "stale", "repaired"):
+        counts = (
+            "tokens",
+            "requests",
+            "dispatches",
+            "moves",
+            "adopted",
+            "duplicates",
+            "stale",
+            "repaired",
+            "convicted",
+        )
+        for name in counts:
             setattr(self, name, getattr(self, name) + getattr(report, name))
         if report.wrong:
             self.bad.append(report)
@@ -40,11 +52,11 @@ class Tally:
         return self.duplicates / max(1, self.tokens)
 
     def summary(self, seconds: float) -> str:
-        found = ("lost", "duplicated", "wrong", "stuck", "failed", "disturbed", "broken")
+        found = ("lost", "duplicated", "wrong", "stuck", "failed", "poison", "disturbed", "broken")
         return (
             f"{self.runs} runs, {self.requests} requests, {self.tokens} tokens in {seconds:.1f} s\n"
             f"{self.dispatches} dispatches, {self.moves} moved ({100 * self.moves / max(1, self.dispatches):.1f} %), "
-            f"{self.adopted} adopted, "
+            f"{self.adopted} adopted, {self.convicted} convicted, "
             f"{self.stale} stale chunks refused, {self.repaired} repairs, "
             f"{self.duplicates_per_token:.3f} duplicate frames per token\n"
             + ", ".join(f"{self.kinds[kind]} {kind}" for kind in found)

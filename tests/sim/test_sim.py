@@ -17,6 +17,7 @@ def test_the_whole_fault_model_loses_nothing() -> None:
     assert tally.moves > SEEDS / 2
     assert tally.stale > SEEDS / 10
     assert tally.repaired > SEEDS / 2
+    assert tally.convicted > SEEDS / 20
     assert tally.duplicates_per_token <= 0.2, tally.summary(0)
 
 

@@ -14,7 +14,7 @@ from llambo.worker.config import WorkerConfig
 from llambo.worker.knobs import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
-from tests.sim.history import EMBEDDING_SIZE, History, Wanted
+from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
 from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
 
@@ -31,6 +31,7 @@ class Report:
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
+    convicted: int = 0
     story: list[str] = field(default_factory=list)
 
 
@@ -41,7 +42,7 @@ class World:
         self.plan = faults.draw(self.random, brokers)
         self.clock = Clock()
         self.network = Network(self.clock, self.random, self.plan)
-        self.history = History(self.plan.style)
+        self.history = History(self.plan.style, hangs=self.plan.engine_hangs)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
@@ -98,6 +99,7 @@ class World:
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
             embedding_size=EMBEDDING_SIZE,
+            poison=POISON.decode(),
             crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
             hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
         )
@@ -115,7 +117,7 @@ class World:
 
     def _start_worker(self, config: WorkerConfig) -> WorkerNode:
         wires = [Wire(self.network, config.name, True, broker.hub) for broker in self.brokers]
-        node = WorkerNode(self.clock, self._skew(), config, self.random, wires)
+        node = WorkerNode(self.clock, self._skew(), config, self.random, wires, self.history)
         # Mostly there at once, as after a restart of the agent alone; a large model takes longer than any lease.
         node.load_ms = self.random.choice((20, 20, 300, 2_500))
         if config.name == "w0":  # whenever it leaves, however late, its supervisor starts it again
@@ -135,12 +137,15 @@ class World:
 
     def _plan_requests(self) -> None:
         random = self.random
+        poisoned = random.sample(range(self.plan.requests), self.plan.poison)
         for number in range(self.plan.requests):
             at = random.randint(150, faults.FAULTS_END_MS - 2_000)
             client = random.choice(self.clients)
             id = random.randbytes(16)
             prompt = f"prompt {number}".encode()
-            texts = 1 + id[3] % 90 if id[2] % 6 == 0 else 0
+            texts = 1 + id[3] % 90 if id[2] % 6 == 0 and number not in poisoned else 0
+            if number in poisoned:
+                prompt += POISON
             if texts:  # embeddings of so many texts, one in six
                 prompt = msgspec.msgpack.encode([f"{number} {text}" for text in range(texts)])
             message = m.InferenceRequest(
@@ -235,7 +240,7 @@ class World:
                 worker.die(noticed=kind == "crash")
                 self._maybe_restart(who, length_ms)
             case "engine crash":
-                worker.engine_dies("killed by signal 11")
+                worker.engine_dies("killed by signal 9", outside=True)
             case "drain":
                 self._drain(worker.config.name, length_ms)
             case "leave":
@@ -345,6 +350,7 @@ class World:
             duplicates=duplicates,
             stale=counted("stale_chunks"),
             repaired=counted("repaired"),
+            convicted=counted("convicted"),
         )
         if wrong:
             report.story = self._tell(wrong)

@@ -80,11 +80,11 @@ SAMPLES: dict[str, list[m.Message]] = {
             "starting",
         ),
         m.WorkerHeartbeat(
-            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8
+            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8, 4.25
         ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
-        m.EngineLost([KEY], "signal 11"),
+        m.EngineLost([KEY], "signal 11", [9], True),
         m.Orphan(DISPATCHED, True),
     ],
     "to_worker": [

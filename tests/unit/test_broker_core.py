@@ -367,22 +367,6 @@ def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> No
     assert {e.error.code for e in client.ends if e.error} == {Code.NO_WORKER}
 
 
-def test_a_request_that_kills_engines_ends() -> None:
-    bench = Bench(engine_failures=2)
-    worker, client = bench.worker(), bench.client()
-    client.submit(1)
-    worker.say(m.EngineLost([worker.key()], "signal 11"))
-    # Its engine is not back before a heartbeat says so.
-    assert len(worker.dispatches) == 1
-    worker.beat(seq=100)
-    assert len(worker.dispatches) == 2
-    worker.say(m.EngineLost([worker.key()], "signal 11"))
-    assert len(worker.dispatches) == 2
-    assert client.ends[0].error is not None
-    assert client.ends[0].error.code is Code.ENGINE_FAILED
-    assert "signal 11" in client.ends[0].error.text
-
-
 def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
     bench = Bench()
     worker, client = bench.worker(), bench.client()
@@ -610,7 +594,7 @@ def test_a_story_is_bounded_and_keeps_both_ends() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     for _ in range(100):
-        worker.say(m.EngineLost([worker.key()], "again"))
+        worker.say(m.EngineLost([worker.key()], "again", [], True))
         worker.beat(seq=10**6, claims={})
     story = bench.state.requests[request_id(1)].story
     assert len(story) == 64

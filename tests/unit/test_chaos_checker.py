@@ -115,6 +115,21 @@ def test_a_fate_has_to_be_met() -> None:
     assert sorts(fate, line(10, "error", code="no_worker", text="none")) == [checker.ERROR]
 
 
+@pytest.mark.parametrize(("deaths", "wrong"), [(1, 1), (2, 0), (3, 1)])
+def test_what_kills_engines_may_kill_two(deaths: int, wrong: int) -> None:
+    lines = [
+        {"t": 5, "who": "harness", "e": "fault", "kind": "poison"},
+        submit(fate="engine_failed"),
+        line(10, "error", code="engine_failed", text="poison"),
+        line(11, "why", story=[{"at_ms": 1, "what": "engine died", "detail": ""}] * deaths),
+    ]
+    streams = judged(*lines)
+    assert (len(streams.wrong), streams.deaths) == (wrong, [deaths])
+    # Where engines die of other things, too, those may be told of it.
+    other = {"t": 6, "who": "harness", "e": "fault", "kind": "kill"}
+    assert judged(*lines, other).wrong == []
+
+
 def test_a_kept_result_may_be_forgotten_by_a_broker_that_was_restarted_and_by_no_other() -> None:
     lines = [submit(how="detached"), chunk(10, 0, MAX), end(20),
              line(40, "error", code="unknown_request", text="not here", r=1)]  # fmt: skip

@@ -445,12 +445,33 @@ def test_engine_death_loses_what_runs_and_keeps_what_ended() -> None:
     rig.on(e.EngineDied("SIGSEGV"))
     # Then the broker hears which are lost, and that there is no engine
     sent = [send.message for send in rig.take(Send)]
-    assert sent[0] == m.EngineLost([key_of(2), key_of(3)], "SIGSEGV")
+    assert sent[0] == m.EngineLost([key_of(2), key_of(3)], "SIGSEGV", [1, 0])
     (beat,) = [message for message in sent if isinstance(message, m.WorkerHeartbeat)]
     assert (beat.state, beat.claims) == ("starting", {key_of(1): 1})
     assert "SIGSEGV" in beat.note
     # And a dispatch in the meantime is for somebody else
     assert rig.say(dispatch(4), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+
+
+def test_what_a_hung_engine_has_never_read_is_not_laid_to_its_charge() -> None:
+    # Given an engine that says nothing any more
+    rig = running(1).step(key_of(1), [1]).alive(500)
+    # When it is given something else, and is killed for its silence
+    rig.say(dispatch(2), b"p")
+    rig.actions = []
+    rig.alive(500)
+    # Then only what it was doing is named; the other is simply not claimed
+    sent = [send.message for send in rig.take(Send)]
+    at = sent.index(m.EngineLost([key_of(1)], rig.core.engine.note, [1]))
+    beat = sent[at + 1]
+    assert isinstance(beat, m.WorkerHeartbeat)
+    assert beat.claims == {}
+
+
+def test_an_engine_that_was_killed_by_somebody_else_is_told_so() -> None:
+    rig = running(1)
+    rig.actions = []
+    assert rig.on(e.EngineDied("SIGKILL", outside=True)).sent(m.EngineLost)[0].outside
 
 
 def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
