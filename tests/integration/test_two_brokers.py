@@ -117,7 +117,7 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
             assert ids == [truth(f"q {n}", n, tokens) for n in (2 * number + half for number in range(asked))]
         assert [(c["failed"], c["moved"], c["ended"]) for c in counters] == [(0, 0, asked), (0, 0, asked)]
         assert any(elsewhere for _, elsewhere in seen), "a broker never saw what the other has given out"
-        # A refusal is a dispatch more; both brokers together have sold more than there was, and it cost nobody anything.
+        # A refusal is a dispatch more, and nothing else.
         print("dispatched", [c["dispatched"] for c in counters], "most busy", max(seen))
 
 
