@@ -114,7 +114,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
         request.transcript.clear()
     elif finish_complete(state, request, now_ms):
         return
-    if what == "lost":  # a refusal cost nobody anything
+    if what != "refused":  # that cost nobody anything
         state.counters.moved += 1
         request.moves += 1
     request.step(RequestState.WAITING)
