@@ -97,6 +97,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         msgspec.Raw(request.sampling),
         request.logprobs,
         request.task,
+        request.suspect_at if request.suspect_at >= 0 else None,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, blob))
 

@@ -11,7 +11,8 @@ Who is no suspect may share an engine with one. If that dies they are suspects i
 at the same moment can so convict a bystander, which is the price of not giving every suspect an engine of its own.
 
 Only deaths of engines count. An agent or a host that is lost, an engine that was ended from outside, or that had not
-read the request yet, says nothing about it. What this broker knows of suspects it forgets when it is restarted.
+read the request yet, says nothing about it. Workers keep suspects of different brokers apart, too. A suspect that waits
+when its broker dies is none for the next broker.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
         worker.claims.pop(key, None)
     # Its load is least now, and it would refuse everything: its next heartbeat tells when it can work again.
     worker.closed = True
+    worker.paced = 0  # the next engine has to show what it can do
     state.update_pools(worker)
     state.touch(worker)
     charged = not lost.outside

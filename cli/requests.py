@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
 from llambo.cli.options import client_options, json_option
 from llambo.cli.output import Row, duration, number, show_json, table
+
+if TYPE_CHECKING:
+    from llambo.mesh.client import Client
 
 EXAMPLES = """
 llambo requests
@@ -27,12 +30,22 @@ SPARE = ("moves", "priority", "model", "age", "note", "worker")
 @client_options
 @pass_common
 def requests(common: Common, as_json: bool) -> None:
-    """List the requests that wait or run. The beginning of an id is enough wherever one is asked for."""
-    found = ask(common, lambda client: client.requests())
+    """List the requests that wait or run. The beginning of an id is enough wherever one is asked for.
+
+    They are those of one broker. What other brokers run is seen here only as slots that are busy; how many is said
+    on stderr.
+    """
+
+    async def question(client: Client) -> tuple[list[dict[str, Any]], int]:
+        return await client.requests(), (await client.status()).get("busy_elsewhere", 0)
+
+    found, elsewhere = ask(common, question)
     if as_json:
         show_json(found)
     else:
         table(COLUMNS, [_row(request) for request in found], nothing="nothing waits or runs", fixed=2, spare=SPARE)
+    if elsewhere:
+        click.echo(f"llambo: {elsewhere} more run through other brokers; ask those with --broker", err=True)
 
 
 def _row(request: dict[str, Any]) -> Row:

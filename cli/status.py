@@ -27,7 +27,11 @@ SHOWN = 4
 @client_options
 @pass_common
 def status(common: Common, as_json: bool) -> None:
-    """Show the mesh in numbers: workers, slots, queue, speed, models."""
+    """Show the mesh in numbers: workers, slots, queue, speed, models.
+
+    Of several brokers any will do for workers, slots and speed. Clients, requests and the counters are those of
+    the broker that is asked; `--broker` says which.
+    """
     found = ask(common, lambda client: client.status())
     if as_json:
         show_json(found)
@@ -42,7 +46,7 @@ def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
     counters = found["counters"]
     return [
         ("broker", f"{found['broker']} at {address}"),
-        ("workers", f"{_ready(found)}, {found['busy']} of {found['slots']} slots busy"),
+        ("workers", f"{_ready(found)}, {_busy(found)}"),
         ("clients", found["clients"]),
         ("requests", f"{found['running']} running, {found['waiting']} waiting ({size(found['waiting_bytes'])})"),
         ("speed", f"{found['tokens_per_s']} tokens/s, {found['requests_per_s']} requests/s"),
@@ -51,6 +55,13 @@ def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
                              if name in counters)),
         ("policy", found["policy"]),
     ]  # fmt: skip
+
+
+def _busy(found: dict[str, Any]) -> str:
+    """Of all slots; this broker knows of those that others have given away no more than their number."""
+    elsewhere = found.get("busy_elsewhere", 0)
+    told = f" ({elsewhere} through other brokers)" if elsewhere else ""
+    return f"{found['busy'] + elsewhere} of {found['slots']} slots busy{told}"
 
 
 def _ready(found: dict[str, Any]) -> str:

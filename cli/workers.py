@@ -39,6 +39,9 @@ def workers(common: Common, as_json: bool) -> None:
     mending    its token plane is down; it works, served by replay
     draining   finishes what it runs and takes nothing new
     drained    runs nothing, and takes nothing new
+
+    `3+2/8` busy: of 8 slots 3 are taken by requests of this broker and 2 by those of others (or by requests whose
+    broker is gone, until one takes them over).
     """
     found = ask(common, lambda client: client.workers())
     if as_json:
@@ -57,7 +60,7 @@ def _row(worker: dict[str, Any]) -> Row:
         worker["worker"],
         worker["state"],
         ",".join(worker["models"]),
-        number(f"{worker['busy']}/{worker['slots']}"),
+        number(f"{worker['busy']}{_elsewhere(worker)}/{worker['slots']}"),
         number(worker["tokens_per_s"]),
         number(worker["done"]),
         number(duration(worker["heard_ms"]), " ago"),
@@ -66,3 +69,7 @@ def _row(worker: dict[str, Any]) -> Row:
         number(worker["pid"]),
         ", ".join(filter(None, notes)),
     )
+
+
+def _elsewhere(worker: dict[str, Any]) -> str:
+    return f"+{worker['busy_elsewhere']}" if worker.get("busy_elsewhere") else ""

@@ -83,6 +83,8 @@ class WorkerHeartbeat(Message, frozen=True):
     #: An operator's order is in force, whichever broker passed it on; and it is to give away what runs.
     drained: bool = False
     moving: bool = False
+    #: A suspect of another broker, or of one that is gone, is aboard.
+    wary: bool = False
 
 
 class Accept(Message, frozen=True):
@@ -137,6 +139,8 @@ class Dispatch(Message, frozen=True):
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     logprobs: Logprobs = None
     task: Task = "generate"
+    #: An engine died when it was to make this token: no other suspect may be aboard until it is past it.
+    suspect: Count | None = None
 
 
 class Adopt(Message, frozen=True):

@@ -189,8 +189,7 @@ class WorkerCore:
 
     def _on_dispatch(self, number: int, dispatch: m.Dispatch, blob: bytes, now_ms: int) -> None:
         self._seq[number] = max(self._seq[number], dispatch.seq)
-        key = dispatch.id + dispatch.dispatch
-        if self.runs.get(key) is not None:
+        if self.runs.get(key := dispatch.id + dispatch.dispatch) is not None:
             return
         try:
             prompt, chunks = transfer.unpack(blob, dispatch.prompt_bytes)
@@ -228,6 +227,8 @@ class WorkerCore:
             return ErrorInfo(Code.BUSY, "this worker is draining")
         if ready is None or not self.engine.is_ready:
             return ErrorInfo(Code.BUSY, "the engine is starting")
+        if dispatch.suspect is not None and self.runs.suspects():
+            return ErrorInfo(Code.BUSY, "another suspect is aboard")
         if self.runs.active >= ready.slots:
             return ErrorInfo(Code.BUSY, f"all {ready.slots} slots are taken")
         if all(dispatch.model != model.name for model in ready.models):
@@ -315,6 +316,7 @@ class WorkerCore:
                 state=self.state,
                 rate=rate,
                 pace=pace,
+                wary=self.runs.suspects(number),
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,
