@@ -136,7 +136,7 @@ def _fits(request: Request, orphan: Orphan) -> bool:
 
 def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     """As if it had been dispatched to that worker just now, only that it runs already."""
-    worker, key = orphan.worker, orphan.key
+    worker, key, work = orphan.worker, orphan.key, orphan.work
     held = request.transcript.next_index
     request.step(RequestState.DISPATCHED)
     state.room.left(request)
@@ -147,7 +147,10 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     request.fingerprint = worker.fingerprints.get(request.model, "")
     state.running[key] = request
     worker.adopted.add(key)
+    if work.suspect is not None and work.suspect >= held and request.suspect_at < 0:
+        request.suspect_at, request.suspicion = work.suspect, "one before its broker was gone"
     if request.suspect_at >= 0:
+        request.watched = True
         worker.suspect = key, request
     state.update_pools(worker)
     state.counters.adopted += 1

@@ -15,7 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import admission, adoption, delivery, dispatching, ending, membership, queries, suspicion
+from llambo.broker import (
+    admission,
+    adoption,
+    delivery,
+    dispatching,
+    draining,
+    ending,
+    membership,
+    queries,
+    suspicion,
+)
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import ClientSaid, Event, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
@@ -83,6 +93,7 @@ class BrokerCore:
                 membership.say_goodbye(state, reason)
             case _:
                 assert_never(event)
+        draining.empty(state, now_ms)
         dispatching.settle(state, now_ms)
         return state.out
 

@@ -97,6 +97,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         msgspec.Raw(request.sampling),
         request.logprobs,
         request.task,
+        request.suspect_at if request.suspect_at >= 0 else None,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, blob))
 
@@ -113,7 +114,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
         request.transcript.clear()
     elif finish_complete(state, request, now_ms):
         return
-    if what == "lost":  # a refusal cost nobody anything
+    if what != "refused":  # that cost nobody anything
         state.counters.moved += 1
         request.moves += 1
     request.step(RequestState.WAITING)

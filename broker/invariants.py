@@ -13,6 +13,7 @@ def check(core: BrokerCore) -> None:
     _requests(state)
     _queue(state)
     _workers(state)
+    _emptying(state)
     _clients(state)
     _bytes(state)
 
@@ -70,6 +71,15 @@ def _workers(state: State) -> None:
             assert (pool.model in worker.position) == fit, "a pool for suspects does not know its worker"
         aboard = [r for key in given if (r := state.running.get(key)) is not None and r.suspect_at >= 0]
         assert len(aboard) <= 1, "two suspects on one engine"
+
+
+def _emptying(state: State) -> None:
+    for worker in state.emptying.values():
+        assert state.registry.workers[worker.session] is worker and worker.moving
+        for request in [state.running[key] for key in worker.claims if key in state.running]:
+            if request.worker is worker and request.state in (RequestState.DISPATCHED, RequestState.RUNNING):
+                pool = state.pools.get(request.lane)
+                assert not (pool and pool.free), "a request stays where it is to go from although a slot is free"
 
 
 def _clients(state: State) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import admission, delivery, dispatching, ending, speed
+from llambo.broker import admission, delivery, dispatching, draining, ending, speed
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import PARKED, RequestState, plain
@@ -45,15 +45,13 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
         lose_worker(state, there, "said hello again", now_ms)
     welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms, hello.versions)
     worker = WorkerEntry(hello, welcome, route, now_ms)
-    worker.draining = hello.name in state.registry.drained
     state.registry.add_worker(worker)
     for model in worker.models:
         state.models[model] = 0
     loading = ", still loading" if worker.state == "starting" else ""
     state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots{loading}")
     state.out.append(ToWorker(route, NO_SESSION, welcome))
-    if worker.draining:
-        state.out.append(ToWorker(route, worker.session, m.Drain()))
+    draining.joined(state, worker)
     admission.ask_again(state, now_ms)
 
 
@@ -74,9 +72,7 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     worker.closed = False
     if beat.pace:
         speed.measured(worker, beat.pace, now_ms)
-    if (beat.state == "draining") != worker.draining:
-        # One of us has not heard of a drain, or of its end. (A worker that is about to leave will not be told.)
-        state.out.append(ToWorker(worker.route, worker.session, m.Drain(not worker.draining)))
+    draining.confirmed(state, worker, beat, now_ms)
     _forget_unclaimed(state, worker, beat, now_ms)
     for key, index in beat.claims.items():
         request = state.running.get(key)
@@ -136,6 +132,7 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     worker.claims.clear()
     worker.state = "gone"
     state.orphanage.forget_worker(worker)
+    state.emptying.pop(worker.session, None)
     state.update_pools(worker)
     state.counters.workers_lost += 1
     state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
@@ -168,15 +165,6 @@ def worker_round(state: State, now_ms: int) -> None:
             lose_worker(state, worker, "its connection is gone", now_ms)
         else:
             delivery.heartbeat_worker(state, worker)
-
-
-def drain(state: State, worker: WorkerEntry, undo: bool, now_ms: int) -> None:
-    worker.draining = not undo
-    state.update_pools(worker)
-    (state.registry.drained.discard if undo else state.registry.drained.add)(worker.name)
-    state.happened(now_ms, "drain", f"{worker.name}: {'works again' if undo else 'takes no new work'}")
-    state.out.append(ToWorker(worker.route, worker.session, m.Drain(undo)))
-    state.touch(worker)
 
 
 # --- clients -------------------------------------------------------------------------------------------

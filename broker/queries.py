@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker import membership, speed
+from llambo.broker import draining, speed
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
@@ -43,24 +43,21 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
 
 def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
     worker = state.registry.worker_names.get(asked.worker)
-    if worker is None and asked.undo and asked.worker in state.registry.drained:
-        # It is away, and will find work when it comes back.
-        state.registry.drained.discard(asked.worker)
-        _send(
-            state,
-            client,
-            asked.query,
-            msgspec.msgpack.encode({"worker": asked.worker, "draining": False, "running": 0}),
-        )
-        return
-    if worker is None:
+    if worker is None and not (asked.undo and draining.may_come_back(state, asked.worker, now_ms)):
         text = f"no worker is called {asked.worker!r}"
         problem = m.Problem(ErrorInfo(Code.UNKNOWN_WORKER, text), b"", asked.query)
         state.out.append(ToClient(client.route, client.session, problem))
         return
-    membership.drain(state, worker, asked.undo, now_ms)
-    data = msgspec.msgpack.encode({"worker": worker.name, "draining": worker.draining, "running": len(worker.claims)})
-    _send(state, client, asked.query, data)
+    draining.ordered(state, asked.worker, m.Drain(asked.undo, asked.move and not asked.undo), now_ms)
+    # What it runs for other brokers has to go as well before it is empty.
+    running = len(worker.claims) + worker.busy if worker is not None else 0
+    answer = {
+        "worker": asked.worker,
+        "draining": not asked.undo,
+        "moving": asked.move and not asked.undo,
+        "running": running,
+    }
+    _send(state, client, asked.query, msgspec.msgpack.encode(answer))
 
 
 def _send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
@@ -121,7 +118,9 @@ def models(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
 
 
 def workers(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
-    found = sorted(state.registry.workers.values(), key=lambda worker: worker.name)
+    one = state.registry.worker_names.get(argument)
+    listed = state.registry.workers.values() if not argument else [one] if one is not None else []
+    found = sorted(listed, key=lambda worker: worker.name)
     return [_worker(worker, now_ms) for worker in found[:LISTED]]
 
 
@@ -151,7 +150,7 @@ def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
 
 def _worker_state(worker: WorkerEntry) -> str:
     if worker.draining or worker.state == "draining":
-        return "drained" if not worker.claims else "draining"
+        return "draining" if worker.claims or worker.busy else "drained"
     if worker.state == "starting":
         return "loading"
     if not worker.echo:

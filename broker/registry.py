@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llambo.broker.requests import Request, lane
 from llambo.mesh import messages as m
 
@@ -16,6 +18,7 @@ class WorkerEntry:
         "claims",
         "closed",
         "done",
+        "drained_seq",
         "draining",
         "echo",
         "ejected",
@@ -29,6 +32,7 @@ class WorkerEntry:
         "last",
         "level",
         "models",
+        "moving",
         "name",
         "number",
         "pace",
@@ -85,7 +89,11 @@ class WorkerEntry:
         #: Slots that others than us have taken.
         self.busy = 0
         self.state: str = hello.state
+        #: By an operator's order; `moving`: and what it runs is to go on elsewhere.
         self.draining = False
+        self.moving = False
+        #: Its control sequence number when it was told so.
+        self.drained_seq = 0
         #: It refused something: nothing more until its next heartbeat tells how it is.
         self.closed = False
         self.last = m.WorkerHeartbeat()
@@ -118,6 +126,8 @@ class WorkerEntry:
     @property
     def wary(self) -> bool:
         """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
+        if self.last.wary:
+            return True
         return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
 
     @property
@@ -170,6 +180,13 @@ class ClientEntry:
         return bool(self.hello.incarnation) and self.hello.incarnation == other.hello.incarnation
 
 
+class Drained(NamedTuple):
+    """`incarnation`: of the process that has said so itself."""
+
+    move: bool
+    incarnation: bytes
+
+
 class Registry:
     """Plain tables; the rules of joining and leaving are in membership.py."""
 
@@ -181,7 +198,9 @@ class Registry:
         self.client_routes: dict[bytes, ClientEntry] = {}
         self.topics: dict[bytes, ClientEntry] = {}
         #: Workers told to take no new work, by name: it outlives their sessions.
-        self.drained: set[str] = set()
+        self.drained: dict[str, Drained] = {}
+        #: Those orders, and those to work again, that a worker has yet to confirm.
+        self.orders: dict[str, m.Drain] = {}
 
     def add_worker(self, worker: WorkerEntry) -> None:
         self.workers[worker.session] = worker

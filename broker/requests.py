@@ -32,12 +32,12 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
     _S.DISPATCHED: {
         _S.RUNNING: "accept",
         _S.COMPLETING: "worker's END, tokens missing",
-        _S.WAITING: "refused, or worker lost",
+        _S.WAITING: "refused, or worker lost or emptied",
         _S.ENDED: "END, cancelled or too late",
     },
     _S.RUNNING: {
         _S.COMPLETING: "worker's END, tokens missing",
-        _S.WAITING: "worker lost",
+        _S.WAITING: "worker lost or emptied",
         _S.ENDED: "END, cancelled or too late",
     },
     _S.COMPLETING: {_S.WAITING: "worker lost", _S.ENDED: "last token repaired, cancelled or too late"},

@@ -38,6 +38,9 @@ PORT_TRIES = 100
 MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 #: Random bytes fetched at a time.
 CHANCE_BYTES = 4_096
+#: How long peers get to hear that this broker leaves, and how often they are told.
+GOODBYE_MS = 500
+GOODBYE_AGAIN_MS = 20
 #: The longest the loop sleeps, so that a signal is noticed in any case.
 SLEEP_MS = 1_000
 
@@ -85,7 +88,22 @@ class BrokerServer:
             wait = self.core.next_wakeup_ms() - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
-        self._perform(self.core.handle(StopAsked("it was stopped"), monotonic_ms()))
+        self._leave()
+
+    def _leave(self) -> None:
+        """Until each peer has hung up, since it closes its end when it hears that we leave.
+
+        A peer's socket drops what it has not read yet when its connection breaks (libzmq does so with IMMEDIATE). If
+        we closed at once, most of what is said here would be lost.
+        """
+        goodbyes = self.core.handle(StopAsked("it was stopped"), monotonic_ms())
+        until = monotonic_ms() + GOODBYE_MS
+        while goodbyes and monotonic_ms() < until:
+            gone = {event.route for event in self._deliver(goodbyes)}
+            goodbyes = [
+                order for order in goodbyes if isinstance(order, ToClient | ToWorker) and order.route not in gone
+            ]
+            time.sleep(GOODBYE_AGAIN_MS / 1_000)  # nothing tells of a peer that hangs up but the next send
 
     def turn(self, readable: dict[Any, int]) -> None:
         now = monotonic_ms()
@@ -159,6 +177,11 @@ class BrokerServer:
     # --- orders --------------------------------------------------------------------------------------
 
     def _perform(self, orders: list[Action]) -> None:
+        for event in self._deliver(orders):
+            self._perform(self.core.handle(event, monotonic_ms()))
+
+    def _deliver(self, orders: list[Action]) -> list[RouteGone]:
+        """Whom it did not reach, because they have hung up."""
         clients: Outbox = {}
         workers: Outbox = {}
         for order in orders:
@@ -169,10 +192,8 @@ class BrokerServer:
                 workers.setdefault((order.route, order.session), []).append((order.message, order.blob))  # type: ignore[union-attr]
             else:
                 self._publish(order.frames)  # type: ignore[union-attr]
-        if workers:
-            self._send(self._workers, workers, to_worker=True)
-        if clients:
-            self._send(self._clients, clients, to_worker=False)
+        gone = [RouteGone(route, True) for route in self._send(self._workers, workers)]
+        return gone + [RouteGone(route, False) for route in self._send(self._clients, clients)]
 
     def _publish(self, frames: list[bytes]) -> None:
         send = self._tokens_out.send
@@ -182,7 +203,7 @@ class BrokerServer:
             except zmq.Again:
                 self.dropped += 1
 
-    def _send(self, socket: Socket, outbox: Outbox, *, to_worker: bool) -> None:
+    def _send(self, socket: Socket, outbox: Outbox) -> list[bytes]:
         gone: list[bytes] = []
         send = socket.send
         for (route, session), messages in outbox.items():
@@ -199,8 +220,7 @@ class BrokerServer:
                     if error.errno != zmq.EHOSTUNREACH:
                         raise
                     gone.append(route)
-        for route in gone:
-            self._perform(self.core.handle(RouteGone(route, to_worker), monotonic_ms()))
+        return gone
 
     # --- sockets -------------------------------------------------------------------------------------
 

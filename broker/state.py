@@ -25,6 +25,8 @@ from llambo.mesh.messages import Attach, InferenceRequest
 
 #: `chance(n)` gives n random bytes. The shell passes the system's, the simulator seeded ones.
 Chance = Callable[[int], bytes]
+#: So many alarms at least are kept before those of requests that have ended are looked for.
+ALARMS_KEPT = 256
 Alarm = Literal["repair", "deadline", "adopt"]
 
 
@@ -90,6 +92,8 @@ class State:
         #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
         self.touched: dict[bytes, WorkerEntry] = {}
         self.registry = Registry()
+        #: Workers, by session, whose requests are to go on elsewhere: see draining.py.
+        self.emptying: dict[bytes, WorkerEntry] = {}
         self.room = WaitingRoom(config.queue_requests, config.queue_bytes, config.queue_ms)
         self.pools: dict[str, Pool] = {}
         #: Those of them that are for suspects. Mostly there is none.
@@ -119,6 +123,7 @@ class State:
         self.turns = 0
         self._alarms: list[tuple[int, int, Alarm, bytes]] = []
         self._alarm_count = 0
+        self._alarms_kept = ALARMS_KEPT
         self._happened = 0
 
     def admit(self, request: Request) -> None:
@@ -134,6 +139,11 @@ class State:
         """Wake up for this. Alarms are never taken back: whoever hears one looks whether it still matters."""
         self._alarm_count += 1
         heapq.heappush(self._alarms, (due_ms, self._alarm_count, kind, id))
+        if len(self._alarms) > self._alarms_kept:
+            # A deadline may be hours away, and its request long ended.
+            self._alarms = [alarm for alarm in self._alarms if alarm[3] in self.requests]
+            heapq.heapify(self._alarms)
+            self._alarms_kept = ALARMS_KEPT + 2 * len(self._alarms)
 
     def next_alarm(self, now_ms: int) -> tuple[Alarm, bytes] | None:
         if not self._alarms or self._alarms[0][0] > now_ms:

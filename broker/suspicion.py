@@ -11,7 +11,8 @@ Who is no suspect may share an engine with one. If that dies they are suspects i
 at the same moment can so convict a bystander, which is the price of not giving every suspect an engine of its own.
 
 Only deaths of engines count. An agent or a host that is lost, an engine that was ended from outside, or that had not
-read the request yet, says nothing about it. What this broker knows of suspects it forgets when it is restarted.
+read the request yet, says nothing about it. Workers keep suspects of different brokers apart, too. A suspect that waits
+when its broker dies is none for the next broker.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ BROKER_ORDER = [
     "ending",
     "archive",
     "membership",
+    "draining",
     "adoption",
     "returning",
     "orphanage",

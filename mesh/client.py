@@ -193,8 +193,9 @@ class Client(TaskCalls):
         """The mesh in numbers."""
         return await self._map("status")
 
-    async def workers(self) -> list[dict[str, Any]]:
-        return await self._list("workers")
+    async def workers(self, name: str = "") -> list[dict[str, Any]]:
+        """Those that are there; with `name`, that one if it is."""
+        return await self._list("workers", name)
 
     async def models(self) -> list[dict[str, Any]]:
         return await self._list("models")
@@ -211,9 +212,9 @@ class Client(TaskCalls):
         """The story of one request. A unique prefix of its id will do."""
         return await self._map("why", id)
 
-    async def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
-        """Give a worker no new work (or, with `undo`, work again)."""
-        return await self._question(lambda number: e.Drain(number, worker, undo), "drain", dict[str, Any])
+    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
+        """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
+        return await self._question(lambda number: e.Drain(number, worker, undo, move), "drain", dict[str, Any])
 
     @property
     def counters(self) -> Counters:

@@ -101,8 +101,8 @@ class ClientCore:
                 self.requests.cancel(id, drop, now_ms)
             case e.Ask(query, what, argument):
                 self._questions.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
-            case e.Drain(query, worker, undo):
-                self._questions.ask(m.DrainWorker(query, worker, undo), self.link.welcomed, now_ms)
+            case e.Drain(query, worker, undo, move):
+                self._questions.ask(m.DrainWorker(query, worker, undo, move), self.link.welcomed, now_ms)
             case e.Forget(bytes() as id):
                 self.requests.forget(id)
             case e.Forget(int() as query):

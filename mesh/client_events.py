@@ -52,6 +52,7 @@ class Drain:
     query: int
     worker: str
     undo: bool = False
+    move: bool = False
 
 
 @dataclass(frozen=True, slots=True)

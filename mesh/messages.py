@@ -231,11 +231,12 @@ class Query(Message, frozen=True):
 
 
 class DrainWorker(Message, frozen=True):
-    """Give a worker no new work (or, with `undo`, work again)."""
+    """Give a worker no new work (or, with `undo`, work again). `move`: give away what it runs, too."""
 
     query: Number
     worker: Name
     undo: bool = False
+    move: bool = False
 
 
 # --- broker to client --------------------------------------------------------------------------------

@@ -208,8 +208,8 @@ class SyncClient:
     def status(self) -> dict[str, Any]:
         return self.run(self._client.status())
 
-    def workers(self) -> list[dict[str, Any]]:
-        return self.run(self._client.workers())
+    def workers(self, name: str = "") -> list[dict[str, Any]]:
+        return self.run(self._client.workers(name))
 
     def models(self) -> list[dict[str, Any]]:
         return self.run(self._client.models())
@@ -223,8 +223,8 @@ class SyncClient:
     def why(self, id: str) -> dict[str, Any]:
         return self.run(self._client.why(id))
 
-    def drain(self, worker: str, undo: bool = False) -> dict[str, Any]:
-        return self.run(self._client.drain(worker, undo))
+    def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
+        return self.run(self._client.drain(worker, undo, move=move))
 
 
 async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:

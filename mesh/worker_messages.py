@@ -80,6 +80,11 @@ class WorkerHeartbeat(Message, frozen=True):
     slots: Annotated[int, Meta(ge=0, le=limits.SLOTS_PER_WORKER)] = 0
     #: Tokens per second of each stream over the last moments, waiting for the first included; 0: there were none.
     pace: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+    #: An operator's order is in force, whichever broker passed it on; and it is to give away what runs.
+    drained: bool = False
+    moving: bool = False
+    #: A suspect of another broker, or of one that is gone, is aboard.
+    wary: bool = False
 
 
 class Accept(Message, frozen=True):
@@ -134,6 +139,8 @@ class Dispatch(Message, frozen=True):
     sampling: msgspec.Raw = msgspec.Raw(b"\x80")
     logprobs: Logprobs = None
     task: Task = "generate"
+    #: An engine died when it was to make this token: no other suspect may be aboard until it is past it.
+    suspect: Count | None = None
 
 
 class Adopt(Message, frozen=True):
@@ -145,9 +152,10 @@ class Adopt(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Take no new work; finish what runs. `undo` ends it."""
+    """Take no new work; finish what runs, or (`move`) have it taken elsewhere. `undo` ends it."""
 
     undo: bool = False
+    move: bool = False
 
 
 # --- worker to broker, once more ---------------------------------------------------------------------

@@ -34,6 +34,7 @@ from llambo.worker.engine_life import NEVER_MS, EngineLife
 from llambo.worker.engine_proto import Start, start_of
 from llambo.worker.identity import Identity
 from llambo.worker.introduction import Introduction
+from llambo.worker.leaving import Leaving
 from llambo.worker.orphans import Orphans
 from llambo.worker.rate import Rate
 from llambo.worker.runs import Run, RunState, Tokens
@@ -47,7 +48,6 @@ class WorkerCore:
     """`identity` brings what is random or read from the machine."""
 
     def __init__(self, config: WorkerConfig, identity: Identity) -> None:
-        self.draining = False
         self.exited = False
         self._config = config
         self._out: list[Action] = []
@@ -68,7 +68,7 @@ class WorkerCore:
         self._active = 0
         self._seq = dict.fromkeys(self.links, 0)
         self._ready_said = False
-        self._leave_at = NEVER_MS
+        self.leaving = Leaving(config.drain_ms)
 
     # --- the one door --------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class WorkerCore:
                 if hopeless:
                     self._leave(f"cannot serve {self._config.model}: {hopeless}", now_ms, status=1)
             case e.StopRequested(urgent):
-                self._on_stop(urgent, now_ms)
+                self._tell_all(self.leaving.stop(urgent, now_ms))
             case e.Ticked():
                 pass
             case _:
@@ -115,11 +115,11 @@ class WorkerCore:
         engine_ms = self.engine.next_wakeup_ms(self.runs.active > 0)
         links_ms = min(link.next_wakeup_ms() for link in self.links.values())
         runs_ms = min(self.delivery.next_wakeup_ms(), self.orphans.next_wakeup_ms())
-        return min(engine_ms, self._leave_at, runs_ms, links_ms)
+        return min(engine_ms, self.leaving.at_ms, runs_ms, links_ms)
 
     @property
     def state(self) -> m.WorkerState:
-        if self.draining:
+        if self.leaving.draining:
             return "draining"
         return "ready" if self.engine.is_ready else "starting"
 
@@ -179,7 +179,7 @@ class WorkerCore:
             case m.Cancel():
                 self.delivery.on_cancel(number, message, now_ms)
             case m.Drain():
-                self._drain(not message.undo)
+                self._tell_all(self.leaving.ordered(message))
             case m.Problem():
                 self._on_problem(number, message, now_ms)
             case m.Goodbye():
@@ -189,8 +189,7 @@ class WorkerCore:
 
     def _on_dispatch(self, number: int, dispatch: m.Dispatch, blob: bytes, now_ms: int) -> None:
         self._seq[number] = max(self._seq[number], dispatch.seq)
-        key = dispatch.id + dispatch.dispatch
-        if self.runs.get(key) is not None:
+        if self.runs.get(key := dispatch.id + dispatch.dispatch) is not None:
             return
         try:
             prompt, chunks = transfer.unpack(blob, dispatch.prompt_bytes)
@@ -224,10 +223,12 @@ class WorkerCore:
     def _admit(self, dispatch: m.Dispatch, prompt: bytes) -> Start | ErrorInfo:
         """What to tell the engine, or why it cannot be taken."""
         ready = self.engine.ready
-        if self.draining:
+        if self.leaving.draining:
             return ErrorInfo(Code.BUSY, "this worker is draining")
         if ready is None or not self.engine.is_ready:
             return ErrorInfo(Code.BUSY, "the engine is starting")
+        if dispatch.suspect is not None and self.runs.suspects():
+            return ErrorInfo(Code.BUSY, "another suspect is aboard")
         if self.runs.active >= ready.slots:
             return ErrorInfo(Code.BUSY, f"all {ready.slots} slots are taken")
         if all(dispatch.model != model.name for model in ready.models):
@@ -256,26 +257,19 @@ class WorkerCore:
 
     # --- leaving -------------------------------------------------------------------------------------
 
-    def _drain(self, on: bool) -> None:
-        if self.draining != on and self._leave_at == NEVER_MS:
-            self.draining = on
-            self._out.append(Log("draining: no new work" if on else "draining is over"))
+    def _tell_all(self, news: str) -> None:
+        """What every broker has to know, at once."""
+        if news:
+            self._out.append(Log(news))
             for link in self.links.values():
                 link.beat_now()
 
-    def _on_stop(self, urgent: bool, now_ms: int) -> None:
-        self._drain(True)
-        again = self._leave_at != NEVER_MS
-        self._leave_at = now_ms if urgent or again else now_ms + self._config.drain_ms
-
     def _leave_when_done(self, now_ms: int) -> None:
-        if self._leave_at == NEVER_MS:
-            return
         # Without a session there is nobody to deliver to: a new one would drop these runs anyway.
         connected = any(link.welcomed for link in self.links.values())
-        if len(self.runs) and connected and now_ms < self._leave_at:
+        if len(self.runs) and connected and now_ms < self.leaving.at_ms:
             return
-        text = f"stopped with {len(self.runs)} runs unfinished" if len(self.runs) else "stopped, nothing left to do"
+        text = f"stopped; {len(self.runs)} runs go on elsewhere" if len(self.runs) else "stopped, nothing left to do"
         self._leave(text, now_ms)
 
     def _leave(self, text: str, now_ms: int, status: int = 0) -> None:
@@ -288,7 +282,7 @@ class WorkerCore:
     # --- time ----------------------------------------------------------------------------------------
 
     def _tick(self, now_ms: int) -> None:
-        if self._leave_at != NEVER_MS:
+        if self.leaving.at_ms != NEVER_MS:
             self._leave_when_done(now_ms)
             if self.exited:
                 return
@@ -322,11 +316,14 @@ class WorkerCore:
                 state=self.state,
                 rate=rate,
                 pace=pace,
+                wary=self.runs.suspects(number),
                 note=self.engine.note[:256],
                 engine_restarts=self.engine.restarts,
                 percent=self.engine.percent if self.state == "starting" else 0,
                 models=news.models if news else [],
                 slots=news.slots if news else 0,
+                drained=self.leaving.drained,
+                moving=self.leaving.moving,
             )
         )
 

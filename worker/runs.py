@@ -147,6 +147,11 @@ class Run:
         return self.state is RunState.STARTING or self.state is RunState.RUNNING
 
     @property
+    def suspect(self) -> bool:
+        """An engine may have died of it, and it has not got past that token since."""
+        return self.active and self.work.suspect is not None and self.tokens.end <= self.work.suspect
+
+    @property
     def id(self) -> bytes:
         return self.key[: limits.REQUEST_ID_BYTES]
 
@@ -228,6 +233,10 @@ class RunTable:
 
     def claims(self, link: int) -> dict[bytes, int]:
         return {run.key: run.tokens.end for run in self.of_link(link)}
+
+    def suspects(self, but_link: int = -1) -> bool:
+        """Whether one is aboard, other than what this broker has given."""
+        return any(run.suspect and (run.link != but_link or run.orphan_at) for run in self.runs.values())
 
     def busy(self, link: int) -> int:
         """Slots that this broker has not given away itself."""

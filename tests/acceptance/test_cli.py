@@ -455,6 +455,49 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Mesh) -> None:
     assert done.code == Exit.UNKNOWN_ID, done.story
 
 
+def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(mesh: Mesh) -> None:
+    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
+        id = sending.line(r'"accepted", "id": "(\w+)"')[1]
+        sending.line(FIRST_TOKEN)
+        name = mesh.ok("why", "--json", id).json()["worker"]
+        try:
+            with mesh.start("drain", name) as draining:
+                draining.line("1 request is still running there")
+                assert draining.process.poll() is None, draining.story("it does not wait")
+                assert "1 request is still" in mesh.ok("drain", name, "--no-wait").out
+                # What it cannot finish soon is given away; then the one that waits is done as well.
+                moved = mesh.ok("drain", name, "--move")
+                assert moved.out == f"{name} takes no new work and runs nothing: it can be stopped\n"
+                assert draining.end() == Exit.OK, draining.story("the exit status")
+            why = mesh.ok("why", "--json", id).json()
+            assert why["worker"] != name
+            assert f"{name} is being emptied" in str(why["story"])
+        finally:
+            mesh.ok("drain", name, "--undo")
+        sending.signal(signal.SIGINT)
+        sending.end()
+
+
+def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Mesh) -> None:
+    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
+        id = sending.line(r'"accepted", "id": "(\w+)"')[1]
+        sending.line(FIRST_TOKEN)
+        name = mesh.ok("why", "--json", id).json()["worker"]
+        with mesh.start("drain", name) as draining:
+            draining.line("1 request is still running there")
+            mesh.ok("drain", name, "--undo")
+            assert draining.end() == Exit.ERROR, draining.story("the exit status")
+            assert draining.said[-1] == f"{name} works again"
+        with mesh.start("drain", name) as draining:
+            draining.line("1 request is still running there")
+            draining.signal(signal.SIGINT)
+            assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
+            assert f"`llambo drain {name} --undo` takes it back" in draining.said[-1]
+        mesh.ok("drain", name, "--undo")
+        sending.signal(signal.SIGINT)
+        sending.end()
+
+
 # --- a whole mesh --------------------------------------------------------------------------------------
 
 

@@ -145,9 +145,9 @@ class Injector:
             self._say("skipped", fault, why="nobody could be told")
             return
         self._begin(fault, worker.name)
-        began = now_ms()
-        if await self._empty(worker.name):
-            self._world.journal.write("emptied", whom=worker.name, how=fault.kind, ms=now_ms() - began, code=0)
+        ms = await self._emptied(broker, worker.name)
+        if ms is not None:
+            self._world.journal.write("emptied", whom=worker.name, how=fault.kind, ms=ms, code=0)
         else:
             self._world.journal.write("broken", whom=worker.name, text=f"not empty {EMPTY_S:.0f} s after its drain")
         if not await self._told(broker, worker.name, "--undo"):
@@ -156,7 +156,7 @@ class Injector:
 
     async def _told(self, broker: int, worker: str, *flags: str) -> bool:
         """By the command, as a person would. The broker may be away just then, so once more."""
-        command = nodes.drain_command(self._world.address(broker), worker, *flags)
+        command = nodes.drain_command(self._world.address(broker), worker, "--no-wait", *flags)
         for _ in range(3):
             process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
             _, errors = await process.communicate()
@@ -165,22 +165,22 @@ class Injector:
             self._world.journal.write("refused", whom=worker, text=errors.decode(errors="replace")[-200:])
         return False
 
-    async def _empty(self, name: str) -> bool:
-        world = self._world
+    async def _emptied(self, broker: int, name: str) -> int | None:
+        """Milliseconds from the order, as the broker has it in its feed, until it had nothing any more."""
+        began = now_ms()
         try:
-            async with asyncio.timeout(EMPTY_S), world.seen:
-                # What was seen before it was told does not count.
-                for view in world.views.values():
-                    view.pop(name, None)
-                await world.seen.wait_for(
-                    lambda: (
-                        bool(world.views)
-                        and all(name in view and not view[name]["busy"] for view in world.views.values())
-                    )
-                )
-        except TimeoutError:
-            return False
-        return True
+            async with asyncio.timeout(EMPTY_S), Client(self._world.address(broker), name="watcher") as client:
+                while True:
+                    lines = await client.workers(name)
+                    if lines and not lines[0]["busy"] and not lines[0]["busy_elsewhere"]:
+                        break
+                    await asyncio.sleep(ASK_S / 2)
+                ordered = [event["age_ms"] for event in await client.events() if event["kind"] == "drain"
+                           and event["text"].startswith(f"{name}: takes")]  # fmt: skip
+        except (LlamboError, TimeoutError):
+            return None
+        # A broker that was restarted meanwhile has no feed of that.
+        return min(ordered, default=now_ms() - began)
 
     # --- the others ----------------------------------------------------------------------------------
 

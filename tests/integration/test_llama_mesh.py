@@ -16,6 +16,7 @@ import pytest
 
 from llambo import Client
 from llambo.broker import queries
+from llambo.broker.core import BrokerCore
 from llambo.mesh.client import Answer, Options, Piece
 from llambo.mesh.errors import Code, LlamboError
 from llambo.worker import engine_proto as proto
@@ -150,12 +151,17 @@ def kill(mesh: Mesh, turn: int) -> None:
         mesh.spawn(f"turn{turn}")
 
 
+def told(core: BrokerCore) -> int:
+    """Tokens of answers that have ended, and of those under way."""
+    return core.state.counters.tokens + sum(r.transcript.next_index for r in core.state.requests.values())
+
+
 async def disturbed(mesh: Mesh, client: Client, other: Client, turn: int) -> list[Answer]:
     asking = [asyncio.create_task(watch(client, other, number, 48)) for number in range(len(MIX))]
-    tokens = mesh.counter("tokens")
+    tokens = mesh.look(told)
     # Anywhere from the first tokens to shortly before the last ones.
     after = random.Random(turn).randrange(1, 260)
-    await mesh.aside(lambda core: core.state.counters.tokens > tokens + after, f"{after} tokens")
+    await mesh.aside(lambda core: told(core) > tokens + after, f"{after} tokens")
     kill(mesh, turn)
     done = [(await task).check() for task in asking]
     await mesh.aside(

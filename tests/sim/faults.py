@@ -6,7 +6,7 @@
     broker         dies or is stopped, and begins again without a memory
     brokers        one world in four has two: either may die, or be alive and out of reach, of all or of a client
     processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
-                   and hang; workers are drained; clients vanish, and some read nothing for a while
+                   and hang; workers are drained, or emptied; clients vanish, and some read nothing for a while
     poison         a request kills every engine that runs it; sometimes two do
     overload       some brokers have a queue of three, and refuse what does not fit
     clocks         every node's clock is off by its own, large, amount
@@ -63,6 +63,7 @@ WORKER_INCIDENTS = (
     "engine crash",
     "leave",
     "drain",
+    "move",
 )
 CLIENT_INCIDENTS = ("cut", "partition", "tokens down", "vanish", "freeze", "stall")
 
@@ -101,6 +102,11 @@ def draw(random: Random, brokers: int = 0) -> Plan:
             incidents.append((at, "client lost", who, length))
             incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
     poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
+    if not calm and random.random() < 0.2:
+        # One worker after the other, as before an update of each: what runs goes from one to the next.
+        at = random.randint(1_000, 2_500)
+        for worker in range(workers):
+            incidents.append((at + 600 * worker, "move", worker, 500))
     lossy = not calm and random.random() < 0.7
     return Plan(
         calm=calm,

@@ -24,6 +24,7 @@ class Guard(NamedTuple):
 
 
 _DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
+_DRAINING = "llambo.broker.draining"
 _SUSPICION = "llambo.broker.suspicion"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
@@ -59,6 +60,13 @@ GUARDS: dict[str, Guard] = {
         "prefix = request.transcript.ids() if request.transcript.chunks else []",
         "prefix: list[int] = []",
     ),
+    "drain said again": Guard(
+        _DRAINING, "            _tell(state, worker, order)\n            return", "            return"
+    ),
+    "fence closed when it moves": Guard(
+        "llambo.broker.dispatching", "    state.running.pop(request.key, None)\n    request.note", "    request.note"
+    ),
+    "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
     "word of the client": Guard(
         "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""

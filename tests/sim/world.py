@@ -241,8 +241,8 @@ class World:
                 self._maybe_restart(who, length_ms)
             case "engine crash":
                 worker.engine_dies("killed by signal 9", outside=True)
-            case "drain":
-                self._drain(worker.config.name, length_ms)
+            case "drain" | "move":
+                self._drain(worker.config.name, length_ms, move=kind == "move")
             case "leave":
                 worker.happen(_stop())
                 self._maybe_restart(who, 2_500)
@@ -251,11 +251,11 @@ class World:
             case _:
                 self._link_incident(kind, worker, length_ms)
 
-    def _drain(self, name: str, length_ms: int) -> None:
-        """An operator drains a worker, and puts it back to work later."""
+    def _drain(self, name: str, length_ms: int, *, move: bool) -> None:
+        """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
-        if operator is not None and self.plan.brokers == 1:
-            drain = c.Drain(len(self.log), name)
+        if operator is not None:
+            drain = c.Drain(len(self.log), name, move=move)
             operator.happen(drain)
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
@@ -265,8 +265,22 @@ class World:
             # A person gives one order after the other: the first is not repeated once it is taken back.
             before.happen(c.Forget(drain.query))
             operator.happen(c.Drain(drain.query + 10**6, drain.worker, undo=True))
+            lives = self._broker_lives
+            self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
             self.gone.update(client.name for client in self.clients)
+
+    def _see_to_it(self, operator: ClientNode, drain: c.Drain, lives: int) -> None:
+        """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
+        worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
+        # Of two brokers one may have taken the order and not have got through for a while.
+        again = self.plan.brokers > 1 and worker.core.leaving.drained
+        if again or lives != self._broker_lives or not operator.alive:
+            self._undo(operator, c.Drain(drain.query + 1_000, drain.worker))
+
+    @property
+    def _broker_lives(self) -> int:
+        return sum(len(broker.past) for broker in self.brokers)
 
     def _stall(self, client: ClientNode, length_ms: int) -> None:
         """Its user reads nothing for a while: tokens are left out, and fetched afterwards."""
@@ -329,6 +343,8 @@ class World:
         for worker in self.workers:
             if worker.alive and len(worker.core.runs):
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
+            if worker.alive and worker.core.leaving.drained and any(c.alive for c in self.clients):
+                wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
         if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
         return wrong

@@ -37,7 +37,7 @@ ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
-    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed"
+    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed", 3
 )
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
@@ -54,7 +54,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Replay(ID, 3, 9, DISPATCH),
         m.EndAck([ID, KEY]),
         m.Query(5, "why", "0001"),
-        m.DrainWorker(6, "w-1", True),
+        m.DrainWorker(6, "w-1", True, True),
         m.Goodbye("done"),
     ],
     "to_client": [
@@ -80,7 +80,21 @@ SAMPLES: dict[str, list[m.Message]] = {
             "starting",
         ),
         m.WorkerHeartbeat(
-            17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, [m.ModelInfo("tiny", "f00d", 2_048)], 8, 4.25
+            17,
+            41,
+            {KEY: 9},
+            3,
+            "draining",
+            12.5,
+            "loading",
+            2,
+            43,
+            [m.ModelInfo("tiny", "f00d", 2_048)],
+            8,
+            4.25,
+            True,
+            True,
+            True,
         ),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
@@ -90,7 +104,7 @@ SAMPLES: dict[str, list[m.Message]] = {
     "to_worker": [
         DISPATCHED,
         m.Adopt(ID, DISPATCH, 18),
-        m.Drain(True),
+        m.Drain(True, True),
     ],
 }
 

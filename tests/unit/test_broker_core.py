@@ -382,37 +382,6 @@ def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
     assert client.ends[0].error == ErrorInfo(Code.TOO_LONG, "9 > 8")
 
 
-def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
-    client.submit(1)
-    client.say(m.DrainWorker(1, "w"))
-    client.submit(2)
-    assert [d.undo for d in worker.heard(m.Drain)] == [False]
-    assert len(worker.dispatches) == 1
-    worker.end(0)
-    assert len(worker.dispatches) == 1
-    client.say(m.DrainWorker(2, "w", undo=True))
-    assert len(worker.dispatches) == 2
-    client.say(m.DrainWorker(3, "nobody"))
-    assert client.problems[-1].error.code is Code.UNKNOWN_WORKER
-    assert client.problems[-1].query == 3
-
-
-def test_a_drain_that_was_not_heard_is_said_again() -> None:
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
-    client.say(m.DrainWorker(1, "w"))
-    worker.beat(state="ready")
-    assert [d.undo for d in worker.heard(m.Drain)] == [False, False]
-    worker.beat(state="draining")
-    client.say(m.DrainWorker(2, "w", undo=True))
-    worker.beat(state="draining")
-    assert [d.undo for d in worker.heard(m.Drain)] == [False, False, True, True]
-    worker.beat(state="ready")
-    assert len(worker.heard(m.Drain)) == 4
-
-
 def test_a_name_belongs_to_the_living() -> None:
     bench = Bench(lease_ms=10**6)
     worker = bench.worker("w", incarnation=b"1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgpack
+
 from llambo.mesh import messages as m
 from llambo.mesh import tokens
 from llambo.mesh.errors import Code
@@ -217,3 +219,34 @@ def test_suspects_of_a_model_with_a_fingerprint_wait_for_the_very_same() -> None
         client.say(m.ClientHeartbeat())
         other.beat(seq=10**6)
     assert {end.error.code for end in client.ends if end.error} == {Code.NO_WORKER}
+
+
+# --- several brokers, and one after the other ------------------------------------------------------------
+
+
+def test_a_worker_that_tries_a_suspect_of_another_broker_is_given_none() -> None:
+    bench, (one, two), client = mesh(2, 1)
+    two.beat(wary=True)
+    die(one, 1)
+    # Then it waits, although there are slots; who is no suspect does not
+    assert aboard(bench, two) == []
+    client.submit(2)
+    assert aboard(bench, two) == [2]
+    # ... until that one is cleared or gone
+    two.beat(seq=10**6, claims={key_of(two, 2): 0})
+    assert aboard(bench, two) == [1, 2]
+    assert [dispatch.suspect for dispatch in two.dispatches] == [None, 0]
+
+
+def test_a_suspect_that_outlives_its_broker_stays_one() -> None:
+    # Given a run that was dispatched as a suspect, by a broker that is gone
+    bench = Bench(lease_ms=10**6)
+    worker, client = bench.worker(), bench.client()
+    work = m.Dispatch(request_id(1), b"\0\0\0\2dead", 1, "m", 10, 1, prompt_bytes=5, suspect=2)
+    worker.say(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
+    client.say(m.InferenceRequest(request_id(1), "m", 10, resume=True), blob=b"hello")
+    assert aboard(bench, worker) == [1]
+    assert bench.state.requests[request_id(1)].suspect_at == 2
+    # When its engine dies as well, then it is the second one
+    worker.say(m.EngineLost([request_id(1) + work.dispatch], "SIGSEGV", [2]))
+    assert [end.reason for end in client.ends] == ["error"]

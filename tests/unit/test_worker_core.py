@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import pytest
-from msgspec import Raw
+from msgspec import Raw, structs
 
 from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
@@ -466,6 +466,19 @@ def test_what_a_hung_engine_has_never_read_is_not_laid_to_its_charge() -> None:
     beat = sent[at + 1]
     assert isinstance(beat, m.WorkerHeartbeat)
     assert beat.claims == {}
+
+
+def test_no_two_suspects_are_aboard_whoever_sends_them() -> None:
+    # Given a suspect aboard that has to make its third token
+    rig = joined().say(structs.replace(dispatch(1), suspect=2), b"p")
+    rig.step(key_of(1), [1, 2])
+    # When another one comes, then it is refused, and who is none is not
+    other = structs.replace(dispatch(2), suspect=0)
+    assert rig.say(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is aboard")
+    assert rig.say(dispatch(3), b"p").sent(m.Accept)
+    # ... until the first one has got past it
+    rig.step(key_of(1), [3])
+    assert rig.say(other, b"p").sent(m.Accept)
 
 
 def test_an_engine_that_was_killed_by_somebody_else_is_told_so() -> None:

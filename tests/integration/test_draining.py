@@ -1,0 +1,141 @@
+"""Workers that are emptied, restarted one after the other, and brokers that are stopped: real processes, real load."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from dataclasses import replace
+
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.mesh.client import Client
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import Mesh, truth
+from tests.integration.test_failover import KNOBS, stream_through
+
+#: Long enough that nobody finishes by chance before the time to finish is over.
+SLOW = replace(KNOBS, tokens_per_s=100)
+
+
+def test_an_emptied_worker_gives_away_what_it_runs() -> None:
+    with Mesh(workers=2, knobs=replace(KNOBS, slots=8), check=True) as mesh:
+
+        async def scenario() -> None:
+            async with mesh.client() as client:
+
+                async def empty() -> None:
+                    assert (await client.drain("w0", move=True))["moving"]
+                    await mesh.aside(lambda core: not core.state.registry.worker_names["w0"].claims, "w0 empty")
+
+                answers = await stream_through(client, 6, empty)
+                assert {answer.worker for answer in answers} == {"w1"}
+                assert sum(answer.moves for answer in answers) == 3
+                assert (await client.workers("w0"))[0]["state"] == "drained"
+                assert not (await client.drain("w0", undo=True))["draining"]
+                await client.generate("more", max_tokens=2)
+
+        mesh.run(scenario())
+        assert mesh.look(lambda core: core.state.counters.workers_lost) == 0
+
+
+def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
+    with Mesh(workers=2, knobs=SLOW, check=True) as mesh:
+        # One that has no time to finish anything, and is told to stop in the middle.
+        mesh.worker_config = replace(mesh.worker_config, drain_ms=100)
+        hurried = mesh.spawn("hurried")
+        hurried.first_line()
+
+        async def scenario() -> None:
+            async with mesh.client() as client:
+
+                async def stop() -> None:
+                    hurried.send(signal.SIGTERM)
+                    assert await asyncio.to_thread(hurried.wait) == 0
+
+                answers = await stream_through(client, 6, stop)
+                assert {answer.worker for answer in answers} == {"w0", "w1"}
+                assert sum(answer.moves for answer in answers) == 2
+
+        mesh.run(scenario())
+
+
+def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() -> None:
+    with Mesh(workers=1, knobs=SLOW, check=True) as mesh:
+
+        async def scenario() -> None:
+            async with mesh.client() as client:
+
+                async def empty_and_stop() -> None:
+                    # Emptied: nobody could take it, so it runs on where it is.
+                    await client.drain("w0", move=True)
+                    before = [request["tokens"] for request in await client.requests()]
+                    await mesh.aside(lambda core: progress(core) > sum(before), "tokens from the emptied worker")
+                    # Stopped, with a second signal at once: it waits for whoever comes.
+                    mesh.workers[0].send(signal.SIGTERM)
+                    mesh.workers[0].send(signal.SIGTERM)
+                    assert await asyncio.to_thread(mesh.workers[0].wait) == 0
+                    assert {request["state"] for request in await client.requests()} == {"waiting"}
+                    mesh.spawn("w1").first_line()
+
+                answers = await stream_through(client, 3, empty_and_stop)
+                assert {(answer.worker, answer.moves) for answer in answers} == {("w1", 1)}
+
+        mesh.run(scenario())
+
+
+def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
+    with Mesh(workers=4, knobs=FakeKnobs(tokens_per_s=200, burst=2, slots=16), check=True) as mesh:
+        over = asyncio.Event()
+
+        async def one(client: Client, number: int) -> int:
+            """Asks again and again, as a user would; every answer is compared with the truth."""
+            asked = 0
+            while not over.is_set() or not asked:
+                prompt = f"rolling {number} {asked}"
+                answer = await client.generate(prompt, max_tokens=80, seed=number)
+                assert answer.ids == truth(prompt, number, 80), f"{prompt}: {answer}"
+                asked += 1
+            return asked
+
+        async def scenario() -> list[int]:
+            mesh.worker_config = replace(mesh.worker_config, drain_ms=200)
+            async with mesh.client() as client, asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(client, number)) for number in range(20)]
+                try:
+                    for number in range(4):
+                        old = mesh.workers[number]
+                        old.send(signal.SIGTERM)
+                        assert await asyncio.to_thread(old.wait) == 0
+                        await asyncio.to_thread(mesh.spawn(f"w{number}").first_line)
+                finally:
+                    over.set()
+            return [task.result() for task in tasks]
+
+        assert sum(mesh.run(scenario())) > 40
+        state = mesh.look(lambda core: (core.state.counters.failed, len(core.state.registry.workers)))
+        assert state == (0, 4)
+
+
+def test_a_broker_that_is_stopped_says_so() -> None:
+    # Given leases so long that nobody would notice by them
+    config = BrokerConfig(lease_ms=600_000, client_lease_ms=600_000)
+    with Mesh(workers=1, broker="process", config=config) as mesh:
+
+        async def scenario() -> str:
+            async with mesh.client() as client:
+                told: asyncio.Queue[str] = asyncio.Queue()
+                client.on_link = told.put_nowait
+                await client.status()
+                assert mesh.process is not None
+                mesh.process.send(signal.SIGTERM)
+                assert await asyncio.to_thread(mesh.process.wait) == 0
+                return await told.get()
+
+        assert "the broker left: it was stopped" in mesh.run(scenario())
+        # and the worker, that looks for another one now, leaves without waiting for anybody.
+        mesh.workers[0].send(signal.SIGTERM)
+        assert mesh.workers[0].wait() == 0
+
+
+def progress(core: BrokerCore) -> int:
+    return sum(request.transcript.next_index for request in core.state.requests.values())
