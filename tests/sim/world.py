@@ -42,7 +42,9 @@ class World:
         self.plan = faults.draw(self.random, brokers)
         self.clock = Clock()
         self.network = Network(self.clock, self.random, self.plan)
-        self.history = History(self.plan.style, hangs=self.plan.engine_hangs)
+        # A suspicion is not passed on when a request goes to another broker: there it may take a bystander with it.
+        apart = self.plan.brokers > 1 and bool(self.plan.incidents)
+        self.history = History(self.plan.style, hangs=self.plan.engine_hangs or apart)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
@@ -277,6 +279,8 @@ class World:
         again = self.plan.brokers > 1 and worker.core.leaving.drained
         if again or lives != self._broker_lives or not operator.alive:
             self._undo(operator, c.Drain(drain.query + 1_000, drain.worker))
+        elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
+            self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
 
     @property
     def _broker_lives(self) -> int:
