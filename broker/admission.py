@@ -135,6 +135,8 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
         _refuse(state, client, asked.id, Code.UNKNOWN_REQUEST, f"no request {asked.id.hex()} is known here")
     elif not returning.fits(ended, asked.held):
         _refuse(state, client, asked.id, Code.EXPIRED, OTHERWISE)
+    elif ended.transcript is None and asked.have < ended.end.count and ended.end.error is not None:
+        _refuse(state, client, asked.id, ended.end.error.code, ended.end.error.text)
     elif ended.transcript is None and asked.have < ended.end.count:
         _refuse(state, client, asked.id, Code.EXPIRED, f"the tokens of request {asked.id.hex()} are gone")
     else:

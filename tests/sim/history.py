@@ -219,7 +219,8 @@ class History:
     def _judge_conviction(self, id: bytes, wanted: Wanted) -> list[str]:
         """Two engines died with it aboard, and it made no progress in between. Two that killed may harm a third."""
         told = self.deaths.get(id, [])
-        if len(told) < 2 or told[-1][0] != told[-2][0]:
+        # (the first of them perhaps to a broker that is gone: an orphan brings along that it is a suspect)
+        if len(told) < 2:
             return [f"poison: convicted after {len(told)} deaths with it aboard"]
         if told[-1][2] > told[-2][2]:
             return [f"poison: convicted although it came from token {told[-2][2]} to {told[-1][2]}"]
@@ -258,6 +259,9 @@ class History:
         if error.code in (Code.UNKNOWN_REQUEST, Code.EXPIRED):
             # An attach or a cancel that came after the end had been acknowledged.
             return wanted.cancelled or wanted.abandoned
+        if error.code is Code.DEADLINE:
+            # An attach that came after it: what there is, is why it ended.
+            return bool(wanted.message.deadline_ms)
         return error.code is Code.BUSY
 
     def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:

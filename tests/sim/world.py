@@ -42,7 +42,9 @@ class World:
         self.plan = faults.draw(self.random, brokers)
         self.clock = Clock()
         self.network = Network(self.clock, self.random, self.plan)
-        self.history = History(self.plan.style, hangs=self.plan.engine_hangs)
+        # A suspicion is not passed on when a request goes to another broker: there it may take a bystander with it.
+        apart = self.plan.brokers > 1 and bool(self.plan.incidents)
+        self.history = History(self.plan.style, hangs=self.plan.engine_hangs or apart)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
