@@ -61,6 +61,7 @@ def resume(state: State, request: Request, now_ms: int) -> None:
     if request.transcript.next_index:
         request.note(now_ms, "resumed", f"its client holds {request.transcript.next_index} tokens")
     if dispatching.finish_complete(state, request, now_ms):
+        _dismiss_others(state, request.id, b"")
         return
     if not _claim(state, request, now_ms):
         state.alarm(now_ms + state.config.adopt_ms, "adopt", request.id)

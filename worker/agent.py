@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import assert_never
+from typing import Any, assert_never
 
 import zmq
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 #: The longest sleep, whatever the core says: zmq takes milliseconds as an int.
 POLL_MS = 60_000
+POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
 #: An XPUB frame that begins like this is a subscription.
 SUBSCRIBE = b"\x01"
 
@@ -62,6 +63,7 @@ class Agent:
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
+        self._poller = zmq.Poller()
         self._exit = ""
         #: What `run_worker` returns.
         self.status = 0
@@ -87,7 +89,7 @@ class Agent:
 
     def _turn(self) -> None:
         self._flush()
-        ready = dict(self._poller().poll(min(max(self.core.next_wakeup_ms() - now_ms(), 0), POLL_MS)))
+        ready = dict(self._watched().poll(min(max(self.core.next_wakeup_ms() - now_ms(), 0), POLL_MS)))
         if self._wake.fileno() in ready:
             for _ in self._wake.recv(64):
                 self._handle(e.StopRequested())
@@ -96,29 +98,35 @@ class Agent:
                 link.answered()
             if link.control in ready:
                 self._receive_control(number, link)
-            for sign in link.receive_signs():
-                self._handle(e.ConnectionChanged(number, sign))
+            if link.monitor in ready:
+                for sign in link.receive_signs():
+                    self._handle(e.ConnectionChanged(number, sign))
             if link.tokens in ready and any(frame[:1] == SUBSCRIBE for frame in link.receive_tokens()):
                 self._handle(e.Subscribed(number))
         if self.engine is not None and self.engine.fileno() in ready:
             self._receive_engine(self.engine)
-        self._handle(e.Ticked())
+        if now_ms() >= self.core.next_wakeup_ms():
+            self._handle(e.Ticked())
 
-    def _poller(self) -> zmq.Poller:
-        """Sockets come and go, so it is put together anew: four or five entries."""
-        poller = zmq.Poller()
-        poller.register(self._wake.fileno(), zmq.POLLIN)
+    def _watched(self) -> zmq.Poller:
+        """Sockets come and go. Between two tokens they mostly stay, and then so does the poller."""
+        watched: list[tuple[Any, int]] = [(self._wake.fileno(), zmq.POLLIN)]
         for link in self._links.values():
             if link.control is not None:
-                poller.register(link.control, zmq.POLLIN | (zmq.POLLOUT if link.wants_to_write else 0))
-            for there in (link.tokens, link.monitor):
-                if there is not None:
-                    poller.register(there, zmq.POLLIN)
+                watched.append((link.control, POLL_BOTH if link.wants_to_write else zmq.POLLIN))
+            if link.tokens is not None:
+                watched.append((link.tokens, zmq.POLLIN))
+            if link.monitor is not None:
+                watched.append((link.monitor, zmq.POLLIN))
             if link.lookup is not None:
-                poller.register(link.lookup.fileno(), zmq.POLLIN)
+                watched.append((link.lookup.fileno(), zmq.POLLIN))
         if self.engine is not None:
-            poller.register(self.engine.fileno(), zmq.POLLIN | (zmq.POLLOUT if self.engine.wants_to_write else 0))
-        return poller
+            watched.append((self.engine.fileno(), POLL_BOTH if self.engine.wants_to_write else zmq.POLLIN))
+        if watched != self._poller.sockets:
+            self._poller = zmq.Poller()
+            for there, flags in watched:
+                self._poller.register(there, flags)
+        return self._poller
 
     def _flush(self) -> None:
         # The engine first: what it is told to start, somebody waits for.

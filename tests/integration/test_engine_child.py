@@ -101,7 +101,7 @@ def test_a_crash_is_noticed_and_named() -> None:
         child.order(start())
         told = [m for m in listen(child) if isinstance(m, proto.Step)]
         assert sum(len(output.ids) for step in told for output in step.outputs) == 5
-        assert child.reap() == "the engine was ended by SIGSEGV"
+        assert child.reap() == ("the engine was ended by SIGSEGV", False)
 
 
 def test_a_hang_is_silent_until_it_is_killed() -> None:
@@ -119,7 +119,7 @@ def test_a_hang_is_silent_until_it_is_killed() -> None:
         assert child.wants_to_write
         child.kill()
         assert list(listen(child)) == []
-        assert child.reap() == "the engine was ended by SIGKILL"
+        assert child.reap() == ("the engine was ended by SIGKILL", True)
 
 
 def test_a_closed_pipe_ends_it() -> None:

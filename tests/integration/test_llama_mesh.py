@@ -253,7 +253,7 @@ def test_a_model_that_cannot_be_loaded_is_named_and_ends_the_engine_only(tmp_pat
         how = child.reap()
     assert isinstance(last, proto.Progress)
     assert last.problem.startswith(str(path))
-    assert how == "the engine exited with status 3"
+    assert how == ("the engine exited with status 3", False)
 
 
 @pytest.mark.parametrize("seed", range(8))
