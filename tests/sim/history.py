@@ -6,7 +6,7 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,9 +118,10 @@ class History:
         if cause:
             self.killers.add(cause)
 
-    def death_told(self, lost: m.EngineLost, life: Life) -> None:
+    def death_told(self, lost: m.EngineLost, life: Life, running: Container[bytes]) -> None:
+        """Of runs that this broker has not given up before it is told."""
         for key, made in zip(lost.runs, lost.made, strict=True):
-            if key in self.aboard and not lost.outside:
+            if key in self.aboard and key in running and not lost.outside:
                 self.deaths.setdefault(key[:16], []).append((life, key, made))
 
     def expect(self, client: str, id: bytes) -> None:
@@ -203,6 +204,8 @@ class History:
         if not heard.ends:
             return ["stuck: it never ended"]
         if heard.error is not None and not self._may_fail(wanted, heard.error):
+            if heard.error.code is Code.ENGINE_FAILED:  # it came back when its tokens were gone, but not why it ended
+                return self._judge_conviction(wanted.message.id, wanted)
             return [f"failed: {heard.error.code}: {heard.error.text}"]
         return []
 
