@@ -222,10 +222,13 @@ class History:
     def _judge_conviction(self, id: bytes, wanted: Wanted) -> list[str]:
         """Two engines died with it aboard, and it made no progress in between. Two that killed may harm a third."""
         told = self.deaths.get(id, [])
-        if len(told) < 2 or told[-1][0] != told[-2][0]:
+        # One life of one broker convicts; others may have been told of deaths as well.
+        lives = [[made for life, _, made in told if life == one] for one in dict.fromkeys(life for life, _, _ in told)]
+        grounds = [made for made in lives if len(made) >= 2]
+        if not grounds:
             return [f"poison: convicted after {len(told)} deaths with it aboard"]
-        if told[-1][2] > told[-2][2]:
-            return [f"poison: convicted although it came from token {told[-2][2]} to {told[-1][2]}"]
+        if all(made[-1] > made[-2] for made in grounds):
+            return [f"poison: convicted although it came from token {grounds[-1][-2]} to {grounds[-1][-1]}"]
         others = {key[:16] for key in self.killers} - {id}
         if not wanted.poisonous and len(others) < 2 and not self.hangs:
             return ["poison: an innocent was convicted"]
