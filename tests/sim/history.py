@@ -69,10 +69,12 @@ class Heard:
 
 
 class History:
-    def __init__(self, style: str, *, hangs: bool = False) -> None:
+    def __init__(self, style: str, *, hangs: bool = False, apart: bool = False) -> None:
         self.style = style
         #: Engines hang by themselves, which looks like a request's doing.
         self.hangs = hangs
+        #: Requests may leave a broker and come back, and are suspected anew by each, and each time.
+        self.apart = apart
         self.wanted: dict[bytes, Wanted] = {}
         self.heard: dict[tuple[str, bytes], Heard] = {}
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
@@ -145,7 +147,7 @@ class History:
         for id, deaths in self.deaths.items():
             lives = [life for life, key, _ in deaths if key in self.killers]
             most = max((lives.count(life) for life in lives), default=0)
-            if most > POISON_DEATHS:
+            if most > POISON_DEATHS + self.apart:
                 wrong.append(f"poison: it has killed {most} engines [request {id.hex()[:8]}]")
         return wrong
 

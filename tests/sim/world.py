@@ -44,7 +44,7 @@ class World:
         self.network = Network(self.clock, self.random, self.plan)
         # A suspicion is not passed on when a request goes to another broker: there it may take a bystander with it.
         apart = self.plan.brokers > 1 and bool(self.plan.incidents)
-        self.history = History(self.plan.style, hangs=self.plan.engine_hangs or apart)
+        self.history = History(self.plan.style, hangs=self.plan.engine_hangs or apart, apart=apart)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
