@@ -38,7 +38,7 @@ class Child:
             ready, _, _ = select.select([self._process], [], [], PATIENCE_S)
             said = self._process.read() if ready else None
             if said is None:
-                raise SystemExit(f"the engine said nothing more: {self._process.reap()}")
+                raise SystemExit(f"the engine said nothing more: {self._process.reap()[0]}")
             self._said += said
         return self._said.pop(0)
 

@@ -144,8 +144,14 @@ class WorkerEntry:
 
     @property
     def dispatchable(self) -> bool:
-        fit = self.free > 0 and self.tokens_up and self.state == "ready" and not self.draining and not self.closed
-        return fit and not self.ejected and not (self.trial and self.claims)
+        # Asked several times for each request, so `free` and `tokens_up` are written out.
+        return (
+            self.slots - len(self.claims) - self.busy > 0
+            and self.state == "ready"
+            and self.echo > 0
+            and self.beat - self.echo <= 3
+            and not (self.draining or self.closed or self.ejected or (self.trial and self.claims))
+        )
 
 
 class ClientEntry:

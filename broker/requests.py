@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llambo.broker.registry import WorkerEntry
 
 
+_STORY_ENTRIES = limits.STORY_ENTRIES
+
+
 class RequestState(enum.Enum):
     # Enum hashes a member by its name, in Python; each step of a request would pay for that twice.
     __hash__ = object.__hash__
@@ -172,9 +175,10 @@ class Request:
 
     def note(self, now_ms: int, what: str, detail: str = "") -> None:
         """Remember why. The middle of a long story is what nobody misses."""
-        if len(self.story) >= limits.STORY_ENTRIES:
-            del self.story[limits.STORY_ENTRIES // 2]
-        self.story.append((now_ms, what, detail))
+        story = self.story
+        if len(story) >= _STORY_ENTRIES:
+            del story[_STORY_ENTRIES // 2]
+        story.append((now_ms, what, detail))
 
     @property
     def dispatch(self) -> bytes:

@@ -36,6 +36,7 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
         worker.claims.pop(key, None)
     # Its load is least now, and it would refuse everything: its next heartbeat tells when it can work again.
     worker.closed = True
+    worker.paced = 0  # the next engine has to show what it can do
     state.update_pools(worker)
     state.touch(worker)
     charged = not lost.outside

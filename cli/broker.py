@@ -10,6 +10,7 @@ from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
 from llambo.cli.options import settings_options
+from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import of_roles
 
@@ -59,9 +60,9 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
         nonlocal started
         started = True
         if not notify(notify_fd, str(port)):
-            click.echo(f"llambo-broker: listening at {endpoint(host, port)}", err=True)
+            tell(f"llambo-broker: listening at {endpoint(host, port)}")
         if not is_loopback(host):
-            click.echo(OPEN, err=True)
+            tell(OPEN)
 
     try:
         code = run_broker(config, host, settings.number("port"), announce, inherited=given)

@@ -10,7 +10,7 @@ import click
 
 from llambo.cli.exits import MEANING, Exit
 from llambo.cli.failure import Failure
-from llambo.cli.standard import NO_ROOM, cannot_write, fill_closed_streams, silence
+from llambo.cli.standard import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
 from llambo.mesh.errors import LlamboError
 
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
@@ -34,6 +34,8 @@ class _Help(click.Command):
                 raise
             cannot_write(error, "llambo")
             sys.exit(Exit.ERROR)
+        finally:
+            flush_or_silence()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

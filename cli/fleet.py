@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import click
-
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure
 from llambo.cli.following import end_signals
+from llambo.cli.standard import tell
 from llambo.cli.supervisor import Child, how_it_ended
 from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 
@@ -118,22 +116,13 @@ def invite(address: str, workers: int) -> None:
     which = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
     say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     for words in ('send "What is AI?"', "status", "workers"):
-        _echo(f"    llambo{which} {words}")
+        tell(f"    llambo{which} {words}", err=False)
     say("Ctrl-C stops everything")
 
 
 def say(text: str) -> None:
-    _echo(f"llambo up: {text}")
+    tell(f"llambo up: {text}", err=False)
 
 
 def show(line: str) -> None:
-    _echo(line, err=True)
-
-
-def _echo(text: str, *, err: bool = False) -> None:
-    """What nobody can see any more, because the terminal is gone, must not keep the children from a good end."""
-    try:
-        click.echo(text, err=err)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
+    tell(line)

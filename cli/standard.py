@@ -33,6 +33,24 @@ def fill_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
+def tell(text: str, *, err: bool = True) -> None:
+    """To whoever looks after a process that has work to do whether or not anybody reads this.
+
+    The disk may be full, the terminal or the reader of a pipe gone; then nobody hears it, and the work goes on.
+    """
+    with contextlib.suppress(OSError):
+        click.echo(text, err=err)
+
+
+def flush_or_silence() -> None:
+    """At the end: what could not be written is tried once more, and then given up."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            silence(stream.fileno())
+
+
 def silence(descriptor: int) -> None:
     """What Python flushes at its exit would meet the same trouble again, and complain."""
     null = os.open(os.devnull, os.O_WRONLY)

@@ -13,6 +13,7 @@ from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
 from llambo.cli.options import settings_options
+from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import SECTIONS
 
@@ -57,7 +58,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 
     def on_ready() -> None:
         if not notify(notify_fd, config.name):
-            click.echo(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}", err=True)
+            tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
     click.get_current_context().exit(run_worker(config, on_ready))
 

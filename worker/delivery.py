@@ -77,6 +77,7 @@ class Delivery:
         One that was given to it after its last word, by more than a moment, it has never seen: it reads between two
         steps, and speaks after each. Such a run is not named; the next beat does not claim it, and that is all.
         """
+        self._rate.begin_again()
         lost: dict[int, list[Run]] = {}
         for run in self.runs.active_runs():
             if not run.orphan_at and run.given_at <= heard_ms + UNREAD_MS:

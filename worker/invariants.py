@@ -10,6 +10,9 @@ def check(core: WorkerCore) -> None:
     runs = core.runs.runs
     active = sum(run.active for run in runs.values())
     assert core.runs.active == active, f"{core.runs.active} runs are counted active, {active} are"
+    streams = sum(run.active and run.published for run in runs.values())
+    assert core.runs.streams == streams, f"{core.runs.streams} runs are counted as streams, {streams} are"
+    assert sum(run.suspect for run in runs.values()) <= 1, "two suspects are aboard"
     ready = core.engine.ready
     assert not active or (ready is not None and active <= ready.slots), f"{active} runs have slots"
     assert not active or core.engine.is_ready, "runs are active in an engine that is not ready"

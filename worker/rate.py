@@ -23,6 +23,10 @@ class Rate:
         self._now_ms = 0
         self._samples: deque[tuple[int, int, int]] = deque()
 
+    def begin_again(self) -> None:
+        """Another engine: what the last one did says nothing about it."""
+        self._samples.clear()
+
     def passed(self, streams: int, now_ms: int) -> None:
         """So many streams were with the engine until now."""
         if streams:

@@ -66,8 +66,8 @@ def quantile(values: list[int], share: float) -> int:
 
 #: Counters of the brokers that tell about faults; the others are in the totals.
 TOLD = ("moved", "adopted", "stale_chunks", "duplicate_chunks", "gaps", "repaired", "replays_served", "engine_deaths",
-        "suspected", "convicted", "workers_lost", "clients_lost", "unknown_sessions", "refused", "failed",
-        "attached")  # fmt: skip
+        "suspected", "convicted", "ejected", "retries_denied", "workers_lost", "clients_lost",
+        "unknown_sessions", "refused", "failed", "attached")  # fmt: skip
 
 
 def told(total: Totals) -> list[str]:

@@ -224,13 +224,12 @@ class History:
     def _judge_conviction(self, id: bytes, wanted: Wanted) -> list[str]:
         """Two engines died with it aboard, and it made no progress in between. Two that killed may harm a third."""
         told = self.deaths.get(id, [])
-        # One life of one broker convicts; others may have been told of deaths as well.
-        lives = [[made for life, _, made in told if life == one] for one in dict.fromkeys(life for life, _, _ in told)]
-        grounds = [made for made in lives if len(made) >= 2]
-        if not grounds:
+        # (the first of them perhaps to a broker that is gone: an orphan brings along that it is a suspect)
+        if len(told) < 2:
             return [f"poison: convicted after {len(told)} deaths with it aboard"]
-        if all(made[-1] > made[-2] for made in grounds):
-            return [f"poison: convicted although it came from token {grounds[-1][-2]} to {grounds[-1][-1]}"]
+        reached = [made for _, _, made in told]
+        if not any(later <= made for at, made in enumerate(reached) for later in reached[at + 1 :]):
+            return [f"poison: convicted although it came further each time: {reached}"]
         others = {key[:16] for key in self.killers} - {id}
         if not wanted.poisonous and len(others) < 2 and not self.hangs:
             return ["poison: an innocent was convicted"]
@@ -266,6 +265,9 @@ class History:
         if error.code in (Code.UNKNOWN_REQUEST, Code.EXPIRED):
             # An attach or a cancel that came after the end had been acknowledged.
             return wanted.cancelled or wanted.abandoned
+        if error.code is Code.DEADLINE:
+            # An attach that came after it: what there is, is why it ended.
+            return bool(wanted.message.deadline_ms)
         return error.code is Code.BUSY
 
     def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:

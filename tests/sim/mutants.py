@@ -78,6 +78,9 @@ GUARDS: dict[str, Guard] = {
         "return worker.dispatchable and not (self.wary and worker.wary)",
         "return worker.dispatchable",
     ),
+    "one suspect of all brokers": Guard(
+        "llambo.worker.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:"
+    ),
     "progress clears a suspect": Guard(
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
     ),

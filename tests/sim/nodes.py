@@ -20,6 +20,7 @@ from llambo.mesh import messages as m
 from llambo.mesh.client_core import ClientCore
 from llambo.worker import actions as wa
 from llambo.worker import events as w
+from llambo.worker import invariants as worker_invariants
 from llambo.worker.config import WorkerConfig
 from llambo.worker.core import WorkerCore
 from llambo.worker.fake import FakeEngine
@@ -296,7 +297,10 @@ class WorkerNode(Peer):
         return self.wires[link]
 
     def handle(self, event: Any) -> list[Any]:
-        return self.core.handle(event, self.now_ms)
+        actions = self.core.handle(event, self.now_ms)
+        if not self.core.exited:
+            worker_invariants.check(self.core)
+        return actions
 
     def wakeup(self) -> int:
         return self.core.next_wakeup_ms()

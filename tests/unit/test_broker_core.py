@@ -286,6 +286,26 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
     assert third.problems[0].error.code is Code.EXPIRED
 
 
+def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_after_that_not() -> None:
+    # With what an operator gets who sets nothing.
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    id = client.submit(1, detached=True)
+    worker.publish(worker.chunk(0, 5, 6))
+    worker.end(2)
+    client.say(m.Goodbye())
+    worker.say(m.Goodbye())
+    for number, later_ms, code in ((1, 59 * 60_000, None), (2, 60_000, Code.EXPIRED)):
+        bench.now_ms += later_ms
+        bench.handle(Tick())
+        back = bench.client(b"back %d" % number)
+        back.say(m.Attach(id))
+        back.say(m.Replay(id, 0))
+        pages = [tokens.ids_of(page.chunks) for page in back.heard(m.Page)]
+        assert ([5, 6] in pages) == (code is None)
+        assert [problem.error.code for problem in back.problems[:1]] == ([code] if code else [])
+
+
 def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")

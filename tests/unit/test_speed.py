@@ -185,6 +185,22 @@ def test_without_streams_there_is_no_pace() -> None:
     assert rate.sample(1_100)[1] == 0.0
 
 
+def test_another_engine_is_measured_anew() -> None:
+    bench, workers, _ = mesh(1, 1)
+    run(bench, {workers[0]: 100.0, workers[1]: 20.0})
+    assert entry(bench, workers[1]).level == 1
+    workers[1].say(m.EngineLost([], "SIGSEGV"))
+    run(bench, {workers[0]: 100.0}, 1)
+    assert entry(bench, workers[1]).level == 0
+    rate = Rate()
+    rate.sample(0)
+    rate.passed(1, 2_000)
+    rate.count += 2
+    assert rate.sample(2_000) == (1.0, 1.0)
+    rate.begin_again()
+    assert rate.sample(2_200) == (0.0, 0.0)
+
+
 # --- retries -------------------------------------------------------------------------------------------
 
 FULL = ErrorInfo(Code.BUSY, "full")

@@ -1,0 +1,64 @@
+"""Processes whose output goes nowhere: onto a full disk, or into a pipe that nobody reads any more. They work on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, WORKER, Mesh, environment
+from tests.chaos.world import free_port
+
+FULL = "/dev/full"
+
+
+@contextmanager
+def unheard(how: str, commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Each with its stdout and stderr on a full disk, or in a pipe whose reader has gone."""
+    if how == "full":
+        target = os.open(FULL, os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=target, stderr=target, stdin=subprocess.DEVNULL, env=environment()
+        )
+        for command in commands
+    ]
+    os.close(target)
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("how", ["full", "gone"])
+def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
+    mesh = Mesh(f"tcp://127.0.0.1:{(port := free_port(21_000))}")
+    commands = [
+        [BROKER, "-v", "--port", str(port)],
+        [WORKER, "-v", "--broker", mesh.address, "--name", "w"],
+    ]
+    with unheard(how, commands) as (broker, worker):
+        # It waits for a broker, and that one, having just begun, for its worker.
+        answer = mesh.ok("send", "--max-tokens", "5", "hello")
+        assert answer.out.count(" ") == 5
+        for process in (worker, broker):
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+
+
+def test_a_whole_mesh_that_nobody_hears_works_on() -> None:
+    mesh = Mesh(f"tcp://127.0.0.1:{(port := free_port(22_000))}")
+    with unheard("full", [[LLAMBO, "up", "--workers", "1", "--port", str(port)]]) as (running,):
+        assert mesh.ok("send", "--max-tokens", "5", "hello").out.count(" ") == 5
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(PATIENCE_S) == 0
