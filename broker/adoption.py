@@ -69,7 +69,7 @@ def resume(state: State, request: Request, now_ms: int) -> None:
 
 def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
     """Somebody wants to follow it. If it was meant to run without its client, nobody else has to ask for it."""
-    if asked.id not in state.orphanage:
+    if asked.id not in state.orphanage or asked.id in state.requests or state.archive.get(asked.id):
         return
     given = tokens.ids_of(asked.held)
     orphans = state.orphanage.take(asked.id)

@@ -69,9 +69,12 @@ def confirmed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms
     registry = state.registry
     order = registry.orders.get(worker.name)
     if order is not None:
-        if beat.seq <= worker.drained_seq:
+        # One that was otherwise when it was told, and is so now, has heard it. What comes after that was ordered
+        # later, through another broker perhaps: to say ours again would undo it.
+        obeyed = worker.was_otherwise and not _otherwise(beat, order)
+        if beat.seq <= worker.drained_seq and not obeyed:
             return
-        if beat.drained == order.undo or beat.moving < order.move:
+        if _otherwise(beat, order):
             _tell(state, worker, order)
             return
         del registry.orders[worker.name]
@@ -82,7 +85,12 @@ def confirmed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms
     _set(state, worker, beat.drained, beat.moving)
 
 
+def _otherwise(beat: m.WorkerHeartbeat, order: m.Drain) -> bool:
+    return beat.drained == order.undo or beat.moving < order.move
+
+
 def _tell(state: State, worker: WorkerEntry, order: m.Drain) -> None:
+    worker.was_otherwise = _otherwise(worker.last, order)
     # Control keeps its order: a beat that has seen a later number than this has heard it, or it was lost.
     worker.drained_seq = worker.seq
     state.out.append(ToWorker(worker.route, worker.session, order))

@@ -53,6 +53,7 @@ class WorkerEntry:
         "suspect",
         "trial",
         "turn",
+        "was_otherwise",
         "welcome",
     )
 
@@ -94,6 +95,8 @@ class WorkerEntry:
         self.moving = False
         #: Its control sequence number when it was told so.
         self.drained_seq = 0
+        #: It was not yet as that order wants it.
+        self.was_otherwise = False
         #: It refused something: nothing more until its next heartbeat tells how it is.
         self.closed = False
         self.last = m.WorkerHeartbeat()

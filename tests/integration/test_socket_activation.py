@@ -93,7 +93,7 @@ def knocking(port: int) -> Iterator[list[str]]:
                     socket.create_connection(("127.0.0.1", port + number), TIMEOUT_S).close()
                 except OSError as error:
                     refused.append(f"port {port + number}: {error}")
-            over.wait(0.005)
+            over.wait(0.02)
 
     thread = threading.Thread(target=knock)
     thread.start()

@@ -121,6 +121,23 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
         print("dispatched", [c["dispatched"] for c in counters], "most busy", max(seen))
 
 
+def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> None:
+    with two_brokers(1, KNOBS) as brokers:
+
+        async def scenario() -> None:
+            await both_know(brokers, 1)
+            async with brokers[0].client() as here, brokers[1].client() as there:
+                await here.drain("w0")
+                while (await there.workers())[0]["state"] != "drained":
+                    pass
+                await there.drain("w0", undo=True)
+                while (await here.workers())[0]["state"] != "ready":
+                    pass
+                assert (await here.generate("hello", max_tokens=5, seed=1)).ids == truth("hello", 1, 5)
+
+        brokers[0].run(scenario())
+
+
 def test_a_client_finds_a_broker_that_lives() -> None:
     with Mesh(workers=1, knobs=KNOBS) as mesh:
 

@@ -6,7 +6,7 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +69,12 @@ class Heard:
 
 
 class History:
-    def __init__(self, style: str, *, hangs: bool = False) -> None:
+    def __init__(self, style: str, *, hangs: bool = False, apart: bool = False) -> None:
         self.style = style
         #: Engines hang by themselves, which looks like a request's doing.
         self.hangs = hangs
+        #: Requests may leave a broker and come back, and are suspected anew by each, and each time.
+        self.apart = apart
         self.wanted: dict[bytes, Wanted] = {}
         self.heard: dict[tuple[str, bytes], Heard] = {}
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
@@ -118,9 +120,10 @@ class History:
         if cause:
             self.killers.add(cause)
 
-    def death_told(self, lost: m.EngineLost, life: Life) -> None:
+    def death_told(self, lost: m.EngineLost, life: Life, running: Container[bytes]) -> None:
+        """Of runs that this broker has not given up before it is told."""
         for key, made in zip(lost.runs, lost.made, strict=True):
-            if key in self.aboard and not lost.outside:
+            if key in self.aboard and key in running and not lost.outside:
                 self.deaths.setdefault(key[:16], []).append((life, key, made))
 
     def expect(self, client: str, id: bytes) -> None:
@@ -144,7 +147,7 @@ class History:
         for id, deaths in self.deaths.items():
             lives = [life for life, key, _ in deaths if key in self.killers]
             most = max((lives.count(life) for life in lives), default=0)
-            if most > POISON_DEATHS:
+            if most > POISON_DEATHS + self.apart:
                 wrong.append(f"poison: it has killed {most} engines [request {id.hex()[:8]}]")
         return wrong
 
@@ -203,6 +206,8 @@ class History:
         if not heard.ends:
             return ["stuck: it never ended"]
         if heard.error is not None and not self._may_fail(wanted, heard.error):
+            if heard.error.code is Code.ENGINE_FAILED:  # it came back when its tokens were gone, but not why it ended
+                return self._judge_conviction(wanted.message.id, wanted)
             return [f"failed: {heard.error.code}: {heard.error.text}"]
         return []
 
@@ -222,8 +227,9 @@ class History:
         # (the first of them perhaps to a broker that is gone: an orphan brings along that it is a suspect)
         if len(told) < 2:
             return [f"poison: convicted after {len(told)} deaths with it aboard"]
-        if told[-1][2] > told[-2][2]:
-            return [f"poison: convicted although it came from token {told[-2][2]} to {told[-1][2]}"]
+        reached = [made for _, _, made in told]
+        if not any(later <= made for at, made in enumerate(reached) for later in reached[at + 1 :]):
+            return [f"poison: convicted although it came further each time: {reached}"]
         others = {key[:16] for key in self.killers} - {id}
         if not wanted.poisonous and len(others) < 2 and not self.hangs:
             return ["poison: an innocent was convicted"]

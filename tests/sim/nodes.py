@@ -151,7 +151,8 @@ class BrokerNode(Node):
         if self.alive and bundle[0] in self.core.state.registry.workers:
             for message, _ in bundle[1]:
                 if isinstance(message, m.EngineLost):
-                    self.history.death_told(message, (id(self), len(self.past)))
+                    running = self.core.state.running
+                    self.history.death_told(message, (id(self), len(self.past)), running)
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
         self.happen(said(route, bundle[0], bundle[1]))
 

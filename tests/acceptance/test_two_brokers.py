@@ -1,0 +1,30 @@
+"""Two brokers, as a person runs them: a list wherever an address does, and the whole picture from either."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from tests.acceptance.commands import BROKER, WORKER, Mesh, Running
+
+
+def test_a_list_of_brokers_is_an_address() -> None:
+    with Running(BROKER, "--port", "0", "--name", "left") as left, Running(BROKER, "--port", "0") as right:
+        addresses = [broker.line(r"listening at (tcp://\S+)")[1] for broker in (left, right)]
+        here, there, either = Mesh(addresses[0]), Mesh(addresses[1]), Mesh(",".join(addresses))
+        flags = ("--slots", "2", "--fake-tokens-per-s", "50", "-v")
+        with Running(WORKER, "--broker", either.address, "--name", "w", *flags) as worker:
+            worker.line("link 0: up")
+            worker.line("link 1: up")
+            worker.line(re.escape(f"w is ready, at {addresses[0]}, {addresses[1]}"))
+            # What one of them has given out the other knows as a slot that is busy
+            with here.start("send", "--json", "--seed", "7", "--max-tokens", "100000", "for ever") as sending:
+                sending.line("ids")
+                assert "1 of 2 slots busy (1 through other brokers)" in there.ok("status").out
+                assert "0+1/2" in there.ok("workers").out
+                requests = there.ok("requests")
+                assert "1 more run through other brokers" in requests.err and requests.out == ""
+            left.signal(signal.SIGTERM)
+            assert left.end() == 0
+            # Whoever has both in his list does not notice
+            assert either.ok("send", "--max-tokens", "5", "hello").out
