@@ -92,6 +92,8 @@ def test_a_hung_decode_is_an_engine_death() -> None:
                 await asyncio.to_thread(mesh.spawn("healthy").first_line)
                 await task
                 counters = (await client.status())["counters"]
-                assert (counters["suspected"], counters["convicted"]) == (1, 0)
+                # Once for each engine that hung: the first worker may have been back sooner than the other was there.
+                assert counters["suspected"] == counters["engine_deaths"] > 0
+                assert counters["convicted"] == 0
 
         mesh.run(scenario())
