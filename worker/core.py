@@ -58,6 +58,8 @@ class WorkerCore:
             number: LinkCore(number, partial(self._hello, number), orders, hasty=len(config.brokers) > 1)
             for number in range(len(config.brokers))
         }
+        #: By when we wanted to be woken.
+        self._promised_ms = NEVER_MS
         self._rate = Rate()
         self.delivery = Delivery(self.links, self._rate, self._out)
         self.runs = self.delivery.runs
@@ -76,6 +78,8 @@ class WorkerCore:
         if self.exited:
             return []
         self._rate.passed(self.runs.streams, now_ms)
+        self.engine.pardon(now_ms - self._promised_ms)
+        self._promised_ms = NEVER_MS
         match event:
             case e.EngineStep(outputs):
                 self.engine.on_word(now_ms)
@@ -115,7 +119,8 @@ class WorkerCore:
         engine_ms = self.engine.next_wakeup_ms(self.runs.active > 0)
         links_ms = min(link.next_wakeup_ms() for link in self.links.values())
         runs_ms = min(self.delivery.next_wakeup_ms(), self.orphans.next_wakeup_ms())
-        return min(engine_ms, self.leaving.at_ms, runs_ms, links_ms)
+        self._promised_ms = min(engine_ms, self.leaving.at_ms, runs_ms, links_ms)
+        return self._promised_ms
 
     @property
     def state(self) -> m.WorkerState:

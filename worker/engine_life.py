@@ -35,6 +35,8 @@ ENGINE_STEPS: dict[EngineState, dict[EngineState, str]] = {
 BACKOFF_MS = 250
 GOOD_MS = 30_000
 NEVER_MS = 2**62
+#: An agent that is woken so late was stopped, or its machine was.
+STOOD_STILL_MS = 300
 
 
 class EngineLife:
@@ -74,6 +76,11 @@ class EngineLife:
     def on_word(self, now_ms: int) -> None:
         """It said something, so it lives; or it was just given something to do, so it may be silent again."""
         self._heard_ms = now_ms
+
+    def pardon(self, late_ms: int) -> None:
+        """We are woken so much later than we wanted: this agent stood still, and has heard nobody meanwhile."""
+        if late_ms >= STOOD_STILL_MS:
+            self._heard_ms += late_ms
 
     def on_progress(self, note: str, problem: str, percent: int, now_ms: int) -> None:
         self._heard_ms = now_ms

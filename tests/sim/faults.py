@@ -103,6 +103,10 @@ def draw(random: Random, brokers: int = 0) -> Plan:
             incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
     poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     if not calm and random.random() < 0.2:
+        # Somebody kills engines, one after the other: what was aboard of the first is aboard of the next.
+        at = random.randint(400, FAULTS_END_MS - 2_000)
+        incidents += [(at + 25 * turn, "engine crash", turn % workers, 30) for turn in range(2 * workers)]
+    if not calm and random.random() < 0.2:
         # One worker after the other, as before an update of each: what runs goes from one to the next.
         at = random.randint(1_000, 2_500)
         for worker in range(workers):

@@ -279,6 +279,8 @@ class World:
         again = self.plan.brokers > 1 and worker.core.leaving.drained
         if again or lives != self._broker_lives or not operator.alive:
             self._undo(operator, c.Drain(drain.query + 1_000, drain.worker))
+        elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
+            self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
 
     @property
     def _broker_lives(self) -> int:

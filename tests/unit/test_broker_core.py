@@ -415,6 +415,22 @@ def test_a_name_belongs_to_the_living() -> None:
     assert successor.heard(m.Welcome)
 
 
+def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
+    # Given a machine that was suspended for a minute, in the middle of an answer
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    bench.pass_time(500)
+    bench.now_ms += 60_000
+    # When it goes on
+    bench.handle(Tick())
+    assert (bench.state.counters.workers_lost, bench.state.counters.clients_lost) == (0, 0)
+    assert worker.heard(m.Cancel) == []
+    # Then silence counts from there on.
+    bench.pass_time(2_100)
+    assert bench.state.counters.workers_lost == 1
+
+
 def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
     bench = Bench(reconnect_grace_ms=300)
     worker, client = bench.worker(), bench.client()

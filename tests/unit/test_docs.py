@@ -151,3 +151,18 @@ def test_the_conversation_is_understood_by_the_mesh() -> None:
         decoder = codec.from_client if "client" in title else codec.to_client
         bundle = decoder.decode(frames)
         assert bundle.messages and not bundle.problems, title
+
+
+# --- promises ------------------------------------------------------------------------------------------
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text_of("docs/guarantees.md")))
+    assert len(named) > 30
+    missing = [f"{file}::{test}" for file, test in named if not re.search(rf"def {test}\(", text_of(file))]
+    assert missing == []
+
+
+def test_every_section_of_the_promises_names_a_test() -> None:
+    _, *sections = text_of("docs/guarantees.md").split("\n## ")
+    assert not [section.splitlines()[0] for section in sections if "tests/" not in section]

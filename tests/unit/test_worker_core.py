@@ -518,6 +518,21 @@ def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
     assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
 
 
+def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
+    rig = running(1).step(key_of(1), [1])
+    rig.core.next_wakeup_ms()
+    # When it is stopped for longer than an engine may be silent, and reads what came meanwhile
+    rig.now += 3_000
+    rig.on(e.Ticked()).on(e.Ticked()).on(e.Ticked())
+    assert a.KillEngine() not in rig.actions
+    # Then an engine that really hangs is found in its time
+    rig.actions = []
+    rig.wait(799)
+    assert a.KillEngine() not in rig.actions
+    rig.wait(1)
+    assert a.KillEngine() in rig.actions
+
+
 def test_an_idle_engine_may_be_silent_and_an_empty_step_is_a_sign_of_life() -> None:
     rig = joined().alive(5_000).say(dispatch(1), b"p")
     for _ in range(10):
