@@ -168,6 +168,7 @@ def _say_adopt(state: State, orphan: Orphan) -> None:
     worker.seq += 1
     worker.claims[orphan.key] = worker.seq
     state.update_pools(worker)
+    state.touch(worker)  # it may be one that is to be emptied
     adopt = m.Adopt(orphan.work.id, orphan.work.dispatch, worker.seq)
     state.out.append(ToWorker(worker.route, worker.session, adopt))
 

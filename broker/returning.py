@@ -39,6 +39,8 @@ def fits(ended: Ended, held: list[bytes]) -> bool:
 def _serves(ended: Ended, asked: m.InferenceRequest, held: list[bytes]) -> bool:
     if ended.forsaken:
         return False
+    if len(tokens.ids_of(held)) > ended.end.count:
+        return False  # it got further elsewhere, whatever the end was here
     if ended.transcript is None:
         # Nobody can say any more whether it is the answer that this client has a part of. (One that failed, or was
         # cancelled by somebody, is not tried again.)

@@ -147,7 +147,7 @@ class History:
         for id, deaths in self.deaths.items():
             lives = [life for life, key, _ in deaths if key in self.killers]
             most = max((lives.count(life) for life in lives), default=0)
-            if most > POISON_DEATHS + self.apart:
+            if most > POISON_DEATHS * (1 + self.apart):
                 wrong.append(f"poison: it has killed {most} engines [request {id.hex()[:8]}]")
         return wrong
 

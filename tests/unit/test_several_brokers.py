@@ -377,3 +377,18 @@ def test_link_states_of_a_client_that_wanders_are_legal() -> None:
         client.see(Sign.CUT, Sign.REFUSED)
         assert client.core.link.state is LinkState.GREETING
     assert client.went == [0, 1, 0, 1, 0, 1]
+
+
+def test_an_end_before_the_tokens_that_a_client_holds_is_not_its_end() -> None:
+    bench = Bench(adopt_ms=100)
+    worker, client = bench.worker(), back(bench, b"1")
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1))
+    worker.end(1, reason="error")
+    client.say(m.EndAck([request_id(1)]))
+    again = back(bench, b"2")
+    asked, blob = held(1, [1, 2, 3])
+    again.say(asked, blob=blob)
+    bench.pass_time(150)
+    assert not again.ends and not again.problems
+    assert worker.dispatches[-1].prefix == [1, 2, 3]
