@@ -401,7 +401,9 @@ class TestSync:
             wait_for(broker.cancelled, "the cancel")
 
     def test_ctrl_c_cancels(self, broker: DoubleBroker) -> None:
-        # Given a program that waits for an answer without end
+        # Given a program that waits for an answer without end, and does not ignore what is pressed
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
         def interrupt(run: Run) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
