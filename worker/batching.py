@@ -33,7 +33,7 @@ PREFILL_STEP_MS = 300.0
 BURST_MS = 400.0
 SAVED = 0.1
 #: Prompt tokens in a step, at least: less would make a prompt wait for ever behind running streams.
-MIN_SHARE = 8
+MIN_SHARE = 2
 #: Assumed until something was measured.
 FIRST_SHARE = 32
 #: Copying the cells of another slot costs a copy of the whole slot; a shorter prefix is sooner computed.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from llambo.mesh import limits
 from llambo.mesh.errors import Code, ErrorInfo
@@ -256,10 +257,23 @@ class LlamaEngine:
 
     def _decode(self, plan: Plan) -> Logits:
         began = time.perf_counter()
-        outputs = [row for row, _ in plan.outputs]
-        rows = self._decoder.decode(plan.tokens, plan.positions, plan.slots, outputs)
+        streams = len(plan.tokens) - plan.prefill
+        rows = self._decode_part(plan, streams, len(plan.tokens)) if plan.prefill else None
+        if streams:
+            # Prompts by themselves: who is in one call with a long one has to look at as many cells as that one.
+            late = None if rows is None else rows.copy()
+            rows = self._decode_part(plan, 0, streams)
+            if late is not None and len(late):
+                rows = np.concatenate([rows, late])
+        assert rows is not None, "a plan has rows"
         self.batcher.done(plan, (time.perf_counter() - began) * 1000)
         return rows
+
+    def _decode_part(self, plan: Plan, first: int, until: int) -> Logits:
+        """These rows of a step. The logits are valid until the next call."""
+        wanted = [row - first for row, _ in plan.outputs if first <= row < until]
+        part = slice(first, until)
+        return self._decoder.decode(plan.tokens[part], plan.positions[part], plan.slots[part], wanted)
 
     def _advance(self, stream: Stream, logits: Logits) -> Output:
         """Its next token, and what of its text may go."""

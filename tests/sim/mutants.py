@@ -21,6 +21,8 @@ class Guard(NamedTuple):
     module: str
     with_it: str
     without_it: str
+    #: Noticed soon only where there are so many brokers; 0: in any world.
+    brokers: int = 0
 
 
 _DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
@@ -79,7 +81,7 @@ GUARDS: dict[str, Guard] = {
         "return worker.dispatchable",
     ),
     "one suspect of all brokers": Guard(
-        "llambo.worker.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:"
+        "llambo.worker.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:", brokers=2
     ),
     "progress clears a suspect": Guard(
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"

@@ -24,7 +24,8 @@ class Four:
             self.port: int = first.getsockname()[1]
             self.held = [first]
             try:
-                self.held += [socket.create_server(("127.0.0.1", self.port + number)) for number in (1, 2, 3)]
+                for number in (1, 2, 3):
+                    self.held.append(socket.create_server(("127.0.0.1", self.port + number)))
                 return
             except OSError:
                 self.close()
