@@ -2,7 +2,8 @@
 
 An engine has slots; each holds one sequence of tokens whose keys and values are in the cache (its cells). A request
 takes a free slot, and until its last prompt token has been decoded it prefills; from then on it puts one token into
-every step. All requests share each step (the engine decodes its prompts and its streams one after the other). Three things are decided here:
+every step. All requests share each step; the engine decodes its prompts first, and then its streams. Three things are
+decided here:
 
     share     a step with running streams takes only so many prompt tokens that it lasts at most STRETCH times as
               long as one without; a step without streams only so many that cancels and deadlines are heard soon.
