@@ -7,9 +7,14 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import zmq
 
 from llambo import Client
-from llambo.mesh import limits, tokens
+from llambo.broker.config import BrokerConfig
+from llambo.mesh import limits, sockets, tokens
 from llambo.mesh.client import Stream
 from llambo.mesh.link import Link
 from llambo.mesh.sync_client import SyncClient
@@ -17,14 +22,17 @@ from llambo.worker.config import WorkerConfig
 from llambo.worker.knobs import FakeKnobs
 from tests.integration.harness import Mesh, rss_bytes, timed, truth
 
-#: Frames that a socket of a token plane queues. The kernel's buffers hold megabytes more.
+#: Frames that a socket of a token plane queues.
 HWM = 10
+#: What the kernel may keep for a reader. Left to itself it keeps up to 32 MiB, which is a whole stall.
+KERNEL_BYTES = 64 * 2**10
 REQUESTS = 8
 #: After so many tokens the reader stalls until the mesh has made so many more.
 READ_TOKENS = 25_000
-STALL_TOKENS = 250_000
-#: ... and within this, or the client's lease would be out.
-STALL_S = 8.0
+STALL_TOKENS = 400_000
+STALL_S = 30.0
+#: ... which a client's lease has to allow, for its whole loop stands still.
+CONFIG = BrokerConfig(client_lease_ms=60_000)
 TIMEOUT_S = 180.0
 #: What the broker and the client may grow by while this goes through them: the answers themselves are 50 MB.
 GROWTH_BYTES = 256 * 2**20
@@ -56,6 +64,18 @@ class Watch:
             return frames
 
         link.receive_tokens = receive_and_count  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = sockets.token
+
+    def make_small(*args: Any, **options: Any) -> zmq.Socket[bytes]:
+        socket = make(*args, **options)
+        socket.setsockopt(zmq.RCVBUF, KERNEL_BYTES)
+        return socket
+
+    monkeypatch.setattr(sockets, "token", make_small)
 
 
 def count_tokens(frames: list[bytes], at: int) -> int:
@@ -119,7 +139,7 @@ async def lossy(client: Client, watch: Watch) -> None:
 def test_a_million_tokens_most_of_them_dropped() -> None:
     # Given a token plane towards clients that queues next to nothing
     knobs = FakeKnobs(slots=REQUESTS // 2, burst=2)
-    with Mesh(workers=2, knobs=knobs, broker="process", token_hwm=HWM) as mesh:
+    with Mesh(workers=2, knobs=knobs, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
         watch, client = Watch(limits.MAX_TOKENS), mesh.client(token_hwm=HWM)
         # When a reader stalls again and again
@@ -143,7 +163,7 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
 def test_losses_at_every_end_at_a_time() -> None:
     # Given token planes that queue next to nothing, from the workers and towards the client
     knobs, worker = FakeKnobs(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
-    with Mesh(workers=2, knobs=knobs, worker=worker, token_hwm=HWM) as mesh:
+    with Mesh(workers=2, knobs=knobs, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
         watch, client, at_broker = Watch(limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM), [0]
         count_at_broker(mesh, at_broker)
         mesh.run(lossy(client, watch), TIMEOUT_S)
