@@ -107,6 +107,11 @@ def _makes_sense(state: State, message: m.InferenceRequest | m.Attach, now_ms: i
 
 def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
     """A result is for whoever asked for it: who only attaches does not know what its bytes mean."""
+    try:
+        transfer.check(asked.held)
+    except ValueError as wrong:
+        _refuse(state, client, asked.id, Code.BAD_REQUEST, str(wrong))
+        return
     there = state.requests.get(asked.id) or state.archive.get(asked.id)
     if there is not None and there.task != "generate":
         _refuse(state, client, asked.id, Code.BAD_REQUEST, f"request {asked.id.hex()} ({there.task}) makes no stream")
@@ -115,7 +120,7 @@ def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int
 
 
 def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
-    """Follow a request from token `have` on, live or ended."""
+    """Follow a request from token `have` on, live or ended. What is `held` was checked."""
     adoption.look_for(state, asked, now_ms)
     request = state.requests.get(asked.id)
     if request is not None and not _agreed(state, client, request, asked.held):
@@ -146,12 +151,8 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> N
 
 def _agreed(state: State, client: ClientEntry, request: Request, held: list[bytes]) -> bool:
     """Nobody is given a continuation of something else than what he was given before."""
-    try:
-        if not held or adoption.agrees(request, transfer.check(held)):
-            return True
-    except ValueError as wrong:
-        _refuse(state, client, request.id, Code.BAD_REQUEST, str(wrong))
-        return False
+    if not held or adoption.agrees(request, held):
+        return True
     _refuse(state, client, request.id, Code.EXPIRED, OTHERWISE)
     return False
 

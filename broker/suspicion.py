@@ -29,7 +29,9 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
     """An engine died with these aboard."""
     state.counters.engine_deaths += 1
     made = dict(zip(lost.runs, lost.made, strict=False))
-    aboard = [r for key in lost.runs if (r := state.running.get(key)) is not None and r.worker is worker]
+    # What is named twice has died once.
+    runs = dict.fromkeys(lost.runs)
+    aboard = [r for key in runs if (r := state.running.get(key)) is not None and r.worker is worker]
     cause = ", from outside" if lost.outside else ""
     state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text}{cause} ({len(aboard)} of its requests move)")
     for key in lost.runs:

@@ -27,6 +27,8 @@ PROMPT_BYTES = 4 * 1024 * 1024
 CONTROL_FRAME_BYTES = PROMPT_BYTES + 4096
 #: Any single frame on the token plane.
 TOKEN_FRAME_BYTES = 256 * 1024
+#: Any single frame from a subscriber: a subscription, or a part of a handshake.
+SUBSCRIPTION_FRAME_BYTES = 1024
 #: Chunk bytes in one page of a replay.
 PAGE_BYTES = 256 * 1024
 #: Token chunks in one page of a replay.

@@ -19,10 +19,12 @@ RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length
 DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
 #: A run of a worker: request id + dispatch id.
 RunKey = Annotated[bytes, Meta(min_length=limits.RUN_KEY_BYTES, max_length=limits.RUN_KEY_BYTES)]
+SessionId = Annotated[bytes, Meta(min_length=limits.SESSION_ID_BYTES, max_length=limits.SESSION_ID_BYTES)]
 Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 Number = Annotated[int, Meta(ge=0, le=2**53)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
+Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
 #: What a request wants: an answer, or something that is made at once and is no stream of tokens (see `tasks`).

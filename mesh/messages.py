@@ -24,11 +24,13 @@ from llambo.mesh.message import (
     Milliseconds,
     Name,
     Number,
+    Port,
     Priority,
     Reason,
     RequestId,
     RunKey,
     Seed,
+    SessionId,
     Task,
 )
 from llambo.mesh.worker_messages import (
@@ -99,13 +101,13 @@ __all__ = [
 class Welcome(Message, frozen=True):
     """The broker's answer to a hello: this is your session, and this is where tokens go."""
 
-    session: bytes
-    token_port: int
-    topic: bytes = b""
-    version: int = 1
-    broker: str = ""
-    heartbeat_ms: int = 200
-    lease_ms: int = 2000
+    session: SessionId
+    token_port: Port
+    topic: Annotated[bytes, Meta(max_length=limits.TOPIC_BYTES)] = b""
+    version: Count = 1
+    broker: Name = ""
+    heartbeat_ms: Milliseconds = 200
+    lease_ms: Milliseconds = 2000
 
 
 class BrokerHeartbeat(Message, frozen=True):

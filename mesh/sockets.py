@@ -54,6 +54,9 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_fr
     if kind == zmq.XPUB:
         # A repeated subscription is news too: it means that a peer came back.
         socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        # It takes in at once whatever is subscribed, so a limit limits nothing; and without one its queue is never full,
+        # which is what a peer needs to abort us by a PING (docs/decisions.md).
+        socket.rcvhwm = 0
     return socket
 
 
@@ -62,7 +65,10 @@ def control(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = CONTR
 
 
 def token(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = TOKEN_HWM) -> zmq.Socket[bytes]:
-    return make(context, kind, hwm=hwm, max_frame=limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES)
+    """What comes towards an XPUB is subscriptions, so only those have room there, and what shakes hands."""
+    subscriptions = limits.SUBSCRIPTION_FRAME_BYTES
+    max_frame = subscriptions if kind == zmq.XPUB else limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES
+    return make(context, kind, hwm=hwm, max_frame=max_frame)
 
 
 def split(address: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Who may import whom, what a core may know of the world, and what nobody may use."""
+"""Who may import whom, and what a core may know of the world."""
 
 from __future__ import annotations
 
@@ -39,8 +39,6 @@ WORLD = {
 FAR_WORLD = {"asyncio", "random", "secrets", "time", "zmq"}
 #: In the broker everything but the shell is core.
 BROKER_SHELL = {"broker/server.py"}
-UNSAFE_MODULES = {"dill", "marshal", "pickle", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "__import__"}
 #: A file is read in one sitting.
 FILE_LINES = 350
 #: All that knows llama.cpp's bindings is in one file, so that one file has to be looked at when they change.
@@ -132,19 +130,6 @@ def test_a_core_knows_nothing_of_the_world(name: str) -> None:
 def test_one_file_imports_llama_cpp() -> None:
     users = [name for name in NAMES if any(dotted.split(".")[0] == "llama_cpp" for dotted in imports(name))]
     assert len(users) <= 1
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_that_runs_what_it_reads(name: str) -> None:
-    assert not {dotted.split(".")[0] for dotted in imports(name)} & UNSAFE_MODULES
-    for node in nodes(name):
-        if not isinstance(node, ast.Call):
-            continue
-        if isinstance(node.func, ast.Name):
-            assert node.func.id not in UNSAFE_CALLS, f"{name}:{node.lineno}"
-        # yaml.load builds any object the text asks for; yaml.safe_load does not.
-        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            assert (node.func.value.id, node.func.attr) != ("yaml", "load"), f"{name}:{node.lineno}"
 
 
 @pytest.mark.parametrize("name", NAMES)

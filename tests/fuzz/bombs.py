@@ -1,0 +1,272 @@
+"""What libzmq itself cannot bound: messages without an end, subscriptions without number, and one way to abort it.
+
+    python -m tests.fuzz bombs --limit-mib 1024
+
+The broker has a limit of memory (RLIMIT_AS, where a unit of systemd has MemoryMax) and somebody who starts it again,
+as systemd does. An honest client asks on all the time. How much is sent, how far does the memory go, how does the
+broker end, when is it back, and what did the client see?
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from llambo.broker.config import BrokerConfig
+from llambo.worker.knobs import FakeKnobs
+from tests.fuzz import honest, wire
+from tests.integration.harness import TIMEOUT_S, Mesh
+from tests.integration.raw_peer import RawPeer
+
+#: A bomb that has not killed anybody by then has failed, or was held off.
+BOMB_S = 8.0
+ALONE_S = 2.0
+SAMPLE_S = 0.01
+#: Parts of an endless message.
+PART = bytes(60_000)
+#: More than any queue of messages holds, and a PING behind every few of them.
+FULL = 400_000
+PINGED = 50
+
+#: Throws until it is stopped by an error or by the time; how many bytes went out.
+Bomb = Callable[[int, int, float], int]
+
+
+# --- the bombs ---------------------------------------------------------------------------------------------------
+
+
+def endless_message(port: int, offset: int, until: float) -> int:
+    """Parts without a last one. Nobody sees them but libzmq, which keeps them."""
+    with wire.connect(port + offset) as raw:
+        wire.shake_hands(raw, wire.PARTNERS[offset])
+        return _pour(raw, wire.frame(PART, wire.MORE), until)
+
+
+def endless_message_of_a_member(port: int, offset: int, until: float) -> int:
+    """The same from a client that has joined, by libzmq's own means."""
+    sent = 0
+    with RawPeer(port) as peer:
+        peer.join_as_client()
+        control = peer._control
+        control.setsockopt(zmq.SNDTIMEO, int(BOMB_S * 1_000))
+        try:
+            while time.monotonic() < until:
+                control.send(PART, zmq.SNDMORE)
+                sent += len(PART)
+        except zmq.Again:
+            pass
+    return sent
+
+
+def long_subscriptions(port: int, offset: int, until: float) -> int:
+    """Topics as long as a frame may be: libzmq keeps a node for each of their bytes."""
+    return _subscribe(port, offset, until, 900)
+
+
+def many_subscriptions(port: int, offset: int, until: float) -> int:
+    """As many topics as there is time for, each as long as a session's."""
+    return _subscribe(port, offset, until, 16)
+
+
+def _subscribe(port: int, offset: int, until: float, size: int) -> int:
+    chunk = 200_000 // size
+    sent = number = 0
+    with wire.connect(port + offset) as raw:
+        wire.shake_hands(raw, wire.PARTNERS[offset])
+        while time.monotonic() < until:
+            topics = [(number + n).to_bytes(8, "little") + bytes(range(48, 48 + size - 8 & 127)) for n in range(chunk)]
+            data = b"".join(wire.frame(b"\1" + topic.ljust(size, b"%d" % number)) for topic in topics)
+            if not _send(raw, data):
+                break
+            number, sent = number + chunk, sent + len(data)
+    return sent
+
+
+def small_messages(port: int, offset: int, until: float) -> int:
+    """Empty messages as fast as they go, without ever reading an answer."""
+    with wire.connect(port + offset) as raw:
+        wire.shake_hands(raw, wire.PARTNERS[offset])
+        return _pour(raw, wire.frame(b"") * 20_000, until)
+
+
+def ping_behind_a_full_queue(port: int, offset: int, until: float) -> int:
+    """Fill a queue, let PINGs wait behind it, and reset: libzmq 4.3.5 asserts that nobody does this."""
+    sent = 0
+    piece = (wire.frame(b"\1" if offset == 3 else b"T") * PINGED + wire.command(b"PING", b"\0\0")) * (FULL // PINGED)
+    while time.monotonic() < until:
+        try:
+            raw = wire.connect(port + offset)
+        except OSError:
+            break  # it has worked
+        try:
+            wire.shake_hands(raw, wire.PARTNERS[offset])
+            raw.settimeout(0.2)
+            for at in range(0, len(piece), 65_536):
+                sent += raw.send(piece[at : at + 65_536])
+        except OSError:
+            pass
+        wire.reset(raw)
+        time.sleep(0.05)  # its end comes, if it comes, with the next read of a thread that we cannot see
+    return sent
+
+
+def _pour(raw: socket.socket, data: bytes, until: float) -> int:
+    sent = 0
+    while time.monotonic() < until and _send(raw, data):
+        sent += len(data)
+    return sent
+
+
+def _send(raw: socket.socket, data: bytes) -> bool:
+    try:
+        raw.sendall(data)
+    except OSError:
+        return False
+    return True
+
+
+#: By name: the bomb, and at which of the four sockets it is thrown.
+BOMBS: dict[str, tuple[Bomb, int]] = {
+    **{f"endless message, port +{n}": (endless_message, n) for n in range(4)},
+    "endless message of a member": (endless_message_of_a_member, 0),
+    "long subscriptions": (long_subscriptions, 3),
+    "many subscriptions": (many_subscriptions, 3),
+    "small messages, port +0": (small_messages, 0),
+    "small messages, port +2": (small_messages, 2),
+    **{f"ping behind a full queue, port +{n}": (ping_behind_a_full_queue, n) for n in range(4)},
+}
+
+
+def _throw(name: str, port: int, seconds: float, told: Any) -> None:
+    bomb, offset = BOMBS[name]
+    try:
+        told.send(bomb(port, offset, time.monotonic() + seconds))
+    except (OSError, AssertionError, zmq.ZMQError):
+        told.send(0)
+
+
+# --- the one who starts it again -----------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """Starts the broker of a mesh again whenever it has ended, at once, and with the same limit."""
+
+    def __init__(self, mesh: Mesh, limit_bytes: int) -> None:
+        self.deaths: list[str] = []
+        #: Seconds from each death until the next broker takes connections.
+        self.away_s: list[float] = []
+        self.peak_bytes = 0
+        self._mesh = mesh
+        self._limit = limit_bytes
+        self._over = False
+        self._bind()
+        self._thread = threading.Thread(target=self._watch, name="supervisor")
+        self._thread.start()
+
+    def _bind(self) -> None:
+        assert self._mesh.process is not None
+        if self._limit:
+            resource.prlimit(self._mesh.process.pid, resource.RLIMIT_AS, (self._limit, self._limit))
+
+    def _watch(self) -> None:
+        mesh = self._mesh
+        while not self._over:
+            process = mesh.process
+            assert process is not None
+            try:
+                self.peak_bytes = max(self.peak_bytes, process.rss_bytes())
+            except (OSError, IndexError):
+                pass  # it has just ended
+            if process.running:
+                time.sleep(SAMPLE_S)
+                continue
+            died = time.monotonic()
+            code = process.wait()
+            last = process.written().strip().splitlines()[-1:] or [""]
+            self.deaths.append(f"{signal.Signals(-code).name if code < 0 else f'status {code}'}: {last[0][:100]}")
+            process.close()
+            mesh._start_broker()
+            self._bind()
+            self.away_s.append(time.monotonic() - died)
+
+    def close(self) -> None:
+        self._over = True
+        self._thread.join(TIMEOUT_S)
+
+
+@dataclass
+class Report:
+    name: str
+    sent_mib: float = 0.0
+    peak_mib: float = 0.0
+    seconds: float = 0.0
+    deaths: list[str] = field(default_factory=list)
+    away_s: list[float] = field(default_factory=list)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> int:
+        return sum(tally["wrong"] + sum(tally["errors"].values()) for tally in self.told.values())
+
+    def row(self) -> str:
+        away = f"{max(self.away_s):.2f}" if self.away_s else "-"
+        during = self.told["during"]
+        death = self.deaths[0] if self.deaths else "lives"
+        return (
+            f"{self.name:<36}{self.sent_mib:>9.1f}{self.peak_mib:>9.0f}{len(self.deaths):>7}{away:>8}{during['answers']:>9}"
+            f"{during['gap_ms'] / 1000:>7.2f}{during['most_ms'] / 1000:>8.2f}{self.faults:>7}  {death}"
+        )
+
+
+HEAD = (
+    f"{'':<36}{'sent MiB':>9}{'peak MiB':>9}{'deaths':>7}{'away s':>8}{'answers':>9}{'gap s':>7}{'most s':>8}{'faults':>7}"
+)
+
+
+def attack(name: str, limit_bytes: int, seconds: float = BOMB_S, alone_s: float = ALONE_S) -> Report:
+    """One bomb, at a broker of its own."""
+    report = Report(name)
+    config = BrokerConfig(queue_requests=5_000)
+    spawning = multiprocessing.get_context("spawn")
+    with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=1_000), config=config, broker="process") as mesh:
+        supervisor = Supervisor(mesh, limit_bytes)
+        try:
+            with honest.Honest(mesh.address) as watched:
+                time.sleep(alone_s)
+                watched.mark("during")
+                began = time.monotonic()
+                here, there = spawning.Pipe(duplex=False)
+                thrower = spawning.Process(target=_throw, args=(name, mesh.port, seconds, there))
+                thrower.start()
+                there.close()
+                report.sent_mib = here.recv() / 2**20 if here.poll(seconds + TIMEOUT_S) else -1.0
+                thrower.join(TIMEOUT_S)
+                report.seconds = time.monotonic() - began
+                time.sleep(alone_s)  # whoever is to be answered again is
+                watched.mark("after")
+                time.sleep(alone_s)
+            report.told = watched.told
+        finally:
+            supervisor.close()
+    report.peak_mib = supervisor.peak_bytes / 2**20
+    report.deaths, report.away_s = supervisor.deaths, supervisor.away_s
+    return report
+
+
+def main(names: list[str], limit_mib: int, seconds: float) -> int:
+    faults = 0
+    print(f"RLIMIT_AS {limit_mib} MiB, {seconds:g} s each\n{HEAD}", flush=True)
+    for name in names or BOMBS:
+        report = attack(name, limit_mib * 2**20, seconds)
+        faults += report.faults
+        print(report.row(), flush=True)
+    return int(bool(faults))

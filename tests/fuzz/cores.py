@@ -1,0 +1,330 @@
+"""Well-formed messages that mean harm, and half-formed ones beside them, said to the cores themselves.
+
+A decoder lets through whatever satisfies its schema. So the three cores are given, by peers that have joined them,
+mutated messages with ids, sessions and keys in them that are alive; and what is always true of a core is checked again
+and again. Everything follows from a seed, and a core that has fallen is told apart by where it fell.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from llambo.broker import actions as ba
+from llambo.broker import events as be
+from llambo.broker import invariants as broker_invariants
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.mesh import client_events as ce
+from llambo.mesh import codec, tokens
+from llambo.mesh import messages as m
+from llambo.mesh.client_core import ClientCore
+from llambo.mesh.link_core import OpenControl, OpenTokens, Send, Sign
+from llambo.worker import actions as wa
+from llambo.worker import events as we
+from llambo.worker import invariants as worker_invariants
+from llambo.worker.config import WorkerConfig
+from llambo.worker.core import WorkerCore
+from llambo.worker.engine_proto import Output
+from llambo.worker.identity import Identity
+from tests.fuzz import plausible
+from tests.fuzz.mutator import Mutator
+from tests.fuzz.targets import Bodies, Frames, _chunk_mutant
+from tests.unit import samples
+
+#: What is always true is looked at after so many messages.
+CHECKED_EVERY = 20
+#: A core lives for so many messages, then there is another one: some faults need a fresh state, others an old one.
+LIFE = 2_000
+#: Ids that are alive which a mutator is told, the latest.
+REMEMBERED = 64
+#: Requests of a broker that is gone: clients ask for them, workers claim to run them.
+FOREIGN = [bytes([number]) * 16 for number in range(1, 4)]
+#: Mostly none: what has a lease is to live.
+PAUSES_MS = (0,) * 30 + (1,) * 10 + (10,) * 4 + (100, 400, 3_000)
+
+
+class UnderFire(ABC):
+    """A core that is shot at."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+        self.mutator = Mutator(chance)
+        self.now_ms = 1_000_000
+        self.bodies = {name: Bodies(name) for name in samples.CODECS}
+
+    def remember(self, *values: Any) -> None:
+        self.mutator.pool += [value for value in values if value]
+        del self.mutator.pool[:-REMEMBERED]
+
+    def message(self, direction: str, session: bytes, say: Callable[[], plausible.Said]) -> Frames:
+        """A mutant, mostly under a session that is alive; or what one could `say`, as it is or changed a little."""
+        bodies, chance = self.bodies[direction], self.chance
+        if chance.random() < 0.7:
+            return plausible.frames(self.mutator, session, [say() for _ in range(chance.choice((1, 1, 1, 2, 5)))])
+        original = chance.choice(bodies.seeds)
+        frames = original if chance.random() < 0.15 else bodies.mutate(self.mutator, original)
+        if frames and chance.random() < 0.95:
+            frames = [codec.MAGIC + session, *frames[1:]]
+        return frames
+
+    def chunk(self, key: bytes) -> bytes:
+        chance = self.chance
+        first, count = chance.choice((0, 0, 1, 2, 5, 2**32 - 1)), chance.choice((1, 1, 2, 9))
+        frame = tokens.encode_chunk(key, first, list(range(count)), [b"x"] * count, chance.choice((0, 0, 1, 3, 255)))
+        return frame if chance.random() < 0.7 else _chunk_mutant(self.mutator, [frame])[0]
+
+    def pass_time(self) -> None:
+        self.now_ms += self.chance.choice(PAUSES_MS)
+
+    @abstractmethod
+    def shoot(self) -> None: ...
+
+    @abstractmethod
+    def check(self) -> None: ...
+
+
+class Broker(UnderFire):
+    """Two clients and two workers that have joined, and mean harm."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__(chance)
+        config = BrokerConfig(tokens_in_port=1, tokens_out_port=2, young_ms=chance.choice((0, 500)), queue_requests=50)
+        self.core = BrokerCore(config, chance.randbytes)
+        self.sessions: dict[bytes, bytes] = {}
+        self.topics: list[bytes] = []
+        self.keys: list[bytes] = []
+        self.ids: list[bytes] = []
+        self.handle(be.Tick())
+        self.join()
+
+    def join(self) -> None:
+        for route in (b"c1", b"c2"):
+            self.handle(be.ClientSaid(route, codec.NO_SESSION, [(m.ClientHello(name=route.decode()), b"")]))
+        for route in (b"w1", b"w2"):
+            hello = m.WorkerHello(route.decode(), b"i", [m.ModelInfo("tiny", "f")], 3)
+            self.handle(be.WorkerSaid(route, codec.NO_SESSION, [(hello, b"")]))
+            if route in self.sessions:
+                self.handle(be.TokensArrived([tokens.encode_beat(1, self.sessions[route])]))
+
+    def handle(self, event: be.Event) -> None:
+        for order in self.core.handle(event, self.now_ms):
+            if isinstance(order, ba.ToClient | ba.ToWorker):
+                self._hear(order.route, order.message)
+                codec.encode_all(order.session, [(order.message, getattr(order, "blob", None))])
+
+    def _hear(self, route: bytes, message: m.Message) -> None:
+        match message:
+            case m.Welcome(session, _, topic):
+                self.sessions[route] = session
+                self.remember(session, topic)
+            case m.Dispatch(id, dispatch):
+                self.keys = [*self.keys[-6:], id + dispatch]
+                self.remember(id, dispatch, id + dispatch)
+            case m.Accepted(id):
+                self.ids = [*self.ids[-8:], id]
+                self.remember(id)
+            case _:
+                pass
+
+    def shoot(self) -> None:
+        chance = self.chance
+        self.pass_time()
+        if chance.random() < 0.03:
+            self.join()
+        what = chance.random()
+        if what < 0.45:
+            route = chance.choice((b"c1", b"c2"))
+            ids = [*self.ids, *FOREIGN]
+            frames = self.message("client", self.sessions[route], lambda: plausible.from_client(chance, ids))
+            bundle = codec.from_client.decode(frames)
+            self.handle(be.ClientSaid(route, bundle.session, bundle.messages, bundle.problems))
+        elif what < 0.8:
+            route = chance.choice((b"w1", b"w2"))
+            keys = [*self.keys, *(id + samples.DISPATCH for id in FOREIGN)]
+            frames = self.message("worker", self.sessions[route], lambda: plausible.from_worker(chance, keys))
+            bundle = codec.from_worker.decode(frames)
+            self.handle(be.WorkerSaid(route, bundle.session, bundle.messages, bundle.problems))
+        elif what < 0.9:
+            key = chance.choice(self.keys) if self.keys else samples.KEY
+            self.handle(be.TokensArrived([self.chunk(key) for _ in range(3)]))
+        elif what < 0.92:
+            self.handle(be.RouteGone(chance.choice((b"c1", b"c2", b"w1", b"w2")), chance.random() < 0.5))
+        elif what < 0.94:
+            beat = tokens.encode_beat(chance.choice((1, 2**53 + 1, 2**64 - 1)), self.sessions[b"w1"])
+            self.handle(be.TokensArrived([beat]))
+        else:
+            self.handle(be.Tick())
+        for _ in range(50):
+            if self.core.next_wakeup_ms() > self.now_ms:
+                break
+            self.handle(be.Tick())
+        else:
+            raise AssertionError("the broker wants to be woken for ever")
+
+    def check(self) -> None:
+        try:
+            broker_invariants.check(self.core)
+        except AssertionError as error:
+            # A worker that says it has fewer slots than were used lies to its own harm, and is told nothing.
+            if "than it has slots" not in str(error):
+                raise
+
+
+class Worker(UnderFire):
+    """One worker whose broker means harm, and whose engine is an honest fake."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__(chance)
+        self.core = WorkerCore(WorkerConfig(name="w", drain_ms=5_000), Identity(b"incarnat"))
+        self.session = b"session1"
+        self.keys: list[bytes] = []
+        self.welcomes = self.seq = 0
+        self.handle(we.Ticked())
+        self.handle(we.EngineReady([m.ModelInfo("tiny", "f")], 4))
+
+    def handle(self, event: we.Event) -> None:
+        for order in self.core.handle(event, self.now_ms):
+            match order:
+                case wa.StartRun(start):
+                    self.keys = [*self.keys[-4:], start.key]
+                    self.remember(start.key, start.key[:16], start.key[16:])
+                case wa.SpawnEngine():
+                    self.keys.clear()
+                case Send(_, session, message, blob):
+                    codec.encode_all(session, [(message, blob)])
+                    if isinstance(message, m.WorkerHello) and self.chance.random() < 0.9:
+                        self.welcomes += 1
+                case OpenTokens(_, port):
+                    assert 0 < port < 65_536, f"a port that is none: {port}"
+                case _:
+                    pass
+
+    def shoot(self) -> None:
+        chance = self.chance
+        self.pass_time()
+        if self.welcomes:
+            self.welcomes -= 1
+            self.session = chance.randbytes(8)
+            self.handle(we.ControlArrived(0, codec.NO_SESSION, [(m.Welcome(self.session, 7332), b"")]))
+        what = chance.random()
+        if what < 0.75:
+            self.seq += 1
+            keys, seq = self.keys, self.seq
+            frames = self.message("to_worker", self.session, lambda: plausible.to_worker(chance, keys, seq))
+            bundle = codec.to_worker.decode(frames)
+            # Whoever is told to drain does so, and that is all: most of these are left out here.
+            heard = [each for each in bundle.messages if not isinstance(each[0], m.Drain) or chance.random() < 0.01]
+            self.handle(we.ControlArrived(0, bundle.session, heard))
+        elif what < 0.9 and self.keys:
+            self.handle(we.EngineStep([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys]))
+        elif what < 0.92:
+            self.handle(we.ConnectionChanged(0, chance.choice(list(Sign))))
+        elif what < 0.93:
+            self.handle(we.EngineDied("shot", outside=False))
+        elif what < 0.96:
+            self.handle(we.EngineReady([m.ModelInfo("tiny", "f")], 4))
+        else:
+            self.handle(we.ControlArrived(0, self.session, [(m.BrokerHeartbeat(1, self.core.links[0].beat), b"")]))
+        self.handle(we.Ticked())
+
+    def check(self) -> None:
+        if not self.core.exited:
+            worker_invariants.check(self.core)
+
+
+class Client(UnderFire):
+    """One client with requests, whose broker means harm."""
+
+    def __init__(self, chance: random.Random) -> None:
+        super().__init__(chance)
+        self.core = ClientCore(m.ClientHello(name="c"))
+        self.session = b"session1"
+        self.delivered: dict[bytes, int] = {}
+        self.ids: list[bytes] = []
+        self.queries: list[int] = []
+        self.welcomes = 0
+        self.handle(ce.BrokersFound(1))
+
+    def handle(self, event: ce.Event) -> None:
+        for order in self.core.handle(event, self.now_ms):
+            match order:
+                case ce.Delivered(id, ids, pieces):
+                    assert len(ids) == len(pieces) > 0
+                    self.delivered[id] = self.delivered.get(id, 0) + len(ids)
+                case ce.Ended(id, end):
+                    # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
+                    assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
+                case Send(_, session, message, blob):
+                    codec.encode_all(session, [(message, blob)])
+                    self.welcomes += isinstance(message, m.ClientHello)
+                case OpenTokens(_, port):
+                    assert 0 < port < 65_536, f"a port that is none: {port}"
+                case OpenControl():
+                    pass
+                case _:
+                    pass
+
+    def shoot(self) -> None:
+        chance = self.chance
+        self.pass_time()
+        if self.welcomes and chance.random() < 0.9:
+            self.welcomes -= 1
+            self.session = chance.randbytes(8)
+            self.handle(ce.ControlArrived(codec.NO_SESSION, [(m.Welcome(self.session, 7333, bytes(16)), b"")], []))
+        what = chance.random()
+        if what < 0.05:
+            id = chance.randbytes(16)
+            self.ids = [*self.ids[-8:], id]
+            self.remember(id)
+            self.handle(ce.Submit(m.InferenceRequest(id, max_tokens=50), b"hello"))
+        elif what < 0.07:
+            query = chance.randrange(1, 2**53)
+            self.queries = [*self.queries[-4:], query]
+            self.remember(query)
+            self.handle(ce.Ask(query, "status"))
+        elif what < 0.75:
+            frames = self.message(
+                "to_client", self.session, lambda: plausible.to_client(chance, self.ids, self.queries)
+            )
+            bundle = codec.to_client.decode(frames)
+            self.handle(ce.ControlArrived(bundle.session, bundle.messages, bundle.problems))
+        elif what < 0.9:
+            id = chance.choice(self.ids) if self.ids else bytes(16)
+            self.handle(ce.TokensArrived([self.chunk(id + samples.DISPATCH) for _ in range(3)]))
+        elif what < 0.93:
+            self.handle(ce.ConnectionChanged(chance.choice(list(Sign))))
+        else:
+            beat = tokens.encode_beat(chance.choice((1, 2, 2**64 - 1)), self.session)
+            self.handle(ce.TokensArrived([beat]))
+        self.handle(ce.Tick())
+
+    def check(self) -> None:
+        assert len(self.mutator.pool) <= REMEMBERED
+
+
+CORES: dict[str, Callable[[random.Random], UnderFire]] = {
+    "broker-core": Broker,
+    "worker-core": Worker,
+    "client-core": Client,
+}
+
+
+def fire(name: str, seed: str, count: int) -> tuple[int, str]:
+    """Shoot so often. How often it was, and what was found."""
+    chance = random.Random(seed)
+    core: UnderFire | None = None
+    for number in range(count):
+        try:
+            if core is None or number % LIFE == 0:
+                core = CORES[name](chance)
+            core.shoot()
+            if number % CHECKED_EVERY == 0:
+                core.check()
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding
+            return number, f"shot {number}\n" + "".join(traceback.format_exception(error)[-6:])
+    return count, ""
+

@@ -1,0 +1,430 @@
+"""Everything that reads what somebody else has written, and what may come of it at the worst.
+
+A target is given frames and either takes them, or refuses them in the one way that its callers expect. Anything else
+that it does is a finding: another exception, something that does not satisfy its schema, an answer nobody can say.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import msgspec
+
+from bench import tiny_model
+from llambo.broker.gate import Gate
+from llambo.broker.transcript import Transcript
+from llambo.mesh import codec, limits, settings, sockets, tasks, tokens, transfer
+from llambo.mesh import messages as m
+from llambo.mesh.errors import LlamboError
+from llambo.mesh.stream import Reassembly
+from llambo.worker import engine_proto as proto
+from llambo.worker import gguf, grammar, models, prompts
+from llambo.worker.knobs import LlamaKnobs
+from tests.fuzz.mutator import Mutator, pack
+from tests.unit import samples
+
+Frames = list[bytes]
+Run = Callable[[Frames], None]
+Mutate = Callable[[Mutator, Frames], Frames]
+#: A check that costs more than the decoding itself is done for one message in so many.
+SELDOM = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`run` raises if there is a finding. `seeds` are good, and `mutate` makes something else of one of them."""
+
+    name: str
+    seeds: Sequence[Frames]
+    run: Run
+    mutate: Mutate
+
+
+def _plain(mutator: Mutator, frames: Frames) -> Frames:
+    """One frame, changed here and there."""
+    return [mutator.bytes(frames[0])]
+
+
+# --- control planes ------------------------------------------------------------------------------------------
+
+
+class Bodies:
+    """Good control messages as values, to be changed as such."""
+
+    def __init__(self, direction: str, session: bytes = samples.SESSION) -> None:
+        blob = b"What is AI?"
+        said = [(sample, blob if isinstance(sample, m.WITH_BLOB) else None) for sample in samples.allowed(direction)]
+        self.seeds = [codec.encode(session, [one]) for one in said]
+        #: A bundle of all of them.
+        self.seeds.append(codec.encode(session, said))
+        self.others = [frame for frames in self.seeds for frame in frames]
+        self._values: dict[bytes, Any] = {
+            frames[1]: msgpack.unpackb(frames[1], strict_map_key=False) for frames in self.seeds
+        }
+
+    def mutate(self, mutator: Mutator, frames: Frames) -> Frames:
+        value = self._values[frames[1]]
+        return mutator.frames(frames, lambda: pack(mutator.value(value)), self.others)
+
+
+def _codec(direction: str) -> Target:
+    decoder, union = samples.CODECS[direction]
+    bodies = Bodies(direction)
+    turn = 0
+
+    def run(frames: Frames) -> None:
+        nonlocal turn
+        turn += 1
+        bundle = decoder.decode(frames)
+        for message, blob in bundle.messages:
+            assert isinstance(message, union), f"{message!r} may not be said here"
+            assert isinstance(blob, bytes), "an extra frame that is none"
+        silent = not bundle.messages and not bundle.problems
+        assert not silent or frames[1][:1] in (b"\x90", b"\xdc", b"\xdd"), "neither understood nor refused"
+        if turn % SELDOM == 0:
+            answer = codec.encode(samples.SESSION, [(problem, None) for problem in bundle.problems[:100]])
+            assert not codec.to_client.decode(answer).problems, "the answer to it cannot be said"
+            again = codec.encode(samples.SESSION, [(message, None) for message, _ in bundle.messages[:100]])
+            assert len(again) == 2, "what was understood cannot be said"
+
+    return Target(f"codec-{direction}", bodies.seeds, run, bodies.mutate)
+
+
+# --- token planes --------------------------------------------------------------------------------------------
+
+
+def _chunks(count: int, logprobs: bool = False) -> Frames:
+    told = samples.LOGPROBS[:1] if logprobs else None
+    return [tokens.encode_chunk(samples.KEY, n, [n], [b"<%d>" % n], 0, told) for n in range(count)]
+
+
+def _token_frames() -> Target:
+    def run(frames: Frames) -> None:
+        for frame in frames:
+            chunk = tokens.decode_chunk(frame)
+            if chunk is not None:
+                assert chunk.body.fits(len(chunk.body.ids)) and len(chunk.id) == limits.REQUEST_ID_BYTES
+                part = tokens.trim_chunk(frame, chunk.first)
+                assert part is not None and tokens.decode_chunk(part) == chunk, "trimmed by nothing, and yet otherwise"
+            tokens.decode_beat(frame)
+            tokens.describe(frame)
+
+    return Target("token-frames", [[samples.CHUNK], [samples.CHUNK_WITH_LOGPROBS], [samples.BEAT]], run, _chunk_mutant)
+
+
+def _chunk_mutant(mutator: Mutator, frames: Frames) -> Frames:
+    """Half of them in the body, which has a schema."""
+    frame = frames[0]
+    if mutator.chance.random() < 0.5 or len(frame) <= tokens.HEAD_BYTES:
+        return [mutator.bytes(frame)]
+    try:
+        body = msgpack.unpackb(frame[tokens.HEAD_BYTES :], strict_map_key=False)
+    except (ValueError, msgpack.UnpackException):  # it was changed before
+        return [mutator.bytes(frame)]
+    return [frame[: tokens.HEAD_BYTES] + pack(mutator.value(body))]
+
+
+def _stream() -> Target:
+    def run(frames: Frames) -> None:
+        stream, before = Reassembly(), 0
+        for frame in frames:
+            stream.add(frame)
+            assert stream.next_index >= before, "a stream that runs backwards"
+            ids, pieces = stream.take()
+            assert len(ids) == len(pieces) == stream.next_index - before, "tokens were lost or doubled"
+            assert len(stream.take_logprobs(len(ids))) == len(ids)
+            before = stream.next_index
+        assert transfer.count(transfer.merge(stream.kept)) == stream.next_index
+        assert transfer.check(list(stream.kept)) == stream.kept, "what was kept could not be shown to anybody"
+
+    def mutate(mutator: Mutator, frames: Frames) -> Frames:
+        changed = list(frames)
+        for _ in range(1 + mutator.chance.randrange(3)):
+            at = mutator.chance.randrange(len(changed))
+            what = mutator.chance.randrange(4)
+            if what == 0:
+                changed[at] = _chunk_mutant(mutator, [changed[at]])[0]
+            elif what == 1:
+                first, count = mutator.chance.choice((0, 1, 3, 7, 2**32 - 1)), mutator.chance.choice((0, 1, 2, 5, 4096))
+                changed[at] = tokens.encode_chunk(samples.KEY, first, list(range(count)), [b"x"] * count, 1)
+            else:
+                changed[at], changed[0] = changed[0], changed[at]
+        return changed
+
+    return Target("stream", [_chunks(6), _chunks(3) + [tokens.encode_chunk(samples.KEY, 3, [3, 4], [b"x", b"y"], 1)],
+                             _chunks(4, logprobs=True)], run, mutate)  # fmt: skip
+
+
+def _transfer() -> Target:
+    packed, prompt_bytes = transfer.pack(b"What is AI?", _chunks(5))
+    many, _ = transfer.pack(b"What is AI?", _chunks(3, logprobs=True))
+
+    def run(frames: Frames) -> None:
+        try:
+            prompt, chunks = transfer.unpack(frames[0], prompt_bytes)
+        except ValueError:
+            return
+        assert prompt == frames[0][:prompt_bytes]
+        merged = transfer.merge(chunks)
+        assert transfer.count(merged) == transfer.count(chunks), "merging has lost tokens"
+        transcript = Transcript(100)
+        transcript.restore(chunks)
+        assert transcript.next_index == len(transcript.ids()) == transfer.count(chunks)
+        page, after = transcript.page(0, 0)
+        assert after == transfer.count(page)
+
+    def mutate(mutator: Mutator, frames: Frames) -> Frames:
+        rest = frames[0][prompt_bytes:]
+        if mutator.chance.random() < 0.5:
+            return [frames[0][:prompt_bytes] + mutator.bytes(rest)]
+        chunks = msgpack.unpackb(rest)
+        at = mutator.chance.randrange(len(chunks))
+        chunks[at] = _chunk_mutant(mutator, [chunks[at]])[0]
+        return [frames[0][:prompt_bytes] + pack(chunks if mutator.chance.random() < 0.7 else mutator.value(chunks))]
+
+    return Target("transfer", [[packed], [many]], run, mutate)
+
+
+def _gate() -> Target:
+    def run(frames: Frames) -> None:
+        gate = Gate({samples.TOPIC})
+        junk = False
+        for frame in frames:
+            topic = gate.admit(frame)
+            junk = junk or frame[:1] not in (b"\0", b"\1")
+            assert topic is None or (topic == samples.TOPIC and not junk), "granted what may not be"
+
+    good = b"\1" + samples.TOPIC
+    return Target("subscriptions", [[good], [good, b"\0" + samples.TOPIC, good], [b"\2junk", good]], run,
+                  lambda mutator, frames: [mutator.bytes(frame) for frame in frames])  # fmt: skip
+
+
+# --- the engine's pipe -----------------------------------------------------------------------------------------
+
+
+def _pipe(name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker], union: Any) -> Target:
+    """Several messages, fed in two pieces that are cut anywhere."""
+    whole = [proto.pack(message) for message in said]
+    values = [msgpack.unpackb(frame[4:], strict_map_key=False) for frame in whole]
+
+    def run(frames: Frames) -> None:
+        reader = unpacker()
+        data = b"".join(frames)
+        cut = len(data) * 7 // 11
+        try:
+            read = reader.feed(data[:cut]) + reader.feed(data[cut:])
+        except proto.BadFrame:
+            return
+        assert all(isinstance(message, union) for message in read)
+
+    def mutate(mutator: Mutator, frames: Frames) -> Frames:
+        if mutator.chance.random() < 0.4:
+            return [mutator.bytes(frames[0])]
+        body = pack(mutator.value(mutator.chance.choice(values)))
+        return [len(body).to_bytes(4, "big") + body, mutator.chance.choice(whole)]
+
+    return Target(name, [[frame] for frame in whole], run, mutate)
+
+
+def _engine_pipes() -> list[Target]:
+    start = proto.start_of(samples.DISPATCHED, b"hello") if samples.DISPATCHED.task == "generate" else None
+    sampling = m.Sampling(stop=["x"], grammar='root ::= "a"', logit_bias={1: 2.0})
+    orders = [
+        proto.Configure("llama", "a.gguf", safe=True),
+        start or proto.Start(samples.KEY, b"hello", 9, 1, [1, 2], sampling, 5, "tiny", 3, ["stop"], "generate"),
+        proto.Stop(samples.KEY),
+        proto.Shutdown(),
+    ]
+    output = proto.Output(samples.KEY, [1], [b"x"], "stop", m.Usage(1, 2, 3.0, 4.0), samples.ERROR, samples.LOGPROBS[:1])
+    reports = [
+        proto.Progress("loading", "", 50),
+        proto.Ready([m.ModelInfo("tiny", "f00d", 2048)], 4, "note"),
+        proto.Step([output, output]),
+        proto.Refused(samples.KEY, samples.ERROR, True),
+    ]
+    return [
+        _pipe("engine-orders", orders, proto.from_agent, proto.ToEngine),
+        _pipe("engine-reports", reports, proto.from_engine, proto.ToAgent),
+    ]
+
+
+def _starts() -> Target:
+    """A dispatch whose open part is anything: the worker decodes it, nobody before."""
+    good = [
+        msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"], "logit_bias": {3: 1.5}, "form": "messages"}),
+        msgspec.msgpack.encode(msgspec.to_builtins(tasks.TaskOptions(pooling="mean", special=True))),
+    ]
+    values = {frame: msgpack.unpackb(frame, strict_map_key=False) for frame in good}
+
+    def run(frames: Frames) -> None:
+        for task in ("generate", "embed"):
+            dispatch = msgspec.structs.replace(samples.DISPATCHED, sampling=msgspec.Raw(frames[0]), task=task)
+            try:
+                start = proto.start_of(dispatch, b"hello")
+            except tokens.UNDECODABLE:
+                continue
+            proto.from_agent().feed(proto.pack(start))
+
+    def mutate(mutator: Mutator, frames: Frames) -> Frames:
+        if mutator.chance.random() < 0.3:
+            return [mutator.bytes(frames[0])]
+        return [pack(mutator.value(values[frames[0]]))]
+
+    return Target("options", [[frame] for frame in good], run, mutate)
+
+
+# --- what is read by people's programs ---------------------------------------------------------------------------
+
+
+def _results() -> Target:
+    """Results of tasks, as a client reads them."""
+    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors]
+    good = [
+        msgspec.msgpack.encode(tasks.Tokens([1, 2], [b"a", b"b"])),
+        msgspec.msgpack.encode(tasks.Text(b"text")),
+        msgspec.msgpack.encode(tasks.Vectors(2, "mean", True, [3, 4], bytes(16))),
+    ]
+    values = {frame: msgpack.unpackb(frame) for frame in good}
+
+    def run(frames: Frames) -> None:
+        for kind in kinds:
+            try:
+                found = msgspec.msgpack.decode(frames[0], type=kind)
+                if isinstance(found, tasks.Vectors):
+                    tasks.vectors_of(found)
+            except (*tokens.UNDECODABLE, ValueError):
+                continue
+
+    def mutate(mutator: Mutator, frames: Frames) -> Frames:
+        if mutator.chance.random() < 0.3:
+            return [mutator.bytes(frames[0])]
+        return [pack(mutator.value(values[frames[0]]))]
+
+    return Target("results", [[frame] for frame in good], run, mutate)
+
+
+def _settings() -> Target:
+    """A configuration file; what the environment and flags say goes through the same parsers."""
+    toml = "\n".join(
+        f"[{section}]\n"
+        + "\n".join(f"{key} = {_toml(setting.default)}" for key, setting in sorted(rows.items()))
+        for section, rows in sorted(settings.SECTIONS.items())
+    ).encode()
+    folder = tempfile.TemporaryDirectory(prefix="llambo-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    file = Path(folder.name, "llambo.toml")
+
+    def run(frames: Frames, keep: Any = folder) -> None:
+        file.write_bytes(frames[0])
+        try:
+            settings.load(config=str(file), environ={})
+        except LlamboError:
+            pass
+        text = frames[0][:80].decode(errors="replace").replace("\0", "")
+        for row in settings.TABLE[len(frames[0]) % 7 :: 7]:
+            try:
+                row.parse(text)
+            except ValueError:
+                continue
+
+    lines = toml.splitlines()
+    return Target("settings", [[b"\n".join(lines[at : at + 12])] for at in range(0, len(lines), 12)], run, _plain)
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def _addresses() -> Target:
+    def run(frames: Frames) -> None:
+        text = frames[0].decode(errors="surrogateescape")
+        try:
+            for host, _ in sockets.split_all(text):
+                sockets.is_loopback(host)
+                sockets.literal(host)
+        except LlamboError:
+            return
+
+    good = [b"tcp://127.0.0.1:7330", b"tcp://[::1]:7330,tcp://b.example:1", b"localhost", b"tcp://h%eth0:65535"]
+    return Target("addresses", [[text] for text in good], run, _plain)
+
+
+def _models() -> Target:
+    """The head of a model file, and how it is laid out."""
+    folder = tempfile.TemporaryDirectory(prefix="llambo-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    path = Path(folder.name, "model.gguf")
+    head = tiny_model.whole()[:8192]
+    seeds = [[head]] + [[tiny_model.mutant(seed)[1][:8192]] for seed in range(30)]
+
+    def run(frames: Frames, keep: Any = folder) -> None:
+        path.write_bytes(frames[0])
+        try:
+            found = gguf.read(str(path))
+            models.layout(LlamaKnobs(), found, 2**34, 4)
+            found.template.encode(errors="replace")
+        except gguf.BadModelFile:
+            return
+
+    return Target("model-files", seeds, run, _plain)
+
+
+def _grammars() -> Target:
+    """Grammars, schemas and messages, as the engine looks at them before anybody else does."""
+    good = [b'{"type":"object","properties":{"a":{"type":"string","maxLength":9}}}', b'root ::= ("a" | [^b\\]]*) # x\n',
+            b'[{"role":"user","content":"hello"},{"role":"assistant","content":"x"}]']  # fmt: skip
+
+    def run(frames: Frames) -> None:
+        text = frames[0].decode(errors="replace")
+        for options in (m.Sampling(grammar=text), m.Sampling(json_schema=text)):
+            try:
+                grammar.grammar_text(options, lambda schema: schema)
+            except grammar.GrammarError:
+                continue
+        for form in ("messages", "user", "text"):
+            try:
+                prompts.text_of(frames[0], m.Sampling(form=form), None)
+            except prompts.BadPrompt:
+                continue
+
+    return Target("grammars-and-messages", [[text] for text in good], run, _plain)
+
+
+def every() -> list[Target]:
+    """All of them, those on the wire first."""
+    return [
+        *map(_codec, samples.CODECS),
+        _token_frames(),
+        _stream(),
+        _transfer(),
+        _gate(),
+        _starts(),
+        *_engine_pipes(),
+        _results(),
+        _settings(),
+        _addresses(),
+        _models(),
+        _grammars(),
+    ]
+
+
+def named(name: str) -> Target:
+    return next(target for target in every() if target.name == name)
+
+
+def mutants(target: Target, seed: str, count: int) -> tuple[int, Exception | None, Frames]:
+    """Run so many; the number of those that were run, and what came of the last one."""
+    mutator = Mutator(random.Random(seed))
+    choice, seeds, mutate, run = mutator.chance.choice, list(target.seeds), target.mutate, target.run
+    frames: Frames = []
+    for number in range(count):
+        frames = mutate(mutator, choice(seeds))
+        try:
+            run(frames)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding
+            return number, error, frames
+    return count, None, frames
