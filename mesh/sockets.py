@@ -84,8 +84,8 @@ def make(
     if kind == zmq.XPUB:
         # A repeated subscription is news too: it means that a peer came back.
         socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-        # It takes in at once whatever is subscribed, so a limit limits nothing; and without one its queue is never full,
-        # which is what a peer needs to abort us by a PING (docs/decisions.md).
+        # It takes in at once whatever is subscribed, so a limit limits nothing; and without one its queue is never
+        # full, which is what a peer needs to abort us by a PING (docs/decisions.md).
         socket.rcvhwm = 0
     return socket
 

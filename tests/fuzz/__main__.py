@@ -1,10 +1,10 @@
 """Hostile input by the million: `python -m tests.fuzz COMMAND --help`.
 
-    decoders    mutated messages through every decoder and every core
-    coverage    the same targets, guided by what they cover (needs atheris: pip install -e '.[fuzz]')
-    live        mutated messages through a live broker, worker and client
-    sessions    hostile connections to a live broker
-    bombs       what only a limit of memory and a restart contain
+decoders    mutated messages through every decoder and every core
+coverage    the same targets, guided by what they cover (needs atheris: pip install -e '.[fuzz]')
+live        mutated messages through a live broker, worker and client
+sessions    hostile connections to a live broker
+bombs       what only a limit of memory and a restart contain
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,10 +183,8 @@ class Supervisor:
         while not self._over:
             process = mesh.process
             assert process is not None
-            try:
+            with suppress(OSError, IndexError):  # it may just have ended
                 self.peak_bytes = max(self.peak_bytes, process.rss_bytes())
-            except (OSError, IndexError):
-                pass  # it has just ended
             if process.running:
                 time.sleep(SAMPLE_S)
                 continue
@@ -227,9 +226,8 @@ class Report:
         )
 
 
-HEAD = (
-    f"{'':<36}{'sent MiB':>9}{'peak MiB':>9}{'deaths':>7}{'away s':>8}{'answers':>9}{'gap s':>7}{'most s':>8}{'faults':>7}"
-)
+COLUMNS = {"sent MiB": 9, "peak MiB": 9, "deaths": 7, "away s": 8, "answers": 9, "gap s": 7, "most s": 8, "faults": 7}
+HEAD = f"{'':<36}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def attack(name: str, limit_bytes: int, seconds: float = BOMB_S, alone_s: float = ALONE_S) -> Report:

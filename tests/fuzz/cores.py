@@ -11,6 +11,7 @@ import random
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llambo.broker import actions as ba
@@ -22,17 +23,19 @@ from llambo.mesh import client_events as ce
 from llambo.mesh import codec, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.client_core import ClientCore
-from llambo.mesh.link_core import OpenControl, OpenTokens, Send, Sign
+from llambo.mesh.identity import Identity
+from llambo.mesh.link_core import OpenTokens, Send, Sign
 from llambo.worker import actions as wa
 from llambo.worker import events as we
 from llambo.worker import invariants as worker_invariants
 from llambo.worker.config import WorkerConfig
 from llambo.worker.core import WorkerCore
 from llambo.worker.engine_proto import Output
-from llambo.worker.identity import Identity
+from llambo.worker.identity import Identity as WorkerIdentity
 from tests.fuzz import plausible
 from tests.fuzz.mutator import Mutator
-from tests.fuzz.targets import Bodies, Frames, _chunk_mutant
+from tests.fuzz.target import Frames
+from tests.fuzz.targets import Bodies, chunk_mutant
 from tests.unit import samples
 
 #: What is always true is looked at after so many messages.
@@ -43,6 +46,13 @@ LIFE = 2_000
 REMEMBERED = 64
 #: Requests of a broker that is gone: clients ask for them, workers claim to run them.
 FOREIGN = [bytes([number]) * 16 for number in range(1, 4)]
+#: Those whom a broker with keys knows, by key; names of workers begin with those of their keys.
+KEYS = {
+    "c1": Identity("c1", "client", max_in_flight=3, max_queued=5, max_bytes=100_000, per_minute=50, models=("ti*",)),
+    "c2": Identity("c2", "admin"),
+    "w1": Identity("w1", "worker"),
+    "w2": Identity("w2", "worker"),
+}
 #: Mostly none: what has a lease is to live.
 PAUSES_MS = (0,) * 30 + (1,) * 10 + (10,) * 4 + (100, 400, 3_000)
 
@@ -75,7 +85,7 @@ class UnderFire(ABC):
         chance = self.chance
         first, count = chance.choice((0, 0, 1, 2, 5, 2**32 - 1)), chance.choice((1, 1, 2, 9))
         frame = tokens.encode_chunk(key, first, list(range(count)), [b"x"] * count, chance.choice((0, 0, 1, 3, 255)))
-        return frame if chance.random() < 0.7 else _chunk_mutant(self.mutator, [frame])[0]
+        return frame if chance.random() < 0.7 else chunk_mutant(self.mutator, [frame])[0]
 
     def pass_time(self) -> None:
         self.now_ms += self.chance.choice(PAUSES_MS)
@@ -88,7 +98,7 @@ class UnderFire(ABC):
 
 
 class Broker(UnderFire):
-    """Two clients and two workers that have joined, and mean harm."""
+    """Two clients and two workers that have joined, and mean harm. Half of the brokers have keys, and so have they."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
@@ -98,15 +108,25 @@ class Broker(UnderFire):
         self.topics: list[bytes] = []
         self.keys: list[bytes] = []
         self.ids: list[bytes] = []
+        self.keyed = chance.random() < 0.5
+        if self.keyed:
+            self.handle(be.KeysChanged(KEYS))
         self.handle(be.Tick())
         self.join()
 
+    def user(self, route: bytes) -> str:
+        """The key of its connection, mostly."""
+        if not self.keyed:
+            return ""
+        return route.decode() if self.chance.random() < 0.97 else self.chance.choice(["", "c1", "c2", "w1", "gone"])
+
     def join(self) -> None:
         for route in (b"c1", b"c2"):
-            self.handle(be.ClientSaid(route, codec.NO_SESSION, [(m.ClientHello(name=route.decode()), b"")]))
+            hello: m.Message = m.ClientHello(name=route.decode())
+            self.handle(be.ClientSaid(route, codec.NO_SESSION, [(hello, b"")], user=route.decode() * self.keyed))
         for route in (b"w1", b"w2"):
             hello = m.WorkerHello(route.decode(), b"i", [m.ModelInfo("tiny", "f")], 3)
-            self.handle(be.WorkerSaid(route, codec.NO_SESSION, [(hello, b"")]))
+            self.handle(be.WorkerSaid(route, codec.NO_SESSION, [(hello, b"")], user=route.decode() * self.keyed))
             if route in self.sessions:
                 self.handle(be.TokensArrived([tokens.encode_beat(1, self.sessions[route])]))
 
@@ -141,13 +161,13 @@ class Broker(UnderFire):
             ids = [*self.ids, *FOREIGN]
             frames = self.message("client", self.sessions[route], lambda: plausible.from_client(chance, ids))
             bundle = codec.from_client.decode(frames)
-            self.handle(be.ClientSaid(route, bundle.session, bundle.messages, bundle.problems))
+            self.handle(be.ClientSaid(route, bundle.session, bundle.messages, bundle.problems, self.user(route)))
         elif what < 0.8:
             route = chance.choice((b"w1", b"w2"))
             keys = [*self.keys, *(id + samples.DISPATCH for id in FOREIGN)]
             frames = self.message("worker", self.sessions[route], lambda: plausible.from_worker(chance, keys))
             bundle = codec.from_worker.decode(frames)
-            self.handle(be.WorkerSaid(route, bundle.session, bundle.messages, bundle.problems))
+            self.handle(be.WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, self.user(route)))
         elif what < 0.9:
             key = chance.choice(self.keys) if self.keys else samples.KEY
             self.handle(be.TokensArrived([self.chunk(key) for _ in range(3)]))
@@ -156,6 +176,10 @@ class Broker(UnderFire):
         elif what < 0.94:
             beat = tokens.encode_beat(chance.choice((1, 2**53 + 1, 2**64 - 1)), self.sessions[b"w1"])
             self.handle(be.TokensArrived([beat]))
+        elif what < 0.95 and self.keyed:
+            # Somebody's key is revoked, or somebody's is another one now.
+            left = {key: who for key, who in KEYS.items() if chance.random() < 0.9}
+            self.handle(be.KeysChanged(left))
         else:
             self.handle(be.Tick())
         for _ in range(50):
@@ -179,7 +203,7 @@ class Worker(UnderFire):
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
-        self.core = WorkerCore(WorkerConfig(name="w", drain_ms=5_000), Identity(b"incarnat"))
+        self.core = WorkerCore(WorkerConfig(name="w", drain_ms=5_000), WorkerIdentity(b"incarnat"))
         self.session = b"session1"
         self.keys: list[bytes] = []
         self.welcomes = self.seq = 0
@@ -220,7 +244,9 @@ class Worker(UnderFire):
             heard = [each for each in bundle.messages if not isinstance(each[0], m.Drain) or chance.random() < 0.01]
             self.handle(we.ControlArrived(0, bundle.session, heard))
         elif what < 0.9 and self.keys:
-            self.handle(we.EngineStep([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys]))
+            self.handle(
+                we.EngineStep([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys])
+            )
         elif what < 0.92:
             self.handle(we.ConnectionChanged(0, chance.choice(list(Sign))))
         elif what < 0.93:
@@ -263,8 +289,6 @@ class Client(UnderFire):
                     self.welcomes += isinstance(message, m.ClientHello)
                 case OpenTokens(_, port):
                     assert 0 < port < 65_536, f"a port that is none: {port}"
-                case OpenControl():
-                    pass
                 case _:
                     pass
 
@@ -287,10 +311,8 @@ class Client(UnderFire):
             self.remember(query)
             self.handle(ce.Ask(query, "status"))
         elif what < 0.75:
-            frames = self.message(
-                "to_client", self.session, lambda: plausible.to_client(chance, self.ids, self.queries)
-            )
-            bundle = codec.to_client.decode(frames)
+            say = partial(plausible.to_client, chance, self.ids, self.queries)
+            bundle = codec.to_client.decode(self.message("to_client", self.session, say))
             self.handle(ce.ControlArrived(bundle.session, bundle.messages, bundle.problems))
         elif what < 0.9:
             id = chance.choice(self.ids) if self.ids else bytes(16)
@@ -303,7 +325,7 @@ class Client(UnderFire):
         self.handle(ce.Tick())
 
     def check(self) -> None:
-        assert len(self.mutator.pool) <= REMEMBERED
+        """What is owed to its user is looked at with each delivery."""
 
 
 CORES: dict[str, Callable[[random.Random], UnderFire]] = {
@@ -327,4 +349,3 @@ def fire(name: str, seed: str, count: int) -> tuple[int, str]:
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding
             return number, f"shot {number}\n" + "".join(traceback.format_exception(error)[-6:])
     return count, ""
-

@@ -1,4 +1,4 @@
-"""Inputs that cover something of a target which no other one does: a file for each target, a line of hex for each input.
+"""Inputs that cover something of a target which no other one does: a file for each target, a line for each input.
 
 An input is frames in a row: how many, the length of each but the last, and then all of them.
 """

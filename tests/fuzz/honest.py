@@ -200,7 +200,9 @@ class Honest:
 
 
 def show(told: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'':<12}{'answers':>8}{'wrong':>7}{'errors':>8}{'p50 ms':>9}{'p99 ms':>9}{'most ms':>9}{'gap ms':>8}{'s':>8}"]
+    lines = [
+        f"{'':<12}{'answers':>8}{'wrong':>7}{'errors':>8}{'p50 ms':>9}{'p99 ms':>9}{'most ms':>9}{'gap ms':>8}{'s':>8}"
+    ]
     for name, tally in told.items():
         lines.append(
             f"{name:<12}{tally['answers']:>8}{tally['wrong']:>7}{sum(tally['errors'].values()):>8}{tally['p50_ms']:>9}"

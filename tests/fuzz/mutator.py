@@ -24,7 +24,7 @@ NUMBERS: list[Any] = [
 #: Lone surrogates become bad UTF-8 on the wire.
 TEXTS: list[Any] = [
     "", "x", "type", "\0", "é", "\ud800", "a\udfffb", "\U0010ffff", "x" * 31, "x" * 32, "x" * 128, "x" * 129, "x" * 256,
-    "x" * 257, "x" * 65_536, "\n\x1b[2J", "../../etc/passwd", "%s%n", "{0}", "sha256:1", "fake", "generate", "embed", "stop",
+    "x" * 257, "x" * 65_536, "\n\x1b[2J", "../../etc/passwd", "%s%n", "{0}", "sha256:1", "fake", "generate", "embed",
 ]  # fmt: skip
 BYTES: list[Any] = [b"", b"\0", bytes(7), bytes(8), bytes(9), bytes(15), bytes(16), bytes(17), bytes(24), bytes(25)]
 OTHERS: list[Any] = [
@@ -193,5 +193,7 @@ class Mutator:
 
     def tower(self) -> bytes:
         """Nested as deep as it gets, or lengths that promise what does not come."""
-        header = self.chance.choice((b"\x91", b"\x81\xa1x", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"))
+        header = self.chance.choice(
+            (b"\x91", b"\x81\xa1x", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff")
+        )
         return b"\x91" * self.chance.randrange(3) + header * (1 + self.chance.randrange(TOWER))

@@ -23,7 +23,7 @@ FAILED = ErrorInfo(Code.INTERNAL, "so it seems", 5)
 def chunks(key: bytes, count: int, flags: int = 0) -> list[bytes]:
     """Tokens from 0 on, the last of them with these flags."""
     made = [tokens.encode_chunk(key, n, [n], [b"x"]) for n in range(max(0, count - 1))]
-    return made + [tokens.encode_chunk(key, count - 1, [count - 1], [b"x"], flags)] if count else made
+    return [*made, tokens.encode_chunk(key, count - 1, [count - 1], [b"x"], flags)] if count else made
 
 
 def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny") -> Said:
@@ -76,9 +76,17 @@ def from_worker(chance: random.Random, keys: Sequence[bytes], model: str = "tiny
         (m.Orphan(orphan, chance.random() < 0.5), transfer.pack(b"hello", chunks(key, count))[0]),
         (m.WorkerHeartbeat(seq=chance.choice((0, 5, 2**53)), beat=chance.randrange(9), claims={key: count}), None),
         (m.WorkerHeartbeat(seq=0, beat=1, claims=dict.fromkeys(keys, 0)), None),
-        (m.WorkerHeartbeat(beat=1, state=chance.choice(("ready", "draining", "starting")), busy=chance.randrange(4)), None),
-        (m.WorkerHeartbeat(beat=1, models=[m.ModelInfo(model, "f"), m.ModelInfo("other")], slots=chance.randrange(1, 5)), None),
-    ]  # fmt: skip
+        (
+            m.WorkerHeartbeat(beat=1, state=chance.choice(("ready", "draining", "starting")), busy=chance.randrange(4)),
+            None,
+        ),
+        (
+            m.WorkerHeartbeat(
+                beat=1, models=[m.ModelInfo(model, "f"), m.ModelInfo("other")], slots=chance.randrange(1, 5)
+            ),
+            None,
+        ),
+    ]
     return chance.choice(made)
 
 
@@ -92,7 +100,9 @@ def to_client(chance: random.Random, ids: Sequence[bytes], queries: Sequence[int
         m.Page(id, 0, count, chance.choice((count, 9)), chunks(id + samples.DISPATCH, count, chance.choice((0, 1)))),
         m.Page(id, 3, 2, 1, chunks(id + samples.DISPATCH, 2)),
         m.Problem(FAILED, id),
-        m.Problem(ErrorInfo(chance.choice(list(Code)), "it seems"), chance.choice((id, b"")), chance.choice((0, query))),
+        m.Problem(
+            ErrorInfo(chance.choice(list(Code)), "it seems"), chance.choice((id, b"")), chance.choice((0, query))
+        ),
         m.Result(query, chance.randrange(2), chance.choice((0, 1, 2, 2**31)), b"\x80"),
         m.BrokerHeartbeat(chance.randrange(9), progress={id: count}, waiting={id: 3}),
         m.BrokerHeartbeat(chance.choice((1, 2**53)), progress=dict.fromkeys(ids[:9], 2**31)),
@@ -105,7 +115,19 @@ def to_worker(chance: random.Random, keys: Sequence[bytes], seq: int, model: str
     id, dispatch = key[:16], key[16:]
     prefix = list(range(chance.choice((0, 0, 2))))
     made: list[Said] = [
-        (m.Dispatch(chance.randbytes(16), dispatch, seq, model, chance.choice((1, 3, 50)), 7, prefix, suspect=chance.random() < 0.1), b"hi"),
+        (
+            m.Dispatch(
+                chance.randbytes(16),
+                dispatch,
+                seq,
+                model,
+                chance.choice((1, 3, 50)),
+                7,
+                prefix,
+                suspect=chance.random() < 0.1,
+            ),
+            b"hi",
+        ),
         (m.Dispatch(id, chance.randbytes(8), seq, model, 9, 7, deadline_ms=chance.choice((0, 1))), b"hi"),
         (m.Adopt(id, dispatch, seq), None),
         (m.Cancel(id, dispatch), None),
@@ -113,7 +135,7 @@ def to_worker(chance: random.Random, keys: Sequence[bytes], seq: int, model: str
         (m.EndAck([key, *keys[:2]]), None),
         (m.BrokerHeartbeat(chance.randrange(9), chance.randrange(9), seq=seq), None),
         (m.Problem(ErrorInfo(chance.choice(list(Code)), "it seems"), id), None),
-    ]  # fmt: skip
+    ]
     return chance.choice(made)
 
 

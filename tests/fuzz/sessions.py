@@ -9,7 +9,6 @@ them without a word, the others after a handshake.
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import socket
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -125,7 +125,7 @@ def idle(port: int, count: int, crowd: Crowd) -> int:
 
 
 def descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def attack(mesh: Mesh, count: int, idlers: int, seed: str, alone_s: float = ALONE_S) -> Report:

@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 
 from llambo.mesh import codec
 from tests.fuzz.mutator import BYTES, NUMBERS, TEXTS, pack, unpack
-from tests.fuzz.targets import Frames
+from tests.fuzz.target import Frames
 from tests.unit import samples
 
 _NUMBERS = st.one_of(st.integers(-(2**63), 2**64 - 1), st.floats(), st.sampled_from(NUMBERS))
 _SCALARS = st.one_of(
-    st.none(), st.booleans(), _NUMBERS, st.text(max_size=40), st.sampled_from(TEXTS), st.binary(max_size=40), st.sampled_from(BYTES)
+    st.none(),
+    st.booleans(),
+    _NUMBERS,
+    st.text(max_size=40),
+    st.sampled_from(TEXTS),
+    st.binary(max_size=40),
+    st.sampled_from(BYTES),
 )
 _KEYS = st.one_of(st.text(max_size=12), st.integers(0, 2**64 - 1), st.binary(max_size=30))
 #: Anything.

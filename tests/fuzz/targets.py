@@ -7,48 +7,26 @@ that it does is a finding: another exception, something that does not satisfy it
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
 import msgspec
 
-from bench import tiny_model
 from llambo.broker.gate import Gate
 from llambo.broker.transcript import Transcript
-from llambo.mesh import codec, limits, settings, sockets, tasks, tokens, transfer
+from llambo.mesh import codec, limits, tasks, tokens, transfer
 from llambo.mesh import messages as m
-from llambo.mesh.errors import LlamboError
 from llambo.mesh.stream import Reassembly
 from llambo.worker import engine_proto as proto
-from llambo.worker import gguf, grammar, models, prompts
-from llambo.worker.knobs import LlamaKnobs
+from tests.fuzz import files
 from tests.fuzz.mutator import Mutator, pack
+from tests.fuzz.target import Frames, Target
 from tests.unit import samples
 
-Frames = list[bytes]
-Run = Callable[[Frames], None]
-Mutate = Callable[[Mutator, Frames], Frames]
 #: A check that costs more than the decoding itself is done for one message in so many.
 SELDOM = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """`run` raises if there is a finding. `seeds` are good, and `mutate` makes something else of one of them."""
-
-    name: str
-    seeds: Sequence[Frames]
-    run: Run
-    mutate: Mutate
-
-
-def _plain(mutator: Mutator, frames: Frames) -> Frames:
-    """One frame, changed here and there."""
-    return [mutator.bytes(frames[0])]
 
 
 # --- control planes ------------------------------------------------------------------------------------------
@@ -115,10 +93,10 @@ def _token_frames() -> Target:
             tokens.decode_beat(frame)
             tokens.describe(frame)
 
-    return Target("token-frames", [[samples.CHUNK], [samples.CHUNK_WITH_LOGPROBS], [samples.BEAT]], run, _chunk_mutant)
+    return Target("token-frames", [[samples.CHUNK], [samples.CHUNK_WITH_LOGPROBS], [samples.BEAT]], run, chunk_mutant)
 
 
-def _chunk_mutant(mutator: Mutator, frames: Frames) -> Frames:
+def chunk_mutant(mutator: Mutator, frames: Frames) -> Frames:
     """Half of them in the body, which has a schema."""
     frame = frames[0]
     if mutator.chance.random() < 0.5 or len(frame) <= tokens.HEAD_BYTES:
@@ -149,7 +127,7 @@ def _stream() -> Target:
             at = mutator.chance.randrange(len(changed))
             what = mutator.chance.randrange(4)
             if what == 0:
-                changed[at] = _chunk_mutant(mutator, [changed[at]])[0]
+                changed[at] = chunk_mutant(mutator, [changed[at]])[0]
             elif what == 1:
                 first, count = mutator.chance.choice((0, 1, 3, 7, 2**32 - 1)), mutator.chance.choice((0, 1, 2, 5, 4096))
                 changed[at] = tokens.encode_chunk(samples.KEY, first, list(range(count)), [b"x"] * count, 1)
@@ -157,8 +135,8 @@ def _stream() -> Target:
                 changed[at], changed[0] = changed[0], changed[at]
         return changed
 
-    return Target("stream", [_chunks(6), _chunks(3) + [tokens.encode_chunk(samples.KEY, 3, [3, 4], [b"x", b"y"], 1)],
-                             _chunks(4, logprobs=True)], run, mutate)  # fmt: skip
+    last = tokens.encode_chunk(samples.KEY, 3, [3, 4], [b"x", b"y"], tokens.FINAL)
+    return Target("stream", [_chunks(6), [*_chunks(3), last], _chunks(4, logprobs=True)], run, mutate)
 
 
 def _transfer() -> Target:
@@ -185,18 +163,21 @@ def _transfer() -> Target:
             return [frames[0][:prompt_bytes] + mutator.bytes(rest)]
         chunks = msgpack.unpackb(rest)
         at = mutator.chance.randrange(len(chunks))
-        chunks[at] = _chunk_mutant(mutator, [chunks[at]])[0]
+        chunks[at] = chunk_mutant(mutator, [chunks[at]])[0]
         return [frames[0][:prompt_bytes] + pack(chunks if mutator.chance.random() < 0.7 else mutator.value(chunks))]
 
     return Target("transfer", [[packed], [many]], run, mutate)
 
 
 def _gate() -> Target:
+    owner: Any = SimpleNamespace(user="its key")
+
     def run(frames: Frames) -> None:
-        gate = Gate({samples.TOPIC})
+        gate = Gate({samples.TOPIC: owner})
         junk = False
         for frame in frames:
-            topic = gate.admit(frame)
+            topic = gate.admit(frame, "its key")
+            assert gate.admit(frame, "another's key") is None
             junk = junk or frame[:1] not in (b"\0", b"\1")
             assert topic is None or (topic == samples.TOPIC and not junk), "granted what may not be"
 
@@ -241,7 +222,9 @@ def _engine_pipes() -> list[Target]:
         proto.Stop(samples.KEY),
         proto.Shutdown(),
     ]
-    output = proto.Output(samples.KEY, [1], [b"x"], "stop", m.Usage(1, 2, 3.0, 4.0), samples.ERROR, samples.LOGPROBS[:1])
+    output = proto.Output(
+        samples.KEY, [1], [b"x"], "stop", m.Usage(1, 2, 3.0, 4.0), samples.ERROR, samples.LOGPROBS[:1]
+    )
     reports = [
         proto.Progress("loading", "", 50),
         proto.Ready([m.ModelInfo("tiny", "f00d", 2048)], 4, "note"),
@@ -279,121 +262,6 @@ def _starts() -> Target:
     return Target("options", [[frame] for frame in good], run, mutate)
 
 
-# --- what is read by people's programs ---------------------------------------------------------------------------
-
-
-def _results() -> Target:
-    """Results of tasks, as a client reads them."""
-    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors]
-    good = [
-        msgspec.msgpack.encode(tasks.Tokens([1, 2], [b"a", b"b"])),
-        msgspec.msgpack.encode(tasks.Text(b"text")),
-        msgspec.msgpack.encode(tasks.Vectors(2, "mean", True, [3, 4], bytes(16))),
-    ]
-    values = {frame: msgpack.unpackb(frame) for frame in good}
-
-    def run(frames: Frames) -> None:
-        for kind in kinds:
-            try:
-                found = msgspec.msgpack.decode(frames[0], type=kind)
-                if isinstance(found, tasks.Vectors):
-                    tasks.vectors_of(found)
-            except (*tokens.UNDECODABLE, ValueError):
-                continue
-
-    def mutate(mutator: Mutator, frames: Frames) -> Frames:
-        if mutator.chance.random() < 0.3:
-            return [mutator.bytes(frames[0])]
-        return [pack(mutator.value(values[frames[0]]))]
-
-    return Target("results", [[frame] for frame in good], run, mutate)
-
-
-def _settings() -> Target:
-    """A configuration file; what the environment and flags say goes through the same parsers."""
-    toml = "\n".join(
-        f"[{section}]\n"
-        + "\n".join(f"{key} = {_toml(setting.default)}" for key, setting in sorted(rows.items()))
-        for section, rows in sorted(settings.SECTIONS.items())
-    ).encode()
-    folder = tempfile.TemporaryDirectory(prefix="llambo-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    file = Path(folder.name, "llambo.toml")
-
-    def run(frames: Frames, keep: Any = folder) -> None:
-        file.write_bytes(frames[0])
-        try:
-            settings.load(config=str(file), environ={})
-        except LlamboError:
-            pass
-        text = frames[0][:80].decode(errors="replace").replace("\0", "")
-        for row in settings.TABLE[len(frames[0]) % 7 :: 7]:
-            try:
-                row.parse(text)
-            except ValueError:
-                continue
-
-    lines = toml.splitlines()
-    return Target("settings", [[b"\n".join(lines[at : at + 12])] for at in range(0, len(lines), 12)], run, _plain)
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
-
-
-def _addresses() -> Target:
-    def run(frames: Frames) -> None:
-        text = frames[0].decode(errors="surrogateescape")
-        try:
-            for host, _ in sockets.split_all(text):
-                sockets.is_loopback(host)
-                sockets.literal(host)
-        except LlamboError:
-            return
-
-    good = [b"tcp://127.0.0.1:7330", b"tcp://[::1]:7330,tcp://b.example:1", b"localhost", b"tcp://h%eth0:65535"]
-    return Target("addresses", [[text] for text in good], run, _plain)
-
-
-def _models() -> Target:
-    """The head of a model file, and how it is laid out."""
-    folder = tempfile.TemporaryDirectory(prefix="llambo-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
-    path = Path(folder.name, "model.gguf")
-    head = tiny_model.whole()[:8192]
-    seeds = [[head]] + [[tiny_model.mutant(seed)[1][:8192]] for seed in range(30)]
-
-    def run(frames: Frames, keep: Any = folder) -> None:
-        path.write_bytes(frames[0])
-        try:
-            found = gguf.read(str(path))
-            models.layout(LlamaKnobs(), found, 2**34, 4)
-            found.template.encode(errors="replace")
-        except gguf.BadModelFile:
-            return
-
-    return Target("model-files", seeds, run, _plain)
-
-
-def _grammars() -> Target:
-    """Grammars, schemas and messages, as the engine looks at them before anybody else does."""
-    good = [b'{"type":"object","properties":{"a":{"type":"string","maxLength":9}}}', b'root ::= ("a" | [^b\\]]*) # x\n',
-            b'[{"role":"user","content":"hello"},{"role":"assistant","content":"x"}]']  # fmt: skip
-
-    def run(frames: Frames) -> None:
-        text = frames[0].decode(errors="replace")
-        for options in (m.Sampling(grammar=text), m.Sampling(json_schema=text)):
-            try:
-                grammar.grammar_text(options, lambda schema: schema)
-            except grammar.GrammarError:
-                continue
-        for form in ("messages", "user", "text"):
-            try:
-                prompts.text_of(frames[0], m.Sampling(form=form), None)
-            except prompts.BadPrompt:
-                continue
-
-    return Target("grammars-and-messages", [[text] for text in good], run, _plain)
-
-
 def every() -> list[Target]:
     """All of them, those on the wire first."""
     return [
@@ -404,11 +272,7 @@ def every() -> list[Target]:
         _gate(),
         _starts(),
         *_engine_pipes(),
-        _results(),
-        _settings(),
-        _addresses(),
-        _models(),
-        _grammars(),
+        *files.every(),
     ]
 
 

@@ -86,7 +86,9 @@ def garbage(chance: random.Random, raw: socket.socket, offset: int) -> None:
 
 
 def another_protocol(chance: random.Random, raw: socket.socket, offset: int) -> None:
-    raw.sendall(chance.choice((b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01", b"\0" * 64)))
+    raw.sendall(
+        chance.choice((b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", b"\x16\x03\x01\x02\x00\x01", b"\0" * 64))
+    )
 
 
 def half_a_greeting(chance: random.Random, raw: socket.socket, offset: int) -> None:
@@ -145,7 +147,11 @@ def wild_frames(chance: random.Random, raw: socket.socket, offset: int) -> None:
     """Frames with any flags, also those that mean nothing."""
     shake_hands(raw, PARTNERS[offset])
     for _ in range(chance.randrange(1, 200)):
-        raw.sendall(frame(chance.randbytes(chance.choice((0, 1, 5, 12, 33, 34, 300))), chance.choice((0, 1, 4, 5, 8, 0x80, 0xFD))))
+        raw.sendall(
+            frame(
+                chance.randbytes(chance.choice((0, 1, 5, 12, 33, 34, 300))), chance.choice((0, 1, 4, 5, 8, 0x80, 0xFD))
+            )
+        )
 
 
 def wild_commands(chance: random.Random, raw: socket.socket, offset: int) -> None:

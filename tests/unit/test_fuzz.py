@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from llambo.mesh import codec, limits, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code
-from tests.fuzz import corpus, cores, strategies, targets
+from tests.fuzz import cores, corpus, strategies, target, targets
 from tests.unit import samples
 from tests.unit.broker_bench import Bench
 
-TARGETS = {target.name: target for target in targets.every()}
+TARGETS = {each.name: each for each in targets.every()}
 MUTANTS = 1_500
 SHOTS = 2_500
 #: The same examples in each run: what is new is looked for by the commands.
-STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+STEADY = settings(
+    derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -83,7 +85,7 @@ def test_a_finding_is_told() -> None:
     def refuse(frames: list[bytes]) -> None:
         raise KeyError(frames[0][:1])
 
-    broken = targets.Target("broken", [[b"seed"]], refuse, lambda mutator, frames: frames)
+    broken = target.Target("broken", [[b"seed"]], refuse, lambda mutator, frames: frames)
     done, error, frames = targets.mutants(broken, "1", 10)
     assert (done, repr(error), frames) == (0, "KeyError(b's')", [b"seed"])
 
@@ -91,7 +93,9 @@ def test_a_finding_is_told() -> None:
 # --- found by it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", [[b"junk"], [b""], [samples.CHUNK], [tokens.encode_chunk(samples.KEY, 0, [1], [b"x"])[:-1]]])
+@pytest.mark.parametrize(
+    "held", [[b"junk"], [b""], [samples.CHUNK], [tokens.encode_chunk(samples.KEY, 0, [1], [b"x"])[:-1]]]
+)
 @pytest.mark.parametrize("when", ["unknown", "live", "ended"])
 def test_an_attach_that_holds_no_tokens_but_junk(when: str, held: list[bytes]) -> None:
     # Given a request, a live one or one that has ended, with a token

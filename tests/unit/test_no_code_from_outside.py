@@ -11,8 +11,8 @@ from tests.unit.test_layers import NAMES, tree
 
 #: Reading what these have written runs what it says.
 MODULES = {
-    "cloudpickle", "code", "codeop", "dbm", "dill", "imp", "joblib", "jsonpickle", "marshal", "multiprocessing", "pickle",
-    "pickletools", "runpy", "shelve", "xmlrpc", "yaml",
+    "cloudpickle", "code", "codeop", "dbm", "dill", "imp", "joblib", "jsonpickle", "marshal", "multiprocessing",
+    "pickle", "pickletools", "runpy", "shelve", "xmlrpc", "yaml",
 }  # fmt: skip
 #: Plain names that run a text, or import what a text names.
 CALLS = {"__import__", "compile", "eval", "exec", "execfile"}

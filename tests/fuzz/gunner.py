@@ -1,0 +1,129 @@
+"""What all hostile peers over real sockets have in common, and how a run of theirs is judged."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from llambo.mesh import codec
+from llambo.mesh import messages as m
+from llambo.mesh.client import Client
+from llambo.mesh.errors import Code
+from tests.fuzz import honest, plausible
+from tests.fuzz.mutator import Mutator
+from tests.fuzz.target import Frames
+from tests.fuzz.targets import Bodies, chunk_mutant
+from tests.integration.harness import Mesh
+from tests.unit import samples
+
+#: Whoever takes nothing for so long hangs.
+HANG_S = 30.0
+#: Replies are read after so many messages, and this often a peer begins anew.
+LISTEN_EVERY = 16
+ANEW_EVERY = 3_000
+#: What would end a session, or the work of the one who is hit, is said this seldom: then he would be hit no more.
+ENDS_IT = 0.0005
+MODEL = "tiny"
+
+Said = tuple[m.Message, bytes | None]
+
+
+@dataclass
+class Report:
+    role: str
+    sent: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    sessions: int = 0
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: What was not as it should be.
+    wrong: list[str] = field(default_factory=list)
+
+    def show(self) -> str:
+        total = self.sent.total()
+        pace = total / self.seconds
+        lines = [
+            f"live {self.role}: {total:,} mutated messages in {self.seconds:.0f} s, {pace:,.0f} a second",
+            f"{dict(self.sent)} in {self.sessions:,} sessions",
+            honest.show(self.told),
+            *(f"FINDING {text}" for text in self.wrong),
+            f"findings: {len(self.wrong)}",
+        ]
+        return "\n".join(lines)
+
+
+class Gunner:
+    """What all hostile peers have: a seed, what is alive, and messages that are almost right."""
+
+    def __init__(self, seed: str) -> None:
+        self.chance = random.Random(seed)
+        self.mutator = Mutator(self.chance)
+        self.bodies = {name: Bodies(name) for name in samples.CODECS}
+        self.session = codec.NO_SESSION
+        self.alive: list[bytes] = []
+
+    def remember(self, *values: Any) -> None:
+        self.mutator.pool = [*self.mutator.pool[-60:], *(value for value in values if value)]
+
+    def message(self, direction: str, say: Callable[[], Said]) -> Frames:
+        """Half plausible, half a sample with something in it changed."""
+        if self.chance.random() < 0.5:
+            return plausible.frames(self.mutator, self.session, [say()])
+        bodies = self.bodies[direction]
+        frames = bodies.mutate(self.mutator, self.chance.choice(bodies.seeds))
+        return [codec.MAGIC + self.session, *frames[1:]] if frames and self.chance.random() < 0.95 else frames
+
+    def chunk(self) -> bytes:
+        key = (self.chance.choice(self.alive) if self.alive else bytes(24))[:24].ljust(24, b"d")
+        frame = self.chance.choice(plausible.chunks(key, self.chance.choice((1, 3))))
+        return frame if self.chance.random() < 0.3 else chunk_mutant(self.mutator, [frame])[0]
+
+
+def wait_to_send(socket: zmq.Socket[bytes], frames: Sequence[bytes], what: str) -> None:
+    """It is taken in time, or this is a hang. A message without frames cannot be sent at all."""
+    if not frames:
+        return
+    assert socket.poll(int(HANG_S * 1_000), zmq.POLLOUT), f"{what} takes nothing for {HANG_S} s"
+    socket.send_multipart(list(frames), zmq.DONTWAIT)
+
+
+def ends(frames: Frames, decoder: codec.Codec[Any]) -> bool:
+    """Whether it would end what is going on here, by a right that nobody disputes."""
+    ends = (m.Goodbye, m.Drain, m.ClientHello, m.WorkerHello, m.Welcome)
+    return any(
+        isinstance(message, ends)
+        or (isinstance(message, m.Problem) and message.error.code is Code.UNKNOWN_SESSION)
+        # Nobody is kept from draining an honest worker by its name, so nobody may guess it here.
+        or (isinstance(message, m.DrainWorker) and message.worker == "w0")
+        for message, _ in decoder.decode(frames).messages
+    )
+
+
+def barrage(report: Report, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+    try:
+        while report.sent.total() < count:
+            for shoot in guns:
+                shoot(report.sent)
+    except AssertionError as error:
+        report.wrong.append(str(error))
+
+
+async def status(mesh: Mesh) -> Any:
+    """Everything that was sent before has been read when this is answered."""
+    async with Client(mesh.address) as client:
+        return await client.status()
+
+
+def judge(report: Report, mesh: Mesh) -> None:
+    faults = sum(tally["wrong"] + sum(tally["errors"].values()) for tally in report.told.values())
+    if faults:
+        report.wrong.append(f"{faults} honest requests failed")
+    if not all(tally["answers"] for name, tally in report.told.items() if name == "during"):
+        report.wrong.append("nobody was served during it")
+    for process in (*mesh.workers, *([mesh.process] if mesh.process else [])):
+        if "Traceback" in process.written():
+            report.wrong.append(f"{process.name} wrote:\n{process.written()[-2_000:]}")
