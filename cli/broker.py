@@ -13,6 +13,7 @@ from llambo.cli.keyfile import folder_of
 from llambo.cli.options import settings_options
 from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
+from llambo.mesh.process import prepare
 from llambo.mesh.settings_table import of_roles
 
 EXAMPLES = """
@@ -39,6 +40,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     it.
     """
     adopt(parent)
+    prepare()
     import os
 
     from llambo.broker.config import BrokerConfig

@@ -16,6 +16,7 @@ from llambo.cli.keyfile import address_of, key_of
 from llambo.cli.options import settings_options
 from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
+from llambo.mesh.process import prepare
 from llambo.mesh.settings_table import SECTIONS
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     SIGTERM and Ctrl-C let it finish what it runs, for at most --drain-ms; a second one ends it at once.
     """
     adopt(parent)
+    prepare()
     from llambo.worker.agent import run_worker
 
     config = worker_config(common.settings)

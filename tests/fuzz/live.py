@@ -178,6 +178,7 @@ def against_worker(count: int, seed: str) -> Report:
     try:
         with Mesh(0, knobs=FakeKnobs(slots=32, tokens_per_s=2_000), config=config, broker="process") as mesh:
             worker = mesh.spawn("w0", mesh.address, broker.address)
+            worker.first_line()
             broker.wait()
             with honest.Honest(mesh.address) as watched:
                 began = time.monotonic()
