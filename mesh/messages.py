@@ -108,6 +108,8 @@ class Welcome(Message, frozen=True):
     broker: Name = ""
     heartbeat_ms: Milliseconds = 200
     lease_ms: Milliseconds = 2000
+    #: To clients: no page comes that was not asked for. An END is all that says that an answer is there.
+    pull: bool = False
 
 
 class BrokerHeartbeat(Message, frozen=True):

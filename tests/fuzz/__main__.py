@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bombs")
     command.add_argument("--limit-mib", type=int, default=1_024, help="RLIMIT_AS of the broker; 0: none")
     command.add_argument("--seconds", type=float, default=bombs.BOMB_S)
+    command.add_argument("--keys", action="store_true", help="the broker has keys, and members have one")
     command.add_argument("--bomb", action="append", default=[], choices=list(bombs.BOMBS), metavar="NAME")
     return parser
 
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
         case "sessions":
             return sessions.main(options.count, options.idle, options.seed)
         case _:
-            return bombs.main(options.bomb, options.limit_mib, options.seconds)
+            return bombs.main(options.bomb, options.limit_mib, options.seconds, keyed=options.keys)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,23 @@ import multiprocessing
 import resource
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from llambo.broker.config import BrokerConfig
+from llambo.mesh import keys
+from llambo.mesh.keyring import Folder
 from llambo.worker.knobs import FakeKnobs
 from tests.fuzz import honest, members, wire
-from tests.integration.harness import TIMEOUT_S, Mesh
+from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 
 #: A bomb that has not killed anybody by then has failed, or was held off.
 BOMB_S = 8.0
@@ -216,15 +220,19 @@ COLUMNS = {"sent MiB": 9, "peak MiB": 9, "deaths": 7, "away s": 8, "answers": 9,
 HEAD = f"{'':<36}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
-def attack(name: str, limit_bytes: int, seconds: float = BOMB_S, alone_s: float = ALONE_S, key: str = "") -> Report:
-    """One bomb, at a broker of its own."""
+def attack(
+    name: str, limit_bytes: int, seconds: float = BOMB_S, alone_s: float = ALONE_S, folder: Folder | None = None
+) -> Report:
+    """One bomb, at a broker of its own. With keys, those of `members` have a valid one, and the others none."""
     report = Report(name)
     config = BrokerConfig(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
-    with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=1_000), config=config, broker="process") as mesh:
+    knobs = FakeKnobs(slots=8, tokens_per_s=1_000)
+    key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))
+    with Mesh(1, knobs=knobs, config=config, broker="process", keys=folder) as mesh:
         supervisor = Supervisor(mesh, limit_bytes)
         try:
-            with honest.Honest(mesh.address) as watched:
+            with honest.Honest(mesh.address, key=own) as watched:
                 time.sleep(alone_s)
                 watched.mark("during")
                 began = time.monotonic()
@@ -246,11 +254,15 @@ def attack(name: str, limit_bytes: int, seconds: float = BOMB_S, alone_s: float 
     return report
 
 
-def main(names: list[str], limit_mib: int, seconds: float) -> int:
+def main(names: list[str], limit_mib: int, seconds: float, *, keyed: bool) -> int:
     faults = 0
-    print(f"RLIMIT_AS {limit_mib} MiB, {seconds:g} s each\n{HEAD}", flush=True)
-    for name in names or BOMBS:
-        report = attack(name, limit_mib * 2**20, seconds)
-        faults += report.faults
-        print(report.row(), flush=True)
+    print(f"RLIMIT_AS {limit_mib} MiB, {seconds:g} s each, {'with' if keyed else 'without'} keys\n{HEAD}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
+        folder = Folder(Path(place, "keys")) if keyed else None
+        if folder:
+            folder.begin("tcp://127.0.0.1:7330")
+        for name in names or BOMBS:
+            report = attack(name, limit_mib * 2**20, seconds, folder=folder)
+            faults += report.faults
+            print(report.row(), flush=True)
     return int(bool(faults))

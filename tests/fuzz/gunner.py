@@ -14,6 +14,7 @@ from llambo.mesh import codec
 from llambo.mesh import messages as m
 from llambo.mesh.client import Client
 from llambo.mesh.errors import Code
+from llambo.mesh.identity import PeerKey
 from tests.fuzz import honest, plausible
 from tests.fuzz.mutator import Mutator
 from tests.fuzz.target import Frames
@@ -112,9 +113,9 @@ def barrage(report: Report, count: int, guns: Sequence[Callable[[Counter[str]], 
         report.wrong.append(str(error))
 
 
-async def status(mesh: Mesh) -> Any:
+async def status(mesh: Mesh, key: PeerKey | None = None) -> Any:
     """Everything that was sent before has been read when this is answered."""
-    async with Client(mesh.address) as client:
+    async with Client(mesh.address, key=key or "") as client:
         return await client.status()
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import select
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from llambo import Client
+from llambo.mesh import keys
 from llambo.mesh.errors import LlamboError
 from tests.integration.harness import truth
 
@@ -158,10 +160,16 @@ async def _read(client: Client) -> None:
 class Honest:
     """The process, and what it tells at its end: a tally by each mark, the first is `before`."""
 
-    def __init__(self, address: str, hostile: str = "") -> None:
+    def __init__(self, address: str, hostile: str = "", key: str = "") -> None:
         self.told: dict[str, dict[str, Any]] = {}
+        environment = {name: value for name, value in os.environ.items() if name != keys.KEY_ENV}
+        if key:
+            environment[keys.KEY_ENV] = key
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.honest", address, hostile], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "tests.fuzz.honest", address, hostile],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
         )
         self._line(END_S)
 

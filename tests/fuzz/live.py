@@ -1,8 +1,8 @@
 """Mutated messages over real sockets, to the live broker and to live workers and clients, while others are served.
 
-    python -m tests.fuzz live --count 1000000 --role broker|worker|client
+    python -m tests.fuzz live --count 1000000 --role broker|keyed-broker|worker|client
 
-    broker   hostile clients and workers, which have joined, and both token planes
+    broker   hostile clients and workers, which have joined, and both token planes; or with keys, which are all valid
     worker   a worker of two brokers: one means harm, through the other one honest requests run on the same worker
     client   a program with two clients: the broker of one means harm, the other one's answers have to be right
 
@@ -11,18 +11,22 @@ Whoever is hit has to live, to take every message in time, and to serve everybod
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import codec, sockets, tokens
+from llambo.mesh import codec, keys, sockets, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code
+from llambo.mesh.identity import PeerKey
+from llambo.mesh.keyring import Folder
 from llambo.worker.knobs import FakeKnobs
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
@@ -41,26 +45,32 @@ from tests.fuzz.gunner import (
     wait_to_send,
 )
 from tests.fuzz.hostile_broker import HostileBroker
-from tests.integration.harness import Mesh
+from tests.integration.harness import Mesh, key_of
 
 # --- against a broker ------------------------------------------------------------------------------------------
+
+
+#: Hostile clients, and as many hostile workers.
+PAIRS = 2
 
 
 class Peer(Gunner):
     """A client or worker that joins, and then says what it likes; a worker publishes as well."""
 
-    def __init__(self, context: zmq.Context[Any], port: int, seed: str, *, worker: bool) -> None:
+    def __init__(
+        self, context: zmq.Context[Any], port: int, seed: str, *, worker: bool, key: PeerKey | None = None
+    ) -> None:
         super().__init__(seed)
         self.sessions = 0
         self._worker = worker
         self._since = ANEW_EVERY
-        self._name = f"hostile-{seed}"[:60]
+        self._name = key.name if key else f"hostile-{seed}"[:60]
         self._direction = "worker" if worker else "client"
         self._decoder: codec.Codec[Any] = codec.to_worker if worker else codec.to_client
-        self.control = sockets.control(context, zmq.DEALER)
+        self.control = sockets.control(context, zmq.DEALER, curve=key)
         self.control.connect(f"tcp://127.0.0.1:{port + (sockets.WORKER_OFFSET if worker else 0)}")
         kind, offset = (zmq.XPUB, sockets.TOKENS_IN_OFFSET) if worker else (zmq.XSUB, sockets.TOKENS_OUT_OFFSET)
-        self.tokens = sockets.token(context, kind)
+        self.tokens = sockets.token(context, kind, curve=key)
         self.tokens.connect(f"tcp://127.0.0.1:{port + offset}")
 
     def close(self) -> None:
@@ -142,22 +152,35 @@ class Peer(Gunner):
                 pass
 
 
-def against_broker(count: int, seed: str, peers: int = 2) -> Report:
-    """`peers` hostile clients and as many hostile workers, in turns; honest requests beside them."""
-    report = Report("broker")
+def against_keyed_broker(count: int, seed: str) -> Report:
+    """The same with keys: everybody has a valid one."""
+    with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
+        folder = Folder(Path(place, "keys"))
+        folder.begin("tcp://127.0.0.1:7330")
+        return against_broker(count, seed, folder)
+
+
+def against_broker(count: int, seed: str, folder: Folder | None = None) -> Report:
+    """Hostile clients and as many hostile workers, in turns; honest requests beside them."""
+    report = Report("keyed broker" if folder else "broker")
     config = BrokerConfig(hold_ms=300, queue_ms=5_000, detached_bytes=2**20, young_ms=0, adopt_ms=200, orphan_ms=500)
     context: zmq.Context[Any] = zmq.Context()
-    with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), config=config, broker="process") as mesh:
+    own = key_of(folder, "honest") if folder else None
+    with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), config=config, broker="process", keys=folder) as mesh:
         assert mesh.process is not None
-        gang = [Peer(context, mesh.port, f"{seed}/{n}", worker=bool(n % 2)) for n in range(2 * peers)]
+        gang = []
+        for number in range(2 * PAIRS):
+            worker = bool(number % 2)
+            key = key_of(folder, f"mallory{number}", "worker" if worker else "client") if folder else None
+            gang.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
         try:
-            with honest.Honest(mesh.address) as watched:
+            with honest.Honest(mesh.address, key=keys.to_line(own) if own else "") as watched:
                 began = time.monotonic()
                 watched.mark("during")
                 barrage(report, count, [peer.shoot for peer in gang])
                 report.seconds = time.monotonic() - began
                 watched.mark("after")
-                mesh.run(status(mesh))
+                mesh.run(status(mesh, own))
             report.told = watched.told
         finally:
             for peer in gang:
@@ -221,6 +244,7 @@ def against_client(count: int, seed: str) -> Report:
 
 ROLES: dict[str, Callable[[int, str], Report]] = {
     "broker": against_broker,
+    "keyed-broker": against_keyed_broker,
     "worker": against_worker,
     "client": against_client,
 }
