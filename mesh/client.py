@@ -23,7 +23,6 @@ from itertools import count
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
-import msgspec
 import zmq
 
 from llambo.mesh import client_events as e
@@ -34,7 +33,7 @@ from llambo.mesh.client_options import Options, build_request
 from llambo.mesh.client_requests import Counters
 from llambo.mesh.client_shell import ClientShell
 from llambo.mesh.client_stream import Answer, Piece, Stream
-from llambo.mesh.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized
+from llambo.mesh.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized, decoded
 from llambo.mesh.client_waiters import Waiters, reject, resolve
 from llambo.mesh.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.identity import PeerKey
@@ -247,10 +246,7 @@ class Client(TaskCalls):
         finally:
             del self._waiters.questions[number]
             self._forget(number)
-        try:
-            return msgspec.msgpack.decode(data, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise LlamboError(Code.BAD_MESSAGE, f"the answer to {what!r} cannot be read: {error}") from error
+        return decoded(data, kind, f"the answer to {what!r}")
 
     async def _in_time(self, awaited: asyncio.Future[T], text: str) -> T:
         try:

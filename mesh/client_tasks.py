@@ -156,16 +156,21 @@ class TaskCalls:
         except asyncio.CancelledError:
             self._drop_task(id)
             raise
-        try:
-            return msgspec.msgpack.decode(result, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise LlamboError(Code.BAD_MESSAGE, f"the result of {task} cannot be read: {error}") from error
+        return decoded(result, kind, f"the result of {task}")
 
     @abstractmethod
     def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None: ...
 
     @abstractmethod
     def _drop_task(self, id: bytes) -> None: ...
+
+
+def decoded(data: bytes, kind: type[T], what: str) -> T:
+    """What a broker or worker has sent for a program to read; it may be anything."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise LlamboError(Code.BAD_MESSAGE, f"{what} cannot be read: {error}") from error
 
 
 def _input(value: Any) -> bytes:

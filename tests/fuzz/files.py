@@ -13,8 +13,9 @@ import msgpack
 import msgspec
 
 from bench import tiny_model
-from llambo.mesh import keyring, keys, settings, sockets, tasks, tokens
+from llambo.mesh import keyring, keys, settings, sockets, tasks
 from llambo.mesh import messages as m
+from llambo.mesh.client_tasks import decoded
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.identity import Identity, PeerKey
 from llambo.worker import gguf, grammar, models, prompts
@@ -24,8 +25,8 @@ from tests.fuzz.target import Frames, Target, plain
 
 
 def results() -> Target:
-    """Results of tasks, as a client reads them."""
-    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors]
+    """Results of tasks and answers to queries, as a client reads them."""
+    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors, dict[str, Any], list[dict[str, Any]]]
     good = [
         msgspec.msgpack.encode(tasks.Tokens([1, 2], [b"a", b"b"])),
         msgspec.msgpack.encode(tasks.Text(b"text")),
@@ -36,15 +37,16 @@ def results() -> Target:
     def run(frames: Frames) -> None:
         for kind in kinds:
             try:
-                found = msgspec.msgpack.decode(frames[0], type=kind)
-                if isinstance(found, tasks.Vectors):
-                    tasks.vectors_of(found)
-            except (*tokens.UNDECODABLE, ValueError):
+                found = decoded(frames[0], kind, "it")
+            except LlamboError:
                 continue
+            if isinstance(found, tasks.Vectors):
+                with suppress(ValueError):
+                    tasks.vectors_of(found)
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.3:
-            return [mutator.bytes(frames[0])]
+            return [mutator.bytes(frames[0]) if mutator.chance.random() < 0.9 else mutator.tower()]
         return [pack(mutator.value(values[frames[0]]))]
 
     return Target("results", [[frame] for frame in good], run, mutate)
