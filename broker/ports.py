@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from typing import Any, NamedTuple
 
 import zmq
@@ -28,6 +30,7 @@ class Ports(NamedTuple):
 
 
 def make(context: zmq.Context[Any], token_hwm: int, porter: Porter | None) -> Ports:
+    _begin_anywhere()
     outside = porter.door(CLIENT_DOMAIN) if porter else None
     inside = porter.door(WORKER_DOMAIN) if porter else None
     ports = Ports(
@@ -40,6 +43,16 @@ def make(context: zmq.Context[Any], token_hwm: int, porter: Porter | None) -> Po
     for prefix in (tokens.CHUNK, tokens.BEAT):
         ports.tokens_in.setsockopt(zmq.SUBSCRIBE, prefix)
     return ports
+
+
+def _begin_anywhere() -> None:
+    """Let nobody know under which names ZeroMQ will know the next peers.
+
+    A ROUTER numbers its peers upwards from a number that libzmq takes from rand(), which it never seeds: it is the same
+    in every process. A peer may choose its name itself, and libzmq aborts when it is about to give away one that is
+    taken. Whoever knows the numbers could so end a broker with two connections.
+    """
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "big"))
 
 
 def bind(

@@ -40,6 +40,8 @@ PART = bytes(60_000)
 #: More than any queue of messages holds, and a PING behind every few of them.
 FULL = 400_000
 PINGED = 50
+#: More than the peers that a broker has had until now.
+NAMES = 300
 
 #: Throws until it is stopped by an error or by the time; how many bytes (of pings: messages) went out. Those who write
 #: ZMTP by hand have no key, and those of `members` have one where it is needed.
@@ -108,6 +110,32 @@ def ping_behind_a_full_queue(port: int, offset: int, until: float, key: str) -> 
     return sent
 
 
+def names_that_are_taken(port: int, offset: int, until: float, key: str) -> int:
+    """Choose the names that libzmq, if rand() was not seeded, is about to give away: it aborts when they are taken."""
+    first = (0x6B8B4567, 0xE43C9869)[offset]
+    crowd: list[socket.socket] = []
+    sent = 0
+    with suppress(OSError):
+        for number in range(NAMES):
+            raw = wire.connect(port + offset)
+            crowd.append(raw)
+            # Every other one comes without a name, and is given the next.
+            named = {"Identity": b"\0" + (first + number & 0xFFFFFFFF).to_bytes(4, "big")} if number % 2 else {}
+            wire.shake_hands(raw, wire.PARTNERS[offset], **named)
+            raw.sendall(wire.frame(b"hello"))
+            sent += 1
+        while time.monotonic() < until:
+            wire.reset(crowd.pop())
+            time.sleep(0.01)
+            raw = wire.connect(port + offset)
+            crowd.append(raw)
+            wire.shake_hands(raw, wire.PARTNERS[offset])
+            raw.sendall(wire.frame(b"hello"))
+    for raw in crowd:
+        raw.close()
+    return sent
+
+
 def _pour(raw: socket.socket, data: bytes, until: float) -> int:
     sent = 0
     while time.monotonic() < until and _send(raw, data):
@@ -131,6 +159,7 @@ BOMBS: dict[str, tuple[Bomb, int]] = {
     "small messages, port +0": (small_messages, 0),
     "small messages, port +2": (small_messages, 2),
     **{f"ping behind a full queue, port +{n}": (ping_behind_a_full_queue, n) for n in range(4)},
+    **{f"names that are taken, port +{n}": (names_that_are_taken, n) for n in range(2)},
     "endless message of a member": (members.endless_message, 0),
     "subscriptions of a member": (members.subscriptions, 3),
     "pings of a member": (members.ping_behind_a_full_queue, 0),

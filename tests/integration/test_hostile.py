@@ -35,6 +35,7 @@ def test_a_broker_that_a_bomb_has_killed_is_back_with_its_clients() -> None:
     assert report.told["after"]["answers"], report.told
 
 
-def test_pings_behind_subscriptions_abort_nobody() -> None:
-    report = bombs.attack("ping behind a full queue, port +3", 0, seconds=2.0, alone_s=0.5)
+@pytest.mark.parametrize("bomb", ["ping behind a full queue, port +3", "names that are taken, port +0"])
+def test_what_would_abort_libzmq_aborts_nobody(bomb: str) -> None:
+    report = bombs.attack(bomb, 0, seconds=2.0, alone_s=0.5)
     assert not report.deaths and not report.faults, (report.deaths, report.told)
