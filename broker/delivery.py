@@ -110,7 +110,9 @@ def _irregular(state: State, request: Request, frame: bytes, out: list[bytes], n
     """Anything but the plain next chunk."""
     first, count, _ = _HEAD(frame, _KEY_END)
     have = request.transcript.next_index
-    if first + count <= have:
+    if first + count > limits.TOKEN_INDEX:
+        state.counters.malformed_frames += 1
+    elif first + count <= have:
         state.counters.duplicate_chunks += 1
     elif first > have:
         _keep_aside(state, request, first, count, frame, now_ms)

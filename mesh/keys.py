@@ -12,6 +12,7 @@ import base64
 import binascii
 import os
 import stat
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -65,7 +66,8 @@ def from_line(text: str) -> PeerKey:
         if zmq.curve_public(told.secret.encode()).decode() != told.public:
             raise ValueError
         z85.decode(told.broker.encode())
-    except (ValueError, binascii.Error, msgspec.MsgspecError, zmq.ZMQError) as error:
+    # z85 has two more ways to say that it is none.
+    except (ValueError, KeyError, struct.error, binascii.Error, msgspec.MsgspecError, zmq.ZMQError) as error:
         # What was there is not repeated: it may be most of a key.
         raise LlamboError(
             Code.BAD_SETTING, f"that is no key: one begins with {PREFIX!r} and is a single line"

@@ -65,6 +65,10 @@ LOGPROB_PIECE_BYTES = 256
 LOGIT_BIASES = 1024
 #: The largest `max_tokens` a client may ask for.
 MAX_TOKENS = 131_072
+#: Beyond any index of a token.
+TOKEN_INDEX = 2**31
+#: Beyond any number of a beat.
+BEAT_NUMBER = 2**53
 #: Models one worker may announce.
 MODELS_PER_WORKER = 32
 #: Slots one worker may announce: its claims have to fit into one heartbeat.

@@ -17,12 +17,14 @@ VERSIONS = (1, 1)
 KEY_BYTES = limits.REQUEST_ID_BYTES + limits.DISPATCH_ID_BYTES
 RequestId = Annotated[bytes, Meta(min_length=limits.REQUEST_ID_BYTES, max_length=limits.REQUEST_ID_BYTES)]
 DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_length=limits.DISPATCH_ID_BYTES)]
+#: Where there need not be one: then it is empty.
+NoDispatchId = Annotated[bytes, Meta(max_length=limits.DISPATCH_ID_BYTES)]
 #: A run of a worker: request id + dispatch id.
 RunKey = Annotated[bytes, Meta(min_length=limits.RUN_KEY_BYTES, max_length=limits.RUN_KEY_BYTES)]
 SessionId = Annotated[bytes, Meta(min_length=limits.SESSION_ID_BYTES, max_length=limits.SESSION_ID_BYTES)]
 Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
-Count = Annotated[int, Meta(ge=0, le=2**31)]
-Number = Annotated[int, Meta(ge=0, le=2**53)]
+Count = Annotated[int, Meta(ge=0, le=limits.TOKEN_INDEX)]
+Number = Annotated[int, Meta(ge=0, le=limits.BEAT_NUMBER)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]

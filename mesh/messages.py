@@ -23,6 +23,7 @@ from llambo.mesh.message import (
     Message,
     Milliseconds,
     Name,
+    NoDispatchId,
     Number,
     Port,
     Priority,
@@ -208,7 +209,7 @@ class Cancel(Message, frozen=True):
     """Client to broker, and (with `dispatch`) broker to worker: stop it. The answer is always an End."""
 
     id: RequestId
-    dispatch: bytes = b""
+    dispatch: NoDispatchId = b""
 
 
 class Replay(Message, frozen=True):
@@ -217,7 +218,7 @@ class Replay(Message, frozen=True):
     id: RequestId
     first: Count
     until: Count = 0
-    dispatch: bytes = b""
+    dispatch: NoDispatchId = b""
 
 
 class EndAck(Message, frozen=True):
@@ -271,7 +272,7 @@ class End(Message, frozen=True):
     id: RequestId
     count: Count
     reason: Reason
-    dispatch: bytes = b""
+    dispatch: NoDispatchId = b""
     usage: Usage = Usage()
     error: ErrorInfo | None = None
     #: To clients: the worker that finished it, how often it moved, and its milliseconds in the queue.
@@ -288,7 +289,7 @@ class Page(Message, frozen=True):
     next: Count
     total: Count
     chunks: Annotated[list[bytes], Meta(max_length=limits.PAGE_CHUNKS)]
-    dispatch: bytes = b""
+    dispatch: NoDispatchId = b""
 
 
 class Result(Message, frozen=True):

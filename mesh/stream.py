@@ -165,7 +165,8 @@ class Reassembly:
         return True
 
     def _add_unordered(self, frame: bytes, first: int, count: int, flags: int) -> bool:
-        if not 0 < count <= limits.CHUNK_TOKENS or len(frame) > limits.TOKEN_FRAME_BYTES:
+        possible = 0 < count <= limits.CHUNK_TOKENS and first + count <= limits.TOKEN_INDEX
+        if not possible or len(frame) > limits.TOKEN_FRAME_BYTES:
             self.malformed += 1
             return False
         if first > self.next_index:

@@ -172,7 +172,7 @@ def decode_beat(frame: bytes) -> tuple[int, bytes] | None:
     if len(frame) != BEAT_BYTES or frame[:1] != BEAT:
         return None
     _, number, session = _BEAT.unpack(frame)
-    return int(number), bytes(session)
+    return (int(number), bytes(session)) if number <= limits.BEAT_NUMBER else None
 
 
 def ids_of(frames: Sequence[bytes]) -> list[int]:

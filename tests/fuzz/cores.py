@@ -57,6 +57,13 @@ KEYS = {
 PAUSES_MS = (0,) * 30 + (1,) * 10 + (10,) * 4 + (100, 400, 3_000)
 
 
+def sayable(reader: codec.Codec[Any], session: bytes, message: m.Message, blob: bytes | None) -> None:
+    """Whatever is answered to nonsense makes sense itself."""
+    for frames in codec.encode_all(session, [(message, blob)]):
+        problems = reader.decode(frames).problems
+        assert not problems, f"{type(message).__name__} cannot be read: {problems[0].error.text}"
+
+
 class UnderFire(ABC):
     """A core that is shot at."""
 
@@ -134,7 +141,8 @@ class Broker(UnderFire):
         for order in self.core.handle(event, self.now_ms):
             if isinstance(order, ba.ToClient | ba.ToWorker):
                 self._hear(order.route, order.message)
-                codec.encode_all(order.session, [(order.message, getattr(order, "blob", None))])
+                reader = codec.to_client if isinstance(order, ba.ToClient) else codec.to_worker
+                sayable(reader, order.session, order.message, getattr(order, "blob", None))
 
     def _hear(self, route: bytes, message: m.Message) -> None:
         match message:
@@ -219,7 +227,7 @@ class Worker(UnderFire):
                 case wa.SpawnEngine():
                     self.keys.clear()
                 case Send(_, session, message, blob):
-                    codec.encode_all(session, [(message, blob)])
+                    sayable(codec.from_worker, session, message, blob)
                     if isinstance(message, m.WorkerHello) and self.chance.random() < 0.9:
                         self.welcomes += 1
                 case OpenTokens(_, port):
@@ -285,7 +293,7 @@ class Client(UnderFire):
                     # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
                     assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
                 case Send(_, session, message, blob):
-                    codec.encode_all(session, [(message, blob)])
+                    sayable(codec.from_client, session, message, blob)
                     self.welcomes += isinstance(message, m.ClientHello)
                 case OpenTokens(_, port):
                     assert 0 < port < 65_536, f"a port that is none: {port}"

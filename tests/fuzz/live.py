@@ -224,18 +224,16 @@ def against_client(count: int, seed: str) -> Report:
     context: zmq.Context[Any] = zmq.Context()
     broker = HostileBroker(context, seed, client=True)
     try:
-        with (
-            Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), broker="process") as mesh,
-            honest.Honest(mesh.address, broker.address) as watched,
-        ):
-            broker.wait()
-            began = time.monotonic()
-            watched.mark("during")
-            barrage(report, count, [broker.shoot])
-            report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-            watched.mark("after")
-        report.told = watched.told
-        judge(report, mesh)
+        with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), broker="process") as mesh:
+            with honest.Honest(mesh.address, broker.address) as watched:
+                broker.wait()
+                began = time.monotonic()
+                watched.mark("during")
+                barrage(report, count, [broker.shoot])
+                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
+                watched.mark("after")
+            report.told = watched.told
+            judge(report, mesh)
     finally:
         broker.close()
         context.term()
