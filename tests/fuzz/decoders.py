@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tests.fuzz import cores, targets
+from tests.fuzz.target import Target
 
 #: Messages of one piece of work.
 PIECE = 20_000
@@ -39,7 +40,7 @@ def names() -> list[str]:
     return [target.name for target in targets.every()] + list(cores.CORES)
 
 
-_targets: dict[str, targets.Target] = {}
+_targets: dict[str, Target] = {}
 
 
 def run(work: Work) -> Result:

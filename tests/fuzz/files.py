@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from bench import tiny_model
-from llambo.mesh import keyring, keys, settings, sockets, tasks
+from llambo.mesh import keyring, keys, settings, settings_table, sockets, tasks
 from llambo.mesh import messages as m
 from llambo.mesh.client_tasks import decoded
 from llambo.mesh.errors import LlamboError
@@ -47,7 +47,7 @@ def results() -> Target:
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.3:
-            return [mutator.bytes(frames[0]) if mutator.chance.random() < 0.9 else mutator.tower()]
+            return [mutator.mangled(frames[0]) if mutator.chance.random() < 0.9 else mutator.tower()]
         return [pack(mutator.value(values[frames[0]]))]
 
     return Target("results", [[frame] for frame in good], run, mutate)
@@ -57,7 +57,7 @@ def settings_files() -> Target:
     """A configuration file; what the environment and flags say goes through the same parsers."""
     toml = "\n".join(
         f"[{section}]\n" + "\n".join(f"{key} = {_toml(setting.default)}" for key, setting in sorted(rows.items()))
-        for section, rows in sorted(settings.SECTIONS.items())
+        for section, rows in sorted(settings_table.SECTIONS.items())
     ).encode()
     file = _file("llambo.toml")
 
@@ -161,7 +161,7 @@ def key_lines() -> Target:
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.4:
-            return [mutator.bytes(frames[0])]
+            return [mutator.mangled(frames[0])]
         changed = _jsonable(mutator.value(good))
         return [(keys.PREFIX + base64.urlsafe_b64encode(json.dumps(changed).encode()).decode().rstrip("=")).encode()]
 
@@ -199,7 +199,7 @@ def keyrings() -> Target:
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.4:
-            return [mutator.bytes(frames[0])]
+            return [mutator.mangled(frames[0])]
         return [json.dumps(_jsonable(mutator.value(told))).encode()]
 
     return Target("keyrings", [[good]], run, mutate)

@@ -117,7 +117,7 @@ class Mutator:
             case str():
                 return chance.choice((value + value, value[:-1], value + "\ud800", chance.choice(TEXTS)))
             case bytes():
-                return chance.choice((value + b"\0", value[:-1], self.bytes(value), chance.choice(BYTES)))
+                return chance.choice((value + b"\0", value[:-1], self.mangled(value), chance.choice(BYTES)))
         return self.any_value()
 
     def any_value(self) -> Any:
@@ -135,7 +135,7 @@ class Mutator:
 
     # --- bytes -----------------------------------------------------------------------------------------
 
-    def bytes(self, frame: bytes) -> bytes:
+    def mangled(self, frame: bytes) -> bytes:
         """One to four small changes."""
         chance = self.chance
         changed = bytearray(frame)
@@ -175,10 +175,10 @@ class Mutator:
         if what < 24:
             frames[1] = body()
         elif what < 34:
-            frames[1] = self.bytes(frames[1])
+            frames[1] = self.mangled(frames[1])
         elif what == 34:
             at = chance.randrange(len(frames))
-            frames[at] = self.bytes(frames[at])
+            frames[at] = self.mangled(frames[at])
         elif what == 35:
             del frames[chance.randrange(len(frames))]
         elif what == 36:

@@ -24,4 +24,4 @@ class Target:
 
 def plain(mutator: Mutator, frames: Frames) -> Frames:
     """One frame, changed here and there."""
-    return [mutator.bytes(frames[0])]
+    return [mutator.mangled(frames[0])]

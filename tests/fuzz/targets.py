@@ -100,11 +100,11 @@ def chunk_mutant(mutator: Mutator, frames: Frames) -> Frames:
     """Half of them in the body, which has a schema."""
     frame = frames[0]
     if mutator.chance.random() < 0.5 or len(frame) <= tokens.HEAD_BYTES:
-        return [mutator.bytes(frame)]
+        return [mutator.mangled(frame)]
     try:
         body = msgpack.unpackb(frame[tokens.HEAD_BYTES :], strict_map_key=False)
     except (ValueError, msgpack.UnpackException):  # it was changed before
-        return [mutator.bytes(frame)]
+        return [mutator.mangled(frame)]
     return [frame[: tokens.HEAD_BYTES] + pack(mutator.value(body))]
 
 
@@ -160,7 +160,7 @@ def _transfer() -> Target:
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         rest = frames[0][prompt_bytes:]
         if mutator.chance.random() < 0.5:
-            return [frames[0][:prompt_bytes] + mutator.bytes(rest)]
+            return [frames[0][:prompt_bytes] + mutator.mangled(rest)]
         chunks = msgpack.unpackb(rest)
         at = mutator.chance.randrange(len(chunks))
         chunks[at] = chunk_mutant(mutator, [chunks[at]])[0]
@@ -183,7 +183,7 @@ def _gate() -> Target:
 
     good = b"\1" + samples.TOPIC
     return Target("subscriptions", [[good], [good, b"\0" + samples.TOPIC, good], [b"\2junk", good]], run,
-                  lambda mutator, frames: [mutator.bytes(frame) for frame in frames])  # fmt: skip
+                  lambda mutator, frames: [mutator.mangled(frame) for frame in frames])  # fmt: skip
 
 
 # --- the engine's pipe -----------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def _pipe(name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[],
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.4:
-            return [mutator.bytes(frames[0])]
+            return [mutator.mangled(frames[0])]
         body = pack(mutator.value(mutator.chance.choice(values)))
         return [len(body).to_bytes(4, "big") + body, mutator.chance.choice(whole)]
 
@@ -256,7 +256,7 @@ def _starts() -> Target:
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.3:
-            return [mutator.bytes(frames[0])]
+            return [mutator.mangled(frames[0])]
         return [pack(mutator.value(values[frames[0]]))]
 
     return Target("options", [[frame] for frame in good], run, mutate)
