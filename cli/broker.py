@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from llambo.cli.child import adopt, child_options, notify
+from llambo.cli.child import adopt, child_options, notify, with_all_descriptors, without_cores
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
@@ -13,7 +13,6 @@ from llambo.cli.keyfile import folder_of
 from llambo.cli.options import settings_options
 from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
-from llambo.mesh.process import prepare
 from llambo.mesh.settings_table import of_roles
 
 EXAMPLES = """
@@ -40,7 +39,8 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     it.
     """
     adopt(parent)
-    prepare()
+    without_cores()
+    with_all_descriptors()
     import os
 
     from llambo.broker.config import BrokerConfig

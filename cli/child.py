@@ -29,6 +29,21 @@ def adopt(parent: int | None) -> None:
         die_with(parent)
 
 
+def without_cores() -> None:
+    """A core dump would hold prompts, answers and keys."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def with_all_descriptors() -> None:
+    """Each connection takes one, and the 1,024 that a process has at first are a thousand idle connections of anybody."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def notify(descriptor: int | None, text: str) -> bool:
     """False: there is no parent to tell, so a person may want to know."""
     if descriptor is None:

@@ -58,6 +58,13 @@ def endless_message(port: int, offset: int, until: float, key: str) -> int:
         return _pour(raw, wire.frame(PART, wire.MORE), until)
 
 
+def small_parts(port: int, offset: int, until: float, key: str) -> int:
+    """The same with parts that libzmq keeps in blocks of its own, and it aborts when it gets no more of those."""
+    with wire.connect(port + offset) as raw:
+        wire.shake_hands(raw, wire.PARTNERS[offset])
+        return _pour(raw, wire.frame(b"x", wire.MORE) * 20_000, until)
+
+
 def long_subscriptions(port: int, offset: int, until: float, key: str) -> int:
     """Topics as long as a frame may be: libzmq keeps a node for each of their bytes."""
     return _subscribe(port, until, 900)
@@ -154,6 +161,7 @@ def _send(raw: socket.socket, data: bytes) -> bool:
 #: By name: the bomb, and at which of the four sockets it is thrown.
 BOMBS: dict[str, tuple[Bomb, int]] = {
     **{f"endless message, port +{n}": (endless_message, n) for n in range(4)},
+    "small parts without end, port +0": (small_parts, 0),
     "long subscriptions": (long_subscriptions, 3),
     "many subscriptions": (many_subscriptions, 3),
     "small messages, port +0": (small_messages, 0),

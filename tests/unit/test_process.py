@@ -1,4 +1,4 @@
-"""What a broker and a worker ask of the kernel."""
+"""What a broker asks of the kernel when it begins."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import pytest
 
 PREPARED = """
 import json, resource
-from llambo.mesh.process import prepare
+from llambo.cli.child import with_all_descriptors, without_cores
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
 resource.setrlimit(resource.RLIMIT_CORE, (2**20, 2**20))
-prepare()
+without_cores()
+with_all_descriptors()
 print(json.dumps([resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_NOFILE)]))
 """
 
