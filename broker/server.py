@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 #: Messages taken from one socket before the others get a turn.
 DRAIN_MESSAGES = 512
+#: The same in time: what is asked in one bundle may take as long as hundreds of plain messages.
+DRAIN_MS = 20
 DRAIN_TOKENS = 4_096
 #: Flags of a frame that others follow. A ROUTER refuses a message at its first frame or takes all of it.
 MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
@@ -192,7 +194,10 @@ class BrokerServer:
     ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
         """From which route, by whose key, and what."""
         receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._porter is not None
+        until = monotonic_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
+            if monotonic_ms() > until:
+                return
             try:
                 if proved:
                     parts = receive(zmq.DONTWAIT, copy=False)

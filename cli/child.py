@@ -37,7 +37,7 @@ def without_cores() -> None:
 
 
 def with_all_descriptors() -> None:
-    """Each connection takes one, and the 1,024 that a process has at first are a thousand idle connections of anybody."""
+    """Each connection takes one, and the 1,024 that a process often has are a thousand idle connections of anybody."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

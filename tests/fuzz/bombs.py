@@ -171,6 +171,7 @@ BOMBS: dict[str, tuple[Bomb, int]] = {
     "endless message of a member": (members.endless_message, 0),
     "subscriptions of a member": (members.subscriptions, 3),
     "pings of a member": (members.ping_behind_a_full_queue, 0),
+    "questions of a member": (members.questions, 0),
 }
 
 

@@ -24,6 +24,7 @@ from tests.unit import samples
 
 #: Whoever takes nothing for so long hangs.
 HANG_S = 30.0
+HANG_MS = int(HANG_S * 1_000)
 #: Replies are read after so many messages, and this often a peer begins anew.
 LISTEN_EVERY = 16
 ANEW_EVERY = 3_000
@@ -115,7 +116,7 @@ def barrage(report: Report, count: int, guns: Sequence[Callable[[Counter[str]], 
 
 async def status(mesh: Mesh, key: PeerKey | None = None) -> Any:
     """Everything that was sent before has been read when this is answered."""
-    async with Client(mesh.address, key=key or "") as client:
+    async with Client(mesh.address, key=key or "", connect_ms=HANG_MS, query_ms=HANG_MS) as client:
         return await client.status()
 
 

@@ -48,7 +48,7 @@ class Tally:
         self.errors: dict[str, int] = {}
         self.began = time.monotonic()
         self.first_at = 0.0
-        self.last_at = self.began
+        self.last_at = self.ended = self.began
         #: The longest time in which nobody was answered.
         self.gap_ms = 0.0
 
@@ -58,6 +58,11 @@ class Tally:
         self.gap_ms = max(self.gap_ms, (now - self.last_at) * 1_000)
         self.last_at = now
         self.times_ms.append((now - began) * 1_000)
+
+    def close(self) -> None:
+        """A silence that lasts until now counts as well."""
+        self.ended = time.monotonic()
+        self.gap_ms = max(self.gap_ms, (self.ended - self.last_at) * 1_000)
 
     def told(self) -> dict[str, Any]:
         times = sorted(self.times_ms)
@@ -70,7 +75,7 @@ class Tally:
             "p99_ms": round(quantile(times, 0.99), 1),
             "most_ms": round(times[-1], 1) if times else 0.0,
             "gap_ms": round(self.gap_ms),
-            "seconds": round(time.monotonic() - self.began, 1),
+            "seconds": round(self.ended - self.began, 1),
         }
 
 
@@ -100,6 +105,7 @@ async def serve(address: str, hostile: str = "") -> None:
 
     async def listen() -> None:
         while line := await reader.readline():
+            tallies[-1].close()
             tallies.append(Tally(line.decode().strip()))
             print("marked", flush=True)
         over.set()
@@ -110,6 +116,7 @@ async def serve(address: str, hostile: str = "") -> None:
         lines = [_line(client, number, tallies, over) for number in range(LINES)]
         await asyncio.gather(*lines, *([_suffer(hostile, over)] if hostile else []))
     await listener
+    tallies[-1].close()
     for text in faults.texts:
         tallies[-1].errors[text] = 1
     print(json.dumps({tally.name: tally.told() for tally in tallies}), flush=True)

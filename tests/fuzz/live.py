@@ -180,7 +180,7 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
                 barrage(report, count, [peer.shoot for peer in gang])
                 report.seconds = time.monotonic() - began
                 watched.mark("after")
-                mesh.run(status(mesh, own))
+                mesh.run(status(mesh, own), 2 * HANG_S)
             report.told = watched.told
         finally:
             for peer in gang:

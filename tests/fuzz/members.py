@@ -12,7 +12,8 @@ from typing import Any
 
 import zmq
 
-from llambo.mesh import keys, sockets
+from llambo.mesh import codec, keys, sockets
+from llambo.mesh import messages as m
 from llambo.mesh.identity import PeerKey
 from tests.fuzz import wire
 from tests.integration.raw_peer import RawPeer
@@ -119,3 +120,22 @@ class Breaker:
                 if not data:
                     return
                 far.sendall(data)  # TimeoutError: it is full
+
+
+def questions(port: int, offset: int, until: float, key: str) -> int:
+    """Bundles full of questions whose answers are long, and nobody who reads the answers."""
+    sent = 0
+    with RawPeer(port, key=key_of(key)) as peer:
+        peer.join_as_client()
+        asked = [
+            (m.Query(number, what), None)
+            for number in range(1, 65)
+            for what in ("events", "workers", "status", "requests")
+        ]
+        frames = codec.encode(peer.session, asked)
+        peer._control.setsockopt(zmq.SNDTIMEO, 500)
+        with suppress(zmq.Again):
+            while time.monotonic() < until:
+                peer._control.send_multipart(frames)
+                sent += sum(map(len, frames))
+    return sent

@@ -103,7 +103,7 @@ def chunk_mutant(mutator: Mutator, frames: Frames) -> Frames:
         return [mutator.mangled(frame)]
     try:
         body = msgpack.unpackb(frame[tokens.HEAD_BYTES :], strict_map_key=False)
-    except (ValueError, msgpack.UnpackException):  # it was changed before
+    except (ValueError, TypeError, msgpack.UnpackException):  # it was changed before
         return [mutator.mangled(frame)]
     return [frame[: tokens.HEAD_BYTES] + pack(mutator.value(body))]
 
