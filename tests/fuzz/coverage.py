@@ -12,9 +12,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from tests.fuzz import corpus
+
+if TYPE_CHECKING:
+    from tests.fuzz.target import Target
 
 #: Longer inputs cover nothing that shorter ones do not, and make the corpus large.
 MOST_BYTES = 700
@@ -25,20 +31,49 @@ def main(name: str, seconds: int, *, keep: bool) -> int:
     from tests.fuzz import targets
 
     with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as folder:
-        begun, small = Path(folder, "corpus"), Path(folder, "small")
+        begun, target = Path(folder, "corpus"), targets.named(name)
         begun.mkdir()
-        small.mkdir()
-        for number, frames in enumerate([*targets.named(name).seeds, *corpus.read(name)]):
-            Path(begun, str(number)).write_bytes(corpus.join(frames))
+        for number, frames in enumerate([*target.seeds, *corpus.read(name)]):
+            Path(begun, str(number)).write_bytes(corpus.join(list(frames)))
         options = [f"-max_total_time={seconds}", f"-max_len={MOST_BYTES}", "-timeout=10", "-print_final_stats=1"]
         found = _run(name, *options, f"-artifact_prefix={folder}/", str(begun))
         for crash in sorted(Path(folder).glob("crash-*")) + sorted(Path(folder).glob("timeout-*")):
             print(f"FINDING {crash.name}: {corpus.split(crash.read_bytes())!r}")
         if keep and not found:
-            _run(name, "-merge=1", f"-max_len={MOST_BYTES}", str(small), str(begun))
-            corpus.write(name, [corpus.split(path.read_bytes()) for path in sorted(small.iterdir())])
+            inputs = [path.read_bytes() for path in begun.iterdir() if path.stat().st_size <= MOST_BYTES]
+            corpus.write(name, covering(target, [corpus.split(data) for data in sorted(inputs, key=len) if data]))
             print(f"{name}: {len(corpus.read(name))} inputs in the corpus")
     return found
+
+
+def covering(target: Target, inputs: Iterable[list[bytes]]) -> list[list[bytes]]:
+    """Those that take a step from one line of ours to another which none before them has taken."""
+    steps: set[tuple[str, int, int]] = set()
+    new: set[tuple[str, int, int]] = set()
+    last: dict[FrameType, int] = {}
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if "llambo" not in frame.f_code.co_filename:
+            return None
+        step = (frame.f_code.co_filename, last.get(frame, 0), frame.f_lineno)
+        last[frame] = frame.f_lineno
+        if step not in steps:
+            new.add(step)
+        return trace
+
+    kept = []
+    for frames in inputs:
+        sys.settrace(trace)
+        try:
+            target.run(list(frames))
+        finally:
+            sys.settrace(None)
+        if new:
+            kept.append(frames)
+            steps |= new
+        new.clear()
+        last.clear()
+    return kept
 
 
 def _run(name: str, *options: str) -> int:
