@@ -13,7 +13,6 @@ import json, resource
 from llambo.cli.child import with_all_descriptors, without_cores
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
-resource.setrlimit(resource.RLIMIT_CORE, (2**20, 2**20))
 without_cores()
 with_all_descriptors()
 print(json.dumps([resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_NOFILE)]))
