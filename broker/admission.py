@@ -80,21 +80,22 @@ def _wait_and_see(
     due = early.due if early else began + state.config.young_ms
     if now_ms >= due:
         return False
-    if early is None and (few := _early_limit(state, client)):
-        _refuse(state, client, asked.id, few, "this broker has just begun, and too many wait for its workers")
+    if early is None and (code := _too_early(state, client.identity, asked)) is not None:
+        _refuse(state, client, asked.id, code, "this broker has just begun, and too many wait for its workers")
     else:
         state.early[key] = Early(client, asked, blob, due)
     return True
 
 
-def _early_limit(state: State, client: ClientEntry) -> Code | None:
-    """Too many wait like that already, of everybody or of this identity."""
+def _too_early(state: State, who: Identity, asked: m.InferenceRequest | m.Attach) -> Code | None:
+    """Too many wait like that already: of everybody's, or of what this identity asks for anew."""
     if len(state.early) >= state.config.queue_requests:
         return Code.BUSY
-    who = client.identity
-    if who.max_queued and sum(early.client.identity.name == who.name for early in state.early.values()) >= who.max_queued:
-        return Code.OVER_LIMIT
-    return None
+    if not who.max_queued or asked.resume or isinstance(asked, m.Attach):
+        return None
+    own = [early.message for early in state.early.values() if early.client.identity.name == who.name]
+    waiting = sum(isinstance(message, m.InferenceRequest) and not message.resume for message in own)
+    return Code.OVER_LIMIT if waiting >= who.max_queued else None
 
 
 def ask_again(state: State, now_ms: int) -> None:

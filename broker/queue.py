@@ -184,7 +184,7 @@ class Line:
             circle.turn += 1.0 / WEIGHTS[request.priority]
 
     def ease(self, owner: str) -> bool:
-        return any([circle.ease(owner) for circle in self._circles.values()])
+        return sum(circle.ease(owner) for circle in self._circles.values()) > 0
 
     def ahead(self, request: Request) -> int:
         if request.share is self._front:
@@ -198,8 +198,9 @@ class Line:
         return self._front.count + ahead
 
     def __iter__(self) -> Iterator[Request]:
-        for part in (self._front, *self._circles.values()):
-            yield from part
+        yield from self._front
+        for circle in self._circles.values():
+            yield from circle
 
 
 class WaitingRoom:
