@@ -48,7 +48,7 @@ async def right(client: Client, number: int, **options: object) -> Answer:
 
 def at_rest(mesh: Mesh, name: str) -> None:
     """Nothing of this identity is left on its account."""
-    mesh.until(lambda core: core.state.accounts.by_name[name].idle, f"nothing of {name} is left")
+    mesh.until(lambda core: core.state.accounts.of(name).idle, f"nothing of {name} is left")
 
 
 def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
@@ -66,7 +66,7 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                     assert await stream.next_piece() is not None
                 # Two are at work, and that is all: the next wait, though two slots are free for others
                 waiting = [asyncio.create_task(right(alice, number)) for number in range(3)]
-                await mesh.aside(lambda core: core.state.accounts.by_name["alice"].queued == 3, "three wait")
+                await mesh.aside(lambda core: core.state.accounts.of("alice").queued == 3, "three wait")
                 await right(bob, 9)
 
                 error = await refusal(alice.stream("one too many", max_tokens=5))
@@ -148,7 +148,7 @@ def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> Non
             async with mesh.client(key=key_of(folder, "alice")) as alice:
                 asked = [asyncio.create_task(right(alice, number)) for number in range(5)]
                 await mesh.aside(
-                    lambda core: core.state.accounts.by_name["alice"].in_flight == 2 and core.state.counters.chunks > 5,
+                    lambda core: core.state.accounts.of("alice").in_flight == 2 and core.state.counters.chunks > 5,
                     "two are at work",
                 )
                 mesh.workers[0].send(signal.SIGKILL)
