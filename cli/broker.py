@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from llambo.cli.child import adopt, child_options, notify
+from llambo.cli.child import adopt, child_options, notify, without_cores
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
@@ -39,6 +39,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     it.
     """
     adopt(parent)
+    without_cores()
     import os
 
     from llambo.broker.config import BrokerConfig
