@@ -34,8 +34,8 @@ Refusal = tuple[str, ErrorInfo]
 class Account:
     __slots__ = (
         "bytes",
-        "ended",
         "in_flight",
+        "limited",
         "may_fly",
         "name",
         "paid_until",
@@ -52,7 +52,7 @@ class Account:
         self.name = name
         self.queued = self.in_flight = self.bytes = 0
         # --- since it was opened
-        self.submitted = self.ended = self.tokens = 0
+        self.submitted = self.tokens = 0
         #: Why and how often: the name of a limit, or the code of an error.
         self.refused: Counter[str] = Counter()
         #: Each request pays for its part of a minute; nobody may be paid up for more than one.
@@ -65,6 +65,8 @@ class Account:
     def allow(self, who: Identity) -> None:
         self.who = who
         self.may_fly = who.max_in_flight or NO_LIMIT
+        #: Whether anything may be refused for being too much. Without keys nobody has to find out.
+        self.limited = bool(who.max_queued or who.max_bytes or who.per_minute)
 
     @property
     def full(self) -> bool:
@@ -75,9 +77,12 @@ class Account:
     def idle(self) -> bool:
         return not (self.queued or self.in_flight or self.bytes)
 
-    def submit(self, now_ms: int) -> None:
+    @property
+    def ended(self) -> int:
+        return self.submitted - self.queued - self.in_flight
+
+    def pay(self, now_ms: int) -> None:
         """A request is taken in. One that was admitted elsewhere may be one too many: that is no debt."""
-        self.submitted += 1
         if self.who.per_minute:
             paid = max(self.paid_until, now_ms) + MINUTE_MS / self.who.per_minute
             self.paid_until = min(paid, now_ms + MINUTE_MS)

@@ -31,7 +31,7 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
         state.counters.attached += 1
         attach(state, client, m.Attach(asked.id, asked.have, held), now_ms)
         return
-    if (forbidden := access.not_allowed(state, client.identity, asked)) is not None:
+    if state.identities is not None and (forbidden := access.not_allowed(state, client.identity, asked)) is not None:
         _turn_down(state, client, asked.id, *forbidden)
         return
     model, error = _place(state, client.identity, asked, now_ms)
@@ -42,7 +42,8 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
     if refused is not None:
         _turn_down(state, client, asked.id, *refused)
         return
-    account.submit(now_ms)
+    if account.limited:
+        account.pay(now_ms)
     _take(state, client, Request(asked, model, prompt, now_ms, account), asked, held, now_ms)
 
 
@@ -258,40 +259,35 @@ def _refusal(
     state: State, account: Account, asked: m.InferenceRequest, prompt: bytes, held: list[bytes], now_ms: int
 ) -> Refusal | None:
     """What is wrong with it; or it is too much for its identity, or for all of us."""
-    if (error := _wrong(state, asked, prompt, held)) is not None:
-        return error.code, error
     wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
-    if (refused := account.refusal(len(prompt), wanted, asked.resume, now_ms)) is not None:
-        return refused
-    if state.room.full(len(prompt)) and not asked.resume:
-        text = f"the queue is full: {state.room.count} requests wait"
-    elif state.held_bytes + wanted > state.config.transcript_bytes:
-        text = "no room for another answer"
-    else:
-        return None
-    return Code.BUSY, ErrorInfo(Code.BUSY, text, retry_after(state))
-
-
-def _wrong(state: State, asked: m.InferenceRequest, prompt: bytes, held: list[bytes]) -> ErrorInfo | None:
     if asked.have != transfer.count(held):
         # Its tokens came from a broker that is gone, and without them another run would not continue them.
-        return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
+        return _no(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
     if held and asked.task != "generate":
         # Two workers need not agree in the last digit, so one does not continue the result of the other.
-        return ErrorInfo(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
+        return _no(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
     if not prompt and asked.task == "generate":
-        return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
+        return _no(Code.BAD_REQUEST, "the prompt is empty")
     if len(prompt) > limits.PROMPT_BYTES:
-        return ErrorInfo(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
+        return _no(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
     if len(asked.sampling) > limits.SAMPLING_BYTES:
-        return ErrorInfo(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
+        return _no(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
     if asked.task != "generate" and asked.max_tokens > limits.RESULT_PIECES:
         text = f"a result of {asked.max_tokens} pieces, {limits.RESULT_PIECES} are allowed"
-        return ErrorInfo(Code.TOO_LONG, text)
-    wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
+        return _no(Code.TOO_LONG, text)
     if wanted > state.config.transcript_bytes:
-        return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
+        return _no(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
+    if account.limited and (over := account.refusal(len(prompt), wanted, asked.resume, now_ms)) is not None:
+        return over
+    if state.room.full(len(prompt)) and not asked.resume:
+        return _no(Code.BUSY, f"the queue is full: {state.room.count} requests wait", retry_after(state))
+    if state.held_bytes + wanted > state.config.transcript_bytes:
+        return _no(Code.BUSY, "no room for another answer", retry_after(state))
     return None
+
+
+def _no(code: Code, text: str, wait_ms: int = 0) -> Refusal:
+    return code, ErrorInfo(code, text, wait_ms)
 
 
 def retry_after(state: State) -> int:

@@ -28,7 +28,7 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
     lane = request.lane
     if lane not in state.pools:
         state.open_lane(lane)
-    if lane not in state.room.lines and (request.attempt or not request.account.full):
+    if lane not in state.room.lines and (not request.account.full or request.attempt):
         worker = schedule.choose(state.policy, request, state.pools.get(lane))
         if worker is not None:
             request.queued_at = now_ms

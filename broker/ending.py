@@ -76,7 +76,6 @@ def _remove(state: State, request: Request, now_ms: int) -> None:
     if waiting:
         state.room.left(request)
         request.queued_ms += now_ms - request.queued_at
-    state.land(request)
     state.release(request)
 
 
@@ -89,7 +88,6 @@ def _close(
         transcript.clear()  # whole or nothing
     state.counters.ended += 1
     state.counters.failed += error is not None
-    request.account.ended += 1
     if request.task == "generate":
         state.counters.tokens += transcript.next_index
         request.account.tokens += transcript.next_index

@@ -26,39 +26,35 @@ WEIGHTS = {"interactive": 16, "normal": 4, "batch": 1}
 class Share:
     """What one identity has waiting in one class. Entries of requests that left are skipped when met."""
 
-    __slots__ = ("_heap", "count", "gone", "placed")
+    __slots__ = ("count", "gone", "heap", "line", "placed")
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line) -> None:
+        self.line = line
         self.count = 0
         #: How many were put here, and have left, ever.
         self.placed = self.gone = 0
-        self._heap: list[tuple[int, int, Request]] = []
+        self.heap: list[tuple[int, int, Request]] = []
 
     def put(self, request: Request, due: int) -> None:
         self.count += 1
         self.placed += 1
         request.share, request.place = self, self.placed
-        heapq.heappush(self._heap, (due, request.ticket, request))
+        heapq.heappush(self.heap, (due, request.ticket, request))
 
-    def left(self) -> None:
-        self.count -= 1
-        self.gone += 1
-
-    def first(self) -> Request | None:
-        heap = self._heap
-        while heap:
-            _, ticket, request = heap[0]
+    def first(self) -> Request:
+        """Ask only if somebody waits."""
+        while True:
+            _, ticket, request = self.heap[0]
             if request.state is RequestState.WAITING and request.ticket == ticket:
                 return request
-            heapq.heappop(heap)
-        return None
+            heapq.heappop(self.heap)
 
     def before(self, request: Request) -> int:
         """How many are served before this one: exact while nobody overtakes."""
         return max(0, min(request.place - self.gone, self.count) - 1)
 
     def __iter__(self) -> Iterator[Request]:
-        for _, ticket, request in self._heap:
+        for _, ticket, request in self.heap:
             if request.state is RequestState.WAITING and request.ticket == ticket:
                 yield request
 
@@ -78,35 +74,33 @@ class Circle:
         #: How many wait for each of `_open`, sorted, and the sums of that; None: it is not known now.
         self._sums: tuple[list[int], list[int]] | None = None
 
-    def put(self, request: Request, due: int) -> None:
+    def put(self, request: Request, due: int, line: Line) -> None:
         owner = request.owner
         share = self._open.get(owner) or self._held.get(owner)
         if share is None:
-            share = self._open[owner] = Share()
+            share = self._open[owner] = Share(line)
         share.put(request, due)
         self.count += 1
         self._sums = None
 
     def first(self) -> Request | None:
         while self._open:
-            owner, share = next(iter(self._open.items()))
-            request = share.first()
-            assert request is not None, "an identity without anybody waiting has left"
+            owner = next(iter(self._open))
+            request = self._open[owner].first()
             if not request.account.full:
                 return request
             self._held[owner] = self._open.pop(owner)
             self._sums = None
         return None
 
-    def left(self, request: Request, *, served: bool) -> None:
-        share, owner = request.share, request.owner
-        share.left()
+    def left(self, request: Request, served: bool) -> None:
+        owner = request.owner
         self.count -= 1
         self._sums = None
-        if not share.count:
+        if not request.share.count:
             self._open.pop(owner, None)
             self._held.pop(owner, None)
-        elif served and owner in self._open:
+        elif served and len(self._open) > 1 and owner in self._open:
             self._open.move_to_end(owner)
 
     def ease(self, owner: str) -> bool:
@@ -143,7 +137,7 @@ class Line:
     def __init__(self) -> None:
         self.count = 0
         #: Those that have lost a worker, whosever they are.
-        self._front = Share()
+        self._front = Share(self)
         self._circles = {name: Circle() for name in WEIGHTS}
         self._now = 0.0
 
@@ -155,7 +149,7 @@ class Line:
         circle = self._circles[request.priority]
         if not circle.count:
             circle.turn = max(circle.turn, self._now)
-        circle.put(request, due)
+        circle.put(request, due, self)
 
     def first(self) -> Request | None:
         """Whose turn it is. It stays in line until `left` is called."""
@@ -173,12 +167,14 @@ class Line:
     def left(self, request: Request) -> None:
         """The request is not waiting any more; if it was dispatched, its class and its identity have had a turn."""
         self.count -= 1
-        if request.share is self._front:
-            self._front.left()
+        share = request.share
+        share.count -= 1
+        share.gone += 1
+        if share is self._front:
             return
         served = request.state is RequestState.DISPATCHED
         circle = self._circles[request.priority]
-        circle.left(request, served=served)
+        circle.left(request, served)
         if served:
             self._now = circle.turn
             circle.turn += 1.0 / WEIGHTS[request.priority]
@@ -187,8 +183,9 @@ class Line:
         return sum(circle.ease(owner) for circle in self._circles.values()) > 0
 
     def ahead(self, request: Request) -> int:
-        if request.share is self._front:
-            return self._front.before(request)
+        share = request.share
+        if share.count == self.count or share is self._front:
+            return share.before(request)
         weight = WEIGHTS[request.priority]
         ahead = self._circles[request.priority].before(request)
         turns = ahead + 1
@@ -227,17 +224,22 @@ class WaitingRoom:
         self.count += 1
         self.bytes += len(request.prompt)
         due = now_ms + self._max_age_ms
-        self._line(request.lane).put(request, min(due, request.deadline_at or due))
+        lane = request.lane
+        line = self.lines.get(lane)
+        if line is None:
+            line = self.lines[lane] = Line()
+        line.put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
         """Call it after the request has made its step out of WAITING."""
         request.account.queued -= 1
         self.count -= 1
         self.bytes -= len(request.prompt)
-        line = self.lines[request.lane]
+        lane = request.lane
+        line = self.lines[lane]
         line.left(request)
         if not line.count:
-            del self.lines[request.lane]
+            del self.lines[lane]
 
     def first(self, lane: str) -> Request | None:
         line = self.lines.get(lane)
@@ -249,13 +251,9 @@ class WaitingRoom:
 
     def ahead(self, request: Request) -> int:
         """About how many are served before this one, as things stand now."""
-        line = self.lines.get(request.lane)
-        return line.ahead(request) if line else 0
+        return request.share.line.ahead(request)
 
     def expired(self, now_ms: int) -> list[Request]:
         """Those that have waited for too long, also in their second line after losing a worker."""
         limit = now_ms - self._max_age_ms
         return [r for line in self.lines.values() for r in line if r.queued_at <= limit]
-
-    def _line(self, lane: str) -> Line:
-        return self.lines.setdefault(lane, Line())

@@ -152,14 +152,9 @@ class State:
         self.requests[request.id] = request
         size = request.transcript.reserved + len(request.prompt)
         self.reserved += size
-        request.account.bytes += size
-
-    def release(self, request: Request) -> None:
-        """It has ended."""
-        del self.requests[request.id]
-        size = request.transcript.reserved + len(request.prompt)
-        self.reserved -= size
-        request.account.bytes -= size
+        account = request.account
+        account.bytes += size
+        account.submitted += 1
 
     def take_off(self, request: Request) -> None:
         """It is with a worker, under its key."""
@@ -173,6 +168,14 @@ class State:
             account.in_flight -= 1
             if account.queued and account.who.max_in_flight:
                 self.eased[account.name] = account
+
+    def release(self, request: Request) -> None:
+        """It has ended."""
+        self.land(request)
+        del self.requests[request.id]
+        size = request.transcript.reserved + len(request.prompt)
+        self.reserved -= size
+        request.account.bytes -= size
 
     def happened(self, now_ms: int, kind: str, text: str) -> None:
         self._happened += 1

@@ -90,7 +90,7 @@ GUARDS: dict[str, Guard] = {
     "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
     "as many at work as it may": Guard(_QUEUE, "if not request.account.full:", "if True:"),
     "so many also without a queue": Guard(
-        "llambo.broker.dispatching", " and (request.attempt or not request.account.full)", ""
+        "llambo.broker.dispatching", " and (not request.account.full or request.attempt)", ""
     ),
     "held back until one is done": Guard(_STATE, "self.eased[account.name] = account", "pass"),
     "turns of identities": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),

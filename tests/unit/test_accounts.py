@@ -204,7 +204,7 @@ def test_a_minute_is_not_saved_up_for_longer() -> None:
     for now_ms in (0, 3_600_000):
         for _ in range(60):
             assert account.refusal(1, 1, False, now_ms) is None
-            account.submit(now_ms)
+            account.pay(now_ms)
         assert account.refusal(1, 1, False, now_ms) is not None
 
 
@@ -214,7 +214,7 @@ def test_as_many_as_are_allowed_are_let_in_at_once(per_minute: int) -> None:
     account = Account("alice", Identity("alice", "client", per_minute=per_minute))
     now_ms, taken = 10**11 + 7, 0
     while taken <= per_minute and account.refusal(1, 1, False, now_ms) is None:
-        account.submit(now_ms)
+        account.pay(now_ms)
         taken += 1
     assert taken == per_minute
 
