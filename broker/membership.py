@@ -251,6 +251,8 @@ def client_round(state: State, now_ms: int) -> None:
 def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) -> None:
     """The keyring is another one. Sessions of keys that are gone end now; the others go by what it says of them."""
     state.identities = identities
+    state.accounts.allow(identities)
+    state.eased |= state.accounts.by_name
     for client in list(state.registry.clients.values()):
         identity = identities.get(client.user)
         if identity is None or not identity.may_ask or identity.name != client.identity.name:
@@ -335,6 +337,7 @@ def sweep(state: State, now_ms: int) -> None:
     speed.compare(state, now_ms)
     _give_up_on_lanes(state, now_ms)
     admission.ask_again(state, now_ms)
+    state.accounts.sweep(now_ms)
     state.orphanage.expire(now_ms)
     state.close_lanes()
     state.archive.expire(now_ms)

@@ -51,6 +51,7 @@ BROKER_ORDER = [
     "archive",
     "membership",
     "access",
+    "accounts",
     "draining",
     "adoption",
     "returning",
