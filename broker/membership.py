@@ -49,7 +49,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) 
     for model in worker.models:
         state.models[model] = 0
     loading = ", still loading" if worker.state == "starting" else ""
-    state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots{loading}")
+    text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
+    state.happened(now_ms, "worker joined", text, worker=worker.name)
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     draining.joined(state, worker)
     admission.ask_again(state, now_ms)
@@ -94,7 +95,8 @@ def _serves(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: 
     for model in worker.models:
         state.models[model] = 0
     _note_unserved(state, before, now_ms)
-    state.happened(now_ms, "worker serves", f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots")
+    text = f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots"
+    state.happened(now_ms, "worker serves", text, worker=worker.name)
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
@@ -135,7 +137,9 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     state.emptying.pop(worker.session, None)
     state.update_pools(worker)
     state.counters.workers_lost += 1
-    state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
+    text = f"{worker.name}: {why} ({len(keys)} of its requests move)"
+    left = why.startswith("left: ")  # it said goodbye
+    state.happened(now_ms, "worker lost", text, warning=not left, worker=worker.name)
     _note_unserved(state, worker.models, now_ms)
     for key in keys:
         request = state.running.get(key)
@@ -147,7 +151,7 @@ def pardon(state: State, late_ms: int, now_ms: int) -> None:
     """This round comes late: the broker, or its whole machine, stood still. Nobody else was silent meanwhile."""
     if late_ms < state.config.heartbeat_ms or not state.worker_round_at:
         return
-    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms")
+    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=True)
     for worker in state.registry.workers.values():
         worker.heard_at = min(now_ms, worker.heard_at + late_ms)
         if worker.route_gone_at:

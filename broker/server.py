@@ -18,14 +18,17 @@ from typing import Any
 import zmq
 
 from llambo.broker.actions import Action, ToClient, ToWorker
+from llambo.broker.condition import condition
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import ClientSaid, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
 from llambo.broker.gate import Gate
+from llambo.broker.state import Report
 from llambo.mesh import codec, sockets, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.activation import Inherited
 from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.notify import Herald
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +65,14 @@ class BrokerServer:
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
+        herald: Herald | None = None,
     ) -> None:
         """`inherited`: sockets that listen already, in place of host and port."""
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._token_hwm = token_hwm
         self._stopping = False
+        self._herald = herald or Herald()
         self._inherited = inherited
         if inherited is not None:
             host, port = inherited.host, inherited.port
@@ -85,10 +90,16 @@ class BrokerServer:
         for socket in self._sockets:
             poller.register(socket, zmq.POLLIN)
         while not self._stopping:
-            wait = self.core.next_wakeup_ms() - monotonic_ms()
+            wait = min(self.core.next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
+            if monotonic_ms() >= self._herald.due_ms:
+                self._tell_manager()
+        self._tell_manager()
         self._leave()
+
+    def _tell_manager(self) -> None:
+        self._herald.tell(condition(self.core.state, leaving=self._stopping), monotonic_ms())
 
     def _leave(self) -> None:
         """Until each peer has hung up, since it closes its end when it hears that we leave.
@@ -124,6 +135,12 @@ class BrokerServer:
         if now >= self.core.next_wakeup_ms():
             orders += handle(Tick(), now)
         self._perform(orders)
+        while self.core.state.reports:
+            self._log(self.core.state.reports.popleft())
+
+    def _log(self, report: Report) -> None:
+        about = {"worker": report.worker, "request": report.request.hex()}
+        log.log(logging.WARNING if report.warning else logging.INFO, "%s", report.text, extra=about)
 
     def stop(self) -> None:
         """Leave the loop at its next turn. May be called from a signal handler."""
@@ -290,9 +307,10 @@ def run_broker(
     *,
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
+    herald: Herald | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
-    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited)
+    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald)
     if inherited is not None:
         host = inherited.host
 

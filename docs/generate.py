@@ -55,6 +55,7 @@ BROKER_ORDER = [
     "returning",
     "orphanage",
     "server",
+    "condition",
     "queries",
     "gate",
     "config",
