@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from llambo.broker import adoption, delivery, dispatching, ending, returning
+from llambo.broker import access, adoption, delivery, dispatching, ending, returning
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.requests import Request, RequestState
@@ -39,7 +39,7 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
         state.counters.refused += 1
         state.out.append(ToClient(client.route, client.session, m.Problem(error, asked.id)))
         return
-    _take(state, client, Request(asked, model, prompt, now_ms), asked, held, now_ms)
+    _take(state, client, Request(asked, model, prompt, now_ms, client.identity.name), asked, held, now_ms)
 
 
 def _take(
@@ -93,7 +93,9 @@ def ask_again(state: State, now_ms: int) -> None:
             del state.early[key]
         elif now_ms >= said.due or _makes_sense(state, said.message, now_ms):
             del state.early[key]
-            if isinstance(said.message, m.Attach):
+            if (error := access.refusal(state, said.client, said.message)) is not None:
+                access.refuse(state, said.client, said.message, error)
+            elif isinstance(said.message, m.Attach):
                 attach_asked(state, said.client, msgspec.structs.replace(said.message, resume=False), now_ms)
             else:
                 submit(state, said.client, said.message, said.blob, now_ms)

@@ -48,7 +48,11 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
         _dismiss(state, worker, work)
     else:
         state.orphanage.add(orphan)
-        asked = [early.message for (_, id), early in state.early.items() if id == work.id]
+        asked = [
+            early.message
+            for (_, id), early in state.early.items()
+            if id == work.id and early.client.identity.owns(work.owner)
+        ]
         waiting = next((message for message in asked if isinstance(message, m.Attach)), None)
         if waiting is not None or said.home:
             look_for(state, waiting or m.Attach(work.id), now_ms)
@@ -127,7 +131,9 @@ def _outdated(request: Request, orphan: Orphan) -> bool:
 
 
 def _fits(request: Request, orphan: Orphan) -> bool:
-    """It is the same model, and all that was given out already is what this run has said."""
+    """It is the same owner and model, and all that was given out already is what this run has said."""
+    if orphan.work.owner != request.owner:
+        return False
     fingerprint = orphan.worker.fingerprints.get(orphan.work.model, "")
     if request.model != orphan.work.model or request.fingerprint not in ("", fingerprint):
         return False
@@ -180,7 +186,7 @@ def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
         work.id, work.model, work.max_tokens, work.stream, work.priority, work.deadline_ms, True, work.seed,
         sampling=work.sampling, logprobs=work.logprobs, task=work.task,
     )  # fmt: skip
-    request = Request(asked, work.model, orphan.prompt, now_ms)
+    request = Request(asked, work.model, orphan.prompt, now_ms, work.owner)
     state.admit(request)
     request.parked = True
     state.room.put(request, now_ms)

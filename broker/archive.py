@@ -32,6 +32,7 @@ class Ended:
     owed: set[bytes] = field(default_factory=set)
     #: It was ended because its client was gone. If that is back, it has not ended.
     forsaken: bool = False
+    owner: str = ""
 
 
 class Archive:
@@ -52,7 +53,7 @@ class Archive:
         transcript = request.transcript
         ended = Ended(
             end, request.model, request.stream, request.detached, now_ms, request.story, request.task, transcript,
-            set(request.followers), request.forsaken,
+            set(request.followers), request.forsaken, request.owner,
         )  # fmt: skip
         self.ended[request.id] = ended
         if ended.detached:

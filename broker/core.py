@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, assert_never
 
 from llambo.broker import (
+    access,
     admission,
     adoption,
     delivery,
@@ -28,7 +29,17 @@ from llambo.broker import (
 )
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
-from llambo.broker.events import ClientSaid, Event, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import (
+    ClientSaid,
+    Event,
+    KeysChanged,
+    RouteGone,
+    StopAsked,
+    Subscribed,
+    Tick,
+    TokensArrived,
+    WorkerSaid,
+)
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.state import Chance, State
 from llambo.mesh import messages as m
@@ -89,6 +100,8 @@ class BrokerCore:
                 membership.subscribed(state, topic, now_ms)
             case RouteGone(route, to_worker):
                 self._route_gone(route, to_worker, now_ms)
+            case KeysChanged(identities):
+                membership.keys_changed(state, identities, now_ms)
             case StopAsked(reason):
                 membership.say_goodbye(state, reason)
             case _:
@@ -105,16 +118,20 @@ class BrokerCore:
     def _client_said(self, said: ClientSaid, now_ms: int) -> None:
         state = self.state
         client = state.registry.clients.get(said.session)
+        if client is not None and client.user != said.user:
+            client = None  # to know a session is worth nothing under another key
         if client is not None:
             client.heard_at = now_ms
             if client.route != said.route:
                 state.registry.move_client(client, said.route)
         for message, blob in said.messages:
             if isinstance(message, m.ClientHello):
-                membership.client_hello(state, said.route, message, now_ms)
+                membership.client_hello(state, said.route, message, now_ms, said.user)
             elif client is None or client.session not in state.registry.clients:
                 self._unknown_session(said.route, said.session, now_ms, to_worker=False)
                 break
+            elif (error := access.refusal(state, client, message)) is not None:
+                access.refuse(state, client, message, error)
             else:
                 CLIENT_RULES[type(message)](state, client, message, blob, now_ms)
         for problem in said.problems:
@@ -124,6 +141,8 @@ class BrokerCore:
     def _worker_said(self, said: WorkerSaid, now_ms: int) -> None:
         state = self.state
         worker = state.registry.workers.get(said.session)
+        if worker is not None and worker.user != said.user:
+            worker = None
         if worker is not None:
             worker.heard_at = now_ms
             worker.route_gone_at = 0
@@ -131,7 +150,7 @@ class BrokerCore:
                 state.registry.move_worker(worker, said.route)
         for message, blob in said.messages:
             if isinstance(message, m.WorkerHello):
-                membership.worker_hello(state, said.route, message, now_ms)
+                membership.worker_hello(state, said.route, message, now_ms, said.user)
             elif worker is None or worker.session not in state.registry.workers:
                 self._unknown_session(said.route, said.session, now_ms, to_worker=True)
                 break

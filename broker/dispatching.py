@@ -98,6 +98,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         request.logprobs,
         request.task,
         request.suspect_at if request.suspect_at >= 0 else None,
+        request.owner,
     )
     state.out.append(ToWorker(worker.route, worker.session, message, blob))
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llambo.mesh import messages as m
+from llambo.mesh.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
 class ClientSaid:
-    """A control message from a client: its route, the session it claims, and what it said."""
+    """A control message from a client: its route, the session it claims, and what it said.
+
+    `user`: the public key that its connection has proved; empty where there are no keys.
+    """
 
     route: bytes
     session: bytes
     messages: list[tuple[m.Message, bytes]]
     problems: list[m.Problem] = field(default_factory=list)
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,7 @@ class WorkerSaid:
     session: bytes
     messages: list[tuple[m.Message, bytes]]
     problems: list[m.Problem] = field(default_factory=list)
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,13 @@ class Subscribed:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysChanged:
+    """These public keys are valid from now on, and nobody else's."""
+
+    identities: Mapping[str, Identity]
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """The broker is about to end."""
 
@@ -61,4 +75,4 @@ class Tick:
     """Time has passed."""
 
 
-Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | StopAsked | Tick
+Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | KeysChanged | StopAsked | Tick

@@ -8,8 +8,9 @@ clients subscribe again when their token plane turns out to be silent.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 
+from llambo.broker.registry import ClientEntry
 from llambo.mesh import limits
 
 SUBSCRIBE, UNSUBSCRIBE = 1, 0
@@ -18,14 +19,14 @@ SUBSCRIBE, UNSUBSCRIBE = 1, 0
 class Gate:
     """Decides on each upstream frame of the XPUB socket, in the order they are read."""
 
-    def __init__(self, topics: Container[bytes]) -> None:
+    def __init__(self, topics: Mapping[bytes, ClientEntry]) -> None:
         self.refused = 0
         self.junk = 0
         self._topics = topics
         self._out_of_step = False
 
-    def admit(self, frame: bytes) -> bytes | None:
-        """The topic to grant to the sender of this frame, or None."""
+    def admit(self, frame: bytes, user: str = "") -> bytes | None:
+        """The topic to grant to the sender of this frame, whose key is `user`, or None."""
         if not frame or frame[0] not in (SUBSCRIBE, UNSUBSCRIBE):
             self.junk += 1
             self._out_of_step = True
@@ -33,7 +34,8 @@ class Gate:
         if frame[0] == UNSUBSCRIBE:
             return None
         topic = frame[1:]
-        if self._out_of_step or len(topic) != limits.TOPIC_BYTES or topic not in self._topics:
+        client = self._topics.get(topic)
+        if self._out_of_step or len(topic) != limits.TOPIC_BYTES or client is None or client.user != user:
             self.refused += 1
             return None
         return topic

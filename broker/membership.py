@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from llambo.broker import admission, delivery, dispatching, draining, ending, speed
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
@@ -11,6 +13,7 @@ from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.codec import NO_SESSION
 from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.identity import Identity
 
 #: Client sessions at a time; more are refused as busy.
 CLIENT_SESSIONS = 10_000
@@ -18,6 +21,7 @@ CLIENT_SESSIONS = 10_000
 WORKER_SESSIONS = 20_000
 #: Models remembered, with or without a worker.
 MODELS_KNOWN = 1_000
+_REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
 #: Housekeeping that nobody waits for: old queue entries, expired results, rates.
 SWEEP_MS = 1_000
 
@@ -25,26 +29,33 @@ SWEEP_MS = 1_000
 # --- workers -------------------------------------------------------------------------------------------
 
 
-def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int) -> None:
+def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int, user: str = "") -> None:
     """Newest wins, unless the one with that name is alive and another process."""
+    identity = state.identity(user)
     problem = _version_problem(hello.versions)
+    if identity is None or not identity.may_serve:
+        problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
+    elif not identity.may_be_called(hello.name):
+        own = identity.name
+        problem = ErrorInfo(Code.FORBIDDEN, f"this key is for a worker called {own!r} or {own + '-...'!r}")
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
     if there is not None and problem is None:
-        if there.route == route and there.incarnation == hello.incarnation:
+        if there.route == route and there.incarnation == hello.incarnation and there.user == user:
             state.out.append(ToWorker(route, NO_SESSION, there.welcome))
             return
-        if there.incarnation != hello.incarnation and _alive(state, there, now_ms):
+        if (there.incarnation != hello.incarnation or there.user != user) and _alive(state, there, now_ms):
             problem = ErrorInfo(Code.NAME_TAKEN, f"another worker is called {hello.name!r}, from {there.hello.host}")
     if problem is not None:
         state.counters.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))
         return
+    assert identity is not None, "that would be a problem"
     if there is not None:
         lose_worker(state, there, "said hello again", now_ms)
     welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms, hello.versions)
-    worker = WorkerEntry(hello, welcome, route, now_ms)
+    worker = WorkerEntry(hello, welcome, route, now_ms, user, identity)
     state.registry.add_worker(worker)
     for model in worker.models:
         state.models[model] = 0
@@ -174,21 +185,29 @@ def worker_round(state: State, now_ms: int) -> None:
 # --- clients -------------------------------------------------------------------------------------------
 
 
-def client_hello(state: State, route: bytes, hello: m.ClientHello, now_ms: int) -> None:
+def client_hello(state: State, route: bytes, hello: m.ClientHello, now_ms: int, user: str = "") -> None:
+    identity = state.identity(user)
     problem = _version_problem(hello.versions)
+    if identity is None or not identity.may_ask:
+        problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a client")
     if problem is None and len(state.registry.clients) >= CLIENT_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{CLIENT_SESSIONS} clients are connected", 1_000)
     if problem is not None:
         state.counters.problems += 1
         state.out.append(ToClient(route, NO_SESSION, m.Problem(problem)))
         return
+    assert identity is not None, "that would be a problem"
     there = state.registry.client_routes.get(route)
+    if there is not None and there.user != user:
+        # A peer may choose its route. Whoever had this one is not there any more, and what is for him must not go here.
+        lose_client(state, there, now_ms)
+        there = None
     if there is not None:
         state.out.append(ToClient(route, NO_SESSION, there.welcome))
         return
     topic = state.chance(limits.TOPIC_BYTES)
     welcome = _welcome(state, state.config.tokens_out_port, topic, state.config.client_lease_ms, hello.versions)
-    state.registry.add_client(ClientEntry(hello, welcome, route, now_ms))
+    state.registry.add_client(ClientEntry(hello, welcome, route, now_ms, user, identity))
     state.out.append(ToClient(route, NO_SESSION, welcome))
 
 
@@ -231,6 +250,26 @@ def client_round(state: State, now_ms: int) -> None:
 
 
 # --- both ----------------------------------------------------------------------------------------------
+
+
+def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) -> None:
+    """The keyring is another one. Sessions of keys that are gone end now; the others go by what it says of them."""
+    state.identities = identities
+    for client in list(state.registry.clients.values()):
+        identity = identities.get(client.user)
+        if identity is None or not identity.may_ask or identity.name != client.identity.name:
+            state.out.append(ToClient(client.route, client.session, m.Problem(_REVOKED)))
+            state.happened(now_ms, "key revoked", f"client {client.identity.name} has to leave")
+            lose_client(state, client, now_ms)
+        else:
+            client.identity = identity
+    for worker in list(state.registry.workers.values()):
+        identity = identities.get(worker.user)
+        if identity is None or not (identity.may_serve and identity.may_be_called(worker.name)):
+            state.out.append(ToWorker(worker.route, worker.session, m.Problem(_REVOKED)))
+            lose_worker(state, worker, "its key was revoked", now_ms)
+        else:
+            worker.identity = identity
 
 
 def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:

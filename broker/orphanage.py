@@ -50,6 +50,10 @@ class Orphanage:
         for runs in self._runs.values():
             yield from runs.values()
 
+    def owners(self, id: bytes) -> list[str]:
+        """Whose runs of this request are known."""
+        return [orphan.work.owner for orphan in self._runs.get(id, {}).values()]
+
     def add(self, orphan: Orphan) -> None:
         self.remove(orphan.key)
         self._runs.setdefault(orphan.work.id, {})[orphan.key] = orphan

@@ -8,19 +8,22 @@ events N   what happened after number N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
 
 from llambo.broker import draining, speed
 from llambo.broker.actions import ToClient
+from llambo.broker.archive import Ended
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
 from llambo.broker.state import State
 from llambo.mesh import limits
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.identity import Identity
 
 #: Bytes of an answer in one message.
 RESULT_PAGE_BYTES = 512 * 1024
@@ -34,7 +37,7 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
         if rule is None:
             known = ", ".join(QUERIES)
             raise LlamboError(Code.BAD_REQUEST, f"nothing is known about {asked.what!r}; ask for: {known}")
-        data = msgspec.msgpack.encode(rule(state, asked.argument, now_ms))
+        data = msgspec.msgpack.encode(rule(state, asked.argument, now_ms, client.identity))
     except LlamboError as error:
         state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
         return
@@ -74,7 +77,7 @@ def _send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
 # --- snapshots -----------------------------------------------------------------------------------------
 
 
-def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
+def status(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
     workers = state.registry.workers.values()
     return {
         "broker": state.config.name,
@@ -95,12 +98,12 @@ def status(state: State, argument: str, now_ms: int) -> dict[str, Any]:
         "detached_bytes": state.archive.kept_bytes,
         "remembered": len(state.archive.ended),
         "policy": state.config.policy,
-        "models": models(state, "", now_ms),
+        "models": models(state, "", now_ms, who),
         "counters": {name: getattr(state.counters, name) for name in state.counters.__slots__},
     }
 
 
-def models(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+def models(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     listed = []
     for model in sorted(state.models)[:LISTED]:
         serving = [worker for worker in state.registry.workers.values() if model in worker.models]
@@ -117,7 +120,7 @@ def models(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
     return listed
 
 
-def workers(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     one = state.registry.worker_names.get(argument)
     listed = state.registry.workers.values() if not argument else [one] if one is not None else []
     found = sorted(listed, key=lambda worker: worker.name)
@@ -160,9 +163,10 @@ def _worker_state(worker: WorkerEntry) -> str:
     return ("trial" if worker.trial else worker.state) if worker.tokens_up else "mending"
 
 
-def requests(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     return [
-        _request(state, request, now_ms) for _, request in zip(range(LISTED), state.requests.values(), strict=False)
+        _request(state, request, now_ms)
+        for request in islice((one for one in state.requests.values() if who.owns(one.owner)), LISTED)
     ]
 
 
@@ -184,9 +188,9 @@ def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
     }
 
 
-def why(state: State, argument: str, now_ms: int) -> dict[str, Any]:
+def why(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
     """The story of one request, live or remembered."""
-    id = _found(state, argument)
+    id = _found(state, argument, who)
     request = state.requests.get(id)
     if request is not None:
         told = _request(state, request, now_ms)
@@ -220,19 +224,23 @@ def story(state: State, id: bytes) -> list[tuple[int, str, str]]:
     return ended.story if ended else []
 
 
-def find(state: State, argument: str, now_ms: int) -> dict[str, Any]:
-    return {"id": _found(state, argument).hex()}
+def find(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    return {"id": _found(state, argument, who).hex()}
 
 
-def _found(state: State, argument: str) -> bytes:
+def _found(state: State, argument: str, who: Identity) -> bytes:
     prefix = argument.strip().lower()
     if len(prefix) < 4 or any(digit not in "0123456789abcdef" for digit in prefix):
         raise LlamboError(Code.BAD_REQUEST, f"{argument!r} is not an id: at least four hex digits are needed")
     if len(prefix) == 2 * limits.REQUEST_ID_BYTES:
         id = bytes.fromhex(prefix)
-        if id in state.requests or id in state.archive.ended:
+        known = state.requests.get(id) or state.archive.get(id)
+        if known is not None and who.owns(known.owner):
             return id
-    found = [id for pool in (state.requests, state.archive.ended) for id in pool if id.hex().startswith(prefix)]
+    pools: tuple[Mapping[bytes, Request | Ended], ...] = (state.requests, state.archive.ended)
+    found = [
+        id for pool in pools for id, known in pool.items() if id.hex().startswith(prefix) and who.owns(known.owner)
+    ]
     if not found:
         raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {argument} is known here")
     if len(found) > 1:
@@ -240,7 +248,7 @@ def _found(state: State, argument: str) -> bytes:
     return found[0]
 
 
-def events(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
+def events(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     since = int(argument) if argument.isdigit() else 0
     return [
         {"number": event.number, "age_ms": now_ms - event.at_ms, "kind": event.kind, "text": event.text}
@@ -249,7 +257,7 @@ def events(state: State, argument: str, now_ms: int) -> list[dict[str, Any]]:
     ]
 
 
-QUERIES: dict[str, Callable[[State, str, int], Any]] = {
+QUERIES: dict[str, Callable[[State, str, int, Identity], Any]] = {
     "status": status,
     "workers": workers,
     "models": models,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from llambo.broker.requests import Request, lane
 from llambo.mesh import messages as m
+from llambo.mesh.identity import ANYONE, Identity
 
 
 class WorkerEntry:
@@ -25,6 +26,7 @@ class WorkerEntry:
         "fingerprints",
         "heard_at",
         "hello",
+        "identity",
         "idle_load",
         "incarnation",
         "joined_at",
@@ -53,11 +55,22 @@ class WorkerEntry:
         "suspect",
         "trial",
         "turn",
+        "user",
         "was_otherwise",
         "welcome",
     )
 
-    def __init__(self, hello: m.WorkerHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
+    def __init__(
+        self,
+        hello: m.WorkerHello,
+        welcome: m.Welcome,
+        route: bytes,
+        now_ms: int,
+        user: str = "",
+        identity: Identity = ANYONE,
+    ) -> None:
+        #: The public key that opened this session, and what the keyring says of it.
+        self.user, self.identity = user, identity
         self.hello = hello
         self.welcome = welcome
         self.name = hello.name
@@ -162,16 +175,28 @@ class ClientEntry:
         "following",
         "heard_at",
         "hello",
+        "identity",
         "joined_at",
         "number",
         "route",
         "session",
         "topic",
         "unacked",
+        "user",
         "welcome",
     )
 
-    def __init__(self, hello: m.ClientHello, welcome: m.Welcome, route: bytes, now_ms: int) -> None:
+    def __init__(
+        self,
+        hello: m.ClientHello,
+        welcome: m.Welcome,
+        route: bytes,
+        now_ms: int,
+        user: str = "",
+        identity: Identity = ANYONE,
+    ) -> None:
+        #: The public key that opened this session, and what the keyring says of it.
+        self.user, self.identity = user, identity
         self.hello = hello
         self.welcome = welcome
         self.session = welcome.session
@@ -186,6 +211,8 @@ class ClientEntry:
 
     def is_same(self, other: ClientEntry) -> bool:
         """Two sessions of one client."""
+        if self.identity.name != other.identity.name:
+            return False
         return bool(self.hello.incarnation) and self.hello.incarnation == other.hello.incarnation
 
 

@@ -84,6 +84,7 @@ class Request:
         "max_tokens",
         "model",
         "moves",
+        "owner",
         "parked",
         "priority",
         "prompt",
@@ -109,8 +110,10 @@ class Request:
         "worker",
     )
 
-    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int) -> None:
+    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int, owner: str = "") -> None:
         self.id = asked.id
+        #: The name of the identity that has submitted it.
+        self.owner = owner
         self.model = model
         self.prompt = prompt
         self.max_tokens = asked.max_tokens

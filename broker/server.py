@@ -17,17 +17,28 @@ from typing import Any
 
 import zmq
 
+from llambo.broker import ports
 from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.condition import condition
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.events import ClientSaid, RouteGone, StopAsked, Subscribed, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import (
+    ClientSaid,
+    KeysChanged,
+    RouteGone,
+    StopAsked,
+    Subscribed,
+    Tick,
+    TokensArrived,
+    WorkerSaid,
+)
 from llambo.broker.gate import Gate
+from llambo.broker.porter import Porter
 from llambo.broker.state import Report
-from llambo.mesh import codec, sockets, tokens
+from llambo.mesh import codec, sockets
 from llambo.mesh import messages as m
 from llambo.mesh.activation import Inherited
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.keyring import Folder
 from llambo.mesh.notify import Herald
 
 log = logging.getLogger(__name__)
@@ -35,8 +46,6 @@ log = logging.getLogger(__name__)
 #: Messages taken from one socket before the others get a turn.
 DRAIN_MESSAGES = 512
 DRAIN_TOKENS = 4_096
-#: Tries to find four free ports in a row when any will do.
-PORT_TRIES = 100
 #: Flags of a frame that others follow. A ROUTER refuses a message at its first frame or takes all of it.
 MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 #: Random bytes fetched at a time.
@@ -66,20 +75,34 @@ class BrokerServer:
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
         herald: Herald | None = None,
+        keys: Folder | None = None,
     ) -> None:
-        """`inherited`: sockets that listen already, in place of host and port."""
+        """`inherited`: sockets that listen already, in place of host and port. `keys`: who is let in; None: everybody.
+
+        There can be one broker with keys to a context.
+        """
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
-        self._token_hwm = token_hwm
         self._stopping = False
         self._herald = herald or Herald()
-        self._inherited = inherited
+        self._porter: Porter | None = None
         if inherited is not None:
             host, port = inherited.host, inherited.port
-        self.port = self._bind(host, port)
+        try:
+            self._porter = Porter(keys, self._context) if keys else None
+            self._sockets, self.port = ports.bind(self._context, host, port, token_hwm, self._porter, inherited)
+        except BaseException:
+            if self._porter:
+                self._porter.close()
+            if self._owns_context:
+                self._context.term()
+            raise
+        self._clients, self._workers, self._tokens_in, self._tokens_out = self._sockets
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
         self.core = BrokerCore(config, chance())
+        if self._porter:
+            self.core.handle(KeysChanged(self._porter.identities), monotonic_ms())
         self._gate = Gate(self.core.state.registry.topics)
         self.dropped = 0
 
@@ -89,8 +112,10 @@ class BrokerServer:
         poller = zmq.Poller()
         for socket in self._sockets:
             poller.register(socket, zmq.POLLIN)
+        if self._porter:
+            poller.register(self._porter.socket, zmq.POLLIN)
         while not self._stopping:
-            wait = min(self.core.next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
+            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
             if monotonic_ms() >= self._herald.due_ms:
@@ -119,17 +144,19 @@ class BrokerServer:
     def turn(self, readable: dict[Any, int]) -> None:
         now = monotonic_ms()
         handle = self.core.handle
+        if self._porter:
+            self._ask(self._porter, readable, now)
         if self._tokens_in in readable:
             frames = self._drain_tokens()
             if frames:
                 self._perform(handle(TokensArrived(frames), now))
         orders: list[Action] = []
         if self._workers in readable:
-            for route, bundle in self._drain_control(self._workers, codec.from_worker):
-                orders += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems), now)
+            for route, user, bundle in self._drain_control(self._workers, codec.from_worker):
+                orders += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._clients in readable:
-            for route, bundle in self._drain_control(self._clients, codec.from_client):
-                orders += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems), now)
+            for route, user, bundle in self._drain_control(self._clients, codec.from_client):
+                orders += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._tokens_out in readable:
             orders += self._drain_subscriptions(now)
         if now >= self.core.next_wakeup_ms():
@@ -142,6 +169,17 @@ class BrokerServer:
         about = {"worker": report.worker, "request": report.request.hex()}
         log.log(logging.WARNING if report.warning else logging.INFO, "%s", report.text, extra=about)
 
+    def _ask(self, porter: Porter, readable: dict[Any, int], now: int) -> None:
+        if porter.socket in readable:
+            porter.answer()
+        valid = porter.look(now)
+        if valid is not None:
+            self._perform(self.core.handle(KeysChanged(valid), now))
+
+    def _next_wakeup_ms(self) -> int:
+        at = self.core.next_wakeup_ms()
+        return min(at, self._porter.next_look_ms()) if self._porter else at
+
     def stop(self) -> None:
         """Leave the loop at its next turn. May be called from a signal handler."""
         self._stopping = True
@@ -149,6 +187,8 @@ class BrokerServer:
     def close(self) -> None:
         for socket in self._sockets:
             socket.close(linger=sockets.LINGER_MS)
+        if self._porter:
+            self._porter.close()
         if self._owns_context:
             self._context.term()
 
@@ -164,14 +204,21 @@ class BrokerServer:
             pass
         return frames
 
-    def _drain_control(self, socket: Socket, decoder: codec.Codec[Any]) -> Iterable[tuple[bytes, codec.Bundle[Any]]]:
-        receive, decode = socket.recv_multipart, decoder.decode
+    def _drain_control(
+        self, socket: Socket, decoder: codec.Codec[Any]
+    ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
+        """From which route, by whose key, and what."""
+        receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._porter is not None
         for _ in range(DRAIN_MESSAGES):
             try:
-                frames = receive(zmq.DONTWAIT)
+                if proved:
+                    parts = receive(zmq.DONTWAIT, copy=False)
+                    user, frames = key_of(parts[0]), [part.bytes for part in parts]
+                else:
+                    frames = receive(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            yield frames[0], decode(frames[1:])
+            yield frames[0], user, decode(frames[1:])
 
     def _drain_subscriptions(self, now: int) -> list[Action]:
         """A grant goes to the sender of the event read last, so it is given before the next one is read."""
@@ -179,11 +226,12 @@ class BrokerServer:
         socket = self._tokens_out
         for _ in range(DRAIN_MESSAGES):
             try:
-                frame = socket.recv(zmq.DONTWAIT)
+                part = socket.recv(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 self._gate.drained()
                 break
-            topic = self._gate.admit(frame)
+            frame = part.bytes
+            topic = self._gate.admit(frame, key_of(part) if self._porter and frame[:1] == b"\x01" else "")
             if topic is not None:
                 socket.setsockopt(zmq.SUBSCRIBE, topic)
                 orders += self.core.handle(Subscribed(topic), now)
@@ -239,50 +287,10 @@ class BrokerServer:
                     gone.append(route)
         return gone
 
-    # --- sockets -------------------------------------------------------------------------------------
 
-    @property
-    def _sockets(self) -> tuple[Socket, Socket, Socket, Socket]:
-        return self._clients, self._workers, self._tokens_in, self._tokens_out
-
-    def _bind(self, host: str, port: int) -> int:
-        """Bind all four, at `port` and the three after it; with 0, wherever there is room."""
-        for _ in range(1 if port else PORT_TRIES):
-            self._make()
-            try:
-                return self._bind_all(host, port)
-            except zmq.ZMQError as error:
-                for socket in self._sockets:
-                    socket.close(linger=0)
-                if port:
-                    if self._owns_context:
-                        self._context.term()
-                    text = f"cannot listen on {host}, ports {port} to {port + 3}: {error.strerror}"
-                    raise LlamboError(Code.BAD_SETTING, text) from error
-        raise LlamboError(Code.BAD_SETTING, f"no four free ports in a row were found on {host}")
-
-    def _make(self) -> None:
-        self._clients = sockets.control(self._context, zmq.ROUTER)
-        self._workers = sockets.control(self._context, zmq.ROUTER)
-        self._tokens_in = sockets.token(self._context, zmq.SUB, self._token_hwm)
-        self._tokens_out = sockets.token(self._context, zmq.XPUB, self._token_hwm)
-        self._tokens_out.setsockopt(zmq.XPUB_MANUAL, 1)
-        for prefix in (tokens.CHUNK, tokens.BEAT):
-            self._tokens_in.setsockopt(zmq.SUBSCRIBE, prefix)
-
-    def _bind_all(self, host: str, port: int) -> int:
-        if self._inherited is not None:
-            for socket, descriptor in zip(self._sockets, self._inherited.descriptors, strict=True):
-                # Then to bind is to accept there. When the socket is closed only our copy of the descriptor is.
-                socket.setsockopt(zmq.USE_FD, descriptor)
-        if not port:
-            port = self._clients.bind_to_random_port(sockets.endpoint(host, 0).rpartition(":")[0])
-        else:
-            self._clients.bind(sockets.endpoint(host, port))
-        self._workers.bind(sockets.endpoint(host, port + sockets.WORKER_OFFSET))
-        self._tokens_in.bind(sockets.endpoint(host, port + sockets.TOKENS_IN_OFFSET))
-        self._tokens_out.bind(sockets.endpoint(host, port + sockets.TOKENS_OUT_OFFSET))
-        return port
+def key_of(frame: zmq.Frame) -> str:
+    """The public key that the sender's connection has proved."""
+    return str(frame.get("User-Id"))
 
 
 def chance() -> Callable[[int], bytes]:
@@ -308,9 +316,10 @@ def run_broker(
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
     herald: Herald | None = None,
+    keys: Folder | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
-    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald)
+    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys)
     if inherited is not None:
         host = inherited.host
 

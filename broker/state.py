@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
 from llambo.broker.requests import Request, plain
 from llambo.broker.schedule import POLICIES, Pool
+from llambo.mesh.identity import ANYONE, Identity
 from llambo.mesh.messages import Attach, InferenceRequest
 
 #: `chance(n)` gives n random bytes. The shell passes the system's, the simulator seeded ones.
@@ -63,6 +64,7 @@ class Counters:
     clients_lost: int = 0
     problems: int = 0
     unknown_sessions: int = 0
+    forbidden: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class State:
         self.chance = chance
         self.policy = POLICIES[config.policy]
         self.out: list[Action] = []
+        #: Public key to identity, of those that are valid now; None: there are no keys, and everybody is let in.
+        self.identities: Mapping[str, Identity] | None = None
         #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
         self.touched: dict[bytes, WorkerEntry] = {}
         self.registry = Registry()
@@ -139,6 +143,9 @@ class State:
         self._alarm_count = 0
         self._alarms_kept = ALARMS_KEPT
         self._happened = 0
+
+    def identity(self, user: str) -> Identity | None:
+        return ANYONE if self.identities is None else self.identities.get(user)
 
     def admit(self, request: Request) -> None:
         """From now on it is ours, until it has ended."""

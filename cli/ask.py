@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from llambo.cli.common import Common
+from llambo.cli.keyfile import address_of, key_of
 
 if TYPE_CHECKING:
     from llambo.mesh.client import Client
@@ -21,13 +22,17 @@ def connect(common: Common) -> Client:
     from llambo.mesh.client import Client
 
     settings = common.settings
+    key = key_of(settings)
     try:
         user = getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container's user may have no name
         user = "somebody"
     return Client(
-        settings.text("broker"), name=f"{user}@{socket.gethostname()}", connect_ms=settings.number("connect_ms")
-    )  # fmt: skip
+        address_of(settings, key),
+        name=f"{user}@{socket.gethostname()}",
+        connect_ms=settings.number("connect_ms"),
+        key=key or "",
+    )
 
 
 def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:

@@ -11,6 +11,7 @@ from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
+from llambo.cli.keyfile import folder_of
 from llambo.cli.options import settings_options
 from llambo.cli.service import serve
 from llambo.cli.standard import tell
@@ -23,16 +24,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 llambo-broker                                     for this machine
-llambo-broker --bind 0.0.0.0                      for the network
+llambo-broker --bind 0.0.0.0 --keys /etc/llambo/keys   for the network
 llambo-broker --port 9000 --queue-requests 200
 llambo-worker --broker tcp://box:7330             then, on other machines
 llambo --broker tcp://box:7330 send hello
 """
-
-OPEN = (
-    "llambo-broker: warning: nothing is encrypted yet, and whoever reaches these ports may send, read and cancel "
-    "everything; keep them inside a network you trust"
-)
 
 
 @click.command(
@@ -60,23 +56,24 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     from llambo.broker.config import BrokerConfig
     from llambo.broker.server import run_broker
     from llambo.mesh.activation import inherited
-    from llambo.mesh.sockets import endpoint, is_loopback
+    from llambo.mesh.sockets import endpoint
 
     config = BrokerConfig.from_settings(settings.values)
     check_name(settings.text("broker_name"), "--name")
     given = inherited(os.environ, os.getpid())
     host, started = given.host if given else settings.text("bind"), False
+    folder = folder_of(settings, host)
 
     def announce(port: int) -> None:
         nonlocal started
         started = True
         if not notify(notify_fd, str(port)):
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
-        if not is_loopback(host):
-            tell(OPEN)
 
     try:
-        return run_broker(config, host, settings.number("port"), announce, inherited=given, herald=herald)
+        return run_broker(
+            config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder
+        )
     except LlamboError as error:
         if started:
             raise

@@ -17,6 +17,7 @@ class Exit(IntEnum):
     TIMEOUT = 6
     ENGINE = 7
     UNKNOWN_ID = 8
+    DENIED = 9
     INTERRUPTED = 130
 
 
@@ -30,6 +31,7 @@ MEANING: dict[Exit, str] = {
     Exit.TIMEOUT: "a deadline, a timeout or the longest wait has passed",
     Exit.ENGINE: "the engine failed",
     Exit.UNKNOWN_ID: "unknown or expired request id, or unknown worker",
+    Exit.DENIED: "the key is not valid, or may not do that",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
 }
 
@@ -47,6 +49,9 @@ _OF: dict[Code, Exit] = {
     Code.TOO_LONG: Exit.REFUSED,
     Code.UNKNOWN_MODEL: Exit.REFUSED,
     Code.MODEL_REQUIRED: Exit.REFUSED,
+    Code.UNAUTHORIZED: Exit.DENIED,
+    Code.FORBIDDEN: Exit.DENIED,
+    Code.OVER_LIMIT: Exit.BUSY,
     Code.BUSY: Exit.BUSY,
     Code.NO_WORKER: Exit.BUSY,
     Code.DEADLINE: Exit.TIMEOUT,

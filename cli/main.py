@@ -22,7 +22,7 @@ COMMANDS = (
     "events",
     "drain",
 )
-LOCAL = ("config", "up")
+LOCAL = ("config", "up", "keys")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
@@ -47,7 +47,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@settings_options(["broker"])
+@settings_options(["broker", "key"])
 @config_option()
 @verbosity("Log to stderr; twice for more.")
 @click.option(

@@ -79,7 +79,7 @@ def _attach(function: Any, option: click.Option) -> None:
 
 def client_options(function: F, *, verbose: str = "Log to stderr; twice for more.") -> F:
     """Every client command takes these, behind its own name as well as behind `llambo`."""
-    return settings_options(["broker"])(config_option()(verbosity(verbose)(function)))
+    return settings_options(["broker", "key"])(config_option()(verbosity(verbose)(function)))
 
 
 def json_option(function: F) -> F:

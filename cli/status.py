@@ -9,6 +9,7 @@ import click
 from llambo.cli.ask import ask
 from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
+from llambo.cli.keyfile import address_of, key_of
 from llambo.cli.models import show_models
 from llambo.cli.options import client_options, json_option
 from llambo.cli.output import facts, show_json, size
@@ -36,7 +37,7 @@ def status(common: Common, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    facts(_facts(found, common.settings.text("broker")))
+    facts(_facts(found, address_of(common.settings, key_of(common.settings))))
     if found["models"]:
         click.echo()
         show_models(found["models"])

@@ -9,6 +9,7 @@ import click
 
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
+from llambo.cli.keyfile import WORKERS, folder_of, worker_key
 from llambo.cli.options import settings_options
 from llambo.cli.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
 from llambo.mesh.settings_table import BY_NAME, of_roles
@@ -24,7 +25,7 @@ llambo up --port 0                            on whatever ports are free
 llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
 """
 
-BROKER_SETTINGS = ("bind", "port")
+BROKER_SETTINGS = ("bind", "port", "keys")
 WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
 
 
@@ -66,11 +67,14 @@ def plan(common: Common, workers: int) -> Plan:
     if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
         worker_flags["threads"] = max(1, cores() // workers)
+    folder = folder_of(settings, settings.text("bind"))
+    if folder is not None:
+        worker_flags["key"] = str(worker_key(folder))
     return Plan(
         host=settings.text("bind"),
         broker=[*_module("broker"), *shared, *_said(broker_flags)],
-        workers=[(f"worker-{number}", [*_module("worker"), *shared, *_said(worker_flags), "--name", f"worker-{number}"])
-                 for number in range(1, workers + 1)],
+        workers=[(name, [*_module("worker"), *shared, *_said(worker_flags), "--name", name])
+                 for name in (f"{WORKERS}-{number}" for number in range(1, workers + 1))],
     )  # fmt: skip
 
 

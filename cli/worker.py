@@ -12,6 +12,7 @@ from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
+from llambo.cli.keyfile import address_of, key_of
 from llambo.cli.logs import ABOUT
 from llambo.cli.options import settings_options
 from llambo.cli.service import serve
@@ -43,7 +44,7 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
     cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
 )  # fmt: skip
 @child_options
-@settings_options(["broker", *WORKER_SETTINGS], heading="Settings")
+@settings_options(["broker", "key", *WORKER_SETTINGS], heading="Settings")
 @settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
 @settings_options(["log_level"])
 @config_option()
@@ -77,11 +78,13 @@ def worker_config(settings: Settings) -> WorkerConfig:
     from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
     engine, model = engine_and_model(settings)
+    key = key_of(settings)
     of_fake = {knob.name for knob in fields(FakeKnobs)}
     knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
     return WorkerConfig(
-        brokers=brokers_of(settings.text("broker")),
-        name=check_name(settings.text("name"), "--name") or default_name(),
+        brokers=brokers_of(address_of(settings, key)),
+        key=key,
+        name=check_name(settings.text("name"), "--name") or (key.name if key else default_name()),
         engine=engine,
         model=model,
         # The table of settings has checked each value against its kind and its choices.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,7 +27,7 @@ import msgspec
 import zmq
 
 from llambo.mesh import client_events as e
-from llambo.mesh import limits, sockets
+from llambo.mesh import keys, limits, sockets
 from llambo.mesh import messages as m
 from llambo.mesh.client_core import ClientCore
 from llambo.mesh.client_options import Options, build_request
@@ -36,6 +37,8 @@ from llambo.mesh.client_stream import Answer, Piece, Stream
 from llambo.mesh.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized
 from llambo.mesh.client_waiters import Waiters, reject, resolve
 from llambo.mesh.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.identity import PeerKey
+from llambo.mesh.link_core import BROKEN_OFF
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class ClientSettings(TypedDict, total=False):
     lost_ms: int
     #: Token frames queued for a reader that is busy; more are dropped, and repaired by replay.
     token_hwm: int
+    #: The key: itself, its line, or a file that holds it. "" is none; None is LLAMBO_KEY, or systemd's credential.
+    key: PeerKey | str | None
     #: Share this context instead of making one.
     context: Context | None
 
@@ -68,6 +73,7 @@ _DEFAULTS: ClientSettings = {
     "query_ms": 10_000,
     "lost_ms": 30_000,
     "token_hwm": sockets.TOKEN_HWM,
+    "key": None,
     "context": None,
 }
 
@@ -75,10 +81,12 @@ _DEFAULTS: ClientSettings = {
 class Client(TaskCalls):
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, **settings: Unpack[ClientSettings]) -> None:
-        sockets.split_all(address)
-        self.address = address
+    def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
+        """Without an address: the one in the key, or the broker of this machine."""
         self._settings: ClientSettings = {**_DEFAULTS, **settings}
+        self._key = keys.wanted(self._settings["key"], os.environ)
+        self.address = address or (self._key.address if self._key else DEFAULT_ADDRESS)
+        sockets.split_all(self.address)
         name = self._settings["name"][: limits.NAME_CHARS]
         hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
         self._core = ClientCore(hello, give_up_ms=self._settings["lost_ms"])
@@ -102,8 +110,9 @@ class Client(TaskCalls):
         self._context = self._settings["context"] or zmq.Context()
         self._welcomed = loop.create_future()
         self._shell = ClientShell(
-            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken
-        )
+            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken,
+            self._key,
+        )  # fmt: skip
         self._shell.begin(found)
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):
@@ -327,6 +336,8 @@ class Client(TaskCalls):
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
+        if self._core.link.problem == BROKEN_OFF:
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {BROKEN_OFF}")
         text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 

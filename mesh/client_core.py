@@ -31,6 +31,10 @@ from llambo.mesh.timers import NEVER_MS
 GATE_MS = 250
 
 
+#: Problems that end a session.
+_OVER = (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED)
+
+
 class ClientCore:
     """One client. `handle` is the only door; `next_wakeup_ms` says when it wants a Tick at the latest.
 
@@ -141,6 +145,9 @@ class ClientCore:
             return
         why = f": {self.problem.text}" if self.problem else ""
         error = ErrorInfo(Code.NO_BROKER, f"no broker for {alone_ms} ms{why}")
+        self._fail_all(error)
+
+    def _fail_all(self, error: ErrorInfo) -> None:
         self.requests.fail_all(error)
         self._out += [e.Failed(query, error) for query in self._questions.give_up()]
 
@@ -158,12 +165,17 @@ class ClientCore:
             self.requests.on_lost()
             self._questions.on_lost()
         if self.link.state is LinkState.DOWN and self.problem is None:
-            self.problem = ErrorInfo(Code.NO_BROKER, self.link.problem)
+            code = Code.UNAUTHORIZED if self.link.denied else Code.NO_BROKER
+            self.problem = ErrorInfo(code, self.link.problem)
+            if self.link.denied:
+                self._fail_all(self.problem)
         self._out.append(e.LinkChanged(self.link.state, self.problem))
 
     def _refused(self, error: ErrorInfo, now_ms: int) -> None:
         if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
             self.problem = error
+            if error.code is Code.UNAUTHORIZED:
+                self._fail_all(error)  # with this key there is no broker for them
             self.link.on_refused(error.text, now_ms, again=error.code is Code.UNKNOWN_SESSION)
 
     # --- arrivals ----------------------------------------------------------------------------------------------
@@ -211,7 +223,7 @@ class ClientCore:
             self.requests.on_problem(problem)
         elif problem.query and self._questions.forget(problem.query):
             self._out.append(e.Failed(problem.query, problem.error))
-        elif problem.error.code is Code.UNKNOWN_SESSION or self.link.state is LinkState.GREETING:
+        elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:
             self._refused(problem.error, now_ms)
 
     def _on_tokens(self, frames: list[bytes], now_ms: int) -> None:

@@ -17,6 +17,7 @@ import zmq
 from llambo.mesh import client_events as e
 from llambo.mesh import codec, limits
 from llambo.mesh.client_core import ClientCore
+from llambo.mesh.identity import PeerKey
 from llambo.mesh.link import Link
 from llambo.mesh.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
 from llambo.mesh.timers import NEVER_MS
@@ -37,6 +38,7 @@ class ClientShell:
         token_hwm: int,
         deliver: Callable[[e.Delivery], None],
         broken: Callable[[Exception], None],
+        key: PeerKey | None = None,
     ) -> None:
         self._core = core
         self._link = Link(
@@ -47,6 +49,7 @@ class ClientShell:
             decoder=codec.to_client,
             token_hwm=token_hwm,
             spread=True,
+            key=key,
         )
         self._deliver = deliver
         self._broken = broken

@@ -35,6 +35,9 @@ class Code(enum.StrEnum):
     UNKNOWN_TYPE = "unknown_type"
     UNKNOWN_SESSION = "unknown_session"
     NAME_TAKEN = "name_taken"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    OVER_LIMIT = "over_limit"
     BAD_REQUEST = "bad_request"
     TOO_LONG = "too_long"
     UNKNOWN_MODEL = "unknown_model"
@@ -69,6 +72,9 @@ TRAITS: dict[Code, Trait] = {
     Code.UNKNOWN_TYPE: Trait(Fault.PEER, 400, False, "the other end is older; update it"),
     Code.UNKNOWN_SESSION: Trait(Fault.PEER, 409, True, "say hello again; the client library does so by itself"),
     Code.NAME_TAKEN: Trait(Fault.CALLER, 409, False, "choose another --name"),
+    Code.UNAUTHORIZED: Trait(Fault.CALLER, 401, False, "ask whoever runs the broker for a key: `llambo keys add NAME`"),
+    Code.FORBIDDEN: Trait(Fault.CALLER, 403, False, "use a key with that right; `llambo keys list` shows them"),
+    Code.OVER_LIMIT: Trait(Fault.CALLER, 429, True, "try again after the time given, or ask for a higher limit"),
     Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "mend the field that is named"),
     Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
     Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of the models that are listed"),

@@ -13,6 +13,7 @@ import zmq
 
 from llambo.mesh import codec, sockets
 from llambo.mesh import messages as m
+from llambo.mesh.identity import PeerKey
 from llambo.mesh.link_core import CloseLink, LinkOrder, OpenControl, OpenTokens, Publish, Send, Sign
 from llambo.mesh.lookup import Lookup
 
@@ -45,6 +46,7 @@ class Link:
         decoder: codec.Codec[Any],
         token_hwm: int = sockets.TOKEN_HWM,
         spread: bool = False,
+        key: PeerKey | None = None,
     ) -> None:
         self.control: zmq.Socket[bytes] | None = None
         self.tokens: zmq.Socket[bytes] | None = None
@@ -62,6 +64,7 @@ class Link:
         self._token_hwm = token_hwm
         self._decoder = decoder
         self._spread = spread
+        self._key = key
         self._shares: dict[tuple[str, int], float] = {}
         self._literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
         self._target = 0
@@ -126,12 +129,18 @@ class Link:
         """What became of the control connection."""
         while self.monitor is not None:
             try:
-                event, _ = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
+                event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
             except zmq.Again:
                 return
             shaken, self._shaken = self._shaken, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._shaken:
                 yield Sign.CONNECTED
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                yield Sign.DENIED
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                yield Sign.UNLIKE
+            elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+                yield Sign.BROKEN_OFF
             else:
                 yield Sign.CUT if shaken else Sign.REFUSED
 
@@ -194,7 +203,7 @@ class Link:
 
     def _connect(self) -> None:
         self._ip, port = self.found[self._target % len(self.found)]
-        self.control = sockets.control(self._context, zmq.DEALER)
+        self.control = sockets.control(self._context, zmq.DEALER, curve=self._key)
         self.monitor = self.control.get_monitor_socket(_WATCHED)
         self._shaken = False
         self.control.connect(sockets.endpoint(self._ip, port + self._offset))
@@ -202,7 +211,7 @@ class Link:
     def _open_tokens(self, port: int, topic: bytes) -> None:
         if self.tokens is not None:
             self.tokens.close(linger=0)
-        self.tokens = sockets.token(self._context, self._token_kind, self._token_hwm)
+        self.tokens = sockets.token(self._context, self._token_kind, self._token_hwm, curve=self._key)
         if self._token_kind == zmq.SUB:
             self.tokens.setsockopt(zmq.SUBSCRIBE, topic)
         self.tokens.connect(sockets.endpoint(self._ip, port))

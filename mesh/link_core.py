@@ -90,6 +90,19 @@ class Sign(enum.Enum):
     CONNECTED = "connected"
     CUT = "cut"  # it was there, and is not any more; the socket tries to have it back
     REFUSED = "refused"  # such a try has failed: nobody is there
+    BROKEN_OFF = "broken off"  # somebody is there, who does not shake hands with us
+    DENIED = "denied"  # the broker does not take the key
+    UNLIKE = "unlike"  # one of both has keys, and the other has not
+
+
+_DENIALS = {
+    Sign.DENIED: "the broker does not take this key: it is unknown there, has expired, or is for another role",
+    Sign.UNLIKE: "the broker wants a key and none was given, or one was given and the broker has no keys",
+}
+
+
+#: With keys it looks like this when the other end is the first to see that they do not match.
+BROKEN_OFF = "whoever listens there does not shake hands: it is no broker, or it wants a key, or another key"
 
 
 class LinkCore:
@@ -102,6 +115,8 @@ class LinkCore:
         self.session = NO_SESSION
         self.broker = ""
         self.problem: str = ""
+        #: The last try failed for want of the right key: another one with the same will, too.
+        self.denied = False
         self.heartbeat_ms = 200
         self.lease_ms = 2_000
         self.beat = 0  # workers: the last number published; clients: the last number seen
@@ -163,7 +178,12 @@ class LinkCore:
         if sign is Sign.CONNECTED:
             self._cut_at = NEVER_MS
         elif self.state is LinkState.GREETING:
-            if sign is Sign.REFUSED and self.choices > 1:
+            if sign in _DENIALS:
+                self.problem, self.denied = _DENIALS[sign], True
+                self._down(now_ms)
+            elif sign is Sign.BROKEN_OFF:
+                self.problem = BROKEN_OFF
+            elif sign is Sign.REFUSED and self.choices > 1:
                 self.problem = "nobody listens there"
                 self._down(now_ms)
         elif self.welcomed and self._hasty:
@@ -224,6 +244,7 @@ class LinkCore:
             case LinkState.DOWN if now_ms >= self._retry_at:
                 self._step(LinkState.GREETING, now_ms)
                 self.greetings += 1
+                self.denied = False
                 self._out.append(OpenControl(self.link, self.target))
                 self._greet(now_ms)
             case LinkState.GREETING if now_ms - self._since >= self._greeting_ms:

@@ -16,6 +16,8 @@ from typing import Any
 Value = str | int | float | bool
 
 _MIB = 1024 * 1024
+#: A value that begins like this is a key itself, and never shown.
+KEY_PREFIX = "llambo-key-"
 _BYTE_UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": _MIB, "GIB": 1024 * _MIB}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -29,6 +31,7 @@ class Kind(Enum):
     MS = "MS"
     BYTES = "BYTES"
     SWITCH = "YES/NO"
+    KEY = "FILE|LINE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,8 @@ class Setting:
         """The value as a person would write it."""
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if self.kind is Kind.KEY and str(value).startswith(KEY_PREFIX):
+            return "(a key)"
         if self.kind is Kind.BYTES and isinstance(value, int):
             return _show_bytes(value)
         return str(value)
@@ -135,6 +140,7 @@ _PARSERS: dict[Kind, Callable[[Any], Value]] = {
     Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
     Kind.BYTES: _bytes,
     Kind.SWITCH: _switch,
+    Kind.KEY: _text,
 }
 
 
@@ -204,11 +210,13 @@ _MESH = (
         "address of the broker; of several, with commas",
         roles="worker client",
     ),
+    _row("mesh.key", Kind.KEY, "", "the key that a broker wants: a file, or the line itself", roles="worker client"),
     _row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
 )
 _BROKER = (
     _row("broker.name", Kind.TEXT, "broker", "name of this broker", name="broker_name"),
     _row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
+    _row("broker.keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; empty: everybody is let in"),
     # Three more ports follow it, so the last usable one is 65532.
     _row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any that are free", high=65_532),
     _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen", choices=_POLICIES),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import socket as pysocket
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import zmq
 
 from llambo.mesh import limits
 from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.identity import Pair, PeerKey
 
 #: Messages a socket queues for one peer, by plane.
 CONTROL_HWM = 10_000
@@ -34,7 +36,25 @@ DEFAULT_PORT = 7330
 WORKER_OFFSET, TOKENS_IN_OFFSET, TOKENS_OUT_OFFSET = 1, 2, 3
 
 
-def make(context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_frame: int) -> zmq.Socket[bytes]:
+#: Who is asked whether a key is valid (ZAP).
+ASK_AT = "inproc://zeromq.zap.01"
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """A broker's end: it shows its key, and whoever asks is let in by the keyring's word on this domain."""
+
+    pair: Pair
+    domain: str
+
+
+#: How a socket proves itself; None: not at all.
+Curve = Door | PeerKey | None
+
+
+def make(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_frame: int, curve: Curve = None
+) -> zmq.Socket[bytes]:
     socket = context.socket(kind)
     socket.linger = LINGER_MS
     socket.sndhwm = socket.rcvhwm = hwm
@@ -48,6 +68,16 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_fr
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+    if isinstance(curve, Door):
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, curve.pair.secret.encode())
+        socket.setsockopt(zmq.ZAP_DOMAIN, curve.domain.encode())
+        # Without it everybody is let in as long as nobody answers.
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    elif curve is not None:
+        socket.setsockopt(zmq.CURVE_SERVERKEY, curve.broker.encode())
+        socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.pair.public.encode())
+        socket.setsockopt(zmq.CURVE_SECRETKEY, curve.pair.secret.encode())
     if kind == zmq.ROUTER:
         # Without it a message for a peer that is gone disappears silently.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -57,12 +87,16 @@ def make(context: zmq.Context[zmq.Socket[bytes]], kind: int, *, hwm: int, max_fr
     return socket
 
 
-def control(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = CONTROL_HWM) -> zmq.Socket[bytes]:
-    return make(context, kind, hwm=hwm, max_frame=limits.CONTROL_FRAME_BYTES)
+def control(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = CONTROL_HWM, *, curve: Curve = None
+) -> zmq.Socket[bytes]:
+    return make(context, kind, hwm=hwm, max_frame=limits.CONTROL_FRAME_BYTES, curve=curve)
 
 
-def token(context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = TOKEN_HWM) -> zmq.Socket[bytes]:
-    return make(context, kind, hwm=hwm, max_frame=limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES)
+def token(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = TOKEN_HWM, *, curve: Curve = None
+) -> zmq.Socket[bytes]:
+    return make(context, kind, hwm=hwm, max_frame=limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES, curve=curve)
 
 
 def split(address: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from llambo.mesh.client import DEFAULT_ADDRESS, Client, ClientSettings
+from llambo.mesh.client import Client, ClientSettings
 from llambo.mesh.client_options import Options
 from llambo.mesh.client_requests import Counters
 from llambo.mesh.client_stream import Answer, Piece, Stream
@@ -74,7 +74,7 @@ class SyncStream:
 class SyncClient:
     """A connection to a mesh. Use it with `with`, or call `connect` and `close`. Threads may share it."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, **settings: Unpack[ClientSettings]) -> None:
+    def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
         self._client = Client(address, **settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

@@ -141,6 +141,8 @@ class Dispatch(Message, frozen=True):
     task: Task = "generate"
     #: An engine died when it was to make this token: no other suspect may be aboard until it is past it.
     suspect: Count | None = None
+    #: The identity that has submitted it: nobody else may follow it, at the next broker either.
+    owner: Name = ""
 
 
 class Adopt(Message, frozen=True):

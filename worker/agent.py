@@ -63,6 +63,7 @@ class Agent:
                 offset=sockets.WORKER_OFFSET,
                 decoder=codec.to_worker,
                 token_hwm=config.token_hwm,
+                key=config.key,
             )
             for number, address in enumerate(config.brokers)
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from llambo.mesh import limits
+from llambo.mesh.identity import PeerKey
 from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 
 
@@ -39,6 +40,8 @@ class WorkerConfig:
     backoff_ms: int = 10_000
     #: Token frames queued for a slow network before they are dropped, and repaired by replay.
     token_hwm: int = 100_000
+    #: What it proves itself with; None: the brokers have no keys.
+    key: PeerKey | None = None
 
     @property
     def model_name(self) -> str:

@@ -249,7 +249,7 @@ class WorkerCore:
 
     def _on_problem(self, number: int, problem: m.Problem, now_ms: int) -> None:
         link, error = self.links[number], problem.error
-        if link.state is LinkState.GREETING or error.code is Code.UNKNOWN_SESSION:
+        if link.state is LinkState.GREETING or error.code in (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED):
             taken = error.code is Code.NAME_TAKEN
             self._refused(number, f"{error.text}; {TRAITS[error.code].hint}" if taken else error.text, now_ms)
         else:

@@ -19,6 +19,7 @@ from llambo.broker import queries
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client import Answer, Options, Piece
 from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.identity import ANYONE
 from llambo.worker import engine_proto as proto
 from llambo.worker import models
 from llambo.worker.config import WorkerConfig
@@ -205,7 +206,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         mesh.until(lambda core: core.state.registry.workers and worker.children(), "a worker and its engine")
         engine = worker.children()[0]
         os.kill(engine, signal.SIGSTOP)
-        assert mesh.look(lambda core: queries.status(core.state, "", 0)["ready"]) == 0
+        assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE)["ready"]) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
         async def scenario() -> Answer:

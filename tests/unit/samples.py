@@ -37,7 +37,23 @@ ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
-    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed", 3
+    ID,
+    DISPATCH,
+    17,
+    "tiny",
+    99,
+    2**62,
+    [1, 2, 2**31],
+    5,
+    5_000,
+    False,
+    "batch",
+    True,
+    SAMPLING,
+    5,
+    "embed",
+    3,
+    "laptop",
 )
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.

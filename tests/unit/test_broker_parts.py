@@ -8,7 +8,7 @@ import pytest
 
 from llambo.broker.gate import Gate
 from llambo.broker.queue import WaitingRoom
-from llambo.broker.registry import WorkerEntry
+from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import REQUEST_STEPS, Request, RequestState
 from llambo.broker.schedule import POLICIES, Pool, choose
 from llambo.broker.transcript import Transcript
@@ -218,9 +218,19 @@ def test_pages_are_bounded_and_together_they_are_everything() -> None:
 # --- the gate of the token plane -----------------------------------------------------------------------
 
 
+def client_of(topic: bytes, user: str = "") -> ClientEntry:
+    return ClientEntry(m.ClientHello(), m.Welcome(b"session!", 1, topic), b"route", 0, user)
+
+
+def test_a_topic_is_granted_to_the_key_of_its_session_only() -> None:
+    topic = b"t" * limits.TOPIC_BYTES
+    gate = Gate({topic: client_of(topic, "alice")})
+    assert [gate.admit(b"\x01" + topic, user) for user in ("bob", "", "alice")] == [None, None, topic]
+
+
 def test_only_a_whole_session_topic_is_granted() -> None:
     topic = b"t" * limits.TOPIC_BYTES
-    gate = Gate({topic: 1})
+    gate = Gate({topic: client_of(topic)})
     assert gate.admit(b"\x01" + topic) == topic
     for frame in (b"\x01", b"\x01t", b"\x01" + topic[:-1], b"\x01" + topic + b"x", b"\x01" + b"u" * 16):
         assert gate.admit(frame) is None
@@ -231,7 +241,7 @@ def test_only_a_whole_session_topic_is_granted() -> None:
 
 def test_after_junk_no_grant_is_given_until_the_socket_is_in_step_again() -> None:
     topic = b"t" * limits.TOPIC_BYTES
-    gate = Gate({topic: 1})
+    gate = Gate({topic: client_of(topic)})
     assert gate.admit(b"\x07junk") is None
     assert gate.admit(b"\x01" + topic) is None
     gate.drained()

@@ -39,7 +39,7 @@ WORLD = {
 #: What it may not reach through others either: a value it is given may know the host's name, not the time.
 FAR_WORLD = {"asyncio", "random", "secrets", "time", "zmq"}
 #: In the broker everything but the shell is core.
-BROKER_SHELL = {"broker/server.py"}
+BROKER_SHELL = {"broker/server.py", "broker/ports.py", "broker/porter.py"}
 UNSAFE_MODULES = {"dill", "marshal", "pickle", "shelve"}
 UNSAFE_CALLS = {"eval", "exec", "__import__"}
 #: A file is read in one sitting.

@@ -1,0 +1,91 @@
+"""The porter: answers who may come in, and keeps an eye on the keyring. Part of the broker's shell and of its one loop.
+
+There is no thread that could die, and nothing is let in while nobody answers: the sockets insist on an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from llambo.broker import zap
+from llambo.mesh import sockets
+from llambo.mesh.errors import LlamboError
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+
+log = logging.getLogger(__name__)
+
+#: How often the keyring is looked at, and how often it is complained of.
+LOOK_MS = 250
+COMPLAIN_MS = 60_000
+#: Questions answered before others get a turn.
+DRAIN = 256
+_CURVE_BYTES = 32
+
+
+class Porter:
+    def __init__(self, folder: Folder, context: zmq.Context[Any]) -> None:
+        self.pair = folder.broker()
+        self.refused = 0
+        self._folder = folder
+        self._stamp = folder.stamp()
+        self._ring = folder.ring()
+        self.identities: Mapping[str, Identity] = self._ring.identities(time.time())
+        self._look_at = self._complain_at = 0
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(sockets.ASK_AT)
+
+    def door(self, domain: str) -> sockets.Door:
+        return sockets.Door(self.pair, domain)
+
+    def answer(self) -> None:
+        """Everybody who waits at a door."""
+        for _ in range(DRAIN):
+            try:
+                question = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            credentials = question[-1]
+            public = z85.encode(credentials).decode() if len(credentials) == _CURVE_BYTES else ""
+            reply, why = zap.answer(question, public, self.identities)
+            if why:
+                self.refused += 1
+                log.info("refused %s: %s", question[3].decode("ascii", "replace") if len(question) > 3 else "?", why)
+            self.socket.send_multipart(reply, zmq.DONTWAIT)
+
+    def look(self, now_ms: int) -> Mapping[str, Identity] | None:
+        """What is valid from now on, if that is something else than before.
+
+        A keyring that cannot be read changes nothing but is complained of: what was revoked before stays revoked, and
+        what expires expires.
+        """
+        if now_ms < self._look_at:
+            return None
+        self._look_at = now_ms + LOOK_MS
+        try:
+            stamp = self._folder.stamp()
+            if stamp != self._stamp:
+                self._ring, self._stamp = self._folder.ring(), stamp
+                log.info("the keyring was changed: %d keys", len(self._ring.entries))
+        except (OSError, LlamboError) as error:
+            if now_ms >= self._complain_at:
+                self._complain_at = now_ms + COMPLAIN_MS
+                log.error("the keyring cannot be read, the last one holds: %s", error)
+        valid = self._ring.identities(time.time())
+        if valid == self.identities:
+            return None
+        self.identities = valid
+        return valid
+
+    def next_look_ms(self) -> int:
+        return self._look_at
+
+    def close(self) -> None:
+        self.socket.close(linger=0)

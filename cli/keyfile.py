@@ -1,0 +1,65 @@
+"""Keys as the commands see them: which one is meant, and a broker that must not listen without any."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llambo.cli.exits import Exit
+from llambo.cli.failure import Failure
+
+if TYPE_CHECKING:
+    from llambo.mesh.identity import PeerKey
+    from llambo.mesh.keyring import Folder
+    from llambo.mesh.settings import Settings
+
+#: The key of workers that `llambo up` starts, and what they are called before the dash.
+WORKERS = "worker"
+
+
+def key_of(settings: Settings) -> PeerKey | None:
+    """The key of a client or a worker, if one was given."""
+    from llambo.mesh import keys
+
+    return keys.find(settings.text("key"), os.environ)
+
+
+def address_of(settings: Settings, key: PeerKey | None) -> str:
+    """Where the broker is: in the key, unless somebody has said otherwise."""
+    if key is not None and settings.sources["broker"] == "default":
+        return key.address
+    return settings.text("broker")
+
+
+def folder_of(settings: Settings, host: str) -> Folder | None:
+    """The broker's keys. Without any it listens on this machine alone."""
+    from llambo.mesh.keyring import Folder, default_folder
+    from llambo.mesh.sockets import is_loopback
+
+    path = settings.text("keys")
+    if path:
+        folder = Folder(Path(path).expanduser())
+        if not folder.exists:
+            raise Failure(f"there are no keys in {folder.path}", f"llambo keys init --keys {folder.path}", Exit.USAGE)
+        return folder
+    if is_loopback(host):
+        return None
+    there = default_folder(os.environ)
+    begin = "" if Folder(there).exists else "llambo keys init --address tcp://THIS-HOST:7330\n  "
+    raise Failure(
+        f"without keys a broker listens on this machine alone, and {host} is more than that",
+        f"{begin}llambo-broker --bind {host} --keys {there}",
+        Exit.USAGE,
+    )
+
+
+def worker_key(folder: Folder) -> Path:
+    """The file with the key of workers called worker-1, worker-2 and so on; it is made if there is none yet."""
+    from llambo.mesh.identity import Identity
+    from llambo.mesh.keyring import ISSUED
+
+    if not folder.ring().named(WORKERS):
+        folder.add(Identity(WORKERS, "worker"), int(time.time()))
+    return folder.path / ISSUED / f"{WORKERS}.key"
