@@ -28,7 +28,7 @@ NOT_FOR_USERS = frozenset({
     "AmbientCapabilities", "CapabilityBoundingSet", "IOWeight", "LoadCredential", "OOMScoreAdjust", "PrivateDevices",
     "PrivateIPC", "PrivateMounts", "PrivateTmp", "PrivateUsers", "ProcSubset", "ProtectClock", "ProtectControlGroups",
     "ProtectHome", "ProtectHostname", "ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables",
-    "ProtectProc", "ProtectSystem", "RemoveIPC", "SetCredential", "StateDirectory", "StateDirectoryMode", "User",
+    "ProtectProc", "ProtectSystem", "RemoveIPC", "SetCredential", "User",
 })  # fmt: skip
 
 

