@@ -86,7 +86,7 @@ class BrokerCore:
 
     def handle(self, event: Event, now_ms: int) -> list[Action]:
         state = self.state
-        state.out = []
+        state.out, state.speaker = [], b""
         match event:
             case TokensArrived(frames):
                 delivery.tokens_arrived(state, frames, now_ms)
@@ -121,6 +121,7 @@ class BrokerCore:
         if client is not None and client.user != said.user:
             client = None  # to know a session is worth nothing under another key
         if client is not None:
+            state.speaker = said.session
             client.heard_at = now_ms
             if client.route != said.route:
                 state.registry.move_client(client, said.route)

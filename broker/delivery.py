@@ -253,7 +253,7 @@ def replay_asked(state: State, client: ClientEntry, asked: m.Replay, now_ms: int
 
 def send_page(state: State, client: ClientEntry, asked: m.Replay) -> None:
     transcript = _transcript(state, asked.id)
-    if transcript is not None:
+    if transcript is not None and state.hears(client):
         chunks, after = transcript.page(asked.first, asked.until)
         page = m.Page(asked.id, asked.first, max(after, asked.first), transcript.next_index, chunks)
         state.out.append(ToClient(client.route, client.session, page))

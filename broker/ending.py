@@ -112,7 +112,7 @@ def tell(state: State, client: ClientEntry, ended: Ended, have: int, now_ms: int
     client.unacked.pop(ended.end.id, None)
     client.unacked[ended.end.id] = now_ms
     _say_end(state, client, ended)
-    if with_page and ended.transcript is not None and have < ended.end.count:
+    if with_page and state.hears(client) and ended.transcript is not None and have < ended.end.count:
         chunks, after = ended.transcript.page(have, 0)
         page = m.Page(ended.end.id, have, after, ended.end.count, chunks)
         state.out.append(ToClient(client.route, client.session, page))

@@ -275,7 +275,8 @@ def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) 
 def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
     session = state.chance(limits.SESSION_ID_BYTES)
     version = min(m.VERSIONS[1], versions[1])
-    return m.Welcome(session, port, topic, version, state.config.name, state.config.heartbeat_ms, lease_ms)
+    pull = state.identities is not None
+    return m.Welcome(session, port, topic, version, state.config.name, state.config.heartbeat_ms, lease_ms, pull)
 
 
 def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:

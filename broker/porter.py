@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 #: How often the keyring is looked at, and how often it is complained of.
 LOOK_MS = 250
-COMPLAIN_MS = 60_000
+COMPLAIN_S = 60.0
 #: Questions answered before others get a turn.
 DRAIN = 256
 _CURVE_BYTES = 32
@@ -37,7 +37,8 @@ class Porter:
         self._stamp = folder.stamp()
         self._ring = folder.ring()
         self.identities: Mapping[str, Identity] = self._ring.identities(time.time())
-        self._look_at = self._complain_at = 0
+        self._told: Mapping[str, Identity] = self.identities
+        self._look_at, self._complain_at = 0, 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind(sockets.ASK_AT)
@@ -54,6 +55,8 @@ class Porter:
                 return
             credentials = question[-1]
             public = z85.encode(credentials).decode() if len(credentials) == _CURVE_BYTES else ""
+            if public not in self.identities:
+                self._read()  # it may have been added a moment ago
             reply, why = zap.answer(question, public, self.identities)
             if why:
                 self.refused += 1
@@ -66,23 +69,25 @@ class Porter:
         A keyring that cannot be read changes nothing but is complained of: what was revoked before stays revoked, and
         what expires expires.
         """
-        if now_ms < self._look_at:
+        if now_ms >= self._look_at:
+            self._look_at = now_ms + LOOK_MS
+            self._read()
+        if self.identities == self._told:
             return None
-        self._look_at = now_ms + LOOK_MS
+        self._told = self.identities
+        return self.identities
+
+    def _read(self) -> None:
         try:
             stamp = self._folder.stamp()
             if stamp != self._stamp:
                 self._ring, self._stamp = self._folder.ring(), stamp
                 log.info("the keyring was changed: %d keys", len(self._ring.entries))
         except (OSError, LlamboError) as error:
-            if now_ms >= self._complain_at:
-                self._complain_at = now_ms + COMPLAIN_MS
+            if time.monotonic() >= self._complain_at:
+                self._complain_at = time.monotonic() + COMPLAIN_S
                 log.error("the keyring cannot be read, the last one holds: %s", error)
-        valid = self._ring.identities(time.time())
-        if valid == self.identities:
-            return None
-        self.identities = valid
-        return valid
+        self.identities = self._ring.identities(time.time())
 
     def next_look_ms(self) -> int:
         return self._look_at

@@ -105,6 +105,8 @@ class State:
         self.out: list[Action] = []
         #: Public key to identity, of those that are valid now; None: there are no keys, and everybody is let in.
         self.identities: Mapping[str, Identity] | None = None
+        #: The session of the client whose message is being answered.
+        self.speaker = b""
         #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
         self.touched: dict[bytes, WorkerEntry] = {}
         self.registry = Registry()
@@ -143,6 +145,14 @@ class State:
         self._alarm_count = 0
         self._alarms_kept = ALARMS_KEPT
         self._happened = 0
+
+    def hears(self, client: ClientEntry) -> bool:
+        """Whether what is said to it now goes to who has proved its key.
+
+        A route is only a name, and who has left it may be followed by somebody who chose the same. So with keys
+        nothing of an answer is sent on control but in reply, to who has just spoken from there.
+        """
+        return self.identities is None or self.speaker == client.session
 
     def identity(self, user: str) -> Identity | None:
         return ANYONE if self.identities is None else self.identities.get(user)

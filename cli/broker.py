@@ -71,9 +71,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
 
     try:
-        return run_broker(
-            config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder
-        )
+        return run_broker(config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder)
     except LlamboError as error:
         if started:
             raise

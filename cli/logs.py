@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
@@ -33,4 +34,4 @@ def set_up(level: str, environ: Mapping[str, str] = os.environ) -> None:
 def _program() -> str:
     context = click.get_current_context(silent=True)
     name = context.find_root().info_name if context is not None else None
-    return os.path.basename(name or "llambo")
+    return Path(name or "llambo").name

@@ -9,7 +9,6 @@ keeps as long as the service is not stopped.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import socket
 import time

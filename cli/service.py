@@ -1,4 +1,4 @@
-"""What broker and worker have in common as services: a manager that hears how they are, and restarts that take turns."""
+"""What broker and worker have in common as services: a manager that hears how they are, and pauses after failures."""
 
 from __future__ import annotations
 

@@ -32,7 +32,11 @@ llambo systemd check --user
 """
 USER = click.option("--user", is_flag=True, help="For your own service manager, not the machine's.")
 ROOT = click.option(
-    "--root", metavar="DIR", type=click.Path(file_okay=False, path_type=Path), default=Path("/"), help="Below this folder."
+    "--root",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("/"),
+    help="Below this folder.",
 )
 
 

@@ -177,6 +177,9 @@ class Requests:
             self._timers.clear(end.id)
         if request.streams:
             self._repair.owe(request, end.count, now_ms)
+        elif self._link.pull and not request.target and not request.held:
+            request.owed = max(request.owed, end.count)
+            self._repair.ask(request, now_ms)
         elif not request.target and not request.held:
             # Its first page is on its way, just behind this.
             self._repair.expect(request, end.count, now_ms)

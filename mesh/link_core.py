@@ -117,6 +117,8 @@ class LinkCore:
         self.problem: str = ""
         #: The last try failed for want of the right key: another one with the same will, too.
         self.denied = False
+        #: The broker sends no page that it was not asked for.
+        self.pull = False
         self.heartbeat_ms = 200
         self.lease_ms = 2_000
         self.beat = 0  # workers: the last number published; clients: the last number seen
@@ -201,6 +203,7 @@ class LinkCore:
         self.session, self.broker = welcome.session, welcome.broker
         self.heartbeat_ms, self.lease_ms = max(welcome.heartbeat_ms, 10), max(welcome.lease_ms, 50)
         self.heard_ms = now_ms
+        self.pull = welcome.pull
         self.sessions += 1
         self._backoff = BACKOFF_MS[0]
         self._failed, self._cut_at = 0, NEVER_MS

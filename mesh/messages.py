@@ -106,6 +106,8 @@ class Welcome(Message, frozen=True):
     broker: str = ""
     heartbeat_ms: int = 200
     lease_ms: int = 2000
+    #: To clients: no page comes that was not asked for. An END is all that says that an answer is there.
+    pull: bool = False
 
 
 class BrokerHeartbeat(Message, frozen=True):

@@ -56,7 +56,9 @@ class File:
 def to_write(place: Place) -> list[File]:
     written = [File(f"{place.units}/{name}", unit(name, place)) for name in UNITS]
     if not place.user:
-        written += [File(f"/etc/{kind}.d/llambo.conf", _text("etc", f"{kind}.conf")) for kind in ("sysusers", "tmpfiles")]
+        written += [
+            File(f"/etc/{kind}.d/llambo.conf", _text("etc", f"{kind}.conf")) for kind in ("sysusers", "tmpfiles")
+        ]
     examples = ["llambo.toml", "broker.env", "worker-example.env"]
     return written + [File(f"{place.settings}/{name}", _text("etc", name), example=True) for name in examples]
 

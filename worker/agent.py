@@ -251,9 +251,7 @@ def _software() -> str:
         return "llambo"  # run from a checkout that was not installed
 
 
-def run_worker(
-    config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None
-) -> int:
+def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None) -> int:
     """A whole worker process, in the main thread. The exit status."""
     agent = Agent(config, on_ready, herald)
     with signals_wake(agent.waker_fd):

@@ -7,10 +7,15 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from llambo import Client, LlamboError
+from llambo.mesh import keyring
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import ISSUED
+from llambo.mesh.keys import KEY_ENV, to_line
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan
@@ -49,6 +54,7 @@ class World:
         self.ports: list[int] = []
         for _ in range(plan.brokers):
             self.ports.append(free_port(self.ports[-1] + APART if self.ports else BASE_PORT if self.inside else 20_000))
+        self.keys = self._made_keys()
         self.keepers: dict[int, places.Keeper] = {}
         self.proxies: dict[int, Proxy] = {}
         self.brokers = [self._broker(number) for number in range(plan.brokers)]
@@ -64,6 +70,16 @@ class World:
         self._keeping: list[asyncio.Task[None]] = []
         self._looking: list[asyncio.Task[None]] = []
 
+    def _made_keys(self) -> keyring.Folder:
+        """One for each worker, and an admin's for clients and for us, where all of those look for it."""
+        folder, now = keyring.Folder(self.folder / "keys"), int(time.time())
+        folder.begin(self.addresses())
+        folder.add(Identity("harness", "admin"), now)
+        for number in range(self.plan.workers):
+            folder.add(Identity(f"w{number}", "worker"), now)
+        os.environ[KEY_ENV] = to_line(folder.export("harness"))
+        return folder
+
     # --- who they are --------------------------------------------------------------------------------
 
     def address(self, broker: int, host: str = "") -> str:
@@ -75,7 +91,7 @@ class World:
         return ",".join(self.address(number, host) for number in order)
 
     def _broker(self, number: int) -> nodes.Node:
-        flags: dict[str, object] = {"lease-ms": self.plan.lease_ms}
+        flags: dict[str, object] = {"lease-ms": self.plan.lease_ms, "keys": self.keys.path}
         command = nodes.broker_command(f"b{number}", self.host, self.ports[number], flags)
         return nodes.Node(f"b{number}", lambda _: command, self.folder, self.journal)
 
@@ -91,7 +107,8 @@ class World:
                 await proxy.start()
                 host = proxy.host
         flags: dict[str, object] = {"engine": plan.engine, "slots": plan.slots, "stall-ms": plan.stall_ms,
-                                    "drain-ms": plan.drain_ms}  # fmt: skip
+                                    "drain-ms": plan.drain_ms,
+                                    "key": self.keys.path / ISSUED / f"{name}.key"}  # fmt: skip
         if plan.engine == "fake":
             flags |= {"fake-tokens-per-s": plan.tokens_per_s, "fake-burst": 2, "fake-utf8-split": "yes",
                       "fake-style": plan.style, "fake-jitter-ms": 4, "fake-poison": "arsenic"}  # fmt: skip

@@ -12,6 +12,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.server import BrokerServer
 from llambo.mesh import sockets
+from llambo.mesh.keyring import Folder
 
 T = TypeVar("T")
 #: How long the thread may take to answer or to end.
@@ -23,8 +24,10 @@ TOLD = 40
 class Watched(BrokerServer):
     """After each turn it looks whether what somebody waits for has come true."""
 
-    def __init__(self, config: BrokerConfig, host: str, port: int, token_hwm: int, check: bool) -> None:
-        super().__init__(config, host, port, token_hwm=token_hwm)
+    def __init__(
+        self, config: BrokerConfig, host: str, port: int, token_hwm: int, check: bool, keys: Folder | None
+    ) -> None:
+        super().__init__(config, host, port, token_hwm=token_hwm, keys=keys)
         self._lock = threading.Lock()
         self._watches: list[Callable[[BrokerCore], bool]] = []
         self._check = check
@@ -52,8 +55,9 @@ class BrokerThread:
         *,
         token_hwm: int = sockets.TOKEN_HWM,
         check: bool = False,
+        keys: Folder | None = None,
     ) -> None:
-        self.server = Watched(config, host, port, token_hwm, check)
+        self.server = Watched(config, host, port, token_hwm, check, keys)
         #: What ended the loop, if it was not `close`.
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)

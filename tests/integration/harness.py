@@ -32,6 +32,8 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh import sockets
+from llambo.mesh.identity import Identity, PeerKey, Role
+from llambo.mesh.keyring import Folder
 from llambo.worker import fake_tokens
 from llambo.worker.config import WorkerConfig
 from llambo.worker.knobs import FakeKnobs
@@ -54,14 +56,17 @@ sys.exit(run_worker(msgspec.json.decode(sys.argv[1], type=WorkerConfig), lambda:
 """
 BROKER = """
 import logging, sys
+from pathlib import Path
 import msgspec
 from llambo.broker.config import BrokerConfig
+from llambo.mesh.keyring import Folder
 from llambo.broker.server import run_broker
 
 logging.basicConfig(level=logging.INFO)
 config = msgspec.json.decode(sys.argv[1], type=BrokerConfig)
-host, token_hwm, port = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-sys.exit(run_broker(config, host, port, lambda port: print(port, flush=True), token_hwm=token_hwm))
+host, token_hwm, port, keys = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+folder = Folder(Path(keys)) if keys else None
+sys.exit(run_broker(config, host, port, lambda port: print(port, flush=True), token_hwm=token_hwm, keys=folder))
 """
 
 T = TypeVar("T")
@@ -144,7 +149,9 @@ class Mesh:
         host: str = "127.0.0.1",
         token_hwm: int = sockets.TOKEN_HWM,
         check: bool = False,
+        keys: Folder | None = None,
     ) -> None:
+        """`keys`: workers are given one of their name, and clients have to be told which is theirs."""
         self.workers: list[Process] = []
         self.thread: BrokerThread | None = None
         self.process: Process | None = None
@@ -157,6 +164,7 @@ class Mesh:
         self._host = host
         self._token_hwm = token_hwm
         self._check = check
+        self._keys = keys
         self.port = 0
 
     def __enter__(self) -> Mesh:
@@ -186,7 +194,9 @@ class Mesh:
 
     def _start(self) -> None:
         if self._kind == "thread":
-            self.thread = BrokerThread(self._config, self._host, token_hwm=self._token_hwm, check=self._check)
+            self.thread = BrokerThread(
+                self._config, self._host, token_hwm=self._token_hwm, check=self._check, keys=self._keys
+            )
             self.port = self.thread.server.port
         else:
             self._start_broker()
@@ -196,7 +206,7 @@ class Mesh:
 
     def _start_broker(self) -> None:
         config = msgspec.json.encode(self._config).decode()
-        told = (config, self._host, str(self._token_hwm), str(self.port))
+        told = (config, self._host, str(self._token_hwm), str(self.port), str(self._keys.path) if self._keys else "")
         self.process = Process("broker", BROKER, *told, mark=self.mark)
         self.port = int(self.process.first_line())
 
@@ -210,7 +220,8 @@ class Mesh:
 
     def spawn(self, name: str, *addresses: str) -> Process:
         """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""
-        config = replace(self.worker_config, name=name, brokers=addresses or (self.address,))
+        key = key_of(self._keys, name, "worker") if self._keys else None
+        config = replace(self.worker_config, name=name, brokers=addresses or (self.address,), key=key)
         process = Process(name, WORKER, msgspec.json.encode(config).decode(), mark=self.mark)
         self.workers.append(process)
         return process
@@ -273,6 +284,13 @@ class Mesh:
             print(self.thread.story())
         for process in (*self.workers, *([self.process] if self.process else [])):
             print(f"--- {process.name} ({'runs' if process.running else 'is over'}) wrote:\n{process.written()}")
+
+
+def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
+    """The key of this name, made if there is none yet."""
+    if not folder.ring().named(name):
+        folder.add(Identity(name, role), int(time.time()))
+    return folder.export(name)
 
 
 def truth(prompt: str, seed: int, count: int) -> list[int]:

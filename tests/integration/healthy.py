@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
+from llambo.mesh.identity import PeerKey
 from llambo.mesh.sync_client import SyncClient
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
 
@@ -17,13 +18,13 @@ MARGIN = 20
 class Healthy:
     """Before the body there is a stream that runs; after it the stream still runs, and everything was right."""
 
-    def __init__(self, mesh: Mesh, prompt: str = "healthy", seed: int = 1) -> None:
+    def __init__(self, mesh: Mesh, prompt: str = "healthy", seed: int = 1, key: PeerKey | str = "") -> None:
         self.ids: list[int] = []
         self.error: BaseException | None = None
         self._mesh = mesh
         self._prompt, self._seed = prompt, seed
         self._news = threading.Condition()
-        self._client = SyncClient(mesh.address)
+        self._client = SyncClient(mesh.address, key=key)
         self._thread = threading.Thread(target=self._read, name="healthy")
 
     def __enter__(self) -> Healthy:

@@ -100,7 +100,11 @@ class Manager:
         for name in TARGETS:
             (base / f"{name}.target").write_text(f"[Unit]\nDescription={name}\nDefaultDependencies=no\n")
         self._environ = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("LLAMBO_", "LISTEN_", "NOTIFY_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("LLAMBO_", "LISTEN_", "NOTIFY_"))
+            },
             "HOME": "/run/rig",
             "XDG_RUNTIME_DIR": "/run/user/0",
             "XDG_CONFIG_HOME": "/run/rig/etc",
@@ -159,7 +163,9 @@ class Manager:
             process.kill()
             out, err = process.communicate()
             raise AssertionError(f"{' '.join(command)} took too long: {out}{err}\n{self.story()}") from None
-        assert bool(process.returncode) is fails, f"{' '.join(command)}: {process.returncode}: {out}{err}\n{self.story()}"
+        assert bool(process.returncode) is fails, (
+            f"{' '.join(command)}: {process.returncode}: {out}{err}\n{self.story()}"
+        )
         return out + err if fails else out
 
     def systemctl(self, *words: str, fails: bool = False) -> str:

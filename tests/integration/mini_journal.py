@@ -9,15 +9,15 @@ stdout and stderr are connected to. What comes over that is lines, with a header
 from __future__ import annotations
 
 import json
-import os
 import selectors
 import signal
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
-FOLDER = "/run/systemd/journal"
+FOLDER = Path("/run/systemd/journal")
 #: Lines by the manager before the first of the service: identifier, unit, priority, and switches.
 HEADER_LINES = 7
 
@@ -41,15 +41,15 @@ def say(entry: dict[str, Any]) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as the first process it inherits the others' children
-    os.makedirs(FOLDER, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     selector = selectors.DefaultSelector()
     entries = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    entries.bind(f"{FOLDER}/socket")
+    entries.bind(str(FOLDER / "socket"))
     streams = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    streams.bind(f"{FOLDER}/stdout")
+    streams.bind(str(FOLDER / "stdout"))
     streams.listen(64)
     for name in ("socket", "stdout"):
-        os.chmod(f"{FOLDER}/{name}", 0o666)
+        (FOLDER / name).chmod(0o666)
     selector.register(entries, selectors.EVENT_READ)
     selector.register(streams, selectors.EVENT_READ)
     heads: dict[socket.socket, tuple[list[str], bytes]] = {}
@@ -72,7 +72,13 @@ def main() -> None:
                     if len(head) < HEADER_LINES:
                         head.append(line.decode())
                     else:
-                        say({"MESSAGE": line.decode("utf-8", "replace"), "SYSLOG_IDENTIFIER": head[0], "STREAM": head[1]})
+                        say(
+                            {
+                                "MESSAGE": line.decode("utf-8", "replace"),
+                                "SYSLOG_IDENTIFIER": head[0],
+                                "STREAM": head[1],
+                            }
+                        )
                 heads[there] = (head, rest)
                 if not data:
                     selector.unregister(there)

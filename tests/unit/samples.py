@@ -74,7 +74,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Goodbye("done"),
     ],
     "to_client": [
-        m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000),
+        m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True),
         m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
         m.Accepted(ID, 4, "tiny", "sha256:1"),
         m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33),

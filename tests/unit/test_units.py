@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ from tests.systemd_here import hindrance_to_analyze
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "systemd"
-BIN = str(Path(__import__("sys").executable).absolute().parent)
+BIN = str(Path(sys.executable).absolute().parent)
 USER = Place(BIN, user=True)
 
 
-def said(name: str, place: Place = Place()) -> dict[str, str]:
-    return dict(directives(unit(name, place)))
+def said(name: str) -> dict[str, str]:
+    return dict(directives(unit(name, Place())))
 
 
 def seconds(text: str) -> float:

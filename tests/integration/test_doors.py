@@ -1,0 +1,167 @@
+"""Who is let in at which of a broker's four ports, tried with sockets that do not ask our library what is allowed."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+
+from llambo.mesh import sockets
+from llambo.mesh.identity import CLIENT_DOMAIN, Identity, PeerKey
+from llambo.mesh.keyring import Folder
+from llambo.mesh.keys import new_pair
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import TIMEOUT_S, Mesh, key_of
+from tests.integration.healthy import Healthy
+
+#: What libzmq tells of a handshake.
+OUTCOMES = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "let in",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "denied",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "broken off",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "broken off",
+}
+KINDS = {0: zmq.DEALER, 1: zmq.DEALER, 2: zmq.XPUB, 3: zmq.SUB}
+PORTS = {0: "clients", 1: "workers", 2: "tokens in", 3: "tokens out"}
+#: Nothing may be let in within this time; what is let in is so within a few milliseconds.
+A_MOMENT_MS = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = Folder(tmp_path_factory.mktemp("mesh") / "keys")
+    folder.begin("tcp://127.0.0.1:7330")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mesh(folder: Folder) -> Iterator[Mesh]:
+    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=500), check=True, keys=folder) as mesh:
+        yield mesh
+
+
+def knock(port: int, kind: int, curve: PeerKey | None, timeout_ms: int = 10_000, **options: Any) -> str:
+    """What becomes of a first connection."""
+    with zmq.Context() as context, sockets.control(context, kind, curve=curve) as socket:
+        for name, value in options.items():
+            socket.setsockopt(getattr(zmq, name), value)
+        monitor = socket.get_monitor_socket(sum(OUTCOMES))
+        socket.connect(f"tcp://127.0.0.1:{port}")
+        try:
+            if not monitor.poll(timeout_ms):
+                return "nothing"
+            event, _ = struct.unpack("=HI", monitor.recv_multipart()[0])
+            return OUTCOMES[event]
+        finally:
+            socket.disable_monitor()
+            monitor.close(linger=0)
+
+
+def stranger(folder: Folder) -> PeerKey:
+    return PeerKey("", folder.broker().public, "stranger", "admin", new_pair())
+
+
+def expired(folder: Folder) -> PeerKey:
+    if not folder.ring().named("gone"):
+        folder.add(Identity("gone", "admin"), int(time.time()) - 10, int(time.time()) - 5)
+    return folder.export("gone")
+
+
+def revoked(folder: Folder) -> PeerKey:
+    key = key_of(folder, "out", "admin")
+    folder.revoke("out")
+    return key
+
+
+def of_another_broker(folder: Folder) -> PeerKey:
+    key = key_of(folder, "alice")
+    return PeerKey(key.address, new_pair().public, key.name, key.role, key.pair)
+
+
+CASES: list[tuple[str, Callable[[Folder], PeerKey | None], int, str]] = [
+    *[("no key", lambda folder: None, port, "broken off") for port in PORTS],
+    *[("an unknown key", stranger, port, "denied") for port in PORTS],
+    *[("an expired key", expired, port, "denied") for port in (0, 3)],
+    *[("a revoked key", revoked, port, "denied") for port in (0, 3)],
+    ("a key for another broker", of_another_broker, 0, "broken off"),
+    *[("a client's key", lambda folder: key_of(folder, "alice"), port, "denied") for port in (1, 2)],
+    *[("a worker's key", lambda folder: key_of(folder, "gpu", "worker"), port, "denied") for port in (0, 3)],
+    *[("an admin's key", lambda folder: key_of(folder, "boss", "admin"), port, "denied") for port in (1, 2)],
+    *[("a client's key", lambda folder: key_of(folder, "alice"), port, "let in") for port in (0, 3)],
+    *[("a worker's key", lambda folder: key_of(folder, "gpu", "worker"), port, "let in") for port in (1, 2)],
+    *[("an admin's key", lambda folder: key_of(folder, "boss", "admin"), port, "let in") for port in (0, 3)],
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "port", "expected"),
+    [case[1:] for case in CASES],
+    ids=[f"{name} at {PORTS[port]}: {expected}" for name, _, port, expected in CASES],
+)
+def test_who_is_let_in_where(mesh: Mesh, folder: Folder, key: Any, port: int, expected: str) -> None:
+    given = key(folder)
+    # An attempt that the broker ends may be seen as a broken connection before its reason is read.
+    seen = {knock(mesh.port + port, KINDS[port], given) for _ in range(3)}
+    print(f"\n{expected} expected, seen: {', '.join(sorted(seen))}")
+    assert seen <= ({expected} if expected == "let in" else {expected, "broken off"})
+    assert expected in seen
+
+
+def test_a_password_is_no_key(mesh: Mesh) -> None:
+    assert knock(mesh.port, zmq.DEALER, None, PLAIN_USERNAME=b"admin", PLAIN_PASSWORD=b"admin") == "broken off"
+
+
+def test_nobody_is_let_in_while_the_broker_stands_still(mesh: Mesh, folder: Folder) -> None:
+    """Its loop is what answers. While it is held nobody comes in, and afterwards those who may do."""
+    key, seen = key_of(folder, "alice"), list[str]()
+    held, release = threading.Event(), threading.Event()
+
+    def hold(core: object) -> None:
+        held.set()
+        release.wait(TIMEOUT_S)
+
+    holder = threading.Thread(target=mesh.look, args=(hold,))
+    holder.start()
+    assert held.wait(TIMEOUT_S)
+    try:
+        for who in (key, stranger(folder)):
+            seen.append(knock(mesh.port, zmq.DEALER, who, timeout_ms=A_MOMENT_MS))
+    finally:
+        release.set()
+        holder.join(TIMEOUT_S)
+    assert seen == ["nothing", "nothing"]
+    assert knock(mesh.port, zmq.DEALER, key) == "let in"
+
+
+@pytest.mark.parametrize("domain", [CLIENT_DOMAIN, "llambo.nowhere"])
+def test_nobody_is_let_in_where_nobody_answers(domain: str, folder: Folder) -> None:
+    """A door of which no porter knows, or whose porter is dead, is shut."""
+    with lone_door(folder, domain) as port:
+        seen = knock(port, zmq.DEALER, key_of(folder, "alice"), timeout_ms=A_MOMENT_MS)
+    assert seen in ("denied", "broken off", "nothing")
+
+
+def test_without_the_option_that_insists_on_an_answer_that_door_is_open(folder: Folder) -> None:
+    with lone_door(folder, CLIENT_DOMAIN, insist=0) as port:
+        assert knock(port, zmq.DEALER, stranger(folder)) == "let in"
+
+
+@contextmanager
+def lone_door(folder: Folder, domain: str, insist: int = 1) -> Iterator[int]:
+    """A broker's socket in a context of its own, where there is no porter."""
+    door = sockets.Door(folder.broker(), domain)
+    with zmq.Context() as context, sockets.control(context, zmq.ROUTER, curve=door) as socket:
+        socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, insist)
+        yield socket.bind_to_random_port("tcp://127.0.0.1")
+
+
+def test_a_stream_goes_on_while_all_sorts_knock(mesh: Mesh, folder: Folder) -> None:
+    with Healthy(mesh, key=key_of(folder, "alice")):
+        for name, key, port, expected in CASES:
+            assert (knock(mesh.port + port, KINDS[port], key(folder)) == "let in") == (expected == "let in"), name
