@@ -22,9 +22,9 @@ llambo systemd check               verify what is there
 """
 INSTALL_EXAMPLES = """
 sudo llambo systemd install
-sudo llambo systemd install --bind 0.0.0.0   the broker listens on the network
-llambo systemd install --user                for your own manager, without root
-llambo systemd install --root ./image        into a folder, for a package or an image
+sudo llambo systemd install --bind 0.0.0.0   a broker for the network
+llambo systemd install --user                for your own service manager
+llambo systemd install --root ./image        into a folder, for a package
 """
 CHECK_EXAMPLES = """
 llambo systemd check

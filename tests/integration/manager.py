@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,10 @@ for kept in "$@"; do
     mount --bind "$kept" "/mnt$kept"
 done
 mount -t tmpfs -o mode=755 tmpfs /run
-mkdir -p /run/rig /run/systemd/system /run/user/0
+mkdir -p /run/rig /run/systemd/system /run/manager /run/systemd/inaccessible/dir
+: > /run/systemd/inaccessible/reg
+mkfifo /run/systemd/inaccessible/fifo
+chmod 0 /run/systemd/inaccessible/*
 mount --bind /mnt/rig /run/rig
 mount --rbind /mnt/tmp /tmp
 mount -t tmpfs -o mode=1777 tmpfs /var/tmp
@@ -106,7 +109,7 @@ class Manager:
                 if not name.startswith(("LLAMBO_", "LISTEN_", "NOTIFY_"))
             },
             "HOME": "/run/rig",
-            "XDG_RUNTIME_DIR": "/run/user/0",
+            "XDG_RUNTIME_DIR": "/run/manager",
             "XDG_CONFIG_HOME": "/run/rig/etc",
             "XDG_CACHE_HOME": "/run/rig/cache",
             "SYSTEMD_UNIT_PATH": f"{units}:/run/rig/base",
@@ -175,11 +178,15 @@ class Manager:
         lines = self.systemctl("show", unit, *(f"--property={name}" for name in names)).splitlines()
         return dict(line.split("=", 1) for line in lines)
 
-    def until(self, unit: str, name: str, wanted: str) -> None:
-        """Of a property nobody is told that it has changed, so it is asked for again and again."""
+    def until(self, units: Sequence[str], name: str, wanted: str) -> str:
+        """Which of them has it. Nobody is told when a property changes, so they are asked again and again."""
         deadline = time.monotonic() + PATIENCE_S
-        while wanted not in (there := self.show(unit, name)[name]):
-            assert time.monotonic() < deadline, f"{name} of {unit} is {there!r}, not {wanted!r}\n{self.story()}"
+        while True:
+            there = {unit: self.show(unit, name)[name] for unit in units}
+            for unit, value in there.items():
+                if wanted in value:
+                    return unit
+            assert time.monotonic() < deadline, f"{name} is {there}, and nowhere {wanted!r}\n{self.story()}"
 
     # --- what it says --------------------------------------------------------------------------------
 
