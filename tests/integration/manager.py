@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEMD = "/lib/systemd/systemd"
 TRY_S = 20
 #: No wait takes longer, however busy the machine is.
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 #: What is new, from what it is made, and that it ends with us.
 UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--propagation", "private", "--"]
 #: $1: our folder, seen as /run/rig inside. $2...: folders that have to be seen, though they are below /tmp. $GROUP: a
@@ -97,7 +96,8 @@ class Manager:
         """`units`: where they are, as seen from inside."""
         self.entries: list[Entry] = []
         self._rig = rig
-        self._rest = b""
+        self._news = threading.Condition()
+        self._over = False
         base = rig / "base"
         base.mkdir()
         for name in TARGETS:
@@ -121,12 +121,14 @@ class Manager:
             [*UNSHARE, "sh", "-c", INSIDE, "sh", str(rig), *_below_tmp()],
             env=self._environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
         try:
             self.wait(lambda entry: "listening" in entry)
             (self.first,) = children(self._process.pid)
             self._systemd = subprocess.Popen(
                 [*self._way_in(), "sh", "-c", 'echo 0 > /sys/fs/cgroup/cgroup.procs; exec "$@"', "sh",
-                 SYSTEMD, "--user", "--unit=default.target", "--log-target=journal"],
+                 SYSTEMD, "--user", "--unit=default.target", "--log-target=journal", "--log-level=debug"],
                 env=self._environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             self.wait(lambda entry: "Startup finished" in entry.get("MESSAGE", ""))
@@ -141,6 +143,7 @@ class Manager:
         """The first process of its namespace is killed, and so all of them."""
         self._process.kill()
         self._process.wait(PATIENCE_S)
+        self._listener.join(PATIENCE_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
         if hasattr(self, "first"):
@@ -178,55 +181,55 @@ class Manager:
         lines = self.systemctl("show", unit, *(f"--property={name}" for name in names)).splitlines()
         return dict(line.split("=", 1) for line in lines)
 
-    def until(self, units: Sequence[str], name: str, wanted: str) -> str:
-        """Which of them has it. Nobody is told when a property changes, so they are asked again and again."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            there = {unit: self.show(unit, name)[name] for unit in units}
-            for unit, value in there.items():
-                if wanted in value:
-                    return unit
-            assert time.monotonic() < deadline, f"{name} is {there}, and nowhere {wanted!r}\n{self.story()}"
-
     # --- what it says --------------------------------------------------------------------------------
 
     def mark(self) -> int:
         """What comes after this is new."""
-        self._read(0)
-        return len(self.entries)
+        with self._news:
+            return len(self.entries)
 
     def wait(self, wanted: Callable[[Entry], bool], since: int = 0) -> int:
         """The number of the first entry that is wanted."""
         deadline = time.monotonic() + PATIENCE_S
-        while True:
-            for number in range(since, len(self.entries)):
-                if wanted(self.entries[number]):
-                    return number
-            since = max(since, len(self.entries))
-            assert self._read(deadline - time.monotonic()), f"it did not come\n{self.story()}"
+        with self._news:
+            while True:
+                for number in range(since, len(self.entries)):
+                    if wanted(self.entries[number]):
+                        return number
+                since = max(since, len(self.entries))
+                came = self._news.wait(deadline - time.monotonic())
+                assert came and not self._over, f"it did not come\n{self.story()}"
 
     def heard(self, text: str, since: int = 0) -> int:
         return self.wait(lambda entry: text in entry.get("MESSAGE", ""), since)
 
-    def _read(self, wait_s: float) -> bool:
-        """Whatever is there; with a time to wait, at least something, or False."""
+    def told(self, word: str, units: Sequence[str], since: int = 0) -> tuple[str, int]:
+        """Which of these services has told the manager so, and the number of the entry."""
+        number = self.wait(
+            lambda entry: (
+                entry.get("USER_UNIT") in units
+                and "Got notification message" in entry["MESSAGE"]
+                and word in entry["MESSAGE"]
+            ),
+            since,
+        )
+        return self.entries[number]["USER_UNIT"], number
+
+    def _listen(self) -> None:
+        """In a thread of its own: nobody is kept waiting while a test does something else."""
         assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        some = False
-        while select.select([descriptor], [], [], 0 if some else max(0.0, wait_s))[0]:
-            data = os.read(descriptor, 64 * 1024)
-            if not data:
-                raise AssertionError(f"the journal is gone\n{self.story()}")
-            *lines, self._rest = (self._rest + data).split(b"\n")
-            self.entries += map(json.loads, lines)
-            some = some or bool(lines)
-        return some
+        for line in self._process.stdout:
+            with self._news:
+                self.entries.append(json.loads(line))
+                self._news.notify_all()
+        with self._news:
+            self._over = True
+            self._news.notify_all()
 
     def story(self) -> str:
-        with suppress(AssertionError):
-            self._read(0)
         return "\n".join(
-            f"{entry.get('SYSLOG_IDENTIFIER', '?')}: {entry.get('MESSAGE', entry)}" for entry in self.entries[-80:]
+            f"{entry.get('SYSLOG_IDENTIFIER', '?')}: {entry.get('MESSAGE', entry)}"
+            for entry in [entry for entry in self.entries if entry.get("PRIORITY") != "7"][-80:]
         )
 
 
