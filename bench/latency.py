@@ -35,9 +35,8 @@ Turn = Callable[[dict[Any, int]], tuple[bool, bool]]
 class MeshPair:
     """One request at a time through a real broker."""
 
-    def __init__(self, context: zmq.Context[Socket], node: Node) -> None:
-        port = node.told["ports"][0]
-        self.worker, self.client = FakeWorker(context, port, 4), FakeClient(context, port)
+    def __init__(self, worker: FakeWorker, client: FakeClient) -> None:
+        self.worker, self.client = worker, client
         self.sockets = (self.worker.control, self.client.tokens, self.client.control)
 
     def submit(self) -> None:
@@ -149,7 +148,9 @@ def main(arguments: list[str]) -> int:
     context: zmq.Context[Socket] = zmq.Context()
     found: dict[tuple[str, str], list[Times]] = {}
     with Node("broker", PATIENT) as broker, Node("bare") as bare:
-        pairs: dict[str, MeshPair | BarePair] = {"mesh": MeshPair(context, broker), "bare": BarePair(context, bare)}
+        port = broker.told["ports"][0]
+        mesh = MeshPair(FakeWorker(context, port, 4), FakeClient(context, port))
+        pairs: dict[str, MeshPair | BarePair] = {"mesh": mesh, "bare": BarePair(context, bare)}
         for pair in pairs.values():
             measure(pair, 50, 0.0)
         for _ in range(options.rounds):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -18,6 +19,7 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.broker.server import run_broker
 from llambo.mesh import sockets
+from llambo.mesh.keyring import Folder
 from llambo.worker.agent import run_worker
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import die_with
@@ -31,7 +33,9 @@ Socket = zmq.Socket[bytes]
 
 
 def broker(options: dict[str, Any]) -> None:
-    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: tell(ports=[port]))
+    keys = options.pop("keys", "")
+    folder = Folder(Path(keys)) if keys else None
+    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: tell(ports=[port]), keys=folder)
 
 
 def worker(options: dict[str, Any]) -> None:

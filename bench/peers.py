@@ -13,6 +13,7 @@ import zmq
 
 from llambo.mesh import codec, limits, sockets, tokens
 from llambo.mesh import messages as m
+from llambo.mesh.identity import PeerKey
 
 #: How long joining may take.
 JOIN_MS = 10_000
@@ -32,10 +33,17 @@ Said = Sequence[tuple[m.Message, bytes | None]]
 class Peer:
     """A DEALER for control and a socket for tokens."""
 
-    def __init__(self, context: zmq.Context[Socket], control_port: int, token_kind: int, decoder: codec.Codec[Any]):
-        self.control = sockets.control(context, zmq.DEALER)
+    def __init__(
+        self,
+        context: zmq.Context[Socket],
+        control_port: int,
+        token_kind: int,
+        decoder: codec.Codec[Any],
+        key: PeerKey | None,
+    ):
+        self.control = sockets.control(context, zmq.DEALER, curve=key)
         self.control.connect(f"tcp://127.0.0.1:{control_port}")
-        self.tokens = sockets.token(context, token_kind)
+        self.tokens = sockets.token(context, token_kind, curve=key)
         self.session = codec.NO_SESSION
         self._heard: deque[tuple[Any, bytes]] = deque()
         self._decode = decoder.decode
@@ -94,8 +102,8 @@ class Peer:
 
 
 class FakeClient(Peer):
-    def __init__(self, context: zmq.Context[Socket], port: int) -> None:
-        super().__init__(context, port, zmq.SUB, codec.to_client)
+    def __init__(self, context: zmq.Context[Socket], port: int, key: PeerKey | None = None) -> None:
+        super().__init__(context, port, zmq.SUB, codec.to_client, key)
         welcome = self.greet(m.ClientHello(name="bench"))
         self.tokens.setsockopt(zmq.SUBSCRIBE, welcome.topic)
         self.tokens.connect(f"tcp://127.0.0.1:{welcome.token_port}")
@@ -110,8 +118,10 @@ class FakeClient(Peer):
 class FakeWorker(Peer):
     """`seq` stays 0 and nothing is claimed: no dispatch then counts as lost, and none has to be remembered."""
 
-    def __init__(self, context: zmq.Context[Socket], port: int, slots: int, name: str = "bench") -> None:
-        super().__init__(context, port + sockets.WORKER_OFFSET, zmq.XPUB, codec.to_worker)
+    def __init__(
+        self, context: zmq.Context[Socket], port: int, slots: int, name: str = "bench", key: PeerKey | None = None
+    ) -> None:
+        super().__init__(context, port + sockets.WORKER_OFFSET, zmq.XPUB, codec.to_worker, key)
         self.beat = 0
         models = [m.ModelInfo("fake", "fake")]
         welcome = self.greet(m.WorkerHello(name=name, incarnation=b"bench", models=models, slots=slots))

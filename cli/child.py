@@ -29,6 +29,13 @@ def adopt(parent: int | None) -> None:
         die_with(parent)
 
 
+def without_cores() -> None:
+    """A core dump would hold prompts, answers and keys."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 def notify(descriptor: int | None, text: str) -> bool:
     """False: there is no parent to tell, so a person may want to know."""
     if descriptor is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.child import adopt, child_options, notify
+from llambo.cli.child import adopt, child_options, notify, without_cores
 from llambo.cli.command import Command
 from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
@@ -56,6 +56,7 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     SIGTERM and Ctrl-C let it finish what it runs, for at most --drain-ms; a second one ends it at once.
     """
     adopt(parent)
+    without_cores()
     settings = common.settings
     click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
 

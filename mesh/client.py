@@ -174,6 +174,7 @@ class Client(TaskCalls):
             raise
         finally:
             del self._waiters.submits[request.id]
+        self._waiters.remember(request, encoded)
         return request.id.hex()
 
     async def attach(self, id: str) -> Stream:
@@ -182,7 +183,7 @@ class Client(TaskCalls):
         if key in self._waiters.streams:
             raise LlamboError(Code.BAD_REQUEST, f"this client follows request {key.hex()} already")
         stream = self._follow(key, mine=False)
-        self._handle(e.AttachTo(key))
+        self._handle(e.AttachTo(key, again=self._waiters.submitted.get(key)))
         return stream
 
     async def cancel(self, id: str) -> str:

@@ -99,8 +99,8 @@ class ClientCore:
                 deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
                 request = Request(message.id, message, prompt, follow, follow, deadline_at)
                 self.requests.begin(request)
-            case e.AttachTo(id, have):
-                self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have)))
+            case e.AttachTo(id, have, again):
+                self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
             case e.CancelRequest(id, drop):
                 self.requests.cancel(id, drop, now_ms)
             case e.Ask(query, what, argument):
@@ -220,7 +220,7 @@ class ClientCore:
     def _on_problem(self, problem: m.Problem, now_ms: int) -> None:
         self.counters.problems += 1
         if problem.id in self.requests.live:
-            self.requests.on_problem(problem)
+            self.requests.on_problem(problem, now_ms)
         elif problem.query and self._questions.forget(problem.query):
             self._out.append(e.Failed(problem.query, problem.error))
         elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:

@@ -30,6 +30,8 @@ class AttachTo:
 
     id: bytes
     have: int = 0
+    #: How it was submitted, if that was from here: a broker that never knew it, or has lost it, is asked anew.
+    again: tuple[m.InferenceRequest, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)

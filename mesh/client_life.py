@@ -201,11 +201,15 @@ class Requests:
         if request.step is not Step.DONE:
             self._repair.on_page(request, page, now_ms)
 
-    def on_problem(self, problem: m.Problem) -> None:
+    def on_problem(self, problem: m.Problem, now_ms: int) -> None:
         request = self.live[problem.id]
         if request.step is Step.CANCELLING and request.mine and problem.error.code is Code.UNKNOWN_REQUEST:
             # The submit was lost and the cancel was not: it never ran.
             self._finish(request, m.End(request.id, request.tokens.next_index, "cancelled"))
+        elif request.again and request.step is Step.SUBMITTED and problem.error.code is Code.UNKNOWN_REQUEST:
+            # It waited, or had ended, at a broker that is gone. Who has submitted it can do so again.
+            (request.message, request.prompt), request.again = request.again, None
+            self._introduce(request, now_ms)
         else:
             self._fail(request, problem.error)
 

@@ -75,6 +75,8 @@ class Request:
     fingerprint: str = ""
     end: m.End | None = None
     tokens: Reassembly = field(default_factory=Reassembly)
+    #: What to say if the broker does not know what we attach to.
+    again: tuple[m.InferenceRequest, bytes] | None = None
 
     #: Repair. `owed` tokens are known to exist; if fewer than `target` are here when the alarm rings, a replay
     #: is asked for, of [asked_first, asked_until). 0: no alarm, nothing asked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -12,6 +13,9 @@ from llambo.mesh.errors import ErrorInfo, LlamboError
 from llambo.mesh.tokens import Logprob
 
 T = TypeVar("T")
+
+#: Submitted requests that are remembered.
+SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
 
 
 class Reader(Protocol):
@@ -30,7 +34,17 @@ class Waiters:
         self.submits: dict[bytes, asyncio.Future[None]] = {}
         self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
         self.questions: dict[int, asyncio.Future[bytes]] = {}
+        #: What was submitted to run by itself, for who attaches to it later; the oldest go first.
+        self.submitted: OrderedDict[bytes, tuple[m.InferenceRequest, bytes]] = OrderedDict()
+        self._submitted_bytes = 0
         self._error_of = error_of
+
+    def remember(self, request: m.InferenceRequest, prompt: bytes) -> None:
+        self.submitted[request.id] = request, prompt
+        self._submitted_bytes += len(prompt)
+        while len(self.submitted) > SUBMITTED or self._submitted_bytes > SUBMITTED_BYTES:
+            _, (_, oldest) = self.submitted.popitem(last=False)
+            self._submitted_bytes -= len(oldest)
 
     def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
         match delivery:

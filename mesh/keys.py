@@ -74,10 +74,11 @@ def from_line(text: str) -> PeerKey:
 
 
 def read(path: Path) -> PeerKey:
+    text = read_private(path)
     try:
-        return from_line(read_private(path))
+        return from_line(text)
     except LlamboError as error:
-        raise LlamboError(error.code, f"{path}: {error.text}".removeprefix(f"{path}: {path}")) from error
+        raise LlamboError(error.code, f"{path}: {error.text}") from error
 
 
 def read_private(path: Path) -> str:

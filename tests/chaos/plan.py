@@ -176,8 +176,8 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
         case "kill":
             return replace(fault, what=random.choice(KINDS))
         case "stop":
-            # Past the lease, so that it wakes up as a zombie. With a short lease its connections are still there (ZMTP
-            # gives them up after 1,500 ms), and what it says at first is heard, and refused.
+            # Past the lease, so that it wakes up as a zombie: its connections are still there (its kernel has answered
+            # for it), and what it says at first is heard, and refused.
             return replace(fault, length_ms=plan.lease_ms + random.randint(200, 700))
         case "hang":
             return replace(fault, length_ms=plan.stall_ms)

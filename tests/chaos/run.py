@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llambo import Client, LlamboError
-from tests.chaos import checker, promises, report
+from tests.chaos import checker, leaks, promises, report
 from tests.chaos.checker import Wrong
 from tests.chaos.history import Journal, Line, read
 from tests.chaos.injector import Injector
@@ -57,9 +57,15 @@ def examine(plan: Plan, folder: Path, seconds: float) -> tuple[report.Totals, li
     streams = checker.judge(lines, style=plan.style if plan.engine == "fake" else "", split=True)
     harness = [line for line in lines if line["who"] == "harness"]
     times = promises.judge(harness, lease_ms=plan.lease_ms, stall_ms=plan.stall_ms)
-    wrong = [*streams.wrong, *times.wrong]
+    told = leaks.judge(lines, folder, fake=plan.engine == "fake")
+    wrong = [*streams.wrong, *times.wrong, *told]
     story = report.story(wrong[0], lines, _whys(lines, wrong[0])) if wrong else []
-    return report.totals(plan, streams, times, seconds), wrong, report.slopes(harness), story
+    return (
+        report.totals(plan, streams, times, seconds) | {"wrong leak": len(told)},
+        wrong,
+        report.slopes(harness),
+        story,
+    )
 
 
 def _whys(lines: list[Line], wrong: Wrong) -> dict[str, list[dict[str, Any]]]:

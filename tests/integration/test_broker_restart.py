@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from llambo import Client
+from llambo.broker.config import BrokerConfig
 from llambo.mesh import tasks
 from llambo.worker.engine_proto import Start
 from llambo.worker.fake_tasks import embeddings
@@ -120,3 +121,20 @@ def test_logprobs_and_results_come_through_whole() -> None:
 
         counters = mesh.run(scenario())
         assert counters["adopted"] + counters["dispatched"] == 8
+
+
+def test_a_detached_request_that_waited_is_submitted_again_by_who_attaches_to_it() -> None:
+    """Nobody but its client has its prompt: no worker was given it before the broker was killed."""
+    knobs, config = replace(KNOBS, slots=1), BrokerConfig(young_ms=300)
+    with Mesh(workers=1, knobs=knobs, broker="process", config=config) as mesh:
+
+        async def scenario() -> list[int]:
+            async with mesh.client() as client:
+                async with client.stream("first", max_tokens=TOKENS, seed=1) as first:
+                    assert await first.next_piece() is not None
+                    id = await client.submit("second", max_tokens=20, seed=2)
+                    await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+                    assert (await first.result()).ids == truth("first", 1, TOKENS)
+                return (await (await client.attach(id)).result()).ids
+
+        assert mesh.run(scenario()) == truth("second", 2, 20)

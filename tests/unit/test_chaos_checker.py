@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.mesh.keys import to_line
+from llambo.worker import fake_tokens
 from llambo.worker.fake_tokens import START, pieces_of, plain_token, wander_token
-from tests.chaos import checker, promises, report
+from tests.chaos import checker, leaks, promises, report
 from tests.chaos.checker import Streams
 from tests.chaos.history import Line, parse
 
@@ -247,3 +252,29 @@ def test_a_story_tells_what_happened_to_the_request_and_around_it() -> None:
     assert wrong.sort == checker.HUNG
     for word in ("kill", SECOND, "what b0 knows", "lost: w1"):
         assert word in told
+
+
+# --- leaks -------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -> None:
+    # Given a history, and a folder of keys
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:7330")
+    key = folder.add(Identity("w0", "worker"), 0)
+    ids = [fake_tokens.plain_token(1, b"tell", index) for index in range(10)]
+    lines: list[Line] = [
+        {"e": "submit", "id": "r", "prompt": "tell me a secret", "who": "c0", "t": 0},
+        {"e": "chunk", "id": "r", "i": 0, "ids": ids, "who": "c0", "t": 1},
+    ]
+    (tmp_path / "good.log").write_text("worker w0 joined; request r ended after 10 tokens\n")
+    assert leaks.judge(lines, tmp_path, fake=True) == []
+    # When logs say more than they may, Then each is found
+    secrets = {
+        "a prompt": "got 'tell me a secret'", "an answer's tokens": str(ids), "a key": to_line(key),
+        "an answer": b"".join(fake_tokens.pieces_of(ids)).decode(), "a secret": f"pair {key.pair.secret}",
+    }  # fmt: skip
+    for what, text in secrets.items():
+        (tmp_path / "bad.log").write_text(f"INFO {text} and more\n")
+        found = [wrong.text for wrong in leaks.judge(lines, tmp_path, fake=True)]
+        assert any(text.startswith(f"bad.log tells {what}:") for text in found), (what, found)

@@ -296,6 +296,19 @@ class TestSubmitting:
         bench.hear(m.Accepted(ID))
         assert delivered(bench.tokens(7)) == [7]
 
+    def test_what_was_submitted_from_here_is_submitted_again_where_nobody_knows_it(self, bench: Bench) -> None:
+        bench.up()
+        request = m.InferenceRequest(ID, "m", detached=True)
+        bench.handle(e.AttachTo(ID, again=(request, b"prompt")))
+        assert bench.said_since() == [m.Attach(ID)]
+        bench.said.clear()
+        unknown = m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "it is not known"), ID)
+        assert bench.hear(unknown) == []
+        assert bench.said_since() == [request]
+        # And if that is not taken either, it is over.
+        failed = bench.hear(unknown)
+        assert [action.key for action in failed if isinstance(action, e.Failed)] == [ID]
+
     def test_fails_when_there_is_no_broker_for_too_long(self) -> None:
         bench = Bench(give_up_ms=3_000)
         bench.submit()
