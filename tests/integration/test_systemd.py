@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.mesh.keys import to_line, write_private
 from llambo.worker import models
 from llambo.worker.engine import OOM_SCORE
 from tests.integration.manager import PATIENCE_S, Manager
@@ -249,17 +252,27 @@ def test_every_line_says_whom_it_is_about_and_none_what_was_asked(services: Serv
     assert not [entry for entry in entries if SECRET in json.dumps(entry)]
 
 
-def test_for_a_user(tmp_path: Path) -> None:
-    """The units of `--user`, as they are: nothing is taken out."""
+def test_for_a_user_with_keys(tmp_path: Path) -> None:
+    """The units of `--user`, as they are: nothing is taken out. And nobody is let in without a key."""
     install("--user", HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path / "etc"))
-    (tmp_path / "etc/llambo/worker.env").write_text(FAKE)
+    settings = tmp_path / "etc/llambo"
+    keys = Folder(settings / "keys")
+    keys.begin("tcp://127.0.0.1:7330")
+    for name, role in (("one", "worker"), ("me", "client")):
+        key = keys.add(Identity(name, role), 0)  # type: ignore[arg-type]
+        write_private(settings / f"{name}.key", to_line(key))
+    (settings / "broker.env").write_text("LLAMBO_KEYS=/run/rig/etc/llambo/keys\n")
+    (settings / "worker.env").write_text(f"{FAKE}LLAMBO_KEY=/run/rig/etc/llambo/one.key\n")
     manager = Manager(tmp_path, "/run/rig/etc/systemd/user")
     try:
         manager.systemctl("start", BROKER, ONE)
-        assert (
-            Answer(manager.begin(LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello")).end()["tokens"] == 5
-        )
-        manager.systemctl("stop", "llambo.target", BROKER, ONE)
+        ask = [LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello"]
+        assert Answer(manager.begin(*ask, LLAMBO_KEY="/run/rig/etc/llambo/me.key")).end()["worker"] == "one"
+        assert '"unauthorized"' in manager.run(*ask, fails=True, LLAMBO_CONNECT_MS="500")
+        since = manager.mark()
+        manager.systemctl("stop", "llambo.target")  # which passes it on
+        assert manager.heard(f"Stopped {ONE}", since) < manager.heard(f"Stopped {BROKER}", since)
+        assert manager.show(ONE, "Result", "ActiveState") == {"Result": "success", "ActiveState": "inactive"}
     finally:
         manager.close()
 
