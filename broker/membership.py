@@ -22,8 +22,6 @@ WORKER_SESSIONS = 20_000
 #: Models remembered, with or without a worker.
 MODELS_KNOWN = 1_000
 _REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
-#: A pause of this length is more than a busy machine: somebody should know.
-STOOD_STILL_MS = 1_000
 #: Housekeeping that nobody waits for: old queue entries, expired results, rates.
 SWEEP_MS = 1_000
 
@@ -164,9 +162,7 @@ def pardon(state: State, late_ms: int, now_ms: int) -> None:
     """This round comes late: the broker, or its whole machine, stood still. Nobody else was silent meanwhile."""
     if late_ms < state.config.heartbeat_ms or not state.worker_round_at:
         return
-    state.happened(
-        now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=late_ms >= STOOD_STILL_MS
-    )
+    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=late_ms >= 1_000)
     for worker in state.registry.workers.values():
         worker.heard_at = min(now_ms, worker.heard_at + late_ms)
         if worker.route_gone_at:
