@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from llambo.mesh import keys, settings
 from llambo.mesh.errors import LlamboError
+from llambo.mesh.keyring import Folder
+from llambo.mesh.sockets import is_loopback, split
 from llambo.systemd import units
 from llambo.systemd.units import Place
 
@@ -39,6 +41,7 @@ def everything(place: Place, root: Path) -> Iterator[Finding]:
         if not place.user:
             yield from _exposed(folder)
     yield from _settings(place, _below(root, place.settings))
+    yield from _doors(place, root)
 
 
 def _current(place: Place, root: Path) -> Iterator[Finding]:
@@ -139,6 +142,37 @@ def _problems(path: Path, toml: Path, place: Place) -> Iterator[str]:
             f"stall_ms is {loaded.number('stall_ms')}, and has to be less than half of WatchdogSec, which is "
             f"{watchdog_ms // 1000} s: set that higher in a drop-in, or this lower"
         )
+
+
+def _doors(place: Place, root: Path) -> Iterator[Finding]:
+    """On more than this machine a broker listens with keys only."""
+    folder = _below(root, place.settings)
+    try:
+        text = (folder / "broker.env").read_text(encoding="utf-8") if (folder / "broker.env").is_file() else ""
+        loaded = settings.load({}, environ=variables(text), places=[folder / settings.FILE_NAME])
+        hosts = [split(f"tcp://{address}")[0] for address in _listening(_below(root, place.units))]
+    except (LlamboError, ValueError, OSError):
+        return  # and has been told of
+    said = loaded.text("keys")
+    if said:
+        found = Folder(_below(root, str(Path(said).expanduser()))).exists
+        yield Finding(found, said, "" if found else f"there are no keys: llambo keys init --keys {said}")
+    elif others := sorted({host for host in hosts if not is_loopback(host)}):
+        text = (
+            f"without keys it will not listen at {', '.join(others)}: LLAMBO_KEYS={place.settings}/keys in broker.env"
+        )
+        yield Finding(False, "llambo-broker.socket", text)
+
+
+def _listening(folder: Path) -> list[str]:
+    """What the socket unit and its drop-ins come to. An empty line takes back what was before it."""
+    unit = folder / "llambo-broker.socket"
+    found: list[str] = []
+    for path in [unit, *sorted(folder.glob(f"{unit.name}.d/*.conf"))]:
+        for name, value in units.directives(path.read_text(encoding="utf-8")) if path.is_file() else ():
+            if name == "ListenStream":
+                found = [*found, value] if value else []
+    return found
 
 
 def variables(text: str) -> dict[str, str]:

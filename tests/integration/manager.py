@@ -69,7 +69,17 @@ def hindrance() -> str:
     """Why there can be no manager here; empty: there can."""
     if os.geteuid() != 0:
         return "it takes root"
-    for program in ("unshare", "nsenter", "ip", "mount", "systemctl", "systemd-analyze", SYSTEMD):
+    for program in (
+        "unshare",
+        "nsenter",
+        "ip",
+        "mount",
+        "systemctl",
+        "systemd-analyze",
+        "systemd-sysusers",
+        "systemd-tmpfiles",
+        SYSTEMD,
+    ):
         if shutil.which(program) is None:
             return f"there is no {program}"
     try:

@@ -233,6 +233,8 @@ def test_the_model_runs_under_the_filters(services: Services) -> None:
     services.up("llambo-worker@real")
     end = services.begin("--model", "smollm2", "--max-tokens", "8", "What is AI?").end()
     assert (end["worker"], end["tokens"]) == ("real", 8)
+    assert not [entry for entry in services.manager.entries if "is not remembered" in entry.get("MESSAGE", "")]
+    assert list(services.rig.glob("cache/llambo-worker/llambo/*")), "the sum of the model has its place"
     services.manager.systemctl("stop", "llambo-worker@real")
 
 
@@ -294,3 +296,21 @@ def test_check_finds_nothing_and_then_what_is_wrong(tmp_path: Path) -> None:
         "llambo.slice:2: ",
     ):
         assert said in bad.stdout
+
+
+def test_the_users_and_folders_come_into_being(tmp_path: Path) -> None:
+    install("--root", str(tmp_path))
+    for words in (["systemd-sysusers"], ["systemd-tmpfiles", "--create"]):
+        done = subprocess.run(
+            [*words, f"--root={tmp_path}", *([] if len(words) == 1 else ["--prefix=/etc/llambo", "--prefix=/var/lib"])],
+            capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    users = [line.split(":")[0] for line in (tmp_path / "etc/passwd").read_text().splitlines()]
+    assert {"llambo-broker", "llambo-worker"} <= set(users)
+    keys = (tmp_path / "etc/llambo/keys").stat()
+    assert keys.st_mode & 0o777 == 0o700
+    assert keys.st_uid != 0
+    # What root writes there is the broker's, too.
+    write_private(tmp_path / "etc/llambo/keys/x", "x")
+    assert (tmp_path / "etc/llambo/keys/x").stat().st_uid == keys.st_uid

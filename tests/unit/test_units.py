@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from llambo.cli.main import main
 from llambo.cli.systemd_check import EXPOSURE, Finding, everything, variables
+from llambo.mesh.keyring import Folder
 from llambo.mesh.settings_table import BY_NAME
 from llambo.systemd import units
 from llambo.systemd.units import HIDDEN, NOT_FOR_USERS, PROGRAMS, SERVICES, UNITS, Place, directives, hidden, unit
@@ -179,3 +180,17 @@ if not hindrance_to_analyze():
         bad = [finding for finding in everything(place, root) if not finding.good]
         assert bad
         assert any(complaint in finding.text for finding in bad), bad
+
+    def test_a_door_without_a_key_is_found(written: tuple[Place, Path]) -> None:
+        place, root = written
+        path = root / "etc/systemd/system" / units.LISTEN
+        path.parent.mkdir()
+        path.write_text(units.listen(place, "0.0.0.0", 7330).text)
+        (bad,) = [finding for finding in everything(place, root) if not finding.good]
+        assert bad.what == "llambo-broker.socket"
+        assert "0.0.0.0" in bad.text and "LLAMBO_KEYS=/etc/llambo/keys" in bad.text
+        (root / "etc/llambo/broker.env").write_text("LLAMBO_KEYS=/etc/llambo/keys\n")
+        (bad,) = [finding for finding in everything(place, root) if not finding.good]
+        assert "llambo keys init --keys /etc/llambo/keys" in bad.text
+        Folder(root / "etc/llambo/keys").begin("tcp://box:7330")
+        assert not [finding for finding in everything(place, root) if not finding.good]
