@@ -188,7 +188,7 @@ def test_without_a_broker_a_worker_is_not_ready_and_is_not_killed_for_it(service
     # Its socket as well: a worker that connects would have the manager start the broker.
     manager.systemctl("stop", ONE, TWO, SOCKET, BROKER)
     services.write(f"etc/systemd/system/{late}.d/short.conf", "[Service]\nTimeoutStartSec=5\n")
-    services.write("etc/llambo/worker-late.env", "LLAMBO_FAKE_LOAD_MS=400\n")
+    services.write("etc/llambo/worker-late.env", "LLAMBO_FAKE_LOAD_MS=2500\n")
     manager.systemctl("daemon-reload")
     since = manager.mark()
     manager.systemctl("start", "--no-block", late)
