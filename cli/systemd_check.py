@@ -126,7 +126,8 @@ def _problems(path: Path, toml: Path, place: Place) -> Iterator[str]:
     try:
         if path != toml:
             environ = variables(path.read_text(encoding="utf-8"))
-            if settings.BY_NAME["key"].env in environ and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            held = environ.get(settings.BY_NAME["key"].env, "").startswith(keys.PREFIX)
+            if held and stat.S_IMODE(path.stat().st_mode) & 0o077:
                 yield f"there is a key in it, and others can read it: chmod 600 {path}"
         loaded = settings.load({}, environ=environ, places=[toml])
     except (LlamboError, ValueError) as error:

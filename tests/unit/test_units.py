@@ -166,7 +166,7 @@ if not hindrance_to_analyze():
             ("llambo/broker.env", "just words\n", "line 1 is not NAME=value"),
             ("llambo/llambo.toml", "[worker]\nslot = 1\n", "did you mean slots"),
             ("llambo/worker-a.key", "no key\n", "that is no key"),
-            ("llambo/worker-a.env", "LLAMBO_KEY=x\n", "others can read it"),
+            ("llambo/worker-a.env", "LLAMBO_KEY=llambo-key-1.x\n", "others can read it"),
         ],
     )
     def test_what_is_wrong_is_found(written: tuple[Place, Path], name: str, text: str | None, complaint: str) -> None:
