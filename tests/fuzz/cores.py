@@ -1,8 +1,7 @@
 """Well-formed messages that mean harm, and half-formed ones beside them, said to the cores themselves.
 
 A decoder lets through whatever satisfies its schema. So the three cores are given, by peers that have joined them,
-mutated messages with ids, sessions and keys in them that are alive; and what is always true of a core is checked again
-and again. Everything follows from a seed, and a core that has fallen is told apart by where it fell.
+mutated messages with ids, sessions and keys in them that are alive; and what is always true of a core is checked.
 """
 
 from __future__ import annotations
@@ -55,13 +54,6 @@ KEYS = {
 }
 #: Mostly none: what has a lease is to live.
 PAUSES_MS = (0,) * 30 + (1,) * 10 + (10,) * 4 + (100, 400, 3_000)
-
-
-def sayable(reader: codec.Codec[Any], session: bytes, message: m.Message, blob: bytes | None) -> None:
-    """Whatever is answered to nonsense makes sense itself."""
-    for frames in codec.encode_all(session, [(message, blob)]):
-        problems = reader.decode(frames).problems
-        assert not problems, f"{type(message).__name__} cannot be read: {problems[0].error.text}"
 
 
 class UnderFire(ABC):
@@ -142,7 +134,7 @@ class Broker(UnderFire):
             if isinstance(order, ba.ToClient | ba.ToWorker):
                 self._hear(order.route, order.message)
                 reader = codec.to_client if isinstance(order, ba.ToClient) else codec.to_worker
-                sayable(reader, order.session, order.message, getattr(order, "blob", None))
+                plausible.check_sayable(reader, order.session, order.message, getattr(order, "blob", None))
 
     def _hear(self, route: bytes, message: m.Message) -> None:
         match message:
@@ -227,7 +219,7 @@ class Worker(UnderFire):
                 case wa.SpawnEngine():
                     self.keys.clear()
                 case Send(_, session, message, blob):
-                    sayable(codec.from_worker, session, message, blob)
+                    plausible.check_sayable(codec.from_worker, session, message, blob)
                     if isinstance(message, m.WorkerHello) and self.chance.random() < 0.9:
                         self.welcomes += 1
                 case OpenTokens(_, port):
@@ -293,7 +285,7 @@ class Client(UnderFire):
                     # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
                     assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
                 case Send(_, session, message, blob):
-                    sayable(codec.from_client, session, message, blob)
+                    plausible.check_sayable(codec.from_client, session, message, blob)
                     self.welcomes += isinstance(message, m.ClientHello)
                 case OpenTokens(_, port):
                     assert 0 < port < 65_536, f"a port that is none: {port}"
@@ -333,7 +325,7 @@ class Client(UnderFire):
         self.handle(ce.Tick())
 
     def check(self) -> None:
-        """What is owed to its user is looked at with each delivery."""
+        """With each delivery."""
 
 
 CORES: dict[str, Callable[[random.Random], UnderFire]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from llambo.mesh import codec, tokens, transfer
 from llambo.mesh import messages as m
@@ -145,3 +146,10 @@ def frames(mutator: Mutator, session: bytes, said: Sequence[Said]) -> list[bytes
     if mutator.chance.random() < 0.5:
         made[1] = pack(mutator.value(unpack(made[1]), 1))
     return made
+
+
+def check_sayable(reader: codec.Codec[Any], session: bytes, message: m.Message, blob: bytes | None) -> None:
+    """Whatever is answered to nonsense makes sense itself."""
+    for frames in codec.encode_all(session, [(message, blob)]):
+        problems = reader.decode(frames).problems
+        assert not problems, f"{type(message).__name__} cannot be read: {problems[0].error.text}"
