@@ -7,11 +7,13 @@ own is unknown to him: the answer is the same as if it did not exist. Without ke
 
 from __future__ import annotations
 
+from llambo.broker.accounts import Refusal
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.state import State
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.identity import Identity
 
 
 def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo | None:
@@ -36,6 +38,24 @@ def _is_own(state: State, client: ClientEntry, id: bytes) -> bool:
     known = state.requests.get(id) or state.archive.get(id)
     owners = [known.owner] if known is not None else state.orphanage.owners(id)
     return all(client.identity.owns(owner) for owner in owners)
+
+
+def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refusal | None:
+    """Why this identity may not have this, however idle the mesh is. Nothing tells it of models it may not use."""
+    if not who.may_come_as(asked.priority):
+        text = f"{who.name} may not ask for priority {asked.priority!r}; the best it may have is {who.priority_max!r}"
+        return "priority_max", ErrorInfo(Code.FORBIDDEN, text)
+    if asked.model and not who.may_use(asked.model):
+        listed = ", ".join(models(state, who)[:20]) or "none of those that are served"
+        text = f"{who.name} may not use the model {asked.model!r}; it may use: {listed}"
+        return "models", ErrorInfo(Code.FORBIDDEN, text)
+    return None
+
+
+def models(state: State, who: Identity) -> list[str]:
+    """Those it may use and choose from: what nobody serves any more is no choice while there are others."""
+    known = sorted(model for model in state.models if who.may_use(model))
+    return [model for model in known if not state.models[model]] or known
 
 
 def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:

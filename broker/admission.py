@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from llambo.broker import access, adoption, delivery, dispatching, ending, returning
+from llambo.broker.accounts import RETRY_AFTER_MS, Account, Refusal
 from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.requests import Request, RequestState
@@ -13,9 +14,8 @@ from llambo.broker.transcript import reservation
 from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.identity import Identity
 
-#: Between these a refused client is told to wait.
-RETRY_AFTER_MS = (100, 30_000)
 OTHERWISE = "this answer goes on otherwise than the tokens you hold"
 
 
@@ -31,15 +31,20 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
         state.counters.attached += 1
         attach(state, client, m.Attach(asked.id, asked.have, held), now_ms)
         return
-    model, error = _place(state, asked, now_ms)
+    if state.identities is not None and (forbidden := access.not_allowed(state, client.identity, asked)) is not None:
+        _turn_down(state, client, asked.id, *forbidden)
+        return
+    model, error = _place(state, client.identity, asked, now_ms)
     if error is not None and _wait_and_see(state, client, asked, blob, now_ms):
         return
-    error = error or _refusal(state, asked, prompt, held)
-    if error is not None:
-        state.counters.refused += 1
-        state.out.append(ToClient(client.route, client.session, m.Problem(error, asked.id)))
+    account = state.accounts.of(client.identity.name)
+    refused = _refusal(state, account, asked, prompt, held, now_ms) if error is None else (error.code, error)
+    if refused is not None:
+        _turn_down(state, client, asked.id, *refused)
         return
-    _take(state, client, Request(asked, model, prompt, now_ms, client.identity.name), asked, held, now_ms)
+    if account.limited:
+        account.pay(now_ms)
+    _take(state, client, Request(asked, model, prompt, now_ms, account), asked, held, now_ms)
 
 
 def _take(
@@ -76,11 +81,22 @@ def _wait_and_see(
     due = early.due if early else began + state.config.young_ms
     if now_ms >= due:
         return False
-    if early is None and len(state.early) >= state.config.queue_requests:
-        _refuse(state, client, asked.id, Code.BUSY, "this broker has just begun, and too many wait for its workers")
+    if early is None and (code := _too_early(state, client.identity, asked)) is not None:
+        _refuse(state, client, asked.id, code, "this broker has just begun, and too many wait for its workers")
     else:
         state.early[key] = Early(client, asked, blob, due)
     return True
+
+
+def _too_early(state: State, who: Identity, asked: m.InferenceRequest | m.Attach) -> Code | None:
+    """Too many wait like that already: of everybody's, or of what this identity asks for anew."""
+    if len(state.early) >= state.config.queue_requests:
+        return Code.BUSY
+    if not who.max_queued or asked.resume or isinstance(asked, m.Attach):
+        return None
+    own = [early.message for early in state.early.values() if early.client.identity.name == who.name]
+    waiting = sum(isinstance(message, m.InferenceRequest) and not message.resume for message in own)
+    return Code.OVER_LIMIT if waiting >= who.max_queued else None
 
 
 def ask_again(state: State, now_ms: int) -> None:
@@ -91,7 +107,7 @@ def ask_again(state: State, now_ms: int) -> None:
             continue  # one that made sense made sense of this
         if said.client.session not in state.registry.clients:
             del state.early[key]
-        elif now_ms >= said.due or _makes_sense(state, said.message, now_ms):
+        elif now_ms >= said.due or _makes_sense(state, said.client.identity, said.message, now_ms):
             del state.early[key]
             if (error := access.refusal(state, said.client, said.message)) is not None:
                 access.refuse(state, said.client, said.message, error)
@@ -101,10 +117,10 @@ def ask_again(state: State, now_ms: int) -> None:
                 submit(state, said.client, said.message, said.blob, now_ms)
 
 
-def _makes_sense(state: State, message: m.InferenceRequest | m.Attach, now_ms: int) -> bool:
+def _makes_sense(state: State, who: Identity, message: m.InferenceRequest | m.Attach, now_ms: int) -> bool:
     if message.id in state.requests or state.archive.get(message.id):
         return True
-    return isinstance(message, m.InferenceRequest) and _place(state, message, now_ms)[1] is None
+    return isinstance(message, m.InferenceRequest) and _place(state, who, message, now_ms)[1] is None
 
 
 def attach_asked(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
@@ -217,8 +233,8 @@ def _unfollow_one(state: State, client: ClientEntry, id: bytes, why: str, now_ms
         ending.finish(state, request, "cancelled", now_ms)
 
 
-def _place(state: State, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
-    """The model that is meant: the one in the mesh, if there is only one."""
+def _place(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> tuple[str, ErrorInfo | None]:
+    """The model that is meant: the one in the mesh, if there is only one that this identity may use."""
     model = asked.model
     if model in state.models:
         return model, None
@@ -226,11 +242,11 @@ def _place(state: State, asked: m.InferenceRequest, now_ms: int) -> tuple[str, E
         # It was served before: its workers are on their way, or somebody will wait for them in vain.
         state.models[model] = max(1, now_ms)
         return model, None
-    known = sorted(state.models)
-    if not known:
+    if not state.models:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
-    # One whose last worker has left is still known, but it is no choice while there are others.
-    served = [name for name in known if not state.models[name]] or known
+    served = access.models(state, who)
+    if not served:
+        return "", ErrorInfo(Code.NO_WORKER, f"no worker serves a model that {who.name} may use", 1_000)
     listed = ", ".join(served[:20])
     if model:
         return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker serves {model!r}; there is: {listed}")
@@ -239,30 +255,39 @@ def _place(state: State, asked: m.InferenceRequest, now_ms: int) -> tuple[str, E
     return "", ErrorInfo(Code.MODEL_REQUIRED, f"several models are served, name one of: {listed}")
 
 
-def _refusal(state: State, asked: m.InferenceRequest, prompt: bytes, held: list[bytes]) -> ErrorInfo | None:
+def _refusal(
+    state: State, account: Account, asked: m.InferenceRequest, prompt: bytes, held: list[bytes], now_ms: int
+) -> Refusal | None:
+    """What is wrong with it; or it is too much for its identity, or for all of us."""
+    wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
     if asked.have != transfer.count(held):
         # Its tokens came from a broker that is gone, and without them another run would not continue them.
-        return ErrorInfo(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
+        return _no(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
     if held and asked.task != "generate":
         # Two workers need not agree in the last digit, so one does not continue the result of the other.
-        return ErrorInfo(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
+        return _no(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")
     if not prompt and asked.task == "generate":
-        return ErrorInfo(Code.BAD_REQUEST, "the prompt is empty")
+        return _no(Code.BAD_REQUEST, "the prompt is empty")
     if len(prompt) > limits.PROMPT_BYTES:
-        return ErrorInfo(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
+        return _no(Code.TOO_LONG, f"a prompt of {len(prompt)} bytes, {limits.PROMPT_BYTES} are allowed")
     if len(asked.sampling) > limits.SAMPLING_BYTES:
-        return ErrorInfo(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
+        return _no(Code.BAD_REQUEST, f"sampling options over {limits.SAMPLING_BYTES} bytes")
     if asked.task != "generate" and asked.max_tokens > limits.RESULT_PIECES:
         text = f"a result of {asked.max_tokens} pieces, {limits.RESULT_PIECES} are allowed"
-        return ErrorInfo(Code.TOO_LONG, text)
-    wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
+        return _no(Code.TOO_LONG, text)
     if wanted > state.config.transcript_bytes:
-        return ErrorInfo(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
+        return _no(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
+    if account.limited and (over := account.refusal(len(prompt), wanted, asked.resume, now_ms)) is not None:
+        return over
     if state.room.full(len(prompt)) and not asked.resume:
-        return ErrorInfo(Code.BUSY, f"the queue is full: {state.room.count} requests wait", retry_after(state))
+        return _no(Code.BUSY, f"the queue is full: {state.room.count} requests wait", retry_after(state))
     if state.held_bytes + wanted > state.config.transcript_bytes:
-        return ErrorInfo(Code.BUSY, "no room for another answer", retry_after(state))
+        return _no(Code.BUSY, "no room for another answer", retry_after(state))
     return None
+
+
+def _no(code: Code, text: str, wait_ms: int = 0) -> Refusal:
+    return code, ErrorInfo(code, text, wait_ms)
 
 
 def retry_after(state: State) -> int:
@@ -274,6 +299,11 @@ def retry_after(state: State) -> int:
 
 
 def _refuse(state: State, client: ClientEntry, id: bytes, code: Code, text: str) -> None:
+    wait_ms = retry_after(state) if code in (Code.BUSY, Code.OVER_LIMIT) else 0
+    _turn_down(state, client, id, code, ErrorInfo(code, text, wait_ms))
+
+
+def _turn_down(state: State, client: ClientEntry, id: bytes, reason: str, error: ErrorInfo) -> None:
     state.counters.refused += 1
-    error = ErrorInfo(code, text, retry_after(state) if code is Code.BUSY else 0)
+    state.accounts.of(client.identity.name).refused[str(reason)] += 1
     state.out.append(ToClient(client.route, client.session, m.Problem(error, id)))

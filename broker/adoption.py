@@ -152,7 +152,7 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     request.attempt = max(request.attempt, orphan.attempt)
     request.key, request.worker, request.blame = key, worker, worker.name
     request.fingerprint = worker.fingerprints.get(request.model, "")
-    state.running[key] = request
+    state.take_off(request)
     worker.adopted.add(key)
     if work.suspect is not None and work.suspect >= held and request.suspect_at < 0:
         request.suspect_at, request.suspicion = work.suspect, "one before its broker was gone"
@@ -186,7 +186,7 @@ def _take_in(state: State, orphan: Orphan, now_ms: int) -> None:
         work.id, work.model, work.max_tokens, work.stream, work.priority, work.deadline_ms, True, work.seed,
         sampling=work.sampling, logprobs=work.logprobs, task=work.task,
     )  # fmt: skip
-    request = Request(asked, work.model, orphan.prompt, now_ms, work.owner)
+    request = Request(asked, work.model, orphan.prompt, now_ms, state.accounts.of(work.owner))
     state.admit(request)
     request.parked = True
     state.room.put(request, now_ms)

@@ -21,11 +21,14 @@ MAX_REFUSALS = 100
 
 
 def enqueue(state: State, request: Request, now_ms: int) -> None:
-    """Where nobody waits and a slot is free, straight to a worker: most requests never see the queue."""
+    """Where nobody waits and a slot is free, straight to a worker: most requests never see the queue.
+
+    One that comes back from a worker is not held back by what its identity may have at work: it was let go once.
+    """
     lane = request.lane
     if lane not in state.pools:
         state.open_lane(lane)
-    if lane not in state.room.lines:
+    if lane not in state.room.lines and (not request.account.full or request.attempt):
         worker = schedule.choose(state.policy, request, state.pools.get(lane))
         if worker is not None:
             request.queued_at = now_ms
@@ -48,7 +51,12 @@ def pump(state: State, lane: str, now_ms: int) -> None:
 
 
 def settle(state: State, now_ms: int) -> None:
-    """After every event: workers that became free get what waits."""
+    """After every event: workers that became free get what waits, and who was held back may go."""
+    eased: list[str] = []
+    while state.eased:
+        name, account = state.eased.popitem()
+        if not account.full:
+            eased += state.room.ease(name)
     while state.touched:
         _, worker = state.touched.popitem()
         state.update_pools(worker)
@@ -57,6 +65,8 @@ def settle(state: State, now_ms: int) -> None:
             suspects = [pool.model for pool in state.wary if worker.serves(plain(pool.model))]
             for lane in (*suspects, *worker.lanes, *worker.models):
                 pump(state, lane, now_ms)
+    for lane in eased:
+        pump(state, lane, now_ms)
 
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
@@ -69,7 +79,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     if not prefix:  # otherwise it is the one its tokens are from, and stays
         request.fingerprint = worker.fingerprints.get(request.model, "")
     request.blame = worker.name
-    state.running[request.key] = request
+    state.take_off(request)
     state.turns += 1
     worker.turn = state.turns
     worker.seq += 1
@@ -105,7 +115,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
 
 def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
     """Its worker will not finish it: close the fence, and let another one continue."""
-    state.running.pop(request.key, None)
+    state.land(request)
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0

@@ -76,9 +76,7 @@ def _remove(state: State, request: Request, now_ms: int) -> None:
     if waiting:
         state.room.left(request)
         request.queued_ms += now_ms - request.queued_at
-    state.running.pop(request.key, None)
-    del state.requests[request.id]
-    state.reserved -= request.transcript.reserved + len(request.prompt)
+    state.release(request)
 
 
 def _close(
@@ -90,7 +88,9 @@ def _close(
         transcript.clear()  # whole or nothing
     state.counters.ended += 1
     state.counters.failed += error is not None
-    state.counters.tokens += transcript.next_index if request.task == "generate" else 0
+    if request.task == "generate":
+        state.counters.tokens += transcript.next_index
+        request.account.tokens += transcript.next_index
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
         request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms

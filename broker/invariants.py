@@ -16,6 +16,7 @@ def check(core: BrokerCore) -> None:
     _emptying(state)
     _clients(state)
     _bytes(state)
+    _accounts(state)
 
 
 def _requests(state: State) -> None:
@@ -51,7 +52,8 @@ def _queue(state: State) -> None:
     for lane, line in state.room.lines.items():
         assert sum(1 for _ in line) == line.count
         pool = state.pools.get(lane)
-        assert not (pool and pool.free), "somebody waits although a slot is free"
+        may_go = [r for r in line if r.attempt or not r.account.full]
+        assert not (pool and pool.free and may_go), "somebody waits although a slot is free"
 
 
 def _workers(state: State) -> None:
@@ -101,3 +103,18 @@ def _bytes(state: State) -> None:
     kept = [e.transcript.size for e in state.archive.ended.values() if e.transcript and e.detached]
     assert state.archive.owed_bytes == sum(held) and state.archive.kept_bytes == sum(kept)
     assert state.archive.kept_bytes <= state.config.detached_bytes
+
+
+def _accounts(state: State) -> None:
+    """What is counted as it happens is what is there."""
+    for name, account in state.accounts.by_name.items():
+        own = [r for r in state.requests.values() if r.owner == name]
+        waiting = sum(r.state is RequestState.WAITING for r in own)
+        assert account.name == name and all(r.account is account for r in own)
+        assert account.queued == waiting, f"{name!r} has {waiting} waiting and not {account.queued}"
+        flying = len(own) - waiting
+        assert account.in_flight == flying, f"{name!r} has {flying} in flight and not {account.in_flight}"
+        held = sum(r.transcript.reserved + len(r.prompt) for r in own)
+        assert account.bytes == held, f"{name!r} has {held} bytes and not {account.bytes}"
+    for request in state.requests.values():
+        assert request.owner in state.accounts.by_name, "a request that nobody is charged with"

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from llambo.broker import draining, speed
+from llambo.broker.accounts import Account
 from llambo.broker.actions import ToClient
 from llambo.broker.archive import Ended
 from llambo.broker.registry import ClientEntry, WorkerEntry
@@ -99,13 +100,43 @@ def status(state: State, argument: str, now_ms: int, who: Identity) -> dict[str,
         "remembered": len(state.archive.ended),
         "policy": state.config.policy,
         "models": models(state, "", now_ms, who),
+        "identities": identities(state, who),
         "counters": {name: getattr(state.counters, name) for name in state.counters.__slots__},
+    }
+
+
+def identities(state: State, who: Identity) -> list[dict[str, Any]]:
+    """What each has here and may have: all of them for an admin, for a client its own. Without keys there are none."""
+    if state.identities is None:
+        return []
+    own = state.accounts.of(who.name)  # it may not have asked for anything yet
+    listed = sorted(state.accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
+    return [_identity(account) for account in listed[:LISTED]]
+
+
+def _identity(account: Account) -> dict[str, Any]:
+    who = account.who
+    return {
+        "identity": account.name,
+        "role": who.role,
+        "in_flight": account.in_flight,
+        "queued": account.queued,
+        "bytes": account.bytes,
+        "submitted": account.submitted,
+        "ended": account.ended,
+        "tokens": account.tokens,
+        "refused": account.refused.total(),
+        "refused_for": dict(account.refused),
+        "max_in_flight": who.max_in_flight,
+        "max_queued": who.max_queued,
+        "max_bytes": who.max_bytes,
+        "per_minute": who.per_minute,
     }
 
 
 def models(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     listed = []
-    for model in sorted(state.models)[:LISTED]:
+    for model in sorted(filter(who.may_use, state.models))[:LISTED]:
         serving = [worker for worker in state.registry.workers.values() if model in worker.models]
         line = state.room.lines.get(model)
         listed.append(
@@ -124,17 +155,17 @@ def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dic
     one = state.registry.worker_names.get(argument)
     listed = state.registry.workers.values() if not argument else [one] if one is not None else []
     found = sorted(listed, key=lambda worker: worker.name)
-    return [_worker(worker, now_ms) for worker in found[:LISTED]]
+    return [_worker(worker, now_ms, who) for worker in found[:LISTED]]
 
 
-def _worker(worker: WorkerEntry, now_ms: int) -> dict[str, Any]:
+def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
     return {
         "worker": worker.name,
         "state": _worker_state(worker),
         "class": worker.hello.node_class,
         "host": worker.hello.host,
         "pid": worker.hello.pid,
-        "models": worker.models,
+        "models": [model for model in worker.models if who.may_use(model)],
         "slots": worker.slots,
         "busy": len(worker.claims),
         "busy_elsewhere": worker.busy,

@@ -11,6 +11,8 @@ from llambo.mesh import messages as m
 from llambo.mesh.stream import Stash
 
 if TYPE_CHECKING:
+    from llambo.broker.accounts import Account
+    from llambo.broker.queue import Share
     from llambo.broker.registry import WorkerEntry
 
 
@@ -68,6 +70,7 @@ class Request:
     """Everything about a live request. Its transcript outlives it in the archive."""
 
     __slots__ = (
+        "account",
         "asked_ms",
         "attempt",
         "blame",
@@ -86,6 +89,7 @@ class Request:
         "moves",
         "owner",
         "parked",
+        "place",
         "priority",
         "prompt",
         "queued_at",
@@ -94,6 +98,7 @@ class Request:
         "repair_due",
         "sampling",
         "seed",
+        "share",
         "stash",
         "state",
         "story",
@@ -110,10 +115,14 @@ class Request:
         "worker",
     )
 
-    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int, owner: str = "") -> None:
+    #: Where it waits, or has waited last.
+    share: Share
+
+    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int, account: Account) -> None:
         self.id = asked.id
-        #: The name of the identity that has submitted it.
-        self.owner = owner
+        #: Of the identity that has submitted it, and that one's name.
+        self.account = account
+        self.owner = account.name
         self.model = model
         self.prompt = prompt
         self.max_tokens = asked.max_tokens
@@ -150,6 +159,8 @@ class Request:
         self.watched = False
         # --- its fate so far
         self.ticket = 0
+        #: Which one of its share it is.
+        self.place = 0
         #: Its broker is gone; for a moment it waits for a worker that runs it still.
         self.parked = False
         #: It is ended only because nobody follows it.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from llambo.broker.accounts import Account, Accounts
 from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.budget import Budget
@@ -105,10 +106,13 @@ class State:
         self.out: list[Action] = []
         #: Public key to identity, of those that are valid now; None: there are no keys, and everybody is let in.
         self.identities: Mapping[str, Identity] | None = None
+        self.accounts = Accounts()
         #: The session of the client whose message is being answered.
         self.speaker = b""
         #: Workers whose load or fitness this event has changed: `dispatching.settle` looks after them.
         self.touched: dict[bytes, WorkerEntry] = {}
+        #: Accounts that may have another request at work than before: likewise.
+        self.eased: dict[str, Account] = {}
         self.registry = Registry()
         #: Workers, by session, whose requests are to go on elsewhere: see draining.py.
         self.emptying: dict[bytes, WorkerEntry] = {}
@@ -160,7 +164,32 @@ class State:
     def admit(self, request: Request) -> None:
         """From now on it is ours, until it has ended."""
         self.requests[request.id] = request
-        self.reserved += request.transcript.reserved + len(request.prompt)
+        size = request.transcript.reserved + len(request.prompt)
+        self.reserved += size
+        account = request.account
+        account.bytes += size
+        account.submitted += 1
+
+    def take_off(self, request: Request) -> None:
+        """It is with a worker, under its key."""
+        self.running[request.key] = request
+        request.account.in_flight += 1
+
+    def land(self, request: Request) -> None:
+        """It is not with a worker any more, if it was: the fence is closed."""
+        if self.running.pop(request.key, None) is not None:
+            account = request.account
+            account.in_flight -= 1
+            if account.queued and account.who.max_in_flight:
+                self.eased[account.name] = account
+
+    def release(self, request: Request) -> None:
+        """It has ended."""
+        self.land(request)
+        del self.requests[request.id]
+        size = request.transcript.reserved + len(request.prompt)
+        self.reserved -= size
+        request.account.bytes -= size
 
     def happened(
         self, now_ms: int, kind: str, text: str, *, warning: bool = False, worker: str = "", request: bytes = b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -12,13 +13,14 @@ from llambo.cli.common import Common, pass_common
 from llambo.cli.keyfile import address_of, key_of
 from llambo.cli.models import show_models
 from llambo.cli.options import client_options, json_option
-from llambo.cli.output import facts, show_json, size
+from llambo.cli.output import facts, number, show_json, size, table
 
 EXAMPLES = """
 llambo status
 llambo status --json | jq .running
 """
 
+IDENTITY_COLUMNS = ("identity", "in flight", "queued", "bytes", "submitted", "tokens", "refused")
 #: Of the workers that are loading, so many have their percent shown.
 SHOWN = 4
 
@@ -28,10 +30,10 @@ SHOWN = 4
 @client_options
 @pass_common
 def status(common: Common, as_json: bool) -> None:
-    """Show the mesh in numbers: workers, slots, queue, speed, models.
+    """Show the mesh in numbers: workers, slots, queue, speed, models, and what each identity has of that.
 
     Of several brokers any will do for workers, slots and speed. Clients, requests and the counters are those of
-    the broker that is asked; `--broker` says which.
+    the broker that is asked; `--broker` says which. With keys an admin sees all identities, everybody else his own.
     """
     found = ask(common, lambda client: client.status())
     if as_json:
@@ -41,6 +43,35 @@ def status(common: Common, as_json: bool) -> None:
     if found["models"]:
         click.echo()
         show_models(found["models"])
+    if found.get("identities"):
+        click.echo()
+        show_identities(found["identities"])
+
+
+def show_identities(found: list[dict[str, Any]]) -> None:
+    """What each has here, of what it may have."""
+    rows = [
+        (
+            row["identity"],
+            _of(row["in_flight"], row["max_in_flight"], str),
+            _of(row["queued"], row["max_queued"], str),
+            _of(row["bytes"], row["max_bytes"], size),
+            number(row["submitted"]),
+            number(row["tokens"]),
+            _refused(row["refused_for"]),
+        )
+        for row in found
+    ]
+    table(IDENTITY_COLUMNS, rows, nothing="")
+
+
+def _of(value: int, limit: int, shown: Callable[[int], str]) -> str:
+    return f"{shown(value)}/{shown(limit)}" if limit else shown(value)
+
+
+def _refused(reasons: dict[str, int]) -> str:
+    told = ", ".join(f"{reasons[reason]} {reason}" for reason in sorted(reasons))
+    return f"{sum(reasons.values())}: {told}" if told else "0"
 
 
 def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:

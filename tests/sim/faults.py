@@ -9,6 +9,7 @@
                    and hang; workers are drained, or emptied; clients vanish, and some read nothing for a while
     poison         a request kills every engine that runs it; sometimes two do
     overload       some brokers have a queue of three, and refuse what does not fit
+    keys           in one world of five clients have some, and limits with them, which may change (keys.py)
     clocks         every node's clock is off by its own, large, amount
 
 One run in eight is calm: no faults at all, so that work done for nothing shows. After `FAULTS_END_MS` all

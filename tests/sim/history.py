@@ -69,8 +69,10 @@ class Heard:
 
 
 class History:
-    def __init__(self, style: str, *, hangs: bool = False, apart: bool = False) -> None:
+    def __init__(self, style: str, *, hangs: bool = False, apart: bool = False, limits: bool = False) -> None:
         self.style = style
+        #: Clients have keys, and may be refused for what those allow.
+        self.limits = limits
         #: Engines hang by themselves, which looks like a request's doing.
         self.hangs = hangs
         #: Requests may leave a broker and come back, and are suspected anew by each, and each time.
@@ -205,7 +207,7 @@ class History:
     def _judge_failure(self, wanted: Wanted, heard: Heard) -> list[str]:
         if not heard.ends:
             return ["stuck: it never ended"]
-        if heard.error is not None and not self._may_fail(wanted, heard.error):
+        if heard.error is not None and not self._may_fail(wanted, heard, heard.error):
             if heard.error.code is Code.ENGINE_FAILED:  # it came back when its tokens were gone, but not why it ended
                 return self._judge_conviction(wanted.message.id, wanted)
             return [f"failed: {heard.error.code}: {heard.error.text}"]
@@ -260,14 +262,16 @@ class History:
         natural = answer_length(seed, wanted.prompt, mean) if mean else limit + 1
         return (natural, "stop") if natural <= limit else (limit, "length")
 
-    @staticmethod
-    def _may_fail(wanted: Wanted, error: ErrorInfo) -> bool:
+    def _may_fail(self, wanted: Wanted, heard: Heard, error: ErrorInfo) -> bool:
         if error.code in (Code.UNKNOWN_REQUEST, Code.EXPIRED):
             # An attach or a cancel that came after the end had been acknowledged.
             return wanted.cancelled or wanted.abandoned
         if error.code is Code.DEADLINE:
             # An attach that came after it: what there is, is why it ended.
             return bool(wanted.message.deadline_ms)
+        if error.code is Code.OVER_LIMIT:
+            # Limits are for what is new. What one broker has admitted another one does not refuse.
+            return self.limits and not heard.placed
         return error.code is Code.BUSY
 
     def _first_wrong(self, wanted: Wanted, id: bytes, ids: list[int]) -> int | None:

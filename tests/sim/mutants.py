@@ -28,6 +28,7 @@ class Guard(NamedTuple):
 _DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
 _DRAINING = "llambo.broker.draining"
 _SUSPICION = "llambo.broker.suspicion"
+_QUEUE, _STATE = "llambo.broker.queue", "llambo.broker.state"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
 GUARDS: dict[str, Guard] = {
@@ -66,7 +67,7 @@ GUARDS: dict[str, Guard] = {
         _DRAINING, "            _tell(state, worker, order)\n            return", "            return"
     ),
     "fence closed when it moves": Guard(
-        "llambo.broker.dispatching", "    state.running.pop(request.key, None)\n    request.note", "    request.note"
+        "llambo.broker.dispatching", "    state.land(request)\n    request.note", "    request.note"
     ),
     "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
@@ -87,6 +88,14 @@ GUARDS: dict[str, Guard] = {
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
     ),
     "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
+    "as many at work as it may": Guard(_QUEUE, "if not request.account.full:", "if True:"),
+    "so many also without a queue": Guard(
+        "llambo.broker.dispatching", " and (not request.account.full or request.attempt)", ""
+    ),
+    "held back until one is done": Guard(_STATE, "self.eased[account.name] = account", "pass"),
+    "turns of identities": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
+    "what moves is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
+    "limits are for what is new": Guard("llambo.broker.accounts", "        if resumed:\n            return None\n", ""),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

@@ -18,16 +18,18 @@ from llambo.mesh import limits, tokens
 from llambo.mesh import link_core as lc
 from llambo.mesh import messages as m
 from llambo.mesh.client_core import ClientCore
+from llambo.mesh.identity import Identity
 from llambo.worker import actions as wa
 from llambo.worker import events as w
 from llambo.worker import invariants as worker_invariants
 from llambo.worker.config import WorkerConfig
 from llambo.worker.core import WorkerCore
 from llambo.worker.fake import FakeEngine
-from llambo.worker.identity import Identity
+from llambo.worker.identity import Identity as WorkerIdentity
 from tests.sim.clock import Clock
 from tests.sim.history import History
 from tests.sim.network import Bundle, Hub, Network, Wire
+from tests.sim.shares import Shares
 
 
 class Node:
@@ -104,11 +106,15 @@ class BrokerNode(Node):
         network: Network,
         hub: Hub,
         history: History,
+        identities: dict[str, Identity] | None = None,
     ) -> None:
         super().__init__(clock, skew_ms)
         self._config = config
         self._random = random
-        self.core = BrokerCore(config, random.randbytes)
+        #: Who has which key, the name of its wire; None: there are no keys.
+        self._identities = identities
+        self.shares = Shares()
+        self.core = self._new_core()
         #: What its former lives have counted.
         self.past: list[Counters] = []
         self.network = network
@@ -118,6 +124,19 @@ class BrokerNode(Node):
         self._events = 0
         hub.to_broker = self._control
         hub.tokens_to_broker = lambda frame: self.happen(b.TokensArrived([frame]))
+
+    def _new_core(self) -> BrokerCore:
+        core = BrokerCore(self._config, self._random.randbytes)
+        if self._identities is not None:
+            core.handle(b.KeysChanged(self._identities), self.now_ms)
+            self.shares.begin(self._identities.values())
+        return core
+
+    def change_keys(self, identities: dict[str, Identity]) -> None:
+        self._identities = identities
+        self.shares.allow(identities.values())
+        if self.alive:
+            self.happen(b.KeysChanged(identities))
 
     def restart(self, down_ms: int, *, politely: bool) -> None:
         """It forgets everything; its peers find its port closed, and then find it again."""
@@ -139,7 +158,7 @@ class BrokerNode(Node):
         self.clock.after(down_ms, self._begin_again)
 
     def _begin_again(self) -> None:
-        self.core = BrokerCore(self._config, self._random.randbytes)
+        self.core = self._new_core()
         self.alive, self.hub.down = True, False
         self._wake_at = 2**62
         self.plan_wakeup()
@@ -154,13 +173,16 @@ class BrokerNode(Node):
                     running = self.core.state.running
                     self.history.death_told(message, (id(self), len(self.past)), running)
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
-        self.happen(said(route, bundle[0], bundle[1]))
+        user = wire.name if self._identities is not None else ""
+        self.happen(said(route, bundle[0], bundle[1], user=user))
 
     def handle(self, event: Any) -> list[Any]:
         actions = self.core.handle(event, self.now_ms)
         self._events += 1
         if self._events % self.check_every == 0:
             check(self.core)
+        if self._identities is not None:
+            self.shares.judge(self.core.state, actions)
         return actions
 
     def perform(self, actions: list[Any]) -> None:
@@ -280,7 +302,7 @@ class WorkerNode(Peer):
             wire.on_sign = lambda sign, n=number: self.happen(w.ConnectionChanged(n, sign))  # type: ignore[misc]
         self.config = config
         self.history = history
-        self.core = WorkerCore(config, Identity(random.randbytes(8), "sim"))
+        self.core = WorkerCore(config, WorkerIdentity(random.randbytes(8), "sim"))
         self.engine: FakeEngine | None = None
         self.engine_deaths = 0
         #: What its engine died or hung of, and who was aboard then.

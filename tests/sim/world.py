@@ -15,6 +15,7 @@ from llambo.worker.knobs import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
+from tests.sim.keys import Keys
 from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
 
@@ -44,7 +45,9 @@ class World:
         self.network = Network(self.clock, self.random, self.plan)
         # A suspicion is not passed on when a request goes to another broker: there it may take a bystander with it.
         apart = self.plan.brokers > 1 and bool(self.plan.incidents)
-        self.history = History(self.plan.style, hangs=self.plan.engine_hangs or apart, apart=apart)
+        self.keys = Keys(seed, self.plan)
+        hangs = self.plan.engine_hangs or apart
+        self.history = History(self.plan.style, hangs=hangs, apart=apart, limits=self.keys.there)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig(
@@ -56,7 +59,7 @@ class World:
             queue_requests=self.plan.queue,
         )
         self.brokers = [
-            BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history)
+            BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history, self.keys.now)
             for _ in range(self.plan.brokers)
         ]
         for broker in self.brokers:
@@ -72,6 +75,8 @@ class World:
         self._plan_requests()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
+        if self.keys.change_at:
+            self.clock.at(self.keys.change_at, self._change_keys)
         wrong: list[str] = []
         try:
             self.clock.run_until(faults.FAULTS_END_MS)
@@ -139,8 +144,9 @@ class World:
 
     def _plan_requests(self) -> None:
         random = self.random
-        poisoned = random.sample(range(self.plan.requests), self.plan.poison)
-        for number in range(self.plan.requests):
+        requests = self.plan.requests * self.keys.crowd
+        poisoned = random.sample(range(requests), self.plan.poison)
+        for number in range(requests):
             at = random.randint(150, faults.FAULTS_END_MS - 2_000)
             client = random.choice(self.clients)
             id = random.randbytes(16)
@@ -210,6 +216,11 @@ class World:
             self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
         else:
             self._worker_incident(kind, who, length_ms)
+
+    def _change_keys(self) -> None:
+        self.log.append(f"{self.clock.now_ms} ms: the keys allow something else: {self.keys.later}")
+        for broker in self.brokers:
+            broker.change_keys(self.keys.later)
 
     def _client_incident(self, kind: str, client: ClientNode, length_ms: int) -> None:
         if not client.alive:
@@ -378,7 +389,7 @@ class World:
         return report
 
     def _tell(self, wrong: list[str]) -> list[str]:
-        told = [str(self.plan), *self.log]
+        told = [str(self.plan), *([f"keys: {self.keys.now}"] if self.keys.there else []), *self.log]
         for (client, id), heard in self.history.heard.items():
             if any(id.hex()[:8] in problem for problem in wrong):
                 told.append(f"-- {client} {id.hex()[:8]}: {len(heard.ids)} tokens, {heard.end or heard.error}")

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.events import ClientSaid, Event, RouteGone, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import ClientSaid, Event, KeysChanged, RouteGone, Tick, TokensArrived, WorkerSaid
 from llambo.broker.invariants import check
 from llambo.mesh import messages as m
 from llambo.mesh import tokens
 from llambo.mesh.codec import NO_SESSION
+from llambo.mesh.identity import Identity
 
 M = TypeVar("M", bound=m.Message)
 
@@ -51,6 +52,10 @@ class Bench:
     def route_gone(self, route: bytes) -> None:
         self.handle(RouteGone(route, True))
 
+    def keys(self, *identities: Identity) -> None:
+        """From now on these are valid and no others; in a test the public key is the name."""
+        self.handle(KeysChanged({identity.name: identity for identity in identities}))
+
     def worker(
         self,
         name: str = "w",
@@ -60,18 +65,20 @@ class Bench:
         route: bytes = b"",
         fingerprint: str = "",
         state: m.WorkerState = "ready",
+        user: str = "",
     ) -> Worker:
         hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
-        return Worker(self, route or name.encode() + incarnation, hello)
+        return Worker(self, route or name.encode() + incarnation, hello, user)
 
-    def client(self, route: bytes = b"c") -> Client:
-        return Client(self, route)
+    def client(self, route: bytes = b"c", user: str = "") -> Client:
+        return Client(self, route, user)
 
 
 class Peer:
     bench: Bench
     route: bytes
     session: bytes
+    user: str
 
     def heard(self, kind: type[M]) -> list[M]:
         """Messages of one kind this peer has been sent, ever."""
@@ -85,9 +92,10 @@ class Peer:
 
 
 class Worker(Peer):
-    def __init__(self, bench: Bench, route: bytes, hello: m.WorkerHello) -> None:
+    def __init__(self, bench: Bench, route: bytes, hello: m.WorkerHello, user: str = "") -> None:
         self.bench = bench
         self.route = route
+        self.user = user
         self.beats = 0
         self.session = NO_SESSION
         self.say(hello)
@@ -97,7 +105,8 @@ class Worker(Peer):
             self.beat(state=hello.state)
 
     def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        self.bench.handle(WorkerSaid(self.route, self.session, [(message, blob) for message in messages]))
+        told = [(message, blob) for message in messages]
+        self.bench.handle(WorkerSaid(self.route, self.session, told, user=self.user))
 
     def publish(self, *frames: bytes) -> list[Any]:
         return self.bench.handle(TokensArrived(list(frames)))
@@ -125,16 +134,18 @@ class Worker(Peer):
 
 
 class Client(Peer):
-    def __init__(self, bench: Bench, route: bytes) -> None:
+    def __init__(self, bench: Bench, route: bytes, user: str = "") -> None:
         self.bench = bench
         self.route = route
+        self.user = user
         self.session = NO_SESSION
         self.say(m.ClientHello())
         self.welcome = self.heard(m.Welcome)[-1]
         self.session = self.welcome.session
 
     def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        self.bench.handle(ClientSaid(self.route, self.session, [(message, blob) for message in messages]))
+        told = [(message, blob) for message in messages]
+        self.bench.handle(ClientSaid(self.route, self.session, told, user=self.user))
 
     def submit(self, number: int, prompt: bytes = b"hello", **fields: Any) -> bytes:
         fields.setdefault("max_tokens", 10)

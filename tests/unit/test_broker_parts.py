@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from llambo.broker.accounts import Account
 from llambo.broker.gate import Gate
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, WorkerEntry
@@ -19,8 +20,9 @@ from tests.unit.broker_bench import request_id
 KEY = b"k" * 24
 
 
-def a_request(number: int, now_ms: int = 0, **fields: object) -> Request:
-    return Request(m.InferenceRequest(request_id(number), **fields), "m", b"hello", now_ms)  # type: ignore[arg-type]
+def a_request(number: int, now_ms: int = 0, account: Account | None = None, **fields: object) -> Request:
+    asked = m.InferenceRequest(request_id(number), **fields)  # type: ignore[arg-type]
+    return Request(asked, "m", b"hello", now_ms, account or Account(""))
 
 
 def a_worker(name: str, slots: int) -> WorkerEntry:

@@ -1,0 +1,181 @@
+"""Limits and shares of real keys over real sockets, through deaths of a worker and of the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llambo import Client
+from llambo.mesh.client_stream import Answer, Stream
+from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import Mesh, key_of, truth
+
+TOKENS = 60
+#: More than any test reads.
+LONG = 50_000
+KNOBS = FakeKnobs(slots=4, tokens_per_s=200)
+LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, per_minute=9, priority_max="normal")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:7330")
+    folder.add(LIMITED, int(time.time()))
+    folder.add(Identity("stranger", "client", models=("other*",)), int(time.time()))
+    key_of(folder, "boss", "admin")
+    return folder
+
+
+async def refusal(stream: Stream) -> LlamboError:
+    with pytest.raises(LlamboError) as raised:
+        await stream.result()
+    return raised.value
+
+
+async def right(client: Client, number: int, **options: object) -> Answer:
+    answer = await client.generate(f"prompt {number}", max_tokens=TOKENS, seed=number, **options)  # type: ignore[arg-type]
+    assert answer.ids == truth(f"prompt {number}", number, TOKENS)
+    return answer
+
+
+def at_rest(mesh: Mesh, name: str) -> None:
+    """Nothing of this identity is left on its account."""
+    mesh.until(lambda core: core.state.accounts.of(name).idle, f"nothing of {name} is left")
+
+
+def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
+    with Mesh(workers=1, knobs=KNOBS, check=True, keys=folder) as mesh:
+
+        async def scenario() -> None:
+            async with (
+                mesh.client(key=key_of(folder, "alice")) as alice,
+                mesh.client(key=key_of(folder, "stranger")) as stranger,
+                mesh.client(key=key_of(folder, "bob")) as bob,
+                mesh.client(key=key_of(folder, "boss")) as boss,
+            ):
+                long = [alice.stream("long", max_tokens=LONG, seed=1) for _ in range(2)]
+                for stream in long:
+                    assert await stream.next_piece() is not None
+                # Two are at work, and that is all: the next wait, though two slots are free for others
+                waiting = [asyncio.create_task(right(alice, number)) for number in range(3)]
+                await mesh.aside(lambda core: core.state.accounts.of("alice").queued == 3, "three wait")
+                await right(bob, 9)
+
+                error = await refusal(alice.stream("one too many", max_tokens=5))
+                assert (error.code, error.text) == (Code.OVER_LIMIT, "alice has 3 requests waiting, 3 are allowed")
+                assert 100 <= error.retry_after_ms <= 30_000
+                error = await refusal(alice.stream("before all", max_tokens=5, priority="interactive"))
+                assert error.code is Code.FORBIDDEN and "'normal'" in error.text
+                error = await refusal(stranger.stream("whatever there is", max_tokens=5))
+                assert (error.code, error.text) == (Code.NO_WORKER, "no worker serves a model that stranger may use")
+                error = await refusal(stranger.stream("that one", max_tokens=5, model="fake"))
+                assert error.code is Code.FORBIDDEN
+                assert await stranger.models() == []
+
+                (own,) = (await alice.status())["identities"]
+                shown = {name: own[name] for name in ("identity", "in_flight", "queued", "submitted", "refused_for")}
+                assert shown == {
+                    "identity": "alice",
+                    "in_flight": 2,
+                    "queued": 3,
+                    "submitted": 5,
+                    "refused_for": {"max_queued": 1, "priority_max": 1},
+                }
+                listed = (await boss.status())["identities"]
+                assert [one["identity"] for one in listed] == ["alice", "bob", "boss", "stranger"]
+
+                for stream in long:
+                    await stream.cancel()
+                await asyncio.gather(*waiting)
+                # Five of nine in a minute are spent; at the tenth the time to wait is exact
+                await asyncio.gather(*(right(alice, number) for number in range(4)))
+                error = await refusal(alice.stream("the tenth", max_tokens=5))
+                assert (error.code, error.text) == (Code.OVER_LIMIT, "alice may begin 9 requests a minute")
+                assert 0 < error.retry_after_ms <= 60_000 / 9
+
+        mesh.run(scenario())
+        at_rest(mesh, "alice")
+
+
+def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
+    """One slot; a hundred of one identity wait. Those of another are served in between, one after the other."""
+    knobs = FakeKnobs(slots=1, tokens_per_s=2_000)
+    with Mesh(workers=1, knobs=knobs, check=True, keys=folder) as mesh:
+
+        async def scenario() -> list[str]:
+            order: list[str] = []
+
+            async def ask(client: Client, name: str, number: int) -> None:
+                await client.generate(f"{name} {number}", max_tokens=20)
+                order.append(name)
+
+            async with (
+                mesh.client(key=key_of(folder, "many")) as many,
+                mesh.client(key=key_of(folder, "few")) as few,
+            ):
+                long = many.stream("long", max_tokens=LONG)
+                assert await long.next_piece() is not None
+                flood = [asyncio.create_task(ask(many, "many", number)) for number in range(100)]
+                await mesh.aside(lambda core: core.state.room.count == 100, "a hundred wait")
+                late = few.stream("few 0", max_tokens=20)
+                others = [asyncio.create_task(ask(few, "few", number)) for number in range(1, 5)]
+                await mesh.aside(lambda core: core.state.room.count == 105, "all wait")
+                assert late.ahead is not None and late.ahead <= 1
+                await long.cancel()
+                await late.result()
+                await asyncio.gather(*flood, *others)
+            return order
+
+        order = mesh.run(scenario())
+        # (the order in which two clients hear of their ends is that of the broker within a few)
+        last = max(at for at, name in enumerate(order) if name == "few")
+        assert last <= 16, f"the fifth of the second identity came after {last} others"
+        at_rest(mesh, "many")
+
+
+def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> None:
+    with Mesh(workers=2, knobs=FakeKnobs(slots=1, tokens_per_s=100), check=True, keys=folder) as mesh:
+
+        async def scenario() -> list[Answer]:
+            async with mesh.client(key=key_of(folder, "alice")) as alice:
+                asked = [asyncio.create_task(right(alice, number)) for number in range(5)]
+                await mesh.aside(
+                    lambda core: core.state.accounts.of("alice").in_flight == 2 and core.state.counters.chunks > 5,
+                    "two are at work",
+                )
+                mesh.workers[0].send(signal.SIGKILL)
+                return await asyncio.gather(*asked)
+
+        answers = mesh.run(scenario())
+        assert sum(answer.moves for answer in answers) == 1
+        at_rest(mesh, "alice")
+
+
+def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder: Folder) -> None:
+    """More than may wait are at work and wait, more than may begin in a minute; all of them end well."""
+    folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2, per_minute=4), int(time.time()))
+    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
+
+        async def scenario() -> dict[str, object]:
+            async with mesh.client(key=key_of(folder, "carol")) as carol:
+                streams = [carol.stream(f"prompt {n}", max_tokens=TOKENS, seed=n) for n in range(4)]
+                for stream in streams[:2]:
+                    assert await stream.next_piece() is not None
+                await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+                for number, answer in enumerate(await asyncio.gather(*(stream.result() for stream in streams))):
+                    assert answer.ids == truth(f"prompt {number}", number, TOKENS)
+                (own,) = (await carol.status())["identities"]
+                error = await refusal(carol.stream("the fifth", max_tokens=5))
+                assert error.text == "carol may begin 4 requests a minute"
+            return dict(own)
+
+        own = mesh.run(scenario())
+        assert own | {"in_flight": 0, "queued": 0, "bytes": 0, "submitted": 4, "refused": 0} == own
