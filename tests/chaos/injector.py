@@ -81,7 +81,7 @@ class Injector:
 
     async def _kill(self, fault: Fault, worker: Node) -> None:
         agent, engine, starts = worker.pid, worker.engine(), worker.starts
-        self._world.engines[engine] = worker.name
+        self._world.saw(engine, worker.name)
         pids = {"agent": [agent], "engine": [engine], "both": [agent, engine]}[fault.what]
         self._begin(fault, worker.name, pid=agent)
         for pid in pids:
@@ -104,7 +104,7 @@ class Injector:
 
     async def _hang(self, fault: Fault, worker: Node) -> None:
         engine, busy = worker.engine(), self._world.busy(worker.name)
-        self._world.engines[engine] = worker.name
+        self._world.saw(engine, worker.name)
         if not busy:
             self._say("skipped", fault, why="it has nothing to do")
             return

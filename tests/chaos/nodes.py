@@ -125,6 +125,14 @@ def size_of(pid: int) -> tuple[int, int] | None:
         return None
 
 
+def began(pid: int) -> int:
+    """When this process began, in clock ticks since boot: with its number it says which one is meant. 0: it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
+
+
 def module(name: str) -> list[str]:
     return [sys.executable, "-m", f"llambo.cli.{name}"]
 

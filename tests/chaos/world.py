@@ -66,7 +66,7 @@ class World:
         self.views: dict[str, dict[str, dict[str, Any]]] = {}
         self.seen = asyncio.Condition()
         #: Engine children and whose they are, to see that none is left.
-        self.engines: dict[int, str] = {}
+        self.engines: dict[int, tuple[str, int]] = {}
         self._keeping: list[asyncio.Task[None]] = []
         self._looking: list[asyncio.Task[None]] = []
 
@@ -215,9 +215,13 @@ class World:
             await proxy.close()
         for keeper in self.keepers.values():
             keeper.close()
-        for pid, whom in self.engines.items():
-            if not await gone(pid, 2.0):
+        for pid, (whom, began) in self.engines.items():
+            # A number may be another process's by now.
+            if nodes.began(pid) == began and not await gone(pid, 2.0):
                 self.journal.write("orphan", pid=pid, whom=whom)
+
+    def saw(self, engine: int, whom: str) -> None:
+        self.engines[engine] = whom, nodes.began(engine)
 
     async def _gone(self, node: nodes.Node) -> None:
         if node.process is None:
@@ -274,7 +278,7 @@ class World:
                     self.journal.write("size", whom=node.name, pid=node.pid, rss=size[0], fds=size[1])
                 engine = node.engine() if node in self.workers else 0
                 if engine and (size := nodes.size_of(engine)):
-                    self.engines[engine] = node.name
+                    self.saw(engine, node.name)
                     self.journal.write("size", whom=f"{node.name} engine", pid=engine, rss=size[0], fds=size[1])
             await asyncio.sleep(SIZES_S)
 
