@@ -29,7 +29,7 @@ def announced(state: State, worker: WorkerEntry, said: m.Orphan, blob: bytes, no
     try:
         prompt, chunks = transfer.unpack(blob, work.prompt_bytes)
     except ValueError as error:
-        state.happened(now_ms, "bad orphan", f"{worker.name}: {error}")
+        state.happened(now_ms, "bad orphan", f"{worker.name}: {error}", warning=True, worker=worker.name)
         _dismiss(state, worker, work)
         return
     orphan = Orphan(worker, work, prompt, [_keyed(chunk, work) for chunk in chunks], now_ms + state.config.orphan_ms)

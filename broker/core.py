@@ -23,6 +23,7 @@ from llambo.broker import (
     dispatching,
     draining,
     ending,
+    housekeeping,
     membership,
     queries,
     suspicion,
@@ -202,5 +203,5 @@ class BrokerCore:
             state.client_round_at = now_ms + state.config.heartbeat_ms
             membership.client_round(state, now_ms)
         if now_ms >= state.sweep_at:
-            state.sweep_at = now_ms + membership.SWEEP_MS
-            membership.sweep(state, now_ms)
+            state.sweep_at = now_ms + housekeeping.SWEEP_MS
+            housekeeping.sweep(state, now_ms)

@@ -39,7 +39,7 @@ def ordered(state: State, name: str, order: m.Drain, now_ms: int) -> None:
         news = before is None or before.move != move
         what = "takes no new work" + (", what it runs goes on elsewhere" if move else "")
     if news:
-        state.happened(now_ms, "drain", f"{name}: {what}")
+        state.happened(now_ms, "drain", f"{name}: {what}", worker=name)
     registry.orders[name] = order
     if worker is not None:
         _set(state, worker, not order.undo, order.move)

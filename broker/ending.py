@@ -7,7 +7,7 @@ from llambo.broker.actions import ToClient, ToWorker
 from llambo.broker.archive import Ended
 from llambo.broker.registry import ClientEntry, WorkerEntry
 from llambo.broker.requests import Request, RequestState
-from llambo.broker.state import State
+from llambo.broker.state import Report, State
 from llambo.mesh import messages as m
 from llambo.mesh.errors import Code, ErrorInfo
 
@@ -95,6 +95,10 @@ def _close(
     end = m.End(
         request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms
     )
+    if error is not None:
+        worker = request.worker.name if request.worker is not None else ""
+        # Only its code: a text may quote what was asked.
+        state.reports.append(Report(f"request failed: {error.code.value}", worker=worker, request=request.id))
     ended = state.archive.add(request, end, now_ms)
     for session in request.followers:
         client = state.registry.clients.get(session)

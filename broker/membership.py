@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from llambo.broker import admission, delivery, dispatching, draining, ending, speed
 from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import PARKED, RequestState, plain
+from llambo.broker.requests import RequestState
 from llambo.broker.state import State
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
@@ -19,11 +19,7 @@ from llambo.mesh.identity import Identity
 CLIENT_SESSIONS = 10_000
 #: Workers at a time; more are refused as busy.
 WORKER_SESSIONS = 20_000
-#: Models remembered, with or without a worker.
-MODELS_KNOWN = 1_000
 _REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
-#: Housekeeping that nobody waits for: old queue entries, expired results, rates.
-SWEEP_MS = 1_000
 
 
 # --- workers -------------------------------------------------------------------------------------------
@@ -60,7 +56,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int, 
     for model in worker.models:
         state.models[model] = 0
     loading = ", still loading" if worker.state == "starting" else ""
-    state.happened(now_ms, "worker joined", f"{worker.name} on {hello.host}: {worker.slots} slots{loading}")
+    text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
+    state.happened(now_ms, "worker joined", text, worker=worker.name)
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     draining.joined(state, worker)
     admission.ask_again(state, now_ms)
@@ -105,7 +102,8 @@ def _serves(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: 
     for model in worker.models:
         state.models[model] = 0
     _note_unserved(state, before, now_ms)
-    state.happened(now_ms, "worker serves", f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots")
+    text = f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots"
+    state.happened(now_ms, "worker serves", text, worker=worker.name)
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
@@ -146,7 +144,9 @@ def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> Non
     state.emptying.pop(worker.session, None)
     state.update_pools(worker)
     state.counters.workers_lost += 1
-    state.happened(now_ms, "worker lost", f"{worker.name}: {why} ({len(keys)} of its requests move)")
+    text = f"{worker.name}: {why} ({len(keys)} of its requests move)"
+    left = why.startswith("left: ")  # it said goodbye
+    state.happened(now_ms, "worker lost", text, warning=not left, worker=worker.name)
     _note_unserved(state, worker.models, now_ms)
     for key in keys:
         request = state.running.get(key)
@@ -158,7 +158,7 @@ def pardon(state: State, late_ms: int, now_ms: int) -> None:
     """This round comes late: the broker, or its whole machine, stood still. Nobody else was silent meanwhile."""
     if late_ms < state.config.heartbeat_ms or not state.worker_round_at:
         return
-    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms")
+    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=late_ms >= 1_000)
     for worker in state.registry.workers.values():
         worker.heard_at = min(now_ms, worker.heard_at + late_ms)
         if worker.route_gone_at:
@@ -290,60 +290,3 @@ def say_goodbye(state: State, reason: str) -> None:
         state.out.append(ToWorker(worker.route, worker.session, m.Goodbye(reason)))
     for client in state.registry.clients.values():
         state.out.append(ToClient(client.route, client.session, m.Goodbye(reason)))
-
-
-def _forget_models(state: State) -> None:
-    """Of too many names, those go that no worker serves and nobody waits for, the longest gone first."""
-    excess = len(state.models) - MODELS_KNOWN
-    if excess <= 0:
-        return
-    gone = [(since, model) for model, since in state.models.items() if since and model not in state.room.lines]
-    for _, model in sorted(gone)[:excess]:
-        del state.models[model]
-        state.pools.pop(model, None)
-
-
-def _may_serve(worker: WorkerEntry, model: str, lane: str) -> bool:
-    """It has this very model; or one of that name is being loaded, which may turn out to be the same."""
-    if lane in worker.lanes:
-        return True
-    return worker.state == "starting" and any(m.name == model and not m.fingerprint for m in worker.serving)
-
-
-def _give_up_on_lanes(state: State, now_ms: int) -> None:
-    """Nobody is there to run these, and nobody came in time."""
-    for lane, line in list(state.room.lines.items()):
-        if lane == PARKED:
-            continue
-        model, _, fingerprint = plain(lane).partition("\0")
-        since = state.models.get(model, 0)
-        if fingerprint and not since:
-            if any(_may_serve(worker, model, plain(lane)) for worker in state.registry.workers.values()):
-                continue
-            since = 1  # others have the model, but not the very same: what counts is how long the request waits
-        for request in list(line) if since else ():
-            if now_ms - max(since, request.queued_at) >= state.config.hold_ms:
-                which = "the very same model" if fingerprint else "it"
-                text = f"no worker serves {model!r}: {which} was missing for {now_ms - request.queued_at} ms"
-                ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
-
-
-def sweep(state: State, now_ms: int) -> None:
-    """What nobody waits for: ages, retention, and the pace on which retry-after is based."""
-    config = state.config
-    for request in state.room.expired(now_ms):
-        text = f"waited {config.queue_ms} ms for a worker"
-        ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
-    speed.compare(state, now_ms)
-    _give_up_on_lanes(state, now_ms)
-    admission.ask_again(state, now_ms)
-    state.accounts.sweep(now_ms)
-    state.orphanage.expire(now_ms)
-    state.close_lanes()
-    state.archive.expire(now_ms)
-    _forget_models(state)
-    ended, at = state.rate_mark
-    if now_ms > at:
-        pace = (state.counters.ended - ended) * 1_000 / (now_ms - at)
-        state.rate = pace if not at else 0.5 * state.rate + 0.5 * pace
-    state.rate_mark = (state.counters.ended, now_ms)

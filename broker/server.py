@@ -19,6 +19,7 @@ import zmq
 
 from llambo.broker import ports
 from llambo.broker.actions import Action, ToClient, ToWorker
+from llambo.broker.condition import condition
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import (
@@ -33,10 +34,12 @@ from llambo.broker.events import (
 )
 from llambo.broker.gate import Gate
 from llambo.broker.porter import Porter
+from llambo.broker.state import Report
 from llambo.mesh import codec, sockets
 from llambo.mesh import messages as m
 from llambo.mesh.activation import Inherited
 from llambo.mesh.keyring import Folder
+from llambo.mesh.notify import Herald
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class BrokerServer:
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
+        herald: Herald | None = None,
         keys: Folder | None = None,
     ) -> None:
         """`inherited`: sockets that listen already, in place of host and port. `keys`: who is let in; None: everybody.
@@ -80,6 +84,7 @@ class BrokerServer:
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._stopping = False
+        self._herald = herald or Herald()
         self._porter: Porter | None = None
         if inherited is not None:
             host, port = inherited.host, inherited.port
@@ -110,10 +115,16 @@ class BrokerServer:
         if self._porter:
             poller.register(self._porter.socket, zmq.POLLIN)
         while not self._stopping:
-            wait = self._next_wakeup_ms() - monotonic_ms()
+            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
+            if monotonic_ms() >= self._herald.due_ms:
+                self._tell_manager()
+        self._tell_manager()
         self._leave()
+
+    def _tell_manager(self) -> None:
+        self._herald.tell(condition(self.core.state, leaving=self._stopping), monotonic_ms())
 
     def _leave(self) -> None:
         """Until each peer has hung up, since it closes its end when it hears that we leave.
@@ -151,6 +162,12 @@ class BrokerServer:
         if now >= self.core.next_wakeup_ms():
             orders += handle(Tick(), now)
         self._perform(orders)
+        while self.core.state.reports:
+            self._log(self.core.state.reports.popleft())
+
+    def _log(self, report: Report) -> None:
+        about = {"worker": report.worker, "request": report.request.hex()}
+        log.log(logging.WARNING if report.warning else logging.INFO, "%s", report.text, extra=about)
 
     def _ask(self, porter: Porter, readable: dict[Any, int], now: int) -> None:
         if porter.socket in readable:
@@ -298,10 +315,11 @@ def run_broker(
     *,
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
+    herald: Herald | None = None,
     keys: Folder | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
-    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, keys=keys)
+    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys)
     if inherited is not None:
         host = inherited.host
 

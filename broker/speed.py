@@ -104,7 +104,8 @@ def _eject(state: State, worker: WorkerEntry, usual: float, now_ms: int) -> None
     worker.ejected, worker.trial = True, False
     worker.slow_note = f"{worker.pace:.1f} tokens/s for each stream, where others make {usual:.1f}"
     state.counters.ejected += 1
-    state.happened(now_ms, "worker slow", f"{worker.name}: {worker.slow_note}; no new work for {pause_ms // 1000} s")
+    text = f"{worker.name}: {worker.slow_note}; no new work for {pause_ms // 1000} s"
+    state.happened(now_ms, "worker slow", text, warning=True, worker=worker.name)
     state.touch(worker)
 
 
@@ -112,13 +113,15 @@ def _try_again(state: State, worker: WorkerEntry, now_ms: int) -> None:
     worker.ejected, worker.trial = False, True
     worker.paced, worker.pace = 0, 0.0
     worker.weigh(0)
-    state.happened(now_ms, "worker on trial", f"{worker.name}: one request at a time until its pace is known")
+    text = f"{worker.name}: one request at a time until its pace is known"
+    state.happened(now_ms, "worker on trial", text, worker=worker.name)
     state.touch(worker)
 
 
 def _acquit(state: State, worker: WorkerEntry, now_ms: int) -> None:
     worker.trial, worker.slow_times, worker.slow_note = False, max(0, worker.slow_times - 1), ""
-    state.happened(now_ms, "worker at pace", f"{worker.name}: {worker.pace:.1f} tokens/s for each stream")
+    text = f"{worker.name}: {worker.pace:.1f} tokens/s for each stream"
+    state.happened(now_ms, "worker at pace", text, worker=worker.name)
     state.touch(worker)
 
 

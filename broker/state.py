@@ -29,6 +29,8 @@ from llambo.mesh.messages import Attach, InferenceRequest
 Chance = Callable[[int], bytes]
 #: So many alarms at least are kept before those of requests that have ended are looked for.
 ALARMS_KEPT = 256
+#: Lines for the log that are kept until the shell writes them.
+REPORTS_KEPT = 256
 Alarm = Literal["repair", "deadline", "adopt"]
 
 
@@ -74,6 +76,16 @@ class Happening:
     at_ms: int
     kind: str
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One line for the log of the shell, with what it is about. Never with what somebody has asked or was answered."""
+
+    text: str
+    warning: bool = False
+    worker: str = ""
+    request: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +136,8 @@ class State:
         self.reserved = 0
         self.counters = Counters()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
+        #: Taken away by the shell; what it does not take makes room.
+        self.reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
         self.rate = 0.0  # requests ended per second, smoothed, for retry-after
         self.rate_mark = (0, 0)
         self.started_at = -1
@@ -177,9 +191,12 @@ class State:
         self.reserved -= size
         request.account.bytes -= size
 
-    def happened(self, now_ms: int, kind: str, text: str) -> None:
+    def happened(
+        self, now_ms: int, kind: str, text: str, *, warning: bool = False, worker: str = "", request: bytes = b""
+    ) -> None:
         self._happened += 1
         self.happenings.append(Happening(self._happened, now_ms, kind, text))
+        self.reports.append(Report(f"{kind}: {text}", warning, worker, request))
 
     def alarm(self, due_ms: int, kind: Alarm, id: bytes) -> None:
         """Wake up for this. Alarms are never taken back: whoever hears one looks whether it still matters."""

@@ -31,7 +31,8 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, now_ms: i
     made = dict(zip(lost.runs, lost.made, strict=False))
     aboard = [r for key in lost.runs if (r := state.running.get(key)) is not None and r.worker is worker]
     cause = ", from outside" if lost.outside else ""
-    state.happened(now_ms, "engine lost", f"{worker.name}: {lost.text}{cause} ({len(aboard)} of its requests move)")
+    text = f"{worker.name}: {lost.text}{cause} ({len(aboard)} of its requests move)"
+    state.happened(now_ms, "engine lost", text, warning=True, worker=worker.name)
     for key in lost.runs:
         worker.claims.pop(key, None)
     # Its load is least now, and it would refuse everything: its next heartbeat tells when it can work again.
@@ -85,5 +86,5 @@ def _convict(state: State, request: Request, worker: WorkerEntry, lost: m.Engine
     state.counters.convicted += 1
     text = f"this request kills engines: {request.suspicion}, and then that of {worker.name} ({lost.text})"
     text += f", both at token {request.suspect_at}" if request.task == "generate" else ""
-    state.happened(now_ms, "poison", f"request {request.id.hex()[:8]}: {text}")
+    state.happened(now_ms, "poison", f"request {request.id.hex()[:8]}: {text}", warning=True, request=request.id)
     ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))

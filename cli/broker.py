@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from llambo.cli.child import adopt, child_options, notify, without_cores
@@ -11,9 +13,14 @@ from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
 from llambo.cli.keyfile import folder_of
 from llambo.cli.options import settings_options
+from llambo.cli.service import serve
 from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import of_roles
+
+if TYPE_CHECKING:
+    from llambo.mesh.notify import Herald
+    from llambo.mesh.settings import Settings
 
 EXAMPLES = """
 llambo-broker                                     for this machine
@@ -40,6 +47,11 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     adopt(parent)
     without_cores()
+    settings = common.settings
+    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+
+
+def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     import os
 
     from llambo.broker.config import BrokerConfig
@@ -47,7 +59,6 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     from llambo.mesh.activation import inherited
     from llambo.mesh.sockets import endpoint
 
-    settings = common.settings
     config = BrokerConfig.from_settings(settings.values)
     check_name(settings.text("broker_name"), "--name")
     given = inherited(os.environ, os.getpid())
@@ -61,13 +72,12 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
 
     try:
-        code = run_broker(config, host, settings.number("port"), announce, inherited=given, keys=folder)
+        return run_broker(config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder)
     except LlamboError as error:
         if started:
             raise
         hint = "is a broker running there already? `llambo status` tells; --port 0 takes any free ports"
         raise Failure(error.text, hint, Exit.ERROR) from error
-    click.get_current_context().exit(code)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
 
 @dataclass
 class Common:
@@ -30,11 +28,12 @@ class Common:
         """Read once, when a command runs: `--help` must work whatever is in the file."""
         import logging
 
+        from llambo.cli.logs import set_up
         from llambo.mesh import settings
 
         loaded = settings.load(self.flags, config=self.config)
         levels = (loaded.text("log_level").upper(), "INFO", "DEBUG")
-        logging.basicConfig(level=levels[min(self.verbose, 2)], format=LOG_FORMAT)
+        set_up(levels[min(self.verbose, 2)])
         for warning in loaded.warnings:
             logging.getLogger("llambo").warning("%s", warning)
         return loaded

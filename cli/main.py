@@ -22,7 +22,7 @@ COMMANDS = (
     "events",
     "drain",
 )
-LOCAL = ("config", "up", "keys")
+LOCAL = ("config", "up", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine

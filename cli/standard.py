@@ -10,11 +10,14 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Callable
 
 import click
 
 #: What a write fails with when there is no room for it.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+#: Who hears what is told, in place of stderr: the journal, if that is where stderr leads.
+TELLERS: list[Callable[[str], None]] = []
 
 
 def fill_closed_streams() -> None:
@@ -38,8 +41,11 @@ def tell(text: str, *, err: bool = True) -> None:
 
     The disk may be full, the terminal or the reader of a pipe gone; then nobody hears it, and the work goes on.
     """
-    with contextlib.suppress(OSError):
-        click.echo(text, err=err)
+    for teller in TELLERS:
+        teller(text)
+    if not TELLERS:
+        with contextlib.suppress(OSError):
+            click.echo(text, err=err)
 
 
 def flush_or_silence() -> None:

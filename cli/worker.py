@@ -13,12 +13,15 @@ from llambo.cli.common import Common, config_option, pass_common, verbosity
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure, check_name
 from llambo.cli.keyfile import address_of, key_of
+from llambo.cli.logs import ABOUT
 from llambo.cli.options import settings_options
+from llambo.cli.service import serve
 from llambo.cli.standard import tell
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.settings_table import SECTIONS
 
 if TYPE_CHECKING:
+    from llambo.mesh.notify import Herald
     from llambo.mesh.settings import Settings
     from llambo.worker.config import WorkerConfig
 
@@ -54,15 +57,21 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     adopt(parent)
     without_cores()
+    settings = common.settings
+    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+
+
+def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     from llambo.worker.agent import run_worker
 
-    config = worker_config(common.settings)
+    config = worker_config(settings)
+    ABOUT["worker"] = config.name
 
     def on_ready() -> None:
         if not notify(notify_fd, config.name):
             tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
-    click.get_current_context().exit(run_worker(config, on_ready))
+    return run_worker(config, on_ready, herald)
 
 
 def worker_config(settings: Settings) -> WorkerConfig:

@@ -41,10 +41,11 @@ class NotifyReady:
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Tell the operator. `warning`: something is not as it should be."""
+    """Tell the operator. `warning`: something is not as it should be. `request`: the one that it is about."""
 
     text: str
     warning: bool = False
+    request: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, assert_never
 
@@ -21,9 +22,11 @@ from llambo.mesh import codec, sockets
 from llambo.mesh import messages as m
 from llambo.mesh.link import Link
 from llambo.mesh.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.notify import Herald
 from llambo.worker import actions as a
 from llambo.worker import engine_proto as proto
 from llambo.worker import events as e
+from llambo.worker.condition import condition
 from llambo.worker.config import WorkerConfig
 from llambo.worker.core import WorkerCore
 from llambo.worker.engine_process import EngineProcess
@@ -42,12 +45,15 @@ SUBSCRIBE = b"\x01"
 class Agent:
     """One worker. `run` returns when it has left the mesh; `stop` may be called from any thread, or by a signal."""
 
-    def __init__(self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None
+    ) -> None:
         identity = Identity(secrets.token_bytes(8), socket.gethostname(), os.getpid(), _software())
         self.core = WorkerCore(config, identity)
         self.engine: EngineProcess | None = None
         self._config = config
         self._on_ready = on_ready
+        self._herald = herald or Herald()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -83,6 +89,7 @@ class Agent:
             while not self._exit:
                 self._turn()
             log.log(logging.ERROR if self.status else logging.INFO, "%s", self._exit)
+            self._tell_manager(self._exit if self.status else "")
         finally:
             self._close()
 
@@ -90,10 +97,12 @@ class Agent:
 
     def _turn(self) -> None:
         self._flush()
-        ready = dict(self._watched().poll(min(max(self.core.next_wakeup_ms() - now_ms(), 0), POLL_MS)))
+        due_ms = min(self.core.next_wakeup_ms(), self._herald.due_ms)
+        ready = dict(self._watched().poll(min(max(due_ms - now_ms(), 0), POLL_MS)))
         if self._wake.fileno() in ready:
             for _ in self._wake.recv(64):
                 self._handle(e.StopRequested())
+            self._herald.hurry()
         for number, link in self._links.items():
             if link.lookup is not None and link.lookup.done:
                 link.answered()
@@ -108,6 +117,13 @@ class Agent:
             self._receive_engine(self.engine)
         if now_ms() >= self.core.next_wakeup_ms():
             self._handle(e.Ticked())
+        if now_ms() >= self._herald.due_ms:
+            self._tell_manager()
+
+    def _tell_manager(self, why: str = "") -> None:
+        now = now_ms()
+        how = condition(self.core, self._config.brokers, now)
+        self._herald.tell(replace(how, status=why) if why else how, now)
 
     def _watched(self) -> zmq.Poller:
         """Sockets come and go. Between two tokens they mostly stay, and then so does the poller."""
@@ -185,9 +201,11 @@ class Agent:
                 if self.engine is not None:
                     self.engine.kill()
             case a.NotifyReady():
+                self._herald.hurry()
                 self._on_ready()
-            case a.Log(text, warning):
-                log.log(logging.WARNING if warning else logging.INFO, "%s", text)
+            case a.Log(text, warning, request):
+                level = logging.WARNING if warning else logging.INFO
+                log.log(level, "%s", text, extra={"request": request.hex()} if request else None)
             case a.Exit(text, status):
                 self._exit, self.status = text, status
             case _:
@@ -233,9 +251,9 @@ def _software() -> str:
         return "llambo"  # run from a checkout that was not installed
 
 
-def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None) -> int:
+def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None) -> int:
     """A whole worker process, in the main thread. The exit status."""
-    agent = Agent(config, on_ready)
+    agent = Agent(config, on_ready, herald)
     with signals_wake(agent.waker_fd):
         agent.run()
     return agent.status

@@ -60,8 +60,8 @@ class WorkerCore:
         }
         #: By when we wanted to be woken.
         self._promised_ms = NEVER_MS
-        self._rate = Rate()
-        self.delivery = Delivery(self.links, self._rate, self._out)
+        self.rate = Rate()
+        self.delivery = Delivery(self.links, self.rate, self._out)
         self.runs = self.delivery.runs
         self.orphans = Orphans(self.links, self.delivery, self._out, config.orphan_ms)
         self._telling = Telling(config.brokers, self._out)
@@ -69,7 +69,7 @@ class WorkerCore:
         self._busy = dict.fromkeys(self.links, 0)
         self._active = 0
         self._seq = dict.fromkeys(self.links, 0)
-        self._ready_said = False
+        self.ready_said = False
         self.leaving = Leaving(config.drain_ms)
 
     # --- the one door --------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ class WorkerCore:
     def handle(self, event: e.Event, now_ms: int) -> list[Action]:
         if self.exited:
             return []
-        self._rate.passed(self.runs.streams, now_ms)
+        self.rate.passed(self.runs.streams, now_ms)
         self.engine.pardon(now_ms - self._promised_ms)
         self._promised_ms = NEVER_MS
         match event:
@@ -309,7 +309,7 @@ class WorkerCore:
     def _beat(self, number: int, now_ms: int) -> None:
         link = self.links[number]
         link.publish_beat()
-        rate, pace = self._rate.sample(now_ms)
+        rate, pace = self.rate.sample(now_ms)
         news = self._introduction.news(number)
         busy = self._busy[number] = self.runs.busy(number)
         link.send(
@@ -342,8 +342,8 @@ class WorkerCore:
 
     def _say_ready(self) -> None:
         """Once: the engine is ready, and a broker can dispatch to it."""
-        if not self._ready_said and self.engine.is_ready and any(link.up for link in self.links.values()):
-            self._ready_said = True
+        if not self.ready_said and self.engine.is_ready and any(link.up for link in self.links.values()):
+            self.ready_said = True
             self._out.append(NotifyReady())
 
     def _hello(self, number: int) -> m.WorkerHello:

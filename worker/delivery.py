@@ -11,7 +11,7 @@ from collections import deque
 from llambo.mesh import limits, tokens
 from llambo.mesh import messages as m
 from llambo.mesh.link_core import LinkCore, Publish
-from llambo.worker.actions import Action, StopRun
+from llambo.worker.actions import Action, Log, StopRun
 from llambo.worker.engine_life import NEVER_MS
 from llambo.worker.engine_proto import Output
 from llambo.worker.rate import Rate
@@ -82,6 +82,7 @@ class Delivery:
         for run in self.runs.active_runs():
             if not run.orphan_at and run.given_at <= heard_ms + UNREAD_MS:
                 lost.setdefault(run.link, []).append(run)
+            self._out.append(Log(f"a request has lost its engine after {run.tokens.end} tokens", request=run.id))
             self.runs.drop(run)
         for number, runs in lost.items():
             if self._links[number].welcomed:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from llambo.worker import engine_proto as proto
@@ -30,6 +31,8 @@ READ_BYTES = 64 * 1024
 SPIN_COUNT = 1000
 #: How often a fake engine that loads says so.
 FAKE_LOAD_PERCENT = 1
+#: Of -1000 to 1000: how gladly the kernel ends this process when there is no memory left.
+OOM_SCORE = 500
 #: From linux/prctl.h: the signal this process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -155,6 +158,16 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
+def be_first_to_go() -> None:
+    """If memory runs out: this is what takes it, and the agent that survives has another one made."""
+    path = Path("/proc/self/oom_score_adj")
+    try:
+        if int(path.read_text(encoding="ascii")) < OOM_SCORE:
+            path.write_text(str(OOM_SCORE), encoding="ascii")
+    except OSError as error:
+        sys.stderr.write(f"llambo engine: {path}: {error.strerror}; the kernel may choose the agent\n")
+
+
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
     die_with(parent)
@@ -163,6 +176,7 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A core file would hold people's prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    be_first_to_go()
     with socket.socket(fileno=fd) as pipe:
         Child(pipe).run()
 

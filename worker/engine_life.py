@@ -71,6 +71,10 @@ class EngineLife:
         """When it spoke last, or was given work after having had none."""
         return self._heard_ms
 
+    def goes_on(self, now_ms: int, busy: bool) -> bool:
+        """Nothing here is stuck: what it has is being decoded, and one that was killed is gone."""
+        return self.state is not EngineState.DYING and now_ms < self._stalled_at(busy)
+
     # --- what happened -------------------------------------------------------------------------------
 
     def on_word(self, now_ms: int) -> None:

@@ -18,8 +18,12 @@ class Leaving:
         self._drain_ms = drain_ms
 
     @property
+    def leaves(self) -> bool:
+        return self.at_ms != NEVER_MS
+
+    @property
     def draining(self) -> bool:
-        return self.drained or self.at_ms != NEVER_MS
+        return self.drained or self.leaves
 
     def ordered(self, order: m.Drain) -> str:
         """What is new about that, if anything."""
@@ -33,6 +37,6 @@ class Leaving:
 
     def stop(self, urgent: bool, now_ms: int) -> str:
         """The first time: when all is done, or the time for that is over. The second time: now."""
-        again = self.at_ms != NEVER_MS
+        again = self.leaves
         self.at_ms = now_ms if urgent or again else now_ms + self._drain_ms
         return "" if again else "stopping: no new work"

@@ -129,12 +129,28 @@ def free_bytes() -> int:
         for line in lines:
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
+    return min(free, limit_bytes())
+
+
+def limit_bytes(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")) -> int:
+    """What may yet be had under the limits of our control group, as a unit's MemoryMax is, and of those above it."""
+    left = 2**62
     try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return free  # no limits here, or none that can be read
-    return free if most == "max" else max(0, min(free, int(most) - used))
+        group = next(line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        group = "/"
+    folder = top / group.lstrip("/")
+    for there in (folder, *folder.parents):
+        for name in ("memory.max", "memory.high"):
+            try:
+                most = (there / name).read_text(encoding="ascii").strip()
+                used = int((there / "memory.current").read_text(encoding="ascii"))
+            except (OSError, ValueError):
+                continue  # no limit here, or none that can be read
+            left = left if most == "max" else min(left, max(0, int(most) - used))
+        if there == top:
+            break
+    return left
 
 
 def cores() -> int:

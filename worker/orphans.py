@@ -43,6 +43,7 @@ class Orphans:
                 continue
             lost.append(run)
             run.orphan_at = now_ms + self._orphan_ms
+            self._out.append(Log(f"a request has lost its broker at {run.tokens.end} tokens", request=run.id))
             self._due_at = min(self._due_at, run.orphan_at)
         if lost:
             self._out.append(Log(f"{len(lost)} runs have lost their broker; they go on for {self._orphan_ms} ms"))
@@ -88,6 +89,7 @@ class Orphans:
             self._links[number].send(m.Orphan(work, run.link == number), blob)
 
     def _drop(self, run: Run) -> None:
+        self._out.append(Log("a request is given up: no broker has asked for it", warning=True, request=run.id))
         if run.end is None:
             self._out.append(StopRun(run.key))
         self._delivery.runs.drop(run)

@@ -18,6 +18,8 @@ class Rate:
 
     def __init__(self) -> None:
         self.count = 0
+        #: Of the worker, when it was last measured.
+        self.last = 0.0
         #: Time of all streams together.
         self._stream_ms = 0
         self._now_ms = 0
@@ -43,4 +45,5 @@ class Rate:
         whole = (self.count - recent[1]) * 1000 / (now_ms - recent[0]) if now_ms > recent[0] else 0.0
         streamed_ms = self._stream_ms - samples[0][2]
         pace = (self.count - samples[0][1]) * 1000 / streamed_ms if streamed_ms >= MEASURABLE_MS else 0.0
-        return round(whole, 1), round(pace, 2)
+        self.last = round(whole, 1)
+        return self.last, round(pace, 2)

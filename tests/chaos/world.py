@@ -294,8 +294,8 @@ async def gone(pid: int, within_s: float) -> bool:
     """Whether a process ends in time. It need not be a child of ours."""
     try:
         descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
+    except (ProcessLookupError, FileNotFoundError):
+        return True  # or the number is a thread's by now
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(descriptor, over.set)
     try:

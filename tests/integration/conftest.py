@@ -7,9 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from llambo.worker.knobs import FakeKnobs
+from tests import systemd_here
 from tests.integration.harness import Mesh
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer
+
+collect_ignore = ["test_systemd.py"] if systemd_here.hindrance_to_run() else []
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import select
+import subprocess
+import time
 from pathlib import Path
 
 
@@ -41,3 +43,16 @@ def marked(name: str, value: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # gone meanwhile, or somebody else's
     return found
+
+
+def line_of(process: subprocess.Popen[str], timeout_s: float) -> str:
+    """The next line on its stdout. It is read byte by byte: what comes after it is left for whoever reads next."""
+    assert process.stdout is not None
+    descriptor, line, deadline = process.stdout.fileno(), b"", time.monotonic() + timeout_s
+    while not line.endswith(b"\n"):
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+        assert ready, f"no line within {timeout_s} s: {line!r}"
+        byte = os.read(descriptor, 1)
+        assert byte, f"it has ended after {line!r}"
+        line += byte
+    return line.decode()

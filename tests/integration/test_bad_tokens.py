@@ -143,7 +143,7 @@ def _arrived(socket: zmq.Socket[bytes], frame: bytes) -> None:
     socket.poll(100)
 
 
-def _admit_without_guard(self: Gate, frame: bytes) -> bytes | None:
+def _admit_without_guard(self: Gate, frame: bytes, user: str = "") -> bytes | None:
     topic = frame[1:]
     return topic if frame[:1] == b"\x01" and topic in self._topics else None
 

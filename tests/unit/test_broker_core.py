@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from llambo.broker import membership, queries
+from llambo.broker import housekeeping, queries
 from llambo.broker.events import StopAsked, Tick
 from llambo.broker.transcript import reservation
 from llambo.mesh import limits, tokens
@@ -585,7 +585,7 @@ def test_a_broker_that_stops_says_so() -> None:
 
 
 def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(membership, "MODELS_KNOWN", 3)
+    monkeypatch.setattr(housekeeping, "MODELS_KNOWN", 3)
     bench = Bench(lease_ms=10**6)
     for number in range(6):
         bench.worker(f"w{number}", model=f"m{number}").say(m.Goodbye())

@@ -15,9 +15,10 @@ LAYERS = {
     "mesh": set[str](),
     "broker": {"mesh"},
     "worker": {"mesh"},
+    "systemd": set[str](),
     "gateway": {"mesh"},
     "fleet": {"mesh"},
-    "cli": {"mesh", "broker", "worker", "gateway", "fleet"},
+    "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet"},
 }
 #: The world: sockets, clocks, chance, threads. A core is given what it needs of it.
 WORLD = {

@@ -56,3 +56,11 @@ def test_a_script_starts_a_function_that_is_there(script: str) -> None:
 def test_the_licence_is_the_one_that_is_named() -> None:
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_what_is_no_code_is_shipped_too() -> None:
+    shipped = {
+        path for pattern in SETUPTOOLS["package-data"]["llambo.systemd"] for path in ROOT.glob(f"systemd/{pattern}")
+    }
+    there = {path for path in ROOT.glob("systemd/**/*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
+    assert shipped == there
