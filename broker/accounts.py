@@ -101,11 +101,11 @@ class Account:
         if resumed:
             return None
         if who.max_queued and self.queued >= who.max_queued:
-            text = f"{self.name} has {self.queued} requests waiting, {who.max_queued} are allowed"
+            text = f"{self.name} has {_requests(self.queued)} waiting, at most {who.max_queued} may"
             return "max_queued", ErrorInfo(Code.OVER_LIMIT, text, self._until(self.queued - who.max_queued + 1))
         early_ms = self._early_ms(now_ms)
         if early_ms > 0:
-            text = f"{self.name} may begin {who.per_minute} requests a minute"
+            text = f"{self.name} may begin {_requests(who.per_minute)} in a minute"
             return "per_minute", ErrorInfo(Code.OVER_LIMIT, text, early_ms)
         return None
 
@@ -131,6 +131,10 @@ class Account:
             return 1_000
         low, high = RETRY_AFTER_MS
         return int(min(max(ended / self.rate * 1_000, low), high))
+
+
+def _requests(count: int) -> str:
+    return f"{count} request{'s' if count != 1 else ''}"
 
 
 class Accounts:

@@ -196,7 +196,7 @@ class Agent:
             case a.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(config.engine, config.model, config.fake, config.llama, safe)
-                self.engine = EngineProcess(configure)
+                self.engine = EngineProcess(configure, config.name)
             case a.KillEngine():
                 if self.engine is not None:
                     self.engine.kill()

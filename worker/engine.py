@@ -1,4 +1,4 @@
-"""The engine child: `python -m llambo.worker.engine --fd N --parent PID`, started by the agent and by nobody else.
+"""The engine child: `python -m llambo.worker.engine --fd N --parent PID --worker NAME`, started by the agent alone.
 
 One thread decodes, one reads the pipe. The reader is also the watcher: when the agent is gone the pipe closes, and
 the process ends there and then, also in the middle of a decode. The kernel is asked to do the same. A killed agent
@@ -8,6 +8,7 @@ leaves nothing behind.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import queue
 import resource
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from llambo.worker import engine_proto as proto
+from llambo.worker import words
 from llambo.worker.fake import FakeEngine
 
 READ_BYTES = 64 * 1024
@@ -135,7 +137,7 @@ class Child:
                 for order in unpacker.feed(data):
                     self._orders.put(order)
         except proto.BadFrame as error:
-            sys.stderr.write(f"llambo engine: {error}\n")
+            words.tell(str(error), logging.ERROR)
         finally:
             # Also after a reset of the pipe, which is what a killed agent can look like. Not sys.exit: that would
             # wait for the decoding thread, which may never come back.
@@ -165,12 +167,13 @@ def be_first_to_go() -> None:
         if int(path.read_text(encoding="ascii")) < OOM_SCORE:
             path.write_text(str(OOM_SCORE), encoding="ascii")
     except OSError as error:
-        sys.stderr.write(f"llambo engine: {path}: {error.strerror}; the kernel may choose the agent\n")
+        words.tell(f"{path}: {error.strerror}; if memory runs out the kernel may choose the agent", logging.WARNING)
 
 
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
     die_with(parent)
+    words.begin(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
     # Ctrl-C and a supervisor's SIGTERM reach the whole group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -24,13 +24,14 @@ REAP_S = 10.0
 class EngineProcess:
     """One engine child, from its start until it is reaped."""
 
-    def __init__(self, configure: proto.Configure) -> None:
+    def __init__(self, configure: proto.Configure, worker: str = "") -> None:
+        """`worker`: whose engine it is, for its lines in the log."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         command = [sys.executable, "-m", MODULE]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid())],
+                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

@@ -10,6 +10,7 @@ from llambo.worker import defaults, gguf, llama, models
 from llambo.worker.engine_proto import Configure, Progress
 from llambo.worker.llama_engine import LlamaEngine
 from llambo.worker.prompts import BadPrompt
+from llambo.worker.words import tell
 
 #: What an engine that cannot load its model exits with.
 CANNOT_LOAD = 3
@@ -26,12 +27,6 @@ def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     except (models.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
         say(Progress(problem=str(error)[:1000]))
         sys.exit(CANNOT_LOAD)
-
-
-def tell(text: str) -> None:
-    """Whoever started the worker may want to know what was chosen for the machine."""
-    sys.stderr.write(f"llambo engine: {text}\n")
-    sys.stderr.flush()
 
 
 class Bar:

@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 
 from llambo import Client
+from llambo.broker.core import BrokerCore
 from llambo.mesh.client_stream import Answer, Stream
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.identity import Identity
 from llambo.mesh.keyring import Folder
 from llambo.worker.knobs import FakeKnobs
-from tests.integration.harness import Mesh, key_of, truth
+from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
 
 TOKENS = 60
 #: More than any test reads.
 LONG = 50_000
 KNOBS = FakeKnobs(slots=4, tokens_per_s=200)
-LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, per_minute=9, priority_max="normal")
+LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, priority_max="normal")
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def folder(tmp_path: Path) -> Folder:
     folder = Folder(tmp_path / "keys")
     folder.begin("tcp://127.0.0.1:7330")
     folder.add(LIMITED, int(time.time()))
+    folder.add(Identity("slow", "client", per_minute=1), int(time.time()))
     folder.add(Identity("stranger", "client", models=("other*",)), int(time.time()))
     key_of(folder, "boss", "admin")
     return folder
@@ -58,6 +60,7 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
             async with (
                 mesh.client(key=key_of(folder, "alice")) as alice,
                 mesh.client(key=key_of(folder, "stranger")) as stranger,
+                mesh.client(key=key_of(folder, "slow")) as slow,
                 mesh.client(key=key_of(folder, "bob")) as bob,
                 mesh.client(key=key_of(folder, "boss")) as boss,
             ):
@@ -70,7 +73,7 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                 await right(bob, 9)
 
                 error = await refusal(alice.stream("one too many", max_tokens=5))
-                assert (error.code, error.text) == (Code.OVER_LIMIT, "alice has 3 requests waiting, 3 are allowed")
+                assert (error.code, error.text) == (Code.OVER_LIMIT, "alice has 3 requests waiting, at most 3 may")
                 assert 100 <= error.retry_after_ms <= 30_000
                 error = await refusal(alice.stream("before all", max_tokens=5, priority="interactive"))
                 assert error.code is Code.FORBIDDEN and "'normal'" in error.text
@@ -90,16 +93,20 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                     "refused_for": {"max_queued": 1, "priority_max": 1},
                 }
                 listed = (await boss.status())["identities"]
-                assert [one["identity"] for one in listed] == ["alice", "bob", "boss", "stranger"]
+                assert [one["identity"] for one in listed] == [
+                    "alice",
+                    "bob",
+                    "boss",
+                    "stranger",
+                ]  # slow has not asked yet
 
                 for stream in long:
                     await stream.cancel()
                 await asyncio.gather(*waiting)
-                # Five of nine in a minute are spent; at the tenth the time to wait is exact
-                await asyncio.gather(*(right(alice, number) for number in range(4)))
-                error = await refusal(alice.stream("the tenth", max_tokens=5))
-                assert (error.code, error.text) == (Code.OVER_LIMIT, "alice may begin 9 requests a minute")
-                assert 0 < error.retry_after_ms <= 60_000 / 9
+                await right(slow, 1)
+                error = await refusal(slow.stream("the second in a minute", max_tokens=5))
+                assert (error.code, error.text) == (Code.OVER_LIMIT, "slow may begin 1 request in a minute")
+                assert TIMEOUT_S * 1_000 < error.retry_after_ms <= 60_000
 
         mesh.run(scenario())
         at_rest(mesh, "alice")
@@ -110,39 +117,34 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
     knobs = FakeKnobs(slots=1, tokens_per_s=2_000)
     with Mesh(workers=1, knobs=knobs, check=True, keys=folder) as mesh:
 
-        async def scenario() -> list[str]:
-            order: list[str] = []
-
-            async def ask(client: Client, name: str, number: int) -> None:
-                await client.generate(f"{name} {number}", max_tokens=20)
-                order.append(name)
-
+        async def scenario() -> None:
             async with (
                 mesh.client(key=key_of(folder, "many")) as many,
                 mesh.client(key=key_of(folder, "few")) as few,
             ):
                 long = many.stream("long", max_tokens=LONG)
                 assert await long.next_piece() is not None
-                flood = [asyncio.create_task(ask(many, "many", number)) for number in range(100)]
+                flood = [asyncio.create_task(many.generate(f"{number}", max_tokens=20)) for number in range(100)]
                 await mesh.aside(lambda core: core.state.room.count == 100, "a hundred wait")
-                late = few.stream("few 0", max_tokens=20)
-                others = [asyncio.create_task(ask(few, "few", number)) for number in range(1, 5)]
+                others = [asyncio.create_task(few.generate(f"{number}", max_tokens=20)) for number in range(5)]
                 await mesh.aside(lambda core: core.state.room.count == 105, "all wait")
-                assert late.ahead is not None and late.ahead <= 1
+                assert await asyncio.to_thread(mesh.look, ahead_of_few) == [1, 3, 5, 7, 9]
                 await long.cancel()
-                await late.result()
                 await asyncio.gather(*flood, *others)
-            return order
 
-        order = mesh.run(scenario())
-        # (the order in which two clients hear of their ends is that of the broker within a few)
-        last = max(at for at, name in enumerate(order) if name == "few")
-        assert last <= 16, f"the fifth of the second identity came after {last} others"
+        mesh.run(scenario())
+        order = mesh.look(lambda core: [ended.owner for ended in core.state.archive.ended.values()])
+        assert order == ["many"] + 5 * ["many", "few"] + 95 * ["many"]
         at_rest(mesh, "many")
 
 
+def ahead_of_few(core: BrokerCore) -> list[int]:
+    """What they are told of how many are served before them."""
+    return sorted(core.state.room.ahead(each) for each in core.state.requests.values() if each.owner == "few")
+
+
 def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> None:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=1, tokens_per_s=100), check=True, keys=folder) as mesh:
+    with Mesh(workers=2, knobs=FakeKnobs(slots=1, tokens_per_s=50), check=True, keys=folder) as mesh:
 
         async def scenario() -> list[Answer]:
             async with mesh.client(key=key_of(folder, "alice")) as alice:
@@ -155,13 +157,13 @@ def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> Non
                 return await asyncio.gather(*asked)
 
         answers = mesh.run(scenario())
-        assert sum(answer.moves for answer in answers) == 1
+        assert sum(answer.moves for answer in answers) >= 1
         at_rest(mesh, "alice")
 
 
 def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder: Folder) -> None:
-    """More than may wait are at work and wait, more than may begin in a minute; all of them end well."""
-    folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2, per_minute=4), int(time.time()))
+    """All of them wait at first, twice as many as may. Not more than two are at work, and all end well."""
+    folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2), int(time.time()))
     with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
 
         async def scenario() -> dict[str, object]:
@@ -173,8 +175,6 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
                 for number, answer in enumerate(await asyncio.gather(*(stream.result() for stream in streams))):
                     assert answer.ids == truth(f"prompt {number}", number, TOKENS)
                 (own,) = (await carol.status())["identities"]
-                error = await refusal(carol.stream("the fifth", max_tokens=5))
-                assert error.text == "carol may begin 4 requests a minute"
             return dict(own)
 
         own = mesh.run(scenario())

@@ -140,7 +140,7 @@ def test_too_many_waiting() -> None:
     mesh = Keyed(slots=1, max_queued=2)
     for number in range(4):
         mesh.alice.submit(number)
-    assert mesh.refused() == ErrorInfo(Code.OVER_LIMIT, "alice has 2 requests waiting, 2 are allowed", 1_000)
+    assert mesh.refused() == ErrorInfo(Code.OVER_LIMIT, "alice has 2 requests waiting, at most 2 may", 1_000)
     mesh.client("bob").submit(9)  # others are not concerned
     assert mesh.bench.state.requests.keys() == {request_id(n) for n in (0, 1, 2, 9)}
     assert dict(mesh.account.refused) == {"max_queued": 1}
@@ -188,7 +188,7 @@ def test_too_many_in_a_minute_and_the_next_at_the_time_that_was_told() -> None:
     for number in range(8):
         mesh.alice.submit(number)
     error = mesh.refused()
-    assert (error.code, error.text) == (Code.OVER_LIMIT, "alice may begin 7 requests a minute")
+    assert (error.code, error.text) == (Code.OVER_LIMIT, "alice may begin 7 requests in a minute")
     assert error.retry_after_ms == 8_571  # a seventh of a minute
     mesh.bench.now_ms += error.retry_after_ms - 1
     mesh.alice.submit(8)
@@ -282,10 +282,10 @@ def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
     mesh.worker.beat()
     assert mesh.counts == (1, 4)
     mesh.alice.submit(9)
-    assert mesh.refused().text == "alice has 4 requests waiting, 1 are allowed"
+    assert mesh.refused().text == "alice has 4 requests waiting, at most 1 may"
     mesh.allow(per_minute=2)
     mesh.alice.submit(9)  # three too many were let in: that is no debt
-    assert mesh.refused().text == "alice may begin 2 requests a minute"
+    assert mesh.refused().text == "alice may begin 2 requests in a minute"
     assert mesh.refused().retry_after_ms <= 30_000
 
 
