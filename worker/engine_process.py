@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+from llambo.mesh.keys import CREDENTIALS_ENV, KEY_ENV
 from llambo.worker import engine_proto as proto
 
 #: What the child runs.
@@ -19,6 +20,10 @@ READ_BYTES = 64 * 1024
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 #: How long a process that was killed, or closed its pipe, may take to be gone.
 REAP_S = 10.0
+
+
+#: Variables that hold a key, or say where one is.
+SECRETS = (KEY_ENV, CREDENTIALS_ENV)
 
 
 class EngineProcess:
@@ -34,6 +39,8 @@ class EngineProcess:
                 [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # What a hostile model might make of the engine is not to find our key in its environment.
+                env={name: value for name, value in os.environ.items() if name not in SECRETS},
             )
         self._pipe = ours
         self._unpacker = proto.from_engine()

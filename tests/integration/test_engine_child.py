@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,16 @@ def test_it_streams_one_message_a_step() -> None:
         # Then every sequence has its tokens, and they shared the steps
         assert list(ids.values()) == [[plain_token(7, b"hello", i) for i in range(50)]] * 3
         assert steps < 120
+
+
+def test_the_key_of_its_worker_is_not_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMBO_KEY", "a secret")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/secrets")
+    with engine(FakeKnobs()) as child:
+        assert isinstance(next(listen(child)), proto.Ready | proto.Progress)  # it runs, and so this is what it has
+        names = {line.partition(b"=")[0] for line in Path(f"/proc/{child.pid}/environ").read_bytes().split(b"\0")}
+    assert b"PATH" in names
+    assert not names & {b"LLAMBO_KEY", b"CREDENTIALS_DIRECTORY"}
 
 
 def test_it_says_what_it_serves_first_and_refuses_what_it_cannot() -> None:
