@@ -126,7 +126,7 @@ def test_ready_in_order_and_a_request_runs_through_all_of_it(services: Services)
         assert services.said_by(name, "link 0: up") < number
     end = services.begin("--max-tokens", "20", SECRET).end()
     assert (end["tokens"], end["moves"]) == (20, 0)
-    assert manager.show(BROKER, "StatusText")["StatusText"].startswith("2 workers, ")
+    manager.told("STATUS=2 workers, ", (BROKER,))
 
 
 def test_what_the_units_forbid_is_forbidden_and_the_engine_is_the_first_to_go(services: Services) -> None:
