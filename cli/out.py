@@ -11,6 +11,8 @@ import asyncio
 import os
 import select
 
+from llambo.mesh.errors import harmless
+
 #: A pipe that is writable takes as much as this at once (PIPE_BUF), so that a write does not block.
 WRITE_BYTES = 4_096
 #: What may be kept here before the reader has to wait.
@@ -22,6 +24,7 @@ class Out:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._terminal = os.isatty(descriptor)
         self._loop = asyncio.get_running_loop()
         self._pending = bytearray()
         self._watching = False
@@ -29,7 +32,8 @@ class Out:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, text: str) -> None:
-        self._pending += text.encode("utf-8", "replace")
+        # A file gets what the model said. On a terminal it is to be read, and not obeyed.
+        self._pending += (harmless(text) if self._terminal else text).encode("utf-8", "replace")
         if not self._watching:
             self._push()
 

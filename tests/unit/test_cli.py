@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from llambo.cli.exits import MEANING, Exit, exit_of
 from llambo.cli.failure import Failure
 from llambo.cli.options import Duration
 from llambo.cli.out import Out
-from llambo.cli.output import duration, number, size, table
+from llambo.cli.output import duration, facts, number, size, table
 from llambo.cli.up import plan
 from llambo.cli.why import summary, timeline
 from llambo.mesh import limits
 from llambo.mesh.client import Client
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.errors import Code, ErrorInfo, LlamboError, harmless
+from llambo.mesh.journal import HumanFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
@@ -449,3 +451,36 @@ def test_logprobs_are_for_programs() -> None:
     result = llambo("send", "--logprobs", "2", "hello")
     assert result.exit_code == Exit.USAGE
     assert "--json" in result.stderr
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2J\x1b[31mred", "\rover", "a\x9b1mb", "\u202egnp.exe", "bell\x07"])
+def test_what_others_say_does_not_reach_the_terminal_as_orders(evil: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of workers, texts of errors, lines of the log: whoever has a key can choose them."""
+    table(["name"], [(evil,)])
+    facts([("name", evil)])
+    said = capsys.readouterr().out
+    record = logging.makeLogRecord({"msg": evil, "name": "llambo", "levelno": logging.WARNING})
+    texts = [said, LlamboError.of(ErrorInfo(Code.INTERNAL, evil)).text, HumanFormatter().format(record)]
+    for text in texts:
+        assert "\N{REPLACEMENT CHARACTER}" in text
+        assert all(character.isprintable() or character == "\n" for character in text), text
+
+
+def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> None:
+    async def put(descriptor: int) -> None:
+        out = Out(descriptor)
+        out.put("\x1b[2Jred\n")
+        await out.flush()
+
+    seen = {}
+    for name, (reader, writer) in {"terminal": os.openpty(), "pipe": os.pipe()}.items():
+        asyncio.run(put(writer))
+        seen[name] = os.read(reader, 100).decode().replace("\r\n", "\n")
+        os.close(writer)
+        os.close(reader)
+    assert seen == {"terminal": "\N{REPLACEMENT CHARACTER}[2Jred\n", "pipe": "\x1b[2Jred\n"}
+
+
+def test_what_is_harmless_stays_as_it_is() -> None:
+    text = "naïve Ünïcode 日本語 😀\n\ttabs and lines"
+    assert harmless(text) == text
