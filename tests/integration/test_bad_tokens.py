@@ -18,6 +18,8 @@ from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer
 
 FLOOD = 20_000
+#: How often an attack is tried that works as a rule.
+TRIES = 5
 
 
 def read_all(socket: zmq.Socket[bytes]) -> list[bytes]:
@@ -106,24 +108,32 @@ def test_junk_sent_upstream_on_the_way_for_subscriptions(steady_mesh: Mesh, raw_
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
 def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytest.MonkeyPatch, guard: bool) -> None:
     """Junk makes libzmq give the next grant to the next one in line. Without the guard that works."""
-    if not guard:
+    if guard:
+        assert not _steal(steady_mesh)
+    else:
         monkeypatch.setattr(Gate, "admit", _admit_without_guard)
+        # It takes three frames in their order out of three connections, which nobody can tell to be in time.
+        assert any(_steal(steady_mesh) for _ in range(TRIES))
+
+
+def _steal(mesh: Mesh) -> bool:
+    """Whether an attacker with two sockets gets what is granted to a victim."""
     release, held = threading.Event(), threading.Event()
-    with RawPeer(steady_mesh.port) as attacker, RawPeer(steady_mesh.port) as victim:
-        # Given an attacker with two sockets, and a victim that is about to subscribe
+    with RawPeer(mesh.port) as attacker, RawPeer(mesh.port) as victim:
+        # Given a victim that is about to subscribe
         victim.join_as_client()
         junk, thief, theirs = attacker.tokens_out(), attacker.tokens_out(), victim.tokens_out()
+        refused = gate(mesh).refused
         for socket in (junk, thief, theirs):
             socket.send(b"\x01known")  # its pipe is there and in use
-        refused = gate(steady_mesh).refused
-        steady_mesh.until(lambda core: gate(steady_mesh).refused >= refused, "all three are known")
+        mesh.until(lambda core: gate(mesh).refused >= refused + 3, "all three are known")
 
         # When, while the broker is busy, there is junk, then the victim's subscription, then the thief's
         def hold(core: object) -> None:
             held.set()
             release.wait(TIMEOUT_S)
 
-        holder = threading.Thread(target=steady_mesh.look, args=(hold,))
+        holder = threading.Thread(target=mesh.look, args=(hold,))
         holder.start()
         assert held.wait(TIMEOUT_S)
         _arrived(junk, b"\x02junk")
@@ -131,10 +141,9 @@ def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytes
         _arrived(thief, b"\x01")
         release.set()
         holder.join(TIMEOUT_S)
-        # Then the thief gets none of what is the victim's
+        # Then the thief may have some of what is the victim's
         victim.expect(messages.BrokerHeartbeat)
-        stolen = [frame for frame in read_all(thief) if frame.startswith(victim.topic)]
-        assert bool(stolen) != guard
+        return any(frame.startswith(victim.topic) for frame in read_all(thief))
 
 
 def _arrived(socket: zmq.Socket[bytes], frame: bytes) -> None:
@@ -145,7 +154,10 @@ def _arrived(socket: zmq.Socket[bytes], frame: bytes) -> None:
 
 def _admit_without_guard(self: Gate, frame: bytes, user: str = "") -> bytes | None:
     topic = frame[1:]
-    return topic if frame[:1] == b"\x01" and topic in self._topics else None
+    if frame[:1] == b"\x01" and topic in self._topics:
+        return topic
+    self.refused += 1
+    return None
 
 
 # --- tokens ------------------------------------------------------------------------------------------------
