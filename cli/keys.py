@@ -78,6 +78,12 @@ def _folder(common: Common) -> Folder:
     return Folder(Path(said).expanduser() if said else default_folder(os.environ))
 
 
+def _where(common: Common) -> str:
+    """What the next command has to be told as well."""
+    said = common.settings.sources["keys"].startswith("flag")
+    return f" --keys {_folder(common).path}" if said else ""
+
+
 @click.group(
     cls=Group,
     lazy={name: f"llambo.cli.keys:{name}" for name in ("init", "add", "revoke", "rotate", "export")}
@@ -109,7 +115,8 @@ def init(common: Common, address: str | None) -> None:
     folder.add(Identity("admin", "admin"), int(time.time()))
     click.echo(f"keys are in {folder.path}, for brokers at {address}")
     click.echo(f"  llambo-broker --bind 0.0.0.0 --keys {folder.path}")
-    click.echo("  llambo keys add NAME --role worker; llambo keys export NAME")
+    where = _where(common)
+    click.echo(f"  llambo keys add NAME --role worker{where}; llambo keys export NAME{where}")
 
 
 @click.command(cls=Command, examples=ADD_EXAMPLES)
@@ -133,7 +140,7 @@ def add(common: Common, /, name: str, expires: int | None, models: tuple[str, ..
     now = int(time.time())
     folder = _folder(common)
     folder.add(Identity(name, models=models, **limits), now, now + expires if expires else 0)
-    click.echo(f"{name} has a key: llambo keys export {name}")
+    click.echo(f"{name} has a key: llambo keys export {name}{_where(common)}")
 
 
 @click.command("list", cls=Command, examples=LIST_EXAMPLES)
@@ -197,7 +204,7 @@ def revoke(common: Common, name: str) -> None:
 def rotate(common: Common, name: str, grace: int) -> None:
     """Make a new key under the same name, with the same rights."""
     _folder(common).rotate(name, int(time.time()), grace)
-    click.echo(f"{name} has a new key: llambo keys export {name}")
+    click.echo(f"{name} has a new key: llambo keys export {name}{_where(common)}")
 
 
 @click.command(cls=Command, examples=EXPORT_EXAMPLES)

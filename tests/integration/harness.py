@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -270,6 +271,24 @@ class Mesh:
         """Wait until it is true of the core; it is asked after every turn of the broker's loop."""
         assert self.thread is not None, "only a broker in a thread can be looked into"
         self.thread.until(condition, what, timeout_s)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile the broker's loop stands still."""
+        held, release = threading.Event(), threading.Event()
+
+        def hold(core: BrokerCore) -> None:
+            held.set()
+            release.wait(TIMEOUT_S)
+
+        holder = threading.Thread(target=self.look, args=(hold,))
+        holder.start()
+        assert held.wait(TIMEOUT_S), "the broker is not to be held"
+        try:
+            yield
+        finally:
+            release.set()
+            holder.join(TIMEOUT_S)
 
     async def aside(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float = TIMEOUT_S) -> None:
         """`until`, from an event loop that goes on meanwhile."""

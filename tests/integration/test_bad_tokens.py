@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import secrets
-import threading
 import time
 
 import pytest
@@ -118,7 +117,6 @@ def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytes
 
 def _steal(mesh: Mesh) -> bool:
     """Whether an attacker with two sockets gets what is granted to a victim."""
-    release, held = threading.Event(), threading.Event()
     with RawPeer(mesh.port) as attacker, RawPeer(mesh.port) as victim:
         # Given a victim that is about to subscribe
         victim.join_as_client()
@@ -129,18 +127,10 @@ def _steal(mesh: Mesh) -> bool:
         mesh.until(lambda core: gate(mesh).refused >= refused + 3, "all three are known")
 
         # When, while the broker is busy, there is junk, then the victim's subscription, then the thief's
-        def hold(core: object) -> None:
-            held.set()
-            release.wait(TIMEOUT_S)
-
-        holder = threading.Thread(target=mesh.look, args=(hold,))
-        holder.start()
-        assert held.wait(TIMEOUT_S)
-        _arrived(junk, b"\x02junk")
-        _arrived(theirs, b"\x01" + victim.topic)
-        _arrived(thief, b"\x01")
-        release.set()
-        holder.join(TIMEOUT_S)
+        with mesh.held():
+            _arrived(junk, b"\x02junk")
+            _arrived(theirs, b"\x01" + victim.topic)
+            _arrived(thief, b"\x01")
         # Then the thief may have some of what is the victim's
         victim.expect(messages.BrokerHeartbeat)
         return any(frame.startswith(victim.topic) for frame in read_all(thief))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from llambo.mesh.identity import CLIENT_DOMAIN, Identity, PeerKey
 from llambo.mesh.keyring import Folder
 from llambo.mesh.keys import new_pair
 from llambo.worker.knobs import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of
+from tests.integration.harness import Mesh, key_of
 from tests.integration.healthy import Healthy
 
 #: What libzmq tells of a handshake.
@@ -120,21 +119,9 @@ def test_a_password_is_no_key(mesh: Mesh) -> None:
 def test_nobody_is_let_in_while_the_broker_stands_still(mesh: Mesh, folder: Folder) -> None:
     """Its loop is what answers. While it is held nobody comes in, and afterwards those who may do."""
     key, seen = key_of(folder, "alice"), list[str]()
-    held, release = threading.Event(), threading.Event()
-
-    def hold(core: object) -> None:
-        held.set()
-        release.wait(TIMEOUT_S)
-
-    holder = threading.Thread(target=mesh.look, args=(hold,))
-    holder.start()
-    assert held.wait(TIMEOUT_S)
-    try:
+    with mesh.held():
         for who in (key, stranger(folder)):
             seen.append(knock(mesh.port, zmq.DEALER, who, timeout_ms=A_MOMENT_MS))
-    finally:
-        release.set()
-        holder.join(TIMEOUT_S)
     assert seen == ["nothing", "nothing"]
     assert knock(mesh.port, zmq.DEALER, key) == "let in"
 
