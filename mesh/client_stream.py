@@ -30,6 +30,8 @@ class Piece:
     index: int
     #: How likely the model held each of them, if that was asked for.
     logprobs: list[Logprob | None] = field(default_factory=list)
+    #: The bytes of each token, as they came: one may have none, and `text` may have a part of the last ones only later.
+    pieces: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +176,9 @@ class Stream:
             self._waiter.set_result(None)
 
     def _take(self) -> Piece:
-        ids, data, logprobs = self._buffer_ids, b"".join(self._buffer), self._buffer_logprobs
+        ids, pieces, logprobs = self._buffer_ids, self._buffer, self._buffer_logprobs
         self._buffer_ids, self._buffer, self._buffer_logprobs, self._buffer_bytes = [], [], [], 0
-        piece = Piece(self._decoder.decode(data), ids, len(self._ids), logprobs)
+        piece = Piece(self._decoder.decode(b"".join(pieces)), ids, len(self._ids), logprobs, pieces)
         self._ids += ids
         self._logprobs += logprobs
         self._texts.append(piece.text)
