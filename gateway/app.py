@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, Router, get, post
+from litestar import Litestar, Request, Response, Router, WebSocket, get, post, websocket
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
@@ -33,6 +33,7 @@ from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import Later, Streaming, Whole
+from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
 from llambo.mesh.client import Client
 from llambo.mesh.errors import LlamboError
 
@@ -101,7 +102,9 @@ def caller_of(request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
 def token_of(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     """As OpenAI's clients give it, or as Anthropic's do."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return request.headers.get("x-api-key", "").strip() or offered_token(request)
 
 
 def known(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -147,6 +150,21 @@ async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
     return await models.one(await client_of(request), name.lstrip("/"))
 
 
+@websocket("/stream")
+async def stream(socket: WebSocket[Any, Any, Any]) -> None:
+    """See `websocket`."""
+    gateway = gateway_of(socket)
+    offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
+    await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
+    most = gateway.config.answer_tokens
+    apis: Apis = {
+        "chat": lambda body: openai_chat.prepare(
+            msgspec.structs.replace(_decoder(openai_chat.ChatRequest)(body), stream=True), most
+        ),
+    }
+    await Conversation(socket, caller_of(socket), gateway.feeds, apis).run()
+
+
 # --- how it is ---------------------------------------------------------------------------------------------
 
 
@@ -182,7 +200,7 @@ def _document(app: Litestar) -> bytes:
 # --- putting it together -------------------------------------------------------------------------------------
 
 #: What wants an API token where there are keys.
-V1 = [chat, completions, embed, list_models, one_model]
+V1 = [chat, completions, embed, list_models, one_model, stream]
 
 
 def make_app(gateway: Gateway) -> Front:
