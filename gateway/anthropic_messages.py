@@ -12,8 +12,8 @@ from msgspec import Meta
 
 from llambo.gateway import anthropic_replies as replies
 from llambo.gateway.asking import About, Ask, Prepared, encode
-from llambo.gateway.openai_common import Share, Stop, schema_text
-from llambo.gateway.own import Own, own_options
+from llambo.gateway.openai_common import Share, Stop
+from llambo.gateway.own import Own, bounded_schema, own_options
 from llambo.gateway.problems import FieldError
 from llambo.gateway.tools import chat_prompt, tool_options
 from llambo.gateway.turns import Turns
@@ -99,9 +99,6 @@ def prepare(asked: MessagesRequest) -> Prepared:
         field = f"messages[{len(asked.messages) - 1}].role"
         raise FieldError(field, f"{field}: the last message must not be the assistant's; it cannot be continued here")
     prompt, called = _prompt(asked)
-    if called and asked.output_config is not None and asked.output_config.format is not None:
-        field = "output_config.format"
-        raise FieldError(field, f"{field}: excludes tools that may be called; leave one out, or say tool_choice none")
     tools, most = bool(called), asked.max_tokens
 
     def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
@@ -133,7 +130,7 @@ def _options(asked: MessagesRequest, called: dict[str, Any]) -> Options:
     if asked.top_k is not None:
         sampling["top_k"] = asked.top_k
     if asked.output_config is not None and asked.output_config.format is not None:
-        sampling["json_schema"] = schema_text(asked.output_config.format.schema)
+        sampling["json_schema"] = bounded_schema(asked.output_config.format.schema, "output_config.format.schema")
     return {
         **own_options(asked),
         "model": asked.model or None,

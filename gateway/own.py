@@ -1,12 +1,15 @@
-"""Fields that are llambo's own, in APIs that have none of the kind."""
+"""Fields that are llambo's own, in APIs that have none of the kind; and a limit of llambo's, told by their names."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from llambo.gateway.openai_common import schema_text
+from llambo.gateway.problems import FieldError
+from llambo.mesh import limits
 from llambo.mesh.client_options import Options
 from llambo.mesh.message import Priority
 
@@ -25,3 +28,10 @@ def own_options(asked: Own) -> Options:
         "priority": asked.priority,
         "deadline_ms": asked.deadline_ms,
     }
+
+
+def bounded_schema(schema: dict[str, Any], field: str) -> str:
+    text = schema_text(schema)
+    if len(text) > limits.GRAMMAR_CHARS:
+        raise FieldError(field, f"{field}: {len(text)} characters of JSON, {limits.GRAMMAR_CHARS} may be")
+    return text

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.openai_common import Share, schema_text
-from llambo.gateway.own import Own, own_options
+from llambo.gateway.openai_common import Share
+from llambo.gateway.own import Own, bounded_schema, own_options
 from llambo.gateway.problems import FieldError, unread
 from llambo.gateway.turns import Turns
 from llambo.mesh import limits
@@ -151,8 +151,6 @@ def refuse_what_is_not_here(asked: ResponsesRequest) -> None:
 def options_of(asked: ResponsesRequest, answer_tokens: int, called: dict[str, Any]) -> Options:
     """`answer_tokens`: the longest answer for who names none. It is a bound; there need not be room for so many."""
     sampling: dict[str, Any] = {"fit": True, **called, **_format(asked.text)}
-    if called and "json_schema" in sampling:
-        raise FieldError("text.format", "text.format: excludes tools that may be called; leave one out, or say none")
     if asked.top_p is not None:
         sampling["top_p"] = asked.top_p
     logprobs = wants_logprobs(asked)
@@ -204,7 +202,7 @@ def _function(tool: Tool, field: str) -> dict[str, Any]:
 def _format(text: TextConfig | None) -> dict[str, Any]:
     match text.format if text is not None else None:
         case SchemaFormat() as wanted:
-            return {"json_schema": schema_text(wanted.schema)}
+            return {"json_schema": bounded_schema(wanted.schema, "text.format.schema")}
         case ObjectFormat():
             return {"json_schema": '{"type":"object"}'}
     return {}

@@ -125,7 +125,11 @@ def test_a_schema_for_the_answer() -> None:
     wanted = {"format": {"type": "json_schema", "schema": schema}}
     sampling = prepare(asked(output_config=wanted)).ask.options["sampling"]
     assert sampling is not None and json.loads(sampling["json_schema"]) == schema
-    assert refused({"output_config": wanted, "tools": [WEATHER]}).field == "output_config.format"
+    # A call, or else what the schema says.
+    both = prepare(asked(output_config=wanted, tools=[WEATHER])).ask.options["sampling"]
+    assert both is not None and (both["tool_choice"], "json_schema" in both) == ("auto", True)
+    long = {"format": {"type": "json_schema", "schema": {"title": "x" * 20_000}}}
+    assert refused({"output_config": long}).field == "output_config.format.schema"
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
