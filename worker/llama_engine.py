@@ -317,7 +317,7 @@ class LlamaEngine:
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
-        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)))
+        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)), stream.gate.found)
 
     # --- before READY --------------------------------------------------------------------------------
 
