@@ -42,7 +42,7 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
     except LlamboError as error:
         state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
         return
-    _send(state, client, asked.query, data)
+    send(state, client, asked.query, data)
 
 
 def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
@@ -61,10 +61,10 @@ def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) 
         "moving": asked.move and not asked.undo,
         "running": running,
     }
-    _send(state, client, asked.query, msgspec.msgpack.encode(answer))
+    send(state, client, asked.query, msgspec.msgpack.encode(answer))
 
 
-def _send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
+def send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
     if len(data) > limits.RESULT_BYTES:
         error = ErrorInfo(Code.INTERNAL, f"the answer has {len(data)} bytes, {limits.RESULT_BYTES} are allowed")
         state.out.append(ToClient(client.route, client.session, m.Problem(error, b"", query)))

@@ -98,6 +98,17 @@ class Early:
     due: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    holder: bytes
+    #: What the holder calls himself.
+    by: str
+    until: int
+    promised: frozenset[str]
+    #: Session and number of the question that was answered last.
+    seen: tuple[bytes, int]
+
+
 class State:
     def __init__(self, config: BrokerConfig, chance: Chance) -> None:
         self.config = config
@@ -129,6 +140,8 @@ class State:
         self.running: dict[bytes, Request] = {}
         #: Requests of other brokers, by workers that run them still.
         self.orphanage = Orphanage()
+        #: By what they are for.
+        self.leases: dict[str, Lease] = {}
         #: What may yet make sense, since we have only just begun; see admission.py.
         self.early: dict[tuple[bytes, bytes], Early] = {}
         self.archive = Archive(config.tombstones, config.detached_bytes, config.detached_ms)
@@ -157,6 +170,10 @@ class State:
         nothing of an answer is sent on control but in reply, to who has just spoken from there.
         """
         return self.identities is None or self.speaker == client.session
+
+    def is_promised(self, model: str) -> bool:
+        """Somebody who can has said that its workers come when they are asked for."""
+        return any(model in lease.promised for lease in self.leases.values())
 
     def identity(self, user: str) -> Identity | None:
         return ANYONE if self.identities is None else self.identities.get(user)

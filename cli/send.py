@@ -12,6 +12,7 @@ from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
 from llambo.cli.options import Duration, Seed, StopText, client_options, json_option, settings_options
 from llambo.mesh import limits
+from llambo.mesh.classes import MARK
 from llambo.mesh.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ git diff | llambo send -                        the prompt from a pipe
 llambo send -v --max-tokens 50 --seed 7 hello   with statistics
 llambo send --json hello | jq -rj 'select(.type == "token").text'
 id=$(llambo send --detach "A long story") && llambo attach "$id"
+llambo send --class tiny "Is the sea blue?"     any worker of that class
 llambo send --deadline 20s --priority interactive hello
 """
 
@@ -44,6 +46,7 @@ def _client_options(function: Any) -> Any:
 )
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
 @click.option("--system", metavar="TEXT", help="Tell the model how to behave.")
+@click.option("--class", "node_class", metavar="NAME", help="A worker of this class is to answer.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
 @click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
 @click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
@@ -125,8 +128,9 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     settings = common.settings
     if chosen["raw"] and chosen["system"]:
         raise click.UsageError("--raw leaves no place for --system")
+    model = settings.text("client_model")
     return {
-        "model": settings.text("client_model") or None,
+        "model": f"{model}{MARK}{chosen['node_class']}" if chosen["node_class"] else model or None,
         "max_tokens": settings.number("max_tokens"),
         # Unless somebody has said one, the model may have a default of its own.
         "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,

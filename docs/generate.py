@@ -54,6 +54,7 @@ BROKER_ORDER = [
     "access",
     "accounts",
     "draining",
+    "leases",
     "adoption",
     "returning",
     "orphanage",

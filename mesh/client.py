@@ -23,6 +23,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
+import msgspec
 import zmq
 
 from llambo.mesh import client_events as e
@@ -223,7 +224,11 @@ class Client(TaskCalls):
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
         """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
-        return await self._question(lambda number: e.Drain(number, worker, undo, move), "drain", dict[str, Any])
+        return await self._question(lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", dict[str, Any])
+
+    async def lease(self, lease: m.Lease) -> dict[str, Any]:
+        """Ask to be the only one who does something: `granted`, `by`, `left_ms`. Its `query` is chosen here."""
+        return await self._question(lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", dict[str, Any])
 
     @property
     def counters(self) -> Counters:
