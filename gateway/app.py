@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, Router, delete, get, post
+from litestar import Litestar, Request, Response, Router, WebSocket, delete, get, post, websocket
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
@@ -35,6 +35,7 @@ from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import Later, Streaming, Whole
 from llambo.gateway.responses_input import ResponsesRequest
 from llambo.gateway.responses_store import Store
+from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
 from llambo.mesh.client import Client
 from llambo.mesh.errors import LlamboError
 
@@ -104,7 +105,9 @@ def caller_of(request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
 def token_of(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     """As OpenAI's clients give it, or as Anthropic's do."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return request.headers.get("x-api-key", "").strip() or offered_token(request)
 
 
 def known(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -169,6 +172,25 @@ async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
     return await models.one(await client_of(request), name.lstrip("/"))
 
 
+@websocket("/stream")
+async def stream(socket: WebSocket[Any, Any, Any]) -> None:
+    """See `websocket`."""
+    gateway = gateway_of(socket)
+    offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
+    await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
+    most, caller = gateway.config.answer_tokens, caller_of(socket)
+
+    def read(kind: Any, body: bytes) -> Any:
+        return msgspec.structs.replace(_decoder(kind)(body), stream=True)
+
+    apis: Apis = {
+        "chat": lambda body: openai_chat.prepare(read(openai_chat.ChatRequest, body), most),
+        "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
+        "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
+    }
+    await Conversation(socket, caller, gateway.feeds, apis).run()
+
+
 # --- Anthropic -----------------------------------------------------------------------------------------------
 
 
@@ -218,7 +240,7 @@ def _document(app: Litestar) -> bytes:
 
 #: What wants an API token where there are keys.
 V1 = [
-    chat, completions, embed, list_models, one_model,
+    chat, completions, embed, list_models, one_model, stream,
     respond, one_response, forget_response,
     messages, count_tokens,
 ]  # fmt: skip
