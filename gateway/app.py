@@ -240,9 +240,9 @@ def _document(app: Litestar) -> bytes:
 
 #: What wants an API token where there are keys.
 V1 = [
-    chat, completions, embed, list_models, one_model, stream,
+    chat, completions, embed, list_models, one_model,
     respond, one_response, forget_response,
-    messages, count_tokens,
+    messages, count_tokens, stream,
 ]  # fmt: skip
 
 

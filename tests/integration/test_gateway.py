@@ -178,6 +178,7 @@ def test_a_stream_is_not_for_another_body(gateway: GatewayProcess) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess, stream: bool) -> None:
+    mesh.until(lambda core: not core.state.requests, "nothing is left of other tests")
     cancelled = mesh.counter("cancelled")
     body = json.dumps(chat(max_tokens=100_000, stream=stream)).encode()
     with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
@@ -305,6 +306,7 @@ def content(messages: list[dict[str, Any]]) -> str:
 
 
 def test_many_requests_over_one_socket(mesh: Mesh, gateway: GatewayProcess) -> None:
+    mesh.until(lambda core: not core.state.requests, "nothing is left of other tests")
     cancelled = mesh.counter("cancelled")
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
         for id, seed in (("a", 1), ("b", 2)):
