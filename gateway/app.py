@@ -178,13 +178,17 @@ async def stream(socket: WebSocket[Any, Any, Any]) -> None:
     gateway = gateway_of(socket)
     offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
-    most = gateway.config.answer_tokens
+    most, caller = gateway.config.answer_tokens, caller_of(socket)
+
+    def read(kind: Any, body: bytes) -> Any:
+        return msgspec.structs.replace(_decoder(kind)(body), stream=True)
+
     apis: Apis = {
-        "chat": lambda body: openai_chat.prepare(
-            msgspec.structs.replace(_decoder(openai_chat.ChatRequest)(body), stream=True), most
-        ),
+        "chat": lambda body: openai_chat.prepare(read(openai_chat.ChatRequest, body), most),
+        "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
+        "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
     }
-    await Conversation(socket, caller_of(socket), gateway.feeds, apis).run()
+    await Conversation(socket, caller, gateway.feeds, apis).run()
 
 
 # --- Anthropic -----------------------------------------------------------------------------------------------

@@ -1,17 +1,22 @@
-"""Fields that are llambo's own, in APIs that have none of the kind; and a limit of llambo's, told by their names."""
+"""What messages and responses have in common: fields that are llambo's own, and how a conversation gets to the mesh."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from llambo.gateway.asking import encode
 from llambo.gateway.openai_common import schema_text
 from llambo.gateway.problems import FieldError
+from llambo.gateway.tools import Tool, chat_prompt, tool_options
 from llambo.mesh import limits
 from llambo.mesh.client_options import Options
+from llambo.mesh.errors import LlamboError
 from llambo.mesh.message import Priority
+from llambo.mesh.tasks import Form
 
 
 class Own(msgspec.Struct, kw_only=True):
@@ -35,3 +40,18 @@ def bounded_schema(schema: dict[str, Any], field: str) -> str:
     if len(text) > limits.GRAMMAR_CHARS:
         raise FieldError(field, f"{field}: {len(text)} characters of JSON, {limits.GRAMMAR_CHARS} may be")
     return text
+
+
+def called(tools: list[Tool], choice: str | Mapping[str, Any], several: bool | None) -> dict[str, Any]:
+    """What is said of the tools beside the prompt: nothing if none may be called. As OpenAI's chat has them."""
+    try:
+        return tool_options(tools, choice, several)
+    except LlamboError as error:
+        raise FieldError(error.text.partition(":")[0], error.text) from error
+
+
+def prompt_of(said: list[dict[str, Any]], tools: list[Tool], calls: dict[str, Any]) -> tuple[Form, str]:
+    """The prompt, and its form. `chat` is used where it is needed: not every worker may know it yet."""
+    if calls or any(turn["role"] == "tool" or "tool_calls" in turn for turn in said):
+        return "chat", chat_prompt(said, tools, calls)
+    return "messages", encode(said).decode()

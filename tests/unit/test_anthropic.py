@@ -11,7 +11,7 @@ from llambo.gateway.anthropic_messages import CountRequest, MessagesRequest, pre
 from llambo.gateway.problems import FieldError, body
 from llambo.mesh.client_options import build_request
 from llambo.mesh.errors import Code, LlamboError
-from tests.unit.gateway_bench import ABOUT, answer, cut, events, read, tokens_of, told
+from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, read, tokens_of, told
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -27,8 +27,7 @@ def asked(**more: Any) -> MessagesRequest:
 
 
 def prompt(**more: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(prepare(asked(**more)).ask.prompt)
-    return found
+    return prompt_of(prepare(asked(**more)))
 
 
 def messages(*given: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
@@ -50,7 +49,7 @@ def test_everything_that_is_understood_gets_to_the_mesh() -> None:
         asked(stop_sequences=["##"], temperature=0.5, top_p=0.9, top_k=3, seed=-1, priority="batch", deadline_ms=500)
     )
     assert prepared.ask.options == {
-        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "stop": ["##"], "form": "chat", "seed": 2**63 - 1,
+        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "stop": ["##"], "form": "messages", "seed": 2**63 - 1,
         "priority": "batch", "deadline_ms": 500, "sampling": {"fit": True, "top_p": 0.9, "top_k": 3},
     }  # fmt: skip
     request, _ = build_request(b"\1" * 16, 1, prepared.ask.prompt, False, prepared.ask.options)
@@ -106,11 +105,11 @@ def test_calls_and_their_results() -> None:
 @pytest.mark.parametrize(
     ("choice", "wanted"),
     [
-        (None, {"tool_choice": "auto", "parallel_tool_calls": True}),
+        (None, {"tool_choice": "auto"}),
         ({"type": "auto", "disable_parallel_tool_use": True}, {"tool_choice": "auto", "parallel_tool_calls": False}),
-        ({"type": "any"}, {"tool_choice": "required", "parallel_tool_calls": True}),
-        ({"type": "tool", "name": "weather"},
-         {"tool_choice": "required", "tool_names": ["weather"], "parallel_tool_calls": True}),
+        ({"type": "any", "disable_parallel_tool_use": False},
+         {"tool_choice": "required", "parallel_tool_calls": True}),
+        ({"type": "tool", "name": "weather"}, {"tool_choice": "required", "tool_names": ["weather"]}),
         ({"type": "none"}, {}),
     ],
 )  # fmt: skip
