@@ -19,39 +19,39 @@ class Entry:
     #: Where the command is: module and name in it.
     at: str
     said: tuple[str, ...] = ()
-    #: What it says of itself, where that is not what the command says.
+    #: For the list of commands, in a line.
     about: str = ""
 
 
-def _same(name: str) -> Entry:
-    return Entry(f"llambo.cli.{name}:{name}")
+def _same(name: str, about: str) -> Entry:
+    return Entry(f"llambo.cli.{name}:{name}", about=about)
 
 
-def _own(name: str) -> Entry:
-    return Entry(f"llambo.cli.shell_own:{name}_")
+def _own(name: str, about: str) -> Entry:
+    return Entry(f"llambo.cli.shell_own:{name}_", about=about)
 
 
 ENTRIES: dict[str, Entry] = {
-    "help": _own("help"),
-    "status": _same("status"),
-    "nodes": Entry("llambo.cli.workers:workers", about="List the workers; also called `workers`."),
-    "models": _same("models"),
-    "queue": Entry("llambo.cli.requests:requests", about="List what waits and runs; also called `requests`."),
+    "help": _own("help", "This list, or what one command does."),
+    "status": _same("status", "The mesh in numbers."),
+    "nodes": _same("workers", "The workers; also called `workers`."),
+    "models": _same("models", "The models of this host and of the mesh, or one of them."),
+    "queue": _same("requests", "What waits and runs; also called `requests`."),
     "infer": Entry("llambo.cli.send:send", ("--no-stream", "-v"), "Ask, wait for the whole answer, show statistics."),
-    "send": _same("send"),
-    "attach": _same("attach"),
-    "cancel": _same("cancel"),
-    "drain": _same("drain"),
-    "undrain": Entry("llambo.cli.drain:drain", ("--undo",), "Let a worker work again."),
-    "why": _same("why"),
-    "events": _same("events"),
-    "watch": _own("watch"),
-    "set": _own("set"),
-    "unset": _own("unset"),
-    "exit": _own("exit"),
-    "workers": _same("workers"),
-    "requests": _same("requests"),
-    "quit": _own("exit"),
+    "send": _same("send", "Ask, and show the answer as it comes; --detach: only its id."),
+    "attach": _same("attach", "Follow a request that was sent earlier."),
+    "cancel": _same("cancel", "Stop a request."),
+    "drain": _same("drain", "Give a worker no new work."),
+    "undrain": Entry("llambo.cli.drain:drain", ("--undo",), "Let it work again."),
+    "why": _same("why", "The story of a request."),
+    "events": _same("events", "What happened in the mesh."),
+    "watch": _own("watch", "Keep on screen what a command shows: watch status."),
+    "set": _own("set", "Set an option of what is sent from here on; or show them all."),
+    "unset": _own("unset", "Take that back."),
+    "exit": _own("exit", "Leave."),
+    "workers": _same("workers", ""),
+    "requests": _same("requests", ""),
+    "quit": _own("exit", ""),
 }
 #: Other names of commands that are there already; `help` leaves them out.
 ALIASES = ("workers", "requests", "quit")
@@ -88,7 +88,7 @@ def completions(line: str, known: Known) -> list[str]:
     *before, begun = words
     if before and before[0] == "watch" and len(before) > 1:
         before = before[1:]
-    return sorted(word for word in _candidates(before, begun, known) if word.startswith(begun))
+    return [word for word in _candidates(before, begun, known) if word.startswith(begun)]
 
 
 def _candidates(before: list[str], begun: str, known: Known) -> Iterable[str]:

@@ -27,9 +27,9 @@ HOME, CLEAR_REST_OF_LINE, CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
 CLEAR_SCREEN = "\x1b[2J"
 
 ABOUT = f"""
-Anything else is a prompt to the model. `{TO_MODEL} text` is one, too, whatever it begins with.
-`;` separates commands, quotes are as in a shell, `#` begins a remark. Tab completes, Ctrl-C stops what runs,
-Ctrl-D leaves. `help COMMAND` tells more.
+Anything else is a prompt to the model; `{TO_MODEL} text` is, whatever it begins with.
+`;` separates commands, quotes are as in a shell, `#` begins a remark.
+Tab completes, Ctrl-C stops what runs, Ctrl-D leaves. `help COMMAND` tells more.
 """
 
 
@@ -46,9 +46,7 @@ def help_(name: str | None) -> None:
         return
     formatter = click.HelpFormatter()
     shown = {name: entry for name, entry in ENTRIES.items() if name not in ALIASES}
-    formatter.write_dl(
-        [(name, entry.about or command_of(name).get_short_help_str(70)) for name, entry in shown.items()]
-    )
+    formatter.write_dl([(name, entry.about) for name, entry in shown.items()])
     click.echo(formatter.getvalue(), nl=False)
     click.echo(ABOUT, nl=False)
 
@@ -152,8 +150,17 @@ def watch_(shell: Shell, common: Common, every_ms: int, times: int | None, name:
             raise KeyboardInterrupt
         if seen == times:
             break
-        shell.session.run(asyncio.sleep(every_ms / 1_000))
+        _wait(shell, every_ms / 1_000, screen)
     raise click.exceptions.Exit(code)
+
+
+def _wait(shell: Shell, seconds: float, screen: bool) -> None:
+    try:
+        shell.session.run(asyncio.sleep(seconds))
+    except KeyboardInterrupt:
+        if screen:
+            click.echo()  # the terminal has written ^C
+        raise
 
 
 def _painted(text: str) -> str:

@@ -104,11 +104,11 @@ async def known(session: Session) -> Known:
             workers, models, requests = await asyncio.gather(client.workers(), client.models(), client.requests())
     except (LlamboError, TimeoutError) as error:
         log.debug("no names to complete: %s", error)
-        return Known(requests=tuple(session.sent), settable=settable())
+        return Known(requests=tuple(reversed(session.sent)), settable=settable())
     return Known(
         workers=tuple(row["worker"] for row in workers),
         models=tuple(row["model"] for row in models),
-        requests=tuple({*(row["id"] for row in requests), *session.sent}),
+        requests=tuple(dict.fromkeys([*reversed(session.sent), *(row["id"] for row in requests)])),
         settable=settable(),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -18,6 +19,10 @@ from llambo.mesh.errors import LlamboError
 
 #: What `set` leaves to the command line: where the shell belongs to, and what makes sense once.
 NOT_SET = {"--help", "--json", "--broker", "--key", "--config", "--connect-ms", "--detach", "--logprobs"}
+
+
+#: What goes wrong with so many words behind the command may have been a sentence.
+SENTENCE_WORDS = 3
 
 
 class Leave(Exception):
@@ -37,6 +42,8 @@ def settable() -> dict[str, click.Option]:
 class Shell:
     def __init__(self, common: Common, session: Session, *, as_json: bool = False, keep_going: bool = False) -> None:
         self.session = session
+        #: The exit code of the first command that failed.
+        self.failed: int = Exit.OK
         #: What `set` has set, as it is said to the options.
         self.chosen: dict[str, Any] = {}
         self._common = common
@@ -49,32 +56,31 @@ class Shell:
 
     async def lines(self, lines: Iterable[str] | AsyncIterable[str]) -> int:
         """Do them one after another. The code of the first that failed; unless told otherwise it is the last one."""
-        first: int = Exit.OK
-        try:
+        with suppress(Leave):
             async for line in lines if isinstance(lines, AsyncIterable) else _each(lines):
-                code = await self.line(line)
-                first = first or code
-                if self.session.interrupted or (first and not self._keep_going):
+                await self.line(line)
+                if self._stops():
                     break
-        except Leave:
-            pass
-        return first
+        return self.failed
 
-    async def line(self, line: str) -> int:
+    async def line(self, line: str) -> None:
         self.session.begin()
         try:
             orders = parse(line, ENTRIES)
         except BadLine as error:
             Failure(str(error), code=Exit.USAGE).show()
-            return Exit.USAGE
-        first: int = Exit.OK
+            self.failed = self.failed or Exit.USAGE
+            return
         for order in orders:
             self.session.begin()
             code = await asyncio.to_thread(self._do, order)
-            first = first or code
-            if self.session.interrupted or (code and not self._keep_going):
+            self.failed = self.failed or code
+            if self._stops():
                 break
-        return first
+
+    def _stops(self) -> bool:
+        """A Ctrl-C is meant for all of a script."""
+        return self.session.interrupted or (self.failed != Exit.OK and not self._keep_going)
 
     def _do(self, order: Order | Prompt) -> int:
         if isinstance(order, Prompt):
@@ -89,7 +95,7 @@ class Shell:
             return left.exit_code
         except click.UsageError as error:
             error.show()
-            if len(typed.split()) > 1:
+            if len(typed.split()) >= SENTENCE_WORDS:
                 click.echo(f"  to ask the model that, begin with `{TO_MODEL}`", err=True)
             return error.exit_code
         except click.ClickException as error:

@@ -71,7 +71,7 @@ class Top(App[None]):
         self.snapshot: core.Snapshot | None = None
         #: Why there is no broker; "": there is one.
         self.lost = ""
-        #: Set after each look that is on the screen, for whoever waits for one.
+        #: Set whenever something new is on the screen, for whoever waits for it.
         self.shown = asyncio.Event()
         self._client = client
         self._gatherer = Gatherer(client)
@@ -102,6 +102,9 @@ class Top(App[None]):
         self.workers_pane.focus()
         self.set_interval(TICK_S, self._show_head)
         self.run_worker(self._look_again(), exit_on_error=True)
+
+    def on_unmount(self) -> None:
+        self._client.on_link = None
 
     @property
     def workers_pane(self) -> Pane:
@@ -136,12 +139,11 @@ class Top(App[None]):
         self._curves.add(snapshot.status)
         self._events.extend(core.happened(snapshot.events, time.time()))
         self.show()
-        self.shown.set()
 
     def show(self) -> None:
         """All that is known, on the screen."""
         self._show_head()
-        if self.snapshot is None:
+        if self.snapshot is None or not self.query("#head"):
             return
         gauges = core.gauges(self.snapshot.status, self._curves, self.size.width - 2)
         self.query_one("#gauges", Static).update(Text("\n".join(gauges), no_wrap=True))
@@ -162,8 +164,11 @@ class Top(App[None]):
             head.append(f"  {core.facts(self.snapshot.status)}; at {core.line(self._client.address)}")
         else:
             head.append("asking ...")
+        if not self.query("#head"):
+            return  # it is being left
         self.query_one("#head", Static).update(head)
         self.query_one("#panes").set_class(bool(self.lost or self._silent_s()), "stale")
+        self.call_after_refresh(self.shown.set)
 
     def _silent_s(self) -> float:
         """How long the broker has owed an answer; 0: not longer than it may."""
@@ -179,7 +184,6 @@ class Top(App[None]):
             self._events.clear()
             self._linked.set()
         self._show_head()
-        self.shown.set()
 
     def _on_trouble(self, error: LlamboError) -> None:
         """Without a broker the head says so already."""

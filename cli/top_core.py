@@ -58,6 +58,8 @@ REQUEST_COLUMNS = ("id", "state", "worker", "tokens", "age", "model", "class", "
 _TONES = {
     "ready": "green",
     "running": "green",
+    "dispatched": "green",
+    "completing": "green",
     "loading": "yellow",
     "joining": "yellow",
     "trial": "yellow",
@@ -191,7 +193,7 @@ def gauges(status: dict[str, Any], curves: Curves, width: int) -> list[str]:
 def facts(status: dict[str, Any]) -> str:
     counters = status["counters"]
     so_far = ", ".join(f"{counters[name]} {name}" for name in ("ended", "failed", "moved", "refused"))
-    return f"workers {status['ready']} ready of {status['workers']}, clients {status['clients']}; {so_far}"
+    return f"{status['ready']} of {status['workers']} workers ready, {status['clients']} clients; {so_far}"
 
 
 # --- events ----------------------------------------------------------------------------------------------

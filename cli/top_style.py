@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 CSS = """
-#head { height: 1; padding: 0 1; }
-#gauges { height: 3; padding: 0 1; }
+#head { height: 1; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
+#gauges { height: 3; padding: 0 1; text-wrap: nowrap; }
 
 #panes { height: 1fr; layout: vertical; }
 #panes > * { height: 2fr; border: round $secondary; border-title-align: left; }
