@@ -24,7 +24,7 @@ COMMANDS = (
     "shell",
     "top",
 )
-LOCAL = ("config", "up", "keys", "systemd")
+LOCAL = ("config", "up", "gateway", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
