@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import select
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llambo.cli.exits import Exit
-from tests.acceptance.commands import BROKER, LLAMBO, Mesh, Running, up
+from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, Mesh, Running, environment, up
 from tests.acceptance.typed import CTRL_C, CTRL_D, TAB, Typed
 
 PROMPT = "llambo>"
 ID = r"([0-9a-f]{32})"
+#: Of an answer of the fake engine; nothing that is typed here has three such words in a row.
+WORDS = r"(?:[a-z]{4} ){3}"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_one_connection_for_all_of_it(mesh: Mesh) -> None:
         shell.line("status; nodes; infer --max-tokens 3 hi; status")
         shell.until("3 tokens in")
         shell.until(rf"clients +{clients - 1}\b")  # without the one that asked
-        shell.type(CTRL_D)
+        shell.press(CTRL_D)
         assert shell.end() == Exit.OK
 
 
@@ -91,26 +96,26 @@ def test_ctrl_c_stops_what_runs_and_not_the_shell(mesh: Mesh) -> None:
     with at_terminal(mesh) as shell:
         shell.until(PROMPT)
         shell.line("send --max-tokens 20000 hello")
-        shell.until(r"\w{4} \w{4}")
-        shell.type(CTRL_C)
+        shell.until(WORDS)
+        shell.press(CTRL_C)
         shell.until("interrupted; the request was cancelled after")
         shell.until(PROMPT)
         shell.line("watch nodes")
         shell.until("worker-2")
-        shell.type(CTRL_C)
+        shell.press(CTRL_C)
         shell.until(PROMPT)
         shell.line("send --detach --max-tokens 20000 hello")
         id = shell.until(ID)[1]
         shell.line(f"attach {id}")
-        shell.until(r"\w{4} \w{4}")
-        shell.type(CTRL_C)
+        shell.until(WORDS)
+        shell.press(CTRL_C)
         shell.until(f"llambo attach {id}")
         shell.until(PROMPT)
-        shell.type("half a line" + CTRL_C)
+        shell.press("half a line" + CTRL_C)
         shell.until(PROMPT)
         shell.line(f"cancel {id}")
         shell.until(f"cancelled {id}")
-        shell.type(CTRL_D)
+        shell.press(CTRL_D)
         assert shell.end() == Exit.OK
     assert mesh.ok("requests", "--json").json() == []
 
@@ -121,19 +126,19 @@ def test_tab_completes_commands_workers_and_requests(mesh: Mesh) -> None:
         shell.line("send --detach --max-tokens 20000 hello")
         id = shell.until(ID)[1]
         shell.until(PROMPT)
-        shell.type("stat" + TAB)
+        shell.press("stat" + TAB)
         shell.until("us")
-        shell.type("\r")
+        shell.press("\r")
         shell.until("2 ready of 2")
         shell.until(PROMPT)
-        shell.type("cancel " + id[:4] + TAB)
+        shell.press("cancel " + id[:4] + TAB)
         shell.until(id[5:])
-        shell.type("\r")
+        shell.press("\r")
         shell.until(f"cancelled {id}")
         shell.until(PROMPT)
-        shell.type("drain wor" + TAB)
+        shell.press("drain wor" + TAB)
         shell.until("worker-2")  # both are offered
-        shell.type(CTRL_C + CTRL_D)
+        shell.press(CTRL_C + CTRL_D)
         assert shell.end() == Exit.OK
 
 
@@ -141,16 +146,16 @@ def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Mesh,
     for typed in ("set seed 4711\r", "\x1b[A\r"):
         with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
             shell.until(PROMPT)
-            shell.type(typed)
+            shell.press(typed)
             shell.until(PROMPT)
             shell.line("set")
             shell.until(r"seed +4711 +set")
             shell.until(PROMPT)
-            shell.type("\x1b[A\x1b[A")  # so that the next shell finds it as its last line
+            shell.press("\x1b[A\x1b[A")  # so that the next shell finds it as its last line
             shell.until("4711")
-            shell.type("\r")
+            shell.press("\r")
             shell.until(PROMPT)
-            shell.type(CTRL_D)
+            shell.press(CTRL_D)
             assert shell.end() == Exit.OK
     kept = tmp_path / "llambo" / "shell_history"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -162,7 +167,7 @@ def test_a_broker_that_is_lost_is_said_above_the_prompt_and_so_is_its_return() -
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         with Typed("--broker", f"tcp://127.0.0.1:{port}", "shell") as shell:
             shell.until(PROMPT)
-            shell.type("stat")
+            shell.press("stat")
             broker.signal(signal.SIGKILL)
             broker.end()
             shell.until("lost the broker .*; trying again")
@@ -171,7 +176,7 @@ def test_a_broker_that_is_lost_is_said_above_the_prompt_and_so_is_its_return() -
                 shell.line("us")
                 shell.until("workers +0 ready of 0")
                 shell.until(PROMPT)
-                shell.type(CTRL_D)
+                shell.press(CTRL_D)
                 assert shell.end() == Exit.OK
 
 
@@ -184,7 +189,7 @@ def test_without_a_broker_there_is_a_shell_all_the_same() -> None:
         shell.line("nodes")
         shell.until("no broker answers")
         shell.until(PROMPT)
-        shell.type(CTRL_D)
+        shell.press(CTRL_D)
         assert shell.end() == Exit.OK
 
 
@@ -192,7 +197,7 @@ def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Mesh) -> None:
     with at_terminal(mesh) as shell:
         shell.until(PROMPT)
         shell.line("send --max-tokens 20000 hello")
-        shell.until(r"\w{4} \w{4}")
+        shell.until(WORDS)
         shell.process.send_signal(signal.SIGTERM)
         assert shell.end() == 128 + signal.SIGTERM
     assert mesh.ok("requests", "--json").json() == []
@@ -249,14 +254,35 @@ def test_json_of_several_commands_is_read_one_after_another(mesh: Mesh) -> None:
     assert (found[2]["type"], found[-1]["type"], found[-1]["tokens"]) == ("accepted", "end", 2)
 
 
-def test_a_script_waits_for_its_next_line_and_does_each_at_once(mesh: Mesh) -> None:
-    with Running(LLAMBO, "--broker", mesh.address, "shell", stdin="") as empty:
-        assert empty.end() == Exit.OK
+def test_remarks_and_exit_in_a_script(mesh: Mesh) -> None:
     text = "\n".join(["# a remark", "", "set max_tokens 2", "infer hello", "exit", "status"])
     done = mesh.llambo("shell", stdin=text)
 
     assert done.code == Exit.OK, done.story
     assert "2 tokens in" in done.err and "clients" not in done.out
+    assert mesh.ok("shell", stdin="").out == ""
+
+
+def test_each_line_of_a_script_is_done_as_soon_as_it_is_there(mesh: Mesh) -> None:
+    """Who writes the next one may have to read first what the last one said."""
+    with subprocess.Popen(
+        [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "shell"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+    ) as running:  # fmt: skip
+        try:
+            assert running.stdin is not None and running.stdout is not None
+            running.stdin.write("send --detach --max-tokens 20000 hello\n")
+            running.stdin.flush()
+            assert select.select([running.stdout], [], [], PATIENCE_S)[0], "no id before the next line"
+            id = running.stdout.readline().strip()
+            running.stdin.write(f"cancel {id}\n")
+            running.stdin.flush()
+            assert select.select([running.stdout], [], [], PATIENCE_S)[0], "nothing was cancelled"
+            assert running.stdout.readline().startswith(f"cancelled {id} after")
+            running.stdin.close()
+            assert running.wait(PATIENCE_S) == Exit.OK
+        finally:
+            running.kill()
 
 
 def test_an_interrupt_ends_a_script_with_what_it_was_doing(mesh: Mesh) -> None:

@@ -37,11 +37,11 @@ class Typed:
         )  # fmt: skip
         os.close(theirs)
 
-    def type(self, text: str) -> None:
+    def press(self, text: str) -> None:
         os.write(self._keyboard, text.encode())
 
     def line(self, text: str) -> None:
-        self.type(text + ENTER)
+        self.press(text + ENTER)
 
     def until(self, pattern: str) -> re.Match[str]:
         """Read on until this was said, after what was waited for before."""

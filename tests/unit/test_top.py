@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
-from llambo.cli import top as command
 from llambo.cli.exits import Exit
 from llambo.cli.top_core import (
     BARS,
@@ -176,7 +175,7 @@ def test_an_event_has_the_time_at_which_it_happened() -> None:
 
 def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
 
     assert done.exit_code == Exit.ERROR
