@@ -21,6 +21,8 @@ COMMANDS = (
     "why",
     "events",
     "drain",
+    "shell",
+    "top",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")
 

@@ -80,7 +80,7 @@ def send(
     error     code, text, hint, retryable, exit
                                        the last line, when it failed
     """
-    text = prompt_of(prompt)
+    text = prompt_of(prompt, in_shell=common.session is not None)
     if not text:
         raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
     if len(chosen["stop"]) > limits.STOP_STRINGS:
@@ -100,12 +100,14 @@ def send(
     context.exit(follow(common, opener, as_json=as_json, mine=True))
 
 
-def prompt_of(arguments: tuple[str, ...]) -> str:
-    """What a person says, as arguments or on stdin."""
+def prompt_of(arguments: tuple[str, ...], *, in_shell: bool = False) -> str:
+    """What a person says, as arguments or on stdin; a shell's stdin is its own."""
     if "-" in arguments and len(arguments) > 1:
         raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):
         return " ".join(arguments)
+    if in_shell:
+        raise click.UsageError("there is no prompt: give it as an argument; stdin is the shell's")
     if not arguments and sys.stdin.isatty():
         raise click.UsageError("there is no prompt: give it as an argument, or pipe it in")
     try:
@@ -149,4 +151,6 @@ def _detach(common: Common, text: str, options: Options, as_json: bool) -> None:
     from llambo.cli.ask import ask
 
     id = ask(common, lambda client: client.submit(text, detached=True, **options))
+    if common.session is not None:
+        common.session.sent.append(id)
     click.echo(json.dumps({"type": "accepted", "id": id, "detached": True}) if as_json else id)

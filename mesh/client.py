@@ -317,10 +317,10 @@ class Client(TaskCalls):
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
             self._tell_link("")
-        elif problem is not None and not (error := self._error(problem)).retryable:
-            reject(self._welcomed, error)
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
             self._tell_link(problem.text or "no answer")
+        elif problem is not None and not (error := self._error(problem)).retryable:
+            reject(self._welcomed, error)
 
     def _tell_link(self, lost: str) -> None:
         """Only what is news: each try to connect anew changes the link as well."""
