@@ -63,6 +63,7 @@ BROKER_ORDER = [
     "porter",
     "zap",
     "queries",
+    "history",
     "gate",
     "config",
     "invariants",
