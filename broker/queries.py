@@ -283,7 +283,13 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
 def events(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     since = int(argument) if argument.isdigit() else 0
     return [
-        {"number": event.number, "age_ms": now_ms - event.at_ms, "kind": event.kind, "text": event.text}
+        {
+            "number": event.number,
+            "age_ms": now_ms - event.at_ms,
+            "kind": event.kind,
+            "text": event.text,
+            "worker": event.worker,
+        }
         for event in state.happenings
         if event.number > since
     ]

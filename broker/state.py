@@ -78,6 +78,7 @@ class Happening:
     at_ms: int
     kind: str
     text: str
+    worker: str = ""
 
 
 class Sample(NamedTuple):
@@ -214,7 +215,7 @@ class State:
         self, now_ms: int, kind: str, text: str, *, warning: bool = False, worker: str = "", request: bytes = b""
     ) -> None:
         self._happened += 1
-        self.happenings.append(Happening(self._happened, now_ms, kind, text))
+        self.happenings.append(Happening(self._happened, now_ms, kind, text, worker))
         self.reports.append(Report(f"{kind}: {text}", warning, worker, request))
 
     def alarm(self, due_ms: int, kind: Alarm, id: bytes) -> None:
