@@ -59,6 +59,8 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ] = {}
     #: Never end before `max_tokens`.
     ignore_eos: bool = False
+    #: `max_tokens` is as much as there may be, not what there must be room for: the context decides.
+    fit: bool = False
     #: GBNF, or a JSON schema as JSON text: at most one of them.
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
     json_schema: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""

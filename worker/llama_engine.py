@@ -120,8 +120,11 @@ class LlamaEngine:
             code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
             return _refused(start, code, str(error))
         context = self._decoder.context
-        if len(prompt) + start.max_tokens > context:
-            text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
+        limit = start.max_tokens
+        if start.sampling.fit:
+            limit = max(1, min(limit, context - len(prompt)))
+        if len(prompt) + limit > context:
+            text = f"{len(prompt)} prompt tokens + max_tokens {limit} exceed the context of {context}"
             return _refused(start, Code.TOO_LONG, text)
         if self.batcher.running >= self._slots:
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
@@ -133,7 +136,7 @@ class LlamaEngine:
         gate.replay([(token, self._model.piece(token)) for token in start.prefix])
         self._streams[start.key] = Stream(
             start.key, sampler, gate,
-            index=len(start.prefix), limit=start.max_tokens, prompt_tokens=len(prompt),
+            index=len(start.prefix), limit=limit, prompt_tokens=len(prompt),
             cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             top=start.logprobs,
