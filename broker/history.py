@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice, takewhile
 from typing import Any
 
 from llambo.broker.archive import Ended
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.state import Sample, State
+from llambo.mesh import messages as m
 from llambo.mesh.identity import Identity
 
-#: Requests told of at a time.
+#: Requests told of at a time, and those of a second that are measured.
 ENDED_TOLD = 200
 
 
 def take(state: State, now_ms: int) -> None:
-    """Called once a second. What is a rate is that of the last moments; `ended` and `failed` are since the start."""
+    """Called once a second. What is a rate is that of the last moments; `ended` and `failed` are since the start.
+
+    `first_ms` is how long half of the answers that ended since the last sample took to their first token; 0: there
+    were none.
+    """
     workers = state.registry.workers.values()
     state.samples.append(
         Sample(
@@ -31,6 +36,7 @@ def take(state: State, now_ms: int) -> None:
             len(workers),
             state.counters.ended,
             state.counters.failed,
+            _median(first_ms(ended.end) for ended in _since(state, state.samples[-1].at_ms if state.samples else 0)),
         )
     )
 
@@ -44,12 +50,26 @@ def recent(state: State, argument: str, now_ms: int, who: Identity) -> dict[str,
     since = int(argument) if argument.isdigit() else 0
     samples = [sample for sample in state.samples if sample.number > since]
     before = next((sample.at_ms for sample in reversed(state.samples) if sample.number <= since), 0)
-    late = takewhile(lambda ended: ended.ended_at >= before, reversed(state.archive.ended.values()))
-    own = list(islice((ended for ended in late if who.owns(ended.owner)), ENDED_TOLD))
+    own = list(islice((ended for ended in _since(state, before) if who.owns(ended.owner)), ENDED_TOLD))
     return {
         "samples": [_told(sample, now_ms) for sample in samples],
         "ended": [_ended(ended, now_ms) for ended in reversed(own)],
     }
+
+
+def first_ms(end: m.End) -> int:
+    """How long its first token took, as far as broker and engine know: 0 without any."""
+    return round(end.queued_ms + end.usage.prefill_ms) if end.count else 0
+
+
+def _since(state: State, at_ms: int) -> Iterator[Ended]:
+    """The latest first."""
+    return takewhile(lambda ended: ended.ended_at >= at_ms, reversed(state.archive.ended.values()))
+
+
+def _median(values: Iterable[int]) -> int:
+    known = sorted(filter(None, islice(values, ENDED_TOLD)))
+    return known[len(known) // 2] if known else 0
 
 
 def _told(sample: Sample, now_ms: int) -> dict[str, Any]:
@@ -59,7 +79,6 @@ def _told(sample: Sample, now_ms: int) -> dict[str, Any]:
 
 
 def _ended(ended: Ended, now_ms: int) -> dict[str, Any]:
-    """`first_ms` is how long its first token took, as far as the broker and the engine know: 0 without any."""
     end, usage = ended.end, ended.end.usage
     began = ended.story[0][0] if ended.story else ended.ended_at
     return {
@@ -73,7 +92,7 @@ def _ended(ended: Ended, now_ms: int) -> dict[str, Any]:
         "reason": end.reason,
         "error": end.error.text if end.error else "",
         "queued_ms": end.queued_ms,
-        "first_ms": round(end.queued_ms + usage.prefill_ms) if end.count else 0,
+        "first_ms": first_ms(end),
         "decode_ms": round(usage.decode_ms),
         "total_ms": ended.ended_at - began,
         "age_ms": now_ms - ended.ended_at,

@@ -215,6 +215,7 @@ def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
         "max_tokens": request.max_tokens,
         "moves": request.moves,
         "ahead": state.room.ahead(request) if waits else 0,
+        "queued_ms": request.queued_ms,
         "age_ms": now_ms - request.submitted_at,
         "detached": request.detached,
     }

@@ -95,6 +95,7 @@ class Sample(NamedTuple):
     workers: int
     ended: int
     failed: int
+    first_ms: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp
 
 import llambo
-from llambo.gateway import embeddings, models, openai_chat, openai_completions
+from llambo.gateway import board, embeddings, models, openai_chat, openai_completions
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
@@ -33,6 +33,7 @@ from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import Later, Streaming, Whole
+from llambo.gateway.watching import Watches
 from llambo.mesh.client import Client
 from llambo.mesh.errors import LlamboError
 
@@ -188,8 +189,9 @@ V1 = [chat, completions, embed, list_models, one_model]
 def make_app(gateway: Gateway) -> Front:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
+    pages = board.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), healthz, readyz, openapi],
+        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), healthz, readyz, openapi, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,

@@ -24,11 +24,11 @@ AGE_TOLERANCE_MS = 1_500
 
 _MESH = (
     "broker", "policy", "workers", "ready", "slots", "busy", "busy_elsewhere", "clients", "running", "waiting",
-    "tokens_per_s", "requests_per_s", "transcript_bytes", "models",
+    "tokens_per_s", "requests_per_s", "models",
 )  # fmt: skip
 _COUNTERS = ("submitted", "ended", "failed", "cancelled", "moved", "refused", "tokens", "workers_lost", "engine_deaths")
-#: Of a worker or request, all that the broker tells but its ages.
-_AGES = ("age_ms", "up_ms", "heard_ms")
+#: Of a row all is told but its ages, which become moments, and what nobody is shown.
+_UNTOLD = {"age_ms", "up_ms", "heard_ms", "pid", "pace", "weight"}
 #: A worker that was not heard of for less than this is not called silent.
 SILENT_MS = 1_000
 
@@ -134,7 +134,7 @@ def _worker(row: Row, before: Row, now_ms: int) -> Row:
 
 
 def _aged(row: Row, before: Row, now_ms: int) -> Row:
-    told = {name: value for name, value in row.items() if name not in _AGES}
+    told = {name: value for name, value in row.items() if name not in _UNTOLD}
     if "age_ms" in row:
         told["at"] = _moment(before, "at", now_ms - row["age_ms"])
     return told
@@ -211,7 +211,7 @@ def changes(before: Picture, now: Picture, now_ms: int) -> Row | None:
         ("events", before.events, now.events, EVENTS_SHOWN),
         ("samples", before.samples, now.samples, SAMPLES_SHOWN),
     ):
-        if fresh := [row for key, row in all_rows.items() if key not in seen]:  # type: ignore[attr-defined]
+        if fresh := [row for key, row in all_rows.items() if key not in seen]:
             said[name] = fresh[-limit:]
     if now.latency != before.latency:
         said["latency"] = now.latency

@@ -38,10 +38,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Watch:
-    """One identity's view. `connect` gives its client."""
+    """One identity's view. `connect` gives its client; `stopping`: nobody shall be kept waiting any more."""
 
-    def __init__(self, connect: Callable[[], Awaitable[Client]]) -> None:
-        self._connect = connect
+    def __init__(self, connect: Callable[[], Awaitable[Client]], stopping: Callable[[], bool]) -> None:
+        self._connect, self._stopping = connect, stopping
         self._picture = watch_core.EMPTY
         #: How many pictures there have been; the last change leads from the one before to this one.
         self._version = 0
@@ -69,6 +69,10 @@ class Watch:
             seen = self._version
             yield event
 
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
     async def _later(self, seen: int) -> None:
         async with self._news:
             await self._news.wait_for(lambda: self._version != seen or self._error is not None)
@@ -83,7 +87,6 @@ class Watch:
     def begin(self) -> None:
         self.viewers += 1
         if self._task is None:
-            self._error = None
             self._task = asyncio.create_task(self._ask_on())
 
     async def end(self) -> None:
@@ -95,11 +98,12 @@ class Watch:
 
     async def _ask_on(self) -> None:
         try:
-            while True:
+            while not self._stopping():
                 began = time.monotonic()
                 await self._show(await self._look())
                 spent = time.monotonic() - began
                 await asyncio.sleep(max(ROUND_S - spent, spent * (1 / SHARE - 1)))
+            await self._fail(LlamboError(Code.NO_BROKER, "the gateway stops"))
         except asyncio.CancelledError:
             raise
         except LlamboError as error:
@@ -150,7 +154,8 @@ class Watch:
 class Watches:
     """All of them, by the name of who looks."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self._stopping = stopping
         self._by_name: dict[str, Watch] = {}
         self.viewers = 0
 
@@ -159,8 +164,8 @@ class Watches:
         if self.viewers >= VIEWERS:
             raise LlamboError(Code.BUSY, f"{VIEWERS} are watching already", 5_000)
         watch = self._by_name.get(name)
-        if watch is None:
-            watch = self._by_name[name] = Watch(connect)
+        if watch is None or watch.failed:
+            watch = self._by_name[name] = Watch(connect, self._stopping)
         self.viewers += 1
         watch.begin()
         try:

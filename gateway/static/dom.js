@@ -1,6 +1,7 @@
 // All that makes elements. Whatever the mesh says becomes text nodes and attributes here, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
+const nodes = new WeakMap();
 
 function fill(node, props, children) {
   for (const [name, value] of Object.entries(props ?? {})) {
@@ -38,7 +39,8 @@ export function mark(node, name, value) {
  * `make` gives a node with a function `show(row)`.
  */
 export function keyed(parent, rows, keyOf, make) {
-  const known = (parent.rows ??= new Map());
+  if (!nodes.has(parent)) nodes.set(parent, new Map());
+  const known = nodes.get(parent);
   const wanted = new Set();
   let at = parent.firstElementChild;
   for (const row of rows) {

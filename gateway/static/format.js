@@ -5,7 +5,7 @@ const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const hours = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
 const full = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 
-export const number = (value) => (Math.abs(value) < 100 ? fine : whole).format(value);
+export const number = (value) => (Math.abs(value) < 9.95 ? fine : whole).format(value);
 export const count = (value) => whole.format(value);
 export const clock = (ms) => hours.format(ms);
 export const moment = (ms) => full.format(ms);

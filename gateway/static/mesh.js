@@ -45,6 +45,7 @@ export class Mesh {
     }
     if (said.requests) {
       merge(this.requests, said.requests.set, "id");
+      for (const row of said.requests.set) pace(this.requests.get(row.id), said.now);
       for (const id of said.requests.gone) this.requests.delete(id);
     }
     if (said.ended) this.ended = [...this.ended, ...said.ended].slice(-ENDED);
@@ -76,6 +77,16 @@ export class Mesh {
 
 function merge(known, rows, key) {
   for (const row of rows) known.set(row[key], { ...known.get(row[key]), ...row });
+}
+
+/** Tokens per second of an answer on its way, over a second or more. */
+function pace(row, now) {
+  if (!row.tokens || row.tokens < row.paceTokens) row.pace = 0;
+  else if (row.paceTokens === undefined) [row.paceTokens, row.paceAt] = [row.tokens, now];
+  else if (now - row.paceAt >= 1_000) {
+    row.pace = ((row.tokens - row.paceTokens) * 1_000) / (now - row.paceAt);
+    [row.paceTokens, row.paceAt] = [row.tokens, now];
+  }
 }
 
 /** Events in words: who was lost before has not only joined, but recovered. */
@@ -110,6 +121,8 @@ function phrase(event, lost) {
       return { verb: "lost its engine", tone: "bad", detail: rest };
     case "drain":
       return { verb: "was told", tone: "calm", detail: rest };
+    case "stood still":
+      return { verb: "The broker stood still", tone: "warn", detail: rest.replace("this broker did", "it did") };
     default:
       return { verb: event.worker ? event.kind : sentence(event.kind), tone: "calm", detail: event.text };
   }

@@ -41,6 +41,7 @@ def test_a_sample_a_second_says_how_the_mesh_was() -> None:
         "ready": 1,
         "workers": 1,
     }
+    assert last["first_ms"] == 0
 
 
 def test_only_what_came_after_a_sample_is_told() -> None:
@@ -89,6 +90,9 @@ def test_what_has_ended_is_told_with_its_times() -> None:
             "age_ms": 0,
         }
     ]
+    bench.pass_time(1_000)
+    told = recent(client)["samples"][-2:]
+    assert 280 in [sample["first_ms"] for sample in told]
 
 
 def test_it_is_bounded_and_the_latest_comes_last() -> None:
