@@ -23,9 +23,9 @@ from llambo.mesh.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
 
-#: Pause between two rounds of questions.
-ROUND_S = 0.2
-#: No more than this part of the time is spent on questions, however large the mesh is.
+#: Rounds of questions begin so far from each other, and in a mesh whose answers take long no further than this.
+ROUND_S, LONGEST_ROUND_S = 0.2, 0.8
+#: No more than this part of the time is spent on questions, as long as that holds.
 SHARE = 0.2
 #: What has not been answered by then is said to be unknown.
 PATIENCE_S = 2.0
@@ -102,7 +102,7 @@ class Watch:
                 began = time.monotonic()
                 await self._show(await self._look())
                 spent = time.monotonic() - began
-                await asyncio.sleep(max(ROUND_S - spent, spent * (1 / SHARE - 1)))
+                await asyncio.sleep(max(0.0, min(LONGEST_ROUND_S, max(ROUND_S, spent / SHARE)) - spent))
             await self._fail(LlamboError(Code.NO_BROKER, "the gateway stops"))
         except asyncio.CancelledError:
             raise
