@@ -5,8 +5,8 @@
 
 The worker's grammar makes calls of one form (`llambo.mesh.tools`); the parser knows that form and no other. What begins
 like a call and does not go on as one was never a call, and comes out as content: nothing is lost but the frame of a
-call and the blanks around it. The same text gives the same deltas however it is cut, when neighbours of one kind are
-joined.
+call, the blanks around it, and a call at the very end whose arguments have not begun. The same text gives the same
+deltas however it is cut, when neighbours of one kind are joined.
 """
 
 from __future__ import annotations
@@ -107,12 +107,10 @@ class ToolCalls:
 
     def finish(self) -> list[Delta]:
         """The answer is over, in whatever place."""
-        if self._step == self._in_content:
+        if self._step == self._in_content and (self._spoke or self.count == 0):
             self._say(self._held)
-            if self._blanks and self.count == 0:
+            if self._blanks:
                 self._out.append(Content("".join(self._blanks)))
-        elif self._step == self._in_head:
-            self._say(BEGIN + self._held)
         elif self._step == self._in_arguments:
             self._out.append(Ended(self.count - 1, whole=False))
         self._held, self._blanks = "", []

@@ -45,8 +45,12 @@ def tool_options(
         if mode == "required":
             raise _bad("tool_choice", "there are no tools to choose from")
         return {}
-    options: dict[str, Any] = {"tool_choice": mode, "parallel_tool_calls": parallel is not False}
-    return {**options, "tool_names": only} if only else options
+    options: dict[str, Any] = {"tool_choice": mode}
+    if only:
+        options["tool_names"] = only
+    if parallel is not None:
+        options["parallel_tool_calls"] = parallel
+    return options
 
 
 def chat_prompt(messages: Sequence[Any], tools: Sequence[Tool] | None, options: Mapping[str, Any]) -> str:

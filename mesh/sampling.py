@@ -70,5 +70,6 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     tool_choice: Literal["none", "auto", "required"] = "none"
     #: Only these; empty: any of them.
     tool_names: Annotated[list[str], Meta(max_length=limits.TOOLS)] = []
-    #: More than one call in an answer, one behind the other.
-    parallel_tool_calls: bool = True
+    #: More than one call in an answer, one behind the other. Left out: if the model was made for calls; others tend to
+    #: repeat them.
+    parallel_tool_calls: bool | None = None

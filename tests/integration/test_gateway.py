@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
 
 from llambo.mesh import api_tokens
 from llambo.mesh.identity import Identity
@@ -176,6 +178,7 @@ def test_a_stream_is_not_for_another_body(gateway: GatewayProcess) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess, stream: bool) -> None:
+    mesh.until(lambda core: not core.state.requests, "nothing is left of other tests")
     cancelled = mesh.counter("cancelled")
     body = json.dumps(chat(max_tokens=100_000, stream=stream)).encode()
     with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
@@ -282,3 +285,56 @@ def test_many_at_once_are_all_answered(gateway: GatewayProcess) -> None:
     for thread in threads:
         thread.join(TIMEOUT_S)
     assert len(set(found)) == 40
+
+
+# --- the WebSocket door ----------------------------------------------------------------------------------------
+
+
+def told_until(socket: ClientConnection, id: str, kind: str) -> list[dict[str, Any]]:
+    """What is said of one request, up to the first message of this kind."""
+    found: list[dict[str, Any]] = []
+    while not found or found[-1]["type"] != kind:
+        message = json.loads(socket.recv(TIMEOUT_S))
+        if message["id"] == id:
+            found.append(message)
+    return found
+
+
+def content(messages: list[dict[str, Any]]) -> str:
+    chunks = [message["data"] for message in messages if message["type"] == "event" and message["data"] != "[DONE]"]
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"])
+
+
+def test_many_requests_over_one_socket(mesh: Mesh, gateway: GatewayProcess) -> None:
+    mesh.until(lambda core: not core.state.requests, "nothing is left of other tests")
+    cancelled = mesh.counter("cancelled")
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
+        for id, seed in (("a", 1), ("b", 2)):
+            socket.send(json.dumps({"type": "ask", "id": id, "body": chat(max_tokens=10, seed=seed)}))
+        said: list[dict[str, Any]] = []
+        while sum(message["type"] == "end" for message in said) < 2:
+            said.append(json.loads(socket.recv(TIMEOUT_S)))
+        for id, seed in (("a", 1), ("b", 2)):
+            mine = [message for message in said if message["id"] == id]
+            undisturbed = gateway.post(CHAT, chat(max_tokens=10, seed=seed))
+            assert content(mine) == undisturbed["choices"][0]["message"]["content"]
+        for wrong in ("{", json.dumps({"type": "ask", "id": "c", "body": {}}), json.dumps({"type": "ask", "api": "x"})):
+            socket.send(wrong)
+            assert json.loads(socket.recv(TIMEOUT_S))["type"] == "error"
+        socket.send(json.dumps({"type": "ask", "id": "d", "body": chat(max_tokens=10_000)}))
+        told_until(socket, "d", "event")
+        socket.send(json.dumps({"type": "cancel", "id": "d"}))
+        told_until(socket, "d", "end")
+    mesh.until(lambda core: core.state.counters.cancelled == cancelled + 1, "it is cancelled")
+
+
+def test_a_socket_that_broke_is_made_anew_and_misses_nothing(gateway: GatewayProcess) -> None:
+    asked = {"type": "ask", "id": "a", "body": chat(max_tokens=40, seed=21)}
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream", subprotocols=[Subprotocol("llambo")]) as socket:
+        assert socket.subprotocol == "llambo"
+        socket.send(json.dumps(asked))
+        said = [json.loads(socket.recv(TIMEOUT_S)) for _ in range(8)]
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
+        socket.send(json.dumps({**asked, "last_event_id": said[-1]["event_id"]}))
+        said += told_until(socket, "a", "end")
+    assert content(said) == gateway.post(CHAT, chat(max_tokens=40, seed=21))["choices"][0]["message"]["content"]

@@ -73,17 +73,14 @@ def test_half_a_tag_is_never_shown_as_content() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "<tool_call>",
         "<tool_cal",
         "<tool_call>\nHello",
         '<tool_call>{"arguments": {}, "name": "f"}</tool_call>',
         '<tool_call>{"name": "", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "a b", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
-        '<tool_call>{"name": "f", "argum',
-        '<tool_call>{"name": "f',
         "<tool_call>" + " " * 2_000 + '{"name": "f", "arguments": {}}</tool_call>',
-        " <tool_call> <tool_call> ",
+        " <tool_call> <tool_call> x",
         "</tool_call>",
     ],
 )
@@ -107,6 +104,17 @@ def test_an_answer_that_ends_in_the_middle() -> None:
     # ... behind the arguments: the call is whole, and what is left of its frame is nobody's
     whole = [Begun(0, ID, "weather"), Arguments(0, '{"city": "Oslo"}'), Ended(0)]
     assert all(parse(CALL[:end]) == whole for end in range(CALL.index("}") + 1, len(CALL) + 1))
+
+
+@pytest.mark.parametrize("before", ["", "I look.", CALL])
+@pytest.mark.parametrize("cut", ["<tool_call>", '<tool_call>\n{"name": "f', '<tool_call>\n{"name": "f", "argum'])
+def test_a_call_that_is_cut_before_its_arguments_is_not_told(before: str, cut: str) -> None:
+    assert parse(before + cut) == parse(before)
+
+
+def test_half_a_tag_at_the_end_is_text_unless_only_a_call_could_follow() -> None:
+    assert parse("a <tool_c") == [Content("a <tool_c")]
+    assert parse(CALL + "\n<tool_c") == parse(CALL)
 
 
 def test_ids_depend_on_the_answer_and_the_number_alone() -> None:

@@ -33,7 +33,7 @@ TOOLS = [tool(), tool("time")]
     ],
 )
 def test_choices(choice: Any, wanted: dict[str, Any]) -> None:
-    assert tool_options(TOOLS, choice) == {**wanted, "parallel_tool_calls": True}
+    assert tool_options(TOOLS, choice) == wanted
     assert tool_options(TOOLS, choice, False) == {**wanted, "parallel_tool_calls": False}
 
 
