@@ -119,8 +119,10 @@ function phrase(event, lost) {
       return { verb: "is at pace again", tone: "good", detail: rest };
     case "engine lost":
       return { verb: "lost its engine", tone: "bad", detail: rest };
-    case "drain":
-      return { verb: "was told", tone: "calm", detail: rest };
+    case "drain": {
+      const [what, ...more] = rest.split(", ");
+      return { verb: what, tone: "calm", detail: more.join(", ") };
+    }
     case "stood still":
       return { verb: "The broker stood still", tone: "warn", detail: rest.replace("this broker did", "it did") };
     default:
