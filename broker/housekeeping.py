@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import admission, ending, leases, speed
+from llambo.broker import admission, ending, history, leases, speed
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import PARKED, plain
 from llambo.broker.state import State
@@ -76,3 +76,4 @@ def sweep(state: State, now_ms: int) -> None:
         pace = (state.counters.ended - ended) * 1_000 / (now_ms - at)
         state.rate = pace if not at else 0.5 * state.rate + 0.5 * pace
     state.rate_mark = (state.counters.ended, now_ms)
+    history.take(state, now_ms)

@@ -64,6 +64,7 @@ BROKER_ORDER = [
     "porter",
     "zap",
     "queries",
+    "history",
     "gate",
     "config",
     "invariants",

@@ -218,6 +218,10 @@ class Client(TaskCalls):
         """What happened in the mesh after event number `since`."""
         return await self._list("events", str(since))
 
+    async def recent(self, since: int = 0) -> dict[str, Any]:
+        """How the mesh was in each second after sample number `since`, five minutes at the most, and what has ended."""
+        return await self._map("recent", str(since))
+
     async def why(self, id: str) -> dict[str, Any]:
         """The story of one request. A unique prefix of its id will do."""
         return await self._map("why", id)
