@@ -28,8 +28,8 @@ BY_NAME = {command.name: command for command in COMMANDS} | {"quit": ChatCommand
 
 KEYS = """\
 Enter sends, Alt-Enter begins a new line, and a pasted block stays as it is.
-Ctrl-C stops an answer, or empties the line. Ctrl-R searches what you have typed, Tab completes.
-A message that begins with a slash is typed with two of them: //etc/hosts"""
+Ctrl-C stops an answer, or empties the line. Ctrl-R searches what you typed
+before, Tab completes. Two slashes begin a message that has one: //etc/hosts"""
 
 
 def help_text() -> str:

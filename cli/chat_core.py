@@ -152,7 +152,8 @@ class ChatCore:
         session, context = self.session, self.context_tokens
         named = session.name if self._keeps else "none: this chat is not kept"
         now = [turn for turn in session.current if turn.answer]
-        size = {None: "not asked yet", 0: "no limit"}.get(context, f"{self.used_tokens} of {context} tokens used")
+        used = f", the last answer ended at {self.used_tokens}" if self.used_tokens else ""
+        size = {None: "not asked yet", 0: "no limit"}.get(context, f"{context} tokens{used}")
         left_out = f", {self._left_out} of them left out" if self._left_out else ""
         return [
             ("session", named),
@@ -277,7 +278,7 @@ class ChatCore:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        self.used_tokens = event.prompt_tokens + event.tokens
+        self.used_tokens = event.prompt_tokens + event.tokens if event.prompt_tokens else 0
         turn = Turn(pending.question, event.answer, event.ending, pending.at, event.model, event.tokens)
         turns = self.session.turns
         again = bool(pending.tries)

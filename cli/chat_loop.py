@@ -103,8 +103,10 @@ class _Chat:
 
         unlisten = chat.listen(stop_typing)
         turns = chat.core.session.turns
-        more = f", {len(turns)} turns so far; the last was {one_line(turns[-1].question, 40)!r}" if turns else ""
-        teller.say(f"llambo chat at {address}{more}; /help tells what can be typed", "quiet")
+        await chat.look()
+        teller.say(f"llambo chat at {address}; /help tells what can be typed", "quiet")
+        if turns:
+            teller.say(f"{len(turns)} turns so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         try:
             while not chat.left and not chat.signal:
                 typing = asyncio.get_running_loop().create_task(prompt.line())

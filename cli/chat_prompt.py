@@ -9,6 +9,8 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -87,12 +89,13 @@ class ChatCompleter(Completer):
 
 def _keys() -> KeyBindings:
     keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not looking for a line with Ctrl-R
 
-    @keys.add("enter")
+    @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
+    @keys.add("escape", "enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -108,6 +111,7 @@ class Prompt:
             complete_while_typing=True,
             key_bindings=_keys(),
             multiline=True,
+            reserve_space_for_menu=5,
             prompt_continuation=lambda width, number, wrapped: ". ".rjust(width),
             rprompt=lambda: FormattedText([("class:aside", aside())]),
             color_depth=None if colours else ColorDepth.DEPTH_1_BIT,

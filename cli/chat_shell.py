@@ -66,6 +66,10 @@ class Talk:
         self._work: asyncio.Task[None] | None = None
         self._cancelling: list[asyncio.Task[None]] = []
 
+    async def look(self) -> None:
+        """Which models there are, for who begins to type the name of one."""
+        self.models = tuple(str(row["model"]) for row in await self.client.models())
+
     # --- one exchange ----------------------------------------------------------------------------------
 
     async def enter(self, text: str) -> None:
@@ -165,7 +169,7 @@ class Talk:
             case e.Refuse(problem):
                 raise LlamboError(Code.TOO_LONG, problem)
             case e.FindModels(wanted):
-                self.models = tuple(str(row["model"]) for row in await self.client.models())
+                await self.look()
                 return e.ModelsFound(self.models, wanted)
             case e.Keep() | e.KeepAs() | e.Open():
                 return await self._file(order)

@@ -30,8 +30,8 @@ class Teller:
     def say(self, text: str, tone: Tone = "plain") -> None:
         text = harmless(text)
         if not self._aside:
-            style = _STYLES[tone] if self._colours else {"dim": tone == "quiet"}
-            click.echo(click.style(text, **style))
+            style = _STYLES[tone] if self._colours or tone == "quiet" else {}
+            click.echo(click.style(text, **style) if style else text)
         elif tone != "error":  # an error is the end of the command, which says it in its own way
             click.echo(f"llambo: {text}", err=True)
 
