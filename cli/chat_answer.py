@@ -34,6 +34,7 @@ class Waiting:
         self._begun = False
         self._story = ""
         self._asking: asyncio.Task[None] | None = None
+        self._asked_at = 0.0
 
     def heard(self) -> None:
         self._since, self._begun, self._story = time.monotonic(), True, ""
@@ -46,7 +47,8 @@ class Waiting:
             return f"waiting, {self._stream.ahead} ahead"
         if quiet_s < (STALL_S if self._begun else FIRST_S):
             return ""
-        if self._begun and self._asking is None:
+        if self._asking is None or (self._asking.done() and time.monotonic() - self._asked_at > STALL_S):
+            self._asked_at = time.monotonic()
             self._asking = asyncio.get_running_loop().create_task(self._ask_why())
         known = f" ({self._story})" if self._story else ""
         return f"{'nothing' if self._begun else 'waiting'} for {quiet_s:.0f} s{known}"
@@ -58,13 +60,17 @@ class Waiting:
                 await self._asking
 
     async def _ask_why(self) -> None:
-        """Once: it is a line that explains, and the answer goes on without it."""
+        """A line that explains; the answer comes without it, too."""
         try:
-            story = (await self._client.why(self._stream.id)).get("story") or [{}]
+            found = await self._client.why(self._stream.id)
         except LlamboError:
+            self._story = ""
             return
-        last = story[-1]
-        self._story = harmless(f"{last.get('what', '')}: {last.get('detail', '')}".strip(": "))
+        worker = harmless(str(found.get("worker", "")))
+        if found.get("state") != "running" or not worker:
+            self._story = "no worker has it now"
+        else:
+            self._story = f"its worker is lost, {worker} has it now" if found.get("moves") else f"{worker} has it"
 
 
 async def read(stream: Stream, view: AnswerView, out: Out, waiting: Waiting, heard: Callable[[str], None]) -> Clock:

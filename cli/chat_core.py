@@ -18,7 +18,7 @@ import msgspec
 from llambo.cli import chat_events as e
 from llambo.cli.chat_commands import help_text, parse
 from llambo.cli.chat_fitting import Fitting
-from llambo.cli.chat_session import NAME_RULE, Session, Turn, is_name, matches, one_line
+from llambo.cli.chat_session import NAME_RULE, Session, Turn, is_name, matches, one_line, turn_count
 from llambo.mesh import limits
 
 #: Turns that go along with a question, if there is room.
@@ -197,7 +197,7 @@ class ChatCore:
         self.session = session
         self._left_out = self.used_tokens = self._tries = 0
         turns = len(session.turns)
-        self._say(f"{session.name}: {turns} turn{'s' if turns != 1 else ''} so far", "quiet")
+        self._say(f"{session.name}: {turn_count(turns)} so far", "quiet")
 
     def _retry(self, at: int) -> None:
         if not self.session.current:
@@ -268,11 +268,11 @@ class ChatCore:
         before, self._left_out = self._left_out, len(earlier) - kept
         if not self._left_out or self._left_out == before:
             return
-        number = f"{self._left_out} turn{'s are' if self._left_out != 1 else ' is'}"
+        first = f"first {self._left_out} turns are" if self._left_out > 1 else "first turn is"
         begin = f"what it sees begins at {one_line(earlier[-kept].question, SHOWN)!r}" if kept else "it sees only this"
         by_number = kept == self._turns
         why = f"--turns {self._turns}" if by_number else f"its context has {self.context_tokens} tokens"
-        self._say(f"the first {number} left out of what the model sees ({why}); {begin}", "warning")
+        self._say(f"the {first} left out of what the model sees ({why}); {begin}", "warning")
 
     def _on_answered(self, event: e.Answered) -> None:
         pending, self._pending = self._pending, None

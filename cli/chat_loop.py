@@ -16,7 +16,7 @@ import msgspec
 
 from llambo.cli.ask import connect
 from llambo.cli.chat_core import CHAT_TOKENS, ChatCore
-from llambo.cli.chat_session import Session, one_line
+from llambo.cli.chat_session import Session, one_line, turn_count
 from llambo.cli.chat_shell import Talk
 from llambo.cli.chat_store import Store
 from llambo.cli.chat_tell import Teller
@@ -68,7 +68,8 @@ class _Chat:
                 store = self._store if self._keeps(question) else None
                 chat = Talk(client, core, store, out, teller, self._view(out, console), self._options())
                 if question is None:
-                    return await self._converse(chat, client.address, teller)
+                    with _keys_unseen():
+                        return await self._converse(chat, client.address, teller)
                 if self._common.verbose or sys.stderr.isatty():
                     client.on_link = tell_link
                 code = await self._answer_once(chat, question)
@@ -106,7 +107,7 @@ class _Chat:
         await chat.look()
         teller.say(f"llambo chat at {address}; /help tells what can be typed", "quiet")
         if turns:
-            teller.say(f"{len(turns)} turns so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
+            teller.say(f"{turn_count(len(turns))} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         try:
             while not chat.left and not chat.signal:
                 typing = asyncio.get_running_loop().create_task(prompt.line())
@@ -117,8 +118,7 @@ class _Chat:
                 if line is None:
                     teller.say("/exit or Ctrl-D leaves", "quiet")
                     continue
-                with _keys_unseen():
-                    await chat.enter(line)
+                await chat.enter(line)
         except EOFError:
             pass
         finally:
@@ -214,7 +214,10 @@ def _made_up(store: Store) -> str:
 
 @contextlib.contextmanager
 def _keys_unseen() -> Iterator[None]:
-    """What is typed while an answer comes is for the next line, and must not be shown in the middle of it."""
+    """What is typed while an answer comes is for the next line, and must not be shown in the middle of it.
+
+    Not even by the terminal itself, which would also keep a Ctrl-D to itself; while one edits, the prompt is in charge.
+    """
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     quiet = termios.tcgetattr(descriptor)

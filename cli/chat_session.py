@@ -79,6 +79,10 @@ def _excerpt(text: str, start: int, end: int) -> str:
     return f"{'…' if first else ''}{one_line(text[first:last])}{'…' if last < len(text) else ''}"
 
 
+def turn_count(number: int) -> str:
+    return f"{number} turn{'s' if number != 1 else ''}"
+
+
 def one_line(text: str, most: int = 0) -> str:
     line = " ".join(text.split())
     return f"{line[: most - 1]}…" if most and len(line) > most else line

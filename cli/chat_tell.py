@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from llambo.cli.chat_events import Tone
 from llambo.cli.chat_session import Turn
+from llambo.cli.chat_view import width
 from llambo.cli.output import facts
 from llambo.mesh.errors import harmless
 
@@ -30,6 +32,9 @@ class Teller:
     def say(self, text: str, tone: Tone = "plain") -> None:
         text = harmless(text)
         if not self._aside:
+            if tone != "plain":
+                # What has lines of its own keeps them; a sentence is broken between its words.
+                text = "\n".join(textwrap.fill(line, width(), subsequent_indent="  ") for line in text.split("\n"))
             style = _STYLES[tone] if self._colours or tone == "quiet" else {}
             click.echo(click.style(text, **style) if style else text)
         elif tone != "error":  # an error is the end of the command, which says it in its own way

@@ -33,18 +33,27 @@ START = (
 )
 
 
+class _Emulator(pyte.HistoryScreen):
+    """It answers where the cursor is: a program may ask."""
+
+    def __init__(self, answer: Callable[[bytes], int]) -> None:
+        super().__init__(COLUMNS, ROWS, history=5_000)
+        self._answer = answer
+
+    def write_process_input(self, data: str) -> None:
+        self._answer(data.encode())
+
+
 class PtyScreen:
     def __init__(self, *words: str, module: str = LLAMBO, env: Mapping[str, str | None] | None = None) -> None:
         """`env` is added to what a command finds there; None takes a name away."""
         self.raw = ""
-        self._screen = pyte.HistoryScreen(COLUMNS, ROWS, history=5_000)
-        self._stream = pyte.ByteStream(self._screen)
         self._words = words
         ours, theirs = os.openpty()
         self._ours = ours
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
-        # Where the cursor is: a program may ask, and the emulator knows.
-        self._screen.write_process_input = lambda data: os.write(ours, data.encode())
+        self._screen = _Emulator(lambda data: os.write(ours, data))
+        self._stream = pyte.ByteStream(self._screen)
         wanted = {**environment(), "TERM": "xterm-256color", **(env or {})}
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, module, *words],
@@ -55,11 +64,11 @@ class PtyScreen:
 
     # --- typing ----------------------------------------------------------------------------------------
 
-    def type(self, keys: str) -> None:
+    def press(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
     def enter(self, line: str) -> None:
-        self.type(line + ENTER)
+        self.press(line + ENTER)
 
     # --- reading ---------------------------------------------------------------------------------------
 

@@ -148,17 +148,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Mesh, home: Home) -> 
         chat.until("\n>")
         chat.enter("talk on")
         chat.until(lambda text: len(text.split()) > 20, after="> talk on")
-        chat.type(CTRL_C)
+        chat.press(CTRL_C)
         stopped = chat.until("stopped", after="> talk on")
         assert "tokens/s" in stopped
         assert idle(mesh)
-        chat.type("half a line")
+        chat.press("half a line")
         chat.until("half a line", after="stopped")
-        chat.type(CTRL_C)
+        chat.press(CTRL_C)
         chat.until("/exit or Ctrl-D leaves")
         chat.enter("/history")
         chat.until("(stopped)")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         assert chat.end() == Exit.OK, chat.story("Ctrl-D")
 
     (turn,) = home.session("mine")["turns"]
@@ -177,11 +177,11 @@ def test_a_session_goes_on_where_it_was(mesh: Mesh, home: Home) -> None:
         second = home.run(mesh, *words, "hello")
         assert second.code == Exit.USAGE, second.story
         assert "open in another `llambo chat`" in second.err
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         assert chat.end() == Exit.OK
 
     with home.chat(mesh, *words, "--seed", "2") as chat:
-        chat.until("1 turns so far, the last: first")
+        chat.until("1 turn so far, the last: first")
         chat.enter("second")
         chat.until("tokens/s", after="> second")
         chat.enter("/exit")
@@ -201,37 +201,37 @@ def test_typing_several_lines_completion_and_lines_of_another_day(mesh: Mesh, ho
     words = ("--session", "mine", "--max-tokens", "2")
     with home.chat(mesh, *words) as chat:
         chat.until("\n>")
-        chat.type(f"one{ALT_ENTER}two")
+        chat.press(f"one{ALT_ENTER}two")
         chat.until(". two")
-        chat.type(ENTER)
+        chat.press(ENTER)
         chat.until("tokens/s", after="two")
-        chat.type(PASTE.format("three\nfour\nfive"))
+        chat.press(PASTE.format("three\nfour\nfive"))
         chat.until(". five")
-        chat.type(ENTER)
+        chat.press(ENTER)
         chat.until("tokens/s", after="five")
-        chat.type("/mod")
+        chat.press("/mod")
         chat.until("which models there are", after="tokens/s")
-        chat.type(TAB)
+        chat.press(TAB)
         chat.until("> /model", after="tokens/s")
-        chat.type(" f")
+        chat.press(" f")
         chat.until("fake", after="> /model")
-        chat.type(TAB)
+        chat.press(TAB)
         chat.until("> /model fake", after="tokens/s")
-        chat.type(ENTER)
+        chat.press(ENTER)
         chat.until("fake is asked from now on")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         chat.end()
     assert [turn["question"] for turn in home.session("mine")["turns"]] == ["one\ntwo", "three\nfour\nfive"]
 
     with home.chat(mesh, *words) as chat:
         chat.until("\n>", after="2 turns so far")
-        chat.type(f"{CTRL_R}thre")
+        chat.press(f"{CTRL_R}thre")
         chat.until(". five", after="2 turns so far")
-        chat.type(ENTER)
+        chat.press(ENTER)
         chat.until(lambda text: "I-search" not in text, after="2 turns so far")
-        chat.type(ENTER)
+        chat.press(ENTER)
         chat.until("tokens/s")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         chat.end()
     assert home.session("mine")["turns"][2]["question"] == "three\nfour\nfive"
     assert stat.S_IMODE((home.path / "llambo" / "chat_history").stat().st_mode) == 0o600
@@ -244,7 +244,7 @@ def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Mesh, home: 
         chat.until(lambda text: len(text.split()) > 5, after="> first")
         chat.enter("second")
         chat.until("tokens/s", after="> second")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         chat.end()
 
     assert [turn["question"] for turn in home.session("mine")["turns"]] == ["first", "second"]
@@ -255,7 +255,7 @@ def test_a_private_chat_leaves_nothing_behind(mesh: Mesh, home: Home) -> None:
         chat.until("\n>")
         chat.enter("a secret")
         chat.until("tokens/s")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         assert chat.end() == Exit.OK
 
     assert [path for path in home.path.rglob("*") if path.is_file()] == []
@@ -270,7 +270,7 @@ def test_colours_can_be_switched_off(mesh: Mesh, home: Home, how: str) -> None:
         chat.until("there is: fake")
         chat.enter("hello")
         chat.until("tokens/s")
-        chat.type(CTRL_D)
+        chat.press(CTRL_D)
         chat.end()
 
     assert bool(COLOUR.search(chat.raw)) == (how == "neither"), repr(chat.raw)
@@ -287,7 +287,7 @@ def test_an_answer_that_is_ended_with_the_program_is_kept(mesh: Mesh, home: Home
     assert home.session("mine")["turns"][0]["ending"] == "stopped"
 
     with home.chat(mesh, "--session", "mine") as chat:
-        chat.until("1 turns so far")
+        chat.until("1 turn so far")
         chat.signal(number)
         assert chat.end() == 128 + number, chat.story("the exit status, while nothing was asked")
     assert idle(mesh)
@@ -308,7 +308,7 @@ def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
             told = chat.until("tokens/s", after="> and now?")
             chat.enter("y" * 700)
             chat.until("it was not sent")
-            chat.type(CTRL_D)
+            chat.press(CTRL_D)
             chat.end()
 
         turns = home.session("mine")["turns"]
@@ -332,7 +332,7 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
             (request,) = client.requests()
             os.kill(int(running.line(rf"{request['worker']} is ready, pid (\d+)")[1]), signal.SIGKILL)
             chat.until("moved 1 time")
-            chat.type(CTRL_D)
+            chat.press(CTRL_D)
             chat.end()
 
         (turn,) = home.session("mine")["turns"]
@@ -364,7 +364,7 @@ def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> N
                     again.signal(signal.SIGKILL)
                     again.end()
                     chat.until("no broker answers")
-                    chat.type(CTRL_D)
+                    chat.press(CTRL_D)
                     assert chat.end() == Exit.OK
 
 
@@ -436,7 +436,7 @@ def test_what_is_wrong_has_its_exit_code(mesh: Mesh, home: Home, words: list[str
 def test_an_interrupted_answer_is_cancelled_and_what_there_is_of_it_stays(mesh: Mesh, home: Home) -> None:
     with home.chat(mesh, *ENDLESS, "hello") as chat:
         chat.until(lambda text: len(text.split()) > 10)
-        chat.type(CTRL_C)
+        chat.press(CTRL_C)
         assert chat.end() == Exit.INTERRUPTED, chat.story("the exit status")
         assert len(chat.text.split()) > 10
 
@@ -472,7 +472,7 @@ def test_smollm2_remembers_what_was_said_and_its_tokens_are_counted(home: Home) 
                 chat.until("tokens/s", after=f"Question {number}:")
             chat.enter("/status")
             chat.until("256 tokens, the last answer ended at")
-            chat.type(CTRL_D)
+            chat.press(CTRL_D)
             assert chat.end() == Exit.OK
 
         assert "left out of what the model sees (its context has 256 tokens)" in " ".join(chat.text.split())
