@@ -10,6 +10,7 @@ from llambo.cli.options import settings_options
 
 COMMANDS = (
     "send",
+    "chat",
     "attach",
     "cancel",
     "status",

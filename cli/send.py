@@ -110,20 +110,20 @@ def prompt_of(arguments: tuple[str, ...], *, in_shell: bool = False) -> str:
         raise click.UsageError("there is no prompt: give it as an argument; stdin is the shell's")
     if not arguments and sys.stdin.isatty():
         raise click.UsageError("there is no prompt: give it as an argument, or pipe it in")
-    try:
-        # Without the newline that `echo` adds, so that both ways of asking ask the same.
-        return _read_stdin().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
+    return read_stdin()
 
 
-def _read_stdin() -> bytes:
-    """No more than a prompt may have and a newline, however much there is."""
+def read_stdin() -> str:
+    """No more than a prompt may have, however much there is."""
     read = sys.stdin.buffer.read(limits.PROMPT_BYTES + 2)
+    # Without the newline that `echo` adds, so that both ways of asking ask the same.
     if len(read.removesuffix(b"\n")) > limits.PROMPT_BYTES:
         text = f"the prompt on stdin is longer than the {limits.PROMPT_BYTES} bytes that are allowed"
         raise LlamboError(Code.TOO_LONG, text)
-    return read
+    try:
+        return read.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
 
 
 def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options:
