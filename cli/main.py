@@ -21,6 +21,7 @@ COMMANDS = (
     "why",
     "events",
     "drain",
+    "bridge",
 )
 LOCAL = ("config", "up", "keys", "systemd")
 
