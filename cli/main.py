@@ -23,7 +23,7 @@ COMMANDS = (
     "drain",
     "bridge",
 )
-LOCAL = ("config", "up", "keys", "systemd")
+LOCAL = ("config", "up", "gateway", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
