@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from llambo.mesh.settings import Settings
 
 EXAMPLES = """
-llambo bridge                                 then: nc -U $XDG_RUNTIME_DIR/llambo-bridge.sock
+llambo bridge                             where it listens is said at its start
 llambo bridge --socket ./b.sock --quit-stops
+nc -U ./b.sock                            then type PING
 printf 'INFER What is AI?\\n' | nc -N -U ./b.sock | jq -r .data.text
-llambo bridge --tcp 7350                      for what knows no Unix sockets
+llambo bridge --tcp 7350                  for what knows no Unix sockets
 """
 
 SETTINGS = (
