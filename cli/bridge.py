@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llambo.mesh.settings import Settings
 
 EXAMPLES = """
-llambo bridge                             where it listens is said at its start
+llambo bridge                             it says where it listens
 llambo bridge --socket ./b.sock --quit-stops
 nc -U ./b.sock                            then type PING
 printf 'INFER What is AI?\\n' | nc -N -U ./b.sock | jq -r .data.text
