@@ -24,6 +24,7 @@ COMMANDS = (
     "drain",
     "shell",
     "top",
+    "bridge",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")
 
