@@ -1,8 +1,9 @@
 """The window: where Prometheus looks in. Part of the broker's shell and of its one loop.
 
 Whoever stands before it can do no harm. There are few connections, with little to read from each and little time for
-all of it; when another one comes the oldest goes, so that those who only hold on keep nobody out. A turn takes in a
-bounded number, and the page is made a few times a second at most, however many ask.
+all of it. The others wait outside; when somebody does, who has been in for a moment without being served has to go, so
+that those who only hold on keep nobody out. A turn takes in a bounded number, and the page is made a few times a second
+at most, however many ask.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zmq
 
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 CONNECTIONS = 16
 #: From a connection's beginning to its end, whatever it does.
 PATIENCE_MS = 2_000
+#: ... while others wait.
+MOMENT_MS = 100
 #: Connections taken in at a turn.
 DRAIN = 16
 #: A page is given out again for so long.
@@ -50,7 +54,8 @@ class Window:
         self._guests: dict[int, _Guest] = {}
         self._poller: zmq.Poller | None = None
         self._make: Callable[[], str] = str
-        self._again_at = NEVER
+        #: The door is not looked at until then; `_full`: or until somebody leaves.
+        self._again_at, self._full = NEVER, False
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._door = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -63,7 +68,6 @@ class Window:
             raise LlamboError(Code.BAD_SETTING, text) from error
         self._door.setblocking(False)
         self.port: int = self._door.getsockname()[1]
-        self.answered = self.evicted = 0
 
     # --- its part of the loop ------------------------------------------------------------------------------
 
@@ -77,19 +81,20 @@ class Window:
         first = next(iter(self._guests.values()), None)
         return min(self._again_at, first.until_ms if first is not None else NEVER)
 
-    def turn(self, readable: dict[int, int], now_ms: int) -> None:
+    def turn(self, readable: dict[Any, int], now_ms: int) -> None:
         if self._poller is None:
             return
-        if now_ms >= self._again_at:
-            self._again_at = NEVER
-            self._poller.register(self._door.fileno(), zmq.POLLIN)
         for number in [number for number in self._guests if number in readable]:
             self._serve(self._guests[number], now_ms)
         for guest in list(self._guests.values()):
             if now_ms < guest.until_ms:
                 break  # they are in the order in which they came
             self._leave(guest)
-        if self._door.fileno() in readable:
+        if self._again_at < NEVER and (now_ms >= self._again_at or (self._full and len(self._guests) < CONNECTIONS)):
+            self._again_at, self._full = NEVER, False
+            self._poller.register(self._door.fileno(), zmq.POLLIN)
+            self._take_in(now_ms)
+        elif self._door.fileno() in readable:
             self._take_in(now_ms)
 
     @property
@@ -107,6 +112,10 @@ class Window:
     def _take_in(self, now_ms: int) -> None:
         assert self._poller is not None
         for _ in range(DRAIN):
+            oldest = next(iter(self._guests.values())) if len(self._guests) >= CONNECTIONS else None
+            if oldest is not None and now_ms < oldest.since_ms + MOMENT_MS:
+                self._look_away(oldest.since_ms + MOMENT_MS, full=True)
+                return
             try:
                 connection, _ = self._door.accept()
             except BlockingIOError:
@@ -115,17 +124,21 @@ class Window:
                 if error.errno not in _FULL:
                     continue  # this one has hung up already
                 log.warning("metrics: no descriptor for another connection; a pause of %d ms", PAUSE_MS)
-                self._poller.unregister(self._door.fileno())
-                self._again_at = now_ms + PAUSE_MS
+                self._look_away(now_ms + PAUSE_MS)
                 return
+            if oldest is not None:
+                self._leave(oldest)
             connection.setblocking(False)
-            guest = _Guest(connection, now_ms + PATIENCE_MS)
-            if len(self._guests) >= CONNECTIONS:
-                self.evicted += 1
-                self._leave(next(iter(self._guests.values())))
+            guest = _Guest(connection, now_ms)
             self._guests[guest.number] = guest
             self._poller.register(guest.number, zmq.POLLIN)
             self._serve(guest, now_ms)  # mostly the request is here already
+
+    def _look_away(self, until_ms: int, *, full: bool = False) -> None:
+        """Whoever waits at the door would wake the loop again and again."""
+        assert self._poller is not None
+        self._poller.unregister(self._door.fileno())
+        self._again_at, self._full = until_ms, full
 
     def _serve(self, guest: _Guest, now_ms: int) -> None:
         assert self._poller is not None
@@ -145,8 +158,6 @@ class Window:
             self._leave(guest)
 
     def _answer(self, head: bytes, now_ms: int) -> bytes:
-        self.answered += 1
-
         def page() -> str:
             if now_ms - self._page_at >= PAGE_MS:
                 self._page, self._page_at = self._make(), now_ms
@@ -169,10 +180,11 @@ class Window:
 class _Guest:
     """A connection: what it has said, and what is left of its answer; None: it has none yet."""
 
-    __slots__ = ("connection", "head", "left", "number", "until_ms")
+    __slots__ = ("connection", "head", "left", "number", "since_ms", "until_ms")
 
-    def __init__(self, connection: socket.socket, until_ms: int) -> None:
-        self.connection, self.until_ms = connection, until_ms
+    def __init__(self, connection: socket.socket, now_ms: int) -> None:
+        self.connection = connection
+        self.since_ms, self.until_ms = now_ms, now_ms + PATIENCE_MS
         self.number = connection.fileno()
         self.head = bytearray()
         self.left: memoryview | None = None

@@ -217,6 +217,10 @@ class Client(TaskCalls):
         """What happened in the mesh after event number `since`."""
         return await self._list("events", str(since))
 
+    async def metrics(self) -> str:
+        """The broker's page for Prometheus; with keys for an admin alone."""
+        return str((await self._map("metrics"))["page"])
+
     async def why(self, id: str) -> dict[str, Any]:
         """The story of one request. A unique prefix of its id will do."""
         return await self._map("why", id)

@@ -220,6 +220,9 @@ class SyncClient:
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         return self.run(self._client.events(since))
 
+    def metrics(self) -> str:
+        return self.run(self._client.metrics())
+
     def why(self, id: str) -> dict[str, Any]:
         return self.run(self._client.why(id))
 
