@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import zmq
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 #: Clients that are kept open at a time; the one that was idle longest makes room for the next.
 DOORS = 256
 #: How long to wait for the first answer of a broker.
-CONNECT_MS = 5_000
+CONNECT_MS = 2_000
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +40,7 @@ class Caller:
     open: int = 0
     used_at: float = 0.0
     _client: Client | None = None
-    _connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _connecting: asyncio.Future[Client] | None = None
 
     @property
     def name(self) -> str:
@@ -50,17 +50,24 @@ class Caller:
         """Connected once; then it finds its broker again by itself."""
         if self._client is not None:
             return self._client
-        async with self._connecting:
-            if self._client is None:
-                name = f"gateway/{self.name}" if self.name else "gateway"
-                client = Client(
-                    self.address, key=self.key or "", context=self.context, name=name, connect_ms=CONNECT_MS
-                )
-                await client.connect()
-                self._client = client
-        return self._client
+        if self._connecting is None:
+            self._connecting = asyncio.ensure_future(self._connect())
+        # All who come meanwhile wait for the same try, and fail with it; who comes later tries again.
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> Client:
+        try:
+            name = f"gateway/{self.name}" if self.name else "gateway"
+            client = Client(self.address, key=self.key or "", context=self.context, name=name, connect_ms=CONNECT_MS)
+            await client.connect()
+            self._client = client
+            return client
+        finally:
+            self._connecting = None
 
     async def close(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
         if self._client is not None:
             await self._client.close()
 

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from litestar import Litestar, Request, Response, Router, get, post
+from litestar import Litestar, Request, Response, Router, WebSocket, delete, get, post, websocket
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
@@ -24,7 +24,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp
 
 import llambo
-from llambo.gateway import embeddings, models, openai_chat, openai_completions
+from llambo.gateway import anthropic_messages, embeddings, models, openai_chat, openai_completions, responses
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
@@ -33,6 +33,9 @@ from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import Later, Streaming, Whole
+from llambo.gateway.responses_input import ResponsesRequest
+from llambo.gateway.responses_store import Store
+from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
 from llambo.mesh.client import Client
 from llambo.mesh.errors import LlamboError
 
@@ -45,6 +48,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, access: Access) -> None:
         self.config, self.access = config, access
         self.feeds = Feeds(config.resume_ms)
+        self.responses = Store()
         self.stopping = False
 
     async def answer(self, request: Request[Any, Any, Any], prepared: Prepared) -> ASGIApp:
@@ -101,7 +105,9 @@ def caller_of(request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
 def token_of(request: ASGIConnection[Any, Any, Any, Any]) -> str:
     """As OpenAI's clients give it, or as Anthropic's do."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
+    if scheme.lower() == "bearer":
+        return token.strip()
+    return request.headers.get("x-api-key", "").strip() or offered_token(request)
 
 
 def known(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -137,6 +143,25 @@ async def embed(request: BodyRequest, data: embeddings.EmbeddingRequest) -> ASGI
     return Later(embeddings.answer(await client_of(request), data))
 
 
+@post("/responses", status_code=200, summary="Answer, and remember it")
+async def respond(request: BodyRequest, data: ResponsesRequest) -> ASGIApp:
+    gateway, owner = gateway_of(request), caller_of(request).name
+    return await gateway.answer(
+        request, responses.prepare(data, gateway.config.answer_tokens, gateway.responses, owner)
+    )
+
+
+@get("/responses/{id:str}", summary="A response that was kept")
+async def one_response(request: BodyRequest, id: str) -> Response[bytes]:
+    body = gateway_of(request).responses.body(caller_of(request).name, id)
+    return Response(body, media_type="application/json")
+
+
+@delete("/responses/{id:str}", status_code=200, summary="Forget a response")
+async def forget_response(request: BodyRequest, id: str) -> dict[str, Any]:
+    return gateway_of(request).responses.delete(caller_of(request).name, id)
+
+
 @get("/models", summary="The models that are served")
 async def list_models(request: BodyRequest) -> dict[str, Any]:
     return await models.listed(await client_of(request))
@@ -145,6 +170,34 @@ async def list_models(request: BodyRequest) -> dict[str, Any]:
 @get("/models/{name:path}", summary="One model")
 async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
     return await models.one(await client_of(request), name.lstrip("/"))
+
+
+@websocket("/stream")
+async def stream(socket: WebSocket[Any, Any, Any]) -> None:
+    """See `websocket`."""
+    gateway = gateway_of(socket)
+    offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
+    await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
+    most = gateway.config.answer_tokens
+    apis: Apis = {
+        "chat": lambda body: openai_chat.prepare(
+            msgspec.structs.replace(_decoder(openai_chat.ChatRequest)(body), stream=True), most
+        ),
+    }
+    await Conversation(socket, caller_of(socket), gateway.feeds, apis).run()
+
+
+# --- Anthropic -----------------------------------------------------------------------------------------------
+
+
+@post("/messages", status_code=200, summary="Answer a conversation, as Anthropic does")
+async def messages(request: BodyRequest, data: anthropic_messages.MessagesRequest) -> ASGIApp:
+    return await gateway_of(request).answer(request, anthropic_messages.prepare(data))
+
+
+@post("/messages/count_tokens", status_code=200, summary="How many tokens a conversation has")
+async def count_tokens(request: BodyRequest, data: anthropic_messages.CountRequest) -> ASGIApp:
+    return Later(anthropic_messages.count(await client_of(request), data))
 
 
 # --- how it is ---------------------------------------------------------------------------------------------
@@ -182,7 +235,11 @@ def _document(app: Litestar) -> bytes:
 # --- putting it together -------------------------------------------------------------------------------------
 
 #: What wants an API token where there are keys.
-V1 = [chat, completions, embed, list_models, one_model]
+V1 = [
+    chat, completions, embed, list_models, one_model,
+    respond, one_response, forget_response,
+    messages, count_tokens, stream,
+]  # fmt: skip
 
 
 def make_app(gateway: Gateway) -> Front:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,6 +12,8 @@ from msgspec import Meta
 from llambo.gateway import openai_common as common
 from llambo.gateway.asking import About, Ask, Event, Prepared, Token, encode
 from llambo.gateway.problems import FieldError, body
+from llambo.gateway.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, collect
+from llambo.gateway.tools import chat_prompt, tool_options
 from llambo.mesh import limits
 from llambo.mesh.client_stream import Answer
 from llambo.mesh.errors import LlamboError
@@ -55,15 +58,6 @@ class Tool(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-class NamedFunction(msgspec.Struct):
-    name: NAME
-
-
-class Named(msgspec.Struct):
-    function: NamedFunction
-    type: Literal["function"] = "function"
-
-
 class Schema(msgspec.Struct):
     schema: dict[str, Any]
     name: str = ""
@@ -82,8 +76,8 @@ class ChatRequest(common.Asked, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
     response_format: Format | None = None
-    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | Named | None = None
+    tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -99,16 +93,36 @@ def prepare(asked: ChatRequest, answer_tokens: int) -> Prepared:
     elif asked.top_logprobs:
         raise FieldError("top_logprobs", "top_logprobs: needs logprobs to be true")
     sampling |= _format(asked)
-    options["sampling"] = sampling
-    options["form"] = "messages"
-    prompt = encode([_told(number, message) for number, message in enumerate(asked.messages)]).decode()
-    renderer = ChatRenderer(usage=common.wants_usage(asked)) if asked.stream else None
-    return Prepared(Ask(prompt, options, asked.n or 1), renderer, whole)
+    messages = [_told(number, message) for number, message in enumerate(asked.messages)]
+    tools = [msgspec.to_builtins(tool) for tool in asked.tools or ()]
+    calls = _tool_options(asked, tools)
+    if calls and (asked.grammar or sampling.get("json_schema")):
+        raise FieldError("tools", "tools: exclude a grammar and a JSON schema for the answer")
+    options["sampling"] = {**sampling, **calls}
+    if calls or any(message.role == "tool" or message.tool_calls for message in asked.messages):
+        options["form"], prompt = "chat", chat_prompt(messages, tools, calls)
+    else:
+        options["form"], prompt = "messages", encode(messages).decode()
+    renderer = ChatRenderer(usage=common.wants_usage(asked), tools=bool(calls)) if asked.stream else None
+    made: Callable[[About, list[Answer]], Any] = partial(whole, bool(calls))
+    return Prepared(Ask(prompt, options, asked.n or 1), renderer, made)
+
+
+def _tool_options(asked: ChatRequest, tools: list[Any]) -> dict[str, Any]:
+    try:
+        return tool_options(tools, asked.tool_choice, asked.parallel_tool_calls)
+    except LlamboError as error:
+        raise FieldError(error.text.partition(":")[0], error.text) from error
 
 
 def _told(number: int, message: Message) -> dict[str, Any]:
     """As the model's template knows it."""
-    return {"role": "system" if message.role == "developer" else message.role, "content": _text(number, message)}
+    told: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    told["content"] = _text(number, message)
+    if message.tool_calls:
+        told["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
+    more = {"name": message.name, "tool_call_id": message.tool_call_id}
+    return told | {name: text for name, text in more.items() if text}
 
 
 def _text(number: int, message: Message) -> str:
@@ -136,10 +150,11 @@ def _format(asked: ChatRequest) -> dict[str, Any]:
 
 
 class ChatRenderer:
-    def __init__(self, *, usage: bool) -> None:
-        self._usage = usage
+    def __init__(self, *, usage: bool, tools: bool) -> None:
+        self._usage, self._tools = usage, tools
         self._about = About("", 0, "")
         self._begun: set[int] = set()
+        self._calls: dict[int, ToolCalls] = {}
 
     def begin(self, about: About) -> Iterable[Event]:
         self._about = about
@@ -148,12 +163,21 @@ class ChatRenderer:
     def token(self, token: Token) -> Iterable[Event]:
         logprob = token.logprob
         logprobs = {"content": [common.logprob_of(token.piece, logprob)]} if logprob is not None else None
+        if self._tools:
+            said = [self._delta(token.choice, delta) for delta in self._parser(token.choice).feed(token.text)]
+            return [*self._opened(token.choice), *(event for event in said if event is not None)]
         if not token.text and logprobs is None:
             return ()
         return [*self._opened(token.choice), self._chunk(token.choice, {"content": token.text}, logprobs=logprobs)]
 
     def end(self, choice: int, answer: Answer) -> Iterable[Event]:
-        return [*self._opened(choice), self._chunk(choice, {}, finish=common.ending(answer))]
+        yield from self._opened(choice)
+        finish = common.ending(answer)
+        if self._tools:
+            parser = self._parser(choice)
+            yield from (event for delta in parser.finish() if (event := self._delta(choice, delta)) is not None)
+            finish = "tool_calls" if parser.count and finish == "stop" else finish
+        yield self._chunk(choice, {}, finish=finish)
 
     def done(self, answers: list[Answer]) -> Iterable[Event]:
         if self._usage:
@@ -163,6 +187,24 @@ class ChatRenderer:
 
     def failed(self, error: LlamboError) -> Iterable[Event]:
         return [Event(encode(body(error, "openai")))]
+
+    def _parser(self, choice: int) -> ToolCalls:
+        found = self._calls.get(choice)
+        if found is None:
+            found = self._calls[choice] = ToolCalls(seed_of(self._about, choice))
+        return found
+
+    def _delta(self, choice: int, delta: Delta) -> Event | None:
+        match delta:
+            case Content(text):
+                return self._chunk(choice, {"content": text})
+            case Begun(index, id, name):
+                called = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+                return self._chunk(choice, {"tool_calls": [called]})
+            case Arguments(index, text):
+                return self._chunk(choice, {"tool_calls": [{"index": index, "function": {"arguments": text}}]})
+            case Ended():
+                return None
 
     def _opened(self, choice: int) -> list[Event]:
         if choice in self._begun:
@@ -182,22 +224,38 @@ class ChatRenderer:
                 "model": about.model}  # fmt: skip
 
 
-def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
+def seed_of(about: About, choice: int) -> str:
+    """What the ids of tool calls are made of."""
+    return f"{about.id}:{choice}"
+
+
+def whole(tools: bool, about: About, answers: list[Answer]) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{about.id}",
         "object": "chat.completion",
         "created": about.created,
         "model": about.model,
-        "choices": [_choice(number, answer) for number, answer in enumerate(answers)],
+        "choices": [_choice(about, number, answer, tools) for number, answer in enumerate(answers)],
         "usage": common.usage(answers),
         "llambo": common.story(answers),
     }
 
 
-def _choice(number: int, answer: Answer) -> dict[str, Any]:
+def _choice(about: About, number: int, answer: Answer, tools: bool) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    finish = common.ending(answer)
+    if tools:
+        text, calls = collect(answer.text, seed_of(about, number))
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
+            finish = "tool_calls" if finish == "stop" else finish
     return {
         "index": number,
-        "message": {"role": "assistant", "content": answer.text, "refusal": None},
+        "message": message,
         "logprobs": {"content": common.logprobs_of(answer)} if answer.logprobs else None,
-        "finish_reason": common.ending(answer),
+        "finish_reason": finish,
     }

@@ -34,14 +34,26 @@ class Rendering:
         self._at = 0
         self._number = 0
         self._decoders: dict[int, codecs.IncrementalDecoder] = {}
-        self._prefix = f"id: {feed.id}-{feed.created:x}-".encode()
+        self._begun = False
+        self._prefix = f"{feed.id}-{feed.created:x}-"
         #: Everything there is has been rendered, and no more will come.
         self.finished = False
 
     def pull(self) -> bytes:
-        """The events of whatever has come since the last time."""
-        feed, out = self._feed, bytearray()
-        if not self._number and feed.begun and not (feed.error and not feed.pieces):
+        """The events of whatever has come since the last time, as they go over HTTP."""
+        out = bytearray()
+        for id, event in self.events():
+            if event.name:
+                out += b"event: %s\n" % event.name.encode()
+            out += b"id: %s\ndata: %s\n\n" % (id.encode(), event.data)
+        return bytes(out)
+
+    def events(self) -> list[tuple[str, Event]]:
+        """The same with their ids, for who tells them otherwise."""
+        feed = self._feed
+        out: list[tuple[str, Event]] = []
+        if not self._begun and feed.begun and not (feed.error and not feed.pieces):
+            self._begun = True
             self._put(out, self._renderer.begin(feed.about))
         while self._at < len(feed.pieces):
             self._put(out, self._next(feed))
@@ -52,7 +64,7 @@ class Rendering:
                 self._put(out, self._renderer.failed(feed.error))
             else:
                 self._put(out, self._renderer.done(feed.all_answers()))
-        return bytes(out)
+        return out
 
     def _next(self, feed: Feed) -> Iterable[Event]:
         at = self._at
@@ -67,14 +79,11 @@ class Rendering:
         rest = decoder.decode(b"", final=True)
         return [*self._renderer.token(Token(choice, rest, -1)), *events] if rest else events
 
-    def _put(self, out: bytearray, events: Iterable[Event]) -> None:
+    def _put(self, out: list[tuple[str, Event]], events: Iterable[Event]) -> None:
         for event in events:
             self._number += 1
-            if self._number <= self._skip:
-                continue
-            if event.name:
-                out += b"event: %s\n" % event.name.encode()
-            out += b"%s%d\ndata: %s\n\n" % (self._prefix, self._number, event.data)
+            if self._number > self._skip:
+                out.append((f"{self._prefix}{self._number}", event))
 
 
 def comment(text: str) -> bytes:

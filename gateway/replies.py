@@ -54,7 +54,7 @@ class Streaming:
         listener = asyncio.create_task(self._listen(receive))
         try:
             await self._hold()
-            if feed.error is not None and not feed.pieces and not self._skip:
+            if feed.error is not None and not feed.pieces:
                 await reply(send, *_problem(feed.error, scope["path"]))
             else:
                 await self._stream(send)
@@ -66,9 +66,9 @@ class Streaming:
             self._feeds.left(feed, finished=self._rendering.finished and not self._gone)
 
     async def _hold(self) -> None:
-        """Until there is something to tell, or for a moment."""
+        """Until there is something to tell, or for a moment. Who comes back is not told that he waits: he did."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(HOLD_S):
+            async with asyncio.timeout(None if self._skip else HOLD_S):
                 while not self._feed.begun:
                     await self._wait()
 

@@ -50,6 +50,8 @@ class Answer:
     #: How likely the model held each token, if that was asked for; and then the bytes of each, too.
     logprobs: list[Logprob | None] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
+    #: With reason `stop`: the stop string that ended it, if one did.
+    stop: str = ""
 
 
 class Stream:
@@ -197,7 +199,7 @@ class Stream:
         self._texts.append(rest)
         self.answer = Answer(
             "".join(self._texts), self._ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
-            self._logprobs, self._pieces,
+            self._logprobs, self._pieces, end.stop,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
