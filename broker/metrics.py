@@ -134,6 +134,8 @@ def _requests(state: State) -> list[Family[Number]]:
     models, classes = state.meter.models, state.meter.classes
     for model in models:
         waiting.at(model)
+    for labels, _ in state.meter.tokens.items():
+        running.at(*labels)
     for request in state.running.values():
         node_class = request.worker.hello.node_class if request.worker is not None else ""
         running.at(models.of(request.model), classes.of(node_class)).value += 1

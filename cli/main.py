@@ -20,6 +20,7 @@ COMMANDS = (
     "requests",
     "why",
     "events",
+    "metrics",
     "drain",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llambo.mesh.metrics import table
 from llambo.mesh.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +91,24 @@ def settings() -> str:
     return "\n".join(lines).strip()
 
 
+def broker_metrics() -> str:
+    from llambo.broker.metrics import TABLE
+
+    return table(TABLE)
+
+
+def gateway_metrics() -> str:
+    from llambo.gateway.telemetry import TABLE
+
+    return table(TABLE)
+
+
+def process_metrics() -> str:
+    from llambo.mesh.standing import TABLE
+
+    return table(TABLE)
+
+
 def link_states() -> str:
     from llambo.mesh.link_core import LINK_STEPS
 
@@ -153,9 +172,12 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "broker-files": broker_files,
+    "broker-metrics": broker_metrics,
     "client-states": client_states,
     "engine-states": engine_states,
+    "gateway-metrics": gateway_metrics,
     "link-states": link_states,
+    "process-metrics": process_metrics,
     "request-states": request_states,
     "run-states": run_states,
     "settings": settings,

@@ -21,7 +21,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from llambo.mesh.errors import harmless
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MEDIA_TYPE = "text/plain; version=0.0.4"
+CONTENT_TYPE = f"{MEDIA_TYPE}; charset=utf-8"
 OTHER = "other"
 #: What stands for an empty name: to Prometheus an empty label is none.
 NONE = "none"

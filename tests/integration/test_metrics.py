@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,16 @@ import zmq
 
 from llambo.broker import window as windows
 from llambo.broker.window import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
+from llambo.gateway.telemetry import TABLE
+from llambo.mesh import api_tokens
 from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.mesh.metrics import CONTENT_TYPE, OTHER
 from llambo.worker.knobs import FakeKnobs
+from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
-from tests.unit.pages import check_page, value
+from tests.unit.pages import Told, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 TOKEN = "a-token-that-nobody-guesses"
@@ -302,3 +309,67 @@ def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
     with pytest.raises(LlamboError, match="cannot be read"):
         token_in(str(tmp_path / "no"))
     assert token_in("") == ""
+
+
+# --- the gateway's ---------------------------------------------------------------------------------------
+
+
+CHAT = "/v1/chat/completions"
+
+
+def page_of(gateway: GatewayProcess, **headers: str) -> Told:
+    status, body, told = gateway.ask("GET", "/metrics", **headers)
+    assert status == 200, body
+    assert told["content-type"] == CONTENT_TYPE
+    return check_page(body.decode())
+
+
+def test_a_gateway_counts_what_it_answers() -> None:
+    with (
+        Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=200)) as mesh,
+        GatewayProcess(mesh.address, "--resume-ms", "60000") as gateway,
+    ):
+        gateway.post(CHAT, chat(max_tokens=7))
+        asked = chat(max_tokens=200, stream=True)
+        with gateway.open("POST", CHAT, asked) as response:
+            place = id_of(events(response, 20)[-1])
+            told = page_of(gateway)
+            assert value(told, "llambo_gateway_answers_open") == value(told, "llambo_gateway_readers") == 1
+            assert value(told, "llambo_gateway_http_open") == 2
+            assert 7 < value(told, "llambo_gateway_tokens_total", model="fake") < 207
+        with gateway.open("POST", CHAT, asked, last_event_id=place) as response:
+            rest = events(response)
+            assert rest[-1].endswith(b"data: [DONE]\n")
+        for number in range(100):  # nothing that somebody invents becomes a label
+            assert gateway.ask("POST", CHAT, chat(model=f"no-model-{number}"))[0] == 404
+        assert gateway.ask("GET", "/no/such/place")[0] == 404
+        assert gateway.ask("POST", "/v1/messages", {"model": 3})[0] == 400
+        assert gateway.ask("MKCOL", "/v1/models")[0] in (404, 405)
+        told = page_of(gateway)
+        chats = {"api": "openai", "route": CHAT, "method": "POST"}
+        assert value(told, "llambo_gateway_http_requests_total", status="2xx", **chats) == 3
+        assert value(told, "llambo_gateway_http_requests_total", status="4xx", **chats) == 100
+        assert value(told, "llambo_gateway_errors_total", api="openai", code="unknown_model") == 100
+        assert value(told, "llambo_gateway_errors_total", api="anthropic", code="bad_request") == 1
+        assert value(told, "llambo_gateway_answers_ended_total", model="fake", reason="length") == 2
+        assert value(told, "llambo_gateway_answers_ended_total", model=OTHER, reason="unknown_model") == 100
+        assert value(told, "llambo_gateway_first_token_seconds_count", model="fake") == 2
+        assert value(told, "llambo_gateway_tokens_total", model="fake") == 207
+        assert value(told, "llambo_gateway_resumed_total") == value(told, "llambo_gateway_disconnects_total") == 1
+        labels = {label for samples in told.values() for key in samples for _, label in key}
+        assert not [label for label in labels if "no-model" in label or "/no/such" in label or "MKCOL" in label]
+        names = {name.removesuffix("_bucket") for name in told}
+        assert {metric.name for metric in TABLE} <= names
+
+
+def test_with_keys_the_gateway_shows_them_to_an_admin_alone(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:1")
+    for name, role in (("alice", "client"), ("root", "admin"), ("gateway", "client")):
+        folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
+    alice, root = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "root")]
+    with Mesh(workers=0, keys=folder) as mesh, GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway:
+        assert gateway.ask("GET", "/metrics")[0] == 401
+        assert gateway.ask("GET", "/metrics", authorization=f"Bearer {alice}")[0] == 403
+        told = page_of(gateway, authorization=f"Bearer {root}")
+        assert value(told, "llambo_gateway_errors_total", api="own", code="forbidden") == 1
