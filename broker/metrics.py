@@ -134,7 +134,7 @@ def _requests(state: State) -> list[Family[Number]]:
     models, classes = state.meter.models, state.meter.classes
     for model in models:
         waiting.at(model)
-    for labels, _ in state.meter.tokens.items():
+    for labels in state.meter.tokens:
         running.at(*labels)
     for request in state.running.values():
         node_class = request.worker.hello.node_class if request.worker is not None else ""

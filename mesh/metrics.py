@@ -143,6 +143,9 @@ class Family(Generic[C]):
     def items(self) -> Iterable[tuple[tuple[str, ...], C]]:
         return self._cells.items()
 
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self._cells)
+
     def __len__(self) -> int:
         return len(self._cells)
 
