@@ -17,6 +17,8 @@ from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
+from llambo.broker.events import Counted
+from llambo.broker.meter import Meter
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
@@ -168,6 +170,9 @@ class State:
         #: Bytes set aside for live requests, transcripts and prompts.
         self.reserved = 0
         self.counters = Counters()
+        self.meter = Meter()
+        #: What the shell has counted.
+        self.seen = Counted()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
         #: Taken away by the shell; what it does not take makes room.

@@ -21,6 +21,7 @@ COMMANDS = (
     "requests",
     "why",
     "events",
+    "metrics",
     "drain",
     "shell",
     "top",
