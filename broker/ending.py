@@ -24,7 +24,7 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
         budget.earn(state, request)
     if end.reason == "deadline" and error is None:  # the engine saw it first
         error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
-    _close(state, request, end.reason, now_ms, error, end.usage)
+    _close(state, request, end.reason, now_ms, error, end.usage, end.stop)
     _freed(state, request)
 
 
@@ -80,8 +80,9 @@ def _remove(state: State, request: Request, now_ms: int) -> None:
 
 
 def _close(
-    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage
-) -> None:
+    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage,
+    stop: str = "",
+) -> None:  # fmt: skip
     _remove(state, request, now_ms)
     transcript = request.transcript
     if request.task != "generate" and reason != "stop":
@@ -93,8 +94,9 @@ def _close(
         request.account.tokens += transcript.next_index
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
-        request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms
-    )
+        request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms,
+        stop,
+    )  # fmt: skip
     if error is not None:
         worker = request.worker.name if request.worker is not None else ""
         # Only its code: a text may quote what was asked.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -48,7 +49,11 @@ def notify(descriptor: int | None, text: str) -> bool:
     """False: there is no parent to tell, so a person may want to know."""
     if descriptor is None:
         return False
+    standard = descriptor <= 2  # one of these must not become a connection's, which libuv would never close
     # If nobody listens any more, there is nothing to tell.
-    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as pipe:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb", closefd=not standard) as pipe:
         pipe.write(f"{text}\n".encode())
+    if standard:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), descriptor)
     return True

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 #: The key of workers that `llambo up` starts, and what they are called before the dash.
 WORKERS = "worker"
+#: What the gateway's own key is called.
+GATEWAY = "gateway"
 
 
 def key_of(settings: Settings) -> PeerKey | None:
@@ -53,6 +55,39 @@ def folder_of(settings: Settings, host: str) -> Folder | None:
         f"{begin}llambo-broker --bind {host} --keys {there}",
         Exit.USAGE,
     )
+
+
+def gateway_folder(settings: Settings) -> Folder | None:
+    """Keys and API tokens. Beyond this machine there is no gateway without them, nor one that does not encrypt."""
+    from llambo.mesh.keyring import Folder, default_folder
+    from llambo.mesh.sockets import is_loopback
+
+    host, path = settings.text("http_bind"), settings.text("http_keys")
+    if not is_loopback(host):
+        if not path:
+            text = f"without keys a gateway listens on this machine alone, and {host} is more than that"
+            raise Failure(
+                text, f"llambo gateway --http-bind {host} --http-keys {default_folder(os.environ)}", Exit.USAGE
+            )
+        if not settings.text("tls_cert") and not settings.switch("http_plain"):
+            text = f"on {host} API tokens and answers would travel for everybody to read"
+            hint = "--tls-cert FILE --tls-key FILE, or --http-plain yes if a proxy in front of it has TLS"
+            raise Failure(text, hint, Exit.USAGE)
+    if not path:
+        return None
+    folder = Folder(Path(path).expanduser())
+    if not folder.exists:
+        raise Failure(f"there are no keys in {folder.path}", f"llambo keys init --keys {folder.path}", Exit.USAGE)
+    return folder
+
+
+def gateway_key(folder: Folder) -> PeerKey:
+    """The gateway's own, for what nobody in particular asks; it is made if there is none yet."""
+    from llambo.mesh.identity import Identity
+
+    if not folder.ring().named(GATEWAY):
+        folder.add(Identity(GATEWAY, "client"), int(time.time()))
+    return folder.export(GATEWAY)
 
 
 def worker_key(folder: Folder) -> Path:

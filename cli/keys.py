@@ -25,6 +25,7 @@ llambo keys init --address tcp://box:7330
 llambo keys add laptop --role client
 llambo keys add gpu --role worker   for workers gpu, gpu-1, gpu-2 ...
 llambo keys export laptop           one line, for whoever is to have it
+llambo keys token laptop            for programs that speak HTTP
 llambo keys revoke laptop           out at once
 """
 INIT_EXAMPLES = """
@@ -50,6 +51,11 @@ llambo keys rotate laptop --grace 0s   or not at all
 EXPORT_EXAMPLES = """
 llambo keys export gpu --output gpu.key
 LLAMBO_KEY=$(llambo keys export laptop) llambo send hello
+"""
+HTTP_EXAMPLES = """
+llambo keys token laptop
+OPENAI_API_KEY=$(llambo keys token laptop --expires 30d)
+llambo keys token laptop --withdraw    all tokens of that name
 """
 _DAY_S = 86_400
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": _DAY_S, "w": 7 * _DAY_S}
@@ -86,7 +92,7 @@ def _where(common: Common) -> str:
 
 @click.group(
     cls=Group,
-    lazy={name: f"llambo.cli.keys:{name}" for name in ("init", "add", "revoke", "rotate", "export")}
+    lazy={name: f"llambo.cli.keys:{name}" for name in ("init", "add", "revoke", "rotate", "export", "token")}
     | {"list": "llambo.cli.keys:list_keys"},
     examples=EXAMPLES,
 )
@@ -190,7 +196,11 @@ def _told(entry: Entry, now: float) -> dict[str, Any]:
 @pass_common
 def revoke(common: Common, name: str) -> None:
     """Take back all keys of this name. Who is connected with one is out within half a second."""
-    count = _folder(common).revoke(name)
+    from llambo.mesh import api_tokens
+
+    folder = _folder(common)
+    count = folder.revoke(name)
+    api_tokens.withdraw(folder, name)
     click.echo(f"{count} {'key' if count == 1 else 'keys'} of {name} revoked")
 
 
@@ -230,3 +240,26 @@ def export(common: Common, name: str, address: str | None, output: Path | None) 
     except OSError as error:
         raise Failure(f"{output} cannot be written: {error.strerror}", "", Exit.ERROR) from error
     click.echo(f"{output}: the key of {name}")
+
+
+@click.command(cls=Command, examples=HTTP_EXAMPLES)
+@click.argument("name")
+@click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
+@click.option("--withdraw", is_flag=True, help="Take back every token of this name; its keys stay.")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def token(common: Common, name: str, expires: int | None, withdraw: bool) -> None:
+    """Print a new API token of NAME: what the gateway wants from programs that speak HTTP.
+
+    It stands for the key of that name, with its role and limits, and is shown this one time. A gateway that runs with
+    this folder (--http-keys) knows it at once.
+    """
+    from llambo.mesh import api_tokens
+
+    folder, now = _folder(common), int(time.time())
+    if withdraw:
+        count = api_tokens.withdraw(folder, name)
+        click.echo(f"{count} {'token' if count == 1 else 'tokens'} of {name} withdrawn")
+        return
+    click.echo(api_tokens.issue(folder, name, now, now + expires if expires else 0))

@@ -22,7 +22,7 @@ COMMANDS = (
     "events",
     "drain",
 )
-LOCAL = ("config", "up", "keys", "systemd")
+LOCAL = ("config", "up", "gateway", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine

@@ -34,6 +34,10 @@ class Child:
         self._say = say
         self._show = show
 
+    def add(self, *words: str) -> None:
+        """To the command of its successors: what this one has found out."""
+        self._command += words
+
     @property
     def pid(self) -> int:
         return self.process.pid if self.process else 0

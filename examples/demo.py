@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 
 from llambo import SyncClient
@@ -28,7 +29,7 @@ PATIENCE_S = 20.0
 
 def main() -> int:
     step("A broker and two workers with SmolLM2, a chat model of 98 MB.")
-    with mesh() as (address, news):
+    with mesh() as (address, http, news):
         step("An answer, streamed through the broker.")
         undisturbed = ask(address)
 
@@ -48,6 +49,16 @@ def main() -> int:
         # It starts the worker again after a moment: that is worth the wait.
         while "is ready again" not in show(news.get(timeout=PATIENCE_S)):
             pass
+
+        step("The same mesh over HTTP, as every program that knows OpenAI's API can use it.")
+        body = '{"messages": [{"role": "user", "content": "What is AI?"}], "max_tokens": 40}'
+        print(f"    dashboard: {http}/")
+        print(f"    curl {http}/v1/chat/completions -d '{body}'\n", flush=True)
+        print(over_http(f"{http}/v1/chat/completions", body), flush=True)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            step("It runs on for you. Enter, or Ctrl-C, stops it.")
+            with suppress(KeyboardInterrupt, EOFError):
+                input()
     step("Stopped; nothing is left running.")
     return 0 if kept else 1
 
@@ -56,8 +67,8 @@ def main() -> int:
 
 
 @contextmanager
-def mesh() -> Iterator[tuple[str, SimpleQueue[str]]]:
-    """`llambo up` on whatever ports are free: its address, and what it says."""
+def mesh() -> Iterator[tuple[str, str, SimpleQueue[str]]]:
+    """`llambo up` on whatever ports are free: its address, that of its gateway, and what it says."""
     words = ["up", "--port", "0", "--workers", "2", "--engine", "llama", "--model", "smollm2"]
     command = [sys.executable, "-m", "llambo.cli", *words]
     up = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -66,7 +77,7 @@ def mesh() -> Iterator[tuple[str, SimpleQueue[str]]]:
     listener.start()
     try:
         print(f"$ llambo {' '.join(words)}", flush=True)
-        yield wait_until_ready(news), news
+        yield *wait_until_ready(news), news
     finally:
         if up.poll() is None:
             up.send_signal(signal.SIGINT)  # a Ctrl-C
@@ -82,14 +93,16 @@ def listen(up: subprocess.Popen[str], news: SimpleQueue[str]) -> None:
     news.put("llambo up: it has ended")
 
 
-def wait_until_ready(news: SimpleQueue[str]) -> str:
-    address = ""
+def wait_until_ready(news: SimpleQueue[str]) -> tuple[str, str]:
+    address = http = ""
     while True:
         line = show(news.get(timeout=PATIENCE_S))
         if found := re.search(r"broker at (tcp://\S+),", line):
             address = found[1]
+        if found := re.search(r"dashboard is at (http://\S+)/$", line):
+            http = found[1]
         if "Ctrl-C stops everything" in line:
-            return address
+            return address, http
         if "it has ended" in line:
             sys.exit("the mesh did not start")
 
@@ -127,6 +140,12 @@ def ask_and_kill(address: str) -> tuple[str, str]:
                 print(f"\n\n    >>> kill -9 {pid}: that was {request['worker']}, which writes this <<<\n", flush=True)
                 os.kill(pid, signal.SIGKILL)
     return answer_of(said), id
+
+
+def over_http(url: str, body: str) -> str:
+    """What the gateway answers."""
+    with urllib.request.urlopen(url, body.encode(), PATIENCE_S) as reply:  # noqa: S310 - our own gateway
+        return str(reply.read().decode())
 
 
 def pieces(sending: subprocess.Popen[bytes]) -> Iterator[bytes]:

@@ -25,6 +25,8 @@ class Ask:
     prompt: str
     options: Options
     choices: int = 1
+    #: Other prompts of the same request, each with as many choices. They are numbered on.
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,10 @@ class Token:
 
     choice: int
     text: str
+    #: -1: no token, but what was left of a character that never became whole.
     id: int
+    #: What the token stands for, whole characters or not.
+    piece: bytes = b""
     logprob: Logprob | None = None
 
 

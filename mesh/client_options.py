@@ -28,7 +28,8 @@ class Options(TypedDict, total=False):
     seed: int | None
     #: Generation ends before any of these strings.
     stop: str | Sequence[str] | None
-    #: "text": the prompt as it is; "user": put into the model's chat template; "messages": a JSON list of them.
+    #: "text": the prompt as it is; "user": put into the model's chat template; "messages": a JSON list of them;
+    #: "chat": a JSON object with "messages" and "tools".
     form: str | None
     #: With "user": how the model is to behave.
     system: str | None

@@ -30,6 +30,8 @@ class Piece:
     index: int
     #: How likely the model held each of them, if that was asked for.
     logprobs: list[Logprob | None] = field(default_factory=list)
+    #: The bytes of each token, as they came: one may have none, and `text` may have a part of the last ones only later.
+    pieces: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +47,11 @@ class Answer:
     moves: int
     id: str
     queued_ms: int
-    #: How likely the model held each token, if that was asked for.
+    #: How likely the model held each token, if that was asked for; and then the bytes of each, too.
     logprobs: list[Logprob | None] = field(default_factory=list)
+    pieces: list[bytes] = field(default_factory=list)
+    #: With reason `stop`: the stop string that ended it, if one did.
+    stop: str = ""
 
 
 class Stream:
@@ -76,6 +81,7 @@ class Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
         self._logprobs: list[Logprob | None] = []
+        self._pieces: list[bytes] = []
         self._texts: list[str] = []
         self._end: m.End | None = None
         self._error: LlamboError | None = None
@@ -174,11 +180,13 @@ class Stream:
             self._waiter.set_result(None)
 
     def _take(self) -> Piece:
-        ids, data, logprobs = self._buffer_ids, b"".join(self._buffer), self._buffer_logprobs
+        ids, pieces, logprobs = self._buffer_ids, self._buffer, self._buffer_logprobs
         self._buffer_ids, self._buffer, self._buffer_logprobs, self._buffer_bytes = [], [], [], 0
-        piece = Piece(self._decoder.decode(data), ids, len(self._ids), logprobs)
+        piece = Piece(self._decoder.decode(b"".join(pieces)), ids, len(self._ids), logprobs, pieces)
         self._ids += ids
-        self._logprobs += logprobs
+        if logprobs:
+            self._logprobs += logprobs
+            self._pieces += pieces
         self._texts.append(piece.text)
         if self._held:
             self._held = False
@@ -191,7 +199,7 @@ class Stream:
         self._texts.append(rest)
         self.answer = Answer(
             "".join(self._texts), self._ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
-            self._logprobs,
+            self._logprobs, self._pieces, end.stop,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)

@@ -135,6 +135,15 @@ class Folder:
         key = keys.read(self.path / ISSUED / f"{name}.key")
         return PeerKey(address or key.address, key.broker, key.name, key.role, key.pair)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else changes the folder meanwhile."""
+        if not self.exists:
+            raise LlamboError(Code.BAD_SETTING, f"there are no keys in {self.path}: llambo keys init")
+        with (self.path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     # --- inside --------------------------------------------------------------------------------------
 
     def _issue(self, ring: Ring, put: list[Ring], identity: Identity, now_s: int, expires: int) -> PeerKey:
@@ -158,10 +167,7 @@ class Folder:
     @contextmanager
     def _changed(self) -> Iterator[tuple[Ring, list[Ring]]]:
         """The ring as it is, and a list to put the one in that takes its place."""
-        if not self.exists:
-            raise LlamboError(Code.BAD_SETTING, f"there are no keys in {self.path}: llambo keys init")
-        with (self.path / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self.locked():
             put: list[Ring] = []
             yield self.ring(), put
             if put:

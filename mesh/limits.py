@@ -57,6 +57,9 @@ SYSTEM_CHARS = 16 * 1024
 GRAMMAR_CHARS = 16 * 1024
 #: How deep a grammar or a JSON schema may be nested.
 GRAMMAR_DEPTH = 100
+#: Tools a model may be told of, and calls it may make in one answer.
+TOOLS = 128
+TOOL_CALLS = 16
 #: Likeliest tokens that may be told beside each token of an answer.
 TOP_LOGPROBS = 20
 #: The text of one of those; a longer one is cut.

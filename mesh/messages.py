@@ -279,6 +279,8 @@ class End(Message, frozen=True):
     worker: Name = ""
     moves: Count = 0
     queued_ms: Count = 0
+    #: Of the request's stop strings the one that ended it, if it was one of them. It is no part of the answer.
+    stop: Annotated[str, Meta(max_length=limits.STOP_CHARS)] = ""
 
 
 class Page(Message, frozen=True):

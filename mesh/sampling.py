@@ -28,8 +28,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
         Meta(max_length=limits.STOP_STRINGS),
     ] = []
     #: What the prompt is: `text` goes to the model as it is; `user` is what a person says, and is put into the
-    #: model's chat template if it has one; `messages` is a JSON list of {"role", "content"}, likewise.
-    form: Literal["text", "user", "messages"] = "text"
+    #: model's chat template if it has one; `messages` is a JSON list of messages, likewise, and `chat` a JSON object
+    #: with `messages` and `tools`.
+    form: Literal["text", "user", "messages", "chat"] = "text"
     #: With `user`: the message that tells the model how to behave.
     system: Annotated[str, Meta(max_length=limits.SYSTEM_CHARS)] = ""
     #: Only the likeliest k; 0: all.
@@ -59,6 +60,16 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ] = {}
     #: Never end before `max_tokens`.
     ignore_eos: bool = False
+    #: `max_tokens` is as much as there may be, not what there must be room for: the context decides.
+    fit: bool = False
     #: GBNF, or a JSON schema as JSON text: at most one of them.
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
     json_schema: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
+    #: With `chat`, whether the model may call its tools, in the form of `llambo.mesh.tools` and with arguments that
+    #: their schemas allow. `none`: it is not seen to; `auto`: it may; `required`: it does nothing else.
+    tool_choice: Literal["none", "auto", "required"] = "none"
+    #: Only these; empty: any of them.
+    tool_names: Annotated[list[str], Meta(max_length=limits.TOOLS)] = []
+    #: More than one call in an answer, one behind the other. Left out: if the model was made for calls; others tend to
+    #: repeat them.
+    parallel_tool_calls: bool | None = None

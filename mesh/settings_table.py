@@ -198,7 +198,7 @@ def _fake(
 
 #: Longest duration: about a month, which catches a value given in microseconds.
 _LONGEST_MS = 31 * 86_400_000
-_ALL = "broker worker client"
+_ALL = "broker worker client gateway"
 _POLICIES = ("least-loaded", "round-robin", "random")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -208,9 +208,15 @@ _MESH = (
         Kind.TEXT,
         "tcp://127.0.0.1:7330",
         "address of the broker; of several, with commas",
-        roles="worker client",
+        roles="worker client gateway",
     ),
-    _row("mesh.key", Kind.KEY, "", "the key that a broker wants: a file, or the line itself", roles="worker client"),
+    _row(
+        "mesh.key",
+        Kind.KEY,
+        "",
+        "the key that a broker wants: a file, or the line itself",
+        roles="worker client gateway",
+    ),
     _row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
 )
 _BROKER = (
@@ -294,14 +300,36 @@ _FAKE = (
     _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
 )  # fmt: skip
 
-TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _FAKE
+_GATEWAY = (
+    # Their flags and variables say http, because `llambo up` has a broker's beside them.
+    _row("gateway.bind", Kind.TEXT, "127.0.0.1", "address to listen on for HTTP", name="http_bind", flag="http_bind"),
+    _row("gateway.port", Kind.NUMBER, 7340, "port for HTTP; 0 takes any that is free", name="http_port",
+         flag="http_port", high=65_535),
+    _row("gateway.keys", Kind.TEXT, "", "folder of keys, with the API tokens; empty: everybody is let in",
+         name="http_keys", flag="http_keys"),
+    _row("gateway.tls_cert", Kind.TEXT, "", "file with the certificate for HTTPS, and its chain"),
+    _row("gateway.tls_key", Kind.TEXT, "", "file with the certificate's private key"),
+    _row("gateway.plain", Kind.SWITCH, False, "listen without TLS beyond this machine, because a proxy in front has it",
+         name="http_plain", flag="http_plain"),
+    _row("gateway.cors", Kind.TEXT, "", "origins whose pages may ask; with commas between, * is all",
+         name="http_cors", flag="http_cors"),
+    _row("gateway.body_bytes", Kind.BYTES, 8 * _MIB, "longest body of a request", low=1024),
+    _row("gateway.answer_tokens", Kind.NUMBER, 2_048, "longest answer for who names no maximum", low=1,
+         high=131_072),
+    _row("gateway.resume_ms", Kind.MS, 5_000, "how long a stream waits for a client that was cut off",
+         high=_LONGEST_MS),
+    _row("gateway.http_requests", Kind.NUMBER, 4_096, "requests that may be open at a time; more are refused", low=1),
+    _row("gateway.leave_ms", Kind.MS, 30_000, "how long open requests get to finish at exit", high=_LONGEST_MS),
+)  # fmt: skip
+
+TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _GATEWAY + _FAKE
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
 BY_ENV: dict[str, list[Setting]] = {
     env: [setting for setting in TABLE if setting.env == env] for env in sorted({setting.env for setting in TABLE})
 }
 SECTIONS: dict[str, dict[str, Setting]] = {
     section: {setting.key: setting for setting in TABLE if setting.section == section}
-    for section in ("mesh", "broker", "worker", "client", "fake")
+    for section in ("mesh", "broker", "worker", "client", "gateway", "fake")
 }
 
 

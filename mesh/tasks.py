@@ -23,7 +23,7 @@ from msgspec import Meta
 from llambo.mesh import limits
 from llambo.mesh.messages import Task
 
-Form = Literal["text", "user", "messages"]
+Form = Literal["text", "user", "messages", "chat"]
 Pooling = Literal["", "mean", "last"]
 
 Id = Annotated[int, Meta(ge=0, le=2**31 - 1)]

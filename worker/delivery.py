@@ -50,7 +50,10 @@ class Delivery:
             if output.ids:
                 self._append(run, output, [] if run.orphan_at else frames.setdefault(run.link, []))
             if output.end is not None:
-                end = m.End(run.id, run.tokens.end, output.end, run.dispatch, output.usage or m.Usage(), output.error)
+                end = m.End(
+                    run.id, run.tokens.end, output.end, run.dispatch, output.usage or m.Usage(), output.error,
+                    stop=output.stop,
+                )  # fmt: skip
                 ended.append((run, end))
         for number, said in frames.items():
             if self._links[number].welcomed:

@@ -113,6 +113,8 @@ class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaul
     error: ErrorInfo | None = None
     #: If they were asked for, one for each token.
     logprobs: Annotated[list[Logprob], Meta(max_length=limits.CHUNK_TOKENS)] | None = None
+    #: The stop string that ended it.
+    stop: str = ""
 
 
 class Step(EngineMessage, frozen=True):

@@ -169,13 +169,15 @@ class FakeEngine:
         if sequence.first_ms < 0:
             sequence.first_ms = now_ms
         end: Reason | None = None
+        stop = b""
         first = sequence.index
         if now_ms >= sequence.deadline_ms:
             ids, end = [], "deadline"
         else:
             ids = self._generate(sequence, self._chunk_tokens(sequence))
             if sequence.stops:
-                ids, end = _cut_at_stop(sequence, ids)
+                ids, stop = _cut_at_stop(sequence, ids)
+                end = "stop" if stop else None
             sequence.index += len(ids)
             if end is None and sequence.index >= sequence.limit:
                 end = sequence.reason
@@ -188,7 +190,7 @@ class FakeEngine:
         if end is None:
             return Output(sequence.key, ids, pieces, logprobs=logprobs)
         del self._sequences[sequence.key]
-        return Output(sequence.key, ids, pieces, end, _usage(sequence, now_ms), None, logprobs)
+        return Output(sequence.key, ids, pieces, end, _usage(sequence, now_ms), None, logprobs, stop.decode())
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
         burst = self._knobs.burst
@@ -232,15 +234,19 @@ class FakeEngine:
         return fake_tokens.decide(sequence.base ^ 1, sequence.index, most + 1) if most else 0
 
 
-def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], Reason | None]:
-    """The token that completes a stop string is not part of the answer; the beginning of it may be out already."""
+def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], bytes]:
+    """The token that completes a stop string is not part of the answer; the beginning of it may be out already.
+
+    The second is that stop string.
+    """
     reach = max(map(len, sequence.stops))
     for count, token_id in enumerate(ids):
         text = sequence.tail + piece_of(token_id)
-        if any(stop in text for stop in sequence.stops):
-            return ids[:count], "stop"
+        found = [(at, stop) for stop in sequence.stops if (at := text.find(stop)) >= 0]
+        if found:
+            return ids[:count], min(found, key=lambda each: each[0])[1]
         sequence.tail = text[-reach:]
-    return ids, None
+    return ids, b""
 
 
 def _usage(sequence: _Sequence, now_ms: int) -> Usage:

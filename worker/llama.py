@@ -18,6 +18,7 @@ What was learnt the hard way:
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 from numpy.typing import NDArray
 
+from llambo.mesh import tools
 from llambo.mesh.messages import Sampling
 from llambo.worker.sampling import Grammar, Ids, Logits
 
@@ -41,12 +42,16 @@ FLASH = {"auto": -1, "off": 0, "on": 1}
 DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 #: Who is so far below the best is hardly ever among the likeliest k.
 NEAR = np.float32(12)
+#: A grammar is asked for so many of the likeliest tokens, and only if they are not enough for more.
+LIKELIEST = (64, 1024)
 #: The longest piece of text one token stands for.
 PIECE_BYTES = 4096
 #: Texts under way at a time, and tokens in a step, of a context for embeddings.
 EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From ggml.h.
 LOG_WARNING, LOG_ERROR = 3, 4
+
+_TAGS = frozenset([tools.BEGIN.encode(), tools.END.encode()])
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -174,11 +179,20 @@ class Model:
         return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
-        """The bytes it adds to a text. Control tokens add none."""
+        """The bytes it adds to a text. Control tokens add none, save for the tags around a call of a tool."""
         found = self._pieces.get(token)
         if found is None:
-            found = self._pieces[token] = self._render(token, special=False)
+            found = self._render(token, special=False)
+            if not found and (name := self._render(token, special=True)) in _TAGS:
+                found = name
+            self._pieces[token] = found
         return found
+
+    @cached_property
+    def beyond_tags(self) -> list[tuple[int, bytes]]:
+        """The tokens with more than blanks behind a `>`: one of them could end the tag of a call, and go on."""
+        pieces = ((token, self.piece(token)) for token in range(self.tokens))
+        return [(token, piece) for token, piece in pieces if piece.partition(b">")[2].strip()]
 
     def spelled(self, token: int) -> bytes:
         """The same, but control tokens by their names."""
@@ -366,19 +380,12 @@ class Gbnf:
             raise ValueError("the grammar refuses this token")
         lib.llama_sampler_accept(self._handle, token)
 
-    def apply(self, array: Any) -> None:
-        lib.llama_sampler_apply(self._handle, ctypes.byref(array))
+    def apply(self, candidates: Any) -> None:
+        lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
 
-
-def grammar_of(schema: str) -> str:
-    """GBNF for a JSON schema. Raises ValueError."""
-    try:
-        text: str = json_schema_to_gbnf(schema)
-    except RecursionError as error:
-        raise ValueError("the schema refers to itself without end") from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"the schema makes no sense: {error!r}") from error
-    return text
+    def forbid(self, candidates: Any, ids: Sequence[int]) -> None:
+        found = _view(candidates)
+        found["logit"][np.isin(found["id"], np.array(ids, np.int32))] = -np.inf
 
 
 class Candidates:
@@ -389,6 +396,10 @@ class Candidates:
         self._dry = options.dry_multiplier > 0
         #: The top-k that is first in the chain, or 0.
         self._few = 0 if self._dry or options.mirostat else options.top_k
+        #: How far below the best lawful one nobody has to be looked for. With a min-p they would be dropped anyway.
+        self._reach = NEAR
+        if options.min_p > 0 and not options.mirostat:
+            self._reach = min(NEAR, np.float32(2 - math.log(options.min_p)))
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for sampler in self._samplers(model, options):
             lib.llama_sampler_chain_add(self._chain, sampler)
@@ -428,21 +439,41 @@ class Candidates:
         return samplers
 
     def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]:
-        array = self._near(logits) if grammar is None and self._few else self._fill(logits)
-        if isinstance(grammar, Gbnf):
-            grammar.apply(array)
+        if grammar is not None:
+            array = self._lawful(logits, grammar, self._few)
+        else:
+            array = self._near(logits) if self._few else self._fill(logits)
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         return _columns(array)
 
     def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]:
-        array = self._fill(logits)
-        if isinstance(grammar, Gbnf):
-            grammar.apply(array)
-        return _columns(array)
+        return _columns(self._lawful(logits, grammar, 1))
 
     def accept(self, token: int) -> None:
         if self._dry:
             lib.llama_sampler_accept(self._chain, token)
+
+    def _lawful(self, logits: Logits, grammar: Grammar, few: int) -> Any:
+        """Who passes the grammar, likeliest first: to ask it for a whole vocabulary takes as long as many steps.
+
+        Enough are those that a top-k would leave, or all that are near the best of them.
+        """
+        for size in LIKELIEST if not self._dry else ():
+            if size >= len(logits):
+                break
+            near = np.argpartition(logits, -size)[-size:]
+            candidates = self._shared[:size]
+            candidates["id"] = near
+            candidates["logit"] = logits[near]
+            least = candidates["logit"].min()
+            array = _array(candidates)
+            grammar.apply(array)
+            passed = candidates["logit"][np.isfinite(candidates["logit"])]
+            if len(passed) and (0 < few <= len(passed) or least < passed.max() - self._reach):
+                return array
+        array = self._fill(logits)
+        grammar.apply(array)
+        return array
 
     def _near(self, logits: Logits) -> Any:
         """Of a top-k the candidates, found without moving the whole vocabulary: who is near the best, if they are k.
@@ -482,9 +513,13 @@ def _array(candidates: NDArray[Any]) -> Any:
 
 
 def _columns(array: Any) -> tuple[Ids, Logits]:
+    left = _view(array)
+    return left["id"].copy(), left["logit"].copy()
+
+
+def _view(array: Any) -> NDArray[Any]:
     """A sampler may have put its result elsewhere: the address in the array is what counts."""
     address = ctypes.cast(array.data, ctypes.c_void_p).value
     assert address is not None
     raw = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(address)
-    left = np.frombuffer(raw, CANDIDATE)
-    return left["id"].copy(), left["logit"].copy()
+    return np.frombuffer(raw, CANDIDATE)

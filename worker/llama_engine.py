@@ -18,19 +18,22 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from llambo.mesh import limits
+from llambo.mesh import limits, tools
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import ModelInfo, Reason, Usage
 from llambo.mesh.tokens import Logprob
-from llambo.worker import llama, models
+from llambo.worker import chat, llama, models
 from llambo.worker.batching import Batcher, Plan
+from llambo.worker.chat import Chat
 from llambo.worker.defaults import Defaults, in_force, options_in_force
 from llambo.worker.engine_proto import Output, Progress, Ready, Refused, Start
-from llambo.worker.grammar import GrammarError, grammar_text
+from llambo.worker.grammar import Grammar as Wanted
+from llambo.worker.grammar import GrammarError, grammar_of
+from llambo.worker.lazy import LazyGrammar
 from llambo.worker.llama_tasks import NoRoom, Tasks
 from llambo.worker.logprobs import logprob_of
-from llambo.worker.prompts import BadPrompt, Message, Template, TooLong, text_of
-from llambo.worker.sampling import DeadEnd, Logits, Sampler
+from llambo.worker.prompts import BadPrompt, Template, TooLong
+from llambo.worker.sampling import DeadEnd, Grammar, Logits, Sampler
 from llambo.worker.text import Gate
 
 NEVER_MS = 2**62
@@ -92,6 +95,7 @@ class LlamaEngine:
         self._defaults = defaults or {}
         source = self._model.text_of("tokenizer.chat_template")
         self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
+        self._knows_tools = self._template is not None and self._template.knows_tools
         self._shape = shape
         self._embed_bytes = embed_bytes
         context = self._decoder.context
@@ -115,25 +119,29 @@ class LlamaEngine:
             sampling = in_force(start.sampling, start.given, self._defaults)
             start = msgspec.structs.replace(start, sampling=sampling)
         try:
-            prompt = self._prompt(start)
+            conversation = chat.read(start.prompt, start.sampling)
+            prompt = self._prompt(start, conversation)
         except BadPrompt as error:
             code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
             return _refused(start, code, str(error))
         context = self._decoder.context
-        if len(prompt) + start.max_tokens > context:
-            text = f"{len(prompt)} prompt tokens + max_tokens {start.max_tokens} exceed the context of {context}"
+        limit = start.max_tokens
+        if start.sampling.fit:
+            limit = max(1, min(limit, context - len(prompt)))
+        if len(prompt) + limit > context:
+            text = f"{len(prompt)} prompt tokens + max_tokens {limit} exceed the context of {context}"
             return _refused(start, Code.TOO_LONG, text)
         if self.batcher.running >= self._slots:
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
         try:
-            sampler = self._sampler(start, prompt)
+            sampler = self._sampler(start, prompt, conversation)
         except (GrammarError, ValueError) as error:
             return _refused(start, Code.BAD_REQUEST, str(error))
         gate = Gate(start.sampling.stop)
         gate.replay([(token, self._model.piece(token)) for token in start.prefix])
         self._streams[start.key] = Stream(
             start.key, sampler, gate,
-            index=len(start.prefix), limit=start.max_tokens, prompt_tokens=len(prompt),
+            index=len(start.prefix), limit=limit, prompt_tokens=len(prompt),
             cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             top=start.logprobs,
@@ -213,8 +221,8 @@ class LlamaEngine:
 
     # --- starting ------------------------------------------------------------------------------------
 
-    def _prompt(self, start: Start) -> list[int]:
-        text, templated = text_of(start.prompt, start.sampling, self._template)
+    def _prompt(self, start: Start, conversation: Chat) -> list[int]:
+        text, templated = chat.text_of(start.prompt, conversation, self._template)
         context, longest = self._decoder.context, self._model.longest
         if len(text) > context * longest:
             # Known without counting, which takes its time for megabytes while all others wait.
@@ -225,20 +233,25 @@ class LlamaEngine:
             raise BadPrompt("the prompt is empty")
         return tokens
 
-    def _sampler(self, start: Start, prompt: list[int]) -> Sampler:
+    def _sampler(self, start: Start, prompt: list[int], conversation: Chat) -> Sampler:
         options = start.sampling
-        text = grammar_text(options, llama.grammar_of)
         sampler = Sampler(
             options,
             start.seed,
             llama.Candidates(self._model, options, self._shared, prompt),
             history=list(prompt),
-            grammar=llama.Gbnf(self._model, text) if text else None,
+            grammar=self._grammar(grammar_of(options, conversation.tools, parallel=self._knows_tools)),
             banned=self._model.endings if options.ignore_eos else None,
         )
         for token in start.prefix:
             sampler.accept(token)
         return sampler
+
+    def _grammar(self, wanted: Wanted) -> Grammar | None:
+        if not wanted.text:
+            return None
+        grammar = llama.Gbnf(self._model, wanted.text)
+        return LazyGrammar(tools.BEGIN, grammar, self._model) if wanted.lazy else grammar
 
     def _place(self, key: bytes, tokens: list[int]) -> int:
         """How many of these need not be computed."""
@@ -304,7 +317,7 @@ class LlamaEngine:
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
-        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)))
+        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)), stream.gate.found)
 
     # --- before READY --------------------------------------------------------------------------------
 
@@ -312,7 +325,7 @@ class LlamaEngine:
         """Prove it on more than one token; whatever is wrong ends this process now, and not under a request."""
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
-            self._template.render([Message("user", "Hello")])
+            self._template.render([{"role": "user", "content": "Hello"}])
         # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
         text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
         refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)

@@ -16,9 +16,10 @@ import numpy as np
 from llambo.mesh import limits, tasks
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.messages import Sampling, Usage
+from llambo.worker import chat
 from llambo.worker.embedding import EmbedQueue, Job, Rows, normalized
 from llambo.worker.engine_proto import Output, Refused, Start
-from llambo.worker.prompts import BadPrompt, Template, text_of
+from llambo.worker.prompts import BadPrompt, Template
 
 NEVER_MS = 2**62
 #: Rows of a step while answers are running, and while none are: a step has to be short either way.
@@ -137,7 +138,7 @@ class Tasks:
         match start.task:
             case "tokenize":
                 form = Sampling(form=options.form, system=options.system)
-                text, templated = text_of(start.prompt, form, self._template)
+                text, templated = chat.text_of(start.prompt, chat.read(start.prompt, form), self._template)
                 ids = self._model.tokenize(text, special=templated or options.special)
                 return tasks.Tokens(ids, [self._model.spelled(id) for id in ids])
             case "detokenize":

@@ -1,4 +1,4 @@
-"""From what a client sent to the text a model reads: as it is, or through the model's own chat template.
+"""The model's own chat template, and how little of this process it may have.
 
 A template comes with a model file, that is, from strangers. It runs in a sandbox that reaches no attribute of
 Python's own and cannot change what it is given; a timer ends one that does not come to its end, and a limit on the
@@ -21,18 +21,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
-import msgspec
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llambo.mesh import limits
-from llambo.mesh.messages import Sampling
+from llambo.mesh.tools import BEGIN
 
 #: A template that takes longer is broken, or means harm.
 RENDER_S = 2.0
-#: Messages of one prompt.
-MESSAGES = 4096
 #: The largest base or exponent of a power in a template.
 MAX_POWER = 1000
 #: The longest number that may be multiplied: of long ones a single product takes minutes.
@@ -49,14 +46,6 @@ class BadPrompt(Exception):
 
 class TooLong(BadPrompt):
     """It cannot fit, however it is counted."""
-
-
-class Message(msgspec.Struct, frozen=True):
-    role: str
-    content: str
-
-
-_decode_messages = msgspec.json.Decoder(list[Message]).decode
 
 
 class _Generation(Extension):
@@ -93,6 +82,9 @@ def _huge(operator: str, left: Any, right: Any) -> bool:
 class Template:
     """A chat template. Raises BadPrompt if it is none."""
 
+    #: It shows tools to the model, and calls of them, in the form of `llambo.mesh.tools`.
+    knows_tools: bool
+
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], autoescape=False
@@ -102,47 +94,22 @@ class Template:
         environment.globals["raise_exception"] = _complain
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._names = {"bos_token": bos, "eos_token": eos}
+        self.knows_tools = BEGIN in source and re.search(r"\btools\b", source) is not None
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, MemoryError) as error:
             raise BadPrompt(f"the model's chat template cannot be read: {error}") from error
 
-    def render(self, messages: list[Message]) -> str:
-        told = [{"role": message.role, "content": message.content} for message in messages]
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        names = {**self._names, "messages": messages, **({"tools": tools} if tools else {})}
         try:
             with time_limit(RENDER_S), memory_limit(RENDER_BYTES):
-                return self._template.render(messages=told, add_generation_prompt=True, **self._names)
+                return self._template.render(add_generation_prompt=True, **names)
         except BadPrompt:
             raise
         # A template can fail in any way Python can; whatever it is, the prompt has no text.
         except Exception as error:
             raise BadPrompt(f"the model's chat template failed: {type(error).__name__}: {error}") from error
-
-
-def text_of(prompt: bytes, sampling: Sampling, template: Template | None) -> tuple[bytes, bool]:
-    """The text for the model, and whether it was put into a template. Raises BadPrompt."""
-    if sampling.form == "text":
-        return prompt, False
-    messages = _messages(prompt, sampling)
-    if template is None:
-        return "\n\n".join(message.content for message in messages).encode(), False
-    text = template.render(messages).encode(errors="replace")
-    if len(text) > limits.PROMPT_BYTES:
-        raise BadPrompt(f"the chat template made {len(text)} bytes of it, {limits.PROMPT_BYTES} are allowed")
-    return text, True
-
-
-def _messages(prompt: bytes, sampling: Sampling) -> list[Message]:
-    try:
-        if sampling.form == "user":
-            system = [Message("system", sampling.system)] if sampling.system else []
-            return [*system, Message("user", prompt.decode())]
-        messages = _decode_messages(prompt)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadPrompt(f"the prompt is no list of messages: {error}") from error
-    if not 0 < len(messages) <= MESSAGES:
-        raise BadPrompt(f"{len(messages)} messages, 1 to {MESSAGES} may be")
-    return messages
 
 
 def _to_json(value: Any, **options: Any) -> str:

@@ -13,7 +13,7 @@ A grammar is asked last: most chosen tokens pass, and only one that does not mak
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ class Grammar(Protocol):
 
     def allows(self, token: int) -> bool: ...
     def accept(self, token: int) -> None: ...
+    def apply(self, candidates: Any) -> None:
+        """In the array of candidates that the native part works on, what may not come is made impossible."""
 
 
 class Narrowing(Protocol):

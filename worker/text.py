@@ -46,6 +46,8 @@ class Gate:
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
         self._stops = [stop.encode() for stop in stops]
+        #: The stop string that ended the answer.
+        self.found = ""
         #: The beginning of a character.
         self._rest = b""
         self._ids: list[int] = []
@@ -61,9 +63,12 @@ class Gate:
         if not self._stops:
             return *self.flush(), False
         held = b"".join(self._pieces)
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            return *self._until(min(found), whole=False), True
+            # Of two that begin at the same place the one that was named first: min() keeps to the order.
+            at, stop = min(found, key=lambda each: each[0])
+            self.found = stop.decode()
+            return *self._until(at, whole=False), True
         return *self._until(len(held) - beginning_of(held, self._stops), whole=True), False
 
     def flush(self) -> tuple[list[int], list[bytes]]:

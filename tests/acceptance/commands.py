@@ -221,7 +221,8 @@ class Mesh:
 @contextmanager
 def up(*words: str) -> Iterator[tuple[Mesh, Running]]:
     """`llambo up` on free ports, with all of its workers ready."""
-    with Running(LLAMBO, "up", "--port", "0", *words) as running:
+    http = () if "--http-port" in words else ("--no-http",)
+    with Running(LLAMBO, "up", "--port", "0", *http, *words) as running:
         address = running.line(r"broker at (tcp://\S+),")[1]
         running.line("Ctrl-C stops everything")
         try:

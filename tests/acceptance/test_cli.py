@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from tests.acceptance.commands import (
     family,
     up,
 )
-from tests.integration.processes import wait_until_gone
+from tests.integration.processes import children, wait_until_gone
 
 #: Far more tokens than any of these tests waits for.
 ENDLESS = ("--max-tokens", "20000")
@@ -577,3 +579,15 @@ def test_the_demo_shows_a_stream_that_survives_its_worker() -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "kill -9" in done.stdout
     assert "moved 1 time" in done.stdout
+
+
+def test_a_mesh_answers_over_http_and_its_gateway_is_started_again() -> None:
+    with up("--workers", "1", "--engine", "fake", "--http-port", "0") as (_, running):
+        line = running.line(r"curl (http://127.0.0.1:\d+)/v1/chat/completions -d '(\{.*\})'")
+        with urllib.request.urlopen(f"{line[1]}/v1/chat/completions", line[2].encode(), PATIENCE_S) as reply:
+            assert json.load(reply)["choices"][0]["message"]["content"]
+        (gateway,) = [pid for pid in children(running.pid) if b"gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(gateway, signal.SIGKILL)
+        running.line("gateway is ready again")
+        with urllib.request.urlopen(f"{line[1]}/healthz", timeout=PATIENCE_S) as reply:
+            assert reply.status == 200

@@ -19,7 +19,7 @@ from llambo.mesh import messages as m
 from llambo.mesh.client_tasks import decoded
 from llambo.mesh.errors import LlamboError
 from llambo.mesh.identity import Identity, Pair, PeerKey
-from llambo.worker import gguf, grammar, models, prompts
+from llambo.worker import chat, gguf, grammar, models, prompts
 from llambo.worker.knobs import LlamaKnobs
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
@@ -115,19 +115,28 @@ def model_files() -> Target:
 def grammars() -> Target:
     """Grammars, schemas and messages, as the engine looks at them before anybody else does."""
     good = [b'{"type":"object","properties":{"a":{"type":"string","maxLength":9}}}', b'root ::= ("a" | [^b\\]]*) # x\n',
-            b'[{"role":"user","content":"hello"},{"role":"assistant","content":"x"}]']  # fmt: skip
+            b'[{"role":"user","content":"hello"},{"role":"assistant","content":"x"}]',
+            b'{"messages":[{"role":"user","content":[{"type":"text","text":"hi"}]},{"role":"tool","content":"1"}],"tools":[]}',
+            b'{"messages":[{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{}"}}]}]}',
+            b'{"messages":[{"role":"user","content":""}],"tools":[{"function":{"name":"f","parameters":{"properties":{}}}}]}',
+            b'{"type":"object","properties":{"a":{"pattern":"^[a-c]{2}$"}}}']  # fmt: skip
 
     def run(frames: Frames) -> None:
         text = frames[0].decode(errors="replace")
         for options in (m.Sampling(grammar=text), m.Sampling(json_schema=text)):
             try:
-                grammar.grammar_text(options, lambda schema: schema)
+                grammar.grammar_of(options)
             except grammar.GrammarError:
                 continue
-        for form in ("messages", "user", "text"):
+        for form in ("messages", "chat", "user", "text"):
             try:
-                prompts.text_of(frames[0], m.Sampling(form=form), None)
+                told = chat.read(frames[0], m.Sampling(form=form))
+                chat.text_of(frames[0], told, None)
             except prompts.BadPrompt:
+                continue
+            try:
+                grammar.grammar_of(m.Sampling(tool_choice="auto"), told.tools)
+            except grammar.GrammarError:
                 continue
 
     return Target("grammars-and-messages", [[text] for text in good], run, plain)

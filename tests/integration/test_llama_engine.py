@@ -66,6 +66,7 @@ class Told:
     end: Reason | None = None
     usage: Usage | None = None
     code: Code | None = None
+    stop: str = ""
     logprobs: list[Logprob] = field(default_factory=list)
 
     @property
@@ -79,7 +80,7 @@ class Told:
         self.ids += output.ids
         self.pieces += output.pieces
         self.logprobs += output.logprobs or []
-        self.end, self.usage = output.end, output.usage
+        self.end, self.usage, self.stop = output.end, output.usage, output.stop
         self.code = output.error.code if output.error else None
 
 
@@ -209,8 +210,8 @@ def test_characters_are_whole(engine: LlamaEngine) -> None:
 def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: LlamaEngine) -> None:
     (whole,) = run(engine, ask())
     stop = whole.text[20:26]
-    (told,) = run(engine, ask(sampling=Sampling(form="user", temperature=0.0, stop=[stop])))
-    assert told.end == "stop"
+    (told,) = run(engine, ask(sampling=Sampling(form="user", temperature=0.0, stop=["never said", stop])))
+    assert (told.end, told.stop) == ("stop", stop)
     assert told.text == whole.text[: whole.text.index(stop)]
 
 

@@ -128,9 +128,9 @@ class Worker(Peer):
     def chunk(self, first: int, *ids: int, number: int = -1, flags: int = 0) -> bytes:
         return tokens.encode_chunk(self.key(number), first, list(ids), [b"x"] * len(ids), flags)
 
-    def end(self, count: int, number: int = -1, reason: m.Reason = "length") -> None:
+    def end(self, count: int, number: int = -1, reason: m.Reason = "length", stop: str = "") -> None:
         dispatch = self.dispatches[number]
-        self.say(m.End(dispatch.id, count, reason, dispatch.dispatch))
+        self.say(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
 
 
 class Client(Peer):

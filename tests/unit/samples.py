@@ -77,7 +77,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True),
         m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
         m.Accepted(ID, 4, "tiny", "sha256:1"),
-        m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33),
+        m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33, "###"),
         m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
         m.Result(5, 0, 1, msgpack.packb({"a": 1})),
         m.Problem(ERROR, ID, 5),

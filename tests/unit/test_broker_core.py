@@ -39,6 +39,16 @@ def test_a_request_goes_from_submit_to_end() -> None:
     assert bench.state.reserved == 0
 
 
+def test_the_client_learns_which_stop_string_it_was_even_if_the_end_was_there_before_the_tokens() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.end(1, reason="stop", stop="##")
+    assert client.ends == []
+    worker.publish(worker.chunk(0, 7, flags=tokens.FINAL | tokens.STOPPED))
+    assert [(e.reason, e.stop) for e in client.ends] == [("stop", "##")]
+
+
 def test_the_same_submit_again_attaches() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")

@@ -183,8 +183,8 @@ def test_a_complete_prefix_ends_at_once() -> None:
 def test_a_stop_string_ends_before_the_token_that_completes_it(cut: int) -> None:
     whole, _, _ = generate(FakeKnobs(), start())
     stop = (piece_of(whole[5])[-2:] + piece_of(whole[6])).decode()
-    ids, _, last = generate(FakeKnobs(), start(prefix=whole[:cut], sampling=Sampling(stop=[stop])))
-    assert (whole[:cut] + ids, last.end) == (whole[:6], "stop")
+    ids, _, last = generate(FakeKnobs(), start(prefix=whole[:cut], sampling=Sampling(stop=["no such", stop])))
+    assert (whole[:cut] + ids, last.end, last.stop) == (whole[:6], "stop", stop)
 
 
 def test_a_deadline_stops_the_decode() -> None:

@@ -1,4 +1,4 @@
-"""Model files before they are loaded: what is plainly wrong, how they are laid out, their fingerprint; and grammars."""
+"""Model files before they are loaded: what is plainly wrong, how they are laid out, their fingerprint."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llambo.mesh.messages import Sampling
-from llambo.worker import gguf, grammar, models
+from llambo.worker import gguf, models
 from llambo.worker.gguf import BadModelFile
-from llambo.worker.grammar import GrammarError, depth, grammar_text
 from llambo.worker.knobs import LlamaKnobs
 
 MIB = 1024 * 1024
@@ -163,47 +161,3 @@ def test_another_template_or_context_is_another_model(tmp_path: Path, monkeypatc
 def test_names() -> None:
     assert models.name_of("smollm2") == "smollm2"
     assert models.name_of("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"
-
-
-# --- grammars --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("grammar", "deep"),
-    [("", 0), ('root ::= "a"', 0), ('root ::= ("a" ("b"))', 2), ('root ::= "((" [(] (x) # (((\n', 1),
-     (r'root ::= "\"(" (x)', 1), (r"root ::= [\]((] (x)", 1), ("# ((", 0), ('"(((', 0)],
-)  # fmt: skip
-def test_how_deep_a_grammar_is(grammar: str, deep: int) -> None:
-    assert depth(grammar) == deep
-
-
-def test_a_grammar_passes_and_a_bomb_does_not() -> None:
-    assert grammar_text(Sampling(grammar='root ::= "a"'), str) == 'root ::= "a"'
-    assert grammar_text(Sampling(json_schema='{"type": "object"}'), lambda schema: f"made of {schema}").startswith(
-        "made"
-    )
-    for bad in ("(" * 101 + ")" * 101, 'root ::= "a\0"'):
-        with pytest.raises(GrammarError):
-            grammar_text(Sampling(grammar=bad), str)
-    with pytest.raises(GrammarError, match="characters"):
-        grammar_text(Sampling(json_schema="{}"), lambda schema: "x" * 10**6)
-
-
-@pytest.mark.parametrize("key", ["minLength", "maxLength", "minItems", "maxItems"])
-def test_a_schema_may_not_ask_for_a_grammar_without_end(key: str) -> None:
-    def never(schema: str) -> str:
-        raise AssertionError("it was to be refused before")
-
-    schema = f'{{"properties": {{"a": {{"{key}": 1000000000}}}}}}'
-    with pytest.raises(GrammarError, match=f"{key} 1000000000, at most"):
-        grammar_text(Sampling(json_schema=schema), never)
-
-
-def test_making_a_grammar_of_a_schema_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def endless(schema: str) -> str:
-        while True:
-            pass
-
-    monkeypatch.setattr(grammar, "MADE_S", 0.1)
-    with pytest.raises(GrammarError, match="not done after"):
-        grammar_text(Sampling(json_schema="{}"), endless)

@@ -1,23 +1,21 @@
-"""Chat templates: the model's own, hostile ones, and prompts that are none."""
+"""Chat templates: the model's own, and hostile ones."""
 
 from __future__ import annotations
 
-import json
 import resource
 import signal
 import time
 
 import pytest
 
-from llambo.mesh.messages import Sampling
 from llambo.worker import prompts
-from llambo.worker.prompts import BadPrompt, Message, Template, memory_limit, text_of
+from llambo.worker.prompts import BadPrompt, Template, memory_limit
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-HELLO = [Message("user", "Hello")]
+HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def template(source: str = CHATML) -> Template:
@@ -28,25 +26,6 @@ def test_a_template_is_filled_in() -> None:
     assert template().render(HELLO) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert template("{{ bos_token }}{{ messages[0].content | tojson }}").render(HELLO) == '<s>"Hello"'
     assert template("{% generation %}{{ messages[0].role }}{% endgeneration %}").render(HELLO) == "user"
-
-
-def test_what_a_user_says_and_the_system_message() -> None:
-    text, templated = text_of(b"Hi", Sampling(form="user", system="Be brief."), template())
-    assert templated
-    assert text.startswith(b"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
-    messages = json.dumps([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]).encode()
-    assert text_of(messages, Sampling(form="messages"), template()) == (text, True)
-
-
-def test_without_a_template_or_with_plain_text_nothing_is_added() -> None:
-    assert text_of(b"Hi", Sampling(form="user", system="S"), None) == (b"S\n\nHi", False)
-    assert text_of(b"Hi \xff", Sampling(), template()) == (b"Hi \xff", False)
-
-
-@pytest.mark.parametrize("prompt", [b"", b"{}", b"[]", b"[1]", b'[{"role": "user"}]', b"\xff", b"[" * 10_000])
-def test_what_is_no_list_of_messages(prompt: bytes) -> None:
-    with pytest.raises(BadPrompt):
-        text_of(prompt, Sampling(form="messages"), template())
 
 
 HOSTILE = [

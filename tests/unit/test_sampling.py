@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,9 @@ class Only:
 
     def accept(self, token: int) -> None:
         assert self.allows(token)
+
+    def apply(self, candidates: Any) -> None:
+        raise AssertionError("there are no native candidates here")
 
 
 def logits_of(seed: int = 1) -> Logits:

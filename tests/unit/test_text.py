@@ -56,6 +56,17 @@ def test_a_stop_string_is_never_half_shown() -> None:
     assert gate.push(4, b"c##") == ([], [], False)
     # It is one: the text before it goes with its token
     assert gate.push(5, b"#d") == ([4], [b"c"], True)
+    assert gate.found == "###"
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "found"),
+    [(["b", "a"], b"xab", "a"), (["ab", "a"], b"xab", "ab"), (["a", "ab"], b"xab", "a"), (["y"], b"xab", "")],
+)
+def test_the_stop_string_that_comes_first_is_the_one_that_ended_it(stops: list[str], text: bytes, found: str) -> None:
+    gate = Gate(stops)
+    gate.push(1, text)
+    assert gate.found == found
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:

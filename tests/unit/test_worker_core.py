@@ -282,6 +282,12 @@ def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
     ]
 
 
+def test_the_end_tells_which_stop_string_it_was() -> None:
+    rig = running(1, 2)
+    rig.on(e.EngineStep([Output(key_of(1), [10], [b"a"], "stop", stop="##"), Output(key_of(2), [20], [b"c"], "stop")]))
+    assert [(end.reason, end.stop) for end in rig.sent(m.End)] == [("stop", "##"), ("stop", "")]
+
+
 def test_indices_go_on_after_the_prefix() -> None:
     rig = joined().say(dispatch(1, prefix=[1, 2, 3]), b"p").step(key_of(1), [4], "stop")
     assert [chunk["first"] for chunk in chunks(rig)] == [3]

@@ -1,0 +1,220 @@
+"""Anthropic's `/v1/messages` and `/v1/messages/count_tokens`: what they read, and what they ask of the mesh.
+
+What is answered is in `anthropic_replies`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llambo.gateway import anthropic_replies as replies
+from llambo.gateway.asking import About, Ask, Prepared, encode
+from llambo.gateway.openai_common import Share, Stop
+from llambo.gateway.own import Own, bounded_schema, own_options
+from llambo.gateway.problems import FieldError
+from llambo.gateway.tools import chat_prompt, tool_options
+from llambo.gateway.turns import Turns
+from llambo.mesh import limits
+from llambo.mesh.client import Client
+from llambo.mesh.client_options import Options
+from llambo.mesh.client_stream import Answer
+from llambo.mesh.tools import NAME
+
+MESSAGES = 4_096
+Name = Annotated[str, Meta(pattern=f"^{NAME.pattern}$")]
+Id = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class Text(msgspec.Struct, tag="text"):
+    text: str
+
+
+class ToolUse(msgspec.Struct, tag="tool_use"):
+    id: Id
+    name: Name
+    input: dict[str, Any] = {}
+
+
+class ToolResult(msgspec.Struct, tag="tool_result"):
+    tool_use_id: Id
+    content: str | list[Text] | None = None
+    is_error: bool | None = None
+
+
+class Message(msgspec.Struct):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Text | ToolUse | ToolResult]
+
+
+class Tool(msgspec.Struct):
+    """`type` is looked at before the rest: a tool that Anthropic would run has other fields."""
+
+    name: Name = ""
+    input_schema: dict[str, Any] | None = None
+    description: str | None = None
+    type: str | None = None
+
+
+class Choice(msgspec.Struct):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Format(msgspec.Struct):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct):
+    format: Format | None = None
+
+
+class CountRequest(Own, kw_only=True):
+    """What makes the prompt: all that is read to count its tokens."""
+
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
+    model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    system: str | list[Text] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)] | None = None
+    tool_choice: Choice | None = None
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    max_tokens: Annotated[int, Meta(ge=1, le=2**31)]
+    stream: bool | None = None
+    stop_sequences: Annotated[list[Stop], Meta(max_length=limits.STOP_STRINGS)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=1.0)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    output_config: OutputConfig | None = None
+
+
+def prepare(asked: MessagesRequest) -> Prepared:
+    if asked.messages[-1].role == "assistant":
+        # A template begins a new turn after it: what was begun would not be gone on with.
+        field = f"messages[{len(asked.messages) - 1}].role"
+        raise FieldError(field, f"{field}: the last message must not be the assistant's; it cannot be continued here")
+    prompt, called = _prompt(asked)
+    tools, most = bool(called), asked.max_tokens
+
+    def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
+        return replies.whole(about, answers[0], tools=tools, max_tokens=most)
+
+    renderer = replies.MessagesRenderer(tools=tools, max_tokens=most) if asked.stream else None
+    return Prepared(Ask(prompt, _options(asked, called)), renderer, whole)
+
+
+async def count(client: Client, asked: CountRequest) -> dict[str, int]:
+    """`/v1/messages/count_tokens`: how many tokens the prompt has, with all that the model's template adds."""
+    prompt, _ = _prompt(asked)
+    found = await client.tokenize(prompt, form="chat", model=asked.model or None)
+    return {"input_tokens": len(found.ids)}
+
+
+def _prompt(asked: CountRequest) -> tuple[str, dict[str, Any]]:
+    """The prompt, of the form `chat`, and what is to be said of its tools beside it: nothing if none may be called."""
+    tools = [_function(tool, f"tools[{number}]") for number, tool in enumerate(asked.tools or ())]
+    called = tool_options(tools, *_choice(asked.tool_choice))
+    return chat_prompt(_conversation(asked), tools, called), called
+
+
+def _options(asked: MessagesRequest, called: dict[str, Any]) -> Options:
+    """`max_tokens` is no more than a bound here: there need not be room for so many."""
+    sampling: dict[str, Any] = {"fit": True, **called}
+    if asked.top_p is not None:
+        sampling["top_p"] = asked.top_p
+    if asked.top_k is not None:
+        sampling["top_k"] = asked.top_k
+    if asked.output_config is not None and asked.output_config.format is not None:
+        sampling["json_schema"] = bounded_schema(asked.output_config.format.schema, "output_config.format.schema")
+    return {
+        **own_options(asked),
+        "model": asked.model or None,
+        "max_tokens": min(asked.max_tokens, limits.MAX_TOKENS),
+        "temperature": asked.temperature,
+        "stop": asked.stop_sequences,
+        "form": "chat",
+        "sampling": sampling,
+    }
+
+
+def _function(tool: Tool, field: str) -> dict[str, Any]:
+    """As OpenAI's chat has it."""
+    if tool.type not in (None, "custom"):
+        raise FieldError(f"{field}.type", f"{field}.type: tools of type {tool.type!r} are not there, only your own")
+    if not tool.name:
+        raise FieldError(f"{field}.name", f"{field}.name: is missing")
+    if tool.input_schema is None:
+        raise FieldError(f"{field}.input_schema", f"{field}.input_schema: is missing")
+    told = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+    return {"type": "function", "function": told}
+
+
+def _choice(choice: Choice | None) -> tuple[str | dict[str, Any], bool]:
+    """As OpenAI's chat has it, and whether several calls in one answer are welcome."""
+    if choice is None:
+        return "auto", True
+    several = not choice.disable_parallel_tool_use
+    if choice.type == "tool":
+        if not choice.name:
+            raise FieldError("tool_choice.name", "tool_choice.name: is missing")
+        return {"type": "function", "function": {"name": choice.name}}, several
+    return {"auto": "auto", "any": "required", "none": "none"}[choice.type], several
+
+
+def _conversation(asked: CountRequest) -> list[dict[str, Any]]:
+    """As the model's template reads it."""
+    turns = Turns(joined=True)
+    system = _joined(asked.system)
+    if system:
+        turns.say("system", system)
+    for number, message in enumerate(asked.messages):
+        _add(turns, message, f"messages[{number}]")
+    if not turns.messages:
+        raise FieldError("messages", "messages: nothing is said in them")
+    return turns.messages
+
+
+def _add(turns: Turns, message: Message, field: str) -> None:
+    if isinstance(message.content, str):
+        turns.say(message.role, message.content)
+        return
+    text: list[str] = []
+    for number, block in enumerate(message.content):
+        at = f"{field}.content[{number}]"
+        match block:
+            case Text(said):
+                text.append(said)
+                continue
+            case ToolUse():
+                _only(message.role, "assistant", at)
+                _flush(turns, message.role, text)
+                turns.call(block.id, block.name, encode(block.input).decode())
+            case ToolResult():
+                _only(message.role, "user", at)
+                _flush(turns, message.role, text)
+                if block.tool_use_id not in turns.calls:
+                    at = f"{at}.tool_use_id"
+                    raise FieldError(at, f"{at}: no tool_use before it has the id {block.tool_use_id[:80]!r}")
+                said = _joined(block.content)
+                turns.result(block.tool_use_id, f"Error: {said}" if block.is_error else said)
+    _flush(turns, message.role, text)
+
+
+def _only(role: str, expected: str, at: str) -> None:
+    if role != expected:
+        raise FieldError(f"{at}.type", f"{at}.type: belongs into a message of the role {expected!r}")
+
+
+def _flush(turns: Turns, role: str, text: list[str]) -> None:
+    if text:
+        turns.say(role, "\n".join(text))
+        text.clear()
+
+
+def _joined(content: str | list[Text] | None) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content or ())

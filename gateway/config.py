@@ -1,0 +1,31 @@
+"""What a gateway can be told, as one immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from llambo.mesh.settings_table import Value
+
+
+class GatewayConfig(msgspec.Struct, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 0
+    tls_cert: str = ""
+    tls_key: str = ""
+    #: Origins whose pages may ask.
+    cors: tuple[str, ...] = ()
+    body_bytes: int = 8 * 1024 * 1024
+    answer_tokens: int = 2_048
+    resume_ms: int = 5_000
+    http_requests: int = 4_096
+    leave_ms: int = 30_000
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Value]) -> GatewayConfig:
+        told = {name: values[name] for name in cls.__struct_fields__ if name in values}
+        origins = tuple(origin.strip() for origin in str(values["http_cors"]).split(",") if origin.strip())
+        return msgspec.convert(
+            {**told, "host": values["http_bind"], "port": values["http_port"], "cors": origins}, type=cls
+        )

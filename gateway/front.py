@@ -1,0 +1,74 @@
+"""What happens to every request before and after anything else: its id, its line in the log, how many are open."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from llambo.gateway.problems import shape_of, told
+from llambo.gateway.replies import reply
+from llambo.mesh.errors import Code, LlamboError, harmless
+
+log = logging.getLogger("llambo.gateway.requests")
+
+HEADER = b"x-request-id"
+#: Where a request's id and its caller's name are kept.
+ID_KEY, CALLER_KEY = "llambo.request_id", "llambo.caller"
+#: An id that somebody else has given, so that his logs and ours tell of the same.
+_GIVEN = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+#: Answered whatever is open: whoever asks these decides whether we live.
+_ALWAYS = ("/healthz", "/readyz", "/metrics")
+
+
+class Front:
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+        self.open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        id = _id_of(scope["headers"])
+        scope[ID_KEY] = id.decode()  # type: ignore[literal-required]
+        status = 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (HEADER, id)]
+            await send(message)
+
+        self.open += 1
+        try:
+            if self.open > self._most and scope["path"] not in _ALWAYS:
+                await self._refuse(scope["path"], tell)
+            else:
+                await self._app(scope, receive, tell)
+        finally:
+            self.open -= 1
+            took_ms = (time.monotonic() - began) * 1_000
+            caller = scope.get(CALLER_KEY)
+            name = getattr(caller, "name", "") or "-"
+            path = harmless(scope["path"])
+            log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
+
+    async def _refuse(self, path: str, send: Send) -> None:
+        error = LlamboError(Code.BUSY, f"{self._most} requests are open here", 1_000)
+        said = told(error, shape_of(path))
+        await reply(send, said.status, said.body, said.headers)
+
+
+def _id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for name, value in headers:
+        if name == HEADER and _GIVEN.fullmatch(value):
+            return value
+    return b"req-" + secrets.token_hex(8).encode()

@@ -1,0 +1,200 @@
+"""Anthropic's messages and OpenAI's responses in front of a mesh: streams that survive, errors in their own shapes,
+and what is remembered of whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llambo.mesh import api_tokens
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.gateway_process import GatewayProcess, data_of, events, id_of
+from tests.integration.harness import Mesh
+
+MESSAGES, COUNT, RESPONSES = "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with Mesh(workers=2, knobs=FakeKnobs(slots=4, tokens_per_s=200, poison="poison")) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def gateway(mesh: Mesh) -> Iterator[GatewayProcess]:
+    with GatewayProcess(mesh.address, "--resume-ms", "2000") as gateway:
+        yield gateway
+
+
+def message(prompt: str = "hello", **more: Any) -> dict[str, Any]:
+    return {"max_tokens": 20, "messages": [{"role": "user", "content": prompt}], "seed": 5, **more}
+
+
+def respond(prompt: str = "hello", **more: Any) -> dict[str, Any]:
+    return {"max_output_tokens": 20, "input": prompt, "seed": 5, **more}
+
+
+def asked(path: str, **more: Any) -> dict[str, Any]:
+    return message(**more) if path == MESSAGES else respond(**more)
+
+
+def text_of(path: str, told: list[bytes]) -> str:
+    """What the deltas of a stream add up to."""
+    found = [data for data in map(data_of, told) if data["type"].endswith("delta") and "usage" not in data]
+    return "".join(data["delta"]["text"] if path == MESSAGES else data["delta"] for data in found)
+
+
+def whole_text(path: str, told: dict[str, Any]) -> str:
+    found = told["content"] if path == MESSAGES else told["output"][0]["content"]
+    return str(found[0]["text"])
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+def test_an_answer_whole_and_streamed_is_the_same(gateway: GatewayProcess, path: str) -> None:
+    whole = gateway.post(path, asked(path))
+    with gateway.open("POST", path, asked(path, stream=True)) as response:
+        assert response.status == 200 and response.getheader("content-type", "").startswith("text/event-stream")
+        told = events(response)
+    assert text_of(path, told) == whole_text(path, whole)
+    last = data_of(told[-2 if path == MESSAGES else -1])
+    usage = last["usage"] if path == MESSAGES else last["response"]["usage"]
+    assert usage == whole["usage"] and usage["output_tokens"] == 20
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+def test_a_client_that_was_cut_off_misses_nothing(gateway: GatewayProcess, path: str) -> None:
+    body = asked(path, stream=True)
+    with gateway.open("POST", path, body) as response:
+        told = events(response, 8)
+    with gateway.open("POST", path, body, last_event_id=id_of(told[-1])) as response:
+        told += events(response)
+    # The whole once more, after its end: byte for byte the same, from the first event after the one that is named.
+    with gateway.open("POST", path, body, last_event_id=id_of(told[0])) as response:
+        assert events(response) == told[1:]
+    assert text_of(path, told) == whole_text(path, gateway.post(path, asked(path)))
+
+
+def test_the_stop_string_that_ended_it_is_told(gateway: GatewayProcess) -> None:
+    text = whole_text(MESSAGES, gateway.post(MESSAGES, message()))
+    third = text.split()[2]
+    told = gateway.post(MESSAGES, message(stop_sequences=["no such thing", third]))
+    assert (told["stop_reason"], told["stop_sequence"]) == ("stop_sequence", third)
+    assert told["content"][0]["text"].split() == text.split()[:2]
+    with gateway.open("POST", MESSAGES, message(stop_sequences=["no such thing", third], stream=True)) as response:
+        ended = data_of(events(response)[-2])
+    assert ended["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": third}
+
+
+def test_tokens_are_counted_before_they_are_sent(gateway: GatewayProcess) -> None:
+    body = {name: value for name, value in message().items() if name != "max_tokens"}
+    few = gateway.post(COUNT, {**body, "model": "fake"}, anthropic_version="2023-06-01")["input_tokens"]
+    many = gateway.post(COUNT, {**body, "system": "be brief " * 100})["input_tokens"]
+    assert 0 < few < many
+    assert gateway.ask("POST", COUNT, {"messages": []})[1]["error"]["message"].startswith("messages: ")
+
+
+# --- what goes wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "begins"),
+    [
+        (message(max_tokens=0), 400, "invalid_request_error", "max_tokens: "),
+        (message(temperature="hot"), 400, "invalid_request_error", "temperature: "),
+        ({"max_tokens": 1}, 400, "invalid_request_error", ""),
+        (message(model="none"), 404, "not_found_error", ""),
+        (b"{", 400, "invalid_request_error", ""),
+        (b"[" * 100_000, 400, "invalid_request_error", ""),
+    ],
+)
+def test_errors_of_messages(gateway: GatewayProcess, body: Any, status: int, kind: str, begins: str) -> None:
+    got, told, headers = gateway.ask("POST", MESSAGES, body)
+    assert (got, told["type"], told["error"]["type"]) == (status, "error", kind)
+    assert told["error"]["message"].startswith(begins) and headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        (respond(max_output_tokens=0), 400, "max_output_tokens"),
+        ({"model": "fake", "input": [{"role": "user", "content": [{"type": "input_file"}]}]}, 400,
+         "input[0].content[0].type"),
+        (respond(previous_response_id="resp_none"), 400, "previous_response_id"),
+        (respond(tools=[{"type": "web_search"}]), 400, "tools[0].type"),
+        (respond(model="none"), 404, "model"),
+        (b"", 400, None),
+    ],
+)  # fmt: skip
+def test_errors_of_responses(gateway: GatewayProcess, body: Any, status: int, field: str | None) -> None:
+    got, told, _ = gateway.ask("POST", RESPONSES, body)
+    assert (got, told["error"]["param"]) == (status, field)
+    assert told["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+def test_an_error_in_the_middle_is_the_last_event(gateway: GatewayProcess, path: str) -> None:
+    with gateway.open("POST", path, asked(path, prompt="poison", stream=True)) as response:
+        assert response.status == 200
+        told = events(response)
+    assert text_of(path, told)
+    last = data_of(told[-1])
+    if path == MESSAGES:
+        assert told[-1].startswith(b"event: error\n")
+        assert (last["type"], last["error"]["type"]) == ("error", "api_error")
+    else:
+        assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+        assert last["response"]["error"]["code"] == "server_error"
+        assert gateway.ask("GET", f"{RESPONSES}/{last['response']['id']}")[0] == 404
+
+
+# --- what is remembered --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_is_fetched_and_forgotten(gateway: GatewayProcess, stream: bool) -> None:
+    if stream:
+        with gateway.open("POST", RESPONSES, respond(stream=True, metadata={"a": "b"})) as response:
+            told = data_of(events(response)[-1])["response"]
+    else:
+        told = gateway.post(RESPONSES, respond(metadata={"a": "b"}))
+    place = f"{RESPONSES}/{told['id']}"
+    assert gateway.get(place) == told and told["metadata"] == {"a": "b"}
+    following = gateway.post(RESPONSES, respond("and?", previous_response_id=told["id"], store=False))
+    assert following["previous_response_id"] == told["id"]
+    # A longer conversation is another prompt: the fake engine counts its words.
+    assert following["usage"]["input_tokens"] > told["usage"]["input_tokens"]
+    assert gateway.ask("GET", f"{RESPONSES}/{following['id']}")[0] == 404
+    assert gateway.ask("DELETE", place)[:2] == (200, {"id": told["id"], "object": "response", "deleted": True})
+    assert gateway.ask("GET", place)[0] == gateway.ask("DELETE", place)[0] == 404
+
+
+def test_responses_belong_to_who_asked(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:1")
+    now = int(time.time())
+    for name in ("alice", "bob", "gateway"):
+        folder.add(Identity(name, "client"), now)
+    alice, bob = [{"x-api-key": api_tokens.issue(folder, name, now)} for name in ("alice", "bob")]
+    with (
+        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=500), keys=folder) as mesh,
+        GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
+    ):
+        status, told, _ = gateway.ask("POST", MESSAGES, message())
+        assert (status, told["error"]["type"]) == (401, "authentication_error")
+        assert gateway.post(MESSAGES, message(), **alice)["content"]
+        mine = gateway.post(RESPONSES, respond(), **alice)
+        place = f"{RESPONSES}/{mine['id']}"
+        assert gateway.ask("GET", place)[0] == 401
+        assert gateway.ask("GET", place, **bob)[0] == gateway.ask("DELETE", place, **bob)[0] == 404
+        status, told, _ = gateway.ask("POST", RESPONSES, respond(previous_response_id=mine["id"]), **bob)
+        assert (status, told["error"]["param"]) == (400, "previous_response_id")
+        assert gateway.get(place, **alice) == mine
