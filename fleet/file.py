@@ -88,7 +88,7 @@ class _Reader:
             if not re.fullmatch(r"[A-Za-z0-9._@:\[\]-]+", said["address"]) or said["address"].startswith("-"):
                 self._bad((*path, "address"), f"address is {said['address']!r}, expected user@host")
             for key in ("memory", "cores"):
-                if not said[key]:
+                if not table.get(key):
                     self._bad(path, f"[hosts.{name}] needs {key}: what another machine has is not looked up")
         return Host(
             name=name, provider=said["provider"], address=said["address"], user=said["user"],
@@ -101,7 +101,7 @@ class _Reader:
         said = self._values({"classes": {name: table}}, path, keys.CLASS, [*told, "fake", "scale"])
         worker = {key: self._value((*path, key), Key(told[key]), raw) for key, raw in table.items() if key in told}
         fake = self._sub(table, (*path, "fake"), {key: Key(row) for key, row in SECTIONS["fake"].items()})
-        if "memory" not in table:
+        if not table.get("memory"):
             self._bad(path, f'[classes.{name}] needs memory: what one worker takes, as memory = "600MiB"')
         least, most = said["min"], said["max"] if "max" in table else max(said["min"], own["max"].setting.default)
         if most < least:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,10 @@ class Key:
     def parse(self, raw: Any) -> Any:
         """ValueError says what was expected."""
         if not self.words:
-            return self.setting.parse(raw)
+            value = self.setting.parse(raw)
+            if self.setting.kind is Kind.BYTES and 0 < int(value) < _MIB:
+                raise ValueError('expected a size, as "600MiB"')
+            return value
         if not isinstance(raw, list) or not all(isinstance(word, str) and word for word in raw):
             raise ValueError("expected a list of texts")
         return tuple(dict.fromkeys(raw))
@@ -70,13 +74,13 @@ HOST = (
     _key("provider", Kind.TEXT, "process", "who keeps what runs there", choices=PROVIDERS),
     _key("address", Kind.TEXT, "", "for ssh, as user@box; empty: this machine"),
     _key("user", Kind.SWITCH, False, "the user's own service manager instead of the machine's"),
-    _key("memory", Kind.BYTES, 0, "memory for workers; 0: all there is, on this machine only", high=2**60),
+    _key("memory", Kind.BYTES, 0, "memory for workers; 0: all there is, on this machine only", high=math.inf),
     _key("cores", Kind.REAL, 0.0, "cores for workers; 0: all there are, on this machine only"),
     _key("labels", Kind.TEXT, "", "what it is or has, in words of yours", words=True),
 )
 #: Of a class as of the broker.
 NODE = (
-    _key("memory", Kind.BYTES, 0, "what one of them takes; no default", low=_MIB, high=2**60),
+    _key("memory", Kind.BYTES, 0, "what one of them takes; no default", high=math.inf),
     _key("cores", Kind.REAL, 0.0, "cores one of them takes; 0: its threads, or else one"),
     _key("cpu_weight", Kind.NUMBER, 100, "its share of a busy processor", low=1, high=10_000),
 )

@@ -48,7 +48,7 @@ class Room:
         if wanted.memory_bytes > left:
             return f"{{host}} has {size(max(left, 0))} left of {size(self.facts.memory_bytes)}"
         cores = self.facts.cores - self.cores
-        if wanted.cores > cores + _SLACK:
+        if wanted.cores and wanted.cores > cores + _SLACK:
             return f"{{host}} has {max(cores, 0.0):.3g} cores left of {self.facts.cores:g}"
         return ""
 

@@ -138,7 +138,11 @@ class _Planner:
         return len(staying)
 
     def _count(self, kept: NodeClass) -> int:
-        there = sum(node.counts for node in self._of.get(kept.name, ()))
+        # Who should not be where he is, and cannot be ended there, would be replaced again each time.
+        there = sum(
+            node.counts and (node.host in kept.hosts or not self._away(node.host))
+            for node in self._of.get(kept.name, ())
+        )
         return self._wanted.counts.get(kept.name, max(kept.min, min(there, kept.max)))
 
     def _retire(self, node: Node, why: str, *, at_once: bool = False) -> None:

@@ -71,7 +71,7 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Tested:
+class Tried:
     """`wrong`: what; empty: it has answered as it should."""
 
     name: str
@@ -97,7 +97,7 @@ class TimePassed:
     pass
 
 
-Fact = Left | Ready | Tested | Died | Away | TimePassed
+Fact = Left | Ready | Tried | Died | Away | TimePassed
 
 
 # --- orders --------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Try:
     name: str
 
 
@@ -128,7 +128,7 @@ class Tell:
     text: str
 
 
-Order = Leave | Begin | Test | Tell
+Order = Leave | Begin | Try | Tell
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ class Rolling:
                 self._left(self._one(name, Step.LEAVING), now_ms)
             case Ready(name):
                 self._to(self._one(name, Step.BEGUN), Step.SETTLING, now_ms)
-            case Tested(name, wrong):
+            case Tried(name, wrong):
                 self._tested(self._one(name, Step.TESTED), wrong, now_ms)
             case Died(name, how):
                 self._died(name, how, now_ms)
@@ -240,7 +240,7 @@ class Rolling:
                 continue
             if node.step is Step.SETTLING:
                 self._to(node, Step.TESTED, now_ms)
-                self._out.append(Test(node.name))
+                self._out.append(Try(node.name))
             else:
                 waited = f"{(now_ms - node.since_ms) / 1000:g} s"
                 late = {

@@ -90,6 +90,11 @@ def of(nodes: int) -> dict[str, Callable[[], Scenario]]:
     hosts = max(2, nodes // EACH + 1)
     return {
         "still": lambda: Scenario(lambda _: third, 0, 2 * HOUR, start=round(third / SLOTS / 0.5)),
+        # A tenth of the workers at 30 %, then so much that it takes five times as many more, then less than a fifth.
+        "as planned": lambda: Scenario(
+            steps((HOUR, 0.03 * slots), (2 * HOUR, 0.31 * slots), (3 * HOUR, 0.105 * slots)), 1, 3 * HOUR,
+            Rules(chance=False), Scaling(shrink_by=nodes // 5), start=nodes // 10, served_ms=HOUR + 10 * MINUTE,
+        ),
         "daily": lambda: Scenario(daily(nodes), 3, 16 * HOUR, start=nodes // 5),
         "spikes": lambda: Scenario(spikes(nodes), 8, 4 * HOUR, start=nodes // 5),
         "slow starts": lambda: Scenario(
@@ -109,7 +114,8 @@ def of(nodes: int) -> dict[str, Callable[[], Scenario]]:
             start=0, served_ms=2 * HOUR,
         ),
         "flapping": lambda: Scenario(
-            lambda _: third, 0, 2 * HOUR, Rules(life_ms=20 * MINUTE, bad_starts=200), start=0, served_ms=HOUR,
+            lambda _: third, 0, 2 * HOUR,
+            Rules(life_ms=20 * MINUTE * max(1, nodes // 1000), bad_starts=200), start=0, served_ms=HOUR,
         ),
         "from zero": lambda: Scenario(
             steps((10 * MINUTE, 0), (HOUR, third), (3 * HOUR, 0)), 2, 3 * HOUR, least=0, served_ms=30 * MINUTE,

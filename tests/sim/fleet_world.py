@@ -33,6 +33,9 @@ Load = Callable[[int], float]
 @dataclass(slots=True)
 class Worker:
     node: Node
+    #: The same in its other states.
+    ready: Node
+    draining: Node
     ready_at: int
     #: It fails then: while it starts, or later; None: it does not.
     dies_at: int | None = None
@@ -92,6 +95,7 @@ class FleetWorld:
         self.changed = True
         self.missing = False
         self.slots_ready = 0
+        self.world = World()
         self.seen = Seen(node_class=self.kept.name, workers=0)
 
     def begin_with(self, count: int) -> None:
@@ -109,8 +113,6 @@ class FleetWorld:
             self._fail()
             if self.changed:
                 self._look()
-                self.changed = True  # so that the plan is looked at, too
-                self.slots_ready = len(self._ready()) * self.kept.slots
             self._serve()
             self._decide()
             counted = self.scaler.counts.get(self.kept.name, 0)
@@ -135,7 +137,8 @@ class FleetWorld:
         came = self._about(self.load(self.now_ms) * share)
         self.done += finished
         self.came += came
-        self.waiting_since.append([self.now_ms, came])
+        if came:
+            self.waiting_since.append([self.now_ms, came])
         present = self.busy - finished + self.waiting + came
         self.busy = min(present, self.slots_ready)
         self.waiting = present - self.busy
@@ -190,11 +193,12 @@ class FleetWorld:
         for decision in decisions:
             self.tell(f"{decision.was} -> {decision.wanted}: {decision.why}")
         if decisions or self.changed or self.missing:
-            self._apply()
+            # What is done now is seen in the next second.
+            self.changed = self._apply()
 
-    def _look(self) -> World:
+    def _look(self) -> None:
         """What there is, after something has changed."""
-        world = self._world()
+        self.world = world = self._world()
         serving = {node.name: (node.node_class, node.host) for node in world.nodes if node.state is NodeState.READY}
         for name in serving:
             self.crashes.ready(name, self.now_ms)
@@ -203,15 +207,14 @@ class FleetWorld:
         room = Placement(world.hosts, world.nodes).fit(self.kept, self.kept.max)
         self.seen = Seen(node_class=self.kept.name, workers=counting, room=room)
         self.missing = counting != self.scaler.counts.get(self.kept.name, counting)
-        self.changed = False
-        return world
+        self.slots_ready = len(serving) * self.kept.slots
 
-    def _apply(self) -> None:
-        world = self._look()
+    def _apply(self) -> bool:
         wanted = plan.Wanted(
             counts=self.scaler.counts, barred=self.crashes.barred(self.now_ms), probed=self.crashes.probed(self.now_ms)
         )
-        for step in plan.make(self.fleet, world, wanted).steps:
+        made = plan.make(self.fleet, self.world, wanted)
+        for step in made.steps:
             worker = self.workers.get(step.name)
             if step.do is plan.Do.SPAWN:
                 self._spawn(step.name, step.host)
@@ -221,7 +224,7 @@ class FleetWorld:
             elif worker is not None and worker.leaves_at is None:
                 worker.leaves_at = self.now_ms + LEAVE_MS
                 heappush(self.due, worker.leaves_at)
-        self._look()
+        return bool(made)
 
     def _spawn(self, name: str, host: str) -> None:
         rules, kept = self.rules, self.kept
@@ -236,28 +239,19 @@ class FleetWorld:
             name=name, node_class=kept.name, host=host, fingerprint=kept.fingerprint(), state=NodeState.STARTING,
             slots=kept.slots, memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=self.now_ms,
         )  # fmt: skip
-        self.workers[name] = Worker(node, ready_at, dies_at)
+        ready, draining = (replace(node, state=state) for state in (NodeState.READY, NodeState.DRAINING))
+        self.workers[name] = Worker(node, ready, draining, ready_at, dies_at)
         for at in (ready_at, dies_at):
             if at is not None:
                 heappush(self.due, at)
 
     # --- what is seen --------------------------------------------------------------------------------------
 
-    def _ready(self) -> list[Worker]:
-        return [one for one in self.workers.values() if one.ready_at <= self.now_ms and one.leaves_at is None]
-
     def _world(self) -> World:
-        ready = len(self._ready())
-        each, rest = divmod(round(self.busy), ready) if ready else (0, 0)
-        nodes = []
-        for worker in self.workers.values():
-            if worker.leaves_at is not None:
-                nodes.append(replace(worker.node, state=NodeState.DRAINING))
-            elif worker.ready_at > self.now_ms:
-                nodes.append(worker.node)
-            else:
-                nodes.append(replace(worker.node, state=NodeState.READY, busy=each + (rest > 0)))
-                rest -= 1
+        nodes = (
+            one.draining if one.leaves_at is not None else one.node if one.ready_at > self.now_ms else one.ready
+            for one in self.workers.values()
+        )
         return World(tuple(nodes), self.hosts)
 
     def tell(self, text: str) -> None:
