@@ -71,10 +71,12 @@ class Hosts:
             case Begin(name, fingerprint):
                 self.runs[name] = fingerprint
                 self.order.append(name)
-                how = self.bad.get((name, fingerprint), "")
-                return {"": [Ready(name)], "dies": [Died(name, "ended with status 1")], "hangs": []}.get(
-                    how, [Ready(name)]
-                )
+                match self.bad.get((name, fingerprint)):
+                    case "dies":
+                        return [Died(name, "ended with status 1")]
+                    case "hangs":
+                        return []
+                return [Ready(name)]
             case Try(name):
                 how = self.bad.get((name, self.runs[name]), "")
                 if not how:
@@ -142,8 +144,9 @@ def test_the_first_bad_one_ends_it_and_it_rolls_back(how: str, why: str, after_m
 
 def test_one_that_dies_after_it_was_proved_ends_it_too() -> None:
     work = rolling(2)
-    for fact, now_ms in [(TimePassed(), 0), (Left("tiny-0001"), 0), (Ready("tiny-0001"), 0), (TimePassed(), 3_000)]:
-        work.handle(fact, now_ms)
+    for fact in (TimePassed(), Left("tiny-0001"), Ready("tiny-0001")):
+        work.handle(fact, 0)
+    work.handle(TimePassed(), 3_000)
     assert work.handle(Tried("tiny-0001"), 3_100)[-1] == Leave("tiny-0002")
     work.handle(Died("tiny-0001", "was killed by SIGSEGV"), 3_200)
     assert work.stopped == "tiny-0001: was killed by SIGSEGV" and not work.over
