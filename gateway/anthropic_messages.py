@@ -13,7 +13,7 @@ from msgspec import Meta
 from llambo.gateway import anthropic_replies as replies
 from llambo.gateway.asking import About, Ask, Prepared, encode
 from llambo.gateway.openai_common import Share, Stop
-from llambo.gateway.own import Own, bounded_schema, called, own_options, prompt_of
+from llambo.gateway.own import Own, bounded, bounded_schema, called, own_options, prompt_of
 from llambo.gateway.problems import FieldError
 from llambo.gateway.tools import Tool
 from llambo.gateway.turns import Turns
@@ -152,7 +152,8 @@ def _function(tool: GivenTool, field: str) -> Tool:
         raise FieldError(f"{field}.name", f"{field}.name: is missing")
     if tool.input_schema is None:
         raise FieldError(f"{field}.input_schema", f"{field}.input_schema: is missing")
-    told = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+    parameters = bounded(tool.input_schema, f"{field}.input_schema")
+    told = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
     return {"type": "function", "function": told}
 
 
@@ -195,7 +196,7 @@ def _add(turns: Turns, message: Message, field: str) -> None:
             case ToolUse():
                 _only(message.role, "assistant", at)
                 _flush(turns, message.role, text)
-                turns.call(block.id, block.name, encode(block.input).decode())
+                turns.call(block.id, block.name, encode(bounded(block.input, f"{at}.input")).decode())
             case ToolResult():
                 _only(message.role, "user", at)
                 _flush(turns, message.role, text)

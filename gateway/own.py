@@ -35,8 +35,20 @@ def own_options(asked: Own) -> Options:
     }
 
 
+def bounded(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """What a caller may nest: it is written out again, here and by the worker, where there is less room for it."""
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    while waiting:
+        each, level = waiting.pop()
+        if level > limits.GRAMMAR_DEPTH:
+            raise FieldError(field, f"{field}: nested more than {limits.GRAMMAR_DEPTH} deep")
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        waiting += [(one, level + 1) for one in inner]
+    return value
+
+
 def bounded_schema(schema: dict[str, Any], field: str) -> str:
-    text = schema_text(schema)
+    text = schema_text(bounded(schema, field))
     if len(text) > limits.GRAMMAR_CHARS:
         raise FieldError(field, f"{field}: {len(text)} characters of JSON, {limits.GRAMMAR_CHARS} may be")
     return text

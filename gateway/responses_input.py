@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from llambo.gateway.openai_common import Share
-from llambo.gateway.own import Own, bounded_schema, own_options
+from llambo.gateway.own import Own, bounded, bounded_schema, own_options
 from llambo.gateway.problems import FieldError, unread
 from llambo.gateway.tools import Tool
 from llambo.gateway.turns import Turns
@@ -196,7 +196,8 @@ def _function(tool: GivenTool, field: str) -> Tool:
         raise FieldError(f"{field}.type", f"{field}.type: tools of type {tool.type!r} are not there, only functions")
     if not tool.name:
         raise FieldError(f"{field}.name", f"{field}.name: is missing")
-    told = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters or {}}
+    parameters = bounded(tool.parameters or {}, f"{field}.parameters")
+    told = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
     return {"type": "function", "function": told}
 
 

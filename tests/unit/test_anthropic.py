@@ -131,6 +131,9 @@ def test_a_schema_for_the_answer() -> None:
     assert refused({"output_config": long}).field == "output_config.format.schema"
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"properties": DEEP}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 
 
@@ -160,6 +163,10 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": "x", "input_schema": DEEP}]}, "tools[0].input_schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": DEEP}}}, "output_config.format.schema"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": DEEP}]},
+                       user()]}, "messages[0].content[0].input"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "all"}}, "tool_choice.type"),

@@ -127,6 +127,9 @@ def test_formats() -> None:
     assert ready(text=wanted).whole(ABOUT, [answer("{}")])["text"] == wanted
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"properties": DEEP}
 CALLED = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
 
 
@@ -155,6 +158,7 @@ CALLED = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a", "parameters": DEEP}]}, "tools[0].parameters"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice.type"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
