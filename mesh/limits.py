@@ -80,5 +80,11 @@ SLOTS_PER_WORKER = 16_384
 #: Chunks kept out of order while a gap before them is repaired.
 STASH_CHUNKS = 64
 
+#: The longest lease: so long a broker that has just begun waits before it believes that nobody has one.
+LEASE_MS = 5_000
+#: Leases a broker keeps, and models that one may promise.
+LEASES = 16
+PROMISED_MODELS = 1_000
+
 #: What the broker remembers about one request's life.
 STORY_ENTRIES = 64
