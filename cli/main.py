@@ -10,6 +10,7 @@ from llambo.cli.options import settings_options
 
 COMMANDS = (
     "send",
+    "chat",
     "attach",
     "cancel",
     "status",
@@ -21,6 +22,9 @@ COMMANDS = (
     "why",
     "events",
     "drain",
+    "shell",
+    "top",
+    "bridge",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")
 

@@ -24,7 +24,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp
 
 import llambo
-from llambo.gateway import anthropic_messages, embeddings, models, openai_chat, openai_completions, responses
+from llambo.gateway import anthropic_messages, board, embeddings, models, openai_chat, openai_completions, responses
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
@@ -35,6 +35,7 @@ from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import Later, Streaming, Whole
 from llambo.gateway.responses_input import ResponsesRequest
 from llambo.gateway.responses_store import Store
+from llambo.gateway.watching import Watches
 from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
 from llambo.mesh.client import Client
 from llambo.mesh.errors import LlamboError
@@ -249,8 +250,9 @@ V1 = [
 def make_app(gateway: Gateway) -> Front:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
+    pages = board.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), healthz, readyz, openapi],
+        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), healthz, readyz, openapi, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,

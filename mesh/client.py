@@ -23,6 +23,7 @@ from itertools import count
 from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
+import msgspec
 import zmq
 
 from llambo.mesh import client_events as e
@@ -217,13 +218,21 @@ class Client(TaskCalls):
         """What happened in the mesh after event number `since`."""
         return await self._list("events", str(since))
 
+    async def recent(self, since: int = 0) -> dict[str, Any]:
+        """How the mesh was in each second after sample number `since`, five minutes at the most, and what has ended."""
+        return await self._map("recent", str(since))
+
     async def why(self, id: str) -> dict[str, Any]:
         """The story of one request. A unique prefix of its id will do."""
         return await self._map("why", id)
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
         """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
-        return await self._question(lambda number: e.Drain(number, worker, undo, move), "drain", dict[str, Any])
+        return await self._question(lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", dict[str, Any])
+
+    async def lease(self, lease: m.Lease) -> dict[str, Any]:
+        """Ask to be the only one who does something: `granted`, `by`, `left_ms`. Its `query` is chosen here."""
+        return await self._question(lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", dict[str, Any])
 
     @property
     def counters(self) -> Counters:
@@ -312,10 +321,10 @@ class Client(TaskCalls):
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
             self._tell_link("")
-        elif problem is not None and not (error := self._error(problem)).retryable:
-            reject(self._welcomed, error)
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
             self._tell_link(problem.text or "no answer")
+        elif problem is not None and not (error := self._error(problem)).retryable:
+            reject(self._welcomed, error)
 
     def _tell_link(self, lost: str) -> None:
         """Only what is news: each try to connect anew changes the link as well."""
