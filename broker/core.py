@@ -24,6 +24,7 @@ from llambo.broker import (
     draining,
     ending,
     housekeeping,
+    leases,
     membership,
     queries,
     suspicion,
@@ -66,6 +67,7 @@ CLIENT_RULES: dict[type[m.Message], ClientRule] = {
     m.EndAck: lambda state, client, said, blob, now_ms: admission.acknowledge(state, client, said),
     m.Query: lambda state, client, said, blob, now_ms: queries.answer(state, client, said, now_ms),
     m.DrainWorker: lambda state, client, said, blob, now_ms: queries.drain(state, client, said, now_ms),
+    m.Lease: lambda state, client, said, blob, now_ms: leases.asked(state, client, said, now_ms),
     m.Goodbye: lambda state, client, said, blob, now_ms: membership.lose_client(state, client, now_ms),
 }
 

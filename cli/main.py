@@ -10,6 +10,7 @@ from llambo.cli.options import settings_options
 
 COMMANDS = (
     "send",
+    "chat",
     "attach",
     "cancel",
     "status",
@@ -22,6 +23,9 @@ COMMANDS = (
     "events",
     "metrics",
     "drain",
+    "shell",
+    "top",
+    "bridge",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")
 

@@ -55,6 +55,7 @@ BROKER_ORDER = [
     "access",
     "accounts",
     "draining",
+    "leases",
     "adoption",
     "returning",
     "orphanage",
@@ -69,6 +70,7 @@ BROKER_ORDER = [
     "meter",
     "metrics",
     "queries",
+    "history",
     "gate",
     "config",
     "invariants",
@@ -107,6 +109,26 @@ def process_metrics() -> str:
     from llambo.mesh.standing import TABLE
 
     return table(TABLE)
+
+
+def fleet_keys() -> str:
+    """What may stand in fleet.toml, by table; the settings of workers and of the broker are told elsewhere."""
+    from llambo.fleet import keys
+
+    tables = (
+        ("[fleet]", keys.FLEET),
+        ("[hosts.NAME]", keys.HOST),
+        ("[classes.NAME]", keys.CLASS),
+        ("[broker]", keys.BROKER_KEYS),
+        ("[scale] or [classes.NAME.scale]", keys.SCALE),
+    )
+    lines = []
+    for title, known in tables:
+        lines += [f"\n`{title}`\n", "| key | default | |", "| --- | --- | --- |"]
+        for key in known:
+            default = key.setting.show(key.setting.default) or "(empty)"
+            lines.append(f"| `{key.name}` | {default} | {key.setting.help} |")
+    return "\n".join(lines).strip()
 
 
 def link_states() -> str:
@@ -176,6 +198,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "client-states": client_states,
     "engine-states": engine_states,
     "gateway-metrics": gateway_metrics,
+    "fleet-keys": fleet_keys,
     "link-states": link_states,
     "process-metrics": process_metrics,
     "request-states": request_states,

@@ -24,7 +24,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp
 
 import llambo
-from llambo.gateway import anthropic_messages, embeddings, models, openai_chat, openai_completions, responses
+from llambo.gateway import anthropic_messages, board, embeddings, models, openai_chat, openai_completions, responses
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
@@ -36,6 +36,7 @@ from llambo.gateway.replies import CODE_KEY, Later, Streaming, Whole
 from llambo.gateway.responses_input import ResponsesRequest
 from llambo.gateway.responses_store import Store
 from llambo.gateway.telemetry import Telemetry
+from llambo.gateway.watching import Watches
 from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
 from llambo.mesh import metrics
 from llambo.mesh.client import Client
@@ -186,13 +187,17 @@ async def stream(socket: WebSocket[Any, Any, Any]) -> None:
     gateway = gateway_of(socket)
     offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
-    most = gateway.config.answer_tokens
+    most, caller = gateway.config.answer_tokens, caller_of(socket)
+
+    def read(kind: Any, body: bytes) -> Any:
+        return msgspec.structs.replace(_decoder(kind)(body), stream=True)
+
     apis: Apis = {
-        "chat": lambda body: openai_chat.prepare(
-            msgspec.structs.replace(_decoder(openai_chat.ChatRequest)(body), stream=True), most
-        ),
+        "chat": lambda body: openai_chat.prepare(read(openai_chat.ChatRequest, body), most),
+        "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
+        "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
     }
-    await Conversation(socket, caller_of(socket), gateway.feeds, apis).run()
+    await Conversation(socket, caller, gateway.feeds, apis).run()
 
 
 # --- Anthropic -----------------------------------------------------------------------------------------------
@@ -264,8 +269,9 @@ OWN = [healthz, readyz, page_of_metrics, openapi]
 def make_app(gateway: Gateway) -> Front:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
+    pages = board.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), *OWN],
+        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), *OWN, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,

@@ -220,6 +220,9 @@ class SyncClient:
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         return self.run(self._client.events(since))
 
+    def recent(self, since: int = 0) -> dict[str, Any]:
+        return self.run(self._client.recent(since))
+
     def metrics(self) -> str:
         return self.run(self._client.metrics())
 

@@ -18,7 +18,8 @@ LAYERS = {
     "systemd": set[str](),
     "gateway": {"mesh"},
     "fleet": {"mesh"},
-    "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet"},
+    "bridge": {"mesh"},
+    "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet", "bridge"},
 }
 #: The world: sockets, clocks, chance, threads. A core is given what it needs of it.
 WORLD = {
