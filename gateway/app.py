@@ -61,10 +61,13 @@ class Gateway:
         digest = hashlib.blake2b(request.url.path.encode() + b"\n" + await request.body(), digest_size=16).digest()
         seen = request.headers.get("last-event-id")
         renderer = prepared.renderer
-        if renderer is None:
-            return Whole(self.feeds, await self.feeds.begin(caller, prepared.ask), prepared.whole)
-        if not seen:
-            return Streaming(self.feeds, await self.feeds.begin(caller, prepared.ask, digest), renderer)
+        if renderer is None or not seen:
+            feed = await self.feeds.begin(caller, prepared.ask, digest if renderer is not None else b"")
+            route = request.url.path
+            self.feeds.trace(feed, f"POST {route}", request.headers, route)
+            if renderer is None:
+                return Whole(self.feeds, feed, prepared.whole)
+            return Streaming(self.feeds, feed, renderer)
         if prepared.ask.choices > 1 or prepared.ask.more:
             raise FieldError("Last-Event-ID", "Last-Event-ID: a stream of several answers cannot be resumed")
         id, created, skip = place_of(seen)
@@ -72,6 +75,8 @@ class Gateway:
 
     async def close(self, app: Litestar) -> None:
         self.feeds.close()
+        if self.feeds.traces is not None:
+            await self.feeds.traces.close()
         await self.access.close()
 
 
