@@ -17,6 +17,8 @@ from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
+from llambo.broker.events import Counted
+from llambo.broker.meter import Meter
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
@@ -118,6 +120,17 @@ class Early:
     due: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lease:
+    holder: bytes
+    #: What the holder calls himself.
+    by: str
+    until: int
+    promised: frozenset[str]
+    #: Session and number of the question that was answered last.
+    seen: tuple[bytes, int]
+
+
 class State:
     def __init__(self, config: BrokerConfig, chance: Chance) -> None:
         self.config = config
@@ -149,12 +162,17 @@ class State:
         self.running: dict[bytes, Request] = {}
         #: Requests of other brokers, by workers that run them still.
         self.orphanage = Orphanage()
+        #: By what they are for.
+        self.leases: dict[str, Lease] = {}
         #: What may yet make sense, since we have only just begun; see admission.py.
         self.early: dict[tuple[bytes, bytes], Early] = {}
         self.archive = Archive(config.tombstones, config.detached_bytes, config.detached_ms)
         #: Bytes set aside for live requests, transcripts and prompts.
         self.reserved = 0
         self.counters = Counters()
+        self.meter = Meter()
+        #: What the shell has counted.
+        self.seen = Counted()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
         #: Taken away by the shell; what it does not take makes room.
@@ -178,6 +196,10 @@ class State:
         nothing of an answer is sent on control but in reply, to who has just spoken from there.
         """
         return self.identities is None or self.speaker == client.session
+
+    def is_promised(self, model: str) -> bool:
+        """Somebody who can has said that its workers come when they are asked for."""
+        return any(model in lease.promised for lease in self.leases.values())
 
     def identity(self, user: str) -> Identity | None:
         return ANYONE if self.identities is None else self.identities.get(user)
