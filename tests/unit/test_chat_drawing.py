@@ -224,7 +224,7 @@ def test_a_block_that_is_too_long_is_cut() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.lists(st.sampled_from(["a", "bb", ""]), max_size=3), st.lists(st.sampled_from("xyz"), max_size=6)),
+        st.tuples(st.lists(st.sampled_from(["a", "bb", ""]), max_size=3), st.lists(st.sampled_from("xyz"), max_size=14)),
         max_size=12,
     )
 )
