@@ -21,7 +21,11 @@ COMMANDS = (
     "requests",
     "why",
     "events",
+    "metrics",
     "drain",
+    "shell",
+    "top",
+    "bridge",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")
 
