@@ -244,6 +244,8 @@ _BROKER = (
          high=_LONGEST_MS),
     _row("broker.young_ms", Kind.MS, 5_000, "after its start it waits so long before it refuses what it does not know",
          high=_LONGEST_MS),
+    _row("broker.metrics", Kind.TEXT, "", "host:port where Prometheus may ask, such as 127.0.0.1:9330; empty: nowhere"),
+    _row("broker.metrics_token", Kind.TEXT, "", "file with the token that it has to show; needed beyond this machine"),
     _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
 )  # fmt: skip
 _WORKER = (
@@ -321,15 +323,26 @@ _GATEWAY = (
     _row("gateway.http_requests", Kind.NUMBER, 4_096, "requests that may be open at a time; more are refused", low=1),
     _row("gateway.leave_ms", Kind.MS, 30_000, "how long open requests get to finish at exit", high=_LONGEST_MS),
 )  # fmt: skip
+_BRIDGE = (
+    _row("bridge.socket", Kind.TEXT, "", "path of the Unix socket; empty: llambo-bridge.sock in the runtime folder",
+         name="bridge_socket"),
+    _row("bridge.tcp", Kind.NUMBER, -1, "TCP port on loopback, in place of the socket; 0 takes any, -1 none",
+         name="bridge_tcp", low=-1, high=65_535),
+    _row("bridge.connections", Kind.NUMBER, 256, "connections at a time", name="bridge_connections", low=1),
+    _row("bridge.in_flight", Kind.NUMBER, 16, "answers under way on one connection", name="bridge_in_flight", low=1),
+    _row("bridge.line_bytes", Kind.BYTES, _MIB, "longest line, or msgpack object", name="bridge_line_bytes", low=1024),
+    _row("bridge.leave_ms", Kind.MS, 10_000, "how long answers get to finish at exit", name="bridge_leave_ms",
+         high=_LONGEST_MS),
+)  # fmt: skip
 
-TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _GATEWAY + _FAKE
+TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _GATEWAY + _BRIDGE + _FAKE
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
 BY_ENV: dict[str, list[Setting]] = {
     env: [setting for setting in TABLE if setting.env == env] for env in sorted({setting.env for setting in TABLE})
 }
 SECTIONS: dict[str, dict[str, Setting]] = {
     section: {setting.key: setting for setting in TABLE if setting.section == section}
-    for section in ("mesh", "broker", "worker", "client", "gateway", "fake")
+    for section in ("mesh", "broker", "worker", "client", "gateway", "bridge", "fake")
 }
 
 
