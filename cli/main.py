@@ -10,6 +10,7 @@ from llambo.cli.options import settings_options
 
 COMMANDS = (
     "send",
+    "chat",
     "attach",
     "cancel",
     "status",
@@ -20,7 +21,10 @@ COMMANDS = (
     "requests",
     "why",
     "events",
+    "metrics",
     "drain",
+    "shell",
+    "top",
     "bridge",
 )
 LOCAL = ("config", "up", "gateway", "keys", "systemd")

@@ -244,6 +244,8 @@ _BROKER = (
          high=_LONGEST_MS),
     _row("broker.young_ms", Kind.MS, 5_000, "after its start it waits so long before it refuses what it does not know",
          high=_LONGEST_MS),
+    _row("broker.metrics", Kind.TEXT, "", "host:port where Prometheus may ask, such as 127.0.0.1:9330; empty: nowhere"),
+    _row("broker.metrics_token", Kind.TEXT, "", "file with the token that it has to show; needed beyond this machine"),
     _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
 )  # fmt: skip
 _WORKER = (
