@@ -22,7 +22,7 @@ COMMANDS = (
     "events",
     "drain",
 )
-LOCAL = ("config", "up", "gateway", "keys", "systemd")
+LOCAL = ("config", "up", "fleet", "gateway", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
