@@ -28,6 +28,8 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may have a lease")
         case m.Query(what="events") if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may read what happened to others")
+        case m.Query(what="metrics") if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may read the metrics")
         case m.InferenceRequest(id) if not _is_own(state, client, id):
             return ErrorInfo(Code.BAD_REQUEST, f"the id {id.hex()} is taken; choose a random one")
         case m.Attach(id) | m.Cancel(id) | m.Replay(id) if not _is_own(state, client, id):

@@ -323,5 +323,6 @@ def _refuse(state: State, client: ClientEntry, id: bytes, code: Code, text: str)
 
 def _turn_down(state: State, client: ClientEntry, id: bytes, reason: str, error: ErrorInfo) -> None:
     state.counters.refused += 1
+    state.meter.refused(str(reason))
     state.accounts.of(client.identity.name).refused[str(reason)] += 1
     state.out.append(ToClient(client.route, client.session, m.Problem(error, id)))

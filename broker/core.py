@@ -33,6 +33,7 @@ from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
     ClientSaid,
+    Counted,
     Event,
     KeysChanged,
     RouteGone,
@@ -105,6 +106,8 @@ class BrokerCore:
                 self._route_gone(route, to_worker, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
+            case Counted():
+                state.seen = event
             case StopAsked(reason):
                 membership.say_goodbye(state, reason)
             case _:

@@ -3,7 +3,8 @@
 status     the whole picture in numbers           workers   one entry each
 models     name, workers, slots, waiting          requests  the live ones
 why ID     the story of one request               find ID   full ids for a unique prefix
-events N   what happened after number N     recent N  samples of each second, and what has ended, after sample N
+events N   what happened after number N           metrics   the page for Prometheus
+recent N   samples of each second, and what has ended, after sample N
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker import draining, history, speed
+from llambo.broker import draining, history, metrics, speed
 from llambo.broker.accounts import Account
 from llambo.broker.actions import ToClient
 from llambo.broker.archive import Ended
@@ -162,7 +163,7 @@ def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dic
 def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
     return {
         "worker": worker.name,
-        "state": _worker_state(worker),
+        "state": worker.condition,
         "class": worker.hello.node_class,
         "host": worker.hello.host,
         "pid": worker.hello.pid,
@@ -181,18 +182,6 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
         "note": worker.last.note,
         "slow": worker.slow_note,
     }
-
-
-def _worker_state(worker: WorkerEntry) -> str:
-    if worker.draining or worker.state == "draining":
-        return "draining" if worker.claims or worker.busy else "drained"
-    if worker.state == "starting":
-        return "loading"
-    if not worker.echo:
-        return "joining"
-    if worker.ejected:
-        return "slow"
-    return ("trial" if worker.trial else worker.state) if worker.tokens_up else "mending"
 
 
 def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
@@ -305,4 +294,5 @@ QUERIES: dict[str, Callable[[State, str, int, Identity], Any]] = {
     "find": find,
     "events": events,
     "recent": history.recent,
+    "metrics": metrics.asked,
 }

@@ -17,6 +17,8 @@ from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
+from llambo.broker.events import Counted
+from llambo.broker.meter import Meter
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
@@ -31,8 +33,6 @@ Chance = Callable[[int], bytes]
 ALARMS_KEPT = 256
 #: Lines for the log that are kept until the shell writes them.
 REPORTS_KEPT = 256
-#: Samples of how the mesh was: five minutes.
-SAMPLES_KEPT = 300
 Alarm = Literal["repair", "deadline", "adopt"]
 
 
@@ -168,8 +168,11 @@ class State:
         #: Bytes set aside for live requests, transcripts and prompts.
         self.reserved = 0
         self.counters = Counters()
+        self.meter = Meter()
+        #: What the shell has counted.
+        self.seen = Counted()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
-        self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+        self.samples: deque[Sample] = deque(maxlen=config.samples)
         #: Taken away by the shell; what it does not take makes room.
         self.reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
         self.rate = 0.0  # requests ended per second, smoothed, for retry-after

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llambo.mesh.metrics import table
 from llambo.mesh.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,11 @@ BROKER_ORDER = [
     "ports",
     "porter",
     "zap",
+    "chance",
+    "window",
+    "http",
+    "meter",
+    "metrics",
     "queries",
     "history",
     "gate",
@@ -84,6 +90,44 @@ def settings() -> str:
         for key, row in known.items():
             default = row.show(row.default) or "(empty)"
             lines.append(f"| `{key}` | `{row.flag}` | `{row.env}` | {default} | {row.help} |")
+    return "\n".join(lines).strip()
+
+
+def broker_metrics() -> str:
+    from llambo.broker.metrics import TABLE
+
+    return table(TABLE)
+
+
+def gateway_metrics() -> str:
+    from llambo.gateway.telemetry import TABLE
+
+    return table(TABLE)
+
+
+def process_metrics() -> str:
+    from llambo.mesh.standing import TABLE
+
+    return table(TABLE)
+
+
+def fleet_keys() -> str:
+    """What may stand in fleet.toml, by table; the settings of workers and of the broker are told elsewhere."""
+    from llambo.fleet import keys
+
+    tables = (
+        ("[fleet]", keys.FLEET),
+        ("[hosts.NAME]", keys.HOST),
+        ("[classes.NAME]", keys.CLASS),
+        ("[broker]", keys.BROKER_KEYS),
+        ("[scale] or [classes.NAME.scale]", keys.SCALE),
+    )
+    lines = []
+    for title, known in tables:
+        lines += [f"\n`{title}`\n", "| key | default | |", "| --- | --- | --- |"]
+        for key in known:
+            default = key.setting.show(key.setting.default) or "(empty)"
+            lines.append(f"| `{key.name}` | {default} | {key.setting.help} |")
     return "\n".join(lines).strip()
 
 
@@ -150,9 +194,13 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "broker-files": broker_files,
+    "broker-metrics": broker_metrics,
     "client-states": client_states,
     "engine-states": engine_states,
+    "gateway-metrics": gateway_metrics,
+    "fleet-keys": fleet_keys,
     "link-states": link_states,
+    "process-metrics": process_metrics,
     "request-states": request_states,
     "run-states": run_states,
     "settings": settings,
