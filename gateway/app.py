@@ -29,6 +29,7 @@ from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.document import completed
 from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
@@ -251,7 +252,8 @@ async def openapi(request: BodyRequest) -> Response[bytes]:
 
 @cache
 def _document(app: Litestar) -> bytes:
-    return encode(app.openapi_schema.to_schema())
+    gateway: Gateway = app.state.gateway
+    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.wants_tokens))
 
 
 # --- putting it together -------------------------------------------------------------------------------------
