@@ -8,7 +8,7 @@ CSS = """
 
 #panes { height: 1fr; layout: vertical; }
 #panes > * { height: 2fr; border: round $secondary; border-title-align: left; }
-#panes > #events { height: 1fr; }
+#panes > #events { height: 1fr; min-height: 4; }
 #panes > *:focus { border: round $accent; border-title-style: bold; }
 #panes > DataTable { scrollbar-size-horizontal: 0; }
 #panes.stale > * { opacity: 60%; }
