@@ -136,7 +136,7 @@ class Top(App[None]):
 
     def _take(self, snapshot: core.Snapshot) -> None:
         self.snapshot = snapshot
-        self._curves.add(snapshot.status)
+        self._curves.add(snapshot.samples)
         self._events.extend(core.happened(snapshot.events, time.time()))
         self.show()
 
@@ -182,6 +182,7 @@ class Top(App[None]):
         else:
             self._gatherer.forget()
             self._events.clear()
+            self._curves.clear()
             self._linked.set()
         self._show_head()
 
