@@ -6,6 +6,7 @@ Every text from others is a `Text`, never a string that would be read for markup
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -64,7 +65,10 @@ class Top(App[None]):
     ]
 
     def __init__(self, client: Client, *, every_s: float = 0.5) -> None:
-        super().__init__()
+        # Without colours: not those of a theme in grey, but those of the terminal, whatever it has.
+        super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
+        if self.no_color:
+            self.add_class("plain")
         #: What ended it, if it was not a person.
         self.failure: LlamboError | None = None
         #: Of the last look. None: there was none yet.
