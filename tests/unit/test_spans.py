@@ -31,7 +31,7 @@ def test_queue_dispatch_prefill_and_decode() -> None:
         (130, "worker done", "9 tokens, length"),
         (131, "ended", "9 tokens, length"),
     )
-    on = {"llambo.worker": "w-1", "llambo.attempt": 1, "llambo.first": 0}
+    on: dict[str, str | int | float | bool] = {"llambo.worker": "w-1", "llambo.attempt": 1, "llambo.first": 0}
     assert spans(told, USAGE) == [
         Span("queue", 0, 40),
         Span("dispatch", 40, 45, on),
