@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,84 @@ def test_an_apply_that_is_killed_is_gone_on_with_and_two_are_not_at_work_at_once
     # A lock that somebody holds is all that keeps others off: none is left of whoever was killed.
     with (site.state / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    site.ok("down")
+
+
+RUN = """
+[hosts.here]
+memory = "4GiB"
+cores = 8
+
+[broker]
+port = 0
+
+[scale]
+grow_after_ms = 1000
+wait_ms = 500
+shrink_after_ms = 2000
+shrink_pause_ms = 1000
+idle_ms = 2000
+
+[classes.tiny]
+engine = "fake"
+memory = "100MiB"
+cores = 0.5
+slots = 2
+max = 4
+min = 1
+fake.tokens_per_s = 50
+
+[classes.bad]
+engine = "llama"
+model = "/nowhere/x.gguf"
+memory = "100MiB"
+min = 1
+"""
+
+
+def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
+    site.write(RUN)
+    with Running(LLAMBO, "fleet", "run", *site.flags()) as running:
+        running.line("tiny-0001 is ready")
+        mesh = site.mesh()
+        with ExitStack() as all_of_them:
+            words = ("send", "--max-tokens", "200")
+            asking = [all_of_them.enter_context(mesh.start(*words, f"number {number}")) for number in range(8)]
+            running.line(r"tiny: scaling up from 1 to (3|4): ")
+            running.line(r"tiny-000[234] is ready")
+            for one in asking:
+                assert one.end() == 0, one.story("it failed")
+        running.line(r"tiny: scaling down from \d to 1: at most \d+ % of \d+ slots wanted in 2 s, less than 20 %")
+        running.line("tiny-000[1234] has left")
+
+        # What cannot run is tried less and less often, told with its words, and harms nobody.
+        running.line("bad keeps failing on here, 3 times in a row; again in 4 s", 40)
+        told = site.ok("status")
+        assert "bad keeps failing on here: " in told.out and "there is no file /nowhere/x.gguf" in told.out, told.story
+
+        # Nobody else changes anything meanwhile; how many there shall be is told to it.
+        assert "another `llambo fleet` is at work" in site.fleet("apply").err
+        assert "told to the orchestrator" in site.ok("scale", "tiny=2").out
+        running.line("tiny: 2 are wanted, somebody says")
+        site.write(RUN.replace("max = 4", "max = "))
+        running.line(r"the file is left as it was: .*fleet.toml is not TOML")
+        site.write(RUN)
+        running.signal(signal.SIGKILL)
+        running.end()
+
+    before = set(site.processes())
+    with Running(LLAMBO, "fleet", "run", *site.flags()) as running:
+        running.line("keeping fleet")
+        running.line("bad keeps failing on here, 3 times in a row", 40)
+        nodes = site.nodes()
+        assert {node["pid"] for name, node in nodes.items() if name[:3] != "bad"} <= before, (
+            "all of them are the old ones"
+        )
+        assert len(nodes) == len({node["pid"] for node in nodes.values()})
+        running.signal(signal.SIGTERM)
+        running.line("stopped; what runs goes on")
+        assert running.end() == 0
+    assert site.nodes()["broker"]["state"] == "ready" and site.ok("status", "--json").json()["orchestrator"] is None
     site.ok("down")
 
 

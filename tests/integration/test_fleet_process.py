@@ -118,3 +118,14 @@ def test_memory_is_what_the_group_may_have(tmp_path: Path) -> None:
     (inner.parent / "memory.max").write_text("100000000\n")
     assert machine.memory_bytes(tmp_path) == 90_000_000
     assert machine.cores() >= 1
+
+
+@in_a_loop
+async def test_one_that_lives_is_not_forgotten(folder: Path) -> None:
+    processes = Processes(folder)
+    await processes.spawn(a_record(), BROKER, 30)
+    with pytest.raises(Failed):
+        await Processes(folder).spawn(a_record(), BROKER, 30)
+    processes.forget("broker")
+    assert processes.records() == [a_record()] and processes.pid("broker")
+    await processes.end("broker", 30)
