@@ -12,6 +12,7 @@ from llambo.broker.actions import ToClient
 from llambo.broker.registry import ClientEntry
 from llambo.broker.state import State
 from llambo.mesh import messages as m
+from llambo.mesh.classes import class_of
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.identity import Identity
 
@@ -23,8 +24,12 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
     match message:
         case m.DrainWorker() if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may drain workers")
+        case m.Lease() if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may have a lease")
         case m.Query(what="events") if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may read what happened to others")
+        case m.Query(what="metrics") if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may read the metrics")
         case m.InferenceRequest(id) if not _is_own(state, client, id):
             return ErrorInfo(Code.BAD_REQUEST, f"the id {id.hex()} is taken; choose a random one")
         case m.Attach(id) | m.Cancel(id) | m.Replay(id) if not _is_own(state, client, id):
@@ -55,7 +60,9 @@ def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refus
 def models(state: State, who: Identity) -> list[str]:
     """Those it may use and choose from: what nobody serves any more is no choice while there are others."""
     known = sorted(model for model in state.models if who.may_use(model))
-    return [model for model in known if not state.models[model]] or known
+    there = [model for model in known if not state.models[model]] or known
+    # The same models again, under the names of their classes, are for who asks for a class.
+    return [model for model in there if not class_of(model)] or there
 
 
 def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:

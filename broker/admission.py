@@ -13,6 +13,7 @@ from llambo.broker.state import Early, State
 from llambo.broker.transcript import reservation
 from llambo.mesh import limits, tokens, transfer
 from llambo.mesh import messages as m
+from llambo.mesh.classes import MARK, class_of
 from llambo.mesh.errors import Code, ErrorInfo
 from llambo.mesh.identity import Identity
 
@@ -245,6 +246,8 @@ def _place(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) 
         return model, None
     if not state.models:
         return "", ErrorInfo(Code.NO_WORKER, "no worker has joined this broker yet", 1_000)
+    if model.startswith(MARK):
+        return _in_class(state, who, model)
     served = access.models(state, who)
     if not served:
         return "", ErrorInfo(Code.NO_WORKER, f"no worker serves a model that {who.name} may use", 1_000)
@@ -254,6 +257,20 @@ def _place(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) 
     if len(served) == 1:
         return served[0], None
     return "", ErrorInfo(Code.MODEL_REQUIRED, f"several models are served, name one of: {listed}")
+
+
+def _in_class(state: State, who: Identity, node_class: str) -> tuple[str, ErrorInfo | None]:
+    """`@tiny`: the one model that workers of that class have."""
+    found = sorted(model for model in state.models if model.endswith(node_class) and who.may_use(model))
+    found = [model for model in found if not state.models[model]] or found
+    if len(found) == 1:
+        return found[0], None
+    if found:
+        return "", ErrorInfo(
+            Code.MODEL_REQUIRED, f"several models are in that class, name one: {', '.join(found[:20])}"
+        )
+    classes = ", ".join(sorted({class_of(model) for model in state.models if class_of(model)})[:20]) or "none"
+    return "", ErrorInfo(Code.UNKNOWN_MODEL, f"no worker is of class {node_class[1:]!r}; there is: {classes}")
 
 
 def _refusal(
@@ -306,5 +323,6 @@ def _refuse(state: State, client: ClientEntry, id: bytes, code: Code, text: str)
 
 def _turn_down(state: State, client: ClientEntry, id: bytes, reason: str, error: ErrorInfo) -> None:
     state.counters.refused += 1
+    state.meter.refused(str(reason))
     state.accounts.of(client.identity.name).refused[str(reason)] += 1
     state.out.append(ToClient(client.route, client.session, m.Problem(error, id)))

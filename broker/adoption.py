@@ -167,6 +167,7 @@ def _adopt(state: State, request: Request, orphan: Orphan, now_ms: int) -> None:
     )
     _say_adopt(state, orphan)
     delivery.tokens_arrived(state, orphan.chunks, now_ms)
+    state.meter.adopted(request, worker.hello.node_class)
 
 
 def _say_adopt(state: State, orphan: Orphan) -> None:

@@ -24,6 +24,7 @@ from llambo.broker import (
     draining,
     ending,
     housekeeping,
+    leases,
     membership,
     queries,
     suspicion,
@@ -32,6 +33,7 @@ from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
     ClientSaid,
+    Counted,
     Event,
     KeysChanged,
     RouteGone,
@@ -65,6 +67,7 @@ CLIENT_RULES: dict[type[m.Message], ClientRule] = {
     m.EndAck: lambda state, client, said, blob, now_ms: admission.acknowledge(state, client, said),
     m.Query: lambda state, client, said, blob, now_ms: queries.answer(state, client, said, now_ms),
     m.DrainWorker: lambda state, client, said, blob, now_ms: queries.drain(state, client, said, now_ms),
+    m.Lease: lambda state, client, said, blob, now_ms: leases.asked(state, client, said, now_ms),
     m.Goodbye: lambda state, client, said, blob, now_ms: membership.lose_client(state, client, now_ms),
 }
 
@@ -103,6 +106,8 @@ class BrokerCore:
                 self._route_gone(route, to_worker, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
+            case Counted():
+                state.seen = event
             case StopAsked(reason):
                 membership.say_goodbye(state, reason)
             case _:

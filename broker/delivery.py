@@ -148,9 +148,11 @@ def _keep_aside(state: State, request: Request, first: int, count: int, frame: b
 
 
 def _settle(state: State, request: Request, now_ms: int) -> None:
-    """After an append that was not plain: is the gap closed, is it complete, is it too much, is a suspect cleared?"""
+    """After an append that was not plain: is a gap closed, is it timed, complete, too much, is a suspect cleared?"""
     if not request.stash:
         request.stash = None
+    if request.awaited or request.heard_at >= 0:
+        state.meter.heard(request, now_ms)
     if 0 <= request.suspect_at < request.transcript.next_index:
         suspicion.clear(state, request, now_ms)
     if request.transcript.size > request.transcript.reserved:

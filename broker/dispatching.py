@@ -88,6 +88,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         worker.suspect = request.key, request
     state.update_pools(worker)
     state.counters.dispatched += 1
+    state.meter.dispatched(request, worker.hello.node_class, now_ms)
     request.note(now_ms, "dispatched", f"to {worker.name}, attempt {request.attempt}, from token {len(prefix)}")
     # The worker gets what exists with its text, so that it can give back all of it should this broker be gone.
     blob, prompt_bytes = transfer.pack(request.prompt, request.transcript.chunks) if prefix else (request.prompt, 0)
@@ -119,7 +120,8 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
     request.note(now_ms, what, why)
     request.worker, request.key = None, b""
     request.stash, request.end, request.wanted, request.repair_due = None, None, 0, 0
-    request.watched = request.suspect_at >= 0
+    request.watch()
+    state.meter.count(request)
     if request.task != "generate" and not request.transcript.final:
         # A result is not continued: two workers need not agree in the last digit. Nobody has seen a part of it.
         request.transcript.clear()
@@ -127,6 +129,7 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
         return
     if what != "refused":  # that cost nobody anything
         state.counters.moved += 1
+        state.meter.moved(request)
         request.moves += 1
     request.step(RequestState.WAITING)
     enqueue(state, request, now_ms)

@@ -72,6 +72,7 @@ def _freed(state: State, request: Request) -> None:
 
 def _remove(state: State, request: Request, now_ms: int) -> None:
     waiting = request.state is RequestState.WAITING
+    state.meter.left(request)
     request.step(RequestState.ENDED)
     if waiting:
         state.room.left(request)
@@ -89,6 +90,7 @@ def _close(
         transcript.clear()  # whole or nothing
     state.counters.ended += 1
     state.counters.failed += error is not None
+    state.meter.ended(request, reason, error, usage, now_ms)
     if request.task == "generate":
         state.counters.tokens += transcript.next_index
         request.account.tokens += transcript.next_index

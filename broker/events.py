@@ -64,6 +64,15 @@ class KeysChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Counted:
+    """What the shell has counted since it began, for whoever looks at the metrics."""
+
+    dropped_frames: int = 0
+    doors_refused: int = 0
+    subscriptions_refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """The broker is about to end."""
 
@@ -75,4 +84,4 @@ class Tick:
     """Time has passed."""
 
 
-Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | KeysChanged | StopAsked | Tick
+Event = ClientSaid | WorkerSaid | TokensArrived | RouteGone | Subscribed | KeysChanged | Counted | StopAsked | Tick

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import admission, ending, speed
+from llambo.broker import admission, ending, history, leases, speed
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.requests import PARKED, plain
 from llambo.broker.state import State
@@ -19,7 +19,11 @@ def _forget_models(state: State) -> None:
     excess = len(state.models) - MODELS_KNOWN
     if excess <= 0:
         return
-    gone = [(since, model) for model, since in state.models.items() if since and model not in state.room.lines]
+    gone = [
+        (since, model)
+        for model, since in state.models.items()
+        if since and model not in state.room.lines and not state.is_promised(model)
+    ]
     for _, model in sorted(gone)[:excess]:
         del state.models[model]
         state.pools.pop(model, None)
@@ -38,6 +42,8 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
         if lane == PARKED:
             continue
         model, _, fingerprint = plain(lane).partition("\0")
+        if not fingerprint and state.is_promised(model):
+            continue  # whoever is to start its workers sees that it is asked for
         since = state.models.get(model, 0)
         if fingerprint and not since:
             if any(_may_serve(worker, model, plain(lane)) for worker in state.registry.workers.values()):
@@ -57,6 +63,7 @@ def sweep(state: State, now_ms: int) -> None:
         text = f"waited {config.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
     speed.compare(state, now_ms)
+    leases.expire(state, now_ms)
     _give_up_on_lanes(state, now_ms)
     admission.ask_again(state, now_ms)
     state.accounts.sweep(now_ms)
@@ -69,3 +76,4 @@ def sweep(state: State, now_ms: int) -> None:
         pace = (state.counters.ended - ended) * 1_000 / (now_ms - at)
         state.rate = pace if not at else 0.5 * state.rate + 0.5 * pace
     state.rate_mark = (state.counters.ended, now_ms)
+    history.take(state, now_ms)

@@ -53,6 +53,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int, 
     welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms, hello.versions)
     worker = WorkerEntry(hello, welcome, route, now_ms, user, identity)
     state.registry.add_worker(worker)
+    state.meter.learn(worker)
     for model in worker.models:
         state.models[model] = 0
     loading = ", still loading" if worker.state == "starting" else ""
@@ -99,6 +100,7 @@ def _serves(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: 
     worker.state = "gone"
     state.update_pools(worker)
     worker.serve(beat.models, max(beat.slots, 1))
+    state.meter.learn(worker)
     for model in worker.models:
         state.models[model] = 0
     _note_unserved(state, before, now_ms)

@@ -94,3 +94,8 @@ class Porter:
 
     def close(self) -> None:
         self.socket.close(linger=0)
+
+
+def key_of(frame: zmq.Frame) -> str:
+    """The public key that the sender's connection has proved."""
+    return str(frame.get("User-Id"))

@@ -3,7 +3,8 @@
 status     the whole picture in numbers           workers   one entry each
 models     name, workers, slots, waiting          requests  the live ones
 why ID     the story of one request               find ID   full ids for a unique prefix
-events N   what happened after number N
+events N   what happened after number N           metrics   the page for Prometheus
+recent N   samples of each second, and what has ended, after sample N
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker import draining, speed
+from llambo.broker import draining, history, metrics, speed
 from llambo.broker.accounts import Account
 from llambo.broker.actions import ToClient
 from llambo.broker.archive import Ended
@@ -42,7 +43,7 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
     except LlamboError as error:
         state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
         return
-    _send(state, client, asked.query, data)
+    send(state, client, asked.query, data)
 
 
 def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
@@ -61,10 +62,10 @@ def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) 
         "moving": asked.move and not asked.undo,
         "running": running,
     }
-    _send(state, client, asked.query, msgspec.msgpack.encode(answer))
+    send(state, client, asked.query, msgspec.msgpack.encode(answer))
 
 
-def _send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
+def send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
     if len(data) > limits.RESULT_BYTES:
         error = ErrorInfo(Code.INTERNAL, f"the answer has {len(data)} bytes, {limits.RESULT_BYTES} are allowed")
         state.out.append(ToClient(client.route, client.session, m.Problem(error, b"", query)))
@@ -83,7 +84,8 @@ def status(state: State, argument: str, now_ms: int, who: Identity) -> dict[str,
     return {
         "broker": state.config.name,
         "workers": len(workers),
-        "ready": sum(worker.tokens_up and worker.state == "ready" and not worker.draining for worker in workers),
+        "up_ms": now_ms - state.started_at,
+        "ready": history.ready(workers),
         "slow": speed.slow(workers),
         "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
         "slots": sum(worker.slots for worker in workers),
@@ -161,7 +163,7 @@ def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dic
 def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
     return {
         "worker": worker.name,
-        "state": _worker_state(worker),
+        "state": worker.condition,
         "class": worker.hello.node_class,
         "host": worker.hello.host,
         "pid": worker.hello.pid,
@@ -180,18 +182,6 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
         "note": worker.last.note,
         "slow": worker.slow_note,
     }
-
-
-def _worker_state(worker: WorkerEntry) -> str:
-    if worker.draining or worker.state == "draining":
-        return "draining" if worker.claims or worker.busy else "drained"
-    if worker.state == "starting":
-        return "loading"
-    if not worker.echo:
-        return "joining"
-    if worker.ejected:
-        return "slow"
-    return ("trial" if worker.trial else worker.state) if worker.tokens_up else "mending"
 
 
 def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
@@ -214,6 +204,7 @@ def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
         "max_tokens": request.max_tokens,
         "moves": request.moves,
         "ahead": state.room.ahead(request) if waits else 0,
+        "queued_ms": request.queued_ms,
         "age_ms": now_ms - request.submitted_at,
         "detached": request.detached,
     }
@@ -282,7 +273,13 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
 def events(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
     since = int(argument) if argument.isdigit() else 0
     return [
-        {"number": event.number, "age_ms": now_ms - event.at_ms, "kind": event.kind, "text": event.text}
+        {
+            "number": event.number,
+            "age_ms": now_ms - event.at_ms,
+            "kind": event.kind,
+            "text": event.text,
+            "worker": event.worker,
+        }
         for event in state.happenings
         if event.number > since
     ]
@@ -296,4 +293,6 @@ QUERIES: dict[str, Callable[[State, str, int, Identity], Any]] = {
     "why": why,
     "find": find,
     "events": events,
+    "recent": history.recent,
+    "metrics": metrics.asked,
 }

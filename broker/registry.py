@@ -8,6 +8,9 @@ from llambo.broker.requests import Request, lane
 from llambo.mesh import messages as m
 from llambo.mesh.identity import ANYONE, Identity
 
+#: What `llambo workers` and the metrics call a worker's state.
+CONDITIONS = ("joining", "loading", "ready", "trial", "slow", "mending", "draining", "drained")
+
 
 class WorkerEntry:
     """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
@@ -154,6 +157,19 @@ class WorkerEntry:
     def tokens_up(self) -> bool:
         """Its token plane delivers: a beat was seen, and not too many after it are missing."""
         return self.echo > 0 and self.beat - self.echo <= 3
+
+    @property
+    def condition(self) -> str:
+        """How it is, in a word: one of CONDITIONS."""
+        if self.draining or self.state == "draining":
+            return "draining" if self.claims or self.busy else "drained"
+        if self.state == "starting":
+            return "loading"
+        if not self.echo:
+            return "joining"
+        if self.ejected:
+            return "slow"
+        return ("trial" if self.trial else "ready") if self.tokens_up else "mending"
 
     @property
     def dispatchable(self) -> bool:

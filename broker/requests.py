@@ -12,6 +12,7 @@ from llambo.mesh.stream import Stash
 
 if TYPE_CHECKING:
     from llambo.broker.accounts import Account
+    from llambo.broker.meter import Pace
     from llambo.broker.queue import Share
     from llambo.broker.registry import WorkerEntry
 
@@ -73,7 +74,9 @@ class Request:
         "account",
         "asked_ms",
         "attempt",
+        "awaited",
         "blame",
+        "counted",
         "deadline_at",
         "detached",
         "end",
@@ -81,6 +84,8 @@ class Request:
         "fingerprint",
         "followers",
         "forsaken",
+        "heard",
+        "heard_at",
         "id",
         "key",
         "logprobs",
@@ -88,6 +93,7 @@ class Request:
         "model",
         "moves",
         "owner",
+        "pace",
         "parked",
         "place",
         "priority",
@@ -155,8 +161,15 @@ class Request:
         self.wanted = 0
         self.repair_due = 0
         self.asked_ms = 0
-        #: Each chunk is looked at: an END waits for it, or it would clear a suspect.
+        #: Each chunk is looked at: an END waits for it, it would clear a suspect, or its time is taken.
         self.watched = False
+        # --- kept by meter.py: where its times go, how many of its tokens are counted, whether the first is to be timed
+        self.pace: Pace | None = None
+        self.counted = 0
+        self.awaited = False
+        #: Up to which token, and when it came; -1: no pauses of this one are taken.
+        self.heard = 0
+        self.heard_at = -1
         # --- its fate so far
         self.ticket = 0
         #: Which one of its share it is.
@@ -193,6 +206,10 @@ class Request:
         if len(story) >= _STORY_ENTRIES:
             del story[_STORY_ENTRIES // 2]
         story.append((now_ms, what, detail))
+
+    def watch(self) -> None:
+        """What was waited for has come: is there anything else?"""
+        self.watched = self.end is not None or self.suspect_at >= 0 or self.awaited or self.heard_at >= 0
 
     @property
     def dispatch(self) -> bytes:

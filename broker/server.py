@@ -7,7 +7,6 @@ it to the core, and performs what the core orders. Orders for the same peer leav
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -17,13 +16,15 @@ from typing import Any
 
 import zmq
 
-from llambo.broker import ports
+from llambo.broker import metrics, ports
 from llambo.broker.actions import Action, ToClient, ToWorker
+from llambo.broker.chance import chance
 from llambo.broker.condition import condition
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import (
     ClientSaid,
+    Counted,
     KeysChanged,
     RouteGone,
     StopAsked,
@@ -33,9 +34,10 @@ from llambo.broker.events import (
     WorkerSaid,
 )
 from llambo.broker.gate import Gate
-from llambo.broker.porter import Porter
+from llambo.broker.porter import Porter, key_of
 from llambo.broker.state import Report
-from llambo.mesh import codec, sockets
+from llambo.broker.window import NEVER, Window
+from llambo.mesh import codec, sockets, standing
 from llambo.mesh import messages as m
 from llambo.mesh.activation import Inherited
 from llambo.mesh.keyring import Folder
@@ -50,8 +52,6 @@ DRAIN_MS = 20
 DRAIN_TOKENS = 4_096
 #: Flags of a frame that others follow. A ROUTER refuses a message at its first frame or takes all of it.
 MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
-#: Random bytes fetched at a time.
-CHANCE_BYTES = 4_096
 #: How long peers get to hear that this broker leaves, and how often they are told.
 GOODBYE_MS = 500
 GOODBYE_AGAIN_MS = 20
@@ -78,8 +78,10 @@ class BrokerServer:
         inherited: Inherited | None = None,
         herald: Herald | None = None,
         keys: Folder | None = None,
+        window: Window | None = None,
     ) -> None:
         """`inherited`: sockets that listen already, in place of host and port. `keys`: who is let in; None: everybody.
+        `window`: where Prometheus may ask.
 
         There can be one broker with keys to a context.
         """
@@ -88,6 +90,7 @@ class BrokerServer:
         self._stopping = False
         self._herald = herald or Herald()
         self._porter: Porter | None = None
+        self._window = window
         if inherited is not None:
             host, port = inherited.host, inherited.port
         try:
@@ -116,6 +119,8 @@ class BrokerServer:
             poller.register(socket, zmq.POLLIN)
         if self._porter:
             poller.register(self._porter.socket, zmq.POLLIN)
+        if self._window:
+            self._window.open(poller, self._page)
         while not self._stopping:
             wait = min(self._next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
@@ -162,10 +167,22 @@ class BrokerServer:
         if self._tokens_out in readable:
             orders += self._drain_subscriptions(now)
         if now >= self.core.next_wakeup_ms():
+            self._count(now)
             orders += handle(Tick(), now)
         self._perform(orders)
         while self.core.state.reports:
             self._log(self.core.state.reports.popleft())
+        if self._window:
+            self._window.turn(readable, now)
+
+    def _page(self) -> str:
+        return metrics.page(self.core.state, monotonic_ms()) + standing.page()
+
+    def _count(self, now: int) -> None:
+        """What is counted out here, for whoever asks."""
+        counted = Counted(self.dropped, self._porter.refused if self._porter else 0, self._gate.refused)
+        if counted != self.core.state.seen:
+            self._perform(self.core.handle(counted, now))
 
     def _log(self, report: Report) -> None:
         about = {"worker": report.worker, "request": report.request.hex()}
@@ -179,7 +196,7 @@ class BrokerServer:
             self._perform(self.core.handle(KeysChanged(valid), now))
 
     def _next_wakeup_ms(self) -> int:
-        at = self.core.next_wakeup_ms()
+        at = min(self.core.next_wakeup_ms(), self._window.due_ms if self._window else NEVER)
         return min(at, self._porter.next_look_ms()) if self._porter else at
 
     def stop(self) -> None:
@@ -191,6 +208,8 @@ class BrokerServer:
             socket.close(linger=sockets.LINGER_MS)
         if self._porter:
             self._porter.close()
+        if self._window is not None:
+            self._window.close()
         if self._owns_context:
             self._context.term()
 
@@ -293,25 +312,6 @@ class BrokerServer:
         return gone
 
 
-def key_of(frame: zmq.Frame) -> str:
-    """The public key that the sender's connection has proved."""
-    return str(frame.get("User-Id"))
-
-
-def chance() -> Callable[[int], bytes]:
-    """The system's random bytes, fetched by the page: a system call for each dispatch is a tenth of its cost."""
-    page, at = b"", 0
-
-    def draw(count: int) -> bytes:
-        nonlocal page, at
-        if at + count > len(page):
-            page, at = os.urandom(CHANCE_BYTES), 0
-        at += count
-        return page[at - count : at]
-
-    return draw
-
-
 def run_broker(
     config: BrokerConfig,
     host: str,
@@ -322,9 +322,12 @@ def run_broker(
     inherited: Inherited | None = None,
     herald: Herald | None = None,
     keys: Folder | None = None,
+    window: Window | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
-    server = BrokerServer(config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys)
+    server = BrokerServer(
+        config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys, window=window
+    )
     if inherited is not None:
         host = inherited.host
 

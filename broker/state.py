@@ -10,13 +10,15 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llambo.broker.accounts import Account, Accounts
 from llambo.broker.actions import Action
 from llambo.broker.archive import Archive
 from llambo.broker.budget import Budget
 from llambo.broker.config import BrokerConfig
+from llambo.broker.events import Counted
+from llambo.broker.meter import Meter
 from llambo.broker.orphanage import Orphanage
 from llambo.broker.queue import WaitingRoom
 from llambo.broker.registry import ClientEntry, Registry, WorkerEntry
@@ -76,6 +78,24 @@ class Happening:
     at_ms: int
     kind: str
     text: str
+    worker: str = ""
+
+
+class Sample(NamedTuple):
+    """How the mesh was at one moment, of which there is one a second: history.py."""
+
+    number: int
+    at_ms: int
+    tokens_per_s: float
+    running: int
+    waiting: int
+    busy: int
+    slots: int
+    ready: int
+    workers: int
+    ended: int
+    failed: int
+    first_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +116,17 @@ class Early:
     message: InferenceRequest | Attach
     blob: bytes
     due: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    holder: bytes
+    #: What the holder calls himself.
+    by: str
+    until: int
+    promised: frozenset[str]
+    #: Session and number of the question that was answered last.
+    seen: tuple[bytes, int]
 
 
 class State:
@@ -129,13 +160,19 @@ class State:
         self.running: dict[bytes, Request] = {}
         #: Requests of other brokers, by workers that run them still.
         self.orphanage = Orphanage()
+        #: By what they are for.
+        self.leases: dict[str, Lease] = {}
         #: What may yet make sense, since we have only just begun; see admission.py.
         self.early: dict[tuple[bytes, bytes], Early] = {}
         self.archive = Archive(config.tombstones, config.detached_bytes, config.detached_ms)
         #: Bytes set aside for live requests, transcripts and prompts.
         self.reserved = 0
         self.counters = Counters()
+        self.meter = Meter()
+        #: What the shell has counted.
+        self.seen = Counted()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
+        self.samples: deque[Sample] = deque(maxlen=config.samples)
         #: Taken away by the shell; what it does not take makes room.
         self.reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
         self.rate = 0.0  # requests ended per second, smoothed, for retry-after
@@ -157,6 +194,10 @@ class State:
         nothing of an answer is sent on control but in reply, to who has just spoken from there.
         """
         return self.identities is None or self.speaker == client.session
+
+    def is_promised(self, model: str) -> bool:
+        """Somebody who can has said that its workers come when they are asked for."""
+        return any(model in lease.promised for lease in self.leases.values())
 
     def identity(self, user: str) -> Identity | None:
         return ANYONE if self.identities is None else self.identities.get(user)
@@ -195,7 +236,7 @@ class State:
         self, now_ms: int, kind: str, text: str, *, warning: bool = False, worker: str = "", request: bytes = b""
     ) -> None:
         self._happened += 1
-        self.happenings.append(Happening(self._happened, now_ms, kind, text))
+        self.happenings.append(Happening(self._happened, now_ms, kind, text, worker))
         self.reports.append(Report(f"{kind}: {text}", warning, worker, request))
 
     def alarm(self, due_ms: int, kind: Alarm, id: bytes) -> None:

@@ -79,7 +79,7 @@ def clear(state: State, request: Request, now_ms: int) -> None:
     """It has got past the token at which the engine died: whatever the cause was, it is not that."""
     request.note(now_ms, "cleared", f"it has token {request.suspect_at}")
     request.suspect_at = -1
-    request.watched = request.end is not None
+    request.watch()
     if request.worker is not None:
         state.touch(request.worker)
 

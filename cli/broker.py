@@ -26,6 +26,7 @@ EXAMPLES = """
 llambo-broker                                     for this machine
 llambo-broker --bind 0.0.0.0 --keys /etc/llambo/keys   for the network
 llambo-broker --port 9000 --queue-requests 200
+llambo-broker --metrics 127.0.0.1:9330            for Prometheus
 llambo-worker --broker tcp://box:7330             then, on other machines
 llambo --broker tcp://box:7330 send hello
 """
@@ -57,6 +58,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
 
     from llambo.broker.config import BrokerConfig
     from llambo.broker.server import run_broker
+    from llambo.broker.window import Window, token_in
     from llambo.mesh.activation import inherited
     from llambo.mesh.sockets import endpoint
 
@@ -65,15 +67,21 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     given = inherited(os.environ, os.getpid())
     host, started = given.host if given else settings.text("bind"), False
     folder = folder_of(settings, host)
+    metrics_at = settings.text("metrics")
+    window = Window(metrics_at, token_in(settings.text("metrics_token"))) if metrics_at else None
 
     def announce(port: int) -> None:
         nonlocal started
         started = True
         if not notify(notify_fd, str(port)):
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
+            if window is not None:
+                tell(f"llambo-broker: metrics at {window.url}")
 
     try:
-        return run_broker(config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder)
+        return run_broker(
+            config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder, window=window
+        )
     except LlamboError as error:
         if started:
             raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from llambo.cli.shell_session import Session
     from llambo.mesh.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,6 +23,8 @@ class Common:
     flags: dict[str, Any] = field(default_factory=dict)
     config: str | None = None
     verbose: int = 0
+    #: The shell in which the command was typed, if it was.
+    session: Session | None = None
 
     @cached_property
     def settings(self) -> Settings:
@@ -32,6 +35,8 @@ class Common:
         from llambo.mesh import settings
 
         loaded = settings.load(self.flags, config=self.config)
+        if self.session is not None:
+            return loaded  # the shell has set up the log, and given the warnings
         levels = (loaded.text("log_level").upper(), "INFO", "DEBUG")
         set_up(levels[min(self.verbose, 2)])
         for warning in loaded.warnings:

@@ -1,7 +1,8 @@
 """Following a stream to its end, or to a Ctrl-C: what `send` and `attach` share.
 
 The first Ctrl-C cancels the request on its worker and waits for the end of it, so that one sees what was
-generated. The second one leaves at once; the broker then cancels for us, when it misses us.
+generated. The second one leaves at once; the broker then cancels for us, when it misses us. In a shell it is the
+shell that hears them, and a second one ends the waiting, not the shell.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.ask import connect
+from llambo.cli.ask import connected, run
 from llambo.cli.command import silence_stdout
 from llambo.cli.common import Common
 from llambo.cli.exits import Exit
@@ -26,6 +27,7 @@ from llambo.cli.views import CLEAR_LINE, Clock, JsonView, TextView, View, statis
 from llambo.mesh.errors import Code, LlamboError
 
 if TYPE_CHECKING:
+    from llambo.cli.shell_session import Session
     from llambo.mesh.client import Client
     from llambo.mesh.client_stream import Answer, Stream
 
@@ -44,16 +46,19 @@ def end_signals() -> list[int]:
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
 
-    def __init__(self, *, cancels: bool) -> None:
+    def __init__(self, *, cancels: bool, session: Session | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels
-        self._numbers = end_signals()
+        self._session = session
+        self._numbers = end_signals() if session is None else []
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.current_task()
         self._tasks: list[asyncio.Task[None]] = []
 
     def __enter__(self) -> Interrupts:
+        if self._session is not None:
+            self._session.on_signal = self._on_signal
         for number in self._numbers:
             self._loop.add_signal_handler(number, self._on_signal, number)
         return self
@@ -61,14 +66,16 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._session is not None:
+            self._session.on_signal = None
         for number in self._numbers:
             self._loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
-        if self.signal:
+        if self.signal and self._session is None:
             os._exit(128 + number)
-        self.signal = number
-        if self.stream is None or not self._cancels:
+        again, self.signal = bool(self.signal), number
+        if again or self.stream is None or not self._cancels:
             self._stop()
         else:
             self._tasks.append(self._loop.create_task(self.stream.cancel()))
@@ -82,7 +89,7 @@ class Interrupts:
 def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
     """Show the stream that `opener` gives. The exit code. Its statistics go to stderr with -v."""
     try:
-        return asyncio.run(_follow(common, opener, as_json, mine))
+        return run(common, _follow(common, opener, as_json, mine))
     except BrokenPipeError:
         # `| head -3` has what it wanted. The stream was closed on the way here, and that cancels it.
         silence_stdout()
@@ -91,12 +98,14 @@ def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
 
 async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
     timeout_ms = common.settings.number("timeout_ms")
-    with Interrupts(cancels=mine) as interrupts:
+    with Interrupts(cancels=mine, session=common.session) as interrupts:
         try:
-            async with asyncio.timeout(timeout_ms / 1_000 or None), connect(common) as client:
-                if common.verbose or sys.stderr.isatty():
+            async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
+                if common.session is None and (common.verbose or sys.stderr.isatty()):
                     client.on_link = tell_link
                 interrupts.stream = await opener(client)
+                if common.session is not None:
+                    common.session.sent.append(interrupts.stream.id)
                 answer, clock = await _show(interrupts.stream, as_json)
         except TimeoutError as error:
             raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error

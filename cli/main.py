@@ -10,6 +10,7 @@ from llambo.cli.options import settings_options
 
 COMMANDS = (
     "send",
+    "chat",
     "attach",
     "cancel",
     "status",
@@ -20,7 +21,11 @@ COMMANDS = (
     "requests",
     "why",
     "events",
+    "metrics",
     "drain",
+    "shell",
+    "top",
+    "bridge",
 )
 LOCAL = ("config", "up", "fleet", "gateway", "keys", "systemd")
 

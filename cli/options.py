@@ -32,8 +32,9 @@ class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from cl
 class SettingOption(click.Option):
     """Under which heading the help shows it is decided here; its value goes to Common, not to the function."""
 
-    def __init__(self, setting: Setting, heading: str = "") -> None:
-        shown = setting.show(setting.default)
+    def __init__(self, setting: Setting, heading: str = "", default: str = "") -> None:
+        """`default`: what the command takes where nobody has said anything, if that is not the setting's."""
+        shown = default or setting.show(setting.default)
         default = f"  [default: {shown}]" if shown else ""
         super().__init__(
             [setting.flag, setting.name],
@@ -64,6 +65,16 @@ def settings_options(settings: Iterable[Setting | str], heading: str = "") -> Ca
     def decorate(function: F) -> F:
         for setting in reversed(rows):
             _attach(function, SettingOption(setting, heading))
+        return function
+
+    return decorate
+
+
+def setting_option(name: str, *, default: str) -> Callable[[F], F]:
+    """The option of one setting, for a command that has its own default."""
+
+    def decorate(function: F) -> F:
+        _attach(function, SettingOption(BY_NAME[name], default=default))
         return function
 
     return decorate

@@ -33,7 +33,11 @@ class Out:
 
     def put(self, text: str) -> None:
         # A file gets what the model said. On a terminal it is to be read, and not obeyed.
-        self._pending += (harmless(text) if self._terminal else text).encode("utf-8", "replace")
+        self.paint(harmless(text) if self._terminal else text)
+
+    def paint(self, drawn: str) -> None:
+        """What was made here for a terminal to obey."""
+        self._pending += drawn.encode("utf-8", "replace")
         if not self._watching:
             self._push()
 

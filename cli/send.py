@@ -12,6 +12,7 @@ from llambo.cli.command import Command
 from llambo.cli.common import Common, pass_common
 from llambo.cli.options import Duration, Seed, StopText, client_options, json_option, settings_options
 from llambo.mesh import limits
+from llambo.mesh.classes import MARK
 from llambo.mesh.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ git diff | llambo send -                        the prompt from a pipe
 llambo send -v --max-tokens 50 --seed 7 hello   with statistics
 llambo send --json hello | jq -rj 'select(.type == "token").text'
 id=$(llambo send --detach "A long story") && llambo attach "$id"
+llambo send --class tiny "Is the sea blue?"     any worker of that class
 llambo send --deadline 20s --priority interactive hello
 """
 
@@ -44,6 +46,7 @@ def _client_options(function: Any) -> Any:
 )
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without its chat template.")
 @click.option("--system", metavar="TEXT", help="Tell the model how to behave.")
+@click.option("--class", "node_class", metavar="NAME", help="A worker of this class is to answer.")
 @click.option("--priority", type=click.Choice(["interactive", "normal", "batch"]), help="Class in the queue.")
 @click.option("--deadline", "deadline_ms", type=Duration(), help="End after so long: 500ms, 20s, 5m. Plain: seconds.")
 @click.option("--detach", is_flag=True, help="Print the id and leave; the request runs on. See `llambo attach`.")
@@ -77,7 +80,7 @@ def send(
     error     code, text, hint, retryable, exit
                                        the last line, when it failed
     """
-    text = prompt_of(prompt)
+    text = prompt_of(prompt, in_shell=common.session is not None)
     if not text:
         raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
     if len(chosen["stop"]) > limits.STOP_STRINGS:
@@ -97,36 +100,39 @@ def send(
     context.exit(follow(common, opener, as_json=as_json, mine=True))
 
 
-def prompt_of(arguments: tuple[str, ...]) -> str:
-    """What a person says, as arguments or on stdin."""
+def prompt_of(arguments: tuple[str, ...], *, in_shell: bool = False) -> str:
+    """What a person says, as arguments or on stdin; a shell's stdin is its own."""
     if "-" in arguments and len(arguments) > 1:
         raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):
         return " ".join(arguments)
+    if in_shell:
+        raise click.UsageError("there is no prompt: give it as an argument; stdin is the shell's")
     if not arguments and sys.stdin.isatty():
         raise click.UsageError("there is no prompt: give it as an argument, or pipe it in")
-    try:
-        # Without the newline that `echo` adds, so that both ways of asking ask the same.
-        return _read_stdin().decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
+    return read_stdin()
 
 
-def _read_stdin() -> bytes:
-    """No more than a prompt may have and a newline, however much there is."""
+def read_stdin() -> str:
+    """No more than a prompt may have, however much there is."""
     read = sys.stdin.buffer.read(limits.PROMPT_BYTES + 2)
+    # Without the newline that `echo` adds, so that both ways of asking ask the same.
     if len(read.removesuffix(b"\n")) > limits.PROMPT_BYTES:
         text = f"the prompt on stdin is longer than the {limits.PROMPT_BYTES} bytes that are allowed"
         raise LlamboError(Code.TOO_LONG, text)
-    return read
+    try:
+        return read.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise LlamboError(Code.BAD_REQUEST, f"the prompt on stdin is not UTF-8 text: {error}") from error
 
 
 def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options:
     settings = common.settings
     if chosen["raw"] and chosen["system"]:
         raise click.UsageError("--raw leaves no place for --system")
+    model = settings.text("client_model")
     return {
-        "model": settings.text("client_model") or None,
+        "model": f"{model}{MARK}{chosen['node_class']}" if chosen["node_class"] else model or None,
         "max_tokens": settings.number("max_tokens"),
         # Unless somebody has said one, the model may have a default of its own.
         "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,
@@ -145,4 +151,6 @@ def _detach(common: Common, text: str, options: Options, as_json: bool) -> None:
     from llambo.cli.ask import ask
 
     id = ask(common, lambda client: client.submit(text, detached=True, **options))
+    if common.session is not None:
+        common.session.sent.append(id)
     click.echo(json.dumps({"type": "accepted", "id": id, "detached": True}) if as_json else id)

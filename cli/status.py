@@ -39,7 +39,7 @@ def status(common: Common, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    facts(_facts(found, address_of(common.settings, key_of(common.settings))))
+    facts(mesh_facts(found, address_of(common.settings, key_of(common.settings))))
     if found["models"]:
         click.echo()
         show_models(found["models"])
@@ -74,7 +74,7 @@ def _refused(reasons: dict[str, int]) -> str:
     return f"{sum(reasons.values())}: {told}" if told else "0"
 
 
-def _facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
+def mesh_facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
     counters = found["counters"]
     return [
         ("broker", f"{found['broker']} at {address}"),

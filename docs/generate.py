@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llambo.mesh.metrics import table
 from llambo.mesh.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,7 @@ BROKER_ORDER = [
     "access",
     "accounts",
     "draining",
+    "leases",
     "adoption",
     "returning",
     "orphanage",
@@ -62,7 +64,13 @@ BROKER_ORDER = [
     "ports",
     "porter",
     "zap",
+    "chance",
+    "window",
+    "http",
+    "meter",
+    "metrics",
     "queries",
+    "history",
     "gate",
     "config",
     "invariants",
@@ -83,6 +91,24 @@ def settings() -> str:
             default = row.show(row.default) or "(empty)"
             lines.append(f"| `{key}` | `{row.flag}` | `{row.env}` | {default} | {row.help} |")
     return "\n".join(lines).strip()
+
+
+def broker_metrics() -> str:
+    from llambo.broker.metrics import TABLE
+
+    return table(TABLE)
+
+
+def gateway_metrics() -> str:
+    from llambo.gateway.telemetry import TABLE
+
+    return table(TABLE)
+
+
+def process_metrics() -> str:
+    from llambo.mesh.standing import TABLE
+
+    return table(TABLE)
 
 
 def fleet_keys() -> str:
@@ -168,10 +194,13 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 GENERATORS: dict[str, Callable[[], str]] = {
     "broker-files": broker_files,
+    "broker-metrics": broker_metrics,
     "client-states": client_states,
     "engine-states": engine_states,
+    "gateway-metrics": gateway_metrics,
     "fleet-keys": fleet_keys,
     "link-states": link_states,
+    "process-metrics": process_metrics,
     "request-states": request_states,
     "run-states": run_states,
     "settings": settings,

@@ -12,10 +12,12 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from llambo.gateway.access import Caller
 from llambo.gateway.asking import About, Ask
+from llambo.gateway.telemetry import Telemetry
+from llambo.gateway.tracing import Traces
 from llambo.mesh.client import Client
 from llambo.mesh.client_stream import Answer, Stream
 from llambo.mesh.errors import Code, LlamboError
@@ -33,8 +35,15 @@ CHOICES = 128
 class Feed:
     """One request of one caller: an answer, or several choices of it."""
 
-    def __init__(self, caller: Caller, model: str, digest: bytes, created: int) -> None:
+    def __init__(self, caller: Caller, model: str, digest: bytes, created: int, telemetry: Telemetry) -> None:
         self.caller, self.digest = caller, digest
+        #: It was begun by somebody else, or in another life of this gateway.
+        self.resumed = False
+        #: How many of its tokens are counted.
+        self.counted = 0
+        #: Asked when it is over.
+        self.on_over: Callable[[Feed], None] | None = None
+        self._telemetry = telemetry
         self.id, self.created = "", created
         #: The tokens of all choices as they came. None: this choice is complete.
         self.pieces: list[bytes | None] = []
@@ -46,16 +55,25 @@ class Feed:
         self.over = False
         #: Connections that read it.
         self.readers = 0
-        self.began_at = time.monotonic()
+        self.began_at = telemetry.clock()
         self._asked_model = model
         self._streams: list[Stream] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._wakers: dict[object, Callable[[], None]] = {}
 
     @property
+    def accepted_model(self) -> str:
+        """As the mesh calls it, once it has accepted this."""
+        return self._streams[0].model if self._streams else ""
+
+    @property
+    def requests(self) -> list[str]:
+        """Their ids in the mesh, by choice."""
+        return [stream.id for stream in self._streams]
+
+    @property
     def about(self) -> About:
-        model = self._streams[0].model if self._streams else ""
-        return About(self.id, self.created, model or self._asked_model)
+        return About(self.id, self.created, self.accepted_model or self._asked_model)
 
     @property
     def ahead(self) -> int | None:
@@ -84,6 +102,8 @@ class Feed:
     async def _read(self, choice: int, stream: Stream) -> None:
         try:
             while (piece := await stream.next_piece()) is not None:
+                if not self.pieces:
+                    self._telemetry.heard(self)
                 for at, logprob in enumerate(piece.logprobs):
                     if logprob is not None:
                         self.logprobs[len(self.pieces) + at] = logprob
@@ -111,6 +131,9 @@ class Feed:
             return
         self.over, self.error = True, error
         self.caller.open -= 1
+        self._telemetry.ended(self)
+        if self.on_over is not None:
+            self.on_over(self)
         if error is not None:
             self._let_go()
         self._wake()
@@ -147,10 +170,16 @@ class Feed:
 class Feeds:
     """All of them: those that run, and for a while those that have ended."""
 
-    def __init__(self, resume_ms: int) -> None:
+    def __init__(self, resume_ms: int, telemetry: Telemetry | None = None) -> None:
+        self.telemetry = telemetry or Telemetry()
+        #: Whoever wants to know what becomes of them.
+        self.traces: Traces | None = None
         self._resume_s = resume_ms / 1_000
         self._by_id: dict[str, Feed] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def __iter__(self) -> Iterator[Feed]:
+        return iter(self._by_id.values())
 
     def __len__(self) -> int:
         return sum(not feed.over for feed in self._by_id.values())
@@ -158,17 +187,22 @@ class Feeds:
     async def begin(self, caller: Caller, ask: Ask, digest: bytes = b"") -> Feed:
         """Submit it. What the mesh says to it comes with the feed."""
         client = await caller.client()
-        feed = Feed(caller, str(ask.options.get("model") or ""), digest, int(time.time()))
+        feed = Feed(caller, str(ask.options.get("model") or ""), digest, int(time.time()), self.telemetry)
         feed.run(streams_of(client, ask))
         self._by_id[feed.id] = feed
         return feed
+
+    def trace(self, feed: Feed, name: str, headers: Mapping[str, str], route: str) -> None:
+        if self.traces is not None:
+            self.traces.follow(feed, name, headers, {"http.route": route})
 
     async def resume(self, caller: Caller, id: str, created: int, digest: bytes) -> Feed:
         """The one that was begun earlier: here, or at another gateway, or at this one before it was restarted."""
         feed = self._by_id.get(id)
         if feed is None:
             client = await caller.client()
-            feed = Feed(caller, "", digest, created)
+            feed = Feed(caller, "", digest, created, self.telemetry)
+            feed.resumed = True
             feed.run([await client.attach(id)])
             self._by_id[id] = feed
         elif feed.caller.name != caller.name:
@@ -176,6 +210,7 @@ class Feeds:
         elif feed.digest != digest:
             raise LlamboError(Code.BAD_REQUEST, "Last-Event-ID belongs to a stream of another request body")
         self._quiet(feed)
+        self.telemetry.resumed()
         return feed
 
     def left(self, feed: Feed, *, finished: bool) -> None:

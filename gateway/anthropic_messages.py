@@ -13,9 +13,9 @@ from msgspec import Meta
 from llambo.gateway import anthropic_replies as replies
 from llambo.gateway.asking import About, Ask, Prepared, encode
 from llambo.gateway.openai_common import Share, Stop
-from llambo.gateway.own import Own, bounded_schema, own_options
+from llambo.gateway.own import Own, bounded, bounded_schema, called, own_options, prompt_of
 from llambo.gateway.problems import FieldError
-from llambo.gateway.tools import chat_prompt, tool_options
+from llambo.gateway.tools import Tool
 from llambo.gateway.turns import Turns
 from llambo.mesh import limits
 from llambo.mesh.client import Client
@@ -49,7 +49,7 @@ class Message(msgspec.Struct):
     content: str | list[Text | ToolUse | ToolResult]
 
 
-class Tool(msgspec.Struct):
+class GivenTool(msgspec.Struct):
     """`type` is looked at before the rest: a tool that Anthropic would run has other fields."""
 
     name: Name = ""
@@ -79,7 +79,7 @@ class CountRequest(Own, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
     system: str | list[Text] | None = None
-    tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)] | None = None
+    tools: Annotated[list[GivenTool], Meta(max_length=limits.TOOLS)] | None = None
     tool_choice: Choice | None = None
 
 
@@ -98,33 +98,35 @@ def prepare(asked: MessagesRequest) -> Prepared:
         # A template begins a new turn after it: what was begun would not be gone on with.
         field = f"messages[{len(asked.messages) - 1}].role"
         raise FieldError(field, f"{field}: the last message must not be the assistant's; it cannot be continued here")
-    prompt, called = _prompt(asked)
-    tools, most = bool(called), asked.max_tokens
+    calls = _calls(asked)
+    form, prompt = prompt_of(_conversation(asked), _functions(asked), calls)
+    tools, most = bool(calls), asked.max_tokens
 
     def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
         return replies.whole(about, answers[0], tools=tools, max_tokens=most)
 
     renderer = replies.MessagesRenderer(tools=tools, max_tokens=most) if asked.stream else None
-    return Prepared(Ask(prompt, _options(asked, called)), renderer, whole)
+    return Prepared(Ask(prompt, _options(asked, form, calls)), renderer, whole)
 
 
 async def count(client: Client, asked: CountRequest) -> dict[str, int]:
     """`/v1/messages/count_tokens`: how many tokens the prompt has, with all that the model's template adds."""
-    prompt, _ = _prompt(asked)
-    found = await client.tokenize(prompt, form="chat", model=asked.model or None)
+    form, prompt = prompt_of(_conversation(asked), _functions(asked), _calls(asked))
+    found = await client.tokenize(prompt, form=form, model=asked.model or None)
     return {"input_tokens": len(found.ids)}
 
 
-def _prompt(asked: CountRequest) -> tuple[str, dict[str, Any]]:
-    """The prompt, of the form `chat`, and what is to be said of its tools beside it: nothing if none may be called."""
-    tools = [_function(tool, f"tools[{number}]") for number, tool in enumerate(asked.tools or ())]
-    called = tool_options(tools, *_choice(asked.tool_choice))
-    return chat_prompt(_conversation(asked), tools, called), called
+def _functions(asked: CountRequest) -> list[Tool]:
+    return [_function(tool, f"tools[{number}]") for number, tool in enumerate(asked.tools or ())]
 
 
-def _options(asked: MessagesRequest, called: dict[str, Any]) -> Options:
+def _calls(asked: CountRequest) -> dict[str, Any]:
+    return called(_functions(asked), *_choice(asked.tool_choice))
+
+
+def _options(asked: MessagesRequest, form: str, calls: dict[str, Any]) -> Options:
     """`max_tokens` is no more than a bound here: there need not be room for so many."""
-    sampling: dict[str, Any] = {"fit": True, **called}
+    sampling: dict[str, Any] = {"fit": True, **calls}
     if asked.top_p is not None:
         sampling["top_p"] = asked.top_p
     if asked.top_k is not None:
@@ -137,12 +139,12 @@ def _options(asked: MessagesRequest, called: dict[str, Any]) -> Options:
         "max_tokens": min(asked.max_tokens, limits.MAX_TOKENS),
         "temperature": asked.temperature,
         "stop": asked.stop_sequences,
-        "form": "chat",
+        "form": form,
         "sampling": sampling,
     }
 
 
-def _function(tool: Tool, field: str) -> dict[str, Any]:
+def _function(tool: GivenTool, field: str) -> Tool:
     """As OpenAI's chat has it."""
     if tool.type not in (None, "custom"):
         raise FieldError(f"{field}.type", f"{field}.type: tools of type {tool.type!r} are not there, only your own")
@@ -150,15 +152,16 @@ def _function(tool: Tool, field: str) -> dict[str, Any]:
         raise FieldError(f"{field}.name", f"{field}.name: is missing")
     if tool.input_schema is None:
         raise FieldError(f"{field}.input_schema", f"{field}.input_schema: is missing")
-    told = {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+    parameters = bounded(tool.input_schema, f"{field}.input_schema")
+    told = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
     return {"type": "function", "function": told}
 
 
-def _choice(choice: Choice | None) -> tuple[str | dict[str, Any], bool]:
+def _choice(choice: Choice | None) -> tuple[str | dict[str, Any], bool | None]:
     """As OpenAI's chat has it, and whether several calls in one answer are welcome."""
     if choice is None:
-        return "auto", True
-    several = not choice.disable_parallel_tool_use
+        return "auto", None
+    several = None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
     if choice.type == "tool":
         if not choice.name:
             raise FieldError("tool_choice.name", "tool_choice.name: is missing")
@@ -193,7 +196,7 @@ def _add(turns: Turns, message: Message, field: str) -> None:
             case ToolUse():
                 _only(message.role, "assistant", at)
                 _flush(turns, message.role, text)
-                turns.call(block.id, block.name, encode(block.input).decode())
+                turns.call(block.id, block.name, encode(bounded(block.input, f"{at}.input")).decode())
             case ToolResult():
                 _only(message.role, "user", at)
                 _flush(turns, message.role, text)

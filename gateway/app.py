@@ -24,20 +24,24 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import ASGIApp
 
 import llambo
-from llambo.gateway import anthropic_messages, embeddings, models, openai_chat, openai_completions, responses
+from llambo.gateway import anthropic_messages, board, embeddings, models, openai_chat, openai_completions, responses
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.document import completed
 from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
-from llambo.gateway.replies import Later, Streaming, Whole
+from llambo.gateway.replies import CODE_KEY, Later, Streaming, Whole
 from llambo.gateway.responses_input import ResponsesRequest
 from llambo.gateway.responses_store import Store
+from llambo.gateway.telemetry import Telemetry
+from llambo.gateway.watching import Watches
 from llambo.gateway.websocket import PROTOCOL, Apis, Conversation, offered_token
+from llambo.mesh import metrics
 from llambo.mesh.client import Client
-from llambo.mesh.errors import LlamboError
+from llambo.mesh.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +51,8 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, access: Access) -> None:
         self.config, self.access = config, access
-        self.feeds = Feeds(config.resume_ms)
+        self.telemetry = Telemetry()
+        self.feeds = Feeds(config.resume_ms, self.telemetry)
         self.responses = Store()
         self.stopping = False
 
@@ -57,10 +62,13 @@ class Gateway:
         digest = hashlib.blake2b(request.url.path.encode() + b"\n" + await request.body(), digest_size=16).digest()
         seen = request.headers.get("last-event-id")
         renderer = prepared.renderer
-        if renderer is None:
-            return Whole(self.feeds, await self.feeds.begin(caller, prepared.ask), prepared.whole)
-        if not seen:
-            return Streaming(self.feeds, await self.feeds.begin(caller, prepared.ask, digest), renderer)
+        if renderer is None or not seen:
+            feed = await self.feeds.begin(caller, prepared.ask, digest if renderer is not None else b"")
+            route = request.url.path
+            self.feeds.trace(feed, f"POST {route}", request.headers, route)
+            if renderer is None:
+                return Whole(self.feeds, feed, prepared.whole)
+            return Streaming(self.feeds, feed, renderer)
         if prepared.ask.choices > 1 or prepared.ask.more:
             raise FieldError("Last-Event-ID", "Last-Event-ID: a stream of several answers cannot be resumed")
         id, created, skip = place_of(seen)
@@ -68,6 +76,8 @@ class Gateway:
 
     async def close(self, app: Litestar) -> None:
         self.feeds.close()
+        if self.feeds.traces is not None:
+            await self.feeds.traces.close()
         await self.access.close()
 
 
@@ -178,13 +188,17 @@ async def stream(socket: WebSocket[Any, Any, Any]) -> None:
     gateway = gateway_of(socket)
     offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
-    most = gateway.config.answer_tokens
+    most, caller = gateway.config.answer_tokens, caller_of(socket)
+
+    def read(kind: Any, body: bytes) -> Any:
+        return msgspec.structs.replace(_decoder(kind)(body), stream=True)
+
     apis: Apis = {
-        "chat": lambda body: openai_chat.prepare(
-            msgspec.structs.replace(_decoder(openai_chat.ChatRequest)(body), stream=True), most
-        ),
+        "chat": lambda body: openai_chat.prepare(read(openai_chat.ChatRequest, body), most),
+        "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
+        "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
     }
-    await Conversation(socket, caller_of(socket), gateway.feeds, apis).run()
+    await Conversation(socket, caller, gateway.feeds, apis).run()
 
 
 # --- Anthropic -----------------------------------------------------------------------------------------------
@@ -222,6 +236,15 @@ async def readyz(request: BodyRequest) -> Response[dict[str, str]]:
     return Response({"status": "ok"})
 
 
+@get("/metrics", include_in_schema=False)
+async def page_of_metrics(request: BodyRequest) -> Response[str]:
+    """With keys for an admin alone: a peer on this machine may be a proxy that speaks for anybody."""
+    gateway = gateway_of(request)
+    if gateway.access.wants_tokens and not caller_of(request).identity.may_manage:
+        raise LlamboError(Code.FORBIDDEN, "only an admin's token may read the metrics")
+    return Response(gateway.telemetry.page(gateway.feeds), media_type=metrics.MEDIA_TYPE)
+
+
 @get("/openapi.json", include_in_schema=False)
 async def openapi(request: BodyRequest) -> Response[bytes]:
     return Response(_document(request.app), media_type="application/json")
@@ -229,7 +252,8 @@ async def openapi(request: BodyRequest) -> Response[bytes]:
 
 @cache
 def _document(app: Litestar) -> bytes:
-    return encode(app.openapi_schema.to_schema())
+    gateway: Gateway = app.state.gateway
+    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.wants_tokens))
 
 
 # --- putting it together -------------------------------------------------------------------------------------
@@ -241,12 +265,15 @@ V1 = [
     messages, count_tokens, stream,
 ]  # fmt: skip
 
+OWN = [healthz, readyz, page_of_metrics, openapi]
+
 
 def make_app(gateway: Gateway) -> Front:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
+    pages = board.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), healthz, readyz, openapi],
+        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), *OWN, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,
@@ -261,7 +288,7 @@ def make_app(gateway: Gateway) -> Front:
         state=State({"gateway": gateway}),
         logging_config=None,
     )
-    return Front(app, config.http_requests)
+    return Front(app, config.http_requests, gateway.telemetry)
 
 
 def problem(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -272,5 +299,7 @@ def problem(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
         error = StatusError(error.status_code, error.detail, error.headers)
     elif not isinstance(error, LlamboError):
         log.error("a request to %s failed", request.scope["path"], exc_info=error)
-    said = told(of_exception(error), shape_of(request.scope["path"]))
+    found = of_exception(error)
+    request.scope[CODE_KEY] = found.code.value  # type: ignore[literal-required]
+    said = told(found, shape_of(request.scope["path"]))
     return Response(said.body, status_code=said.status, headers=said.headers, media_type="application/json")

@@ -12,7 +12,8 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from llambo.gateway.problems import shape_of, told
-from llambo.gateway.replies import reply
+from llambo.gateway.replies import CODE_KEY, reply
+from llambo.gateway.telemetry import Telemetry
 from llambo.mesh.errors import Code, LlamboError, harmless
 
 log = logging.getLogger("llambo.gateway.requests")
@@ -27,13 +28,14 @@ _ALWAYS = ("/healthz", "/readyz", "/metrics")
 
 
 class Front:
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, most: int, telemetry: Telemetry) -> None:
+        self._app, self._most, self._telemetry = app, most, telemetry
         self.open = 0
+        telemetry.limit = most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
-            await self._app(scope, receive, send)
+            await self._other(scope, receive, send)
             return
         began = time.monotonic()
         id = _id_of(scope["headers"])
@@ -47,23 +49,34 @@ class Front:
                 message["headers"] = [*message["headers"], (HEADER, id)]
             await send(message)
 
-        self.open += 1
+        self._telemetry.open = self.open = self.open + 1
         try:
             if self.open > self._most and scope["path"] not in _ALWAYS:
-                await self._refuse(scope["path"], tell)
+                await self._refuse(scope, tell)
             else:
                 await self._app(scope, receive, tell)
         finally:
-            self.open -= 1
+            self._telemetry.open = self.open = self.open - 1
             took_ms = (time.monotonic() - began) * 1_000
+            route, code = scope.get("path_template") or "", scope.get(CODE_KEY) or ""
+            self._telemetry.answered(str(route), scope["method"], status, took_ms / 1_000, str(code))
             caller = scope.get(CALLER_KEY)
             name = getattr(caller, "name", "") or "-"
             path = harmless(scope["path"])
             log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
 
-    async def _refuse(self, path: str, send: Send) -> None:
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        here = scope["type"] == ScopeType.WEBSOCKET
+        self._telemetry.sockets += here
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._telemetry.sockets -= here
+
+    async def _refuse(self, scope: Scope, send: Send) -> None:
         error = LlamboError(Code.BUSY, f"{self._most} requests are open here", 1_000)
-        said = told(error, shape_of(path))
+        said = told(error, shape_of(scope["path"]))
+        scope[CODE_KEY] = error.code.value  # type: ignore[literal-required]
         await reply(send, said.status, said.body, said.headers)
 
 

@@ -26,6 +26,8 @@ T = TypeVar("T")
 HOLD_S = 1.0
 #: A comment goes out when nothing else has for so long, so that proxies keep the connection.
 QUIET_S = 15.0
+#: Where the code of the error is kept that a request was answered with.
+CODE_KEY = "llambo.code"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -55,14 +57,16 @@ class Streaming:
         try:
             await self._hold()
             if feed.error is not None and not feed.pieces:
-                await reply(send, *_problem(feed.error, scope["path"]))
+                await reply(send, *_problem(feed.error, scope))
             else:
                 await self._stream(send)
-        except (Gone, OSError):
-            pass  # uvicorn raises an OSError when the other end is gone
+        except (Gone, OSError):  # uvicorn raises an OSError when the other end is gone
+            self._feeds.telemetry.hung_up()
         finally:
             listener.cancel()
             feed.unwatch(self)
+            if feed.error is not None and self._rendering.finished:
+                scope[CODE_KEY] = feed.error.code.value  # type: ignore[literal-required]
             self._feeds.left(feed, finished=self._rendering.finished and not self._gone)
 
     async def _hold(self) -> None:
@@ -127,11 +131,11 @@ class Whole:
         try:
             await unless_gone(self._over.wait(), receive)
             if feed.error is not None:
-                await reply(send, *_problem(feed.error, scope["path"]))
+                await reply(send, *_problem(feed.error, scope))
             else:
                 await reply(send, 200, encode(self._whole(feed.about, feed.all_answers())))
         except Gone:
-            pass
+            self._feeds.telemetry.hung_up()
         finally:
             feed.unwatch(self)
             self._feeds.drop(feed, "the client hung up")
@@ -153,7 +157,7 @@ class Later:
         except Gone:
             return
         except LlamboError as error:
-            await reply(send, *_problem(error, scope["path"]))
+            await reply(send, *_problem(error, scope))
             return
         await reply(send, 200, body)
 
@@ -189,6 +193,7 @@ async def reply(send: Send, status: int, body: bytes, headers: dict[str, str] | 
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def _problem(error: LlamboError, path: str) -> tuple[int, bytes, dict[str, str]]:
-    said = told(error, shape_of(path))
+def _problem(error: LlamboError, scope: Scope) -> tuple[int, bytes, dict[str, str]]:
+    said = told(error, shape_of(scope["path"]))
+    scope[CODE_KEY] = error.code.value  # type: ignore[literal-required]
     return said.status, said.body, said.headers

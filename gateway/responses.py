@@ -14,6 +14,7 @@ from typing import Any
 
 from llambo.gateway.asking import About, Ask, Event, Prepared, Token, encode
 from llambo.gateway.openai_common import logprob_of, logprobs_of
+from llambo.gateway.own import called, prompt_of
 from llambo.gateway.problems import FieldError
 from llambo.gateway.responses_input import (
     ResponsesRequest,
@@ -28,7 +29,6 @@ from llambo.gateway.responses_output import PREFIX, Items, Step, remembered, res
 from llambo.gateway.responses_store import Store
 from llambo.gateway.spoken import Parser, deltas_of, parser_of
 from llambo.gateway.tool_calls import Content, Delta
-from llambo.gateway.tools import chat_prompt, tool_options
 from llambo.mesh.client_stream import Answer
 from llambo.mesh.errors import LlamboError
 
@@ -41,20 +41,20 @@ def prepare(asked: ResponsesRequest, answer_tokens: int, store: Store, owner: st
     refuse_what_is_not_here(asked)
     said = turns_of(asked, _before(asked, store, owner)).messages
     tools = functions_of(asked)
-    called = tool_options(tools, choice_of(asked), asked.parallel_tool_calls)
-    options = options_of(asked, answer_tokens, called)
-    prompt = chat_prompt(told(said, asked.instructions), tools, called)
+    calls = called(tools, choice_of(asked), asked.parallel_tool_calls)
+    form, prompt = prompt_of(told(said, asked.instructions), tools, calls)
+    options = options_of(asked, answer_tokens, form, calls)
 
     def keep(body: dict[str, Any]) -> None:
         if asked.store is not False:
             store.keep(owner, body, remembered(said, body["output"]))
 
     def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
-        body = whole_of(asked, about, answers[0], tools=bool(called))
+        body = whole_of(asked, about, answers[0], tools=bool(calls))
         keep(body)
         return body
 
-    renderer = ResponsesRenderer(asked, keep, tools=bool(called)) if asked.stream else None
+    renderer = ResponsesRenderer(asked, keep, tools=bool(calls)) if asked.stream else None
     return Prepared(Ask(prompt, options), renderer, whole)
 
 

@@ -11,8 +11,9 @@ import msgspec
 from msgspec import Meta
 
 from llambo.gateway.openai_common import Share
-from llambo.gateway.own import Own, bounded_schema, own_options
+from llambo.gateway.own import Own, bounded, bounded_schema, own_options
 from llambo.gateway.problems import FieldError, unread
+from llambo.gateway.tools import Tool
 from llambo.gateway.turns import Turns
 from llambo.mesh import limits
 from llambo.mesh.client_options import Options
@@ -60,7 +61,7 @@ class FunctionCallOutput(msgspec.Struct):
     output: str | list[InputText]
 
 
-class Tool(msgspec.Struct):
+class GivenTool(msgspec.Struct):
     """`type` is looked at before the rest: other tools have other fields."""
 
     type: str
@@ -113,7 +114,7 @@ class ResponsesRequest(Own, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
-    tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)] | None = None
+    tools: Annotated[list[GivenTool], Meta(max_length=limits.TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Named | Allowed | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
@@ -148,13 +149,13 @@ def refuse_what_is_not_here(asked: ResponsesRequest) -> None:
             raise FieldError(field, f"{field}: {why}")
 
 
-def options_of(asked: ResponsesRequest, answer_tokens: int, called: dict[str, Any]) -> Options:
+def options_of(asked: ResponsesRequest, answer_tokens: int, form: str, calls: dict[str, Any]) -> Options:
     """`answer_tokens`: the longest answer for who names none. It is a bound; there need not be room for so many."""
-    sampling: dict[str, Any] = {"fit": True, **called, **_format(asked.text)}
+    sampling: dict[str, Any] = {"fit": True, **calls, **_format(asked.text)}
     if asked.top_p is not None:
         sampling["top_p"] = asked.top_p
     logprobs = wants_logprobs(asked)
-    if called and logprobs:
+    if calls and logprobs:
         raise FieldError("include", "include: log probabilities are told of text only, without tools")
     return {
         **own_options(asked),
@@ -162,7 +163,7 @@ def options_of(asked: ResponsesRequest, answer_tokens: int, called: dict[str, An
         "max_tokens": min(asked.max_output_tokens or answer_tokens, limits.MAX_TOKENS),
         "temperature": asked.temperature,
         "logprobs": (asked.top_logprobs or 0) if logprobs else None,
-        "form": "chat",
+        "form": form,
         "sampling": sampling,
     }
 
@@ -171,7 +172,7 @@ def wants_logprobs(asked: ResponsesRequest) -> bool:
     return "message.output_text.logprobs" in (asked.include or ())
 
 
-def functions_of(asked: ResponsesRequest) -> list[dict[str, Any]]:
+def functions_of(asked: ResponsesRequest) -> list[Tool]:
     """The tools, as OpenAI's chat has them."""
     return [_function(tool, f"tools[{number}]") for number, tool in enumerate(asked.tools or ())]
 
@@ -190,12 +191,13 @@ def choice_of(asked: ResponsesRequest) -> str | dict[str, Any]:
             return choice
 
 
-def _function(tool: Tool, field: str) -> dict[str, Any]:
+def _function(tool: GivenTool, field: str) -> Tool:
     if tool.type != "function":
         raise FieldError(f"{field}.type", f"{field}.type: tools of type {tool.type!r} are not there, only functions")
     if not tool.name:
         raise FieldError(f"{field}.name", f"{field}.name: is missing")
-    told = {"name": tool.name, "description": tool.description or "", "parameters": tool.parameters or {}}
+    parameters = bounded(tool.parameters or {}, f"{field}.parameters")
+    told = {"name": tool.name, "description": tool.description or "", "parameters": parameters}
     return {"type": "function", "function": told}
 
 

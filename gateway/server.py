@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ import uvicorn
 from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.tracing import traces_of
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.herald_core import Condition
 from llambo.mesh.notify import Herald
@@ -76,6 +78,7 @@ def run_gateway(
     listener = listen(config.host, config.port)
     port = int(listener.getsockname()[1])
     gateway = Gateway(config, access)
+    gateway.feeds.traces = traces_of(os.environ)
     told = uvicorn.Config(
         make_app(gateway),
         loop="uvloop",

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypedDict, TypeVar, Unpack
 
 import zmq
 
@@ -29,6 +29,7 @@ from llambo.mesh import client_events as e
 from llambo.mesh import keys, limits, sockets
 from llambo.mesh import messages as m
 from llambo.mesh.client_core import ClientCore
+from llambo.mesh.client_enquiries import Enquiries
 from llambo.mesh.client_options import Options, build_request
 from llambo.mesh.client_requests import Counters
 from llambo.mesh.client_shell import ClientShell
@@ -77,7 +78,7 @@ _DEFAULTS: ClientSettings = {
 }
 
 
-class Client(TaskCalls):
+class Client(TaskCalls, Enquiries):
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
@@ -196,47 +197,12 @@ class Client(TaskCalls):
         end = await self._in_time(asyncio.shield(ended), f"no answer to the cancel of {key.hex()}")
         return end.reason
 
-    # --- questions ---------------------------------------------------------------------------------------------
-
-    async def status(self) -> dict[str, Any]:
-        """The mesh in numbers."""
-        return await self._map("status")
-
-    async def workers(self, name: str = "") -> list[dict[str, Any]]:
-        """Those that are there; with `name`, that one if it is."""
-        return await self._list("workers", name)
-
-    async def models(self) -> list[dict[str, Any]]:
-        return await self._list("models")
-
-    async def requests(self) -> list[dict[str, Any]]:
-        """Those that wait or run."""
-        return await self._list("requests")
-
-    async def events(self, since: int = 0) -> list[dict[str, Any]]:
-        """What happened in the mesh after event number `since`."""
-        return await self._list("events", str(since))
-
-    async def why(self, id: str) -> dict[str, Any]:
-        """The story of one request. A unique prefix of its id will do."""
-        return await self._map("why", id)
-
-    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
-        """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
-        return await self._question(lambda number: e.Drain(number, worker, undo, move), "drain", dict[str, Any])
-
     @property
     def counters(self) -> Counters:
         """What this client had to put up with so far."""
         return self._core.counters
 
     # --- inside: asking ----------------------------------------------------------------------------------------
-
-    async def _map(self, what: str, argument: str = "") -> dict[str, Any]:
-        return await self._question(lambda number: e.Ask(number, what, argument), what, dict[str, Any])
-
-    async def _list(self, what: str, argument: str = "") -> list[dict[str, Any]]:
-        return await self._question(lambda number: e.Ask(number, what, argument), what, list[dict[str, Any]])
 
     async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T:
         number = next(self._numbers)
@@ -312,10 +278,10 @@ class Client(TaskCalls):
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
             self._tell_link("")
-        elif problem is not None and not (error := self._error(problem)).retryable:
-            reject(self._welcomed, error)
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
             self._tell_link(problem.text or "no answer")
+        elif problem is not None and not (error := self._error(problem)).retryable:
+            reject(self._welcomed, error)
 
     def _tell_link(self, lost: str) -> None:
         """Only what is news: each try to connect anew changes the link as well."""

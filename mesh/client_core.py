@@ -91,7 +91,7 @@ class ClientCore:
 
     def _on_wish(
         self,
-        wish: e.Submit | e.AttachTo | e.CancelRequest | e.Ask | e.Drain | e.Forget | e.Hold | e.Release,
+        wish: e.Submit | e.AttachTo | e.CancelRequest | e.Ask | e.Order | e.Forget | e.Hold | e.Release,
         now_ms: int,
     ) -> None:
         match wish:
@@ -105,8 +105,8 @@ class ClientCore:
                 self.requests.cancel(id, drop, now_ms)
             case e.Ask(query, what, argument):
                 self._questions.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
-            case e.Drain(query, worker, undo, move):
-                self._questions.ask(m.DrainWorker(query, worker, undo, move), self.link.welcomed, now_ms)
+            case e.Order(message):
+                self._questions.ask(message, self.link.welcomed, now_ms)
             case e.Forget(bytes() as id):
                 self.requests.forget(id)
             case e.Forget(int() as query):

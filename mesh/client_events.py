@@ -50,11 +50,10 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    query: int
-    worker: str
-    undo: bool = False
-    move: bool = False
+class Order:
+    """A wish that is no question, but is answered like one; its `query` is the number of the answer."""
+
+    message: m.DrainWorker | m.Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ Event = (
     | AttachTo
     | CancelRequest
     | Ask
-    | Drain
+    | Order
     | Forget
     | Hold
     | Release

@@ -21,7 +21,7 @@ class Questions:
     def __len__(self) -> int:
         return len(self._open)
 
-    def ask(self, message: m.Query | m.DrainWorker, welcomed: bool, now_ms: int) -> None:
+    def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
         self._open[message.query] = Question(message)
         if welcomed:
             self._say(message.query, now_ms)

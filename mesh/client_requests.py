@@ -167,7 +167,7 @@ class Request:
 class Question:
     """A query, sent again until all pages of one answer have come in a row."""
 
-    message: m.Query | m.DrainWorker
+    message: m.Query | m.DrainWorker | m.Lease
     parts: list[bytes] = field(default_factory=list)
     size: int = 0
 

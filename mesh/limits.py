@@ -57,8 +57,9 @@ SYSTEM_CHARS = 16 * 1024
 GRAMMAR_CHARS = 16 * 1024
 #: How deep a grammar or a JSON schema may be nested.
 GRAMMAR_DEPTH = 100
-#: Tools a model may be told of, and calls it may make in one answer.
+#: Tools a model may be told of.
 TOOLS = 128
+#: Calls of tools in one answer.
 TOOL_CALLS = 16
 #: Likeliest tokens that may be told beside each token of an answer.
 TOP_LOGPROBS = 20
@@ -78,6 +79,12 @@ MODELS_PER_WORKER = 32
 SLOTS_PER_WORKER = 16_384
 #: Chunks kept out of order while a gap before them is repaired.
 STASH_CHUNKS = 64
+
+#: The longest lease: so long a broker that has just begun waits before it believes that nobody has one.
+LEASE_MS = 5_000
+#: Leases a broker keeps, and models that one may promise.
+LEASES = 16
+PROMISED_MODELS = 1_000
 
 #: What the broker remembers about one request's life.
 STORY_ENTRIES = 64

@@ -72,6 +72,7 @@ __all__ = [
     "EngineLost",
     "Goodbye",
     "InferenceRequest",
+    "Lease",
     "Logprobs",
     "Message",
     "ModelInfo",
@@ -244,6 +245,24 @@ class DrainWorker(Message, frozen=True):
     move: bool = False
 
 
+class Lease(Message, frozen=True):
+    """Ask to be the only one who does something, for a while; asking again in time keeps it. `ms` 0 gives it back.
+
+    Answered with a map: `granted`, `by` (who has it), `left_ms`. What stands in `events` is told in the events feed.
+    """
+
+    query: Number
+    name: Name
+    #: Random, chosen by whoever asks: by it he is known, also to the next broker.
+    holder: Annotated[bytes, Meta(min_length=8, max_length=64)]
+    ms: Annotated[int, Meta(ge=0, le=limits.LEASE_MS)]
+    #: He has it, as far as he knows: a broker that has just begun gives it to nobody else yet.
+    renewal: bool = False
+    #: Models whose workers come when they are asked for: requests for them wait.
+    promised: Annotated[list[Name], Meta(max_length=limits.PROMISED_MODELS)] = []
+    events: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=64)] = []
+
+
 # --- broker to client --------------------------------------------------------------------------------
 
 
@@ -320,6 +339,7 @@ ClientToBroker = (
     | EndAck
     | Query
     | DrainWorker
+    | Lease
     | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye

@@ -220,6 +220,12 @@ class SyncClient:
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         return self.run(self._client.events(since))
 
+    def recent(self, since: int = 0) -> dict[str, Any]:
+        return self.run(self._client.recent(since))
+
+    def metrics(self) -> str:
+        return self.run(self._client.metrics())
+
     def why(self, id: str) -> dict[str, Any]:
         return self.run(self._client.why(id))
 

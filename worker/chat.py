@@ -149,7 +149,7 @@ def text_of(prompt: bytes, chat: Chat, template: Template | None) -> Text:
             return Text("\n\n".join(contents).encode(errors="replace"), False)
         if template.knows_tools:
             told = [_told(message) for message in chat.messages]
-            made = template.render(told, [msgspec.to_builtins(tool) for tool in _whole(chat.tools)])
+            made = template.render(told, [{"type": "function", "function": _function(tool)} for tool in chat.tools])
         else:
             made = template.render([_told(message) for message in in_words(chat)])
     except RecursionError as error:
@@ -176,7 +176,7 @@ def in_words(chat: Chat) -> list[Message]:
         told.append(Message("user", "\n".join(results)))
     if not chat.tools:
         return told
-    tools = _TOLD % "\n".join(_json(msgspec.to_builtins(tool.function)) for tool in _whole(chat.tools))
+    tools = _TOLD % "\n".join(_json(_function(tool)) for tool in chat.tools)
     if told[0].role == "system":
         return [Message("system", f"{told[0].content}\n\n{tools}"), *told[1:]]
     return [Message("system", tools), *told]
@@ -222,11 +222,11 @@ def _object(call: Call) -> Any:
         return arguments
 
 
-def _whole(tools: list[Tool]) -> list[Tool]:
-    """With all that templates look for."""
+def _function(tool: Tool) -> dict[str, Any]:
+    """With all that templates look for, in the order that models were shown."""
+    each = tool.function
     nothing = {"type": "object", "properties": {}}
-    return [Tool(Function(each.name, each.description or "", each.parameters or nothing))
-            for each in (tool.function for tool in tools)]  # fmt: skip
+    return {"name": each.name, "description": each.description or "", "parameters": each.parameters or nothing}
 
 
 def _json(value: Any) -> str:

@@ -236,7 +236,7 @@ class WorkerCore:
             return ErrorInfo(Code.BUSY, "another suspect is aboard")
         if self.runs.active >= ready.slots:
             return ErrorInfo(Code.BUSY, f"all {ready.slots} slots are taken")
-        if all(dispatch.model != model.name for model in ready.models):
+        if not self._introduction.serves(dispatch.model):
             return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
         try:
             return start_of(dispatch, prompt)

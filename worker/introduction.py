@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
+from llambo.mesh import limits
 from llambo.mesh import messages as m
+from llambo.mesh.classes import in_class
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine_life import EngineLife
 from llambo.worker.identity import Identity
@@ -33,8 +37,17 @@ class Introduction:
     def serving(self) -> Serving:
         ready = self._engine.ready
         if ready is None:
-            return Serving([m.ModelInfo(self._config.model_name)], self._config.slots)
-        return Serving(ready.models, ready.slots)
+            return Serving(self._named([m.ModelInfo(self._config.model_name)]), self._config.slots)
+        return Serving(self._named(ready.models), ready.slots)
+
+    def _named(self, models: list[m.ModelInfo]) -> list[m.ModelInfo]:
+        """Under their own names, and those of our class."""
+        named = [(model, in_class(model.name, self._config.node_class)) for model in models]
+        more = [msgspec.structs.replace(model, name=name) for model, name in named if name != model.name]
+        return [*models, *more][: limits.MODELS_PER_WORKER]
+
+    def serves(self, model: str) -> bool:
+        return any(model == each.name for each in self.serving().models)
 
     def news(self, link: int) -> Serving | None:
         """What it serves, if its hello on this link said something else."""

@@ -1,8 +1,8 @@
 """A grammar that begins to hold when a tag has been written: until then plain text costs next to nothing.
 
-llama.cpp has such grammars, too. They search all that was written with a regular expression for each token, and a token
-that ends the tag and goes on with something the grammar refuses ends the process. Here the search is for one tag in
-a few bytes, and such a token is not allowed in the first place. Nothing is remembered but these bytes and the grammar,
+llama.cpp has such grammars, too. For each token they search all that was written, and one that ends the tag and goes on
+with something the grammar refuses ends the process. Here the search is for one tag in a few bytes, and such a token
+is not allowed in the first place. Nothing is remembered but these bytes and the grammar,
 so whoever continues an answer accepts its tokens again, and is where the other was, also in the middle of a call.
 """
 

@@ -93,6 +93,8 @@ class Rules:
         if schema.get("nullable") is True:
             kinds = [*(kinds if isinstance(kinds, list) else [kinds]), "null"]
         if isinstance(kinds, list):
+            if not all(isinstance(kind, str) for kind in kinds):
+                raise Bad(f"no types are called {json.dumps(kinds)[:40]}")
             return _any_of(self._at(f"type/{kind}", {**_single(schema), "type": kind}) for kind in dict.fromkeys(kinds))
         return self._of_kind(kinds, schema)
 
@@ -121,10 +123,11 @@ class Rules:
 
     def _reference(self, reference: Any) -> str:
         """By name, so that what refers to itself becomes a rule that does."""
-        if reference not in self._references:
-            name = self._references[str(reference)] = self.rule("")
+        key = str(reference)
+        if key not in self._references:
+            name = self._references[key] = self.rule("")
             self._rules[name] = self._body(self._target(reference))
-        return self._references[reference]
+        return self._references[key]
 
     def _resolved(self, schema: Any) -> Any:
         seen = 0
@@ -215,8 +218,8 @@ class Rules:
                 return rf'"\"" {pattern_rule(schema["pattern"], self.rule)} "\""'
             except ValueError as error:
                 raise Bad(str(error)) from error
-        if schema.get("format") in FORMATS:
-            return FORMATS[schema["format"]]
+        if (form := str(schema.get("format"))) in FORMATS:
+            return FORMATS[form]
         least, most = _count(schema, "minLength"), _count(schema, "maxLength")
         if least is None and most is None:
             return "string"
@@ -255,7 +258,7 @@ def _count(schema: dict[str, Any], key: str) -> int | None:
     value = schema.get(key)
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    if isinstance(value, float) and value >= 0 and value == int(value):
+    if isinstance(value, float) and value >= 0 and value.is_integer():
         return int(value)
     raise Bad(f"{key} is {json.dumps(value)[:40]}, and no number of things")
 

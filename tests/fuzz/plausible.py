@@ -56,6 +56,18 @@ def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny"
         (m.Query(chance.randrange(2**53), chance.choice(("status", "workers", "models", "requests", "events"))), None),
         (m.Query(7, "why", id.hex()), None),
         (m.DrainWorker(8, "w-x", chance.random() < 0.5, chance.random() < 0.5), None),
+        (
+            m.Lease(
+                9,
+                chance.choice(("fleet", "x")),
+                chance.choice((bytes(8), b"another")),
+                chance.choice((0, 50, 5_000)),
+                chance.random() < 0.5,
+                ["tiny"],
+                ["told"],
+            ),
+            None,
+        ),
         (m.ClientHeartbeat(chance.randrange(9)), None),
     ]
     return chance.choice(made)

@@ -11,6 +11,7 @@ from llambo.broker import invariants, queries
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.server import BrokerServer
+from llambo.broker.window import Window
 from llambo.mesh import sockets
 from llambo.mesh.keyring import Folder
 
@@ -25,9 +26,16 @@ class Watched(BrokerServer):
     """After each turn it looks whether what somebody waits for has come true."""
 
     def __init__(
-        self, config: BrokerConfig, host: str, port: int, token_hwm: int, check: bool, keys: Folder | None
+        self,
+        config: BrokerConfig,
+        host: str,
+        port: int,
+        token_hwm: int,
+        check: bool,
+        keys: Folder | None,
+        window: Window | None,
     ) -> None:
-        super().__init__(config, host, port, token_hwm=token_hwm, keys=keys)
+        super().__init__(config, host, port, token_hwm=token_hwm, keys=keys, window=window)
         self._lock = threading.Lock()
         self._watches: list[Callable[[BrokerCore], bool]] = []
         self._check = check
@@ -56,8 +64,9 @@ class BrokerThread:
         token_hwm: int = sockets.TOKEN_HWM,
         check: bool = False,
         keys: Folder | None = None,
+        window: Window | None = None,
     ) -> None:
-        self.server = Watched(config, host, port, token_hwm, check, keys)
+        self.server = Watched(config, host, port, token_hwm, check, keys, window)
         #: What ended the loop, if it was not `close`.
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)

@@ -32,6 +32,7 @@ import msgspec
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
+from llambo.broker.window import Window
 from llambo.mesh import sockets
 from llambo.mesh.identity import Identity, PeerKey, Role
 from llambo.mesh.keyring import Folder
@@ -151,8 +152,12 @@ class Mesh:
         token_hwm: int = sockets.TOKEN_HWM,
         check: bool = False,
         keys: Folder | None = None,
+        window: Window | None = None,
     ) -> None:
-        """`keys`: workers are given one of their name, and clients have to be told which is theirs."""
+        """`keys`: workers are given one of their name, and clients have to be told which is theirs.
+
+        `window`: of a broker in a thread.
+        """
         self.workers: list[Process] = []
         self.thread: BrokerThread | None = None
         self.process: Process | None = None
@@ -166,6 +171,7 @@ class Mesh:
         self._token_hwm = token_hwm
         self._check = check
         self._keys = keys
+        self._window = window
         self.port = 0
 
     def __enter__(self) -> Mesh:
@@ -196,7 +202,12 @@ class Mesh:
     def _start(self) -> None:
         if self._kind == "thread":
             self.thread = BrokerThread(
-                self._config, self._host, token_hwm=self._token_hwm, check=self._check, keys=self._keys
+                self._config,
+                self._host,
+                token_hwm=self._token_hwm,
+                check=self._check,
+                keys=self._keys,
+                window=self._window,
             )
             self.port = self.thread.server.port
         else:

@@ -268,28 +268,28 @@ class World:
         """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
-            drain = c.Drain(len(self.log), name, move=move)
-            operator.happen(drain)
+            drain = m.DrainWorker(len(self.log), name, move=move)
+            operator.happen(c.Order(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
-    def _undo(self, before: ClientNode, drain: c.Drain) -> None:
+    def _undo(self, before: ClientNode, drain: m.DrainWorker) -> None:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
             # A person gives one order after the other: the first is not repeated once it is taken back.
             before.happen(c.Forget(drain.query))
-            operator.happen(c.Drain(drain.query + 10**6, drain.worker, undo=True))
+            operator.happen(c.Order(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
             lives = self._broker_lives
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
             self.gone.update(client.name for client in self.clients)
 
-    def _see_to_it(self, operator: ClientNode, drain: c.Drain, lives: int) -> None:
+    def _see_to_it(self, operator: ClientNode, drain: m.DrainWorker, lives: int) -> None:
         """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
         worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
         # Of two brokers one may have taken the order and not have got through for a while.
         again = self.plan.brokers > 1 and worker.core.leaving.drained
         if again or lives != self._broker_lives or not operator.alive:
-            self._undo(operator, c.Drain(drain.query + 1_000, drain.worker))
+            self._undo(operator, m.DrainWorker(drain.query + 1_000, drain.worker))
         elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
 

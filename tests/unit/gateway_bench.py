@@ -34,6 +34,13 @@ def ready(store: Store | None = None, owner: str = "", /, **body: Any) -> Prepar
     return responses.prepare(asked, 2_048, Store() if store is None else store, owner)
 
 
+def prompt_of(prepared: Prepared) -> dict[str, Any]:
+    """Its messages, and its tools if the model is told of any: whichever form it has."""
+    found = json.loads(prepared.ask.prompt)
+    assert prepared.ask.options["form"] == ("messages" if isinstance(found, list) else "chat")
+    return {"messages": found} if isinstance(found, list) else dict(found)
+
+
 def answer(
     text: str, reason: m.Reason = "stop", *, stop: str = "", tokens: int = 7, logprobs: list[Logprob] | None = None,
     pieces: list[bytes] | None = None,

@@ -71,6 +71,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.EndAck([ID, KEY]),
         m.Query(5, "why", "0001"),
         m.DrainWorker(6, "w-1", True, True),
+        m.Lease(7, "fleet", bytes(range(8)), 3_000, True, ["llama@tiny"], ["spawned 2 tiny"]),
         m.Goodbye("done"),
     ],
     "to_client": [

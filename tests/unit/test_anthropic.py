@@ -11,7 +11,7 @@ from llambo.gateway.anthropic_messages import CountRequest, MessagesRequest, pre
 from llambo.gateway.problems import FieldError, body
 from llambo.mesh.client_options import build_request
 from llambo.mesh.errors import Code, LlamboError
-from tests.unit.gateway_bench import ABOUT, answer, cut, events, read, tokens_of, told
+from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, read, tokens_of, told
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -27,8 +27,7 @@ def asked(**more: Any) -> MessagesRequest:
 
 
 def prompt(**more: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(prepare(asked(**more)).ask.prompt)
-    return found
+    return prompt_of(prepare(asked(**more)))
 
 
 def messages(*given: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
@@ -50,7 +49,7 @@ def test_everything_that_is_understood_gets_to_the_mesh() -> None:
         asked(stop_sequences=["##"], temperature=0.5, top_p=0.9, top_k=3, seed=-1, priority="batch", deadline_ms=500)
     )
     assert prepared.ask.options == {
-        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "stop": ["##"], "form": "chat", "seed": 2**63 - 1,
+        "model": "tiny", "max_tokens": 9, "temperature": 0.5, "stop": ["##"], "form": "messages", "seed": 2**63 - 1,
         "priority": "batch", "deadline_ms": 500, "sampling": {"fit": True, "top_p": 0.9, "top_k": 3},
     }  # fmt: skip
     request, _ = build_request(b"\1" * 16, 1, prepared.ask.prompt, False, prepared.ask.options)
@@ -106,11 +105,11 @@ def test_calls_and_their_results() -> None:
 @pytest.mark.parametrize(
     ("choice", "wanted"),
     [
-        (None, {"tool_choice": "auto", "parallel_tool_calls": True}),
+        (None, {"tool_choice": "auto"}),
         ({"type": "auto", "disable_parallel_tool_use": True}, {"tool_choice": "auto", "parallel_tool_calls": False}),
-        ({"type": "any"}, {"tool_choice": "required", "parallel_tool_calls": True}),
-        ({"type": "tool", "name": "weather"},
-         {"tool_choice": "required", "tool_names": ["weather"], "parallel_tool_calls": True}),
+        ({"type": "any", "disable_parallel_tool_use": False},
+         {"tool_choice": "required", "parallel_tool_calls": True}),
+        ({"type": "tool", "name": "weather"}, {"tool_choice": "required", "tool_names": ["weather"]}),
         ({"type": "none"}, {}),
     ],
 )  # fmt: skip
@@ -132,6 +131,9 @@ def test_a_schema_for_the_answer() -> None:
     assert refused({"output_config": long}).field == "output_config.format.schema"
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"properties": DEEP}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 
 
@@ -161,6 +163,10 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [{"name": "x", "input_schema": DEEP}]}, "tools[0].input_schema"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": DEEP}}}, "output_config.format.schema"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": DEEP}]},
+                       user()]}, "messages[0].content[0].input"),
         ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [WEATHER], "tool_choice": {"type": "all"}}, "tool_choice.type"),

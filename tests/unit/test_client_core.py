@@ -582,7 +582,7 @@ class TestQuestions:
     def test_is_asked_again_until_it_is_answered(self, bench: Bench) -> None:
         bench.handle(e.Ask(1, "why", "ab"))
         bench.up()
-        bench.handle(e.Drain(2, "w1"))
+        bench.handle(e.Order(m.DrainWorker(2, "w1")))
         bench.said.clear()
         bench.wait(ASK_AGAIN_MS)
         assert bench.said_since() == [m.Query(1, "why", "ab"), m.DrainWorker(2, "w1")]

@@ -4,9 +4,12 @@ tried on the real thing in tests/integration/test_llama_grammar.py."""
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llambo.mesh import limits
 from llambo.mesh.messages import Sampling
@@ -77,6 +80,7 @@ def test_a_grammar_that_grew_too_long_is_refused() -> None:
         ('{"type": "integer", "minimum": 2, "maximum": 1}', "no integer"),
         ('{"type": "string", "pattern": "(?=a)"}', "cannot be used"),
         ('{"allOf": [false]}', "nothing is allowed"),
+        ('{"type": [[["object"]]]}', "no types are called"),
         ('{"anyOf": [{"$ref": "#"}], "type": "object"}', "without end"),
     ],
 )  # fmt: skip
@@ -93,6 +97,47 @@ def test_schemas_that_cannot_be_used(schema: str, said: str) -> None:
 def test_patterns_that_cannot_be_used(pattern: str) -> None:
     with pytest.raises(ValueError, match="cannot be used"):
         pattern_rule(pattern, lambda body: "r")
+
+
+KEYS = ["$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties", "required", "additionalProperties",
+        "items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum",
+        "maximum", "exclusiveMinimum", "exclusiveMaximum", "nullable", "a"]  # fmt: skip
+LEAVES = st.sampled_from(
+    [
+        "#",
+        "#/a",
+        "object",
+        "array",
+        "string",
+        "integer",
+        "date",
+        "^a{2}[b-d]$",
+        "",
+        0,
+        -1,
+        3,
+        1.5,
+        1e300,
+        True,
+        False,
+        None,
+    ]
+)
+ANYTHING = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=5))
+def test_any_schema_becomes_a_grammar_or_is_refused(schema: dict[str, Any]) -> None:
+    with suppress(GrammarError):
+        assert grammar_of(Sampling(json_schema=json.dumps(schema))).text.startswith("root ::= ")
+
+
+@given(st.text(st.sampled_from('ab^$.*+?{}[]()|\\-,12dwsuxnéñ"/'), max_size=14))
+def test_any_pattern_becomes_a_rule_or_is_refused(pattern: str) -> None:
+    with suppress(ValueError):
+        assert depth(pattern_rule(pattern, lambda body: "r")) <= limits.GRAMMAR_DEPTH
 
 
 # --- tools -------------------------------------------------------------------------------------------------------

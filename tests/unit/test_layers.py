@@ -18,7 +18,8 @@ LAYERS = {
     "systemd": set[str](),
     "gateway": {"mesh"},
     "fleet": {"mesh"},
-    "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet"},
+    "bridge": {"mesh"},
+    "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet", "bridge"},
 }
 #: The world: sockets, clocks, chance, threads. A core is given what it needs of it.
 WORLD = {
@@ -39,7 +40,7 @@ WORLD = {
 #: What it may not reach through others either: a value it is given may know the host's name, not the time.
 FAR_WORLD = {"asyncio", "random", "secrets", "time", "zmq"}
 #: In the broker everything but the shell is core.
-BROKER_SHELL = {"broker/server.py", "broker/ports.py", "broker/porter.py"}
+BROKER_SHELL = {"broker/server.py", "broker/ports.py", "broker/porter.py", "broker/window.py"}
 #: A file is read in one sitting.
 FILE_LINES = 350
 #: All that knows llama.cpp's bindings is in one file, so that one file has to be looked at when they change.

@@ -13,7 +13,7 @@ from llambo.gateway.responses_store import Store
 from llambo.mesh.client_options import build_request
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import ABOUT, answer, cut, events, ready, tokens_of, told
+from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, ready, tokens_of, told
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -26,8 +26,7 @@ def sampling(**body: Any) -> dict[str, Any]:
 
 
 def prompt(store: Store | None = None, /, **body: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ready(store, **body).ask.prompt)
-    return found
+    return prompt_of(ready(store, **body))
 
 
 def messages(*items: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def test_everything_that_is_understood_gets_to_the_mesh() -> None:
         include=["message.output_text.logprobs"], top_logprobs=2,
     )  # fmt: skip
     assert prepared.ask.options == {
-        "model": "tiny", "max_tokens": 5, "temperature": 1.5, "logprobs": 2, "form": "chat", "seed": 3,
+        "model": "tiny", "max_tokens": 5, "temperature": 1.5, "logprobs": 2, "form": "messages", "seed": 3,
         "priority": "batch", "deadline_ms": 500, "sampling": {"fit": True, "top_p": 0.9},
     }  # fmt: skip
     request, _ = build_request(b"\1" * 16, 1, prepared.ask.prompt, False, prepared.ask.options)
@@ -102,13 +101,13 @@ def test_calls_and_their_results() -> None:
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
-        ({}, {"tool_choice": "auto", "parallel_tool_calls": True}),
+        ({}, {"tool_choice": "auto"}),
         ({"tool_choice": "required", "parallel_tool_calls": False},
          {"tool_choice": "required", "parallel_tool_calls": False}),
         ({"tool_choice": {"type": "function", "name": "weather"}},
-         {"tool_choice": "required", "tool_names": ["weather"], "parallel_tool_calls": True}),
+         {"tool_choice": "required", "tool_names": ["weather"]}),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}},
-         {"tool_choice": "auto", "tool_names": ["weather"], "parallel_tool_calls": True}),
+         {"tool_choice": "auto", "tool_names": ["weather"]}),
         ({"tool_choice": "none"}, {}),
     ],
 )  # fmt: skip
@@ -128,6 +127,9 @@ def test_formats() -> None:
     assert ready(text=wanted).whole(ABOUT, [answer("{}")])["text"] == wanted
 
 
+DEEP: dict[str, Any] = {}
+for _ in range(100):
+    DEEP = {"properties": DEEP}
 CALLED = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
 
 
@@ -156,6 +158,7 @@ CALLED = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "a", "parameters": DEEP}]}, "tools[0].parameters"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice.type"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),

@@ -14,7 +14,7 @@ from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.settings_table import BY_NAME, SECTIONS, TABLE, Kind
 from llambo.worker.knobs import FakeKnobs
 
-ROLES = ("broker", "worker", "client", "gateway")
+ROLES = ("broker", "worker", "client", "gateway", "bridge")
 
 
 def load(

@@ -1,0 +1,85 @@
+// What waits and runs, and what has ended lately. Each has a story.
+
+import { $, el, keyed, mark, say, state } from "./dom.js";
+import { count, duration, number, shortId } from "./format.js";
+import { open } from "./story.js";
+
+const ROWS = 10;
+const ENDED = 4; // so many at least, where there are
+const TONES = { waiting: "wait", dispatched: "wait", running: "good", completing: "good" };
+const REASONS = { stop: "done", length: "done, at its limit", cancelled: "cancelled", deadline: "too late", error: "failed" };
+
+const body = el("tbody");
+const none = el("p", { class: "empty", hidden: true }, "Nothing was asked yet. Ask something below, or with ", el("code", {}, "llambo send"), ".");
+
+export function begin() {
+  const names = ["Request", "State", "Worker", "Tokens", "Tokens/s", "Waited", "Took"];
+  const numeric = new Set(["Tokens", "Tokens/s", "Waited", "Took"]);
+  const cells = names.map((name) => el("th", { scope: "col", class: numeric.has(name) ? "num" : undefined }, name));
+  $("requests-table").append(el("table", {}, el("thead", {}, el("tr", {}, cells)), body), none);
+}
+
+export function show(mesh) {
+  const live = [...mesh.requests.values()];
+  const known = new Set(live.map((row) => row.id));
+  const over = mesh.ended.filter((row) => !known.has(row.id)).reverse();
+  const rows = live.slice(0, ROWS - Math.min(ENDED, over.length));
+  rows.push(...over.slice(0, ROWS - rows.length));
+  keyed(body, rows, (row) => row.id, (row) => made(row.id));
+  const now = mesh.now();
+  for (const node of body.children) node.time(now);
+  body.parentElement.hidden = !rows.length;
+  none.hidden = rows.length > 0;
+  const { running = 0, waiting = 0 } = mesh.mesh;
+  say($("requests-count"), running + waiting ? `${count(running)} running, ${count(waiting)} waiting` : "");
+}
+
+function made(id) {
+  const cell = (label) => el("td", { class: "num", "data-label": label });
+  const [tokens, pace, waited, took] = ["Tokens", "Tokens/s", "Waited", "Took"].map(cell);
+  const about = el("span", { class: "sub" });
+  const note = el("span", { class: "sub note" });
+  const word = state("", "calm");
+  const worker = el("td", { "data-label": "Worker" });
+  const title = el("button", { type: "button", class: "plain mono", on: { click: () => open(id) } });
+  title.append(shortId(id), el("span", { class: "unseen" }, ", its story"));
+  const node = el(
+    "tr",
+    {},
+    el("th", { scope: "row" }, title, about),
+    el("td", { class: "how" }, word, note),
+    worker,
+    tokens,
+    pace,
+    waited,
+    took,
+  );
+  node.show = (row) => {
+    node.row = row;
+    const over = row.reason !== undefined;
+    mark(node, "over", over);
+    say(about, [row.model, row.task === "generate" ? "" : row.task, row.priority === "normal" ? "" : row.priority].filter(Boolean).join(" · "));
+    if (over) word.show(REASONS[row.reason] ?? row.reason, row.error ? "bad" : "calm");
+    else word.show(row.state, TONES[row.state] ?? "calm");
+    say(note, noteOf(row));
+    say(worker, row.worker || "–");
+    say(tokens, over ? count(row.tokens) : `${count(row.tokens)} / ${count(row.max_tokens)}`);
+    const known = over && row.tokens > 1 && row.decode_ms ? ((row.tokens - 1) * 1000) / row.decode_ms : row.pace;
+    say(pace, known ? number(known) : "–");
+    if (row.state !== "waiting") say(waited, duration(row.queued_ms));
+    if (over) say(took, duration(row.total_ms));
+  };
+  node.time = (now) => {
+    const { row } = node;
+    if (row.reason !== undefined) return;
+    say(took, duration(now - row.at));
+    if (row.state === "waiting") say(waited, duration(now - row.at));
+  };
+  return node;
+}
+
+function noteOf(row) {
+  const moved = row.moves ? `moved ${row.moves === 1 ? "once" : `${count(row.moves)} times`}` : "";
+  const ahead = row.state === "waiting" ? (row.ahead ? `${count(row.ahead)} before it` : "next in line") : "";
+  return [row.error, ahead, moved].filter(Boolean).join(" · ");
+}

@@ -1,0 +1,346 @@
+"""The bridge on real sockets, in front of a mesh of fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from llambo.bridge.connection_core import Terms
+from llambo.bridge.door import Door, open_tcp, open_unix
+from llambo.bridge.server import Bridge, Limits
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import TIMEOUT_S, Mesh
+
+#: At once; the issue of a bridge is that it is many programs' only door.
+CROWD = 200
+#: More than fits into the buffers between two processes.
+PINGS = 100_000
+ENDLESS = {"prompt": "p", "max_tokens": 100_000}
+
+
+class Peer:
+    """One end of a connection that speaks lines."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    def say(self, *lines: str) -> None:
+        self.writer.write("".join(f"{line}\n" for line in lines).encode())
+
+    async def hear(self) -> dict[str, Any]:
+        line = await self.reader.readline()
+        assert line.endswith(b"\n"), f"the connection ended within a line: {line!r}"
+        heard: dict[str, Any] = json.loads(line)
+        return heard
+
+    async def ask(self, line: str) -> dict[str, Any]:
+        self.say(line)
+        return await self.hear()
+
+    async def stream(self, **request: Any) -> list[dict[str, Any]]:
+        self.say(f"INFER_STREAM {json.dumps(request)}")
+        heard = [await self.hear()]
+        while not heard[-1]["final"]:
+            heard.append(await self.hear())
+        return heard
+
+    async def ended(self) -> bool:
+        return await self.reader.read() == b""
+
+    def vanish(self) -> None:
+        self.writer.transport.abort()
+
+
+class Running:
+    """A bridge that runs on this loop."""
+
+    def __init__(self, bridge: Bridge, door: Door, task: asyncio.Task[None]) -> None:
+        self.bridge, self.door, self.task = bridge, door, task
+
+    @asynccontextmanager
+    async def peer(self) -> AsyncIterator[Peer]:
+        if self.door.path is not None:
+            streams = await asyncio.open_unix_connection(str(self.door.path), limit=2**24)
+        else:
+            streams = await asyncio.open_connection(*self.door.socket.getsockname(), limit=2**24)
+        try:
+            yield Peer(*streams)
+        finally:
+            streams[1].close()
+
+    async def stop(self) -> None:
+        self.bridge.stop()
+        await self.task
+
+
+@asynccontextmanager
+async def bridge(
+    mesh: Mesh, where: Path | None, *, terms: Terms | None = None, connections: int = 2 * CROWD, leave_ms: int = 5_000
+) -> AsyncIterator[Running]:
+    async with mesh.client() as client:
+        door = open_unix(where) if where is not None else open_tcp(0)
+        made = Bridge(client, door, terms or Terms(), Limits(connections, leave_ms))
+        began = asyncio.Event()
+        task = asyncio.create_task(made.run(began.set))
+        await began.wait()
+        try:
+            yield Running(made, door, task)
+        finally:
+            if not task.done():
+                made.stop()
+                made.stop()
+            await task
+    door.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "b.sock"
+
+
+def test_answers_are_those_of_the_mesh(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as peer, mesh.client() as client:
+            direct = await client.generate("hi", seed=7, max_tokens=40, form="user")
+            request = {"prompt": "hi", "seed": 7, "max_tokens": 40}
+            whole = await peer.ask(f"INFER {json.dumps(request)}")
+            streamed = await peer.stream(**request)
+            assert whole["data"]["text"] == direct.text == "".join(line["token"] for line in streamed)
+            assert whole["message"] == streamed[-1]["message"] == "length"
+            assert (await peer.ask("LOAD fake"))["data"]["workers"] == 1
+            status = (await peer.ask("STATUS"))["data"]
+            assert status["model"] == "fake" and status["mesh"]["workers"] == 1
+            assert status["bridge"] == {"connections": 1, "answers": 1}
+
+    with Mesh(1, knobs=FakeKnobs(utf8_split=True)) as mesh:
+        mesh.run(scenario())
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
+    """All are connected, and have asked, before the first one is read."""
+
+    async def one(running: Running, number: int, all_there: asyncio.Barrier) -> str:
+        async with running.peer() as peer:
+            assert (await peer.ask("PING"))["message"] == "pong"
+            await all_there.wait()
+            heard = await peer.stream(prompt=f"{number}", seed=number, max_tokens=20)
+            assert heard[-1]["status"] == "ok", heard[-1]
+            return "".join(line["token"] for line in heard)
+
+    async def scenario() -> None:
+        async with bridge(mesh, None if tcp else path) as running:
+            all_there = asyncio.Barrier(CROWD)
+            texts = await asyncio.gather(*[one(running, number, all_there) for number in range(CROWD)])
+            async with mesh.client() as client:
+                for number in (0, CROWD // 2, CROWD - 1):
+                    direct = await client.generate(f"{number}", seed=number, max_tokens=20, form="user")
+                    assert texts[number] == direct.text
+            assert len(set(texts)) == CROWD
+
+    with Mesh(2, knobs=FakeKnobs(slots=32)) as mesh:
+        mesh.run(scenario(), 2 * TIMEOUT_S)
+
+
+def test_one_too_many_is_told_so(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path, connections=1) as running:
+            async with running.peer() as first, running.peer() as second:
+                assert (await second.hear())["data"]["code"] == "over_limit"
+                assert await second.ended()
+                assert (await first.ask("PING"))["status"] == "ok"
+                first.say("QUIT")
+                assert (await first.hear())["message"] == "bye" and await first.ended()
+            async with running.peer() as third:
+                assert (await third.ask("PING"))["status"] == "ok"
+
+    with Mesh(0) as mesh:
+        mesh.run(scenario())
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as peer:
+            peer.say(f"INFER{'_STREAM' if streamed else ''} {json.dumps(ENDLESS)}", "PING")
+            await mesh.aside(lambda core: core.state.registry.workers and core.state.running, "it runs")
+            peer.vanish()
+            await mesh.aside(lambda core: not core.state.running, "it does not run any more")
+            assert running.bridge.numbers() == {"connections": 0, "answers": 0}
+        assert mesh.counter("cancelled") == 1
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+        mesh.run(scenario())
+
+
+def test_who_has_said_all_is_still_answered(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as peer:
+            peer.say('INFER {"prompt": "p", "max_tokens": 20}', "PING")
+            peer.writer.write_eof()
+            assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
+            assert await peer.ended()
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+        mesh.run(scenario())
+
+
+def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
+    """One asks for more than fits between it and the bridge, and reads nothing until all others are done."""
+
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as other:
+            slow = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            slow.connect(str(path))
+            with slow:
+                # More than fits between the two: it ends when the answer is being read.
+                said = (
+                    b'INFER_STREAM {"prompt": "slow", "max_tokens": 30000, "seed": 1}\n'
+                    + PINGS * b"PING\n"
+                    + b'PING {"tag": "last"}\n'
+                )
+                saying = asyncio.create_task(asyncio.to_thread(slow.sendall, said))
+                for number in range(20):
+                    assert (await other.stream(prompt=f"{number}", max_tokens=50))[-1]["status"] == "ok"
+                assert not saying.done()
+                heard = await asyncio.to_thread(read_all, slow)
+                await saying
+            tokens = heard[: heard.index(b"pong")].splitlines()[:-1]
+            text = "".join(json.loads(line)["token"] for line in tokens)
+            async with mesh.client() as client:
+                assert text == (await client.generate("slow", max_tokens=30_000, seed=1, form="user")).text
+            assert heard.count(b"pong") == PINGS + 1
+
+    def read_all(slow: socket.socket) -> bytes:
+        slow.settimeout(TIMEOUT_S)
+        heard = bytearray()
+        while not heard.endswith(b'"tag":"last"}\n'):
+            heard += slow.recv(2**20)
+        return bytes(heard)
+
+    with Mesh(2) as mesh:
+        mesh.run(scenario(), 2 * TIMEOUT_S)
+
+
+def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path, terms=Terms(line_bytes=1_000)) as running, running.peer() as peer:
+            peer.writer.write(b"\xff\xfe\nINFER \0\nfrob\n" + 5_000 * b"x" + b"\nINFER {\r\n\r\n")
+            peer.say('INFER {"prompt": "p", "max_tokens": -1}', 'INFER {"prompt": "p", "top_k": "many"}', "LOAD other")
+            codes = [(await peer.hear())["data"]["code"] for _ in range(8)]
+            assert codes == 7 * ["bad_request"] + ["unknown_model"]
+            assert (await peer.ask("PING"))["message"] == "pong"
+
+    with Mesh(1) as mesh:
+        mesh.run(scenario())
+
+
+def test_programs_speak_msgpack(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as peer:
+            assert (await peer.ask("BINARY"))["data"] == {"format": "msgpack"}
+            asked = [
+                {"command": "INFER_STREAM", "prompt": f"{n}", "max_tokens": 30, "seed": n, "tag": n} for n in (1, 2)
+            ]
+            peer.writer.write(b"".join(map(msgpack.packb, [*asked, {"command": "PING"}])))
+            unpacker, texts, ended = msgpack.Unpacker(), {1: "", 2: ""}, 0
+            while ended < 2:
+                unpacker.feed(await peer.reader.read(7))
+                for said in unpacker:
+                    if "tag" in said:
+                        texts[said["tag"]] += said["token"]
+                        ended += said["final"]
+            async with mesh.client() as client:
+                for n, text in texts.items():
+                    assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=200)) as mesh:
+        mesh.run(scenario())
+
+
+def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as idle, running.peer() as busy:
+            assert (await idle.ask("PING"))["status"] == "ok"
+            busy.say('INFER_STREAM {"prompt": "p", "max_tokens": 30}')
+            assert not (await busy.hear())["final"]
+            running.bridge.stop()
+            assert await idle.ended()
+            heard = (await busy.reader.read()).splitlines()
+            assert json.loads(heard[-1])["message"] == "length"
+            await running.task
+        assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+        mesh.run(scenario())
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path, leave_ms=60_000 if hurried else 1) as running, running.peer() as peer:
+            peer.say(f"INFER_STREAM {json.dumps(ENDLESS)}")
+            assert not (await peer.hear())["final"]
+            running.bridge.stop()
+            if hurried:
+                running.bridge.stop()
+            heard = (await peer.reader.read()).splitlines()
+            assert json.loads(heard[-1])["data"]["code"] == "cancelled"
+            await running.task
+            await mesh.aside(lambda core: not core.state.running, "it does not run any more")
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+        mesh.run(scenario())
+
+
+def test_quit_stops_the_bridge_where_it_may(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path, terms=Terms(quit_stops=True)) as running, running.peer() as peer:
+            assert (await peer.ask("QUIT"))["message"] == "bye"
+            await running.task
+
+    with Mesh(0) as mesh:
+        mesh.run(scenario())
+
+
+def test_a_reset_over_tcp_cancels_too() -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, None) as running:
+            peer = socket.create_connection(running.door.socket.getsockname())
+            peer.sendall(f"INFER {json.dumps(ENDLESS)}\n".encode())
+            await mesh.aside(lambda core: core.state.running, "it runs")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            peer.close()
+            await mesh.aside(lambda core: not core.state.running, "it does not run any more")
+
+    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+        mesh.run(scenario())
+
+
+def test_answers_survive_their_worker(path: Path) -> None:
+    async def scenario() -> None:
+        async with bridge(mesh, path) as running, running.peer() as peer:
+            peer.say('INFER_STREAM {"prompt": "p", "max_tokens": 60, "seed": 3}')
+            heard = [await peer.hear()]
+            (name,) = mesh.look(lambda core: [r.worker.name for r in core.state.running.values() if r.worker])
+            next(worker for worker in mesh.workers if worker.name == name).send(signal.SIGKILL)
+            while not heard[-1]["final"]:
+                heard.append(await peer.hear())
+            assert heard[-1]["data"]["moves"] == 1
+            async with mesh.client() as client:
+                direct = await client.generate("p", max_tokens=60, seed=3, form="user")
+            assert "".join(line["token"] for line in heard) == direct.text
+
+    with Mesh(2, knobs=FakeKnobs(tokens_per_s=100)) as mesh:
+        mesh.run(scenario())

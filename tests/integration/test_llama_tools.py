@@ -1,0 +1,260 @@
+"""Calls of tools on a real model: what is asked for is what comes, and a call that moves goes on as a call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema_rs
+import msgspec
+import pytest
+
+from llambo.broker.core import BrokerCore
+from llambo.gateway.tool_calls import Call, collect
+from llambo.gateway.tools import chat_prompt, tool_options
+from llambo.mesh import tasks
+from llambo.mesh.client import Answer
+from llambo.mesh.errors import Code
+from llambo.mesh.messages import Sampling
+from llambo.worker.config import WorkerConfig
+from llambo.worker.engine_proto import Configure, Start
+from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.llama_engine import LlamaEngine
+from llambo.worker.llama_load import load
+from tests.integration import hermes
+from tests.integration.harness import TIMEOUT_S, Mesh
+from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said
+
+__all__ = ["engine", "loaded", "said"]  # fixtures
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "minLength": 1, "maxLength": 30},
+        "days": {"type": "integer", "minimum": 1, "maximum": 14},
+        "unit": {"enum": ["C", "F"]},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "The weather at a place.",
+                                            "parameters": PARAMETERS}}  # fmt: skip
+TIME = {"type": "function", "function": {"name": "get_time", "description": "What time it is."}}
+TOOLS = [WEATHER, TIME]
+SCHEMAS = {"get_weather": PARAMETERS, "get_time": {"maxProperties": 0}}
+ASKED = {"role": "user", "content": "What is the weather in Oslo, and for three days?"}
+NAMED = {"type": "function", "function": {"name": "get_time"}}
+
+
+def called(city: str) -> list[dict[str, Any]]:
+    """A model that was not made for tools calls one if it has seen how."""
+    arguments = json.dumps({"city": city, "days": 2})
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": f"What is the weather in {city}?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+        {"role": "assistant", "content": f"It is sunny in {city}."},
+    ]
+
+
+SEEN = [*called("Rome"), *called("Paris"), {"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def start(choice: Any, messages: list[Any] | None = None, prefix: list[int] | None = None, tokens: int = 160,
+          parallel: bool | None = None, **more: Any) -> Start:  # fmt: skip
+    options = tool_options(TOOLS, choice, parallel)
+    prompt = chat_prompt(messages or [ASKED], TOOLS, options).encode()
+    sampling = msgspec.convert({"form": "chat", "temperature": 0.0, **options, **more}, Sampling)
+    return Start(bytes([1]) * 24, prompt, tokens, 7, prefix or [], sampling)
+
+
+def calls_of(told: Told | Answer) -> list[Call]:
+    """Nothing but calls, each of them valid."""
+    content, calls = collect(told.text, "seed")
+    assert content == ""
+    for call in calls:
+        assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments)), call
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.5])
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_that_must_come_comes_and_satisfies_its_schema(
+    engine: LlamaEngine, choice: Any, temperature: float
+) -> None:
+    (told,) = run(engine, start(choice, temperature=temperature))
+    (call,) = calls_of(told)
+    assert told.end == "stop"
+    assert choice == "required" or call.name == "get_time"
+
+
+def test_several_calls_if_they_are_wanted(engine: LlamaEngine) -> None:
+    (told,) = run(engine, start("required", parallel=True, temperature=0.8))
+    assert told.end == "stop"
+    assert len(calls_of(told)) > 1
+
+
+def test_a_call_that_may_come_comes_where_it_fits(engine: LlamaEngine) -> None:
+    (told,) = run(engine, start("auto", SEEN))
+    (call,) = calls_of(told)
+    assert (told.end, json.loads(call.arguments)["city"]) == ("stop", "Oslo")
+
+
+def test_where_none_fits_the_answer_is_what_it_is_without_the_grammar(engine: LlamaEngine) -> None:
+    messages = [{"role": "user", "content": "Say hello."}]
+    (free,), (plain,) = (
+        run(engine, start("auto", messages, tokens=40, tool_choice=choice)) for choice in ("auto", "none")
+    )
+    assert free.text == plain.text
+    assert collect(free.text, "seed") == (free.text, [])
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_call_that_is_continued_anywhere_goes_on_in_its_grammar(engine: LlamaEngine, choice: str) -> None:
+    (whole,) = run(engine, start(choice, SEEN))
+    assert calls_of(whole)
+    for cut in {1, *range(2, len(whole.ids), 5), len(whole.ids) - 1}:
+        (rest,) = run(engine, start(choice, SEEN, whole.ids[:cut]))
+        assert (whole.ids[:cut] + rest.ids, rest.end) == (whole.ids, whole.end), f"cut at {cut}"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_whoever_has_begun_a_call_must_end_it(engine: LlamaEngine, temperature: float) -> None:
+    """The model would not have called here; its first tokens are put into its mouth."""
+    begun = engine._model.tokenize(b'Well.\n<tool_call>\n{"na', special=False)
+    (told,) = run(engine, start("auto", prefix=begun, temperature=temperature))
+    content, (call,) = collect('Well.\n<tool_call>\n{"na' + told.text, "seed")
+    assert (content, told.end) == ("Well.\n", "stop")
+    assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments))
+
+
+def test_a_call_or_else_json(engine: LlamaEngine) -> None:
+    schema = json.dumps({"type": "object", "properties": {"greeting": {"type": "string", "maxLength": 20}},
+                         "required": ["greeting"]})  # fmt: skip
+    (told,) = run(engine, start("auto", [{"role": "user", "content": "Say hello."}], json_schema=schema))
+    content, calls = collect(told.text, "seed")
+    assert calls or set(json.loads(content)) == {"greeting"}
+    (told,) = run(engine, start("auto", SEEN, json_schema=schema))
+    assert calls_of(told)
+
+
+@pytest.mark.parametrize("prompt", ["Describe Ann, who is 40, as JSON.", "A book as JSON."])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_any_object_of_json_has_no_blanks_without_end(engine: LlamaEngine, prompt: str, temperature: float) -> None:
+    """That a small model comes to an end is not ours to promise; that it writes JSON until there is."""
+    sampling = Sampling(form="user", temperature=temperature, json_schema='{"type": "object"}')
+    (told,) = run(engine, Start(bytes([1]) * 24, prompt.encode(), 60, 7, [], sampling))
+    assert "  " not in "".join(told.text.split('"')[::2]), told.text
+    assert told.end == "length" or isinstance(json.loads(told.text), dict)
+
+
+@pytest.mark.parametrize(
+    ("tools", "options", "why"),
+    [
+        ([], {"tool_choice": "auto"}, "the prompt has no tools"),
+        ([TIME], {"tool_choice": "required", "tool_names": ["x"]}, "'x'"),
+        ([{"type": "function", "function": {"name": "odd", "parameters": {"properties": {"a": {"type": 1}}}}}],
+         {"tool_choice": "auto"}, "tool 'odd'"),
+        ([{"type": "function", "function": {"name": "odd", "parameters": {"$ref": "#"}}}], {"tool_choice": "auto"}, ""),
+    ],
+)  # fmt: skip
+def test_tools_that_cannot_be_used_are_refused(engine: LlamaEngine, tools: Any, options: Any, why: str) -> None:
+    prompt = json.dumps({"messages": [ASKED], "tools": tools}).encode()
+    sampling = msgspec.convert({"form": "chat", **options}, Sampling)
+    refused = refusal(engine, Start(bytes([1]) * 24, prompt, 8, 7, [], sampling))
+    assert (refused.error.code, refused.final) == (Code.BAD_REQUEST, True)
+    assert why in refused.error.text
+
+
+def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
+    whole = start("auto", tokens=1)
+    (told,) = run(engine, whole)
+    count = Start(whole.key, whole.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
+    assert engine.start(count, 0) is None
+    (output,) = engine.step(0)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    assert told.usage is not None and told.usage.prompt_tokens == len(found.ids) > 200
+
+
+# --- a model that was made for it --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made_for_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
+    path = hermes.make(tmp_path_factory.mktemp("model") / "hermes.gguf")
+    knobs = LlamaKnobs(slots=2, context=1024, threads=1, batch=128)
+    yield load(Configure("llama", str(path), llama=knobs, safe=True), lambda progress: None)
+    path.unlink()
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_tags_that_are_control_tokens_reach_the_reader_as_text(made_for_tools: LlamaEngine, choice: str) -> None:
+    model = made_for_tools._model
+    (begin,) = model.tokenize(b"<tool_call>", special=True)
+    assert (model.piece(begin), model._render(begin, special=False)) == (b"<tool_call>", b"")
+    # Given an answer whose first token is the tag (this model would not think of it)
+    (told,) = run(made_for_tools, start(choice, prefix=[begin]))
+    # Then it is a call to its end, and what ends it is shown
+    calls = collect("<tool_call>" + told.text, "seed")
+    assert (calls[0], told.text.endswith("\n</tool_call>")) == ("", True)
+    assert [jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments)) for call in calls[1]]
+    # ... wherever it is continued
+    for cut in range(0, len(told.ids), 12):
+        (rest,) = run(made_for_tools, start(choice, prefix=[begin, *told.ids[:cut]]))
+        assert told.ids[:cut] + rest.ids == told.ids
+
+
+def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: LlamaEngine) -> None:
+    asked = start("auto", SEEN)
+    count = Start(asked.key, asked.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
+    assert made_for_tools.start(count, 0) is None
+    (output,) = made_for_tools.step(0)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    text = b"".join(found.pieces).decode()
+    assert "<|im_start|>tool\nsunny<|im_end|>" in text
+    assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>' in text
+    assert '{"type": "function", "function": {"name": "get_time"' in text
+
+
+# --- a worker dies in the middle of a call -----------------------------------------------------------------------
+
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaKnobs(slots=4, context=1024, threads=1, batch=128))
+
+
+def told_to(core: BrokerCore) -> int:
+    return sum(request.transcript.next_index for request in core.state.requests.values())
+
+
+def test_a_worker_is_killed_in_the_middle_of_a_call() -> None:
+    kinds: list[tuple[str, float]] = [("auto", 0.0), ("required", 0.0), ("required", 0.8), ("required", 1.2)]
+    with Mesh(2, worker=WORKER, check=True) as mesh:
+
+        async def scenario() -> list[Answer]:
+            async with mesh.client() as client:
+
+                async def ask(number: int) -> Answer:
+                    choice, temperature = kinds[number]
+                    options = tool_options(TOOLS, choice)
+                    prompt = chat_prompt(SEEN, TOOLS, options)
+                    return await client.stream(
+                        prompt, form="chat", temperature=temperature, seed=number, max_tokens=160, sampling=options
+                    ).result()
+
+                asking = [asyncio.create_task(ask(number)) for number in range(len(kinds))]
+                await mesh.aside(lambda core: told_to(core) >= 10 * len(kinds), "calls that have begun")
+                claims = mesh.look(lambda core: {w.name: len(w.claims) for w in core.state.registry.workers.values()})
+                victim = max(mesh.workers, key=lambda worker: claims[worker.name])
+                os.kill(victim.children()[0], signal.SIGKILL)
+                return await asyncio.gather(*asking)
+
+        answers = mesh.run(scenario(), timeout_s=3 * TIMEOUT_S)
+    assert sum(answer.moves > 0 for answer in answers) >= 1, "nothing was in the middle of anything"
+    for answer in answers:
+        assert answer.reason == "stop"
+        (call,) = calls_of(answer)
+        assert json.loads(call.arguments)["city"]

@@ -1,0 +1,363 @@
+"""`llambo top` on a screen that nobody looks at, over a real mesh: every key, and a broker that goes and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Input, Static
+
+from llambo import Client
+from llambo.broker.config import BrokerConfig
+from llambo.cli import top_app
+from llambo.cli.top_app import Top
+from llambo.cli.top_screens import Page, Question, Story
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.harness import TIMEOUT_S, Mesh, key_of
+
+#: So often a look in these tests.
+EVERY_S = 0.15
+#: Less than the whole scenario may take, so that it is told what was waited for.
+PATIENCE_S = TIMEOUT_S - 5
+SMALL, LARGE = (80, 24), (200, 60)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with Mesh(workers=2, knobs=FakeKnobs(slots=2, tokens_per_s=50)) as mesh:
+        yield mesh
+
+
+class Watching:
+    """A `Top` that runs, and a client beside it."""
+
+    def __init__(self, app: Top, pilot: Pilot[None], client: Client) -> None:
+        self.app = app
+        self.pilot = pilot
+        self.client = client
+
+    async def until(self, condition: Callable[[], Any], what: str) -> None:
+        """After each look that is shown it may have become true, or after what a key has begun."""
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                await self.pilot.pause()
+                while not condition():
+                    self.app.shown.clear()
+                    await self.app.shown.wait()
+                    await self.pilot.pause()
+        except TimeoutError:
+            raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.screen()}") from None
+
+    async def press(self, *keys: str) -> None:
+        await self.pilot.press(*keys)
+        await self.pilot.pause()
+
+    def said(self) -> list[str]:
+        """What it has told in passing."""
+        return [note.message for note in self.app._notifications]
+
+    def head(self) -> str:
+        return str(self.app.screen_stack[0].query_one("#head", Static).render())
+
+    def events(self) -> str:
+        return str(self.app.query_one("#happened", Static).render())
+
+    def screen(self) -> str:
+        """All that is on the screen, as text."""
+        width, height = self.app.size
+        lines = self.app.screen._compositor.render_strips()
+        return "\n".join("".join(segment.text for segment in strip)[:width] for strip in lines[:height])
+
+
+@asynccontextmanager
+async def watching(mesh: Mesh, size: tuple[int, int] = SMALL, **settings: Any) -> AsyncIterator[Watching]:
+    async with mesh.client(**settings) as client, mesh.client(**settings) as other:
+        app = Top(client, every_s=EVERY_S)
+        async with app.run_test(size=size, notifications=True) as pilot:
+            await pilot.pause()
+            shown = Watching(app, pilot, other)
+            await shown.until(lambda: app.snapshot, "a first look")
+            yield shown
+
+
+async def endless(client: Client, count: int) -> list[str]:
+    return [await client.submit(f"prompt {number}", max_tokens=100_000) for number in range(count)]
+
+
+def run(mesh: Mesh, scenario: Callable[[Watching], Coroutine[Any, Any, None]], size: tuple[int, int] = SMALL) -> None:
+    async def whole() -> None:
+        async with watching(mesh, size) as shown:
+            try:
+                await scenario(shown)
+            finally:
+                for request in await shown.client.requests():
+                    await shown.client.cancel(request["id"])
+
+    mesh.run(whole())
+
+
+# --- looking -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+def test_workers_requests_and_events_are_on_the_screen(mesh: Mesh, size: tuple[int, int]) -> None:
+    async def scenario(shown: Watching) -> None:
+        ids = await endless(shown.client, 5)
+        await shown.until(lambda: len(shown.app.requests_pane.keys) == 5, "five requests")
+        assert shown.app.workers_pane.keys == ["w0", "w1"]
+        assert set(shown.app.requests_pane.keys) == set(ids)
+        assert shown.events().count("worker serves") == 2
+        for text in ("1 waiting, 4 running", "4 of 4 busy", "workers: 2", "requests: 5", "events",
+                     "drain", "cancel", "filter", "leave", *(id[:8] for id in ids if size == LARGE)):  # fmt: skip
+            await shown.until(lambda text=text: text in shown.screen(), f"{text!r}")  # type: ignore[misc]
+
+    run(mesh, scenario, size)
+
+
+def test_it_follows_what_changes(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        [id] = await endless(shown.client, 1)
+        await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
+        pane = shown.app.requests_pane
+
+        def tokens() -> int:
+            return int(pane.get_cell(id, "tokens").plain.split("/")[0])
+
+        before = tokens()
+        await shown.until(lambda: tokens() > before, "more tokens in the same row")
+        await shown.client.cancel(id)
+        await shown.until(lambda: pane.keys == [], "no row")
+        assert pane.chosen is None
+
+    run(mesh, scenario)
+
+
+def test_no_text_of_others_is_read_as_markup() -> None:
+    name = "[red]w[/red] [bold"
+    with Mesh(workers=0) as mesh:
+        mesh.spawn(name).first_line()
+
+        async def scenario(shown: Watching) -> None:
+            await shown.until(lambda: shown.app.workers_pane.keys == [name], "the worker")
+            assert name in shown.screen()
+            await shown.press("d")
+            assert f"Drain {name}?" in shown.screen()
+            await shown.press("d")
+            await shown.until(lambda: any(name in said for said in shown.said()), "that it is drained")
+            assert name in shown.screen()
+
+        run(mesh, scenario, LARGE)
+
+
+def test_without_an_admin_s_key_there_are_no_events_and_no_draining(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin("tcp://127.0.0.1:7330")
+    folder.add(Identity("guest", "client"), 0)
+    with Mesh(workers=1, keys=folder) as mesh:
+
+        async def scenario() -> None:
+            async with watching(mesh, key=key_of(folder, "guest")) as shown:
+                await shown.until(lambda: shown.app.snapshot and shown.app.snapshot.no_events, "why there are none")
+                assert "admin" in shown.events()
+                await shown.press("d", "d")
+                await shown.until(lambda: any("admin" in said for said in shown.said()), "that it may not")
+
+        mesh.run(scenario())
+
+
+# --- keys ----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        app = shown.app
+
+        def state() -> str:
+            return app.workers_pane.get_cell("w1", "state").plain
+
+        await shown.press("1", "down", "d")
+        assert isinstance(app.screen, Question) and "Drain w1?" in shown.screen()
+        await shown.press("n")
+        await shown.press("d", "escape", "u", "n")
+        assert not isinstance(app.screen, Question)
+        assert shown.said() == []
+        await shown.press("d", "d")
+        await shown.until(lambda: state() == "drained", "w1 is drained")
+        assert any("w1 takes no new work" in said for said in shown.said())
+        await shown.press("u", "y")
+        await shown.until(lambda: state() == "ready", "w1 works again")
+        await endless(shown.client, 2)
+        await shown.press("m", "m")
+        await shown.until(lambda: state() == "drained", "w1 is drained, and what it ran is at w0")
+        await shown.until(lambda: app.workers_pane.get_cell("w0", "busy").plain == "2/2", "both are at w0")
+        await shown.press("u", "y")
+        await shown.until(lambda: state() == "ready", "w1 works again")
+
+    run(mesh, scenario)
+
+
+def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        await shown.press("c")
+        assert shown.said() == ["there is no request here"]
+        await endless(shown.client, 2)
+        await shown.until(lambda: len(shown.app.requests_pane.keys) == 2, "two requests")
+        await shown.press("2", "down", "c")
+        first, second = shown.app.requests_pane.keys
+        assert f"Cancel {second}?" in shown.screen()
+        await shown.press("escape", "c", "y")
+        await shown.until(lambda: shown.app.requests_pane.keys == [first], "the other one is left")
+        await shown.until(lambda: f"{second[:8]} has ended: cancelled" in shown.said(), "how it ended")
+        assert shown.app.requests_pane.chosen == first
+
+    run(mesh, scenario)
+
+
+@pytest.mark.parametrize("key", ["w", "enter"])
+def test_the_story_of_a_request_is_told_and_goes_on(mesh: Mesh, key: str) -> None:
+    async def scenario(shown: Watching) -> None:
+        [id] = await endless(shown.client, 1)
+        await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
+        await shown.press("2", key)
+        story = shown.app.screen
+        assert isinstance(story, Story)
+        await shown.until(lambda: f"request {id}: running" in story.text and "dispatched" in story.text, "its story")
+        await shown.client.cancel(id)
+        await shown.until(lambda: "ended (cancelled)" in story.text, "its end")
+        await shown.press("escape")
+        assert shown.app.screen is not story
+
+    run(mesh, scenario)
+
+
+def test_rows_are_filtered_as_one_types(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        app = shown.app
+        await shown.press("1", "slash", *"w1")
+        await shown.until(lambda: app.workers_pane.keys == ["w1"], "only w1")
+        assert "workers: 1 of 2 with 'w1'" in shown.screen()
+        await shown.press("enter")
+        assert not app.query_one("#filter", Input).display and app.pane is app.workers_pane
+        await shown.press("slash", "backspace", "backspace", *"nix")
+        await shown.until(lambda: app.workers_pane.keys == [], "nothing")
+        await shown.press("d")  # a letter of the filter
+        assert not isinstance(app.screen, Question)
+        await shown.press("escape")
+        await shown.until(lambda: app.workers_pane.keys == ["w0", "w1"], "all")
+        await shown.press("slash", *"w0", "enter", "escape")
+        assert app.workers_pane.keys == ["w0", "w1"]
+
+    run(mesh, scenario)
+
+
+def test_rows_are_sorted_by_any_column_and_the_cursor_stays_with_its_row(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        pane = shown.app.workers_pane
+        await shown.press("1", "down")
+        assert pane.chosen == "w1"
+        await shown.press("r")
+        assert (pane.keys, pane.chosen) == (["w1", "w0"], "w1")
+        assert "worker▼" in shown.screen()
+        await shown.press("s")
+        assert "state▼" in shown.screen()
+        await shown.press(*"s" * (len(pane.columns) - 1), "r")
+        assert "worker▲" in shown.screen()
+        assert pane.keys == ["w0", "w1"]
+
+    run(mesh, scenario)
+
+
+def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh: Mesh) -> None:
+    async def scenario(shown: Watching) -> None:
+        app = shown.app
+        focused = []
+        for key in ("1", "2", "3", "tab", "tab"):
+            await shown.press(key)
+            focused.append(app.focused.id if app.focused else None)
+        assert focused == ["workers", "requests", "events", "workers", "requests"]
+        await shown.press("p")
+        assert "standing still" in shown.head()
+        before = app.snapshot
+        await shown.press("question_mark")
+        assert isinstance(app.screen, Page) and "drain the worker" in shown.screen()
+        await shown.press("escape")
+        await shown.press("p")
+        await shown.until(lambda: app.snapshot is not before, "it goes on")
+        assert "standing still" not in shown.head()
+        await shown.pilot.resize_terminal(*LARGE)
+        await shown.pilot.pause()
+        assert app.query_one("#panes").has_class("wide")
+        await shown.press("q")
+        assert not app.is_running
+
+    run(mesh, scenario)
+
+
+def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    async def scenario(shown: Watching) -> None:
+        assert shown.app.no_color
+        assert "ready" in shown.screen()
+
+    run(mesh, scenario)
+
+
+# --- without a broker ----------------------------------------------------------------------------------
+
+
+def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
+    config = BrokerConfig(client_lease_ms=1_000)
+    with Mesh(workers=1, broker="process", config=config) as mesh:
+
+        async def scenario() -> None:
+            async with watching(mesh) as shown:
+                app = shown.app
+                await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker")
+                assert mesh.process is not None
+                mesh.process.send(signal.SIGKILL)
+                await shown.until(lambda: "the broker is lost" in shown.head(), "that it is lost")
+                assert app.query_one("#panes").has_class("stale") and app.workers_pane.keys == ["w0"]
+                await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+                seen = app.snapshot
+                await shown.until(lambda: not app.lost and app.snapshot is not seen, "that it is back")
+                await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker is back")
+                await shown.until(lambda: "workers ready" in shown.head(), "the head of a broker that answers")
+                await shown.until(lambda: not app.query_one("#panes").has_class("stale"), "bright tables")
+                assert shown.events().count("worker joined") == 1  # those of the new broker alone
+
+        mesh.run(scenario())
+
+
+def test_a_broker_that_stands_still_is_said_to_owe_an_answer(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_app, "SILENT_S", 0.5)
+
+    async def scenario(shown: Watching) -> None:
+        with mesh.held():
+            await shown.until(lambda: "the broker has not answered for" in shown.head(), "that it does not answer")
+        await shown.until(lambda: "workers ready" in shown.head(), "that it goes on")
+
+    run(mesh, scenario)
+
+
+def test_a_key_that_is_taken_back_is_said(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin("tcp://127.0.0.1:7330")
+    folder.add(Identity("guest", "client"), 0)
+    with Mesh(workers=0, keys=folder) as mesh:
+
+        async def scenario() -> None:
+            async with watching(mesh, key=key_of(folder, "guest")) as shown:
+                folder.revoke("guest")
+                await shown.until(lambda: "the broker is lost (" in shown.head(), "that it is out")
+                assert "key" in shown.head()
+
+        mesh.run(scenario())

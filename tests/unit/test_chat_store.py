@@ -1,0 +1,266 @@
+"""Chats in files: whole, private, one at a time, and left alone where they cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from llambo.cli import main
+from llambo.cli.chat_session import Session, Turn
+from llambo.cli.chat_store import FILE_BYTES, Store, state_folder
+from llambo.cli.exits import Exit
+from llambo.mesh.errors import Code, LlamboError
+
+NOW = 1_700_000_000
+SESSION = Session(
+    "travel", created=NOW, used=NOW, model="tiny", turns=[Turn("Where?", "There.\n\n*Far* away: ü€😀", at=NOW)]
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "llambo" / "chats")
+
+
+@pytest.fixture
+def at_home(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """The folder that the commands look into."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return store
+
+
+def chat(*words: str) -> Result:
+    return CliRunner().invoke(main.main, ["chat", *words], prog_name="llambo")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_what_is_saved_is_loaded(store: Store) -> None:
+    path = store.save(SESSION)
+
+    assert store.load("travel") == SESSION
+    assert json.loads(path.read_text(encoding="utf-8"))["turns"][0]["answer"] == SESSION.turns[0].answer
+    assert store.load("other") is None
+
+
+def test_nobody_else_can_read_it(store: Store) -> None:
+    before = os.umask(0)
+    try:
+        path = store.save(SESSION)
+        store.take("travel")
+    finally:
+        os.umask(before)
+
+    assert mode(path) == mode(store.folder / ".lock") == 0o600
+    assert mode(store.folder) == 0o700
+    store.close()
+
+
+def test_a_folder_that_was_open_to_others_is_closed(store: Store) -> None:
+    store.folder.mkdir(parents=True, mode=0o755)
+    store.folder.chmod(0o755)
+    store.save(SESSION)
+
+    assert mode(store.folder) == 0o700
+
+
+def test_a_save_that_fails_leaves_the_file_as_it_was_and_nothing_else(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = store.save(SESSION)
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LlamboError, match="cannot be written: No space left"):
+        store.save(msgspec.structs.replace(SESSION, turns=[]))
+
+    assert path.read_bytes() == before
+    assert [each.name for each in store.folder.iterdir()] == ["travel.json"]
+
+
+def test_a_link_in_the_place_of_the_draft_is_not_followed(store: Store, tmp_path: Path) -> None:
+    store.save(SESSION)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (store.folder / f".travel.{os.getpid()}.part").symlink_to(victim)
+
+    with pytest.raises(LlamboError):
+        store.save(SESSION)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", ".lock", "", "a/b", "a\0b"])
+def test_a_name_is_never_a_way_out_of_the_folder(store: Store, name: str) -> None:
+    for way in (store.load, store.delete, store.exists, lambda name: store.save(Session(name))):
+        with pytest.raises(LlamboError) as caught:
+            way(name)
+        assert caught.value.code is Code.BAD_REQUEST
+
+
+WHOLE: dict[str, Any] = msgspec.to_builtins(SESSION)
+DAMAGED: dict[str, bytes] = {
+    "nothing": b"",
+    "half": msgspec.json.encode(SESSION)[:40],
+    "junk": b"\xff\xfe\x00junk",
+    "no object": b"[]",
+    "another kind": json.dumps(WHOLE | {"turns": {}}).encode(),
+    "no question": json.dumps(WHOLE | {"turns": [{"answer": "x"}]}).encode(),
+    "of a later release": json.dumps(WHOLE | {"format": 2}).encode(),
+    "begins beyond its end": json.dumps(WHOLE | {"context_from": 2}).encode(),
+    "deep": b"[" * 100_000,
+    "an ending nobody knows": json.dumps(WHOLE | {"turns": [{"question": "x", "ending": "boom"}]}).encode(),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_told_and_left_alone(at_home: Store, kind: str) -> None:
+    at_home.save(SESSION)
+    path = at_home.path("broken")
+    path.write_bytes(DAMAGED[kind])
+
+    with pytest.raises(LlamboError) as caught:
+        at_home.open("broken", NOW)
+    assert caught.value.code is Code.BAD_SETTING
+    assert "left as it is" in caught.value.text
+
+    listed = chat("--list")
+    assert listed.exit_code == Exit.OK
+    assert "travel" in listed.stdout and "broken" not in listed.stdout
+    assert f"{path} is left alone" in listed.stderr
+    told = {each["session"]: each["problem"] for each in json.loads(chat("--list", "--json").stdout)}
+    assert told["travel"] == "" and told["broken"]
+    assert path.read_bytes() == DAMAGED[kind]
+
+
+def test_a_file_that_is_too_large_is_not_read(store: Store) -> None:
+    store.save(SESSION)
+    os.truncate(store.path("travel"), FILE_BYTES + 1)
+
+    with pytest.raises(LlamboError, match="more than"):
+        store.load("travel")
+
+
+def test_what_a_later_release_added_is_no_damage(store: Store) -> None:
+    store.save(SESSION)
+    store.path("travel").write_bytes(json.dumps(WHOLE | {"colour": "blue"}).encode())
+
+    assert store.load("travel") == SESSION
+
+
+def test_a_session_is_open_once(store: Store) -> None:
+    store.take("travel")
+    script = (
+        "import sys; from pathlib import Path; from llambo.cli.chat_store import Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "store.take('other')\n"
+        "store.take('travel')\n"
+    )  # fmt: skip
+    command = [sys.executable, "-c", script, str(store.folder)]
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert "LlamboError: the session travel is open in another" in second.stderr
+    store.give_back("travel")
+    third = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert third.returncode == 0, third.stderr
+    store.close()
+
+
+def test_a_made_up_name_is_replaced_and_a_chosen_one_copied(store: Store) -> None:
+    made_up = msgspec.structs.replace(SESSION, name="2026-11-21", unnamed=True)
+    store.save(made_up)
+    store.take("2026-11-21")
+
+    travel, _ = store.keep_as(made_up, "travel")
+    assert store.names() == ["travel"]
+    assert not travel.unnamed
+    again, _ = store.keep_as(travel, "again")
+    assert store.names() == ["again", "travel"]
+    with pytest.raises(LlamboError, match="already"):
+        store.keep_as(again, "travel")
+    store.close()
+
+
+def test_the_state_folder_follows_the_environment() -> None:
+    assert state_folder({"XDG_STATE_HOME": "/x"}) == Path("/x/llambo")
+    assert state_folder({"HOME": "/home/me"}) == Path("/home/me/.local/state/llambo")
+
+
+# --- the commands about them ---------------------------------------------------------------------------------
+
+
+def test_kept_chats_are_listed_searched_and_removed(at_home: Store) -> None:
+    at_home.save(SESSION)
+    at_home.save(Session("older", used=NOW - 10, turns=[Turn("What is AI?", "A far cry."), Turn("Why?", "So.")]))
+
+    listed = chat("--list").stdout.splitlines()
+    assert [line.split()[:2] for line in listed[1:]] == [["travel", "1"], ["older", "2"]]
+    assert listed[2].endswith("What is AI?")
+    (first, second) = json.loads(chat("--list", "--json").stdout)
+    assert (first["session"], first["turns"], first["first"]) == ("travel", 1, "Where?")
+    assert second["used"] == NOW - 10
+
+    found = json.loads(chat("--search", "FAR", "--json").stdout)
+    assert [(each["session"], each["turn"]) for each in found] == [("older", 1), ("travel", 1)]
+    assert "far cry" in chat("--search", "far").stdout
+    assert "no chat has 'xyzzy'" in chat("--search", "xyzzy").stderr
+
+    assert chat("--delete", "older").stdout == "older is removed\n"
+    assert at_home.names() == ["travel"]
+    assert chat("--delete", "older").exit_code == Exit.REFUSED
+
+
+def test_an_empty_folder_is_no_error(at_home: Store) -> None:
+    shown = chat("--list")
+
+    assert (shown.exit_code, shown.stdout) == (Exit.OK, "")
+    assert str(at_home.folder) in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--list", "hello"], "one at a time"),
+        (["--list", "--search", "x"], "one at a time"),
+        (["--private", "--session", "x", "hello"], "keeps nothing"),
+        (["--turns", "-1", "hello"], "--turns"),
+        (["--search", " "], "nothing to look for"),
+        (["--system", "x" * 20_000, "hello"], "--system"),
+    ],
+)
+def test_wrong_usage_is_said(at_home: Store, words: list[str], said: str) -> None:
+    result = chat(*words)
+
+    assert result.exit_code == Exit.USAGE
+    assert said in result.stderr
+
+
+def test_a_name_that_is_none_is_refused(at_home: Store) -> None:
+    result = chat("--session", "../evil", "hello")
+
+    assert result.exit_code == Exit.REFUSED
+    assert "no name of a session" in result.stderr
+
+
+def test_listing_needs_nothing_of_what_talking_needs() -> None:
+    script = (
+        "import sys, llambo.cli.main, llambo.cli.chat, llambo.cli.chat_store\n"
+        "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments', 'zmq'})"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+
+    assert told.stdout.split() == []

@@ -1,0 +1,122 @@
+"""What a broker tells of the last minutes: a sample a second, and what has ended."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from llambo.broker.config import BrokerConfig
+from llambo.broker.history import ENDED_TOLD
+from llambo.mesh import messages as m
+from llambo.mesh.identity import Identity, Role
+from tests.unit.broker_bench import Bench, Client, request_id
+
+
+def recent(client: Client, since: str = "") -> dict[str, Any]:
+    client.say(m.Query(1, "recent", since))
+    return dict(msgspec.msgpack.decode(client.heard_last(m.Result)[-1].data))
+
+
+def test_a_sample_a_second_says_how_the_mesh_was() -> None:
+    bench = Bench(lease_ms=60_000, client_lease_ms=60_000)
+    worker, client = bench.worker(slots=1), bench.client()
+    worker.beat(rate=12.34)
+    client.submit(1)
+    client.submit(2)
+    bench.pass_time(3_000)
+    samples = recent(client)["samples"]
+    assert [sample["number"] for sample in samples] == list(range(1, len(samples) + 1))
+    ages = [sample["age_ms"] for sample in samples]
+    assert {before - after for before, after in pairwise(ages)} == {1_000}
+    last = samples[-1]
+    told = {name: last[name] for name in ("tokens_per_s", "running", "waiting", "busy", "slots", "ready", "workers")}
+    assert told == {
+        "tokens_per_s": 12.3,
+        "running": 1,
+        "waiting": 1,
+        "busy": 1,
+        "slots": 1,
+        "ready": 1,
+        "workers": 1,
+    }
+    assert last["first_ms"] == 0
+
+
+def test_only_what_came_after_a_sample_is_told() -> None:
+    bench = Bench(client_lease_ms=60_000)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 5, 6))
+    worker.end(2)
+    bench.pass_time(1_000)
+    seen = recent(client)["samples"][-1]["number"]
+    assert recent(client, str(seen)) == {"samples": [], "ended": []}
+    bench.pass_time(1_000)
+    again = recent(client, str(seen))
+    assert [sample["number"] for sample in again["samples"]] == [seen + 1]
+    assert again["ended"] == []
+
+
+def test_what_has_ended_is_told_with_its_times() -> None:
+    bench = Bench(client_lease_ms=60_000)
+    worker, client = bench.worker(slots=1), bench.client()
+    client.submit(0)
+    id = client.submit(1)
+    bench.now_ms += 250
+    worker.publish(worker.chunk(0, 5))
+    worker.end(1)
+    worker.publish(worker.chunk(0, 5, 6))
+    bench.now_ms += 40
+    dispatch = worker.dispatches[-1]
+    usage = m.Usage(prompt_tokens=7, prefill_ms=30.4, decode_ms=9.0)
+    worker.say(m.End(dispatch.id, 2, "length", dispatch.dispatch, usage))
+    assert recent(client)["ended"][1:] == [
+        {
+            "id": id.hex(),
+            "model": "m",
+            "task": "generate",
+            "worker": "w",
+            "tokens": 2,
+            "prompt_tokens": 7,
+            "moves": 0,
+            "reason": "length",
+            "error": "",
+            "queued_ms": 250,
+            "first_ms": 280,
+            "decode_ms": 9,
+            "total_ms": 290,
+            "age_ms": 0,
+        }
+    ]
+    bench.pass_time(1_000)
+    told = recent(client)["samples"][-2:]
+    assert 280 in [sample["first_ms"] for sample in told]
+
+
+def test_it_is_bounded_and_the_latest_comes_last() -> None:
+    bench = Bench(client_lease_ms=10_000_000)
+    bench.worker()
+    client = bench.client()
+    for number in range(ENDED_TOLD + 5):
+        client.submit(number)
+        client.say(m.Cancel(request_id(number)))
+    bench.pass_time((BrokerConfig().samples + 10) * 1_000)
+    told = recent(client)
+    assert len(told["samples"]) == BrokerConfig().samples
+    assert [ended["id"] for ended in told["ended"]] == [request_id(number).hex() for number in range(5, ENDED_TOLD + 5)]
+
+
+def test_what_others_have_asked_is_not_told() -> None:
+    bench = Bench(client_lease_ms=60_000)
+    names: dict[str, Role] = {"boss": "admin", "guest": "client", "other": "client", "w": "worker"}
+    bench.keys(*(Identity(name, role) for name, role in names.items()))
+    bench.worker("w", user="w")
+    guest, other = bench.client(b"g", user="guest"), bench.client(b"o", user="other")
+    boss = bench.client(b"b", user="boss")
+    id = guest.submit(1)
+    guest.say(m.Cancel(id))
+    assert [ended["id"] for ended in recent(guest)["ended"]] == [id.hex()]
+    assert recent(other)["ended"] == []
+    assert [ended["id"] for ended in recent(boss)["ended"]] == [id.hex()]

@@ -1,0 +1,192 @@
+"""What `llambo top` makes of a snapshot: rows, order, curves. The screen itself is in tests/integration/test_top.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from llambo.cli import main
+from llambo.cli.exits import Exit
+from llambo.cli.top_core import (
+    BARS,
+    REQUEST_COLUMNS,
+    WORKER_COLUMNS,
+    Curves,
+    Order,
+    arranged,
+    curve,
+    facts,
+    gauges,
+    happened,
+    headings,
+    line,
+    request_rows,
+    worker_rows,
+)
+from llambo.mesh import messages as m
+from tests.unit.broker_bench import Bench
+
+
+def asked(bench: Bench, what: str) -> Any:
+    """The answer of a real broker core."""
+    client = bench.client(b"asks")
+    client.say(m.Query(1, what))
+    return msgspec.msgpack.decode(client.heard(m.Result)[-1].data)
+
+
+def busy_bench() -> Bench:
+    """Two workers with a slot each, four requests: two run, two wait."""
+    bench = Bench()
+    bench.worker("w-b", slots=1)
+    bench.worker("w-a", slots=1)
+    client = bench.client(b"c")
+    for number in range(4):
+        client.submit(number, priority="batch" if number == 3 else "normal")
+    return bench
+
+
+def texts(rows: list[Any], column: int) -> list[str]:
+    return [row.cells[column].text for row in rows]
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def test_each_worker_is_a_row_of_what_the_broker_says_of_it() -> None:
+    rows = arranged(worker_rows(asked(busy_bench(), "workers")), "", Order())
+
+    assert [row.key for row in rows] == texts(rows, 0) == ["w-a", "w-b"]
+    assert all(len(row.cells) == len(WORKER_COLUMNS) for row in rows)
+    assert texts(rows, WORKER_COLUMNS.index("busy")) == ["1/1", "1/1"]
+
+
+def test_each_request_is_a_row_known_by_its_whole_id() -> None:
+    bench = busy_bench()
+    found = asked(bench, "requests")
+    rows = request_rows(found)
+
+    assert [row.key for row in rows] == [request["id"] for request in found]
+    assert all(len(row.cells) == len(REQUEST_COLUMNS) and row.key.startswith(row.cells[0].text) for row in rows)
+    assert sorted(texts(rows, 1)) == ["dispatched", "dispatched", "waiting", "waiting"]
+    assert {row.cells[1].tone for row in rows} == {"green", "yellow"}
+    assert sorted(texts(rows, REQUEST_COLUMNS.index("note"))) == ["", "", "0 ahead", "1 ahead"]
+
+
+def worker(**more: Any) -> dict[str, Any]:
+    plain = {"worker": "w", "state": "ready", "busy": 0, "slots": 4, "tokens_per_s": 0.0, "done": 0, "models": ["tiny"],
+             "up_ms": 0, "heard_ms": 0, "host": "h", "class": "", "note": "", "slow": "", "percent": 0,
+             "engine_restarts": 0, "busy_elsewhere": 0}  # fmt: skip
+    return {**plain, **more}
+
+
+def test_what_a_worker_has_to_say_is_in_its_row() -> None:
+    [row] = worker_rows([worker(state="loading", percent=40, busy_elsewhere=2, slow="12 of 60 tokens/s",
+                                **{"class": "gpu"}, note="n", engine_restarts=3)])  # fmt: skip
+    shown = dict(zip(WORKER_COLUMNS, row.cells, strict=True))
+
+    assert (shown["state"].text, shown["state"].tone) == ("loading 40 %", "yellow")
+    assert (shown["busy"].text, shown["busy"].value) == ("0+2/4", 2)
+    assert shown["note"].text == "gpu, slow: 12 of 60 tokens/s, n, engine restarted 3 times"
+
+
+def test_no_text_of_others_gives_orders_or_takes_a_second_line() -> None:
+    [row] = worker_rows([worker(worker="w\x1b[2J", host="a\nb", note="\x9b31m [red]x[/red]")])
+
+    assert row.key == "w\x1b[2J"  # by this name it is drained
+    assert "\x1b" not in row.cells[0].text
+    assert row.cells[WORKER_COLUMNS.index("host")].text == "a b"
+    assert row.cells[WORKER_COLUMNS.index("note")].text == "\ufffd31m [red]x[/red]"
+    assert line("a\tb\r\n c") == "a b\ufffd c"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [("", ["a", "b", "c"]), ("GPU", ["a", "c"]), ("gpu ready", ["a"]), ("gpu nothing", []), ("  ", ["a", "b", "c"])],
+)
+def test_a_filter_keeps_rows_that_have_all_its_words(wanted: str, kept: list[str]) -> None:
+    rows = worker_rows(
+        [worker(worker="c", note="gpu", state="slow"), worker(worker="b"), worker(worker="a", host="GPU")]
+    )
+
+    assert [row.key for row in arranged(rows, wanted, Order())] == kept
+
+
+def test_numbers_are_sorted_as_numbers_and_equals_by_name() -> None:
+    rows = worker_rows([worker(worker="b", done=9), worker(worker="c", done=10), worker(worker="a", done=9)])
+    done = WORKER_COLUMNS.index("done")
+
+    assert [row.key for row in arranged(rows, "", Order(done))] == ["a", "b", "c"]
+    assert [row.key for row in arranged(rows, "", Order(done, falling=True))] == ["c", "a", "b"]
+
+
+def test_the_column_that_sorts_is_marked_and_none_changes_its_width() -> None:
+    assert headings(("a", "b"), Order(1)) == ["a ", "b▲"]
+    assert headings(("a", "b"), Order(0, falling=True)) == ["a▼", "b "]
+
+
+# --- curves --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "top", "drawn"),
+    [
+        ([], 3, 0, "   "),
+        ([0, 0], 3, 0, " ▁▁"),
+        ([0, 4, 8], 3, 0, "▁▅█"),
+        ([0, 4, 8], 2, 0, "▅█"),
+        ([1, 1000], 2, 0, "▂█"),
+        ([2, 4], 2, 8, "▃▅"),
+        ([16], 1, 8, "█"),
+        ([5], 0, 0, ""),
+    ],
+)
+def test_a_curve_is_bars(values: list[float], width: int, top: float, drawn: str) -> None:
+    assert curve(values, width, top) == drawn
+    assert set(drawn) <= {*BARS, " "}
+
+
+def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
+    status, curves = asked(busy_bench(), "status"), Curves()
+    for _ in range(100):
+        curves.add(status)
+
+    for width in (80, 200):
+        lines = gauges(status, curves, width)
+        assert max(map(len, lines)) == width
+        assert [text.rsplit("  ", 1)[1] for text in lines] == [
+            "0.0, 0.0 requests/s", "2 waiting, 2 running", "2 of 2 busy",
+        ]  # fmt: skip
+    assert all(bar not in gauges(status, curves, 10)[0] for bar in BARS)
+    assert facts(status).startswith("2 of 2 workers ready")
+
+
+def test_an_event_has_the_time_at_which_it_happened() -> None:
+    [event] = happened([{"number": 7, "age_ms": 1_500, "kind": "worker\x1blost", "text": "w\n1"}], now_s=100.0)
+
+    assert event == (7, 98.5, "worker\ufffdlost", "w 1")
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
+
+    assert done.exit_code == Exit.ERROR
+    assert done.stderr == (
+        "llambo: llambo top needs Textual, which is not installed\n  pip install 'llambo[top]'\n"
+    )  # fmt: skip
+
+
+def test_without_a_terminal_it_says_what_else_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
+
+    assert done.exit_code == Exit.USAGE
+    assert "`llambo status`" in done.stderr

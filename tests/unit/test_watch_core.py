@@ -1,0 +1,171 @@
+"""What the dashboard is told: who follows the changes sees the same as who has just come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llambo.gateway.watch_core import (
+    EMPTY,
+    ENDED_SHOWN,
+    MEASURED,
+    REQUESTS_SHOWN,
+    Answers,
+    Picture,
+    changes,
+    is_another,
+    latency,
+    picture,
+    troubled,
+    whole,
+)
+from llambo.mesh import messages as m
+from tests.unit.broker_bench import Bench, Client
+
+NOW = 1_800_000_000_000
+
+
+def answers(client: Client, before: Picture = EMPTY) -> Answers:
+    """What a broker says in one round."""
+
+    def ask(what: str, argument: str = "") -> Any:
+        client.say(m.Query(1, what, argument))
+        return msgspec.msgpack.decode(client.heard_last(m.Result)[-1].data)
+
+    return Answers(
+        ask("status"),
+        ask("workers"),
+        ask("requests"),
+        ask("events", str(before.last_event)),
+        ask("recent", str(before.last_sample)),
+    )
+
+
+class Viewer:
+    """What a page makes of what it is told (gateway/static/mesh.js does the same)."""
+
+    def __init__(self) -> None:
+        self.mesh: dict[str, Any] = {}
+        self.rows: dict[str, dict[str, Any]] = {"workers": {}, "requests": {}}
+        self.lists: dict[str, list[Any]] = {"ended": [], "events": [], "samples": []}
+        self.rest: dict[str, Any] = {"latency": {}, "problem": ""}
+
+    def take(self, said: dict[str, Any] | None) -> None:
+        if said is None:
+            return
+        if said.get("whole"):
+            self.__init__()  # type: ignore[misc]
+        self.mesh |= said.get("mesh", {})
+        for kind, key in (("workers", "worker"), ("requests", "id")):
+            told = said.get(kind, {"set": [], "gone": []})
+            for row in told["set"]:
+                self.rows[kind].setdefault(row[key], {}).update(row)
+            for name in told["gone"]:
+                del self.rows[kind][name]
+        for kind, known in self.lists.items():
+            known += said.get(kind, [])
+        self.lists["ended"] = self.lists["ended"][-ENDED_SHOWN:]
+        self.rest |= {name: said[name] for name in self.rest if name in said}
+
+
+STEPS = st.lists(
+    st.sampled_from(["submit", "token", "end", "join", "leave", "cancel", "second", "trouble"]), max_size=30
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS)
+def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
+    bench = Bench(lease_ms=10**9, client_lease_ms=10**9)
+    workers, client = [bench.worker("w0")], bench.client()
+    viewer, before = Viewer(), EMPTY
+    for number, step in enumerate(steps):
+        last = workers[-1] if workers else None
+        match step:
+            case "submit":
+                client.submit(number)
+            case "token" if last and last.dispatches:
+                last.publish(last.chunk(0, number))
+            case "end" if last and last.dispatches:
+                last.end(1)
+            case "join":
+                workers.append(bench.worker(f"w{number}", slots=number))
+            case "leave" if last:
+                workers.pop().say(m.Goodbye("enough"))
+            case "cancel" if bench.state.requests:
+                client.say(m.Cancel(next(iter(bench.state.requests))))
+            case "second":
+                bench.pass_time(1_000)
+        now_ms = NOW + bench.now_ms
+        now = troubled(before, "silence") if step == "trouble" else picture(before, answers(client, before), now_ms)
+        viewer.take(changes(before, now, now_ms))
+        before = now
+    late = Viewer()
+    late.take(whole(before, NOW))
+    assert vars(viewer) == vars(late)
+
+
+def test_nothing_new_is_nothing_to_tell() -> None:
+    bench = Bench()
+    bench.worker()
+    client = bench.client()
+    before = picture(EMPTY, answers(client), NOW)
+    bench.now_ms += 3
+    # The same moment, told a little later.
+    assert changes(before, picture(before, answers(client, before), NOW + 5), NOW + 5) is None
+
+
+def test_only_what_is_different_of_a_worker_is_told() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), bench.client()
+    before = picture(EMPTY, answers(client), NOW)
+    worker.beat(rate=5.0)
+    said = changes(before, picture(before, answers(client, before), NOW), NOW)
+    assert said is not None
+    assert said["workers"] == {"set": [{"worker": "w", "tokens_per_s": 5.0}], "gone": []}
+
+
+def test_another_broker_is_not_taken_for_the_same() -> None:
+    bench = Bench()
+    client = bench.client()
+    bench.now_ms += 60_000
+    seen = picture(EMPTY, answers(client), NOW)
+    status = answers(client).status
+    assert not is_another(EMPTY, status, NOW)
+    assert not is_another(seen, status | {"up_ms": status["up_ms"] + 2_000}, NOW + 2_000)
+    assert is_another(seen, status | {"up_ms": 500}, NOW + 2_000)
+    assert is_another(seen, status | {"broker": "shed"}, NOW)
+
+
+def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
+    bench = Bench(client_lease_ms=10**9)
+    bench.worker(slots=1)
+    client = bench.client()
+    for number in range(REQUESTS_SHOWN + 20):
+        client.submit(number)
+    seen = picture(EMPTY, answers(client), NOW)
+    assert len(seen.requests) == REQUESTS_SHOWN
+    assert [row["state"] for row in seen.requests.values()][:2] == ["dispatched", "waiting"]
+    for number in range(MEASURED):
+        client.submit(1_000 + number)
+        client.say(m.Cancel((1_000 + number).to_bytes(16, "big")))
+        seen = picture(seen, answers(client, seen), NOW)
+    assert len(seen.ended) <= MEASURED
+    assert len(whole(seen, NOW)["ended"]) == ENDED_SHOWN
+
+
+def ended(**fields: Any) -> dict[str, Any]:
+    row = {"task": "generate", "tokens": 11, "error": "", "queued_ms": 0, "first_ms": 50, "decode_ms": 1_000}
+    return row | fields
+
+
+def test_latency_is_that_of_answers_that_came() -> None:
+    assert latency([]) == {}
+    assert latency([ended(error="no"), ended(tokens=0), ended(task="embed")]) == {}
+    told = latency([ended(first_ms=10 * number, queued_ms=number) for number in range(1, 101)])
+    assert (told["first_ms"], told["first_p95_ms"]) == (500, 950)
+    assert (told["queued_ms"], told["queued_p95_ms"]) == (50, 95)
+    assert (told["answers"], told["stream_tokens_per_s"]) == (100, 10.0)
