@@ -26,11 +26,12 @@ from bench.processes import READY_S, ROOT, Node
 #: How long the cost of looking is measured.
 COST_S = 10.0
 #: The page notes when a worker's row says a word.
-NOTE = """([name, word]) => { window.noted = 0; const look = () => {
+NOTE = """([name, word]) => { window.noted = 0; window.noting?.disconnect(); const look = () => {
     const row = [...document.querySelectorAll("#workers-table tbody tr")]
         .find(each => each.querySelector(".title").textContent === name);
     if (row?.querySelector(".state .word").textContent === word) window.noted ||= Date.now(); };
-    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+    window.noting = new MutationObserver(look);
+    window.noting.observe(document.body, {subtree: true, childList: true, characterData: true});
     look(); }"""
 
 

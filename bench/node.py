@@ -44,6 +44,15 @@ def worker(options: dict[str, Any]) -> None:
     run_worker(config, lambda: tell(pid=os.getpid()))
 
 
+def gateway(options: dict[str, Any]) -> None:
+    from llambo.gateway.access import Access  # noqa: PLC0415  # no other benchmark waits for it
+    from llambo.gateway.config import GatewayConfig  # noqa: PLC0415
+    from llambo.gateway.server import run_gateway  # noqa: PLC0415
+
+    access = Access(options.pop("broker"))
+    run_gateway(GatewayConfig(**options), access, lambda port: tell(port=port))
+
+
 def traced_broker(options: dict[str, Any]) -> None:
     from bench.trace import trace_broker  # noqa: PLC0415  # nobody else is to know of it
 
@@ -110,5 +119,5 @@ def tell(**what: Any) -> None:
 if __name__ == "__main__":
     die_with(int(sys.argv[3]))
     logging.disable(logging.WARNING)  # what goes wrong here is meant to
-    kinds = (broker, worker, bare, traced_broker, traced_worker)
+    kinds = (broker, worker, gateway, bare, traced_broker, traced_worker)
     {kind.__name__: kind for kind in kinds}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -23,8 +23,8 @@ READ_BYTES = 64 * 1024
 #: Nothing arrives on any stream for so long: something is broken.
 PATIENCE_S = 300.0
 EVENT = b"data: {"
-#: In every event of llama-server.
-COUNTED = re.compile(rb'"tokens_predicted":\s*(\d+)')
+#: In every event of llama-server's own API, and in the last one of OpenAI's.
+COUNTED = re.compile(rb'"(?:tokens_predicted|completion_tokens)":\s*(\d+)')
 #: Both have llama.cpp's own defaults, said here so that they stay the same.
 CHANCE = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 #: What SmolLM2 ends an answer with; the server of llama-cpp-python knows no `ignore_eos`.
@@ -176,6 +176,13 @@ def llama_server_stream(port: int, text: str, tokens: int, seed: int, **more: An
 def python_server_stream(port: int, text: str, tokens: int, seed: int) -> HttpStream:
     """It says nothing in the end but that it ended: one event for each token, and one more."""
     asked = {"prompt": text, "max_tokens": tokens, "seed": seed, "stream": True, "logit_bias": ENDINGS, **CHANCE}
+    return HttpStream(port, "/v1/completions", asked)
+
+
+def openai_stream(port: int, text: str, tokens: int, seed: int, **more: Any) -> HttpStream:
+    """The same words to whoever speaks OpenAI's API and llama.cpp's additions to it."""
+    asked = {"prompt": text, "max_tokens": tokens, "seed": seed, "stream": True, "ignore_eos": True, **CHANCE,
+             "stream_options": {"include_usage": True}, **more}  # fmt: skip
     return HttpStream(port, "/v1/completions", asked)
 
 

@@ -68,6 +68,8 @@ class BrokerConfig:
     tokens_out_port: int = 0
     #: Entries of the events feed that are kept.
     events: int = 1_000
+    #: Samples of how the mesh was, one a second, that are kept.
+    samples: int = 300
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Any]) -> BrokerConfig:

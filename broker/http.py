@@ -7,6 +7,7 @@ asked for only when it will be sent.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Callable
 
 from llambo.mesh.metrics import CONTENT_TYPE
@@ -15,8 +16,16 @@ from llambo.mesh.metrics import CONTENT_TYPE
 HEAD_BYTES = 8 * 1024
 _END = b"\r\n\r\n"
 _PLAIN = "text/plain; charset=utf-8"
-_REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 405: "Method Not Allowed",
-            431: "Request Header Fields Too Large", 500: "Internal Server Error"}  # fmt: skip
+_REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+}
 
 
 def whole(head: bytes | bytearray) -> bool:
@@ -40,6 +49,8 @@ def answer(head: bytes, token: str, page: Callable[[], str]) -> bytes:
         return _reply(405, "only GET is answered\n", "Allow: GET")
     if path == b"/healthz":
         return _reply(200, "ok\n")
+    if not token and not _meant(lines):
+        return _reply(403, "ask for this machine by its address, or as localhost\n")
     if token and not _shown(lines, token):
         return _reply(401, "a token is needed: Authorization: Bearer ...\n", "WWW-Authenticate: Bearer")
     return _reply(200, page(), kind=CONTENT_TYPE)
@@ -49,13 +60,29 @@ def failed() -> bytes:
     return _reply(500, "the page could not be made; the broker's log says why\n")
 
 
-def _shown(lines: list[bytes], token: str) -> bool:
+def _meant(lines: list[bytes]) -> bool:
+    """Without a token a browser is all that keeps a page of somebody else's from reading ours; and a browser asks under
+    whatever name that page has come from, even if its owner lets the name lead here."""
+    host = _header(lines, b"host").decode("latin-1").lower()
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+    try:
+        return name in ("", "localhost") or bool(ipaddress.ip_address(name.strip("[]")))
+    except ValueError:
+        return False
+
+
+def _header(lines: list[bytes], name: bytes) -> bytes:
+    """The first of this name."""
     for line in lines:
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"authorization":
-            scheme, _, given = value.strip().partition(b" ")
-            return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
-    return False
+        there, _, value = line.partition(b":")
+        if there.strip().lower() == name:
+            return value.strip()
+    return b""
+
+
+def _shown(lines: list[bytes], token: str) -> bool:
+    scheme, _, given = _header(lines, b"authorization").partition(b" ")
+    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
 
 
 def _reply(status: int, text: str, *headers: str, kind: str = _PLAIN) -> bytes:

@@ -33,8 +33,6 @@ Chance = Callable[[int], bytes]
 ALARMS_KEPT = 256
 #: Lines for the log that are kept until the shell writes them.
 REPORTS_KEPT = 256
-#: Samples of how the mesh was: five minutes.
-SAMPLES_KEPT = 300
 Alarm = Literal["repair", "deadline", "adopt"]
 
 
@@ -174,7 +172,7 @@ class State:
         #: What the shell has counted.
         self.seen = Counted()
         self.happenings: deque[Happening] = deque(maxlen=config.events)
-        self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+        self.samples: deque[Sample] = deque(maxlen=config.samples)
         #: Taken away by the shell; what it does not take makes room.
         self.reports: deque[Report] = deque(maxlen=REPORTS_KEPT)
         self.rate = 0.0  # requests ended per second, smoothed, for retry-after

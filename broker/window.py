@@ -29,7 +29,7 @@ CONNECTIONS = 16
 #: From a connection's beginning to its end, whatever it does.
 PATIENCE_MS = 2_000
 #: ... while others wait.
-MOMENT_MS = 100
+MOMENT_MS = 250
 #: Connections taken in at a turn.
 DRAIN = 16
 #: A page is given out again for so long.

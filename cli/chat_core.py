@@ -29,6 +29,8 @@ CHAT_TOKENS = 1024
 LEAST_ANSWER = 16
 #: A line of the history has so much of the question, and of the answer.
 SHOWN = 60
+#: /history alone shows so many turns.
+LISTED = 50
 
 
 @dataclass(slots=True)
@@ -139,8 +141,9 @@ class ChatCore:
             lines = [f"{number:>4}  {found}" for number, found in matches(turns, argument)]
             self._say("\n".join(lines) or f"nothing here has {argument!r} in it")
             return
-        lines = []
-        for number, turn in enumerate(turns, 1):
+        first = max(0, len(turns) - LISTED)
+        lines = [f"      ({turn_count(first)} before these; /history TEXT finds them)"] if first else []
+        for number, turn in enumerate(turns[first:], first + 1):
             if number == self.session.context_from + 1 > 1:
                 lines.append("      -- begun anew --")
             mark = f" ({turn.mark})" if turn.mark else ""

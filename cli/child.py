@@ -1,6 +1,6 @@
-"""How `llambo up` holds on to its children: they say when they are ready, and do not outlive it.
+"""How `llambo up` holds on to its children: they say when they are ready, and do not outlive it. Those of a fleet do.
 
-Both are hidden options of `llambo-broker` and `llambo-worker`. Readiness is a line on a pipe, so that nobody has to
+These are hidden options of `llambo-broker` and `llambo-worker`. Readiness is a line on a pipe, so that nobody has to
 guess it from a log or ask in a loop.
 """
 
@@ -20,7 +20,29 @@ F = TypeVar("F", bound=Callable[..., Any])
 def child_options(function: F) -> F:
     parent = click.option("--parent", type=int, hidden=True, help="Die with the process of this id.")
     notify = click.option("--notify-fd", type=int, hidden=True, help="Write a line here when ready, and close it.")
-    return parent(notify(function))
+    held = click.option("--hold", hidden=True, expose_value=False, callback=_hold, help="Keep this file locked.")
+    return parent(notify(held(function)))
+
+
+#: Open, and so locked, until this process is no more.
+_HELD: list[int] = []
+
+
+def _hold(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Who began us may be gone. Whoever asks later sees by this lock that we live, and there are never two of us."""
+    if path is None or context.resilient_parsing:
+        return
+    import fcntl
+
+    from llambo.cli.failure import Failure
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise Failure(f"{path} is held by another process: this one runs already") from error
+    _HELD.append(descriptor)
 
 
 def adopt(parent: int | None) -> None:

@@ -85,10 +85,15 @@ class Group(_Help, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._lazy:
             return None
-        module, _, name = self._lazy[cmd_name].partition(":")
-        command = getattr(importlib.import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
+        return load(self._lazy[cmd_name])
+
+
+def load(place: str) -> click.Command:
+    """The command at `module:name`, a place that one of our tables names."""
+    module, _, name = place.partition(":")
+    command = getattr(importlib.import_module(module), name)
+    assert isinstance(command, click.Command)
+    return command
 
 
 def silence_stdout() -> None:

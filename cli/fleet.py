@@ -1,162 +1,254 @@
-"""A broker and its workers as children: started in order, kept, stopped in order."""
+"""`llambo fleet`: keeps as many workers as fleet.toml says."""
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import click
+
+from llambo.cli.command import Command, Group
+from llambo.cli.common import Common, pass_common
 from llambo.cli.exits import Exit
 from llambo.cli.failure import Failure
-from llambo.cli.following import end_signals
+from llambo.cli.fleet_site import fleet_options, run, site
+from llambo.cli.options import client_options, json_option
+from llambo.cli.output import show_json
 from llambo.cli.standard import tell
-from llambo.cli.supervisor import Child, how_it_ended
-from llambo.mesh.sockets import DEFAULT_PORT, endpoint
+from llambo.mesh.errors import harmless
 
-#: A body that anybody can send.
-CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
-#: What is bound to all addresses is reached at this one from here.
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is only compared with
+if TYPE_CHECKING:
+    from llambo.cli.fleet_site import Site
+    from llambo.fleet.keeper import Keeper, Outcome
+    from llambo.fleet.plan import Plan, Step
+    from llambo.fleet.process import Failed
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    host: str
-    broker: list[str]
-    #: Name and command of each.
-    workers: list[tuple[str, list[str]]]
-    #: None: no HTTP.
-    gateway: list[str] | None = None
-    #: Why there is none, if somebody should know.
-    gateway_note: str = ""
-
-
-async def run(plan: Plan) -> int:
-    """Until SIGINT, SIGTERM or SIGHUP. Children do not outlive it, however it ends."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    numbers = end_signals()
-    for number in numbers:
-        loop.add_signal_handler(number, stop.set)
-    fleet = Fleet(plan)
-    work = asyncio.create_task(fleet.run())
-    waiting = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
-            say("stopping")
-            # From here on a Ctrl-C means: now.
-            for number in numbers:
-                loop.add_signal_handler(number, fleet.hurry)
-    finally:
-        waiting.cancel()
-        # First, so that it starts nothing more. Its children are kept by tasks of their own.
-        work.cancel()
-        await fleet.stop()
-    with suppress(asyncio.CancelledError):
-        await work
-    if not stop.is_set() and fleet.failure is not None:
-        raise fleet.failure
-    say("stopped")
-    return Exit.OK
+EXAMPLES = """
+llambo fleet plan                        what apply would do, and why
+llambo fleet apply                       make it so
+llambo fleet status
+llambo fleet scale tiny=10 medium=0
+"""
+PLAN_EXAMPLES = """
+llambo fleet plan
+llambo fleet plan --file home.toml --json | jq -r '.steps[].name'
+"""
+APPLY_EXAMPLES = """
+llambo fleet apply
+llambo fleet apply --file home.toml
+"""
+SCALE_EXAMPLES = """
+llambo fleet scale tiny=10
+llambo fleet scale tiny=0 medium=2
+"""
+SPAWN_EXAMPLES = """
+llambo fleet spawn --count 100 --class tiny
+"""
+DOWN_EXAMPLES = """
+llambo fleet down
+"""
 
 
-class Fleet:
-    def __init__(self, plan: Plan) -> None:
-        self.failure: Failure | None = None
-        self._plan = plan
-        self._broker = Child("broker", plan.broker, say, show)
-        self._workers: list[Child] = []
-        self._gateway: Child | None = None
-        self._keeping: set[asyncio.Task[int]] = set()
-
-    async def run(self) -> None:
-        """Start everything and wait; ends only if something cannot be started."""
-        port = await self._start(self._broker)
-        if port is None:
-            return
-        self._broker.add("--port", port)  # those who know it look for it there
-        address = endpoint(ANYWHERE.get(self._plan.host, self._plan.host), int(port))
-        say(f"broker at {address}, pid {self._broker.pid}")
-        self._workers = [
-            Child(name, [*command, "--broker", address], say, show) for name, command in self._plan.workers
-        ]
-        if self._plan.gateway is not None:
-            self._gateway = Child("gateway", [*self._plan.gateway, "--broker", address], say, show)
-        started = await asyncio.gather(
-            self._start_gateway(self._gateway), *[self._start_worker(worker) for worker in self._workers]
-        )
-        if None in started:
-            return
-        invite(address, len(self._workers), http=started[0] or "")
-        if self._plan.gateway_note:
-            say(self._plan.gateway_note)
-        await asyncio.wait(self._keeping)
-
-    async def _start_worker(self, worker: Child) -> str | None:
-        name = await self._start(worker)
-        if name is not None:
-            say(f"{name} is ready, pid {worker.pid}")
-        return name
-
-    async def _start_gateway(self, gateway: Child | None) -> str | None:
-        """Where it is reached; empty if there is none."""
-        if gateway is None:
-            return ""
-        port = await self._start(gateway)
-        if port is None:
-            return None
-        gateway.add("--http-port", port)
-        return f"http://127.0.0.1:{port}"
-
-    async def _start(self, child: Child) -> str | None:
-        """What it says when it is ready. None, with `failure` set, if it ended before."""
-        keeping = asyncio.create_task(child.keep())
-        self._keeping.add(keeping)
-        news: list[asyncio.Future[Any]] = [keeping, child.started]
-        await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
-        if child.started.done():
-            return child.started.result()
-        code = keeping.result()
-        hint = "its last words are above"
-        if child is self._gateway:
-            hint += "; --http-port 0 takes any free port, --no-http does without it"
-        self.failure = Failure(f"{child.name} {how_it_ended(code)} before it was ready", hint, max(code, Exit.ERROR))
-        return None
-
-    async def stop(self) -> None:
-        """Workers before the broker: what they still have to say goes to a broker that is there."""
-        for child in self._children():
-            child.stopping.set()  # from now on it is no news that one of them ends
-        if self._gateway is not None:
-            await self._gateway.stop()
-        await asyncio.gather(*[worker.stop() for worker in self._workers])
-        await self._broker.stop()
-        await asyncio.gather(*self._keeping)
-
-    def _children(self) -> list[Child]:
-        return [*([self._gateway] if self._gateway else []), *self._workers, self._broker]
-
-    def hurry(self) -> None:
-        for child in self._children():
-            if child.process is not None and child.process.returncode is None:
-                child.process.kill()
+@click.group(
+    cls=Group,
+    lazy={name: f"llambo.cli.fleet:{name}" for name in ("plan", "apply")}
+    | {name: f"llambo.cli.fleet_look:{name}" for name in ("status", "logs")}
+    | {name: f"llambo.cli.fleet:{name}" for name in ("scale", "spawn")}
+    | {"run": "llambo.cli.fleet_run:run_fleet", "down": "llambo.cli.fleet:down"},
+    examples=EXAMPLES,
+)
+def fleet() -> None:
+    """Keep as many workers as fleet.toml says, on this machine."""
 
 
-def invite(address: str, workers: int, http: str = "") -> None:
-    which = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
-    say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
-    for words in ('send "What is AI?"', "status", "workers"):
-        tell(f"    llambo{which} {words}", err=False)
-    if http:
-        tell(f"    curl {http}/v1/chat/completions -d '{CHAT}'", err=False)
-        say(f"the dashboard is at {http}/")
-    say("Ctrl-C stops everything")
+@click.command(cls=Command, examples=PLAN_EXAMPLES)
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+    """Show the difference between the file and what runs: what `apply` would do, and why.
+
+    The exit status is 0 also if there is something to do.
+    """
+    here = site(common, file, state)
+    found = run(_plan(here, here.keeper(_say)))
+    if as_json:
+        show_json(_as_json(found))
+        return
+    _show(found)
 
 
-def say(text: str) -> None:
-    tell(f"llambo up: {text}", err=False)
+@click.command(cls=Command, examples=APPLY_EXAMPLES)
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+    """Make it so. What runs already is left as it is; a second `apply` does nothing.
+
+    Workers that have to go are drained first, and what they run goes elsewhere. A Ctrl-C leaves what is done as it
+    is; the next `apply` goes on.
+    """
+    here = site(common, file, state)
+    _make_it_so(here, as_json)
 
 
-def show(line: str) -> None:
-    tell(line)
+@click.command(cls=Command, examples=SCALE_EXAMPLES)
+@click.argument("counts", metavar="CLASS=COUNT...", nargs=-1, required=True)
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | None, as_json: bool) -> None:
+    """Have so many of a class, within its `min` and `max`. `apply` keeps to it from then on."""
+    here = site(common, file, state)
+    wanted = dict(_count(word) for word in counts)
+    if pid := here.orchestrator():
+        here.want(wanted)
+        _say(f"told to the orchestrator, pid {pid}: `llambo fleet status` shows how far it is")
+        return
+    _make_it_so(here, as_json, lambda: wanted)
+
+
+@click.command(cls=Command, examples=SPAWN_EXAMPLES)
+@click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="So many more.")
+@click.option("--class", "node_class", metavar="CLASS", required=True, help="Of which class.")
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def spawn(
+    common: Common, count: int, node_class: str, file: Path, state: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Have so many more of a class than there are."""
+    here = site(common, file, state)
+    here.node_class(node_class)
+
+    def wanted() -> dict[str, int]:
+        there = run(here.keeper(_say).look()).world.of(node_class)
+        return {node_class: sum(node.counts for node in there) + count}
+
+    _make_it_so(here, as_json, wanted)
+
+
+@click.command(cls=Command, examples=DOWN_EXAMPLES)
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+    """End everything of this fleet: first the workers, then the broker. What they run is lost."""
+    from llambo.fleet.plan import Do, Plan, Step
+
+    here = site(common, file, state)
+    with here.alone():
+        keeper = here.keeper(_quiet if as_json else _say)
+        seen = run(keeper.look())
+        nodes = sorted(seen.world.nodes, key=lambda node: node.node_class == "broker")
+        steps = [Step(Do.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
+        keeper.bury(seen.ended)
+        run(keeper.apply(Plan(tuple(steps))))
+    if as_json:
+        show_json({"ended": [step.name for step in steps]})
+    else:
+        _say(f"{len(steps)} ended" if steps else "nothing ran")
+
+
+# --- inside --------------------------------------------------------------------------------------------
+
+
+async def _plan(here: Site, keeper: Keeper) -> Plan:
+    from llambo.fleet import plan as planning
+
+    seen = await keeper.look()
+    return planning.make(here.fleet, seen.world, here.wanted())
+
+
+def _make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
+    from llambo.fleet import plan as planning
+
+    began = time.monotonic()
+    with here.alone():
+        keeper = here.keeper(_quiet if as_json else _say)
+        if wanted := counts():
+            here.want(wanted)
+
+        async def work() -> tuple[Plan, list[Failed], Outcome]:
+            seen = await keeper.look()
+            found = planning.make(here.fleet, seen.world, here.wanted())
+            return found, keeper.bury(seen.ended), await keeper.apply(found)
+
+        found, buried, outcome = run(work())
+    if as_json:
+        told = _as_json(found) | {"done": len(outcome.done)}
+        lists = {"failed": outcome.failed, "ended": buried}
+        show_json(told | {name: [_failure(one) for one in found] for name, found in lists.items()})
+    else:
+        for one in buried:
+            _say(f"{one} by itself before this; its last words:{_words(one)}")
+        for one in outcome.failed:
+            _say(f"{one}; its last words:{_words(one)}")
+        for refusal in found.refusals:
+            _say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
+        took = time.monotonic() - began
+        _say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
+    if outcome.failed or found.refusals:
+        click.get_current_context().exit(Exit.ERROR)
+
+
+def _show(found: Plan) -> None:
+    widths = [max((len(text) for text in texts), default=0) for texts in zip(*_rows(found), strict=True)]
+    for row in _rows(found):
+        click.echo(harmless("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()))
+    for refusal in found.refusals:
+        click.echo(harmless(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}"))
+    if not found.steps:
+        click.echo("nothing to do")
+
+
+def _rows(found: Plan) -> list[tuple[str, str, str, str]]:
+    return [(step.do.value, step.name, step.host, step.why) for step in found.steps]
+
+
+def _as_json(found: Plan) -> dict[str, Any]:
+    return {
+        "steps": [
+            {"do": step.do.value, "name": step.name, "class": step.node_class, "host": step.host, "why": step.why}
+            for step in found.steps
+        ],
+        "refused": [{"class": one.node_class, "count": one.count, "why": one.why} for one in found.refusals],
+    }
+
+
+def _failure(one: Failed) -> dict[str, str]:
+    return {"name": one.name, "how": one.how, "words": one.words}
+
+
+def _words(one: Failed) -> str:
+    from llambo.fleet.crashes_core import last_words
+
+    return "".join(f"\n    {line}" for line in last_words(one.words).splitlines()) or " none"
+
+
+def _summary(done: list[Step]) -> str:
+    verbs = {"spawn": "spawned", "resume": "taken back", "retire": "retired", "replace": "replaced"}
+    counts = {do: sum(step.do.value == do for step in done) for do in verbs}
+    return ", ".join(f"{count} {verbs[do]}" for do, count in counts.items() if count)
+
+
+def _count(word: str) -> tuple[str, int]:
+    name, equals, count = word.partition("=")
+    if not equals or not count.isdecimal():
+        raise Failure(f"{word!r} is no CLASS=COUNT", "as in `llambo fleet scale tiny=10`", Exit.USAGE)
+    return name, int(count)
+
+
+def _say(text: str) -> None:
+    tell(f"fleet: {harmless(text)}", err=False)
+
+
+def _quiet(text: str) -> None:
+    """What is said on the way is no part of the JSON."""

@@ -27,7 +27,7 @@ COMMANDS = (
     "top",
     "bridge",
 )
-LOCAL = ("config", "up", "gateway", "keys", "systemd")
+LOCAL = ("config", "up", "fleet", "gateway", "keys", "systemd")
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine

@@ -12,7 +12,7 @@ from llambo.cli.options import client_options
 EXAMPLES = """
 llambo metrics
 llambo metrics | grep queue_seconds
-llambo metrics > /var/lib/node_exporter/llambo.prom     where nobody may listen
+llambo metrics > /var/lib/node_exporter/llambo.prom   where nobody may ask
 """
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import click
 
+from llambo.cli.command import load
 from llambo.cli.shell_lines import TO_MODEL, end_of_order
 
 
@@ -63,10 +63,7 @@ NAMES_REQUEST = ("attach", "cancel", "why")
 
 
 def command_of(name: str) -> click.Command:
-    module, _, attribute = ENTRIES[name].at.partition(":")
-    command = getattr(importlib.import_module(module), attribute)
-    assert isinstance(command, click.Command)
-    return command
+    return load(ENTRIES[name].at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,14 @@ CSS = """
 
 #panes { height: 1fr; layout: vertical; }
 #panes > * { height: 2fr; border: round $secondary; border-title-align: left; }
-#panes > #events { height: 1fr; }
+#panes > #events { height: 1fr; min-height: 4; }
 #panes > *:focus { border: round $accent; border-title-style: bold; }
 #panes > DataTable { scrollbar-size-horizontal: 0; }
 #panes.stale > * { opacity: 60%; }
+
+/* What is told by a background needs another sign where there are no colours. */
+.plain DataTable > .datatable--cursor { text-style: reverse; }
+.plain #panes > *:focus { border: heavy $accent; }
 
 /* Where there is little room, most of it is for what has the keyboard. */
 #panes.low > *:focus { height: 4fr; }

@@ -15,7 +15,7 @@ from llambo.cli.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, wor
 from llambo.mesh.settings_table import BY_NAME, of_roles
 
 if TYPE_CHECKING:
-    from llambo.cli.fleet import Plan
+    from llambo.cli.household import Plan
 
 EXAMPLES = """
 llambo up                                     a broker and two workers
@@ -25,7 +25,7 @@ llambo up --port 0                            on whatever ports are free
 llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
 """
 
-BROKER_SETTINGS = ("bind", "port", "keys")
+BROKER_SETTINGS = ("bind", "port", "keys", "metrics")
 NO_HTTP = "no HTTP: pip install 'llambo[gateway]' brings it"
 WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
 
@@ -47,7 +47,7 @@ def up(common: Common, workers: int, no_http: bool) -> None:
     """
     import asyncio
 
-    from llambo.cli.fleet import run
+    from llambo.cli.household import run
 
     # What is wrong with a setting is said here, and not by each child.
     worker_config(common.settings)
@@ -56,7 +56,7 @@ def up(common: Common, workers: int, no_http: bool) -> None:
 
 def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
     """The commands of the children. They are told what we were told, and find the rest where we found it."""
-    from llambo.cli.fleet import Plan
+    from llambo.cli.household import Plan
     from llambo.worker.models import cores
 
     settings, flags = common.settings, common.flags

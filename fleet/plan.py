@@ -134,7 +134,8 @@ class _Planner:
         spare, staying = staying[: max(0, len(staying) - count)], staying[max(0, len(staying) - count) :]
         for node in spare:
             self._retire(node, f"{len(spare) + len(staying)} {kept.name}, {count} wanted; {_idle(node)}")
-        self._old += [(node, kept) for node in staying if node.fingerprint != mark]
+        old = [node for node in staying if node.fingerprint != mark]
+        self._old += [(node, kept) for node in sorted(old, key=lambda node: node.name)]
         return len(staying)
 
     def _count(self, kept: NodeClass) -> int:

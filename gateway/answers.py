@@ -12,11 +12,12 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from llambo.gateway.access import Caller
 from llambo.gateway.asking import About, Ask
 from llambo.gateway.telemetry import Telemetry
+from llambo.gateway.tracing import Traces
 from llambo.mesh.client import Client
 from llambo.mesh.client_stream import Answer, Stream
 from llambo.mesh.errors import Code, LlamboError
@@ -64,6 +65,11 @@ class Feed:
     def accepted_model(self) -> str:
         """As the mesh calls it, once it has accepted this."""
         return self._streams[0].model if self._streams else ""
+
+    @property
+    def requests(self) -> list[str]:
+        """Their ids in the mesh, by choice."""
+        return [stream.id for stream in self._streams]
 
     @property
     def about(self) -> About:
@@ -166,6 +172,8 @@ class Feeds:
 
     def __init__(self, resume_ms: int, telemetry: Telemetry | None = None) -> None:
         self.telemetry = telemetry or Telemetry()
+        #: Whoever wants to know what becomes of them.
+        self.traces: Traces | None = None
         self._resume_s = resume_ms / 1_000
         self._by_id: dict[str, Feed] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -183,6 +191,10 @@ class Feeds:
         feed.run(streams_of(client, ask))
         self._by_id[feed.id] = feed
         return feed
+
+    def trace(self, feed: Feed, name: str, headers: Mapping[str, str], route: str) -> None:
+        if self.traces is not None:
+            self.traces.follow(feed, name, headers, {"http.route": route})
 
     async def resume(self, caller: Caller, id: str, created: int, digest: bytes) -> Feed:
         """The one that was begun earlier: here, or at another gateway, or at this one before it was restarted."""

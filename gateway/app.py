@@ -29,6 +29,7 @@ from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers import Feeds
 from llambo.gateway.asking import Prepared, encode
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.document import completed
 from llambo.gateway.front import CALLER_KEY, Front
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
 from llambo.gateway.rendering import place_of
@@ -61,10 +62,13 @@ class Gateway:
         digest = hashlib.blake2b(request.url.path.encode() + b"\n" + await request.body(), digest_size=16).digest()
         seen = request.headers.get("last-event-id")
         renderer = prepared.renderer
-        if renderer is None:
-            return Whole(self.feeds, await self.feeds.begin(caller, prepared.ask), prepared.whole)
-        if not seen:
-            return Streaming(self.feeds, await self.feeds.begin(caller, prepared.ask, digest), renderer)
+        if renderer is None or not seen:
+            feed = await self.feeds.begin(caller, prepared.ask, digest if renderer is not None else b"")
+            route = request.url.path
+            self.feeds.trace(feed, f"POST {route}", request.headers, route)
+            if renderer is None:
+                return Whole(self.feeds, feed, prepared.whole)
+            return Streaming(self.feeds, feed, renderer)
         if prepared.ask.choices > 1 or prepared.ask.more:
             raise FieldError("Last-Event-ID", "Last-Event-ID: a stream of several answers cannot be resumed")
         id, created, skip = place_of(seen)
@@ -72,6 +76,8 @@ class Gateway:
 
     async def close(self, app: Litestar) -> None:
         self.feeds.close()
+        if self.feeds.traces is not None:
+            await self.feeds.traces.close()
         await self.access.close()
 
 
@@ -246,7 +252,8 @@ async def openapi(request: BodyRequest) -> Response[bytes]:
 
 @cache
 def _document(app: Litestar) -> bytes:
-    return encode(app.openapi_schema.to_schema())
+    gateway: Gateway = app.state.gateway
+    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.wants_tokens))
 
 
 # --- putting it together -------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import uvicorn
 from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.tracing import traces_of
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.herald_core import Condition
 from llambo.mesh.notify import Herald
@@ -69,13 +72,26 @@ def listen(host: str, port: int) -> socket.socket:
         raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}") from error
 
 
+def check_tls(cert: str, key: str) -> None:
+    """uvicorn would end in a traceback."""
+    if not cert:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key or None)
+    except (OSError, ssl.SSLError) as error:
+        files = f"{cert} and {key}" if key else cert
+        raise LlamboError(Code.BAD_SETTING, f"{files} cannot be used for TLS: {error.strerror or error}") from error
+
+
 def run_gateway(
     config: GatewayConfig, access: Access, announce: Callable[[int], None], herald: Herald | None = None
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
+    check_tls(config.tls_cert, config.tls_key)
     listener = listen(config.host, config.port)
     port = int(listener.getsockname()[1])
     gateway = Gateway(config, access)
+    gateway.feeds.traces = traces_of(os.environ)
     told = uvicorn.Config(
         make_app(gateway),
         loop="uvloop",

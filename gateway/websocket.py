@@ -106,6 +106,7 @@ class Conversation:
                 feed = await self._feeds.resume(self._caller, id, created, digest)
             else:
                 feed = await self._feeds.begin(self._caller, prepared.ask, digest)
+                self._feeds.trace(feed, f"WebSocket {said.api}", self._socket.headers, "/v1/stream")
             await self._tell(said.id, feed, Rendering(feed, prepared.renderer, skip))
         except (LlamboError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             await self._problem(said.id, of_exception(error))

@@ -6,195 +6,11 @@ the command line and `LLAMBO_QUEUE_BYTES` in the environment. The few exceptions
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+from llambo.mesh.setting import KEY_PREFIX, MIB, Kind, Setting, Value
+from llambo.mesh.setting import fake as _fake
+from llambo.mesh.setting import row as _row
 
-Value = str | int | float | bool
-
-_MIB = 1024 * 1024
-#: A value that begins like this is a key itself, and never shown.
-KEY_PREFIX = "llambo-key-"
-_BYTE_UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": _MIB, "GIB": 1024 * _MIB}
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
-
-class Kind(Enum):
-    """What a value is; the text is what `--help` shows in its place."""
-
-    TEXT = "TEXT"
-    NUMBER = "NUMBER"
-    REAL = "REAL"
-    MS = "MS"
-    BYTES = "BYTES"
-    SWITCH = "YES/NO"
-    KEY = "FILE|LINE"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """One row of the table. `key` names it in its section of the file; flag and variable follow from the names."""
-
-    name: str
-    section: str
-    kind: Kind
-    default: Value
-    help: str
-    roles: frozenset[str]
-    key: str
-    flag: str
-    env: str
-    choices: tuple[str, ...] = ()
-    low: float = 0
-    high: float = math.inf
-
-    @property
-    def metavar(self) -> str:
-        return "|".join(self.choices) or self.kind.value
-
-    def parse(self, raw: Any) -> Value:
-        """The value that `raw` stands for, typed (from a file) or as text. ValueError says what was expected."""
-        value = _PARSERS[self.kind](raw)
-        if self.choices and value not in self.choices:
-            raise ValueError(f"expected one of {', '.join(self.choices)}")
-        if not isinstance(value, str) and not self.low <= value <= self.high:
-            raise ValueError(f"expected {self._range()}")
-        return value
-
-    def show(self, value: Value) -> str:
-        """The value as a person would write it."""
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if self.kind is Kind.KEY and str(value).startswith(KEY_PREFIX):
-            return "(a key)"
-        if self.kind is Kind.BYTES and isinstance(value, int):
-            return _show_bytes(value)
-        return str(value)
-
-    def _range(self) -> str:
-        if math.isinf(self.high):
-            return f"at least {self.low:g}"
-        return f"{self.low:g} to {self.high:.12g}"
-
-
-# --- reading values ----------------------------------------------------------------------------------
-
-
-def _text(raw: Any) -> str:
-    if not isinstance(raw, str):
-        raise ValueError("expected text")
-    return raw
-
-
-def _whole(raw: Any, what: str = "a whole number") -> int:
-    try:
-        if isinstance(raw, str):
-            return int(raw)
-    except ValueError:
-        pass
-    # True is an int to Python, but not to the person who wrote `port = true`.
-    if isinstance(raw, int) and not isinstance(raw, bool):
-        return raw
-    raise ValueError(f"expected {what}")
-
-
-def _real(raw: Any) -> float:
-    try:
-        if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) and math.isfinite(float(raw)):
-            return float(raw)
-    except (ValueError, OverflowError):
-        pass
-    raise ValueError("expected a number")
-
-
-def _switch(raw: Any) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    if isinstance(raw, str) and raw.lower() in _YES + _NO:
-        return raw.lower() in _YES
-    raise ValueError("expected yes or no")
-
-
-def _bytes(raw: Any) -> int:
-    if isinstance(raw, str):
-        found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", raw)
-        if found and found[2].upper() in _BYTE_UNITS:
-            return int(found[1]) * _BYTE_UNITS[found[2].upper()]
-    return _whole(raw, "a size such as 65536, 512KiB, 64MiB or 2GiB")
-
-
-def _show_bytes(value: int) -> str:
-    for unit, size in (("GiB", 1024 * _MIB), ("MiB", _MIB), ("KiB", 1024)):
-        if value and value % size == 0:
-            return f"{value // size}{unit}"
-    return str(value)
-
-
-_PARSERS: dict[Kind, Callable[[Any], Value]] = {
-    Kind.TEXT: _text,
-    Kind.NUMBER: _whole,
-    Kind.REAL: _real,
-    Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
-    Kind.BYTES: _bytes,
-    Kind.SWITCH: _switch,
-    Kind.KEY: _text,
-}
-
-
-# --- the table ---------------------------------------------------------------------------------------
-
-
-def _row(
-    where: str,
-    kind: Kind,
-    default: Value,
-    text: str,
-    *,
-    roles: str = "",
-    name: str = "",
-    env: str = "",
-    flag: str = "",
-    choices: tuple[str, ...] = (),
-    low: float = 0,
-    high: float = math.inf,
-) -> Setting:
-    """`where` is "section.key"; the rest is derived from it unless it is given."""
-    section, key = where.split(".")
-    name = name or key
-    return Setting(
-        name=name,
-        section=section,
-        kind=kind,
-        default=default,
-        help=text,
-        roles=frozenset((roles or section).split()),
-        key=key,
-        flag="--" + (flag or key).replace("_", "-"),
-        env="LLAMBO_" + (env or name).upper(),
-        choices=choices,
-        low=low,
-        high=high,
-    )
-
-
-def _fake(
-    key: str,
-    kind: Kind,
-    default: Value,
-    text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = 0,
-    high: float = math.inf,
-) -> Setting:
-    # Its knobs would read as settings of the real engine, so they wear a prefix wherever there are no sections.
-    name = f"fake_{key}"
-    where = f"fake.{key}"
-    return _row(where, kind, default, text, roles="worker", name=name, flag=name, choices=choices, low=low, high=high)
-
+__all__ = ["BY_ENV", "BY_NAME", "KEY_PREFIX", "SECTIONS", "TABLE", "Kind", "Setting", "Value", "of_roles"]
 
 #: Longest duration: about a month, which catches a value given in microseconds.
 _LONGEST_MS = 31 * 86_400_000
@@ -227,10 +43,10 @@ _BROKER = (
     _row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any that are free", high=65_532),
     _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen", choices=_POLICIES),
     _row("broker.queue_requests", Kind.NUMBER, 1_000, "requests that may wait; more are refused as busy", low=1),
-    _row("broker.queue_bytes", Kind.BYTES, 64 * _MIB, "prompts that may wait, together", low=1024),
+    _row("broker.queue_bytes", Kind.BYTES, 64 * MIB, "prompts that may wait, together", low=1024),
     _row("broker.queue_ms", Kind.MS, 600_000, "longest wait in the queue", low=1, high=_LONGEST_MS),
-    _row("broker.transcript_bytes", Kind.BYTES, 256 * _MIB, "tokens kept for running requests, together", low=_MIB),
-    _row("broker.detached_bytes", Kind.BYTES, 64 * _MIB, "finished detached results kept, together"),
+    _row("broker.transcript_bytes", Kind.BYTES, 256 * MIB, "tokens kept for running requests, together", low=MIB),
+    _row("broker.detached_bytes", Kind.BYTES, 64 * MIB, "finished detached results kept, together"),
     _row("broker.detached_ms", Kind.MS, 3_600_000, "how long a detached result is kept", high=_LONGEST_MS),
     _row("broker.hold_ms", Kind.MS, 30_000, "how long a request waits when no worker has its model", high=_LONGEST_MS),
     _row("broker.slow_factor", Kind.NUMBER, 8, "a worker so many times slower than its peers is left alone; 0: never",
@@ -256,7 +72,7 @@ _WORKER = (
          choices=("auto", "llama", "fake")),
     _row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
     _row("worker.ctx", Kind.NUMBER, 0, "longest prompt and answer together; 0 is what suits model and machine",
-         high=16 * _MIB),
+         high=16 * MIB),
     _row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0 is one for each core", high=1_024),
     _row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
     _row("worker.gpu_layers", Kind.NUMBER, 0, "layers a GPU computes; -1 is all", low=-1, high=100_000),
@@ -315,7 +131,7 @@ _GATEWAY = (
          name="http_plain", flag="http_plain"),
     _row("gateway.cors", Kind.TEXT, "", "origins whose pages may ask; with commas between, * is all",
          name="http_cors", flag="http_cors"),
-    _row("gateway.body_bytes", Kind.BYTES, 8 * _MIB, "longest body of a request", low=1024),
+    _row("gateway.body_bytes", Kind.BYTES, 8 * MIB, "longest body of a request", low=1024),
     _row("gateway.answer_tokens", Kind.NUMBER, 2_048, "longest answer for who names no maximum", low=1,
          high=131_072),
     _row("gateway.resume_ms", Kind.MS, 5_000, "how long a stream waits for a client that was cut off",
@@ -330,7 +146,7 @@ _BRIDGE = (
          name="bridge_tcp", low=-1, high=65_535),
     _row("bridge.connections", Kind.NUMBER, 256, "connections at a time", name="bridge_connections", low=1),
     _row("bridge.in_flight", Kind.NUMBER, 16, "answers under way on one connection", name="bridge_in_flight", low=1),
-    _row("bridge.line_bytes", Kind.BYTES, _MIB, "longest line, or msgpack object", name="bridge_line_bytes", low=1024),
+    _row("bridge.line_bytes", Kind.BYTES, MIB, "longest line, or msgpack object", name="bridge_line_bytes", low=1024),
     _row("bridge.leave_ms", Kind.MS, 10_000, "how long answers get to finish at exit", name="bridge_leave_ms",
          high=_LONGEST_MS),
 )  # fmt: skip

@@ -1,7 +1,7 @@
 // What happened lately, the latest first.
 
-import { $, el, keyed, state } from "./dom.js";
-import { clock, moment } from "./format.js";
+import { $, el, keyed, say, state } from "./dom.js";
+import { clock, count, moment } from "./format.js";
 
 const SHOWN = 60;
 const list = el("ol", { class: "events" });
@@ -12,14 +12,26 @@ export function begin() {
 }
 
 export function show(mesh) {
-  const rows = mesh.events.slice(-SHOWN).reverse();
+  const rows = folded(mesh.events.slice(-SHOWN).reverse());
   keyed(list, rows, (event) => event.number, made);
   list.hidden = !rows.length;
   none.hidden = rows.length > 0;
 }
 
+/** A machine that is too busy makes its broker stand still again and again: that is one line, of the latest. */
+function folded(events) {
+  const rows = [];
+  for (const event of events) {
+    const last = rows.at(-1);
+    if (last && last.kind === "stood still" && event.kind === last.kind) last.times += 1;
+    else rows.push(Object.assign(event, { times: 1 }));
+  }
+  return rows;
+}
+
 function made(event) {
   const { verb, tone, detail } = event.told;
+  const below = el("p", { class: "sub" });
   const node = el(
     "li",
     {},
@@ -28,9 +40,9 @@ function made(event) {
       "div",
       {},
       el("p", {}, state("", tone), event.worker ? el("b", {}, event.worker) : "", event.worker ? " " : "", verb),
-      detail ? el("p", { class: "sub" }, detail) : "",
+      below,
     ),
   );
-  node.show = () => {}; // what has happened does not change
+  node.show = ({ times }) => say(below, times > 1 ? `${detail}, the last of ${count(times)} times` : detail);
   return node;
 }

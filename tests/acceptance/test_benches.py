@@ -17,6 +17,7 @@ SHORT = {
     "hops": ["--threads", "1", "--requests", "5"],
     "newcomer": ["--threads", "1", "--rounds", "1", "--tokens", "200", "--alone"],
     "turns": ["--threads", "1", "--chats", "1", "--prompt-tokens", "200", "--tokens", "8"],
+    "gateway": ["--threads", "1", "--rounds", "1", "--tokens", "8", "--streams", "1", "--open", "20", "--alone"],
     "beside": ["--threads", "1", "--rounds", "1", "--tokens", "8", "--streams", "1", "--beside", "--profile"],
 }
 

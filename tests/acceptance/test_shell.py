@@ -88,6 +88,7 @@ def test_one_connection_for_all_of_it(mesh: Mesh) -> None:
         shell.line("status; nodes; infer --max-tokens 3 hi; status")
         shell.until("3 tokens in")
         shell.until(rf"clients +{clients - 1}\b")  # without the one that asked
+        shell.until(PROMPT)
         shell.press(CTRL_D)
         assert shell.end() == Exit.OK
 
@@ -115,6 +116,7 @@ def test_ctrl_c_stops_what_runs_and_not_the_shell(mesh: Mesh) -> None:
         shell.until(PROMPT)
         shell.line(f"cancel {id}")
         shell.until(f"cancelled {id}")
+        shell.until(PROMPT)
         shell.press(CTRL_D)
         assert shell.end() == Exit.OK
     assert mesh.ok("requests", "--json").json() == []

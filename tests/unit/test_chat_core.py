@@ -257,6 +257,14 @@ def test_history_lists_finds_and_shows() -> None:
     assert Person().types("/history").heard == "nothing was said yet"
 
 
+def test_a_long_history_is_shown_from_its_end() -> None:
+    lines = Person(Session("mine", turns=turns(60))).types("/history").said[0].splitlines()
+
+    assert lines[0] == "      (10 turns before these; /history TEXT finds them)"
+    assert lines[1] == "  11  you: question 11"
+    assert lines[-1] == "      model: answer 60"
+
+
 def test_clear_lets_the_model_forget_and_the_history_remember() -> None:
     person = Person().asks("one").types("/clear")
     assert person.kept[-1].context_from == 1

@@ -224,7 +224,9 @@ def test_a_block_that_is_too_long_is_cut() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.lists(st.sampled_from(["a", "bb", ""]), max_size=3), st.lists(st.sampled_from("xyz"), max_size=6)),
+        st.tuples(
+            st.lists(st.sampled_from(["a", "bb", ""]), max_size=3), st.lists(st.sampled_from("xyz"), max_size=14)
+        ),
         max_size=12,
     )
 )
@@ -239,6 +241,17 @@ def test_a_painted_tail_is_what_it_was_told_to_be(steps: list[tuple[list[str], l
         assert shown[: screen.cursor.y] == whole[len(whole) - screen.cursor.y :]
         assert screen.cursor.x == 0
         assert not any(shown[screen.cursor.y :])
+
+
+def test_what_has_left_the_screen_is_not_written_a_second_time() -> None:
+    screen, painter = pyte.HistoryScreen(20, 10, history=1000), Painter(len)
+    stream = pyte.Stream(screen)
+    for count in range(1, 31):
+        stream.feed(painter.paint([], [f"head {count}", *(f"line {number}" for number in range(count))], 20, 10))
+
+    above = ["".join(line[at].data for at in range(20)).rstrip() for line in screen.history.top]
+    shown = [line.rstrip() for line in screen.display if line.strip()]
+    assert [*above, *shown] == ["head 9", *(f"line {number}" for number in range(30))]
 
 
 def test_only_what_differs_is_written() -> None:

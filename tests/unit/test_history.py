@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
+from llambo.broker.config import BrokerConfig
 from llambo.broker.history import ENDED_TOLD
-from llambo.broker.state import SAMPLES_KEPT
 from llambo.mesh import messages as m
 from llambo.mesh.identity import Identity, Role
 from tests.unit.broker_bench import Bench, Client, request_id
@@ -102,9 +102,9 @@ def test_it_is_bounded_and_the_latest_comes_last() -> None:
     for number in range(ENDED_TOLD + 5):
         client.submit(number)
         client.say(m.Cancel(request_id(number)))
-    bench.pass_time((SAMPLES_KEPT + 10) * 1_000)
+    bench.pass_time((BrokerConfig().samples + 10) * 1_000)
     told = recent(client)
-    assert len(told["samples"]) == SAMPLES_KEPT
+    assert len(told["samples"]) == BrokerConfig().samples
     assert [ended["id"] for ended in told["ended"]] == [request_id(number).hex() for number in range(5, ENDED_TOLD + 5)]
 
 

@@ -66,7 +66,7 @@ def a_day(bench: Bench, numbers: range) -> None:
 
 
 def test_a_broker_that_runs_for_long_remembers_no_more_than_one_that_ran_for_a_while() -> None:
-    bench = Bench(tombstones=50, detached_bytes=2_000, events=20, client_lease_ms=2_000, hold_ms=500)
+    bench = Bench(tombstones=50, detached_bytes=2_000, events=20, samples=20, client_lease_ms=2_000, hold_ms=500)
     a_day(bench, range(60))
     before = entries(bench.state)
     a_day(bench, range(60, 240))

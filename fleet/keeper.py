@@ -1,0 +1,321 @@
+"""From plans to processes: what there is, put together from providers and the mesh, and steps carried out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llambo.fleet import commands, machine
+from llambo.fleet.model import Fleet, NodeClass
+from llambo.fleet.plan import Do, Plan, Step
+from llambo.fleet.process import Failed, Processes, Record
+from llambo.fleet.world import HostFacts, Node, NodeState, World, facts_of
+from llambo.mesh.client import Client
+from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import ISSUED, Folder
+from llambo.mesh.settings_table import SECTIONS
+from llambo.mesh.sockets import DEFAULT_PORT, endpoint
+
+#: A node that is not ready after so long has failed: it loads its model meanwhile.
+START_S = 300.0
+#: How many are begun or ended at a time.
+AT_ONCE = 8
+#: From then on it says that it lives, which takes a Python that starts.
+BEGIN_S = 10.0
+#: After `drain_ms` a worker gives up what it runs, which takes a moment.
+AFTER_DRAIN_S = 10.0
+#: What is bound to all addresses is reached at this one from here.
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is only compared with
+
+Tell = Callable[[str], None]
+#: Makes a client for this broker.
+Connect = Callable[[str], Client]
+
+
+@dataclass(slots=True)
+class Seen:
+    """One look. `workers`: as the broker lists them, by name; None: it does not answer."""
+
+    world: World
+    workers: dict[str, dict[str, Any]] | None
+    #: Those that live in the mesh, oldest first.
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    #: Those that have ended by themselves since the last look.
+    ended: list[Record] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Outcome:
+    done: list[Step] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+
+
+class Keeper:
+    """Of the hosts of this machine. Other providers come beside `Processes`."""
+
+    def __init__(self, fleet: Fleet, folder: Path, address: str, connect: Connect, tell: Tell) -> None:
+        """`address`: of the broker, if the file does not say it."""
+        self.fleet = fleet
+        self.processes = Processes(folder)
+        self.tell = tell
+        self._connect = connect
+        self._address = address
+        self._lasting = False
+        self._client: Client | None = None
+        self._client_of = ""
+        self._calling = asyncio.Lock()
+        #: What is being done to whom, or is about to be.
+        self._under_way: dict[str, Step] = {}
+        self._limit = asyncio.Semaphore(AT_ONCE)
+        for host in fleet.hosts.values():
+            if host.provider != "process":
+                text = f"[hosts.{host.name}]: the provider {host.provider} is not there yet; use process"
+                raise LlamboError(Code.BAD_SETTING, text)
+
+    # --- what there is -----------------------------------------------------------------------------------
+
+    @property
+    def address(self) -> str:
+        """Where the broker is: the one that is kept here says so itself."""
+        kept = next((one.address for one in self.processes.records() if one.node_class == "broker"), "")
+        if kept or self.fleet.broker_address:
+            return kept or self.fleet.broker_address
+        if self.fleet.broker is None:
+            return self._address
+        told = self.fleet.broker.settings.get("broker", {})
+        return _reached(str(told.get("bind", "127.0.0.1")), int(told.get("port", DEFAULT_PORT)))
+
+    async def look(self) -> Seen:
+        workers, requests = await self._ask()
+        nodes, ended = [], []
+        now_ms = _wall_ms()
+        coming = {name: step for name, step in self._under_way.items() if step.do in (Do.SPAWN, Do.REPLACE)}
+        for record in self.processes.records():
+            step = self._under_way.get(record.name)
+            coming.pop(record.name, None)
+            if step is not None:
+                # It is as the step will leave it: about to be, or about to be gone, and nobody takes that back.
+                about = NodeState.DRAINING if step.do is Do.RETIRE else NodeState.STARTING
+                nodes.append(replace(_node(record, workers, now_ms), state=about))
+            elif self.processes.pid(record.name) is None and not self._just_begun(record, now_ms):
+                ended.append(record)
+            else:
+                nodes.append(_node(record, workers, now_ms))
+        nodes += [self._coming(step, now_ms) for step in coming.values()]
+        return Seen(World(tuple(nodes), self._hosts(nodes)), workers, requests, ended)
+
+    def _just_begun(self, record: Record, now_ms: int) -> bool:
+        """By somebody who is gone since; it has not come to say that it lives."""
+        young = now_ms - record.begun_ms < BEGIN_S * 1000
+        return young and not record.ready and not self.processes.ours(record.name)
+
+    def _coming(self, step: Step, now_ms: int) -> Node:
+        """One that is not begun yet, or is between its old life and its new one."""
+        kept = self.fleet.named(step.node_class)
+        return Node(
+            name=step.name, node_class=step.node_class, host=step.host, fingerprint=step.fingerprint,
+            state=NodeState.STARTING, memory_bytes=kept.memory_bytes if kept else 0, cores=kept.cores if kept else 0.0,
+            begun_ms=now_ms,
+        )  # fmt: skip
+
+    def _hosts(self, nodes: list[Node]) -> dict[str, HostFacts]:
+        memory, cores = machine.memory_bytes(), machine.cores()
+        hosts = {name: facts_of(host, memory, cores) for name, host in self.fleet.hosts.items()}
+        # One that the file has called otherwise since: what runs there can be ended, and nothing is begun there.
+        return {node.host: HostFacts(0, 0.0) for node in nodes} | hosts
+
+    async def _ask(self) -> tuple[dict[str, dict[str, Any]] | None, list[dict[str, Any]]]:
+        if self.fleet.broker is not None and not any(
+            record.node_class == "broker" and self.processes.pid(record.name) for record in self.processes.records()
+        ):
+            return None, []
+        try:
+            async with self._mesh() as client:
+                return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
+        except LlamboError as error:
+            if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
+                raise
+            return None, []
+
+    async def __aenter__(self) -> Keeper:
+        """For long: one connection for everything, and not one for each question."""
+        self._lasting = True
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._lasting = False
+        await self._hang_up()
+
+    @contextlib.asynccontextmanager
+    async def _mesh(self) -> AsyncIterator[Client]:
+        if not self._lasting:
+            async with self._connect(self.address) as client:
+                yield client
+            return
+        async with self._calling:
+            if self._client is None or self._client_of != self.address:
+                await self._hang_up()
+                client, self._client_of = self._connect(self.address), self.address
+                await client.connect()
+                self._client = client
+        try:
+            yield self._client
+        except LlamboError as error:
+            if error.code in (Code.NO_BROKER, Code.TIMEOUT, Code.UNAUTHORIZED):
+                await self._hang_up()
+            raise
+
+    async def _hang_up(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    # --- what is done ------------------------------------------------------------------------------------
+
+    def bury(self, ended: list[Record]) -> list[Failed]:
+        """Those that have ended by themselves: how, and with which words."""
+        failed = []
+        for record in ended:
+            words = self.processes.words(record.name)
+            failed.append(Failed(record.name, self.processes.how_it_ended(record.name), words))
+            self.processes.forget(record.name)
+        return failed
+
+    async def apply(self, plan: Plan) -> Outcome:
+        """Step by step, those of one kind together. Replacements stop at the first bad one."""
+        outcome = Outcome()
+        steps = list(plan.steps)
+        while steps:
+            alone = steps[0].do is Do.REPLACE or steps[0].node_class == "broker"
+            count = 1 if alone else _same(steps)
+            group, steps = steps[:count], steps[count:]
+            results = await asyncio.gather(*[self._carry_out(step) for step in group])
+            bad = [result for result in results if result is not None]
+            outcome.failed += bad
+            outcome.done += [step for step, result in zip(group, results, strict=True) if result is None]
+            if bad and group[0].do is Do.REPLACE:
+                left = sum(step.do is Do.REPLACE for step in steps)
+                self.tell(f"{group[0].name} is bad; {left} that were to be replaced are left as they are")
+                steps = [step for step in steps if step.do is not Do.REPLACE]
+            elif bad and group[0].node_class == "broker":
+                return outcome
+        return outcome
+
+    async def _carry_out(self, step: Step) -> Failed | None:
+        self._under_way[step.name] = step
+        try:
+            async with self._limit:
+                await self._do(step)
+        except Failed as failed:
+            self.tell(f"{failed}")
+            return failed
+        finally:
+            del self._under_way[step.name]
+        return None
+
+    async def _do(self, step: Step) -> None:
+        match step.do:
+            case Do.SPAWN:
+                await self._spawn(step)
+            case Do.RESUME:
+                async with self._mesh() as client:
+                    await client.drain(step.name, undo=True)
+                self.tell(f"{step.name} works again: {step.why}")
+            case Do.RETIRE:
+                await self._retire(step)
+            case Do.REPLACE:
+                await self._retire(step)
+                await self._spawn(step)
+
+    async def _spawn(self, step: Step) -> None:
+        kept = self.fleet.named(step.node_class)
+        assert kept is not None, "plans begin nodes of classes that there are"
+        began = time.monotonic()
+        record = Record(
+            name=step.name, node_class=kept.name, host=step.host, fingerprint=step.fingerprint, slots=kept.slots,
+            memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=_wall_ms(),
+        )  # fmt: skip
+        said = await self.processes.spawn(record, self._words(kept, step.name), START_S)
+        told = kept.settings.get("broker", {})
+        address = _reached(str(told.get("bind", "127.0.0.1")), int(said)) if kept.is_broker else ""
+        self.processes.remember(msgspec.structs.replace(record, ready=True, address=address))
+        self.tell(f"{step.name} is ready after {time.monotonic() - began:.1f} s")
+
+    async def _retire(self, step: Step) -> None:
+        """What it runs goes elsewhere; a signal lets it finish what does not. Neither needs the broker to be there."""
+        kept = self.fleet.named(step.node_class)
+        await self._drain(step, undo=False)
+        default = SECTIONS["worker"]["drain_ms"].default
+        told = kept.settings.get("worker", {}).get("drain_ms", default) if kept else default
+        await self.processes.end(step.name, int(told) / 1000 + AFTER_DRAIN_S)
+        # The broker remembers a drain, so that it outlives a restart. The next one of this name is not meant.
+        await self._drain(step, undo=True)
+        self.tell(f"{step.name} has left: {step.why}")
+
+    async def _drain(self, step: Step, *, undo: bool) -> None:
+        if step.node_class == "broker":
+            return
+        try:
+            async with self._mesh() as client:
+                await client.drain(step.name, undo, move=not undo)
+        except LlamboError as error:
+            if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
+                raise
+
+    def _words(self, kept: NodeClass, name: str) -> list[str]:
+        if kept.is_broker:
+            return commands.words(kept, name, keys=self.fleet.keys)
+        key = str(self._key(kept.name)) if self.fleet.keys else ""
+        return commands.words(kept, name, broker=self.address, key=key)
+
+    def _key(self, node_class: str) -> Path:
+        """One for all workers of a class, whose names begin with its name; it is made if there is none yet."""
+        folder = Folder(Path(self.fleet.keys).expanduser())
+        if not folder.ring().named(node_class):
+            folder.add(Identity(node_class, "worker"), _wall_ms() // 1000)
+        return folder.path / ISSUED / f"{node_class}.key"
+
+
+def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int) -> Node:
+    told = (workers or {}).get(record.name)
+    state, note = NodeState.READY, ""
+    if told is not None:
+        if told["state"] in ("draining", "drained"):
+            state = NodeState.DRAINING
+        elif told["state"] in ("loading", "joining"):
+            state = NodeState.STARTING
+    elif workers is not None and record.node_class != "broker":
+        # It lives, and the mesh has not heard of it.
+        late = now_ms - record.begun_ms > START_S * 1000
+        state = NodeState.FAILED if late else NodeState.STARTING
+        note = f"it is not in the mesh after {START_S:g} s" if late else ""
+    return Node(
+        name=record.name, node_class=record.node_class, host=record.host, fingerprint=record.fingerprint, state=state,
+        busy=told["busy"] + told["busy_elsewhere"] if told else 0, slots=told["slots"] if told else record.slots,
+        memory_bytes=record.memory_bytes, cores=record.cores, begun_ms=record.begun_ms, note=note,
+    )  # fmt: skip
+
+
+def _same(steps: list[Step]) -> int:
+    """How many steps from here on are alike, and may be done together."""
+    first = steps[0]
+    for number, step in enumerate(steps):
+        if step.do is not first.do or step.node_class == "broker":
+            return number
+    return len(steps)
+
+
+def _reached(host: str, port: int) -> str:
+    return endpoint(ANYWHERE.get(host, host), port)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 1_000_000
