@@ -19,18 +19,21 @@ class Gatherer:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._since = 0
+        self._sampled = 0
         self._forbidden = ""
 
     async def look(self) -> Snapshot:
         client = self._client
-        status, workers, requests, events = await asyncio.gather(
-            client.status(), client.workers(), client.requests(), self._new_events()
+        status, workers, requests, recent, events = await asyncio.gather(
+            client.status(), client.workers(), client.requests(), client.recent(self._sampled), self._new_events()
         )
-        return Snapshot(status, workers, requests, events, self._forbidden)
+        samples = recent["samples"]
+        self._sampled = max([self._sampled, *(sample["number"] for sample in samples)])
+        return Snapshot(status, workers, requests, samples, events, self._forbidden)
 
     def forget(self) -> None:
-        """Another broker counts its events anew."""
-        self._since, self._forbidden = 0, ""
+        """Another broker counts its events and samples anew."""
+        self._since, self._sampled, self._forbidden = 0, 0, ""
 
     async def _new_events(self) -> list[dict[str, Any]]:
         """Those since the last look. Only an admin may read them, where there are keys."""

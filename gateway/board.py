@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,9 +184,11 @@ class Live:
             caller = self._admin()
             caller.open += 1
             try:
-                async with self._watches.viewing(caller.name, caller.client) as watch:
+                async with (
+                    self._watches.viewing(caller.name, caller.client) as watch,
+                    aclosing(watch.events()) as events,
+                ):
                     # The first picture, or why there is none, decides on the status.
-                    events = watch.events()
                     await self._serve(await anext(events), events, receive, send)
             finally:
                 caller.open -= 1

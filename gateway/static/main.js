@@ -16,7 +16,7 @@ const KEY = "llambo.token";
 const THEMES = ["auto", "light", "dark"];
 
 const mesh = new Mesh();
-let token = sessionStorage.getItem(KEY) ?? "";
+let token = kept();
 let leave = null;
 let due = 0;
 let connected = false;
@@ -37,7 +37,7 @@ function look() {
   leave = follow(token, {
     message(said) {
       mesh.take(said);
-      if (token) sessionStorage.setItem(KEY, token);
+      if (token) keep(token);
       present("board");
       draw();
     },
@@ -103,11 +103,30 @@ function beginSignIn() {
 
 function forget() {
   token = "";
-  sessionStorage.removeItem(KEY);
+  keep("");
   mesh.clear();
   story.use("");
   $("story").close();
   $("confirm").close();
+}
+
+// Where storage is forbidden a token holds until the page is left.
+
+function kept() {
+  try {
+    return sessionStorage.getItem(KEY) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+function keep(what) {
+  try {
+    if (what) sessionStorage.setItem(KEY, what);
+    else sessionStorage.removeItem(KEY);
+  } catch {
+    // As said above.
+  }
 }
 
 // --- light and dark ---

@@ -305,7 +305,9 @@ def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pyt
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def scenario(shown: Watching) -> None:
-        assert shown.app.no_color
+        assert shown.app.no_color and shown.app.native_ansi_color and shown.app.has_class("plain")
+        cursor = shown.app.workers_pane.get_component_styles("datatable--cursor")
+        assert cursor.text_style.reverse
         assert "ready" in shown.screen()
 
     run(mesh, scenario)

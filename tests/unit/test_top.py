@@ -151,8 +151,7 @@ def test_a_curve_is_bars(values: list[float], width: int, top: float, drawn: str
 
 def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
     status, curves = asked(busy_bench(), "status"), Curves()
-    for _ in range(100):
-        curves.add(status)
+    curves.add({"tokens_per_s": 9.5, "waiting": 2, "busy": at % 3} for at in range(1_000))
 
     for width in (80, 200):
         lines = gauges(status, curves, width)
@@ -160,7 +159,10 @@ def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
         assert [text.rsplit("  ", 1)[1] for text in lines] == [
             "0.0, 0.0 requests/s", "2 waiting, 2 running", "2 of 2 busy",
         ]  # fmt: skip
+        assert set(lines[2].rsplit("  ", 1)[0][-9:]) == {"▁", "▅", "█"}
     assert all(bar not in gauges(status, curves, 10)[0] for bar in BARS)
+    curves.clear()
+    assert all(bar not in gauges(status, curves, 80)[0] for bar in BARS)
     assert facts(status).startswith("2 of 2 workers ready")
 
 
