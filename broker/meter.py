@@ -128,7 +128,8 @@ class Meter:
             return
         if request.awaited:
             request.awaited = False
-            pace.first.observe((now_ms - request.submitted_at) / 1000)
+            request.first_ms = now_ms - request.submitted_at
+            pace.first.observe(request.first_ms / 1000)
             if self.timed < TIMED:
                 self.timed += 1
                 request.heard, request.heard_at = have, now_ms
