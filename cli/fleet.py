@@ -55,7 +55,8 @@ llambo fleet down
     cls=Group,
     lazy={name: f"llambo.cli.fleet:{name}" for name in ("plan", "apply")}
     | {name: f"llambo.cli.fleet_look:{name}" for name in ("status", "logs")}
-    | {name: f"llambo.cli.fleet:{name}" for name in ("scale", "spawn", "down")},
+    | {name: f"llambo.cli.fleet:{name}" for name in ("scale", "spawn")}
+    | {"run": "llambo.cli.fleet_run:run_fleet", "down": "llambo.cli.fleet:down"},
     examples=EXAMPLES,
 )
 def fleet() -> None:
@@ -105,6 +106,10 @@ def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | Non
     """Have so many of a class, within its `min` and `max`. `apply` keeps to it from then on."""
     here = site(common, file, state)
     wanted = dict(_count(word) for word in counts)
+    if pid := here.orchestrator():
+        here.want(wanted)
+        _say(f"told to the orchestrator, pid {pid}: `llambo fleet status` shows how far it is")
+        return
     _make_it_so(here, as_json, lambda: wanted)
 
 

@@ -25,6 +25,8 @@ llambo fleet logs tiny-0001
 llambo fleet logs tiny-0001 --lines 200
 """
 CLASS_COLUMNS = ("class", "there", "ready", "starting", "draining", "min", "max", "busy", "memory")
+#: Of what has happened.
+SHOWN = 10
 NODE_COLUMNS = ("node", "class", "host", "state", "busy", "pid", "up", "note")
 
 
@@ -56,6 +58,8 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     click.echo()
     nothing = "nothing runs: `llambo fleet apply` begins it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
+    if found["orchestrator"]:
+        _show_news(found["orchestrator"])
 
 
 @click.command(cls=Command, examples=LOGS_EXAMPLES)
@@ -77,6 +81,8 @@ def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) 
 
 
 def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
+    from llambo.fleet.orchestrator import read_news
+
     nodes = [
         {
             "node": node.name, "class": node.node_class, "host": node.host, "state": node.state.value,
@@ -98,9 +104,29 @@ def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
         "broker": keeper.address,
         "answers": seen.workers is not None,
         "state": str(here.state),
+        "orchestrator": read_news(here.state) if here.orchestrator() else None,
         "classes": [_class(kept, nodes, seen) for kept in here.fleet.kept()],
         "nodes": sorted(nodes, key=lambda row: str(row["node"])),
     }
+
+
+def _show_news(news: dict[str, Any]) -> None:
+    import time
+
+    click.echo(f"\nan orchestrator keeps it, pid {news['pid']}")
+    for name, why in news["held"].items():
+        click.echo(f"{name} should be more by its load, but {why}")
+    for text in news["refused"]:
+        click.echo(harmless(text))
+    now_ms = time.time_ns() // 1_000_000
+    for loop in news["loops"]:
+        again = duration(max(0, loop["again_ms"] - now_ms))
+        text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
+        click.echo(harmless(f"{text}{loop['node']} {loop['how']}; its last words:"))
+        for line in loop["words"].splitlines():
+            click.echo(harmless(f"    {line}"))
+    for event in news["events"][-SHOWN:]:
+        click.echo(harmless(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
 
 
 def _class(kept: Any, nodes: list[dict[str, Any]], seen: Any) -> dict[str, Any]:

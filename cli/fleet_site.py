@@ -9,7 +9,7 @@ import getpass
 import json
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +54,8 @@ class Site:
     file: Path
     state: Path
     common: Common
+    #: Of the file, as it was read last.
+    text: str
 
     def keeper(self, tell: Tell) -> Keeper:
         from llambo.fleet.keeper import Keeper
@@ -89,6 +91,19 @@ class Site:
                 ) from error  # fmt: skip
             yield
 
+    def orchestrator(self) -> int:
+        """The pid of the one that is at work here; 0: there is none."""
+        from llambo.fleet.orchestrator import read_news
+
+        news = read_news(self.state)
+        if news is None:
+            return 0
+        try:
+            with self.alone():
+                return 0  # it has died, and left its news
+        except Failure:
+            return int(news["pid"])
+
     # --- how many ----------------------------------------------------------------------------------------
 
     def wanted(self) -> Wanted:
@@ -110,7 +125,29 @@ class Site:
                     f"{count} are not from {kept.min} to {kept.max}, which {self.file}:{kept.line} says of {name}",
                     "change `min` or `max` there", Exit.USAGE,
                 )  # fmt: skip
-        self._path.write_text(json.dumps({**self._counts(), **counts}), encoding="ascii")
+        self.remember(counts)
+
+    def remember(self, counts: Mapping[str, int]) -> None:
+        draft = self._path.with_suffix(".new")
+        draft.write_text(json.dumps({**self._counts(), **counts}), encoding="ascii")
+        draft.replace(self._path)
+
+    def counts(self) -> dict[str, int]:
+        return dict(self.wanted().counts)
+
+    def changed(self) -> Fleet | None:
+        """The file, read again if it is another one than the last time."""
+        try:
+            text = self.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None  # somebody is just replacing it
+        if text == self.text:
+            return None
+        from llambo.fleet.file import parse
+
+        self.text = text
+        self.fleet = parse(text, str(self.file))
+        return self.fleet
 
     def node_class(self, name: str) -> NodeClass:
         kept = self.fleet.classes.get(name)
@@ -144,7 +181,7 @@ def site(common: Common, file: Path, state: Path | None) -> Site:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{file} cannot be read: {error}", "", Exit.USAGE) from error
     fleet = parse(text, str(file))
-    return Site(fleet, file, (state or _default(fleet.name)).expanduser().absolute(), common)
+    return Site(fleet, file, (state or _default(fleet.name)).expanduser().absolute(), common, text)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

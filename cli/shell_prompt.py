@@ -6,17 +6,18 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from pathlib import Path
 
 import click
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app_or_none, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.history import History
 from prompt_toolkit.output import create_output
 
 import llambo
+from llambo.cli.chat_prompt import open_history
+from llambo.cli.chat_store import state_folder
 from llambo.cli.failure import Failure
 from llambo.cli.following import tell_link
 from llambo.cli.shell_names import Known, completions
@@ -115,26 +116,6 @@ async def known(session: Session) -> Known:
 
 def history(environ: Mapping[str, str]) -> History:
     """In a file that nobody else can read: prompts are private."""
-    path = state_folder(environ) / HISTORY_FILE
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-        path.chmod(0o600)
-    except OSError as error:
-        log.warning("no history is kept: %s", error)
-        return InMemoryHistory()
-    return _Kept(str(path))
-
-
-def state_folder(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME", "/"), ".local", "state"), "llambo")
-
-
-class _Kept(FileHistory):
-    """A full disk is no reason to lose a line that was typed."""
-
-    def store_string(self, string: str) -> None:
-        try:
-            super().store_string(string)
-        except OSError as error:
-            log.warning("a line of the history was not kept: %s", error)
+    return open_history(
+        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is kept: %s", error)
+    )  # fmt: skip

@@ -6,6 +6,7 @@ Every text from others is a `Text`, never a string that would be read for markup
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -64,7 +65,10 @@ class Top(App[None]):
     ]
 
     def __init__(self, client: Client, *, every_s: float = 0.5) -> None:
-        super().__init__()
+        # Without colours: not those of a theme in grey, but those of the terminal, whatever it has.
+        super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
+        if self.no_color:
+            self.add_class("plain")
         #: What ended it, if it was not a person.
         self.failure: LlamboError | None = None
         #: Of the last look. None: there was none yet.
@@ -136,7 +140,7 @@ class Top(App[None]):
 
     def _take(self, snapshot: core.Snapshot) -> None:
         self.snapshot = snapshot
-        self._curves.add(snapshot.status)
+        self._curves.add(snapshot.samples)
         self._events.extend(core.happened(snapshot.events, time.time()))
         self.show()
 
@@ -182,6 +186,7 @@ class Top(App[None]):
         else:
             self._gatherer.forget()
             self._events.clear()
+            self._curves.clear()
             self._linked.set()
         self._show_head()
 

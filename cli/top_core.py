@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from llambo.cli.output import duration
 from llambo.mesh.errors import harmless
 
-#: So many looks are remembered for the curves; at two a second, four minutes.
-REMEMBERED = 480
+#: So many samples are kept for the curves. A broker takes one in a second, and remembers five minutes of them.
+REMEMBERED = 300
 BARS = "▁▂▃▄▅▆▇█"
 #: Digits of a request's id that are shown.
 ID_DIGITS = 8
@@ -24,6 +24,8 @@ class Snapshot:
     status: dict[str, Any]
     workers: list[dict[str, Any]]
     requests: list[dict[str, Any]]
+    #: The broker's samples, and what happened, since the last look.
+    samples: list[dict[str, Any]]
     events: list[dict[str, Any]]
     #: Why there are no events, if that is not for want of any.
     no_events: str = ""
@@ -162,16 +164,21 @@ def _level(value: float, highest: float) -> int:
 
 @dataclass(slots=True)
 class Curves:
-    """What was measured at each look."""
+    """What the broker has measured, second by second."""
 
     tokens: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     queue: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     busy: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
-    def add(self, status: dict[str, Any]) -> None:
-        self.tokens.append(status["tokens_per_s"])
-        self.queue.append(status["waiting"])
-        self.busy.append(busy(status))
+    def add(self, samples: Iterable[dict[str, Any]]) -> None:
+        for sample in samples:
+            self.tokens.append(sample["tokens_per_s"])
+            self.queue.append(sample["waiting"])
+            self.busy.append(sample["busy"])
+
+    def clear(self) -> None:
+        for measured in (self.tokens, self.queue, self.busy):
+            measured.clear()
 
 
 def busy(status: dict[str, Any]) -> int:

@@ -89,7 +89,7 @@ def _text(cell: Cell) -> Text:
 
 
 class Events(VerticalScroll, can_focus=True):
-    """What happened, the latest last."""
+    """What happened, the latest first: it is seen however low the pane is."""
 
     def compose(self) -> Iterable[Static]:
         yield Static(id="happened")
@@ -97,13 +97,10 @@ class Events(VerticalScroll, can_focus=True):
     def on_mount(self) -> None:
         self.border_title = "events"
 
-    def show(self, events: Iterable[Happened], instead: str = "") -> None:
-        lines = [_line(event) for event in events]
+    def show(self, events: Sequence[Happened], instead: str = "") -> None:
+        lines = [_line(event) for event in reversed(events)]
         text = Text("\n").join(lines) if lines else Text(instead or "nothing has happened yet", "dim")
-        at_end = self.max_scroll_y - self.scroll_y < 1
         self.query_one("#happened", Static).update(text)
-        if at_end:
-            self.scroll_end(animate=False)
 
 
 def _line(event: Happened) -> Text:

@@ -13,6 +13,10 @@ CSS = """
 #panes > DataTable { scrollbar-size-horizontal: 0; }
 #panes.stale > * { opacity: 60%; }
 
+/* What is told by a background needs another sign where there are no colours. */
+.plain DataTable > .datatable--cursor { text-style: reverse; }
+.plain #panes > *:focus { border: heavy $accent; }
+
 /* Where there is little room, most of it is for what has the keyboard. */
 #panes.low > *:focus { height: 4fr; }
 

@@ -25,7 +25,7 @@ llambo up --port 0                            on whatever ports are free
 llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
 """
 
-BROKER_SETTINGS = ("bind", "port", "keys")
+BROKER_SETTINGS = ("bind", "port", "keys", "metrics")
 NO_HTTP = "no HTTP: pip install 'llambo[gateway]' brings it"
 WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from llambo.fleet import commands, machine
 from llambo.fleet.model import Fleet, NodeClass
@@ -25,6 +28,8 @@ from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 START_S = 300.0
 #: How many are begun or ended at a time.
 AT_ONCE = 8
+#: From then on it says that it lives, which takes a Python that starts.
+BEGIN_S = 10.0
 #: After `drain_ms` a worker gives up what it runs, which takes a moment.
 AFTER_DRAIN_S = 10.0
 #: What is bound to all addresses is reached at this one from here.
@@ -41,6 +46,8 @@ class Seen:
 
     world: World
     workers: dict[str, dict[str, Any]] | None
+    #: Those that live in the mesh, oldest first.
+    requests: list[dict[str, Any]] = field(default_factory=list)
     #: Those that have ended by themselves since the last look.
     ended: list[Record] = field(default_factory=list)
 
@@ -58,9 +65,16 @@ class Keeper:
         """`address`: of the broker, if the file does not say it."""
         self.fleet = fleet
         self.processes = Processes(folder)
-        self._tell = tell
+        self.tell = tell
         self._connect = connect
         self._address = address
+        self._lasting = False
+        self._client: Client | None = None
+        self._client_of = ""
+        self._calling = asyncio.Lock()
+        #: What is being done to whom, or is about to be.
+        self._under_way: dict[str, Step] = {}
+        self._limit = asyncio.Semaphore(AT_ONCE)
         for host in fleet.hosts.values():
             if host.provider != "process":
                 text = f"[hosts.{host.name}]: the provider {host.provider} is not there yet; use process"
@@ -80,15 +94,37 @@ class Keeper:
         return _reached(str(told.get("bind", "127.0.0.1")), int(told.get("port", DEFAULT_PORT)))
 
     async def look(self) -> Seen:
-        workers = await self._workers()
+        workers, requests = await self._ask()
         nodes, ended = [], []
         now_ms = _wall_ms()
+        coming = {name: step for name, step in self._under_way.items() if step.do in (Do.SPAWN, Do.REPLACE)}
         for record in self.processes.records():
-            if self.processes.pid(record.name) is None:
+            step = self._under_way.get(record.name)
+            coming.pop(record.name, None)
+            if step is not None:
+                # It is as the step will leave it: about to be, or about to be gone, and nobody takes that back.
+                about = NodeState.DRAINING if step.do is Do.RETIRE else NodeState.STARTING
+                nodes.append(replace(_node(record, workers, now_ms), state=about))
+            elif self.processes.pid(record.name) is None and not self._just_begun(record, now_ms):
                 ended.append(record)
             else:
                 nodes.append(_node(record, workers, now_ms))
-        return Seen(World(tuple(nodes), self._hosts(nodes)), workers, ended)
+        nodes += [self._coming(step, now_ms) for step in coming.values()]
+        return Seen(World(tuple(nodes), self._hosts(nodes)), workers, requests, ended)
+
+    def _just_begun(self, record: Record, now_ms: int) -> bool:
+        """By somebody who is gone since; it has not come to say that it lives."""
+        young = now_ms - record.begun_ms < BEGIN_S * 1000
+        return young and not record.ready and not self.processes.ours(record.name)
+
+    def _coming(self, step: Step, now_ms: int) -> Node:
+        """One that is not begun yet, or is between its old life and its new one."""
+        kept = self.fleet.named(step.node_class)
+        return Node(
+            name=step.name, node_class=step.node_class, host=step.host, fingerprint=step.fingerprint,
+            state=NodeState.STARTING, memory_bytes=kept.memory_bytes if kept else 0, cores=kept.cores if kept else 0.0,
+            begun_ms=now_ms,
+        )  # fmt: skip
 
     def _hosts(self, nodes: list[Node]) -> dict[str, HostFacts]:
         memory, cores = machine.memory_bytes(), machine.cores()
@@ -96,18 +132,51 @@ class Keeper:
         # One that the file has called otherwise since: what runs there can be ended, and nothing is begun there.
         return {node.host: HostFacts(0, 0.0) for node in nodes} | hosts
 
-    async def _workers(self) -> dict[str, dict[str, Any]] | None:
+    async def _ask(self) -> tuple[dict[str, dict[str, Any]] | None, list[dict[str, Any]]]:
         if self.fleet.broker is not None and not any(
             record.node_class == "broker" and self.processes.pid(record.name) for record in self.processes.records()
         ):
-            return None
+            return None, []
         try:
-            async with self._connect(self.address) as client:
-                return {worker["worker"]: worker for worker in await client.workers()}
+            async with self._mesh() as client:
+                return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
                 raise
-            return None
+            return None, []
+
+    async def __aenter__(self) -> Keeper:
+        """For long: one connection for everything, and not one for each question."""
+        self._lasting = True
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._lasting = False
+        await self._hang_up()
+
+    @contextlib.asynccontextmanager
+    async def _mesh(self) -> AsyncIterator[Client]:
+        if not self._lasting:
+            async with self._connect(self.address) as client:
+                yield client
+            return
+        async with self._calling:
+            if self._client is None or self._client_of != self.address:
+                await self._hang_up()
+                client, self._client_of = self._connect(self.address), self.address
+                await client.connect()
+                self._client = client
+        try:
+            yield self._client
+        except LlamboError as error:
+            if error.code in (Code.NO_BROKER, Code.TIMEOUT, Code.UNAUTHORIZED):
+                await self._hang_up()
+            raise
+
+    async def _hang_up(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
 
     # --- what is done ------------------------------------------------------------------------------------
 
@@ -128,42 +197,43 @@ class Keeper:
             alone = steps[0].do is Do.REPLACE or steps[0].node_class == "broker"
             count = 1 if alone else _same(steps)
             group, steps = steps[:count], steps[count:]
-            limit = asyncio.Semaphore(AT_ONCE)
-
-            async def one(step: Step, limit: asyncio.Semaphore = limit) -> Failed | None:
-                async with limit:
-                    return await self._carry_out(step)
-
-            results = await asyncio.gather(*[one(step) for step in group])
+            results = await asyncio.gather(*[self._carry_out(step) for step in group])
             bad = [result for result in results if result is not None]
             outcome.failed += bad
             outcome.done += [step for step, result in zip(group, results, strict=True) if result is None]
             if bad and group[0].do is Do.REPLACE:
                 left = sum(step.do is Do.REPLACE for step in steps)
-                self._tell(f"{group[0].name} is bad; {left} that were to be replaced are left as they are")
+                self.tell(f"{group[0].name} is bad; {left} that were to be replaced are left as they are")
                 steps = [step for step in steps if step.do is not Do.REPLACE]
             elif bad and group[0].node_class == "broker":
                 return outcome
         return outcome
 
     async def _carry_out(self, step: Step) -> Failed | None:
+        self._under_way[step.name] = step
         try:
-            match step.do:
-                case Do.SPAWN:
-                    await self._spawn(step)
-                case Do.RESUME:
-                    async with self._connect(self.address) as client:
-                        await client.drain(step.name, undo=True)
-                    self._tell(f"{step.name} works again: {step.why}")
-                case Do.RETIRE:
-                    await self._retire(step)
-                case Do.REPLACE:
-                    await self._retire(step)
-                    await self._spawn(step)
+            async with self._limit:
+                await self._do(step)
         except Failed as failed:
-            self._tell(f"{failed}")
+            self.tell(f"{failed}")
             return failed
+        finally:
+            del self._under_way[step.name]
         return None
+
+    async def _do(self, step: Step) -> None:
+        match step.do:
+            case Do.SPAWN:
+                await self._spawn(step)
+            case Do.RESUME:
+                async with self._mesh() as client:
+                    await client.drain(step.name, undo=True)
+                self.tell(f"{step.name} works again: {step.why}")
+            case Do.RETIRE:
+                await self._retire(step)
+            case Do.REPLACE:
+                await self._retire(step)
+                await self._spawn(step)
 
     async def _spawn(self, step: Step) -> None:
         kept = self.fleet.named(step.node_class)
@@ -174,11 +244,10 @@ class Keeper:
             memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=_wall_ms(),
         )  # fmt: skip
         said = await self.processes.spawn(record, self._words(kept, step.name), START_S)
-        if kept.is_broker:
-            told = kept.settings.get("broker", {})
-            address = _reached(str(told.get("bind", "127.0.0.1")), int(said))
-            self.processes.remember(_with(record, address))
-        self._tell(f"{step.name} is ready after {time.monotonic() - began:.1f} s")
+        told = kept.settings.get("broker", {})
+        address = _reached(str(told.get("bind", "127.0.0.1")), int(said)) if kept.is_broker else ""
+        self.processes.remember(msgspec.structs.replace(record, ready=True, address=address))
+        self.tell(f"{step.name} is ready after {time.monotonic() - began:.1f} s")
 
     async def _retire(self, step: Step) -> None:
         """What it runs goes elsewhere; a signal lets it finish what does not. Neither needs the broker to be there."""
@@ -189,13 +258,13 @@ class Keeper:
         await self.processes.end(step.name, int(told) / 1000 + AFTER_DRAIN_S)
         # The broker remembers a drain, so that it outlives a restart. The next one of this name is not meant.
         await self._drain(step, undo=True)
-        self._tell(f"{step.name} has left: {step.why}")
+        self.tell(f"{step.name} has left: {step.why}")
 
     async def _drain(self, step: Step, *, undo: bool) -> None:
         if step.node_class == "broker":
             return
         try:
-            async with self._connect(self.address) as client:
+            async with self._mesh() as client:
                 await client.drain(step.name, undo, move=not undo)
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
@@ -242,11 +311,6 @@ def _same(steps: list[Step]) -> int:
         if step.do is not first.do or step.node_class == "broker":
             return number
     return len(steps)
-
-
-def _with(record: Record, address: str) -> Record:
-    told: Mapping[str, Any] = {name: getattr(record, name) for name in record.__struct_fields__}
-    return Record(**{**told, "address": address})
 
 
 def _reached(host: str, port: int) -> str:

@@ -47,6 +47,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots: int
     #: By the clock on the wall.
     begun_ms: int
+    #: It was, once.
+    ready: bool = False
     #: Of a broker: where it is.
     address: str = ""
 
@@ -92,6 +94,10 @@ class Processes:
             os.close(lock)
         kind, _, _, _, pid = _FLOCK.unpack(asked)
         return None if kind == fcntl.F_UNLCK else pid
+
+    def ours(self, name: str) -> bool:
+        """We have begun it ourselves, and would know if it had ended."""
+        return name in self._ours
 
     async def spawn(self, record: Record, command: Sequence[str], within_s: float) -> str:
         """What it says when it is ready. Whoever gives up waiting leaves it as it is."""
@@ -143,8 +149,10 @@ class Processes:
         draft.replace(path)
 
     def forget(self, name: str) -> None:
-        """One that does not live."""
+        """One that does not live. One that does is not forgotten."""
         self._reap(name)
+        if self.pid(name) is not None:
+            return
         shutil.rmtree(self._nodes / name, ignore_errors=True)
 
     def words(self, name: str) -> str:
@@ -177,7 +185,7 @@ class Processes:
     @contextlib.contextmanager
     def _handle(self, name: str) -> Iterator[int | None]:
         """Of its process and of no other, even if its pid is somebody else's a moment later. None: it does not live."""
-        pid = self.pid(name) or self._ours.get(name)
+        pid = self._ours.get(name) or self.pid(name)
         try:
             handle = os.pidfd_open(pid) if pid else None
         except ProcessLookupError:

@@ -10,6 +10,7 @@ from typing import Any
 from llambo.gateway.problems import Shape, shape_of
 
 _TEXT = {"type": "string"}
+_OBJECT = {"type": "object"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
 ERRORS: dict[Shape, dict[str, Any]] = {
     "openai": {
@@ -70,10 +71,9 @@ def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
             elif path == "/readyz":
                 responses["503"] = {**responses["200"], "description": "Nobody would be"}
             if path in STREAMED and method == "post":
-                responses["200"]["content"] = {
-                    "application/json": {"schema": {"type": "object"}},
-                    "text/event-stream": {"schema": _TEXT},
-                }
+                responses["200"]["content"] = {"application/json": {"schema": _OBJECT}, "text/event-stream": {}}
+            elif path.startswith("/v1/"):
+                responses["200"]["content"] = {"application/json": {"schema": _OBJECT}}
             if not tokens:
                 operation.pop("security", None)
     return document

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,10 +72,22 @@ def listen(host: str, port: int) -> socket.socket:
         raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}") from error
 
 
+def check_tls(cert: str, key: str) -> None:
+    """uvicorn would end in a traceback."""
+    if not cert:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key or None)
+    except (OSError, ssl.SSLError) as error:
+        files = f"{cert} and {key}" if key else cert
+        raise LlamboError(Code.BAD_SETTING, f"{files} cannot be used for TLS: {error.strerror or error}") from error
+
+
 def run_gateway(
     config: GatewayConfig, access: Access, announce: Callable[[int], None], herald: Herald | None = None
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
+    check_tls(config.tls_cert, config.tls_key)
     listener = listen(config.host, config.port)
     port = int(listener.getsockname()[1])
     gateway = Gateway(config, access)

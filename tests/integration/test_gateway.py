@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +249,25 @@ def test_without_tls_it_stays_on_this_machine() -> None:
     with Running(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
         assert refused.end() == 2
         assert "without keys a gateway listens on this machine alone" in refused.story("")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")
+def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
+    cert, key = tmp_path / "box.pem", tmp_path / "box.key"
+    words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key}"
+    told = [*words.split(), "-addext", "subjectAltName=DNS:localhost", "-out", str(cert)]
+    subprocess.run(["openssl", *told], check=True, capture_output=True, timeout=TIMEOUT_S)
+    with GatewayProcess(mesh.address, "--tls-cert", str(cert), "--tls-key", str(key)) as gateway:
+        trusting = ssl.create_default_context(cafile=str(cert))
+        url = f"https://localhost:{gateway.port}{CHAT}"
+        asked = json.dumps(chat(max_tokens=3)).encode()
+        with urllib.request.urlopen(url, asked, TIMEOUT_S, context=trusting) as reply:
+            assert json.load(reply)["choices"][0]["message"]["content"]
+        with pytest.raises((OSError, http.client.HTTPException)):
+            gateway.get("/healthz")
+    with Running(LLAMBO, "gateway", "--http-port", "0", "--tls-cert", str(key)) as refused:
+        assert refused.end() != 0
+        assert "cannot be used for TLS" in refused.story("")
 
 
 # --- the end -------------------------------------------------------------------------------------------------

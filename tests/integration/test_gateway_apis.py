@@ -3,19 +3,21 @@ and what is remembered of whom."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.client import connect
 
 from llambo.mesh import api_tokens
 from llambo.mesh.identity import Identity
 from llambo.mesh.keyring import Folder
 from llambo.worker.knobs import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, data_of, events, id_of
-from tests.integration.harness import Mesh
+from tests.integration.harness import TIMEOUT_S, Mesh
 
 MESSAGES, COUNT, RESPONSES = "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"
 
@@ -81,6 +83,22 @@ def test_a_client_that_was_cut_off_misses_nothing(gateway: GatewayProcess, path:
     with gateway.open("POST", path, body, last_event_id=id_of(told[0])) as response:
         assert events(response) == told[1:]
     assert text_of(path, told) == whole_text(path, gateway.post(path, asked(path)))
+
+
+@pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
+def test_the_same_events_come_over_a_websocket(gateway: GatewayProcess, path: str) -> None:
+    with gateway.open("POST", path, asked(path, stream=True)) as response:
+        told = [data_of(event) for event in events(response)]
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
+        socket.send(json.dumps({"type": "ask", "id": "a", "api": path.removeprefix("/v1/"), "body": asked(path)}))
+        said = [json.loads(socket.recv(TIMEOUT_S))]
+        while said[-1]["type"] not in ("end", "error"):
+            said.append(json.loads(socket.recv(TIMEOUT_S)))
+    found = [message["data"] for message in said if message["type"] == "event"]
+    assert [message["name"] for message in said if message["type"] == "event"] == [each["type"] for each in told]
+    assert [each.get("delta") for each in found if "usage" not in each] == [
+        each.get("delta") for each in told if "usage" not in each
+    ]
 
 
 def test_the_stop_string_that_ended_it_is_told(gateway: GatewayProcess) -> None:

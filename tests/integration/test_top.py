@@ -305,7 +305,9 @@ def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pyt
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def scenario(shown: Watching) -> None:
-        assert shown.app.no_color
+        assert shown.app.no_color and shown.app.native_ansi_color and shown.app.has_class("plain")
+        cursor = shown.app.workers_pane.get_component_styles("datatable--cursor")
+        assert cursor.text_style.reverse
         assert "ready" in shown.screen()
 
     run(mesh, scenario)
@@ -332,7 +334,8 @@ def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
                 await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker is back")
                 await shown.until(lambda: "workers ready" in shown.head(), "the head of a broker that answers")
                 await shown.until(lambda: not app.query_one("#panes").has_class("stale"), "bright tables")
-                assert shown.events().count("worker joined") == 1  # those of the new broker alone
+                # Those of the new broker, and of it alone.
+                await shown.until(lambda: shown.events().count("worker joined") == 1, "its events")
 
         mesh.run(scenario())
 

@@ -1,0 +1,217 @@
+"""The orchestrator: it looks every second, decides, and has done what was decided, without waiting for it.
+
+    look -> what has died -> the book of crashes --+
+         -> busy, waiting -> the autoscaler -------+-> plan -> steps, each a task of its own
+
+What a step is about is left alone by later plans until it is done. Settings that are others now are brought to one node
+after the other; after one that fails with them no other gets them, until the file is changed again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llambo.fleet import plan as planning
+from llambo.fleet.autoscale_core import Autoscaler
+from llambo.fleet.crashes_core import LOOP, Crashes
+from llambo.fleet.keeper import Keeper, Seen
+from llambo.fleet.model import Fleet
+from llambo.fleet.observe import Observer
+from llambo.fleet.plan import Do, Plan, Step, Wanted
+from llambo.fleet.process import Failed
+from llambo.fleet.world import NodeState
+from llambo.mesh.errors import LlamboError
+
+#: Between two looks.
+LOOK_S = 1.0
+#: What is told by `llambo fleet status`.
+EVENTS = 50
+#: Written whenever something has changed.
+NEWS = "run.json"
+
+Tell = Callable[[str], None]
+
+
+class Paper(Protocol):
+    """What is written down about the fleet, by people and by us."""
+
+    def changed(self) -> Fleet | None:
+        """The file, if it is another one than the last time. LlamboError: it is wrong."""
+
+    def counts(self) -> dict[str, int]:
+        """How many somebody has said, as far as the file allows it."""
+
+    def remember(self, counts: Mapping[str, int]) -> None: ...
+
+
+class Orchestrator:
+    def __init__(self, paper: Paper, keeper: Keeper, folder: Path, tell: Tell) -> None:
+        self._paper = paper
+        self._fleet = fleet = keeper.fleet
+        self._keeper = keeper
+        self._news = folder / NEWS
+        #: As they were read or written last.
+        self._counts: dict[str, int] = {}
+        self._tell_outside = tell
+        keeper.tell = self.tell
+        self._scaler = Autoscaler(fleet.classes.values())
+        self._observer = Observer()
+        self._crashes = Crashes()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
+        #: Fingerprints that a node has failed with when it was to be replaced.
+        self._bad: set[str] = set()
+        self._refused: tuple[str, ...] = ()
+        self._written = ""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until it is told to stop. Steps under way are seen through; nodes go on without it."""
+        try:
+            while not stop.is_set():
+                await self.turn()
+                try:
+                    async with asyncio.timeout(LOOK_S):
+                        await stop.wait()
+                except TimeoutError:
+                    continue
+            if self._tasks:
+                self.tell(f"{len(self._tasks)} steps are under way, and are seen through")
+            await asyncio.gather(*self._tasks.values())
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            self._news.unlink(missing_ok=True)
+
+    async def turn(self) -> None:
+        seen = await self._keeper.look()
+        now_ms = _now_ms()
+        for name in [name for name, task in self._tasks.items() if task.done()]:
+            self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
+        self._read(now_ms)
+        self._heed_the_dead(seen, now_ms)
+        if seen.workers is not None:
+            observed = self._observer.seen(self._fleet, seen.world, seen.workers, seen.requests)
+            for decision in self._scaler.handle(observed, now_ms):
+                what = "scaling up" if decision.more > 0 else "scaling down"
+                self.tell(f"{decision.node_class}: {what} from {decision.was} to {decision.wanted}: {decision.why}")
+        if (counts := dict(self._scaler.counts)) != self._counts and counts:
+            self._paper.remember(counts)
+            self._counts = counts
+        wanted = Wanted(counts=counts, barred=self._crashes.barred(now_ms), probed=self._crashes.probed(now_ms))
+        self._begin(planning.make(self._fleet, seen.world, wanted))
+        self._write(now_ms)
+
+    def tell(self, text: str) -> None:
+        self._events.append((time.time_ns() // 1_000_000, text))
+        self._tell_outside(text)
+
+    # --- inside ----------------------------------------------------------------------------------------
+
+    def _read(self, now_ms: int) -> None:
+        """What people have written since."""
+        try:
+            fleet = self._paper.changed()
+        except LlamboError as error:
+            self.tell(f"the file is left as it was: {error.text}")
+            fleet = None
+        if fleet is not None:
+            self._fleet = self._keeper.fleet = fleet
+            self._scaler.told(fleet.classes.values())
+            self._bad.clear()
+            for node_class in fleet.classes:
+                self._crashes.forgive(node_class)
+            self.tell("the file has changed")
+        for name, count in self._paper.counts().items():
+            if count != self._counts.get(name):
+                self._scaler.operator_wants(name, count, now_ms)
+                self._counts[name] = count
+                self.tell(f"{name}: {count} are wanted, somebody says")
+
+    def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
+        ready = {
+            node.name: (node.node_class, node.host) for node in seen.world.nodes if node.state is NodeState.READY
+        }  # fmt: skip
+        for name in ready:
+            self._crashes.ready(name, now_ms)
+        for node_class, host in self._crashes.lasted(ready, now_ms):
+            self.tell(f"{node_class} on {host} has recovered")
+        ended = [record for record in seen.ended if record.name not in self._tasks]
+        for record, failed in zip(ended, self._keeper.bury(ended), strict=True):
+            self.tell(f"{failed}")
+            self._failed(failed, record.node_class, record.host, now_ms)
+
+    def _failed(self, failed: Failed, node_class: str, host: str, now_ms: int) -> None:
+        self._crashes.died(failed.name, node_class, host, failed.how, failed.words, now_ms)
+        for loop in self._crashes.loops(now_ms):
+            if (loop.node_class, loop.host, loop.node) == (node_class, host, failed.name) and loop.failures >= LOOP:
+                again = f"again in {loop.again_in_ms / 1000:.0f} s"
+                self.tell(f"{node_class} keeps failing on {host}, {loop.failures} times in a row; {again}")
+
+    def _begin(self, found: Plan) -> None:
+        replacing = any(name.startswith("replace ") for name in (task.get_name() for task in self._tasks.values()))
+        for step in found.steps:
+            if step.name in self._tasks:
+                continue
+            if step.do is Do.REPLACE:
+                if replacing or step.fingerprint in self._bad:
+                    continue
+                replacing = True
+            elif step.node_class != "broker" and "broker" in self._tasks:
+                continue  # it comes first
+            task = asyncio.create_task(self._carry_out(step), name=f"{step.do.value} {step.name}")
+            self._tasks[step.name] = task
+            if step.node_class == "broker":
+                break
+        refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in found.refusals)
+        # Seconds that are left are counted down in them, which is no news.
+        if len(refused) != len(self._refused):
+            for text in refused:
+                self.tell(text)
+        self._refused = refused
+
+    async def _carry_out(self, step: Step) -> None:
+        outcome = await self._keeper.apply(Plan((step,)))
+        for failed in outcome.failed:
+            if step.do is Do.REPLACE:
+                self._bad.add(step.fingerprint)
+                self.tell(f"{step.name} is bad with its new settings: no other {step.node_class} gets them")
+            self._failed(failed, step.node_class, step.host, _now_ms())
+
+    def _write(self, now_ms: int) -> None:
+        news: dict[str, Any] = {
+            "pid": os.getpid(),
+            "wanted": dict(self._scaler.counts),
+            "held": dict(self._scaler.held),
+            "refused": list(self._refused),
+            "loops": [
+                {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
+                 "how": one.how, "words": one.words, "again_ms": time.time_ns() // 1_000_000 + one.again_in_ms}
+                for one in self._crashes.loops(now_ms)
+            ],
+            "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self._events],
+        }  # fmt: skip
+        if (text := json.dumps(news)) != self._written:
+            draft = self._news.with_suffix(".new")
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(self._news)
+            self._written = text
+
+
+def read_news(folder: Path) -> dict[str, Any] | None:
+    """What the orchestrator that runs has written; None: there is none."""
+    try:
+        news = json.loads((folder / NEWS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return news if isinstance(news, dict) else None
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

@@ -1,0 +1,92 @@
+"""What the autoscaler is shown of what the broker tells, and what nodes are begun with."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from llambo.fleet import commands
+from llambo.fleet.file import parse
+from llambo.fleet.model import Fleet
+from llambo.fleet.observe import Observer
+from llambo.fleet.world import HostFacts, Node, NodeState, World
+
+TWO = """
+[classes.tiny]
+model = "/srv/models/small.gguf"
+memory = "1GiB"
+slots = 2
+max = 9
+[classes.wide]
+model = "small"
+memory = "2GiB"
+slots = 6
+max = 9
+[classes.other]
+engine = "fake"
+memory = "1GiB"
+max = 9
+"""
+
+
+def a_worker(name: str, **more: Any) -> dict[str, Any]:
+    return {"worker": name, "models": ["small"], "busy": 0, "busy_elsewhere": 0, "done": 0} | more
+
+
+def a_node(name: str, node_class: str, state: NodeState = NodeState.READY) -> Node:
+    return Node(name=name, node_class=node_class, host="here", fingerprint="x", state=state, memory_bytes=1 << 30)
+
+
+def waits(model: str, age_ms: int) -> dict[str, Any]:
+    return {"state": "waiting", "model": model, "age_ms": age_ms}
+
+
+def look(fleet: Fleet, nodes: list[Node], workers: list[dict[str, Any]], requests: list[dict[str, Any]]) -> Any:
+    world = World(tuple(nodes), {"here": HostFacts(10 << 30, 100)})
+    found = Observer().seen(fleet, world, {worker["worker"]: worker for worker in workers}, requests)
+    return {one.node_class: one for one in found}
+
+
+def test_those_that_wait_are_shared_out_by_slots() -> None:
+    nodes = [a_node("tiny-0001", "tiny"), a_node("wide-0001", "wide")]
+    workers = [a_worker("tiny-0001", busy=1, busy_elsewhere=1), a_worker("wide-0001", busy=6)]
+    requests = [waits("small", 900)] * 8 + [{"state": "running", "model": "small", "age_ms": 9_999}]
+    seen = look(parse(TWO), nodes, workers, requests)
+    assert [(one.busy, one.waiting, one.waited_ms, one.workers) for one in seen.values()] == [
+        (2, 2, 900, 1), (6, 6, 900, 1), (0, 0, 0, 0),
+    ]  # fmt: skip
+    assert [one.room for one in seen.values()] == [8, 4, 8]
+
+
+def test_where_there_is_no_worker_the_first_class_with_that_model_is_meant() -> None:
+    seen = look(parse(TWO), [], [], [waits("small", 100), waits("fake", 300), waits("strange", 9_999)])
+    assert [(one.waiting, one.waited_ms) for one in seen.values()] == [(1, 100), (0, 0), (1, 300)]
+
+
+def test_one_that_drains_is_busy_and_counts_no_more() -> None:
+    nodes = [a_node("tiny-0001", "tiny", NodeState.DRAINING), a_node("tiny-0002", "tiny", NodeState.STARTING)]
+    seen = look(parse(TWO), nodes, [a_worker("tiny-0001", busy=2)], [])["tiny"]
+    assert (seen.workers, seen.busy) == (1, 2)
+
+
+def test_what_is_done_never_falls() -> None:
+    fleet, observer = parse(TWO), Observer()
+    world = World((a_node("tiny-0001", "tiny"), a_node("tiny-0002", "tiny")), {})
+    counted = []
+    for done in ([5, 1], [9, 1], [2, 4], [2]):
+        workers = {f"tiny-000{n}": a_worker(f"tiny-000{n}", done=count) for n, count in enumerate(done, 1)}
+        counted.append(observer.seen(fleet, world, workers, [])[0].done)
+    assert counted == [6, 10, 15, 15]
+
+
+def test_settings_become_the_words_of_a_command() -> None:
+    fleet = parse(TWO + 'fake.tokens_per_s = 5\n[broker]\nport = 7400\nqueue_bytes = "1MiB"\n')
+    other, broker = fleet.classes["other"], fleet.broker
+    assert broker is not None
+    assert commands.words(other, "other-0001", broker="tcp://x:1", key="/k/other.key") == [
+        sys.executable, "-m", "llambo.cli.worker", "--engine", "fake", "--threads", "1", "--fake-tokens-per-s", "5.0",
+        "--name", "other-0001", "--class", "other", "--broker", "tcp://x:1", "--key", "/k/other.key",
+    ]  # fmt: skip
+    assert commands.words(broker, "broker", keys="/k") == [
+        sys.executable, "-m", "llambo.cli.broker", "--port", "7400", "--queue-bytes", "1MiB", "--keys", "/k",
+    ]  # fmt: skip
