@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from llambo.gateway.access import Caller
 from llambo.gateway.asking import About, Ask
+from llambo.gateway.problems import of_exception
 from llambo.gateway.telemetry import Telemetry
 from llambo.gateway.tracing import Traces
 from llambo.mesh.client import Client
@@ -28,6 +29,12 @@ log = logging.getLogger(__name__)
 #: How long a finished feed is kept for a reader whose connection broke at the very end, and how many of them.
 KEPT_S = 30.0
 KEPT_FEEDS = 1_000
+#: What those may hold together, and what one may hold before it is ended; about.
+KEPT_BYTES, FEED_BYTES = 64 * 1024 * 1024, 128 * 1024 * 1024
+#: What is counted for a token beside its bytes, and for each log probability.
+_TOKEN_BYTES, _LOGPROB_BYTES = 64, 160
+#: Prompts of one request, each as often as it is submitted.
+SUBMITTED_CHARS = 32 * 1024 * 1024
 #: Choices of one request, over all of its prompts.
 CHOICES = 128
 
@@ -53,6 +60,8 @@ class Feed:
         self.answers: dict[int, Answer] = {}
         self.error: LlamboError | None = None
         self.over = False
+        #: About what it holds.
+        self.bytes = 0
         #: Connections that read it.
         self.readers = 0
         self.began_at = telemetry.clock()
@@ -107,9 +116,13 @@ class Feed:
                 for at, logprob in enumerate(piece.logprobs):
                     if logprob is not None:
                         self.logprobs[len(self.pieces) + at] = logprob
+                        self.bytes += _LOGPROB_BYTES * (1 + len(logprob.top))
+                self.bytes += sum(map(len, piece.pieces)) + _TOKEN_BYTES * len(piece.ids)
                 self.pieces += piece.pieces
                 self.ids.extend(piece.ids)
                 self.choices.extend([choice] * len(piece.ids))
+                if self.bytes > FEED_BYTES:
+                    raise LlamboError(Code.OVER_LIMIT, "this is more than a gateway holds of one request; ask for less")
                 self._wake()
             assert stream.answer is not None, "it was read to its end"
             self.answers[choice] = stream.answer
@@ -124,7 +137,7 @@ class Feed:
             self._finish(error)
         except Exception as error:
             log.exception("request %s failed here", stream.id)
-            self._finish(LlamboError(Code.INTERNAL, f"the gateway failed: {error!r}"))
+            self._finish(of_exception(error))
 
     def _finish(self, error: LlamboError | None) -> None:
         if self.over:
@@ -201,9 +214,15 @@ class Feeds:
         feed = self._by_id.get(id)
         if feed is None:
             client = await caller.client()
+            try:
+                stream = await client.attach(id)
+            except LlamboError:
+                if id in self._by_id:  # two came back at once, and this is the second
+                    return await self.resume(caller, id, created, digest)
+                raise
             feed = Feed(caller, "", digest, created, self.telemetry)
             feed.resumed = True
-            feed.run([await client.attach(id)])
+            feed.run([stream])
             self._by_id[id] = feed
         elif feed.caller.name != caller.name:
             raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {id} is known here")
@@ -220,9 +239,13 @@ class Feeds:
         loop, self_id = asyncio.get_running_loop(), feed.id
         if finished or feed.over:
             self._timers[self_id] = loop.call_later(KEPT_S, self._forget, feed)
-            over = [id for id, each in self._by_id.items() if each.over and not each.readers]
-            for id in over[: max(0, len(over) - KEPT_FEEDS)]:
-                self._forget(self._by_id[id])
+            over = [each for each in self._by_id.values() if each.over and not each.readers]
+            left, held = len(over), sum(each.bytes for each in over)
+            for each in over:
+                if left <= KEPT_FEEDS and held <= KEPT_BYTES:
+                    break
+                self._forget(each)
+                left, held = left - 1, held - each.bytes
         else:
             self._timers[self_id] = loop.call_later(self._resume_s, self._given_up, feed)
 
@@ -252,6 +275,9 @@ def streams_of(client: Client, ask: Ask) -> list[Stream]:
     prompts = (ask.prompt, *ask.more)
     if len(prompts) * ask.choices > CHOICES:
         raise LlamboError(Code.BAD_REQUEST, f"{len(prompts) * ask.choices} answers are asked for, {CHOICES} may be")
+    if sum(map(len, prompts)) * ask.choices > SUBMITTED_CHARS:
+        text = f"so long a prompt may not be answered {ask.choices} times at once"
+        raise LlamboError(Code.BAD_REQUEST, text)
     seed = ask.options.get("seed")
     streams = []
     for prompt in prompts:

@@ -31,7 +31,9 @@ from llambo.gateway.asking import Prepared, encode
 from llambo.gateway.config import GatewayConfig
 from llambo.gateway.document import completed
 from llambo.gateway.front import CALLER_KEY, Front
+from llambo.gateway.origins import Origins
 from llambo.gateway.problems import FieldError, StatusError, of_exception, shape_of, told, unread
+from llambo.gateway.readiness import Readiness
 from llambo.gateway.rendering import place_of
 from llambo.gateway.replies import CODE_KEY, Later, Streaming, Whole
 from llambo.gateway.responses_input import ResponsesRequest
@@ -54,6 +56,7 @@ class Gateway:
         self.telemetry = Telemetry()
         self.feeds = Feeds(config.resume_ms, self.telemetry)
         self.responses = Store()
+        self.readiness = Readiness(access.own.client)
         self.stopping = False
 
     async def answer(self, request: Request[Any, Any, Any], prepared: Prepared) -> ASGIApp:
@@ -188,7 +191,7 @@ async def stream(socket: WebSocket[Any, Any, Any]) -> None:
     gateway = gateway_of(socket)
     offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
-    most, caller = gateway.config.answer_tokens, caller_of(socket)
+    most, caller, token = gateway.config.answer_tokens, caller_of(socket), token_of(socket)
 
     def read(kind: Any, body: bytes) -> Any:
         return msgspec.structs.replace(_decoder(kind)(body), stream=True)
@@ -198,7 +201,8 @@ async def stream(socket: WebSocket[Any, Any, Any]) -> None:
         "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
         "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
     }
-    await Conversation(socket, caller, gateway.feeds, apis).run()
+    # Asked at each request: a connection lasts, and a token may be withdrawn meanwhile.
+    await Conversation(socket, lambda: gateway.access.caller(token), gateway.feeds, apis).run()
 
 
 # --- Anthropic -----------------------------------------------------------------------------------------------
@@ -227,13 +231,8 @@ async def readyz(request: BodyRequest) -> Response[dict[str, str]]:
     gateway = gateway_of(request)
     if gateway.stopping:
         return Response({"status": "the gateway stops"}, status_code=503)
-    try:
-        status = await (await gateway.access.own.client()).status()
-    except LlamboError as error:
-        return Response({"status": error.text}, status_code=503)
-    if not status["ready"]:
-        return Response({"status": "no worker is ready"}, status_code=503)
-    return Response({"status": "ok"})
+    why_not = await gateway.readiness.why_not()
+    return Response({"status": why_not or "ok"}, status_code=503 if why_not else 200)
 
 
 @get("/metrics", include_in_schema=False)
@@ -288,7 +287,8 @@ def make_app(gateway: Gateway) -> Front:
         state=State({"gateway": gateway}),
         logging_config=None,
     )
-    return Front(app, config.http_requests, gateway.telemetry)
+    origins = None if gateway.access.wants_tokens else Origins(config.hosts, config.cors)
+    return Front(app, config.http_requests, gateway.telemetry, origins)
 
 
 def problem(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -296,7 +296,9 @@ def problem(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
     if isinstance(error, ValidationException):  # no route has parameters that could be wrong
         error = FieldError("", "the body is empty")
     elif isinstance(error, HTTPException):
-        error = StatusError(error.status_code, error.detail, error.headers)
+        # Litestar calls a client who left before his body was whole a fault of the server.
+        left = error.detail == "client disconnected prematurely"
+        error = StatusError(400 if left else error.status_code, error.detail, error.headers)
     elif not isinstance(error, LlamboError):
         log.error("a request to %s failed", request.scope["path"], exc_info=error)
     found = of_exception(error)

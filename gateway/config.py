@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -16,6 +17,8 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     tls_key: str = ""
     #: Origins whose pages may ask.
     cors: tuple[str, ...] = ()
+    #: Names it is asked by, without keys, besides those of this machine.
+    hosts: tuple[str, ...] = ()
     body_bytes: int = 8 * 1024 * 1024
     answer_tokens: int = 2_048
     resume_ms: int = 5_000
@@ -24,8 +27,11 @@ class GatewayConfig(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Value]) -> GatewayConfig:
-        told = {name: values[name] for name in cls.__struct_fields__ if name in values}
-        origins = tuple(origin.strip() for origin in str(values["http_cors"]).split(",") if origin.strip())
-        return msgspec.convert(
-            {**told, "host": values["http_bind"], "port": values["http_port"], "cors": origins}, type=cls
-        )
+        told: dict[str, Any] = {name: values[name] for name in cls.__struct_fields__ if name in values}
+        told |= {"host": values["http_bind"], "port": values["http_port"]}
+        told |= {"cors": _words(values["http_cors"]), "hosts": _words(values["http_hosts"])}
+        return msgspec.convert(told, type=cls)
+
+
+def _words(value: Value) -> tuple[str, ...]:
+    return tuple(word.strip() for word in str(value).split(",") if word.strip())

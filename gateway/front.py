@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from llambo.gateway.origins import Origins
 from llambo.gateway.problems import shape_of, told
 from llambo.gateway.replies import CODE_KEY, reply
 from llambo.gateway.telemetry import Telemetry
@@ -28,8 +29,9 @@ _ALWAYS = ("/healthz", "/readyz", "/metrics")
 
 
 class Front:
-    def __init__(self, app: ASGIApp, most: int, telemetry: Telemetry) -> None:
-        self._app, self._most, self._telemetry = app, most, telemetry
+    def __init__(self, app: ASGIApp, most: int, telemetry: Telemetry, origins: Origins | None = None) -> None:
+        """`origins`: who may ask without a token; None: that is not what is asked."""
+        self._app, self._most, self._telemetry, self._origins = app, most, telemetry, origins
         self.open = 0
         telemetry.limit = most
 
@@ -51,8 +53,10 @@ class Front:
 
         self._telemetry.open = self.open = self.open + 1
         try:
-            if self.open > self._most and scope["path"] not in _ALWAYS:
-                await self._refuse(scope, tell)
+            if (error := self._strange(scope, scope["method"])) is not None:
+                await self._refuse(scope, tell, error)
+            elif self.open > self._most and scope["path"] not in _ALWAYS:
+                await self._refuse(scope, tell, self._full("requests"))
             else:
                 await self._app(scope, receive, tell)
         finally:
@@ -67,14 +71,27 @@ class Front:
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
         here = scope["type"] == ScopeType.WEBSOCKET
+        error: LlamboError | None = None
         self._telemetry.sockets += here
         try:
-            await self._app(scope, receive, send)
+            if here:
+                full = self._telemetry.sockets > self._most
+                error = self._strange(scope, "GET") or (self._full("WebSockets") if full else None)
+            if error is not None:  # before the handshake: it is answered by a 403
+                await send({"type": "websocket.close", "code": 1008, "reason": error.text})
+            else:
+                await self._app(scope, receive, send)
         finally:
             self._telemetry.sockets -= here
 
-    async def _refuse(self, scope: Scope, send: Send) -> None:
-        error = LlamboError(Code.BUSY, f"{self._most} requests are open here", 1_000)
+    def _strange(self, scope: Scope, method: str) -> LlamboError | None:
+        why = self._origins.why_not(method, scope["headers"]) if self._origins is not None else ""
+        return LlamboError(Code.FORBIDDEN, why) if why else None
+
+    def _full(self, what: str) -> LlamboError:
+        return LlamboError(Code.BUSY, f"{self._most} {what} are open here", 1_000)
+
+    async def _refuse(self, scope: Scope, send: Send, error: LlamboError) -> None:
         said = told(error, shape_of(scope["path"]))
         scope[CODE_KEY] = error.code.value  # type: ignore[literal-required]
         await reply(send, said.status, said.body, said.headers)

@@ -14,6 +14,9 @@ from llambo.gateway.answers import Feed
 from llambo.gateway.asking import Event, Renderer, Token
 from llambo.gateway.problems import FieldError
 
+#: Tokens that are made events of at a time. Who reads slowly would be given all of a long answer at once, which then
+#: stands in memory until he has taken it; and to others nothing is told while it is made.
+AT_ONCE = 256
 _ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
 _decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -39,6 +42,11 @@ class Rendering:
         #: Everything there is has been rendered, and no more will come.
         self.finished = False
 
+    @property
+    def behind(self) -> bool:
+        """There is more to be told at once."""
+        return self._begun and self._at < len(self._feed.pieces)
+
     def pull(self) -> bytes:
         """The events of whatever has come since the last time, as they go over HTTP."""
         out = bytearray()
@@ -55,10 +63,11 @@ class Rendering:
         if not self._begun and feed.begun and not (feed.error and not feed.pieces):
             self._begun = True
             self._put(out, self._renderer.begin(feed.about))
-        while self._at < len(feed.pieces):
+        until = min(len(feed.pieces), self._at + AT_ONCE)
+        while self._at < until:
             self._put(out, self._next(feed))
             self._at += 1
-        if feed.over and not self.finished:
+        if feed.over and not self.behind and not self.finished:
             self.finished = True
             if feed.error is not None:
                 self._put(out, self._renderer.failed(feed.error))

@@ -87,6 +87,11 @@ class Streaming:
                 await send({"type": "http.response.body", "body": body, "more_body": not rendering.finished})
             if rendering.finished:
                 return
+            if rendering.behind:
+                await asyncio.sleep(0)  # others want to be told, too
+                if self._hung_up():
+                    raise Gone
+                continue
             try:
                 async with asyncio.timeout(QUIET_S):
                     await self._news.wait()

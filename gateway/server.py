@@ -17,6 +17,7 @@ import uvicorn
 from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
+from llambo.gateway.patience import PatientProtocol, cut_off_who_takes_nothing
 from llambo.gateway.tracing import traces_of
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.herald_core import Condition
@@ -89,14 +90,20 @@ def run_gateway(
     """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
     check_tls(config.tls_cert, config.tls_key)
     listener = listen(config.host, config.port)
+    cut_off_who_takes_nothing(listener)
     port = int(listener.getsockname()[1])
+    # In their details are the heads of WebSockets, and in those are tokens.
+    logging.getLogger("uvicorn.error").setLevel(logging.INFO)
     gateway = Gateway(config, access)
     gateway.feeds.traces = traces_of(os.environ)
     told = uvicorn.Config(
         make_app(gateway),
         loop="uvloop",
-        http="httptools",
+        http=PatientProtocol,
         ws="websockets-sansio",
+        ws_max_size=config.body_bytes,
+        # It would cost each connection some hundred kB, and its text is short.
+        ws_per_message_deflate=False,
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -58,8 +58,9 @@ def offered_token(socket: ASGIConnection[Any, Any, Any, Any]) -> str:
 class Conversation:
     """One connection."""
 
-    def __init__(self, socket: WebSocket[Any, Any, Any], caller: Caller, feeds: Feeds, apis: Apis) -> None:
-        self._socket, self._caller, self._feeds, self._apis = socket, caller, feeds, apis
+    def __init__(self, socket: WebSocket[Any, Any, Any], who: Callable[[], Caller], feeds: Feeds, apis: Apis) -> None:
+        """`who`: asked for each request. Raises LlamboError if he is no longer known."""
+        self._socket, self._who, self._feeds, self._apis = socket, who, feeds, apis
         self._open: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -97,15 +98,15 @@ class Conversation:
 
     async def _answer(self, said: Said, api: Callable[[bytes], Prepared]) -> None:
         try:
-            prepared = api(bytes(said.body))
+            caller, prepared = self._who(), api(bytes(said.body))
             assert prepared.renderer is not None, "the apis here make streams"
             digest = hashlib.blake2b(said.api.encode() + b"\n" + bytes(said.body), digest_size=16).digest()
             skip = 0
             if said.last_event_id:
                 id, created, skip = place_of(said.last_event_id)
-                feed = await self._feeds.resume(self._caller, id, created, digest)
+                feed = await self._feeds.resume(caller, id, created, digest)
             else:
-                feed = await self._feeds.begin(self._caller, prepared.ask, digest)
+                feed = await self._feeds.begin(caller, prepared.ask, digest)
                 self._feeds.trace(feed, f"WebSocket {said.api}", self._socket.headers, "/v1/stream")
             await self._tell(said.id, feed, Rendering(feed, prepared.renderer, skip))
         except (LlamboError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -128,7 +129,9 @@ class Conversation:
                     await self._send(
                         {"type": "event", "id": id, "event_id": event_id, "name": event.name, "data": data}
                     )
-                if not rendering.finished:
+                if rendering.behind:
+                    await asyncio.sleep(0)  # others want to be told, too
+                elif not rendering.finished:
                     await news.wait()
             await self._send({"type": "end", "id": id})
         except asyncio.CancelledError as error:

@@ -131,6 +131,8 @@ _GATEWAY = (
          name="http_plain", flag="http_plain"),
     _row("gateway.cors", Kind.TEXT, "", "origins whose pages may ask; with commas between, * is all",
          name="http_cors", flag="http_cors"),
+    _row("gateway.hosts", Kind.TEXT, "", "names it may be asked by without keys; with commas between",
+         name="http_hosts", flag="http_hosts"),
     _row("gateway.body_bytes", Kind.BYTES, 8 * MIB, "longest body of a request", low=1024),
     _row("gateway.answer_tokens", Kind.NUMBER, 2_048, "longest answer for who names no maximum", low=1,
          high=131_072),

@@ -122,6 +122,11 @@ class Process:
         size = os.fstat(self._log.fileno()).st_size
         return os.pread(self._log.fileno(), 4_000, max(0, size - 4_000)).decode(errors="replace")
 
+    def everything(self) -> str:
+        """All that it wrote to stderr."""
+        self._log.flush()
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode(errors="replace")
+
     def close(self) -> None:
         """Gently, or else not."""
         if self.running:

@@ -1,0 +1,402 @@
+"""Those who mean the gateway no good: pages in a browser, strangers, who says too much, and who takes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import http.client
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin, Subprotocol
+
+from llambo.gateway import patience
+from llambo.gateway.patience import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.server import listen
+from llambo.mesh import api_tokens
+from llambo.mesh.identity import Identity
+from llambo.mesh.keyring import Folder
+from llambo.worker.knobs import FakeKnobs
+from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
+from tests.integration.harness import TIMEOUT_S, Mesh
+
+CHAT = "/v1/chat/completions"
+ELSEWHERE = "http://attacker.example"
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Mesh]:
+    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def gateway(mesh: Mesh) -> Iterator[GatewayProcess]:
+    with GatewayProcess(
+        mesh.address, "--resume-ms", "300", "--http-cors", "http://friend.example", "--http-hosts", "box.example"
+    ) as gateway:
+        yield gateway
+
+
+def gauge(gateway: GatewayProcess, name: str) -> float:
+    found = re.search(rf"^llambo_gateway_{name} (\S+)$", gateway.get("/metrics").decode(), re.MULTILINE)
+    assert found is not None, f"there is no {name}"
+    return float(found[1])
+
+
+def nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
+    mesh.until(lambda core: not core.state.requests, "nobody's request is left in the broker")
+    for name, left in (("answers_open", 0), ("readers", 0), ("websockets_open", 0), ("http_open", 1)):
+        deadline = time.monotonic() + TIMEOUT_S
+        while (found := gauge(gateway, name)) != left:  # (the one that is open is the one that asks)
+            assert time.monotonic() < deadline, f"{name} is {found}, and not {left}"
+            time.sleep(0.02)
+
+
+# --- pages of others, where there are no keys ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": ELSEWHERE, "content_type": "text/plain"}, 403),
+        ({"origin": "null", "content_type": "text/plain"}, 403),
+        ({"origin": "http://localhost:1"}, 403),
+        ({"origin": ELSEWHERE, "host": "attacker.example"}, 403),  # its name was made to lead here
+        ({"host": "attacker.example:7340"}, 403),
+        ({"host": "127.0.0.1.attacker.example"}, 403),
+        ({"host": "box.example", "origin": "http://box.example"}, 200),
+        ({"host": "localhost", "origin": "http://localhost"}, 200),
+        ({"host": "[::1]:7340", "origin": "http://[::1]:7340"}, 200),
+        ({"origin": "http://friend.example"}, 200),
+        ({"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}, 403),
+        ({"sec_fetch_site": "same-origin"}, 200),
+        ({}, 200),
+    ],
+)
+def test_a_page_of_another_site_cannot_ask(
+    mesh: Mesh, gateway: GatewayProcess, headers: dict[str, str], status: int
+) -> None:
+    before = mesh.counter("submitted")
+    assert gateway.ask("POST", CHAT, chat(max_tokens=1), **headers)[0] == status
+    assert mesh.counter("submitted") == before + (status == 200)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz", "/", "/board/live", "/v1/models", "/openapi.json"])
+def test_nothing_is_told_under_a_name_that_is_not_ours(gateway: GatewayProcess, path: str) -> None:
+    assert gateway.ask("GET", path, host="attacker.example")[0] == 403
+
+
+def test_a_link_to_the_dashboard_may_be_followed(gateway: GatewayProcess) -> None:
+    told = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
+    assert gateway.ask("GET", "/", **told)[0] == 200
+    assert gateway.ask("GET", "/board/live", sec_fetch_site="cross-site", sec_fetch_mode="no-cors")[0] == 403
+
+
+def test_a_websocket_of_another_page_is_refused(gateway: GatewayProcess) -> None:
+    url = f"ws://127.0.0.1:{gateway.port}/v1/stream"
+    with pytest.raises(InvalidStatus) as refused, connect(url, origin=Origin(ELSEWHERE)):
+        pass
+    assert refused.value.response.status_code == 403
+    for welcome in ("http://friend.example", f"http://127.0.0.1:{gateway.port}"):
+        with connect(url, origin=Origin(welcome)) as socket:
+            socket.send("{")
+            assert json.loads(socket.recv(TIMEOUT_S))["type"] == "error"
+
+
+# --- strangers, where there are keys ---------------------------------------------------------------------------
+
+#: What is for whoever has a token, and what is for admins alone. Beside these there are the page, and what probes ask.
+FOR_CLIENTS = [
+    ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("GET", "/v1/models"), ("GET", "/v1/models/fake"),
+    ("GET", "/v1/responses/resp_0"), ("DELETE", "/v1/responses/resp_0"),
+]  # fmt: skip
+FOR_ADMINS = [
+    ("GET", "/metrics"), ("GET", "/board/live"), ("GET", "/board/requests/" + "0" * 32), ("POST", "/board/drain"),
+    ("POST", "/board/cancel"),
+]  # fmt: skip
+
+
+def test_every_door_wants_its_token(tmp_path: Any) -> None:
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:1")
+    for name, role in (("alice", "client"), ("bob", "client"), ("root", "admin"), ("gateway", "client")):
+        folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
+    alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
+    with (
+        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
+    ):
+        offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
+        asked = {path.replace("/fake", "/{name}").replace("/resp_0", "/{id}") for _, path in FOR_CLIENTS}
+        assert offered == asked, "a path was added: say here who may use it"
+        for method, path in FOR_CLIENTS + FOR_ADMINS:
+            for headers in ({}, {"authorization": "Bearer sk-llambo-no"}, {"authorization": "Bearer " + "x" * 5_000}):
+                assert gateway.ask(method, path, b"{", **headers)[0] == 401, (method, path)
+        for method, path in FOR_ADMINS:
+            assert gateway.ask(method, path, b"{", authorization=f"Bearer {alice}")[0] == 403, (method, path)
+        kept = gateway.post("/v1/responses", {"input": "x", "max_output_tokens": 1}, authorization=f"Bearer {alice}")
+        for method in ("GET", "DELETE"):
+            path = f"/v1/responses/{kept['id']}"
+            assert gateway.ask(method, path, authorization=f"Bearer {bob}")[0] == 404
+        url = f"ws://127.0.0.1:{gateway.port}/v1/stream"
+        for words in (["llambo"], ["llambo", "sk-llambo-no"]):
+            with pytest.raises(InvalidStatus), connect(url, subprotocols=[Subprotocol(word) for word in words]):
+                pass
+        with gateway.open("POST", CHAT, chat(max_tokens=500, stream=True), authorization=f"Bearer {alice}") as response:
+            place = id_of(events(response, 2)[-1])
+            with connect(url, subprotocols=[Subprotocol("llambo"), Subprotocol(bob)]) as other:
+                asking = {"type": "ask", "id": "a", "body": chat(max_tokens=500, stream=True), "last_event_id": place}
+                other.send(json.dumps(asking))
+                assert json.loads(other.recv(TIMEOUT_S))["error"]["code"] == "unknown_request"
+                # The connection outlives the token, what it may do does not.
+                api_tokens.withdraw(folder, "bob")
+                other.send(json.dumps({"type": "ask", "id": "b", "body": chat(max_tokens=1)}))
+                assert json.loads(other.recv(TIMEOUT_S))["error"]["code"] == "invalid_api_key"
+        written = gateway.process.everything()
+    assert "alice POST" in written
+    for token in (alice, bob):
+        assert token not in written, "a token is in the log"
+
+
+# --- too much, too slowly, too cleverly ------------------------------------------------------------------------
+
+
+def said(gateway: GatewayProcess, *parts: bytes) -> bytes:
+    """What is answered until the connection is closed; the parts are sent until somebody minds."""
+    with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
+        found = b""
+        try:
+            for part in parts:
+                connection.sendall(part)
+            while more := connection.recv(65_536):
+                found += more
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        return found
+
+
+def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
+    before = gateway.process.rss_bytes()
+    begin = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
+    said(gateway, begin + b"x: ", *[b"y" * 60_000] * 500)
+    said(gateway, begin, *[b"".join(b"x%d: y\r\n" % each for each in range(5_000))] * 500)
+    said(gateway, b"GET /", *[b"y" * 60_000] * 500)
+    chunked = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ".encode()
+    said(gateway, chunked, *[b"y" * 60_000] * 500)
+    assert gateway.process.rss_bytes() - before < 16 * 2**20, "30 MB were sent four times"
+    assert gateway.get("/healthz") == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 4\r\ntransfer-encoding: chunked",
+        b"content-length: 4\r\ncontent-length: 5",
+        b"transfer-encoding: chunked, identity",
+        b"transfer-encoding : chunked",
+        b"content-length: +4",
+        b"content-length: 4\r\n folded: x",
+        b"x: a\nb: c\rd: e",
+        b"host: localhost\r\nhost: attacker.example",
+    ],
+)
+def test_what_two_servers_would_read_differently_is_refused(gateway: GatewayProcess, head: bytes) -> None:
+    smuggled = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
+    told = said(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
+    assert re.match(rb"HTTP/1.1 4\d\d ", told), told[:200]
+    assert told.count(b"HTTP/1.1 ") == 1 and b'"object":"list"' not in told
+
+
+@pytest.mark.parametrize("depth", [60, 300, 900, 1_100, 50_000])
+def test_what_is_nested_deeply_is_an_error_of_the_caller(gateway: GatewayProcess, depth: int) -> None:
+    deep = b'{"a":' * depth + b"1" + b"}" * depth
+    asked = b'"messages":[{"role":"user","content":"x"}],"max_tokens":1,'
+    bodies = [
+        (CHAT, b"{" + asked + b'"json_schema":' + deep + b"}"),
+        (CHAT, b"{" + asked + b'"metadata":' + deep + b"}"),
+        (CHAT, b"{" + asked + b'"response_format":{"type":"json_schema","json_schema":{"schema":' + deep + b"}}}"),
+        (CHAT, b"{" + asked + b'"tools":[{"type":"function","function":{"name":"f","parameters":' + deep + b"}}]}"),
+        ("/v1/messages", b"{" + asked + b'"tools":[{"name":"f","input_schema":' + deep + b"}]}"),
+        (
+            "/v1/responses",
+            b'{"input":"x","max_output_tokens":1,"text":{"format":{"type":"json_schema","name":"n","schema":'
+            + deep
+            + b"}}}",
+        ),
+        ("/v1/completions", b'{"prompt":' + b"[" * depth + b"]" * depth + b"}"),
+        ("/v1/embeddings", b'{"input":' + b"[" * depth + b"]" * depth + b"}"),
+    ]
+    for path, body in bodies:
+        status, told, _ = gateway.ask("POST", path, body)
+        assert status == 200 or 400 <= status < 500, (path, body[:120], status, told)
+
+
+def test_a_long_prompt_is_not_answered_many_times(gateway: GatewayProcess) -> None:
+    status, told, _ = gateway.ask("POST", "/v1/completions", {"prompt": "x" * 3_000_000, "n": 128, "max_tokens": 1})
+    assert status == 400 and "128 times" in told["error"]["message"]
+
+
+def too_much(socket: ClientConnection) -> None:
+    socket.send(" " * (9 * 2**20))
+    socket.recv(TIMEOUT_S)
+
+
+def test_a_websocket_takes_no_longer_message_than_a_body(gateway: GatewayProcess) -> None:
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream", compression="deflate") as socket:
+        assert not socket.protocol.extensions, "what is compressed may grow to anything"
+        with pytest.raises(ConnectionClosed) as closed:
+            too_much(socket)
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009  # (none: it was sent to who still wrote)
+
+
+def test_websockets_count_as_well(mesh: Mesh) -> None:
+    with GatewayProcess(mesh.address, "--http-requests", "2") as gateway:
+        url = f"ws://127.0.0.1:{gateway.port}/v1/stream"
+        with connect(url), connect(url):
+            with pytest.raises(InvalidStatus) as refused, connect(url):
+                pass
+            assert refused.value.response.status_code == 403
+            assert gateway.get("/healthz") == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("begins", "told"),
+    [
+        (b"", b"408"),
+        (b"GET / HT", b"408"),
+        (b"\r\n", b"408"),
+        (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n|\r\n", b"200"),  # after an answer empty lines do not keep it open
+        (b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nx", b""),
+    ],
+)
+def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, begins: bytes, told: bytes) -> None:
+    monkeypatch.setattr(patience, "HEAD_S", 0.2)
+    monkeypatch.setattr(patience, "BODY_S", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            pass
+        if message["type"] == "http.request":
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def cut() -> bytes:
+        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: PatientProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+        async with server, asyncio.timeout(TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            found = b""
+            for number, part in enumerate(begins.split(b"|")):
+                if number:
+                    found += await reader.readuntil(b"\r\n\r\n")
+                writer.write(part)
+            with suppress(ConnectionResetError):
+                found += await reader.read()
+            writer.close()
+            return found
+
+    found = asyncio.run(cut())
+    assert found.split(b" ", 2)[1:2] == ([told] if told else []), found
+
+
+def test_who_takes_nothing_is_cut_by_the_kernel() -> None:
+    with listen("127.0.0.1", 0) as listener:
+        cut_off_who_takes_nothing(listener, 0.5)
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            reader.connect(listener.getsockname())
+            writer, _ = listener.accept()
+            with writer:
+                writer.settimeout(TIMEOUT_S)
+                with pytest.raises(OSError, match="timed out") as cut:
+                    writer.sendall(b"x" * 2**26)
+                assert cut.value.errno == errno.ETIMEDOUT, "the test has lost its patience first"
+
+
+# --- who is gone -------------------------------------------------------------------------------------------------
+
+
+def test_whoever_hangs_up_and_whenever_nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
+    def half(path: str, body: dict[str, Any], *, of: float = 1.0) -> socket.socket:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        connection = socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S)
+        connection.sendall((head + data)[: int((len(head) + len(data)) * of)])
+        return connection
+
+    long = chat(max_tokens=50_000)
+    embedding = {"input": ["x"] * 64, "model": "fake"}
+    gone = [half(CHAT, long, of=share) for share in (0.1, 0.9)]
+    gone += [half(CHAT, body) for body in (long, {**long, "stream": True}, {**long, "n": 8, "stream": True})]
+    gone += [half("/v1/messages", {**long, "stream": True}), half("/v1/embeddings", embedding)]
+    gone += [half("/v1/responses", {"input": "x", "stream": True, "max_output_tokens": 50_000})]
+    for connection in gone:
+        connection.close()  # at once: whatever was begun has not been told yet
+    for _ in range(3):
+        with gateway.open("POST", CHAT, {**long, "stream": True}) as response:
+            place = id_of(events(response, 3)[-1])
+        with gateway.open("POST", CHAT, {**long, "stream": True}, last_event_id=place) as response:
+            events(response, 1)
+    with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as asking:
+        for id in range(12):  # more than there are slots
+            asking.send(json.dumps({"type": "ask", "id": str(id), "body": long}))
+        asking.recv(TIMEOUT_S)
+    live = gateway.open("GET", "/board/live")
+    with live as response:
+        response.readline()
+    nothing_is_left(mesh, gateway)
+
+
+def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProcess, mesh: Mesh) -> None:
+    data = json.dumps(chat(max_tokens=400, stream=True, logprobs=True, top_logprobs=20)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+    connections = []
+    for _ in range(8):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        connection.settimeout(TIMEOUT_S)
+        connection.connect(("127.0.0.1", gateway.port))
+        connection.sendall(head + data)
+        connections.append(connection)
+    mesh.until(lambda core: core.state.running, "they run")
+    mesh.until(lambda core: not core.state.requests, "they are answered, although nobody reads it")
+    # He who reads after all is given all of it.
+    reply = http.client.HTTPResponse(connections[0])
+    reply.begin()
+    assert events(reply)[-1].endswith(b"data: [DONE]\n")
+    for connection in connections:
+        connection.close()
+    nothing_is_left(mesh, gateway)
+
+
+def test_it_leaves_although_others_hold_on(mesh: Mesh) -> None:
+    with GatewayProcess(mesh.address, "--leave-ms", "1000") as gateway:
+        idle = [socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) for _ in range(50)]
+        idle[0].sendall(b"GET / HT")
+        with (
+            gateway.open("POST", CHAT, chat(max_tokens=100_000, stream=True)) as endless,
+            gateway.open("GET", "/board/live") as live,
+            connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as asking,
+        ):
+            asking.send(json.dumps({"type": "ask", "id": "a", "body": chat(max_tokens=100_000)}))
+            asking.recv(TIMEOUT_S)
+            events(endless, 2)
+            live.readline()
+            assert gateway.stop() == 0
+        for connection in idle:
+            connection.close()
+    mesh.until(lambda core: not core.state.requests, "what was asked through it is cancelled")
