@@ -252,15 +252,8 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
     site.ok("down")
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("[classes.tiny]\nmemry = 3\n", "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"),
-        ('[classes.tiny]\nmemory = "1GiB"\n[hosts.x]\nprovider = "systemd"\nmemory = "1GiB"\ncores = 1\n',
-         "[hosts.x]: the provider systemd is not there yet; use process"),
-    ],
-)  # fmt: skip
-def test_a_wrong_file_is_told_with_its_line(site: Site, text: str, told: str) -> None:
-    site.write(text)
+def test_a_wrong_file_is_told_with_its_line(site: Site) -> None:
+    site.write("[classes.tiny]\nmemry = 3\n")
     done = site.fleet("plan")
+    told = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
     assert done.code == 2 and told in done.err, done.story
