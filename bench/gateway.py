@@ -28,7 +28,7 @@ HTTP = "gateway"
 #: The fake engine's streams are so many times longer: a token takes it no time.
 FAKE_FACTOR = 16
 #: Of each stream that is kept open; slow enough that a thousand of them leave the machine idle.
-OPEN_TOKENS_PER_S, OPEN_TOKENS = 1.0, 1_000
+OPEN_TOKENS_PER_S, OPEN_TOKENS = 4.0, 1_000
 #: How many of its tokens each has had when the memory is read for the second time.
 LATER = 8
 

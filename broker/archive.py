@@ -33,6 +33,7 @@ class Ended:
     #: It was ended because its client was gone. If that is back, it has not ended.
     forsaken: bool = False
     owner: str = ""
+    first_ms: int = -1
 
 
 class Archive:
@@ -53,7 +54,7 @@ class Archive:
         transcript = request.transcript
         ended = Ended(
             end, request.model, request.stream, request.detached, now_ms, request.story, request.task, transcript,
-            set(request.followers), request.forsaken, request.owner,
+            set(request.followers), request.forsaken, request.owner, request.first_ms,
         )  # fmt: skip
         self.ended[request.id] = ended
         if ended.detached:

@@ -9,7 +9,6 @@ from typing import Any
 from llambo.broker.archive import Ended
 from llambo.broker.registry import WorkerEntry
 from llambo.broker.state import Sample, State
-from llambo.mesh import messages as m
 from llambo.mesh.identity import Identity
 
 #: Requests told of at a time, and those of a second that are measured.
@@ -36,7 +35,7 @@ def take(state: State, now_ms: int) -> None:
             len(workers),
             state.counters.ended,
             state.counters.failed,
-            _median(first_ms(ended.end) for ended in _since(state, state.samples[-1].at_ms if state.samples else 0)),
+            _median(ended.first_ms for ended in _since(state, state.samples[-1].at_ms if state.samples else 0)),
         )
     )
 
@@ -57,19 +56,14 @@ def recent(state: State, argument: str, now_ms: int, who: Identity) -> dict[str,
     }
 
 
-def first_ms(end: m.End) -> int:
-    """How long its first token took, as far as broker and engine know: 0 without any."""
-    return round(end.queued_ms + end.usage.prefill_ms) if end.count else 0
-
-
 def _since(state: State, at_ms: int) -> Iterator[Ended]:
     """The latest first."""
     return takewhile(lambda ended: ended.ended_at >= at_ms, reversed(state.archive.ended.values()))
 
 
 def _median(values: Iterable[int]) -> int:
-    known = sorted(filter(None, islice(values, ENDED_TOLD)))
-    return known[len(known) // 2] if known else 0
+    known = sorted(value for value in islice(values, ENDED_TOLD) if value >= 0)
+    return max(1, known[len(known) // 2]) if known else 0
 
 
 def _told(sample: Sample, now_ms: int) -> dict[str, Any]:
@@ -92,7 +86,7 @@ def _ended(ended: Ended, now_ms: int) -> dict[str, Any]:
         "reason": end.reason,
         "error": end.error.text if end.error else "",
         "queued_ms": end.queued_ms,
-        "first_ms": first_ms(end),
+        "first_ms": ended.first_ms,
         "decode_ms": round(usage.decode_ms),
         "total_ms": ended.ended_at - began,
         "age_ms": now_ms - ended.ended_at,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llambo.broker.core import BrokerCore
+from llambo.broker.meter import TIMED
 from llambo.broker.requests import RequestState, plain
 from llambo.broker.state import State
 from llambo.mesh import tokens
@@ -17,6 +18,7 @@ def check(core: BrokerCore) -> None:
     _clients(state)
     _bytes(state)
     _accounts(state)
+    _meter(state)
 
 
 def _requests(state: State) -> None:
@@ -118,3 +120,11 @@ def _accounts(state: State) -> None:
         assert account.bytes == held, f"{name!r} has {held} bytes and not {account.bytes}"
     for request in state.requests.values():
         assert request.owner in state.accounts.by_name, "a request that nobody is charged with"
+
+
+def _meter(state: State) -> None:
+    timed = sum(request.heard_at >= 0 for request in state.requests.values())
+    assert state.meter.timed == timed <= TIMED, f"{timed} streams are timed, the meter knows of {state.meter.timed}"
+    for request in state.requests.values():
+        assert request.watched or not (request.awaited or request.heard_at >= 0), "its times are taken and nobody looks"
+        assert request.counted <= request.transcript.next_index, "tokens are counted that are not there"

@@ -82,6 +82,7 @@ class Request:
         "end",
         "failures",
         "fingerprint",
+        "first_ms",
         "followers",
         "forsaken",
         "heard",
@@ -167,6 +168,8 @@ class Request:
         self.pace: Pace | None = None
         self.counted = 0
         self.awaited = False
+        #: How long its first token took; -1: it has none, or began elsewhere.
+        self.first_ms = -1
         #: Up to which token, and when it came; -1: no pauses of this one are taken.
         self.heard = 0
         self.heard_at = -1

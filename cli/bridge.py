@@ -98,5 +98,7 @@ async def _run(common: Common, door: Door, quit_stops: bool) -> None:
 
 def _tell_link(lost: str) -> None:
     from llambo.cli.standard import tell
+    from llambo.mesh.errors import harmless
 
-    tell(f"llambo bridge: lost the broker ({lost}); trying again" if lost else "llambo bridge: the broker is back")
+    told = f"lost the broker ({harmless(lost)}); trying again" if lost else "the broker is back"
+    tell(f"llambo bridge: {told}")

@@ -150,7 +150,7 @@ def _moment(before: Row, name: str, at_ms: int) -> int:
 
 def latency(ended: Iterable[Row]) -> Row:
     """Half and nineteen of twenty of the last answers took no longer than this. Without any there is nothing to say."""
-    whole = [row for row in ended if row["task"] == "generate" and row["tokens"] and not row["error"]]
+    whole = [row for row in ended if row["task"] == "generate" and row["first_ms"] >= 0 and not row["error"]]
     if not whole:
         return {}
     first = sorted(row["first_ms"] for row in whole)

@@ -334,7 +334,8 @@ def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
                 await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker is back")
                 await shown.until(lambda: "workers ready" in shown.head(), "the head of a broker that answers")
                 await shown.until(lambda: not app.query_one("#panes").has_class("stale"), "bright tables")
-                assert shown.events().count("worker joined") == 1  # those of the new broker alone
+                # Those of the new broker, and of it alone.
+                await shown.until(lambda: shown.events().count("worker joined") == 1, "its events")
 
         mesh.run(scenario())
 

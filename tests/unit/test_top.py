@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import pytest
@@ -27,8 +29,12 @@ from llambo.cli.top_core import (
     request_rows,
     worker_rows,
 )
+from llambo.cli.top_gather import Gatherer
 from llambo.mesh import messages as m
 from tests.unit.broker_bench import Bench
+
+if TYPE_CHECKING:
+    from llambo.mesh.client import Client
 
 
 def asked(bench: Bench, what: str) -> Any:
@@ -170,6 +176,54 @@ def test_an_event_has_the_time_at_which_it_happened() -> None:
     [event] = happened([{"number": 7, "age_ms": 1_500, "kind": "worker\x1blost", "text": "w\n1"}], now_s=100.0)
 
     assert event == (7, 98.5, "worker\ufffdlost", "w 1")
+
+
+class TwoBrokers:
+    """A client whose broker is replaced by another one while it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.numbers = [1, 2, 3]
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    async def status(self) -> dict[str, Any]:
+        self.meanwhile()
+        return {}
+
+    async def workers(self) -> list[dict[str, Any]]:
+        return []
+
+    requests = workers
+
+    async def recent(self, since: int) -> dict[str, Any]:
+        return {"samples": self._since("recent", since), "ended": []}
+
+    async def events(self, since: int) -> list[dict[str, Any]]:
+        return self._since("events", since)
+
+    def _since(self, what: str, since: int) -> list[dict[str, Any]]:
+        self.asked.append((what, since))
+        return [{"number": number} for number in self.numbers if number > since]
+
+
+def test_each_look_asks_for_what_is_new_and_a_new_broker_for_everything() -> None:
+    client = TwoBrokers()
+    gatherer = Gatherer(cast("Client", client))
+
+    def look() -> tuple[list[int], list[int]]:
+        found = asyncio.run(gatherer.look())
+        return [sample["number"] for sample in found.samples], [event["number"] for event in found.events]
+
+    assert look() == ([1, 2, 3], [1, 2, 3])
+    assert look() == ([], [])
+    client.numbers.append(4)
+    assert look() == ([4], [4])
+    client.numbers = [1, 2, 3, 4, 5]  # of another broker, which answers what the first one was asked
+    client.meanwhile = gatherer.forget
+    assert look() == ([], [])
+    client.meanwhile = lambda: None
+    assert look() == ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])
+    assert client.asked[-2:] == [("recent", 0), ("events", 0)]
 
 
 # --- the command ---------------------------------------------------------------------------------------
