@@ -110,14 +110,16 @@ class Meter:
     def dispatched(self, request: Request, node_class: str, now_ms: int) -> None:
         pace = request.pace = self._pace(request.model, node_class)
         pace.fate.queued[request.priority].observe((now_ms - request.queued_at) / 1000)
-        have = request.counted = request.transcript.next_index
-        if not have and request.task == "generate":
-            request.awaited = request.watched = True
+        if request.task == "generate":
+            have = request.counted = request.transcript.next_index
+            if not have:
+                request.awaited = request.watched = True
 
     def adopted(self, request: Request, node_class: str) -> None:
         """What it had already was made for another broker, or for us in a former life."""
         request.pace = self._pace(request.model, node_class)
-        request.counted = request.transcript.next_index
+        if request.task == "generate":
+            request.counted = request.transcript.next_index
 
     def heard(self, request: Request, now_ms: int) -> None:
         """It has more tokens, and is one whose times are taken."""

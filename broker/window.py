@@ -2,8 +2,8 @@
 
 Whoever stands before it can do no harm. There are few connections, with little to read from each and little time for
 all of it. The others wait outside; when somebody does, who has been in for a moment without being served has to go, so
-that those who only hold on keep nobody out. A turn takes in a bounded number, and the page is made a few times a second
-at most, however many ask.
+that those who only hold on keep nobody out. A turn takes in a bounded number, and to make the page takes a twentieth of
+the time at most, however many ask.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import logging
 import socket
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ PATIENCE_MS = 2_000
 MOMENT_MS = 250
 #: Connections taken in at a turn.
 DRAIN = 16
-#: A page is given out again for so long.
+#: A page is given out again for so long; a large one for so many times as long as it took to make.
 PAGE_MS = 250
+PAGE_SHARE = 20
 #: Without descriptors nothing is taken in for so long.
 PAUSE_MS = 1_000
 #: A shorter token could be guessed.
@@ -50,7 +52,7 @@ class Window:
             text = f"metrics on {host} are for whoever gets there; name a file with a token, in metrics_token"
             raise LlamboError(Code.BAD_SETTING, text)
         self._token = token
-        self._page, self._page_at = "", -PAGE_MS
+        self._page, self._page_until = "", 0
         self._guests: dict[int, _Guest] = {}
         self._poller: zmq.Poller | None = None
         self._make: Callable[[], str] = str
@@ -159,8 +161,11 @@ class Window:
 
     def _answer(self, head: bytes, now_ms: int) -> bytes:
         def page() -> str:
-            if now_ms - self._page_at >= PAGE_MS:
-                self._page, self._page_at = self._make(), now_ms
+            if now_ms >= self._page_until:
+                began = time.monotonic()
+                self._page = self._make()
+                took_ms = (time.monotonic() - began) * 1_000
+                self._page_until = now_ms + max(PAGE_MS, int(PAGE_SHARE * took_ms))
             return self._page
 
         try:

@@ -149,7 +149,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
         seen = run(keeper.look())
         nodes = sorted(seen.world.nodes, key=lambda node: node.node_class == "broker")
         steps = [Step(Do.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
-        keeper.bury(seen.ended)
+        run(keeper.bury(seen.ended))
         run(keeper.apply(Plan(tuple(steps))))
     if as_json:
         show_json({"ended": [step.name for step in steps]})
@@ -179,7 +179,7 @@ def _make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] 
         async def work() -> tuple[Plan, list[Failed], Outcome]:
             seen = await keeper.look()
             found = planning.make(here.fleet, seen.world, here.wanted())
-            return found, keeper.bury(seen.ended), await keeper.apply(found)
+            return found, await keeper.bury(seen.ended), await keeper.apply(found)
 
         found, buried, outcome = run(work())
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from llambo.cli.fleet_site import fleet_options, run, site
 from llambo.cli.options import client_options, json_option
 from llambo.cli.output import duration, number, show_json, size, table
 from llambo.mesh.errors import harmless
+
+if TYPE_CHECKING:
+    from llambo.fleet.keeper import Keeper
 
 STATUS_EXAMPLES = """
 llambo fleet status
@@ -71,13 +74,21 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
 def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) -> None:
     """Show the end of what a node has said, also of one that is gone."""
     here = site(common, file, state)
-    log = here.keeper(lambda text: None).processes.log(Path(node).name)
-    try:
-        text = log.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError as error:
-        raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR) from error
+    text = run(_log_of(here.keeper(lambda text: None), Path(node).name))
+    if text is None:
+        raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
         click.echo(harmless(line))
+
+
+async def _log_of(keeper: Keeper, node: str) -> str | None:
+    """Where its provider keeps it: in a file of ours, or in its host's journal."""
+    try:
+        return keeper.processes.processes.log(node).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        await keeper.processes.refresh()
+        known = any(record.name == node for record in keeper.processes.records())
+        return await keeper.processes.fetch_words(node) if known else None
 
 
 def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:

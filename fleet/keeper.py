@@ -15,8 +15,10 @@ import msgspec
 from llambo.fleet import commands, machine
 from llambo.fleet.model import Fleet, NodeClass
 from llambo.fleet.plan import Do, Plan, Step
-from llambo.fleet.process import Failed, Processes, Record
+from llambo.fleet.process import Failed, Record
+from llambo.fleet.providers import Providers, Told
 from llambo.fleet.world import HostFacts, Node, NodeState, World, facts_of
+from llambo.mesh import keys, sockets
 from llambo.mesh.client import Client
 from llambo.mesh.errors import Code, LlamboError
 from llambo.mesh.identity import Identity
@@ -59,12 +61,12 @@ class Outcome:
 
 
 class Keeper:
-    """Of the hosts of this machine. Other providers come beside `Processes`."""
+    """Of all hosts, whoever their provider is."""
 
     def __init__(self, fleet: Fleet, folder: Path, address: str, connect: Connect, tell: Tell) -> None:
         """`address`: of the broker, if the file does not say it."""
         self.fleet = fleet
-        self.processes = Processes(folder)
+        self.processes = Providers(fleet, folder)
         self.tell = tell
         self._connect = connect
         self._address = address
@@ -75,10 +77,6 @@ class Keeper:
         #: What is being done to whom, or is about to be.
         self._under_way: dict[str, Step] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
-        for host in fleet.hosts.values():
-            if host.provider != "process":
-                text = f"[hosts.{host.name}]: the provider {host.provider} is not there yet; use process"
-                raise LlamboError(Code.BAD_SETTING, text)
 
     # --- what there is -----------------------------------------------------------------------------------
 
@@ -94,6 +92,8 @@ class Keeper:
         return _reached(str(told.get("bind", "127.0.0.1")), int(told.get("port", DEFAULT_PORT)))
 
     async def look(self) -> Seen:
+        self.processes.told_of(self.fleet)
+        await self.processes.refresh()
         workers, requests = await self._ask()
         nodes, ended = [], []
         now_ms = _wall_ms()
@@ -128,7 +128,12 @@ class Keeper:
 
     def _hosts(self, nodes: list[Node]) -> dict[str, HostFacts]:
         memory, cores = machine.memory_bytes(), machine.cores()
-        hosts = {name: facts_of(host, memory, cores) for name, host in self.fleet.hosts.items()}
+        away = self.processes.problems()
+        hosts = {
+            # Of another machine it is known what the file says.
+            name: facts_of(host, *((0, 0.0) if host.address else (memory, cores)), away=away.get(name, ""))
+            for name, host in self.fleet.hosts.items()
+        }
         # One that the file has called otherwise since: what runs there can be ended, and nothing is begun there.
         return {node.host: HostFacts(0, 0.0) for node in nodes} | hosts
 
@@ -180,13 +185,13 @@ class Keeper:
 
     # --- what is done ------------------------------------------------------------------------------------
 
-    def bury(self, ended: list[Record]) -> list[Failed]:
+    async def bury(self, ended: list[Record]) -> list[Failed]:
         """Those that have ended by themselves: how, and with which words."""
         failed = []
         for record in ended:
-            words = self.processes.words(record.name)
+            words = await self.processes.fetch_words(record.name)
             failed.append(Failed(record.name, self.processes.how_it_ended(record.name), words))
-            self.processes.forget(record.name)
+            await self.processes.forget(record.name)
         return failed
 
     async def apply(self, plan: Plan) -> Outcome:
@@ -243,7 +248,7 @@ class Keeper:
             name=step.name, node_class=kept.name, host=step.host, fingerprint=step.fingerprint, slots=kept.slots,
             memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=_wall_ms(),
         )  # fmt: skip
-        said = await self.processes.spawn(record, self._words(kept, step.name), START_S)
+        said = await self.processes.spawn(record, self._told(kept, step.name, step.host), START_S)
         told = kept.settings.get("broker", {})
         address = _reached(str(told.get("bind", "127.0.0.1")), int(said)) if kept.is_broker else ""
         self.processes.remember(msgspec.structs.replace(record, ready=True, address=address))
@@ -270,11 +275,16 @@ class Keeper:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
                 raise
 
-    def _words(self, kept: NodeClass, name: str) -> list[str]:
+    def _told(self, kept: NodeClass, name: str, host: str) -> Told:
         if kept.is_broker:
-            return commands.words(kept, name, keys=self.fleet.keys)
-        key = str(self._key(kept.name)) if self.fleet.keys else ""
-        return commands.words(kept, name, broker=self.address, key=key)
+            return Told(commands.words(kept, name, keys=self.fleet.keys), {})
+        path = self._key(kept.name) if self.fleet.keys else None
+        if self.fleet.hosts[host].address and any(sockets.is_loopback(one) for one in _hosts_of(self.address)):
+            text = f"is to run on {host}, from where no broker is reached at {self.address}"
+            raise Failed(name, f"{text}: say where it is, as broker in [fleet]", "")
+        words = commands.words(kept, name, broker=self.address, key=str(path or ""))
+        key = keys.read_private(path) if path else ""
+        return Told(words, commands.environ(kept, broker=self.address), key, kept.cpu_weight)
 
     def _key(self, node_class: str) -> Path:
         """One for all workers of a class, whose names begin with its name; it is made if there is none yet."""
@@ -311,6 +321,10 @@ def _same(steps: list[Step]) -> int:
         if step.do is not first.do or step.node_class == "broker":
             return number
     return len(steps)
+
+
+def _hosts_of(address: str) -> list[str]:
+    return [host for host, _ in sockets.split_all(address)]
 
 
 def _reached(host: str, port: int) -> str:

@@ -95,7 +95,7 @@ class Orchestrator:
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
         self._read(now_ms)
-        self._heed_the_dead(seen, now_ms)
+        await self._heed_the_dead(seen, now_ms)
         if seen.workers is not None:
             observed = self._observer.seen(self._fleet, seen.world, seen.workers, seen.requests)
             for decision in self._scaler.handle(observed, now_ms):
@@ -134,7 +134,7 @@ class Orchestrator:
                 self._counts[name] = count
                 self.tell(f"{name}: {count} are wanted, somebody says")
 
-    def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
+    async def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
         ready = {
             node.name: (node.node_class, node.host) for node in seen.world.nodes if node.state is NodeState.READY
         }  # fmt: skip
@@ -143,7 +143,7 @@ class Orchestrator:
         for node_class, host in self._crashes.lasted(ready, now_ms):
             self.tell(f"{node_class} on {host} has recovered")
         ended = [record for record in seen.ended if record.name not in self._tasks]
-        for record, failed in zip(ended, self._keeper.bury(ended), strict=True):
+        for record, failed in zip(ended, await self._keeper.bury(ended), strict=True):
             self.tell(f"{failed}")
             self._failed(failed, record.node_class, record.host, now_ms)
 

@@ -101,7 +101,7 @@ function made(name) {
   node.show = (row) => {
     node.row = row;
     mark(node, "state", row.state);
-    say(where, [row.class, row.host, row.models.join(", ")].filter(Boolean).join(" · "));
+    say(where, [row.class, row.host, modelsOf(row)].filter(Boolean).join(" · "));
     word.show(row.state === "loading" && row.percent ? `loading, ${row.percent} %` : row.state, TONES[row.state] ?? "calm");
     say(note, noteOf(row));
     pips.show(row);
@@ -112,6 +112,12 @@ function made(name) {
   };
   node.time = (now) => say(up, node.row.gone ? `gone ${duration(now - node.row.gone)}` : duration(now - node.row.since));
   return node;
+}
+
+/** Each once: that a model can also be asked for by its class, as model@class, is said by the class. */
+function modelsOf(row) {
+  const end = `@${row.class}`;
+  return row.models.filter((name) => !(name.endsWith(end) && row.models.includes(name.slice(0, -end.length)))).join(", ");
 }
 
 function labelled(cell, label) {

@@ -272,7 +272,9 @@ def told_as_text(look: Look) -> None:
     page = look.page
     page.locator("#requests-table tr[data-over=false] .sub", has_text=SMUGGLED).first.wait_for()
     assert SMUGGLED in page.locator("#places .title").all_inner_texts()
-    assert page.locator("#model option").all_inner_texts() == [SMUGGLED]
+    # Also by its class.
+    assert page.locator("#model option").all_inner_texts() == [SMUGGLED, f"{SMUGGLED}@{SMUGGLED}"]
+    assert page.locator("#workers-table .title + .sub").first.inner_text().count(SMUGGLED) == 2
     page.locator("#activity li", has_text=SMUGGLED).first.wait_for()
     page.locator("#requests-table tbody button").first.click()
     page.locator("#story-facts dd", has_text=SMUGGLED).first.wait_for()

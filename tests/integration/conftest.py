@@ -12,7 +12,7 @@ from tests.integration.harness import Mesh
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer
 
-collect_ignore = ["test_systemd.py"] if systemd_here.hindrance_to_run() else []
+collect_ignore = ["test_fleet_units.py", "test_systemd.py"] if systemd_here.hindrance_to_run() else []
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,17 @@ def test_a_page_is_made_once_for_all_who_ask_at_once() -> None:
     standing.window.close()
 
 
+def test_a_page_that_takes_long_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    standing, seconds = Standing(), iter((0.0, 0.05, 9.0, 9.05))
+    monkeypatch.setattr("llambo.broker.window.time.monotonic", lambda: next(seconds))
+    for at in (0, windows.PAGE_MS, windows.PAGE_SHARE * 50 - 1, windows.PAGE_SHARE * 50):
+        standing.now_ms = at
+        with standing.visitor(GET) as reader:
+            assert reader.recv(4096).endswith(b"\r\n\r\npage\n")
+    assert standing.made == 2
+    standing.window.close()
+
+
 def test_a_page_that_cannot_be_made_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
     standing = Standing()
 

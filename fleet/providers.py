@@ -1,0 +1,93 @@
+"""All providers of a fleet as one: each host has one, and what is asked about a node goes to the one that has it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from llambo.fleet.model import Fleet
+from llambo.fleet.process import Processes, Record
+from llambo.fleet.units import Units
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a node is told, for whichever way it is told."""
+
+    #: A command line.
+    words: list[str]
+    #: The same as variables, for a worker.
+    environ: dict[str, str]
+    #: The key itself.
+    key: str = ""
+    cpu_weight: int = 100
+
+
+class Providers:
+    def __init__(self, fleet: Fleet, folder: Path) -> None:
+        self.processes = Processes(folder)
+        self._units: dict[str, Units] = {}
+        self.told_of(fleet)
+
+    def told_of(self, fleet: Fleet) -> None:
+        """Another file: hosts may have come. One that it does not name any more keeps what runs there."""
+        for host in fleet.hosts.values():
+            if host.provider == "systemd" and (
+                host.name not in self._units or self._units[host.name].host.address != host.address
+            ):
+                self._units[host.name] = Units(fleet.name, host)
+
+    async def refresh(self) -> None:
+        await asyncio.gather(*[units.refresh() for units in self._units.values()])
+
+    def problems(self) -> dict[str, str]:
+        """Hosts that cannot be asked, and why."""
+        return {name: units.problem for name, units in self._units.items() if units.problem}
+
+    def records(self) -> list[Record]:
+        return [*self.processes.records(), *(record for units in self._units.values() for record in units.records())]
+
+    def _of(self, name: str) -> Processes | Units:
+        for units in self._units.values():
+            if any(record.name == name for record in units.records()):
+                return units
+        return self.processes
+
+    def pid(self, name: str) -> int | None:
+        return self._of(name).pid(name)
+
+    def ours(self, name: str) -> bool:
+        return self.processes.ours(name)
+
+    def words(self, name: str) -> str:
+        return self._of(name).words(name)
+
+    async def fetch_words(self, name: str) -> str:
+        there = self._of(name)
+        return await there.fetch_words(name) if isinstance(there, Units) else there.words(name)
+
+    def how_it_ended(self, name: str) -> str:
+        return self._of(name).how_it_ended(name)
+
+    async def spawn(self, record: Record, told: Told, within_s: float) -> str:
+        units = self._units.get(record.host)
+        if units is not None:
+            return await units.spawn(record, told.environ, told.key, told.cpu_weight, within_s)
+        return await self.processes.spawn(record, told.words, within_s)
+
+    async def end(self, name: str, within_s: float) -> None:
+        await self._of(name).end(name, within_s)
+
+    def remember(self, record: Record) -> None:
+        """That it was ready, once; a service manager knows so itself."""
+        if record.host not in self._units:
+            self.processes.remember(record)
+
+    async def forget(self, name: str) -> None:
+        """One that has ended by itself."""
+        there = self._of(name)
+        if isinstance(there, Units):
+            await there.end(name, 0)
+        else:
+            there.forget(name)
