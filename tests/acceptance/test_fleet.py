@@ -253,7 +253,6 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
     site.ok("down")
 
 
-<<<<<<< HEAD
 FAR = """
 [hosts.here]
 memory = "4GiB"
@@ -296,18 +295,8 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
             os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("[classes.tiny]\nmemry = 3\n", "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"),
-    ],
-)  # fmt: skip
-def test_a_wrong_file_is_told_with_its_line(site: Site, text: str, told: str) -> None:
-    site.write(text)
-=======
 def test_a_wrong_file_is_told_with_its_line(site: Site) -> None:
     site.write("[classes.tiny]\nmemry = 3\n")
->>>>>>> refs/heads/fleetcore
     done = site.fleet("plan")
     told = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
     assert done.code == 2 and told in done.err, done.story
