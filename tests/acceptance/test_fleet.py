@@ -88,9 +88,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     try:
         yield here
     finally:
-        for pid in here.processes():
-            os.kill(pid, signal.SIGKILL)
-            wait_until_gone(pid, 20)
+        end_all(here)
+
+
+def end_all(here: Site) -> None:
+    for pid in here.processes():
+        os.kill(pid, signal.SIGKILL)
+        wait_until_gone(pid, 20)
 
 
 def did(done: Done) -> list[tuple[str, str]]:
