@@ -38,6 +38,8 @@ from llambo.mesh.errors import LlamboError
 
 #: Between two looks.
 LOOK_S = 1.0
+#: A model's file that is being copied is not taken for another model before it is whole.
+STILL_S = 10.0
 #: What is told by `llambo fleet status`.
 EVENTS = 50
 #: Written whenever something has changed.
@@ -129,8 +131,8 @@ class Orchestrator:
             self._paper.remember(counts)
             self._counts = counts
         with self._versions.changing() as book:
-            self._keeper.fleet = book.note(self._fleet, seen.world)
-            self._marks = book.marks(self._keeper.fleet)
+            self._keeper.fleet = book.note(self._fleet, seen.world, STILL_S)
+            self._marks = book.marks(self._keeper.fleet, STILL_S)
         self._book = book
         wanted = Wanted(
             counts=counts,
@@ -221,7 +223,7 @@ class Orchestrator:
         if not stopped or kept is None or entry.before is None:
             return step
         before = as_version(kept, entry.before)
-        mark = self._book.mark(before, self._fleet)
+        mark = self._book.mark(before, self._fleet, STILL_S)
         self._keeper.older[mark] = before
         return replace(step, fingerprint=mark)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,23 +67,26 @@ class Book(msgspec.Struct, omit_defaults=True):
         held = entry.now is not None and entry.refused == kept.fingerprint()
         return as_version(kept, entry.now) if held and entry.now is not None else kept
 
-    def mark(self, kept: NodeClass, fleet: Fleet) -> str:
-        """What its workers are known by: besides the settings it is the release, and the bytes of the model."""
+    def mark(self, kept: NodeClass, fleet: Fleet, still_s: float = 0.0) -> str:
+        """What its workers are known by: besides the settings it is the release, and the bytes of the model.
+
+        `still_s`: a model's file counts only when nobody has written into it for so long.
+        """
         if kept.is_broker:
             return kept.fingerprint()
-        more = [llambo.__version__, self._stamp(kept, fleet)]
+        more = [llambo.__version__, self._stamp(kept, fleet, still_s)]
         restarts = self.classes[kept.name].restarts if kept.name in self.classes else 0
         return kept.fingerprint(*more, *([f"restart {restarts}"] if restarts else []))
 
-    def marks(self, fleet: Fleet) -> dict[str, str]:
-        return {kept.name: self.mark(kept, fleet) for kept in fleet.kept()}
+    def marks(self, fleet: Fleet, still_s: float = 0.0) -> dict[str, str]:
+        return {kept.name: self.mark(kept, fleet, still_s) for kept in fleet.kept()}
 
-    def note(self, fleet: Fleet, world: World) -> Fleet:
+    def note(self, fleet: Fleet, world: World, still_s: float = 0.0) -> Fleet:
         """What the file says now. Returns what is in force."""
         for kept in fleet.classes.values():
             entry = self.of(kept.name)
             if entry.now is not None:
-                here = self.mark(as_version(kept, entry.now), fleet)
+                here = self.mark(as_version(kept, entry.now), fleet, still_s)
                 nodes = world.of(kept.name)
                 if nodes and all(node.fingerprint == here for node in nodes):
                     entry.good = entry.good or any(node.state is NodeState.READY for node in nodes)
@@ -121,14 +125,15 @@ class Book(msgspec.Struct, omit_defaults=True):
         entry = self.classes.get(name, Entry())
         return entry.stopped if entry.stopped_at == fingerprint else ""
 
-    def _stamp(self, kept: NodeClass, fleet: Fleet) -> str:
+    def _stamp(self, kept: NodeClass, fleet: Fleet, still_s: float) -> str:
         path = Path(str(kept.settings.get("worker", {}).get("model", ""))).expanduser()
         here = any(not fleet.hosts[host].address for host in kept.hosts if host in fleet.hosts)
         if not path.is_absolute() or not here:
             return ""
         with contextlib.suppress(OSError):
             found = path.stat()
-            self.stamps[str(path)] = f"{found.st_size} {found.st_mtime_ns}"
+            if str(path) not in self.stamps or time.time() - found.st_mtime >= still_s:
+                self.stamps[str(path)] = f"{found.st_size} {found.st_mtime_ns}"
         return self.stamps.get(str(path), "")
 
 
