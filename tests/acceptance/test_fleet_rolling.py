@@ -119,6 +119,13 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
     status = await asyncio.to_thread(site.ok, "status")
     assert "tiny: its update has stopped: tiny-0004: ended with status 1" in status.out, status.story
 
+    # Once more is no better, and harms nobody either.
+    again = await asyncio.to_thread(site.fleet, "apply")
+    assert again.code == 1 and "4 tiny are left as they were: something before it was bad" in again.out, again.story
+    assert {name: node["pid"] for name, node in (await asyncio.to_thread(site.nodes)).items()} == {
+        name: node["pid"] for name, node in new.items()
+    }
+
     back = await asyncio.to_thread(site.ok, "rollback")
     assert "1 spawned, 3 replaced" in back.out, back.story
     assert await asyncio.to_thread(versions, site) == {f"tiny-{number:04}": True for number in range(1, 9)}
