@@ -21,7 +21,8 @@ from llambo.mesh.errors import harmless
 
 if TYPE_CHECKING:
     from llambo.cli.fleet_site import Site
-    from llambo.fleet.keeper import Keeper, Outcome
+    from llambo.fleet.applying import Outcome
+    from llambo.fleet.keeper import Keeper
     from llambo.fleet.plan import Plan, Step
     from llambo.fleet.process import Failed
 
@@ -56,6 +57,7 @@ llambo fleet down
     lazy={name: f"llambo.cli.fleet:{name}" for name in ("plan", "apply")}
     | {name: f"llambo.cli.fleet_look:{name}" for name in ("status", "logs")}
     | {name: f"llambo.cli.fleet:{name}" for name in ("scale", "spawn")}
+    | {name: f"llambo.cli.fleet_roll:{name.replace('-', '_')}" for name in ("rolling-restart", "rollback", "drain")}
     | {"run": "llambo.cli.fleet_run:run_fleet", "down": "llambo.cli.fleet:down"},
     examples=EXAMPLES,
 )
@@ -89,11 +91,12 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     """Make it so. What runs already is left as it is; a second `apply` does nothing.
 
-    Workers that have to go are drained first, and what they run goes elsewhere. A Ctrl-C leaves what is done as it
+    Workers that have to go are drained first, and what they run goes elsewhere. Those with other settings are replaced
+    one after the other; the first bad one ends that, and `rollback` takes it back. A Ctrl-C leaves what is done as it
     is; the next `apply` goes on.
     """
     here = site(common, file, state)
-    _make_it_so(here, as_json)
+    make_it_so(here, as_json)
 
 
 @click.command(cls=Command, examples=SCALE_EXAMPLES)
@@ -110,7 +113,7 @@ def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | Non
         here.want(wanted)
         _say(f"told to the orchestrator, pid {pid}: `llambo fleet status` shows how far it is")
         return
-    _make_it_so(here, as_json, lambda: wanted)
+    make_it_so(here, as_json, lambda: wanted)
 
 
 @click.command(cls=Command, examples=SPAWN_EXAMPLES)
@@ -131,7 +134,7 @@ def spawn(
         there = run(here.keeper(_say).look()).world.of(node_class)
         return {node_class: sum(node.counts for node in there) + count}
 
-    _make_it_so(here, as_json, wanted)
+    make_it_so(here, as_json, wanted)
 
 
 @click.command(cls=Command, examples=DOWN_EXAMPLES)
@@ -141,6 +144,7 @@ def spawn(
 @pass_common
 def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     """End everything of this fleet: first the workers, then the broker. What they run is lost."""
+    from llambo.fleet.applying import apply as carry_out
     from llambo.fleet.plan import Do, Plan, Step
 
     here = site(common, file, state)
@@ -150,7 +154,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
         nodes = sorted(seen.world.nodes, key=lambda node: node.node_class == "broker")
         steps = [Step(Do.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
         run(keeper.bury(seen.ended))
-        run(keeper.apply(Plan(tuple(steps))))
+        run(carry_out(keeper, Plan(tuple(steps)), seen.world, here.versions()))
     if as_json:
         show_json({"ended": [step.name for step in steps]})
     else:
@@ -164,11 +168,13 @@ async def _plan(here: Site, keeper: Keeper) -> Plan:
     from llambo.fleet import plan as planning
 
     seen = await keeper.look()
-    return planning.make(here.fleet, seen.world, here.wanted())
+    wanted = here.settle(keeper, seen.world, write=False)
+    return planning.make(keeper.fleet, seen.world, wanted)
 
 
-def _make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
+def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
     from llambo.fleet import plan as planning
+    from llambo.fleet.applying import apply
 
     began = time.monotonic()
     with here.alone():
@@ -178,12 +184,13 @@ def _make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] 
 
         async def work() -> tuple[Plan, list[Failed], Outcome]:
             seen = await keeper.look()
-            found = planning.make(here.fleet, seen.world, here.wanted())
-            return found, await keeper.bury(seen.ended), await keeper.apply(found)
+            wanted = here.settle(keeper, seen.world, write=True)
+            found = planning.make(keeper.fleet, seen.world, wanted)
+            return found, await keeper.bury(seen.ended), await apply(keeper, found, seen.world, here.versions())
 
         found, buried, outcome = run(work())
     if as_json:
-        told = _as_json(found) | {"done": len(outcome.done)}
+        told = _as_json(found) | {"done": len(outcome.done), "stopped": outcome.stopped}
         lists = {"failed": outcome.failed, "ended": buried}
         show_json(told | {name: [_failure(one) for one in found] for name, found in lists.items()})
     else:
@@ -191,11 +198,13 @@ def _make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] 
             _say(f"{one} by itself before this; its last words:{_words(one)}")
         for one in outcome.failed:
             _say(f"{one}; its last words:{_words(one)}")
+        for text in outcome.stopped:
+            _say(f"the update has stopped, {text}")
         for refusal in found.refusals:
             _say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
         took = time.monotonic() - began
         _say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
-    if outcome.failed or found.refusals:
+    if outcome.failed or outcome.stopped or found.refusals:
         click.get_current_context().exit(Exit.ERROR)
 
 

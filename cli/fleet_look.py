@@ -61,6 +61,8 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     click.echo()
     nothing = "nothing runs: `llambo fleet apply` begins it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
+    for row in found["updates"]:
+        click.echo(harmless(f"\n{row['class']}: {row['note']}"))
     if found["orchestrator"]:
         _show_news(found["orchestrator"])
 
@@ -94,11 +96,13 @@ async def _log_of(keeper: Keeper, node: str) -> str | None:
 def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
     from llambo.fleet.orchestrator import read_news
 
+    book = here.versions().read()
+    marks = book.marks(book.note(here.fleet, seen.world))
     nodes = [
         {
             "node": node.name, "class": node.node_class, "host": node.host, "state": node.state.value,
             "busy": node.busy, "slots": node.slots, "pid": keeper.processes.pid(node.name) or 0,
-            "begun_ms": node.begun_ms, "current": _current(here, node), "note": node.note,
+            "begun_ms": node.begun_ms, "current": marks.get(node.node_class) == node.fingerprint, "note": node.note,
         }
         for node in seen.world.nodes
     ]  # fmt: skip
@@ -116,9 +120,21 @@ def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
         "answers": seen.workers is not None,
         "state": str(here.state),
         "orchestrator": read_news(here.state) if here.orchestrator() else None,
+        "updates": _updates(book, marks),
         "classes": [_class(kept, nodes, seen) for kept in here.fleet.kept()],
         "nodes": sorted(nodes, key=lambda row: str(row["node"])),
     }
+
+
+def _updates(book: Any, marks: dict[str, str]) -> list[dict[str, str]]:
+    """What is not as the file says, and why."""
+    found = []
+    for name, mark in marks.items():
+        if why := book.stopped(name, mark):
+            found.append({"class": name, "note": f"its update has stopped: {why}"})
+        elif name in book.classes and book.classes[name].refused:
+            found.append({"class": name, "note": "its settings in the file were taken back; the ones before are kept"})
+    return found
 
 
 def _show_news(news: dict[str, Any]) -> None:
@@ -127,6 +143,8 @@ def _show_news(news: dict[str, Any]) -> None:
     click.echo(f"\nan orchestrator keeps it, pid {news['pid']}")
     for name, why in news["held"].items():
         click.echo(f"{name} should be more by its load, but {why}")
+    if news.get("update"):
+        click.echo(harmless(f"an update is under way, {news['update']}"))
     for text in news["refused"]:
         click.echo(harmless(text))
     now_ms = time.time_ns() // 1_000_000
@@ -153,11 +171,6 @@ def _class(kept: Any, nodes: list[dict[str, Any]], seen: Any) -> dict[str, Any]:
         "slots": 0 if kept.is_broker else sum(row["slots"] for row in own if row["state"] == "ready"),
         "memory_bytes": sum(node.memory_bytes for node in seen.world.of(kept.name)),
     }
-
-
-def _current(here: Any, node: Any) -> bool:
-    kept = here.fleet.named(node.node_class)
-    return kept is not None and bool(kept.fingerprint() == node.fingerprint)
 
 
 def _class_row(row: dict[str, Any]) -> tuple[Any, ...]:

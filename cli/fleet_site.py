@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from llambo.fleet.keeper import Keeper, Tell
     from llambo.fleet.model import Fleet, NodeClass
     from llambo.fleet.plan import Wanted
+    from llambo.fleet.versions import Versions
+    from llambo.fleet.world import World
     from llambo.mesh.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -116,6 +118,21 @@ class Site:
             if (kept := self.fleet.classes.get(name)) is not None
         }
         return Wanted(counts=counts)
+
+    def settle(self, keeper: Keeper, world: World, *, write: bool) -> Wanted:
+        """What the file says now, but for what was taken back, is what the keeper knows from here on."""
+        from dataclasses import replace
+
+        versions = self.versions()
+        with versions.changing() if write else contextlib.nullcontext(versions.read()) as book:
+            keeper.fleet = book.note(self.fleet, world)
+            marks = book.marks(keeper.fleet)
+        return replace(self.wanted(), fingerprints=marks)
+
+    def versions(self) -> Versions:
+        from llambo.fleet.versions import Versions
+
+        return Versions(self.state)
 
     def want(self, counts: dict[str, int]) -> None:
         for name, count in counts.items():

@@ -71,6 +71,8 @@ class _Reader:
             name=said["name"],
             broker_address=said["broker"],
             keys=said["keys"],
+            max_unavailable=said["max_unavailable"],
+            settle_ms=said["settle_ms"],
             hosts=hosts,
             classes=classes,
             broker=self._broker(content, hosts) if "broker" in content else None,

@@ -14,7 +14,7 @@ import msgspec
 
 from llambo.fleet import commands, machine
 from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.plan import Do, Plan, Step
+from llambo.fleet.plan import Do, Step
 from llambo.fleet.process import Failed, Record
 from llambo.fleet.providers import Providers, Told
 from llambo.fleet.world import HostFacts, Node, NodeState, World, facts_of
@@ -54,12 +54,6 @@ class Seen:
     ended: list[Record] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Outcome:
-    done: list[Step] = field(default_factory=list)
-    failed: list[Failed] = field(default_factory=list)
-
-
 class Keeper:
     """Of all hosts, whoever their provider is."""
 
@@ -69,6 +63,8 @@ class Keeper:
         self.processes = Providers(fleet, folder)
         self.tell = tell
         self.connect = connect
+        #: Classes as they were, by fingerprint: a step may begin one of those, too.
+        self.older: dict[str, NodeClass] = {}
         self._address = address
         self._lasting = False
         self._client: Client | None = None
@@ -143,7 +139,7 @@ class Keeper:
         ):
             return None, []
         try:
-            async with self._mesh() as client:
+            async with self.mesh() as client:
                 return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
@@ -160,7 +156,7 @@ class Keeper:
         await self._hang_up()
 
     @contextlib.asynccontextmanager
-    async def _mesh(self) -> AsyncIterator[Client]:
+    async def mesh(self) -> AsyncIterator[Client]:
         if not self._lasting:
             async with self.connect(self.address) as client:
                 yield client
@@ -194,28 +190,8 @@ class Keeper:
             await self.processes.forget(record.name)
         return failed
 
-    async def apply(self, plan: Plan) -> Outcome:
-        """Step by step, those of one kind together. Replacements stop at the first bad one."""
-        outcome = Outcome()
-        steps = list(plan.steps)
-        while steps:
-            alone = steps[0].do is Do.REPLACE or steps[0].node_class == "broker"
-            count = 1 if alone else _same(steps)
-            group, steps = steps[:count], steps[count:]
-            results = await asyncio.gather(*[self._carry_out(step) for step in group])
-            bad = [result for result in results if result is not None]
-            outcome.failed += bad
-            outcome.done += [step for step, result in zip(group, results, strict=True) if result is None]
-            if bad and group[0].do is Do.REPLACE:
-                left = sum(step.do is Do.REPLACE for step in steps)
-                self.tell(f"{group[0].name} is bad; {left} that were to be replaced are left as they are")
-                steps = [step for step in steps if step.do is not Do.REPLACE]
-            elif bad and group[0].node_class == "broker":
-                return outcome
-        return outcome
-
-    async def _carry_out(self, step: Step) -> Failed | None:
-        self._under_way[step.name] = step
+    async def carry_out(self, step: Step) -> Failed | None:
+        self.see_to(step)
         try:
             async with self._limit:
                 await self._do(step)
@@ -223,25 +199,32 @@ class Keeper:
             self.tell(f"{failed}")
             return failed
         finally:
-            del self._under_way[step.name]
+            self.leave_alone(step.name)
         return None
+
+    def see_to(self, step: Step) -> None:
+        """From now on it is shown as this step will leave it."""
+        self._under_way[step.name] = step
+
+    def leave_alone(self, name: str) -> None:
+        self._under_way.pop(name, None)
 
     async def _do(self, step: Step) -> None:
         match step.do:
             case Do.SPAWN:
-                await self._spawn(step)
+                await self.spawn(step)
             case Do.RESUME:
-                async with self._mesh() as client:
+                async with self.mesh() as client:
                     await client.drain(step.name, undo=True)
                 self.tell(f"{step.name} works again: {step.why}")
             case Do.RETIRE:
-                await self._retire(step)
+                await self.retire(step)
             case Do.REPLACE:
-                await self._retire(step)
-                await self._spawn(step)
+                await self.retire(step)
+                await self.spawn(step)
 
-    async def _spawn(self, step: Step) -> None:
-        kept = self.fleet.named(step.node_class)
+    async def spawn(self, step: Step) -> None:
+        kept = self.older.get(step.fingerprint) or self.fleet.named(step.node_class)
         assert kept is not None, "plans begin nodes of classes that there are"
         began = time.monotonic()
         record = Record(
@@ -254,7 +237,7 @@ class Keeper:
         self.processes.remember(msgspec.structs.replace(record, ready=True, address=address))
         self.tell(f"{step.name} is ready after {time.monotonic() - began:.1f} s")
 
-    async def _retire(self, step: Step) -> None:
+    async def retire(self, step: Step) -> None:
         """What it runs goes elsewhere; a signal lets it finish what does not. Neither needs the broker to be there."""
         kept = self.fleet.named(step.node_class)
         await self._drain(step, undo=False)
@@ -269,7 +252,7 @@ class Keeper:
         if step.node_class == "broker":
             return
         try:
-            async with self._mesh() as client:
+            async with self.mesh() as client:
                 await client.drain(step.name, undo, move=not undo)
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT, Code.UNKNOWN_WORKER):
@@ -312,15 +295,6 @@ def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int
         busy=told["busy"] + told["busy_elsewhere"] if told else 0, slots=told["slots"] if told else record.slots,
         memory_bytes=record.memory_bytes, cores=record.cores, begun_ms=record.begun_ms, note=note,
     )  # fmt: skip
-
-
-def _same(steps: list[Step]) -> int:
-    """How many steps from here on are alike, and may be done together."""
-    first = steps[0]
-    for number, step in enumerate(steps):
-        if step.do is not first.do or step.node_class == "broker":
-            return number
-    return len(steps)
 
 
 def _hosts_of(address: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from llambo.fleet.model import PROVIDERS, Scaling
+from llambo.fleet.model import PROVIDERS, Fleet, Scaling
 from llambo.mesh.settings_table import SECTIONS, Kind, Setting, Value
 
 _MIB = 1024 * 1024
@@ -69,6 +69,14 @@ FLEET = (
     _key("name", Kind.TEXT, "fleet", "name of this fleet"),
     _key("broker", Kind.TEXT, "", "address of the broker; empty: as the settings say"),
     _key("keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; those of the workers are made in it"),
+    _key("max_unavailable", Kind.NUMBER, Fleet().max_unavailable, "of a class, so many are replaced at a time", low=1),
+    _key(
+        "settle_ms",
+        Kind.MS,
+        Fleet().settle_ms,
+        "a new one works for so long before the next is replaced",
+        high=_LONGEST_MS,
+    ),
 )
 HOST = (
     _key("provider", Kind.TEXT, "process", "who keeps what runs there", choices=PROVIDERS),

@@ -92,6 +92,9 @@ class Fleet:
     broker_address: str = ""
     #: The folder of keys that theirs are made in; empty: the mesh has none.
     keys: str = ""
+    #: Of an update: so many of a class at a time, and a new one is to work for so long before the next one goes.
+    max_unavailable: int = 1
+    settle_ms: int = 3_000
     hosts: Mapping[str, Host] = field(default_factory=dict)
     #: Without the broker, in the order of the file, which is their order of precedence.
     classes: Mapping[str, NodeClass] = field(default_factory=dict)

@@ -4,8 +4,9 @@ was decided, without waiting for it.
     look -> what has died -> the book of crashes --+
          -> busy, waiting -> the autoscaler -------+-> plan -> steps, each a task of its own
 
-What a step is about is left alone by later plans until it is done. Settings that are others now are brought to one node
-after the other; after one that fails with them no other gets them, until the file is changed again.
+What a step is about is left alone by later plans until it is done. Settings that are others now are brought to one
+class after the other (see `rolling`). After a worker that is bad with them no other gets them, until the file is
+changed again or they are taken back; whoever has to be begun meanwhile gets those before.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from llambo.fleet import plan as planning
+from llambo.fleet.applying import at_once
 from llambo.fleet.autoscale_core import Autoscaler
 from llambo.fleet.crashes_core import LOOP, Crashes
 from llambo.fleet.keeper import Keeper, Seen
@@ -28,11 +31,15 @@ from llambo.fleet.model import Fleet
 from llambo.fleet.observe import Observer, promised
 from llambo.fleet.plan import Do, Plan, Step, Wanted
 from llambo.fleet.process import Failed
+from llambo.fleet.rolling import Roller
+from llambo.fleet.versions import Book, Versions, as_version
 from llambo.fleet.world import NodeState
 from llambo.mesh.errors import LlamboError
 
 #: Between two looks.
 LOOK_S = 1.0
+#: A model's file that is being copied is not taken for another model before it is whole.
+STILL_S = 10.0
 #: What is told by `llambo fleet status`.
 EVENTS = 50
 #: Written whenever something has changed.
@@ -59,6 +66,10 @@ class Orchestrator:
         self._fleet = fleet = keeper.fleet
         self._keeper = keeper
         self._news = folder / NEWS
+        self._versions = Versions(folder)
+        self._book = Book()
+        self._marks: dict[str, str] = {}
+        self._roller: Roller | None = None
         #: As they were read or written last.
         self._counts: dict[str, int] = {}
         self._tell_outside = tell
@@ -70,8 +81,6 @@ class Orchestrator:
         self._crashes = Crashes()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
-        #: Fingerprints that a node has failed with when it was to be replaced.
-        self._bad: set[str] = set()
         self._refused: tuple[str, ...] = ()
         self._written = ""
 
@@ -86,6 +95,8 @@ class Orchestrator:
                         await stop.wait()
                 except TimeoutError:
                     continue
+            if self._roller is not None:
+                self._roller.work.stop("the orchestrator was told to end")
             if self._tasks:
                 self.tell(f"{len(self._tasks)} steps are under way, and are seen through")
             await asyncio.gather(*self._tasks.values())
@@ -119,8 +130,17 @@ class Orchestrator:
         if (counts := dict(self._scaler.counts)) != self._counts and counts:
             self._paper.remember(counts)
             self._counts = counts
-        wanted = Wanted(counts=counts, barred=self._crashes.barred(now_ms), probed=self._crashes.probed(now_ms))
-        self._begin(planning.make(self._fleet, seen.world, wanted))
+        with self._versions.changing() as book:
+            self._keeper.fleet = book.note(self._fleet, seen.world, STILL_S)
+            self._marks = book.marks(self._keeper.fleet, STILL_S)
+        self._book = book
+        wanted = Wanted(
+            counts=counts,
+            fingerprints=self._marks,
+            barred=self._crashes.barred(now_ms),
+            probed=self._crashes.probed(now_ms),
+        )
+        self._begin(planning.make(self._keeper.fleet, seen.world, wanted))
         self._write(now_ms)
 
     def tell(self, text: str) -> None:
@@ -138,9 +158,8 @@ class Orchestrator:
             self.tell(f"the file is left as it was: {error.text}")
             fleet = None
         if fleet is not None:
-            self._fleet = self._keeper.fleet = fleet
+            self._fleet = fleet
             self._scaler.told(fleet.classes.values())
-            self._bad.clear()
             for node_class in fleet.classes:
                 self._crashes.forgive(node_class)
             self.tell("the file has changed")
@@ -162,6 +181,8 @@ class Orchestrator:
         for record, failed in zip(ended, await self._keeper.bury(ended), strict=True):
             self.tell(f"{failed}")
             self._failed(failed, record.node_class, record.host, now_ms)
+            if self._roller is not None:
+                self._roller.died(failed)
 
     def _failed(self, failed: Failed, node_class: str, host: str, now_ms: int) -> None:
         self._crashes.died(failed.name, node_class, host, failed.how, failed.words, now_ms)
@@ -171,20 +192,23 @@ class Orchestrator:
                 self.tell(f"{node_class} keeps failing on {host}, {loop.failures} times in a row; {again}")
 
     def _begin(self, found: Plan) -> None:
-        replacing = any(name.startswith("replace ") for name in (task.get_name() for task in self._tasks.values()))
-        for step in found.steps:
-            if step.name in self._tasks:
+        old: list[Step] = []
+        rolled = self._roller.under_way if self._roller is not None else set()
+        for step in map(self._as_before, found.steps):
+            if step.name in self._tasks or step.name in rolled:
                 continue
-            if step.do is Do.REPLACE:
-                if replacing or step.fingerprint in self._bad:
-                    continue
-                replacing = True
-            elif step.node_class != "broker" and "broker" in self._tasks:
+            if step.do is Do.REPLACE and step.node_class != "broker":
+                if not self._book.stopped(step.node_class, step.fingerprint):
+                    old.append(step)
+                continue
+            if step.node_class != "broker" and "broker" in self._tasks:
                 continue  # it comes first
             task = asyncio.create_task(self._carry_out(step), name=f"{step.do.value} {step.name}")
             self._tasks[step.name] = task
             if step.node_class == "broker":
                 break
+        if old and self._roller is None and "broker" not in self._tasks:
+            self._roll([step for step in old if step.node_class == old[0].node_class])
         refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in found.refusals)
         # Seconds that are left are counted down in them, which is no news.
         if len(refused) != len(self._refused):
@@ -192,12 +216,42 @@ class Orchestrator:
                 self.tell(text)
         self._refused = refused
 
+    def _as_before(self, step: Step) -> Step:
+        """What is begun while an update stands still is begun as it was before that."""
+        entry, kept = self._book.of(step.node_class), self._fleet.classes.get(step.node_class)
+        stopped = step.do is Do.SPAWN and self._book.stopped(step.node_class, step.fingerprint)
+        if not stopped or kept is None or entry.before is None:
+            return step
+        before = as_version(kept, entry.before)
+        mark = self._book.mark(before, self._fleet, STILL_S)
+        self._keeper.older[mark] = before
+        return replace(step, fingerprint=mark)
+
+    def _roll(self, steps: list[Step]) -> None:
+        node_class = steps[0].node_class
+        marks = {record.name: record.fingerprint for record in self._keeper.processes.records()}
+        count = self._scaler.counts.get(node_class, len(steps))
+        roller = Roller(self._keeper, steps, marks, count, at_once(self._keeper, self._book, node_class))
+        self._roller = roller
+        self.tell(f"{node_class}: {len(steps)} are replaced, {roller.work.max_unavailable} at a time")
+        self._tasks[f"update of {node_class}"] = asyncio.create_task(self._rolled(roller, steps))
+
+    async def _rolled(self, roller: Roller, steps: list[Step]) -> None:
+        try:
+            await roller.run()
+        finally:
+            self._roller = None
+        self.tell(f"{roller.node_class}: {roller.work.summary()}")
+        if roller.work.stopped and roller.failed:
+            with self._versions.changing() as book:
+                book.stop(roller.node_class, steps[0].fingerprint, roller.work.stopped)
+        hosts = {step.name: step.host for step in steps}
+        for failed in roller.failed:
+            self._failed(failed, roller.node_class, hosts[failed.name], _now_ms())
+
     async def _carry_out(self, step: Step) -> None:
-        outcome = await self._keeper.apply(Plan((step,)))
-        for failed in outcome.failed:
-            if step.do is Do.REPLACE:
-                self._bad.add(step.fingerprint)
-                self.tell(f"{step.name} is bad with its new settings: no other {step.node_class} gets them")
+        failed = await self._keeper.carry_out(step)
+        if failed is not None:
             self._failed(failed, step.node_class, step.host, _now_ms())
 
     def _write(self, now_ms: int) -> None:
@@ -206,6 +260,7 @@ class Orchestrator:
             "wanted": dict(self._scaler.counts),
             "held": dict(self._scaler.held),
             "refused": list(self._refused),
+            "update": f"{self._roller.node_class}: {self._roller.work.summary()}" if self._roller else "",
             "loops": [
                 {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
                  "how": one.how, "words": one.words, "again_ms": time.time_ns() // 1_000_000 + one.again_in_ms}

@@ -7,8 +7,7 @@
 
 One class after the other, in the order they are given. What leaves, starts or is being proved counts as unavailable,
 and so does a node that was away before; there are never more than `max_unavailable` of them. After a bad one no other
-is begun; those on the way are seen through. `roll_back` begins the same with what was before, for those that had been
-replaced, the bad one first.
+is begun; those on the way are seen through. To go back is another update, to what was before.
 
 Facts come in by `handle`, orders go out. Whoever has this asks again at `next_wakeup_ms`.
 """
@@ -177,14 +176,6 @@ class Rolling:
     def stop(self, why: str) -> None:
         """By an operator: those on the way are seen through."""
         self.stopped = self.stopped or why
-
-    def roll_back(self) -> Rolling:
-        """The other way, for those that are not what they were. Only when it is over."""
-        assert self.over, "one is still on its way"
-        changed = [node for node in self.nodes if node.step is not Step.OLD]
-        changed.sort(key=lambda node: node.step is not Step.BAD)
-        back = [Replaced(node.name, node.node_class, node.after, node.before) for node in changed]
-        return Rolling(back, self.max_unavailable, self.settle_ms, self.start_ms, _away=dict(self._away))
 
     def summary(self) -> str:
         done = sum(node.step is Step.PROVED for node in self.nodes)

@@ -115,6 +115,7 @@ _FAKE = (
     _fake("load_ms", Kind.MS, 0, "how long it takes to load", high=_LONGEST_MS),
     _fake("load_crash", Kind.TEXT, "never", "die while loading: never, always, or careless: unless told to be careful",
           choices=("never", "careless", "always")),
+    _fake("load_file", Kind.TEXT, "", "load only if there is this file"),
     _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
 )  # fmt: skip
 

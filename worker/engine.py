@@ -70,6 +70,9 @@ def load_fake(configure: proto.Configure, say: Callable[[proto.Progress], None])
     for percent in range(0, 100, FAKE_LOAD_PERCENT) if knobs.load_ms else ():
         say(proto.Progress(f"loading {configure.model}: {percent} %", percent=percent))
         time.sleep(knobs.load_ms * FAKE_LOAD_PERCENT / 100 / 1000)
+    if knobs.load_file and not Path(knobs.load_file).exists():
+        say(proto.Progress(problem=f"there is no file {knobs.load_file}"))
+        sys.exit(proto.CANNOT_LOAD)
     if knobs.load_crash == "always" or (knobs.load_crash == "careless" and not configure.safe):
         suffer("crash")
 

@@ -27,6 +27,8 @@ from llambo.worker.knobs import FakeKnobs, LlamaKnobs
 FRAME_BYTES = 16 * 1024 * 1024
 #: An engine with sequences but without tokens says so this often.
 ALIVE_MS = 500
+#: What an engine that cannot load its model exits with.
+CANNOT_LOAD = 3
 
 _LENGTH = Struct(">I")
 

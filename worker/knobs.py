@@ -45,6 +45,8 @@ class FakeKnobs:
     #: The process dies while it loads: `careless` unless it was told to be careful, as where a machine lacks what a
     #: fast engine needs; or `always`.
     load_crash: LoadCrash = "never"
+    #: It loads only if there is this file; empty: it needs none.
+    load_file: str = ""
     #: A prompt with this text in it kills the process, at the same token whoever runs it; empty: none does.
     poison: str = ""
 

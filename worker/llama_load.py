@@ -7,13 +7,11 @@ import sys
 from collections.abc import Callable
 
 from llambo.worker import defaults, gguf, llama, models
-from llambo.worker.engine_proto import Configure, Progress
+from llambo.worker.engine_proto import CANNOT_LOAD, Configure, Progress
 from llambo.worker.llama_engine import LlamaEngine
 from llambo.worker.prompts import BadPrompt
 from llambo.worker.words import tell
 
-#: What an engine that cannot load its model exits with.
-CANNOT_LOAD = 3
 #: Characters of the progress bar.
 WIDTH = 30
 #: By the number that a model made for embeddings has in its file. Others are not known here.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.commands import LLAMBO, Done, Mesh, Running, by_hand
+from tests.acceptance.commands import LLAMBO, PATIENCE_S, Done, Mesh, Running, by_hand
 from tests.integration.processes import wait_until_gone
 
 FILE = """
@@ -88,9 +89,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
     try:
         yield here
     finally:
-        for pid in here.processes():
-            os.kill(pid, signal.SIGKILL)
-            wait_until_gone(pid, 20)
+        end_all(here)
+
+
+def end_all(here: Site) -> None:
+    for pid in here.processes():
+        os.kill(pid, signal.SIGKILL)
+        wait_until_gone(pid, 20)
 
 
 def did(done: Done) -> list[tuple[str, str]]:
@@ -283,7 +288,10 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         answer = mesh.ok("send", "--class", "tiny", "--max-tokens", "3", "hello")
         assert answer.out.strip()
         leader.line("tiny: scaling up from 0 to 1")
-        assert "scaling up" in mesh.ok("events").out
+        # What it has to tell goes along with its lease, which it renews every second.
+        deadline = time.monotonic() + PATIENCE_S
+        while "scaling up" not in (events := mesh.ok("events").out):
+            assert time.monotonic() < deadline, events
         assert first.processes() and not second.processes()
 
         # The one that stands by takes over when the other one is gone, at the latest when its lease is over.

@@ -1,0 +1,115 @@
+"""Which settings each class has had, and what it goes back to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llambo.fleet.model import Fleet, Host, NodeClass
+from llambo.fleet.versions import FILE, Book, Versions
+from llambo.fleet.world import Node, NodeState, World
+from llambo.mesh.errors import LlamboError
+
+
+def fleet(ctx: int, **more: Any) -> Fleet:
+    tiny = NodeClass(name="tiny", settings={"worker": {"ctx": ctx, **more}}, hosts=("here",), min=2, max=4)
+    return Fleet(hosts={"here": Host(name="here")}, classes={"tiny": tiny})
+
+
+def world(*marks: str, state: NodeState = NodeState.READY) -> World:
+    return World(tuple(
+        Node(name=f"tiny-{number:04}", node_class="tiny", host="here", fingerprint=mark, state=state)
+        for number, mark in enumerate(marks, 1)
+    ))  # fmt: skip
+
+
+def mark(book: Book, said: Fleet) -> str:
+    return book.marks(book.in_force(said))["tiny"]
+
+
+def ctx(said: Fleet) -> object:
+    return said.classes["tiny"].settings["worker"]["ctx"]
+
+
+def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
+    book = Book()
+    book.note(fleet(1), world())
+    one = mark(book, fleet(1))
+    book.note(fleet(2), world(one, one))
+    two = mark(book, fleet(2))
+    # The update stops half-way, and so does the next one: neither is what anybody goes back to.
+    book.note(fleet(3), world(two, one))
+    three = mark(book, fleet(3))
+    assert len({one, two, three}) == 3
+    assert book.take_back("tiny") and book.take_back("tiny"), "a second time it is so already"
+    held = book.note(fleet(3), world(three, one))
+    assert ctx(held) == 1 and mark(book, fleet(3)) == one
+
+    # How many there are is no part of it.
+    more = replace(fleet(3).classes["tiny"], max=9)
+    assert book.in_force(replace(fleet(3), classes={"tiny": more})).classes["tiny"].max == 9
+
+    # Until the file says something else.
+    assert ctx(book.note(fleet(4), world(one, one))) == 4
+    assert not book.of("tiny").refused and book.take_back("tiny") and ctx(book.in_force(fleet(4))) == 1
+
+
+@pytest.mark.parametrize("state", [NodeState.STARTING, NodeState.FAILED])
+def test_what_never_worked_is_nothing_to_go_back_to(state: NodeState) -> None:
+    book = Book()
+    book.note(fleet(1), world())
+    book.note(fleet(2), world(mark(book, fleet(1)), state=state))
+    assert not book.take_back("tiny") and ctx(book.in_force(fleet(2))) == 2
+
+
+def test_a_restart_is_another_fingerprint_and_no_other_version() -> None:
+    book = Book()
+    book.note(fleet(1), world())
+    first = mark(book, fleet(1))
+    book.stop("tiny", first, "it was bad")
+    assert book.stopped("tiny", first) == "it was bad" and not book.stopped("tiny", "another")
+    book.restart("tiny", 3)
+    second = mark(book, fleet(1))
+    assert second != first and not book.stopped("tiny", first) and book.of("tiny").at_once == 3
+    book.note(fleet(1), world(second))
+    assert not book.take_back("tiny")
+
+
+def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"one")
+    said, book = fleet(1, model=str(model)), Book()
+    first = mark(book, said)
+    assert mark(book, said) == first
+    model.unlink()
+    assert mark(book, said) == first, "one that is gone is no other one"
+    model.write_bytes(b"other")
+    second = mark(book, said)
+    assert second != first
+    model.write_bytes(b"a part of a third")
+    assert book.mark(said.classes["tiny"], said, still_s=3_600) == second, "somebody is still writing"
+    os.utime(model, ns=(1, 1))
+    assert book.mark(said.classes["tiny"], said, still_s=3_600) != second
+    # What another machine has under that path is not known here.
+    far = replace(said, hosts={"here": Host(name="here", address="box")})
+    assert mark(book, far) == mark(Book(), far)
+
+
+def test_another_release_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = mark(Book(), fleet(1))
+    monkeypatch.setattr("llambo.__version__", "99.0", raising=False)
+    assert mark(Book(), fleet(1)) != before
+
+
+def test_it_is_written_whole_and_read_again(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    with versions.changing() as book:
+        book.note(fleet(1), world())
+    assert versions.read() == book and book.of("tiny").now is not None
+    (tmp_path / FILE).write_text("{", encoding="ascii")
+    with pytest.raises(LlamboError, match=r"versions\.json cannot be read"):
+        versions.read()
