@@ -61,6 +61,8 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     click.echo()
     nothing = "nothing runs: `llambo fleet apply` begins it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
+    for name, why in found["away"].items():
+        click.echo(harmless(f"{name} is away: {why}"))
     if found["orchestrator"]:
         _show_news(found["orchestrator"])
 
@@ -117,6 +119,7 @@ def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
         "state": str(here.state),
         "orchestrator": read_news(here.state) if here.orchestrator() else None,
         "classes": [_class(kept, nodes, seen) for kept in here.fleet.kept()],
+        "away": seen.away(),
         "nodes": sorted(nodes, key=lambda row: str(row["node"])),
     }
 

@@ -53,6 +53,10 @@ class Seen:
     #: Those that have ended by themselves since the last look.
     ended: list[Record] = field(default_factory=list)
 
+    def away(self) -> dict[str, str]:
+        """Hosts that cannot be asked, and why."""
+        return {name: facts.away for name, facts in self.world.hosts.items() if facts.away}
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -95,7 +99,7 @@ class Keeper:
         self.processes.told_of(self.fleet)
         await self.processes.refresh()
         workers, requests = await self._ask()
-        nodes, ended = [], []
+        nodes, ended, away = [], [], self.processes.problems()
         now_ms = _wall_ms()
         coming = {name: step for name, step in self._under_way.items() if step.do in (Do.SPAWN, Do.REPLACE)}
         for record in self.processes.records():
@@ -108,7 +112,7 @@ class Keeper:
             elif self.processes.pid(record.name) is None and not self._just_begun(record, now_ms):
                 ended.append(record)
             else:
-                nodes.append(_node(record, workers, now_ms))
+                nodes.append(_node(record, workers, now_ms, away.get(record.host, "")))
         nodes += [self._coming(step, now_ms) for step in coming.values()]
         return Seen(World(tuple(nodes), self._hosts(nodes)), workers, requests, ended)
 
@@ -191,7 +195,10 @@ class Keeper:
         for record in ended:
             words = await self.processes.fetch_words(record.name)
             failed.append(Failed(record.name, self.processes.how_it_ended(record.name), words))
-            await self.processes.forget(record.name)
+            try:
+                await self.processes.forget(record.name)
+            except Failed as left:
+                self.tell(f"{left}")  # it is found again at the next look
         return failed
 
     async def apply(self, plan: Plan) -> Outcome:
@@ -279,12 +286,14 @@ class Keeper:
         if kept.is_broker:
             return Told(commands.words(kept, name, keys=self.fleet.keys), {})
         path = self._key(kept.name) if self.fleet.keys else None
-        if self.fleet.hosts[host].address and any(sockets.is_loopback(one) for one in _hosts_of(self.address)):
-            text = f"is to run on {host}, from where no broker is reached at {self.address}"
+        # What the file says is meant for everybody; a broker that is kept here says how it is reached from here.
+        address = self.fleet.broker_address or self.address
+        if self.fleet.hosts[host].address and any(sockets.is_loopback(one) for one in _hosts_of(address)):
+            text = f"is to run on {host}, from where no broker is reached at {address}"
             raise Failed(name, f"{text}: say where it is, as broker in [fleet]", "")
-        words = commands.words(kept, name, broker=self.address, key=str(path or ""))
+        words = commands.words(kept, name, broker=address, key=str(path or ""))
         key = keys.read_private(path) if path else ""
-        return Told(words, commands.environ(kept, broker=self.address), key, kept.cpu_weight)
+        return Told(words, commands.environ(kept, broker=address), key, kept.cpu_weight)
 
     def _key(self, node_class: str) -> Path:
         """One for all workers of a class, whose names begin with its name; it is made if there is none yet."""
@@ -294,9 +303,10 @@ class Keeper:
         return folder.path / ISSUED / f"{node_class}.key"
 
 
-def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int) -> Node:
+def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int, away: str = "") -> Node:
+    """`away`: why its host cannot be asked; what is known of it is what was known last."""
     told = (workers or {}).get(record.name)
-    state, note = NodeState.READY, ""
+    state, note = NodeState.READY, f"{record.host} is away" if away else ""
     if told is not None:
         if told["state"] in ("draining", "drained"):
             state = NodeState.DRAINING
@@ -306,7 +316,7 @@ def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int
         # It lives, and the mesh has not heard of it.
         late = now_ms - record.begun_ms > START_S * 1000
         state = NodeState.FAILED if late else NodeState.STARTING
-        note = f"it is not in the mesh after {START_S:g} s" if late else ""
+        note = note or (f"it is not in the mesh after {START_S:g} s" if late else "")
     return Node(
         name=record.name, node_class=record.node_class, host=record.host, fingerprint=record.fingerprint, state=state,
         busy=told["busy"] + told["busy_elsewhere"] if told else 0, slots=told["slots"] if told else record.slots,

@@ -27,16 +27,18 @@ class Told:
 class Providers:
     def __init__(self, fleet: Fleet, folder: Path) -> None:
         self.processes = Processes(folder)
+        self._folder = folder
         self._units: dict[str, Units] = {}
         self.told_of(fleet)
 
     def told_of(self, fleet: Fleet) -> None:
         """Another file: hosts may have come. One that it does not name any more keeps what runs there."""
         for host in fleet.hosts.values():
-            if host.provider == "systemd" and (
-                host.name not in self._units or self._units[host.name].host.address != host.address
-            ):
-                self._units[host.name] = Units(fleet.name, host)
+            if host.provider != "systemd":
+                continue
+            known = self._units.get(host.name)
+            if known is None or (known.host.address, known.host.user) != (host.address, host.user):
+                self._units[host.name] = Units(fleet.name, host, self._folder)
 
     async def refresh(self) -> None:
         await asyncio.gather(*[units.refresh() for units in self._units.values()])
