@@ -45,7 +45,7 @@ class Top(App[None]):
     TITLE = "llambo top"
     CSS = CSS
     ENABLE_COMMAND_PALETTE = False
-    NOTIFICATION_TIMEOUT = 3
+    NOTIFICATION_TIMEOUT: ClassVar[float] = 3
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("question_mark", "keys", "keys", key_display="?"),
         Binding("d", "drain(False)", "drain"),

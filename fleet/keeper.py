@@ -72,7 +72,7 @@ class Keeper:
         self.fleet = fleet
         self.processes = Providers(fleet, folder)
         self.tell = tell
-        self._connect = connect
+        self.connect = connect
         self._address = address
         self._lasting = False
         self._client: Client | None = None
@@ -166,13 +166,13 @@ class Keeper:
     @contextlib.asynccontextmanager
     async def _mesh(self) -> AsyncIterator[Client]:
         if not self._lasting:
-            async with self._connect(self.address) as client:
+            async with self.connect(self.address) as client:
                 yield client
             return
         async with self._calling:
             if self._client is None or self._client_of != self.address:
                 await self._hang_up()
-                client, self._client_of = self._connect(self.address), self.address
+                client, self._client_of = self.connect(self.address), self.address
                 await client.connect()
                 self._client = client
         try:

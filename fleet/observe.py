@@ -15,6 +15,7 @@ from llambo.fleet.autoscale_core import Seen
 from llambo.fleet.model import Fleet, NodeClass
 from llambo.fleet.placement import Placement
 from llambo.fleet.world import World
+from llambo.mesh.classes import class_of, in_class
 
 
 @dataclass(slots=True)
@@ -33,15 +34,17 @@ class Observer:
             nodes = world.of(kept.name)
             own = [workers[node.name] for node in nodes if node.name in workers]
             models = _models(kept, own)
-            mine = [request for request in waits if request["model"] in models]
+            # Who has asked for this class means it; the others are shared out.
+            own_waits = [request for request in waits if class_of(request["model"]) == kept.name]
             share = _share(kept, fleet, world, workers, models)
+            others = [one for one in waits if one["model"] in models and not class_of(one["model"])] if share else []
             found.append(
                 Seen(
                     node_class=kept.name,
                     workers=sum(node.counts for node in nodes),
                     busy=sum(worker["busy"] + worker["busy_elsewhere"] for worker in own),
-                    waiting=round(len(mine) * share),
-                    waited_ms=max((request["age_ms"] for request in mine), default=0) if share else 0,
+                    waiting=len(own_waits) + round(len(others) * share),
+                    waited_ms=max((request["age_ms"] for request in (*own_waits, *others)), default=0),
                     done=self._done(kept.name, own),
                     room=room.fit(kept, kept.max),
                 )
@@ -64,7 +67,13 @@ def _models(kept: NodeClass, workers: list[dict[str, Any]]) -> set[str]:
     told = {model for worker in workers for model in worker["models"]}
     settings = kept.settings.get("worker", {})
     model = PurePath(str(settings.get("model", ""))).name.removesuffix(".gguf")
-    return told or {model or ("fake" if settings.get("engine") == "fake" else "smollm2")}
+    name = model or ("fake" if settings.get("engine") == "fake" else "smollm2")
+    return told or {name, in_class(name, kept.name)}
+
+
+def promised(fleet: Fleet) -> set[str]:
+    """Models that somebody may ask for though no worker has them yet: of the classes that may be down to none."""
+    return {model for kept in fleet.classes.values() if kept.min == 0 and kept.max for model in _models(kept, [])}
 
 
 def _share(

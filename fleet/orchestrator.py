@@ -1,4 +1,5 @@
-"""The orchestrator: it looks every second, decides, and has done what was decided, without waiting for it.
+"""The orchestrator: as long as it has the lease (see `leadership`) it looks every second, decides, and has done what
+was decided, without waiting for it.
 
     look -> what has died -> the book of crashes --+
          -> busy, waiting -> the autoscaler -------+-> plan -> steps, each a task of its own
@@ -22,8 +23,9 @@ from llambo.fleet import plan as planning
 from llambo.fleet.autoscale_core import Autoscaler
 from llambo.fleet.crashes_core import LOOP, Crashes
 from llambo.fleet.keeper import Keeper, Seen
+from llambo.fleet.leadership import Leadership
 from llambo.fleet.model import Fleet
-from llambo.fleet.observe import Observer
+from llambo.fleet.observe import Observer, promised
 from llambo.fleet.plan import Do, Plan, Step, Wanted
 from llambo.fleet.process import Failed
 from llambo.fleet.world import NodeState
@@ -63,6 +65,8 @@ class Orchestrator:
         keeper.tell = self.tell
         self._scaler = Autoscaler(fleet.classes.values())
         self._observer = Observer()
+        self._lead = Leadership(keeper.connect)
+        self._led: bool | None = None
         self._crashes = Crashes()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
@@ -75,7 +79,8 @@ class Orchestrator:
         """Until it is told to stop. Steps under way are seen through; nodes go on without it."""
         try:
             while not stop.is_set():
-                await self.turn()
+                if await self._may_act():
+                    await self.turn()
                 try:
                     async with asyncio.timeout(LOOK_S):
                         await stop.wait()
@@ -85,9 +90,19 @@ class Orchestrator:
                 self.tell(f"{len(self._tasks)} steps are under way, and are seen through")
             await asyncio.gather(*self._tasks.values())
         finally:
+            await self._lead.give_back()
             for task in self._tasks.values():
                 task.cancel()
             self._news.unlink(missing_ok=True)
+
+    async def _may_act(self) -> bool:
+        """Whether the lease is ours; or there is no broker to ask for it, because we are the one who keeps it."""
+        await self._lead.renew(self._keeper.address, promised(self._fleet), acting=bool(self._led))
+        leads = self._lead.leads or (not self._lead.asked and self._fleet.broker is not None)
+        if leads != self._led:
+            self._led = leads
+            self._tell_outside("keeps it from now on" if leads else f"stands by: {self._lead.why}")
+        return leads
 
     async def turn(self) -> None:
         seen = await self._keeper.look()
@@ -110,6 +125,7 @@ class Orchestrator:
 
     def tell(self, text: str) -> None:
         self._events.append((time.time_ns() // 1_000_000, text))
+        self._lead.tell(text)
         self._tell_outside(text)
 
     # --- inside ----------------------------------------------------------------------------------------

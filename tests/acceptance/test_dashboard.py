@@ -170,7 +170,6 @@ def test_a_broker_that_is_gone_is_said_and_another_one_is_shown(chromium: Any) -
 
 
 def test_the_playground_streams_by_keyboard(look: Look) -> None:
-    look.page.focus("#prompt")
     look.page.fill("#max-tokens", "90")
     look.page.focus("#prompt")
     look.ask("""() => { window.lengths = new Set();
@@ -268,7 +267,6 @@ def test_what_the_mesh_says_is_text(chromium: Any) -> None:
 
 
 def told_as_text(look: Look) -> None:
-    """Everywhere such a name can come to."""
     page = look.page
     page.locator("#requests-table tr[data-over=false] .sub", has_text=SMUGGLED).first.wait_for()
     assert SMUGGLED in page.locator("#places .title").all_inner_texts()

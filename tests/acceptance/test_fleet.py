@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.commands import LLAMBO, Done, Mesh, Running
+from tests.acceptance.commands import LLAMBO, Done, Mesh, Running, by_hand
 from tests.integration.processes import wait_until_gone
 
 FILE = """
@@ -44,6 +44,7 @@ class Site:
     """A fleet.toml and its folder of state; the commands are run on them."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.file, self.state = folder / "fleet.toml", folder / "state"
         self.write(FILE)
 
@@ -252,15 +253,50 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
     site.ok("down")
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("[classes.tiny]\nmemry = 3\n", "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"),
-        ('[classes.tiny]\nmemory = "1GiB"\n[hosts.x]\nprovider = "systemd"\nmemory = "1GiB"\ncores = 1\n',
-         "[hosts.x]: the provider systemd is not there yet; use process"),
-    ],
-)  # fmt: skip
-def test_a_wrong_file_is_told_with_its_line(site: Site, text: str, told: str) -> None:
-    site.write(text)
+FAR = """
+[hosts.here]
+memory = "4GiB"
+cores = 8
+[classes.tiny]
+engine = "fake"
+memory = "100MiB"
+min = 0
+max = 2
+[classes.tiny.scale]
+idle_ms = 600000
+"""
+
+
+def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> None:
+    """Each has a folder of its own, as on two machines; what keeps them apart is the broker."""
+    first, second = Site(tmp_path / "a"), Site(tmp_path / "b")
+    with by_hand() as (mesh, _, _), ExitStack() as both:
+        words = ["--broker", mesh.address, "fleet", "run"]
+        for site in (first, second):
+            site.write(FAR)
+        leader = both.enter_context(Running(LLAMBO, *words, *first.flags()))
+        leader.line("keeps it from now on")
+        other = both.enter_context(Running(LLAMBO, *words, *second.flags()))
+        other.line("stands by: fleet .* keeps it")
+
+        # Nobody serves it, and it is not refused: it waits for the worker that is begun for it.
+        answer = mesh.ok("send", "--class", "tiny", "--max-tokens", "3", "hello")
+        assert answer.out.strip()
+        leader.line("tiny: scaling up from 0 to 1")
+        assert "scaling up" in mesh.ok("events").out
+        assert first.processes() and not second.processes()
+
+        # The one that stands by takes over when the other one is gone, at the latest when its lease is over.
+        leader.signal(signal.SIGKILL)
+        leader.end()
+        other.line("keeps it from now on")
+        assert not second.processes(), "its worker is there, and serves"
+        for pid in first.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_wrong_file_is_told_with_its_line(site: Site) -> None:
+    site.write("[classes.tiny]\nmemry = 3\n")
     done = site.fleet("plan")
+    told = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
     assert done.code == 2 and told in done.err, done.story

@@ -140,12 +140,13 @@ def test_tab_completes_commands_workers_and_requests(mesh: Mesh) -> None:
         shell.until(PROMPT)
         shell.press("drain wor" + TAB)
         shell.until("worker-2")  # both are offered
-        shell.press(CTRL_C + CTRL_D)
+        shell.press(CTRL_C)
+        shell.line("exit")
         assert shell.end() == Exit.OK
 
 
 def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Mesh, tmp_path: Path) -> None:
-    for typed in ("set seed 4711\r", "\x1b[A\r"):
+    for typed in ("set seed 4711\r", "\x1b[A\x1b[A\r"):
         with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
             shell.until(PROMPT)
             shell.press(typed)
@@ -153,11 +154,11 @@ def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Mesh,
             shell.line("set")
             shell.until(r"seed +4711 +set")
             shell.until(PROMPT)
-            shell.press("\x1b[A\x1b[A")  # so that the next shell finds it as its last line
+            shell.press("\x1b[A\x1b[A")  # so that the next shell finds it before `exit`
             shell.until("4711")
             shell.press("\r")
             shell.until(PROMPT)
-            shell.press(CTRL_D)
+            shell.line("exit")
             assert shell.end() == Exit.OK
     kept = tmp_path / "llambo" / "shell_history"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -178,7 +179,7 @@ def test_a_broker_that_is_lost_is_said_above_the_prompt_and_so_is_its_return() -
                 shell.line("us")
                 shell.until("workers +0 ready of 0")
                 shell.until(PROMPT)
-                shell.press(CTRL_D)
+                shell.line("exit")
                 assert shell.end() == Exit.OK
 
 

@@ -6,11 +6,13 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llambo.gateway.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, call_id, collect
 
+#: How fast this machine is just now is not what is tried here.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEED = "00" * 16
 ID = call_id(SEED, 0)
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
@@ -129,6 +131,7 @@ PARTS = st.sampled_from(
 )  # fmt: skip
 
 
+@UNHURRIED
 @given(st.lists(PARTS, max_size=12), st.data())
 def test_however_the_text_is_cut_it_says_the_same(parts: list[str], data: st.DataObject) -> None:
     text = "".join(parts)
@@ -137,6 +140,7 @@ def test_however_the_text_is_cut_it_says_the_same(parts: list[str], data: st.Dat
     assert parse(*pieces) == parse(*text) == parse(text)
 
 
+@UNHURRIED
 @given(st.dictionaries(st.text(max_size=8), st.recursive(st.text() | st.integers() | st.booleans(),
                                                          lambda inner: st.lists(inner, max_size=3), max_leaves=5),
                        max_size=4), st.sampled_from([None, 2]))  # fmt: skip
