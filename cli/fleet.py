@@ -60,7 +60,7 @@ llambo fleet down
     examples=EXAMPLES,
 )
 def fleet() -> None:
-    """Keep as many workers as fleet.toml says, on this machine."""
+    """Keep as many workers as fleet.toml says, here and on other hosts."""
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)

@@ -14,6 +14,7 @@ import msgspec
 
 from llambo.fleet import commands, machine
 from llambo.fleet.model import Fleet, NodeClass
+from llambo.fleet.nodes import START_S, node_of
 from llambo.fleet.plan import Do, Plan, Step
 from llambo.fleet.process import Failed, Record
 from llambo.fleet.providers import Providers, Told
@@ -26,8 +27,6 @@ from llambo.mesh.keyring import ISSUED, Folder
 from llambo.mesh.settings_table import SECTIONS
 from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 
-#: A node that is not ready after so long has failed: it loads its model meanwhile.
-START_S = 300.0
 #: How many are begun or ended at a time.
 AT_ONCE = 8
 #: From then on it says that it lives, which takes a Python that starts.
@@ -78,6 +77,8 @@ class Keeper:
         self._client: Client | None = None
         self._client_of = ""
         self._calling = asyncio.Lock()
+        #: When each was in the mesh last, or was on its way there for its manager has begun it again.
+        self._met: dict[str, int] = {}
         #: What is being done to whom, or is about to be.
         self._under_way: dict[str, Step] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -108,11 +109,14 @@ class Keeper:
             if step is not None:
                 # It is as the step will leave it: about to be, or about to be gone, and nobody takes that back.
                 about = NodeState.DRAINING if step.do is Do.RETIRE else NodeState.STARTING
-                nodes.append(replace(_node(record, workers, now_ms), state=about))
+                nodes.append(replace(node_of(record, workers, now_ms, since_ms=now_ms), state=about))
             elif self.processes.pid(record.name) is None and not self._just_begun(record, now_ms):
                 ended.append(record)
             else:
-                nodes.append(_node(record, workers, now_ms, away.get(record.host, "")))
+                if record.name in (workers or {}) or self.processes.starting(record.name):
+                    self._met[record.name] = now_ms
+                since_ms = max(record.begun_ms, self._met.get(record.name, 0))
+                nodes.append(node_of(record, workers, now_ms, since_ms=since_ms, away=away.get(record.host, "")))
         nodes += [self._coming(step, now_ms) for step in coming.values()]
         return Seen(World(tuple(nodes), self._hosts(nodes)), workers, requests, ended)
 
@@ -301,27 +305,6 @@ class Keeper:
         if not folder.ring().named(node_class):
             folder.add(Identity(node_class, "worker"), _wall_ms() // 1000)
         return folder.path / ISSUED / f"{node_class}.key"
-
-
-def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int, away: str = "") -> Node:
-    """`away`: why its host cannot be asked; what is known of it is what was known last."""
-    told = (workers or {}).get(record.name)
-    state, note = NodeState.READY, f"{record.host} is away" if away else ""
-    if told is not None:
-        if told["state"] in ("draining", "drained"):
-            state = NodeState.DRAINING
-        elif told["state"] in ("loading", "joining"):
-            state = NodeState.STARTING
-    elif workers is not None and record.node_class != "broker":
-        # It lives, and the mesh has not heard of it.
-        late = now_ms - record.begun_ms > START_S * 1000
-        state = NodeState.FAILED if late else NodeState.STARTING
-        note = note or (f"it is not in the mesh after {START_S:g} s" if late else "")
-    return Node(
-        name=record.name, node_class=record.node_class, host=record.host, fingerprint=record.fingerprint, state=state,
-        busy=told["busy"] + told["busy_elsewhere"] if told else 0, slots=told["slots"] if told else record.slots,
-        memory_bytes=record.memory_bytes, cores=record.cores, begun_ms=record.begun_ms, note=note,
-    )  # fmt: skip
 
 
 def _same(steps: list[Step]) -> int:

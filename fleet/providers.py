@@ -59,6 +59,11 @@ class Providers:
     def pid(self, name: str) -> int | None:
         return self._of(name).pid(name)
 
+    def starting(self, name: str) -> bool:
+        """Its manager has begun it, perhaps again, and waits for it to be ready."""
+        there = self._of(name)
+        return isinstance(there, Units) and there.starting(name)
+
     def ours(self, name: str) -> bool:
         return self.processes.ours(name)
 

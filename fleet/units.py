@@ -122,6 +122,8 @@ class Unit:
     alive: bool
     pid: int = 0
     how: str = ""
+    #: It is not ready yet, for the first time or once more.
+    starting: bool = False
 
 
 class Units:
@@ -178,6 +180,10 @@ class Units:
         """None: the manager has given it up, or nobody has begun it since the host was booted."""
         unit = self._units.get(name)
         return unit.pid if unit is not None and unit.alive else None
+
+    def starting(self, name: str) -> bool:
+        unit = self._units.get(name)
+        return unit is not None and unit.starting
 
     def how_it_ended(self, name: str) -> str:
         unit = self._units.get(name)
@@ -312,7 +318,7 @@ def _unit(block: str) -> tuple[str, Unit]:
     # One that is about to be begun again is the manager's affair.
     alive = told.get("ActiveState") in ("active", "activating", "reloading", "deactivating")
     how = f"ended: {told.get('Result', '')}, status {told.get('ExecMainStatus', '')}"
-    return name, Unit(alive, int(told.get("MainPID") or 0), how)
+    return name, Unit(alive, int(told.get("MainPID") or 0), how, told.get("ActiveState") == "activating")
 
 
 def _quoted(value: str) -> str:
