@@ -572,13 +572,14 @@ def test_the_demo_shows_a_stream_that_survives_its_worker() -> None:
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=2 * PATIENCE_S,
+        timeout=6 * PATIENCE_S,
         check=False,
     )  # fmt: skip
 
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert "kill -9" in done.stdout
     assert "moved 1 time" in done.stdout
+    assert "dashboard: http://127.0.0.1:" in done.stdout and '"object":"chat.completion"' in done.stdout
 
 
 def test_a_mesh_answers_over_http_and_its_gateway_is_started_again() -> None:
