@@ -73,6 +73,7 @@ class Orchestrator:
         #: Fingerprints that a node has failed with when it was to be replaced.
         self._bad: set[str] = set()
         self._refused: tuple[str, ...] = ()
+        self._away: dict[str, str] = {}
         self._written = ""
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -110,6 +111,7 @@ class Orchestrator:
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
         self._read(now_ms)
+        self._heed_hosts(seen.away())
         await self._heed_the_dead(seen, now_ms)
         if seen.workers is not None:
             observed = self._observer.seen(self._fleet, seen.world, seen.workers, seen.requests)
@@ -149,6 +151,13 @@ class Orchestrator:
                 self._scaler.operator_wants(name, count, now_ms)
                 self._counts[name] = count
                 self.tell(f"{name}: {count} are wanted, somebody says")
+
+    def _heed_hosts(self, away: dict[str, str]) -> None:
+        for name in sorted(away.keys() - self._away.keys()):
+            self.tell(f"{name} is away: {away[name]}")
+        for name in sorted(self._away.keys() - away.keys()):
+            self.tell(f"{name} is back")
+        self._away = away
 
     async def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
         ready = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from tests.integration.far_hosts import BOX, Box, Far
+from tests.integration.manager import PATIENCE_S
+from tests.integration.processes import line_of
 from tests.integration.test_systemd import LLAMBO
 
 FILE = f"""
@@ -97,6 +100,17 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         made.close()
 
 
+def heard(process: subprocess.Popen[str], text: str) -> str:
+    """All that it says until then."""
+    said = ""
+    while text not in said:
+        try:
+            said += line_of(process, PATIENCE_S)
+        except AssertionError as error:
+            raise AssertionError(f"nothing of {text!r}: {error}\n{said}") from error
+    return said
+
+
 def llambo(rig: Rig, *words: str) -> None:
     rig.box.manager.run(LLAMBO, *words)
 
@@ -181,6 +195,20 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
         "tiny-0001": ("far1", "ready"), "tiny-0002": ("far2", "ready"), "tiny-0003": ("far1", "ready")
     }  # fmt: skip
     assert after["tiny-0001"]["pid"] == pids["tiny-0001"]
+
+    # The orchestrator tells the same, and begins nothing either.
+    orchestrator = rig.box.manager.begin(LLAMBO, "fleet", "run", *PLACE)
+    said = heard(orchestrator, "keeping rig")
+    far1.switch_off()
+    said += heard(orchestrator, "far1 is away: it cannot be asked: ")
+    far1.switch_on()
+    said += heard(orchestrator, "far1 is back")
+    for name in ("tiny-0001", "tiny-0003"):
+        far1.on.told("READY=1", [f"llambo-worker@{name}.service"])
+    rig.box.manager.run("kill", str(rig.fleet("status")["orchestrator"]["pid"]))
+    said += orchestrator.communicate(timeout=PATIENCE_S)[0]
+    assert "is ready after" not in said and "has left" not in said, said
+    assert rig.nodes().keys() == after.keys()
 
     assert sorted(rig.fleet("down")["ended"]) == ["broker", "tiny-0001", "tiny-0002", "tiny-0003"]
     assert (far1.files(), far2.files()) == ({}, {})
