@@ -27,6 +27,8 @@ from llambo.mesh.keyring import ISSUED, Folder
 from llambo.mesh.settings_table import SECTIONS
 from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 
+#: Who looks again and again waits no longer for a host: a lease is to be renewed meanwhile.
+LOOK_S = 2.0
 #: How many are begun or ended at a time.
 AT_ONCE = 8
 #: From then on it says that it lives, which takes a Python that starts.
@@ -98,7 +100,7 @@ class Keeper:
 
     async def look(self) -> Seen:
         self.processes.told_of(self.fleet)
-        await self.processes.refresh()
+        await self.processes.refresh(LOOK_S if self._lasting else None)
         workers, requests = await self._ask()
         nodes, ended, away = [], [], self.processes.problems()
         now_ms = _wall_ms()

@@ -106,7 +106,10 @@ class Orchestrator:
         return leads
 
     async def turn(self) -> None:
+        led = self._lead.leads
         seen = await self._keeper.look()
+        if led and not self._lead.leads and not await self._may_act():
+            return  # it took so long that somebody else keeps it now
         now_ms = _now_ms()
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # a fault of ours is not to be overlooked

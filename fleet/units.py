@@ -142,17 +142,23 @@ class Units:
         self._words: dict[str, str] = {}
         #: Those that something is being done to.
         self._changing: Counter[str] = Counter()
+        #: Those that something was done to since it was asked last.
+        self._touched: set[str] = set()
+        #: Whether it was, to the end, whatever has come of it.
+        self.asked = False
         #: Why it cannot be reached; then what was known of it last is all there is.
         self.problem = ""
 
     async def refresh(self) -> None:
         """Ask the host what there is."""
-        begun = set(self._changing)
+        self._touched = set(self._changing)
         try:
             said = await self._run(_LIST, within_s=ASK_S)
         except LlamboError as error:
+            self.asked = True
             self.problem = f"it cannot be asked: {error.text}"
             return
+        self.asked = True
         files, _, shown = said.partition("\n\n")
         self._dir, *lines = files.splitlines()
         try:
@@ -166,11 +172,14 @@ class Units:
             return
         self.problem = ""
         # What was begun while it was asked is not in its answer, and what was ended meanwhile still is.
-        ours = begun | set(self._changing)
+        ours = self._touched
         self._records = {record.name: record for record in found if record.name not in ours} | {
             name: record for name, record in self._records.items() if name in ours
         }
-        self._units = dict(_unit(block) for block in shown.split("\n\n") if "Id=" in block)
+        told = dict(_unit(block) for block in shown.split("\n\n") if "Id=" in block)
+        self._units = {name: unit for name, unit in told.items() if name not in ours} | {
+            name: unit for name, unit in self._units.items() if name in ours
+        }
         self._remember()
 
     def records(self) -> list[Record]:
@@ -270,6 +279,7 @@ class Units:
     @contextlib.contextmanager
     def _at_work_on(self, name: str) -> Iterator[None]:
         self._changing[name] += 1
+        self._touched.add(name)
         try:
             yield
         finally:

@@ -1,22 +1,26 @@
 """What becomes of a node when ssh breaks off, or the manager refuses, in the middle of something.
 
 In place of both are doubles in PATH. `ssh` runs what it is told here; it fails for as long as there is a file `cut`,
-and if that has text, only for what contains it. `systemctl` refuses while there is a file `refuse`.
+and if that has text, only for what contains it. It hangs while there is a pipe `hang`. `systemctl` refuses while there
+is a file `refuse`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
 
-from llambo.fleet.model import Host
+from llambo.fleet.model import Fleet, Host
 from llambo.fleet.process import Failed, Record
+from llambo.fleet.providers import Providers
 from llambo.fleet.units import Units
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done
+if [ -p "$DOUBLES/hang" ]; then read -r word < "$DOUBLES/hang"; fi
 if [ -e "$DOUBLES/cut" ] && printf %s "$last" | grep -qF -- "$(cat "$DOUBLES/cut")"; then
     echo 'ssh: connect to host far port 22: No route to host' >&2
     exit 255
@@ -102,6 +106,28 @@ def test_one_that_could_not_be_ended_is_still_there_and_is_ended_the_next_time(f
         (far.folder / obstacle).unlink()
     asyncio.run(far.units().end("tiny-0001", 1))
     assert (far.files(), far.units().records()) == (set(), [])
+
+
+def test_a_host_that_hangs_keeps_nobody_waiting_and_what_it_says_counts_when_it_comes(far: Far) -> None:
+    far.spawn(far.units())
+    host = Host(name="far", provider="systemd", address="far", user=True)
+
+    async def work() -> None:
+        providers = Providers(Fleet(name="rig", hosts={"far": host}), far.folder / "state")
+        await providers.refresh(0)  # the first time all are waited for
+        assert providers.pid("tiny-0001") == 17
+        os.mkfifo(far.folder / "hang")
+        (far.folder / "cut").write_text("")
+        for _ in range(2):
+            await providers.refresh(0.01)
+            assert (providers.pid("tiny-0001"), providers.problems()) == (17, {})
+        async with asyncio.timeout(30):
+            await asyncio.to_thread((far.folder / "hang").write_text, "on\n")
+            await providers.refresh()
+        assert "No route to host" in providers.problems()["far"]
+        assert [record.name for record in providers.records()] == ["tiny-0001"]
+
+    asyncio.run(work())
 
 
 def test_a_file_that_somebody_has_spoilt_is_told_and_nothing_is_taken_for_gone(far: Far) -> None:
