@@ -62,7 +62,7 @@ llambo fleet down
     examples=EXAMPLES,
 )
 def fleet() -> None:
-    """Keep as many workers as fleet.toml says, on this machine."""
+    """Keep as many workers as fleet.toml says, here and on other hosts."""
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)
@@ -76,11 +76,13 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     The exit status is 0 also if there is something to do.
     """
     here = site(common, file, state)
-    found = run(_plan(here, here.keeper(_say)))
+    found, away = run(_plan(here, here.keeper(_say)))
     if as_json:
-        show_json(_as_json(found))
+        show_json(_as_json(found) | {"away": away})
         return
     _show(found)
+    for name, why in away.items():
+        click.echo(harmless(f"{name} is away: {why}"))
 
 
 @click.command(cls=Command, examples=APPLY_EXAMPLES)
@@ -164,12 +166,12 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 # --- inside --------------------------------------------------------------------------------------------
 
 
-async def _plan(here: Site, keeper: Keeper) -> Plan:
+async def _plan(here: Site, keeper: Keeper) -> tuple[Plan, dict[str, str]]:
     from llambo.fleet import plan as planning
 
     seen = await keeper.look()
     wanted = here.settle(keeper, seen.world, write=False)
-    return planning.make(keeper.fleet, seen.world, wanted)
+    return planning.make(keeper.fleet, seen.world, wanted), seen.away()
 
 
 def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
@@ -182,15 +184,18 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
         if wanted := counts():
             here.want(wanted)
 
-        async def work() -> tuple[Plan, list[Failed], Outcome]:
+        async def work() -> tuple[Plan, dict[str, str], list[Failed], Outcome]:
             seen = await keeper.look()
+            for name, why in seen.away().items():
+                keeper.tell(f"{name} is away: {why}")
             wanted = here.settle(keeper, seen.world, write=True)
             found = planning.make(keeper.fleet, seen.world, wanted)
-            return found, await keeper.bury(seen.ended), await apply(keeper, found, seen.world, here.versions())
+            buried = await keeper.bury(seen.ended)
+            return found, seen.away(), buried, await apply(keeper, found, seen.world, here.versions())
 
-        found, buried, outcome = run(work())
+        found, away, buried, outcome = run(work())
     if as_json:
-        told = _as_json(found) | {"done": len(outcome.done), "stopped": outcome.stopped}
+        told = _as_json(found) | {"done": len(outcome.done), "stopped": outcome.stopped, "away": away}
         lists = {"failed": outcome.failed, "ended": buried}
         show_json(told | {name: [_failure(one) for one in found] for name, found in lists.items()})
     else:

@@ -63,6 +63,8 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
     for row in found["updates"]:
         click.echo(harmless(f"\n{row['class']}: {row['note']}"))
+    for name, why in found["away"].items():
+        click.echo(harmless(f"{name} is away: {why}"))
     if found["orchestrator"]:
         _show_news(found["orchestrator"])
 
@@ -122,6 +124,7 @@ def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
         "orchestrator": read_news(here.state) if here.orchestrator() else None,
         "updates": _updates(book, marks),
         "classes": [_class(kept, nodes, seen) for kept in here.fleet.kept()],
+        "away": seen.away(),
         "nodes": sorted(nodes, key=lambda row: str(row["node"])),
     }
 

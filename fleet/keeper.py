@@ -14,6 +14,7 @@ import msgspec
 
 from llambo.fleet import commands, machine
 from llambo.fleet.model import Fleet, NodeClass
+from llambo.fleet.nodes import START_S, node_of
 from llambo.fleet.plan import Do, Step
 from llambo.fleet.process import Failed, Record
 from llambo.fleet.providers import Providers, Told
@@ -26,8 +27,8 @@ from llambo.mesh.keyring import ISSUED, Folder
 from llambo.mesh.settings_table import SECTIONS
 from llambo.mesh.sockets import DEFAULT_PORT, endpoint
 
-#: A node that is not ready after so long has failed: it loads its model meanwhile.
-START_S = 300.0
+#: Who looks again and again waits no longer for a host: a lease is to be renewed meanwhile.
+LOOK_S = 2.0
 #: How many are begun or ended at a time.
 AT_ONCE = 8
 #: From then on it says that it lives, which takes a Python that starts.
@@ -53,6 +54,10 @@ class Seen:
     #: Those that have ended by themselves since the last look.
     ended: list[Record] = field(default_factory=list)
 
+    def away(self) -> dict[str, str]:
+        """Hosts that cannot be asked, and why."""
+        return {name: facts.away for name, facts in self.world.hosts.items() if facts.away}
+
 
 class Keeper:
     """Of all hosts, whoever their provider is."""
@@ -70,6 +75,8 @@ class Keeper:
         self._client: Client | None = None
         self._client_of = ""
         self._calling = asyncio.Lock()
+        #: When each was in the mesh last, or was on its way there for its manager has begun it again.
+        self._met: dict[str, int] = {}
         #: What is being done to whom, or is about to be.
         self._under_way: dict[str, Step] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
@@ -89,9 +96,9 @@ class Keeper:
 
     async def look(self) -> Seen:
         self.processes.told_of(self.fleet)
-        await self.processes.refresh()
+        await self.processes.refresh(LOOK_S if self._lasting else None)
         workers, requests = await self._ask()
-        nodes, ended = [], []
+        nodes, ended, away = [], [], self.processes.problems()
         now_ms = _wall_ms()
         coming = {name: step for name, step in self._under_way.items() if step.do in (Do.SPAWN, Do.REPLACE)}
         for record in self.processes.records():
@@ -100,11 +107,14 @@ class Keeper:
             if step is not None:
                 # It is as the step will leave it: about to be, or about to be gone, and nobody takes that back.
                 about = NodeState.DRAINING if step.do is Do.RETIRE else NodeState.STARTING
-                nodes.append(replace(_node(record, workers, now_ms), state=about))
+                nodes.append(replace(node_of(record, workers, now_ms, since_ms=now_ms), state=about))
             elif self.processes.pid(record.name) is None and not self._just_begun(record, now_ms):
                 ended.append(record)
             else:
-                nodes.append(_node(record, workers, now_ms))
+                if record.name in (workers or {}) or self.processes.starting(record.name):
+                    self._met[record.name] = now_ms
+                since_ms = max(record.begun_ms, self._met.get(record.name, 0))
+                nodes.append(node_of(record, workers, now_ms, since_ms=since_ms, away=away.get(record.host, "")))
         nodes += [self._coming(step, now_ms) for step in coming.values()]
         return Seen(World(tuple(nodes), self._hosts(nodes)), workers, requests, ended)
 
@@ -187,7 +197,10 @@ class Keeper:
         for record in ended:
             words = await self.processes.fetch_words(record.name)
             failed.append(Failed(record.name, self.processes.how_it_ended(record.name), words))
-            await self.processes.forget(record.name)
+            try:
+                await self.processes.forget(record.name)
+            except Failed as left:
+                self.tell(f"{left}")  # it is found again at the next look
         return failed
 
     async def carry_out(self, step: Step) -> Failed | None:
@@ -262,12 +275,14 @@ class Keeper:
         if kept.is_broker:
             return Told(commands.words(kept, name, keys=self.fleet.keys), {})
         path = self._key(kept.name) if self.fleet.keys else None
-        if self.fleet.hosts[host].address and any(sockets.is_loopback(one) for one in _hosts_of(self.address)):
-            text = f"is to run on {host}, from where no broker is reached at {self.address}"
+        # What the file says is meant for everybody; a broker that is kept here says how it is reached from here.
+        address = self.fleet.broker_address or self.address
+        if self.fleet.hosts[host].address and any(sockets.is_loopback(one) for one in _hosts_of(address)):
+            text = f"is to run on {host}, from where no broker is reached at {address}"
             raise Failed(name, f"{text}: say where it is, as broker in [fleet]", "")
-        words = commands.words(kept, name, broker=self.address, key=str(path or ""))
+        words = commands.words(kept, name, broker=address, key=str(path or ""))
         key = keys.read_private(path) if path else ""
-        return Told(words, commands.environ(kept, broker=self.address), key, kept.cpu_weight)
+        return Told(words, commands.environ(kept, broker=address), key, kept.cpu_weight)
 
     def _key(self, node_class: str) -> Path:
         """One for all workers of a class, whose names begin with its name; it is made if there is none yet."""
@@ -275,26 +290,6 @@ class Keeper:
         if not folder.ring().named(node_class):
             folder.add(Identity(node_class, "worker"), _wall_ms() // 1000)
         return folder.path / ISSUED / f"{node_class}.key"
-
-
-def _node(record: Record, workers: dict[str, dict[str, Any]] | None, now_ms: int) -> Node:
-    told = (workers or {}).get(record.name)
-    state, note = NodeState.READY, ""
-    if told is not None:
-        if told["state"] in ("draining", "drained"):
-            state = NodeState.DRAINING
-        elif told["state"] in ("loading", "joining"):
-            state = NodeState.STARTING
-    elif workers is not None and record.node_class != "broker":
-        # It lives, and the mesh has not heard of it.
-        late = now_ms - record.begun_ms > START_S * 1000
-        state = NodeState.FAILED if late else NodeState.STARTING
-        note = f"it is not in the mesh after {START_S:g} s" if late else ""
-    return Node(
-        name=record.name, node_class=record.node_class, host=record.host, fingerprint=record.fingerprint, state=state,
-        busy=told["busy"] + told["busy_elsewhere"] if told else 0, slots=told["slots"] if told else record.slots,
-        memory_bytes=record.memory_bytes, cores=record.cores, begun_ms=record.begun_ms, note=note,
-    )  # fmt: skip
 
 
 def _hosts_of(address: str) -> list[str]:

@@ -82,6 +82,7 @@ class Orchestrator:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
         self._refused: tuple[str, ...] = ()
+        self._away: dict[str, str] = {}
         self._written = ""
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -116,11 +117,15 @@ class Orchestrator:
         return leads
 
     async def turn(self) -> None:
+        led = self._lead.leads
         seen = await self._keeper.look()
+        if led and not self._lead.leads and not await self._may_act():
+            return  # it took so long that somebody else keeps it now
         now_ms = _now_ms()
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
         self._read(now_ms)
+        self._heed_hosts(seen.away())
         await self._heed_the_dead(seen, now_ms)
         if seen.workers is not None:
             observed = self._observer.seen(self._fleet, seen.world, seen.workers, seen.requests)
@@ -168,6 +173,13 @@ class Orchestrator:
                 self._scaler.operator_wants(name, count, now_ms)
                 self._counts[name] = count
                 self.tell(f"{name}: {count} are wanted, somebody says")
+
+    def _heed_hosts(self, away: dict[str, str]) -> None:
+        for name in sorted(away.keys() - self._away.keys()):
+            self.tell(f"{name} is away: {away[name]}")
+        for name in sorted(self._away.keys() - away.keys()):
+            self.tell(f"{name} is back")
+        self._away = away
 
     async def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
         ready = {

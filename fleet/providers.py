@@ -27,19 +27,33 @@ class Told:
 class Providers:
     def __init__(self, fleet: Fleet, folder: Path) -> None:
         self.processes = Processes(folder)
+        self._folder = folder
         self._units: dict[str, Units] = {}
+        self._asking: dict[Units, asyncio.Task[None]] = {}
         self.told_of(fleet)
 
     def told_of(self, fleet: Fleet) -> None:
         """Another file: hosts may have come. One that it does not name any more keeps what runs there."""
         for host in fleet.hosts.values():
-            if host.provider == "systemd" and (
-                host.name not in self._units or self._units[host.name].host.address != host.address
-            ):
-                self._units[host.name] = Units(fleet.name, host)
+            if host.provider != "systemd":
+                continue
+            known = self._units.get(host.name)
+            if known is None or (known.host.address, known.host.user) != (host.address, host.user):
+                self._units[host.name] = Units(fleet.name, host, self._folder)
 
-    async def refresh(self) -> None:
-        await asyncio.gather(*[units.refresh() for units in self._units.values()])
+    async def refresh(self, patience_s: float | None = None) -> None:
+        """Who has been asked before and does not answer within `patience_s` is as it was known last; its answer counts
+        when it comes."""
+        hosts = list(self._units.values())
+        if not hosts:
+            return
+        # Each is asked by one at a time.
+        for units in hosts:
+            if units not in self._asking:
+                self._asking[units] = asyncio.create_task(units.refresh())
+        await asyncio.wait(self._asking.values(), timeout=patience_s if all(units.asked for units in hosts) else None)
+        for units in [units for units, task in self._asking.items() if task.done()]:
+            self._asking.pop(units).result()
 
     def problems(self) -> dict[str, str]:
         """Hosts that cannot be asked, and why."""
@@ -56,6 +70,11 @@ class Providers:
 
     def pid(self, name: str) -> int | None:
         return self._of(name).pid(name)
+
+    def starting(self, name: str) -> bool:
+        """Its manager has begun it, perhaps again, and waits for it to be ready."""
+        there = self._of(name)
+        return isinstance(there, Units) and there.starting(name)
 
     def ours(self, name: str) -> bool:
         return self.processes.ours(name)

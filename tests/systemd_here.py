@@ -13,6 +13,7 @@ from functools import cache
 from tests.integration.manager import hindrance
 
 REQUIRED = "TESTS_REQUIRE_SYSTEMD"
+SSHD = "/usr/sbin/sshd"
 
 
 @cache
@@ -26,10 +27,21 @@ def hindrance_to_run() -> str:
     return "" if os.environ.get(REQUIRED) else hindrance()
 
 
+@cache
+def hindrance_to_reach() -> str:
+    """Hosts of our own, each with a service manager and a door for ssh."""
+    missing = [name for name in ("ssh", SSHD) if shutil.which(name) is None]
+    if missing and not os.environ.get(REQUIRED):
+        return f"there is no {missing[0]}"
+    return hindrance_to_run()
+
+
 def report() -> list[str]:
     said = []
     if why := hindrance_to_analyze():
         said.append(f"no tests of the units by systemd-analyze: {why}")
     if why := hindrance_to_run():
         said.append(f"no tests under a service manager: {why}")
+    elif why := hindrance_to_reach():
+        said.append(f"no tests of a fleet on hosts that are reached by ssh: {why}")
     return said

@@ -102,14 +102,14 @@ def _tidy(environ: dict[str, str]) -> None:
 class Manager:
     """`rig` is a folder of ours; inside it is /run/rig, and also where settings are (`/run/rig/etc`)."""
 
-    def __init__(self, rig: Path, units: str) -> None:
-        """`units`: where they are, as seen from inside."""
+    def __init__(self, rig: Path, units: str, booted: str = "Startup finished") -> None:
+        """`units`: where they are, as seen from inside. `booted`: what is said when it can be used."""
         self.entries: list[Entry] = []
         self._rig = rig
         self._news = threading.Condition()
         self._over = False
         base = rig / "base"
-        base.mkdir()
+        base.mkdir(exist_ok=True)  # it may be the second time that this host is switched on
         for name in TARGETS:
             (base / f"{name}.target").write_text(f"[Unit]\nDescription={name}\nDefaultDependencies=no\n")
         self._environ = {
@@ -141,7 +141,7 @@ class Manager:
                  SYSTEMD, "--user", "--unit=default.target", "--log-target=journal", "--log-level=debug"],
                 env=self._environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            self.wait(lambda entry: "Startup finished" in entry.get("MESSAGE", ""))
+            self.wait(lambda entry: booted in entry.get("MESSAGE", ""))
         except BaseException:
             self.close()
             raise

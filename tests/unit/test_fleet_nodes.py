@@ -1,0 +1,39 @@
+"""What is made of what a provider and the mesh say about a node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llambo.fleet.nodes import START_S, node_of
+from llambo.fleet.process import Record
+from llambo.fleet.world import NodeState
+
+LONG_AGO, NOW = 0, 10_000_000
+LATE_MS = int(START_S * 1000)
+RECORD = Record(name="tiny-0001", node_class="tiny", host="box", fingerprint="f", memory_bytes=1, cores=1.0, slots=4,
+                begun_ms=LONG_AGO)  # fmt: skip
+
+
+def told(state: str) -> dict[str, Any]:
+    return {"tiny-0001": {"state": state, "busy": 1, "busy_elsewhere": 1, "slots": 2}}
+
+
+def test_what_the_mesh_says_counts() -> None:
+    states = {state: node_of(RECORD, told(state), NOW, since_ms=0).state for state in ("ready", "loading", "drained")}
+    assert states == {"ready": NodeState.READY, "loading": NodeState.STARTING, "drained": NodeState.DRAINING}
+    node = node_of(RECORD, told("ready"), NOW, since_ms=0)
+    assert (node.busy, node.slots, node.note) == (2, 2, "")
+
+
+def test_one_that_never_came_has_failed_and_one_that_was_there_a_moment_ago_has_its_time_to_come_back() -> None:
+    assert node_of(RECORD, {}, NOW, since_ms=LONG_AGO).state is NodeState.FAILED
+    assert node_of(RECORD, {}, NOW, since_ms=NOW - LATE_MS).state is NodeState.STARTING
+    late = node_of(RECORD, {}, NOW, since_ms=NOW - LATE_MS - 1)
+    assert (late.state, late.note) == (NodeState.FAILED, "it is not in the mesh after 300 s")
+    # Without a broker nobody knows.
+    assert node_of(RECORD, None, NOW, since_ms=LONG_AGO).state is NodeState.READY
+
+
+def test_of_one_whose_host_is_away_that_is_said() -> None:
+    for workers in (None, {}, told("ready")):
+        assert node_of(RECORD, workers, NOW, since_ms=NOW, away="no route").note == "box is away"
