@@ -182,7 +182,11 @@ class Roller:
             self._facts.put_nowait(error)
 
     async def _leave(self, name: str) -> None:
-        await self._keeper.retire(self._steps[name])
+        try:
+            await self._keeper.retire(self._steps[name])
+        except Failed as failed:
+            # Its host is away, for one: it cannot be begun there either, and that is what ends the update.
+            self._keeper.tell(f"{failed}")
         self._facts.put_nowait(Left(name))
 
     async def _begin(self, name: str) -> None:
@@ -195,7 +199,10 @@ class Roller:
     async def _end(self, name: str) -> None:
         if any(record.name == name for record in self._keeper.processes.records()):
             step = self._steps[name]
-            await self._keeper.retire(Step(Do.RETIRE, name, step.node_class, step.host, "it is bad"))
+            try:
+                await self._keeper.retire(Step(Do.RETIRE, name, step.node_class, step.host, "it is bad"))
+            except Failed as failed:
+                self._keeper.tell(f"{failed}")
         self._keeper.leave_alone(name)
 
     async def _try(self, name: str) -> None:
