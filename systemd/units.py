@@ -15,10 +15,13 @@ PROGRAMS = "/opt/llambo/bin"
 #: First of the four ports, and the address, in the socket unit as it lies here.
 PORT, HOST = 7330, "127.0.0.1"
 UNITS = (
-    "llambo-broker.service", "llambo-broker.socket", "llambo-worker@.service", "llambo.target", "llambo.slice",
-    "llambo-workers.slice",
+    "llambo-broker.service", "llambo-broker.socket", "llambo-worker@.service", "llambo-gateway.service",
+    "llambo-fleet.service", "llambo.target", "llambo.slice", "llambo-workers.slice",
 )  # fmt: skip
-SERVICES = tuple(name for name in UNITS if name.endswith(".service"))
+#: Starts units and programs, and calls ssh: there is nothing that could be taken from it.
+FREE = "llambo-fleet.service"
+#: Those that are confined.
+SERVICES = tuple(name for name in UNITS if name.endswith(".service") and name != FREE)
 #: Written by `--bind`, and never by an install without it.
 LISTEN = "llambo-broker.socket.d/listen.conf"
 #: A service does not see what is below these, unless it is shown to it.

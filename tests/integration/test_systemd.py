@@ -32,6 +32,7 @@ UNITS = "/run/rig/etc/systemd/system"
 WATCHDOG_S, STALL_MS = 3, 1_400
 REAL = {
     "llambo-broker.service.d/rig.conf": "[Service]\nUser=\n",
+    "llambo-gateway.service.d/rig.conf": "[Service]\nUser=\n",
     "llambo-worker@.service.d/rig.conf": "[Service]\nUser=\nLoadCredential=\nSetCredential=\n"
     f"WatchdogSec={WATCHDOG_S}\n",
 }
@@ -138,6 +139,51 @@ def test_what_the_units_forbid_is_forbidden_and_the_engine_is_the_first_to_go(se
         assert services.proc(pid, "limits").split("Max core file size")[1].split()[:2] == ["0", "0"]
     scores = [int(services.proc(pid, "oom_score_adj")) for pid in (agent, engine)]
     assert scores[0] < scores[1] == OOM_SCORE
+
+
+def test_the_gateway_answers_under_its_filters(services: Services) -> None:
+    services.up(BROKER, ONE, "llambo-gateway.service")
+    asked = f"""
+import urllib.request as r
+print(r.urlopen("http://127.0.0.1:7340/v1/completions", b'{{"prompt": "x", "max_tokens": 3}}', {PATIENCE_S}).read())
+"""
+    assert '"completion_tokens":3' in services.manager.run(sys.executable, "-c", asked)
+    pid = int(services.manager.show("llambo-gateway.service", "MainPID")["MainPID"])
+    status = dict(line.split(":\t", 1) for line in services.proc(pid, "status").splitlines())
+    assert (status["NoNewPrivs"], status["Seccomp"], status["CapEff"]) == ("1", "2", "0" * 16)
+    services.manager.systemctl("stop", "llambo-gateway.service")
+
+
+def test_a_fleet_is_kept_and_its_workers_outlive_the_one_who_keeps_it(services: Services) -> None:
+    services.up(BROKER)
+    services.write(
+        "etc/llambo/fleet.toml",
+        """
+[hosts.here]
+memory = "1GiB"
+cores = 1
+[classes.tiny]
+engine = "fake"
+memory = "100MiB"
+min = 1
+""",
+    )
+    manager = services.manager
+    since = manager.mark()
+    services.up("llambo-fleet.service")
+    manager.heard("worker joined: tiny-0001", since)
+    since = manager.mark()
+    manager.systemctl("stop", "llambo-fleet.service")
+    services.up("llambo-fleet.service")
+    manager.heard("keeps it from now on", since)
+    manager.systemctl("stop", "llambo-fleet.service")
+    assert not any("tiny-0001" in entry.get("MESSAGE", "") and "lost" in entry["MESSAGE"]
+                   for entry in manager.entries[since:])  # fmt: skip
+    assert services.begin("--class", "tiny", "--max-tokens", "3", "hello").end()["worker"] == "tiny-0001"
+    told = json.loads(manager.run(LLAMBO, "workers", "--json"))
+    (pid,) = [worker["pid"] for worker in told if worker["worker"] == "tiny-0001"]
+    manager.run("kill", str(pid))  # the other tests do not count on it
+    manager.heard("worker lost: tiny-0001", since)
 
 
 def test_a_hung_worker_is_restarted_and_its_request_goes_on(services: Services) -> None:

@@ -48,7 +48,7 @@ def test_a_unit_is_read_and_names_these_programs(name: str, place: Place) -> Non
     assert parser.has_section("Unit")
     for key, value in directives(unit(name, place)):
         if key == "ExecStart":
-            assert value.split()[0] in (f"{BIN}/llambo-broker", f"{BIN}/llambo-worker")
+            assert value.split()[0] in (f"{BIN}/llambo-broker", f"{BIN}/llambo-worker", f"{BIN}/llambo")
     assert PROGRAMS not in unit(name, place)
 
 
