@@ -73,15 +73,17 @@ class Running:
     def pid(self) -> int:
         return self.process.pid
 
-    def line(self, pattern: str, timeout_s: float = PATIENCE_S) -> re.Match[str]:
-        """The first line, on stdout or stderr, that has this in it."""
+    def line(self, pattern: str, timeout_s: float = PATIENCE_S, *, nth: int = 1) -> re.Match[str]:
+        """The first line (or the nth), on stdout or stderr, that has this in it."""
         deadline = time.monotonic() + timeout_s
-        seen = 0
+        seen = count = 0
         with self._news:
             while True:
                 for text in self.said[seen:]:
                     if found := re.search(pattern, text):
-                        return found
+                        count += 1
+                        if count == nth:
+                            return found
                 seen = len(self.said)
                 over = self.process.poll() is not None and not any(reader.is_alive() for reader in self._readers)
                 if over or not self._news.wait(min(1.0, max(0.0, deadline - time.monotonic()))):

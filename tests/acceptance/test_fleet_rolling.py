@@ -156,7 +156,7 @@ def test_an_orchestrator_restarts_updates_and_takes_back(site: Site, tmp_path: P
         # One that is bad from the first on: two serve with the old settings, and the third is begun with them again.
         site.write(small + f'fake.load_file = "{tmp_path / "nothing"}"\n')
         running.line("tiny: 0 of 3 replaced, 2 left as they were: tiny-0001: ended with status 1", 40)
-        running.line("tiny-0001 is ready")
+        running.line("tiny-0001 is ready", nth=3)  # it was begun, and begun again, before
         site.ok("rollback")
         third = site.nodes()
         assert {third[name]["pid"] == second[name]["pid"] for name in ("tiny-0002", "tiny-0003")} == {True}

@@ -161,7 +161,7 @@ def test_errors(gpt: openai.OpenAI, gateway: GatewayProcess) -> None:
 
 
 def test_without_a_maximum_the_context_is_the_limit(gpt: openai.OpenAI) -> None:
-    asked = say("word " * 900, extra_body={"ignore_eos": True})
+    asked = say("word " * 960, extra_body={"ignore_eos": True})
     del asked["max_tokens"]
     found = gpt.chat.completions.create(**asked)
     assert found.usage is not None and found.choices[0].finish_reason == "length"
