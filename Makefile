@@ -47,8 +47,9 @@ lint: $(STAMP)
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m llambo.cli.docs --check
 
+# A file at a time, in their order: those that take long are begun first, and the many short ones fill the end.
 test: $(STAMP) ## every test: unit, simulation, integration, acceptance
-	$(BIN)/python -m pytest -n 3 --dist loadfile --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 
 sim: $(STAMP) ## 1,000 simulated runs with every fault there is
 	$(BIN)/python -m tests.sim --seeds 1000 $(ARGS)
