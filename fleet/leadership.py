@@ -50,10 +50,11 @@ class Leadership:
         `acting`: we have acted until now, with a lease or because nobody was there to give one.
         """
         began, said = time.monotonic(), self._untold
-        lease = m.Lease(0, LEASE, self._holder, limits.LEASE_MS, acting, sorted(promised)[: limits.PROMISED_MODELS])
+        models = sorted(promised)[: limits.PROMISED_MODELS]
+        lease = m.Lease(0, LEASE, self._holder, limits.LEASE_MS, acting, models, said)
         answers = []
         for host, port in sockets.split_all(address):
-            answer = await self._ask(endpoint(host, port), lease, said)
+            answer = await self._ask(endpoint(host, port), lease)
             answers += [answer] if answer is not None else []
         self.asked = len(answers)
         denied = [str(answer["by"]) for answer in answers if not answer["granted"]]
@@ -75,7 +76,7 @@ class Leadership:
         self._clients.clear()
         self._until = 0.0
 
-    async def _ask(self, address: str, lease: m.Lease, events: list[str]) -> dict[str, object] | None:
+    async def _ask(self, address: str, lease: m.Lease) -> dict[str, object] | None:
         """None: that broker does not answer."""
         client = self._clients.get(address)
         try:
@@ -83,9 +84,7 @@ class Leadership:
                 client = self._connect(address)
                 await client.connect()
                 self._clients[address] = client
-            return await client.lease(m.Lease(
-                0, lease.name, lease.holder, lease.ms, lease.renewal, lease.promised, events
-            ))  # fmt: skip
+            return await client.lease(lease)
         except LlamboError as error:
             if not error.retryable:
                 raise  # a key that is no admin's will not become one
