@@ -6,7 +6,8 @@ import zmq
 
 from bench.peers import JOIN_MS, Socket
 from bench.processes import Node
-from llambo.mesh import limits, sockets
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import limits
 
 #: As long as a client's topic.
 TOPIC = bytes(limits.TOPIC_BYTES)

@@ -31,8 +31,8 @@ from bench.streams import (
     summary,
 )
 from llambo import Client
-from llambo.worker import models
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import models
 
 STREAMS = (1, 4, 8, 16)
 SLOTS, CONTEXT = 16, 1024

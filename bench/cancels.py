@@ -27,13 +27,13 @@ from bench.engine import Child
 from bench.figures import quantile
 from bench.processes import Node
 from llambo import Client, LlamboError
-from llambo.mesh.errors import Code
-from llambo.mesh.messages import Sampling
-from llambo.worker import engine_proto as proto
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.llama_engine import LlamaEngine
-from llambo.worker.llama_load import load
-from llambo.worker.models import cores
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.engine import protocol as proto
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.llama_load import load
+from llambo.worker.models.models import cores
 
 SLOTS, CONTEXT, BATCH = 8, 1024, 128
 TALE = "the llama crosses a mountain in winter and sings of snow while seven birds listen to it"

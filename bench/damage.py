@@ -34,9 +34,9 @@ import msgspec
 from bench import hostile, tiny_model
 from bench.processes import ROOT, Node, children
 from llambo import LlamboError, SyncClient
-from llambo.mesh.client import Options
+from llambo.mesh.client.client import Options
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
 
 KNOBS = LlamaKnobs(slots=2, context=256, threads=1, batch=64)
 #: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.

@@ -9,11 +9,11 @@ import time
 from msgspec import convert
 
 from bench.streams import CHANCE, Timed, prompt, summary
-from llambo.mesh.messages import Sampling
-from llambo.worker import engine_proto as proto
-from llambo.worker.engine_process import EngineProcess
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.models import cores
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.agent.engine_process import EngineProcess
+from llambo.worker.engine import protocol as proto
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models.models import cores
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.

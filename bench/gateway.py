@@ -19,8 +19,8 @@ from bench.neighbours import Terms, llama_server
 from bench.processes import Node, process_cpu_s
 from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_stream, prompt
 from llambo import Client
-from llambo.worker import models
-from llambo.worker.knobs import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.models import models
 
 STREAMS = (1, 8, 32)
 SLOTS, CONTEXT = 32, 512

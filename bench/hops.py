@@ -21,8 +21,8 @@ from bench.figures import quantile
 from bench.mesh import mesh
 from bench.streams import CHANCE, prompt
 from llambo import Client
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.models import cores
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models.models import cores
 
 #: Requests before those that count.
 WARM = 20

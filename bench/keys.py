@@ -19,8 +19,8 @@ from bench import latency, requests, tokens
 from bench.figures import quantile
 from bench.peers import FakeClient, FakeWorker, Socket
 from bench.processes import Node
-from llambo.mesh.identity import Identity, PeerKey
-from llambo.mesh.keyring import Folder
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity, PeerKey
 
 #: Connections that come and go, to see what a handshake costs.
 HANDSHAKES = 50

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from bench.figures import quantile
 from bench.processes import Node, children, gone
 from llambo import Client, LlamboError, Piece
-from llambo.worker.fake_tokens import plain_base, plain_next
+from llambo.worker.engine.fake_model import plain_base, plain_next
 
 WORKERS = 3
 KINDS = ("agent", "engine", "both")

@@ -21,7 +21,7 @@ from bench.figures import quantile
 from bench.peers import BEAT_FRAME_BYTES, BODY, PATIENT, FakeClient, FakeWorker, Socket
 from bench.processes import Node
 from llambo import Client
-from llambo.mesh import messages as m
+from llambo.mesh.wire import messages as m
 
 PROMPT = b"What is the capital of the county of Nowhere?"
 #: The open loop: a request every so often, whatever happened to the last.

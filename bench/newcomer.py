@@ -17,8 +17,8 @@ from bench.mesh import mesh
 from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
-from llambo.worker import models
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import models
 
 RUNNING = 7
 SLOTS, CONTEXT = 8, 8192

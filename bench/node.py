@@ -18,12 +18,12 @@ import zmq
 
 from llambo.broker.config import BrokerConfig
 from llambo.broker.server import run_broker
-from llambo.mesh import sockets
-from llambo.mesh.keyring import Folder
-from llambo.worker.agent import run_worker
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine import die_with
-from llambo.worker.knobs import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.engine_child import die_with
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512

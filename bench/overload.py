@@ -20,7 +20,7 @@ import zmq
 from bench.figures import quantile
 from bench.peers import PATIENT, FakeClient, Socket
 from bench.processes import Node
-from llambo.mesh import messages as m
+from llambo.mesh.wire import messages as m
 
 PROMPT = b"How much is too much?"
 WORKERS = 2

@@ -11,9 +11,10 @@ from typing import Any
 
 import zmq
 
-from llambo.mesh import codec, limits, sockets, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.identity import PeerKey
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import codec, limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import PeerKey
 
 #: How long joining may take.
 JOIN_MS = 10_000

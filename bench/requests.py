@@ -19,7 +19,7 @@ import zmq
 from bench.bare import BarePeers, drain
 from bench.peers import BEAT_FRAME_BYTES, BEAT_S, PATIENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
-from llambo.mesh import messages as m
+from llambo.mesh.wire import messages as m
 
 #: Requests spoken of in one control message.
 BUNDLE = 64

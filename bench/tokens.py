@@ -18,8 +18,8 @@ import zmq
 from bench.bare import BarePeers
 from bench.peers import BEAT_S, BODY, PATIENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
-from llambo.mesh import messages as m
-from llambo.mesh import tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens
 
 PROMPT = b"Tell me everything."
 #: Frames under way: enough to keep everybody busy, far from any high-water mark.

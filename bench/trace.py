@@ -17,15 +17,16 @@ from typing import Any
 from llambo.broker import events as be
 from llambo.broker.core import BrokerCore
 from llambo.broker.server import BrokerServer
-from llambo.mesh import client_events as ce
-from llambo.mesh import limits, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.client_core import ClientCore
-from llambo.mesh.link import Link
-from llambo.worker import engine, engine_process
-from llambo.worker import engine_proto as proto
-from llambo.worker import events as we
-from llambo.worker.core import WorkerCore
+from llambo.mesh.client import client_events as ce
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.link.link import Link
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.worker import engine_child
+from llambo.worker.agent import engine_process
+from llambo.worker.agent import events as we
+from llambo.worker.agent.core import WorkerCore
+from llambo.worker.engine import protocol as proto
 
 #: The folder of the files; inherited by the engine child.
 FOLDER = "LLAMBO_BENCH_TRACE"
@@ -145,13 +146,13 @@ def trace_worker() -> None:
 
 
 def trace_engine() -> None:
-    from llambo.worker.llama_engine import LlamaEngine  # noqa: PLC0415  # it imports llama.cpp
+    from llambo.worker.llama.llama_engine import LlamaEngine  # noqa: PLC0415  # it imports llama.cpp
 
     trace = Trace(os.environ[FOLDER])
     trace.giving(proto.Unpacker, "feed", "engine heard", bool)
     trace.before(LlamaEngine, "start", "engine began", lambda _: True)
     trace.giving(LlamaEngine, "step", "engine made", bool)
-    trace.after(engine.Child, "_say", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
+    trace.after(engine_child.Child, "_say", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
 
 
 def _said(event: type, message: type) -> Test:

@@ -16,9 +16,9 @@ from bench.mesh import mesh
 from bench.newcomer import sized
 from bench.streams import CHANCE
 from llambo import Client
-from llambo.mesh.client import Answer
-from llambo.worker import models
-from llambo.worker.knobs import LlamaKnobs
+from llambo.mesh.client.client import Answer
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import models
 
 SLOTS, CONTEXT = 4, 4096
 

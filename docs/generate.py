@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llambo.mesh.metrics import table
-from llambo.mesh.settings_table import SECTIONS
+from llambo.mesh.service.prometheus import table
+from llambo.mesh.settings.settings_table import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Run as a script, Python looks for modules in docs/ and not beside it.
@@ -94,33 +94,33 @@ def settings() -> str:
 
 
 def broker_metrics() -> str:
-    from llambo.broker.metrics import TABLE
+    from llambo.broker.report.metrics_page import TABLE
 
     return table(TABLE)
 
 
 def gateway_metrics() -> str:
-    from llambo.gateway.telemetry import TABLE
+    from llambo.gateway.observe.telemetry import TABLE
 
     return table(TABLE)
 
 
 def process_metrics() -> str:
-    from llambo.mesh.standing import TABLE
+    from llambo.mesh.service.process_metrics import TABLE
 
     return table(TABLE)
 
 
 def fleet_keys() -> str:
     """What may stand in fleet.toml, by table; the settings of workers and of the broker are told elsewhere."""
-    from llambo.fleet import keys
+    from llambo.fleet.file import schema
 
     tables = (
-        ("[fleet]", keys.FLEET),
-        ("[hosts.NAME]", keys.HOST),
-        ("[classes.NAME]", keys.CLASS),
-        ("[broker]", keys.BROKER_KEYS),
-        ("[scale] or [classes.NAME.scale]", keys.SCALE),
+        ("[fleet]", schema.FLEET),
+        ("[hosts.NAME]", schema.HOST),
+        ("[classes.NAME]", schema.CLASS),
+        ("[broker]", schema.BROKER_KEYS),
+        ("[scale] or [classes.NAME.scale]", schema.SCALE),
     )
     lines = []
     for title, known in tables:
@@ -132,31 +132,31 @@ def fleet_keys() -> str:
 
 
 def link_states() -> str:
-    from llambo.mesh.link_core import LINK_STEPS
+    from llambo.mesh.link.link_core import LINK_STEPS
 
     return diagram(LINK_STEPS)
 
 
 def client_states() -> str:
-    from llambo.mesh.client_requests import CLIENT_STEPS
+    from llambo.mesh.client.client_requests import CLIENT_STEPS
 
     return diagram(CLIENT_STEPS)
 
 
 def request_states() -> str:
-    from llambo.broker.requests import REQUEST_STEPS
+    from llambo.broker.records.request import REQUEST_STEPS
 
     return diagram(REQUEST_STEPS)
 
 
 def run_states() -> str:
-    from llambo.worker.runs import RUN_STEPS
+    from llambo.worker.agent.runs import RUN_STEPS
 
     return diagram(RUN_STEPS)
 
 
 def engine_states() -> str:
-    from llambo.worker.engine_life import ENGINE_STEPS
+    from llambo.worker.agent.engine_life import ENGINE_STEPS
 
     return diagram(ENGINE_STEPS)
 

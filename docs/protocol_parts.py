@@ -12,9 +12,9 @@ from typing import Any, get_args
 import msgpack
 import msgspec
 
-from llambo.mesh import codec, limits, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import TRAITS, ErrorInfo
+from llambo.mesh.wire import codec, limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import TRAITS, ErrorInfo
 
 DIRECTIONS = {
     "client to broker": get_args(m.ClientToBroker),
@@ -41,7 +41,7 @@ def error_table() -> str:
 
 
 def limit_table() -> str:
-    """The constants of mesh/limits.py with the `#:` comments above them; one comment may speak for several."""
+    """The constants of mesh/wire/limits.py with the `#:` comments above them; one comment may speak for several."""
     lines = ["| limit | value | of what |", "| --- | --- | --- |"]
     comment: list[str] = []
     in_comment = False

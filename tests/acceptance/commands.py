@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: The machine may be busy with other tests; a healthy command needs a small part of this.
 PATIENCE_S = 20.0
 
-LLAMBO, BROKER, WORKER = "llambo.cli", "llambo.cli.broker", "llambo.cli.worker"
+LLAMBO, BROKER, WORKER = "llambo.cli", "llambo.cli.services.broker", "llambo.cli.services.worker"
 
 
 def environment() -> dict[str, str]:

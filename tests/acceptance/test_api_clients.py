@@ -18,7 +18,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
 from tests.integration.gateway_process import GatewayProcess, data_of, events
 from tests.integration.harness import TIMEOUT_S, Mesh
 

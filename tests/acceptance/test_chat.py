@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from llambo import SyncClient
-from llambo.cli.chat_session import Session, Turn
-from llambo.cli.chat_store import Store
-from llambo.cli.exits import Exit
+from llambo.cli.chat.chat_session import Session, Turn
+from llambo.cli.chat.chat_store import Store
+from llambo.cli.kit.exits import Exit
 from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, WORKER, Done, Mesh, Running, environment, up
 from tests.acceptance.pty_screen import (
     ALT_ENTER,

@@ -16,7 +16,7 @@ import pytest
 
 from bench import tiny_model
 from llambo import SyncClient
-from llambo.cli.exits import Exit
+from llambo.cli.kit.exits import Exit
 from tests.acceptance.commands import (
     BROKER,
     LLAMBO,

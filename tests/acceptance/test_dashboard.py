@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from llambo.mesh import api_tokens
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llambo.mesh.client import Client
+from llambo.mesh.client.client import Client
 from tests.acceptance.commands import LLAMBO, Running
 from tests.acceptance.test_fleet import Site, end_all
 

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
 from tests.integration.gateway_process import GatewayProcess
 from tests.integration.harness import Mesh
 

@@ -15,7 +15,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
 from tests.integration.gateway_process import GatewayProcess
 from tests.integration.harness import TIMEOUT_S, Mesh
 

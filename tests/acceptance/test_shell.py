@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llambo.cli.exits import Exit
+from llambo.cli.kit.exits import Exit
 from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, Mesh, Running, environment, up
 from tests.acceptance.typed import CTRL_C, CTRL_D, TAB, Typed
 

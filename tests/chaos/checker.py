@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llambo.worker.fake_tokens import START, base_of, pieces_of, plain_base, plain_next, wander_next
+from llambo.worker.engine.fake_model import START, base_of, pieces_of, plain_base, plain_next, wander_next
 from tests.chaos.history import Line
 
 #: What is wrong with an answer, from the counters' point of view.

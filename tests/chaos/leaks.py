@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llambo.mesh import keys
-from llambo.worker import fake_tokens
+from llambo.mesh.security import keys
+from llambo.worker.engine import fake_model
 from tests.chaos.checker import Wrong
 from tests.chaos.history import Line
 
@@ -41,7 +41,7 @@ def _secrets(lines: list[Line], folder: Path, *, fake: bool) -> Iterator[tuple[s
         if len(first) == TOKENS:
             yield "an answer's tokens", json.dumps(first)[1:-1].encode()
             if fake:
-                yield "an answer", b"".join(fake_tokens.pieces_of(first))
+                yield "an answer", b"".join(fake_model.pieces_of(first))
     for file in (folder / "keys").rglob("*.key"):
         text = file.read_text(encoding="utf-8").strip()
         if text.startswith(keys.PREFIX):

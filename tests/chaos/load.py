@@ -20,9 +20,9 @@ from random import Random
 from typing import Any
 
 from llambo import Client, LlamboError
-from llambo.mesh.client_stream import Stream
-from llambo.mesh.stream import Reassembly
-from llambo.worker.engine import die_with
+from llambo.mesh.client.answer_stream import Stream
+from llambo.mesh.wire.stream import Reassembly
+from llambo.worker.engine_child import die_with
 from tests.chaos.history import Journal
 
 #: The shares of the ways in which answers are asked for; the rest are streams.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from llambo.mesh import sockets
+from llambo.mesh.link import sockets
 
 #: A worker uses these two of a broker's ports.
 PLANES = {"control": sockets.WORKER_OFFSET, "tokens": sockets.TOKENS_IN_OFFSET}

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llambo import Client, LlamboError
-from llambo.mesh import keyring
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import ISSUED
-from llambo.mesh.keys import KEY_ENV, to_line
+from llambo.mesh.security import keyring
+from llambo.mesh.security.keyring import ISSUED
+from llambo.mesh.security.keys import KEY_ENV, to_line
+from llambo.mesh.wire.identity import Identity
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan

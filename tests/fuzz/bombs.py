@@ -25,9 +25,9 @@ from typing import Any
 import zmq
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import keys
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.security import keys
+from llambo.mesh.security.keyring import Folder
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.fuzz import honest, members, wire
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 

@@ -18,19 +18,19 @@ from llambo.broker import events as be
 from llambo.broker import invariants as broker_invariants
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.mesh import client_events as ce
-from llambo.mesh import codec, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.client_core import ClientCore
-from llambo.mesh.identity import Identity
-from llambo.mesh.link_core import OpenTokens, Send, Sign
-from llambo.worker import actions as wa
-from llambo.worker import events as we
+from llambo.mesh.client import client_events as ce
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.link.link_core import OpenTokens, Send, Sign
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity
 from llambo.worker import invariants as worker_invariants
+from llambo.worker.agent import actions as wa
+from llambo.worker.agent import events as we
+from llambo.worker.agent.core import WorkerCore
+from llambo.worker.agent.introduction import Identity as WorkerIdentity
 from llambo.worker.config import WorkerConfig
-from llambo.worker.core import WorkerCore
-from llambo.worker.engine_proto import Output
-from llambo.worker.identity import Identity as WorkerIdentity
+from llambo.worker.engine.protocol import Output
 from tests.fuzz import plausible
 from tests.fuzz.mutator import Mutator
 from tests.fuzz.target import Frames

@@ -14,13 +14,18 @@ import msgspec
 import zmq
 
 from bench import tiny_model
-from llambo.mesh import keyring, keys, settings, settings_table, sockets, tasks
-from llambo.mesh import messages as m
-from llambo.mesh.client_tasks import decoded
-from llambo.mesh.errors import LlamboError
-from llambo.mesh.identity import Identity, Pair, PeerKey
-from llambo.worker import chat, gguf, grammar, models, prompts
-from llambo.worker.knobs import LlamaKnobs
+from llambo.mesh.client.client_tasks import decoded
+from llambo.mesh.link import sockets
+from llambo.mesh.security import keyring, keys
+from llambo.mesh.settings import settings, settings_table
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tasks
+from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.identity import Identity, Pair, PeerKey
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.grammar import grammar
+from llambo.worker.models import gguf, models
+from llambo.worker.prompt import conversation, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
 
@@ -130,9 +135,9 @@ def grammars() -> Target:
                 continue
         for form in ("messages", "chat", "user", "text"):
             try:
-                told = chat.read(frames[0], m.Sampling(form=form))
-                chat.text_of(frames[0], told, None)
-            except prompts.BadPrompt:
+                told = conversation.read(frames[0], m.Sampling(form=form))
+                conversation.text_of(frames[0], told, None)
+            except template.BadPrompt:
                 continue
             try:
                 grammar.grammar_of(m.Sampling(tool_choice="auto"), told.tools)

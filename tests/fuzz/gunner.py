@@ -10,11 +10,11 @@ from typing import Any
 
 import zmq
 
-from llambo.mesh import codec
-from llambo.mesh import messages as m
-from llambo.mesh.client import Client
-from llambo.mesh.errors import Code
-from llambo.mesh.identity import PeerKey
+from llambo.mesh.client.client import Client
+from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.identity import PeerKey
 from tests.fuzz import honest, plausible
 from tests.fuzz.mutator import Mutator
 from tests.fuzz.target import Frames

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from llambo import Client
-from llambo.mesh import keys
-from llambo.mesh.errors import LlamboError
+from llambo.mesh.security import keys
+from llambo.mesh.wire.errors import LlamboError
 from tests.integration.harness import truth
 
 #: Requests at a time, tokens of each, and the pause between two of the same line.

@@ -9,8 +9,9 @@ from typing import Any
 
 import zmq
 
-from llambo.mesh import codec, sockets, tokens
-from llambo.mesh import messages as m
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
 from tests.fuzz import plausible
 from tests.fuzz.gunner import ENDS_IT, HANG_S, LISTEN_EVERY, Gunner, Said, ends
 from tests.fuzz.target import Frames

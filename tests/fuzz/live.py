@@ -22,12 +22,14 @@ from typing import Any
 import zmq
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import codec, keys, sockets, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
-from llambo.mesh.identity import PeerKey
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.link import sockets
+from llambo.mesh.security import keys
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.identity import PeerKey
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
     ANEW_EVERY,

@@ -12,9 +12,11 @@ from typing import Any
 
 import zmq
 
-from llambo.mesh import codec, keys, sockets
-from llambo.mesh import messages as m
-from llambo.mesh.identity import PeerKey
+from llambo.mesh.link import sockets
+from llambo.mesh.security import keys
+from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import PeerKey
 from tests.fuzz import wire
 from tests.integration.raw_peer import RawPeer
 

@@ -9,9 +9,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from llambo.mesh import codec, tokens, transfer
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.wire import codec, tokens, transfer
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from tests.fuzz.mutator import Mutator, pack, unpack
 from tests.unit import samples
 

@@ -23,8 +23,8 @@ from threading import Lock
 from typing import Any
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh.client import Client
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client import Client
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.fuzz import honest, wire
 from tests.integration.harness import Mesh
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from llambo.mesh import codec
+from llambo.mesh.wire import codec
 from tests.fuzz.mutator import BYTES, NUMBERS, TEXTS, pack, unpack
 from tests.fuzz.target import Frames
 from tests.unit import samples

@@ -14,12 +14,12 @@ from typing import Any
 import msgpack
 import msgspec
 
-from llambo.broker.gate import Gate
-from llambo.broker.transcript import Transcript
-from llambo.mesh import codec, limits, tasks, tokens, transfer
-from llambo.mesh import messages as m
-from llambo.mesh.stream import Reassembly
-from llambo.worker import engine_proto as proto
+from llambo.broker.access.grants import Gate
+from llambo.broker.records.transcript import Transcript
+from llambo.mesh.wire import codec, limits, tasks, tokens, transfer
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.stream import Reassembly
+from llambo.worker.engine import protocol as proto
 from tests.fuzz import files
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target

@@ -7,13 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llambo.broker import invariants, queries
+from llambo.broker import invariants
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
+from llambo.broker.report import queries
+from llambo.broker.report.metrics_http import Window
 from llambo.broker.server import BrokerServer
-from llambo.broker.window import Window
-from llambo.mesh import sockets
-from llambo.mesh.keyring import Folder
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
 
 T = TypeVar("T")
 #: How long the thread may take to answer or to end.

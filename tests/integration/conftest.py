@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests import systemd_here
 from tests.integration.harness import Mesh
 from tests.integration.healthy import Healthy

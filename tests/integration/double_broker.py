@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import zmq
 
-from llambo.mesh import codec, tokens
-from llambo.mesh import messages as m
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
 
 T = TypeVar("T")
 TIMEOUT_S = 10.0

@@ -21,9 +21,9 @@ from typing import Any
 import msgpack
 import zmq
 
-from llambo.mesh import codec, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
 
 DISPATCH = b"dispatch"
 #: Tokens in one frame of a long answer.

@@ -32,13 +32,13 @@ import msgspec
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.window import Window
-from llambo.mesh import sockets
-from llambo.mesh.identity import Identity, PeerKey, Role
-from llambo.mesh.keyring import Folder
-from llambo.worker import fake_tokens
+from llambo.broker.report.metrics_http import Window
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity, PeerKey, Role
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine import fake_model
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.broker_thread import BrokerThread
 from tests.integration.processes import children, marked, wait_until_gone
 
@@ -330,8 +330,8 @@ def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
 
 def truth(prompt: str, seed: int, count: int) -> list[int]:
     """The ids of the only right answer of a plain fake engine."""
-    base = fake_tokens.plain_base(seed, prompt.encode())
-    return [fake_tokens.plain_next(base, index) for index in range(count)]
+    base = fake_model.plain_base(seed, prompt.encode())
+    return [fake_model.plain_next(base, index) for index in range(count)]
 
 
 def rss_bytes(pid: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from types import TracebackType
 
-from llambo.mesh.identity import PeerKey
-from llambo.mesh.sync_client import SyncClient
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.wire.identity import PeerKey
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
 
 #: More than anybody reads: it goes on until it is cancelled.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from llambo.mesh.tools import BEGIN, END
-from llambo.worker import models
+from llambo.mesh.wire.naming import BEGIN, END
+from llambo.worker.models import models
 
 TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from llambo.mesh import sockets
+from llambo.mesh.link import sockets
 
 Plane = Literal["client control", "worker control", "worker tokens", "client tokens"]
 Fault = Literal["cut", "hold", "refuse", "heal"]

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 
-from llambo.mesh import codec, limits, sockets
-from llambo.mesh import messages as m
-from llambo.mesh.identity import PeerKey
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import codec, limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import PeerKey
 from tests.integration.harness import TIMEOUT_S
 
 T = TypeVar("T", bound=m.Message)

@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh import codec, limits, sockets
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import codec, limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from tests.integration.harness import Mesh
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer, inference_request

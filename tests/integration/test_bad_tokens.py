@@ -10,8 +10,9 @@ import time
 import pytest
 import zmq
 
-from llambo.broker.gate import Gate
-from llambo.mesh import limits, messages, sockets, tokens
+from llambo.broker.access.grants import Gate
+from llambo.mesh.link import sockets
+from llambo.mesh.wire import limits, messages, tokens
 from tests.integration.harness import TIMEOUT_S, Mesh, rss_bytes
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer

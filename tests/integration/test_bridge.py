@@ -18,7 +18,7 @@ import pytest
 from llambo.bridge.connection_core import Terms
 from llambo.bridge.door import Door, open_tcp, open_unix
 from llambo.bridge.server import Bridge, Limits
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh
 
 #: At once; the issue of a bridge is that it is many programs' only door.

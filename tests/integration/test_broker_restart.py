@@ -12,11 +12,10 @@ import pytest
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import tasks
-from llambo.worker.engine_proto import Start
-from llambo.worker.fake_tasks import embeddings
-from llambo.worker.fake_tokens import logprob_of
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.wire import tasks
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.fake_model import embeddings, logprob_of
+from llambo.worker.engine.protocol import Start
 from tests.integration.harness import Mesh, truth
 
 KNOBS = FakeKnobs(slots=16, tokens_per_s=150)

@@ -15,9 +15,9 @@ import pytest
 import zmq
 
 from llambo import Client, LlamboError, Stream, SyncClient
-from llambo.mesh import client_stream
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
+from llambo.mesh.client import answer_stream
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from tests.integration.double_for_clients import DoubleBroker, Run, bind_both
 
 DEADLINE_S = 20
@@ -147,7 +147,7 @@ class TestLoss:
         self, broker: DoubleBroker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Given a small buffer and a long answer
-        monkeypatch.setattr(client_stream, "BUFFER_TOKENS", 2_000)
+        monkeypatch.setattr(answer_stream, "BUFFER_TOKENS", 2_000)
 
         async def work() -> None:
             async with Client(broker.address) as client:

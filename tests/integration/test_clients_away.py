@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llambo.broker.config import BrokerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
 
 TOKENS = 200

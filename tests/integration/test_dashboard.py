@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway import watching
-from llambo.gateway.watching import Watches
-from llambo.mesh import api_tokens
-from llambo.mesh.client import Client
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.gateway.dashboard import watching
+from llambo.gateway.dashboard.watching import Watches
+from llambo.mesh.client.client import Client
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 from tests.integration.harness import Mesh
 

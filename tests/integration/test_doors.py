@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import zmq
 
-from llambo.mesh import sockets
-from llambo.mesh.identity import CLIENT_DOMAIN, Identity, PeerKey
-from llambo.mesh.keyring import Folder
-from llambo.mesh.keys import new_pair
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.security.keys import new_pair
+from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, key_of
 from tests.integration.healthy import Healthy
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.mesh.client import Client
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client import Client
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 from tests.integration.test_failover import KNOBS, stream_through
 

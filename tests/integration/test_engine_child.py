@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker import engine_proto as proto
-from llambo.worker.engine_process import EngineProcess
-from llambo.worker.fake import FakeKnobs, plain_token
+from llambo.worker.agent.engine_process import EngineProcess
+from llambo.worker.engine import protocol as proto
+from llambo.worker.engine.fake import FakeKnobs, plain_token
 from tests.integration.processes import wait_until_gone
 
 TIMEOUT_S = 10.0
@@ -190,7 +190,7 @@ def test_it_dies_with_an_agent_that_is_killed(hang_at: int) -> None:
 
 def test_an_engine_without_its_agent_does_not_begin() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "llambo.worker.engine", "--fd", "0", "--parent", "1"],
+        [sys.executable, "-m", "llambo.worker.engine_child", "--fd", "0", "--parent", "1"],
         stdin=subprocess.DEVNULL,
         timeout=TIMEOUT_S,
         check=False,

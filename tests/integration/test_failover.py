@@ -13,11 +13,11 @@ import pytest
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.mesh.client import Answer, Stream
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.sync_client import SyncClient
-from llambo.worker.fake_tokens import logprob_of
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client import Answer, Stream
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.fake_model import logprob_of
 from tests.integration.harness import Mesh, truth
 from tests.integration.processes import wait_until_gone
 

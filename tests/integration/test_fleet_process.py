@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet import machine
-from llambo.fleet.process import Failed, Processes, Record
+from llambo.fleet.providers import machine
+from llambo.fleet.providers.process import Failed, Processes, Record
 from tests.integration.processes import wait_until_gone
 
-BROKER = [sys.executable, "-m", "llambo.cli.broker", "--port", "0"]
+BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 
 
 def a_record(name: str = "broker") -> Record:

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llambo.fleet.model import Fleet, Host
-from llambo.fleet.process import Failed, Record
-from llambo.fleet.providers import Providers
-from llambo.fleet.units import Units
+from llambo.fleet.providers.process import Failed, Record
+from llambo.fleet.providers.providers import Providers
+from llambo.fleet.providers.units import Units
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done

@@ -20,10 +20,10 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from llambo.mesh import api_tokens
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.acceptance.commands import LLAMBO, Running
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events, id_of, text_of
 from tests.integration.harness import TIMEOUT_S, Mesh, truth

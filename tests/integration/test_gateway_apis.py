@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from llambo.mesh import api_tokens
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, data_of, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh
 

@@ -19,13 +19,13 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
-from llambo.gateway import patience
-from llambo.gateway.patience import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.http import timeouts
+from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
 from llambo.gateway.server import listen
-from llambo.mesh import api_tokens
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh
 
@@ -267,8 +267,8 @@ def test_websockets_count_as_well(mesh: Mesh) -> None:
     ],
 )
 def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, begins: bytes, told: bytes) -> None:
-    monkeypatch.setattr(patience, "HEAD_S", 0.2)
-    monkeypatch.setattr(patience, "BODY_S", 0.2)
+    monkeypatch.setattr(timeouts, "HEAD_S", 0.2)
+    monkeypatch.setattr(timeouts, "BODY_S", 0.2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] == "http.request" and message["more_body"]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess
 from tests.integration.harness import Mesh
 

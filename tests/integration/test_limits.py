@@ -11,11 +11,11 @@ import pytest
 
 from llambo import Client
 from llambo.broker.core import BrokerCore
-from llambo.mesh.client_stream import Answer, Stream
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.answer_stream import Answer, Stream
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
 
 TOKENS = 60

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llambo.mesh.messages import Sampling
-from llambo.worker import llama, models
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.llama import llama
+from llambo.worker.models import models
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ import msgspec
 import pytest
 
 from bench import cancels
-from llambo.mesh.errors import Code
-from llambo.mesh.messages import Reason, Sampling, Usage
-from llambo.mesh.tokens import Logprob
-from llambo.worker import models
-from llambo.worker.engine_proto import Configure, Output, Progress, Refused, Start
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.llama_engine import LlamaEngine
-from llambo.worker.llama_load import load
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.messages import Reason, Sampling, Usage
+from llambo.mesh.wire.tokens import Logprob
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.llama_load import load
+from llambo.worker.models import models
 
 CONTEXT, SLOTS = 1024, 4
 GREEDY = Sampling(form="user", temperature=0.0)

@@ -9,10 +9,11 @@ import jsonschema_rs
 import numpy as np
 import pytest
 
-from llambo.mesh.messages import Sampling
-from llambo.worker import llama, models
-from llambo.worker.grammar import grammar_of
-from llambo.worker.lazy import LazyGrammar
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.grammar.grammar import grammar_of
+from llambo.worker.llama import llama
+from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.models import models
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from llambo import Client
-from llambo.broker import queries
 from llambo.broker.core import BrokerCore
-from llambo.mesh.client import Answer, Options, Piece
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.identity import ANYONE
-from llambo.worker import engine_proto as proto
-from llambo.worker import models
+from llambo.broker.report import queries
+from llambo.mesh.client.client import Answer, Options, Piece
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import ANYONE
+from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine_process import EngineProcess
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine import protocol as proto
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import models
 from tests.integration.harness import TIMEOUT_S, Mesh
 
 KNOBS = LlamaKnobs(slots=8, context=1024, threads=1, batch=128)

@@ -9,14 +9,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from llambo.mesh import limits, tasks
-from llambo.mesh.errors import Code
-from llambo.mesh.messages import Task
-from llambo.worker import models
-from llambo.worker.engine_proto import Configure, Output, Refused, Start
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.llama_engine import LlamaEngine
-from llambo.worker.llama_load import load
+from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.messages import Task
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.protocol import Configure, Output, Refused, Start
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.llama_load import load
+from llambo.worker.models import models
 from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, run, said
 
 __all__ = ["engine", "loaded", "said"]  # fixtures

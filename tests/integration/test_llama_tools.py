@@ -15,17 +15,17 @@ import pytest
 
 from llambo import Client
 from llambo.broker.core import BrokerCore
-from llambo.gateway.tool_calls import Call, collect
-from llambo.gateway.tools import chat_prompt, tool_options
-from llambo.mesh import tasks
-from llambo.mesh.client import Answer
-from llambo.mesh.errors import Code
-from llambo.mesh.messages import Sampling
+from llambo.gateway.apis.tool_calls import Call, collect
+from llambo.gateway.apis.tools import chat_prompt, tool_options
+from llambo.mesh.client.client import Answer
+from llambo.mesh.wire import tasks
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.messages import Sampling
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine_proto import Configure, Start
-from llambo.worker.knobs import LlamaKnobs
-from llambo.worker.llama_engine import LlamaEngine
-from llambo.worker.llama_load import load
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.protocol import Configure, Start
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.llama_load import load
 from tests.integration import hermes
 from tests.integration.harness import TIMEOUT_S, Mesh
 from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said

@@ -14,12 +14,13 @@ import zmq
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import limits, sockets, tokens
-from llambo.mesh.client import Stream
-from llambo.mesh.link import Link
-from llambo.mesh.sync_client import SyncClient
+from llambo.mesh.client.client import Stream
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.link import sockets
+from llambo.mesh.link.link import Link
+from llambo.mesh.wire import limits, tokens
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, rss_bytes, timed, truth
 
 #: Frames that a socket of a token plane queues.

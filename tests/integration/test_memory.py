@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh.client import Client
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client import Client
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh
 
 REQUESTS = int(os.environ.get("LLAMBO_TEST_REQUESTS", "3000"))

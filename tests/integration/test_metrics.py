@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import zmq
 
-from llambo.broker import window as windows
-from llambo.broker.window import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
-from llambo.gateway.telemetry import TABLE
-from llambo.mesh import api_tokens
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.mesh.metrics import CONTENT_TYPE, OTHER
-from llambo.worker.knobs import FakeKnobs
+from llambo.broker.report import metrics_http as windows
+from llambo.broker.report.metrics_http import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
+from llambo.gateway.observe.telemetry import TABLE
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
 from tests.unit.pages import Told, check_page, value
@@ -233,7 +233,7 @@ def test_a_page_is_made_once_for_all_who_ask_at_once() -> None:
 
 def test_a_page_that_takes_long_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     standing, seconds = Standing(), iter((0.0, 0.05, 9.0, 9.05))
-    monkeypatch.setattr("llambo.broker.window.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("llambo.broker.report.metrics_http.time.monotonic", lambda: next(seconds))
     for at in (0, windows.PAGE_MS, windows.PAGE_SHARE * 50 - 1, windows.PAGE_SHARE * 50):
         standing.now_ms = at
         with standing.visitor(GET) as reader:

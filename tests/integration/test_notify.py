@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.mesh import journal
-from llambo.mesh.herald_core import Condition
-from llambo.mesh.notify import Herald, Manager, manager
+from llambo.mesh.service import journal
+from llambo.mesh.service.notify import Herald, Manager, manager
+from llambo.mesh.service.notify_core import Condition
 from tests.integration.mini_journal import parse
 
 READY = Condition("idle", ready=True)

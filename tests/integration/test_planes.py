@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from llambo import Client
-from llambo.mesh.client import Stream
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client import Stream
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 from tests.integration.proxy import Fault, Plane, Proxy
 

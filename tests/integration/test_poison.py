@@ -9,9 +9,9 @@ import signal
 import pytest
 
 from llambo import Client
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh, truth
 from tests.integration.processes import wait_until_gone
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 
 FAST = FakeKnobs(slots=4, tokens_per_s=200)

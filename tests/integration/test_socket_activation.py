@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from llambo import Client
-from llambo.mesh.activation import NAMES
+from llambo.mesh.service.activation import NAMES
 from tests.integration.harness import TIMEOUT_S, Mesh
 from tests.integration.test_broker_restart import KNOBS, STREAMS, one
 
@@ -45,7 +45,16 @@ class Parent:
     def _start(self) -> subprocess.Popen[bytes]:
         ready, theirs = os.pipe()
         given = ",".join(map(str, self._given))
-        command = ["-m", "llambo.cli.broker", "--port", "1", "--notify-fd", "200", "--parent", str(os.getpid())]
+        command = [
+            "-m",
+            "llambo.cli.services.broker",
+            "--port",
+            "1",
+            "--notify-fd",
+            "200",
+            "--parent",
+            str(os.getpid()),
+        ]
         broker = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, given, str(theirs), self._names, *command], pass_fds=[*self._given, theirs]
         )

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.mesh.keys import to_line, write_private
-from llambo.worker import models
-from llambo.worker.engine import OOM_SCORE
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.security.keys import to_line, write_private
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine_child import OOM_SCORE
+from llambo.worker.models import models
 from tests.integration.manager import PATIENCE_S, Manager
 from tests.integration.processes import line_of
 

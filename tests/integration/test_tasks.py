@@ -10,13 +10,13 @@ import msgspec
 import pytest
 
 from llambo import Client
-from llambo.mesh import limits, tasks
-from llambo.mesh.client_tasks import Embeddings
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.sync_client import SyncClient
-from llambo.worker.engine_proto import Start
-from llambo.worker.fake_tasks import embeddings
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.client_tasks import Embeddings
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.fake_model import embeddings
+from llambo.worker.engine.protocol import Start
 from tests.integration.harness import Mesh
 
 SIZE = 2_048

@@ -15,12 +15,12 @@ from textual.widgets import Input, Static
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
-from llambo.cli import top_app
-from llambo.cli.top_app import Top
-from llambo.cli.top_screens import Page, Question, Story
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.worker.knobs import FakeKnobs
+from llambo.cli.top import top_app
+from llambo.cli.top.top_app import Top
+from llambo.cli.top.top_screens import Page, Question, Story
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 
 #: So often a look in these tests.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llambo import Client
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 from tests.integration.test_broker_restart import KNOBS, STREAMS, TOKENS, one
 

@@ -7,7 +7,7 @@ import itertools
 import time
 
 from llambo import Client
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 
 REQUESTS = 10_000

@@ -14,13 +14,14 @@ import msgspec
 import pytest
 import zmq
 
-from llambo.mesh import codec, sockets, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.mesh.sync_client import SyncClient
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.client.sync_client import SyncClient
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh import codec, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.worker.config import WorkerConfig
-from llambo.worker.fake import FakeKnobs, plain_token
+from llambo.worker.engine.fake import FakeKnobs, plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
 from tests.integration.processes import children, wait_until_gone
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
-from llambo.fleet import plan
-from llambo.fleet.autoscale_core import Autoscaler, Seen
-from llambo.fleet.crashes_core import Crashes
+from llambo.fleet.decide import plan
+from llambo.fleet.decide.autoscale_core import Autoscaler, Seen
+from llambo.fleet.decide.crashes_core import Crashes
+from llambo.fleet.decide.placement import Placement
 from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.placement import Placement
 from llambo.fleet.world import HostFacts, Node, NodeState, World
 
 #: So often everything is looked at.

@@ -10,13 +10,12 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.mesh.tokens import Logprob
-from llambo.worker.engine_proto import Start
-from llambo.worker.fake import POISON_INDEX
-from llambo.worker.fake_tasks import result_of
-from llambo.worker.fake_tokens import (
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.tokens import Logprob
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.fake import POISON_INDEX
+from llambo.worker.engine.fake_model import (
     START,
     answer_length,
     base_of,
@@ -24,9 +23,10 @@ from llambo.worker.fake_tokens import (
     piece_of,
     plain_base,
     plain_next,
+    result_of,
     wander_next,
 )
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.protocol import Start
 
 #: Whatever has this in its prompt kills the engine that makes its sixth token.
 POISON = b", with arsenic"

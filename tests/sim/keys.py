@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from random import Random
 
-from llambo.mesh.identity import Identity
+from llambo.mesh.wire.identity import Identity
 from tests.sim.faults import FAULTS_END_MS, Plan
 
 #: One world of so many has keys.

@@ -25,10 +25,14 @@ class Guard(NamedTuple):
     brokers: int = 0
 
 
-_DELIVERY, _ENDING, _MEMBERSHIP = "llambo.broker.delivery", "llambo.broker.ending", "llambo.broker.membership"
-_DRAINING = "llambo.broker.draining"
-_SUSPICION = "llambo.broker.suspicion"
-_QUEUE, _STATE = "llambo.broker.queue", "llambo.broker.state"
+_DELIVERY, _ENDING, _MEMBERSHIP = (
+    "llambo.broker.requests.delivery",
+    "llambo.broker.requests.ending",
+    "llambo.broker.workers.membership",
+)
+_DRAINING = "llambo.broker.workers.draining"
+_SUSPICION = "llambo.broker.requests.suspicion"
+_QUEUE, _STATE = "llambo.broker.records.queue", "llambo.broker.records.state"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
 GUARDS: dict[str, Guard] = {
@@ -56,10 +60,10 @@ GUARDS: dict[str, Guard] = {
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
     "lease": Guard(_MEMBERSHIP, "if now_ms - worker.heard_at >= state.config.lease_ms:", "if False:"),
     "dedup of submits": Guard(
-        "llambo.broker.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
+        "llambo.broker.requests.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
     ),
     "transcript in the re-dispatch": Guard(
-        "llambo.broker.dispatching",
+        "llambo.broker.requests.dispatching",
         "prefix = request.transcript.ids() if request.transcript.chunks else []",
         "prefix: list[int] = []",
     ),
@@ -67,22 +71,26 @@ GUARDS: dict[str, Guard] = {
         _DRAINING, "            _tell(state, worker, order)\n            return", "            return"
     ),
     "fence closed when it moves": Guard(
-        "llambo.broker.dispatching", "    state.land(request)\n    request.note", "    request.note"
+        "llambo.broker.requests.dispatching", "    state.land(request)\n    request.note", "    request.note"
     ),
     "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
-    "whole results": Guard("llambo.broker.dispatching", "        request.transcript.clear()\n", "        pass\n"),
-    "word of the client": Guard(
-        "llambo.broker.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
+    "whole results": Guard(
+        "llambo.broker.requests.dispatching", "        request.transcript.clear()\n", "        pass\n"
     ),
-    "forsaken is not ended": Guard("llambo.broker.returning", "    if ended.forsaken:\n        return False\n", ""),
+    "word of the client": Guard(
+        "llambo.broker.requests.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
+    ),
+    "forsaken is not ended": Guard(
+        "llambo.broker.requests.adoption", "    if ended.forsaken:\n        return False\n", ""
+    ),
     "conviction": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(
-        "llambo.broker.schedule",
+        "llambo.broker.records.schedule",
         "return worker.dispatchable and not (self.wary and worker.wary)",
         "return worker.dispatchable",
     ),
     "one suspect of all brokers": Guard(
-        "llambo.worker.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:", brokers=2
+        "llambo.worker.agent.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:", brokers=2
     ),
     "progress clears a suspect": Guard(
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
@@ -90,12 +98,14 @@ GUARDS: dict[str, Guard] = {
     "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
     "as many at work as it may": Guard(_QUEUE, "if not request.account.full:", "if True:"),
     "so many also without a queue": Guard(
-        "llambo.broker.dispatching", " and (not request.account.full or request.attempt)", ""
+        "llambo.broker.requests.dispatching", " and (not request.account.full or request.attempt)", ""
     ),
     "held back until one is done": Guard(_STATE, "self.eased[account.name] = account", "pass"),
     "turns of identities": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
     "what moves is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
-    "limits are for what is new": Guard("llambo.broker.accounts", "        if resumed:\n            return None\n", ""),
+    "limits are for what is new": Guard(
+        "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
+    ),
     "no part of a result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),
@@ -105,7 +115,7 @@ GUARDS: dict[str, Guard] = {
 class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self.path = ROOT / (guard.module.removeprefix("llambo.").replace(".", "/") + ".py")
+        self.path = ROOT / (guard.module.replace(".", "/") + ".py")
 
     def find_spec(
         self, name: str, path: object = None, target: ModuleType | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from llambo.mesh.link_core import Sign
+from llambo.mesh.link.link_core import Sign
 from tests.sim.clock import Clock
 from tests.sim.faults import Plan
 

@@ -12,20 +12,20 @@ from llambo.broker.actions import ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.invariants import check
-from llambo.broker.state import Counters
-from llambo.mesh import client_events as c
-from llambo.mesh import limits, tokens
-from llambo.mesh import link_core as lc
-from llambo.mesh import messages as m
-from llambo.mesh.client_core import ClientCore
-from llambo.mesh.identity import Identity
-from llambo.worker import actions as wa
-from llambo.worker import events as w
+from llambo.broker.records.state import Counters
+from llambo.mesh.client import client_events as c
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.link import link_core as lc
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity
 from llambo.worker import invariants as worker_invariants
+from llambo.worker.agent import actions as wa
+from llambo.worker.agent import events as w
+from llambo.worker.agent.core import WorkerCore
+from llambo.worker.agent.introduction import Identity as WorkerIdentity
 from llambo.worker.config import WorkerConfig
-from llambo.worker.core import WorkerCore
-from llambo.worker.fake import FakeEngine
-from llambo.worker.identity import Identity as WorkerIdentity
+from llambo.worker.engine.fake import FakeEngine
 from tests.sim.clock import Clock
 from tests.sim.history import History
 from tests.sim.network import Bundle, Hub, Network, Wire

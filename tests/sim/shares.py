@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from llambo.broker.actions import ToWorker
-from llambo.broker.requests import Request, RequestState
-from llambo.broker.state import State
-from llambo.mesh import messages as m
-from llambo.mesh.identity import Identity
+from llambo.broker.records.request import Request, RequestState
+from llambo.broker.records.state import State
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity
 
 #: Who waits for its turn sees each other identity have one before.
 TURNS = 1

@@ -8,10 +8,10 @@ from random import Random
 import msgspec
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import client_events as c
-from llambo.mesh import messages as m
+from llambo.mesh.client import client_events as c
+from llambo.mesh.wire import messages as m
 from llambo.worker.config import WorkerConfig
-from llambo.worker.knobs import FakeKnobs
+from llambo.worker.engine.engine_options import FakeKnobs
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
@@ -402,7 +402,7 @@ class World:
 
 
 def _stop() -> object:
-    from llambo.worker.events import StopRequested
+    from llambo.worker.agent.events import StopRequested
 
     return StopRequested()
 

@@ -10,10 +10,10 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import ClientSaid, Event, KeysChanged, RouteGone, Tick, TokensArrived, WorkerSaid
 from llambo.broker.invariants import check
-from llambo.mesh import messages as m
-from llambo.mesh import tokens
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.identity import Identity
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.mesh.wire.identity import Identity
 
 M = TypeVar("M", bound=m.Message)
 

@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from llambo.gateway import responses
-from llambo.gateway.asking import About, Event, Prepared, Renderer, Token
-from llambo.gateway.problems import unread
-from llambo.gateway.responses_input import ResponsesRequest
-from llambo.gateway.responses_store import Store
-from llambo.mesh import messages as m
-from llambo.mesh.client_stream import Answer
-from llambo.mesh.tokens import Logprob
+from llambo.gateway.answers.asking import About, Event, Prepared, Renderer, Token
+from llambo.gateway.answers.problems import unread
+from llambo.gateway.apis import responses
+from llambo.gateway.apis.responses_input import ResponsesRequest
+from llambo.gateway.apis.responses_store import Store
+from llambo.mesh.client.answer_stream import Answer
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.tokens import Logprob
 
 T = TypeVar("T")
 ABOUT = About("0123456789abcdef" * 2, 1_700_000_000, "tiny")

@@ -15,9 +15,9 @@ from typing import Any, get_args
 import msgpack
 import msgspec
 
-from llambo.mesh import codec, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
+from llambo.mesh.wire import codec, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
 
 GOLDEN = Path(__file__).parent / "golden" / "messages.json"
 

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.broker.accounts import Account
-from llambo.broker.transcript import reservation
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.mesh.identity import Identity
+from llambo.broker.records.accounts import Account
+from llambo.broker.records.transcript import reservation
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 BOSS = Identity("boss", "admin")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from llambo.mesh.activation import NAMES, inherited
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.service.activation import NAMES, inherited
+from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Far from the descriptors of the test itself.
 FIRST = 300

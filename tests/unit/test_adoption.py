@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh import messages as m
-from llambo.mesh import tokens, transfer
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens, transfer
+from llambo.mesh.wire.errors import Code
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 ADOPT_MS = 1_000

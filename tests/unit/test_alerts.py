@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llambo.broker import metrics as broker
-from llambo.gateway import telemetry as gateway
-from llambo.mesh import standing
-from llambo.mesh.metrics import Metric
+from llambo.broker.report import metrics_page as broker
+from llambo.gateway.observe import telemetry as gateway
+from llambo.mesh.service import process_metrics
+from llambo.mesh.service.prometheus import Metric
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *standing.TABLE)}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *process_metrics.TABLE)}
 #: What Prometheus adds to whatever it scrapes.
 ADDED = {"job", "instance"}
 _NAME = re.compile(r"\b(?:llambo_|process_)\w+")

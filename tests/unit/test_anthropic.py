@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.anthropic_messages import CountRequest, MessagesRequest, prepare
-from llambo.gateway.problems import FieldError, body
-from llambo.mesh.client_options import build_request
-from llambo.mesh.errors import Code, LlamboError
+from llambo.gateway.answers.problems import FieldError, body
+from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, prepare
+from llambo.mesh.client.request_options import build_request
+from llambo.mesh.wire.errors import Code, LlamboError
 from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, read, tokens_of, told
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}

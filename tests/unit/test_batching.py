@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llambo.worker.batching import (
+from llambo.worker.llama.batching import (
     BURST_MS,
     FIRST_SHARE,
     MIN_COPY,

@@ -20,7 +20,7 @@ from llambo.bridge import facts as f
 from llambo.bridge.commands import COMMANDS
 from llambo.bridge.connection_core import ConnectionCore, Terms
 from llambo.bridge.reading import LIST_PARTS
-from llambo.mesh.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 
 MODELS = [{"model": "small", "workers": 2}, {"model": "large", "workers": 1}]
 STATUS = {"bridge": {"connections": 1, "answers": 1}, "mesh": {"broker": "b"}}

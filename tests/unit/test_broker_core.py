@@ -5,15 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from llambo.broker import housekeeping, queries
+from llambo.broker import housekeeping
 from llambo.broker.events import StopAsked, Tick
-from llambo.broker.transcript import reservation
-from llambo.mesh import limits, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.mesh.identity import ANYONE
-from llambo.worker.fake_tokens import logprob_of
+from llambo.broker.records.transcript import reservation
+from llambo.broker.report import queries
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.identity import ANYONE
+from llambo.worker.engine.fake_model import logprob_of
 from tests.unit.broker_bench import Bench, request_id
 
 

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 
-from llambo.broker.accounts import Account
-from llambo.broker.gate import Gate
-from llambo.broker.queue import WaitingRoom
-from llambo.broker.registry import ClientEntry, WorkerEntry
-from llambo.broker.requests import REQUEST_STEPS, Request, RequestState
-from llambo.broker.schedule import POLICIES, Pool, choose
-from llambo.broker.transcript import Transcript
-from llambo.mesh import limits, tokens
-from llambo.mesh import messages as m
+from llambo.broker.access.grants import Gate
+from llambo.broker.records.accounts import Account
+from llambo.broker.records.queue import WaitingRoom
+from llambo.broker.records.registry import ClientEntry, WorkerEntry
+from llambo.broker.records.request import REQUEST_STEPS, Request, RequestState
+from llambo.broker.records.schedule import POLICIES, Pool, choose
+from llambo.broker.records.transcript import Transcript
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import messages as m
 from tests.unit.broker_bench import request_id
 
 KEY = b"k" * 24

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from llambo.mesh.identity import Identity
-from llambo.mesh.keyring import Folder
-from llambo.mesh.keys import to_line
-from llambo.worker import fake_tokens
-from llambo.worker.fake_tokens import START, pieces_of, plain_token, wander_token
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.security.keys import to_line
+from llambo.mesh.wire.identity import Identity
+from llambo.worker.engine import fake_model
+from llambo.worker.engine.fake_model import START, pieces_of, plain_token, wander_token
 from tests.chaos import checker, leaks, promises, report
 from tests.chaos.checker import Streams
 from tests.chaos.history import Line, parse
@@ -262,7 +262,7 @@ def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -
     folder = Folder(tmp_path / "keys")
     folder.begin("tcp://127.0.0.1:7330")
     key = folder.add(Identity("w0", "worker"), 0)
-    ids = [fake_tokens.plain_token(1, b"tell", index) for index in range(10)]
+    ids = [fake_model.plain_token(1, b"tell", index) for index in range(10)]
     lines: list[Line] = [
         {"e": "submit", "id": "r", "prompt": "tell me a secret", "who": "c0", "t": 0},
         {"e": "chunk", "id": "r", "i": 0, "ids": ids, "who": "c0", "t": 1},
@@ -272,7 +272,7 @@ def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -
     # When logs say more than they may, Then each is found
     secrets = {
         "a prompt": "got 'tell me a secret'", "an answer's tokens": str(ids), "a key": to_line(key),
-        "an answer": b"".join(fake_tokens.pieces_of(ids)).decode(), "a secret": f"pair {key.pair.secret}",
+        "an answer": b"".join(fake_model.pieces_of(ids)).decode(), "a secret": f"pair {key.pair.secret}",
     }  # fmt: skip
     for what, text in secrets.items():
         (tmp_path / "bad.log").write_text(f"INFO {text} and more\n")

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh import limits
-from llambo.mesh.messages import Sampling
-from llambo.worker import chat
-from llambo.worker.chat import Message, Text, in_words, read
-from llambo.worker.prompts import BadPrompt, Template
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.prompt import conversation
+from llambo.worker.prompt.conversation import Message, Text, in_words, read
+from llambo.worker.prompt.template import BadPrompt, Template
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -48,12 +48,12 @@ def template(source: str = CHATML) -> Template:
     return Template(source, bos="<s>", eos="</s>")
 
 
-def read_chat(*messages: Any, tools: Any = None) -> chat.Chat:
+def read_chat(*messages: Any, tools: Any = None) -> conversation.Chat:
     return read(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
 
 
 def text(prompt: bytes, sampling: Sampling, source: str | None = CHATML) -> Text:
-    return chat.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
+    return conversation.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
 
 
 def test_what_a_user_says_and_the_system_message() -> None:
@@ -95,7 +95,7 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
         ([{"role": "user", "content": None}], None, r"messages\[0\] has no content"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], None, r"messages\[0\] has no content"),
         ([{"role": "user", "content": 1}], None, "content"),
-        ([ASKED] * (chat.MESSAGES + 1), None, "4097 messages"),
+        ([ASKED] * (conversation.MESSAGES + 1), None, "4097 messages"),
         ([ASKED], [{"type": "function", "function": {"name": "a b"}}], r"tools\[0\] is called 'a b'"),
         ([ASKED], [WEATHER, WEATHER], "two tools are called 'weather'"),
         ([ASKED], [{"type": "code", "function": {"name": "a"}}], "code"),

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from llambo.cli import chat_events as e
-from llambo.cli.chat_commands import COMMANDS
-from llambo.cli.chat_core import LEAST_ANSWER, ChatCore
-from llambo.cli.chat_fitting import Fitting
-from llambo.cli.chat_session import Session, Turn, is_name, matches
+from llambo.cli.chat import chat_events as e
+from llambo.cli.chat.chat_commands import COMMANDS
+from llambo.cli.chat.chat_core import LEAST_ANSWER, ChatCore
+from llambo.cli.chat.chat_fitting import Fitting
+from llambo.cli.chat.chat_session import Session, Turn, is_name, matches
 
 AT = 1_700_000_000
 

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llambo.cli import chat_view
-from llambo.cli.chat_markdown import cut, finished, lines_of, make_parser
-from llambo.cli.chat_painter import Painter
-from llambo.cli.chat_view import BLOCK_CHARS, DrawnAnswer
-from llambo.cli.out import Out
-from llambo.cli.views import Clock
-from llambo.mesh.client_stream import Piece
-from llambo.mesh.errors import harmless
+from llambo.cli.chat import chat_view
+from llambo.cli.chat.chat_markdown import cut, finished, lines_of, make_parser
+from llambo.cli.chat.chat_painter import Painter
+from llambo.cli.chat.chat_view import BLOCK_CHARS, DrawnAnswer
+from llambo.cli.kit.out import Out
+from llambo.cli.kit.views import Clock
+from llambo.mesh.client.answer_stream import Piece
+from llambo.mesh.wire.errors import harmless
 
 #: What a drawn line may have in it beside text: colours and weights.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llambo.cli import main
-from llambo.cli.chat_session import Session, Turn
-from llambo.cli.chat_store import FILE_BYTES, Store, state_folder
-from llambo.cli.exits import Exit
-from llambo.mesh.errors import Code, LlamboError
+from llambo.cli.chat.chat_session import Session, Turn
+from llambo.cli.chat.chat_store import FILE_BYTES, Store, state_folder
+from llambo.cli.kit.exits import Exit
+from llambo.mesh.wire.errors import Code, LlamboError
 
 NOW = 1_700_000_000
 SESSION = Session(
@@ -165,7 +165,7 @@ def test_what_a_later_release_added_is_no_damage(store: Store) -> None:
 def test_a_session_is_open_once(store: Store) -> None:
     store.take("travel")
     script = (
-        "import sys; from pathlib import Path; from llambo.cli.chat_store import Store\n"
+        "import sys; from pathlib import Path; from llambo.cli.chat.chat_store import Store\n"
         "store = Store(Path(sys.argv[1]))\n"
         "store.take('other')\n"
         "store.take('travel')\n"
@@ -258,7 +258,7 @@ def test_a_name_that_is_none_is_refused(at_home: Store) -> None:
 
 def test_listing_needs_nothing_of_what_talking_needs() -> None:
     script = (
-        "import sys, llambo.cli.main, llambo.cli.chat, llambo.cli.chat_store\n"
+        "import sys, llambo.cli.main, llambo.cli.chat.chat, llambo.cli.chat.chat_store\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments', 'zmq'})"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from llambo.cli.chat_answer import FIRST_S, STALL_S, Waiting
-from llambo.mesh.client_stream import Stream
-from llambo.mesh.errors import Code, LlamboError
+from llambo.cli.chat.chat_answer import FIRST_S, STALL_S, Waiting
+from llambo.mesh.client.answer_stream import Stream
+from llambo.mesh.wire.errors import Code, LlamboError
 
 
 class Broker:

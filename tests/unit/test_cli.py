@@ -15,18 +15,20 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from llambo.cli import broker, docs, main, worker, workers
-from llambo.cli.exits import MEANING, Exit, exit_of
-from llambo.cli.failure import Failure
-from llambo.cli.options import Duration
-from llambo.cli.out import Out
-from llambo.cli.output import duration, facts, number, size, table
-from llambo.cli.up import plan
-from llambo.cli.why import summary, timeline
-from llambo.mesh import limits
-from llambo.mesh.client import Client
-from llambo.mesh.errors import Code, ErrorInfo, LlamboError, harmless
-from llambo.mesh.journal import HumanFormatter
+from llambo.cli import docs, main
+from llambo.cli.commands import workers
+from llambo.cli.commands.why import summary, timeline
+from llambo.cli.kit.exits import MEANING, Exit, exit_of
+from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.flags import Duration
+from llambo.cli.kit.out import Out
+from llambo.cli.kit.output import duration, facts, number, size, table
+from llambo.cli.services import broker, worker
+from llambo.cli.services.up import plan
+from llambo.mesh.client.client import Client
+from llambo.mesh.service.journal import HumanFormatter
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, harmless
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
@@ -81,7 +83,7 @@ def test_the_version_is_shown() -> None:
 
 def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
     script = (
-        "import sys, llambo.cli.main, llambo.cli.send, llambo.cli.following, llambo.mesh.client\n"
+        "import sys, llambo.cli.main, llambo.cli.commands.send, llambo.cli.kit.following, llambo.mesh.client.client\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments'})"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
@@ -229,18 +231,18 @@ def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
 
 
 def test_up_hands_its_flags_on_to_those_they_concern() -> None:
-    from llambo.cli.common import Common
+    from llambo.cli.kit.common import Common
 
     made = plan(
         Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}),
         2,
     )
 
-    assert made.broker[2:] == ["llambo.cli.broker", "--port", "9000"]
+    assert made.broker[2:] == ["llambo.cli.services.broker", "--port", "9000"]
     name, command = made.workers[1]
     assert name == "worker-2"
     assert command[2:] == [
-        "llambo.cli.worker",
+        "llambo.cli.services.worker",
         *("--engine", "fake"),
         *("--fake-tokens-per-s", "40.0"),
         *("--fake-utf8-split", "yes"),
@@ -250,7 +252,7 @@ def test_up_hands_its_flags_on_to_those_they_concern() -> None:
 
 
 def test_worker_settings_become_a_worker_config() -> None:
-    from llambo.mesh import settings
+    from llambo.mesh.settings import settings
 
     config = worker.worker_config(
         settings.load({"engine": "fake", "slots": 2, "fake_burst": 8, "name": "tiny-01"}, environ={}, places=[])
@@ -436,9 +438,10 @@ def test_a_file_takes_everything(tmp_path: Path) -> None:
 
 def test_a_temperature_that_nobody_chose_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("llambo.mesh.client.Client.stream", lambda self, text, **options: asked.append(options))
+    monkeypatch.setattr("llambo.mesh.client.client.Client.stream", lambda self, text, **options: asked.append(options))
     monkeypatch.setattr(
-        "llambo.cli.following.follow", lambda common, opener, **rest: asyncio.run(opener(Client("tcp://127.0.0.1:1")))
+        "llambo.cli.kit.following.follow",
+        lambda common, opener, **rest: asyncio.run(opener(Client("tcp://127.0.0.1:1"))),
     )
     llambo("send", "hello")
     llambo("send", "hello", "--temperature", "0.8")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import msgpack
 import pytest
 
-from llambo.mesh import client_events as e
-from llambo.mesh import messages as m
-from llambo.mesh import tokens, transfer
-from llambo.mesh.client_core import GATE_MS, ClientCore
-from llambo.mesh.client_life import RESEND_MS
-from llambo.mesh.client_questions import ASK_AGAIN_MS
-from llambo.mesh.client_repair import REPLAY_AGAIN_MS, TAIL_GRACE_MS
-from llambo.mesh.client_requests import CLIENT_STEPS, Step
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.mesh.link_core import LinkState, OpenControl, OpenTokens, Send
+from llambo.mesh.client import client_events as e
+from llambo.mesh.client.client_core import ASK_AGAIN_MS, GATE_MS, ClientCore
+from llambo.mesh.client.client_requests import CLIENT_STEPS, Step
+from llambo.mesh.client.request_life import REPLAY_AGAIN_MS, RESEND_MS, TAIL_GRACE_MS
+from llambo.mesh.link.link_core import LinkState, OpenControl, OpenTokens, Send
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens, transfer
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.mesh.wire.errors import Code, ErrorInfo
 
 ID = b"i" * 16
 KEY = ID + b"d" * 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from llambo.mesh.client_stream import Stream
+from llambo.mesh.client.answer_stream import Stream
 
 
 def test_a_piece_has_the_bytes_of_each_token_also_where_a_character_is_cut() -> None:

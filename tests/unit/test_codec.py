@@ -9,9 +9,9 @@ from typing import Any, get_args
 import msgpack
 import pytest
 
-from llambo.mesh import codec, limits
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import codec, limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from tests.unit.samples import ALL, CODECS, GOLDEN, ID, SESSION, allowed, frames_of, vectors
 
 VECTORS: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))

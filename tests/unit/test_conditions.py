@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from llambo.mesh import messages as m
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.herald_core import Condition
-from llambo.worker import actions as a
-from llambo.worker import events as e
-from llambo.worker.condition import condition
+from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
+from llambo.worker.agent.agent import condition
 from tests.unit.test_worker_core import MODELS, SESSION, Rig, joined, key_of, loaded, running
 
 BROKERS = ("tcp://box:7330",)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llambo.mesh.messages import Sampling
-from llambo.worker import defaults, gguf
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.llama import defaults
+from llambo.worker.models import gguf
 from tests.unit.test_models import tiny
 
 MORE: dict[str, float | str] = {

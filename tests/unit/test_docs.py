@@ -13,9 +13,9 @@ import msgpack
 import pytest
 
 from docs import generate, protocol_parts
-from llambo.mesh import codec
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from tests.sim.mutants import GUARDS
 
 ROOT = Path(__file__).resolve().parents[2]

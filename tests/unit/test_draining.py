@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from llambo.broker.requests import RequestState
-from llambo.mesh import messages as m
-from llambo.mesh import tokens
-from llambo.mesh.errors import Code
-from llambo.worker import actions as a
-from llambo.worker import events as e
+from llambo.broker.records.request import RequestState
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens
+from llambo.mesh.wire.errors import Code
+from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 from tests.unit.test_worker_core import dispatch, joined, running
 

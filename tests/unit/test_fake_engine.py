@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from llambo.mesh.errors import Code
-from llambo.mesh.messages import Sampling
-from llambo.worker.engine_proto import ALIVE_MS, Output, Start
-from llambo.worker.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
-from llambo.worker.fake_tokens import logprob_of
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.engine.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
+from llambo.worker.engine.fake_model import logprob_of
+from llambo.worker.engine.protocol import ALIVE_MS, Output, Start
 
 KEY = b"r" * 16 + b"dispatch"
 PROMPT = b"three small words"

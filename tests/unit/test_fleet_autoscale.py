@@ -9,8 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.autoscale_core import Autoscaler, Decision, Seen
-from llambo.fleet.extremes import Extreme
+from llambo.fleet.decide.autoscale_core import Autoscaler, Decision, Extreme, Seen
 from llambo.fleet.model import NodeClass, Scaling
 
 SECOND, MINUTE = 1_000, 60_000

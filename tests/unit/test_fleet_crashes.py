@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.fleet.crashes_core import LASTED_MS, LOOP, PAUSE_MS, Crashes, last_words, pause_ms
+from llambo.fleet.decide.crashes_core import LASTED_MS, LOOP, PAUSE_MS, Crashes, last_words, pause_ms
 
 SECOND = 1_000
 HERE, THERE = ("tiny", "box"), ("tiny", "shed")

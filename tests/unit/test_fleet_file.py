@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet import keys
-from llambo.fleet.file import parse
-from llambo.fleet.lines import Lines
+from llambo.fleet.file import schema
+from llambo.fleet.file.file import parse
+from llambo.fleet.file.lines import Lines
 from llambo.fleet.model import Fleet, Scaling
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.wire.errors import Code, LlamboError
 
 SMALL = """
 [classes.tiny]
@@ -111,19 +111,19 @@ def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else(
 
 
 def test_every_setting_of_a_worker_can_be_said() -> None:
-    lines = [f"{name} = {json.dumps(row.default)}" for name, row in keys.WORKER_SETTINGS.items()]
+    lines = [f"{name} = {json.dumps(row.default)}" for name, row in schema.WORKER_SETTINGS.items()]
     told = parse("\n".join([SMALL, *lines])).classes["tiny"].settings["worker"]
-    assert set(told) == set(keys.WORKER_SETTINGS)
+    assert set(told) == set(schema.WORKER_SETTINGS)
 
 
 def test_defaults_of_the_tables_are_those_of_the_values() -> None:
-    assert {key.name: key.setting.default for key in keys.SCALE} == {
+    assert {key.name: key.setting.default for key in schema.SCALE} == {
         name: getattr(Scaling(), name) for name in Scaling.__slots__
     }
-    assert set(keys.ALSO_CALLED.values()) <= {
-        *keys.WORKER_SETTINGS,
+    assert set(schema.ALSO_CALLED.values()) <= {
+        *schema.WORKER_SETTINGS,
         "classes",
-        *(key.name for table in (keys.HOST, keys.CLASS, keys.SCALE) for key in table),
+        *(key.name for table in (schema.HOST, schema.CLASS, schema.SCALE) for key in table),
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llambo.fleet.nodes import START_S, node_of
-from llambo.fleet.process import Record
+from llambo.fleet.providers.process import Record
+from llambo.fleet.run.keeper import START_S, node_of
 from llambo.fleet.world import NodeState
 
 LONG_AGO, NOW = 0, 10_000_000

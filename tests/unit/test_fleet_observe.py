@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from llambo.fleet import commands
-from llambo.fleet.file import parse
+from llambo.fleet.file.file import parse
 from llambo.fleet.model import Fleet
-from llambo.fleet.observe import Observer
+from llambo.fleet.run import keeper
+from llambo.fleet.run.observe import Observer
 from llambo.fleet.world import HostFacts, Node, NodeState, World
 
 TWO = """
@@ -83,10 +83,11 @@ def test_settings_become_the_words_of_a_command() -> None:
     fleet = parse(TWO + 'fake.tokens_per_s = 5\n[broker]\nport = 7400\nqueue_bytes = "1MiB"\n')
     other, broker = fleet.classes["other"], fleet.broker
     assert broker is not None
-    assert commands.words(other, "other-0001", broker="tcp://x:1", key="/k/other.key") == [
-        sys.executable, "-m", "llambo.cli.worker", "--engine", "fake", "--threads", "1", "--fake-tokens-per-s", "5.0",
+    assert keeper.command_of(other, "other-0001", broker="tcp://x:1", key="/k/other.key") == [
+        sys.executable, "-m", "llambo.cli.services.worker", "--engine", "fake", "--threads", "1",
+        "--fake-tokens-per-s", "5.0",
         "--name", "other-0001", "--class", "other", "--broker", "tcp://x:1", "--key", "/k/other.key",
     ]  # fmt: skip
-    assert commands.words(broker, "broker", keys="/k") == [
-        sys.executable, "-m", "llambo.cli.broker", "--port", "7400", "--queue-bytes", "1MiB", "--keys", "/k",
+    assert keeper.command_of(broker, "broker", keys="/k") == [
+        sys.executable, "-m", "llambo.cli.services.broker", "--port", "7400", "--queue-bytes", "1MiB", "--keys", "/k",
     ]  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llambo.fleet.decide.placement import Placement, size
+from llambo.fleet.decide.plan import Do, Plan, Step, Wanted, imagine, make
 from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.placement import Placement, size
-from llambo.fleet.plan import Do, Plan, Step, Wanted, imagine, make
 from llambo.fleet.world import HostFacts, Node, NodeState, World
 
 GIB, MIB = 1 << 30, 1 << 20

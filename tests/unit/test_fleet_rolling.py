@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.rolling_core import (
+from llambo.fleet.decide.rolling_core import (
     LEAVE_MS,
     TEST_MS,
     Away,

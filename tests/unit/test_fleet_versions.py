@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from llambo.fleet.file.versions import FILE, Book, Versions
 from llambo.fleet.model import Fleet, Host, NodeClass
-from llambo.fleet.versions import FILE, Book, Versions
 from llambo.fleet.world import Node, NodeState, World
-from llambo.mesh.errors import LlamboError
+from llambo.mesh.wire.errors import LlamboError
 
 
 def fleet(ctx: int, **more: Any) -> Fleet:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench import tiny_model
-from llambo.worker import found, models
-from llambo.worker.found import Found
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import found, models
+from llambo.worker.models.found import Found
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.mesh import codec, limits, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import codec, limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from tests.fuzz import cores, corpus, strategies, target, targets
 from tests.unit import samples
 from tests.unit.broker_bench import Bench

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from llambo.broker.config import BrokerConfig
-from llambo.broker.history import ENDED_TOLD
-from llambo.mesh import messages as m
-from llambo.mesh.identity import Identity, Role
+from llambo.broker.report.history import ENDED_TOLD
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity, Role
 from tests.unit.broker_bench import Bench, Client, request_id
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llambo.broker import zap
-from llambo.mesh import keys
-from llambo.mesh.errors import LlamboError
-from llambo.mesh.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey
-from llambo.mesh.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder
+from llambo.broker.access import zap
+from llambo.mesh.security import keys
+from llambo.mesh.security.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder
+from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey
 
 NOW = 1_000_000
 

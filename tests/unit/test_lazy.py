@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.worker.lazy import LazyGrammar
+from llambo.worker.llama.lazy_grammar import LazyGrammar
 
 #: How fast this machine is just now is not what is tried here.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

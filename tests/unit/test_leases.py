@@ -8,9 +8,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from llambo.mesh import classes, limits
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import limits, naming
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
 from tests.unit.broker_bench import Bench, Client
 
 ME, OTHER = b"the first", b"the other"
@@ -124,10 +124,10 @@ def test_a_promise_ends_with_the_lease(bench: Bench) -> None:
 
 
 def test_names_of_classes() -> None:
-    name = classes.in_class("smollm2", "tiny")
-    assert (name, classes.plain(name), classes.class_of(name)) == ("smollm2@tiny", "smollm2", "tiny")
-    assert classes.in_class("smollm2", "") == classes.plain("smollm2") == "smollm2"
-    assert classes.class_of("smollm2") == "" and classes.in_class("m" * 128, "tiny") == "m" * 128
+    name = naming.in_class("smollm2", "tiny")
+    assert (name, naming.plain(name), naming.class_of(name)) == ("smollm2@tiny", "smollm2", "tiny")
+    assert naming.in_class("smollm2", "") == naming.plain("smollm2") == "smollm2"
+    assert naming.class_of("smollm2") == "" and naming.in_class("m" * 128, "tiny") == "m" * 128
 
 
 def test_a_class_is_chosen_by_its_name(bench: Bench) -> None:

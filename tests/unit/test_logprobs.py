@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from llambo.mesh import limits, tokens
-from llambo.worker.logprobs import logprob_of
+from llambo.mesh.wire import limits, tokens
+from llambo.worker.llama.sampling import logprob_of
 
 
 def piece(id: int) -> bytes:

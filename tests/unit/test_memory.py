@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llambo.broker.state import State
-from llambo.mesh import messages as m
+from llambo.broker.records.state import State
+from llambo.mesh.wire import messages as m
 from tests.unit.broker_bench import Bench
 
 #: What must not grow may still breathe: lanes and alarms are tidied up now and then.

@@ -8,17 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.broker import http
-from llambo.broker import metrics as broker_metrics
 from llambo.broker.events import Counted, Event
-from llambo.broker.meter import CLASSES, MODELS, TIMED
-from llambo.broker.registry import CONDITIONS
-from llambo.broker.state import Counters
-from llambo.mesh import limits, standing
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code
-from llambo.mesh.identity import Identity
-from llambo.mesh.metrics import NONE, OTHER, SERIES, Metric, Names, page
+from llambo.broker.records.meter import CLASSES, MODELS, TIMED
+from llambo.broker.records.registry import CONDITIONS
+from llambo.broker.records.state import Counters
+from llambo.broker.report import metrics_http
+from llambo.broker.report import metrics_page as broker_metrics
+from llambo.mesh.service import process_metrics
+from llambo.mesh.service.prometheus import NONE, OTHER, SERIES, Metric, Names, page
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import Bench, Worker
 from tests.unit.pages import check_page, value
 
@@ -26,7 +27,7 @@ SECONDS = Metric("a_seconds", "histogram", "Waits", ("who",), (0.1, 1.0))
 THINGS = Metric("things_total", "counter", 'What is "counted"\nand \\', ("who",))
 
 
-# --- mesh/metrics.py -----------------------------------------------------------------------------------
+# --- mesh/service/prometheus.py -----------------------------------------------------------------------------------
 
 
 def test_what_is_counted_is_what_is_read() -> None:
@@ -92,7 +93,7 @@ def test_a_metric_that_prometheus_would_not_like_cannot_be_made(wrong: tuple[Any
         Metric(name, kind, "text", labels, bounds)
 
 
-# --- broker/meter.py and broker/metrics.py -------------------------------------------------------------
+# --- broker/records/meter.py and broker/report/metrics_page.py ---
 
 
 class Unchecked(Bench):
@@ -314,17 +315,17 @@ def test_only_an_admin_may_ask_for_them(role: Any, may: bool) -> None:
 
 
 def test_what_a_process_says_of_itself() -> None:
-    seen = check_page(standing.page())
+    seen = check_page(process_metrics.page())
     assert value(seen, "process_resident_memory_bytes") > 2**20
     assert value(seen, "process_open_fds") >= 3
     assert 0 <= time.time() - value(seen, "process_start_time_seconds") < 86_400
 
 
-# --- broker/http.py ------------------------------------------------------------------------------------
+# --- broker/report/metrics_http.py ------------------------------------------------------------------------------------
 
 
 def asked(head: bytes, token: str = "") -> tuple[int, str]:
-    reply = http.answer(head, token, lambda: "the page\n")
+    reply = metrics_http.answer(head, token, lambda: "the page\n")
     first, _, body = reply.decode().partition("\r\n\r\n")
     assert f"Content-Length: {len(body)}" in first and "Connection: close" in first
     return int(first.split()[1]), body
@@ -349,11 +350,11 @@ def asked(head: bytes, token: str = "") -> tuple[int, str]:
         (b"GET /metrics HTTP/2\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
-        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * http.HEAD_BYTES + b"\r\n\r\n", 431),
+        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * metrics_http.HEAD_BYTES + b"\r\n\r\n", 431),
     ],
 )
 def test_what_the_window_answers(head: bytes, status: int) -> None:
-    assert http.whole(head)
+    assert metrics_http.whole(head)
     assert asked(head)[0] == status
 
 

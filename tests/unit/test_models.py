@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker import gguf, models
-from llambo.worker.gguf import BadModelFile
-from llambo.worker.knobs import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.models import gguf, models
+from llambo.worker.models.gguf import BadModelFile
 
 MIB = 1024 * 1024
 

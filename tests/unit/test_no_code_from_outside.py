@@ -26,11 +26,11 @@ METHODS = {
     ("subprocess", "getstatusoutput"),
 }
 #: Commands are loaded when they are called; the names are those of a table in that file.
-ALLOWED = {"cli/command.py": "importlib.import_module"}
+ALLOWED = {"cli/kit/command.py": "importlib.import_module"}
 #: What must not be asked for, whatever is called.
 WORDS = {"allow_pickle": True, "shell": True}
 #: The one file that makes text of templates, and what it may take of the one engine for that.
-TEMPLATES = "worker/prompts.py"
+TEMPLATES = "worker/prompt/template.py"
 SANDBOX = {
     "jinja2",
     "jinja2.ext.Extension",

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llambo.broker.condition import condition as of_broker
 from llambo.broker.config import BrokerConfig
-from llambo.broker.state import State
-from llambo.cli.restarts import LASTED_MS, Life, Restarts, next_life, pause_ms
-from llambo.mesh import journal
-from llambo.mesh.herald_core import EXTEND_EVERY_MS, LOOK_MS, Condition, HeraldCore
-from llambo.mesh.notify import Herald, Manager, manager, message
-from llambo.mesh.timers import NEVER_MS
+from llambo.broker.records.state import State
+from llambo.broker.server import condition as of_broker
+from llambo.cli.services.service import LASTED_MS, Life, Restarts, next_life, pause_ms
+from llambo.mesh.service import journal
+from llambo.mesh.service.notify import Herald, Manager, manager, message
+from llambo.mesh.service.notify_core import EXTEND_EVERY_MS, LOOK_MS, Condition, HeraldCore
+from llambo.mesh.wire.timers import NEVER_MS
 
 READY = Condition("idle", ready=True)
 STARTING = Condition("loading")

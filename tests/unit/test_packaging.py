@@ -1,4 +1,4 @@
-"""The folders of the repository, the links in src/llambo and pyproject.toml name the same packages."""
+"""What is shipped is what is in `llambo/`, and the scripts start what is there."""
 
 from __future__ import annotations
 
@@ -9,47 +9,22 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SRC = ROOT / "src" / "llambo"
-#: Folders with an __init__.py that are not shipped.
-NOT_SHIPPED = {"bench", "docs", "examples", "tests"}
-
+PACKAGE = ROOT / "llambo"
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 
-def top_folders() -> list[Path]:
-    found = [init.parent for init in ROOT.glob("*/__init__.py")]
-    return sorted(folder for folder in found if folder.name not in NOT_SHIPPED and not folder.name.startswith("."))
-
-
-def packages_on_disk() -> set[str]:
-    inits = [init for folder in top_folders() for init in folder.rglob("__init__.py")]
-    return {"llambo", *(".".join(["llambo", *init.parent.relative_to(ROOT).parts]) for init in inits)}
-
-
-def test_every_package_on_disk_is_shipped_and_no_other() -> None:
-    assert set(SETUPTOOLS["packages"]) == packages_on_disk()
-
-
-def test_every_package_comes_from_its_folder() -> None:
-    folders = {"llambo": "src/llambo"} | {f"llambo.{folder.name}": folder.name for folder in top_folders()}
-    assert SETUPTOOLS["package-dir"] == folders
-
-
-def test_a_link_for_each_folder_and_no_other() -> None:
-    links = {path.name: str(path.readlink()) for path in SRC.iterdir() if path.is_symlink()}
-    assert links == {folder.name: f"../../{folder.name}" for folder in top_folders()}
-
-
-def test_the_package_itself_holds_only_its_public_names() -> None:
-    real = {path.name for path in SRC.iterdir() if not path.is_symlink() and path.name != "__pycache__"}
-    assert real == {"__init__.py", "py.typed"}
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert len(folders) > 30
+    assert {folder for folder in folders if not (folder / "__init__.py").is_file()} == set()
+    assert SETUPTOOLS["packages"]["find"] == {"include": ["llambo*"]}
 
 
 @pytest.mark.parametrize("script", sorted(PYPROJECT["project"]["scripts"]))
 def test_a_script_starts_a_function_that_is_there(script: str) -> None:
     module, _, function = PYPROJECT["project"]["scripts"][script].partition(":")
-    path = SRC.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     assert f"def {function}(" in path.read_text(encoding="utf-8")
 
 
@@ -58,9 +33,12 @@ def test_the_licence_is_the_one_that_is_named() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_what_is_no_code_is_shipped_too() -> None:
+def test_files_that_are_not_code_are_shipped_too() -> None:
     shipped = {
-        path for pattern in SETUPTOOLS["package-data"]["llambo.systemd"] for path in ROOT.glob(f"systemd/{pattern}")
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
-    there = {path for path in ROOT.glob("systemd/**/*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")}
-    assert shipped == there
+    present = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert shipped == present

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.asking import Token
-from llambo.gateway.problems import FieldError
-from llambo.gateway.responses_store import Store
-from llambo.mesh.client_options import build_request
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.tokens import Logprob, TopToken
+from llambo.gateway.answers.asking import Token
+from llambo.gateway.answers.problems import FieldError
+from llambo.gateway.apis.responses_store import Store
+from llambo.mesh.client.request_options import build_request
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.tokens import Logprob, TopToken
 from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, ready, tokens_of, told
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.problems import FieldError
-from llambo.gateway.responses_store import Store
-from llambo.mesh.errors import Code, LlamboError
+from llambo.gateway.answers.problems import FieldError
+from llambo.gateway.apis.responses_store import Store
+from llambo.mesh.wire.errors import Code, LlamboError
 from tests.unit.gateway_bench import ABOUT, answer, events, ready, tokens_of, told
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}

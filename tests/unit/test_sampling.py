@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llambo.mesh.messages import Sampling
-from llambo.worker import chance
-from llambo.worker.sampling import DeadEnd, Grammar, Ids, Logits, Sampler, softmax
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.llama import sampling
+from llambo.worker.llama.sampling import DeadEnd, Grammar, Ids, Logits, Sampler, softmax
 
 WORDS = 50
 
@@ -97,10 +97,10 @@ def test_a_small_difference_of_logits_changes_few_choices() -> None:
 
 
 def test_the_number_of_a_token_does_not_depend_on_the_others() -> None:
-    whole = chance.gumbel(5, 9, np.arange(100, dtype=np.int32))
-    some = chance.gumbel(5, 9, np.array([70, 3], np.int32))
+    whole = sampling.gumbel(5, 9, np.arange(100, dtype=np.int32))
+    some = sampling.gumbel(5, 9, np.array([70, 3], np.int32))
     assert (some == whole[[70, 3]]).all()
-    assert np.isfinite(chance.gumbel(2**63 - 1, 2**31, np.arange(100_000, dtype=np.int32))).all()
+    assert np.isfinite(sampling.gumbel(2**63 - 1, 2**31, np.arange(100_000, dtype=np.int32))).all()
 
 
 def test_penalties_look_at_the_window() -> None:

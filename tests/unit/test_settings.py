@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from llambo.broker.config import BrokerConfig
-from llambo.mesh import settings
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.settings_table import BY_NAME, SECTIONS, TABLE, Kind
-from llambo.worker.knobs import FakeKnobs
+from llambo.mesh.settings import settings
+from llambo.mesh.settings.settings_table import BY_NAME, SECTIONS, TABLE, Kind
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.worker.engine.engine_options import FakeKnobs
 
 ROLES = ("broker", "worker", "client", "gateway", "bridge")
 

@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 
-from llambo.mesh import client_events as c
-from llambo.mesh import messages as m
-from llambo.mesh import sockets, tokens, transfer
-from llambo.mesh.client_core import ClientCore
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.link_core import BACKOFF_MS, CUT_MS, SILENT_MS, SOON_MS, TRY_MS, LinkState, OpenControl, Send, Sign
-from llambo.mesh.lookup import Lookup
-from llambo.worker import events as e
+from llambo.mesh.client import client_events as c
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.link import sockets
+from llambo.mesh.link.link import Lookup
+from llambo.mesh.link.link_core import (
+    BACKOFF_MS,
+    CUT_MS,
+    SILENT_MS,
+    SOON_MS,
+    TRY_MS,
+    LinkState,
+    OpenControl,
+    Send,
+    Sign,
+)
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens, transfer
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.worker.agent import events as e
 from tests.unit.broker_bench import Bench, Client, request_id
 from tests.unit.test_worker_core import LATER, SESSION, Rig, dispatch, key_of, loaded
 

@@ -15,15 +15,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llambo.cli import main
-from llambo.cli.common import Common
-from llambo.cli.exits import Exit
-from llambo.cli.shell_lines import BadLine, Order, Prompt, parse
-from llambo.cli.shell_main import LINE_BYTES, stdin_lines
-from llambo.cli.shell_names import ALIASES, ENTRIES, WATCHED, Known, command_of, completions, options_of
-from llambo.cli.shell_prompt import HISTORY_FILE, history, known
-from llambo.cli.shell_run import Shell, settable
-from llambo.cli.shell_session import Session
-from llambo.mesh.errors import LlamboError
+from llambo.cli.kit.common import Common
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.shell_session import Session
+from llambo.cli.shell.shell_lines import BadLine, Order, Prompt, parse
+from llambo.cli.shell.shell_main import LINE_BYTES, stdin_lines
+from llambo.cli.shell.shell_names import ALIASES, ENTRIES, WATCHED, Known, command_of, completions, options_of
+from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, known
+from llambo.cli.shell.shell_run import Shell, settable
+from llambo.mesh.wire.errors import LlamboError
 
 #: Where nothing listens.
 NOBODY = "tcp://127.0.0.1:1"

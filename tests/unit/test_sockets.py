@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llambo.mesh import sockets
-from llambo.mesh.errors import Code, LlamboError
+from llambo.mesh.link import sockets
+from llambo.mesh.wire.errors import Code, LlamboError
 
 
 @pytest.mark.parametrize(

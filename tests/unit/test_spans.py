@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.spans import Span, spans
-from llambo.gateway.tracing import traces_of
-from llambo.mesh.errors import Code, LlamboError
-from llambo.mesh.messages import Usage
+from llambo.gateway.observe.spans import Span, spans
+from llambo.gateway.observe.tracing import traces_of
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.messages import Usage
 
 USAGE = Usage(prompt_tokens=12, cached_tokens=5, prefill_ms=30.0, decode_ms=50.0)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llambo.broker import speed
-from llambo.broker.registry import WorkerEntry
-from llambo.mesh import messages as m
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.worker.rate import Rate
+from llambo.broker.records.registry import WorkerEntry
+from llambo.broker.workers import speed
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.worker.agent.rate import Rate
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 LONG = 10**7

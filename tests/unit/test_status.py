@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from llambo.cli.status import show_identities
-from llambo.mesh import messages as m
-from llambo.mesh.identity import Identity
+from llambo.cli.commands.status import show_identities
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import Bench
 
 

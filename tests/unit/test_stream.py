@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from llambo.mesh import limits, tokens
-from llambo.mesh.stream import Reassembly, Stash
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire.stream import Reassembly, Stash
 
 KEY = b"r" * limits.REQUEST_ID_BYTES + b"d" * limits.DISPATCH_ID_BYTES
 

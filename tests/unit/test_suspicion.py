@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgpack
 
-from llambo.mesh import messages as m
-from llambo.mesh import tokens
-from llambo.mesh.errors import Code
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens
+from llambo.mesh.wire.errors import Code
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 

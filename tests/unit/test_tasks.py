@@ -8,15 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh import limits, tasks, tokens
-from llambo.mesh import messages as m
-from llambo.mesh.client_tasks import Collector
-from llambo.mesh.errors import Code, ErrorInfo, LlamboError
-from llambo.mesh.link_core import Publish, Send
-from llambo.worker import actions as a
-from llambo.worker import events as e
-from llambo.worker.engine_proto import Output, Start
-from llambo.worker.fake import FakeEngine, FakeKnobs
+from llambo.mesh.client.client_tasks import Collector
+from llambo.mesh.link.link_core import Publish, Send
+from llambo.mesh.wire import limits, tasks, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
+from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
+from llambo.worker.engine.fake import FakeEngine, FakeKnobs
+from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id
 from tests.unit.test_fake_engine import run
 from tests.unit.test_worker_core import dispatch, joined, key_of, replayed

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from llambo.worker.text import Gate, incomplete_bytes
+from llambo.worker.llama.text import Gate, incomplete_bytes
 
 
 def run(stops: list[str], pieces: list[bytes]) -> tuple[list[int], bytes, bool]:

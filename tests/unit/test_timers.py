@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from llambo.mesh.timers import NEVER_MS, Timers
+from llambo.mesh.wire.timers import NEVER_MS, Timers
 
 
 def test_alarms_ring_once_and_in_order() -> None:

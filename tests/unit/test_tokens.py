@@ -8,7 +8,7 @@ import random
 import msgpack
 import pytest
 
-from llambo.mesh import limits, tokens
+from llambo.mesh.wire import limits, tokens
 from tests.unit.samples import BEAT, CHUNK, CHUNK_WITH_LOGPROBS, DISPATCH, GOLDEN, ID, KEY, LOGPROBS, SESSION
 
 HEAD = CHUNK[: tokens.HEAD_BYTES]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.gateway.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, call_id, collect
+from llambo.gateway.apis.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, call_id, collect
 
 #: How fast this machine is just now is not what is tried here.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

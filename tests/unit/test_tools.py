@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.tools import chat_prompt, tool_options
-from llambo.mesh import limits
-from llambo.mesh.errors import Code, LlamboError
+from llambo.gateway.apis.tools import chat_prompt, tool_options
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, LlamboError
 
 
 def tool(name: str = "weather", **more: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
-from llambo.cli.exits import Exit
-from llambo.cli.top_core import (
+from llambo.cli.kit.exits import Exit
+from llambo.cli.top.top_core import (
     BARS,
     REQUEST_COLUMNS,
     WORKER_COLUMNS,
@@ -29,12 +29,12 @@ from llambo.cli.top_core import (
     request_rows,
     worker_rows,
 )
-from llambo.cli.top_gather import Gatherer
-from llambo.mesh import messages as m
+from llambo.cli.top.top_gather import Gatherer
+from llambo.mesh.wire import messages as m
 from tests.unit.broker_bench import Bench
 
 if TYPE_CHECKING:
-    from llambo.mesh.client import Client
+    from llambo.mesh.client.client import Client
 
 
 def asked(bench: Bench, what: str) -> Any:

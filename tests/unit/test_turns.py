@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from llambo.broker.accounts import Account
-from llambo.broker.queue import WaitingRoom
-from llambo.broker.requests import Request, RequestState
-from llambo.mesh import messages as m
-from llambo.mesh.identity import Identity
+from llambo.broker.records.accounts import Account
+from llambo.broker.records.queue import WaitingRoom
+from llambo.broker.records.request import Request, RequestState
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import request_id
 
 

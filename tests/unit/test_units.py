@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
-from llambo.cli.systemd_check import EXPOSURE, Finding, everything, variables
-from llambo.mesh.keyring import Folder
-from llambo.mesh.settings_table import BY_NAME
+from llambo.cli.services.systemd_check import EXPOSURE, Finding, everything, variables
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.settings.settings_table import BY_NAME
 from llambo.systemd import units
 from llambo.systemd.units import HIDDEN, NOT_FOR_USERS, PROGRAMS, SERVICES, UNITS, Place, directives, hidden, unit
 from tests.systemd_here import hindrance_to_analyze

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.gateway.watch_core import (
+from llambo.gateway.dashboard.watch_core import (
     EMPTY,
     ENDED_SHOWN,
     MEASURED,
@@ -22,7 +22,7 @@ from llambo.gateway.watch_core import (
     troubled,
     whole,
 )
-from llambo.mesh import messages as m
+from llambo.mesh.wire import messages as m
 from tests.unit.broker_bench import Bench, Client
 
 NOW = 1_800_000_000_000

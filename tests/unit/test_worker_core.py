@@ -7,19 +7,19 @@ from typing import Any, TypeVar
 import pytest
 from msgspec import Raw, structs
 
-from llambo.mesh import limits, tokens, transfer
-from llambo.mesh import messages as m
-from llambo.mesh.codec import NO_SESSION
-from llambo.mesh.errors import Code, ErrorInfo
-from llambo.mesh.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
-from llambo.worker import actions as a
-from llambo.worker import events as e
+from llambo.mesh.link.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.wire import limits, tokens, transfer
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.codec import NO_SESSION
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.worker import invariants
+from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
+from llambo.worker.agent.core import WorkerCore
+from llambo.worker.agent.introduction import Identity
 from llambo.worker.config import WorkerConfig
-from llambo.worker.core import WorkerCore
-from llambo.worker.engine_proto import Output
-from llambo.worker.fake_tokens import logprob_of
-from llambo.worker.identity import Identity
+from llambo.worker.engine.fake_model import logprob_of
+from llambo.worker.engine.protocol import Output
 
 SESSION, LATER = b"session1", b"session2"
 MODELS = [m.ModelInfo("fake", "f")]

@@ -1,0 +1,72 @@
+"""Who may do what: the one place where a message is refused for who said it.
+
+With keys, each message comes with the key that its connection has proved (libzmq's User-Id). A session belongs to the
+key that opened it, a request to the identity that submitted it, a worker's name to its key. What is not somebody's
+own is unknown to him: the answer is the same as if it did not exist. Without keys everybody is `ANYONE`.
+"""
+
+from __future__ import annotations
+
+from llambo.broker.actions import ToClient
+from llambo.broker.records.accounts import Refusal
+from llambo.broker.records.registry import ClientEntry
+from llambo.broker.records.state import State
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.naming import class_of
+
+
+def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo | None:
+    """Why this client may not say this; None: it may."""
+    if state.identities is None:
+        return None
+    match message:
+        case m.DrainWorker() if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may drain workers")
+        case m.Lease() if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may have a lease")
+        case m.Query(what="events") if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may read what happened to others")
+        case m.Query(what="metrics") if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may read the metrics")
+        case m.InferenceRequest(id) if not _is_own(state, client, id):
+            return ErrorInfo(Code.BAD_REQUEST, f"the id {id.hex()} is taken; choose a random one")
+        case m.Attach(id) | m.Cancel(id) | m.Replay(id) if not _is_own(state, client, id):
+            return ErrorInfo(Code.UNKNOWN_REQUEST, f"no request {id.hex()} is known here")
+        case _:
+            return None
+
+
+def _is_own(state: State, client: ClientEntry, id: bytes) -> bool:
+    """Whether nothing is known of it that this client must not see."""
+    known = state.requests.get(id) or state.archive.get(id)
+    owners = [known.owner] if known is not None else state.orphanage.owners(id)
+    return all(client.identity.owns(owner) for owner in owners)
+
+
+def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refusal | None:
+    """Why this identity may not have this, however idle the mesh is. Nothing tells it of models it may not use."""
+    if not who.may_come_as(asked.priority):
+        text = f"{who.name} may not ask for priority {asked.priority!r}; the best it may have is {who.priority_max!r}"
+        return "priority_max", ErrorInfo(Code.FORBIDDEN, text)
+    if asked.model and not who.may_use(asked.model):
+        listed = ", ".join(models(state, who)[:20]) or "none of those that are served"
+        text = f"{who.name} may not use the model {asked.model!r}; it may use: {listed}"
+        return "models", ErrorInfo(Code.FORBIDDEN, text)
+    return None
+
+
+def models(state: State, who: Identity) -> list[str]:
+    """Those it may use and choose from: what nobody serves any more is no choice while there are others."""
+    known = sorted(model for model in state.models if who.may_use(model))
+    there = [model for model in known if not state.models[model]] or known
+    # The same models again, under the names of their classes, are for who asks for a class.
+    return [model for model in there if not class_of(model)] or there
+
+
+def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:
+    state.counters.forbidden += 1
+    id = getattr(message, "id", b"")
+    query = getattr(message, "query", 0)
+    state.out.append(ToClient(client.route, client.session, m.Problem(error, id, query)))

@@ -1,0 +1,93 @@
+"""The broker's four sockets: how they are made and bound. With keys, each door knows who has business there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any, NamedTuple
+
+import zmq
+
+from llambo.broker.access.zap_handler import Porter
+from llambo.mesh.link import sockets
+from llambo.mesh.service.activation import Inherited
+from llambo.mesh.wire import tokens
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN
+
+#: Tries to find four free ports in a row when any will do.
+PORT_TRIES = 100
+
+Socket = zmq.Socket[bytes]
+
+
+class Ports(NamedTuple):
+    """In the order of their ports."""
+
+    clients: Socket
+    workers: Socket
+    tokens_in: Socket
+    tokens_out: Socket
+
+
+def make(context: zmq.Context[Any], token_hwm: int, porter: Porter | None) -> Ports:
+    _begin_anywhere()
+    outside = porter.door(CLIENT_DOMAIN) if porter else None
+    inside = porter.door(WORKER_DOMAIN) if porter else None
+    ports = Ports(
+        sockets.control(context, zmq.ROUTER, curve=outside),
+        sockets.control(context, zmq.ROUTER, curve=inside),
+        sockets.token(context, zmq.SUB, token_hwm, curve=inside),
+        sockets.token(context, zmq.XPUB, token_hwm, curve=outside),
+    )
+    ports.tokens_out.setsockopt(zmq.XPUB_MANUAL, 1)
+    for prefix in (tokens.CHUNK, tokens.BEAT):
+        ports.tokens_in.setsockopt(zmq.SUBSCRIBE, prefix)
+    return ports
+
+
+def _begin_anywhere() -> None:
+    """Let nobody know under which names ZeroMQ will know the next peers.
+
+    A ROUTER numbers its peers upwards from a number that libzmq takes from rand(), which it never seeds: it is the same
+    in every process. A peer may choose its name itself, and libzmq aborts when it is about to give away one that is
+    taken. Whoever knows the numbers could so end a broker with two connections.
+    """
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "big"))
+
+
+def bind(
+    context: zmq.Context[Any],
+    host: str,
+    port: int,
+    token_hwm: int,
+    porter: Porter | None = None,
+    inherited: Inherited | None = None,
+) -> tuple[Ports, int]:
+    """All four, at `port` and the three after it; with 0, wherever there is room. Returns the first port as well."""
+    for _ in range(1 if port else PORT_TRIES):
+        ports = make(context, token_hwm, porter)
+        try:
+            return ports, _bind(ports, host, port, inherited)
+        except zmq.ZMQError as error:
+            for socket in ports:
+                socket.close(linger=0)
+            if port:
+                text = f"cannot listen on {host}, ports {port} to {port + 3}: {error.strerror}"
+                raise LlamboError(Code.BAD_SETTING, text) from error
+    raise LlamboError(Code.BAD_SETTING, f"no four free ports in a row were found on {host}")
+
+
+def _bind(ports: Ports, host: str, port: int, inherited: Inherited | None) -> int:
+    if inherited is not None:
+        for socket, descriptor in zip(ports, inherited.descriptors, strict=True):
+            # Then to bind is to accept there. When the socket is closed only our copy of the descriptor is.
+            socket.setsockopt(zmq.USE_FD, descriptor)
+    if not port:
+        port = ports.clients.bind_to_random_port(sockets.endpoint(host, 0).rpartition(":")[0])
+    else:
+        ports.clients.bind(sockets.endpoint(host, port))
+    ports.workers.bind(sockets.endpoint(host, port + sockets.WORKER_OFFSET))
+    ports.tokens_in.bind(sockets.endpoint(host, port + sockets.TOKENS_IN_OFFSET))
+    ports.tokens_out.bind(sockets.endpoint(host, port + sockets.TOKENS_OUT_OFFSET))
+    return port

@@ -1,0 +1,189 @@
+"""What is measured while requests live, for the metrics: times, tokens, and why things ended.
+
+The path of tokens pays nothing for it. What can be told from a transcript is told when somebody looks; a first token is
+one that was waited for; and the pauses between tokens are taken of `TIMED` streams at a time, whose chunks are looked
+at one by one. In a small mesh these are all there are, in a large one a sample: whoever begins when one of them ends.
+
+Labels are what workers serve, their node classes, and closed lists. A name that only clients have used is "other".
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from llambo.broker.records.registry import WorkerEntry
+from llambo.broker.records.request import Request
+from llambo.mesh.service.prometheus import OTHER, PAUSES_S, WAITS_S, Family, Metric, Names
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import ErrorInfo
+
+#: Names of models and of node classes that get a label of their own, until the broker is started again.
+MODELS, CLASSES = 64, 16
+#: Streams whose every pause is taken.
+TIMED = 4
+
+_PACE = ("model", "class")
+QUEUED = Metric("llambo_broker_queue_seconds", "histogram", "How long a request waited for a worker, each time it did",
+                ("model", "priority"), WAITS_S)  # fmt: skip
+FIRST = Metric("llambo_broker_first_token_seconds", "histogram", "From a request's arrival to its first token",
+               _PACE, WAITS_S)  # fmt: skip
+PAUSE = Metric("llambo_broker_inter_token_seconds", "histogram",
+               f"Time to each further token, of up to {TIMED} streams at a time; tokens of one chunk share its pause",
+               _PACE, PAUSES_S)  # fmt: skip
+PREFILL = Metric("llambo_broker_prefill_seconds", "histogram", "How long an engine read a prompt, as it says",
+                 _PACE, WAITS_S)  # fmt: skip
+LASTED = Metric("llambo_broker_request_seconds", "histogram", "From a request's arrival to its end",
+                ("model", "priority"), WAITS_S)  # fmt: skip
+TOKENS = Metric("llambo_broker_tokens_total", "counter", "Tokens that workers have made for requests of this broker",
+                _PACE)  # fmt: skip
+PROMPT = Metric("llambo_broker_prompt_tokens_total", "counter", "Tokens of prompts, of requests that a worker ended",
+                _PACE)  # fmt: skip
+CACHED = Metric("llambo_broker_cached_tokens_total", "counter", "Those of them that a worker had in its cache", _PACE)
+ENDED = Metric("llambo_broker_requests_ended_total", "counter", "Requests that ended, by reason", ("model", "reason"))
+ERRORS = Metric("llambo_broker_request_errors_total", "counter", "Those of them that failed, by error", ("code",))
+MOVES = Metric("llambo_broker_moves_total", "counter", "Times a request went on at another worker", ("model",))
+REFUSED = Metric("llambo_broker_refusals_total", "counter",
+                 "Requests that were not taken in: the code of the error, or the limit that it met",
+                 ("reason",))  # fmt: skip
+TABLE = (QUEUED, FIRST, PAUSE, PREFILL, LASTED, TOKENS, PROMPT, CACHED, ENDED, ERRORS, MOVES, REFUSED)
+
+
+_PRIORITIES, _REASONS = get_args(m.Priority), get_args(m.Reason)
+
+
+class Fate:
+    """Where the numbers of one model go, whatever runs it."""
+
+    __slots__ = ("ended", "lasted", "moves", "queued")
+
+    def __init__(self, meter: Meter, model: str) -> None:
+        self.queued = {priority: meter.queued.at(model, priority) for priority in _PRIORITIES}
+        self.lasted = {priority: meter.lasted.at(model, priority) for priority in _PRIORITIES}
+        self.ended = {reason: meter.reasons.at(model, reason) for reason in _REASONS}
+        self.moves = meter.moves.at(model)
+
+
+class Pace:
+    """Where those of one model go at one class of machines."""
+
+    __slots__ = ("cached", "fate", "first", "pause", "prefill", "prompt", "tokens")
+
+    def __init__(self, meter: Meter, fate: Fate, *labels: str) -> None:
+        self.fate = fate
+        self.first, self.pause, self.prefill = (f.at(*labels) for f in (meter.first, meter.pause, meter.prefill))
+        self.tokens, self.prompt, self.cached = (f.at(*labels) for f in (meter.tokens, meter.prompt, meter.cached))
+
+
+class Meter:
+    def __init__(self) -> None:
+        self.models = Names(MODELS)
+        self.classes = Names(CLASSES)
+        #: How many streams have their pauses taken now.
+        self.timed = 0
+        self.queued, self.lasted = QUEUED.spreads(), LASTED.spreads()
+        self.first, self.pause, self.prefill = FIRST.spreads(), PAUSE.spreads(), PREFILL.spreads()
+        self.tokens, self.prompt, self.cached = TOKENS.numbers(), PROMPT.numbers(), CACHED.numbers()
+        self.reasons, self.errors = ENDED.numbers(), ERRORS.numbers()
+        self.moves, self.refusals = MOVES.numbers(), REFUSED.numbers()
+        #: By the names themselves, which are looked up for each request. Only those that have labels are in here.
+        self._paces: dict[tuple[str, str], Pace] = {}
+        self._fates: dict[str, Fate] = {}
+
+    @property
+    def families(self) -> list[Family[Any]]:
+        return [
+            self.queued, self.first, self.pause, self.prefill, self.lasted, self.tokens, self.prompt, self.cached,
+            self.reasons, self.errors, self.moves, self.refusals,
+        ]  # fmt: skip
+
+    def learn(self, worker: WorkerEntry) -> None:
+        """Only who serves a model can make its name a label."""
+        self.classes.learn(worker.hello.node_class)
+        for model in worker.models:
+            self.models.learn(model)
+
+    # --- the life of a request -----------------------------------------------------------------------------
+
+    def refused(self, reason: str) -> None:
+        self.refusals.at(reason).value += 1
+
+    def dispatched(self, request: Request, node_class: str, now_ms: int) -> None:
+        pace = request.pace = self._pace(request.model, node_class)
+        pace.fate.queued[request.priority].observe((now_ms - request.queued_at) / 1000)
+        if request.task == "generate":
+            have = request.counted = request.transcript.next_index
+            if not have:
+                request.awaited = request.watched = True
+
+    def adopted(self, request: Request, node_class: str) -> None:
+        """What it had already was made for another broker, or for us in a former life."""
+        request.pace = self._pace(request.model, node_class)
+        if request.task == "generate":
+            request.counted = request.transcript.next_index
+
+    def heard(self, request: Request, now_ms: int) -> None:
+        """It has more tokens, and is one whose times are taken."""
+        have, pace = request.transcript.next_index, request.pace
+        if not have or pace is None:
+            return
+        if request.awaited:
+            request.awaited = False
+            request.first_ms = now_ms - request.submitted_at
+            pace.first.observe(request.first_ms / 1000)
+            if self.timed < TIMED:
+                self.timed += 1
+                request.heard, request.heard_at = have, now_ms
+            request.watch()
+        elif have > request.heard:
+            more = have - request.heard
+            pace.pause.observe((now_ms - request.heard_at) / 1000 / more, more)
+            request.heard, request.heard_at = have, now_ms
+
+    def count(self, request: Request) -> None:
+        """Put the tokens it has into the books, under what it runs at."""
+        more = request.transcript.next_index - request.counted
+        if more > 0 and request.pace is not None and request.task == "generate":
+            request.pace.tokens.value += more
+            request.counted += more
+
+    def moved(self, request: Request) -> None:
+        self._fate(request.model).moves.value += 1
+
+    def left(self, request: Request) -> None:
+        """It is no request of ours any more, for whatever reason."""
+        self.count(request)
+        if request.heard_at >= 0:
+            request.heard_at = -1
+            self.timed -= 1
+
+    def ended(self, request: Request, reason: m.Reason, error: ErrorInfo | None, usage: m.Usage, now_ms: int) -> None:
+        pace = request.pace
+        fate = pace.fate if pace is not None else self._fate(request.model)
+        fate.ended[reason].value += 1
+        fate.lasted[request.priority].observe((now_ms - request.submitted_at) / 1000)
+        if error is not None:
+            self.errors.at(error.code.value).value += 1
+        if pace is not None and usage.prompt_tokens:
+            pace.prompt.value += usage.prompt_tokens
+            pace.cached.value += usage.cached_tokens
+            pace.prefill.observe(usage.prefill_ms / 1000)
+
+    # --- where it goes ---------------------------------------------------------------------------------------
+
+    def _fate(self, model: str) -> Fate:
+        fate = self._fates.get(model)
+        if fate is None:
+            label = self.models.of(model)
+            fate = Fate(self, label)
+            if label != OTHER:
+                self._fates[model] = fate
+        return fate
+
+    def _pace(self, model: str, node_class: str) -> Pace:
+        pace = self._paces.get((model, node_class))
+        if pace is None:
+            labels = (self.models.of(model), self.classes.of(node_class))
+            pace = Pace(self, self._fate(model), *labels)
+            if OTHER not in labels:
+                self._paces[model, node_class] = pace
+        return pace

@@ -1,0 +1,81 @@
+"""Runs that workers go on with although their broker is gone, until somebody asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llambo.broker.records.registry import WorkerEntry
+from llambo.mesh.wire import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """One run as its worker announced it. It has grown since."""
+
+    worker: WorkerEntry
+    work: m.Dispatch
+    prompt: bytes
+    #: From token 0 on, checked.
+    chunks: list[bytes]
+    due: int
+
+    @property
+    def key(self) -> bytes:
+        return self.work.id + self.work.dispatch
+
+    @property
+    def attempt(self) -> int:
+        return int.from_bytes(self.work.dispatch[:4], "big")
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + sum(map(len, self.chunks))
+
+
+class Orphanage:
+    """By request, and then by run: several workers may have had the same request, one after the other."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._runs: dict[bytes, dict[bytes, Orphan]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs.values()))
+
+    def __contains__(self, id: bytes) -> bool:
+        return id in self._runs
+
+    def __iter__(self) -> Iterator[Orphan]:
+        for runs in self._runs.values():
+            yield from runs.values()
+
+    def owners(self, id: bytes) -> list[str]:
+        """Whose runs of this request are known."""
+        return [orphan.work.owner for orphan in self._runs.get(id, {}).values()]
+
+    def add(self, orphan: Orphan) -> None:
+        self.remove(orphan.key)
+        self._runs.setdefault(orphan.work.id, {})[orphan.key] = orphan
+        self.bytes += orphan.size
+
+    def take(self, id: bytes) -> list[Orphan]:
+        """All of this request, the latest attempt first."""
+        runs = self._runs.pop(id, {})
+        self.bytes -= sum(orphan.size for orphan in runs.values())
+        return sorted(runs.values(), key=lambda orphan: orphan.attempt, reverse=True)
+
+    def remove(self, key: bytes) -> None:
+        for id, runs in list(self._runs.items()):
+            if key in runs:
+                self.bytes -= runs.pop(key).size
+                if not runs:
+                    del self._runs[id]
+
+    def forget_worker(self, worker: WorkerEntry) -> None:
+        for orphan in [orphan for orphan in self if orphan.worker is worker]:
+            self.remove(orphan.key)
+
+    def expire(self, now_ms: int) -> None:
+        for orphan in [orphan for orphan in self if now_ms >= orphan.due]:
+            self.remove(orphan.key)

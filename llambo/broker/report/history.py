@@ -1,0 +1,93 @@
+"""What the last minutes were like, for whoever looks only now: a sample a second, within a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice, takewhile
+from typing import Any
+
+from llambo.broker.records.archive import Ended
+from llambo.broker.records.registry import WorkerEntry
+from llambo.broker.records.state import Sample, State
+from llambo.mesh.wire.identity import Identity
+
+#: Requests told of at a time, and those of a second that are measured.
+ENDED_TOLD = 200
+
+
+def take(state: State, now_ms: int) -> None:
+    """Called once a second. What is a rate is that of the last moments; `ended` and `failed` are since the start.
+
+    `first_ms` is how long half of the answers that ended since the last sample took to their first token; 0: there
+    were none.
+    """
+    workers = state.registry.workers.values()
+    state.samples.append(
+        Sample(
+            state.samples[-1].number + 1 if state.samples else 1,
+            now_ms,
+            round(sum(worker.last.rate for worker in workers), 1),
+            len(state.running),
+            state.room.count,
+            sum(len(worker.claims) + worker.busy for worker in workers),
+            sum(worker.slots for worker in workers),
+            ready(workers),
+            len(workers),
+            state.counters.ended,
+            state.counters.failed,
+            _median(ended.first_ms for ended in _since(state, state.samples[-1].at_ms if state.samples else 0)),
+        )
+    )
+
+
+def ready(workers: Iterable[WorkerEntry]) -> int:
+    return sum(worker.tokens_up and worker.state == "ready" and not worker.draining for worker in workers)
+
+
+def recent(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    """The samples after that number, and what has ended since that one was taken, the latest last."""
+    since = int(argument) if argument.isdigit() else 0
+    samples = [sample for sample in state.samples if sample.number > since]
+    before = next((sample.at_ms for sample in reversed(state.samples) if sample.number <= since), 0)
+    own = list(islice((ended for ended in _since(state, before) if who.owns(ended.owner)), ENDED_TOLD))
+    return {
+        "samples": [_told(sample, now_ms) for sample in samples],
+        "ended": [_ended(ended, now_ms) for ended in reversed(own)],
+    }
+
+
+def _since(state: State, at_ms: int) -> Iterator[Ended]:
+    """The latest first."""
+    return takewhile(lambda ended: ended.ended_at >= at_ms, reversed(state.archive.ended.values()))
+
+
+def _median(values: Iterable[int]) -> int:
+    known = sorted(value for value in islice(values, ENDED_TOLD) if value >= 0)
+    return max(1, known[len(known) // 2]) if known else 0
+
+
+def _told(sample: Sample, now_ms: int) -> dict[str, Any]:
+    told = sample._asdict()
+    told["age_ms"] = now_ms - told.pop("at_ms")
+    return told
+
+
+def _ended(ended: Ended, now_ms: int) -> dict[str, Any]:
+    end, usage = ended.end, ended.end.usage
+    began = ended.story[0][0] if ended.story else ended.ended_at
+    return {
+        "id": end.id.hex(),
+        "model": ended.model,
+        "task": ended.task,
+        "worker": end.worker,
+        "tokens": end.count,
+        "prompt_tokens": usage.prompt_tokens,
+        "moves": end.moves,
+        "reason": end.reason,
+        "error": end.error.text if end.error else "",
+        "queued_ms": end.queued_ms,
+        "first_ms": ended.first_ms,
+        "decode_ms": round(usage.decode_ms),
+        "total_ms": ended.ended_at - began,
+        "age_ms": now_ms - ended.ended_at,
+    }

@@ -1,0 +1,160 @@
+"""The page of metrics: what the meter has measured, what the counters say, and how things stand now.
+
+It is made when somebody asks for it, and costs a look at each worker and each running request.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llambo.broker.records import meter
+from llambo.broker.records.registry import CONDITIONS
+from llambo.broker.records.state import State
+from llambo.mesh.service import prometheus
+from llambo.mesh.service.prometheus import Family, Metric, Number
+from llambo.mesh.wire.identity import Identity
+
+
+def _counter(name: str, text: str) -> Metric:
+    return Metric(f"llambo_broker_{name}_total", "counter", text)
+
+
+def _gauge(name: str, text: str, *labels: str) -> Metric:
+    return Metric(f"llambo_broker_{name}", "gauge", text, labels)
+
+
+#: By their names in `Counters`. What is missing there is told by the meter, with labels.
+COUNTED = {
+    "submitted": _counter("requests_submitted", "Requests taken in"),
+    "attached": _counter("requests_attached", "Submits of a request that was there already"),
+    "dispatched": _counter("dispatches", "Requests given to a worker"),
+    "adopted": _counter("adoptions", "Runs of another broker, or of a former life, that were taken over"),
+    "chunks": _counter("chunks", "Frames from workers on the token plane"),
+    "stale_chunks": _counter("stale_chunks", "Chunks under the key of a dispatch that is over, and dropped"),
+    "duplicate_chunks": _counter("duplicate_chunks", "Chunks that came twice, and dropped"),
+    "malformed_frames": _counter("malformed_frames", "Frames on the token plane that were not what they should be"),
+    "gaps": _counter("token_gaps", "Chunks that came before one that is missing"),
+    "repaired": _counter("token_repairs", "Requests that missed tokens and asked their worker for them"),
+    "replays_asked": _counter("replays_asked", "Times a worker was asked for tokens again"),
+    "replays_served": _counter("replays_served", "Times a client was given tokens again"),
+    "engine_deaths": _counter("engine_deaths", "Engines that died, as their workers say"),
+    "suspected": _counter("requests_suspected", "Times a request was aboard of an engine that died"),
+    "convicted": _counter("requests_convicted", "Requests that were ended because they kill engines"),
+    "ejected": _counter("workers_ejected", "Times a worker was left alone for being much slower than its peers"),
+    "retries_denied": _counter("retries_denied", "Requests that were not tried again, since too many had failed"),
+    "workers_lost": _counter("workers_lost", "Workers that left, or were given up"),
+    "clients_lost": _counter("clients_lost", "Clients that fell silent"),
+    "problems": _counter("problems", "Messages that could not be read, and hellos that were refused"),
+    "unknown_sessions": _counter("unknown_sessions", "Messages under a session that is over, or never was"),
+    "forbidden": _counter("forbidden", "Messages refused for who had said them"),
+}
+#: These are told otherwise.
+TOLD_BY_METER = ("refused", "ended", "failed", "cancelled", "moved", "tokens")
+SEEN = {
+    "dropped_frames": _counter("dropped_frames", "Frames that a peer did not read in time, and were dropped"),
+    "doors_refused": _counter("auth_refusals", "Connections refused for their key"),
+    "subscriptions_refused": _counter("subscriptions_refused", "Subscriptions that were not granted"),
+}
+WORKERS = _gauge("workers", "Workers, by state and node class", "state", "class")
+READY = _gauge("workers_ready", "Workers that take requests or would if they were less busy")
+SERVING = _gauge("model_workers_ready", "Those of them that serve a model", "model")
+SLOTS = _gauge("slots", "Requests that workers run at a time at most", "class")
+BUSY = _gauge("slots_busy", "Slots taken by requests of this broker", "class")
+ELSEWHERE = _gauge("slots_busy_elsewhere", "Slots taken by others than this broker", "class")
+RATE = _gauge("worker_tokens_per_second", "Tokens a second that workers say they make, together", "class")
+RUNNING = _gauge("requests_running", "Requests with a worker", "model", "class")
+WAITING = _gauge("requests_waiting", "Requests that wait for a worker", "model")
+PLAIN = {
+    "queue_limit": _gauge("queue_requests_limit", "Requests that may wait"),
+    "queue": _gauge("queue_bytes", "Prompts that wait"),
+    "queue_bytes_limit": _gauge("queue_bytes_limit", "Prompts that may wait, in bytes"),
+    "transcripts": _gauge("transcript_bytes", "Bytes set aside for answers that are not finished or not fetched"),
+    "transcripts_limit": _gauge("transcript_bytes_limit", "Bytes that may be set aside"),
+    "detached": _gauge("detached_bytes", "Finished detached results"),
+    "clients": _gauge("clients", "Sessions of clients"),
+    "models": _gauge("models", "Models that are served, or were"),
+    "up": _gauge("up_seconds", "How long this broker has been running"),
+}
+_GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, *PLAIN.values())
+TABLE: tuple[Metric, ...] = (*meter.TABLE, *COUNTED.values(), *SEEN.values(), *_GAUGES)
+
+
+def page(state: State, now_ms: int) -> str:
+    families: list[Family[Any]] = []
+    for request in state.running.values():
+        state.meter.count(request)
+    families += state.meter.families
+    families += [_one(metric, getattr(state.counters, name)) for name, metric in COUNTED.items()]
+    families += [_one(metric, getattr(state.seen, name)) for name, metric in SEEN.items()]
+    families += _workers(state)
+    families += _requests(state)
+    families += [_one(PLAIN[name], value) for name, value in _plain(state, now_ms).items()]
+    return prometheus.page(families)
+
+
+def asked(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    """The query."""
+    return {"page": page(state, now_ms)}
+
+
+def _one(metric: Metric, value: float) -> Family[Number]:
+    family = metric.numbers()
+    family.one.value = value
+    return family
+
+
+def _workers(state: State) -> list[Family[Number]]:
+    """With zeros for what could be: an alert on a number that is not there never rings."""
+    kinds = WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE
+    workers, ready, serving, slots, busy, elsewhere, rate = (kind.numbers() for kind in kinds)
+    models, classes = state.meter.models, state.meter.classes
+    for node_class in classes:
+        for condition in CONDITIONS:
+            workers.at(condition, node_class)
+        for family in (slots, busy, elsewhere, rate):
+            family.at(node_class)
+    for model in models:
+        serving.at(model)
+    for worker in state.registry.workers.values():
+        node_class, condition = classes.of(worker.hello.node_class), worker.condition
+        workers.at(condition, node_class).value += 1
+        slots.at(node_class).value += worker.slots
+        busy.at(node_class).value += len(worker.claims)
+        elsewhere.at(node_class).value += worker.busy
+        rate.at(node_class).value += worker.last.rate
+        if condition in ("ready", "trial"):
+            ready.one.value += 1
+            for model in dict.fromkeys(map(models.of, worker.models)):
+                serving.at(model).value += 1
+    return [workers, ready, serving, slots, busy, elsewhere, rate]
+
+
+def _requests(state: State) -> list[Family[Number]]:
+    running, waiting = RUNNING.numbers(), WAITING.numbers()
+    models, classes = state.meter.models, state.meter.classes
+    for model in models:
+        waiting.at(model)
+    for labels in state.meter.tokens:
+        running.at(*labels)
+    for request in state.running.values():
+        node_class = request.worker.hello.node_class if request.worker is not None else ""
+        running.at(models.of(request.model), classes.of(node_class)).value += 1
+    for lane, line in state.room.lines.items():
+        # What waits to be adopted stands in one line, whatever its model.
+        waiting.at(models.of(lane.partition("\0")[0])).value += line.count
+    return [running, waiting]
+
+
+def _plain(state: State, now_ms: int) -> dict[str, float]:
+    config = state.config
+    return {
+        "queue_limit": config.queue_requests,
+        "queue": state.room.bytes,
+        "queue_bytes_limit": config.queue_bytes,
+        "transcripts": state.held_bytes,
+        "transcripts_limit": config.transcript_bytes,
+        "detached": state.archive.kept_bytes,
+        "clients": len(state.registry.clients),
+        "models": len(state.models),
+        "up": (now_ms - state.started_at) / 1000 if state.started_at >= 0 else 0.0,
+    }

@@ -1,0 +1,299 @@
+"""Questions about the mesh, answered from a snapshot of the state as msgpack maps.
+
+status     the whole picture in numbers           workers   one entry each
+models     name, workers, slots, waiting          requests  the live ones
+why ID     the story of one request               find ID   full ids for a unique prefix
+events N   what happened after number N           metrics   the page for Prometheus
+recent N   samples of each second, and what has ended, after sample N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from llambo.broker.actions import ToClient
+from llambo.broker.records.accounts import Account
+from llambo.broker.records.archive import Ended
+from llambo.broker.records.registry import ClientEntry, WorkerEntry
+from llambo.broker.records.request import Request, RequestState
+from llambo.broker.records.state import State
+from llambo.broker.report import history, metrics_page
+from llambo.broker.workers import draining, speed
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.wire.identity import Identity
+
+#: Bytes of an answer in one message.
+RESULT_PAGE_BYTES = 512 * 1024
+#: Entries of a listing; more could not be read anyway.
+LISTED = 1_000
+
+
+def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> None:
+    rule = QUERIES.get(asked.what)
+    try:
+        if rule is None:
+            known = ", ".join(QUERIES)
+            raise LlamboError(Code.BAD_REQUEST, f"nothing is known about {asked.what!r}; ask for: {known}")
+        data = msgspec.msgpack.encode(rule(state, asked.argument, now_ms, client.identity))
+    except LlamboError as error:
+        state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
+        return
+    send(state, client, asked.query, data)
+
+
+def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
+    worker = state.registry.worker_names.get(asked.worker)
+    if worker is None and not (asked.undo and draining.may_come_back(state, asked.worker, now_ms)):
+        text = f"no worker is called {asked.worker!r}"
+        problem = m.Problem(ErrorInfo(Code.UNKNOWN_WORKER, text), b"", asked.query)
+        state.out.append(ToClient(client.route, client.session, problem))
+        return
+    draining.ordered(state, asked.worker, m.Drain(asked.undo, asked.move and not asked.undo), now_ms)
+    # What it runs for other brokers has to go as well before it is empty.
+    running = len(worker.claims) + worker.busy if worker is not None else 0
+    answer = {
+        "worker": asked.worker,
+        "draining": not asked.undo,
+        "moving": asked.move and not asked.undo,
+        "running": running,
+    }
+    send(state, client, asked.query, msgspec.msgpack.encode(answer))
+
+
+def send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
+    if len(data) > limits.RESULT_BYTES:
+        error = ErrorInfo(Code.INTERNAL, f"the answer has {len(data)} bytes, {limits.RESULT_BYTES} are allowed")
+        state.out.append(ToClient(client.route, client.session, m.Problem(error, b"", query)))
+        return
+    parts = [data[at : at + RESULT_PAGE_BYTES] for at in range(0, len(data), RESULT_PAGE_BYTES)]
+    for number, part in enumerate(parts):
+        result = m.Result(query, number, len(parts), part)
+        state.out.append(ToClient(client.route, client.session, result))
+
+
+# --- snapshots -----------------------------------------------------------------------------------------
+
+
+def status(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    workers = state.registry.workers.values()
+    return {
+        "broker": state.config.name,
+        "workers": len(workers),
+        "up_ms": now_ms - state.started_at,
+        "ready": history.ready(workers),
+        "slow": speed.slow(workers),
+        "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
+        "slots": sum(worker.slots for worker in workers),
+        "busy": sum(len(worker.claims) for worker in workers),
+        "busy_elsewhere": sum(worker.busy for worker in workers),
+        "clients": len(state.registry.clients),
+        "running": len(state.running),
+        "waiting": state.room.count,
+        "waiting_bytes": state.room.bytes,
+        "tokens_per_s": round(sum(worker.last.rate for worker in workers), 1),
+        "requests_per_s": round(state.rate, 1),
+        "transcript_bytes": state.held_bytes,
+        "detached_bytes": state.archive.kept_bytes,
+        "remembered": len(state.archive.ended),
+        "policy": state.config.policy,
+        "models": models(state, "", now_ms, who),
+        "identities": identities(state, who),
+        "counters": {name: getattr(state.counters, name) for name in state.counters.__slots__},
+    }
+
+
+def identities(state: State, who: Identity) -> list[dict[str, Any]]:
+    """What each has here and may have: all of them for an admin, for a client its own. Without keys there are none."""
+    if state.identities is None:
+        return []
+    own = state.accounts.of(who.name)  # it may not have asked for anything yet
+    listed = sorted(state.accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
+    return [_identity(account) for account in listed[:LISTED]]
+
+
+def _identity(account: Account) -> dict[str, Any]:
+    who = account.who
+    return {
+        "identity": account.name,
+        "role": who.role,
+        "in_flight": account.in_flight,
+        "queued": account.queued,
+        "bytes": account.bytes,
+        "submitted": account.submitted,
+        "ended": account.ended,
+        "tokens": account.tokens,
+        "refused": account.refused.total(),
+        "refused_for": dict(account.refused),
+        "max_in_flight": who.max_in_flight,
+        "max_queued": who.max_queued,
+        "max_bytes": who.max_bytes,
+        "per_minute": who.per_minute,
+    }
+
+
+def models(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+    listed = []
+    for model in sorted(filter(who.may_use, state.models))[:LISTED]:
+        serving = [worker for worker in state.registry.workers.values() if model in worker.models]
+        line = state.room.lines.get(model)
+        listed.append(
+            {
+                "model": model,
+                "workers": len(serving),
+                "loading": sum(worker.state == "starting" for worker in serving),
+                "slots": sum(worker.slots for worker in serving),
+                "waiting": line.count if line else 0,
+            }
+        )
+    return listed
+
+
+def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+    one = state.registry.worker_names.get(argument)
+    listed = state.registry.workers.values() if not argument else [one] if one is not None else []
+    found = sorted(listed, key=lambda worker: worker.name)
+    return [_worker(worker, now_ms, who) for worker in found[:LISTED]]
+
+
+def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
+    return {
+        "worker": worker.name,
+        "state": worker.condition,
+        "class": worker.hello.node_class,
+        "host": worker.hello.host,
+        "pid": worker.hello.pid,
+        "models": [model for model in worker.models if who.may_use(model)],
+        "slots": worker.slots,
+        "busy": len(worker.claims),
+        "busy_elsewhere": worker.busy,
+        "tokens_per_s": round(worker.last.rate, 1),
+        "pace": round(worker.pace, 1),
+        "weight": 1 / worker.idle_load,
+        "done": worker.done,
+        "engine_restarts": worker.last.engine_restarts,
+        "heard_ms": now_ms - worker.heard_at,
+        "up_ms": now_ms - worker.joined_at,
+        "percent": worker.last.percent,
+        "note": worker.last.note,
+        "slow": worker.slow_note,
+    }
+
+
+def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+    return [
+        _request(state, request, now_ms)
+        for request in islice((one for one in state.requests.values() if who.owns(one.owner)), LISTED)
+    ]
+
+
+def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
+    waits = request.state is RequestState.WAITING
+    return {
+        "id": request.id.hex(),
+        "state": request.state.value,
+        "model": request.model,
+        "task": request.task,
+        "priority": request.priority,
+        "worker": request.worker.name if request.worker else "",
+        "tokens": request.transcript.next_index,
+        "max_tokens": request.max_tokens,
+        "moves": request.moves,
+        "ahead": state.room.ahead(request) if waits else 0,
+        "queued_ms": request.queued_ms,
+        "age_ms": now_ms - request.submitted_at,
+        "detached": request.detached,
+    }
+
+
+def why(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    """The story of one request, live or remembered."""
+    id = _found(state, argument, who)
+    request = state.requests.get(id)
+    if request is not None:
+        told = _request(state, request, now_ms)
+        story = request.story
+    else:
+        ended = state.archive.ended[id]
+        story = ended.story
+        end = ended.end
+        told = {
+            "id": id.hex(),
+            "state": "ended",
+            "model": ended.model,
+            "worker": end.worker,
+            "tokens": end.count,
+            "moves": end.moves,
+            "reason": end.reason,
+            "error": end.error.text if end.error else "",
+            "kept": ended.transcript is not None,
+        }
+    start = story[0][0] if story else now_ms
+    told["story"] = [{"at_ms": at - start, "what": what, "detail": detail} for at, what, detail in story]
+    return told
+
+
+def story(state: State, id: bytes) -> list[tuple[int, str, str]]:
+    """What happened to a request and when, for programs."""
+    request = state.requests.get(id)
+    if request is not None:
+        return request.story
+    ended = state.archive.get(id)
+    return ended.story if ended else []
+
+
+def find(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+    return {"id": _found(state, argument, who).hex()}
+
+
+def _found(state: State, argument: str, who: Identity) -> bytes:
+    prefix = argument.strip().lower()
+    if len(prefix) < 4 or any(digit not in "0123456789abcdef" for digit in prefix):
+        raise LlamboError(Code.BAD_REQUEST, f"{argument!r} is not an id: at least four hex digits are needed")
+    if len(prefix) == 2 * limits.REQUEST_ID_BYTES:
+        id = bytes.fromhex(prefix)
+        known = state.requests.get(id) or state.archive.get(id)
+        if known is not None and who.owns(known.owner):
+            return id
+    pools: tuple[Mapping[bytes, Request | Ended], ...] = (state.requests, state.archive.ended)
+    found = [
+        id for pool in pools for id, known in pool.items() if id.hex().startswith(prefix) and who.owns(known.owner)
+    ]
+    if not found:
+        raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {argument} is known here")
+    if len(found) > 1:
+        raise LlamboError(Code.BAD_REQUEST, f"{len(found)} requests begin with {argument}; give more digits")
+    return found[0]
+
+
+def events(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+    since = int(argument) if argument.isdigit() else 0
+    return [
+        {
+            "number": event.number,
+            "age_ms": now_ms - event.at_ms,
+            "kind": event.kind,
+            "text": event.text,
+            "worker": event.worker,
+        }
+        for event in state.happenings
+        if event.number > since
+    ]
+
+
+QUERIES: dict[str, Callable[[State, str, int, Identity], Any]] = {
+    "status": status,
+    "workers": workers,
+    "models": models,
+    "requests": requests,
+    "why": why,
+    "find": find,
+    "events": events,
+    "recent": history.recent,
+    "metrics": metrics_page.asked,
+}

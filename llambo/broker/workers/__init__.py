@@ -1,0 +1,1 @@
+"""Workers and clients as sessions: joining, heartbeats, leases, speed, draining."""

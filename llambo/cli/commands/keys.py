@@ -1,0 +1,265 @@
+"""`llambo keys`: who may come in. Works on a folder of the broker's host; a running broker sees each change at once."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llambo.cli.kit.command import Command, Group
+from llambo.cli.kit.common import Common, config_option, pass_common
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.flags import json_option, settings_options
+from llambo.cli.kit.output import show_json, table
+
+if TYPE_CHECKING:
+    from llambo.mesh.security.keyring import Entry, Folder
+
+EXAMPLES = """
+llambo keys init --address tcp://box:7330
+llambo keys add laptop --role client
+llambo keys add gpu --role worker   for workers gpu, gpu-1, gpu-2 ...
+llambo keys export laptop           one line, for whoever is to have it
+llambo keys token laptop            for programs that speak HTTP
+llambo keys revoke laptop           out at once
+"""
+INIT_EXAMPLES = """
+llambo keys init --address tcp://box:7330
+llambo keys init --address tcp://a:7330,tcp://b:7330 --keys ./keys
+"""
+ADD_EXAMPLES = """
+llambo keys add laptop --role client
+llambo keys add gpu --role worker
+llambo keys add guest --role client --per-minute 10 --expires 7d
+"""
+LIST_EXAMPLES = """
+llambo keys list
+llambo keys list --json | jq -r '.[] | select(.valid) | .name'
+"""
+REVOKE_EXAMPLES = """
+llambo keys revoke laptop
+"""
+ROTATE_EXAMPLES = """
+llambo keys rotate gpu                 the old key is good for a day
+llambo keys rotate laptop --grace 0s   or not at all
+"""
+EXPORT_EXAMPLES = """
+llambo keys export gpu --output gpu.key
+LLAMBO_KEY=$(llambo keys export laptop) llambo send hello
+"""
+HTTP_EXAMPLES = """
+llambo keys token laptop
+OPENAI_API_KEY=$(llambo keys token laptop --expires 30d)
+llambo keys token laptop --withdraw    all tokens of that name
+"""
+_DAY_S = 86_400
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": _DAY_S, "w": 7 * _DAY_S}
+#: How long the old key of a name is still good after `rotate`.
+GRACE = "1d"
+
+
+class Span(click.ParamType):  # type: ignore[type-arg]
+    """A time as people say it, in whole seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip()
+        if not text[:-1].isdecimal() or text[-1] not in _UNITS:
+            self.fail(f"{value!r} is no time such as 90d, 12h, 30m or 2w", param, ctx)
+        return int(text[:-1]) * _UNITS[text[-1]]
+
+
+def _folder(common: Common) -> Folder:
+    from llambo.mesh.security.keyring import Folder, default_folder
+
+    said = common.settings.text("keys")
+    return Folder(Path(said).expanduser() if said else default_folder(os.environ))
+
+
+def _where(common: Common) -> str:
+    """What the next command has to be told as well."""
+    said = common.settings.sources["keys"].startswith("flag")
+    return f" --keys {_folder(common).path}" if said else ""
+
+
+@click.group(
+    cls=Group,
+    lazy={name: f"llambo.cli.commands.keys:{name}" for name in ("init", "add", "revoke", "rotate", "export", "token")}
+    | {"list": "llambo.cli.commands.keys:list_keys"},
+    examples=EXAMPLES,
+)
+def keys() -> None:
+    """Who may come in: keys for clients, workers and admins.
+
+    They are kept in a folder on the broker's host (--keys), for root /etc/llambo/keys if none is said, for others
+    one in their home. A broker that runs with this folder sees a change within half a second.
+    """
+
+
+@click.command(cls=Command, examples=INIT_EXAMPLES)
+@click.option("--address", metavar="ADDRESS", help="Where brokers are, as others reach them; with commas between.")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def init(common: Common, address: str | None) -> None:
+    """Make a mesh: the broker's key pair, and an admin's key."""
+    from llambo.mesh.link.sockets import DEFAULT_PORT, split_all
+    from llambo.mesh.wire.identity import Identity
+
+    address = address or f"tcp://{socket.gethostname()}:{DEFAULT_PORT}"
+    split_all(address)
+    folder = _folder(common)
+    folder.begin(address)
+    folder.add(Identity("admin", "admin"), int(time.time()))
+    click.echo(f"keys are in {folder.path}, for brokers at {address}")
+    click.echo(f"  llambo-broker --bind 0.0.0.0 --keys {folder.path}")
+    where = _where(common)
+    click.echo(f"  llambo keys add NAME --role worker{where}; llambo keys export NAME{where}")
+
+
+@click.command(cls=Command, examples=ADD_EXAMPLES)
+@click.argument("name")
+@click.option("--role", type=click.Choice(["client", "worker", "admin"]), required=True, help="What it is for.")
+@click.option("--max-in-flight", type=click.IntRange(0), default=0, help="Its requests with workers at a time.")
+@click.option("--max-queued", type=click.IntRange(0), default=0, help="Its requests that wait at a time.")
+@click.option("--max-bytes", type=click.IntRange(0), default=0, help="Bytes of its prompts and answers at a time.")
+@click.option("--per-minute", type=click.IntRange(0), default=0, help="Its new requests in a minute.")
+@click.option("--priority-max", type=click.Choice(["interactive", "normal", "batch"]), default="interactive",
+              show_default=True, help="The best priority it may ask for.")  # fmt: skip
+@click.option("--models", metavar="PATTERN", multiple=True, help="Models it may use; all if none is said.")
+@click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def add(common: Common, /, name: str, expires: int | None, models: tuple[str, ...], **limits: Any) -> None:
+    """Make a key. Limits are for clients; 0 is none."""
+    from llambo.mesh.wire.identity import Identity
+
+    now = int(time.time())
+    folder = _folder(common)
+    folder.add(Identity(name, models=models, **limits), now, now + expires if expires else 0)
+    click.echo(f"{name} has a key: llambo keys export {name}{_where(common)}")
+
+
+@click.command("list", cls=Command, examples=LIST_EXAMPLES)
+@json_option
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def list_keys(common: Common, as_json: bool) -> None:
+    """Show whose keys there are, and what they may do. Nothing secret is shown."""
+    now = time.time()
+    entries = _folder(common).ring().entries
+    if as_json:
+        show_json([_told(entry, now) for entry in entries])
+        return
+    rows = [
+        (told["name"], told["role"], told["limits"] or "none", told["expires"] or "never", told["public"][:8])
+        for told in (_told(entry, now) for entry in entries)
+    ]
+    table(["name", "role", "limits", "valid until", "public"], rows, nothing="there are no keys")
+
+
+def _told(entry: Entry, now: float) -> dict[str, Any]:
+    who = entry.identity
+    limits = {
+        "in flight": who.max_in_flight,
+        "queued": who.max_queued,
+        "bytes": who.max_bytes,
+        "per minute": who.per_minute,
+        "priority": "" if who.priority_max == "interactive" else who.priority_max,
+        "models": ",".join(who.models),
+    }
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.expires)) if entry.expires else ""
+    return {
+        "name": who.name,
+        "role": who.role,
+        "limits": ", ".join(f"{what} {value}" for what, value in limits.items() if value),
+        "expires": until if entry.valid(now) else f"{until} (over)",
+        "valid": entry.valid(now),
+        "public": entry.public,
+    }
+
+
+@click.command(cls=Command, examples=REVOKE_EXAMPLES)
+@click.argument("name")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def revoke(common: Common, name: str) -> None:
+    """Take back all keys of this name. Who is connected with one is out within half a second."""
+    from llambo.mesh.security import api_tokens
+
+    folder = _folder(common)
+    count = folder.revoke(name)
+    api_tokens.withdraw(folder, name)
+    click.echo(f"{count} {'key' if count == 1 else 'keys'} of {name} revoked")
+
+
+@click.command(cls=Command, examples=ROTATE_EXAMPLES)
+@click.argument("name")
+@click.option("--grace", type=Span(), metavar="TIME", default=GRACE, show_default=True,
+              help="How long the old key is still valid.")  # fmt: skip
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def rotate(common: Common, name: str, grace: int) -> None:
+    """Make a new key under the same name, with the same rights."""
+    _folder(common).rotate(name, int(time.time()), grace)
+    click.echo(f"{name} has a new key: llambo keys export {name}{_where(common)}")
+
+
+@click.command(cls=Command, examples=EXPORT_EXAMPLES)
+@click.argument("name")
+@click.option("--address", metavar="ADDRESS", help="Where the broker is for this one, if elsewhere than for others.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write this file (0600), not stdout.")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def export(common: Common, name: str, address: str | None, output: Path | None) -> None:
+    """Print the key: one line, for --key, LLAMBO_KEY or a file. Whoever has it is let in."""
+    from llambo.mesh.link.sockets import split_all
+    from llambo.mesh.security.keys import to_line, write_private
+
+    if address:
+        split_all(address)
+    line = to_line(_folder(common).export(name, address or ""))
+    if output is None:
+        click.echo(line)
+        return
+    try:
+        write_private(output, line + "\n")
+    except OSError as error:
+        raise Failure(f"{output} cannot be written: {error.strerror}", "", Exit.ERROR) from error
+    click.echo(f"{output}: the key of {name}")
+
+
+@click.command(cls=Command, examples=HTTP_EXAMPLES)
+@click.argument("name")
+@click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
+@click.option("--withdraw", is_flag=True, help="Take back every token of this name; its keys stay.")
+@settings_options(["keys"])
+@config_option()
+@pass_common
+def token(common: Common, name: str, expires: int | None, withdraw: bool) -> None:
+    """Print a new API token of NAME: what the gateway wants from programs that speak HTTP.
+
+    It stands for the key of that name, with its role and limits, and is shown this one time. A gateway that runs with
+    this folder (--http-keys) knows it at once.
+    """
+    from llambo.mesh.security import api_tokens
+
+    folder, now = _folder(common), int(time.time())
+    if withdraw:
+        count = api_tokens.withdraw(folder, name)
+        click.echo(f"{count} {'token' if count == 1 else 'tokens'} of {name} withdrawn")
+        return
+    click.echo(api_tokens.issue(folder, name, now, now + expires if expires else 0))

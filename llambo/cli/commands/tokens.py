@@ -1,0 +1,69 @@
+"""`llambo tokens`: what a text is to a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from llambo.cli.commands.send import prompt_of
+from llambo.cli.kit.ask import ask
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.flags import client_options, json_option, settings_options
+from llambo.cli.kit.output import number, show_json, table
+from llambo.mesh.wire.errors import Code, LlamboError
+
+EXAMPLES = """
+llambo tokens "What is AI?"
+llambo tokens --count - < book.txt          how long a text is
+llambo tokens --chat --count "What is AI?"  with the chat template around it
+llambo tokens --back 1780 314               the text of token ids
+"""
+
+
+@click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
+@click.argument("text", nargs=-1, metavar="[TEXT|-]")
+@click.option("--count", is_flag=True, help="Only how many there are.")
+@click.option("--chat", is_flag=True, help="Put the text into the model's chat template first.")
+@click.option("--special", is_flag=True, help="Names of control tokens mean those tokens, and are shown.")
+@click.option("--back", is_flag=True, help="The arguments are token ids; show their text.")
+@json_option
+@settings_options(["client_model"])
+@client_options
+@pass_common
+def tokens(
+    common: Common, /, text: tuple[str, ...], count: bool, chat: bool, special: bool, back: bool, as_json: bool,
+    **_: Any,
+) -> None:  # fmt: skip
+    """Show the tokens of TEXT, or with --back the text of tokens.
+
+    The text is the arguments, or stdin with `-` or without any.
+    """
+    if back and (count or chat):
+        raise click.UsageError("--back leaves nothing to count, and no place for a template")
+    model = common.settings.text("client_model") or None
+    if back:
+        ids = _ids(prompt_of(text))
+        found = ask(common, lambda client: client.detokenize(ids, special=special, model=model))
+        show_json({"text": found}) if as_json else click.echo(found)
+        return
+    said, form = prompt_of(text), "user" if chat else "text"
+    told = ask(common, lambda client: client.tokenize(said, special=special, form=form, model=model))  # type: ignore[arg-type]
+    pieces = [piece.decode(errors="replace") for piece in told.pieces]
+    if count:
+        show_json({"count": len(told.ids)}) if as_json else click.echo(len(told.ids))
+    elif as_json:
+        show_json({"count": len(told.ids), "ids": told.ids, "pieces": pieces})
+    else:
+        rows = [
+            (number(at), number(id), repr(piece)) for at, (id, piece) in enumerate(zip(told.ids, pieces, strict=True))
+        ]
+        table(["index", "id", "text"], rows, nothing="no tokens")
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise LlamboError(Code.BAD_REQUEST, f"with --back the arguments are token ids: {error}") from error

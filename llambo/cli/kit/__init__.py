@@ -1,0 +1,1 @@
+"""What all commands share: flags, output, errors, and how they reach the mesh."""

@@ -1,0 +1,101 @@
+"""The commands' common behaviour: help with headings and examples, errors in one form, quiet ends."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from llambo.cli.kit.exits import MEANING, Exit
+from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.standard import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
+from llambo.mesh.wire.errors import LlamboError
+
+EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
+
+
+class _Help(click.Command):
+    """Help that ends in examples, and options under headings."""
+
+    def __init__(self, *args: Any, examples: str = "", exit_codes: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples.strip("\n")
+        self.exit_codes = exit_codes
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """The whole process: its streams before anything else, and a last word if they take nothing more."""
+        fill_closed_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            cannot_write(error, "llambo")
+            sys.exit(Exit.ERROR)
+        finally:
+            flush_or_silence()
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections.setdefault(getattr(parameter, "heading", "") or "Options", []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+        if isinstance(self, click.Group):
+            self.format_commands(ctx, formatter)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, text in (("Exit codes", EXIT_CODES if self.exit_codes else ""), ("Examples", self.examples)):
+            if text:
+                with formatter.section(heading):
+                    for line in text.splitlines():
+                        formatter.write(f"{'':>{formatter.current_indent}}{line}\n" if line else "\n")
+
+
+class Command(_Help):
+    def invoke(self, ctx: click.Context) -> Any:
+        """The edge where errors become messages and exit codes."""
+        try:
+            return super().invoke(ctx)
+        except LlamboError as error:
+            raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
+        except KeyboardInterrupt:
+            ctx.exit(Exit.INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever read this has seen enough, as in `llambo events | head -3`.
+            silence_stdout()
+            ctx.exit(Exit.OK)
+
+
+class Group(_Help, click.Group):
+    """Its commands are imported when they are called, so that each of them starts fast."""
+
+    def __init__(self, *args: Any, lazy: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self._lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self._lazy:
+            return None
+        return load(self._lazy[cmd_name])
+
+
+def load(place: str) -> click.Command:
+    """The command at `module:name`, a place that one of our tables names."""
+    module, _, name = place.partition(":")
+    command = getattr(importlib.import_module(module), name)
+    assert isinstance(command, click.Command)
+    return command
+
+
+def silence_stdout() -> None:
+    """Whoever read it has left."""
+    silence(sys.stdout.fileno())

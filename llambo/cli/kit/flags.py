@@ -1,0 +1,133 @@
+"""Command line options made from the table of settings: one vocabulary for flags, environment and file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from llambo.cli.kit.common import Common, config_option, verbosity
+from llambo.mesh.settings.settings_table import BY_NAME, Setting
+from llambo.mesh.wire import limits
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
+    """Reads a value as the file and the environment do, so that all three take the same and say the same."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.name = setting.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.setting.parse(value)
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", param, ctx)
+
+
+class SettingOption(click.Option):
+    """Under which heading the help shows it is decided here; its value goes to Common, not to the function."""
+
+    def __init__(self, setting: Setting, heading: str = "", default: str = "") -> None:
+        """`default`: what the command takes where nobody has said anything, if that is not the setting's."""
+        shown = default or setting.show(setting.default)
+        default = f"  [default: {shown}]" if shown else ""
+        super().__init__(
+            [setting.flag, setting.name],
+            type=SettingType(setting),
+            metavar=setting.metavar,
+            help=f"{_sentence(setting.help)}{default}",
+            expose_value=False,
+            callback=self._remember,
+        )
+        self.heading = heading
+
+    @staticmethod
+    def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        # None means not said: the environment, the file or the default decides then.
+        if value is not None and parameter.name is not None:
+            context.ensure_object(Common).flags[parameter.name] = value
+
+
+def _sentence(text: str) -> str:
+    # Where the first word is a value that can be chosen, it stays as it is written.
+    return f"{text if text.split()[0].endswith(':') else text[:1].upper() + text[1:]}."
+
+
+def settings_options(settings: Iterable[Setting | str], heading: str = "") -> Callable[[F], F]:
+    """Options for these settings, in this order."""
+    rows = [BY_NAME[setting] if isinstance(setting, str) else setting for setting in settings]
+
+    def decorate(function: F) -> F:
+        for setting in reversed(rows):
+            _attach(function, SettingOption(setting, heading))
+        return function
+
+    return decorate
+
+
+def setting_option(name: str, *, default: str) -> Callable[[F], F]:
+    """The option of one setting, for a command that has its own default."""
+
+    def decorate(function: F) -> F:
+        _attach(function, SettingOption(BY_NAME[name], default=default))
+        return function
+
+    return decorate
+
+
+def _attach(function: Any, option: click.Option) -> None:
+    # What click's own decorators do; there is none for an option that is made already.
+    if isinstance(function, click.Command):
+        function.params.append(option)
+    else:
+        function.__dict__.setdefault("__click_params__", []).append(option)
+
+
+def client_options(function: F, *, verbose: str = "Log to stderr; twice for more.") -> F:
+    """Every client command takes these, behind its own name as well as behind `llambo`."""
+    return settings_options(["broker", "key"])(config_option()(verbosity(verbose)(function)))
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for programs.")(function)
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """A time as people say it, in whole milliseconds."""
+
+    name = "TIME"
+    _UNITS = {"ms": 1, "": 1_000, "s": 1_000, "m": 60_000, "h": 3_600_000}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", str(value).strip())
+        time_ms = round(float(found[1]) * self._UNITS[found[2]]) if found else 0
+        if time_ms < 1:
+            self.fail(f"{value!r} is no time such as 500ms, 20s, 20 (seconds), 5m or 1h", param, ctx)
+        return time_ms
+
+
+class StopText(click.ParamType):  # type: ignore[type-arg]
+    name = "TEXT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not 1 <= len(value) <= limits.STOP_CHARS:
+            self.fail(f"{value!r}: expected 1 to {limits.STOP_CHARS} characters", param, ctx)
+        return str(value)
+
+
+class Seed(click.ParamType):  # type: ignore[type-arg]
+    name = "NUMBER"
+    _HIGHEST = 2**63 - 1
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        seed = int(value) if re.fullmatch(r"\d{1,19}", str(value).strip(), re.ASCII) else -1
+        if not 0 <= seed <= self._HIGHEST:
+            self.fail(f"{value!r}: expected a whole number, 0 to {self._HIGHEST}", param, ctx)
+        return seed

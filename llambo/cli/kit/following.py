@@ -1,0 +1,175 @@
+"""Following a stream to its end, or to a Ctrl-C: what `send` and `attach` share.
+
+The first Ctrl-C cancels the request on its worker and waits for the end of it, so that one sees what was
+generated. The second one leaves at once; the broker then cancels for us, when it misses us. In a shell it is the
+shell that hears them, and a second one ends the waiting, not the shell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.kit.ask import connected, run
+from llambo.cli.kit.command import silence_stdout
+from llambo.cli.kit.common import Common
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.out import Out
+from llambo.cli.kit.views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
+from llambo.mesh.wire.errors import Code, LlamboError
+
+if TYPE_CHECKING:
+    from llambo.cli.kit.shell_session import Session
+    from llambo.mesh.client.answer_stream import Answer, Stream
+    from llambo.mesh.client.client import Client
+
+Opener = Callable[["Client"], Awaitable["Stream"]]
+
+#: How long an interrupted command waits for the end of its request.
+END_WAIT_S = 2.0
+
+
+def end_signals() -> list[int]:
+    """What ends a command. Under `nohup` a terminal that is closed does not."""
+    hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hang_up]
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
+
+    def __init__(self, *, cancels: bool, session: Session | None = None) -> None:
+        self.signal = 0
+        self.stream: Stream | None = None
+        self._cancels = cancels
+        self._session = session
+        self._numbers = end_signals() if session is None else []
+        self._loop = asyncio.get_running_loop()
+        self._work = asyncio.current_task()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> Interrupts:
+        if self._session is not None:
+            self._session.on_signal = self._on_signal
+        for number in self._numbers:
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            self._session.on_signal = None
+        for number in self._numbers:
+            self._loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if self.signal and self._session is None:
+            os._exit(128 + number)
+        again, self.signal = bool(self.signal), number
+        if again or self.stream is None or not self._cancels:
+            self._stop()
+        else:
+            self._tasks.append(self._loop.create_task(self.stream.cancel()))
+            self._loop.call_later(END_WAIT_S, self._stop)
+
+    def _stop(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+
+
+def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
+    """Show the stream that `opener` gives. The exit code. Its statistics go to stderr with -v."""
+    try:
+        return run(common, _follow(common, opener, as_json, mine))
+    except BrokenPipeError:
+        # `| head -3` has what it wanted. The stream was closed on the way here, and that cancels it.
+        silence_stdout()
+        return Exit.OK
+
+
+async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
+    timeout_ms = common.settings.number("timeout_ms")
+    with Interrupts(cancels=mine, session=common.session) as interrupts:
+        try:
+            async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
+                if common.session is None and (common.verbose or sys.stderr.isatty()):
+                    client.on_link = tell_link
+                interrupts.stream = await opener(client)
+                if common.session is not None:
+                    common.session.sent.append(interrupts.stream.id)
+                answer, clock = await _show(interrupts.stream, as_json)
+        except TimeoutError as error:
+            raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
+        except asyncio.CancelledError:
+            if not interrupts.signal:
+                raise
+            return _interrupted(interrupts, mine)
+    if common.verbose:
+        click.echo(statistics_line(answer, clock), err=True)
+    return _exit_code(answer, interrupts)
+
+
+def tell_link(lost: str) -> None:
+    """An answer that stands still for a while should say why."""
+    before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
+    text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
+    click.echo(f"{before}llambo: {text}", err=True)
+
+
+async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
+    with contextlib.closing(Out(sys.stdout.fileno())) as out:
+        view: View = JsonView(out, stream) if as_json else TextView(out, stream)
+        stream.on_place = view.placed
+        async with stream:
+            try:
+                shown = await _read(stream, view, out)
+            except LlamboError:
+                view.close()
+                await out.flush()  # what there is of the answer comes before the error
+                raise
+            await out.flush()
+            return shown
+
+
+async def _read(stream: Stream, view: View, out: Out) -> tuple[Answer, Clock]:
+    clock = Clock()
+    while (piece := await stream.next_piece()) is not None:
+        clock.on_piece(len(piece.ids))
+        view.piece(piece)
+        await out.room()
+    clock.on_end()
+    assert stream.answer is not None, "a stream that was read to its end has an answer"
+    view.end(stream.answer, clock)
+    view.close()
+    return stream.answer, clock
+
+
+def _exit_code(answer: Answer, interrupts: Interrupts) -> int:
+    tokens = len(answer.ids)
+    if answer.reason == "deadline":
+        raise LlamboError(Code.DEADLINE, f"the deadline has passed after {tokens} tokens")
+    if answer.reason != "cancelled":
+        return Exit.OK
+    if interrupts.signal:
+        click.echo(f"llambo: interrupted; the request was cancelled after {tokens} tokens", err=True)
+        return 128 + interrupts.signal
+    click.echo(f"llambo: somebody cancelled the request after {tokens} tokens", err=True)
+    return Exit.ERROR
+
+
+def _interrupted(interrupts: Interrupts, mine: bool) -> int:
+    stream = interrupts.stream
+    if stream is not None and not mine:
+        click.echo(f"llambo: interrupted; `llambo attach {stream.id}` follows it again", err=True)
+    else:
+        click.echo("llambo: interrupted", err=True)
+    return 128 + interrupts.signal

@@ -1,0 +1,127 @@
+"""How lists and numbers are shown: rich tables on a terminal, aligned text in a pipe, JSON when asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import click
+
+from llambo.mesh.wire.errors import harmless
+
+Row = Sequence[Any]
+
+#: A last column that is wider than this is folded before others are left out.
+FOLDED = 24
+
+
+def show_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Row], *, nothing: str = "", fixed: int = 0, spare: Sequence[str] = ()
+) -> None:
+    """`nothing` is said on stderr when there are no rows, so that a script reads an empty list.
+
+    On a terminal the first `fixed` columns are never folded; where it is narrow, those that are `spare` are left out,
+    the first of them first.
+    """
+    if not rows:
+        click.echo(nothing or "nothing to show", err=True)
+        return
+    texts = [[harmless(str(cell)) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _rich_table(columns, texts, rows, fixed, spare)
+    else:
+        _plain_table(columns, texts, rows)
+
+
+def facts(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Names and values, one pair a line."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        click.echo(harmless(f"{name:<{width}}  {value}"))
+
+
+def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:
+    # A cell is never empty, so that `awk '{print $3}'` counts right.
+    lines = [[title.upper() for title in columns], *[[cell or "-" for cell in row] for row in texts]]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
+    numeric = _numeric(rows)
+    for line in lines:
+        cells = [
+            f"{cell:>{width}}" if right else f"{cell:<{width}}"
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _rich_table(
+    columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row], fixed: int, spare: Sequence[str]
+) -> None:
+    # Late: rich takes longer to import than the mesh to answer.
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, shown = Console(), Table(box=box.SIMPLE_HEAD, header_style="bold")
+    kept = _fitting(columns, texts, spare, console.width)
+    numeric = _numeric(rows)
+    for at in kept:
+        justify: Literal["left", "right"] = "right" if numeric[at] else "left"
+        shown.add_column(columns[at], justify=justify, overflow="fold", no_wrap=at < fixed)
+    for row in texts:
+        shown.add_row(*[escape(row[at]) for at in kept])
+    console.print(shown)
+
+
+def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str], width: int) -> list[int]:
+    """Which columns a terminal of this width has room for. Those that nobody can spare are shown in any case."""
+    from rich.cells import cell_len
+
+    kept = list(range(len(columns)))
+    # The box of a column takes three more, and the last one, a text, may well be folded.
+    widths = [3 + max(cell_len(line[at]) for line in (columns, *texts)) for at in kept]
+    widths[-1] = min(widths[-1], FOLDED)
+    for title in spare:
+        if sum(widths[at] for at in kept) + 1 <= width:
+            break
+        kept.remove(columns.index(title))
+    return kept
+
+
+def _numeric(rows: Sequence[Row]) -> list[bool]:
+    return [all(isinstance(cell, Number) for cell in column) for column in zip(*rows, strict=True)]
+
+
+class Number(str):
+    """A text that stands to the right, because it is read as a number."""
+
+    __slots__ = ()
+
+
+def number(value: Any, unit: str = "") -> Number:
+    return Number(f"{value}{unit}")
+
+
+def duration(ms: float) -> Number:
+    """A time in the unit a person would choose."""
+    if ms < 1_000:
+        return Number(f"{ms:.0f} ms")
+    seconds = ms / 1_000
+    if seconds < 100:
+        return Number(f"{seconds:.1f} s")
+    minutes, hours = seconds / 60, seconds / 3_600
+    return Number(f"{minutes:.0f} min" if minutes < 100 else f"{hours:.0f} h")
+
+
+def size(count: int) -> Number:
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while value >= 1_024 and len(units) > 1:
+        value /= 1_024
+        units.pop(0)
+    return Number(f"{value:.4g} {units[0]}")

@@ -1,0 +1,164 @@
+"""How a stream is shown: as text for people, or as one JSON object a line for programs.
+
+The JSON lines are a promise to scripts: fields may be added, none changes its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from llambo.cli.kit.out import Out
+from llambo.cli.kit.output import duration
+
+if TYPE_CHECKING:
+    from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+    from llambo.mesh.wire.tokens import Logprob
+
+#: What is shorter says nothing about a rate.
+MEASURABLE_MS = 5.0
+#: To the first column, and erase what is there.
+CLEAR_LINE = "\r\x1b[K"
+
+
+class View(Protocol):
+    def placed(self) -> None: ...
+    def piece(self, piece: Piece) -> None: ...
+    def end(self, answer: Answer, clock: Clock) -> None: ...
+    def close(self) -> None: ...
+
+
+class Clock:
+    """What a user waited for, in milliseconds since the request was sent."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._first_tokens = 0
+        self.first_ms = 0.0
+        self.total_ms = 0.0
+
+    def on_piece(self, tokens: int) -> None:
+        if not self._first_tokens:
+            self._first_tokens, self.first_ms = tokens, self._now()
+
+    def on_end(self) -> None:
+        self.total_ms = self._now()
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second, from the first that came; of an answer that came at once, from the request."""
+        later, spent_ms = tokens - self._first_tokens, self.total_ms - self.first_ms
+        if later < 1 or spent_ms < MEASURABLE_MS:
+            later, spent_ms = tokens, self.total_ms
+        return round(later * 1_000 / spent_ms, 1) if spent_ms > 0 else 0.0
+
+    def _now(self) -> float:
+        return (time.monotonic() - self._start) * 1_000
+
+
+class TextView:
+    """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
+
+    def __init__(self, out: Out, stream: Stream) -> None:
+        self._out = out
+        self._stream = stream
+        self._last = "\n"
+        self._waiting = False
+
+    def placed(self) -> None:
+        # Nobody ahead is told to a request that starts at once as well: only after a wait it is news.
+        ahead = self._stream.ahead
+        if sys.stderr.isatty() and self._last == "\n" and (ahead or self._waiting):
+            self._clear()
+            click.echo(f"waiting, {ahead} ahead" if ahead else "waiting, next in line", nl=False, err=True)
+            self._waiting = True
+
+    def piece(self, piece: Piece) -> None:
+        self._clear()
+        if piece.text:
+            self._out.put(piece.text)
+            self._last = piece.text[-1]
+
+    def end(self, answer: Answer, clock: Clock) -> None:
+        pass
+
+    def close(self) -> None:
+        self._clear()
+        if self._last != "\n":
+            self._out.put("\n")
+            self._last = "\n"
+
+    def _clear(self) -> None:
+        if self._waiting:
+            click.echo(CLEAR_LINE, nl=False, err=True, color=True)
+            self._waiting = False
+
+
+class JsonView:
+    def __init__(self, out: Out, stream: Stream) -> None:
+        self._out = out
+        self._stream = stream
+        self._accepted = False
+
+    def placed(self) -> None:
+        if self._accepted:
+            self._put({"type": "waiting", "ahead": self._stream.ahead or 0})
+        else:
+            self._accept()
+
+    def piece(self, piece: Piece) -> None:
+        self._accept()
+        line = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
+        if piece.logprobs:
+            line["logprobs"] = [each and _logprob(each) for each in piece.logprobs]
+        self._put(line)
+
+    def end(self, answer: Answer, clock: Clock) -> None:
+        self._accept()
+        self._put({"type": "end"} | statistics(answer, clock))
+
+    def close(self) -> None:
+        pass
+
+    def _accept(self) -> None:
+        """Always the first line, also of a request that was over when it was attached to."""
+        if not self._accepted:
+            self._accepted = True
+            stream = self._stream
+            self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
+
+    def _put(self, line: dict[str, Any]) -> None:
+        self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _logprob(told: Logprob) -> dict[str, Any]:
+    top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in told.top]
+    return {"logprob": told.logprob, "top": top}
+
+
+def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
+    return {
+        "id": answer.id,
+        "reason": answer.reason,
+        "tokens": len(answer.ids),
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "worker": answer.worker,
+        "moves": answer.moves,
+        "queued_ms": answer.queued_ms,
+        "first_token_ms": round(clock.first_ms, 1),
+        "total_ms": round(clock.total_ms, 1),
+        "tokens_per_s": clock.rate(len(answer.ids)),
+    }
+
+
+def statistics_line(answer: Answer, clock: Clock) -> str:
+    told = statistics(answer, clock)
+    moves = f"moved {told['moves']} time{'s' if told['moves'] != 1 else ''}" if told["moves"] else "never moved"
+    return (
+        f"{told['tokens']} tokens in {duration(clock.total_ms)} ({told['tokens_per_s']:.1f} tokens/s), "
+        f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
+        f"worker {told['worker'] or '?'}, {moves}, {told['reason']}, id {told['id']}"
+    )

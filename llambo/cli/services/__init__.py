@@ -1,0 +1,1 @@
+"""The commands that run: broker, worker, gateway, bridge, `up`, and systemd units."""

@@ -1,0 +1,104 @@
+"""`llambo bridge`: a socket for small programs, and for netcat."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.flags import client_options, settings_options
+from llambo.cli.services.child import with_all_descriptors
+
+if TYPE_CHECKING:
+    from llambo.bridge.door import Door
+    from llambo.mesh.settings.settings import Settings
+
+EXAMPLES = """
+llambo bridge                             it says where it listens
+llambo bridge --socket ./b.sock --quit-stops
+nc -U ./b.sock                            then type PING
+printf 'INFER What is AI?\\n' | nc -N -U ./b.sock | jq -r .data.text
+llambo bridge --tcp 7350                  for what knows no Unix sockets
+"""
+
+SETTINGS = (
+    "bridge_socket",
+    "bridge_tcp",
+    "bridge_connections",
+    "bridge_in_flight",
+    "bridge_line_bytes",
+    "bridge_leave_ms",
+    "connect_ms",
+)
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@click.option("--quit-stops", is_flag=True, help="QUIT ends the bridge, and not just its connection.")
+@settings_options(SETTINGS)
+@client_options
+@pass_common
+def bridge(common: Common, quit_stops: bool) -> None:
+    """Listen on a Unix socket for commands, one a line, and answer each in a line of JSON.
+
+    \b
+    PING                     is the bridge there?
+    STATUS                   the mesh in numbers
+    LOAD MODEL, FREE         which model this connection asks
+    INFER PROMPT             the whole answer
+    INFER_STREAM PROMPT      the answer as it comes, a line for each piece
+    BINARY                   msgpack objects from now on, in both directions
+    QUIT                     end this connection
+
+    In place of a plain PROMPT there may be a JSON object with options. Only this user can open the socket. All of
+    it is in docs/bridge.md. SIGTERM and Ctrl-C let answers finish; a second one ends them.
+    """
+    import asyncio
+
+    with_all_descriptors()
+    door = _door(common.settings)
+    try:
+        asyncio.run(_run(common, door, quit_stops))
+    finally:
+        door.close()
+
+
+def _door(settings: Settings) -> Door:
+    from llambo.bridge.door import default_path, open_tcp, open_unix
+
+    if settings.number("bridge_tcp") >= 0:
+        return open_tcp(settings.number("bridge_tcp"))
+    path = settings.text("bridge_socket")
+    return open_unix(Path(path).expanduser() if path else default_path(os.environ))
+
+
+async def _run(common: Common, door: Door, quit_stops: bool) -> None:
+    import asyncio
+
+    from llambo.bridge.connection_core import Terms
+    from llambo.bridge.server import Bridge, Limits
+    from llambo.cli.kit.ask import connect
+    from llambo.cli.kit.following import end_signals
+    from llambo.cli.kit.standard import tell
+
+    settings, loop = common.settings, asyncio.get_running_loop()
+    terms = Terms(settings.number("bridge_line_bytes"), settings.number("bridge_in_flight"), quit_stops)
+    limits = Limits(settings.number("bridge_connections"), settings.number("bridge_leave_ms"))
+    async with connect(common) as client:
+        client.on_link = _tell_link
+        running = Bridge(client, door, terms, limits)
+        for number in end_signals():
+            loop.add_signal_handler(number, running.stop)
+        await running.run(lambda: tell(f"llambo bridge: listening at {door.where}; try: {door.hint}"))
+        tell("llambo bridge: stopped")
+
+
+def _tell_link(lost: str) -> None:
+    from llambo.cli.kit.standard import tell
+    from llambo.mesh.wire.errors import harmless
+
+    told = f"lost the broker ({harmless(lost)}); trying again" if lost else "the broker is back"
+    tell(f"llambo bridge: {told}")

@@ -1,0 +1,93 @@
+"""`llambo-broker`: one service, four ports in a row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure, check_name
+from llambo.cli.kit.flags import settings_options
+from llambo.cli.kit.keyfile import folder_of
+from llambo.cli.kit.standard import tell
+from llambo.cli.services.child import adopt, child_options, notify, with_all_descriptors, without_cores
+from llambo.cli.services.service import serve
+from llambo.mesh.settings.settings_table import of_roles
+from llambo.mesh.wire.errors import LlamboError
+
+if TYPE_CHECKING:
+    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.settings.settings import Settings
+
+EXAMPLES = """
+llambo-broker                                     for this machine
+llambo-broker --bind 0.0.0.0 --keys /etc/llambo/keys   for the network
+llambo-broker --port 9000 --queue-requests 200
+llambo-broker --metrics 127.0.0.1:9330            for Prometheus
+llambo-worker --broker tcp://box:7330             then, on other machines
+llambo --broker tcp://box:7330 send hello
+"""
+
+
+@click.command(
+    cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)  # fmt: skip
+@child_options
+@settings_options(of_roles("broker"), heading="Settings")
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
+    """Run a broker: clients and workers connect to it, it connects to nobody.
+
+    It takes the port given and the three after it, or the sockets that systemd hands over. SIGTERM and Ctrl-C end
+    it.
+    """
+    adopt(parent)
+    without_cores()
+    with_all_descriptors()
+    settings = common.settings
+    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+
+
+def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+    import os
+
+    from llambo.broker.config import BrokerConfig
+    from llambo.broker.report.metrics_http import Window, token_in
+    from llambo.broker.server import run_broker
+    from llambo.mesh.link.sockets import endpoint
+    from llambo.mesh.service.activation import inherited
+
+    config = BrokerConfig.from_settings(settings.values)
+    check_name(settings.text("broker_name"), "--name")
+    given = inherited(os.environ, os.getpid())
+    host, started = given.host if given else settings.text("bind"), False
+    folder = folder_of(settings, host)
+    metrics_at = settings.text("metrics")
+    window = Window(metrics_at, token_in(settings.text("metrics_token"))) if metrics_at else None
+
+    def announce(port: int) -> None:
+        nonlocal started
+        started = True
+        if not notify(notify_fd, str(port)):
+            tell(f"llambo-broker: listening at {endpoint(host, port)}")
+            if window is not None:
+                tell(f"llambo-broker: metrics at {window.url}")
+
+    try:
+        return run_broker(
+            config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder, window=window
+        )
+    except LlamboError as error:
+        if started:
+            raise
+        hint = "is a broker running there already? `llambo status` tells; --port 0 takes any free ports"
+        raise Failure(error.text, hint, Exit.ERROR) from error
+
+
+if __name__ == "__main__":
+    main(prog_name="llambo-broker")

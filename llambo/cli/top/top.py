@@ -1,0 +1,59 @@
+"""`llambo top`: the mesh, live."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+
+import click
+
+from llambo.cli.kit.ask import connect
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.flags import Duration, client_options, settings_options
+
+EXAMPLES = """
+llambo top
+llambo top --every 2s
+llambo --broker tcp://box:7330 top
+"""
+
+
+@click.command(cls=Command, examples=EXAMPLES)
+@click.option("--every", "every_ms", type=Duration(), default="500ms", show_default=True, help="How often it looks.")
+@settings_options(["connect_ms"])
+@client_options
+@pass_common
+def top(common: Common, every_ms: int) -> None:
+    """Watch workers, requests, queue and throughput, and drain or cancel with a key.
+
+    \b
+    1 2 3, Tab   workers, requests, events
+    w, Enter     the story of a request       c   cancel it
+    d            drain a worker               u   let it work again
+    s, r         sort by the next column, the other way round
+    /, Esc       show only what has these words; show all
+    p            stand still
+    ?, q         all keys; leave
+
+    What changes something asks first. Needs the extra: pip install 'llambo[top]'.
+    """
+    if importlib.util.find_spec("textual") is None:
+        raise Failure("llambo top needs Textual, which is not installed", "pip install 'llambo[top]'")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise Failure("llambo top needs a terminal", "`llambo status` and `llambo workers` write to pipes", Exit.USAGE)
+    asyncio.run(_run(common, every_ms))
+
+
+async def _run(common: Common, every_ms: int) -> None:
+    from llambo.cli.top.top_app import Top
+
+    # Before the screen is taken: what is wrong from the start is said like everywhere else.
+    async with connect(common) as client:
+        app = Top(client, every_s=every_ms / 1_000)
+        await app.run_async()
+        if app.failure is not None:
+            raise app.failure

@@ -1,0 +1,1 @@
+"""fleet.toml: its keys, its reader, and the versions of it."""

@@ -1,0 +1,1 @@
+"""Where nodes run: processes of this machine, units of systemd here or on other hosts."""

@@ -1,0 +1,1 @@
+"""Carrying out what was decided: the keeper, rolling updates, the orchestrator."""

@@ -1,0 +1,162 @@
+"""Who asks, and the connection to the mesh that is theirs.
+
+An API token stands for a name of the keyring. The gateway holds one client for each name that has asked, with that
+name's own key: what it may do, and how much of it, is the broker's to say, and nobody sees what another one asked.
+Without keys everybody is the same client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import zmq
+
+from llambo.mesh.client.client import Client
+from llambo.mesh.link import sockets
+from llambo.mesh.security import api_tokens
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import ANYONE, Identity, PeerKey
+
+log = logging.getLogger(__name__)
+
+#: Clients that are kept open at a time; the one that was idle longest makes room for the next.
+DOORS = 256
+#: How long to wait for the first answer of a broker.
+CONNECT_MS = 2_000
+
+
+@dataclass(slots=True, eq=False)
+class Caller:
+    """Somebody who may ask, and his way into the mesh."""
+
+    identity: Identity
+    address: str
+    key: PeerKey | None
+    context: zmq.Context[zmq.Socket[bytes]]
+    #: What he has open: his client is not closed meanwhile.
+    open: int = 0
+    used_at: float = 0.0
+    _client: Client | None = None
+    _connecting: asyncio.Future[Client] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+    async def client(self) -> Client:
+        """Connected once; then it finds its broker again by itself."""
+        if self._client is not None:
+            return self._client
+        if self._connecting is None:
+            self._connecting = asyncio.ensure_future(self._connect())
+        # All who come meanwhile wait for the same try, and fail with it; who comes later tries again.
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> Client:
+        try:
+            name = f"gateway/{self.name}" if self.name else "gateway"
+            client = Client(self.address, key=self.key or "", context=self.context, name=name, connect_ms=CONNECT_MS)
+            await client.connect()
+            self._client = client
+            return client
+        finally:
+            self._connecting = None
+
+    async def close(self) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._client is not None:
+            await self._client.close()
+
+
+class Access:
+    def __init__(self, address: str, folder: Folder | None = None, key: PeerKey | None = None) -> None:
+        """`folder`: keys and API tokens; without it everybody is let in, with `key` if there is one."""
+        sockets.split_all(address)
+        self.address, self._folder = address, folder
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._anyone = Caller(ANYONE, address, key, self._context)
+        self._callers: dict[str, Caller] = {}
+        self._tokens: dict[str, api_tokens.ApiToken] = {}
+        self._identities: dict[str, tuple[Identity, str]] = {}
+        self._stamp = (0, 0, 0, 0)
+
+    @property
+    def wants_tokens(self) -> bool:
+        return self._folder is not None
+
+    @property
+    def own(self) -> Caller:
+        """The gateway's own, for questions that nobody in particular asks."""
+        return self._anyone
+
+    def caller(self, token: str) -> Caller:
+        """Whoever has this token. Raises LlamboError if nobody does."""
+        if self._folder is None:
+            return self._anyone
+        self._look(self._folder)
+        known = self._tokens.get(api_tokens.sha256_of(token)) if token else None
+        if known is None or not known.valid(time.time()) or known.name not in self._identities:
+            text = "an API token is needed: Authorization: Bearer sk-llambo-..." if not token else "no such API token"
+            raise LlamboError(Code.UNAUTHORIZED, text)
+        return self._of(self._folder, known.name)
+
+    def _of(self, folder: Folder, name: str) -> Caller:
+        identity, public = self._identities[name]
+        there = self._callers.pop(name, None)
+        if there is None or there.key is None or there.key.pair.public != public:
+            if there is not None:  # its key was changed
+                self._drop(there)
+            there = Caller(identity, self.address, folder.export(name), self._context)
+            self._make_room()
+        there.identity = identity
+        there.used_at = time.monotonic()
+        self._callers[name] = there  # the last one is the one that was used last
+        return there
+
+    def _make_room(self) -> None:
+        if len(self._callers) < DOORS:
+            return
+        idle = next((name for name, caller in self._callers.items() if not caller.open), None)
+        if idle is None:
+            raise LlamboError(Code.BUSY, f"{DOORS} names have requests open here", 1_000)
+        self._drop(self._callers.pop(idle))
+
+    def _drop(self, caller: Caller) -> None:
+        closing = asyncio.get_running_loop().create_task(caller.close())
+        _KEPT.add(closing)
+        closing.add_done_callback(_KEPT.discard)
+
+    def _look(self, folder: Folder) -> None:
+        """The files again, if they were changed. What cannot be read changes nothing, and is said."""
+        path = folder.path / api_tokens.FILE
+        tokens_at = path.stat().st_mtime_ns if path.exists() else 0
+        stamp = (*folder.stamp(), tokens_at)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            tokens, ring = api_tokens.read(folder), folder.ring()
+        except LlamboError as error:
+            log.warning("the keys are left as they were: %s", error.text)
+            return
+        self._tokens = {token.sha256: token for token in tokens}
+        now = time.time()
+        self._identities = {
+            entry.identity.name: (entry.identity, entry.public) for entry in ring.entries if entry.valid(now)
+        }
+
+    async def close(self) -> None:
+        """Everybody leaves."""
+        await asyncio.gather(*[caller.close() for caller in (self._anyone, *self._callers.values())])
+        await asyncio.gather(*_KEPT)
+        # It waits for what was just said to leave, a moment at the most.
+        await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+
+#: Clients on their way out.
+_KEPT: set[asyncio.Task[None]] = set()

@@ -1,0 +1,1 @@
+"""Answers on their way from the mesh to HTTP, in no API in particular."""

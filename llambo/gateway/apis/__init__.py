@@ -1,0 +1,1 @@
+"""The HTTP APIs: what each reads, and what it answers. No sockets, no mesh."""

@@ -1,0 +1,152 @@
+"""What OpenAI's chat and completions have in common: sampling, endings, usage, log probabilities."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llambo.gateway.answers.problems import FieldError
+from llambo.mesh.client.answer_stream import Answer
+from llambo.mesh.client.request_options import Options
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.messages import Priority
+from llambo.mesh.wire.sampling_options import Sampling
+from llambo.mesh.wire.tokens import Logprob
+
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Positive = Annotated[int, Meta(ge=1, le=limits.MAX_TOKENS)]
+Stop = Annotated[str, Meta(min_length=1, max_length=limits.STOP_CHARS)]
+Choices = Annotated[int, Meta(ge=1, le=128)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class Asked(msgspec.Struct, kw_only=True):
+    """The fields of both. Below the line, what llama.cpp has beyond OpenAI, by the names it has there."""
+
+    model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Positive | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    top_p: Share | None = None
+    n: Choices | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=limits.STOP_STRINGS)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-100.0, le=100.0)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-100.0, le=100.0)] | None = None
+    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]],
+                          Meta(max_length=limits.LOGIT_BIASES)] | None = None  # fmt: skip
+    user: str | None = None
+    # ---
+    top_k: Annotated[int, Meta(ge=0, le=2**20)] | None = None
+    min_p: Share | None = None
+    typical_p: Share | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] | None = None
+    repeat_last_n: Annotated[int, Meta(ge=-1, le=limits.MAX_TOKENS)] | None = None
+    dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    dry_base: Annotated[float, Meta(ge=1.0, le=100.0)] | None = None
+    dry_allowed_length: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    dry_penalty_last_n: Annotated[int, Meta(ge=-1, le=limits.MAX_TOKENS)] | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    mirostat: Literal[0, 2] | None = None
+    mirostat_tau: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    mirostat_eta: Share | None = None
+    ignore_eos: bool | None = None
+    grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] | None = None
+    json_schema: dict[str, Any] | None = None
+    # --- llambo's own
+    priority: Priority | None = None
+    deadline_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+
+
+#: Fields that are the mesh's under the same name.
+_SAME = frozenset(Asked.__struct_fields__) & frozenset(Sampling.__struct_fields__) - {"stop", "temperature"}
+
+
+def options_of(asked: Asked, answer_tokens: int) -> Options:
+    """`answer_tokens`: the longest answer for who names none."""
+    sampling: dict[str, Any] = {
+        name: value for name in sorted(_SAME) if (value := getattr(asked, name)) is not None and name != "json_schema"
+    }
+    if asked.repeat_last_n is not None:
+        sampling["penalty_last_n"] = asked.repeat_last_n
+    if asked.json_schema is not None:
+        sampling["json_schema"] = schema_text(asked.json_schema)
+    if asked.logit_bias:
+        sampling["logit_bias"] = {_token_id(key): bias for key, bias in asked.logit_bias.items()}
+    options: Options = {
+        "model": asked.model or None,
+        "max_tokens": asked.max_tokens or answer_tokens,
+        "temperature": asked.temperature,
+        # Where others take any whole number, the mesh takes none below zero.
+        "seed": None if asked.seed is None else asked.seed % 2**63,
+        "stop": asked.stop,
+        "priority": asked.priority,
+        "deadline_ms": asked.deadline_ms,
+        "sampling": sampling,
+    }
+    return options
+
+
+def schema_text(schema: dict[str, Any]) -> str:
+    return msgspec.json.encode(schema).decode()
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdecimal() and len(key) < 10):
+        raise FieldError("logit_bias", f"logit_bias: {key[:40]!r} is no token id")
+    return int(key)
+
+
+def wants_usage(asked: Asked) -> bool:
+    return asked.stream_options is not None and bool(asked.stream_options.include_usage)
+
+
+def ending(answer: Answer) -> str:
+    """OpenAI knows no deadlines: an answer that ran out of time is cut like one that ran out of tokens."""
+    return "stop" if answer.reason == "stop" else "length"
+
+
+def usage(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
+    """A prompt counts once, however many choices are made of it."""
+    each = max(1, len(answers) // max(1, prompts))
+    prompt = sum(answer.usage.prompt_tokens for answer in answers[::each])
+    cached = sum(answer.usage.cached_tokens for answer in answers[::each])
+    made = sum(len(answer.ids) for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def story(answers: list[Answer]) -> dict[str, Any]:
+    """What the mesh adds: who did it, and what it went through."""
+    return {
+        "requests": [answer.id for answer in answers],
+        "workers": [answer.worker for answer in answers],
+        "moves": sum(answer.moves for answer in answers),
+        "queued_ms": max((answer.queued_ms for answer in answers), default=0),
+        "prefill_ms": round(sum(answer.usage.prefill_ms for answer in answers), 1),
+        "decode_ms": round(sum(answer.usage.decode_ms for answer in answers), 1),
+    }
+
+
+def logprob_of(piece: bytes, logprob: Logprob) -> dict[str, Any]:
+    return {**_likely(piece, logprob.logprob), "top_logprobs": [_likely(top.piece, top.logprob) for top in logprob.top]}
+
+
+def _likely(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
+
+
+def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
+    told = zip(answer.pieces, answer.logprobs, strict=True)
+    return [logprob_of(piece, logprob) for piece, logprob in told if logprob is not None]

@@ -1,0 +1,1 @@
+"""The dashboard: its page, and one look at the mesh for all who watch."""

@@ -1,0 +1,1 @@
+"""What HTTP needs around the APIs: origins, timeouts, request ids, WebSockets, the OpenAPI document."""

@@ -1,0 +1,119 @@
+"""The gateway as a process: a listening socket, and uvicorn in front of the application."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from llambo.gateway.access import Access
+from llambo.gateway.app import Gateway, make_app
+from llambo.gateway.config import GatewayConfig
+from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.observe.tracing import traces_of
+from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.wire.errors import Code, LlamboError
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2_048
+#: How long a connection without a request is kept.
+IDLE_S = 75
+
+
+class _Server(uvicorn.Server):
+    """Without its signal handlers: it would raise each signal again when it has left."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, announce: Callable[[], None], herald: Herald) -> None:
+        super().__init__(config)
+        self._gateway, self._announce, self._herald = gateway, announce, herald
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second, by the loop that answers."""
+        now_ms = time.monotonic_ns() // 1_000_000
+        if now_ms >= self._herald.due_ms or self.should_exit:
+            open_now = len(self._gateway.feeds)
+            status = f"{open_now or 'no'} answer{'s' * (open_now != 1)} on their way"
+            self._herald.tell(Condition(status, ready=True, leaving=self.should_exit), now_ms)
+        return await super().on_tick(counter)
+
+    def _stop(self) -> None:
+        """Once: open requests may finish. Twice: now."""
+        self.force_exit = self.should_exit
+        self.should_exit = self._gateway.stopping = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}") from error
+
+
+def check_tls(cert: str, key: str) -> None:
+    """uvicorn would end in a traceback."""
+    if not cert:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key or None)
+    except (OSError, ssl.SSLError) as error:
+        files = f"{cert} and {key}" if key else cert
+        raise LlamboError(Code.BAD_SETTING, f"{files} cannot be used for TLS: {error.strerror or error}") from error
+
+
+def run_gateway(
+    config: GatewayConfig, access: Access, announce: Callable[[int], None], herald: Herald | None = None
+) -> int:
+    """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
+    check_tls(config.tls_cert, config.tls_key)
+    listener = listen(config.host, config.port)
+    cut_off_who_takes_nothing(listener)
+    port = int(listener.getsockname()[1])
+    # In their details are the heads of WebSockets, and in those are tokens.
+    logging.getLogger("uvicorn.error").setLevel(logging.INFO)
+    gateway = Gateway(config, access)
+    gateway.feeds.traces = traces_of(os.environ)
+    told = uvicorn.Config(
+        make_app(gateway),
+        loop="uvloop",
+        http=PatientProtocol,
+        ws="websockets-sansio",
+        ws_max_size=config.body_bytes,
+        # It would cost each connection some hundred kB, and its text is short.
+        ws_per_message_deflate=False,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=IDLE_S,
+        timeout_graceful_shutdown=max(1, config.leave_ms // 1_000),
+        ssl_certfile=config.tls_cert or None,
+        ssl_keyfile=config.tls_key or None,
+    )
+    with listener:
+        _Server(told, gateway, lambda: announce(port), herald or Herald()).run(sockets=[listener])
+    log.info("gateway stopped")
+    return 0

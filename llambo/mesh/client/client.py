@@ -1,0 +1,453 @@
+"""The asyncio client, the public door to a mesh.
+
+    async with Client("tcp://127.0.0.1:7330") as client:
+        async for piece in client.stream("What is AI?"):
+            print(piece.text, end="", flush=True)
+
+The address may be a list, `tcp://a:7330,tcp://b:7330`, or a name with several addresses: then one of these brokers is
+taken, and another one when that is gone.
+
+It runs on the caller's event loop and starts no thread of its own (libzmq has one for its sockets, and names are looked
+up in one). Whatever goes wrong is raised as `LlamboError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import count
+from types import TracebackType
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+
+import msgspec
+import zmq
+
+from llambo.mesh.client import client_events as e
+from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.client.client_requests import Counters
+from llambo.mesh.client.client_shell import ClientShell
+from llambo.mesh.client.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized, decoded
+from llambo.mesh.client.request_options import Options, build_request
+from llambo.mesh.link import sockets
+from llambo.mesh.link.link_core import BROKEN_OFF
+from llambo.mesh.security import keys
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.wire.identity import PeerKey
+from llambo.mesh.wire.tokens import Logprob
+
+# --- What a client can ask about the mesh, and order of it; each is one question and one answer. ---
+
+T = TypeVar("T")
+
+
+class Enquiries:
+    """The part of a client that asks."""
+
+    async def status(self) -> dict[str, Any]:
+        """The mesh in numbers."""
+        return await self._map("status")
+
+    async def workers(self, name: str = "") -> list[dict[str, Any]]:
+        """Those that are there; with `name`, that one if it is."""
+        return await self._list("workers", name)
+
+    async def models(self) -> list[dict[str, Any]]:
+        return await self._list("models")
+
+    async def requests(self) -> list[dict[str, Any]]:
+        """Those that wait or run."""
+        return await self._list("requests")
+
+    async def events(self, since: int = 0) -> list[dict[str, Any]]:
+        """What happened in the mesh after event number `since`."""
+        return await self._list("events", str(since))
+
+    async def recent(self, since: int = 0) -> dict[str, Any]:
+        """How the mesh was in each second after sample number `since`, five minutes at the most, and what has ended."""
+        return await self._map("recent", str(since))
+
+    async def metrics(self) -> str:
+        """The broker's page for Prometheus; with keys for an admin alone."""
+        return str((await self._map("metrics"))["page"])
+
+    async def why(self, id: str) -> dict[str, Any]:
+        """The story of one request. A unique prefix of its id will do."""
+        return await self._map("why", id)
+
+    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
+        """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
+        return await self._question(lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", dict[str, Any])
+
+    async def lease(self, lease: m.Lease) -> dict[str, Any]:
+        """Ask to be the only one who does something: `granted`, `by`, `left_ms`. Its `query` is chosen here."""
+        return await self._question(lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", dict[str, Any])
+
+    async def _map(self, what: str, argument: str = "") -> dict[str, Any]:
+        return await self._question(lambda number: e.Ask(number, what, argument), what, dict[str, Any])
+
+    async def _list(self, what: str, argument: str = "") -> list[dict[str, Any]]:
+        return await self._question(lambda number: e.Ask(number, what, argument), what, list[dict[str, Any]])
+
+    @abstractmethod
+    async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T: ...
+
+
+# --- Who waits for what, and how a delivery of the core reaches them. ---
+
+T = TypeVar("T")
+
+#: Submitted requests that are remembered.
+SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
+
+
+class Reader(Protocol):
+    """Who reads what a request brings: a stream, or a collector of a result."""
+
+    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
+    def place(self, ahead: int, model: str) -> None: ...
+    def end(self, end: m.End) -> None: ...
+    def fail(self, error: LlamboError) -> None: ...
+
+
+class Waiters:
+    def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
+        self.streams: dict[bytes, Reader] = {}
+        #: Those who wait for a word about a request without reading it: submits for their place, cancels for the end.
+        self.submits: dict[bytes, asyncio.Future[None]] = {}
+        self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
+        self.questions: dict[int, asyncio.Future[bytes]] = {}
+        #: What was submitted to run by itself, for who attaches to it later; the oldest go first.
+        self.submitted: OrderedDict[bytes, tuple[m.InferenceRequest, bytes]] = OrderedDict()
+        self._submitted_bytes = 0
+        self._error_of = error_of
+
+    def remember(self, request: m.InferenceRequest, prompt: bytes) -> None:
+        self.submitted[request.id] = request, prompt
+        self._submitted_bytes += len(prompt)
+        while len(self.submitted) > SUBMITTED or self._submitted_bytes > SUBMITTED_BYTES:
+            _, (_, oldest) = self.submitted.popitem(last=False)
+            self._submitted_bytes -= len(oldest)
+
+    def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
+        match delivery:
+            case e.Delivered(id, ids, pieces, logprobs):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.deliver(ids, pieces, logprobs)
+            case e.Placed(id, ahead, model):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.place(ahead, model)
+                resolve(self.submits.get(id), None)
+            case e.Ended(id, end):
+                if (stream := self.streams.pop(id, None)) is not None:
+                    stream.end(end)
+                resolve(self.submits.get(id), None)
+                resolve(self.cancels.pop(id, None), end)
+            case e.Failed(key, info):
+                self.fail(key, self._error_of(info))
+            case e.Answered(query, data):
+                resolve(self.questions.get(query), data)
+
+    def fail(self, key: bytes | int, error: LlamboError) -> None:
+        if isinstance(key, int):
+            reject(self.questions.get(key), error)
+            return
+        if (stream := self.streams.pop(key, None)) is not None:
+            stream.fail(error)
+        reject(self.submits.get(key), error)
+        reject(self.cancels.pop(key, None), error)
+
+    def fail_all(self, error: LlamboError) -> None:
+        for id in {*self.streams, *self.submits, *self.cancels}:
+            self.fail(id, error)
+        for query in list(self.questions):
+            self.fail(query, error)
+
+
+def resolve(future: asyncio.Future[T] | None, value: T) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def reject(future: asyncio.Future[T] | None, error: LlamboError) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)
+
+
+log = logging.getLogger(__name__)
+
+DEFAULT_ADDRESS = f"tcp://127.0.0.1:{sockets.DEFAULT_PORT}"
+
+Context = zmq.Context[zmq.Socket[bytes]]
+T = TypeVar("T")
+
+
+class ClientSettings(TypedDict, total=False):
+    """How a client behaves; every one has a default."""
+
+    #: How the broker's log calls this client.
+    name: str
+    #: How long to wait for the first answer of a broker.
+    connect_ms: int
+    #: How long to wait for the answer to a question.
+    query_ms: int
+    #: How long requests survive without any broker, once there was one.
+    lost_ms: int
+    #: Token frames queued for a reader that is busy; more are dropped, and repaired by replay.
+    token_hwm: int
+    #: The key: itself, its line, or a file that holds it. "" is none; None is LLAMBO_KEY, or systemd's credential.
+    key: PeerKey | str | None
+    #: Share this context instead of making one.
+    context: Context | None
+
+
+_DEFAULTS: ClientSettings = {
+    "name": "",
+    "connect_ms": 5_000,
+    "query_ms": 10_000,
+    "lost_ms": 30_000,
+    "token_hwm": sockets.TOKEN_HWM,
+    "key": None,
+    "context": None,
+}
+
+
+class Client(TaskCalls, Enquiries):
+    """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
+
+    def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
+        """Without an address: the one in the key, or the broker of this machine."""
+        self._settings: ClientSettings = {**_DEFAULTS, **settings}
+        self._key = keys.wanted(self._settings["key"], os.environ)
+        self.address = address or (self._key.address if self._key else DEFAULT_ADDRESS)
+        sockets.split_all(self.address)
+        name = self._settings["name"][: limits.NAME_CHARS]
+        hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
+        self._core = ClientCore(hello, give_up_ms=self._settings["lost_ms"])
+        self._shell: ClientShell | None = None
+        self._context: Context | None = None
+        self._welcomed: asyncio.Future[None] | None = None
+        self._waiters = Waiters(self._error)
+        self._numbers = count(1)
+        #: Called with why the broker was lost, and with "" when one answers again.
+        self.on_link: Callable[[str], None] | None = None
+        self._lost = ""
+
+    # --- connecting --------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Returns when a broker has said welcome."""
+        if self._welcomed is not None:
+            raise LlamboError(Code.BAD_REQUEST, "this client was connected before")
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(None, sockets.resolve_all, self.address)
+        self._context = self._settings["context"] or zmq.Context()
+        self._welcomed = loop.create_future()
+        self._shell = ClientShell(
+            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken,
+            self._key,
+        )  # fmt: skip
+        self._shell.begin(found)
+        try:
+            async with asyncio.timeout(self._settings["connect_ms"] / 1_000):
+                await self._welcomed
+        except TimeoutError as error:
+            await self.close()
+            raise self._no_broker() from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Cancel what runs here (but not what is detached) and leave."""
+        shell, self._shell = self._shell, None
+        if shell is None:
+            return
+        shell.handle(e.Leave("the client was closed"))
+        shell.close()
+        self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed"))
+        if self._context is not None and self._settings["context"] is None:
+            # It waits for what was just said to leave, a moment at the most.
+            await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+    async def __aenter__(self) -> Client:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # --- requests ----------------------------------------------------------------------------------------------
+
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Stream:
+        """Submit a request now, and read its answer as it comes."""
+        request, encoded = self._build(prompt, False, options)
+        stream = self._follow(request.id, mine=True)
+        self._handle(e.Submit(request, encoded))
+        return stream
+
+    async def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
+        """The whole answer at once."""
+        if options.get("stream") is None:
+            options["stream"] = False
+        async with self.stream(prompt, **options) as stream:
+            return await stream.result()
+
+    async def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
+        """Submit a request and let it run; its id is for `attach`. Without `detached` it ends when this client does."""
+        request, encoded = self._build(prompt, detached, options)
+        accepted = self._waiters.submits[request.id] = asyncio.get_running_loop().create_future()
+        try:
+            self._handle(e.Submit(request, encoded, follow=False))
+            await accepted
+        except asyncio.CancelledError:
+            # Nobody will know its id.
+            self._handle(e.CancelRequest(request.id, drop=True))
+            raise
+        finally:
+            del self._waiters.submits[request.id]
+        self._waiters.remember(request, encoded)
+        return request.id.hex()
+
+    async def attach(self, id: str) -> Stream:
+        """Follow a request that was submitted earlier, from its first token. A unique prefix of the id will do."""
+        key = await self._find(id)
+        if key in self._waiters.streams:
+            raise LlamboError(Code.BAD_REQUEST, f"this client follows request {key.hex()} already")
+        stream = self._follow(key, mine=False)
+        self._handle(e.AttachTo(key, again=self._waiters.submitted.get(key)))
+        return stream
+
+    async def cancel(self, id: str) -> str:
+        """Stop a request, whoever submitted it. Returns the reason it ended for: `cancelled`, if that came in time."""
+        key = await self._find(id)
+        cancels = self._waiters.cancels
+        ended = cancels.get(key)
+        if ended is None:
+            ended = cancels[key] = asyncio.get_running_loop().create_future()
+            self._handle(e.CancelRequest(key))
+        end = await self._in_time(asyncio.shield(ended), f"no answer to the cancel of {key.hex()}")
+        return end.reason
+
+    @property
+    def counters(self) -> Counters:
+        """What this client had to put up with so far."""
+        return self._core.counters
+
+    # --- inside: asking ----------------------------------------------------------------------------------------
+
+    async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T:
+        number = next(self._numbers)
+        answer = self._waiters.questions[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._handle(ask(number))
+            data = await self._in_time(answer, f"no answer to {what!r}")
+        finally:
+            del self._waiters.questions[number]
+            self._forget(number)
+        return decoded(data, kind, f"the answer to {what!r}")
+
+    async def _in_time(self, awaited: asyncio.Future[T], text: str) -> T:
+        try:
+            async with asyncio.timeout(self._settings["query_ms"] / 1_000):
+                return await awaited
+        except TimeoutError as error:
+            if not self._core.link.welcomed:
+                raise self._no_broker() from error
+            raise LlamboError(Code.TIMEOUT, f"{text} within {self._settings['query_ms']} ms") from error
+
+    async def _find(self, id: str) -> bytes:
+        """A whole id is taken as it is; for the beginning of one the broker is asked."""
+        if len(id) == 2 * limits.REQUEST_ID_BYTES:
+            with suppress(ValueError):
+                return bytes.fromhex(id)
+        found = await self._map("find", id)
+        try:
+            return bytes.fromhex(found["id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LlamboError(Code.BAD_MESSAGE, f"the broker found {found!r}") from error
+
+    def _build(self, prompt: str, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
+        id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
+        return build_request(id, secrets.randbits(63), prompt, detached, options)
+
+    def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None:
+        self._waiters.streams[request.id] = collector
+        self._handle(e.Submit(request, data))
+
+    def _drop_task(self, id: bytes) -> None:
+        self._handle_for_stream(e.CancelRequest(id, drop=True))
+
+    def _follow(self, id: bytes, *, mine: bool) -> Stream:
+        stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine)
+        return stream
+
+    def _handle(self, event: e.Event) -> None:
+        if self._shell is None or self._shell.closed:
+            raise LlamboError(Code.NO_BROKER, "the client is not connected")
+        self._shell.handle(event)
+
+    def _handle_for_stream(self, event: e.Event) -> None:
+        """A stream may outlive its client; then there is nobody left to tell."""
+        match event:
+            case e.Forget(bytes() as id) | e.CancelRequest(id, True):
+                self._waiters.streams.pop(id, None)
+        if self._shell is not None:
+            self._shell.handle(event)
+
+    def _forget(self, key: bytes | int) -> None:
+        if self._shell is not None:
+            self._shell.handle(e.Forget(key))
+
+    # --- inside: what comes back -------------------------------------------------------------------------------
+
+    def _deliver(self, delivery: e.Delivery) -> None:
+        if not isinstance(delivery, e.LinkChanged):
+            self._waiters.deliver(delivery)
+            return
+        problem = delivery.problem
+        log.debug("link %s%s", delivery.state.value, f": {problem.text}" if problem else "")
+        if self._core.link.welcomed:
+            resolve(self._welcomed, None)
+            self._tell_link("")
+        elif problem is not None and self._welcomed is not None and self._welcomed.done():
+            self._tell_link(problem.text or "no answer")
+        elif problem is not None and not (error := self._error(problem)).retryable:
+            reject(self._welcomed, error)
+
+    def _tell_link(self, lost: str) -> None:
+        """Only what is news: each try to connect anew changes the link as well."""
+        if bool(lost) != bool(self._lost):
+            self._lost = lost
+            if self.on_link is not None:
+                self.on_link(lost)
+
+    def _on_broken(self, error: Exception) -> None:
+        told = LlamboError(Code.INTERNAL, f"the client is broken: {error!r}")
+        reject(self._welcomed, told)
+        self._waiters.fail_all(told)
+
+    def _error(self, info: ErrorInfo) -> LlamboError:
+        return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
+
+    def _no_broker(self) -> LlamboError:
+        if self._core.link.problem == BROKEN_OFF:
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {BROKEN_OFF}")
+        text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
+        return LlamboError(Code.NO_BROKER, text)
+
+
+__all__ = [
+    "DEFAULT_ADDRESS", "Answer", "Client", "ClientSettings", "Embeddings", "Options", "Piece", "Stream", "TaskCall",
+    "Tokenized",
+]  # fmt: skip

@@ -1,0 +1,306 @@
+"""The client as a value: wishes and arrivals in, orders and deliveries out. No sockets, clock or chance.
+
+What it owes its user: every token of a request exactly once and in order, then one end, whatever is lost on
+the way. What it does for that:
+
+    the broker may not have heard it   say it again, with a back-off, until the answer is here
+    a token frame is missing           wait a moment, it may be late; then ask for a replay, page by page
+    the tail is missing                beats and End carry counts, so a silent loss is noticed as well
+    the link is lost                   submit again on the next one, with the number of tokens held
+
+This file is the door and the link. `client_life` has the life of a request, `client_repair` the replays,
+`client_questions` the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import assert_never, cast
+
+from llambo.mesh.client import client_events as e
+from llambo.mesh.client.client_requests import Question, Request
+from llambo.mesh.client.request_life import Requests
+from llambo.mesh.link.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.stream import Reassembly
+from llambo.mesh.wire.timers import NEVER_MS, Timers
+
+# --- Queries of a client: sent again every second until the answer is whole. Asking twice harms nobody. ---
+
+#: A query without an answer is asked again after this.
+ASK_AGAIN_MS = 1_000
+
+
+class Questions:
+    def __init__(self, send: Callable[[m.Message], None]) -> None:
+        self._send = send
+        self._open: dict[int, Question] = {}
+        self._timers: Timers[int] = Timers()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
+        self._open[message.query] = Question(message)
+        if welcomed:
+            self._say(message.query, now_ms)
+
+    def on_result(self, result: m.Result) -> bytes | None:
+        """The whole answer, once it is here."""
+        question = self._open.get(result.query)
+        data = None if question is None else question.add(result)
+        if data is not None:
+            self.forget(result.query)
+        return data
+
+    def forget(self, query: int) -> bool:
+        self._timers.clear(query)
+        return self._open.pop(query, None) is not None
+
+    def give_up(self) -> list[int]:
+        queries = list(self._open)
+        self._open.clear()
+        self.on_lost()
+        return queries
+
+    def on_lost(self) -> None:
+        self._timers = Timers()
+
+    def say_all(self, now_ms: int) -> None:
+        for query in self._open:
+            self._say(query, now_ms)
+
+    def on_time(self, now_ms: int) -> None:
+        for query in self._timers.due(now_ms):
+            self._say(query, now_ms)
+
+    def next_ms(self) -> int:
+        return self._timers.next_ms()
+
+    def _say(self, query: int, now_ms: int) -> None:
+        self._send(self._open[query].message)
+        self._timers.set(query, now_ms + ASK_AGAIN_MS)
+
+
+#: How long requests wait for the token plane once the control plane works. Then they go anyway: there is REPLAY.
+GATE_MS = 250
+
+
+#: Problems that end a session.
+_OVER = (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED)
+
+
+class ClientCore:
+    """One client. `handle` is the only door; `next_wakeup_ms` says when it wants a Tick at the latest.
+
+    After `give_up_ms` without a broker everything pending fails; 0: it waits for ever.
+    """
+
+    def __init__(self, hello: m.ClientHello | None = None, *, give_up_ms: int = 0) -> None:
+        greeting = hello or m.ClientHello()
+        self._out: list[e.Action] = []
+        # The link appends to the same list, so that orders and deliveries keep their order.
+        self.link = LinkCore(0, lambda: greeting, cast("list[LinkOrder]", self._out))
+        self.requests = Requests(self.link, self._out)
+        self.counters = self.requests.counters
+        #: Why there is no link, while there is none.
+        self.problem: ErrorInfo | None = None
+        self._questions = Questions(self.link.send)
+        self._give_up_ms = give_up_ms
+        self._told = self.link.state
+        self._sessions = 0
+        self._gate_at = NEVER_MS
+        self._alone_since: int | None = None
+        self._first_beat = 0
+
+    def handle(self, event: e.Event, now_ms: int) -> list[e.Action]:
+        match event:
+            case e.TokensArrived(frames):
+                self._on_tokens(frames, now_ms)
+            case e.ControlArrived():
+                self._on_control(event, now_ms)
+            case e.ConnectionChanged(sign):
+                self.link.on_connection(sign, now_ms)
+            case e.BrokersFound(count):
+                self.link.on_found(count)
+            case e.Tick():
+                pass
+            case e.Leave(reason):
+                self._leave(reason, now_ms)
+            case _:
+                self._on_wish(event, now_ms)
+        self._on_time(now_ms)
+        actions = self._out[:]
+        self._out.clear()
+        return actions
+
+    def next_wakeup_ms(self) -> int:
+        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_ms(), self._questions.next_ms())
+        if self.requests.waiting and self.link.welcomed:
+            wakeup = min(wakeup, self._gate_at)
+        if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._questions):
+            wakeup = min(wakeup, self._alone_since + self._give_up_ms)
+        return wakeup
+
+    # --- wishes ------------------------------------------------------------------------------------------------
+
+    def _on_wish(
+        self,
+        wish: e.Submit | e.AttachTo | e.CancelRequest | e.Ask | e.Order | e.Forget | e.Hold | e.Release,
+        now_ms: int,
+    ) -> None:
+        match wish:
+            case e.Submit(message, prompt, follow):
+                deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
+                request = Request(message.id, message, prompt, follow, follow, deadline_at)
+                self.requests.begin(request)
+            case e.AttachTo(id, have, again):
+                self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
+            case e.CancelRequest(id, drop):
+                self.requests.cancel(id, drop, now_ms)
+            case e.Ask(query, what, argument):
+                self._questions.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
+            case e.Order(message):
+                self._questions.ask(message, self.link.welcomed, now_ms)
+            case e.Forget(bytes() as id):
+                self.requests.forget(id)
+            case e.Forget(int() as query):
+                self._questions.forget(query)
+            case e.Hold(id):
+                self.requests.hold(id)
+            case e.Release(id):
+                self.requests.release(id, now_ms)
+            case _:
+                assert_never(wish)  # type: ignore[arg-type]  # mypy does not see that Forget is done
+
+    def _leave(self, reason: str, now_ms: int) -> None:
+        if self.link.welcomed:
+            self.requests.cancel_mine()
+        self.link.leave(reason, now_ms)
+
+    # --- time --------------------------------------------------------------------------------------------------
+
+    def _on_time(self, now_ms: int) -> None:
+        if now_ms >= self.link.next_wakeup_ms() and self.link.tick(now_ms):
+            self.link.send(m.ClientHeartbeat(self.link.beat))
+        if self.link.state is not self._told:
+            self._on_link_changed(now_ms)
+        if not self.link.welcomed:
+            self._maybe_give_up(now_ms)
+            return
+        self.requests.on_time(now_ms)
+        self._questions.on_time(now_ms)
+        if self.requests.waiting and (self.link.up or now_ms >= self._gate_at):
+            self.requests.introduce_waiting(now_ms)
+        self.requests.acknowledge()
+
+    def _maybe_give_up(self, now_ms: int) -> None:
+        alone_ms = 0 if self._alone_since is None else now_ms - self._alone_since
+        if not self._give_up_ms or alone_ms < self._give_up_ms:
+            return
+        why = f": {self.problem.text}" if self.problem else ""
+        error = ErrorInfo(Code.NO_BROKER, f"no broker for {alone_ms} ms{why}")
+        self._fail_all(error)
+
+    def _fail_all(self, error: ErrorInfo) -> None:
+        self.requests.fail_all(error)
+        self._out += [e.Failed(query, error) for query in self._questions.give_up()]
+
+    # --- the link ----------------------------------------------------------------------------------------------
+
+    def _on_link_changed(self, now_ms: int) -> None:
+        self._told = self.link.state
+        if self.link.sessions != self._sessions:
+            self._sessions = self.link.sessions
+            self.problem = self._alone_since = None
+            self._gate_at = now_ms + GATE_MS
+            self._questions.say_all(now_ms)
+        if not self.link.welcomed and self._alone_since is None:
+            self._alone_since = now_ms
+            self.requests.on_lost()
+            self._questions.on_lost()
+        if self.link.state is LinkState.DOWN and self.problem is None:
+            code = Code.UNAUTHORIZED if self.link.denied else Code.NO_BROKER
+            self.problem = ErrorInfo(code, self.link.problem)
+            if self.link.denied:
+                self._fail_all(self.problem)
+        self._out.append(e.LinkChanged(self.link.state, self.problem))
+
+    def _refused(self, error: ErrorInfo, now_ms: int) -> None:
+        if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
+            self.problem = error
+            if error.code is Code.UNAUTHORIZED:
+                self._fail_all(error)  # with this key there is no broker for them
+            self.link.on_refused(error.text, now_ms, again=error.code is Code.UNKNOWN_SESSION)
+
+    # --- arrivals ----------------------------------------------------------------------------------------------
+
+    def _on_control(self, event: e.ControlArrived, now_ms: int) -> None:
+        self.counters.problems += len(event.problems)
+        for message, _ in event.messages:
+            if isinstance(message, m.Welcome):
+                if self.link.on_welcome(message, now_ms):
+                    self._first_beat = 0
+            elif self.link.on_control(event.session, now_ms):
+                self._on_message(message, now_ms)
+            else:
+                self.counters.stale_messages += 1
+
+    def _on_message(self, message: m.Message, now_ms: int) -> None:
+        match message:
+            case m.BrokerHeartbeat():
+                self._on_heartbeat(message, now_ms)
+            case m.Accepted():
+                self.requests.on_accepted(message, now_ms)
+            case m.End():
+                self.requests.on_end(message, now_ms)
+            case m.Page():
+                self.requests.on_page(message, now_ms)
+            case m.Result():
+                if (data := self._questions.on_result(message)) is not None:
+                    self._out.append(e.Answered(message.query, data))
+            case m.Problem():
+                self._on_problem(message, now_ms)
+            case m.Goodbye(reason):
+                self._refused(ErrorInfo(Code.NO_BROKER, f"the broker left: {reason}"), now_ms)
+            case _:
+                self.counters.problems += 1
+
+    def _on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
+        # Beats may be numbered from anywhere: only those since this session began can be missing.
+        self._first_beat = self._first_beat or beat.number
+        self.link.on_missing(beat.number - max(self.link.beat, self._first_beat - 1), now_ms)
+        self.requests.on_heartbeat(beat, now_ms)
+
+    def _on_problem(self, problem: m.Problem, now_ms: int) -> None:
+        self.counters.problems += 1
+        if problem.id in self.requests.live:
+            self.requests.on_problem(problem, now_ms)
+        elif problem.query and self._questions.forget(problem.query):
+            self._out.append(e.Failed(problem.query, problem.error))
+        elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:
+            self._refused(problem.error, now_ms)
+
+    def _on_tokens(self, frames: list[bytes], now_ms: int) -> None:
+        self.counters.frames += len(frames)
+        chunk = tokens.CHUNK
+        chunks = [frame for frame in frames if frame[:1] == chunk]
+        if len(chunks) != len(frames):
+            for frame in frames:
+                if frame[:1] != chunk:
+                    self._on_beat(frame, now_ms)
+        self.requests.on_chunks(chunks, now_ms)
+
+    def _on_beat(self, frame: bytes, now_ms: int) -> None:
+        beat = tokens.decode_beat(frame)
+        if beat is None:
+            self.counters.malformed += 1
+            return
+        number, session = beat
+        if self.link.welcomed and session == self.link.session and number > self.link.beat:
+            was_up, self.link.beat = self.link.up, number
+            self.link.on_proof(number, now_ms)
+            if self.link.up and not was_up:
+                self.link.beat_now()  # the broker wants to know that its grant works

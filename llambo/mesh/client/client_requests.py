@@ -1,0 +1,201 @@
+"""What a client knows about one request or query of its own."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import msgspec
+
+from llambo.mesh.wire import limits, transfer
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.stream import Reassembly
+
+
+class Step(enum.Enum):
+    WAITING = "waiting"
+    SUBMITTED = "submitted"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    ENDING = "ending"
+    DONE = "done"
+
+
+#: Every legal step of a request in its client. The diagram in ARCHITECTURE.md is drawn from this table.
+CLIENT_STEPS: dict[Step, dict[Step, str]] = {
+    Step.WAITING: {
+        Step.SUBMITTED: "link ready",
+        Step.DONE: "cancelled before it was sent, or no broker",
+    },
+    Step.SUBMITTED: {
+        Step.RUNNING: "accepted",
+        Step.CANCELLING: "cancel",
+        Step.ENDING: "end, tokens missing",
+        Step.WAITING: "link lost",
+        Step.DONE: "end, refused, or accepted and not followed",
+    },
+    Step.RUNNING: {
+        Step.CANCELLING: "cancel",
+        Step.ENDING: "end, tokens missing",
+        Step.WAITING: "link lost",
+        Step.DONE: "end, or a problem",
+    },
+    Step.CANCELLING: {
+        Step.ENDING: "end, tokens missing",
+        Step.WAITING: "link lost",
+        Step.DONE: "end, or unknown to the broker",
+    },
+    Step.ENDING: {
+        Step.WAITING: "link lost",
+        Step.DONE: "last token",
+    },
+    Step.DONE: {},
+}
+
+
+@dataclass(slots=True)
+class Request:
+    """One request as its client sees it. `message` is None for one that is only cancelled from here."""
+
+    id: bytes
+    message: m.InferenceRequest | m.Attach | None
+    prompt: bytes | None = None
+    #: False once nobody here will read the tokens: then an End needs nothing more.
+    wanted: bool = True
+    #: False: forgotten as soon as it is accepted.
+    follow: bool = True
+    deadline_at: int = 0
+    step: Step = Step.WAITING
+    tries: int = 0
+    said: bool = False
+    cancelled: bool = False
+    held: bool = False
+    ahead: int = -1
+    model: str = ""
+    fingerprint: str = ""
+    end: m.End | None = None
+    tokens: Reassembly = field(default_factory=Reassembly)
+    #: What to say if the broker does not know what we attach to.
+    again: tuple[m.InferenceRequest, bytes] | None = None
+
+    #: Repair. `owed` tokens are known to exist; if fewer than `target` are here when the alarm rings, a replay
+    #: is asked for, of [asked_first, asked_until). 0: no alarm, nothing asked.
+    owed: int = 0
+    target: int = 0
+    asked_first: int = 0
+    asked_until: int = 0
+
+    @property
+    def mine(self) -> bool:
+        """Submitted from here, and not only attached to or cancelled."""
+        return isinstance(self.message, m.InferenceRequest)
+
+    @property
+    def detached(self) -> bool:
+        return isinstance(self.message, m.InferenceRequest) and self.message.detached
+
+    @property
+    def whole(self) -> bool:
+        """A result: of no use in parts, since the rest may come from another worker, which need not agree with it."""
+        return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
+
+    @property
+    def streams(self) -> bool:
+        return not isinstance(self.message, m.InferenceRequest) or self.message.stream
+
+    @property
+    def repairable(self) -> bool:
+        """A replay would help: the broker knows the request, and there is a reader for what it sends."""
+        if self.held or not self.wanted:
+            return False
+        return self.step is Step.ENDING or (self.step is Step.RUNNING and self.streams)
+
+    @property
+    def missing_until(self) -> int:
+        """The end of the first hole; 0 if nothing is known to be missing."""
+        gap = self.tokens.gap
+        if gap is not None:
+            return gap[1]
+        return self.owed if self.owed > self.tokens.next_index else 0
+
+    @property
+    def complete(self) -> bool:
+        return self.end is not None and (not self.wanted or self.tokens.next_index >= self.end.count)
+
+    def forget_repair(self) -> None:
+        self.target = self.asked_first = self.asked_until = 0
+
+    def step_to(self, step: Step) -> None:
+        assert step in CLIENT_STEPS[self.step], f"request cannot go from {self.step} to {step}"
+        self.step = step
+
+    def introduction(self, now_ms: int) -> tuple[m.InferenceRequest | m.Attach | None, bytes | None]:
+        """The message that makes a broker know this request, and its extra frame.
+
+        A broker may have been restarted, or be another one: it gets what is held of the answer as well.
+        """
+        have = self.tokens.next_index
+        if not isinstance(self.message, m.InferenceRequest):
+            if self.message is None:
+                return None, None
+            return m.Attach(self.id, have, self._held(), bool(self.model)), None
+        left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
+        if not self.model and not have:
+            return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
+        # A broker has accepted it once.
+        blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.kept)
+        message = msgspec.structs.replace(
+            self.message,
+            model=self.model or self.message.model,
+            have=have,
+            deadline_ms=left,
+            resume=True,
+            prompt_bytes=prompt_bytes,
+            fingerprint=self.fingerprint,
+        )
+        return message, blob
+
+    def _held(self) -> list[bytes]:
+        """What was given to us, if that is all from the first token on and not too much to be said."""
+        kept = self.tokens.kept
+        if not kept or self.tokens.base or sum(map(len, kept)) > limits.CONTROL_BODY_BYTES // 2:
+            return []
+        return transfer.merge(kept)
+
+
+@dataclass(slots=True)
+class Question:
+    """A query, sent again until all pages of one answer have come in a row."""
+
+    message: m.Query | m.DrainWorker | m.Lease
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, result: m.Result) -> bytes | None:
+        """The whole answer when this was its last page.
+
+        Pages of two answers never mix: an answer begins with page 0 and what is out of turn is dropped.
+        """
+        if result.page == 0:
+            self.parts, self.size = [], 0
+        if result.page != len(self.parts) or self.size + len(result.data) > limits.RESULT_BYTES:
+            return None
+        self.parts.append(result.data)
+        self.size += len(result.data)
+        return b"".join(self.parts) if len(self.parts) >= result.pages else None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a client had to put up with; for tests and for people who wonder."""
+
+    frames: int = 0
+    stray_frames: int = 0
+    held_frames: int = 0
+    malformed: int = 0
+    stale_messages: int = 0
+    problems: int = 0
+    resends: int = 0
+    replays: int = 0
+    pages: int = 0
+    end_acks: int = 0

@@ -1,0 +1,189 @@
+"""The sockets and the clock of an asyncio client: translate, handle, perform. Belongs to one event loop.
+
+ZeroMQ signals its descriptors on edges only, and a send can swallow the edge of an arrival. So after anything
+was sent or received the sockets are looked at once more, until a look finds nothing; then an edge will come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import zmq
+
+from llambo.mesh.client import client_events as e
+from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.link.link import Link
+from llambo.mesh.link.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.wire import codec, limits
+from llambo.mesh.wire.identity import PeerKey
+from llambo.mesh.wire.timers import NEVER_MS
+
+log = logging.getLogger(__name__)
+
+
+def monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
+
+
+class ClientShell:
+    def __init__(
+        self,
+        core: ClientCore,
+        address: str,
+        context: zmq.Context[zmq.Socket[bytes]],
+        token_hwm: int,
+        deliver: Callable[[e.Delivery], None],
+        broken: Callable[[Exception], None],
+        key: PeerKey | None = None,
+    ) -> None:
+        self._core = core
+        self._link = Link(
+            context,
+            address,
+            token_kind=zmq.SUB,
+            offset=0,
+            decoder=codec.to_client,
+            token_hwm=token_hwm,
+            spread=True,
+            key=key,
+        )
+        self._deliver = deliver
+        self._broken = broken
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[e.Event] = deque()
+        self._working = False
+        self._watched: list[int] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = NEVER_MS
+        self._pump_due = False
+        self.closed = False
+
+    def handle(self, event: e.Event) -> None:
+        """Hand an event to the core. What it says leaves with the next pump: what is said at once travels as one.
+
+        A delivery may cause another event: that one waits for its turn.
+        """
+        if self.closed:
+            return
+        self._events.append(event)
+        if self._working:
+            return
+        self._working = True
+        try:
+            while self._events:
+                for action in self._core.handle(self._events.popleft(), monotonic_ms()):
+                    self._perform(action)
+        finally:
+            self._working = False
+        self._pump_soon()
+
+    def begin(self, found: list[tuple[str, int]]) -> None:
+        """Connect to one of these."""
+        self._link.take(found)
+        self.handle(e.BrokersFound(len(found)))
+
+    def close(self) -> None:
+        """After `Leave`: the sockets are closed, nothing will be heard of this any more."""
+        self.closed = True
+        self._unwatch()
+        self._link.flush()
+        self._link.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # --- orders ------------------------------------------------------------------------------------------------
+
+    def _perform(self, action: e.Action) -> None:
+        match action:
+            case Send() | Publish():
+                self._link.perform(action)
+            case OpenControl() | OpenTokens() | CloseLink():
+                # A descriptor must not be watched any more when its number may be given to another socket.
+                self._unwatch()
+                self._link.perform(action)
+                self._watch()
+            case _:
+                self._deliver(action)
+
+    def _watch(self) -> None:
+        link = self._link
+        watched = [socket for socket in (link.control, link.tokens, link.monitor) if socket is not None]
+        descriptors = [int(socket.getsockopt(zmq.FD)) for socket in watched]
+        if link.lookup is not None:
+            descriptors.append(link.lookup.fileno())
+        for descriptor in descriptors:
+            self._loop.add_reader(descriptor, self._on_edge)
+            self._watched.append(descriptor)
+
+    def _unwatch(self) -> None:
+        for descriptor in self._watched:
+            self._loop.remove_reader(descriptor)
+        self._watched.clear()
+
+    # --- arrivals and time ---------------------------------------------------------------------------------------
+
+    def _on_edge(self) -> None:
+        if not self._pump_due:
+            self._pump()
+
+    def _pump_soon(self) -> None:
+        if not self._pump_due and not self.closed:
+            self._pump_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """One look at everything. If it found or sent something there will be another one; tasks get a turn between."""
+        self._pump_due = False
+        if self.closed:
+            return
+        try:
+            self._turn()
+            self._set_timer()
+        except Exception as error:
+            # A fault of ours. Whoever waits for an answer must hear of it, or waits for ever.
+            log.exception("the client is broken")
+            self.close()
+            self._broken(error)
+
+    def _turn(self) -> None:
+        if self._link.lookup is not None and self._link.lookup.done:
+            self._unwatch()
+            self._link.answered()
+            self._watch()
+            self.handle(e.BrokersFound(len(self._link.found)))
+        self._link.flush()
+        # Tokens first: an End then finds its last token in place.
+        frames = self._link.receive_tokens()
+        if frames:
+            self.handle(e.TokensArrived([frame[limits.TOPIC_BYTES :] for frame in frames]))
+        for bundle in self._link.receive_control():
+            self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
+        # After what was said: the last words of a broker that leaves come before its connection breaks.
+        for sign in self._link.receive_signs():
+            self.handle(e.ConnectionChanged(sign))
+        held_back = self._link.wants_to_write
+        if held_back:
+            # A send without a connection fails at once and looks for no news; a receive does. So only now the
+            # socket may know that it is connected, and the edge that said so is used up.
+            self._link.push()
+            if not self._link.wants_to_write:
+                self._pump_soon()
+
+    def _set_timer(self) -> None:
+        """A timer that is set too early does no harm: the core finds nothing to do."""
+        wakeup = self._core.next_wakeup_ms()
+        if self._timer is not None:
+            if self._timer_at <= wakeup:
+                return
+            self._timer.cancel()
+        self._timer_at = wakeup
+        delay_ms = max(0, wakeup - monotonic_ms())
+        self._timer = self._loop.call_later(delay_ms / 1_000, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.handle(e.Tick())

@@ -1,0 +1,360 @@
+"""The life of a client's requests, from the wish to the end: the steps of CLIENT_STEPS.
+
+One alarm per request is enough: while it is submitted it means "say it again", while it runs or ends "look for
+what is missing", while it is being cancelled "say cancel again".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llambo.mesh.client import client_events as e
+from llambo.mesh.client.client_requests import Counters, Request, Step
+from llambo.mesh.link.link_core import LinkCore
+from llambo.mesh.wire import limits, tokens
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.stream import Reassembly
+from llambo.mesh.wire.timers import Timers
+
+# --- When a client asks for tokens to be sent again, and which. ---
+#
+# That a token exists is known from a later one (a gap), from a beat (progress), from a page (total) or from End
+# (count). If it is not here a moment later, the broker is asked for the first hole. Asking less often and for
+# exactly what is missing keeps the duplicates down: un-coalesced replays were four frames for each token.
+
+#: Frames overtake each other by a fraction of a millisecond; a hole older than this will not close by itself.
+TAIL_GRACE_MS = 10
+#: After this a replay that was asked for is asked for again.
+REPLAY_AGAIN_MS = 500
+
+
+class Repair:
+    def __init__(self, link: LinkCore, timers: Timers[bytes], counters: Counters) -> None:
+        self._link = link
+        self._timers = timers
+        self._counters = counters
+
+    def owe(self, request: Request, until: int, now_ms: int) -> None:
+        """Tokens before `until` exist. If they are not here in a moment, ask for them."""
+        request.owed = max(request.owed, until)
+        if not request.target and request.repairable and request.missing_until:
+            request.target = request.owed
+            # Without a token plane there is nothing to wait for.
+            self._timers.set(request.id, now_ms + (TAIL_GRACE_MS if self._link.up else 0))
+
+    def expect(self, request: Request, until: int, now_ms: int) -> None:
+        """As if a replay had been asked for just now: look again when it should have come."""
+        request.owed = max(request.owed, until)
+        request.target = request.asked_until = until
+        request.asked_first = request.tokens.next_index
+        self._timers.set(request.id, now_ms + REPLAY_AGAIN_MS)
+
+    def ask(self, request: Request, now_ms: int) -> None:
+        if not request.repairable or not request.missing_until:
+            return
+        self._counters.replays += 1
+        self._link.send(m.Replay(request.id, request.tokens.next_index, request.missing_until))
+        self.expect(request, request.missing_until, now_ms)
+
+    def on_alarm(self, request: Request, now_ms: int) -> None:
+        late = request.tokens.next_index < request.target
+        request.forget_repair()
+        if late:
+            self.ask(request, now_ms)
+        else:
+            self.owe(request, 0, now_ms)  # that came by itself; newer ones may be missing
+
+    def on_page(self, request: Request, page: m.Page, now_ms: int) -> None:
+        """A page was taken in: go on with the rest of what was asked for."""
+        asked_first, asked_until = request.asked_first, request.asked_until
+        request.forget_repair()
+        if not request.repairable or not request.missing_until:
+            return
+        if request.tokens.next_index == asked_first:
+            self.expect(request, request.owed, now_ms)  # it brought nothing: the broker waits for it, too
+        elif page.next < asked_until:
+            self.ask(request, now_ms)
+        else:
+            self.owe(request, 0, now_ms)
+
+
+#: How long what was said may stay unanswered before it is said again; doubles for submits, up to the second.
+RESEND_MS = (500, 4_000)
+
+#: Of a request that asked for none, which is nearly every one.
+NO_LOGPROBS: Sequence[tokens.Logprob | None] = ()
+
+_ID_END = 1 + limits.REQUEST_ID_BYTES
+
+
+class Requests:
+    """Those that are alive, by id. Orders go to the link, deliveries to `out`."""
+
+    def __init__(self, link: LinkCore, out: list[e.Action]) -> None:
+        self.live: dict[bytes, Request] = {}
+        self.waiting: dict[bytes, Request] = {}
+        self.counters = Counters()
+        self._link = link
+        self._out = out
+        self._acks: list[bytes] = []
+        self._timers: Timers[bytes] = Timers()
+        self._repair = Repair(link, self._timers, self.counters)
+
+    # --- time and the link -----------------------------------------------------------------------------------
+
+    def next_ms(self) -> int:
+        return self._timers.next_ms()
+
+    def on_time(self, now_ms: int) -> None:
+        for id in self._timers.due(now_ms):
+            self._on_alarm(self.live[id], now_ms)
+
+    def _on_alarm(self, request: Request, now_ms: int) -> None:
+        match request.step:
+            case Step.SUBMITTED:
+                self.counters.resends += 1
+                self._introduce(request, now_ms)
+            case Step.CANCELLING:
+                self.counters.resends += 1
+                self._say_cancel(request, now_ms)
+            case _:
+                self._repair.on_alarm(request, now_ms)
+
+    def on_lost(self) -> None:
+        """Nothing that was said on the old link counts; all of it is said again on the next."""
+        self._acks.clear()
+        for request in self.live.values():
+            if request.step is not Step.WAITING:
+                request.step_to(Step.WAITING)
+            request.end, request.tries = None, 0
+            request.forget_repair()
+            # The next broker may not know this answer, and go on with it in another way.
+            request.owed = 0
+            request.tokens.forget_stash()
+            if request.whole:
+                request.tokens = Reassembly()
+            self._timers.clear(request.id)
+            self.waiting[request.id] = request
+
+    def introduce_waiting(self, now_ms: int) -> None:
+        waiting, self.waiting = self.waiting, {}
+        for request in waiting.values():
+            self._introduce(request, now_ms)
+
+    def acknowledge(self) -> None:
+        """What ended in this round, all at once."""
+        for start in range(0, len(self._acks), limits.PAGE_CHUNKS):
+            self._link.send(m.EndAck(self._acks[start : start + limits.PAGE_CHUNKS]))
+        self.counters.end_acks += len(self._acks)
+        self._acks.clear()
+
+    def fail_all(self, error: ErrorInfo) -> None:
+        for request in list(self.live.values()):
+            self._fail(request, error)
+
+    # --- what the user wishes ----------------------------------------------------------------------------------
+
+    def begin(self, request: Request) -> None:
+        assert request.id not in self.live, "this client follows that request already"
+        self.live[request.id] = self.waiting[request.id] = request
+
+    def cancel(self, id: bytes, drop: bool, now_ms: int) -> None:
+        request = self.live.get(id)
+        if request is None:
+            self.begin(Request(id, None, wanted=False, cancelled=True))
+            return
+        request.cancelled = True
+        request.wanted = request.wanted and not drop
+        match request.step:
+            case Step.WAITING if not request.said and request.mine:
+                self._finish(request, m.End(id, request.tokens.next_index, "cancelled"))
+            case Step.SUBMITTED | Step.RUNNING:
+                self._say_cancel(request, now_ms)
+            case _:
+                self._settle(request, now_ms)
+
+    def forget(self, id: bytes) -> None:
+        if (request := self.live.get(id)) is not None:
+            self._detach(request)
+
+    def hold(self, id: bytes) -> None:
+        if (request := self.live.get(id)) is not None:
+            request.held = True
+            request.forget_repair()
+
+    def release(self, id: bytes, now_ms: int) -> None:
+        if (request := self.live.get(id)) is not None and request.held:
+            request.held = False
+            self._repair.ask(request, now_ms)
+
+    def cancel_mine(self) -> None:
+        """Before leaving for good: nobody will read these."""
+        for request in self.live.values():
+            if request.mine and not request.detached and request.step is not Step.WAITING:
+                self._link.send(m.Cancel(request.id))
+
+    # --- what the broker says ----------------------------------------------------------------------------------
+
+    def on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
+        for id, next_index in beat.progress.items():
+            if (request := self.live.get(id)) is not None and next_index > request.tokens.next_index:
+                self._repair.owe(request, next_index, now_ms)
+        for id, ahead in beat.waiting.items():
+            if (request := self.live.get(id)) is not None:
+                self._place(request, ahead)
+
+    def on_accepted(self, accepted: m.Accepted, now_ms: int) -> None:
+        request = self.live.get(accepted.id)
+        if request is None or request.step is Step.WAITING:
+            return
+        request.model = accepted.model or request.model
+        request.fingerprint = accepted.fingerprint or request.fingerprint
+        self._place(request, accepted.ahead)
+        if request.step is not Step.SUBMITTED:
+            return
+        if not request.follow:
+            self._detach(request)
+            return
+        request.step_to(Step.RUNNING)
+        self._timers.clear(request.id)
+        self._repair.owe(request, request.tokens.seen_index, now_ms)
+
+    def on_end(self, end: m.End, now_ms: int) -> None:
+        request = self.live.get(end.id)
+        if request is None:
+            # Finished here, or nobody is interested any more: the broker need not say it again.
+            self._acks.append(end.id)
+            return
+        if request.step is Step.WAITING:
+            return  # it was not said on this link yet; then the broker answers again
+        request.end = end
+        if request.complete:
+            self._settle(request, now_ms)  # of a result nothing has been handed over yet
+            return
+        if request.step is not Step.ENDING:
+            request.step_to(Step.ENDING)
+            request.forget_repair()
+            self._timers.clear(end.id)
+        if request.streams:
+            self._repair.owe(request, end.count, now_ms)
+        elif self._link.pull and not request.target and not request.held:
+            request.owed = max(request.owed, end.count)
+            self._repair.ask(request, now_ms)
+        elif not request.target and not request.held:
+            # Its first page is on its way, just behind this.
+            self._repair.expect(request, end.count, now_ms)
+
+    def on_page(self, page: m.Page, now_ms: int) -> None:
+        request = self.live.get(page.id)
+        if request is None:
+            return
+        self.counters.pages += 1
+        request.owed = max(request.owed, page.total)
+        if request.held:
+            return
+        for chunk in page.chunks:
+            if chunk[1:_ID_END] == page.id:
+                request.tokens.add(chunk)
+            else:
+                self.counters.malformed += 1
+        self._settle(request, now_ms)
+        if request.step is not Step.DONE:
+            self._repair.on_page(request, page, now_ms)
+
+    def on_problem(self, problem: m.Problem, now_ms: int) -> None:
+        request = self.live[problem.id]
+        if request.step is Step.CANCELLING and request.mine and problem.error.code is Code.UNKNOWN_REQUEST:
+            # The submit was lost and the cancel was not: it never ran.
+            self._finish(request, m.End(request.id, request.tokens.next_index, "cancelled"))
+        elif request.again and request.step is Step.SUBMITTED and problem.error.code is Code.UNKNOWN_REQUEST:
+            # It waited, or had ended, at a broker that is gone. Who has submitted it can do so again.
+            (request.message, request.prompt), request.again = request.again, None
+            self._introduce(request, now_ms)
+        else:
+            self._fail(request, problem.error)
+
+    def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
+        """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
+        live, waiting = self.live, Step.WAITING
+        touched: dict[bytes, Request] = {}
+        for frame in frames:
+            id = frame[1:_ID_END]
+            request = live.get(id)
+            if request is None:
+                self.counters.stray_frames += 1
+            elif request.step is waiting:
+                self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
+            elif request.held:
+                self._leave_out(request, frame)
+            else:
+                request.tokens.add(frame)
+                touched[id] = request
+        for request in touched.values():
+            self._settle(request, now_ms)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _introduce(self, request: Request, now_ms: int) -> None:
+        """Make the broker know the request; say its cancel too if that is what has become of it."""
+        if request.step is Step.WAITING:
+            request.step_to(Step.SUBMITTED)
+        request.said = True
+        message, blob = request.introduction(now_ms)
+        if message is not None:
+            self._link.send(message, blob)
+            self._timers.set(request.id, now_ms + min(RESEND_MS[0] << request.tries, RESEND_MS[1]))
+            request.tries = min(request.tries + 1, 8)
+        if request.cancelled:
+            self._say_cancel(request, now_ms)
+
+    def _say_cancel(self, request: Request, now_ms: int) -> None:
+        if request.step is not Step.CANCELLING:
+            request.step_to(Step.CANCELLING)
+            request.forget_repair()
+        self._link.send(m.Cancel(request.id))
+        self._timers.set(request.id, now_ms + RESEND_MS[0])
+
+    def _place(self, request: Request, ahead: int) -> None:
+        if ahead != request.ahead:
+            request.ahead = ahead
+            self._out.append(e.Placed(request.id, ahead, request.model))
+
+    def _leave_out(self, request: Request, frame: bytes) -> None:
+        self.counters.held_frames += 1
+        if len(frame) > tokens.HEAD_BYTES:
+            first, count, _ = tokens.head(frame, tokens.KEY_END)
+            request.owed = max(request.owed, first + count)
+
+    def _settle(self, request: Request, now_ms: int) -> None:
+        """Hand over what is in order; then the request is over, or something is missing, or all is well."""
+        ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
+        if ids and request.wanted:
+            logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
+            self._out.append(e.Delivered(request.id, ids, pieces, logprobs))
+        if request.end is not None and request.complete:
+            self._finish(request, request.end)
+        elif request.tokens.stash:
+            self._repair.owe(request, request.tokens.seen_index, now_ms)
+
+    def _finish(self, request: Request, end: m.End) -> None:
+        if request.end is not None:
+            self._acks.append(request.id)
+        self._drop(request)
+        self._out.append(e.Ended(request.id, end))
+
+    def _fail(self, request: Request, error: ErrorInfo) -> None:
+        self._drop(request)
+        self._out.append(e.Failed(request.id, error))
+
+    def _detach(self, request: Request) -> None:
+        """It goes on without us. If this is lost, its tokens come here for nothing, and its END is acknowledged."""
+        if request.said and self._link.welcomed:
+            self._link.send(m.Detach(request.id))
+        self._drop(request)
+
+    def _drop(self, request: Request) -> None:
+        request.step_to(Step.DONE)
+        self._timers.clear(request.id)
+        self.waiting.pop(request.id, None)
+        del self.live[request.id]

@@ -1,0 +1,269 @@
+"""The sockets of one link, as its core orders them. Belongs to the thread that polls it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import struct
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import zmq
+
+from llambo.mesh.link import sockets
+from llambo.mesh.link.link_core import CloseLink, LinkOrder, OpenControl, OpenTokens, Publish, Send, Sign
+from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.identity import PeerKey
+
+# --- Looking up the names of brokers, which may take seconds, without holding up whoever waits for it. ---
+
+
+class Lookup:
+    """One question to the resolver, in a thread. Its descriptor becomes readable when the answer is there."""
+
+    def __init__(self, addresses: str) -> None:
+        self.done = False
+        #: Why there is no answer.
+        self.problem = ""
+        self.found: list[tuple[str, int]] = []
+        self._addresses = addresses
+        self._reader, self._writer = os.pipe()
+        threading.Thread(target=self._run, name="lookup", daemon=True).start()
+
+    def fileno(self) -> int:
+        return self._reader
+
+    def close(self) -> None:
+        """A resolver cannot be interrupted: if it is still at it, nobody will hear its answer."""
+        os.close(self._reader)
+
+    def _run(self) -> None:
+        try:
+            self.found = sockets.resolve_all(self._addresses)
+        except LlamboError as error:
+            self.problem = error.text
+        self.done = True
+        with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+            os.write(self._writer, b"\0")
+        os.close(self._writer)
+
+
+log = logging.getLogger(__name__)
+
+#: Control messages held back while the connection is being made or blips; then the oldest go first.
+PENDING_MESSAGES = 1_024
+#: Messages taken from one socket before the others get a turn.
+DRAIN_MESSAGES = 1_000
+#: What libzmq is asked to tell of the control connection: a number and a value.
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _FAILED
+_EVENT = struct.Struct("=HI")
+
+
+class Link:
+    """DEALER for control, and SUB (client) or XPUB (worker) for tokens.
+
+    `address` may be a list, and a name may stand for several: `OpenControl` says which of those that were found is
+    meant. With `spread` everybody has them in an order of his own; without it only the first one is meant.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        *,
+        token_kind: int,
+        offset: int,
+        decoder: codec.Codec[Any],
+        token_hwm: int = sockets.TOKEN_HWM,
+        spread: bool = False,
+        key: PeerKey | None = None,
+    ) -> None:
+        self.control: zmq.Socket[bytes] | None = None
+        self.tokens: zmq.Socket[bytes] | None = None
+        #: What libzmq has to say of the control connection.
+        self.monitor: zmq.Socket[bytes] | None = None
+        #: The name is being looked up: when this is done, `answered` goes on.
+        self.lookup: Lookup | None = None
+        #: Where the brokers are, as far as they were found.
+        self.found: list[tuple[str, int]] = []
+        self.dropped_frames = 0
+        self._context = context
+        self._address = address
+        self._offset = offset
+        self._token_kind = token_kind
+        self._token_hwm = token_hwm
+        self._decoder = decoder
+        self._spread = spread
+        self._key = key
+        self._shares: dict[tuple[str, int], float] = {}
+        self._literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
+        self._target = 0
+        self._shaken = False
+        self._ip = ""
+        self._outbox: list[tuple[m.Message, bytes | None]] = []
+        self._outbox_session = codec.NO_SESSION
+        self._pending: deque[list[bytes]] = deque(maxlen=PENDING_MESSAGES)
+
+    # --- orders --------------------------------------------------------------------------------------
+
+    def perform(self, order: LinkOrder) -> None:
+        match order:
+            case Send(_, session, message, blob):
+                if session != self._outbox_session or len(self._outbox) >= 64:
+                    self.flush()
+                self._outbox_session = session
+                self._outbox.append((message, blob))
+            case Publish(_, frames):
+                self._publish(frames)
+            case OpenControl(_, target):
+                self._open_control(target)
+            case OpenTokens(_, port, topic):
+                self._open_tokens(port, topic)
+            case CloseLink():
+                self.flush()
+                self.close()
+
+    def flush(self) -> None:
+        """Send what was ordered since the last flush, as one bundle."""
+        if self._outbox:
+            self._pending.extend(codec.encode_all(self._outbox_session, self._outbox))
+            self._outbox = []
+        self.push()
+
+    def push(self) -> None:
+        """Hand pending messages to the socket, as far as it takes them."""
+        while self._pending and self.control is not None:
+            try:
+                self.control.send_multipart(self._pending[0], zmq.DONTWAIT, copy=True)
+            except zmq.Again:
+                return
+            self._pending.popleft()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._pending) and self.control is not None
+
+    # --- arrivals ------------------------------------------------------------------------------------
+
+    def receive_control(self) -> Iterator[codec.Bundle[Any]]:
+        for _ in range(DRAIN_MESSAGES):
+            if self.control is None:
+                return
+            try:
+                frames = self.control.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            yield self._decoder.decode(frames)
+
+    def receive_signs(self) -> Iterator[Sign]:
+        """What became of the control connection."""
+        while self.monitor is not None:
+            try:
+                event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
+            except zmq.Again:
+                return
+            shaken, self._shaken = self._shaken, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self._shaken:
+                yield Sign.CONNECTED
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                yield Sign.DENIED
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+                yield Sign.UNLIKE
+            elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+                yield Sign.BROKEN_OFF
+            else:
+                yield Sign.CUT if shaken else Sign.REFUSED
+
+    def receive_tokens(self) -> list[bytes]:
+        """Frames from the token plane. Each is checked for itself, so it does not matter how they were sent."""
+        frames: list[bytes] = []
+        if self.tokens is None:
+            return frames
+        receive = self.tokens.recv
+        try:
+            for _ in range(DRAIN_MESSAGES):
+                frames.append(receive(zmq.DONTWAIT))
+        except zmq.Again:
+            pass
+        return frames
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _publish(self, frames: list[bytes]) -> None:
+        if self.tokens is None:
+            return
+        for frame in frames:
+            try:
+                self.tokens.send(frame, zmq.DONTWAIT)
+            except zmq.Again:
+                self.dropped_frames += 1
+
+    def _open_control(self, target: int) -> None:
+        self.close()
+        self._target = target
+        if self._literal:
+            self.take(sockets.resolve_all(self._address))
+        elif not self.found or target == 0:
+            # Once a round: the brokers of a name may be others by now.
+            self.lookup = Lookup(self._address)
+            return
+        self._connect()
+
+    def take(self, found: list[tuple[str, int]]) -> None:
+        """Where they are. Who remains keeps his place."""
+        if not self._spread:
+            self.found = found[:1]
+            return
+        for place in found:
+            self._shares.setdefault(place, random.random())
+        self.found = sorted(found, key=lambda place: self._shares[place])
+
+    def answered(self) -> None:
+        """The name was looked up. If in vain, the core sees a greeting without an answer and tries again later."""
+        lookup, self.lookup = self.lookup, None
+        if lookup is None:
+            return
+        lookup.close()
+        if lookup.problem:
+            log.warning("%s", lookup.problem)
+        if lookup.found:
+            self.take(lookup.found)
+        if self.found:
+            self._connect()
+
+    def _connect(self) -> None:
+        self._ip, port = self.found[self._target % len(self.found)]
+        self.control = sockets.control(self._context, zmq.DEALER, curve=self._key)
+        self.monitor = self.control.get_monitor_socket(_WATCHED)
+        self._shaken = False
+        self.control.connect(sockets.endpoint(self._ip, port + self._offset))
+
+    def _open_tokens(self, port: int, topic: bytes) -> None:
+        if self.tokens is not None:
+            self.tokens.close(linger=0)
+        self.tokens = sockets.token(self._context, self._token_kind, self._token_hwm, curve=self._key)
+        if self._token_kind == zmq.SUB:
+            self.tokens.setsockopt(zmq.SUBSCRIBE, topic)
+        self.tokens.connect(sockets.endpoint(self._ip, port))
+
+    def close(self) -> None:
+        if self.lookup is not None:
+            self.lookup.close()
+        if self.monitor is not None and self.control is not None:
+            self.control.disable_monitor()
+            self.monitor.close(linger=0)
+        self.lookup = self.monitor = None
+        if self.control is not None:
+            self.control.close()
+        if self.tokens is not None:
+            self.tokens.close(linger=0)
+        self.control = self.tokens = None
+        self._pending.clear()
+        self._outbox = []

@@ -1,0 +1,84 @@
+"""API tokens: what a program that speaks HTTP shows in place of a key.
+
+Each stands for a name of the keyring, whose rights and limits are then its own. Only hashes are kept, in
+`tokens.json` beside the keyring; the token itself is shown once, when it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from llambo.mesh.security import keys
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, LlamboError
+
+PREFIX = "sk-llambo-"
+FILE = "tokens.json"
+_RANDOM_BYTES = 32
+#: More is none of ours, and not worth a hash.
+_LONGEST = 128
+
+
+class ApiToken(msgspec.Struct, frozen=True, omit_defaults=True):
+    sha256: Annotated[str, Meta(min_length=64, max_length=64)]
+    #: Of the keyring.
+    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    #: Seconds since 1970.
+    made: Annotated[int, Meta(ge=0)] = 0
+    #: Not valid from then on; 0: for ever.
+    expires: Annotated[int, Meta(ge=0)] = 0
+
+    def valid(self, now_s: float) -> bool:
+        return not self.expires or now_s < self.expires
+
+
+class _File(msgspec.Struct, frozen=True):
+    format: Annotated[int, Meta(ge=1, le=1)]
+    tokens: list[ApiToken] = []
+
+
+def sha256_of(token: str) -> str:
+    """The hash by which it is known; none for what cannot be one. A token is random and long: no salt is needed."""
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest() if len(token) <= _LONGEST else ""
+
+
+def issue(folder: Folder, name: str, now_s: int, expires: int = 0) -> str:
+    """A new token for a name that has a key."""
+    folder.export(name)  # says what is wrong if it has none, or if its key is not here
+    token = PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
+    with folder.locked():
+        kept = [each for each in read(folder) if each.valid(now_s)]
+        _write(folder.path, [*kept, ApiToken(sha256_of(token), name, now_s, expires)])
+    return token
+
+
+def withdraw(folder: Folder, name: str) -> int:
+    """All tokens of a name: how many there were."""
+    with folder.locked():
+        there = read(folder)
+        kept = [each for each in there if each.name != name]
+        if len(kept) != len(there):
+            _write(folder.path, kept)
+        return len(there) - len(kept)
+
+
+def read(folder: Folder) -> list[ApiToken]:
+    path = folder.path / FILE
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(keys.read_private(path), type=_File).tokens
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise LlamboError(Code.BAD_SETTING, f"{path} is not what `llambo keys` has written: {error}") from error
+
+
+def _write(path: Path, tokens: list[ApiToken]) -> None:
+    text = msgspec.json.format(msgspec.json.encode(_File(1, tokens)), indent=2).decode()
+    keys.write_private(path / FILE, text + "\n")

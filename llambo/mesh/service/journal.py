@@ -1,0 +1,116 @@
+"""Log lines for systemd's journal, in its own protocol, and for people.
+
+The journal is asked for by its socket and not by writing to stderr, because a line then keeps its fields: who filters
+with `journalctl LLAMBO_REQUEST=3f2a…` gets all of one request from all workers of a host. `<4>` before a line on
+stderr would give the priority and nothing else. If the socket takes nothing (the journal is being restarted, its queue
+is full), the line goes to stderr in that form: the journal reads that as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from typing import TextIO
+
+from llambo.mesh.wire.errors import harmless
+
+SOCKET = "/run/systemd/journal/socket"
+#: A datagram may not be much longer. What is longer is cut: a line of a log is to be read.
+LINE_CHARS = 16_384
+#: What a line may be about, as an attribute of its record and as a field.
+FIELDS = {"worker": "LLAMBO_WORKER", "request": "LLAMBO_REQUEST"}
+_LENGTH = struct.Struct("<Q")
+
+
+def priority(level: int) -> int:
+    """syslog's number for it."""
+    for least, number in ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6)):
+        if level >= least:
+            return number
+    return 7
+
+
+def encode(fields: Mapping[str, str]) -> bytes:
+    """One entry. A value with a line break in it is told by its length, or it would end there."""
+    parts = []
+    for name, text in fields.items():
+        value = text.encode("utf-8", "replace")
+        if b"\n" in value:
+            parts.append(name.encode() + b"\n" + _LENGTH.pack(len(value)) + value + b"\n")
+        else:
+            parts.append(name.encode() + b"=" + value + b"\n")
+    return b"".join(parts)
+
+
+def is_journal(environ: Mapping[str, str], descriptor: int) -> bool:
+    """Whether this descriptor leads to the journal: whoever redirects stderr inherits the variable all the same."""
+    device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
+    try:
+        there = os.fstat(descriptor)
+    except OSError:
+        return False
+    return (device, inode) == (str(there.st_dev), str(there.st_ino))
+
+
+class JournalHandler(logging.Handler):
+    """`about`: what every line of this process is about, by the names of FIELDS."""
+
+    def __init__(self, program: str, stream: TextIO, about: dict[str, str], path: str = SOCKET) -> None:
+        super().__init__()
+        self._program = program
+        self._stream = stream
+        self._about = about
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text, number = self.format(record)[:LINE_CHARS], priority(record.levelno)
+            fields = {"MESSAGE": text, "PRIORITY": str(number), "SYSLOG_IDENTIFIER": self._program}
+            fields |= {FIELDS[name]: value for name, value in about(record, self._about).items()}
+            try:
+                self._socket.sendto(encode(fields | {"LLAMBO_LOGGER": record.name}), self._path)
+            except OSError:
+                self._stream.write("".join(f"<{number}>{line}\n" for line in with_ids(text, fields).splitlines()))
+                self._stream.flush()
+        except Exception:  # noqa: BLE001  # whatever it is, logging says so on stderr, and the work goes on
+            self.handleError(record)
+
+    def tell(self, text: str) -> None:
+        """What is no line of a log, and would be told to a person."""
+        self.handle(logging.makeLogRecord({"name": __name__, "msg": text, "levelno": logging.INFO}))
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+
+class HumanFormatter(logging.Formatter):
+    """One line, with the ids that it is about and does not name itself."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(with_ids(super().format(record), about(record, {})))
+
+
+def about(record: logging.LogRecord, always: Mapping[str, str]) -> dict[str, str]:
+    """What a line is about; what is empty is left out."""
+    said = {name: getattr(record, name, "") or always.get(name, "") for name in FIELDS}
+    return {name: str(value) for name, value in said.items() if value}
+
+
+def with_ids(text: str, ids: Mapping[str, str]) -> str:
+    """`ids`: by the names of FIELDS, or by its values."""
+    missing = []
+    for name, field in FIELDS.items():
+        value = ids.get(name) or ids.get(field) or ""
+        # A request is mostly named by the beginning of its id.
+        if value and value not in text and (name != "request" or value[:8] not in text):
+            missing.append(f"{name} {value}")
+    return f"{text} ({', '.join(missing)})" if missing else text

@@ -1,0 +1,152 @@
+"""Bytes to messages and back, for the control planes.
+
+A control message is a header frame, a body frame and extra frames:
+
+    header   b"llb", framing version (u8), session id (8 bytes, zero before the welcome)
+    body     a msgpack array of 1 to 256 messages
+    extra    one frame for each message that brings one (the prompt), in the order of the messages
+
+Decoding is typed: what comes out satisfies the schema. A bundle is decoded at once; only when that
+fails is it taken apart, so that one bad message costs its neighbours nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.errors import Code, ErrorInfo
+
+MAGIC = b"llb\x01"
+NO_SESSION = bytes(limits.SESSION_ID_BYTES)
+HEADER_BYTES = len(MAGIC) + limits.SESSION_ID_BYTES
+
+T = TypeVar("T", bound=m.Message)
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Bundle(msgspec.Struct, Generic[T]):
+    """What one control message said. `problems` holds what was wrong with the parts that are not here."""
+
+    session: bytes
+    messages: list[tuple[T, bytes]]
+    problems: list[m.Problem]
+
+
+class _Named(msgspec.Struct):
+    """What can be said about a bad message: whose it is, so that the answer finds its request."""
+
+    id: bytes = b""
+    query: int = 0
+
+
+def encode(session: bytes, messages: Sequence[tuple[m.Message, bytes | None]]) -> list[bytes]:
+    """The frames of one control message; the extra frames follow in the order of their messages."""
+    frames = [MAGIC + session, _encode([message for message, _ in messages])]
+    frames += [blob for _, blob in messages if blob is not None]
+    return frames
+
+
+def encode_all(session: bytes, messages: Sequence[tuple[m.Message, bytes | None]]) -> list[list[bytes]]:
+    """As many control messages as it takes to keep each within the limits."""
+    if len(messages) <= limits.BUNDLE_MESSAGES:
+        frames = encode(session, messages)
+        if len(frames[1]) <= limits.CONTROL_BODY_BYTES or len(messages) == 1:
+            return [frames]
+    half = len(messages) // 2
+    return encode_all(session, messages[:half]) + encode_all(session, messages[half:])
+
+
+class Codec(Generic[T]):
+    """Decodes what one kind of peer may say."""
+
+    def __init__(self, union: Any) -> None:
+        self._bundle = msgspec.msgpack.Decoder(list[union]).decode
+        self._one = msgspec.msgpack.Decoder(union).decode
+        self._parts = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+
+    def decode(self, frames: Sequence[bytes]) -> Bundle[T]:
+        """Never raises: whatever is wrong becomes a problem."""
+        wrong = _frame_error(frames)
+        if wrong:
+            return Bundle(NO_SESSION, [], [wrong])
+        session = frames[0][len(MAGIC) :]
+        problems: list[m.Problem] = []
+        try:
+            messages: list[T] = self._bundle(frames[1])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            messages = self._decode_parts(frames[1], problems)
+        if len(messages) > limits.BUNDLE_MESSAGES:
+            return Bundle(session, [], [_bad(f"more than {limits.BUNDLE_MESSAGES} messages in one bundle")])
+        return _with_blobs(session, messages, frames, problems)
+
+    def _decode_parts(self, body: bytes, problems: list[m.Problem]) -> list[T]:
+        try:
+            parts = self._parts(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            problems.append(_bad(f"the body is not an array of messages: {error}"))
+            return []
+        messages = []
+        for part in parts[: limits.BUNDLE_MESSAGES + 1]:
+            try:
+                messages.append(self._one(part))
+            except msgspec.ValidationError as error:
+                text = str(error)[:1_000]
+                unknown = text.startswith("Invalid value") and "$.type" in text
+                code = Code.UNKNOWN_TYPE if unknown else Code.BAD_MESSAGE
+                problems.append(_about(part, ErrorInfo(code, text)))
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                problems.append(_bad(str(error)[:1_000]))
+        return messages
+
+
+def _bad(text: str) -> m.Problem:
+    return m.Problem(ErrorInfo(Code.BAD_MESSAGE, text))
+
+
+def _about(part: msgspec.Raw, error: ErrorInfo) -> m.Problem:
+    try:
+        named = msgspec.msgpack.decode(part, type=_Named)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return m.Problem(error)
+    return m.Problem(error, named.id[: limits.REQUEST_ID_BYTES], max(0, min(named.query, 2**53)))
+
+
+def _frame_error(frames: Sequence[bytes]) -> m.Problem | None:
+    if len(frames) < 2:
+        return _bad(f"{len(frames)} frames, at least a header and a body are needed")
+    header = frames[0]
+    if len(header) != HEADER_BYTES or header[:3] != MAGIC[:3]:
+        return _bad("the header frame is not llambo's")
+    if header[3] != MAGIC[3]:
+        text = f"framing version {header[3]} is not spoken here, {MAGIC[3]} is"
+        return m.Problem(ErrorInfo(Code.BAD_VERSION, text))
+    if len(frames[1]) > limits.CONTROL_BODY_BYTES:
+        return _bad(f"a body of {len(frames[1])} bytes, {limits.CONTROL_BODY_BYTES} are allowed")
+    return None
+
+
+def _with_blobs(session: bytes, messages: list[T], frames: Sequence[bytes], problems: list[m.Problem]) -> Bundle[T]:
+    """Give each message its extra frame. If they do not add up nobody can tell whose is whose: all are refused."""
+    wanted = sum(isinstance(message, m.WITH_BLOB) for message in messages)
+    if len(frames) - 2 != wanted:
+        if not problems or wanted:
+            problems.append(_bad(f"{len(frames) - 2} extra frames for {wanted} messages that bring one"))
+        messages = [message for message in messages if not isinstance(message, m.WITH_BLOB)]
+        return Bundle(session, [(message, b"") for message in messages], problems)
+    if not wanted:
+        return Bundle(session, [(message, b"") for message in messages], problems)
+    blobs = iter(frames[2:])
+    paired = [(message, next(blobs) if isinstance(message, m.WITH_BLOB) else b"") for message in messages]
+    return Bundle(session, paired, problems)
+
+
+from_client: Codec[Any] = Codec(m.ClientToBroker)
+to_client: Codec[Any] = Codec(m.BrokerToClient)
+from_worker: Codec[Any] = Codec(m.WorkerToBroker)
+to_worker: Codec[Any] = Codec(m.BrokerToWorker)

@@ -1,0 +1,257 @@
+"""An engine without a model: it says what a hash says, at the pace and with the illnesses it is told to have.
+
+It proves what a model cannot: see `fake_tokens`. It is a core: `step(now_ms)` gives the outputs that are due,
+`next_wakeup_ms` says when to call it again, and after each step `fault` says whether to crash or hang now (the
+engine child does it, the simulator acts it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.worker.engine import fake_model
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.fake_model import START, piece_of, pieces_of, plain_token, wander_token
+from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
+
+__all__ = ["START", "FakeEngine", "FakeKnobs", "piece_of", "pieces_of", "plain_token", "wander_token"]
+
+NEVER_MS = 2**62
+#: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
+UNPACED_MS = 1.0
+#: The token that a poisonous prompt does not live to see.
+POISON_INDEX = 5
+#: How far behind its pace an engine that was held up will try to catch up.
+CATCH_UP_MS = 1000.0
+
+
+@dataclass(slots=True)
+class _Sequence:
+    key: bytes
+    base: int
+    index: int
+    previous: int
+    limit: int
+    #: Why it ends at `limit`.
+    reason: Reason
+    prompt_tokens: int
+    started_ms: int
+    due_ms: float
+    deadline_ms: int
+    stops: list[bytes]
+    logprobs: int | None
+    #: Of a task: its result.
+    result: list[bytes] | None = None
+    poisonous: bool = False
+    #: The end of the text so far, as much as a stop string could reach back into.
+    tail: bytes = b""
+    first_ms: int = -1
+
+
+class FakeEngine:
+    """Times are whole milliseconds of whatever clock the caller uses."""
+
+    def __init__(self, knobs: FakeKnobs, model: str = "fake") -> None:
+        self.fault: Literal["crash", "hang"] | None = None
+        #: The poisonous sequence that it has died of.
+        self.poisoned = b""
+        self.tokens = 0
+        self._knobs = knobs
+        self._model = model
+        self._wander = knobs.style == "wander"
+        self._sequences: dict[bytes, _Sequence] = {}
+        self._alive_at = 0
+
+    def ready(self) -> Ready:
+        # Two fakes continue each other's streams only if they would say the same.
+        same = f"fake-{self._knobs.style}-{self._knobs.answer_tokens}-{int(self._knobs.utf8_split)}"
+        return Ready([ModelInfo(self._model, same, self._knobs.context_tokens)], self._knobs.slots, "fake engine")
+
+    @property
+    def running(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def aboard(self) -> list[bytes]:
+        return list(self._sequences)
+
+    def start(self, start: Start, now_ms: int) -> Refused | None:
+        refusal = self._refusal(start)
+        if refusal is not None:
+            return refusal
+        sequence = self._sequence(start, now_ms)
+        if start.task != "generate":
+            try:
+                sequence.result = fake_model.result_of(start, self._knobs, self._model)
+            except fake_model.BadTask as error:
+                return Refused(start.key, error.info, final=True)
+            sequence.limit, sequence.reason = len(sequence.result), "stop"
+        if not self._sequences:
+            self._alive_at = now_ms + ALIVE_MS
+        self._sequences[start.key] = sequence
+        return None
+
+    def stop(self, key: bytes) -> None:
+        self._sequences.pop(key, None)
+
+    def next_wakeup_ms(self) -> int:
+        if self.fault or not self._sequences:
+            return NEVER_MS
+        due = min([sequence.due_ms for sequence in self._sequences.values()])
+        return min(math.ceil(due), self._alive_at)
+
+    def step(self, now_ms: int) -> list[Output]:
+        """What is due now: at most one output for each sequence. Empty is news too: the engine is alive."""
+        self._alive_at = now_ms + ALIVE_MS
+        outputs = []
+        for sequence in list(self._sequences.values()):
+            if self.fault:
+                break
+            if sequence.due_ms <= now_ms:
+                if sequence.poisonous and sequence.index >= POISON_INDEX:
+                    # As in a real decode, which takes the whole batch with it: nobody gets anything of this step.
+                    self.fault, self.poisoned = "crash", sequence.key
+                    return []
+                outputs.append(self._advance(sequence, now_ms))
+        return outputs
+
+    # --- starting ------------------------------------------------------------------------------------
+
+    def _refusal(self, start: Start) -> Refused | None:
+        if len(self._sequences) >= self._knobs.slots:
+            error = ErrorInfo(Code.BUSY, f"all {self._knobs.slots} slots of this engine are taken")
+            return Refused(start.key, error)
+        prompt_tokens, limit = len(start.prompt.split()), self._knobs.context_tokens
+        if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
+            text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
+            return Refused(start.key, ErrorInfo(Code.TOO_LONG, text), final=True)
+        return None
+
+    def _sequence(self, start: Start, now_ms: int) -> _Sequence:
+        mean, limit = self._knobs.answer_tokens, start.max_tokens
+        natural = fake_model.answer_length(start.seed, start.prompt, mean) if mean else limit + 1
+        stops = [text.encode() for text in start.sampling.stop]
+        sequence = _Sequence(
+            key=start.key,
+            base=self._base(start),
+            index=len(start.prefix),
+            previous=start.prefix[-1] if start.prefix else START,
+            limit=min(limit, natural),
+            reason="stop" if natural <= limit else "length",
+            prompt_tokens=len(start.prompt.split()),
+            started_ms=now_ms,
+            due_ms=now_ms + self._knobs.ttft_ms,
+            deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
+            stops=stops,
+            poisonous=bool(self._knobs.poison) and self._knobs.poison.encode() in start.prompt,
+            logprobs=start.logprobs,
+        )
+        if stops:
+            reach = max(map(len, stops))
+            sequence.tail = b"".join(pieces_of(start.prefix[-reach:]))[-reach:]
+        sequence.due_ms += self._jitter(sequence)
+        return sequence
+
+    def _base(self, start: Start) -> int:
+        """The key ends with the dispatch id."""
+        if self._wander:
+            return fake_model.base_of(start.key[-8:], start.prompt)
+        return fake_model.plain_base(start.seed, start.prompt)
+
+    # --- stepping ------------------------------------------------------------------------------------
+
+    def _advance(self, sequence: _Sequence, now_ms: int) -> Output:
+        """One chunk of one sequence."""
+        if sequence.first_ms < 0:
+            sequence.first_ms = now_ms
+        end: Reason | None = None
+        stop = b""
+        first = sequence.index
+        if now_ms >= sequence.deadline_ms:
+            ids, end = [], "deadline"
+        else:
+            ids = self._generate(sequence, self._chunk_tokens(sequence))
+            if sequence.stops:
+                ids, stop = _cut_at_stop(sequence, ids)
+                end = "stop" if stop else None
+            sequence.index += len(ids)
+            if end is None and sequence.index >= sequence.limit:
+                end = sequence.reason
+        pieces = pieces_of(ids) if sequence.result is None else sequence.result[first : sequence.index]
+        self._count(len(ids))
+        sequence.due_ms = self._next_due(sequence, len(ids), now_ms)
+        logprobs = None
+        if sequence.logprobs is not None:
+            logprobs = [fake_model.logprob_of(token, at, sequence.logprobs) for at, token in enumerate(ids, first)]
+        if end is None:
+            return Output(sequence.key, ids, pieces, logprobs=logprobs)
+        del self._sequences[sequence.key]
+        return Output(sequence.key, ids, pieces, end, _usage(sequence, now_ms), None, logprobs, stop.decode())
+
+    def _chunk_tokens(self, sequence: _Sequence) -> int:
+        burst = self._knobs.burst
+        wanted = 1 if burst == 1 else 1 + fake_model.decide(sequence.base, sequence.index, burst)
+        limit = sequence.limit
+        if sequence.poisonous:
+            limit = min(limit, max(POISON_INDEX, sequence.index))
+        return max(0, min(wanted, limit - sequence.index))
+
+    def _generate(self, sequence: _Sequence, count: int) -> list[int]:
+        if sequence.result is not None:
+            return [0] * count
+        base, index, split = sequence.base, sequence.index, self._knobs.utf8_split
+        if not self._wander:
+            return [fake_model.plain_next(base, i, split) for i in range(index, index + count)]
+        ids, previous = [], sequence.previous
+        for _ in range(count):
+            previous = fake_model.wander_next(base, previous, split)
+            ids.append(previous)
+        sequence.previous = previous
+        return ids
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        knobs = self._knobs
+        if knobs.crash_at and self.tokens >= knobs.crash_at:
+            self.fault = "crash"
+        elif knobs.hang_at and self.tokens >= knobs.hang_at:
+            self.fault = "hang"
+
+    def _next_due(self, sequence: _Sequence, tokens: int, now_ms: int) -> float:
+        """Paced from when this chunk was due, not from when it was made, so that a late step is caught up."""
+        knobs = self._knobs
+        pause = tokens * 1000 / knobs.tokens_per_s if knobs.tokens_per_s else 0.0
+        if knobs.slow_at and self.tokens >= knobs.slow_at:
+            pause = (pause or tokens * UNPACED_MS) * knobs.slow_factor
+        return max(sequence.due_ms + pause + self._jitter(sequence), now_ms - CATCH_UP_MS)
+
+    def _jitter(self, sequence: _Sequence) -> int:
+        most = self._knobs.jitter_ms
+        return fake_model.decide(sequence.base ^ 1, sequence.index, most + 1) if most else 0
+
+
+def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], bytes]:
+    """The token that completes a stop string is not part of the answer; the beginning of it may be out already.
+
+    The second is that stop string.
+    """
+    reach = max(map(len, sequence.stops))
+    for count, token_id in enumerate(ids):
+        text = sequence.tail + piece_of(token_id)
+        found = [(at, stop) for stop in sequence.stops if (at := text.find(stop)) >= 0]
+        if found:
+            return ids[:count], min(found, key=lambda each: each[0])[1]
+        sequence.tail = text[-reach:]
+    return ids, b""
+
+
+def _usage(sequence: _Sequence, now_ms: int) -> Usage:
+    return Usage(
+        prompt_tokens=sequence.prompt_tokens,
+        prefill_ms=float(sequence.first_ms - sequence.started_ms),
+        decode_ms=float(now_ms - sequence.first_ms),
+    )

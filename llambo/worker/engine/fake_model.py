@@ -1,0 +1,188 @@
+"""The fake engine's model: which token comes next, and what it adds to the text. Pure functions of their arguments.
+
+    plain    token i = hash(seed, prompt, i): an answer that was disturbed can be compared with the truth
+    wander   token i = hash(dispatch, prompt, token i-1): a token of a zombie, or a continuation that ignored
+             what came before, does not follow from its predecessor and is seen
+
+A token id is 29 bits of hash and 2 bits of role. Role 0 is a word. Roles 1, 2, 3 follow each other and cut one
+character of four bytes: its first byte, the two in the middle, the last one. Every last byte is legal after
+every beginning, so the text is valid UTF-8 exactly when no token is missing, doubled or out of place. Only an
+answer that ends at `max_tokens` may stop inside a character, as with a real model.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from hashlib import blake2b, shake_128
+from typing import Any
+
+import msgspec
+
+from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.tokens import Logprob, TopToken
+from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.protocol import Start
+
+_MASK = 2**64 - 1
+
+#: The "previous token" of the first one.
+START = -1
+#: Bits of a token id that say how it takes part in a character that is cut.
+WORD, OPENS, MIDDLE, CLOSES = 0, 1, 2, 3
+#: Roles by position when `plain` cuts characters.
+_PLAIN_ROLES = (WORD, WORD, OPENS, MIDDLE, CLOSES, WORD, WORD, WORD)
+#: `wander` knows only the previous token: it opens a character after one word in this many.
+_WANDER_OPENS = 5
+
+
+def _mix(value: int) -> int:
+    """splitmix64: every bit of the result depends on every bit of the value."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def base_of(key: bytes, prompt: bytes) -> int:
+    """All that a sequence's tokens have in common, so that a long prompt is hashed once."""
+    return int.from_bytes(blake2b(prompt, digest_size=8, key=key).digest(), "big")
+
+
+def plain_base(seed: int, prompt: bytes) -> int:
+    return base_of(seed.to_bytes(8, "big"), prompt)
+
+
+def plain_next(base: int, index: int, utf8_split: bool = False) -> int:
+    return _mix(base + index) >> 35 << 2 | (_PLAIN_ROLES[index & 7] if utf8_split else WORD)
+
+
+def wander_next(base: int, previous: int, utf8_split: bool = False) -> int:
+    value = _mix(base ^ ((previous + 2) * 0xD1342543DE82EF95 & _MASK))
+    role = WORD
+    if utf8_split and previous != START:
+        before = previous & 3
+        role = (before + 1) & 3 if before else (OPENS if value % _WANDER_OPENS == 0 else WORD)
+    return value >> 35 << 2 | role
+
+
+def plain_token(seed: int, prompt: bytes, index: int, utf8_split: bool = False) -> int:
+    """Token `index` of the only right answer to this prompt with this seed."""
+    return plain_next(plain_base(seed, prompt), index, utf8_split)
+
+
+def wander_token(dispatch: bytes, prompt: bytes, previous: int, utf8_split: bool = False) -> int:
+    """What this dispatch says after `previous` (START: at the beginning)."""
+    return wander_next(base_of(dispatch, prompt), previous, utf8_split)
+
+
+def decide(base: int, index: int, choices: int) -> int:
+    """A number below `choices` for a purpose other than a token: chunk sizes, jitter, length."""
+    return _mix(~(base + index) & _MASK) % choices
+
+
+def bits(base: int, text: bytes, count: int) -> bytes:
+    """That many bytes which depend on both."""
+    return shake_128(text + base.to_bytes(8, "big")).digest(count)
+
+
+def answer_length(seed: int, prompt: bytes, mean: int) -> int:
+    """Where an answer ends by itself: 1 to 2 * mean - 1 tokens."""
+    return 1 + decide(plain_base(seed, prompt), 0, 2 * mean - 1)
+
+
+def logprob_of(token_id: int, index: int, count: int) -> Logprob:
+    """What is told beside a token: it depends on the token and its place alone, whoever says it."""
+    likeliest = [_mix(~token_id ^ (index << 8) ^ rank) >> 35 << 2 for rank in range(count)]
+    top = [TopToken(other, piece_of(other), -(rank + decide(other, index, 1000) / 1000)) for rank, other in
+           enumerate(likeliest)]  # fmt: skip
+    return Logprob(-decide(token_id, index, 9_000_001) / 1_000_000, top)
+
+
+def _pieces() -> list[bytes]:
+    syllables = [a + b for a in "bdfghklmnprstvwz" for b in "aeio"]
+    table: list[bytes] = []
+    for number in range(4096):
+        word = f" {syllables[number >> 6]}{syllables[number & 63]}".encode()
+        table += (word, b" \xf0", b"\x9f\x98", bytes([0x80 + (number & 63)]))
+    return table
+
+
+_PIECES = _pieces()
+
+
+def piece_of(token_id: int) -> bytes:
+    """The bytes a token adds to the text."""
+    return _PIECES[token_id & 0x3FFF]
+
+
+def pieces_of(ids: list[int]) -> list[bytes]:
+    table = _PIECES
+    return [table[token_id & 0x3FFF] for token_id in ids]
+
+
+# --- The fake engine's results. Like its tokens they can be computed again by whoever judges a run, byte for byte. ---
+#
+# Texts are bytes to it: a token for each. An embedding is a hash of its text; with `wander` also of the dispatch, so
+# that a result put together from two dispatches would be seen.
+
+_encode = msgspec.msgpack.Encoder().encode
+_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
+_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
+#: A byte of a hash as a number from -1 to 1.
+_NUMBERS = [(byte - 127.5) / 127.5 for byte in range(256)]
+BYTE_TOKENS = 256
+
+
+class BadTask(Exception):
+    """It cannot be done, here or elsewhere."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.info = ErrorInfo(code, text)
+
+
+def result_of(start: Start, knobs: FakeKnobs, model: str) -> list[bytes]:
+    """The pieces of the result. Raises BadTask."""
+    try:
+        result = _encode(_result(start, knobs, model))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadTask(Code.BAD_REQUEST, f"the input of {start.task} makes no sense: {error}") from error
+    most = start.max_tokens * limits.RESULT_PIECE_BYTES
+    if len(result) > most:
+        raise BadTask(Code.TOO_LONG, f"a result of {len(result)} bytes, {most} are allowed")
+    return tasks.pieces_of(result)
+
+
+def _result(start: Start, knobs: FakeKnobs, model: str) -> Any:
+    match start.task:
+        case "tokenize":
+            return tasks.Tokens(list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))])
+        case "detokenize":
+            return tasks.Text(b"".join(map(_piece, _ids(start.prompt))))
+        case "embed":
+            return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, knobs)
+        case _:
+            return {"model": model, "engine": "fake", "style": knobs.style, "context_tokens": knobs.context_tokens}
+
+
+def _piece(id: int) -> bytes:
+    return bytes([id]) if id < BYTE_TOKENS else piece_of(id)
+
+
+def embeddings(dispatch: bytes, start: Start, knobs: FakeKnobs) -> tasks.Vectors:
+    base = base_of(dispatch, b"embed") if knobs.style == "wander" else 0
+    numbers, counts = array("f"), []
+    for number, text in enumerate(_texts(start.prompt)):
+        tokens = len(text.encode())
+        if knobs.context_tokens and tokens > knobs.context_tokens:
+            told = f"input {number} has {tokens} tokens, the context has {knobs.context_tokens}"
+            raise BadTask(Code.TOO_LONG, told)
+        counts.append(tokens)
+        vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), knobs.embedding_size)]
+        length = math.hypot(*vector) if start.options.normalized else 1.0
+        numbers.extend([value / length for value in vector])
+    return tasks.Vectors(
+        knobs.embedding_size, start.options.pooling or "mean", start.options.normalized, counts, tasks.data_of(numbers)
+    )

@@ -1,0 +1,525 @@
+"""llama.cpp, as much of it as the engine needs. The only file that knows its bindings.
+
+    Model       weights and vocabulary: tokens of a text, text of a token, metadata
+    Decoder     a context with a cache of its own for each slot; one call decodes one step of all of them
+    Embedder    a context with one small cache, which gives the last layer's numbers for each token
+    Candidates  the native part of sampling, for one request
+    Gbnf        a grammar, for one request
+
+What was learnt the hard way:
+- A ctypes callback that nobody holds is collected, and the next call of it is a segmentation fault.
+- Filling a batch field by field through ctypes costs more than sampling does. The batch here is made of numpy
+  arrays, and llama.cpp is given their addresses.
+- A C++ exception that meets Python ends the process. So a grammar is never told of a token it has not allowed.
+- With `use_extra_bufts` llama.cpp may choose instructions (AMX) that a hypervisor forbids; then the first prompt of
+  more than one token ends the process. The agent retries with `safe`, without them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from llambo.mesh.wire import naming
+from llambo.mesh.wire.messages import Sampling
+from llambo.worker.llama.sampling import Grammar, Ids, Logits
+
+#: Its types change with every release; what we use of it is proved by tests on a real model.
+lib: Any = llama_cpp
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
+FLASH = {"auto": -1, "off": 0, "on": 1}
+#: What ends the repetitions that DRY looks for, as in llama.cpp.
+DRY_BREAKERS = (b"\n", b":", b'"', b"*")
+#: Who is so far below the best is hardly ever among the likeliest k.
+NEAR = np.float32(12)
+#: A grammar is asked for so many of the likeliest tokens, and only if they are not enough for more.
+LIKELIEST = (64, 1024)
+#: The longest piece of text one token stands for.
+PIECE_BYTES = 4096
+#: Texts under way at a time, and tokens in a step, of a context for embeddings.
+EMBED_SEQUENCES, EMBED_ROWS = 16, 64
+#: From ggml.h.
+LOG_WARNING, LOG_ERROR = 3, 4
+
+_TAGS = frozenset([naming.BEGIN.encode(), naming.END.encode()])
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+
+class LoadError(Exception):
+    """The model cannot be served; the text says why, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a context is laid out."""
+
+    slots: int
+    #: Per slot.
+    context: int
+    batch: int
+    threads: int
+    kv_type: str = "f16"
+    flash_attn: str = "auto"
+
+
+class _Log:
+    """The last complaints of llama.cpp: they explain why a model did not load."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._level = 0
+        # Held here for as long as the process lives.
+        self._callback = lib.llama_log_callback(self._on_line)
+        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _on_line(self, level: int, text: bytes, _: Any) -> None:
+        self._level = level if level <= 4 else self._level  # 5 goes on with the line before
+        if self._level in (LOG_WARNING, LOG_ERROR):
+            self.lines = [*self.lines[-7:], text.decode(errors="replace").strip()]
+
+    def said(self) -> str:
+        return "; ".join(line for line in self.lines if line) or "llama.cpp gave no reason"
+
+
+_log: _Log | None = None
+
+
+def _start_library() -> _Log:
+    global _log  # noqa: PLW0603  # the library has one log, too
+    if _log is None:
+        _log = _Log()
+        lib.llama_backend_init()
+    _log.lines.clear()
+    return _log
+
+
+def _progress(on_progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
+    def report(share: float, _: Any) -> bool:
+        on_progress(share)
+        return True  # go on
+
+    return report
+
+
+class Model:
+    def __init__(self, path: str, *, gpu_layers: int, safe: bool, on_progress: Callable[[float], None]) -> None:
+        log = _start_library()
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers = gpu_layers
+        params.use_extra_bufts = not safe
+        callback = lib.llama_progress_callback(_progress(on_progress))
+        params.progress_callback = callback
+        self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        del callback
+        if not self.handle:
+            raise LoadError(f"{path} cannot be loaded: {log.said()}")
+        self.vocab = lib.llama_model_get_vocab(self.handle)
+        self.tokens = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.trained_context = int(lib.llama_model_n_ctx_train(self.handle))
+        self.embedding_size = int(lib.llama_model_n_embd_out(self.handle))
+        self._pieces: dict[int, bytes] = {}
+        self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
+            raise LoadError(f"{path} is no model that writes text by itself")
+        if self.tokens == 0:
+            raise LoadError(f"{path} has no vocabulary")
+        self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
+        self._endings = frozenset(self.endings)
+
+    def close(self) -> None:
+        lib.llama_model_free(self.handle)
+
+    # --- what it is ----------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> int:
+        return int(lib.llama_model_n_params(self.handle))
+
+    @property
+    def layers(self) -> int:
+        return int(lib.llama_model_n_layer(self.handle))
+
+    def text_of(self, key: str) -> str:
+        """One entry of its metadata, or nothing."""
+        size = 1024
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, size)
+            if length < size:
+                return buffer.value.decode(errors="replace") if length >= 0 else ""
+            size = length + 1
+
+    def describe(self) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.handle, buffer, 256)
+        return buffer.value.decode(errors="replace")
+
+    # --- text ----------------------------------------------------------------------------------------
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]:
+        """`special`: names of control tokens in the text mean those tokens, as a chat template needs it."""
+        most = len(text) + 8
+        buffer = (ctypes.c_int32 * most)()
+        count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
+        if count < 0:
+            most = -count
+            buffer = (ctypes.c_int32 * most)()
+            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes it adds to a text. Control tokens add none, save for the tags around a call of a tool."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._render(token, special=False)
+            if not found and (name := self._render(token, special=True)) in _TAGS:
+                found = name
+            self._pieces[token] = found
+        return found
+
+    @cached_property
+    def beyond_tags(self) -> list[tuple[int, bytes]]:
+        """The tokens with more than blanks behind a `>`: one of them could end the tag of a call, and go on."""
+        pieces = ((token, self.piece(token)) for token in range(self.tokens))
+        return [(token, piece) for token, piece in pieces if piece.partition(b">")[2].strip()]
+
+    def spelled(self, token: int) -> bytes:
+        """The same, but control tokens by their names."""
+        return self._render(token, special=True)
+
+    def name(self, token: int) -> str:
+        """The text that stands for a token in a template: `<s>` and the like."""
+        return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest text that one token stands for, as its name or in an answer."""
+        return max(len(self._render(token, special=True)) for token in range(self.tokens)) or 1
+
+    @property
+    def bos(self) -> str:
+        return self.name(int(lib.llama_vocab_bos(self.vocab)))
+
+    @property
+    def eos(self) -> str:
+        return self.name(int(lib.llama_vocab_eos(self.vocab)))
+
+    def ends(self, token: int) -> bool:
+        return token in self._endings
+
+    def _render(self, token: int, *, special: bool) -> bytes:
+        size = lib.llama_token_to_piece(self.vocab, token, self._buffer, PIECE_BYTES, 0, special)
+        return self._buffer.raw[:size] if size > 0 else b""
+
+
+class Decoder:
+    """A context: `slots` sequences, each with cells of its own."""
+
+    def __init__(self, model: Model, shape: Shape) -> None:
+        log = _start_library()
+        params = lib.llama_context_default_params()
+        params.n_ctx = shape.slots * shape.context
+        params.n_seq_max = shape.slots
+        params.n_batch = params.n_ubatch = shape.batch
+        params.n_threads = params.n_threads_batch = shape.threads
+        params.n_outputs_max = shape.slots
+        # One cache for each sequence: measured to be faster than one for all.
+        params.kv_unified = False
+        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
+        params.flash_attn_type = FLASH[shape.flash_attn]
+        params.offload_kqv = True
+        params.no_perf = True
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise LoadError(f"no context of {shape.slots} x {shape.context} tokens: {log.said()}")
+        self._memory = lib.llama_get_memory(self.handle)
+        self._vocab = model.tokens
+        self.context = int(lib.llama_n_ctx_seq(self.handle))
+        self._make_batch(shape.batch)
+
+    def close(self) -> None:
+        lib.llama_free(self.handle)
+
+    def _make_batch(self, size: int) -> None:
+        self._tokens = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        self._counts = np.ones(size, np.int32)
+        self._wanted = np.zeros(size, np.int8)
+        # Each row names its sequences by address; ours have one each, in one array.
+        self._addresses = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        fields = dict(lib.llama_batch._fields_)
+
+        def pointer(array: NDArray[Any], name: str) -> Any:
+            return ctypes.cast(array.ctypes.data, fields[name])
+
+        self._batch = lib.llama_batch(
+            n_tokens=0,
+            token=pointer(self._tokens, "token"),
+            embd=None,
+            pos=pointer(self._positions, "pos"),
+            n_seq_id=pointer(self._counts, "n_seq_id"),
+            seq_id=pointer(self._addresses, "seq_id"),
+            logits=pointer(self._wanted, "logits"),
+        )
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """One step. A row of logits for each row of `outputs`, in that order; valid until the next step."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = slots
+        self._wanted[:count] = 0
+        self._wanted[outputs] = 1
+        self._batch.n_tokens = count
+        code = lib.llama_decode(self.handle, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code} for a step of {count} tokens")
+        if not outputs:
+            return np.empty((0, self._vocab), np.float32)
+        # In the order of the batch, and so are our outputs.
+        logits = lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
+
+    # --- the cache -----------------------------------------------------------------------------------
+
+    def cut(self, slot: int, cells: int) -> bool:
+        """Keep only so many cells. False: this kind of cache cannot be cut; the slot is empty now."""
+        if lib.llama_memory_seq_rm(self._memory, slot, cells, -1):
+            return True
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        return False
+
+    def copy(self, source: int, slot: int, cells: int) -> bool:
+        """The first cells of another slot. (Between caches only a whole one can be copied; then it is cut.)"""
+        lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        lib.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
+        return self.cut(slot, cells)
+
+    def cells(self, slot: int) -> int:
+        return int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
+
+
+class Embedder(Decoder):
+    """All texts under way share `context` cells. Pooling is ours, so that a long text can take several steps."""
+
+    sequences = EMBED_SEQUENCES
+
+    def __init__(self, model: Model, shape: Shape) -> None:
+        log = _start_library()
+        params = lib.llama_context_default_params()
+        params.n_ctx = shape.context
+        params.n_seq_max = EMBED_SEQUENCES
+        params.n_batch = params.n_ubatch = EMBED_ROWS
+        params.n_threads = params.n_threads_batch = shape.threads
+        params.kv_unified = True
+        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
+        params.flash_attn_type = FLASH[shape.flash_attn]
+        params.offload_kqv = True
+        params.no_perf = True
+        params.embeddings = True
+        params.pooling_type = 0  # none: a row for each token
+        self.handle = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise LoadError(f"no context of {shape.context} tokens for embeddings: {log.said()}")
+        self._memory = lib.llama_get_memory(self.handle)
+        self._size = model.embedding_size
+        self.context = shape.context
+        self._make_batch(EMBED_ROWS)
+
+    def embed(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> NDArray[np.float32]:
+        """One step: a row for each token, in their order; valid until the next step."""
+        count = len(tokens)
+        self._tokens[:count] = tokens
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wanted[:count] = 1
+        self._batch.n_tokens = count
+        code = lib.llama_decode(self.handle, self._batch)
+        if code != 0:
+            raise RuntimeError(f"llama_decode gave {code} for {count} tokens to embed")
+        rows = lib.llama_get_embeddings(self.handle)
+        return np.ctypeslib.as_array(rows, shape=(count, self._size))
+
+
+class Gbnf:
+    """A grammar that follows an answer."""
+
+    def __init__(self, model: Model, text: str) -> None:
+        log = _start_library()
+        self._handle = lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
+        if not self._handle:
+            raise ValueError(f"the grammar makes no sense: {log.said()}")
+        self._one = np.zeros(1, CANDIDATE)
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle:
+            lib.llama_sampler_free(handle)
+
+    def allows(self, token: int) -> bool:
+        self._one[0] = (token, 0.0, 0.0)
+        self.apply(_array(self._one))
+        return bool(np.isfinite(self._one["logit"][0]))
+
+    def accept(self, token: int) -> None:
+        if not self.allows(token):
+            raise ValueError("the grammar refuses this token")
+        lib.llama_sampler_accept(self._handle, token)
+
+    def apply(self, candidates: Any) -> None:
+        lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
+
+    def forbid(self, candidates: Any, ids: Sequence[int]) -> None:
+        found = _view(candidates)
+        found["logit"][np.isin(found["id"], np.array(ids, np.int32))] = -np.inf
+
+
+class Candidates:
+    """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests."""
+
+    def __init__(self, model: Model, options: Sampling, shared: NDArray[Any], history: Sequence[int]) -> None:
+        self._shared = shared
+        self._dry = options.dry_multiplier > 0
+        #: The top-k that is first in the chain, or 0.
+        self._few = 0 if self._dry or options.mirostat else options.top_k
+        #: How far below the best lawful one nobody has to be looked for. With a min-p they would be dropped anyway.
+        self._reach = NEAR
+        if options.min_p > 0 and not options.mirostat:
+            self._reach = min(NEAR, np.float32(2 - math.log(options.min_p)))
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for sampler in self._samplers(model, options):
+            lib.llama_sampler_chain_add(self._chain, sampler)
+        for token in history if self._dry else ():
+            self.accept(token)
+
+    def __del__(self) -> None:
+        chain, self._chain = getattr(self, "_chain", None), None
+        if chain:
+            lib.llama_sampler_free(chain)
+
+    def _samplers(self, model: Model, options: Sampling) -> list[Any]:
+        samplers = []
+        if self._dry:
+            breakers = (ctypes.c_char_p * len(DRY_BREAKERS))(*DRY_BREAKERS)
+            samplers.append(
+                lib.llama_sampler_init_dry(
+                    model.vocab,
+                    options.dry_multiplier,
+                    options.dry_base,
+                    options.dry_allowed_length,
+                    options.dry_penalty_last_n,
+                    breakers,
+                    len(DRY_BREAKERS),
+                )
+            )
+        if options.mirostat:
+            return samplers  # it does its own narrowing
+        if options.top_k:
+            samplers.append(lib.llama_sampler_init_top_k(options.top_k))
+        if options.typical_p < 1:
+            samplers.append(lib.llama_sampler_init_typical(options.typical_p, 1))
+        if options.top_p < 1:
+            samplers.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+        if options.min_p > 0:
+            samplers.append(lib.llama_sampler_init_min_p(options.min_p, 1))
+        return samplers
+
+    def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]:
+        if grammar is not None:
+            array = self._lawful(logits, grammar, self._few)
+        else:
+            array = self._near(logits) if self._few else self._fill(logits)
+        lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return _columns(array)
+
+    def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]:
+        return _columns(self._lawful(logits, grammar, 1))
+
+    def accept(self, token: int) -> None:
+        if self._dry:
+            lib.llama_sampler_accept(self._chain, token)
+
+    def _lawful(self, logits: Logits, grammar: Grammar, few: int) -> Any:
+        """Who passes the grammar, likeliest first: to ask it for a whole vocabulary takes as long as many steps.
+
+        Enough are those that a top-k would leave, or all that are near the best of them.
+        """
+        for size in LIKELIEST if not self._dry else ():
+            if size >= len(logits):
+                break
+            near = np.argpartition(logits, -size)[-size:]
+            candidates = self._shared[:size]
+            candidates["id"] = near
+            candidates["logit"] = logits[near]
+            least = candidates["logit"].min()
+            array = _array(candidates)
+            grammar.apply(array)
+            passed = candidates["logit"][np.isfinite(candidates["logit"])]
+            if len(passed) and (0 < few <= len(passed) or least < passed.max() - self._reach):
+                return array
+        array = self._fill(logits)
+        grammar.apply(array)
+        return array
+
+    def _near(self, logits: Logits) -> Any:
+        """Of a top-k the candidates, found without moving the whole vocabulary: who is near the best, if they are k.
+
+        All others are below all of these, so what the chain leaves is the same.
+        """
+        near = np.flatnonzero(logits > logits.max() - NEAR)
+        if len(near) < self._few:
+            return self._fill(logits)
+        candidates = self._shared[: len(near)]
+        candidates["id"] = near
+        candidates["logit"] = logits[near]
+        return _array(candidates)
+
+    def _fill(self, logits: Logits) -> Any:
+        self._shared["id"] = _numbers(len(logits))
+        self._shared["logit"] = logits
+        return _array(self._shared)
+
+
+_ids: dict[int, Ids] = {}
+
+
+def _numbers(count: int) -> Ids:
+    if count not in _ids:
+        _ids[count] = np.arange(count, dtype=np.int32)
+    return _ids[count]
+
+
+def shared_candidates(model: Model) -> NDArray[Any]:
+    return np.zeros(model.tokens, CANDIDATE)
+
+
+def _array(candidates: NDArray[Any]) -> Any:
+    data = ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p)
+    return lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+
+
+def _columns(array: Any) -> tuple[Ids, Logits]:
+    left = _view(array)
+    return left["id"].copy(), left["logit"].copy()
+
+
+def _view(array: Any) -> NDArray[Any]:
+    """A sampler may have put its result elsewhere: the address in the array is what counts."""
+    address = ctypes.cast(array.data, ctypes.c_void_p).value
+    assert address is not None
+    raw = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(address)
+    return np.frombuffer(raw, CANDIDATE)

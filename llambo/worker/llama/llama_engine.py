@@ -1,0 +1,340 @@
+"""The llama.cpp engine: the batching core above, the decoder below, and what a request is in between.
+
+A request is a `Stream`: a sampler that chooses, a gate that lets text out, and a few counts. `start` refuses what can
+never end well (too long, no template, a grammar that is none) before anything was computed; `step` decodes one
+plan of the batching core and gives each request its next token. A continued request is one whose prompt ends with
+the tokens it has: they are prefilled like any other, and accepted by its sampler and its gate.
+
+Cancels and deadlines act between steps, and the core keeps steps short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from llambo.mesh.wire import limits, naming
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.mesh.wire.tokens import Logprob
+from llambo.worker.engine.protocol import Output, Progress, Ready, Refused, Start
+from llambo.worker.grammar.grammar import Grammar as Wanted
+from llambo.worker.grammar.grammar import GrammarError, grammar_of
+from llambo.worker.llama import llama
+from llambo.worker.llama.batching import Batcher, Plan
+from llambo.worker.llama.defaults import Defaults, in_force, options_in_force
+from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.llama.llama_tasks import NoRoom, Tasks
+from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
+from llambo.worker.llama.text import Gate
+from llambo.worker.models import models
+from llambo.worker.prompt import conversation as chat
+from llambo.worker.prompt.conversation import Chat
+from llambo.worker.prompt.template import BadPrompt, Template, TooLong
+
+NEVER_MS = 2**62
+#: The self-test: more than one token, because that is where a wrong choice of instructions shows.
+SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
+SELF_TEST_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Stream:
+    key: bytes
+    sampler: Sampler
+    gate: Gate
+    index: int
+    limit: int
+    prompt_tokens: int
+    cached_tokens: int
+    started: float
+    deadline_ms: int
+    first: float = 0.0
+    #: How many are told beside each token; None: none of it. What the gate holds back waits here, too.
+    top: int | None = None
+    logprobs: list[Logprob] = field(default_factory=list)
+
+    def told(self, tokens: int) -> list[Logprob] | None:
+        """The logprobs of so many tokens that the gate lets go."""
+        if self.top is None:
+            return None
+        told = self.logprobs[:tokens]
+        del self.logprobs[:tokens]
+        return told
+
+
+class LlamaEngine:
+    """`say` takes progress while the model loads."""
+
+    fault = None
+
+    def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
+                 fingerprint: str = "", defaults: Defaults | None = None, embed_bytes: int = 0, pooling: str = "mean",
+                 say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
+        percent = -1
+
+        def on_progress(share: float) -> None:
+            nonlocal percent
+            if int(share * 100) > percent:
+                percent = int(share * 100)
+                say(Progress(f"loading {name}: {percent} %", percent=percent))
+
+        self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
+        self._decoder = llama.Decoder(self._model, shape)
+        self.batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
+        self._shared = llama.shared_candidates(self._model)
+        self._streams: dict[bytes, Stream] = {}
+        self._name = name
+        self._fingerprint = fingerprint
+        self._slots = shape.slots
+        self._safe = safe
+        self._defaults = defaults or {}
+        source = self._model.text_of("tokenizer.chat_template")
+        self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
+        self._knows_tools = self._template is not None and self._template.knows_tools
+        self._shape = shape
+        self._embed_bytes = embed_bytes
+        context = self._decoder.context
+        self._tasks = Tasks(self._model, self._template, context, self._make_embedder, self._info, pooling)
+        say(Progress(f"testing {name}"))
+        self._test()
+
+    # --- the Engine protocol -------------------------------------------------------------------------
+
+    def ready(self) -> Ready:
+        note = f"{self._model.describe()}, {self._slots} x {self._decoder.context} tokens"
+        note += ", safe settings" if self._safe else ""
+        info = ModelInfo(self._name, self._fingerprint, self._decoder.context)
+        return Ready([info], self._slots, note)
+
+    def start(self, start: Start, now_ms: int) -> Refused | None:
+        if start.task != "generate":
+            return self._tasks.start(start, now_ms)
+        started = time.perf_counter()
+        if self._defaults:
+            sampling = in_force(start.sampling, start.given, self._defaults)
+            start = msgspec.structs.replace(start, sampling=sampling)
+        try:
+            conversation = chat.read(start.prompt, start.sampling)
+            prompt = self._prompt(start, conversation)
+        except BadPrompt as error:
+            code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
+            return _refused(start, code, str(error))
+        context = self._decoder.context
+        limit = start.max_tokens
+        if start.sampling.fit:
+            limit = max(1, min(limit, context - len(prompt)))
+        if len(prompt) + limit > context:
+            text = f"{len(prompt)} prompt tokens + max_tokens {limit} exceed the context of {context}"
+            return _refused(start, Code.TOO_LONG, text)
+        if self.batcher.running >= self._slots:
+            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
+        try:
+            sampler = self._sampler(start, prompt, conversation)
+        except (GrammarError, ValueError) as error:
+            return _refused(start, Code.BAD_REQUEST, str(error))
+        gate = Gate(start.sampling.stop)
+        gate.replay([(token, self._model.piece(token)) for token in start.prefix])
+        self._streams[start.key] = Stream(
+            start.key, sampler, gate,
+            index=len(start.prefix), limit=limit, prompt_tokens=len(prompt),
+            cached_tokens=self._place(start.key, prompt + start.prefix), started=started,
+            deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
+            top=start.logprobs,
+        )  # fmt: skip
+        return None
+
+    def stop(self, key: bytes) -> None:
+        if self._streams.pop(key, None) is not None:
+            self.batcher.finish(key)
+        self._tasks.stop(key)
+
+    def next_wakeup_ms(self) -> int:
+        return 0 if self._streams or self._tasks.pending else NEVER_MS
+
+    def step(self, now_ms: int) -> list[Output]:
+        outputs = [
+            self._end(stream, "deadline", *stream.gate.flush())
+            for stream in list(self._streams.values())
+            if now_ms >= stream.deadline_ms
+        ]
+        began = time.perf_counter()
+        plan = self.batcher.plan()
+        if plan is not None:
+            rows = self._decode(plan)
+            for (_, key), row in zip(plan.outputs, rows, strict=True):
+                outputs.append(self._advance(self._streams[key], row))
+        if self._tasks.pending:
+            outputs += self._tasks.step(now_ms, (time.perf_counter() - began) * 1000 if plan is not None else 0.0)
+        # One that was held back says nothing, and the message as a whole says that the engine is alive.
+        return [output for output in outputs if output.ids or output.end is not None]
+
+    def cells(self, slot: int) -> int:
+        """How many the decoder holds for a slot: the same as the batcher believes."""
+        return self._decoder.cells(slot)
+
+    def forget(self) -> None:
+        """Empty the cache of all that is not running."""
+        for slot in self.batcher.forget():
+            self._decoder.cut(slot, 0)
+
+    # --- tasks ---------------------------------------------------------------------------------------
+
+    def _make_embedder(self) -> llama.Embedder:
+        free_bytes = models.free_bytes()
+        if self._embed_bytes > free_bytes:
+            need, free = self._embed_bytes // models.MIB, free_bytes // models.MIB
+            raise NoRoom(
+                f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
+            )
+        try:
+            return llama.Embedder(self._model, replace(self._shape, context=self._decoder.context))
+        except llama.LoadError as error:
+            raise NoRoom(str(error)) from error
+
+    def _info(self) -> dict[str, Any]:
+        model = self._model
+        return {
+            "model": self._name,
+            "description": model.describe(),
+            "fingerprint": self._fingerprint,
+            "architecture": model.text_of("general.architecture"),
+            "parameters": model.parameters,
+            "layers": model.layers,
+            "vocabulary": model.tokens,
+            "embedding_size": model.embedding_size,
+            "trained_context": model.trained_context,
+            "context_tokens": self._decoder.context,
+            "slots": self._slots,
+            "kv_type": self._shape.kv_type,
+            "safe": self._safe,
+            "bos": model.bos,
+            "eos": model.eos,
+            "sampling": options_in_force(self._defaults),
+            "sampling_from_model": sorted(self._defaults),
+            "chat_template": model.text_of("tokenizer.chat_template"),
+        }
+
+    # --- starting ------------------------------------------------------------------------------------
+
+    def _prompt(self, start: Start, conversation: Chat) -> list[int]:
+        text, templated = chat.text_of(start.prompt, conversation, self._template)
+        context, longest = self._decoder.context, self._model.longest
+        if len(text) > context * longest:
+            # Known without counting, which takes its time for megabytes while all others wait.
+            least = len(text) // longest
+            raise TooLong(f"a prompt of {len(text)} bytes is more than {least} tokens, and the context is {context}")
+        tokens = self._model.tokenize(text, special=templated)
+        if not tokens:
+            raise BadPrompt("the prompt is empty")
+        return tokens
+
+    def _sampler(self, start: Start, prompt: list[int], conversation: Chat) -> Sampler:
+        options = start.sampling
+        sampler = Sampler(
+            options,
+            start.seed,
+            llama.Candidates(self._model, options, self._shared, prompt),
+            history=list(prompt),
+            grammar=self._grammar(grammar_of(options, conversation.tools, parallel=self._knows_tools)),
+            banned=self._model.endings if options.ignore_eos else None,
+        )
+        for token in start.prefix:
+            sampler.accept(token)
+        return sampler
+
+    def _grammar(self, wanted: Wanted) -> Grammar | None:
+        if not wanted.text:
+            return None
+        grammar = llama.Gbnf(self._model, wanted.text)
+        return LazyGrammar(naming.BEGIN, grammar, self._model) if wanted.lazy else grammar
+
+    def _place(self, key: bytes, tokens: list[int]) -> int:
+        """How many of these need not be computed."""
+        placed = self.batcher.place(key, tokens)
+        assert placed is not None, "there was a free slot a moment ago"
+        if placed.copy_from is None:
+            kept = self._decoder.cut(placed.slot, placed.cached)
+        else:
+            kept = self._decoder.copy(placed.copy_from, placed.slot, placed.cached)
+        if not kept:
+            self.batcher.restart(key)
+            return 0
+        return placed.cached
+
+    # --- stepping ------------------------------------------------------------------------------------
+
+    def _decode(self, plan: Plan) -> Logits:
+        began = time.perf_counter()
+        streams = len(plan.tokens) - plan.prefill
+        rows = self._decode_part(plan, streams, len(plan.tokens)) if plan.prefill else None
+        if streams:
+            # Prompts by themselves: who is in one call with a long one has to look at as many cells as that one.
+            late = None if rows is None else rows.copy()
+            rows = self._decode_part(plan, 0, streams)
+            if late is not None and len(late):
+                rows = np.concatenate([rows, late])
+        assert rows is not None, "a plan has rows"
+        self.batcher.done(plan, (time.perf_counter() - began) * 1000)
+        return rows
+
+    def _decode_part(self, plan: Plan, first: int, until: int) -> Logits:
+        """These rows of a step. The logits are valid until the next call."""
+        wanted = [row - first for row, _ in plan.outputs if first <= row < until]
+        part = slice(first, until)
+        return self._decoder.decode(plan.tokens[part], plan.positions[part], plan.slots[part], wanted)
+
+    def _advance(self, stream: Stream, logits: Logits) -> Output:
+        """Its next token, and what of its text may go."""
+        stream.first = stream.first or time.perf_counter()
+        try:
+            token = stream.sampler.choose(logits, stream.index)
+        except DeadEnd:
+            text = "no token can follow: grammar and biases exclude each other"
+            return self._end(stream, "error", [], [], ErrorInfo(Code.BAD_REQUEST, text))
+        if self._model.ends(token):
+            return self._end(stream, "stop", *stream.gate.flush())
+        stream.index += 1
+        if stream.top is not None:
+            stream.logprobs.append(logprob_of(logits, token, stream.top, self._model.piece))
+        ids, pieces, stopped = stream.gate.push(token, self._model.piece(token))
+        if stopped:
+            return self._end(stream, "stop", ids, pieces)
+        if stream.index >= stream.limit:
+            more, more_pieces = stream.gate.flush()
+            return self._end(stream, "length", ids + more, pieces + more_pieces)
+        self.batcher.push(stream.key, token)
+        return Output(stream.key, ids, pieces, logprobs=stream.told(len(ids)))
+
+    def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
+             error: ErrorInfo | None = None) -> Output:  # fmt: skip
+        del self._streams[stream.key]
+        self.batcher.finish(stream.key)
+        now = time.perf_counter()
+        first = stream.first or now
+        usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
+        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)), stream.gate.found)
+
+    # --- before READY --------------------------------------------------------------------------------
+
+    def _test(self) -> None:
+        """Prove it on more than one token; whatever is wrong ends this process now, and not under a request."""
+        key = bytes(limits.RUN_KEY_BYTES)
+        if self._template is not None:
+            self._template.render([{"role": "user", "content": "Hello"}])
+        # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
+        text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
+        refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)
+        if refused is not None:
+            raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
+        while self._streams:
+            self.step(0)
+
+
+def _refused(start: Start, code: Code, text: str) -> Refused:
+    return Refused(start.key, ErrorInfo(code, text), final=True)

@@ -1,0 +1,235 @@
+"""Tasks on a real model: what is at hand is made at once, embeddings in steps between those of the answers.
+
+A task ends like an answer, with an output that says `stop`, and its pieces are those of its result. Nothing of it is
+said before it is whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.messages import Sampling, Usage
+from llambo.worker.engine.protocol import Output, Refused, Start
+from llambo.worker.llama.embedding import EmbedQueue, Job, Rows, normalized
+from llambo.worker.prompt import conversation
+from llambo.worker.prompt.template import BadPrompt, Template
+
+NEVER_MS = 2**62
+#: Rows of a step while answers are running, and while none are: a step has to be short either way.
+ROWS_BESIDE, ROWS_ALONE = 16, 64
+#: While answers are running, a step of embeddings may take this share of one of theirs, if that can be had.
+SHARE = 0.5
+#: Weight of the newest measurement.
+NEWEST = 0.25
+#: A result's map and the counts of its texts, generously.
+OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
+
+_encode = msgspec.msgpack.Encoder().encode
+_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
+_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
+
+
+class NoRoom(Exception):
+    """There is not enough memory for a context of embeddings; the text has the numbers."""
+
+
+class Vocabulary(Protocol):
+    """What tasks need of a model."""
+
+    tokens: int
+    embedding_size: int
+
+    def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
+    def piece(self, token: int) -> bytes: ...
+    def spelled(self, token: int) -> bytes: ...
+
+
+class Embedder(Protocol):
+    """A context that gives a row of numbers for each token."""
+
+    context: int
+    sequences: int
+
+    def embed(self, tokens: list[int], positions: list[int], sequences: list[int]) -> Rows: ...
+    def cut(self, slot: int, cells: int) -> bool: ...
+
+
+class Refusal(Exception):
+    """A task that cannot be done; `info` says why."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.info = ErrorInfo(code, text)
+
+
+class Tasks:
+    """`make_embedder` is called when the first embedding is asked for: most engines never need one."""
+
+    def __init__(
+        self,
+        model: Vocabulary,
+        template: Template | None,
+        context: int,
+        make_embedder: Callable[[], Embedder],
+        info: Callable[[], dict[str, Any]],
+        pooling: str = "mean",
+    ) -> None:
+        self._model = model
+        self._template = template
+        self._context = context
+        self._make_embedder = make_embedder
+        self._info = info
+        self._pooling = pooling
+        self._embedder: Embedder | None = None
+        self._queue: EmbedQueue | None = None
+        self._starts: dict[bytes, tuple[Start, float]] = {}
+        #: Those that were done at once, until the next step says so.
+        self._ready: dict[bytes, Output] = {}
+        self._row_ms = 0.0
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._ready or self._starts)
+
+    def start(self, start: Start, now_ms: int) -> Refused | None:
+        began = time.perf_counter()
+        try:
+            if start.task == "embed":
+                self._begin(start, now_ms, began)
+            else:
+                self._ready[start.key] = _whole(start, self._at_once(start), began)
+        except Refusal as refusal:
+            return Refused(start.key, refusal.info, final=True)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            text = f"the input of {start.task} makes no sense: {error}"
+            return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, text), final=True)
+        except BadPrompt as error:
+            return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, str(error)), final=True)
+        return None
+
+    def stop(self, key: bytes) -> None:
+        self._ready.pop(key, None)
+        if self._starts.pop(key, None) is not None:
+            self._drop(key)
+
+    def step(self, now_ms: int, beside_ms: float) -> list[Output]:
+        """What is done by now. `beside_ms`: how long the step of the answers took; 0 if there are none."""
+        outputs, self._ready = list(self._ready.values()), {}
+        for start, began in list(self._starts.values()):
+            assert self._queue is not None
+            if now_ms >= self._queue.jobs[start.key].deadline_ms:
+                self.stop(start.key)
+                outputs.append(Output(start.key, [], [], "deadline", _usage(0, began)))
+        if self._starts:
+            outputs += self._embed(self._rows(beside_ms))
+        return outputs
+
+    # --- at once -------------------------------------------------------------------------------------
+
+    def _at_once(self, start: Start) -> Any:
+        options = start.options
+        match start.task:
+            case "tokenize":
+                form = Sampling(form=options.form, system=options.system)
+                text, templated = conversation.text_of(
+                    start.prompt, conversation.read(start.prompt, form), self._template
+                )
+                ids = self._model.tokenize(text, special=templated or options.special)
+                return tasks.Tokens(ids, [self._model.spelled(id) for id in ids])
+            case "detokenize":
+                piece = self._model.spelled if options.special else self._model.piece
+                return tasks.Text(b"".join(piece(self._known(id)) for id in _ids(start.prompt)))
+            case _:
+                return self._info()
+
+    def _known(self, id: int) -> int:
+        if id >= self._model.tokens:
+            raise Refusal(Code.BAD_REQUEST, f"there is no token {id}: the model has {self._model.tokens}")
+        return id
+
+    # --- embeddings ----------------------------------------------------------------------------------
+
+    def _begin(self, start: Start, now_ms: int, began: float) -> None:
+        texts = [self._model.tokenize(text.encode(), special=False) for text in _texts(start.prompt)]
+        for number, text in enumerate(texts):
+            if not text:
+                raise Refusal(Code.BAD_REQUEST, f"text {number} is empty")
+            if len(text) > self._context:
+                told = f"text {number} has {len(text)} tokens; the context has {self._context}"
+                raise Refusal(Code.TOO_LONG, told)
+        size = OVERHEAD_BYTES + len(texts) * (4 * self._model.embedding_size + PER_TEXT_BYTES)
+        _fitting(start, size, f"{len(texts)} embeddings of {self._model.embedding_size} numbers")
+        deadline_ms = now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS
+        job = Job(start.key, texts, start.options.pooling or self._pooling, deadline_ms)
+        self._ready_queue().add(job)
+        self._starts[start.key] = (start, began)
+
+    def _ready_queue(self) -> EmbedQueue:
+        if self._queue is None:
+            try:
+                self._embedder = self._make_embedder()
+            except NoRoom as error:
+                # Another worker may have room, but to try them all would close each of them for a while.
+                raise Refusal(Code.BUSY, str(error)) from error
+            self._queue = EmbedQueue(self._embedder.context, self._embedder.sequences)
+        return self._queue
+
+    def _rows(self, beside_ms: float) -> int:
+        if not beside_ms:
+            return ROWS_ALONE
+        if not self._row_ms:
+            return ROWS_BESIDE
+        return max(ROWS_BESIDE // 2, min(ROWS_ALONE, int(SHARE * beside_ms / self._row_ms)))
+
+    def _embed(self, rows: int) -> list[Output]:
+        queue, embedder = self._queue, self._embedder
+        assert queue is not None and embedder is not None
+        plan = queue.plan(rows)
+        if plan is None:
+            return []
+        began = time.perf_counter()
+        found = embedder.embed(plan.tokens, plan.positions, plan.sequences)
+        took_ms = (time.perf_counter() - began) * 1000 / len(plan.tokens)
+        self._row_ms = took_ms if not self._row_ms else self._row_ms + NEWEST * (took_ms - self._row_ms)
+        complete, freed = queue.done(plan, found)
+        for sequence in freed:
+            embedder.cut(sequence, 0)
+        return [self._finish(job) for job in complete]
+
+    def _finish(self, job: Job) -> Output:
+        start, began = self._starts.pop(job.key)
+        wanted = start.options.normalized
+        vectors = [normalized(vector) if wanted else vector for vector in job.vectors if vector is not None]
+        data = np.concatenate(vectors).astype("<f4").tobytes()
+        counts = [len(text) for text in job.texts]
+        found = tasks.Vectors(self._model.embedding_size, job.pooling, wanted, counts, data)
+        return _whole(start, found, began, sum(counts))
+
+    def _drop(self, key: bytes) -> None:
+        if self._queue is not None and self._embedder is not None:
+            for sequence in self._queue.drop(key):
+                self._embedder.cut(sequence, 0)
+
+
+def _whole(start: Start, result: Any, began: float, tokens: int = 0) -> Output:
+    data = _encode(result)
+    _fitting(start, len(data), f"the result of {start.task}")
+    pieces = tasks.pieces_of(data)
+    return Output(start.key, [0] * len(pieces), pieces, "stop", _usage(tokens, began))
+
+
+def _fitting(start: Start, size: int, what: str) -> None:
+    most = start.max_tokens * limits.RESULT_PIECE_BYTES
+    if size > most:
+        raise Refusal(Code.TOO_LONG, f"{what} would be {size} bytes; {most} are allowed")
+
+
+def _usage(tokens: int, began: float) -> Usage:
+    return Usage(prompt_tokens=tokens, prefill_ms=(time.perf_counter() - began) * 1000)

@@ -1,0 +1,251 @@
+"""From logits to the next token: options of a request, applied in the order llama.cpp applies them.
+
+    bias, penalties -> DRY -> top-k -> typical -> top-p -> min-p -> XTC -> temperature -> choice
+
+What is long is done natively (`Narrowing`: everything that walks or sorts the whole vocabulary); what is short, or
+needs chance, is done here, because chance has to be a function of seed and index (see `chance`). Nothing else is
+remembered between tokens but the tokens themselves, so a continued answer goes on as if it had never moved: its
+tokens are accepted again, and that is all. The exception is mirostat: its target moves with the surprise of
+each token, which is not known again; it starts over.
+
+A grammar is asked last: most chosen tokens pass, and only one that does not makes the whole vocabulary be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.messages import Sampling
+from llambo.mesh.wire.tokens import LOWEST_LOGPROB, Logprob, TopToken
+
+# --- Chance as a function: the same seed, index and token give the same number, on any worker. ---
+#
+# An answer that moves to another worker brings no random state along, only its seed and its tokens. So nothing is
+# drawn from a generator. Each candidate token gets a number of its own from a hash of (seed, index, token), shaped so
+# that the token with the largest sum of logit and number is chosen as often as its probability says (the Gumbel
+# trick). Because a token keeps its number whatever the others do, two workers whose logits differ in the last digit
+# choose alike unless two candidates are nearly equal; with one draw for all, every shift of the order would matter.
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+#: What a number is for, so that two uses at one index are independent.
+TOKEN, XTC = 1, 2
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def base(seed: int, index: int, purpose: int) -> int:
+    return _mix((_mix((seed + _GOLDEN) & _MASK) + index * _GOLDEN + purpose) & _MASK)
+
+
+def uniform(seed: int, index: int, purpose: int) -> float:
+    """In [0, 1)."""
+    return (base(seed, index, purpose) >> 11) / 2**53
+
+
+def gumbel(seed: int, index: int, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+    """One number for each token."""
+    value = tokens.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(base(seed, index, TOKEN))
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    share = ((value >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    numbers: NDArray[np.float64] = -np.log(-np.log(share))
+    return numbers
+
+
+Ids = NDArray[np.int32]
+Logits = NDArray[np.float32]
+
+
+class Grammar(Protocol):
+    """What may come next."""
+
+    def allows(self, token: int) -> bool: ...
+    def accept(self, token: int) -> None: ...
+    def apply(self, candidates: Any) -> None:
+        """In the array of candidates that the native part works on, what may not come is made impossible."""
+
+
+class Narrowing(Protocol):
+    """The native part: which candidates are left of these logits, and their logits after DRY."""
+
+    def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]: ...
+    def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]: ...
+    def accept(self, token: int) -> None: ...
+
+
+class DeadEnd(Exception):
+    """No token may follow."""
+
+
+class Sampler:
+    """One request's way of choosing. `history` is its prompt and what it has so far; all of it counts for penalties."""
+
+    def __init__(
+        self,
+        options: Sampling,
+        seed: int,
+        narrowing: Narrowing,
+        *,
+        history: list[int],
+        grammar: Grammar | None = None,
+        banned: list[int] | None = None,
+    ) -> None:
+        self._options = options
+        self._seed = seed
+        self._narrowing = narrowing
+        self._grammar = grammar
+        self._history = history
+        self._bias = _bias(options, banned or [])
+        self._penalised = options.penalty_last_n != 0 and (
+            options.repeat_penalty != 1 or bool(options.presence_penalty or options.frequency_penalty)
+        )
+        #: Always the likeliest: nothing has to be sorted.
+        self._plain = options.temperature == 0 and not options.mirostat and not options.dry_multiplier
+        self._mu = 2 * options.mirostat_tau
+
+    def choose(self, logits: Logits, index: int) -> int:
+        """The token at this index of the answer. Raises DeadEnd."""
+        logits = self._adjusted(logits)
+        if self._plain:
+            token = int(logits.argmax())
+        else:
+            token = self._draw(*self._narrowing.narrow(logits, None), index)
+        if self._grammar is not None and not self._grammar.allows(token):
+            token = self._lawful(logits, index, self._grammar)
+        self.accept(token)
+        return token
+
+    def accept(self, token: int) -> None:
+        self._history.append(token)
+        self._narrowing.accept(token)
+        if self._grammar is not None:
+            self._grammar.accept(token)
+
+    def _lawful(self, logits: Logits, index: int, grammar: Grammar) -> int:
+        if self._plain:
+            ids, left = self._narrowing.mask(logits, grammar)
+            best = int(left.argmax())
+            if not np.isfinite(left[best]):
+                raise DeadEnd
+            return int(ids[best])
+        ids, left = self._narrowing.narrow(logits, grammar)
+        lawful = np.isfinite(left)
+        if not lawful.any():
+            raise DeadEnd
+        return self._draw(ids[lawful], left[lawful], index)
+
+    # --- before the choice ---------------------------------------------------------------------------
+
+    def _adjusted(self, logits: Logits) -> Logits:
+        """A copy if anything has to change: the row belongs to the engine."""
+        if self._bias is None and not self._penalised:
+            return logits
+        logits = logits.copy()
+        if self._bias is not None:
+            ids, bias = self._bias
+            logits[ids] += bias
+        if self._penalised:
+            self._penalise(logits)
+        return logits
+
+    def _penalise(self, logits: Logits) -> None:
+        options, last = self._options, self._options.penalty_last_n
+        window = self._history if last < 0 else self._history[-last:]
+        if not window:
+            return
+        ids, counts = np.unique(np.array(window, np.int32), return_counts=True)
+        values = logits[ids]
+        repeat = np.float32(options.repeat_penalty)
+        values = np.where(values > 0, values / repeat, values * repeat)
+        values -= counts.astype(np.float32) * np.float32(options.frequency_penalty)
+        logits[ids] = values - np.float32(options.presence_penalty)
+
+    # --- the choice ----------------------------------------------------------------------------------
+
+    def _draw(self, ids: Ids, logits: Logits, index: int) -> int:
+        options = self._options
+        if options.temperature == 0 and not options.mirostat:
+            return int(ids[logits.argmax()])
+        if options.xtc_probability and uniform(self._seed, index, XTC) < options.xtc_probability:
+            ids, logits = _exclude_top(ids, logits, options.xtc_threshold)
+        heated = logits / np.float32(max(options.temperature, 1e-3))
+        if options.mirostat:
+            return self._mirostat(ids, heated, index)
+        return int(ids[(heated + gumbel(self._seed, index, ids)).argmax()])
+
+    def _mirostat(self, ids: Ids, logits: Logits, index: int) -> int:
+        """Version 2: keep what surprises less than mu, and move mu by how surprising the chosen one was."""
+        surprise = -np.log2(np.maximum(softmax(logits), 1e-30))
+        kept = surprise <= self._mu
+        if not kept.any():
+            kept = surprise == surprise.min()
+        ids, logits = ids[kept], logits[kept]
+        chosen = int((logits + gumbel(self._seed, index, ids)).argmax())
+        observed = -float(np.log2(max(softmax(logits)[chosen], 1e-30)))
+        self._mu -= self._options.mirostat_eta * (observed - self._options.mirostat_tau)
+        return int(ids[chosen])
+
+
+def _bias(options: Sampling, banned: list[int]) -> tuple[Ids, Logits] | None:
+    bias = dict(options.logit_bias)
+    bias.update(dict.fromkeys(banned, -np.inf))
+    if not bias:
+        return None
+    return np.array(list(bias), np.int32), np.array(list(bias.values()), np.float32)
+
+
+def _exclude_top(ids: Ids, logits: Logits, threshold: float) -> tuple[Ids, Logits]:
+    """XTC: of all tokens likelier than the threshold only the least likely stays, and those below it."""
+    shares = softmax(logits)
+    top = shares >= threshold
+    if top.sum() < 2:
+        return ids, logits
+    top[np.where(top, shares, np.inf).argmin()] = False
+    return ids[~top], logits[~top]
+
+
+def softmax(logits: Logits) -> NDArray[np.float64]:
+    shares: NDArray[np.float64] = np.exp(logits.astype(np.float64) - float(logits.max()))
+    shares /= shares.sum()
+    return shares
+
+
+# --- Log probabilities: the logits of a step as they came, before anything of sampling touched them. ---
+#
+# Not the distribution the token was drawn from: biases, penalties, grammar, temperature and the rest are what the
+# caller asked for and knows; what they cannot know is what the model thought.
+
+
+def logprob_of(logits: Logits, token: int, count: int, piece_of: Callable[[int], bytes]) -> Logprob:
+    """For the token that was chosen, and the `count` likeliest; of equals, the lower id comes first."""
+    highest = float(logits.max())
+    # Summed in double precision: over a large vocabulary single precision loses the fourth digit.
+    total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
+
+    def bounded(logit: float) -> float:
+        return min(0.0, max(LOWEST_LOGPROB, logit - total))
+
+    count = min(count, len(logits))
+    top: list[TopToken] = []
+    if count:
+        lowest = np.partition(logits, len(logits) - count)[len(logits) - count]
+        # All that are as likely as the last of them: which of those partition picks is not defined.
+        likeliest = np.flatnonzero(logits >= lowest)
+        order = likeliest[np.argsort(-logits[likeliest], kind="stable")][:count]
+        top = [
+            TopToken(int(id), piece_of(int(id))[: limits.LOGPROB_PIECE_BYTES], bounded(float(logits[id])))
+            for id in order
+        ]
+    return Logprob(bounded(float(logits[token])), top)

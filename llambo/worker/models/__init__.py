@@ -1,0 +1,1 @@
+"""Model files: finding them, reading their heads, naming them."""

@@ -1,0 +1,150 @@
+"""The model's own chat template, and how little of this process it may have.
+
+A template comes with a model file, that is, from strangers. It runs in a sandbox that reaches no attribute of
+Python's own and cannot change what it is given; a timer ends one that does not come to its end, and a limit on the
+memory of this process one that grows without end. Neither interrupts a single long operation, so what could be one
+(products, powers) is looked at before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.naming import BEGIN
+
+#: A template that takes longer is broken, or means harm.
+RENDER_S = 2.0
+#: The largest base or exponent of a power in a template.
+MAX_POWER = 1000
+#: The longest number that may be multiplied: of long ones a single product takes minutes.
+MAX_BITS = 100_000
+#: A width or precision of a thousand and more, or one that is an argument.
+_WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
+#: What a template may use of memory, beyond what the process has.
+RENDER_BYTES = 256 * 1024 * 1024
+
+
+class BadPrompt(Exception):
+    """The prompt or the model's template is no good; the text says why."""
+
+
+class TooLong(BadPrompt):
+    """It cannot fit, however it is counted."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what to train on; here it means nothing."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        parser.stream.skip(1)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """One multiplication can ask for more memory than there is, and no timer interrupts it."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if _huge(operator, left, right):
+            raise BadPrompt(f"the model's chat template asks for something huge with {operator}")
+        return super().call_binop(context, operator, left, right)
+
+
+def _huge(operator: str, left: Any, right: Any) -> bool:
+    if operator == "%":  # a remainder, or a text with widths in it
+        return isinstance(left, str) and _WIDE.search(left) is not None
+    size = max((len(side) for side in (left, right) if isinstance(side, (str, list, tuple, bytes))), default=0)
+    times = max((abs(side) for side in (left, right) if isinstance(side, int)), default=0)
+    if times.bit_length() > MAX_BITS or (size and size * times > limits.PROMPT_BYTES):
+        return True
+    return operator == "**" and times > MAX_POWER
+
+
+class Template:
+    """A chat template. Raises BadPrompt if it is none."""
+
+    #: It shows tools to the model, and calls of them, in the form of `llambo.mesh.wire.naming`.
+    knows_tools: bool
+
+    def __init__(self, source: str, *, bos: str, eos: str) -> None:
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], autoescape=False
+        )  # the result is read by a model, not by a browser
+        environment.filters["tojson"] = _to_json
+        del environment.filters["center"], environment.filters["format"]  # they pad to any length
+        environment.globals["raise_exception"] = _complain
+        environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+        self._names = {"bos_token": bos, "eos_token": eos}
+        self.knows_tools = BEGIN in source and re.search(r"\btools\b", source) is not None
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, MemoryError) as error:
+            raise BadPrompt(f"the model's chat template cannot be read: {error}") from error
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        names = {**self._names, "messages": messages, **({"tools": tools} if tools else {})}
+        try:
+            with time_limit(RENDER_S), memory_limit(RENDER_BYTES):
+                return self._template.render(add_generation_prompt=True, **names)
+        except BadPrompt:
+            raise
+        # A template can fail in any way Python can; whatever it is, the prompt has no text.
+        except Exception as error:
+            raise BadPrompt(f"the model's chat template failed: {type(error).__name__}: {error}") from error
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _complain(text: str) -> NoReturn:
+    raise BadPrompt(f"the model's chat template says: {text}")
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Main thread only. TimeoutError where it is raised in the middle of."""
+
+    def ring(number: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """MemoryError where the process would take so much more than it has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes
+    limits_now = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits_now), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
