@@ -31,52 +31,23 @@ from docs import protocol_parts  # noqa: E402
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
 
-#: The broker, in the order in which it is best read: from a submit to its END, then what stands beside that path.
-BROKER_ORDER = [
+#: The broker's path of a request, from its submit to its END, in the order in which it is best read.
+BROKER_PATH = [
     "events",
     "actions",
-    "state",
     "core",
-    "admission",
-    "requests",
-    "queue",
-    "schedule",
-    "registry",
-    "speed",
-    "dispatching",
-    "budget",
-    "suspicion",
-    "delivery",
-    "transcript",
-    "ending",
-    "archive",
-    "membership",
-    "housekeeping",
-    "access",
-    "accounts",
-    "draining",
-    "leases",
-    "adoption",
-    "returning",
-    "orphanage",
-    "server",
-    "condition",
-    "ports",
-    "porter",
-    "zap",
-    "chance",
-    "window",
-    "http",
-    "meter",
-    "metrics",
-    "queries",
-    "history",
-    "gate",
-    "config",
-    "invariants",
+    "records/state",
+    "records/request",
+    "requests/admission",
+    "records/queue",
+    "records/schedule",
+    "requests/dispatching",
+    "requests/delivery",
+    "records/transcript",
+    "requests/ending",
+    "records/archive",
 ]
-#: No file of the broker may be longer: it is to be read in one sitting.
-FILE_LINES = 350
+PACKAGE = ROOT / "llambo"
 
 
 # --- what is generated -------------------------------------------------------------------------------
@@ -161,22 +132,33 @@ def engine_states() -> str:
     return diagram(ENGINE_STEPS)
 
 
-def broker_files() -> str:
+def concept(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    opening = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return re.split(r"(?<=\.)\s", " ".join(opening.split()))[0].rstrip(":.")
+
+
+def broker_path() -> str:
     """The reading order of the broker: what each file is about, and how long it is."""
-    there = {path.stem for path in (ROOT / "broker").glob("*.py")} - {"__init__"}
-    if there != set(BROKER_ORDER):
-        sys.exit(f"BROKER_ORDER and broker/ differ: {', '.join(sorted(there ^ set(BROKER_ORDER)))}")
     lines, total = ["| file | its one concept | lines |", "| --- | --- | ---: |"], 0
-    for stem in BROKER_ORDER:
-        source = (ROOT / "broker" / f"{stem}.py").read_text(encoding="utf-8")
-        length = len(source.splitlines())
-        if length > FILE_LINES:
-            sys.exit(f"broker/{stem}.py has {length} lines; {FILE_LINES} are allowed")
-        opening = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
-        concept = re.split(r"(?<=\.)\s", " ".join(opening.split()))[0].rstrip(":.")
-        lines.append(f"| `broker/{stem}.py` | {concept} | {length} |")
+    for name in BROKER_PATH:
+        path = PACKAGE / "broker" / f"{name}.py"
+        length = len(path.read_text(encoding="utf-8").splitlines())
+        lines.append(f"| `broker/{name}.py` | {concept(path)} | {length} |")
         total += length
     return "\n".join([*lines, f"| all | | {total} |"])
+
+
+def rooms() -> str:
+    """Every room of the package: what it is for, and its files."""
+    lines = ["| room | what it holds | files |", "| --- | --- | --- |"]
+    for init in sorted(PACKAGE.rglob("__init__.py"), key=lambda path: path.parent.parts):
+        folder = init.parent
+        files = ", ".join(f"`{path.stem}`" for path in sorted(folder.glob("*.py")) if not path.stem.startswith("__"))
+        name = str(folder.relative_to(PACKAGE.parent)).removeprefix("llambo/")
+        if folder != PACKAGE:
+            lines.append(f"| `{name}/` | {concept(init)} | {files} |")
+    return "\n".join(lines)
 
 
 # --- commands ----------------------------------------------------------------------------------------
@@ -193,7 +175,7 @@ def diagram(steps: Mapping[Any, Mapping[Any, str]]) -> str:
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
-    "broker-files": broker_files,
+    "broker-path": broker_path,
     "broker-metrics": broker_metrics,
     "client-states": client_states,
     "engine-states": engine_states,
@@ -202,6 +184,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "link-states": link_states,
     "process-metrics": process_metrics,
     "request-states": request_states,
+    "rooms": rooms,
     "run-states": run_states,
     "settings": settings,
     **protocol_parts.GENERATORS,

@@ -28,6 +28,14 @@ COMMANDS = (
     "bridge",
 )
 LOCAL = ("config", "up", "fleet", "gateway", "keys", "systemd")
+#: Where a command is that is not in `commands`.
+ROOMS = {
+    "chat": "chat",
+    "shell": "shell",
+    "top": "top",
+    "fleet": "fleet",
+    **dict.fromkeys(("bridge", "up", "gateway", "systemd"), "services"),
+}
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
@@ -47,7 +55,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 
 @click.group(
     cls=Group,
-    lazy={name: f"llambo.cli.{name}:{name}" for name in (*COMMANDS, *LOCAL)},
+    lazy={name: f"llambo.cli.{ROOMS.get(name, 'commands')}.{name}:{name}" for name in (*COMMANDS, *LOCAL)},
     exit_codes=True,
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},

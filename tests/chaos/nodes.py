@@ -134,7 +134,7 @@ def began(pid: int) -> int:
 
 
 def module(name: str) -> list[str]:
-    return [sys.executable, "-m", f"llambo.cli.{name}"]
+    return [sys.executable, "-m", f"llambo.cli.services.{name}"]
 
 
 def broker_command(name: str, host: str, port: int, flags: dict[str, object]) -> list[str]:

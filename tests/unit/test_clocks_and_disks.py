@@ -64,7 +64,7 @@ def test_the_search_for_clocks_finds_them(tmp_path: Path) -> None:
 SUMS = """
 import json, resource, sys
 from pathlib import Path
-from llambo.worker import models
+from llambo.worker.models import models
 model, cache = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

@@ -10,7 +10,7 @@ import pytest
 
 PREPARED = """
 import json, resource
-from llambo.cli.child import with_all_descriptors, without_cores
+from llambo.cli.services.child import with_all_descriptors, without_cores
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
 without_cores()

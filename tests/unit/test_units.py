@@ -19,7 +19,7 @@ from llambo.systemd.units import HIDDEN, NOT_FOR_USERS, PROGRAMS, SERVICES, UNIT
 from tests.systemd_here import hindrance_to_analyze
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "systemd"
+FOLDER = ROOT / "llambo" / "systemd"
 BIN = str(Path(sys.executable).absolute().parent)
 USER = Place(BIN, user=True)
 

@@ -98,7 +98,7 @@ def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
 
 
 def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", f"llambo.cli.{name}"]
+    return [sys.executable, "-m", f"llambo.cli.services.{name}"]
 
 
 def _said(flags: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ class Entry:
 
 
 def _same(name: str, about: str) -> Entry:
-    return Entry(f"llambo.cli.{name}:{name}", about=about)
+    return Entry(f"llambo.cli.commands.{name}:{name}", about=about)
 
 
 def _own(name: str, about: str) -> Entry:

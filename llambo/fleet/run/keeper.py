@@ -43,7 +43,7 @@ def environ(kept: NodeClass, *, broker: str) -> dict[str, str]:
 
 def command_of(kept: NodeClass, name: str, *, broker: str = "", key: str = "", keys: str = "") -> list[str]:
     """`broker`: where a worker finds it; `key`: what it shows there; `keys`: what a broker looks it up in."""
-    found = [sys.executable, "-m", f"llambo.cli.{'broker' if kept.is_broker else 'worker'}"]
+    found = [sys.executable, "-m", f"llambo.cli.services.{'broker' if kept.is_broker else 'worker'}"]
     for section, told in kept.settings.items():
         for key_name, value in told.items():
             row = SECTIONS[section][key_name]

@@ -102,7 +102,7 @@ class MessagesRenderer:
         return [_event("content_block_stop", index=self._blocks - 1)]
 
 
-def whole(about: About, answer: Answer, *, tools: bool, max_tokens: int) -> dict[str, Any]:
+def whole_message(about: About, answer: Answer, *, tools: bool, max_tokens: int) -> dict[str, Any]:
     content = _blocks(deltas_of(answer.text, tools, about.id, PREFIX))
     called = any(block["type"] == "tool_use" for block in content)
     end = ending(answer, called, max_tokens)
@@ -252,7 +252,7 @@ def prepare(asked: MessagesRequest) -> Prepared:
     tools, most = bool(calls), asked.max_tokens
 
     def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
-        return whole(about, answers[0], tools=tools, max_tokens=most)
+        return whole_message(about, answers[0], tools=tools, max_tokens=most)
 
     renderer = MessagesRenderer(tools=tools, max_tokens=most) if asked.stream else None
     return Prepared(Ask(prompt, _options(asked, form, calls)), renderer, whole)

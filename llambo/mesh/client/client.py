@@ -103,7 +103,6 @@ class Enquiries:
 
 # --- Who waits for what, and how a delivery of the core reaches them. ---
 
-T = TypeVar("T")
 
 #: Submitted requests that are remembered.
 SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
@@ -187,7 +186,6 @@ log = logging.getLogger(__name__)
 DEFAULT_ADDRESS = f"tcp://127.0.0.1:{sockets.DEFAULT_PORT}"
 
 Context = zmq.Context[zmq.Socket[bytes]]
-T = TypeVar("T")
 
 
 class ClientSettings(TypedDict, total=False):
