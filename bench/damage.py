@@ -102,7 +102,7 @@ class Ward:
             (self._address,), name=name, engine="llama", model=str(self.path), llama=KNOBS, load_ms=LOAD_MS,
             stall_ms=STALL_MS, backoff_ms=BACKOFF_MS,
         )  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", AGENT, msgspec.json.encode(config).decode(), str(os.getpid())]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment

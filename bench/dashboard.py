@@ -40,7 +40,7 @@ class Gateway:
 
     def __init__(self, broker: str) -> None:
         words = ["gateway", "--broker", broker, "--http-port", "0", "--notify-fd", "1"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llambo.cli", *words], env=environment, stdout=subprocess.PIPE, text=True
         )

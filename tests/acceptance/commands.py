@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
     return {
         **kept,
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": str(ROOT),
         "XDG_CONFIG_HOME": "/nonexistent",
         "HOME": "/nonexistent",
         "LLAMBO_ENGINE": "fake",

@@ -77,7 +77,7 @@ def sums(model: Path, cache: Path, disk: str) -> tuple[list[str], list[str], str
     """In a process of its own: from the limit of its files on there is no way back."""
     done = subprocess.run(
         [sys.executable, "-c", SUMS, str(model), str(cache), disk],
-        capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
     )  # fmt: skip
     found, files = json.loads(done.stdout)
     return found, files, done.stderr

@@ -1,0 +1,73 @@
+"""Words that a reader has to guess at stay out of the code and the documents. The glossary is in ARCHITECTURE.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Pronouns for things, personification, and metaphors for which the field has a word.
+BANNED = re.compile(
+    r"\b(_?told|whoever|nobody|heed(s|ed)?|suffer(s|ed|ing)?|porter|household|heralds?|aboard|knock(s|ed)?|guests?"
+    r"|wary|polite(ly)?|patience|forsaken|orphanage|pardon(s|ed)?|knobs?|hears|illness(es)?|convict(s|ed)?)\b|Told\b"
+    r"|Herald|Porter|Patien|Orphanage|Knobs",
+    re.IGNORECASE,
+)
+SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml", ".yml"}
+#: Not read once more yet.
+UNREAD = {
+    "CONTRIBUTING.md",
+    "README.md",
+    "SECURITY.md",
+    "llambo/bridge",
+    "llambo/broker",
+    "llambo/cli/chat",
+    "llambo/cli/commands",
+    "llambo/cli/fleet",
+    "llambo/cli/kit",
+    "llambo/cli/services",
+    "llambo/cli/shell",
+    "llambo/cli/top",
+    "llambo/fleet",
+    "llambo/gateway",
+    "llambo/mesh",
+    "llambo/systemd",
+    "llambo/worker",
+    "bench",
+    "docs",
+    "examples",
+    "tests",
+}
+#: Where one of the words is meant: the file, and the word.
+MEANT = {("tests/unit/test_tidy.py", "*"), ("ARCHITECTURE.md", "*"), ("CHANGELOG.md", "*")}
+
+
+def pages() -> list[str]:
+    found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile")]
+    for folder in ("llambo", "bench", "docs", "examples", "tests"):
+        found += [path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    return sorted(str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts)
+
+
+def read_again(name: str) -> bool:
+    return not any(name == place or name.startswith(f"{place}/") for place in UNREAD)
+
+
+@pytest.mark.parametrize("name", [name for name in pages() if read_again(name)])
+def test_words_are_plain(name: str) -> None:
+    if (name, "*") in MEANT:
+        return
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    found = [
+        f"{name}:{number}: {match[0]}"
+        for number, line in enumerate(lines, 1)
+        for match in BANNED.finditer(line)
+        if (name, match[0].lower()) not in MEANT
+    ]
+    assert found == []
+
+
+def test_the_search_finds_them() -> None:
+    assert BANNED.search("what it was told") and BANNED.search("class TellTold") and not BANNED.search("behold")
