@@ -16,7 +16,7 @@ import pytest
 
 from llambo.fleet.providers import machine
 from llambo.fleet.providers.process import Failed, Processes, Record
-from tests.integration.processes import wait_until_gone
+from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 

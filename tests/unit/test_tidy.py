@@ -34,6 +34,7 @@ UNREAD = {
     "llambo/gateway",
     "llambo/mesh",
     "llambo/systemd",
+    "llambo/testing/mesh.py",
     "llambo/worker",
     "bench",
     "docs",
