@@ -48,7 +48,7 @@ PATIENCE_S = 60.0
 AGENT = """
 import logging, os, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
 from llambo.mesh.service.host import end_with_parent
 
