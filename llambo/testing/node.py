@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from llambo.worker.engine_child import die_with
+from llambo.mesh.service.host import end_with_parent
 
 
 class BrokerOptions(msgspec.Struct):
@@ -49,7 +49,7 @@ def run_worker_node(text: str) -> int:
 
 def main(kind: str, options: str, parent: str = "") -> int:
     if parent:
-        die_with(int(parent))
+        end_with_parent(int(parent))
     logging.basicConfig(level=logging.INFO)
     return {"broker": run_broker_node, "worker": run_worker_node}[kind](options)
 
