@@ -1,0 +1,48 @@
+"""What every starter of child processes needs: the agent for its engine child, `llambo up` for its services, a fleet
+for its nodes. Who restarts a child, and when, differs between the three and is decided there (docs/decisions.md,
+"Three ways to supervise a process").
+
+A child reports that it is ready with one line on a pipe, so nobody guesses from a log or polls. The pipe closes with
+the child, so a child that fails before that is noticed at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+
+#: From linux/prctl.h: which signal this process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """In the child: be killed by the kernel when the process `parent`, which started us, ends, however it ends."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os._exit(1)
+
+
+def exit_text(code: int) -> str:
+    """How a process ended, for people. `code` is negative for a signal, as in `subprocess`."""
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+async def ready_line(descriptor: int) -> str:
+    """The line that a child writes to its pipe when it is ready; empty if it ends before. Closes the descriptor."""
+    import asyncio  # noqa: PLC0415 - the engine child imports this module too, and must start quickly
+
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb")
+    )
+    try:
+        return (await reader.readline()).decode().strip()
+    finally:
+        transport.close()
