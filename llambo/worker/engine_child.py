@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llambo.mesh.service.child_process import die_with_parent
+from llambo.mesh.service.host import end_with_parent
 from llambo.worker.engine import engine_log
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
@@ -166,7 +166,7 @@ def be_first_to_go() -> None:
 
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
-    die_with_parent(parent)
+    end_with_parent(parent)
     engine_log.begin(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
     # Ctrl-C and a supervisor's SIGTERM reach the whole group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -50,7 +50,9 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     try:
         from llambo.gateway.server import run_gateway
     except ImportError as error:
-        raise Failure(f"the gateway needs a package that is not installed: {error.name}", INSTALL, Exit.USAGE) from error
+        raise Failure(
+            f"the gateway needs a package that is not installed: {error.name}", INSTALL, Exit.USAGE
+        ) from error
     from llambo.gateway.access import Access
     from llambo.gateway.config import GatewayConfig
 

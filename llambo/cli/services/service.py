@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from llambo.cli.kit.exits import Exit
-from llambo.mesh.service.child_process import die_with_parent
+from llambo.mesh.service.host import end_with_parent
 from llambo.mesh.service.notify import Herald, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
@@ -88,7 +88,7 @@ def report_ready(descriptor: int | None, text: str) -> bool:
 def prepare_process(parent: int | None, *, connections: bool = False) -> None:
     """`parent`: end with it. `connections`: one that serves many connections."""
     if parent is not None:
-        die_with_parent(parent)
+        end_with_parent(parent)
     disable_core_dumps()
     if connections:
         raise_descriptor_limit()

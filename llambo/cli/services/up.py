@@ -95,7 +95,7 @@ class MeshCommands:
 
 def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands:
     """Children get the flags of `llambo up`, and read other settings from where `llambo up` read them."""
-    from llambo.worker.models.models import cores
+    from llambo.mesh.service.host import physical_cores
 
     settings, flags = common.settings, common.flags
     shared = ["--config", common.config] if common.config else []
@@ -106,7 +106,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
     }  # fmt: skip
     if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
-        worker_flags["threads"] = max(1, cores() // workers)
+        worker_flags["threads"] = max(1, physical_cores() // workers)
     gateway, note = _gateway(common, shared) if http else (None, "")
     folder = folder_of(settings, settings.text("bind"))
     if folder is not None:

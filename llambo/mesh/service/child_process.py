@@ -1,27 +1,15 @@
-"""What every starter of child processes needs: the agent for its engine child, `llambo up` for its services, a fleet
-for its nodes. Who restarts a child, and when, differs between the three and is decided there (docs/decisions.md,
-"Three ways to supervise a process").
+"""What starters of child processes share: `llambo up` for its services, a fleet for its nodes.
 
-A child reports that it is ready with one line on a pipe, so nobody guesses from a log or polls. The pipe closes with
-the child, so a child that fails before that is noticed at once.
+Who restarts a child, and when, differs between them and is decided there (docs/decisions.md, "Three ways to supervise a
+process"). A child reports that it is ready with one line on a pipe, so nobody guesses from a log or polls. The pipe
+closes with the child, so a child that fails before that is noticed at once.
 """
 
 from __future__ import annotations
 
-import ctypes
+import asyncio
 import os
 import signal
-
-#: From linux/prctl.h: which signal this process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int) -> None:
-    """In the child: be killed by the kernel when the process `parent`, which started us, ends, however it ends."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
 
 
 def exit_text(code: int) -> str:
@@ -36,8 +24,6 @@ def exit_text(code: int) -> str:
 
 async def ready_line(descriptor: int) -> str:
     """The line that a child writes to its pipe when it is ready; empty if it ends before. Closes the descriptor."""
-    import asyncio  # noqa: PLC0415 - the engine child imports this module too, and must start quickly
-
     reader = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb")
