@@ -33,7 +33,6 @@ UNREAD = {
     "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",
-    "llambo/systemd",
     "llambo/testing/mesh.py",
     "llambo/worker",
     "bench",
