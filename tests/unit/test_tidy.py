@@ -23,7 +23,6 @@ UNREAD = {
     "SECURITY.md",
     "llambo/bridge",
     "llambo/broker",
-    "llambo/cli/chat",
     "llambo/cli/commands",
     "llambo/cli/fleet",
     "llambo/cli/kit",
