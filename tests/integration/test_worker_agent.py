@@ -15,15 +15,15 @@ import pytest
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.testing.processes import children, wait_until_gone
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.fake import FakeKnobs, plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
-from tests.integration.processes import children, wait_until_gone
 
 AGENT = """
 import logging, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
 
 logging.basicConfig(level=logging.INFO)

@@ -21,6 +21,7 @@ from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.client.client_tasks import Tokenized
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
+from llambo.mesh.wire.reports import ModelRow
 
 AT = 1_700_000_000
 
@@ -116,10 +117,11 @@ class ScriptedMesh:
     waits: asyncio.Event = field(default_factory=asyncio.Event)
     stream_open: ScriptedStream | None = None
 
-    async def models(self) -> list[dict[str, Any]]:
-        return [{"model": "large"}, {"model": "tiny"}]
+    async def models(self) -> list[ModelRow]:
+        return [ModelRow(model="large"), ModelRow(model="tiny")]
 
-    async def status(self) -> dict[str, Any]:
+    async def query(self, what: str) -> dict[str, Any]:
+        assert what == "status"
         numbers = dict.fromkeys(
             ("workers", "ready", "busy", "slots", "clients", "running", "waiting", "waiting_bytes", "tokens_per_s",
              "requests_per_s", "transcript_bytes", "detached_bytes"), 0

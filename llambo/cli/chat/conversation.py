@@ -91,7 +91,7 @@ class Conversation:
         self._retries = 0
 
     async def find_models(self) -> tuple[str, ...]:
-        self.models = tuple(str(row["model"]) for row in await self.client.models())
+        self.models = tuple(row.model for row in await self.client.models())
         return self.models
 
     @property

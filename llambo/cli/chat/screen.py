@@ -155,11 +155,11 @@ class Waiting:
         self._reason = ""
         with suppress(LlamboError):
             found = await self._client.why(self._stream.id)
-            worker = harmless(str(found.get("worker", "")))
-            if found.get("state") != "running" or not worker:
+            worker = harmless(found.worker)
+            if found.state != "running" or not worker:
                 self._reason = "no worker has it now"
             else:
-                self._reason = f"its worker is lost, {worker} has it now" if found.get("moves") else f"{worker} has it"
+                self._reason = f"its worker is lost, {worker} has it now" if found.moves else f"{worker} has it"
 
 
 class AnswerView(Protocol):
