@@ -48,9 +48,9 @@ PATIENCE_S = 60.0
 AGENT = """
 import logging, os, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine import die_with
+from llambo.worker.engine_child import die_with
 
 die_with(int(sys.argv[2]))
 logging.basicConfig(level=logging.INFO, format="%(created)f %(message)s")

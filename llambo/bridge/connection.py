@@ -236,11 +236,11 @@ class Connection(asyncio.Protocol):
         self._write(command, reply)
 
     async def _status(self) -> Reply:
-        mesh = await self._bridge.client.status()
+        mesh = await self._bridge.client.query("status")
         return protocol.ok("up", {"model": self._model, "bridge": self._bridge.numbers(), "mesh": mesh})
 
     async def _load(self, model: str) -> Reply:
-        served = await self._bridge.client.models()
+        served: list[dict[str, Any]] = await self._bridge.client.query("models")
         found = next((row for row in served if row.get("model") == model), None)
         if found is None:
             names = ", ".join(str(row.get("model")) for row in served) or "none"

@@ -55,14 +55,14 @@ class Spans:
         """Look over the shoulder of every `Reassembly` of this process."""
         append = Reassembly._append
 
-        def watched(reassembly: Reassembly, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
+        def watched(reassembly: Reassembly, frame: bytes, count: int, flags: int) -> bool:
             first = reassembly.next_index
-            taken = append(reassembly, frame, count, flags, skip)
+            taken = append(reassembly, frame, count, flags)
             if taken:
                 spans = self._by_id[frame[1:17]]
                 if spans and first < spans[-1][0] + spans[-1][1]:
                     spans.clear()  # an answer that is followed anew begins anew
-                spans.append((first, count - skip, frame[17:25].hex()))
+                spans.append((first, count, frame[17:25].hex()))
             return taken
 
         Reassembly._append = watched  # type: ignore[method-assign, assignment]

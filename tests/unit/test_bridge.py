@@ -84,11 +84,8 @@ class FakeMesh:
     def stream(self, prompt: str, **options: Any) -> FakeStream:
         return FakeStream(self, self._ask(Question("infer", prompt, options)))
 
-    async def status(self) -> Any:
-        return await self._wait(self._ask(Question("status")))
-
-    async def models(self) -> Any:
-        return await self._wait(self._ask(Question("models")))
+    async def query(self, what: str) -> Any:
+        return await self._wait(self._ask(Question(what)))
 
     def _ask(self, question: Question) -> Question:
         self.questions.append(question)

@@ -69,6 +69,8 @@ LARGER = {
     "mesh/link/link_core.py:LinkCore": "to be taken apart",
     "mesh/wire/messages.py": "to be taken apart",
     "mesh/wire/messages.py:Dispatch": "to be taken apart",
+    "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
+    "mesh/wire/reports.py:WorkerRow": "one map on the wire, whose fields are promised by name",
     "mesh/wire/sampling_options.py:Sampling": "to be taken apart",
     "worker/agent/core.py:WorkerCore": "to be taken apart",
     "worker/engine/engine_options.py:FakeKnobs": "to be taken apart",

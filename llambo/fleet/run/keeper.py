@@ -208,7 +208,7 @@ class Keeper:
             return None, []
         try:
             async with self.mesh() as client:
-                return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
+                return {row["worker"]: row for row in await client.query("workers")}, await client.query("requests")
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
                 raise
