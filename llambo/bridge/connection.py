@@ -68,6 +68,8 @@ class Connection(asyncio.Protocol):
         self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._room.set()
         self._finished = self._hung_up = False
+        #: An answer has to be complete before the next command.
+        self._waits = False
         self._transport: asyncio.Transport
         self._commands: asyncio.Task[None]
         self._task: asyncio.Task[None]
@@ -115,9 +117,12 @@ class Connection(asyncio.Protocol):
     # --- called by the bridge ------------------------------------------------------------------------------
 
     def hang_up(self) -> None:
-        """The peer has closed its socket. Bytes it sent before may still be unread, and a QUIT may be among them."""
+        """The peer has closed its socket. Unless it had ended its output or waits for an answer, its last bytes may
+        still be unread, with a QUIT among them: then the end of the input closes the connection."""
         self._hung_up = True
         self._cancel_answers()
+        if self._finished or self._waits:
+            self.abort()
 
     def stop(self) -> None:
         """Begin no more commands. The connection closes when its answers are complete."""
@@ -193,7 +198,9 @@ class Connection(asyncio.Protocol):
                 self._answers[task] = command
                 task.add_done_callback(self._forget)
                 if command.tag is None:
+                    self._waits = True
                     await asyncio.wait({task})
+                    self._waits = False
         return False
 
     def _switch_to_msgpack(self, command: Command) -> None:
