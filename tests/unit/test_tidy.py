@@ -32,7 +32,6 @@ UNREAD = {
     "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",
-    "llambo/systemd",
     "llambo/worker",
     "bench",
     "docs",

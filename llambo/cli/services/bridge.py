@@ -11,7 +11,7 @@ import click
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, settings_options
-from llambo.cli.services.child import with_all_descriptors
+from llambo.cli.services.service import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from llambo.bridge.listener import Listener
@@ -53,12 +53,12 @@ def bridge(common: Common, quit_stops: bool) -> None:
     BINARY                   msgpack objects from now on, in both directions
     QUIT                     end this connection
 
-    In place of a plain PROMPT there may be a JSON object with options. Only this user can open the socket. All of
-    it is in docs/bridge.md. SIGTERM and Ctrl-C let answers finish; a second one ends them.
+    Instead of a plain PROMPT there may be a JSON object with options. Only this user can open the socket. The format
+    is described in docs/bridge.md. SIGTERM and Ctrl-C let answers finish; a second one ends them.
     """
     import asyncio
 
-    with_all_descriptors()
+    raise_descriptor_limit()
     listener = _listen(common.settings)
     try:
         asyncio.run(_run(common, listener, quit_stops))
