@@ -113,13 +113,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Seen",
         "Step",
     },
-    "bridge": {
-        "Ask",
-        "Door",
-        "Failed",
-        "Reader",
-        "Text",
-    },
     "cli": {
         "Cell",
         "Entry",
@@ -134,7 +127,6 @@ SHARED_NAMES: dict[str, set[str]] = {
 }
 #: Rooms that import each other.
 CIRCLES: set[tuple[str, str]] = {
-    ("bridge/connection.py", "bridge/server.py"),
     ("gateway/answers", "gateway/observe"),
 }
 

@@ -21,7 +21,6 @@ UNREAD = {
     "CONTRIBUTING.md",
     "README.md",
     "SECURITY.md",
-    "llambo/bridge",
     "llambo/broker",
     "llambo/cli/commands",
     "llambo/cli/fleet",
