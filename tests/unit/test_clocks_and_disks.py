@@ -26,7 +26,7 @@ ALLOWED = {
     "cli/commands/keys.py": {"time.time", "time.localtime", "time.strftime"},
     # When something was, for people: conversations, events, processes.
     "cli/chat/chat.py": {"time.time", "time.strftime"},
-    "cli/chat/conversation.py": {"time.time"},
+    "cli/chat/dialogue.py": {"time.time"},
     "cli/chat/slash_commands.py": {"time.time"},
     "cli/fleet/fleet_look.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},

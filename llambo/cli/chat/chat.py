@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from llambo.cli.chat.conversation import CHAT_TOKENS, TURNS, AskOptions, Conversation, Signals
+from llambo.cli.chat.dialogue import CHAT_TOKENS, TURNS, AskOptions, Dialogue, Signals
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
@@ -33,7 +33,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.cli.chat.conversation import Conversation, Signals
+    from llambo.cli.chat.dialogue import Dialogue, Signals
     from llambo.cli.chat.prompt import ChatPrompt
     from llambo.cli.chat.screen import Screen
 
@@ -237,11 +237,11 @@ async def _run(
     async with connect(common) as client:
         with contextlib.closing(Out(sys.stdout.fileno())) as out:
             screen, signals = _screen(out, question, as_json, chosen), Signals()
-            conversation = Conversation(client, saved, store, screen, signals, options)
+            dialogue = Dialogue(client, saved, store, screen, signals, options)
             with signals.installed():
                 if question is None:
-                    return await _converse(conversation, signals, _prompt(conversation, chosen))
-                return await _answer_once(conversation, signals, question, common)
+                    return await _converse(dialogue, signals, _prompt(dialogue, chosen))
+                return await _answer_once(dialogue, signals, question, common)
 
 
 def _screen(out: Out, question: str | None, as_json: bool, chosen: dict[str, Any]) -> Screen:
@@ -254,7 +254,7 @@ def _screen(out: Out, question: str | None, as_json: bool, chosen: dict[str, Any
     return Screen(out, console, colours=colours, notices_to_stderr=question is not None, as_json=as_json)
 
 
-async def _answer_once(chat: Conversation, signals: Signals, question: str, common: Common) -> int:
+async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: Common) -> int:
     if common.verbose or sys.stderr.isatty():
         chat.client.on_link = tell_link
     try:
@@ -271,7 +271,7 @@ async def _answer_once(chat: Conversation, signals: Signals, question: str, comm
     return Exit.ERROR if chat.ending == "cancelled" else Exit.OK
 
 
-async def _converse(chat: Conversation, signals: Signals, prompt: ChatPrompt) -> int:
+async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int:
     say, turns = chat.screen.say, chat.saved.turns
     with _no_echo():
         await signals.run(chat.find_models())
@@ -301,7 +301,7 @@ async def _converse(chat: Conversation, signals: Signals, prompt: ChatPrompt) ->
     return 128 + signals.ended_by if signals.ended_by else Exit.OK
 
 
-def _prompt(chat: Conversation, chosen: dict[str, Any]) -> ChatPrompt:
+def _prompt(chat: Dialogue, chosen: dict[str, Any]) -> ChatPrompt:
     from llambo.cli.chat.prompt import ChatCompleter, ChatPrompt, open_history
 
     path = None if chosen["private"] else state_folder(os.environ) / HISTORY_FILE

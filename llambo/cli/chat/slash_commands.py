@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from llambo.cli.chat.conversation import EXCERPT_CHARS, Conversation, ModelContext
+from llambo.cli.chat.dialogue import EXCERPT_CHARS, Dialogue, ModelContext
 from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line, turn_count
 from llambo.cli.commands.status import mesh_facts
 from llambo.cli.kit.output import facts
@@ -21,7 +21,7 @@ Ctrl-C stops an answer, or empties the line. Ctrl-R searches what you typed
 before, Tab completes. Two slashes begin a message that has one: //etc/hosts"""
 
 
-async def enter(chat: Conversation, text: str) -> bool:
+async def enter(chat: Dialogue, text: str) -> bool:
     """Carry out what the user typed: a command, or a question. False: the user leaves."""
     text = clean(text)
     if text.startswith("/") and not text.startswith("//"):
@@ -43,13 +43,13 @@ def clean(text: str) -> str:
     return text.encode(errors="replace").decode().strip("\n")
 
 
-async def _help(chat: Conversation, argument: str) -> None:
+async def _help(chat: Dialogue, argument: str) -> None:
     rows = [(f"/{command.name} {command.argument}".rstrip(), command.help) for command in COMMANDS]
     width = max(len(typed) for typed, _ in rows)
     chat.screen.say("\n".join([*(f"{typed:<{width}}  {text}" for typed, text in rows), "", KEYS]))
 
 
-async def _history(chat: Conversation, argument: str) -> None:
+async def _history(chat: Dialogue, argument: str) -> None:
     turns, say = chat.saved.turns, chat.screen.say
     if argument.startswith("#"):
         number = int(argument[1:]) if argument[1:].isdecimal() else 0
@@ -75,13 +75,13 @@ async def _history(chat: Conversation, argument: str) -> None:
     say("\n".join(lines) or "nothing was asked yet")
 
 
-async def _clear(chat: Conversation, argument: str) -> None:
+async def _clear(chat: Dialogue, argument: str) -> None:
     chat.change(context_from=len(chat.saved.turns))
     chat.context.left_out = chat.context.used = 0
     chat.screen.say("the model begins anew; /history still has the earlier turns", "quiet")
 
 
-async def _status(chat: Conversation, argument: str) -> None:
+async def _status(chat: Dialogue, argument: str) -> None:
     saved, context = chat.saved, chat.context
     now = [turn for turn in saved.current if turn.answer]
     used = f", the last answer ended at {context.used}" if context.used else ""
@@ -98,7 +98,7 @@ async def _status(chat: Conversation, argument: str) -> None:
     ])  # fmt: skip
 
 
-async def _model(chat: Conversation, wanted: str) -> None:
+async def _model(chat: Dialogue, wanted: str) -> None:
     names = await chat.find_models()
     asked = chat.saved.model or (names[0] if len(names) == 1 else "")
     if not wanted:
@@ -113,7 +113,7 @@ async def _model(chat: Conversation, wanted: str) -> None:
         chat.screen.say(f"{wanted} is asked from now on", "quiet")
 
 
-async def _system(chat: Conversation, text: str) -> None:
+async def _system(chat: Dialogue, text: str) -> None:
     if not text:
         chat.screen.say(chat.saved.system or "there is no system message; /system TEXT sets one")
     elif len(text) > limits.SYSTEM_CHARS:
@@ -123,7 +123,7 @@ async def _system(chat: Conversation, text: str) -> None:
         chat.screen.say("there is no system message any more" if text == "-" else "from now on", "quiet")
 
 
-async def _save(chat: Conversation, name: str) -> None:
+async def _save(chat: Dialogue, name: str) -> None:
     if chat.store is None:
         chat.screen.say("this chat is not saved: it was begun with --private", "warning")
     elif name and not is_name(name):
@@ -133,7 +133,7 @@ async def _save(chat: Conversation, name: str) -> None:
         chat.screen.say(f"kept as {chat.saved.name}, in {path}")
 
 
-async def _session(chat: Conversation, name: str) -> None:
+async def _session(chat: Dialogue, name: str) -> None:
     before = chat.saved.name
     if not name:
         chat.screen.say(f"this is {before}; `llambo chat --list` shows the others")
@@ -147,7 +147,7 @@ async def _session(chat: Conversation, name: str) -> None:
         chat.screen.say(f"{name}: {turn_count(len(chat.saved.turns))} so far", "quiet")
 
 
-async def _retry(chat: Conversation, argument: str) -> None:
+async def _retry(chat: Dialogue, argument: str) -> None:
     if not chat.saved.current:
         chat.screen.say("nothing was asked yet", "warning")
     else:
@@ -160,7 +160,7 @@ class SlashCommand:
     argument: str
     help: str
     #: None: leave.
-    run: Callable[[Conversation, str], Awaitable[None]] | None
+    run: Callable[[Dialogue, str], Awaitable[None]] | None
 
 
 COMMANDS = (

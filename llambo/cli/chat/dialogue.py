@@ -1,4 +1,4 @@
-"""A conversation with a model: what is sent along with a question, and what is saved of the answer.
+"""The dialogue with a model: what is sent along with a question, and what is saved of the answer.
 
     learn the size of the model's context (once for a model)
     -> find how many earlier turns fit into it -> ask -> show the answer while it arrives -> save the turn
@@ -68,7 +68,7 @@ class ModelContext:
     left_out: int = 0
 
 
-class Conversation:
+class Dialogue:
     def __init__(
         self, client: Client, saved: SavedChat, store: Store | None, screen: Screen, signals: Signals,
         options: AskOptions,

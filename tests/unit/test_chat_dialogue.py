@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llambo.cli.chat.conversation import LEAST_ANSWER, AskOptions, Conversation, Messages, Signals, most_that_fit
+from llambo.cli.chat.dialogue import LEAST_ANSWER, AskOptions, Dialogue, Messages, Signals, most_that_fit
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn
@@ -197,7 +197,7 @@ class User:
     ) -> None:  # fmt: skip
         self.mesh, self.screen, self.signals = ScriptedMesh(context), _Notices(), Signals()
         self.store = _Saves(folder) if folder is not None else None
-        self.chat = Conversation(
+        self.chat = Dialogue(
             self.mesh,  # type: ignore[arg-type]
             saved or SavedChat("mine", created=AT), self.store, self.screen, self.signals, AskOptions(**options),
         )  # fmt: skip
@@ -433,7 +433,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end(begin: Chats) -> None:
 
 
 def test_an_end_that_does_not_come_is_not_waited_for(begin: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llambo.cli.chat.conversation.END_WAIT_S", 0.01)
+    monkeypatch.setattr("llambo.cli.chat.dialogue.END_WAIT_S", 0.01)
 
     assert (
         begin().interrupts("one", signal.SIGINT, text="Half", ends_when_cancelled=False).saved.turns[0].mark
