@@ -49,7 +49,9 @@ def test_every_message_has_prose_and_fields(message: type[m.Message]) -> None:
     )
     assert section is not None, f"docs/protocol-reference.md does not say what {tag} means"
     assert len(section[1].split()) > 2
-    assert f"`{tag}" in text_of("docs/protocol-reference.md").split("## What if it is lost?")[1], f"what if {tag} is lost?"
+    assert f"`{tag}" in text_of("docs/protocol-reference.md").split("## What if it is lost?")[1], (
+        f"what if {tag} is lost?"
+    )
 
 
 def test_every_error_code_is_explained() -> None:
@@ -104,7 +106,9 @@ def test_files_and_functions_that_are_named_are_there(name: str) -> None:
 
 def conversation() -> list[list[bytes]]:
     """The frames of the page, read back from their hex."""
-    part = re.search(r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol-reference.md"), re.DOTALL)
+    part = re.search(
+        r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol-reference.md"), re.DOTALL
+    )
     assert part is not None
     said = []
     for paragraph in part[1].strip().split("\n\n"):
