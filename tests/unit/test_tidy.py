@@ -35,7 +35,6 @@ UNREAD = {
     "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",
-    "llambo/systemd",
     "llambo/worker",
     "bench",
     "examples",

@@ -11,7 +11,7 @@ import click
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, settings_options
-from llambo.cli.services.child import with_all_descriptors
+from llambo.cli.services.service import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from llambo.bridge.door import Door
@@ -58,7 +58,7 @@ def bridge(common: Common, quit_stops: bool) -> None:
     """
     import asyncio
 
-    with_all_descriptors()
+    raise_descriptor_limit()
     door = _door(common.settings)
     try:
         asyncio.run(_run(common, door, quit_stops))
