@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llambo.fleet.providers.process import Failed, Processes, Record
-from tests.integration.processes import wait_until_gone
+from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 
