@@ -114,13 +114,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Seen",
         "Step",
     },
-    "bridge": {
-        "Ask",
-        "Door",
-        "Failed",
-        "Reader",
-        "Text",
-    },
     "cli": {
         "Answered",
         "Ask",
@@ -140,7 +133,6 @@ SHARED_NAMES: dict[str, set[str]] = {
 }
 #: Rooms that import each other.
 CIRCLES: set[tuple[str, str]] = {
-    ("bridge/connection.py", "bridge/server.py"),
     ("gateway/answers", "gateway/observe"),
 }
 

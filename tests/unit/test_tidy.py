@@ -23,7 +23,6 @@ UNREAD = {
     "docs/simulation.md",
     "docs/metrics.md",
     "docs/protocol-reference.md",
-    "llambo/bridge",
     "llambo/broker",
     "llambo/cli/chat",
     "llambo/cli/commands",
