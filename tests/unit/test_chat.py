@@ -95,7 +95,7 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
         ([{"role": "user", "content": None}], None, r"messages\[0\] has no content"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], None, r"messages\[0\] has no content"),
         ([{"role": "user", "content": 1}], None, "content"),
-        ([ASKED] * (conversation.MESSAGES + 1), None, "4097 messages"),
+        ([ASKED] * (limits.CHAT_MESSAGES + 1), None, "4097 messages"),
         ([ASKED], [{"type": "function", "function": {"name": "a b"}}], r"tools\[0\] is called 'a b'"),
         ([ASKED], [WEATHER, WEATHER], "two tools are called 'weather'"),
         ([ASKED], [{"type": "code", "function": {"name": "a"}}], "code"),

@@ -15,7 +15,7 @@ from llambo.cli.kit.exits import Exit
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.following import end_signals
 from llambo.cli.kit.standard import tell
-from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint
+from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, reachable
 
 # --- Child processes that are kept alive until they are told to stop. ---
 #
@@ -146,8 +146,6 @@ def how_it_ended(code: int) -> str:
 
 #: A body that anybody can send.
 CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
-#: What is bound to all addresses is reached at this one from here.
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is only compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +204,7 @@ class Fleet:
         if port is None:
             return
         self._broker.add("--port", port)  # those who know it look for it there
-        address = endpoint(ANYWHERE.get(self._plan.host, self._plan.host), int(port))
+        address = endpoint(reachable(self._plan.host), int(port))
         say(f"broker at {address}, pid {self._broker.pid}")
         self._workers = [
             Child(name, [*command, "--broker", address], say, show) for name, command in self._plan.workers

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import click
 
 from llambo.cli.kit.exits import Exit
+from llambo.mesh.service import clock
 from llambo.mesh.service.notify import Herald, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
@@ -86,22 +87,18 @@ class Restarts:
 
 def wait_out(pause: int, herald: Herald) -> bool:
     """False: it was told to stop meanwhile."""
-    until = now_ms() + pause
+    until = clock.now_ms() + pause
     how = Condition(f"it has failed again and again; it waits {pause // 1000} s before it tries")
     reading, writing = socket.socketpair()
     with reading, writing:
         writing.setblocking(False)
         with signals_wake(writing.fileno()):
-            while (left := until - now_ms()) > 0:
-                herald.tell(how, now_ms())
-                wait_ms = min(left, max(herald.due_ms - now_ms(), 0))
+            while (left := until - clock.now_ms()) > 0:
+                herald.tell(how, clock.now_ms())
+                wait_ms = min(left, max(herald.due_ms - clock.now_ms(), 0))
                 if select.select([reading], [], [], wait_ms / 1000)[0]:
                     return False
     return True
-
-
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
 
 
 def boot_ms() -> int:
@@ -119,7 +116,7 @@ def serve(run: Callable[[Herald], int]) -> int:
     try:
         code = int(run(herald)) if wait_out(restarts.begin(boot_ms()), herald) else int(Exit.OK)
     except (click.ClickException, LlamboError) as error:
-        herald.tell(Condition(str(error), leaving=True), now_ms())
+        herald.tell(Condition(str(error), leaving=True), clock.now_ms())
         raise
     finally:
         herald.close()

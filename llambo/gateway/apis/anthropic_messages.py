@@ -172,7 +172,6 @@ def _event(kind: str, **fields: Any) -> Event:
     return Event(encode({"type": kind, **fields}), kind)
 
 
-MESSAGES = 4_096
 Name = Annotated[str, Meta(pattern=f"^{NAME.pattern}$")]
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -225,7 +224,7 @@ class OutputConfig(msgspec.Struct):
 class CountRequest(Own, kw_only=True):
     """What makes the prompt: all that is read to count its tokens."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=limits.CHAT_MESSAGES)]
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
     system: str | list[Text] | None = None
     tools: Annotated[list[GivenTool], Meta(max_length=limits.TOOLS)] | None = None

@@ -18,7 +18,6 @@ from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import LlamboError
 
-MESSAGES = 4_096
 NAME = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 
@@ -71,7 +70,7 @@ class Format(msgspec.Struct):
 
 
 class ChatRequest(common.Asked, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=limits.CHAT_MESSAGES)]
     max_completion_tokens: common.Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None

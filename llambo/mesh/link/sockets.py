@@ -169,5 +169,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def reachable(host: str) -> str:
+    """The address to connect to, on this machine, for a service that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it binds nothing
+
+
 def endpoint(ip: str, port: int) -> str:
     return f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}"

@@ -18,9 +18,6 @@ from llambo.mesh.wire.messages import Sampling
 from llambo.mesh.wire.naming import BEGIN, END, NAME
 from llambo.worker.prompt.template import BadPrompt, Template
 
-#: Messages of one prompt.
-MESSAGES = 4096
-
 _TOLD = f"""You can use tools. Each is described here as JSON, in a line of its own:
 <tools>
 %s
@@ -106,8 +103,8 @@ def read(prompt: bytes, sampling: Sampling) -> Chat:
         asked = _decode_chat(prompt) if sampling.form == "chat" else _Asked(_decode_messages(prompt))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadPrompt(f"the prompt is no list of messages: {error}") from error
-    if not 0 < len(asked.messages) <= MESSAGES:
-        raise BadPrompt(f"{len(asked.messages)} messages, 1 to {MESSAGES} may be")
+    if not 0 < len(asked.messages) <= limits.CHAT_MESSAGES:
+        raise BadPrompt(f"{len(asked.messages)} messages, 1 to {limits.CHAT_MESSAGES} may be")
     return Chat([_read_message(message, at) for at, message in enumerate(asked.messages)], _read_tools(asked.tools))
 
 
