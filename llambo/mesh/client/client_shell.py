@@ -159,8 +159,8 @@ class ClientShell:
         for bundle in self._link.receive_control():
             self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
         # After what was said: the last words of a broker that leaves come before its connection breaks.
-        for sign in self._link.receive_signs():
-            self.handle(e.ConnectionChanged(sign))
+        for change in self._link.receive_changes():
+            self.handle(e.ConnectionChanged(change))
         held_back = self._link.wants_to_write
         if held_back:
             # A send without a connection fails at once and looks for no news; a receive does. So only now the

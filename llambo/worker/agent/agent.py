@@ -83,7 +83,7 @@ def _searching(core: WorkerCore, brokers: tuple[str, ...], links: list[LinkCore]
 
 
 def _broker(link: LinkCore) -> str:
-    return f"broker {link.broker}" if link.broker else "a broker"
+    return f"broker {link.terms.broker}" if link.terms.broker else "a broker"
 
 
 log = logging.getLogger(__name__)
@@ -162,8 +162,8 @@ class Agent:
             if link.control in ready:
                 self._receive_control(number, link)
             if link.monitor in ready:
-                for sign in link.receive_signs():
-                    self._handle(e.ConnectionChanged(number, sign))
+                for change in link.receive_changes():
+                    self._handle(e.ConnectionChanged(number, change))
             if link.tokens in ready and any(frame[:1] == SUBSCRIBE for frame in link.receive_tokens()):
                 self._handle(e.Subscribed(number))
         if self.engine is not None and self.engine.fileno() in ready:
