@@ -16,6 +16,7 @@ from llambo.gateway.apis.tool_calls import Arguments, Begun, Content, Delta, End
 from llambo.gateway.apis.tools import chat_prompt, tool_options
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import MESSAGES
 from llambo.mesh.wire.errors import LlamboError
 
 NAME = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
@@ -70,7 +71,7 @@ class Format(msgspec.Struct):
 
 
 class ChatRequest(common.Asked, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=limits.CHAT_MESSAGES)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
     max_completion_tokens: common.Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None

@@ -169,9 +169,13 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def reachable(host: str) -> str:
-    """The address to connect to, on this machine, for a service that listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - it binds nothing
+#: A socket that is bound to all addresses of a host is reached at this one from the same host.
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared with
+
+
+def local_endpoint(bound_to: str, port: int) -> str:
+    """Where a process on this host reaches a socket that is bound to `bound_to`."""
+    return endpoint(_LOOPBACK_OF.get(bound_to, bound_to), port)
 
 
 def endpoint(ip: str, port: int) -> str:

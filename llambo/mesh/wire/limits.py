@@ -57,8 +57,6 @@ SYSTEM_CHARS = 16 * 1024
 GRAMMAR_CHARS = 16 * 1024
 #: How deep a grammar or a JSON schema may be nested.
 GRAMMAR_DEPTH = 100
-#: Messages of one conversation.
-CHAT_MESSAGES = 4096
 #: Tools a model may be told of.
 TOOLS = 128
 #: Calls of tools in one answer.
