@@ -67,7 +67,6 @@ LARGER = {
     "mesh/client/answer_stream.py:Stream": "to be taken apart",
     "mesh/client/client_requests.py:Request": "to be taken apart",
     "mesh/link/link.py:Link": "to be taken apart",
-    "mesh/link/link_core.py:LinkCore": "to be taken apart",
     "mesh/wire/messages.py": "to be taken apart",
     "mesh/wire/messages.py:Dispatch": "to be taken apart",
     "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
