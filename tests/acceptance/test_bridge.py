@@ -148,7 +148,7 @@ def test_a_bridge_that_is_ended_takes_its_socket_along(mesh: Commands, tmp_path:
     path = tmp_path / "b.sock"
     with bridge(mesh, "--socket", str(path)) as running:
         second = mesh.llambo("bridge", "--socket", str(path))
-        assert second.code == 2 and f"a bridge is running at {path} already" in second.err
+        assert second.code == 2 and f"a bridge is already running at {path}" in second.err
         running.send(signal.SIGTERM)
         assert running.end() == 0, running.story("it should have ended well")
     assert not path.exists()

@@ -60,7 +60,6 @@ LARGER = {
     "broker/records/request.py:__init__": "to be taken apart",
     "broker/records/state.py:Counters": "to be taken apart",
     "broker/records/state.py:State": "to be taken apart",
-    "cli/chat/chat_shell.py:Talk": "to be taken apart",
     "fleet/run/orchestrator.py:Orchestrator": "to be taken apart",
     "gateway/answers/feed.py:Feed": "to be taken apart",
     "gateway/apis/openai_common.py:Asked": "to be taken apart",
@@ -68,7 +67,6 @@ LARGER = {
     "mesh/client/answer_stream.py:Stream": "to be taken apart",
     "mesh/client/client_requests.py:Request": "to be taken apart",
     "mesh/link/link.py:Link": "to be taken apart",
-    "mesh/link/link_core.py:LinkCore": "to be taken apart",
     "mesh/wire/messages.py": "to be taken apart",
     "mesh/wire/messages.py:Dispatch": "to be taken apart",
     "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
@@ -114,33 +112,20 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Seen",
         "Step",
     },
-    "bridge": {
-        "Ask",
-        "Door",
-        "Failed",
-        "Reader",
-        "Text",
-    },
     "cli": {
-        "Answered",
-        "Ask",
         "Cell",
         "Entry",
-        "Failed",
         "Leave",
         "Number",
         "Order",
         "Page",
-        "Prompt",
         "Question",
-        "Session",
         "keys.py",
         "tokens.py",
     },
 }
 #: Rooms that import each other.
 CIRCLES: set[tuple[str, str]] = {
-    ("bridge/connection.py", "bridge/server.py"),
     ("gateway/answers", "gateway/observe"),
 }
 
