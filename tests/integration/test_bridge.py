@@ -18,7 +18,7 @@ import pytest
 from llambo.bridge.connection_core import Terms
 from llambo.bridge.door import Door, open_tcp, open_unix
 from llambo.bridge.server import Bridge, Limits
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.harness import TIMEOUT_S, Mesh
 
 #: At once; the issue of a bridge is that it is many programs' only door.
@@ -122,7 +122,7 @@ def test_answers_are_those_of_the_mesh(path: Path) -> None:
             assert status["model"] == "fake" and status["mesh"]["workers"] == 1
             assert status["bridge"] == {"connections": 1, "answers": 1}
 
-    with Mesh(1, knobs=FakeKnobs(utf8_split=True)) as mesh:
+    with Mesh(1, knobs=FakeOptions(utf8_split=True)) as mesh:
         mesh.run(scenario())
 
 
@@ -148,7 +148,7 @@ def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
                     assert texts[number] == direct.text
             assert len(set(texts)) == CROWD
 
-    with Mesh(2, knobs=FakeKnobs(slots=32)) as mesh:
+    with Mesh(2, knobs=FakeOptions(slots=32)) as mesh:
         mesh.run(scenario(), 2 * TIMEOUT_S)
 
 
@@ -179,7 +179,7 @@ def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None
             assert running.bridge.numbers() == {"connections": 0, "answers": 0}
         assert mesh.counter("cancelled") == 1
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -191,7 +191,7 @@ def test_who_has_said_all_is_still_answered(path: Path) -> None:
             assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
             assert await peer.ended()
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -265,7 +265,7 @@ def test_programs_speak_msgpack(path: Path) -> None:
                 for n, text in texts.items():
                     assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=200)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=200)) as mesh:
         mesh.run(scenario())
 
 
@@ -282,7 +282,7 @@ def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
             await running.task
         assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -300,7 +300,7 @@ def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
             await running.task
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -324,7 +324,7 @@ def test_a_reset_over_tcp_cancels_too() -> None:
             peer.close()
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, knobs=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -342,5 +342,5 @@ def test_answers_survive_their_worker(path: Path) -> None:
                 direct = await client.generate("p", max_tokens=60, seed=3, form="user")
             assert "".join(line["token"] for line in heard) == direct.text
 
-    with Mesh(2, knobs=FakeKnobs(tokens_per_s=100)) as mesh:
+    with Mesh(2, knobs=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario())

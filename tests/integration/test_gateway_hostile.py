@@ -25,7 +25,7 @@ from llambo.gateway.server import listen
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.integration.harness import TIMEOUT_S, Mesh
 
@@ -35,7 +35,7 @@ ELSEWHERE = "http://attacker.example"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, knobs=FakeOptions(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -119,7 +119,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, knobs=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}

@@ -8,7 +8,7 @@ import pytest
 
 from llambo import Client
 from llambo.mesh.client.client import Stream
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.harness import Mesh, truth
 from tests.integration.proxy import Fault, Plane, Proxy
 
@@ -47,7 +47,7 @@ def test_a_stream_goes_on(plane: Plane, fault: Fault) -> None:
             return reader.ids
 
     # Given a worker and a client that reach the broker through a proxy
-    with Mesh(workers=0, knobs=FakeKnobs(tokens_per_s=TOKENS_PER_S), check=True) as mesh, Proxy(mesh.port) as proxy:
+    with Mesh(workers=0, knobs=FakeOptions(tokens_per_s=TOKENS_PER_S), check=True) as mesh, Proxy(mesh.port) as proxy:
         mesh.spawn("w0", proxy.address).first_line()
         client = Client(proxy.address)
         # When one plane fails in the middle of a stream, and later works again

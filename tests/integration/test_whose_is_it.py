@@ -21,7 +21,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
 from tests.integration.healthy import Healthy
 from tests.integration.raw_peer import RawPeer
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Folder) -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
+    with Mesh(workers=1, knobs=FakeOptions(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
         yield mesh
 
 

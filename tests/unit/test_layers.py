@@ -72,9 +72,6 @@ LARGER = {
     "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
     "mesh/wire/reports.py:WorkerRow": "one map on the wire, whose fields are promised by name",
     "mesh/wire/sampling_options.py:Sampling": "to be taken apart",
-    "worker/agent/core.py:WorkerCore": "to be taken apart",
-    "worker/engine/engine_options.py:FakeKnobs": "to be taken apart",
-    "worker/engine/fake.py:_Sequence": "to be taken apart",
 }
 #: What runs together in one process, besides `mesh`. Names of modules and classes are unique within each.
 PROCESSES = ("broker", "worker", "gateway", "fleet", "bridge", "cli")
@@ -87,9 +84,7 @@ SHARED_NAMES: dict[str, set[str]] = {
     "worker": {
         "Embedder",
         "Grammar",
-        "Identity",
         "Text",
-        "Tokens",
     },
     "gateway": {
         "Ask",

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import click
 
 from llambo.cli.kit.exits import Exit
+from llambo.mesh.service.host import stop_signals_wake
 from llambo.mesh.service.notify import Herald, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
-from llambo.worker.agent.signals import signals_wake
 
 # --- A service that fails again and again waits longer each time before it tries. ---
 #
@@ -91,7 +91,7 @@ def wait_out(pause: int, herald: Herald) -> bool:
     reading, writing = socket.socketpair()
     with reading, writing:
         writing.setblocking(False)
-        with signals_wake(writing.fileno()):
+        with stop_signals_wake(writing.fileno()):
             while (left := until - now_ms()) > 0:
                 herald.tell(how, now_ms())
                 wait_ms = min(left, max(herald.due_ms - now_ms(), 0))
