@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from llambo.mesh.service import journal
+from llambo.mesh.service import clock, journal
 from llambo.mesh.service.host import end_with_parent
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
@@ -77,10 +77,6 @@ def load_fake(configure: proto.Configure, send: Callable[[proto.Progress], None]
         inject_fault("crash")
 
 
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 def start_log(worker: str) -> None:
     """Lines on stderr, or entries of the journal if stderr leads there. `worker`: the worker of this engine."""
     handler: logging.Handler = logging.StreamHandler()
@@ -110,8 +106,8 @@ class Child:
         self._send(engine.ready())
         while True:
             self._follow_orders(engine)
-            if engine.next_wakeup_ms() <= now_ms():
-                self._send(proto.Step(engine.step(now_ms())))
+            if engine.next_wakeup_ms() <= clock.now_ms():
+                self._send(proto.Step(engine.step(clock.now_ms())))
                 if engine.fault:
                     inject_fault(engine.fault)
 
@@ -119,7 +115,7 @@ class Child:
         """All orders that have arrived, then those that arrive until a step is due."""
         orders = self._orders
         while True:
-            wait_ms = engine.next_wakeup_ms() - now_ms()
+            wait_ms = engine.next_wakeup_ms() - clock.now_ms()
             if wait_ms <= 0 and orders.empty():
                 return
             try:
@@ -132,7 +128,7 @@ class Child:
     def _follow(self, engine: Engine, order: proto.EngineMessage) -> None:
         match order:
             case proto.Start():
-                refused = engine.start(order, now_ms())
+                refused = engine.start(order, clock.now_ms())
                 if refused is not None:
                     self._send(refused)
             case proto.Stop(key):

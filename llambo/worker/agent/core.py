@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import assert_never, cast
+from typing import assert_never
 
 import msgspec
 
-from llambo.mesh.link.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.link.link_core import LinkCore, LinkProblem, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import transfer
 from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
@@ -60,9 +60,8 @@ class WorkerCore:
         self._out: list[Action] = []
         self.engine = EngineLife(config, self._out)
         self._announcement = Announcement(config, identity, self.engine)
-        link_out = cast("list[LinkOrder]", self._out)
         self.links = {
-            number: LinkCore(number, partial(self._hello, number), link_out, hasty=len(config.brokers) > 1)
+            number: LinkCore(number, partial(self._hello, number), self._out.append, hasty=len(config.brokers) > 1)
             for number in range(len(config.brokers))
         }
         #: The last result of `next_wakeup_ms`.
@@ -93,9 +92,9 @@ class WorkerCore:
             case e.ControlArrived():
                 self._on_control(event, now_ms)
             case e.Subscribed(link):
-                self.links[link].beat_now()
-            case e.ConnectionChanged(link, sign):
-                self.links[link].on_connection(sign, now_ms)
+                self.links[link].beats.now()
+            case e.ConnectionChanged(link, change):
+                self.links[link].on_connection(change, now_ms)
             case Ready():
                 self._on_ready(event, now_ms)
             case Progress():
@@ -141,7 +140,7 @@ class WorkerCore:
             return
         self._out.append(Log(f"engine: ready, {ready.slots} slots, {', '.join(model.name for model in ready.models)}"))
         for link in self.links.values():
-            link.beat_now()
+            link.beats.now()
         self._notify_ready()
 
     def _on_engine_refused(self, key: bytes, error: ErrorInfo, final: bool) -> None:
@@ -153,7 +152,7 @@ class WorkerCore:
     def _lose_runs(self, text: str, *, outside: bool = False) -> None:
         self.delivery.on_engine_lost(text, self.engine.last_alive_ms, outside=outside)
         for link in self.links.values():
-            link.beat_now()
+            link.beats.now()
 
     # Brokers.
 
@@ -176,13 +175,13 @@ class WorkerCore:
             case m.BrokerHeartbeat():
                 self._on_sequence(number, message.seq)
                 link.on_proof(message.echo, now_ms)
-                link.on_missing(link.beat - message.echo, now_ms)
+                link.on_missing(link.beats.number - message.echo, now_ms)
             case m.Dispatch():
                 self._on_dispatch(number, message, blob, now_ms)
             case m.Adopt():
                 self._on_sequence(number, message.seq)
                 self.orphans.adopt(number, message, now_ms)
-                link.beat_now()
+                link.beats.now()
             case m.EndAck():
                 self.delivery.on_ack(number, message)
             case m.Replay():
@@ -215,7 +214,7 @@ class WorkerCore:
         if isinstance(start, ErrorInfo):
             final = start.code is Code.BAD_REQUEST
             self._reject(number, dispatch.id, dispatch.dispatch, start, final)
-            self.links[number].beat_soon(now_ms)  # so that the broker learns how many slots are free
+            self.links[number].beats.soon(now_ms)  # so that the broker learns how many slots are free
             return
         if self.runs.active == 0:
             self.engine.on_alive(now_ms)  # it was idle, so it could be silent until now
@@ -277,7 +276,7 @@ class WorkerCore:
         if text:
             self._out.append(Log(text))
             for link in self.links.values():
-                link.beat_now()
+                link.beats.now()
 
     def _leave_when_done(self, now_ms: int) -> None:
         # Without a session the runs cannot be delivered, and a broker met later would drop them anyway.
@@ -309,7 +308,7 @@ class WorkerCore:
             self._active = self.runs.active
             for number, link in self.links.items():
                 if self.runs.busy_elsewhere(number) != self._sessions[number].busy:
-                    link.beat_soon(now_ms)  # a run of another broker has taken or freed a slot
+                    link.beats.soon(now_ms)  # a run of another broker has taken or freed a slot
         for number, link in self.links.items():
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
@@ -325,7 +324,7 @@ class WorkerCore:
         link.send(
             m.WorkerHeartbeat(
                 seq=session.seq,
-                beat=link.beat,
+                beat=link.beats.number,
                 claims=self.runs.claims(number),
                 busy=session.busy,
                 state=self.state,
@@ -356,7 +355,7 @@ class WorkerCore:
             self._out.append(NotifyReady())
 
     def _hello(self, number: int) -> m.WorkerHello:
-        return self._announcement.hello(number, self.links[number].greetings, self.state)
+        return self._announcement.hello(number, self.links[number].attempts.greetings, self.state)
 
 
 class _LinkLog:
@@ -380,15 +379,14 @@ class _LinkLog:
             if self._problems.get(number) != link.problem:
                 self._problems[number] = link.problem
                 address = self._brokers[number]
-                text = (
-                    f"no broker answers at {address}" if link.problem == "no answer" else f"{address}: {link.problem}"
-                )
+                silent = link.cause is LinkProblem.NO_ANSWER
+                text = f"no broker answers at {address}" if silent else f"{address}: {link.problem}"
                 self._out.append(Log(f"{text}; trying again", warning=True))
         elif link.state is LinkState.MENDING:
             self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
             self._problems.pop(number, None)
-            self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
+            self._out.append(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
 
 
 def check_invariants(core: WorkerCore) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llambo.mesh.link.link_core import Sign
+from llambo.mesh.link.link_core import ConnectionChange
 from llambo.worker.engine.protocol import Progress, Ready, Refused, Step
 
 
@@ -38,7 +38,7 @@ class ConnectionChanged:
     """The control connection to a broker was made, has broken, or could not be made."""
 
     link: int
-    sign: Sign
+    change: ConnectionChange
 
 
 @dataclass(frozen=True, slots=True)

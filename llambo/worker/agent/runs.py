@@ -36,8 +36,6 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.GONE: {},
 }
 
-#: What msgpack adds to one token in a chunk: its id and the header of its piece.
-TOKEN_OVERHEAD_BYTES = 10
 #: Header and body overhead of a chunk.
 CHUNK_OVERHEAD_BYTES = 64
 #: With less room than this no further chunk is begun.
@@ -115,7 +113,7 @@ class RunTokens:
         start = self._start(low)
 
         def size(position: int) -> int:
-            text = self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            text = self._ends[position] - start + (position - low + 1) * transfer.TOKEN_OVERHEAD_BYTES
             return text + self._logprob_bytes(low, position + 1)
 
         return max(1, bisect_right(range(low, high), budget_bytes, key=size))

@@ -1,8 +1,8 @@
-"""The bridge's socket: made so that nobody else gets in, not even for a moment.
+"""The listening socket of the bridge, which other users cannot open at any moment.
 
-A Unix socket has its mode before it has its name. Where a dead bridge has left one it is replaced; where one is alive,
-or where anything else is, it is left alone. Who looks and who binds holds a lock on the folder meanwhile, so that of
-two bridges that begin at once one gets the place and the other one an answer.
+A Unix socket gets its mode before it gets its name. A socket file that a dead bridge has left is replaced. A socket
+that accepts connections, and anything that is not a socket, is left alone and refused. Checking and binding happen
+under a lock on the folder: of two bridges that start at the same time, one gets the path and the other an error.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llambo.mesh.wire.errors import Code, LlamboError
 NAME = "llambo-bridge.sock"
 MODE = 0o600
 BACKLOG = 1_024
-#: What the kernel takes for the path of a socket, without the NUL behind it.
+#: The longest path of a socket that the kernel accepts, without the NUL after it.
 PATH_BYTES = 107
 LOOPBACK = "127.0.0.1"
 
 
-class Door:
-    """A listening socket, and where it is."""
+class Listener:
+    """A listening socket and its place."""
 
     def __init__(self, listening: socket.socket, path: Path | None = None) -> None:
         self.socket = listening
@@ -42,22 +42,22 @@ class Door:
 
     @property
     def hint(self) -> str:
-        """How to get in."""
+        """A command that connects to it."""
         return f"nc {'-U ' if self.path is not None else ''}{self.where}"
 
-    def vanish(self) -> None:
-        """Take the name away, unless it is somebody else's by now. Who has come in stays."""
+    def remove_file(self) -> None:
+        """Remove the socket file, unless another bridge has replaced it. Open connections stay open."""
         if self.path is not None and self._mark == _mark(self.path):
             with suppress(FileNotFoundError):
                 self.path.unlink()
 
     def close(self) -> None:
-        self.vanish()
+        self.remove_file()
         self.socket.close()
 
 
 def default_path(environ: Mapping[str, str]) -> Path:
-    """Where only this user can put something."""
+    """In a folder where only this user can create files."""
     if runtime := environ.get("XDG_RUNTIME_DIR"):
         return Path(runtime, NAME)
     if os.geteuid() == 0:
@@ -65,8 +65,8 @@ def default_path(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("HOME", "/"), ".local", "state", "llambo", NAME)
 
 
-def open_tcp(port: int) -> Door:
-    """On loopback, where every user of this machine can come in."""
+def open_tcp(port: int) -> Listener:
+    """On loopback, where every user of this machine can connect."""
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,65 +75,63 @@ def open_tcp(port: int) -> Door:
     except OSError as error:
         listening.close()
         raise LlamboError(Code.BAD_SETTING, f"cannot listen at {LOOPBACK} port {port}: {error.strerror}") from error
-    return Door(listening)
+    return Listener(listening)
 
 
-def open_unix(path: Path) -> Door:
-    path = Path(os.path.abspath(path))  # noqa: PTH100 - it stays what it is if the folder is changed; links are kept
+def open_unix(path: Path) -> Listener:
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - a later chdir changes nothing; symbolic links are not resolved
     if len(os.fsencode(path)) > PATH_BYTES:
-        raise LlamboError(Code.BAD_SETTING, f"{path} is longer than the {PATH_BYTES} bytes that a socket's path may be")
+        raise LlamboError(Code.BAD_SETTING, f"{path} is longer than the {PATH_BYTES} bytes a socket path may have")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _alone_in(path.parent):
-            _make_way(path)
-            return Door(_bound(path), path)
+        with _locked(path.parent):
+            _remove_dead_socket(path)
+            return Listener(_bind(path), path)
     except OSError as error:
         raise LlamboError(Code.BAD_SETTING, f"cannot listen at {path}: {error.strerror}") from error
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise LlamboError(Code.BAD_SETTING, f"something else holds the lock on {folder}; try again") from error
+        raise LlamboError(Code.BAD_SETTING, f"another process holds the lock on {folder}; try again") from error
     finally:
         os.close(descriptor)
 
 
-def _make_way(path: Path) -> None:
+def _remove_dead_socket(path: Path) -> None:
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise LlamboError(Code.BAD_SETTING, f"{path} is there already, and is no socket")
-    if _answers(path):
-        raise LlamboError(Code.BAD_SETTING, f"a bridge is running at {path} already")
+        raise LlamboError(Code.BAD_SETTING, f"{path} exists, and is not a socket")
+    if _is_alive(path):
+        raise LlamboError(Code.BAD_SETTING, f"a bridge is already running at {path}")
     path.unlink()
 
 
-def _answers(path: Path) -> bool:
-    """Whether a process listens there. A queue that is full is a sign of life, and so is a door that is shut to us."""
+def _is_alive(path: Path) -> bool:
+    """True if a process listens there. A full queue proves that as well, and so does a missing permission."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:
-            return False
-        except FileNotFoundError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
             return True
         return True
 
 
-def _bound(path: Path) -> socket.socket:
+def _bind(path: Path) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # The file gets the mode of the descriptor, less the umask: it is never more open than this.
+        # bind() gives the file the mode of the descriptor, less the umask, so it is never more open than this.
         os.fchmod(listening.fileno(), MODE)
         listening.bind(str(path))
         listening.listen(BACKLOG)
@@ -144,7 +142,7 @@ def _bound(path: Path) -> socket.socket:
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:
-    """Which file it is. The number of one that is gone is given to the next one, so it takes the time as well."""
+    """Which file it is. The inode number alone is not enough: the next file may get the number of a deleted one."""
     try:
         found = path.lstat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A peer that says what it likes: sockets of its own and bytes by hand, to see how the broker takes it."""
+"""A peer made of bare sockets, which sends any bytes and any messages: to see what a broker does with them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec, limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import PeerKey
-from tests.integration.harness import TIMEOUT_S
+from llambo.testing.processes import TIMEOUT_S
 
 T = TypeVar("T", bound=m.Message)
 
-#: Everything a broker may say to anybody.
-_said: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker)
+#: All messages that a broker sends.
+_from_broker: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker)
 
 
 class RawPeer:
@@ -30,8 +30,8 @@ class RawPeer:
         self.context: zmq.Context[Any] = zmq.Context()
         self.session = codec.NO_SESSION
         self.topic = b""
-        #: All that was said to it so far, and under which session.
-        self.heard: list[tuple[bytes, m.Message]] = []
+        #: All messages that it received, each with its session.
+        self.received: list[tuple[bytes, m.Message]] = []
         self._unread: list[m.Message] = []
         self._base = port
         self._key = key
@@ -53,19 +53,21 @@ class RawPeer:
     # --- control -------------------------------------------------------------------------------------
 
     def send(self, *frames: bytes) -> None:
-        assert self._control.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "the broker does not take it"
+        assert self._control.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "the broker accepts nothing"
         self._control.send_multipart(list(frames))
 
-    def say(self, *messages: m.Message, blobs: list[bytes] | None = None, session: bytes | None = None) -> None:
+    def send_messages(
+        self, *messages: m.Message, blobs: list[bytes] | None = None, session: bytes | None = None
+    ) -> None:
         body = msgspec.msgpack.encode(list(messages))
         self.send(codec.MAGIC + (self.session if session is None else session), body, *(blobs or []))
 
-    def say_map(self, fields: dict[str, Any], *blobs: bytes) -> None:
-        """A message that no type stands for."""
+    def send_map(self, fields: dict[str, Any], *blobs: bytes) -> None:
+        """A message that has no type."""
         self.send(codec.MAGIC + self.session, msgspec.msgpack.encode([fields]), *blobs)
 
     def expect(self, kind: type[T], **fields: Any) -> T:
-        """The next message of this kind with these values; what comes before it stays for later questions."""
+        """The next message of this kind with these values. Others stay for later calls."""
         deadline = time.monotonic() + TIMEOUT_S
         seen = 0
         while True:
@@ -76,22 +78,22 @@ class RawPeer:
                     return message
             seen = len(self._unread)
             wait_ms = int((deadline - time.monotonic()) * 1_000)
-            assert wait_ms > 0 and self._control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.heard}"
+            assert wait_ms > 0 and self._control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.received}"
             self._receive()
 
     def _receive(self) -> None:
-        bundle = _said.decode(self._control.recv_multipart())
+        bundle = _from_broker.decode(self._control.recv_multipart())
         assert not bundle.problems, "the broker itself broke the protocol"
-        self.heard += [(bundle.session, message) for message, _ in bundle.messages]
+        self.received += [(bundle.session, message) for message, _ in bundle.messages]
         self._unread += [message for message, _ in bundle.messages]
 
     def join_as_client(self) -> m.Welcome:
-        self.say(m.ClientHello(name="raw"), session=codec.NO_SESSION)
+        self.send_messages(m.ClientHello(name="raw"), session=codec.NO_SESSION)
         return self._joined()
 
     def join_as_worker(self, name: str = "raw", model: str = "raw") -> m.Welcome:
         hello = m.WorkerHello(name, secrets.token_bytes(8), [m.ModelInfo(model)], 1)
-        self.say(hello, session=codec.NO_SESSION)
+        self.send_messages(hello, session=codec.NO_SESSION)
         return self._joined()
 
     def _joined(self) -> m.Welcome:
@@ -99,15 +101,15 @@ class RawPeer:
         self.session, self.topic = welcome.session, welcome.topic
         return welcome
 
-    def cut_off_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
-        """Send what the broker does not take, and see it hang up."""
+    def disconnected_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
+        """Send what the broker does not accept, and wait until it disconnects."""
         socket = on or self._control
         with self._event(socket, zmq.EVENT_DISCONNECTED):
             socket.send_multipart(list(frames))
 
     @contextmanager
     def _event(self, socket: zmq.Socket[bytes], event: int) -> Iterator[None]:
-        """What the body does leads to this event."""
+        """The block causes this event of the socket."""
         monitor = socket.get_monitor_socket(event, f"inproc://{secrets.token_hex(8)}")
         try:
             yield
@@ -119,13 +121,13 @@ class RawPeer:
     # --- the token planes ------------------------------------------------------------------------------
 
     def tokens_out(self) -> zmq.Socket[bytes]:
-        """An XSUB: a SUB that can send upstream what it likes."""
+        """An XSUB: a SUB that can send any bytes upstream."""
         return self._connected(zmq.XSUB, sockets.TOKENS_OUT_OFFSET)
 
     def tokens_in(self) -> zmq.Socket[bytes]:
-        """Connected, and subscribed to by the broker: nothing that it publishes is lost."""
+        """Connected, and the broker has subscribed: nothing that is published is lost."""
         socket = self._connected(zmq.XPUB, sockets.TOKENS_IN_OFFSET)
-        for _ in range(2):  # the broker wants chunks and beats
+        for _ in range(2):  # to chunks and to beats
             assert socket.poll(int(TIMEOUT_S * 1_000)), "the broker does not subscribe"
             socket.recv()
         return socket
@@ -139,6 +141,6 @@ class RawPeer:
 
 
 def inference_request(**changes: Any) -> dict[str, Any]:
-    """The fields of a good request, but for these."""
+    """The fields of a valid request, with these changes."""
     fields = {"type": "inference_request", "id": secrets.token_bytes(limits.REQUEST_ID_BYTES), "max_tokens": 5}
     return {**fields, **changes}

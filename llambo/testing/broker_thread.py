@@ -1,4 +1,4 @@
-"""The real broker in a thread of the test, so that a test can ask its core what it knows, and wait for it."""
+"""The broker in a thread of the test, so that a test can look at the state of its core, and wait for a change of it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,20 @@ from llambo.broker import invariants
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.report import queries
-from llambo.broker.report.metrics_http import Window
 from llambo.broker.server import BrokerServer
-from llambo.mesh.link import sockets
-from llambo.mesh.security.keyring import Folder
 
 T = TypeVar("T")
 #: How long the thread may take to answer or to end.
 ANSWER_S = 30.0
-#: Lines of the events feed and stories of requests that are printed.
-TOLD = 40
+#: Events and stories of requests that are printed.
+PRINTED = 40
 
 
-class Watched(BrokerServer):
-    """After each turn it looks whether what somebody waits for has come true."""
+class WatchedBroker(BrokerServer):
+    """After each turn it asks the watches, in the thread of the broker."""
 
-    def __init__(
-        self,
-        config: BrokerConfig,
-        host: str,
-        port: int,
-        token_hwm: int,
-        check: bool,
-        keys: Folder | None,
-        window: Window | None,
-    ) -> None:
-        super().__init__(config, host, port, token_hwm=token_hwm, keys=keys, window=window)
+    def __init__(self, config: BrokerConfig, host: str, port: int, *, check: bool, **options: Any) -> None:
+        super().__init__(config, host, port, **options)
         self._lock = threading.Lock()
         self._watches: list[Callable[[BrokerCore], bool]] = []
         self._check = check
@@ -50,24 +38,17 @@ class Watched(BrokerServer):
                 self._watches = [watch for watch in self._watches if not watch(self.core)]
 
     def watch(self, watch: Callable[[BrokerCore], bool]) -> None:
-        """It is asked after each turn (a tenth of a second apart at the most) until it says True."""
+        """It is called after each turn (at most a tenth of a second apart) until it returns True."""
         with self._lock:
             self._watches.append(watch)
 
 
 class BrokerThread:
     def __init__(
-        self,
-        config: BrokerConfig,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        *,
-        token_hwm: int = sockets.TOKEN_HWM,
-        check: bool = False,
-        keys: Folder | None = None,
-        window: Window | None = None,
+        self, config: BrokerConfig, host: str = "127.0.0.1", port: int = 0, *, check: bool = False, **options: Any
     ) -> None:
-        self.server = Watched(config, host, port, token_hwm, check, keys, window)
+        """`check`: the invariants are checked after each turn. `options` are those of `BrokerServer`."""
+        self.server = WatchedBroker(config, host, port, check=check, **options)
         #: What ended the loop, if it was not `close`.
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
@@ -76,18 +57,18 @@ class BrokerThread:
     def _run(self) -> None:
         try:
             self.server.run()
-        except BaseException as error:  # noqa: BLE001  # kept, and raised where somebody can see it
+        except BaseException as error:  # noqa: BLE001  # raised in the thread of the test
             self.error = error
 
     def look(self, question: Callable[[BrokerCore], T]) -> T:
-        """The answer, found in the broker's own thread between two turns."""
+        """The answer, computed in the thread of the broker between two turns."""
         answers: list[T] = []
 
         def watch(core: BrokerCore) -> bool:
             answers.append(question(core))
             return True
 
-        self._wait(watch, "an answer to a look", ANSWER_S)
+        self._wait(watch, "a turn of the loop", ANSWER_S)
         return answers[0]
 
     def until(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float) -> None:
@@ -101,7 +82,7 @@ class BrokerThread:
             try:
                 if not condition(core):
                     return False
-            except Exception as error:  # noqa: BLE001  # belongs to the test and not to the broker
+            except Exception as error:  # noqa: BLE001  # the error is the test's, and the broker goes on
                 errors.append(error)
             met.set()
             return True
@@ -111,17 +92,17 @@ class BrokerThread:
         if errors:
             raise errors[0]
         if self.error is not None:
-            raise AssertionError(f"the broker's loop has ended: {self.error!r}") from self.error
-        assert came, f"within {timeout_s} s there was no sign of: {what}\n{self.story()}"
+            raise AssertionError(f"the loop of the broker has ended: {self.error!r}") from self.error
+        assert came, f"not within {timeout_s} s: {what}\n{self.story()}"
 
     def story(self) -> str:
-        """What the broker knows. Read from outside: it is for people, and the thread may be dead."""
+        """What the broker knows. It is read from another thread: it is for people, and the loop may have ended."""
         if self.error is not None:
             return "".join(traceback.format_exception(self.error))
         state = self.server.core.state
         lines = [f"counters: {state.counters}"]
-        lines += [f"{event.at_ms} {event.kind}: {event.text}" for event in list(state.happenings)[-TOLD:]]
-        for id in list(state.requests)[:TOLD]:
+        lines += [f"{event.at_ms} {event.kind}: {event.text}" for event in list(state.happenings)[-PRINTED:]]
+        for id in list(state.requests)[:PRINTED]:
             lines.append(f"request {id.hex()}")
             lines += [f"    {at} {what}: {detail}" for at, what, detail in queries.story(state, id)]
         return "\n".join(lines)
@@ -129,7 +110,7 @@ class BrokerThread:
     def close(self) -> None:
         self.server.stop()
         self._thread.join(ANSWER_S)
-        assert not self._thread.is_alive(), "the broker's loop does not end"
+        assert not self._thread.is_alive(), "the loop of the broker does not end"
         self.server.close()
         if self.error is not None:
-            raise AssertionError(f"the broker's loop has ended: {self.error!r}") from self.error
+            raise AssertionError(f"the loop of the broker has ended: {self.error!r}") from self.error
