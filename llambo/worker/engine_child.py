@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent
 from llambo.worker.engine import engine_log
 from llambo.worker.engine import protocol as proto
@@ -74,10 +75,6 @@ def load_fake(configure: proto.Configure, say: Callable[[proto.Progress], None])
         suffer("crash")
 
 
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 class Child:
     """The loop: orders in, one step, one message out."""
 
@@ -94,8 +91,8 @@ class Child:
         self._say(engine.ready())
         while True:
             self._obey(engine)
-            if engine.next_wakeup_ms() <= now_ms():
-                self._say(proto.Step(engine.step(now_ms())))
+            if engine.next_wakeup_ms() <= clock.now_ms():
+                self._say(proto.Step(engine.step(clock.now_ms())))
                 if engine.fault:
                     suffer(engine.fault)
 
@@ -103,7 +100,7 @@ class Child:
         """All orders that are here, and until a step is due whatever comes."""
         orders = self._orders
         while True:
-            wait_ms = engine.next_wakeup_ms() - now_ms()
+            wait_ms = engine.next_wakeup_ms() - clock.now_ms()
             if wait_ms <= 0 and orders.empty():
                 return
             try:
@@ -116,7 +113,7 @@ class Child:
     def _obey_one(self, engine: Engine, order: proto.EngineMessage) -> None:
         match order:
             case proto.Start():
-                refused = engine.start(order, now_ms())
+                refused = engine.start(order, clock.now_ms())
                 if refused is not None:
                     self._say(refused)
             case proto.Stop(key):

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from llambo.cli.kit.exits import Exit
+from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent
 from llambo.mesh.service.notify import Herald, manager
 from llambo.mesh.service.notify_core import Condition
@@ -173,22 +174,18 @@ class Restarts:
 
 def wait_before_start(wait_ms: int, herald: Herald) -> bool:
     """False: a signal asked it to stop during the wait."""
-    until = now_ms() + wait_ms
+    until = clock.now_ms() + wait_ms
     condition = Condition(f"it has failed several times in a row; it waits {wait_ms // 1000} s before it starts")
     reading, writing = socket.socketpair()
     with reading, writing:
         writing.setblocking(False)
         with signals_wake(writing.fileno()):
-            while (left := until - now_ms()) > 0:
-                herald.tell(condition, now_ms())
-                poll_ms = min(left, max(herald.due_ms - now_ms(), 0))
+            while (left := until - clock.now_ms()) > 0:
+                herald.tell(condition, clock.now_ms())
+                poll_ms = min(left, max(herald.due_ms - clock.now_ms(), 0))
                 if select.select([reading], [], [], poll_ms / 1000)[0]:
                     return False
     return True
-
-
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
 
 
 def boot_ms() -> int:
@@ -206,7 +203,7 @@ def serve(run: Callable[[Herald], int]) -> int:
     try:
         code = int(run(herald)) if wait_before_start(restarts.begin(boot_ms()), herald) else int(Exit.OK)
     except (click.ClickException, LlamboError) as error:
-        herald.tell(Condition(str(error), leaving=True), now_ms())
+        herald.tell(Condition(str(error), leaving=True), clock.now_ms())
         raise
     finally:
         herald.close()
