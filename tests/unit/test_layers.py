@@ -114,8 +114,6 @@ SHARED_NAMES: dict[str, set[str]] = {
     },
     "cli": {
         "Cell",
-        "Entry",
-        "Leave",
         "Number",
         "Order",
         "Page",
