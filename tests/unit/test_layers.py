@@ -112,11 +112,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Seen",
         "Step",
     },
-    "cli": {
-        "Entry",
-        "Leave",
-        "Order",
-    },
 }
 #: Rooms that import each other.
 CIRCLES: set[tuple[str, str]] = {
