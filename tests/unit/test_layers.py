@@ -107,17 +107,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Seen",
         "Step",
     },
-    "cli": {
-        "Cell",
-        "Entry",
-        "Leave",
-        "Number",
-        "Order",
-        "Page",
-        "Question",
-        "keys.py",
-        "tokens.py",
-    },
 }
 #: Rooms that import each other.
 CIRCLES: set[tuple[str, str]] = {
@@ -291,7 +280,8 @@ def test_a_name_means_one_thing_in_a_process(layer: str) -> None:
     assert len(loaded) > len(own)
     homes: dict[str, list[str]] = {}
     for name in loaded:
-        if Path(name).stem not in ("__init__", "__main__"):
+        # A command's file has the name of the command: that is how `cli/main.py`, and a reader, find it.
+        if Path(name).stem not in ("__init__", "__main__") and not name.startswith("cli/commands/"):
             homes.setdefault(f"{Path(name).stem}.py", []).append(name)
         for node in tree(name).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
