@@ -36,7 +36,7 @@ from llambo.testing.commands import Commands
 from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeKnobs as FakeOptions
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: In the environment of every process of one mesh, so that a process that outlives it is found.
 MARK = "TESTING_MESH"
