@@ -5,8 +5,7 @@ from __future__ import annotations
 import click
 
 from llambo.cli.kit.command import Group
-from llambo.cli.kit.common import config_option, verbosity
-from llambo.cli.kit.flags import settings_options
+from llambo.cli.kit.flags import config_option, settings_options, verbosity
 
 COMMANDS = (
     "send",

@@ -17,7 +17,7 @@ import pytest
 
 from llambo import SyncClient
 from llambo.cli.chat.store import SavedChat, Store, Turn
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, Done, command, environment, up
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, PASTE, TAB, Terminal

@@ -16,7 +16,7 @@ import pytest
 
 from bench import tiny_model
 from llambo import SyncClient
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import BROKER, LLAMBO, ROOT, WORKER, Commands, by_hand, command, environment, up
 from llambo.testing.processes import TIMEOUT_S, children, family, wait_until_gone
 from llambo.testing.terminal import Terminal

@@ -34,7 +34,7 @@ def place(tmp_path: Path) -> str:
 def test_off_loopback_a_broker_wants_keys_and_says_how(host: str, tmp_path: Path) -> None:
     done = run("llambo-broker", "--bind", host, "--port", "0", HOME=str(tmp_path))
     assert done.returncode == 2
-    assert "without keys a broker listens on this machine alone" in done.stderr
+    assert "without keys a broker listens on loopback only" in done.stderr
     assert "llambo keys init" in done.stderr
     assert f"llambo-broker --bind {host} --keys " in done.stderr
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import BROKER, LLAMBO, Commands, command, environment, up
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.terminal import CTRL_C, CTRL_D, TAB, Terminal
@@ -73,7 +73,7 @@ def test_every_command_at_the_prompt(mesh: Commands, tmp_path: Path) -> None:
             (f"why {id[:8]}", "dispatched"),
             ("queue", f"{id} +running"),
             (f"cancel {id[:8]}", f"cancelled {id} after"),
-            (f"attach {id[:8]}", "somebody cancelled the request"),
+            (f"attach {id[:8]}", "the request was cancelled"),
             (f"why {id}", r"ended \(cancelled\)"),
         ):
             shell.enter(line)

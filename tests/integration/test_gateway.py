@@ -249,7 +249,7 @@ def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
 def test_without_tls_it_stays_on_this_machine() -> None:
     with command(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
         assert refused.end() == 2
-        assert "without keys a gateway listens on this machine alone" in refused.story("")
+        assert "without keys a gateway listens on loopback only" in refused.story("")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")

@@ -16,8 +16,8 @@ from rich.console import Console
 from llambo.cli.chat import screen as screen_module
 from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.views import Clock
+from llambo.cli.kit.answer_views import Clock
+from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.client.answer_stream import Piece
 from llambo.mesh.wire.errors import harmless
 
@@ -370,7 +370,7 @@ def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
 def test_colours_are_for_the_terminal_and_text_is_for_a_pipe() -> None:
     async def scenario() -> bytes:
         read, write = os.pipe()
-        out = Out(write)
+        out = StdoutWriter(write)
         out.put("plain \x1b[31m ")
         out.paint("\x1b[1mdrawn\x1b[0m")
         await out.flush()

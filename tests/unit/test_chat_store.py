@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from llambo.cli import main
 from llambo.cli.chat.store import FILE_BYTES, SavedChat, Store, Turn, is_name, matches, state_folder
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.mesh.wire.errors import Code, LlamboError
 
 NOW = 1_700_000_000

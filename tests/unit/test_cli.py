@@ -18,11 +18,10 @@ from click.testing import CliRunner, Result
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.why import summary, timeline
-from llambo.cli.kit.exits import MEANING, Exit, exit_of
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.output import duration, facts, number, size, table
+from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
 from llambo.mesh.client.client import Client
@@ -84,7 +83,7 @@ def test_the_version_is_shown() -> None:
 
 def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
     script = (
-        "import sys, llambo.cli.main, llambo.cli.commands.send, llambo.cli.kit.following, llambo.mesh.client.client\n"
+        "import sys, llambo.cli.main, llambo.cli.commands.send, llambo.cli.kit.follow, llambo.mesh.client.client\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments'})"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
@@ -101,7 +100,7 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         (["frobnicate"], "No such command 'frobnicate'"),
         (["send", "--max-tokens", "many", "hello"], "'many': expected a whole number"),
         (["send", "--temperature", "-1", "hello"], "expected 0 to 100"),
-        (["send", "--deadline", "soon", "hello"], "is no time such as 500ms"),
+        (["send", "--deadline", "soon", "hello"], "is not a time such as 500ms"),
         (["send", "--priority", "urgent", "hello"], "interactive"),
         (["send", "--seed", "-1", "hello"], "expected a whole number, 0 to"),
         (["send", "--seed", "9223372036854775808", "hello"], "expected a whole number, 0 to"),
@@ -274,7 +273,7 @@ def test_a_name_of_control_characters_is_refused(main: click.Command) -> None:
     result = CliRunner().invoke(main, ["--name", "a\x1b[2Jb"])
 
     assert result.exit_code == Exit.USAGE
-    assert "none of control" in result.stderr
+    assert "no control characters" in result.stderr
 
 
 def test_no_more_of_stdin_is_read_than_a_prompt_may_have() -> None:
@@ -389,7 +388,7 @@ def test_a_story_is_a_timeline() -> None:
 # --- stdout --------------------------------------------------------------------------------------------
 
 
-async def _fill(out: Out, text: str, limit_s: float = 5.0) -> None:
+async def _fill(out: StdoutWriter, text: str, limit_s: float = 5.0) -> None:
     async with asyncio.timeout(limit_s):
         out.put(text)
         await out.flush()
@@ -398,7 +397,7 @@ async def _fill(out: Out, text: str, limit_s: float = 5.0) -> None:
 def test_a_reader_that_stalls_does_not_block_the_loop_and_loses_nothing() -> None:
     async def scenario() -> bytes:
         ours, theirs = os.pipe()
-        out = Out(theirs)
+        out = StdoutWriter(theirs)
         text = "0123456789" * 50_000
         out.put(text)  # more than a pipe holds: this would block
         with pytest.raises(TimeoutError):
@@ -419,7 +418,7 @@ def test_a_reader_that_has_left_is_noticed() -> None:
     async def scenario() -> None:
         ours, theirs = os.pipe()
         os.close(ours)
-        out = Out(theirs)
+        out = StdoutWriter(theirs)
         with pytest.raises(BrokenPipeError):
             await _fill(out, "hello")
         out.close()
@@ -431,7 +430,7 @@ def test_a_reader_that_has_left_is_noticed() -> None:
 def test_a_file_takes_everything(tmp_path: Path) -> None:
     async def scenario() -> None:
         with (tmp_path / "answer").open("wb") as file:
-            await _fill(Out(file.fileno()), "x" * 100_000)
+            await _fill(StdoutWriter(file.fileno()), "x" * 100_000)
 
     asyncio.run(scenario())
     assert (tmp_path / "answer").stat().st_size == 100_000
@@ -441,7 +440,7 @@ def test_a_temperature_that_nobody_chose_is_left_to_the_model(monkeypatch: pytes
     asked: list[Any] = []
     monkeypatch.setattr("llambo.mesh.client.client.Client.stream", lambda self, text, **options: asked.append(options))
     monkeypatch.setattr(
-        "llambo.cli.kit.following.follow",
+        "llambo.cli.kit.follow.follow",
         lambda common, opener, **rest: asyncio.run(opener(Client("tcp://127.0.0.1:1"))),
     )
     llambo("send", "hello")
@@ -472,7 +471,7 @@ def test_what_others_say_does_not_reach_the_terminal_as_orders(evil: str, capsys
 
 def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> None:
     async def put(descriptor: int) -> None:
-        out = Out(descriptor)
+        out = StdoutWriter(descriptor)
         out.put("\x1b[2Jred\n")
         await out.flush()
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from llambo.cli import main
 from llambo.cli.kit.common import Common
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import (
     TABLE,

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
     BARS,

@@ -19,16 +19,15 @@ from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
 from llambo.cli.commands.send import read_stdin
+from llambo.cli.kit.answer_views import statistics_line
 from llambo.cli.kit.ask import connect
 from llambo.cli.kit.command import Command, silence_stdout
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
-from llambo.cli.kit.following import tell_link
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.output import duration, number, show_json, table
-from llambo.cli.kit.views import statistics_line
+from llambo.cli.kit.follow import tell_link
+from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.tables import duration, number, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -180,7 +179,7 @@ def _talk(common: Common, question: str | None, as_json: bool, chosen: dict[str,
         if not sys.stdout.isatty():
             raise click.UsageError("a conversation needs a terminal; give a PROMPT for a single answer")
     elif not question.strip():
-        raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
+        raise LlamboError(Code.BAD_REQUEST, "the prompt is empty", hint="give a prompt, as an argument or on stdin")
     if len(chosen["system"] or "") > limits.SYSTEM_CHARS:
         raise click.UsageError(f"--system may have {limits.SYSTEM_CHARS} characters")
     store = _store()
@@ -235,7 +234,7 @@ async def _run(
         seed=chosen["seed"],
     )
     async with connect(common) as client:
-        with contextlib.closing(Out(sys.stdout.fileno())) as out:
+        with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
             screen, signals = _screen(out, question, as_json, chosen), Signals()
             dialogue = Dialogue(client, saved, store, screen, signals, options)
             with signals.installed():
@@ -244,7 +243,7 @@ async def _run(
                 return await _answer_once(dialogue, signals, question, common)
 
 
-def _screen(out: Out, question: str | None, as_json: bool, chosen: dict[str, Any]) -> Screen:
+def _screen(out: StdoutWriter, question: str | None, as_json: bool, chosen: dict[str, Any]) -> Screen:
     colours = not (chosen["no_color"] or os.environ.get("NO_COLOR"))
     console = None
     if not as_json and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):

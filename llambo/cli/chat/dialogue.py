@@ -24,8 +24,8 @@ import msgspec
 
 from llambo.cli.chat.screen import Screen, Waiting, show
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
-from llambo.cli.kit.following import END_WAIT_S, end_signals
-from llambo.cli.kit.views import Clock
+from llambo.cli.kit.answer_views import Clock
+from llambo.cli.kit.follow import END_WAIT_S, end_signals
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:

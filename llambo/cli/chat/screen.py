@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import click
 
 from llambo.cli.chat.store import Turn
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.output import duration
-from llambo.cli.kit.views import Clock, JsonView
+from llambo.cli.kit.answer_views import Clock, JsonView
+from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.tables import duration
 from llambo.mesh.wire.errors import LlamboError, harmless
 
 if TYPE_CHECKING:
@@ -57,7 +57,13 @@ _STYLES: dict[Tone, dict[str, Any]] = {
 
 class Screen:
     def __init__(
-        self, out: Out, console: Console | None, *, colours: bool, notices_to_stderr: bool, as_json: bool = False
+        self,
+        out: StdoutWriter,
+        console: Console | None,
+        *,
+        colours: bool,
+        notices_to_stderr: bool,
+        as_json: bool = False,
     ) -> None:
         """`console`: draws markdown; None where stdout is not a terminal that can be drawn on."""
         self.out = out
@@ -89,7 +95,7 @@ class Screen:
         return DrawnAnswer(self.out, self._console) if self._console is not None else PlainAnswer(self.out)
 
 
-async def show(stream: Stream, view: AnswerView, out: Out, waiting: Waiting, texts: list[str]) -> Clock:
+async def show(stream: Stream, view: AnswerView, out: StdoutWriter, waiting: Waiting, texts: list[str]) -> Clock:
     """Show the stream to its end, and append each piece of text to `texts` before it is shown."""
     clock = Clock()
     try:
@@ -176,7 +182,7 @@ class AnswerView(Protocol):
 class PlainAnswer:
     """The text of the model, unchanged."""
 
-    def __init__(self, out: Out) -> None:
+    def __init__(self, out: StdoutWriter) -> None:
         self._out = out
         self._last = "\n"
 
@@ -196,7 +202,7 @@ class PlainAnswer:
 class JsonAnswer:
     """The lines of `llambo send --json`."""
 
-    def __init__(self, out: Out, stream: Stream) -> None:
+    def __init__(self, out: StdoutWriter, stream: Stream) -> None:
         self._view = JsonView(out, stream)
         self.piece = self._view.piece
         stream.on_place = self._view.placed
@@ -212,7 +218,7 @@ class JsonAnswer:
 class DrawnAnswer:
     """Markdown on a terminal. Finished blocks are drawn once, the last one again for each frame."""
 
-    def __init__(self, out: Out, console: Console) -> None:
+    def __init__(self, out: StdoutWriter, console: Console) -> None:
         from rich.cells import cell_len
         from rich.text import Text
 

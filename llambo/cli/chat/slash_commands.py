@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llambo.cli.chat.dialogue import EXCERPT_CHARS, Dialogue, ModelContext
 from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line, turn_count
 from llambo.cli.commands.status import mesh_facts
-from llambo.cli.kit.output import facts
+from llambo.cli.kit.tables import facts
 from llambo.mesh.wire import limits
 
 #: /history alone shows this many turns.

@@ -33,7 +33,7 @@ def attach(common: Common, id: str, as_json: bool) -> None:
     The beginning of the id is enough. Ctrl-C stops following and leaves the request alone: `llambo cancel` stops it.
     The JSON lines are those of `llambo send`.
     """
-    from llambo.cli.kit.following import follow
+    from llambo.cli.kit.follow import follow
 
     code = follow(common, lambda client: client.attach(id), as_json=as_json, mine=False)
     click.get_current_context().exit(code)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, config_option, pass_common
-from llambo.cli.kit.flags import json_option, settings_options
-from llambo.cli.kit.output import show_json, table
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.flags import config_option, json_option, settings_options
+from llambo.cli.kit.tables import show_json, table
 
 EXAMPLES = """
 llambo config

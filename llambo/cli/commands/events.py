@@ -8,7 +8,7 @@ from llambo.cli.kit.ask import ask
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.output import duration, number, show_json, table
+from llambo.cli.kit.tables import duration, number, show_json, table
 
 EXAMPLES = """
 llambo events

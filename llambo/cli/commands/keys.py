@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command, Group
-from llambo.cli.kit.common import Common, config_option, pass_common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.flags import json_option, settings_options
-from llambo.cli.kit.output import show_json, table
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.flags import config_option, json_option, settings_options
+from llambo.cli.kit.tables import show_json, table
 
 if TYPE_CHECKING:
     from llambo.mesh.security.keyring import Entry, Folder

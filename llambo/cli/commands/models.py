@@ -11,7 +11,7 @@ from llambo.cli.kit.ask import ask
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option, settings_options
-from llambo.cli.kit.output import facts, number, show_json, size, table
+from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:

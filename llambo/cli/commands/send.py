@@ -82,7 +82,7 @@ def send(
     """
     text = prompt_of(prompt, in_shell=common.session is not None)
     if not text:
-        raise LlamboError(Code.BAD_REQUEST, "the prompt is empty")
+        raise LlamboError(Code.BAD_REQUEST, "the prompt is empty", hint="give a prompt, as an argument or on stdin")
     if len(chosen["stop"]) > limits.STOP_STRINGS:
         raise click.UsageError(f"--stop may be given {limits.STOP_STRINGS} times")
     if chosen["logprobs"] is not None and not as_json:
@@ -92,7 +92,7 @@ def send(
     if detach:
         _detach(common, text, options, as_json)
         return
-    from llambo.cli.kit.following import follow
+    from llambo.cli.kit.follow import follow
 
     async def opener(client: Client) -> Stream:
         return client.stream(text, **options)

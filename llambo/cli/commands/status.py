@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from llambo.cli.commands.models import show_models
-from llambo.cli.kit.ask import ask
+from llambo.cli.kit.ask import address_of, ask, key_of
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.keyfile import address_of, key_of
-from llambo.cli.kit.output import facts, number, show_json, size, table
+from llambo.cli.kit.tables import facts, number, show_json, size, table
 
 EXAMPLES = """
 llambo status

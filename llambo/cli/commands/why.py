@@ -8,7 +8,7 @@ from llambo.cli.kit.ask import ask, rows_of
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.output import show_json
+from llambo.cli.kit.tables import show_json
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 EXAMPLES = """

@@ -10,10 +10,9 @@ import click
 from llambo.cli.fleet.fleet_site import fleet_options, run, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.output import duration, number, show_json, size, table
+from llambo.cli.kit.tables import duration, number, show_json, size, table
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import harmless
 

@@ -12,11 +12,10 @@ from llambo.cli.fleet.fleet import make_it_so
 from llambo.cli.fleet.fleet_site import fleet_options, run, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.output import show_json
-from llambo.cli.kit.standard import tell
+from llambo.cli.kit.std_streams import tell
+from llambo.cli.kit.tables import show_json
 from llambo.mesh.wire.errors import harmless
 
 if TYPE_CHECKING:

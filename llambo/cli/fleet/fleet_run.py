@@ -12,7 +12,7 @@ from llambo.cli.fleet.fleet_site import fleet_options, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options
-from llambo.cli.kit.standard import tell
+from llambo.cli.kit.std_streams import tell
 from llambo.mesh.wire.errors import harmless
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_fleet(common: Common, file: Path, state: Path | None) -> None:
 
 
 async def _run(here: Site) -> None:
-    from llambo.cli.kit.following import end_signals
+    from llambo.cli.kit.follow import end_signals
     from llambo.fleet.run.orchestrator import Orchestrator
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

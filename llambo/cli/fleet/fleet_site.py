@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from llambo.cli.kit.ask import address_of, key_of
 from llambo.cli.kit.common import Common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.keyfile import address_of, key_of
+from llambo.cli.kit.failure import Exit, Failure
 
 if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Wanted

@@ -1,24 +1,28 @@
-"""Asking the mesh: a client, one question, an answer. In a shell the client is the one that is there already."""
+"""How a command reaches the mesh: which broker and key, a client, a question and its answer.
+
+In a shell all commands share one client and one loop; elsewhere each command has its own.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llambo.cli.kit.common import Common
-from llambo.cli.kit.keyfile import address_of, key_of
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
+    from llambo.mesh.settings.settings import Settings
     from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 
 
 def connect(common: Common) -> Client:
-    """A client with the settings in force, to be entered with `async with`."""
+    """A client with the settings in force. Enter it with `async with`."""
     import getpass
     import socket
 
@@ -29,7 +33,7 @@ def connect(common: Common) -> Client:
     try:
         user = getpass.getuser()
     except (KeyError, OSError, ImportError):  # a container's user may have no name
-        user = "somebody"
+        user = "unknown"
     return Client(
         address,
         name=f"{user}@{socket.gethostname()}",
@@ -38,8 +42,22 @@ def connect(common: Common) -> Client:
     )
 
 
+def key_of(settings: Settings) -> PeerKey | None:
+    """The key of a client or a worker; None without keys."""
+    from llambo.mesh.security import keys
+
+    return keys.find(settings.text("key"), os.environ)
+
+
+def address_of(settings: Settings, key: PeerKey | None) -> str:
+    """The broker's address: the one in the key, unless a setting names another."""
+    if key is not None and settings.sources["broker"] == "default":
+        return key.address
+    return settings.text("broker")
+
+
 def where(common: Common) -> tuple[str, PeerKey | None]:
-    """Which broker is meant, and who asks it."""
+    """The broker's address and the key to use there."""
     key = key_of(common.settings)
     return address_of(common.settings, key), key
 
@@ -49,7 +67,7 @@ def connected(common: Common) -> AbstractAsyncContextManager[Client]:
 
 
 def run(common: Common, work: Coroutine[Any, Any, T]) -> T:
-    """On a loop of its own, or on that of the shell this command was typed in."""
+    """Run it on a new loop, or in a shell on the loop of the shell."""
     import asyncio
 
     return asyncio.run(work) if common.session is None else common.session.run(work)

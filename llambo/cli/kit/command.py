@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from llambo.cli.kit.exits import MEANING, Exit
-from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.standard import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
+from llambo.cli.kit.failure import MEANING, Exit, Failure
+from llambo.cli.kit.std_streams import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
 from llambo.mesh.wire.errors import LlamboError
 
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())

@@ -1,15 +1,76 @@
-"""What went wrong and what to do about it: the one form in which a command fails."""
+"""How a command fails: exit codes, which scripts can tell apart, and one form of message with a hint."""
 
 from __future__ import annotations
 
 import json
+from enum import IntEnum
 from typing import IO, Any
 
 import click
 
-from llambo.cli.kit.exits import Exit, exit_of
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
+
+
+class Exit(IntEnum):
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    NO_BROKER = 3
+    REFUSED = 4
+    BUSY = 5
+    TIMEOUT = 6
+    ENGINE = 7
+    UNKNOWN_ID = 8
+    DENIED = 9
+    INTERRUPTED = 130
+
+
+MEANING: dict[Exit, str] = {
+    Exit.OK: "done",
+    Exit.ERROR: "another error; the message names it",
+    Exit.USAGE: "wrong usage or a wrong setting",
+    Exit.NO_BROKER: "no broker answers",
+    Exit.REFUSED: "the request is wrong: a bad option, too long, an unknown model",
+    Exit.BUSY: "the mesh is full or has no worker now; retrying can help",
+    Exit.TIMEOUT: "a deadline, a timeout or the longest wait has passed",
+    Exit.ENGINE: "the engine failed",
+    Exit.UNKNOWN_ID: "unknown or expired request id, or unknown worker",
+    Exit.DENIED: "the key is not valid, or may not do that",
+    Exit.INTERRUPTED: "interrupted by Ctrl-C",
+}
+
+_EXIT_OF: dict[Code, Exit] = {
+    Code.BAD_MESSAGE: Exit.ERROR,
+    Code.BAD_VERSION: Exit.ERROR,
+    Code.UNKNOWN_TYPE: Exit.ERROR,
+    Code.UNKNOWN_SESSION: Exit.ERROR,
+    Code.NAME_TAKEN: Exit.ERROR,
+    Code.INTERNAL: Exit.ERROR,
+    Code.CANCELLED: Exit.ERROR,
+    Code.BAD_SETTING: Exit.USAGE,
+    Code.NO_BROKER: Exit.NO_BROKER,
+    Code.BAD_REQUEST: Exit.REFUSED,
+    Code.TOO_LONG: Exit.REFUSED,
+    Code.UNKNOWN_MODEL: Exit.REFUSED,
+    Code.MODEL_REQUIRED: Exit.REFUSED,
+    Code.UNAUTHORIZED: Exit.DENIED,
+    Code.FORBIDDEN: Exit.DENIED,
+    Code.OVER_LIMIT: Exit.BUSY,
+    Code.BUSY: Exit.BUSY,
+    Code.NO_WORKER: Exit.BUSY,
+    Code.DEADLINE: Exit.TIMEOUT,
+    Code.TIMEOUT: Exit.TIMEOUT,
+    Code.QUEUE_TIMEOUT: Exit.TIMEOUT,
+    Code.ENGINE_FAILED: Exit.ENGINE,
+    Code.UNKNOWN_REQUEST: Exit.UNKNOWN_ID,
+    Code.EXPIRED: Exit.UNKNOWN_ID,
+    Code.UNKNOWN_WORKER: Exit.UNKNOWN_ID,
+}
+
+
+def exit_of(code: Code) -> Exit:
+    return _EXIT_OF.get(code, Exit.ERROR)
 
 
 class Failure(click.ClickException):
@@ -18,21 +79,21 @@ class Failure(click.ClickException):
     def __init__(self, what: str, hint: str = "", code: int = Exit.ERROR, *, as_json: dict[str, Any] | None = None):
         super().__init__(what)
         self.hint = hint
-        self.exit_code = int(code)  # type: ignore[misc]  # the way click means it, whatever it declares
+        self.exit_code = int(code)  # type: ignore[misc]  # click declares a class variable, and reads the attribute
         self.as_json = as_json
 
     @classmethod
     def of(cls, error: LlamboError, *, as_json: bool = False) -> Failure:
-        hint, code = hint_of(error), exit_of(error.code)
-        # Some texts say already what to do; once is enough.
+        hint, code = error.hint, exit_of(error.code)
+        # Some texts end in the hint.
         text = error.text.removesuffix(f"; {hint}")
         if error.retry_after_ms:
             text = f"{text}; try again in {error.retry_after_ms / 1000:g} s"
-        told: dict[str, Any] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
+        fields: dict[str, Any] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
         if error.retry_after_ms:
-            told["retry_after_ms"] = error.retry_after_ms
-        told |= {"retryable": error.retryable, "exit": int(code)}
-        return cls(text, hint, code, as_json=told if as_json else None)
+            fields["retry_after_ms"] = error.retry_after_ms
+        fields |= {"retryable": error.retryable, "exit": int(code)}
+        return cls(text, hint, code, as_json=fields if as_json else None)
 
     def show(self, file: IO[Any] | None = None) -> None:
         if self.as_json is not None:
@@ -42,19 +103,12 @@ class Failure(click.ClickException):
             click.echo(f"  {self.hint}", err=True)
 
 
-def hint_of(error: LlamboError) -> str:
-    """That of its code, unless more can be said."""
-    if error.code is Code.UNKNOWN_TYPE and "client_hello" in error.text:
-        return "that is a broker's port for workers; clients take the first of its ports, the one it says at its start"
-    if error.code is Code.BAD_REQUEST and "prompt is empty" in error.text:
-        return "give a prompt, as an argument or on stdin"
-    return error.hint
-
-
 def check_name(name: str, flag: str) -> str:
-    """Names are shown in everybody's lists and logs: what moves the cursor does not belong there."""
+    """Names are shown in the lists and logs of all users, so control characters are refused."""
     if not name.isprintable() or len(name) > limits.NAME_CHARS:
         raise Failure(
-            f"{flag} {name!r} is no name", f"at most {limits.NAME_CHARS} characters, none of control", Exit.USAGE
+            f"{flag} {name!r} is not a valid name",
+            f"at most {limits.NAME_CHARS} characters, no control characters",
+            Exit.USAGE,
         )
     return name

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from llambo.cli.kit.common import Common, config_option, verbosity
+from llambo.cli.kit.common import Common
 from llambo.mesh.settings.settings_table import BY_NAME, Setting
 from llambo.mesh.wire import limits
 
@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
-    """Reads a value as the file and the environment do, so that all three take the same and say the same."""
+    """Parses a value as the file and the environment do: the same values and the same errors in all three."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -30,10 +30,10 @@ class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from cl
 
 
 class SettingOption(click.Option):
-    """Under which heading the help shows it is decided here; its value goes to Common, not to the function."""
+    """An option with a heading in the help. Its value is stored in `Common` and not passed to the function."""
 
     def __init__(self, setting: Setting, heading: str = "", default: str = "") -> None:
-        """`default`: what the command takes where nobody has said anything, if that is not the setting's."""
+        """`default`: the command's own default, if it differs from the setting's."""
         shown = default or setting.show(setting.default)
         default = f"  [default: {shown}]" if shown else ""
         super().__init__(
@@ -48,13 +48,13 @@ class SettingOption(click.Option):
 
     @staticmethod
     def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-        # None means not said: the environment, the file or the default decides then.
+        # None means that the flag was not given: the environment, the file or the default decides then.
         if value is not None and parameter.name is not None:
             context.ensure_object(Common).flags[parameter.name] = value
 
 
 def _sentence(text: str) -> str:
-    # Where the first word is a value that can be chosen, it stays as it is written.
+    # A first word that is a value to choose is not capitalised.
     return f"{text if text.split()[0].endswith(':') else text[:1].upper() + text[1:]}."
 
 
@@ -81,15 +81,42 @@ def setting_option(name: str, *, default: str) -> Callable[[F], F]:
 
 
 def _attach(function: Any, option: click.Option) -> None:
-    # What click's own decorators do; there is none for an option that is made already.
+    # As click's own decorators do. Click has none for an option object.
     if isinstance(function, click.Command):
         function.params.append(option)
     else:
         function.__dict__.setdefault("__click_params__", []).append(option)
 
 
+def _remember(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        common = context.ensure_object(Common)
+        if key == "verbose":
+            common.verbose += value
+        elif value is not None:
+            common.config = value
+
+    return callback
+
+
+def verbosity(help: str) -> Callable[[F], F]:
+    return click.option(
+        "-v", "--verbose", count=True, expose_value=False, callback=_remember("verbose"), help=help
+    )  # fmt: skip
+
+
+def config_option() -> Callable[[F], F]:
+    return click.option(
+        "--config",
+        metavar="FILE",
+        expose_value=False,
+        callback=_remember("config"),
+        help="Read this file instead of llambo.toml.",
+    )
+
+
 def client_options(function: F, *, verbose: str = "Log to stderr; twice for more.") -> F:
-    """Every client command takes these, behind its own name as well as behind `llambo`."""
+    """The options of every command that asks the mesh. `llambo` takes them too, before the command."""
     return settings_options(["broker", "key"])(config_option()(verbosity(verbose)(function)))
 
 
@@ -98,7 +125,7 @@ def json_option(function: F) -> F:
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
-    """A time as people say it, in whole milliseconds."""
+    """A time such as 500ms, 20s or 5m, in whole milliseconds."""
 
     name = "TIME"
     _UNITS = {"ms": 1, "": 1_000, "s": 1_000, "m": 60_000, "h": 3_600_000}
@@ -109,7 +136,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|)", str(value).strip())
         time_ms = round(float(found[1]) * self._UNITS[found[2]]) if found else 0
         if time_ms < 1:
-            self.fail(f"{value!r} is no time such as 500ms, 20s, 20 (seconds), 5m or 1h", param, ctx)
+            self.fail(f"{value!r} is not a time such as 500ms, 20s, 20 (seconds), 5m or 1h", param, ctx)
         return time_ms
 
 

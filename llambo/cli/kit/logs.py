@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from llambo.cli.kit.standard import TELLERS
+from llambo.cli.kit.std_streams import TELLERS
 from llambo.mesh.service import journal
 
 #: What every line of this process is about: a worker's name, once it is known.

@@ -81,8 +81,8 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
     from llambo.bridge.connection import ConnectionLimits
     from llambo.bridge.server import Bridge, BridgeLimits
     from llambo.cli.kit.ask import connect
-    from llambo.cli.kit.following import end_signals
-    from llambo.cli.kit.standard import tell
+    from llambo.cli.kit.follow import end_signals
+    from llambo.cli.kit.std_streams import tell
 
     settings, loop = common.settings, asyncio.get_running_loop()
     of_each = ConnectionLimits(settings.number("bridge_line_bytes"), settings.number("bridge_in_flight"), quit_stops)
@@ -97,7 +97,7 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
 
 
 def _report_link(lost: str) -> None:
-    from llambo.cli.kit.standard import tell
+    from llambo.cli.kit.std_streams import tell
     from llambo.mesh.wire.errors import harmless
 
     tell(f"llambo bridge: {f'lost the broker ({harmless(lost)}); trying again' if lost else 'the broker is back'}")

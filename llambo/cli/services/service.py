@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Exit
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent, stop_signals_wake
 from llambo.mesh.service.notify import Herald, manager

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from llambo.cli.kit.command import Command, Group
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.mesh.wire.errors import LlamboError
 from llambo.systemd import units
 

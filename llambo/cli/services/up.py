@@ -23,13 +23,12 @@ from typing import Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.flags import settings_options
-from llambo.cli.kit.following import end_signals
-from llambo.cli.kit.keyfile import WORKERS, folder_of, worker_key
-from llambo.cli.kit.standard import tell
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.flags import config_option, settings_options, verbosity
+from llambo.cli.kit.follow import end_signals
+from llambo.cli.kit.server_keys import WORKERS, folder_of, worker_key
+from llambo.cli.kit.std_streams import tell
 from llambo.cli.services.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
 from llambo.mesh.service.child_process import exit_text, ready_line

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llambo.cli.kit.ask import address_of, key_of
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure, check_name
-from llambo.cli.kit.flags import settings_options
-from llambo.cli.kit.keyfile import address_of, key_of
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.failure import Exit, Failure, check_name
+from llambo.cli.kit.flags import config_option, settings_options, verbosity
 from llambo.cli.kit.logs import ABOUT
-from llambo.cli.kit.standard import tell
+from llambo.cli.kit.std_streams import tell
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError

@@ -16,10 +16,9 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
-from llambo.cli.kit.following import end_signals
+from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import TABLE, command_of, settable
 from llambo.cli.shell.lines import TO_MODEL, BadLine, CommandCall, parse

@@ -19,7 +19,7 @@ import llambo
 from llambo.cli.chat.prompt import open_history
 from llambo.cli.chat.store import state_folder
 from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.following import tell_link
+from llambo.cli.kit.follow import tell_link
 from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import MeshNames, completions
 from llambo.cli.shell.shell import LeaveShell, Shell

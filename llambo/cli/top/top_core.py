@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llambo.cli.kit.output import duration
+from llambo.cli.kit.tables import duration
 from llambo.mesh.wire.errors import harmless
 from llambo.mesh.wire.reports import EventRow, MeshStatus, RequestRow, SampleRow, WorkerRow
 

@@ -47,6 +47,8 @@ from llambo.mesh.wire.tokens import Logprob
 # --- What a client can ask about the mesh, and order of it; each is one question and one answer. ---
 
 T = TypeVar("T")
+#: Why a broker does not know the hello of a client.
+WORKER_PORT = "that is a broker's port for workers; clients use the first of its ports, which it prints at its start"
 
 
 class Enquiries:
@@ -426,6 +428,8 @@ class Client(TaskCalls, Enquiries):
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
             self._tell_link(problem.text or LinkProblem.NO_ANSWER.value)
         elif problem is not None and not (error := self._error(problem)).retryable:
+            if error.code is Code.UNKNOWN_TYPE:  # of the hello
+                error = LlamboError(error.code, error.text, hint=WORKER_PORT)
             reject(self._welcomed, error)
 
     def _tell_link(self, lost: str) -> None:

@@ -119,11 +119,13 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 class LlamboError(Exception):
     """Anything llambo reports. `code` says what it is, `hint` what to do about it."""
 
-    def __init__(self, code: Code, text: str, retry_after_ms: int = 0) -> None:
+    def __init__(self, code: Code, text: str, retry_after_ms: int = 0, *, hint: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
         self.retry_after_ms = retry_after_ms
+        #: In place of the hint of the code, where more is known. It is not sent.
+        self._hint = hint
 
     @classmethod
     def of(cls, info: ErrorInfo) -> LlamboError:
@@ -135,7 +137,7 @@ class LlamboError(Exception):
 
     @property
     def hint(self) -> str:
-        return self.trait.hint
+        return self._hint or self.trait.hint
 
     @property
     def retryable(self) -> bool:

@@ -19,7 +19,7 @@ WRITE_BYTES = 4_096
 BACKLOG_BYTES = 64 * 1024
 
 
-class Out:
+class StdoutWriter:
     """Belongs to one event loop. After its reader has left, `room` and `flush` raise BrokenPipeError."""
 
     def __init__(self, descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys as the commands see them: which one is meant, and a broker that must not listen without any."""
+"""The keys of what listens: a broker or a gateway that other hosts can reach does not start without them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.failure import Exit, Failure
 
 if TYPE_CHECKING:
     from llambo.mesh.security.keyring import Folder
     from llambo.mesh.settings.settings import Settings
     from llambo.mesh.wire.identity import PeerKey
 
-#: The key of workers that `llambo up` starts, and what they are called before the dash.
+#: The name of the key of workers that `llambo up` starts; the workers are named after it.
 WORKERS = "worker"
-#: What the gateway's own key is called.
+#: The name of the gateway's own key.
 GATEWAY = "gateway"
 
 
-def key_of(settings: Settings) -> PeerKey | None:
-    """The key of a client or a worker, if one was given."""
-    from llambo.mesh.security import keys
-
-    return keys.find(settings.text("key"), os.environ)
-
-
-def address_of(settings: Settings, key: PeerKey | None) -> str:
-    """Where the broker is: in the key, unless somebody has said otherwise."""
-    if key is not None and settings.sources["broker"] == "default":
-        return key.address
-    return settings.text("broker")
-
-
 def folder_of(settings: Settings, host: str) -> Folder | None:
-    """The broker's keys. Without any it listens on this machine alone."""
+    """The broker's keys. Without keys it may only listen on loopback."""
     from llambo.mesh.link.sockets import is_loopback
     from llambo.mesh.security.keyring import Folder, default_folder
 
@@ -51,26 +36,26 @@ def folder_of(settings: Settings, host: str) -> Folder | None:
     there = default_folder(os.environ)
     begin = "" if Folder(there).exists else "llambo keys init --address tcp://THIS-HOST:7330\n  "
     raise Failure(
-        f"without keys a broker listens on this machine alone, and {host} is more than that",
+        f"without keys a broker listens on loopback only, and {host} is not a loopback address",
         f"{begin}llambo-broker --bind {host} --keys {there}",
         Exit.USAGE,
     )
 
 
 def gateway_folder(settings: Settings) -> Folder | None:
-    """Keys and API tokens. Beyond this machine there is no gateway without them, nor one that does not encrypt."""
+    """Keys and API tokens. A gateway that listens beyond loopback needs them, and TLS."""
     from llambo.mesh.link.sockets import is_loopback
     from llambo.mesh.security.keyring import Folder, default_folder
 
     host, path = settings.text("http_bind"), settings.text("http_keys")
     if not is_loopback(host):
         if not path:
-            text = f"without keys a gateway listens on this machine alone, and {host} is more than that"
+            text = f"without keys a gateway listens on loopback only, and {host} is not a loopback address"
             raise Failure(
                 text, f"llambo gateway --http-bind {host} --http-keys {default_folder(os.environ)}", Exit.USAGE
             )
         if not settings.text("tls_cert") and not settings.switch("http_plain"):
-            text = f"on {host} API tokens and answers would travel for everybody to read"
+            text = f"on {host} API tokens and answers would be sent unencrypted"
             hint = "--tls-cert FILE --tls-key FILE, or --http-plain yes if a proxy in front of it has TLS"
             raise Failure(text, hint, Exit.USAGE)
     if not path:
@@ -82,7 +67,7 @@ def gateway_folder(settings: Settings) -> Folder | None:
 
 
 def gateway_key(folder: Folder) -> PeerKey:
-    """The gateway's own, for what nobody in particular asks; it is made if there is none yet."""
+    """The gateway's own key, for requests of its own. Created at the first call."""
     from llambo.mesh.wire.identity import Identity
 
     if not folder.ring().named(GATEWAY):
@@ -91,7 +76,7 @@ def gateway_key(folder: Folder) -> PeerKey:
 
 
 def worker_key(folder: Folder) -> Path:
-    """The file with the key of workers called worker-1, worker-2 and so on; it is made if there is none yet."""
+    """The key file of the workers worker-1, worker-2 and so on. Created at the first call."""
     from llambo.mesh.security.keyring import ISSUED
     from llambo.mesh.wire.identity import Identity
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.output import duration
+from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.tables import duration
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Piece, Stream
@@ -62,7 +62,7 @@ class Clock:
 class TextView:
     """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
 
-    def __init__(self, out: Out, stream: Stream) -> None:
+    def __init__(self, out: StdoutWriter, stream: Stream) -> None:
         self._out = out
         self._stream = stream
         self._last = "\n"
@@ -98,7 +98,7 @@ class TextView:
 
 
 class JsonView:
-    def __init__(self, out: Out, stream: Stream) -> None:
+    def __init__(self, out: StdoutWriter, stream: Stream) -> None:
         self._out = out
         self._stream = stream
         self._accepted = False

@@ -1,8 +1,8 @@
-"""Following a stream to its end, or to a Ctrl-C: what `send` and `attach` share.
+"""Follow a stream to its end, or to a Ctrl-C: `send` and `attach`.
 
-The first Ctrl-C cancels the request on its worker and waits for the end of it, so that one sees what was
-generated. The second one leaves at once; the broker then cancels for us, when it misses us. In a shell it is the
-shell that hears them, and a second one ends the waiting, not the shell.
+The first Ctrl-C cancels the request and waits for its end, so that the user sees what was generated. The second one
+exits at once; the broker then cancels the request when the client's lease expires. In a shell the shell receives the
+signals, and the second one ends only the command.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
 from llambo.cli.kit.ask import connected, run
 from llambo.cli.kit.command import silence_stdout
-from llambo.cli.kit.common import Common
-from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.out import Out
-from llambo.cli.kit.views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
+from llambo.cli.kit.common import Common, Session
+from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.cli.kit.shell_session import ShellSession
     from llambo.mesh.client.answer_stream import Answer, Stream
     from llambo.mesh.client.client import Client
 
@@ -38,15 +37,15 @@ END_WAIT_S = 2.0
 
 
 def end_signals() -> list[int]:
-    """What ends a command. Under `nohup` a terminal that is closed does not."""
+    """The signals that end a command. Under `nohup` a closed terminal does not."""
     hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
+    """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first one received, or 0."""
 
-    def __init__(self, *, cancels: bool, session: ShellSession | None = None) -> None:
+    def __init__(self, *, cancels: bool, session: Session | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels
@@ -87,11 +86,11 @@ class Interrupts:
 
 
 def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
-    """Show the stream that `opener` gives. The exit code. Its statistics go to stderr with -v."""
+    """Show the stream of `opener`, and with -v its statistics on stderr. Returns the exit code."""
     try:
         return run(common, _follow(common, opener, as_json, mine))
     except BrokenPipeError:
-        # `| head -3` has what it wanted. The stream was closed on the way here, and that cancels it.
+        # The reader, such as `head -3`, has closed the pipe. Closing the stream has cancelled the request.
         silence_stdout()
         return Exit.OK
 
@@ -119,14 +118,14 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
 
 
 def tell_link(lost: str) -> None:
-    """An answer that stands still for a while should say why."""
+    """Explain why the answer does not go on."""
     before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
     text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
     click.echo(f"{before}llambo: {text}", err=True)
 
 
 async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
-    with contextlib.closing(Out(sys.stdout.fileno())) as out:
+    with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
         view: View = JsonView(out, stream) if as_json else TextView(out, stream)
         stream.on_place = view.placed
         async with stream:
@@ -134,13 +133,13 @@ async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
                 shown = await _read(stream, view, out)
             except LlamboError:
                 view.close()
-                await out.flush()  # what there is of the answer comes before the error
+                await out.flush()  # the text so far is printed before the error
                 raise
             await out.flush()
             return shown
 
 
-async def _read(stream: Stream, view: View, out: Out) -> tuple[Answer, Clock]:
+async def _read(stream: Stream, view: View, out: StdoutWriter) -> tuple[Answer, Clock]:
     clock = Clock()
     while (piece := await stream.next_piece()) is not None:
         clock.on_piece(len(piece.ids))
@@ -162,7 +161,7 @@ def _exit_code(answer: Answer, interrupts: Interrupts) -> int:
     if interrupts.signal:
         click.echo(f"llambo: interrupted; the request was cancelled after {tokens} tokens", err=True)
         return 128 + interrupts.signal
-    click.echo(f"llambo: somebody cancelled the request after {tokens} tokens", err=True)
+    click.echo(f"llambo: the request was cancelled by another user after {tokens} tokens", err=True)
     return Exit.ERROR
 
 
