@@ -48,11 +48,11 @@ PATIENCE_S = 60.0
 AGENT = """
 import logging, os, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine import die_with
+from llambo.mesh.service.host import end_with_parent
 
-die_with(int(sys.argv[2]))
+end_with_parent(int(sys.argv[2]))
 logging.basicConfig(level=logging.INFO, format="%(created)f %(message)s")
 sys.exit(run_worker(msgspec.json.decode(sys.argv[1], type=WorkerConfig)))
 """

@@ -19,6 +19,7 @@ from bench.neighbours import Terms, llama_server
 from bench.processes import Node, process_cpu_s
 from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_stream, prompt
 from llambo import Client
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
 from llambo.worker.models import models
 
@@ -152,7 +153,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
-    parser.add_argument("--threads", type=int, default=models.cores())
+    parser.add_argument("--threads", type=int, default=host.physical_cores())
     parser.add_argument("--open", type=int, default=1_000, help="streams that are kept open")
     parser.add_argument("--alone", action="store_true", help="without llama-server, which has to be built")
     parser.add_argument("--no-model", action="store_true", help="only what needs no model")

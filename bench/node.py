@@ -20,10 +20,10 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.server import run_broker
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
+from llambo.mesh.service.host import end_with_parent
 from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
-from llambo.worker.engine_child import die_with
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512
@@ -117,7 +117,7 @@ def tell(**what: Any) -> None:
 
 
 if __name__ == "__main__":
-    die_with(int(sys.argv[3]))
+    end_with_parent(int(sys.argv[3]))
     logging.disable(logging.WARNING)  # what goes wrong here is meant to
     kinds = (broker, worker, gateway, bare, traced_broker, traced_worker)
     {kind.__name__: kind for kind in kinds}[sys.argv[1]](json.loads(sys.argv[2]))

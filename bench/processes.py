@@ -24,7 +24,7 @@ class Node:
     """One process of `bench.node`. Ready, with what it told, when the constructor returns or `ready` is called."""
 
     def __init__(self, kind: str, options: dict[str, Any] | None = None, *, wait: bool = True) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "bench.node", kind, json.dumps(options or {}), str(os.getpid())]
         self.process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE)
         self.pid = self.process.pid

@@ -133,8 +133,8 @@ class Connection(asyncio.Protocol):
 
     async def _ask(self, number: int, what: str) -> f.Fact:
         if what == "models":
-            return f.Done(number, await self._client.models())
-        return f.Done(number, {"bridge": self._bridge.numbers(), "mesh": await self._client.status()})
+            return f.Done(number, await self._client.query("models"))
+        return f.Done(number, {"bridge": self._bridge.numbers(), "mesh": await self._client.query("status")})
 
 
 def told(answer: Answer, model: str, *, whole: bool) -> dict[str, Any]:

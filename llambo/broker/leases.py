@@ -14,7 +14,7 @@ from llambo.broker.records.registry import ClientEntry
 from llambo.broker.records.state import Lease, State
 from llambo.broker.report import queries
 from llambo.broker.requests import admission
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
@@ -33,11 +33,11 @@ def asked(state: State, client: ClientEntry, said: m.Lease, now_ms: int) -> None
     if granted:
         _grant(state, client, said, there, now_ms)
     now = state.leases.get(said.name)
-    answer = {
-        "granted": granted and bool(said.ms),
-        "by": now.by if now is not None else "",
-        "left_ms": now.until - now_ms if now is not None else 0,
-    }
+    answer = reports.LeaseReply(
+        granted=granted and bool(said.ms),
+        by=now.by if now is not None else "",
+        left_ms=now.until - now_ms if now is not None else 0,
+    )
     queries.send(state, client, said.query, msgspec.msgpack.encode(answer))
 
 

@@ -6,7 +6,6 @@ the same. A killed agent leaves nothing behind."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import queue
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llambo.mesh.service.host import end_with_parent
 from llambo.worker.engine import engine_log
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
@@ -34,8 +34,6 @@ SPIN_COUNT = 1000
 FAKE_LOAD_PERCENT = 1
 #: Of -1000 to 1000: how gladly the kernel ends this process when there is no memory left.
 OOM_SCORE = 500
-#: From linux/prctl.h: the signal this process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
 
 
 class Engine(Protocol):
@@ -154,14 +152,6 @@ def suffer(fault: str) -> None:
         signal.pause()
 
 
-def die_with(parent: int) -> None:
-    """End when the agent ends, however it ends."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
-
-
 def be_first_to_go() -> None:
     """If memory runs out: this is what takes it, and the agent that survives has another one made."""
     path = Path("/proc/self/oom_score_adj")
@@ -176,7 +166,7 @@ def be_first_to_go() -> None:
 
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
-    die_with(parent)
+    end_with_parent(parent)
     engine_log.begin(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
     # Ctrl-C and a supervisor's SIGTERM reach the whole group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

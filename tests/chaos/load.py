@@ -21,8 +21,8 @@ from typing import Any
 
 from llambo import Client, LlamboError
 from llambo.mesh.client.answer_stream import Stream
+from llambo.mesh.service.host import end_with_parent
 from llambo.mesh.wire.stream import Reassembly
-from llambo.worker.engine_child import die_with
 from tests.chaos.history import Journal
 
 #: The shares of the ways in which answers are asked for; the rest are streams.
@@ -55,14 +55,14 @@ class Spans:
         """Look over the shoulder of every `Reassembly` of this process."""
         append = Reassembly._append
 
-        def watched(reassembly: Reassembly, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
+        def watched(reassembly: Reassembly, frame: bytes, count: int, flags: int) -> bool:
             first = reassembly.next_index
-            taken = append(reassembly, frame, count, flags, skip)
+            taken = append(reassembly, frame, count, flags)
             if taken:
                 spans = self._by_id[frame[1:17]]
                 if spans and first < spans[-1][0] + spans[-1][1]:
                     spans.clear()  # an answer that is followed anew begins anew
-                spans.append((first, count - skip, frame[17:25].hex()))
+                spans.append((first, count, frame[17:25].hex()))
             return taken
 
         Reassembly._append = watched  # type: ignore[method-assign, assignment]
@@ -191,7 +191,7 @@ class Load:
 def main(arguments: list[str]) -> None:
     told = json.loads(arguments[0])
     options = Options(**{**told, "tokens": tuple(told["tokens"])})
-    die_with(options.parent)
+    end_with_parent(options.parent)
     asyncio.run(Load(options).run())
 
 

@@ -188,7 +188,7 @@ class World:
             with contextlib.suppress(LlamboError, TimeoutError):
                 async with asyncio.timeout(LEAVE_S), Client(self.address(number)) as client:
                     while True:
-                        status = await client.status()
+                        status = await client.query("status")
                         idle = not (status["running"] or status["waiting"] or status["busy"])
                         if idle and status["ready"] >= self.plan.workers:
                             break
@@ -253,7 +253,7 @@ class World:
     async def _look(self, client: Client, broker: nodes.Node, pid: int) -> None:
         since, turn = 0, 0
         while broker.pid == pid:
-            listed = {line["worker"]: line for line in await client.workers()}
+            listed = {line["worker"]: line for line in await client.query("workers")}
             ready = [name for name, line in listed.items() if line["state"] == "ready"]
             self.journal.write("workers", broker=broker.name, names=list(listed), ready=ready)
             async with self.seen:
@@ -265,7 +265,7 @@ class World:
                 self.journal.write("event", broker=broker.name, kind=event["kind"], text=event["text"],
                                    t=now_ms() - event["age_ms"])  # fmt: skip
             if turn % COUNTERS_EVERY == 0:
-                status = await client.status()
+                status = await client.query("status")
                 self.journal.write("status", broker=broker.name, pid=pid, counters=status["counters"])
             turn += 1
             await asyncio.sleep(LOOK_S)

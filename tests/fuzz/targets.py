@@ -87,7 +87,10 @@ def _token_frames() -> Target:
         for frame in frames:
             chunk = tokens.decode_chunk(frame)
             if chunk is not None:
-                assert chunk.body.fits(len(chunk.body.ids)) and len(chunk.id) == limits.REQUEST_ID_BYTES
+                assert (
+                    tokens.read_body(frame, len(chunk.body.ids)) is not None
+                    and len(chunk.id) == limits.REQUEST_ID_BYTES
+                )
                 part = tokens.trim_chunk(frame, chunk.first)
                 assert part is not None and tokens.decode_chunk(part) == chunk, "trimmed by nothing, and yet otherwise"
             tokens.decode_beat(frame)
@@ -118,8 +121,8 @@ def _stream() -> Target:
             assert len(ids) == len(pieces) == stream.next_index - before, "tokens were lost or doubled"
             assert len(stream.take_logprobs(len(ids))) == len(ids)
             before = stream.next_index
-        assert transfer.count(transfer.merge(stream.kept)) == stream.next_index
-        assert transfer.check(list(stream.kept)) == stream.kept, "what was kept could not be shown to anybody"
+        assert transfer.count(transfer.merge(stream.chunks)) == stream.next_index
+        assert transfer.check(list(stream.chunks)) == stream.chunks, "what was kept could not be shown to anybody"
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         changed = list(frames)

@@ -50,7 +50,7 @@ MARK = "TEST_MESH"
 WORKER = """
 import logging, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
 
 logging.basicConfig(level=logging.INFO)
@@ -61,7 +61,7 @@ import logging, sys
 from pathlib import Path
 import msgspec
 from llambo.broker.config import BrokerConfig
-from llambo.mesh.keyring import Folder
+from llambo.mesh.security.keyring import Folder
 from llambo.broker.server import run_broker
 
 logging.basicConfig(level=logging.INFO)

@@ -20,7 +20,7 @@ DEADLINE_S = 20.0
 
 READER = """
 import sys, zmq
-from llambo.mesh import sockets
+from llambo.mesh.link import sockets
 
 with zmq.Context() as context, sockets.token(context, zmq.SUB, hwm=1) as reader:
     reader.subscribe(b"")

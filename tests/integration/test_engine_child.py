@@ -152,9 +152,9 @@ def test_signals_for_the_group_do_not_end_it() -> None:
 
 AGENT = """
 import signal, sys
-from llambo.worker import engine_proto as proto
-from llambo.worker.engine_process import EngineProcess
-from llambo.worker.fake import FakeKnobs
+from llambo.worker.engine import protocol as proto
+from llambo.worker.agent.engine_process import EngineProcess
+from llambo.worker.engine.engine_options import FakeKnobs
 
 child = EngineProcess(proto.Configure("fake", "fake", FakeKnobs(hang_at=int(sys.argv[1]))))
 child.order(proto.Start(bytes(24), b"hello", 10**6, 7))

@@ -51,7 +51,7 @@ def test_poison_among_seven_innocents() -> None:
                 assert (await client.status())["counters"]["convicted"] == 1
                 # Every engine is back, and works.
                 await asyncio.gather(*(answer(client, f"more {n}", n) for n in range(8)))
-                return await client.workers()
+                return list(await client.query("workers"))
 
         back = mesh.run(scenario())
         assert sum(int(str(worker["engine_restarts"])) for worker in back) == 2

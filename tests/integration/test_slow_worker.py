@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
+from llambo.mesh.wire.reports import EventRow
 from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.harness import Mesh, truth
 
@@ -25,7 +25,7 @@ def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
         async def scenario() -> None:
             async with mesh.client() as client:
                 asked = [asyncio.create_task(answer(client, number)) for number in range(4)]
-                number, told = 4, list[dict[str, Any]]()
+                number, told = 4, list[EventRow]()
                 while not told:
                     # Somebody always runs on each, so that both have a pace.
                     await answer(client, number)

@@ -23,7 +23,7 @@ from tests.integration.processes import children, wait_until_gone
 AGENT = """
 import logging, sys
 import msgspec
-from llambo.worker.agent import run_worker
+from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
 
 logging.basicConfig(level=logging.INFO)

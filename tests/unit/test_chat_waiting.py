@@ -12,6 +12,7 @@ import pytest
 from llambo.cli.chat.chat_answer import FIRST_S, STALL_S, Waiting
 from llambo.mesh.client.answer_stream import Stream
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import RequestStory
 
 
 class Broker:
@@ -22,11 +23,11 @@ class Broker:
         self.story: dict[str, Any] = {"state": "running", "worker": "w1", "moves": 0}
         self.error: LlamboError | None = None
 
-    async def why(self, id: str) -> dict[str, Any]:
+    async def why(self, id: str) -> RequestStory:
         self.asked += 1
         if self.error is not None:
             raise self.error
-        return self.story
+        return RequestStory(**self.story)
 
 
 class Clock:

@@ -52,7 +52,7 @@ def test_an_overlap_is_trimmed() -> None:
     stream.add(chunk(0, 3))
     assert stream.add(chunk(1, 4))
     assert stream.take()[0] == [0, 1, 2, 3, 4]
-    assert stream.trimmed == 1
+    assert stream.overlaps == 1
 
 
 def test_a_gap_is_named_and_closed_by_what_was_missing() -> None:

@@ -8,11 +8,11 @@ def test_alarms_ring_once_and_in_order() -> None:
     timers.set("late", 30)
     timers.set("soon", 10)
     timers.set("as soon", 10)
-    assert timers.next_ms() == 10
+    assert timers.next_wakeup_ms() == 10
     assert timers.due(9) == []
     assert timers.due(30) == ["soon", "as soon", "late"]
     assert timers.due(100) == []
-    assert timers.next_ms() == NEVER_MS
+    assert timers.next_wakeup_ms() == NEVER_MS
 
 
 def test_setting_again_moves_the_alarm_and_clearing_removes_it() -> None:
@@ -21,7 +21,7 @@ def test_setting_again_moves_the_alarm_and_clearing_removes_it() -> None:
     timers.set("a", 50)
     timers.set("b", 20)
     timers.clear("b")
-    assert timers.next_ms() == 50
+    assert timers.next_wakeup_ms() == 50
     assert timers.due(49) == []
     timers.set("a", 5)
     assert timers.due(49) == ["a"]

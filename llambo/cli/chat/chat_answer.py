@@ -66,11 +66,11 @@ class Waiting:
         except LlamboError:
             self._story = ""
             return
-        worker = harmless(str(found.get("worker", "")))
-        if found.get("state") != "running" or not worker:
+        worker = harmless(found.worker)
+        if found.state != "running" or not worker:
             self._story = "no worker has it now"
         else:
-            self._story = f"its worker is lost, {worker} has it now" if found.get("moves") else f"{worker} has it"
+            self._story = f"its worker is lost, {worker} has it now" if found.moves else f"{worker} has it"
 
 
 async def read(stream: Stream, view: AnswerView, out: Out, waiting: Waiting, heard: Callable[[str], None]) -> Clock:

@@ -68,7 +68,7 @@ class Talk:
 
     async def look(self) -> None:
         """Which models there are, for who begins to type the name of one."""
-        self.models = tuple(str(row["model"]) for row in await self.client.models())
+        self.models = tuple(row.model for row in await self.client.models())
 
     # --- one exchange ----------------------------------------------------------------------------------
 
@@ -157,7 +157,7 @@ class Talk:
             case e.ShowTurn(number, turn):
                 await self._tell(lambda: self._teller.turn(number, turn))
             case e.ShowStatus(facts):
-                found = await self.client.status()
+                found = await self.client.query("status")
                 await self._tell(lambda: self._teller.facts([*facts, *mesh_facts(found, self.client.address)]))
             case e.Learn(model):
                 return e.Learned(_context_of(await self.client.model_info(model=model or None)))

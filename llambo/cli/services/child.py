@@ -47,9 +47,9 @@ def _hold(context: click.Context, parameter: click.Parameter, path: str | None) 
 
 def adopt(parent: int | None) -> None:
     if parent is not None:
-        from llambo.worker.engine_child import die_with
+        from llambo.mesh.service.host import end_with_parent
 
-        die_with(parent)
+        end_with_parent(parent)
 
 
 def without_cores() -> None:

@@ -57,7 +57,7 @@ def up(common: Common, workers: int, no_http: bool) -> None:
 def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
     """The commands of the children. They are told what we were told, and find the rest where we found it."""
     from llambo.cli.services.local_mesh import Plan
-    from llambo.worker.models.models import cores
+    from llambo.mesh.service.host import physical_cores
 
     settings, flags = common.settings, common.flags
     shared = ["--config", common.config] if common.config else []
@@ -68,7 +68,7 @@ def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
     }  # fmt: skip
     if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
-        worker_flags["threads"] = max(1, cores() // workers)
+        worker_flags["threads"] = max(1, physical_cores() // workers)
     gateway, note = _gateway(common, shared) if http else (None, "")
     folder = folder_of(settings, settings.text("bind"))
     if folder is not None:

@@ -15,7 +15,6 @@ import msgspec
 
 from llambo.fleet.decide.plan import Do, Step
 from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.providers import machine
 from llambo.fleet.providers.process import Failed, Record
 from llambo.fleet.providers.providers import Providers, Told
 from llambo.fleet.world import HostFacts, Node, NodeState, World, facts_of
@@ -24,9 +23,13 @@ from llambo.mesh.link import sockets
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import ISSUED, Folder
+from llambo.mesh.service.host import cpus, memory_bytes
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
+
+#: Memory of this machine that is left for everything else, in percent.
+RESERVE_PERCENT = 10
 
 # --- What a node is begun with: its settings as the words of a command line. ---
 
@@ -191,7 +194,7 @@ class Keeper:
         )  # fmt: skip
 
     def _hosts(self, nodes: list[Node]) -> dict[str, HostFacts]:
-        memory, cores = machine.memory_bytes(), machine.cores()
+        memory, cores = memory_bytes() * (100 - RESERVE_PERCENT) // 100, float(cpus())
         away = self.processes.problems()
         hosts = {
             # Of another machine it is known what the file says.
@@ -208,7 +211,7 @@ class Keeper:
             return None, []
         try:
             async with self.mesh() as client:
-                return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
+                return {row["worker"]: row for row in await client.query("workers")}, await client.query("requests")
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
                 raise

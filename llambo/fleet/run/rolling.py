@@ -221,7 +221,7 @@ class Roller:
                 found = await client.workers(name)
                 if not found:
                     return "it has left the mesh"
-                if found[0]["done"] or found[0]["tokens_per_s"]:
+                if found[0].done or found[0].tokens_per_s:
                     return ""
                 try:
                     await client.generate(

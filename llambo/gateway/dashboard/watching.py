@@ -180,11 +180,11 @@ class Watches:
 async def _answers(client: Client, before: Picture) -> Answers:
     return Answers(
         *await asyncio.gather(
-            client.status(),
-            client.workers(),
-            client.requests(),
-            client.events(before.last_event),
-            client.recent(before.last_sample),
+            client.query("status"),
+            client.query("workers"),
+            client.query("requests"),
+            client.query("events", str(before.last_event)),
+            client.query("recent", str(before.last_sample)),
         )
     )
 

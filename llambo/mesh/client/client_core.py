@@ -76,8 +76,8 @@ class Questions:
         for query in self._timers.due(now_ms):
             self._say(query, now_ms)
 
-    def next_ms(self) -> int:
-        return self._timers.next_ms()
+    def next_wakeup_ms(self) -> int:
+        return self._timers.next_wakeup_ms()
 
     def _say(self, query: int, now_ms: int) -> None:
         self._send(self._open[query].message)
@@ -137,7 +137,7 @@ class ClientCore:
         return actions
 
     def next_wakeup_ms(self) -> int:
-        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_ms(), self._questions.next_ms())
+        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._questions.next_wakeup_ms())
         if self.requests.waiting and self.link.welcomed:
             wakeup = min(wakeup, self._gate_at)
         if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._questions):

@@ -143,7 +143,7 @@ class Request:
         if not self.model and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
         # A broker has accepted it once.
-        blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.kept)
+        blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.chunks)
         message = msgspec.structs.replace(
             self.message,
             model=self.model or self.message.model,
@@ -157,7 +157,7 @@ class Request:
 
     def _held(self) -> list[bytes]:
         """What was given to us, if that is all from the first token on and not too much to be said."""
-        kept = self.tokens.kept
+        kept = self.tokens.chunks
         if not kept or self.tokens.base or sum(map(len, kept)) > limits.CONTROL_BODY_BYTES // 2:
             return []
         return transfer.merge(kept)

@@ -103,8 +103,8 @@ class Requests:
 
     # --- time and the link -----------------------------------------------------------------------------------
 
-    def next_ms(self) -> int:
-        return self._timers.next_ms()
+    def next_wakeup_ms(self) -> int:
+        return self._timers.next_wakeup_ms()
 
     def on_time(self, now_ms: int) -> None:
         for id in self._timers.due(now_ms):

@@ -7,25 +7,24 @@ and must stay cheap: one unpack, one compare, one decode. Everything else is sor
     overlaps what is held        trimmed
     later, with a gap before it  stashed, until a replay fills the gap
 
-The gap is what the owner asks to have sent again; whatever did not fit the stash is simply asked for too.
+The gap is what the owner asks to have sent again; what did not fit into the stash is simply asked for too.
+
+`Chunks` is that order. The broker's transcript is one, which stores and forwards frames; a client's `Reassembly` is
+one, which also reads them.
 """
 
 from __future__ import annotations
 
+import enum
 from bisect import insort
-
-import msgspec
+from collections.abc import Iterator
 
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Body, Logprob, head, trim_chunk
-
-_decode_body = msgspec.msgpack.Decoder(Body).decode
-#: What a decoder raises for bytes that are not what they should be.
-_UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+from llambo.mesh.wire.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Logprob, head, read_body, trim_chunk
 
 
 class Stash:
-    """Chunks that arrived before their turn. Bounded: when it is full the nearest are kept."""
+    """Chunks that arrived before their turn. Bounded: when it is full the nearest stay."""
 
     __slots__ = ("_entries", "_limit", "refused")
 
@@ -60,7 +59,7 @@ class Stash:
         return True
 
     def pop_next(self, next_index: int) -> bytes | None:
-        """The frame that holds `next_index`; it may begin before it. Older ones are forgotten on the way."""
+        """The frame that holds `next_index`; it may begin before it. Older ones are dropped on the way."""
         entries = self._entries
         while entries and entries[0][0] <= next_index:
             first, count, frame = entries.pop(0)
@@ -69,32 +68,76 @@ class Stash:
         return None
 
 
-class Reassembly:
-    """One stream. `add` frames as they come, then `take` what is in order since the last time."""
+class Fit(enum.Enum):
+    """How a chunk fits to what is held."""
+
+    IMPOSSIBLE = "no chunk has such indexes"
+    OLD = "all of it is held"
+    NEXT = "it goes on from here, or overlaps"
+    EARLY = "something before it is missing"
+
+
+class Chunks:
+    """Chunks in order, each index once. The owner appends: to `chunks`, moving `next_index`."""
+
+    __slots__ = ("chunks", "next_index", "stash")
+
+    def __init__(self, next_index: int = 0) -> None:
+        self.chunks: list[bytes] = []
+        self.next_index = next_index
+        #: What arrived before its turn; None while that is nothing.
+        self.stash: Stash | None = None
+
+    def fit(self, first: int, count: int) -> Fit:
+        if not 0 < count <= limits.CHUNK_TOKENS or first + count > limits.TOKEN_INDEX:
+            return Fit.IMPOSSIBLE
+        if first > self.next_index:
+            return Fit.EARLY
+        return Fit.NEXT if first + count > self.next_index else Fit.OLD
+
+    def put_aside(self, first: int, count: int, frame: bytes) -> bool:
+        """False if it was there already or found no room."""
+        if self.stash is None:
+            self.stash = Stash()
+        return self.stash.put(first, count, frame)
+
+    def trimmed(self, frame: bytes) -> bytes | None:
+        """What of a frame that fits is new; None if it is malformed."""
+        first, _, _ = head(frame, KEY_END)
+        return frame if first >= self.next_index else trim_chunk(frame, self.next_index)
+
+    def released(self) -> Iterator[bytes]:
+        """Frames of the stash whose turn has come. Each is to be appended before the next is asked for."""
+        while self.stash:
+            frame = self.stash.pop_next(self.next_index)
+            if frame is None:
+                return
+            yield frame
+        self.stash = None
+
+
+class Reassembly(Chunks):
+    """One stream, in its client. `add` frames as they come, then `take` what is in order since the last time."""
 
     __slots__ = (
         "_ids",
         "_pieces",
         "base",
         "final_index",
-        "kept",
         "logprobs",
         "malformed",
-        "next_index",
         "old",
-        "stash",
+        "overlaps",
         "stashed",
-        "trimmed",
     )
 
     def __init__(self, next_index: int = 0) -> None:
-        self.base = self.next_index = next_index
+        # `chunks` stays whole, to be shown to a broker that does not know this answer.
+        super().__init__(next_index)
+        self.base = next_index
         #: The number of tokens of the whole answer, once the chunk that says so was taken.
         self.final_index: int | None = None
-        self.stash = Stash()
-        #: All that was taken, in order, to be shown to a broker that does not know this answer.
-        self.kept: list[bytes] = []
-        self.old = self.trimmed = self.stashed = self.malformed = 0
+        self.old = self.overlaps = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
         #: Of the tokens that are taken next, if there are any: see `take_logprobs`.
@@ -108,7 +151,7 @@ class Reassembly:
     @property
     def seen_index(self) -> int:
         """The index after the furthest token that is held, in order or not."""
-        return max(self.next_index, self.stash.end_index)
+        return max(self.next_index, self.stash.end_index) if self.stash else self.next_index
 
     def add(self, frame: bytes) -> bool:
         """True if there is more to take than before. The caller has checked whose frame it is."""
@@ -117,7 +160,7 @@ class Reassembly:
             return False
         first, count, flags = head(frame, KEY_END)
         if first != self.next_index:
-            return self._add_unordered(frame, first, count, flags)
+            return self._add_unordered(frame, first, count)
         if not self._append(frame, count, flags):
             return False
         if self.stash:
@@ -125,7 +168,7 @@ class Reassembly:
         return True
 
     def forget_stash(self) -> None:
-        self.stash = Stash()
+        self.stash = None
 
     def take(self) -> tuple[list[int], list[bytes]]:
         """The token ids and their bytes that have come into order since the last take."""
@@ -139,49 +182,47 @@ class Reassembly:
         logprobs, self.logprobs = self.logprobs, []
         return logprobs + [None] * (count - len(logprobs))
 
-    def _append(self, frame: bytes, count: int, flags: int, skip: int = 0) -> bool:
-        try:
-            body = _decode_body(frame[HEAD_BYTES:])
-        except _UNDECODABLE:
-            self.malformed += 1
-            return False
-        ids, pieces = body.ids, body.pieces
-        if not 0 < count <= limits.CHUNK_TOKENS or len(ids) != count or len(pieces) != count:
+    def _append(self, frame: bytes, count: int, flags: int) -> bool:
+        body = read_body(frame, count)
+        if body is None:
             self.malformed += 1
             return False
         if body.logprobs is not None:
-            if len(body.logprobs) != count:
-                self.malformed += 1
-                return False
-            # In step with the ids, whoever left some out before.
+            # In step with the ids, should earlier chunks have left some out.
             self.logprobs += [None] * (len(self._ids) - len(self.logprobs))
-            self.logprobs += body.logprobs[skip:]
-        self._ids += ids[skip:] if skip else ids
-        self._pieces += pieces[skip:] if skip else pieces
-        self.kept.append(trim_chunk(frame, self.next_index) or b"" if skip else frame)
-        self.next_index += count - skip
+            self.logprobs += body.logprobs
+        self._ids += body.ids
+        self._pieces += body.pieces
+        self.chunks.append(frame)
+        self.next_index += count
         if flags & FINAL:
             self.final_index = self.next_index
         return True
 
-    def _add_unordered(self, frame: bytes, first: int, count: int, flags: int) -> bool:
-        possible = 0 < count <= limits.CHUNK_TOKENS and first + count <= limits.TOKEN_INDEX
-        if not possible or len(frame) > limits.TOKEN_FRAME_BYTES:
+    def _add_unordered(self, frame: bytes, first: int, count: int) -> bool:
+        fit = self.fit(first, count) if len(frame) <= limits.TOKEN_FRAME_BYTES else Fit.IMPOSSIBLE
+        if fit is Fit.NEXT:
+            self.overlaps += 1
+            if not self._append_trimmed(frame):
+                return False
+            self._unstash()
+            return True
+        if fit is Fit.EARLY:
+            self.stashed += self.put_aside(first, count, frame)
+        elif fit is Fit.OLD:
+            self.old += 1
+        else:
+            self.malformed += 1
+        return False
+
+    def _append_trimmed(self, frame: bytes) -> bool:
+        new = self.trimmed(frame)
+        if new is None:
             self.malformed += 1
             return False
-        if first > self.next_index:
-            self.stashed += self.stash.put(first, count, frame)
-            return False
-        if first + count <= self.next_index:
-            self.old += 1
-            return False
-        self.trimmed += 1
-        if not self._append(frame, count, flags, self.next_index - first):
-            return False
-        self._unstash()
-        return True
+        _, count, flags = head(new, KEY_END)
+        return self._append(new, count, flags)
 
     def _unstash(self) -> None:
-        while (frame := self.stash.pop_next(self.next_index)) is not None:
-            first, count, flags = head(frame, KEY_END)
-            self._append(frame, count, flags, self.next_index - first)
+        for frame in self.released():
+            self._append_trimmed(frame)

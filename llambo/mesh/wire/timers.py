@@ -43,7 +43,7 @@ class Timers(Generic[K]):
                 keys.append(key)
         return keys
 
-    def next_ms(self) -> int:
+    def next_wakeup_ms(self) -> int:
         while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else NEVER_MS

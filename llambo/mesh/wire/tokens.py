@@ -3,8 +3,8 @@
     chunk   "T", request id (16), dispatch id (8), first index (u32), count (u16), flags (u8), body
     beat    "B", number (u64), session id (8)
 
-The body of a chunk is a msgpack array `[ids, pieces]`: token ids, and the bytes each adds to the text. Whoever asked
-for logprobs gets them as a third entry; nobody else pays for them. Towards a client every frame is preceded by its
+The body of a chunk is a msgpack array `[ids, pieces]`: token ids, and the bytes each adds to the text. A request
+with logprobs has them as a third entry; the others do not pay for them. Towards a client every frame is preceded by its
 session's topic.
 All integers are big-endian.
 """
@@ -69,16 +69,6 @@ class Body(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults
     #: One for each token, or none at all.
     logprobs: list[Logprob] | None = None
 
-    def fits(self, count: int) -> bool:
-        """Whether it is what a header with this count promises."""
-        logprobs = self.logprobs
-        return (
-            0 < count <= limits.CHUNK_TOKENS
-            and len(self.ids) == count
-            and len(self.pieces) == count
-            and (logprobs is None or len(logprobs) == count)
-        )
-
 
 class TokenChunk(msgspec.Struct, frozen=True):
     """A chunk, decoded."""
@@ -132,18 +122,30 @@ def encode_chunk(
 encode_logprob = _encode
 
 
+def read_body(frame: bytes, count: int) -> Body | None:
+    """The body of a chunk; None if it is malformed, or not what a header with this count promises."""
+    try:
+        body = decode_body(frame[HEAD_BYTES:])
+    except UNDECODABLE:
+        return None
+    logprobs = body.logprobs
+    if (
+        len(body.ids) != count
+        or len(body.pieces) != count
+        or not 0 < count <= limits.CHUNK_TOKENS
+        or (logprobs is not None and len(logprobs) != count)
+    ):
+        return None
+    return body
+
+
 def decode_chunk(frame: bytes) -> TokenChunk | None:
     """None for anything that is not a well-formed chunk."""
     if not HEAD_BYTES < len(frame) <= limits.TOKEN_FRAME_BYTES or frame[:1] != CHUNK:
         return None
     first, count, flags = head(frame, KEY_END)
-    try:
-        body = decode_body(frame[HEAD_BYTES:])
-    except UNDECODABLE:
-        return None
-    if not body.fits(count):
-        return None
-    return TokenChunk(frame[1:KEY_END], first, flags, body)
+    body = read_body(frame, count)
+    return None if body is None else TokenChunk(frame[1:KEY_END], first, flags, body)
 
 
 def trim_chunk(frame: bytes, first: int) -> bytes | None:
