@@ -1,4 +1,4 @@
-"""What each API answers, streamed and whole, byte for byte as it was recorded in `golden/api_answers.json`.
+"""What each API answers, streamed and whole, as it was recorded in `golden/api_answers.json`.
 
 python -m tests.unit.test_api_answers        record it again, after an intended change
 python -m tests.unit.test_api_answers NAME   print one answer
@@ -9,25 +9,26 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llambo.gateway.answers.asking import Prepared, encode
+from llambo.gateway.answers.api import Parsed, encode
+from llambo.gateway.answers.feed import FeedTokens
 from llambo.gateway.answers.rendering import Rendering
 from llambo.gateway.apis import anthropic_messages, openai_chat, openai_completions
-from llambo.mesh.client.answer_stream import Answer
+from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import ABOUT, read, ready
+from tests.unit.gateway_bench import HEAD, read, ready
 
 #: Digests: the answers themselves are too long to be read in a file.
 RECORDED = Path(__file__).parent / "golden" / "api_answers.json"
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+FUNCTION = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 USER = {"role": "user", "content": "hi"}
 #: Requests, by API.
 BODIES: dict[str, dict[str, dict[str, Any]]] = {
@@ -35,7 +36,7 @@ BODIES: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {"messages": [USER]},
         "usage": {"messages": [USER], "stream_options": {"include_usage": True}, "max_tokens": 9},
         "logprobs": {"messages": [USER], "logprobs": True, "top_logprobs": 1},
-        "tools": {"messages": [USER], "tools": [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]},
+        "tools": {"messages": [USER], "tools": [FUNCTION]},
         "two": {"messages": [USER], "n": 2},
     },
     "completions": {
@@ -79,63 +80,65 @@ class ScriptedFeed:
     """What a rendering needs of a feed."""
 
     def __init__(self, choices: list[list[bytes]], reason: m.Reason, stop: str, *, logprobs: bool) -> None:
-        self.id, self.created, self.about = ABOUT.id, ABOUT.created, ABOUT
+        self.id, self.created, self.head = HEAD.id, HEAD.created, HEAD
         self.error: LlamboError | None = None
+        self.failed_before_begin = None
         self.begun = self.over = True
-        self.pieces: list[bytes | None] = []
-        self.ids, self.choices = array("q"), array("B")
-        self.logprobs: dict[int, Logprob] = {}
+        self.tokens = FeedTokens()
         self.answers: dict[int, Answer] = {}
         for choice, pieces in enumerate(choices):
             likely: list[Logprob | None] = []
             for number, piece in enumerate(pieces):
                 each = Logprob(-0.5 * number, [TopToken(number, piece, -0.25)])
-                if logprobs:
-                    self.logprobs[len(self.pieces)] = each
-                    likely.append(each)
-                self._put(choice, piece, number)
+                likely += [each] * logprobs
+                self.tokens.extend(choice, Piece("", [number], number, [each] * logprobs, [piece]))
             self.answers[choice] = Answer(
                 b"".join(pieces).decode(errors="replace"), list(range(len(pieces))), reason,
                 m.Usage(10, 4, 1.5, 2.25), f"w{choice}", 1, f"{choice}" * 32, 3, likely, pieces if logprobs else [],
                 stop,
             )  # fmt: skip
-            self._put(choice, None, -1)
-
-    def _put(self, choice: int, piece: bytes | None, id: int) -> None:
-        self.pieces.append(piece)
-        self.ids.append(id)
-        self.choices.append(choice)
+            self.tokens.complete(choice)
 
     def all_answers(self) -> list[Answer]:
         return list(self.answers.values())
 
 
-def prepared(api: str, body: dict[str, Any], *, stream: bool) -> Prepared:
-    given = {"model": "tiny", **body, "stream": stream}
+def parsed(api: str, body: dict[str, Any]) -> Parsed:
+    given = {"model": "tiny", **body}
     match api:
         case "chat":
-            return openai_chat.prepare(read(openai_chat.ChatRequest, given), 64)
+            return openai_chat.parse(read(openai_chat.ChatRequest, given), 64)
         case "completions":
             asked = read(openai_completions.CompletionRequest, given)
             prompts = [str(each) for each in openai_completions.inputs_of(asked)]
-            return openai_completions.prepare(asked, prompts, 64)
+            return openai_completions.parse(asked, prompts, 64)
         case "messages":
-            return anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, given))
+            return anthropic_messages.parse(read(anthropic_messages.MessagesRequest, given))
         case _:
             return ready(**given)
 
 
-def streamed(one: Prepared, feed: Any) -> str:
-    assert one.renderer is not None
+def streamed(one: Parsed, feed: Any) -> str:
     rendering = Rendering(feed, one.renderer)
     out = b""
     while not rendering.finished:
-        out += rendering.pull()
-    return out.decode()
+        out += rendering.server_sent_events()
+    lines = [line.partition("data: ") for line in out.decode().splitlines()]
+    return "\n".join(
+        f"{name}data: {_sorted(data)}" if data.startswith("{") else f"{name}{data}" for name, _, data in lines
+    )
 
 
-def whole(one: Prepared, feed: Any) -> str:
-    return encode(one.whole(feed.about, feed.all_answers())).decode()
+def _sorted(data: str | bytes) -> str:
+    """The order of fields does not matter."""
+    return json.dumps(json.loads(data), sort_keys=True, ensure_ascii=False)
+
+
+def whole(one: Parsed, feed: Any) -> str:
+    rendering = Rendering(feed, one.renderer)
+    while not rendering.finished:
+        rendering.events()
+    return _sorted(encode(rendering.body()))
 
 
 def answers() -> dict[str, dict[str, str]]:
@@ -147,12 +150,12 @@ def answers() -> dict[str, dict[str, str]]:
                     continue
                 feed = ScriptedFeed(*script, logprobs=name == "logprobs")
                 found[f"{api}, {name}: {feed_name}"] = {
-                    "stream": streamed(prepared(api, body, stream=True), feed),
-                    "whole": whole(prepared(api, body, stream=False), feed),
+                    "stream": streamed(parsed(api, body), feed),
+                    "whole": whole(parsed(api, body), feed),
                 }
             broken = ScriptedFeed([[b"Hel"]], "stop", "", logprobs=False)
             broken.error = LlamboError(Code.ENGINE_FAILED, "it died")
-            found[f"{api}, {name}: broken"] = {"stream": streamed(prepared(api, body, stream=True), broken)}
+            found[f"{api}, {name}: broken"] = {"stream": streamed(parsed(api, body), broken)}
     return found
 
 
