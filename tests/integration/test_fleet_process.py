@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llambo.fleet.providers.process import Failed, Processes, Record
-from tests.integration.processes import wait_until_gone
+from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 
@@ -67,7 +67,7 @@ async def test_a_node_whose_lock_is_taken_ends_at_once(folder: Path) -> None:
         *BROKER, "--hold", lock, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     _, said = await asyncio.wait_for(twin.communicate(), 30)
-    assert twin.returncode == 1 and b"this one runs already" in said
+    assert twin.returncode == 1 and b"this node is already running" in said
     await processes.end("broker", 30)
 
 

@@ -19,6 +19,7 @@ import msgspec
 from llambo.gateway.dashboard import watch_core
 from llambo.gateway.dashboard.watch_core import Answers, Message, Picture
 from llambo.mesh.client.client import Client
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Watch:
 
     def _whole_event(self) -> bytes:
         if not self._whole:
-            self._whole = _event(watch_core.whole(self._picture, _now_ms()))
+            self._whole = _event(watch_core.whole(self._picture, clock.wall_ms()))
         return self._whole
 
     def begin(self) -> None:
@@ -126,14 +127,14 @@ class Watch:
     async def _query(self, client: Client) -> Picture:
         before = self._picture
         answers = await _answers(client, before)
-        if watch_core.is_another(before, answers.status, _now_ms()):
+        if watch_core.is_another(before, answers.status, clock.wall_ms()):
             before = watch_core.EMPTY
             answers = await _answers(client, before)
             self._version += 1  # no change leads here from the picture before
-        return watch_core.picture(before, answers, _now_ms())
+        return watch_core.picture(before, answers, clock.wall_ms())
 
     async def _show(self, now: Picture) -> None:
-        message = watch_core.changes(self._picture, now, _now_ms())
+        message = watch_core.changes(self._picture, now, clock.wall_ms())
         self._picture = now
         if message is None:
             return
@@ -190,7 +191,3 @@ async def _answers(client: Client, before: Picture) -> Answers:
 def _event(message: Message) -> bytes:
     """On one line: JSON escapes line breaks."""
     return b"data: %s\n\n" % _encode(message)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

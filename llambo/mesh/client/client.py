@@ -36,7 +36,7 @@ from llambo.mesh.client.client_shell import ClientShell
 from llambo.mesh.client.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized, decoded
 from llambo.mesh.client.request_options import Options, build_request
 from llambo.mesh.link import sockets
-from llambo.mesh.link.link_core import BROKEN_OFF
+from llambo.mesh.link.link_core import LinkProblem
 from llambo.mesh.security import keys
 from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
@@ -424,7 +424,7 @@ class Client(TaskCalls, Enquiries):
             resolve(self._welcomed, None)
             self._tell_link("")
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
-            self._tell_link(problem.text or "no answer")
+            self._tell_link(problem.text or LinkProblem.NO_ANSWER.value)
         elif problem is not None and not (error := self._error(problem)).retryable:
             reject(self._welcomed, error)
 
@@ -444,8 +444,8 @@ class Client(TaskCalls, Enquiries):
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
-        if self._core.link.problem == BROKEN_OFF:
-            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {BROKEN_OFF}")
+        if self._core.link.cause is LinkProblem.NO_HANDSHAKE:
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {LinkProblem.NO_HANDSHAKE.value}")
         text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 
