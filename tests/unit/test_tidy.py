@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BANNED = re.compile(
     r"\b(_?told|whoever|nobody|heed(s|ed)?|suffer(s|ed|ing)?|porter|household|heralds?|aboard|knock(s|ed)?|guests?"
     r"|wary|polite(ly)?|patience|forsaken|orphanage|pardon(s|ed)?|knobs?|hears|illness(es)?|convict(s|ed)?)\b|Told\b"
-    r"|Herald|(?-i:Porter)|Patien|Orphanage|Knobs",
+    r"|Notifier|(?-i:Porter)|Patien|Orphanage|Knobs",
     re.IGNORECASE,
 )
 SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml", ".yml"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llambo.cli.chat.chat_view import AnswerView
 from llambo.cli.kit.out import Out
 from llambo.cli.kit.views import Clock
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Stream
@@ -66,7 +66,7 @@ class Waiting:
         except LlamboError:
             self._story = ""
             return
-        worker = harmless(found.worker)
+        worker = printable(found.worker)
         if found.state != "running" or not worker:
             self._story = "no worker has it now"
         else:

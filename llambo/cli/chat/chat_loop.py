@@ -198,9 +198,9 @@ def _renderer(console: Console | None) -> Callable[[str], str] | None:
     if console is None:
         return None
     from llambo.cli.chat.chat_markdown import lines_of
-    from llambo.mesh.wire.errors import harmless
+    from llambo.mesh.wire.errors import printable
 
-    return lambda text: "\n".join(lines_of(console, harmless(text), width()))
+    return lambda text: "\n".join(lines_of(console, printable(text), width()))
 
 
 def _made_up(store: Store) -> str:

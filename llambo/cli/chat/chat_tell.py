@@ -12,7 +12,7 @@ from llambo.cli.chat.chat_events import Tone
 from llambo.cli.chat.chat_session import Turn
 from llambo.cli.chat.chat_view import width
 from llambo.cli.kit.output import facts
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 _STYLES: dict[Tone, dict[str, Any]] = {
     "plain": {},
@@ -30,7 +30,7 @@ class Teller:
         self._colours = colours
 
     def say(self, text: str, tone: Tone = "plain") -> None:
-        text = harmless(text)
+        text = printable(text)
         if not self._aside:
             if tone != "plain":
                 # What has lines of its own keeps them; a sentence is broken between its words.
@@ -42,7 +42,7 @@ class Teller:
 
     def turn(self, number: int, turn: Turn) -> None:
         self.say(f"{number}  you: {turn.question}", "quiet")
-        click.echo(self._render(turn.answer) if self._render else harmless(turn.answer), err=self._aside)
+        click.echo(self._render(turn.answer) if self._render else printable(turn.answer), err=self._aside)
         if turn.mark:
             self.say(f"({turn.mark})", "quiet")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from llambo.cli.kit.out import Out
 from llambo.cli.kit.output import duration
 from llambo.cli.kit.views import Clock, JsonView
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +115,7 @@ class DrawnAnswer:
     def _draw(self, status: str) -> None:
         from llambo.cli.chat.chat_markdown import cut, finished
 
-        text = harmless(self._tail)
+        text = printable(self._tail)
         at = finished(text)
         done = self._separated(self._lines(text[:at])) if at else []
         rest = self._tail[at:]
@@ -133,7 +133,7 @@ class DrawnAnswer:
     def _lines(self, text: str) -> list[str]:
         from llambo.cli.chat.chat_markdown import lines_of
 
-        return lines_of(self._console, harmless(text), width()) if text.strip() else []
+        return lines_of(self._console, printable(text), width()) if text.strip() else []
 
     def _separated(self, lines: list[str], *, begin: bool = True) -> list[str]:
         """With a blank line before them, if something stands there."""
@@ -150,7 +150,7 @@ def pace(answer: Answer, clock: Clock) -> str:
     parts = [f"{tokens} token{'s' if tokens != 1 else ''}", f"{clock.rate(tokens):.1f} tokens/s"]
     parts.append(f"first after {duration(clock.first_ms)}")
     if moves:
-        parts.append(f"moved {moves} time{'s' if moves != 1 else ''}, now {harmless(answer.worker)}")
+        parts.append(f"moved {moves} time{'s' if moves != 1 else ''}, now {printable(answer.worker)}")
     return ", ".join(parts)
 
 

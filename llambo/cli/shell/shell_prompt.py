@@ -23,7 +23,7 @@ from llambo.cli.kit.following import tell_link
 from llambo.cli.kit.shell_session import Session
 from llambo.cli.shell.shell_names import Known, completions
 from llambo.cli.shell.shell_run import Leave, Shell, settable
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,9 @@ async def _greet(session: Session) -> None:
 def _tell_link(lost: str) -> None:
     """Above the prompt, if that is there."""
     if get_app_or_none() is None:
-        tell_link(harmless(lost))
+        tell_link(printable(lost))
     else:
-        run_in_terminal(lambda: tell_link(harmless(lost)))
+        run_in_terminal(lambda: tell_link(printable(lost)))
 
 
 class _Completer(Completer):
@@ -92,7 +92,7 @@ class _Completer(Completer):
         line = document.text_before_cursor
         begun = line.split(" ")[-1].split(";")[-1]
         for word in completions(line, await known(self._session)):
-            yield Completion(harmless(word), start_position=-len(begun))
+            yield Completion(printable(word), start_position=-len(begun))
 
 
 async def known(session: Session) -> Known:

@@ -25,7 +25,7 @@ from llambo.cli.top.top_gather import EVENTS, Gatherer
 from llambo.cli.top.top_panes import Events, Pane
 from llambo.cli.top.top_screens import KEYS, Page, Question, Story
 from llambo.cli.top.top_style import CSS
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
@@ -320,7 +320,7 @@ class Top(App[None]):
                 text, severe = told(await order()), False
             except LlamboError as error:
                 text, severe = f"{error.text}; {error.hint}", True
-            self.notify(harmless(text), severity="error" if severe else "information", markup=False)
+            self.notify(printable(text), severity="error" if severe else "information", markup=False)
 
         self.run_worker(work())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llambo.cli.kit.output import duration
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: So many samples are kept for the curves. A broker takes one in a second, and remembers five minutes of them.
 REMEMBERED = 300
@@ -75,7 +75,7 @@ _TONES = {
 
 def line(text: object) -> str:
     """What somebody else has said, on one line and without orders to the terminal."""
-    return " ".join(harmless(str(text)).split())
+    return " ".join(printable(str(text)).split())
 
 
 def worker_rows(found: Iterable[dict[str, Any]]) -> list[Row]:

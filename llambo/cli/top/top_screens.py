@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from llambo.cli.commands.why import summary, timeline
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 Asked = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -112,6 +112,6 @@ class Story(Page):
         try:
             found = await self._ask()
         except LlamboError as error:
-            self.tell(f"{harmless(error.text)}\n{error.hint}")
+            self.tell(f"{printable(error.text)}\n{error.hint}")
             return
-        self.tell(harmless("\n".join([summary(found), "", *timeline(found["story"])])))
+        self.tell(printable("\n".join([summary(found), "", *timeline(found["story"])])))
