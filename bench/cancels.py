@@ -272,7 +272,7 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
 def in_mesh(cancels: int, seed: int, threads: int) -> tuple[dict[str, list[float]], float]:
     knobs = {"slots": SLOTS, "context": CONTEXT, "batch": BATCH, "threads": threads}
     with Node("broker") as broker:
-        port = broker.told["ports"][0]
+        port = broker.port
         options = {"broker": f"tcp://127.0.0.1:{port}", "name": "w", "engine": "llama", "model": "smollm2"}
         with Node("worker", {**options, "llama": knobs}):
             return asyncio.run(storm_of_clients(port, cancels, seed))

@@ -50,7 +50,7 @@ def run_worker_node(text: str) -> int:
 def main(kind: str, options: str, parent: str = "") -> int:
     if parent:
         end_with_parent(int(parent))
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(created)f %(message)s")
     return {"broker": run_broker_node, "worker": run_worker_node}[kind](options)
 
 

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 #: No wait takes longer, however busy the machine is.
 TIMEOUT_S = 30.0
@@ -70,22 +71,25 @@ class Process:
 
     # --- waiting -------------------------------------------------------------------------------------
 
+    def follow(self, start: int = 0, timeout_s: float = TIMEOUT_S, what: str = "another line") -> Iterator[str]:
+        """The lines of stdout and stderr from this one on, each as it comes. It fails at the deadline or the end."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                while len(self.lines) <= start:
+                    over = not self.running and not any(reader.is_alive() for reader in self._readers)
+                    assert not over or len(self.lines) > start, self.story(f"it ended without writing {what}")
+                    left_s = deadline - time.monotonic()
+                    assert left_s > 0, self.story(f"it did not write {what} in {timeout_s} s")
+                    self._changed.wait(min(1.0, left_s))
+                text = self.lines[start]
+            start += 1
+            yield text
+
     def line(self, pattern: str, timeout_s: float = TIMEOUT_S, *, nth: int = 1) -> re.Match[str]:
         """The first line (or the nth), on stdout or stderr, that matches."""
-        deadline = time.monotonic() + timeout_s
-        seen = count = 0
-        with self._changed:
-            while True:
-                for text in self.lines[seen:]:
-                    if found := re.search(pattern, text):
-                        count += 1
-                        if count == nth:
-                            return found
-                seen = len(self.lines)
-                over = not self.running and not any(reader.is_alive() for reader in self._readers)
-                if over or not self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
-                    assert not over, self.story(f"it ended without writing {pattern!r}")
-                    assert time.monotonic() < deadline, self.story(f"it did not write {pattern!r} in {timeout_s} s")
+        found = (re.search(pattern, text) for text in self.follow(0, timeout_s, repr(pattern)))
+        return next(islice(filter(None, found), nth - 1, None))
 
     def first_line(self, timeout_s: float = TIMEOUT_S) -> str:
         """The first line on stdout: programs of a mesh write it when they are ready."""
@@ -157,7 +161,7 @@ class Process:
             if pipe is not None:
                 pipe.close()
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

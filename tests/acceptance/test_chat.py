@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 from llambo import SyncClient
-from llambo.cli.chat.chat_session import Session, Turn
-from llambo.cli.chat.chat_store import Store
+from llambo.cli.chat.store import SavedChat, Store, Turn
 from llambo.cli.kit.exits import Exit
 from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, Done, command, environment, up
 from llambo.testing.processes import TIMEOUT_S
@@ -292,7 +291,9 @@ def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
     with up("--workers", "1", "--fake-context-tokens", "600", "--fake-tokens-per-s", "1000") as (mesh, _):
         # A byte is a token of the fake engine; each turn has about 150 of them, with what stands around.
         Store(home.path / "llambo" / "chats").save(
-            Session("mine", turns=[Turn(f"question {number} {'x' * 40}", f"answer {'y' * 40}") for number in range(6)])
+            SavedChat(
+                "mine", turns=[Turn(f"question {number} {'x' * 40}", f"answer {'y' * 40}") for number in range(6)]
+            )
         )
         with home.chat(mesh, "--session", "mine", "--max-tokens", "200", "--seed", "5") as chat:
             chat.until("6 turns so far")

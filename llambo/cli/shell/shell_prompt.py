@@ -16,8 +16,8 @@ from prompt_toolkit.history import History
 from prompt_toolkit.output import create_output
 
 import llambo
-from llambo.cli.chat.chat_prompt import open_history
-from llambo.cli.chat.chat_store import state_folder
+from llambo.cli.chat.prompt import open_history
+from llambo.cli.chat.store import state_folder
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.following import tell_link
 from llambo.cli.kit.shell_session import Session

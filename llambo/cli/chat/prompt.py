@@ -1,9 +1,9 @@
-"""The line where a person types: editing, history, completion, several lines at once."""
+"""The prompt of a chat: editing, history, completion, several lines at once. The shell uses the history, too."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -17,32 +17,30 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 from prompt_toolkit.styles import Style
 
-from llambo.cli.chat.chat_commands import COMMANDS
-
 Names = Callable[[], Iterable[str]]
 
-#: A history that has grown beyond this keeps its newer half.
+#: A history that grows beyond this loses its older half.
 HISTORY_BYTES = 1024 * 1024
 
 
 class _LineHistory(FileHistory):
-    """What was typed, in a file of the person's own. A full disk takes nothing but the memory of a line."""
+    """The lines that were typed, in a file. A full disk costs only the memory of a line."""
 
-    def __init__(self, path: Path, complain: Callable[[OSError], None]) -> None:
+    def __init__(self, path: Path, report: Callable[[OSError], None]) -> None:
         super().__init__(str(path))
-        self._complain: Callable[[OSError], None] | None = complain
+        self._report: Callable[[OSError], None] | None = report
 
     def store_string(self, string: str) -> None:
         try:
             super().store_string(string.encode(errors="replace").decode())
         except OSError as error:
-            if self._complain is not None:
-                self._complain(error)
-            self._complain = None  # once is enough
+            if self._report is not None:
+                self._report(error)
+            self._report = None  # once is enough
 
 
-def open_history(path: Path | None, complain: Callable[[OSError], None]) -> History:
-    """None: nothing that is typed outlives the program."""
+def open_history(path: Path | None, report: Callable[[OSError], None]) -> History:
+    """None: in memory only. `report` is called if the file cannot be used."""
     if path is None:
         return InMemoryHistory()
     try:
@@ -50,9 +48,9 @@ def open_history(path: Path | None, complain: Callable[[OSError], None]) -> Hist
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600))
         _shorten(path)
     except OSError as error:
-        complain(error)
+        report(error)
         return InMemoryHistory()
-    return _LineHistory(path, complain)
+    return _LineHistory(path, report)
 
 
 def _shorten(path: Path) -> None:
@@ -67,10 +65,12 @@ def _shorten(path: Path) -> None:
 
 
 class ChatCompleter(Completer):
-    """Commands, and behind them what they take. Nothing while one talks to the model."""
+    """Completes commands and the names behind them; nothing in a question."""
 
-    def __init__(self, models: Names, sessions: Names) -> None:
-        self._names: dict[str, Names] = {"model": models, "session": sessions, "save": sessions}
+    def __init__(self, commands: Mapping[str, str], names: Mapping[str, Names]) -> None:
+        """`commands`: their help by their names. `names`: what can stand behind a command."""
+        self._commands = commands
+        self._names = names
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
         text = document.text_before_cursor
@@ -78,9 +78,9 @@ class ChatCompleter(Completer):
             return
         command, space, argument = text[1:].partition(" ")
         if not space:
-            for each in COMMANDS:
-                if each.name.startswith(command):
-                    yield Completion(each.name, -len(command), display=f"/{each.name}", display_meta=each.help)
+            for name, help in self._commands.items():
+                if name.startswith(command):
+                    yield Completion(name, -len(command), display=f"/{name}", display_meta=help)
         elif (names := self._names.get(command)) is not None:
             for name in names():
                 if name.startswith(argument):
@@ -89,7 +89,7 @@ class ChatCompleter(Completer):
 
 def _keys() -> KeyBindings:
     keys = KeyBindings()
-    typing = has_focus(DEFAULT_BUFFER)  # and not looking for a line with Ctrl-R
+    typing = has_focus(DEFAULT_BUFFER)  # and not the search field of Ctrl-R
 
     @keys.add("enter", filter=typing)
     def _(event: KeyPressEvent) -> None:
@@ -102,9 +102,9 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class Prompt:
+class ChatPrompt:
     def __init__(self, history: History, completer: Completer, aside: Callable[[], str], *, colours: bool) -> None:
-        """`aside`: what is to be known while one types; it stands at the right."""
+        """`aside`: a notice at the right of the line."""
         self._session: PromptSession[str] = PromptSession(
             history=history,
             completer=completer,
@@ -119,12 +119,12 @@ class Prompt:
         )
 
     async def line(self) -> str | None:
-        """What was typed. None: a Ctrl-C; EOFError: Ctrl-D."""
+        """What was typed. None: Ctrl-C; EOFError: Ctrl-D."""
         try:
-            return await self._session.prompt_async(FormattedText([("class:prompt", "> ")]))
+            return await self._session.prompt_async(FormattedText([("class:prompt", "> ")]), handle_sigint=False)
         except KeyboardInterrupt:
             return None
 
     def refresh(self) -> None:
-        """What stands aside has changed."""
+        """The notice has changed."""
         self._session.app.invalidate()

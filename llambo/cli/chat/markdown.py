@@ -1,5 +1,5 @@
-"""A model's markdown as lines for a terminal. What a model says may be meant to do harm, so nothing of it gets through
-that a terminal would obey, and no link hides where it leads.
+"""A model's markdown as lines for a terminal. A model's text may be hostile: no control character of it reaches the
+terminal, and the target of a link is always shown beside its text.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rich.text import Text
 
 from llambo.mesh.wire.errors import printable
 
-#: Lists in lists, quotes in quotes: what is nested deeper the parser leaves out.
+#: Lists in lists, quotes in quotes: the parser drops what is nested deeper.
 NESTING = 40
-#: Columns that a level of nesting, or a column of a table, takes at the most, and what has to be left for words.
+#: Columns that a level of nesting, or a column of a table, takes at most, and what must be left for words.
 LEVEL_COLUMNS, CELL_COLUMNS, WORD_COLUMNS = 4, 6, 12
-#: Others are shown without colours: of the hundreds of lexers there are, some take ages for the wrong text.
+#: Other languages are shown without colours: some of the hundreds of lexers are very slow on unsuitable text.
 LEXERS = frozenset((
     "bash", "c", "console", "cpp", "css", "diff", "dockerfile", "go", "html", "ini", "java", "javascript", "js",
     "json", "jsx", "kotlin", "lua", "make", "makefile", "php", "powershell", "py", "python", "rb", "ruby", "rs",
@@ -30,7 +30,7 @@ LEXERS = frozenset((
 
 
 def make_parser() -> MarkdownIt:
-    """HTML is text: hidden, it would be left out of what the model has said."""
+    """HTML is text: as HTML it would be hidden, and with it a part of the answer."""
     return MarkdownIt("commonmark", {"html": False, "maxNesting": NESTING}).enable(["table", "strikethrough"])
 
 
@@ -38,9 +38,9 @@ _parser = make_parser()
 
 
 def finished(text: str) -> int:
-    """How many characters, from the beginning, belong to blocks that nothing which follows can change.
+    """How many characters, from the start, belong to blocks that further text cannot change.
 
-    That is all before the last block, going by whole lines only: half of a line may become anything.
+    That is everything before the last block, counting whole lines only: half a line may become anything.
     """
     whole = text[: text.rfind("\n") + 1]
     starts = [token.map[0] for token in _parser.parse(whole) if token.level == 0 and token.map and token.nesting >= 0]
@@ -50,7 +50,7 @@ def finished(text: str) -> int:
 
 
 def cut(text: str) -> tuple[str, str]:
-    """A block that is too long to be drawn again and again, as two: what is done of it, and how the rest begins."""
+    """Split a block that is too long to be redrawn each time: its finished part, and the start of the rest."""
     at = max(text.rfind("\n"), text.rfind(" ")) + 1 or len(text)
     last = [token for token in _parser.parse(text) if token.level == 0][-1:]
     if last and last[0].type == "fence":
@@ -61,7 +61,7 @@ def cut(text: str) -> tuple[str, str]:
 
 
 class _Heading(Heading):
-    """To the left, like all the rest."""
+    """Left-aligned, like all other text."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = self.text.copy()
@@ -70,7 +70,7 @@ class _Heading(Heading):
 
 
 class _Code(CodeBlock):
-    """Without a background, so that it can be copied, and readable without colours."""
+    """Without a background, so that it is easy to copy and readable without colours."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lexer = self.lexer_name if self.lexer_name.lower() in LEXERS else "text"
@@ -89,20 +89,28 @@ class _Markdown(Markdown):
     def __init__(self, text: str) -> None:
         super().__init__("", hyperlinks=False)
         self.markup = text
-        self.parsed = _with_breaks(_parser.parse(text))
+        self.parsed = _adapted(_parser.parse(text))
 
 
-def _with_breaks(tokens: list[Token]) -> list[Token]:
-    """Where the model has begun a new line there is one: it writes verses, addresses, and lists without marks."""
+def _adapted(tokens: list[Token]) -> list[Token]:
+    """Line breaks and images as this terminal shows them.
+
+    Each line break of the model is kept: models write verses, addresses, and lists without marks. An image becomes
+    text. rich draws it as a block before its paragraph, on the same line; the paragraph, which is as wide as the
+    screen, was then cut at the right edge and lost words.
+    """
     for token in tokens:
         if token.type == "softbreak":
             token.type = "hardbreak"
-        _with_breaks(token.children or [])
+        elif token.type == "image":
+            name = token.content or str(token.attrs.get("src", "")).strip("/").rpartition("/")[2]
+            token.type, token.tag, token.content, token.children = "text", "", f"🌆 {name}", None
+        _adapted(token.children or [])
     return tokens
 
 
 class _Harmless:
-    """After the markdown was read: an entity such as `&#x202e;` is only now the character it stands for."""
+    """Filters after the markdown is parsed: only then is an entity such as `&#x202e;` the character it stands for."""
 
     def __init__(self, inner: Markdown | Text) -> None:
         self._inner = inner
@@ -118,7 +126,7 @@ def _without_link(style: Style | None) -> Style | None:
 
 
 def lines_of(console: Console, text: str, width: int) -> list[str]:
-    """The text as lines of at most that width, with colours if the console has any, without blanks around them."""
+    """The text as lines of at most that width, with colours if the console has any, without blank lines around it."""
     options = console.options.update(width=width)
     markdown = _Markdown(text)
     shown = markdown if _fits(markdown.parsed, width) else Text(text)
@@ -134,7 +142,7 @@ def lines_of(console: Console, text: str, width: int) -> list[str]:
 
 
 def _fits(tokens: list[Token], width: int) -> bool:
-    """What does not would lose some of its words; then it is shown as it was written."""
+    """False: some words would be lost, so the text is shown as it was written."""
     deepest = max((token.level for token in tokens), default=0)
     cells = heads = 0
     for token in tokens:
@@ -145,7 +153,7 @@ def _fits(tokens: list[Token], width: int) -> bool:
 
 
 def _trimmed(line: list[Segment]) -> list[Segment]:
-    """Without the blanks at its end, which whoever copies it would have to remove."""
+    """Without blanks at its end, which would be copied along."""
     while line and not line[-1].text.strip() and not _visible(line[-1].style):
         line.pop()
     if line and not _visible(line[-1].style):
