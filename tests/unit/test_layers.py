@@ -105,7 +105,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Step",
     },
     "cli": {
-        "Order",
         "Page",
         "keys.py",
         "tokens.py",

@@ -28,7 +28,6 @@ UNREAD = {
     "llambo/cli/fleet",
     "llambo/cli/kit",
     "llambo/cli/services",
-    "llambo/cli/shell",
     "llambo/cli/top",
     "llambo/fleet",
     "llambo/gateway",

@@ -27,7 +27,7 @@ from llambo.cli.kit.views import CLEAR_LINE, Clock, JsonView, TextView, View, st
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.cli.kit.shell_session import Session
+    from llambo.cli.kit.shell_session import ShellSession
     from llambo.mesh.client.answer_stream import Answer, Stream
     from llambo.mesh.client.client import Client
 
@@ -46,7 +46,7 @@ def end_signals() -> list[int]:
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
 
-    def __init__(self, *, cancels: bool, session: Session | None = None) -> None:
+    def __init__(self, *, cancels: bool, session: ShellSession | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels
