@@ -22,9 +22,9 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity, Pair, PeerKey
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.grammar import grammar
-from llambo.worker.models import gguf, models
+from llambo.worker.models import gguf, model_files
 from llambo.worker.prompt import rendering, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
@@ -105,7 +105,7 @@ def addresses() -> Target:
     return Target("addresses", [[text] for text in good], run, plain)
 
 
-def model_files() -> Target:
+def gguf_files() -> Target:
     """The head of a model file, and how it is laid out."""
     path = _file("model.gguf")
     head = tiny_model.whole()[:8192]
@@ -115,7 +115,7 @@ def model_files() -> Target:
         path.write_bytes(frames[0])
         try:
             found = gguf.read(str(path))
-            models.layout(LlamaKnobs(), found, 2**34, 4)
+            model_files.layout(LlamaOptions(), found, 2**34, 4)
             found.template.encode(errors="replace")
         except gguf.BadModelFile:
             return
@@ -248,4 +248,4 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def every() -> list[Target]:
-    return [results(), settings_files(), addresses(), key_lines(), keyrings(), model_files(), grammars()]
+    return [results(), settings_files(), addresses(), key_lines(), keyrings(), gguf_files(), grammars()]

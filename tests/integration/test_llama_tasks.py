@@ -13,11 +13,11 @@ from llambo.mesh.service import host
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, run, said
 
 __all__ = ["engine", "loaded", "said"]  # fixtures
@@ -70,7 +70,7 @@ def vectors(engine: LlamaEngine, texts: list[str], **options: Any) -> Any:
 def reference() -> Any:
     """Pooled and normalised by llama.cpp itself, each text in one step."""
     llama = llama_cpp.Llama(
-        str(models.find("smollm2")), embedding=True, pooling_type=1, n_ctx=256, n_batch=256, n_ubatch=256,
+        str(model_files.find("smollm2")), embedding=True, pooling_type=1, n_ctx=256, n_batch=256, n_ubatch=256,
         n_threads=1, n_threads_batch=1, verbose=False,
     )  # fmt: skip
     return lambda texts, normalize: np.array([llama.embed(text, normalize=normalize) for text in texts])
@@ -184,7 +184,7 @@ def test_what_cannot_be_done_is_refused_with_its_numbers(engine: LlamaEngine) ->
 
 
 def test_without_memory_for_embeddings_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load(Configure("llama", "smollm2", llama=LlamaKnobs(slots=1, context=256, threads=1)), lambda told: None)
+    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda told: None)
     monkeypatch.setattr(host, "free_memory_bytes", lambda: 1)
     code, text = refused(small, task("embed", ["hello"]))
     assert code is Code.BUSY and "0 MiB are free" in text and "--ctx" in text

@@ -11,7 +11,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
@@ -97,7 +97,7 @@ class World:
 
     def _worker(self, index: int) -> WorkerNode:
         plan, random = self.plan, self.random
-        knobs = FakeKnobs(
+        knobs = FakeOptions(
             style="plain" if plan.style == "plain" else "wander",
             slots=random.randint(1, 4),
             ttft_ms=random.choice((5, 60)),
@@ -106,9 +106,11 @@ class World:
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
             embedding_size=EMBEDDING_SIZE,
-            poison=POISON.decode(),
-            crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
-            hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
+            faults=FakeFaults(
+                poison=POISON.decode(),
+                crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
+                hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
+            ),
         )
         brokers = tuple(f"tcp://b{number}:7330" for number in range(plan.brokers))
         config = WorkerConfig(brokers, f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
@@ -287,7 +289,7 @@ class World:
         """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
         worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
         # Of two brokers one may have taken the order and not have got through for a while.
-        again = self.plan.brokers > 1 and worker.core.leaving.drained
+        again = self.plan.brokers > 1 and worker.core.drain.drained
         if again or lives != self._broker_lives or not operator.alive:
             self._undo(operator, m.DrainWorker(drain.query + 1_000, drain.worker))
         elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
@@ -331,7 +333,7 @@ class World:
         for index, node in enumerate(self.workers):
             node.config = _healthy(node.config)
             if node.engine is not None:
-                node.engine._knobs = node.config.fake
+                node.engine._options = node.config.fake
             if not node.alive and index == 0:
                 self._restart(index)
 
@@ -359,7 +361,7 @@ class World:
         for worker in self.workers:
             if worker.alive and len(worker.core.runs):
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
-            if worker.alive and worker.core.leaving.drained and any(c.alive for c in self.clients):
+            if worker.alive and worker.core.drain.drained and any(c.alive for c in self.clients):
                 wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
         if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
@@ -410,7 +412,7 @@ def _stop() -> object:
 def _healthy(config: WorkerConfig) -> WorkerConfig:
     from dataclasses import replace
 
-    return replace(config, fake=replace(config.fake, crash_at=0, hang_at=0))
+    return replace(config, fake=replace(config.fake, faults=replace(config.fake.faults, crash_at=0, hang_at=0)))
 
 
 def _where(error: BaseException) -> str:

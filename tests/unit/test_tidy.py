@@ -28,7 +28,6 @@ UNREAD = {
     "llambo/cli/fleet",
     "llambo/cli/kit",
     "llambo/cli/services",
-    "llambo/cli/top",
     "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",

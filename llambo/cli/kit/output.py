@@ -95,33 +95,33 @@ def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str
 
 
 def _numeric(rows: Sequence[Row]) -> list[bool]:
-    return [all(isinstance(cell, Number) for cell in column) for column in zip(*rows, strict=True)]
+    return [all(isinstance(cell, NumberText) for cell in column) for column in zip(*rows, strict=True)]
 
 
-class Number(str):
+class NumberText(str):
     """A text that stands to the right, because it is read as a number."""
 
     __slots__ = ()
 
 
-def number(value: Any, unit: str = "") -> Number:
-    return Number(f"{value}{unit}")
+def number(value: Any, unit: str = "") -> NumberText:
+    return NumberText(f"{value}{unit}")
 
 
-def duration(ms: float) -> Number:
+def duration(ms: float) -> NumberText:
     """A time in the unit a person would choose."""
     if ms < 1_000:
-        return Number(f"{ms:.0f} ms")
+        return NumberText(f"{ms:.0f} ms")
     seconds = ms / 1_000
     if seconds < 100:
-        return Number(f"{seconds:.1f} s")
+        return NumberText(f"{seconds:.1f} s")
     minutes, hours = seconds / 60, seconds / 3_600
-    return Number(f"{minutes:.0f} min" if minutes < 100 else f"{hours:.0f} h")
+    return NumberText(f"{minutes:.0f} min" if minutes < 100 else f"{hours:.0f} h")
 
 
-def size(count: int) -> Number:
+def size(count: int) -> NumberText:
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1_024 and len(units) > 1:
         value /= 1_024
         units.pop(0)
-    return Number(f"{value:.4g} {units[0]}")
+    return NumberText(f"{value:.4g} {units[0]}")

@@ -24,12 +24,11 @@ import click
 
 from llambo.cli.kit.exits import Exit
 from llambo.mesh.service import clock
-from llambo.mesh.service.host import end_with_parent
+from llambo.mesh.service.host import end_with_parent, stop_signals_wake
 from llambo.mesh.service.notify import Notifier, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.timers import backoff_ms
-from llambo.worker.agent.signals import signals_wake
 
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -179,7 +178,7 @@ def wait_before_start(wait_ms: int, notifier: Notifier) -> bool:
     reading, writing = socket.socketpair()
     with reading, writing:
         writing.setblocking(False)
-        with signals_wake(writing.fileno()):
+        with stop_signals_wake(writing.fileno()):
             while (left := until - clock.now_ms()) > 0:
                 notifier.update(condition, clock.now_ms())
                 poll_ms = min(left, max(notifier.next_wakeup_ms() - clock.now_ms(), 0))
