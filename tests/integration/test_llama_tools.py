@@ -189,7 +189,7 @@ def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
     count = Start(whole.key, whole.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
     assert engine.start(count, 0) is None
     (output,) = engine.step(0)
-    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.TokenizeResult)
     assert told.usage is not None and told.usage.prompt_tokens == len(found.ids) > 200
 
 
@@ -226,7 +226,7 @@ def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: Llama
     count = Start(asked.key, asked.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
     assert made_for_tools.start(count, 0) is None
     (output,) = made_for_tools.step(0)
-    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.TokenizeResult)
     text = b"".join(found.pieces).decode()
     assert "<|im_start|>tool\nsunny<|im_end|>" in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>' in text

@@ -83,13 +83,9 @@ SHARED_NAMES: dict[str, set[str]] = {
     "worker": {
         "Embedder",
         "Grammar",
-        "Text",
     },
     "fleet": {
         "Away",
-        "Entry",
-        "Failed",
-        "Leave",
         "Seen",
         "Step",
     },

@@ -31,7 +31,6 @@ UNREAD = {
     "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",
-    "llambo/testing/mesh.py",
     "llambo/worker",
     "bench",
     "examples",

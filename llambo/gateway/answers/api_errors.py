@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from llambo.gateway.answers.api import encode
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 Shape = Literal["openai", "anthropic"]
 
@@ -92,7 +92,7 @@ def error_reply(error: LlamboError, shape: Shape) -> ErrorReply:
 
 
 def error_body(error: LlamboError, shape: Shape) -> dict[str, Any]:
-    status, text = status_of(error), harmless(error.text)
+    status, text = status_of(error), printable(error.text)
     if shape == "anthropic":
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": text}}

@@ -30,7 +30,7 @@ from llambo.gateway.dashboard.watches import Watches
 from llambo.gateway.http.middleware import CALLER_KEY
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 from llambo.mesh.wire.reports import DrainReply, RequestStory
 
 STATIC = Path(__file__).resolve().parent / "static"
@@ -217,6 +217,6 @@ class Live:
                 self._admin()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except LlamboError as error:
-            over = {"over": {"status": status_of(error), "text": harmless(error.text)}}
+            over = {"over": {"status": status_of(error), "text": printable(error.text)}}
             body = b"data: %s\n\n" % encode(over)
             await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -14,7 +14,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from llambo.gateway.answers.asgi import CODE_KEY, reply_error
 from llambo.gateway.http.origins import Origins
 from llambo.gateway.observe.gateway_metrics import GatewayMetrics
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 log = logging.getLogger("llambo.gateway.requests")
 
@@ -64,7 +64,7 @@ class Middleware:
             route, code = scope.get("path_template") or "", scope.get(CODE_KEY) or ""
             self._metrics.http_request(str(route), scope["method"], status, took_ms / 1_000, str(code))
             name = getattr(scope.get(CALLER_KEY), "name", "") or "-"
-            path = harmless(scope["path"])
+            path = printable(scope["path"])
             log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llambo.gateway.answers.feed import Arrival, Feed, Observer
 from llambo.mesh.service import process_metrics, prometheus
-from llambo.mesh.service.prometheus import OTHER, WAITS_S, Family, Metric, Names, Number
+from llambo.mesh.service.prometheus import OTHER, WAITS_S, Family, Metric, Names, Scalar
 
 #: Models that get a label of their own, until the gateway restarts.
 MODELS = 64
@@ -65,10 +65,10 @@ class GatewayMetrics(Observer):
         #: Set by the middleware.
         self.open = self.sockets = self.limit = 0
         self._feeds: dict[Feed, _OpenFeed] = {}
-        self._requests, self._lasted, self._refused = REQUESTS.numbers(), LASTED.spreads(), REFUSED.numbers()
-        self._first, self._answered = FIRST.spreads(), ANSWERED.spreads()
-        self._tokens, self._ended = TOKENS.numbers(), ENDED.numbers()
-        self._resumed, self._disconnected = RESUMED.numbers(), HUNG_UP.numbers()
+        self._requests, self._lasted, self._refused = REQUESTS.scalars(), LASTED.histograms(), REFUSED.scalars()
+        self._first, self._answered = FIRST.histograms(), ANSWERED.histograms()
+        self._tokens, self._ended = TOKENS.scalars(), ENDED.scalars()
+        self._resumed, self._disconnected = RESUMED.scalars(), HUNG_UP.scalars()
 
     def http_request(self, route: str, method: str, status: int, seconds: float, code: str) -> None:
         """`route`: its pattern; empty: no such route. `code`: of the error it was answered with, if any."""
@@ -136,7 +136,7 @@ def api_of(route: str) -> str:
     return "anthropic" if route.startswith("/v1/messages") else "own" if route == "/v1/stream" else "openai"
 
 
-def _gauge(metric: Metric, value: float) -> Family[Number]:
-    family = metric.numbers()
+def _gauge(metric: Metric, value: float) -> Family[Scalar]:
+    family = metric.scalars()
     family.one.value = value
     return family
