@@ -91,7 +91,7 @@ SHARED_NAMES: dict[str, set[str]] = {
     },
 }
 #: Rooms that import each other.
-CIRCLES: set[tuple[str, str]] = {}
+CIRCLES = set[tuple[str, str]]()
 
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
