@@ -17,7 +17,7 @@ from llambo.cli.kit.flags import config_option, json_option, settings_options
 from llambo.cli.kit.tables import show_json, table
 
 if TYPE_CHECKING:
-    from llambo.mesh.security.keyring import Entry, Folder
+    from llambo.mesh.security.keyring import Folder, KeyEntry
 
 EXAMPLES = """
 llambo keys init --address tcp://box:7330
@@ -167,7 +167,7 @@ def list_keys(common: Common, as_json: bool) -> None:
     table(["name", "role", "limits", "valid until", "public"], rows, nothing="there are no keys")
 
 
-def _told(entry: Entry, now: float) -> dict[str, Any]:
+def _told(entry: KeyEntry, now: float) -> dict[str, Any]:
     who = entry.identity
     limits = {
         "in flight": who.max_in_flight,
