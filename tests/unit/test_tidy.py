@@ -29,7 +29,6 @@ UNREAD = {
     "llambo/cli/kit",
     "llambo/cli/services",
     "llambo/fleet",
-    "llambo/gateway",
     "llambo/mesh",
     "llambo/worker",
     "bench",
