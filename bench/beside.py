@@ -31,6 +31,7 @@ from bench.streams import (
     summary,
 )
 from llambo import Client
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.models import models
 
@@ -118,7 +119,7 @@ async def profile(ours: Mesh, client: Client, counts: list[int], tokens: int) ->
         after, mine, wall = ours.cpu_s(), time.process_time() - mine, time.perf_counter() - wall
         made = sum(stream.tokens for stream in timed)
         used = {name: (after[name] - before[name]) * 1e6 / made for name in after} | {"client": mine * 1e6 / made}
-        idle = 1 - sum(used.values()) * made / 1e6 / wall / models.cores()
+        idle = 1 - sum(used.values()) * made / 1e6 / wall / host.physical_cores()
         row = f"{used['engine']:>8.0f}{used['agent']:>8.0f}{used['broker']:>8.0f}{used['client']:>8.0f}"
         print(f"  {'':<33}{streams:>7}  {row}   {idle:>8.1%}")
 
@@ -152,7 +153,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
-    parser.add_argument("--threads", type=int, default=models.cores())
+    parser.add_argument("--threads", type=int, default=host.physical_cores())
     parser.add_argument("--beside", nargs="*", default=[ALONE, SERVER, PYTHON], choices=[ALONE, SERVER, PYTHON])
     parser.add_argument("--server-flags", default="", help="more flags for llama-server, in one word")
     parser.add_argument("--profile", action="store_true", help="say where the processor time goes")

@@ -27,13 +27,13 @@ from bench.engine import Child
 from bench.figures import quantile
 from bench.processes import Node
 from llambo import Client, LlamboError
+from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
-from llambo.worker.models.models import cores
 
 SLOTS, CONTEXT, BATCH = 8, 1024, 128
 TALE = "the llama crosses a mountain in winter and sings of snow while seven birds listen to it"
@@ -272,7 +272,7 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
 def in_mesh(cancels: int, seed: int, threads: int) -> tuple[dict[str, list[float]], float]:
     knobs = {"slots": SLOTS, "context": CONTEXT, "batch": BATCH, "threads": threads}
     with Node("broker") as broker:
-        port = broker.told["ports"][0]
+        port = broker.port
         options = {"broker": f"tcp://127.0.0.1:{port}", "name": "w", "engine": "llama", "model": "smollm2"}
         with Node("worker", {**options, "llama": knobs}):
             return asyncio.run(storm_of_clients(port, cancels, seed))
@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cancels", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--part", choices=("accounts", "engine", "mesh"))
     options = parser.parse_args(arguments)
     wanted = (options.cancels, options.seed, options.threads)

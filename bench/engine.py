@@ -9,11 +9,11 @@ import time
 from msgspec import convert
 
 from bench.streams import CHANCE, Timed, prompt, summary
+from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models.models import cores
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.
@@ -67,7 +67,7 @@ def round_of(child: Child, streams: int, tokens: int, turn: int) -> list[Timed]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench engine", description=__doc__)
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
     options = parser.parse_args(arguments)

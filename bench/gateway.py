@@ -16,9 +16,11 @@ from dataclasses import asdict
 from bench.beside import MESH, SERVER, Round, Rounds, measure
 from bench.mesh import MODEL, mesh
 from bench.neighbours import Terms, llama_server
-from bench.processes import Node, process_cpu_s
+from bench.processes import Node
 from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_stream, prompt
 from llambo import Client
+from llambo.mesh.service import host
+from llambo.testing.processes import cpu_s
 from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
 from llambo.worker.models import models
 
@@ -61,7 +63,7 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {options.tokens} tokens a stream"
         print(f"gateway: SmolLM2-135M Q4_1, {shape}")
         tokens = options.tokens
-        runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.told["port"], tokens)}
+        runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
         if not options.alone:
             server = stack.enter_context(llama_server(Terms(models.find(MODEL), SLOTS, CONTEXT, options.threads, safe)))
             chain = ["top_k", "top_p", "min_p", "temperature"]
@@ -77,9 +79,9 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 def fake(knobs: FakeKnobs) -> Iterator[tuple[str, Node]]:
     """A mesh of one fake engine: its address, and the gateway before it."""
     with Node("broker") as broker:
-        address = f"tcp://127.0.0.1:{broker.told['ports'][0]}"
-        told = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(knobs)}
-        with Node("worker", told), Node("gateway", {"broker": address}) as door:
+        address = broker.address
+        worker = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(knobs)}
+        with Node("worker", worker), Node("gateway", {"broker": address}) as door:
             yield address, door
 
 
@@ -88,13 +90,13 @@ async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int
     tokens, cost = options.tokens * FAKE_FACTOR, {}
     with fake(FakeKnobs(slots=SLOTS)) as (address, door):
         async with Client(address) as client:
-            runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.told["port"], tokens)}
+            runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
             await measure(runners, [1], 1)
             found = await measure(runners, options.streams, options.rounds)
             for streams in options.streams:
-                before = process_cpu_s(door.pid)
+                before = cpu_s(door.pid)
                 timed = await runners[HTTP](1_000, streams)
-                cost[streams] = (process_cpu_s(door.pid) - before) * 1e6 / sum(stream.tokens for stream in timed)
+                cost[streams] = (cpu_s(door.pid) - before) * 1e6 / sum(stream.tokens for stream in timed)
     return found, cost
 
 
@@ -102,7 +104,7 @@ def kept_open(streams: int) -> tuple[int, int, int]:
     """Bytes of the gateway: before there was a stream, with all of them begun, and some tokens later."""
     knobs = FakeKnobs(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
     with fake(knobs) as (_, door):
-        reader, port = HttpStreams(), door.told["port"]
+        reader, port = HttpStreams(), door.port
         first = openai_stream(port, prompt(0, 0), 1, 1)
         reader.add(first)
         while reader.turn():
@@ -152,7 +154,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=128, help="of each stream")
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
-    parser.add_argument("--threads", type=int, default=models.cores())
+    parser.add_argument("--threads", type=int, default=host.physical_cores())
     parser.add_argument("--open", type=int, default=1_000, help="streams that are kept open")
     parser.add_argument("--alone", action="store_true", help="without llama-server, which has to be built")
     parser.add_argument("--no-model", action="store_true", help="only what needs no model")

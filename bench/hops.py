@@ -21,8 +21,8 @@ from bench.figures import quantile
 from bench.mesh import mesh
 from bench.streams import CHANCE, prompt
 from llambo import Client
+from llambo.mesh.service.host import physical_cores
 from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models.models import cores
 
 #: Requests before those that count.
 WARM = 20
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench hops", description=__doc__)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=physical_cores())
     options = parser.parse_args(arguments)
     knobs = LlamaKnobs(slots=4, context=1024, threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:

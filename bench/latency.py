@@ -148,7 +148,7 @@ def main(arguments: list[str]) -> int:
     context: zmq.Context[Socket] = zmq.Context()
     found: dict[tuple[str, str], list[Times]] = {}
     with Node("broker", PATIENT) as broker, Node("bare") as bare:
-        port = broker.told["ports"][0]
+        port = broker.port
         mesh = MeshPair(FakeWorker(context, port, 4), FakeClient(context, port))
         pairs: dict[str, MeshPair | BarePair] = {"mesh": mesh, "bare": BarePair(context, bare)}
         for pair in pairs.values():
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> int:
             pair.close()
     context.destroy(linger=0)
     with Node("broker") as broker:
-        port = broker.told["ports"][0]
+        port = broker.port
         with Node("worker", {"broker": f"tcp://127.0.0.1:{port}", "name": "real"}):
             found["real peers", "mesh"] = asyncio.run(with_real_peers(port, options.requests * 2))
     report(found)

@@ -17,6 +17,7 @@ from bench.mesh import mesh
 from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.models import models
 
@@ -147,7 +148,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench newcomer", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8_000, help="of the newcomer's prompt")
-    parser.add_argument("--threads", type=int, default=models.cores())
+    parser.add_argument("--threads", type=int, default=host.physical_cores())
     parser.add_argument("--alone", action="store_true", help="without llama-server")
     parser.add_argument("--server-flags", default="", help="more flags for llama-server, in one word")
     options = parser.parse_args(arguments)

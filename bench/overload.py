@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
     with Node("broker", PATIENT) as broker:
-        port = broker.told["ports"][0]
+        port = broker.port
         worker = {"broker": f"tcp://127.0.0.1:{port}", "fake": {"slots": SLOTS, "tokens_per_s": TOKENS_PER_S}}
         with Node("worker", {**worker, "name": "w0"}), Node("worker", {**worker, "name": "w1"}):
             crowd = Crowd(context, port)

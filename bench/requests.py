@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
     context: zmq.Context[Socket] = zmq.Context()
     rows: dict[str, list[Round]] = {"mesh": [], "mesh, unbundled": [], "bare ROUTER loop": []}
     with Node("broker", PATIENT) as broker, Node("bare") as bare:
-        port = broker.told["ports"][0]
+        port = broker.port
         worker, client = FakeWorker(context, port, options.flight), FakeClient(context, port)
         peers = BarePeers(context, bare)
 

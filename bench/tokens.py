@@ -105,7 +105,7 @@ def main(arguments: list[str]) -> int:
     meshed: list[Round] = []
     bared: list[Round] = []
     with Node("broker", BROKER) as broker, Node("bare") as bare:
-        port = broker.told["ports"][0]
+        port = broker.port
         worker, client = FakeWorker(context, port, options.streams), FakeClient(context, port)
         peers = BarePeers(context, bare)
         for number in range(options.rounds + 1):

@@ -17,8 +17,8 @@ from bench.newcomer import sized
 from bench.streams import CHANCE
 from llambo import Client
 from llambo.mesh.client.client import Answer
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
 
 SLOTS, CONTEXT = 4, 4096
 
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--chats", type=int, default=10)
     parser.add_argument("--prompt-tokens", type=int, default=2_000)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--threads", type=int, default=models.cores())
+    parser.add_argument("--threads", type=int, default=host.physical_cores())
     options = parser.parse_args(arguments)
     with mesh(LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)) as ours:
         found = asyncio.run(chats(ours.address, options.chats, options.prompt_tokens, options.tokens))

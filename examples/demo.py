@@ -134,9 +134,9 @@ def ask_and_kill(address: str) -> tuple[str, str]:
             said += piece
             if not id and len(said) > KILL_AFTER_BYTES:
                 request = client.requests()[0]
-                id = request["id"]
-                pids = {worker["worker"]: worker["pid"] for worker in client.workers()}
-                pid = pids[request["worker"]]
+                id = request.id
+                pids = {worker.worker: worker.pid for worker in client.workers()}
+                pid = pids[request.worker]
                 print(f"\n\n    >>> kill -9 {pid}: that was {request['worker']}, which writes this <<<\n", flush=True)
                 os.kill(pid, signal.SIGKILL)
     return answer_of(said), id

@@ -14,7 +14,7 @@ from llambo.broker.records.registry import ClientEntry, HeldLease
 from llambo.broker.records.state import State
 from llambo.broker.report import queries
 from llambo.broker.requests import admission
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
@@ -33,11 +33,11 @@ def asked(state: State, client: ClientEntry, lease: m.Lease, blob: bytes, now_ms
     if granted:
         _grant(state, client, lease, there, now_ms)
     now = leases.get(lease.name)
-    answer = {
-        "granted": granted and bool(lease.ms),
-        "by": now.holder_name if now is not None else "",
-        "left_ms": now.until - now_ms if now is not None else 0,
-    }
+    answer = reports.LeaseReply(
+        granted=granted and bool(lease.ms),
+        by=now.holder_name if now is not None else "",
+        left_ms=now.until - now_ms if now is not None else 0,
+    )
     queries.send(state, client, lease.query, msgspec.msgpack.encode(answer))
 
 

@@ -42,7 +42,7 @@ from llambo.broker.report import metrics_page
 from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import clock, process_metrics
 from llambo.mesh.service.activation import Inherited
 from llambo.mesh.service.notify import Herald
 from llambo.mesh.service.notify_core import Condition
@@ -68,10 +68,6 @@ SLEEP_MS = 1_000
 
 Socket = zmq.Socket[bytes]
 Outbox = dict[tuple[bytes, bytes], list[tuple[m.Message, bytes | None]]]
-
-
-def monotonic_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
 
 
 def random_bytes() -> Callable[[int], bytes]:
@@ -138,7 +134,7 @@ class BrokerServer:
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
         self.core = BrokerCore(config, random_bytes())
         if self._zap:
-            self.core.handle(KeysChanged(self._zap.identities), monotonic_ms())
+            self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())
         self._grants = SubscriptionGrants(self.core.state.registry.topics)
         self.dropped = 0
 
@@ -153,16 +149,16 @@ class BrokerServer:
         if self._metrics:
             self._metrics.start()
         while not self._stopping:
-            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
+            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
-            if monotonic_ms() >= self._herald.due_ms:
+            if clock.now_ms() >= self._herald.due_ms:
                 self._notify_manager()
         self._notify_manager()
         self._leave()
 
     def _notify_manager(self) -> None:
-        self._herald.tell(condition(self.core.state, leaving=self._stopping), monotonic_ms())
+        self._herald.tell(condition(self.core.state, leaving=self._stopping), clock.now_ms())
 
     def _leave(self) -> None:
         """Until each peer has disconnected, which it does when it reads the goodbye.
@@ -170,9 +166,9 @@ class BrokerServer:
         A peer's socket drops what it has not read yet when its connection breaks (libzmq does so with IMMEDIATE). If
         we closed at once, most of these messages would be lost.
         """
-        goodbyes = self.core.handle(StopAsked("it was stopped"), monotonic_ms())
-        until = monotonic_ms() + GOODBYE_MS
-        while goodbyes and monotonic_ms() < until:
+        goodbyes = self.core.handle(StopAsked("it was stopped"), clock.now_ms())
+        until = clock.now_ms() + GOODBYE_MS
+        while goodbyes and clock.now_ms() < until:
             gone = {event.route for event in self._deliver(goodbyes)}
             goodbyes = [
                 action for action in goodbyes if isinstance(action, ToClient | ToWorker) and action.route not in gone
@@ -180,7 +176,7 @@ class BrokerServer:
             time.sleep(GOODBYE_PAUSE_MS / 1_000)  # only the next send shows that a peer has disconnected
 
     def turn(self, readable: dict[Any, int]) -> None:
-        now = monotonic_ms()
+        now = clock.now_ms()
         handle = self.core.handle
         if self._zap:
             self._check_keys(self._zap, readable, now)
@@ -207,7 +203,7 @@ class BrokerServer:
             self._metrics.snapshot.turned(self._page)
 
     def _page(self) -> str:
-        return metrics_page.page(self.core.state, monotonic_ms()) + process_metrics.page()
+        return metrics_page.page(self.core.state, clock.now_ms()) + process_metrics.page()
 
     def _count(self, now: int) -> None:
         """What the shell has counted, for the metrics."""
@@ -261,9 +257,9 @@ class BrokerServer:
     ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
         """Route, public key and content of each."""
         receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._zap is not None
-        until = monotonic_ms() + DRAIN_MS
+        until = clock.now_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
-            if monotonic_ms() > until:
+            if clock.now_ms() > until:
                 return
             try:
                 if proved:
@@ -298,7 +294,7 @@ class BrokerServer:
 
     def _perform(self, actions: list[Action]) -> None:
         for event in self._deliver(actions):
-            self._perform(self.core.handle(event, monotonic_ms()))
+            self._perform(self.core.handle(event, clock.now_ms()))
 
     def _deliver(self, actions: list[Action]) -> list[RouteGone]:
         """Returns the routes without a peer: it has disconnected."""

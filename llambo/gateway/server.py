@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +18,7 @@ from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
 from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
 from llambo.gateway.observe.tracing import traces_of
+from llambo.mesh.service import clock
 from llambo.mesh.service.notify import Herald
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second, by the loop that answers."""
-        now_ms = time.monotonic_ns() // 1_000_000
+        now_ms = clock.now_ms()
         if now_ms >= self._herald.due_ms or self.should_exit:
             open_now = len(self._gateway.feeds)
             status = f"{open_now or 'no'} answer{'s' * (open_now != 1)} on their way"

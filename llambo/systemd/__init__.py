@@ -1,1 +1,1 @@
-"""Units for systemd, what they need beside them, and what puts them in their places."""
+"""Units for systemd, as files, and the code that adapts them to a machine."""

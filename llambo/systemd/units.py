@@ -1,6 +1,7 @@
-"""What `llambo systemd install` writes, as text: the one source are the files beside this one, which say /opt/llambo.
+"""What `llambo systemd install` writes, as text. The templates are the files in `units/` and `etc/` beside this one,
+with the programs in /opt/llambo.
 
-Pure: it is told the paths of the machine, and gives back which file goes where with what in it.
+Pure: from the paths of the machine it makes a list of files, with where each goes and what is in it.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import PurePath
 
-#: Where the programs are, in the files as they lie here.
+#: Where the programs are, in the templates.
 PROGRAMS = "/opt/llambo/bin"
-#: First of the four ports, and the address, in the socket unit as it lies here.
+#: First of the four ports, and the address, in the template of the socket unit.
 PORT, HOST = 7330, "127.0.0.1"
 UNITS = (
     "llambo-broker.service", "llambo-broker.socket", "llambo-worker@.service", "llambo-gateway.service",
     "llambo-fleet.service", "llambo.target", "llambo.slice", "llambo-workers.slice",
 )  # fmt: skip
-#: Starts units and programs, and calls ssh: there is nothing that could be taken from it.
-FREE = "llambo-fleet.service"
+#: Not confined: it starts units and programs, and calls ssh, with all rights of its user.
+UNCONFINED = "llambo-fleet.service"
 #: Those that are confined.
-SERVICES = tuple(name for name in UNITS if name.endswith(".service") and name != FREE)
-#: Written by `--bind`, and never by an install without it.
+SERVICES = tuple(name for name in UNITS if name.endswith(".service") and name != UNCONFINED)
+#: Written by `install --bind`; an install without it leaves the file alone.
 LISTEN = "llambo-broker.socket.d/listen.conf"
-#: A service does not see what is below these, unless it is shown to it.
-HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - they are only compared with
-#: What only the manager of the whole system can do: other users, namespaces, credentials, priorities upwards.
+#: A confined service does not see what is below these, unless a directive makes it visible.
+HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - only compared with
+#: What only the system manager can do: other users, namespaces, credentials, higher priorities.
 NOT_FOR_USERS = frozenset({
     "AmbientCapabilities", "CapabilityBoundingSet", "IOWeight", "LoadCredential", "OOMScoreAdjust", "PrivateDevices",
     "PrivateIPC", "PrivateMounts", "PrivateTmp", "PrivateUsers", "ProcSubset", "ProtectClock", "ProtectControlGroups",
@@ -37,13 +38,13 @@ NOT_FOR_USERS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of this machine. `shown`: folders that a service has to see to run the programs at all."""
+    """Paths of one machine. `visible`: folders that a service has to see to run the programs at all."""
 
     programs: str = PROGRAMS
-    shown: tuple[str, ...] = ()
-    #: For one person's own manager, below his home.
+    visible: tuple[str, ...] = ()
+    #: For a user's own service manager, below the home folder.
     user: bool = False
-    #: Folders, as they are without --root.
+    #: Folders, without --root.
     units: str = "/etc/systemd/system"
     settings: str = "/etc/llambo"
 
@@ -52,7 +53,7 @@ class Place:
 class File:
     path: str
     text: str
-    #: It is the administrator's from the moment it is there, and not written again.
+    #: An example of settings: written once, and never overwritten, as the administrator edits it.
     example: bool = field(default=False, kw_only=True)
 
 
@@ -71,20 +72,20 @@ def unit(name: str, place: Place) -> str:
     if place.user:
         lines = _for_user(lines)
     elif name in SERVICES:
-        lines = _show(lines, hidden(place.shown))
+        lines = _with_visible(lines, hidden_folders(place.visible))
     return "\n".join(lines) + "\n"
 
 
 def listen(place: Place, host: str, port: int) -> File:
-    """The ports at another address. An empty line first: otherwise these come on top of those of the unit."""
-    shown = f"[{host}]" if ":" in host else host
-    ports = [f"ListenStream={shown}:{port + number}" for number in range(4)]
+    """The ports at another address. The empty value first removes those of the unit."""
+    bracketed = f"[{host}]" if ":" in host else host
+    ports = [f"ListenStream={bracketed}:{port + number}" for number in range(4)]
     text = "\n".join(["# Written by `llambo systemd install --bind`.", "", "[Socket]", "ListenStream=", *ports, ""])
     return File(f"{place.units}/{LISTEN}", text)
 
 
-def hidden(folders: Iterable[str]) -> list[str]:
-    """Those that a service would not see, without those that are in another of them."""
+def hidden_folders(folders: Iterable[str]) -> list[str]:
+    """Those of the folders that a service would not see. One that is inside another is left out."""
     found: list[str] = []
     for folder in sorted(set(folders)):
         path = PurePath(folder)
@@ -94,26 +95,26 @@ def hidden(folders: Iterable[str]) -> list[str]:
 
 
 def directives(text: str) -> list[tuple[str, str]]:
-    """What a unit says, in order; sections, comments and empty lines left out."""
-    said = []
+    """Names and values in a unit, in order, without sections, comments and empty lines."""
+    found = []
     for line in text.splitlines():
         name, equals, value = line.partition("=")
         if equals and not line.startswith(("#", ";", "[")):
-            said.append((name.strip(), value.strip()))
-    return said
+            found.append((name.strip(), value.strip()))
+    return found
 
 
-def _show(lines: list[str], folders: list[str]) -> list[str]:
-    """With an empty folder in place of the hidden ones, of which these parts are put back."""
+def _with_visible(lines: list[str], folders: list[str]) -> list[str]:
+    """An empty folder takes the place of each hidden one, and these folders are mounted into it."""
     if not folders:
         return lines
-    shown = ["# The programs are here.", *[f"BindReadOnlyPaths={folder}" for folder in folders]]
+    mounts = ["# The programs are here.", *[f"BindReadOnlyPaths={folder}" for folder in folders]]
     at = lines.index("ProtectHome=yes")
-    return [*lines[:at], "ProtectHome=tmpfs", *shown, *lines[at + 1 :]]
+    return [*lines[:at], "ProtectHome=tmpfs", *mounts, *lines[at + 1 :]]
 
 
 def _for_user(lines: list[str]) -> list[str]:
-    kept: list[str] = []
+    result: list[str] = []
     comment: list[str] = []
     for line in lines:
         if line.startswith("#"):
@@ -121,14 +122,14 @@ def _for_user(lines: list[str]) -> list[str]:
         elif line.partition("=")[0] in NOT_FOR_USERS:
             continue
         else:
-            # What a comment says is about the lines below it; with none of them left it has nothing to say.
-            kept += [*(comment if line else []), line]
+            # A comment is about the lines below it up to an empty line. If none of them is left, it goes too.
+            result += [*(comment if line else []), line]
             comment = []
     renamed = {
         "WantedBy=multi-user.target": "WantedBy=default.target",
         "RestartPreventExitStatus=2 EXEC USER GROUP CREDENTIALS": "RestartPreventExitStatus=2 EXEC",
     }
-    return [renamed.get(line, line) for line in kept]
+    return [renamed.get(line, line) for line in result]
 
 
 def _text(folder: str, name: str) -> str:

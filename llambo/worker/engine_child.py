@@ -6,7 +6,6 @@ the same. A killed agent leaves nothing behind."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import queue
@@ -20,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llambo.mesh.service import clock
+from llambo.mesh.service.host import end_with_parent
 from llambo.worker.engine import engine_log
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
@@ -34,8 +35,6 @@ SPIN_COUNT = 1000
 FAKE_LOAD_PERCENT = 1
 #: Of -1000 to 1000: how gladly the kernel ends this process when there is no memory left.
 OOM_SCORE = 500
-#: From linux/prctl.h: the signal this process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
 
 
 class Engine(Protocol):
@@ -76,10 +75,6 @@ def load_fake(configure: proto.Configure, say: Callable[[proto.Progress], None])
         suffer("crash")
 
 
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 class Child:
     """The loop: orders in, one step, one message out."""
 
@@ -96,8 +91,8 @@ class Child:
         self._say(engine.ready())
         while True:
             self._obey(engine)
-            if engine.next_wakeup_ms() <= now_ms():
-                self._say(proto.Step(engine.step(now_ms())))
+            if engine.next_wakeup_ms() <= clock.now_ms():
+                self._say(proto.Step(engine.step(clock.now_ms())))
                 if engine.fault:
                     suffer(engine.fault)
 
@@ -105,7 +100,7 @@ class Child:
         """All orders that are here, and until a step is due whatever comes."""
         orders = self._orders
         while True:
-            wait_ms = engine.next_wakeup_ms() - now_ms()
+            wait_ms = engine.next_wakeup_ms() - clock.now_ms()
             if wait_ms <= 0 and orders.empty():
                 return
             try:
@@ -118,7 +113,7 @@ class Child:
     def _obey_one(self, engine: Engine, order: proto.EngineMessage) -> None:
         match order:
             case proto.Start():
-                refused = engine.start(order, now_ms())
+                refused = engine.start(order, clock.now_ms())
                 if refused is not None:
                     self._say(refused)
             case proto.Stop(key):
@@ -154,14 +149,6 @@ def suffer(fault: str) -> None:
         signal.pause()
 
 
-def die_with(parent: int) -> None:
-    """End when the agent ends, however it ends."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel was asked
-        os._exit(1)
-
-
 def be_first_to_go() -> None:
     """If memory runs out: this is what takes it, and the agent that survives has another one made."""
     path = Path("/proc/self/oom_score_adj")
@@ -176,7 +163,7 @@ def be_first_to_go() -> None:
 
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
-    die_with(parent)
+    end_with_parent(parent)
     engine_log.begin(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
     # Ctrl-C and a supervisor's SIGTERM reach the whole group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -11,10 +11,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from llambo.testing.mesh import Mesh
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.engine_options import LlamaKnobs
 from tests.integration.gateway_process import GatewayProcess
-from tests.integration.harness import Mesh
 
 HERE = Path(__file__).resolve().parent / "node"
 PLACE = Path(__file__).resolve().parents[2] / "build" / "node"

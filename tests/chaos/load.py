@@ -21,8 +21,8 @@ from typing import Any
 
 from llambo import Client, LlamboError
 from llambo.mesh.client.answer_stream import Stream
+from llambo.mesh.service.host import end_with_parent
 from llambo.mesh.wire.stream import Reassembly
-from llambo.worker.engine_child import die_with
 from tests.chaos.history import Journal
 
 #: The shares of the ways in which answers are asked for; the rest are streams.
@@ -191,7 +191,7 @@ class Load:
 def main(arguments: list[str]) -> None:
     told = json.loads(arguments[0])
     options = Options(**{**told, "tokens": tuple(told["tokens"])})
-    die_with(options.parent)
+    end_with_parent(options.parent)
     asyncio.run(Load(options).run())
 
 

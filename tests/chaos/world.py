@@ -16,10 +16,10 @@ from llambo.mesh.security import keyring
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.security.keys import KEY_ENV, to_line
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.proxy import Plane, Proxy
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan
-from tests.chaos.proxy import Proxy
 
 #: The first broker's ports where nobody else is, and how far apart those of two brokers are.
 BASE_PORT, APART = 7330, 10
@@ -29,6 +29,8 @@ SIZES_S = 2.0
 #: How long everybody may take to end what is running, once the faults are over.
 SETTLE_S = 60.0
 LEAVE_S = 20.0
+#: What a worker connects to.
+WORKER_PLANES: list[Plane] = ["worker control", "worker tokens"]
 
 
 def free_port(start: int) -> int:
@@ -103,7 +105,7 @@ class World:
                 keeper = self.keepers[number] = places.Keeper(number)
                 prefix = keeper.prefix
             case "near":
-                proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports)
+                proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports, WORKER_PLANES)
                 await proxy.start()
                 host = proxy.host
         flags: dict[str, object] = {"engine": plan.engine, "slots": plan.slots, "stall-ms": plan.stall_ms,
@@ -188,7 +190,7 @@ class World:
             with contextlib.suppress(LlamboError, TimeoutError):
                 async with asyncio.timeout(LEAVE_S), Client(self.address(number)) as client:
                     while True:
-                        status = await client.status()
+                        status = await client.query("status")
                         idle = not (status["running"] or status["waiting"] or status["busy"])
                         if idle and status["ready"] >= self.plan.workers:
                             break
@@ -253,7 +255,7 @@ class World:
     async def _look(self, client: Client, broker: nodes.Node, pid: int) -> None:
         since, turn = 0, 0
         while broker.pid == pid:
-            listed = {line["worker"]: line for line in await client.workers()}
+            listed = {line["worker"]: line for line in await client.query("workers")}
             ready = [name for name, line in listed.items() if line["state"] == "ready"]
             self.journal.write("workers", broker=broker.name, names=list(listed), ready=ready)
             async with self.seen:
@@ -265,7 +267,7 @@ class World:
                 self.journal.write("event", broker=broker.name, kind=event["kind"], text=event["text"],
                                    t=now_ms() - event["age_ms"])  # fmt: skip
             if turn % COUNTERS_EVERY == 0:
-                status = await client.status()
+                status = await client.query("status")
                 self.journal.write("status", broker=broker.name, pid=pid, counters=status["counters"])
             turn += 1
             await asyncio.sleep(LOOK_S)

@@ -20,7 +20,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client import client_events as ce
 from llambo.mesh.client.client_core import ClientCore
-from llambo.mesh.link.link_core import OpenTokens, Send, Sign
+from llambo.mesh.link.link_core import ConnectionChange, OpenTokens, Send
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
@@ -248,13 +248,14 @@ class Worker(UnderFire):
                 we.EngineStep([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys])
             )
         elif what < 0.92:
-            self.handle(we.ConnectionChanged(0, chance.choice(list(Sign))))
+            self.handle(we.ConnectionChanged(0, chance.choice(list(ConnectionChange))))
         elif what < 0.93:
             self.handle(we.EngineDied("shot", outside=False))
         elif what < 0.96:
             self.handle(we.EngineReady([m.ModelInfo("tiny", "f")], 4))
         else:
-            self.handle(we.ControlArrived(0, self.session, [(m.BrokerHeartbeat(1, self.core.links[0].beat), b"")]))
+            beat = m.BrokerHeartbeat(1, self.core.links[0].beats.number)
+            self.handle(we.ControlArrived(0, self.session, [(beat, b"")]))
         self.handle(we.Ticked())
 
     def check(self) -> None:
@@ -318,7 +319,7 @@ class Client(UnderFire):
             id = chance.choice(self.ids) if self.ids else bytes(16)
             self.handle(ce.TokensArrived([self.chunk(id + samples.DISPATCH) for _ in range(3)]))
         elif what < 0.93:
-            self.handle(ce.ConnectionChanged(chance.choice(list(Sign))))
+            self.handle(ce.ConnectionChanged(chance.choice(list(ConnectionChange))))
         else:
             beat = tokens.encode_beat(chance.choice((1, 2, 2**64 - 1)), self.session)
             self.handle(ce.TokensArrived([beat]))

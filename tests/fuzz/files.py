@@ -25,7 +25,7 @@ from llambo.mesh.wire.identity import Identity, Pair, PeerKey
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.grammar import grammar
 from llambo.worker.models import gguf, models
-from llambo.worker.prompt import conversation, template
+from llambo.worker.prompt import rendering, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
 
@@ -135,8 +135,8 @@ def grammars() -> Target:
                 continue
         for form in ("messages", "chat", "user", "text"):
             try:
-                told = conversation.read(frames[0], m.Sampling(form=form))
-                conversation.text_of(frames[0], told, None)
+                told = rendering.read(frames[0], m.Sampling(form=form))
+                rendering.text_of(frames[0], told, None)
             except template.BadPrompt:
                 continue
             try:

@@ -17,8 +17,8 @@ from llambo.mesh.security import keys
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import PeerKey
+from llambo.testing.raw_peer import RawPeer
 from tests.fuzz import wire
-from tests.integration.raw_peer import RawPeer
 
 PART = bytes(60_000)
 #: A connection that takes nothing for so long is full.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from llambo.mesh.wire.naming import BEGIN, END
+from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END
 from llambo.worker.models import models
 
 TEMPLATE = (
@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 #: Control tokens of SmolLM2 that nobody uses.
-RENAMED = {b"<gh_stars>": BEGIN.encode(), b"<empty_output>": END.encode()}
+RENAMED = {b"<gh_stars>": CALL_BEGIN.encode(), b"<empty_output>": CALL_END.encode()}
 #: Bytes of a value, by its type in the file; 8 is text, 9 an array.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 ALIGNMENT = 32

@@ -18,6 +18,7 @@ from llambo import Client, LlamboError, Stream, SyncClient
 from llambo.mesh.client import answer_stream
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.reports import DrainReply, MeshStatus
 from tests.integration.double_for_clients import DoubleBroker, Run, bind_both
 
 DEADLINE_S = 20
@@ -359,9 +360,10 @@ class TestQuestions:
     def test_answers_of_one_page_and_of_several(self, broker: DoubleBroker) -> None:
         async def work() -> None:
             async with Client(broker.address) as client:
-                assert await client.status() == {"broker": "double", "workers": 1}
+                assert await client.status() == MeshStatus(broker="double", workers=1)
+                assert await client.query("status") == {"broker": "double", "workers": 1}
                 assert len(await client.workers()) == 100
-                assert await client.drain("w1") == {"worker": "w1", "draining": True}
+                assert await client.drain("w1") == DrainReply(worker="w1", draining=True)
 
         run(work())
 

@@ -18,9 +18,9 @@ from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.mesh import Mesh
 from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
-from tests.integration.harness import Mesh
 
 LIVE, DRAIN, CANCEL = "/board/live", "/board/drain", "/board/cancel"
 JSON = {"content_type": "application/json"}
@@ -28,7 +28,7 @@ JSON = {"content_type": "application/json"}
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=200)) as mesh:
         yield mesh
 
 

@@ -15,8 +15,8 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import new_pair
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
+from llambo.testing.mesh import Mesh, key_of
 from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, key_of
 from tests.integration.healthy import Healthy
 
 #: What libzmq tells of a handshake.
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Folder) -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=500), check=True, keys=folder) as mesh:
+    with Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=500), check=True, keys=folder) as mesh:
         yield mesh
 
 

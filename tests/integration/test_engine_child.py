@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from llambo.testing.processes import wait_until_gone
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeKnobs, plain_token
-from tests.integration.processes import wait_until_gone
 
 TIMEOUT_S = 10.0
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.providers import machine
 from llambo.fleet.providers.process import Failed, Processes, Record
-from tests.integration.processes import wait_until_gone
+from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 
@@ -68,7 +67,7 @@ async def test_a_node_whose_lock_is_taken_ends_at_once(folder: Path) -> None:
         *BROKER, "--hold", lock, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     _, said = await asyncio.wait_for(twin.communicate(), 30)
-    assert twin.returncode == 1 and b"this one runs already" in said
+    assert twin.returncode == 1 and b"this node is already running" in said
     await processes.end("broker", 30)
 
 
@@ -105,19 +104,6 @@ async def test_how_one_ended_that_was_killed(folder: Path) -> None:
     wait_until_gone(pid, 20)
     assert processes.pid("broker") is None, "it is a zombie, and holds nothing"
     assert processes.how_it_ended("broker") == "was killed by SIGKILL"
-
-
-def test_memory_is_what_the_group_may_have(tmp_path: Path) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       1000000 kB\nMemFree: 5 kB\n")
-    assert machine.memory_bytes(tmp_path) == 1_000_000 * 1024 * 9 // 10
-    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
-    inner = tmp_path / "sys/fs/cgroup/a/b"
-    inner.mkdir(parents=True)
-    (inner / "memory.max").write_text("max\n")
-    (inner.parent / "memory.max").write_text("100000000\n")
-    assert machine.memory_bytes(tmp_path) == 90_000_000
-    assert machine.cores() >= 1
 
 
 @in_a_loop

@@ -25,9 +25,10 @@ from llambo.gateway.server import listen
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.engine.engine_options import FakeKnobs
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 CHAT = "/v1/chat/completions"
 ELSEWHERE = "http://attacker.example"
@@ -35,7 +36,7 @@ ELSEWHERE = "http://attacker.example"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -119,7 +120,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
@@ -148,7 +149,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
                 api_tokens.withdraw(folder, "bob")
                 other.send(json.dumps({"type": "ask", "id": "b", "body": chat(max_tokens=1)}))
                 assert json.loads(other.recv(TIMEOUT_S))["error"]["code"] == "invalid_api_key"
-        written = gateway.process.everything()
+        written = gateway.process.log()
     assert "alice POST" in written
     for token in (alice, bob):
         assert token not in written, "a token is in the log"

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from llambo.mesh.service import host
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
@@ -184,7 +185,7 @@ def test_what_cannot_be_done_is_refused_with_its_numbers(engine: LlamaEngine) ->
 
 def test_without_memory_for_embeddings_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     small = load(Configure("llama", "smollm2", llama=LlamaKnobs(slots=1, context=256, threads=1)), lambda told: None)
-    monkeypatch.setattr(models, "free_bytes", lambda: 1)
+    monkeypatch.setattr(host, "free_memory_bytes", lambda: 1)
     code, text = refused(small, task("embed", ["hello"]))
     assert code is Code.BUSY and "0 MiB are free" in text and "--ctx" in text
     # And answers go on

@@ -21,13 +21,14 @@ from llambo.mesh.client.client import Answer
 from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.engine.protocol import Configure, Start
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
 from tests.integration import hermes
-from tests.integration.harness import TIMEOUT_S, Mesh
 from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said
 
 __all__ = ["engine", "loaded", "said"]  # fixtures

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
+from llambo.mesh.wire.reports import EventRow
+from llambo.testing.mesh import Mesh, truth
 from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
 
 FAST = FakeKnobs(slots=4, tokens_per_s=200)
 #: A twentieth of that.
@@ -18,14 +18,14 @@ TOKENS = 20
 
 
 def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
-    with Mesh(workers=1, knobs=FAST, config=BrokerConfig(heartbeat_ms=50), check=True) as mesh:
+    with Mesh(workers=1, fake=FAST, config=BrokerConfig(heartbeat_ms=50), check=True) as mesh:
         mesh.worker_config = replace(mesh.worker_config, fake=SLOW)
         mesh.spawn("slow").first_line()
 
         async def scenario() -> None:
             async with mesh.client() as client:
                 asked = [asyncio.create_task(answer(client, number)) for number in range(4)]
-                number, told = 4, list[dict[str, Any]]()
+                number, told = 4, list[EventRow]()
                 while not told:
                     # Somebody always runs on each, so that both have a pace.
                     await answer(client, number)

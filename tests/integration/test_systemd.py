@@ -19,10 +19,10 @@ import pytest
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import to_line, write_private
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.processes import line_of
 from llambo.worker.engine_child import OOM_SCORE
 from llambo.worker.models import models
 from tests.integration.manager import PATIENCE_S, Manager
-from tests.integration.processes import line_of
 
 LLAMBO = str(Path(sys.executable).parent / "llambo")
 BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"

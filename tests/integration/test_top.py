@@ -20,8 +20,9 @@ from llambo.cli.top.top_app import Top
 from llambo.cli.top.top_screens import Page, Question, Story
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 
 #: So often a look in these tests.
 EVERY_S = 0.15
@@ -32,7 +33,7 @@ SMALL, LARGE = (80, 24), (200, 60)
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=2, tokens_per_s=50)) as mesh:
+    with Mesh(workers=2, fake=FakeKnobs(slots=2, tokens_per_s=50)) as mesh:
         yield mesh
 
 

@@ -15,10 +15,10 @@ import pytest
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.testing.processes import children, wait_until_gone
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.fake import FakeKnobs, plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
-from tests.integration.processes import children, wait_until_gone
 
 AGENT = """
 import logging, sys

@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import conversation, limits
+from llambo.mesh.wire.conversation import Chat, ChatMessage
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.prompt import conversation
-from llambo.worker.prompt.conversation import Message, Text, in_words, read
+from llambo.worker.prompt import rendering
+from llambo.worker.prompt.rendering import PromptText, read, without_tools
 from llambo.worker.prompt.template import BadPrompt, Template
 
 CHATML = (
@@ -48,12 +49,12 @@ def template(source: str = CHATML) -> Template:
     return Template(source, bos="<s>", eos="</s>")
 
 
-def read_chat(*messages: Any, tools: Any = None) -> conversation.Chat:
+def read_chat(*messages: Any, tools: Any = None) -> Chat:
     return read(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
 
 
-def text(prompt: bytes, sampling: Sampling, source: str | None = CHATML) -> Text:
-    return conversation.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
+def text(prompt: bytes, sampling: Sampling, source: str | None = CHATML) -> PromptText:
+    return rendering.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
 
 
 def test_what_a_user_says_and_the_system_message() -> None:
@@ -81,7 +82,7 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
     told = read_chat(
         {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]}, ASKED
     )
-    assert told.messages[0] == Message("system", "Be\nbrief.")
+    assert told.messages[0] == ChatMessage("system", "Be\nbrief.")
 
 
 @pytest.mark.parametrize(
@@ -92,14 +93,22 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
             None,
             r"messages\[1\]\.content\[0\].*image_url",
         ),
-        ([{"role": "user", "content": None}], None, r"messages\[0\] has no content"),
-        ([{"role": "assistant", "content": None, "tool_calls": []}], None, r"messages\[0\] has no content"),
+        ([{"role": "user", "content": None}], None, r"messages\[0\]\.content: is missing"),
+        ([{"role": "assistant", "content": None, "tool_calls": []}], None, r"messages\[0\]\.content: is missing"),
         ([{"role": "user", "content": 1}], None, "content"),
-        ([ASKED] * (conversation.MESSAGES + 1), None, "4097 messages"),
-        ([ASKED], [{"type": "function", "function": {"name": "a b"}}], r"tools\[0\] is called 'a b'"),
-        ([ASKED], [WEATHER, WEATHER], "two tools are called 'weather'"),
+        ([ASKED] * (conversation.MESSAGES + 1), None, "messages: there are 4097, allowed are 1 to 4096"),
+        (
+            [ASKED],
+            [{"type": "function", "function": {"name": "a b"}}],
+            r"tools\[0\]\.function\.name: 'a b' does not match",
+        ),
+        ([ASKED], [WEATHER, WEATHER], "two tools have the name 'weather'"),
         ([ASKED], [{"type": "code", "function": {"name": "a"}}], "code"),
-        ([ASKED], [{"type": "function", "function": {"name": f"t{n}"}} for n in range(limits.TOOLS + 1)], "129 tools"),
+        (
+            [ASKED],
+            [{"type": "function", "function": {"name": f"t{n}"}} for n in range(limits.TOOLS + 1)],
+            "tools: there are 129, allowed are 128",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, said: str) -> None:
@@ -107,8 +116,8 @@ def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, said: str
         read_chat(*messages, tools=tools)
 
 
-def test_a_template_without_tools_is_told_of_them_in_words() -> None:
-    told = in_words(
+def test_a_template_without_tools_is_told_of_them_without_tools() -> None:
+    told = without_tools(
         read_chat({"role": "system", "content": "Be brief."}, ASKED, CALLED, RESULT, RESULT, tools=[WEATHER])
     )
     assert [message.role for message in told] == ["system", "user", "assistant", "user"]
@@ -123,14 +132,14 @@ def test_a_template_without_tools_is_told_of_them_in_words() -> None:
 
 
 def test_without_a_system_message_there_is_one_for_the_tools() -> None:
-    system, user = in_words(read_chat(ASKED, tools=[{"type": "function", "function": {"name": "now"}}]))
+    system, user = without_tools(read_chat(ASKED, tools=[{"type": "function", "function": {"name": "now"}}]))
     assert (system.role, user.role) == ("system", "user")
     assert '"parameters": {"type": "object", "properties": {}}' in str(system.content)
-    assert [message.role for message in in_words(read_chat(ASKED, tools=[]))] == ["user"]
+    assert [message.role for message in without_tools(read_chat(ASKED, tools=[]))] == ["user"]
 
 
 def test_what_was_said_before_a_call_stays_before_it() -> None:
-    (told,) = in_words(read_chat({**CALLED, "content": "I look."}))
+    (told,) = without_tools(read_chat({**CALLED, "content": "I look."}))
     assert str(told.content).startswith("I look.\n<tool_call>\n")
 
 

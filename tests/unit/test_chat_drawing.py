@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llambo.cli.chat import chat_view
-from llambo.cli.chat.chat_markdown import cut, finished, lines_of, make_parser
-from llambo.cli.chat.chat_painter import Painter
-from llambo.cli.chat.chat_view import BLOCK_CHARS, DrawnAnswer
+from llambo.cli.chat import screen as screen_module
+from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
+from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
 from llambo.cli.kit.out import Out
 from llambo.cli.kit.views import Clock
 from llambo.mesh.client.answer_stream import Piece
@@ -83,7 +82,7 @@ class Terminal:
         self.stream = pyte.Stream(self.screen)
         self.writes: list[str] = []
         self.size = os.terminal_size((columns, rows))
-        monkeypatch.setattr(chat_view, "_size", lambda: self.size)
+        monkeypatch.setattr(screen_module, "terminal_size", lambda: self.size)
 
     def paint(self, drawn: str) -> None:
         if drawn:
@@ -104,8 +103,8 @@ class Terminal:
 
 def draw(terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> DrawnAnswer:
     """Each piece is drawn at once."""
-    monkeypatch.setattr(chat_view, "FRAME_S", -1.0)
-    monkeypatch.setattr(chat_view, "SHARE", 1.0)
+    monkeypatch.setattr(screen_module, "FRAME_S", -1.0)
+    monkeypatch.setattr(screen_module, "SHARE", 1.0)
     view = DrawnAnswer(terminal, console(terminal.size.columns))  # type: ignore[arg-type]
     for piece in pieces:
         view.piece(Piece(piece, [1], 0))
@@ -157,6 +156,25 @@ def test_where_a_link_leads_is_shown() -> None:
     assert line == "the bank (http://evil.example/)"
 
 
+@pytest.mark.parametrize("width", [20, 59, 200])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w0w " * 30 + "w1w ![picture](q) w2w",
+        "w0w ![picture](q) w1w ![](http://a.example/picture) w2w",
+        "- w0w w1w\n  - " + "x" * 40 + " w2w ![picture](q)",
+        "> w0w " + "x" * 90 + " w1w ![picture](q) w2w",
+        "# w0w w1w ![*picture*](q) w2w",
+        "|a|\n|---|\n|w0w w1w ![picture](q) w2w|\n",
+        "[w0w w1w ![picture](q) w2w](http://a.example)",
+    ],
+)
+def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> None:
+    shown = " ".join(plain(lines_of(console(width + 1), text, width)))
+
+    assert all(word in shown for word in ("w0w", "w1w", "w2w", "picture") if word in text), shown
+
+
 @settings(max_examples=200, deadline=None)
 @given(MARKDOWN, st.integers(20, 100))
 def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: str, width: int) -> None:
@@ -169,10 +187,10 @@ def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: s
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([scrap for scrap in SCRAPS if "&" not in scrap and "\\" not in scrap]), max_size=40))
 def test_no_word_is_lost(scraps: list[str]) -> None:
-    # Every word has a number; those of a fence's first line, or of the address of a picture, are not for reading.
+    # Every word has a number. Not shown are the first line of a fence, and the definition of a link.
     text = harmless("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
     shown = "".join(plain(lines_of(console(200), text, 200)))
-    hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*|!\[[^\n]*", text)
+    hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*", text)
 
     for number in range(len(scraps)):
         word = f"w{number}w"
@@ -306,7 +324,7 @@ def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.Monkey
     assert all(write.startswith("\x1b[?2026h") and write.endswith("\x1b[?2026l") for write in terminal.writes)
 
 
-def test_who_waits_is_told_and_the_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     view = draw(terminal, [], monkeypatch)
     view.frame("waiting, 2 ahead")

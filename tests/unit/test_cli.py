@@ -24,7 +24,7 @@ from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.out import Out
 from llambo.cli.kit.output import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
-from llambo.cli.services.up import plan
+from llambo.cli.services.up import commands
 from llambo.mesh.client.client import Client
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
@@ -233,7 +233,7 @@ def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
 def test_up_hands_its_flags_on_to_those_they_concern() -> None:
     from llambo.cli.kit.common import Common
 
-    made = plan(
+    made = commands(
         Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}),
         2,
     )

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2] / "llambo"
 #: What tells, or depends on, the time of day.
 WALL = {
     "time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "mktime", "now", "utcnow", "today",
-    "CLOCK_REALTIME", "uuid1",
+    "CLOCK_REALTIME", "uuid1", "wall_ms",
 }  # fmt: skip
-CLOCKS = {"time", "datetime", "date", "uuid"}
+CLOCKS = {"time", "datetime", "date", "uuid", "clock"}
 #: Who asks for it all the same, and why.
 ALLOWED = {
     # A chat template may put today's date into its prompt.
@@ -25,10 +25,11 @@ ALLOWED = {
     "cli/kit/keyfile.py": {"time.time"},
     "cli/commands/keys.py": {"time.time", "time.localtime", "time.strftime"},
     # When something was, for people: conversations, events, processes.
-    "cli/chat/chat.py": {"time.time"},
-    "cli/chat/chat_loop.py": {"time.time", "time.strftime"},
-    "cli/chat/chat_shell.py": {"time.time"},
-    "cli/fleet/fleet_look.py": {"time.time_ns"},
+    "cli/chat/chat.py": {"time.time", "time.strftime"},
+    "cli/chat/dialogue.py": {"time.time"},
+    "cli/chat/slash_commands.py": {"time.time"},
+    "cli/fleet/fleet_look.py": {"clock.wall_ms"},
+    "mesh/service/clock.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
     "cli/top/top_panes.py": {"time.localtime", "time.strftime"},
 }

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import tiny_model
+from llambo.mesh.service import host as host_facts
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.models import found, models
 from llambo.worker.models.found import Found
@@ -81,7 +82,7 @@ def test_what_cannot_be_loaded_is_said_with_the_reason(host: Path, monkeypatch: 
     assert problems["empty.gguf"].startswith("it is")
     assert problems["cut.gguf"].startswith("it is cut off")
     assert "picture encoder" in problems["mmproj.gguf"]
-    monkeypatch.setattr(models, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(host_facts, "free_memory_bytes", lambda: 1000)
     put(host / "work/large.gguf")
     assert listed()["large.gguf"].problem.startswith("it does not fit: 0 MiB of weights")
 

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar import grammar
 from llambo.worker.grammar.grammar import Grammar, GrammarError, depth, grammar_of
 from llambo.worker.grammar.pattern import pattern_rule
 from llambo.worker.grammar.schema import Rules
-from llambo.worker.prompt.conversation import Function, Tool
 
 
 @pytest.mark.parametrize(

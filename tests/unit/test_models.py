@@ -108,29 +108,6 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path)
     assert "266 MiB are free; --ctx 2304 would fit" in str(refused.value)
 
 
-def test_cores_and_memory_are_found() -> None:
-    assert 1 <= models.cores() <= 4096
-    assert models.free_bytes() > MIB
-
-
-def test_memory_is_what_the_narrowest_group_above_us_leaves(tmp_path: Path) -> None:
-    own, top = tmp_path / "cgroup", tmp_path / "fs"
-    own.write_text("5:memory:/old\n0::/llambo.slice/worker\n")
-    limits = {
-        "": {},
-        "llambo.slice": {"memory.max": "1000", "memory.high": "max", "memory.current": "300"},
-        "llambo.slice/worker": {"memory.max": "max", "memory.high": "900", "memory.current": "250"},
-    }
-    for group, files in limits.items():
-        (top / group).mkdir(exist_ok=True)
-        for name, text in files.items():
-            (top / group / name).write_text(text + "\n")
-    assert models.limit_bytes(own, top) == 650
-    (top / "llambo.slice/memory.current").write_text("1200\n")
-    assert models.limit_bytes(own, top) == 0
-    assert models.limit_bytes(tmp_path / "none", top) > 2**60
-
-
 # --- fingerprint -----------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,11 @@ import pytest
 
 PREPARED = """
 import json, resource
-from llambo.cli.services.child import with_all_descriptors, without_cores
+from llambo.cli.services.service import disable_core_dumps, raise_descriptor_limit
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
-without_cores()
-with_all_descriptors()
+disable_core_dumps()
+raise_descriptor_limit()
 print(json.dumps([resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_NOFILE)]))
 """
 

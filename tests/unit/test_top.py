@@ -186,20 +186,16 @@ class TwoBrokers:
         self.numbers = [1, 2, 3]
         self.meanwhile: Callable[[], None] = lambda: None
 
-    async def status(self) -> dict[str, Any]:
-        self.meanwhile()
-        return {}
-
-    async def workers(self) -> list[dict[str, Any]]:
+    async def query(self, what: str, argument: str = "") -> Any:
+        match what:
+            case "status":
+                self.meanwhile()
+                return {}
+            case "recent":
+                return {"samples": self._since(what, int(argument)), "ended": []}
+            case "events":
+                return self._since(what, int(argument))
         return []
-
-    requests = workers
-
-    async def recent(self, since: int) -> dict[str, Any]:
-        return {"samples": self._since("recent", since), "ended": []}
-
-    async def events(self, since: int) -> list[dict[str, Any]]:
-        return self._since("events", since)
 
     def _since(self, what: str, since: int) -> list[dict[str, Any]]:
         self.asked.append((what, since))

@@ -11,11 +11,21 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
-from llambo.cli.services.systemd_check import EXPOSURE, Finding, everything, variables
+from llambo.cli.services.systemd import EXPOSURE, Finding, everything, variables
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.settings.settings_table import BY_NAME
 from llambo.systemd import units
-from llambo.systemd.units import HIDDEN, NOT_FOR_USERS, PROGRAMS, SERVICES, UNITS, Place, directives, hidden, unit
+from llambo.systemd.units import (
+    HIDDEN,
+    NOT_FOR_USERS,
+    PROGRAMS,
+    SERVICES,
+    UNITS,
+    Place,
+    directives,
+    hidden_folders,
+    unit,
+)
 from tests.systemd_here import hindrance_to_analyze
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,9 +96,9 @@ def test_a_persons_manager_is_not_asked_for_what_it_cannot_do(name: str) -> None
 
 
 def test_what_a_service_would_not_see_is_shown_to_it() -> None:
-    assert hidden(["/opt/llambo", "/usr", "/home/a/venv", "/home/a/venv/lib", "/rooted"]) == ["/home/a/venv"]
-    assert hidden([f"{top}/x" for top in HIDDEN]) == sorted(f"{top}/x" for top in HIDDEN)
-    text = unit("llambo-broker.service", Place("/home/a/venv/bin", shown=("/home/a/venv", "/usr")))
+    assert hidden_folders(["/opt/llambo", "/usr", "/home/a/venv", "/home/a/venv/lib", "/rooted"]) == ["/home/a/venv"]
+    assert hidden_folders([f"{top}/x" for top in HIDDEN]) == sorted(f"{top}/x" for top in HIDDEN)
+    text = unit("llambo-broker.service", Place("/home/a/venv/bin", visible=("/home/a/venv", "/usr")))
     assert "ProtectHome=tmpfs\n# The programs are here.\nBindReadOnlyPaths=/home/a/venv\n" in text
     assert "ProtectHome=yes" not in text
 
@@ -158,7 +168,7 @@ if not hindrance_to_analyze():
     @pytest.mark.parametrize(
         ("name", "text", "complaint"),
         [
-            ("systemd/system/llambo.target", None, "is not there"),
+            ("systemd/system/llambo.target", None, "is missing"),
             ("systemd/system/llambo-broker.service", "[Service]\nType=maybe\n", "Failed to parse service type"),
             ("llambo/worker-a.env", "LLAMBO_SLOTS=0\n", "slots"),
             ("llambo/worker-a.env", "LLAMBO_STALL_MS=15000\n", "less than half of WatchdogSec"),

@@ -57,7 +57,7 @@ class Rig:
     def alive(self, ms: int) -> Rig:
         """Let time pass with a broker that beats."""
         for _ in range(ms // 100):
-            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beat))
+            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beats.number))
         return self
 
     def take(self, kind: type[T]) -> list[T]:

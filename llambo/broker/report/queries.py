@@ -21,7 +21,7 @@ from llambo.broker.records.registry import ClientEntry, WorkerEntry
 from llambo.broker.records.request import Lane, Request, RequestState
 from llambo.broker.records.state import State
 from llambo.broker.report import history, metrics_page
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import Identity
@@ -58,145 +58,144 @@ def send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
 # --- snapshots -----------------------------------------------------------------------------------------
 
 
-def status(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
+def status(state: State, argument: str, now_ms: int, who: Identity) -> reports.MeshStatus:
     workers = state.registry.workers.values()
-    return {
-        "broker": state.config.name,
-        "workers": len(workers),
-        "up_ms": now_ms - state.wakeups.started_at,
-        "ready": history.ready(workers),
-        "slow": [worker.name for worker in workers if worker.speed.ejected],
-        "loading": {worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
-        "slots": sum(worker.slots for worker in workers),
-        "busy": sum(len(worker.claims) for worker in workers),
-        "busy_elsewhere": sum(worker.busy for worker in workers),
-        "clients": len(state.registry.clients),
-        "running": len(state.running),
-        "waiting": state.queue.count,
-        "waiting_bytes": state.queue.bytes,
-        "tokens_per_s": round(sum(worker.last.rate for worker in workers), 1),
-        "requests_per_s": round(state.measured.end_rate.per_s, 1),
-        "transcript_bytes": state.held_bytes,
-        "detached_bytes": state.archive.detached_bytes,
-        "remembered": len(state.archive.ended),
-        "policy": state.config.policy,
-        "models": models(state, "", now_ms, who),
-        "identities": identities(state, who),
-        "counters": state.counters.flat(),
-    }
+    return reports.MeshStatus(
+        broker=state.config.name,
+        workers=len(workers),
+        up_ms=now_ms - state.wakeups.started_at,
+        ready=history.ready(workers),
+        slow=[worker.name for worker in workers if worker.speed.ejected],
+        loading={worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
+        slots=sum(worker.slots for worker in workers),
+        busy=sum(len(worker.claims) for worker in workers),
+        busy_elsewhere=sum(worker.busy for worker in workers),
+        clients=len(state.registry.clients),
+        running=len(state.running),
+        waiting=state.queue.count,
+        waiting_bytes=state.queue.bytes,
+        tokens_per_s=round(sum(worker.last.rate for worker in workers), 1),
+        requests_per_s=round(state.measured.end_rate.per_s, 1),
+        transcript_bytes=state.held_bytes,
+        detached_bytes=state.archive.detached_bytes,
+        remembered=len(state.archive.ended),
+        policy=state.config.policy,
+        models=models(state, "", now_ms, who),
+        identities=identities(state, who),
+        counters=state.counters.flat(),
+    )
 
 
-def identities(state: State, who: Identity) -> list[dict[str, Any]]:
+def identities(state: State, who: Identity) -> list[reports.AccountRow]:
     """Usage and limits: of all identities for an admin, its own for a client. Without keys there are none."""
     if state.access.identities is None:
         return []
-    own = state.access.accounts.of(who.name)  # it may not have asked for anything yet
-    listed = (
-        sorted(state.access.accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
-    )
+    accounts = state.access.accounts
+    own = accounts.of(who.name)  # it may not have asked for anything yet
+    listed = sorted(accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
     return [_identity(account) for account in listed[:LISTED]]
 
 
-def _identity(account: Account) -> dict[str, Any]:
+def _identity(account: Account) -> reports.AccountRow:
     who = account.who
-    return {
-        "identity": account.name,
-        "role": who.role,
-        "in_flight": account.in_flight,
-        "queued": account.queued,
-        "bytes": account.bytes,
-        "submitted": account.submitted,
-        "ended": account.ended,
-        "tokens": account.tokens,
-        "refused": account.refused.total(),
-        "refused_for": dict(account.refused),
-        "max_in_flight": who.max_in_flight,
-        "max_queued": who.max_queued,
-        "max_bytes": who.max_bytes,
-        "per_minute": who.per_minute,
-    }
+    return reports.AccountRow(
+        identity=account.name,
+        role=who.role,
+        in_flight=account.in_flight,
+        queued=account.queued,
+        bytes=account.bytes,
+        submitted=account.submitted,
+        ended=account.ended,
+        tokens=account.tokens,
+        refused=account.refused.total(),
+        refused_for=dict(account.refused),
+        max_in_flight=who.max_in_flight,
+        max_queued=who.max_queued,
+        max_bytes=who.max_bytes,
+        per_minute=who.per_minute,
+    )
 
 
-def models(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+def models(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.ModelRow]:
     listed = []
     for model in sorted(filter(who.may_use, state.models.unserved_since))[:LISTED]:
         serving = [worker for worker in state.registry.workers.values() if model in worker.serving.models]
         line = state.queue.lines.get(Lane(model))
         listed.append(
-            {
-                "model": model,
-                "workers": len(serving),
-                "loading": sum(worker.state == "starting" for worker in serving),
-                "slots": sum(worker.slots for worker in serving),
-                "waiting": line.count if line else 0,
-            }
+            reports.ModelRow(
+                model=model,
+                workers=len(serving),
+                loading=sum(worker.state == "starting" for worker in serving),
+                slots=sum(worker.slots for worker in serving),
+                waiting=line.count if line else 0,
+            )
         )
     return listed
 
 
-def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.WorkerRow]:
     one = state.registry.worker_names.get(argument)
     listed = state.registry.workers.values() if not argument else [one] if one is not None else []
     found = sorted(listed, key=lambda worker: worker.name)
     return [_worker(worker, now_ms, who) for worker in found[:LISTED]]
 
 
-def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> dict[str, Any]:
-    return {
-        "worker": worker.name,
-        "state": worker.condition,
-        "class": worker.hello.node_class,
-        "host": worker.hello.host,
-        "pid": worker.hello.pid,
-        "models": [model for model in worker.serving.models if who.may_use(model)],
-        "slots": worker.slots,
-        "busy": len(worker.claims),
-        "busy_elsewhere": worker.busy,
-        "tokens_per_s": round(worker.last.rate, 1),
-        "pace": round(worker.speed.pace, 1),
-        "weight": 1 / worker.speed.idle_load,
-        "done": worker.done,
-        "engine_restarts": worker.last.engine_restarts,
-        "heard_ms": now_ms - worker.link.heard_at,
-        "up_ms": now_ms - worker.link.joined_at,
-        "percent": worker.last.percent,
-        "note": worker.last.note,
-        "slow": worker.speed.note,
-    }
+def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> reports.WorkerRow:
+    return reports.WorkerRow(
+        worker=worker.name,
+        state=worker.condition,
+        node_class=worker.hello.node_class,
+        host=worker.hello.host,
+        pid=worker.hello.pid,
+        models=[model for model in worker.serving.models if who.may_use(model)],
+        slots=worker.slots,
+        busy=len(worker.claims),
+        busy_elsewhere=worker.busy,
+        tokens_per_s=round(worker.last.rate, 1),
+        pace=round(worker.speed.pace, 1),
+        weight=1 / worker.speed.idle_load,
+        done=worker.done,
+        engine_restarts=worker.last.engine_restarts,
+        heard_ms=now_ms - worker.link.heard_at,
+        up_ms=now_ms - worker.link.joined_at,
+        percent=worker.last.percent,
+        note=worker.last.note,
+        slow=worker.speed.note,
+    )
 
 
-def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+def requests(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.RequestRow]:
     return [
         _request(state, request, now_ms)
         for request in islice((one for one in state.requests.values() if who.owns(one.owner)), LISTED)
     ]
 
 
-def _request(state: State, request: Request, now_ms: int) -> dict[str, Any]:
+def _request(state: State, request: Request, now_ms: int) -> reports.RequestRow:
     waits = request.state is RequestState.WAITING
-    return {
-        "id": request.id.hex(),
-        "state": request.state.value,
-        "model": request.model,
-        "task": request.task,
-        "priority": request.asked.priority,
-        "worker": request.run.worker.name if request.run.worker else "",
-        "tokens": request.transcript.next_index,
-        "max_tokens": request.asked.max_tokens,
-        "moves": request.run.moves,
-        "ahead": state.queue.ahead(request) if waits else 0,
-        "queued_ms": request.place.queued_ms,
-        "age_ms": now_ms - request.submitted_at,
-        "detached": request.asked.detached,
-    }
+    return reports.RequestRow(
+        id=request.id.hex(),
+        state=request.state.value,
+        model=request.model,
+        task=request.task,
+        priority=request.asked.priority,
+        worker=request.run.worker.name if request.run.worker else "",
+        tokens=request.transcript.next_index,
+        max_tokens=request.asked.max_tokens,
+        moves=request.run.moves,
+        ahead=state.queue.ahead(request) if waits else 0,
+        queued_ms=request.place.queued_ms,
+        age_ms=now_ms - request.submitted_at,
+        detached=request.asked.detached,
+    )
 
 
 def why(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
-    """The story of one request, live or remembered."""
+    """The story of one request, live or remembered: `reports.RequestStory` without the fields that it does not have."""
     id = _found(state, argument, who)
     request = state.requests.get(id)
     if request is not None:
-        row = _request(state, request, now_ms)
+        row = msgspec.structs.asdict(_request(state, request, now_ms))
         story = request.story
     else:
         ended = state.archive.ended[id]
@@ -251,16 +250,16 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
     return found[0]
 
 
-def events(state: State, argument: str, now_ms: int, who: Identity) -> list[dict[str, Any]]:
+def events(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.EventRow]:
     since = int(argument) if argument.isdigit() else 0
     return [
-        {
-            "number": event.number,
-            "age_ms": now_ms - event.at_ms,
-            "kind": event.kind,
-            "text": event.text,
-            "worker": event.worker,
-        }
+        reports.EventRow(
+            number=event.number,
+            age_ms=now_ms - event.at_ms,
+            kind=event.kind,
+            text=event.text,
+            worker=event.worker,
+        )
         for event in state.journal.entries
         if event.number > since
     ]

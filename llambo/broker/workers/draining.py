@@ -22,6 +22,7 @@ from llambo.broker.records.state import State
 from llambo.broker.report import queries
 from llambo.broker.requests import dispatching
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import reports
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
 _RUNNING = (RequestState.DISPATCHED, RequestState.RUNNING)
@@ -38,7 +39,7 @@ def asked(state: State, client: ClientEntry, message: m.DrainWorker, blob: bytes
     _order(state, message.worker, m.Drain(message.undo, moving), now_ms)
     # What it runs for other brokers has to go as well before it is empty.
     running = len(worker.claims) + worker.busy if worker is not None else 0
-    answer = {"worker": message.worker, "draining": not message.undo, "moving": moving, "running": running}
+    answer = reports.DrainReply(worker=message.worker, draining=not message.undo, moving=moving, running=running)
     queries.send(state, client, message.query, msgspec.msgpack.encode(answer))
 
 

@@ -30,7 +30,7 @@ def cancel(common: Common, id: str, as_json: bool) -> None:
     """Stop the request ID, whoever sent it. The beginning of the id is enough. One that has ended stays as it is."""
 
     async def stop(client: Client) -> tuple[str, dict[str, Any]]:
-        return await client.cancel(id), await client.why(id)
+        return await client.cancel(id), await client.query("why", id)
 
     reason, found = ask(common, stop)
     if as_json:

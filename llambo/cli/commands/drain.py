@@ -75,7 +75,9 @@ def drain(common: Common, worker: str, move: bool, no_wait: bool, undo: bool, as
 async def _drain(client: Client, worker: str, move: bool, undo: bool, waiting: _Waiting) -> dict[str, Any]:
     import asyncio
 
-    found = await client.drain(worker, undo, move=move)
+    import msgspec
+
+    found = msgspec.structs.asdict(await client.drain(worker, undo, move=move))
     seen_at = time.monotonic()
     while found["draining"] and found["running"] and not waiting.skipped:
         waiting.begun = True
@@ -84,8 +86,8 @@ async def _drain(client: Client, worker: str, move: bool, undo: bool, waiting: _
         listed = await client.workers(worker)
         if listed:
             seen_at = time.monotonic()
-            found["running"] = listed[0]["busy"] + listed[0]["busy_elsewhere"]
-            found["draining"] = listed[0]["state"] in ("draining", "drained")
+            found["running"] = listed[0].busy_slots
+            found["draining"] = listed[0].state in ("draining", "drained")
         elif time.monotonic() - seen_at > GONE_S:
             found |= {"running": 0, "left": True}
     waiting.done()

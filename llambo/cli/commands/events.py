@@ -24,7 +24,7 @@ llambo events --json | jq -r '.[] | select(.kind == "worker lost") | .text'
 @pass_common
 def events(common: Common, since: int, as_json: bool) -> None:
     """Show what happened in the mesh: workers that joined or were lost, engines that died. The latest comes last."""
-    found = ask(common, lambda client: client.events(since))
+    found = ask(common, lambda client: client.query("events", str(since)))
     if as_json:
         show_json(found)
         return

@@ -66,7 +66,7 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
 
 def _served(common: Common) -> tuple[list[dict[str, Any]] | None, str]:
     try:
-        return ask(common, lambda client: client.models()), ""
+        return ask(common, lambda client: client.query("models")), ""
     except LlamboError as error:
         if error.code not in NO_MESH:
             raise

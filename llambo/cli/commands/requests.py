@@ -37,7 +37,7 @@ def requests(common: Common, as_json: bool) -> None:
     """
 
     async def question(client: Client) -> tuple[list[dict[str, Any]], int]:
-        return await client.requests(), (await client.status()).get("busy_elsewhere", 0)
+        return await client.query("requests"), (await client.status()).busy_elsewhere
 
     found, elsewhere = ask(common, question)
     if as_json:

@@ -35,7 +35,7 @@ def status(common: Common, as_json: bool) -> None:
     Of several brokers any will do for workers, slots and speed. Clients, requests and the counters are those of
     the broker that is asked; `--broker` says which. With keys an admin sees all identities, everybody else his own.
     """
-    found = ask(common, lambda client: client.status())
+    found = ask(common, lambda client: client.query("status"))
     if as_json:
         show_json(found)
         return

@@ -25,7 +25,7 @@ llambo why "$(llambo send --detach 'Tell me a story')"
 @pass_common
 def why(common: Common, id: str, as_json: bool) -> None:
     """Tell the story of the request ID: each step with its time and its reason. The beginning of the id is enough."""
-    found = ask(common, lambda client: client.why(id))
+    found = ask(common, lambda client: client.query("why", id))
     if as_json:
         show_json(found)
         return

@@ -43,7 +43,7 @@ def workers(common: Common, as_json: bool) -> None:
     `3+2/8` busy: of 8 slots 3 are taken by requests of this broker and 2 by those of others (or by requests whose
     broker is gone, until one takes them over).
     """
-    found = ask(common, lambda client: client.workers())
+    found = ask(common, lambda client: client.query("workers"))
     if as_json:
         show_json(found)
     else:

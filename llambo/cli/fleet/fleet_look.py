@@ -14,6 +14,7 @@ from llambo.cli.kit.exits import Exit
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.output import duration, number, show_json, size, table
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import harmless
 
 if TYPE_CHECKING:
@@ -141,7 +142,6 @@ def _updates(book: Any, marks: dict[str, str]) -> list[dict[str, str]]:
 
 
 def _show_news(news: dict[str, Any]) -> None:
-    import time
 
     click.echo(f"\nan orchestrator keeps it, pid {news['pid']}")
     for name, why in news["held"].items():
@@ -150,7 +150,7 @@ def _show_news(news: dict[str, Any]) -> None:
         click.echo(harmless(f"an update is under way, {news['update']}"))
     for text in news["refused"]:
         click.echo(harmless(text))
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = clock.wall_ms()
     for loop in news["loops"]:
         again = duration(max(0, loop["again_ms"] - now_ms))
         text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
@@ -183,10 +183,9 @@ def _class_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    import time
 
     note = row["note"] if row["current"] else ", ".join(filter(None, ["old settings", row["note"]]))
-    up = duration(max(0, time.time_ns() // 1_000_000 - row["begun_ms"]))
+    up = duration(max(0, clock.wall_ms() - row["begun_ms"]))
     busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"
     return row["node"], row["class"], row["host"], row["state"], number(busy), number(row["pid"]), up, note
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from llambo.cli.fleet.fleet import make_it_so
 from llambo.cli.fleet.fleet_site import fleet_options, run, site
@@ -113,7 +114,7 @@ async def _drain(here: Site, node: str, undo: bool) -> dict[str, Any]:
     if not any(record.name == node and record.node_class != "broker" for record in keeper.processes.records()):
         raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
     async with keeper.mesh() as client:
-        return await client.drain(node, undo, move=not undo)
+        return msgspec.structs.asdict(await client.drain(node, undo, move=not undo))
 
 
 def _classes(here: Site, one: str | None) -> list[str]:

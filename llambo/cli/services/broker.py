@@ -1,4 +1,4 @@
-"""`llambo-broker`: one service, four ports in a row."""
+"""`llambo-broker`: four ports in a row."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from llambo.cli.kit.failure import Failure, check_name
 from llambo.cli.kit.flags import settings_options
 from llambo.cli.kit.keyfile import folder_of
 from llambo.cli.kit.standard import tell
-from llambo.cli.services.child import adopt, child_options, notify, with_all_descriptors, without_cores
-from llambo.cli.services.service import serve
+from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import of_roles
 from llambo.mesh.wire.errors import LlamboError
 
@@ -41,14 +40,12 @@ llambo --broker tcp://box:7330 send hello
 @verbosity("Log to stderr; twice for more.")
 @pass_common
 def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
-    """Run a broker: clients and workers connect to it, it connects to nobody.
+    """Run a broker. Clients and workers connect to it; it makes no connections of its own.
 
-    It takes the port given and the three after it, or the sockets that systemd hands over. SIGTERM and Ctrl-C end
-    it.
+    It listens on the given port and the three after it, or on the sockets that systemd passes to it. SIGTERM and
+    Ctrl-C end it.
     """
-    adopt(parent)
-    without_cores()
-    with_all_descriptors()
+    prepare_process(parent, connections=True)
     settings = common.settings
     click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
 
@@ -74,7 +71,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     def announce(port: int) -> None:
         nonlocal started
         started = True
-        if not notify(notify_fd, str(port)):
+        if not report_ready(notify_fd, str(port)):
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
             if server is not None:
                 tell(f"llambo-broker: metrics at {server.url}")
@@ -86,7 +83,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     except LlamboError as error:
         if started:
             raise
-        hint = "is a broker running there already? `llambo status` tells; --port 0 takes any free ports"
+        hint = "is a broker running there already? `llambo status` shows it; --port 0 takes any free ports"
         raise Failure(error.text, hint, Exit.ERROR) from error
 
 

@@ -1,4 +1,4 @@
-"""`llambo gateway`: HTTP, for programs that know other servers' APIs."""
+"""`llambo gateway`: HTTP, for programs that use OpenAI's or Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import settings_options
 from llambo.cli.kit.keyfile import address_of, gateway_folder, gateway_key, key_of
 from llambo.cli.kit.standard import tell
-from llambo.cli.services.child import adopt, child_options, notify, with_all_descriptors, without_cores
-from llambo.cli.services.service import serve
+from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import of_roles
 
 if TYPE_CHECKING:
@@ -39,12 +38,10 @@ INSTALL = "pip install 'llambo[gateway]'"
 def gateway(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """Serve HTTP in front of a mesh: OpenAI's and Anthropic's APIs, metrics, and a dashboard.
 
-    With keys (--http-keys) a program has to show an API token, which `llambo keys token NAME` makes: what it asks
-    is asked in that name. SIGTERM and Ctrl-C let open answers finish; a second one does not.
+    With keys (--http-keys) a program has to send an API token, which `llambo keys token NAME` makes; its requests
+    then belong to that name. SIGTERM and Ctrl-C let open answers finish; a second one ends them.
     """
-    adopt(parent)
-    without_cores()
-    with_all_descriptors()
+    prepare_process(parent, connections=True)
     settings = common.settings
     click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
 
@@ -53,7 +50,9 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     try:
         from llambo.gateway.server import run_gateway
     except ImportError as error:
-        raise Failure(f"the gateway needs a package that is not here: {error.name}", INSTALL, Exit.USAGE) from error
+        raise Failure(
+            f"the gateway needs a package that is not installed: {error.name}", INSTALL, Exit.USAGE
+        ) from error
     from llambo.gateway.access import Access
     from llambo.gateway.config import GatewayConfig
 
@@ -67,7 +66,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     host = f"[{config.host}]" if ":" in config.host else config.host
 
     def announce(port: int) -> None:
-        if not notify(notify_fd, str(port)):
+        if not report_ready(notify_fd, str(port)):
             tell(f"llambo gateway: {scheme}://{host}:{port}/, in front of the mesh at {access.address}")
 
     return run_gateway(config, access, announce, herald)

@@ -1,7 +1,15 @@
-"""What broker and worker have in common as services: a manager that hears how they are, and pauses after failures."""
+"""What the commands that run (broker, worker, gateway) have in common as processes.
+
+- Hidden options for a parent: `llambo up` and a fleet start them with these. Readiness is a line on a pipe, so that
+  nobody guesses it from a log or polls. Children of `llambo up` end with it (`--parent`); nodes of a fleet outlive the
+  process that started them and hold a lock instead (`--hold`).
+- Limits of the process: no core dumps, as many descriptors as are allowed.
+- `serve`: the service manager is kept informed, and a service that fails again and again pauses before each start.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -10,54 +18,134 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
 from llambo.cli.kit.exits import Exit
+from llambo.mesh.service import clock
+from llambo.mesh.service.host import end_with_parent
 from llambo.mesh.service.notify import Herald, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.timers import backoff_ms
 from llambo.worker.agent.signals import signals_wake
 
-# --- A service that fails again and again waits longer each time before it tries. ---
-#
-# The manager starts it again at once, which is right for one that was killed, and wrong for one whose port is taken or
-# whose disk is not there. systemd can wait longer each time only since version 254. So the waiting is done here, at the
-# beginning of the next life: how often it has failed in a row is in a file of its runtime directory, which the manager
-# keeps as long as the service is not stopped.
-
 log = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable[..., Any])
 
-#: A life of so long was no failure, however it ended.
+# --- Started by a parent: `llambo up`, or a fleet. ---
+
+
+def child_options(function: F) -> F:
+    parent = click.option("--parent", type=int, hidden=True, help="Die with the process of this id.")
+    notify = click.option("--notify-fd", type=int, hidden=True, help="Write a line here when ready, and close it.")
+    held = click.option("--hold", hidden=True, expose_value=False, callback=_hold, help="Keep this file locked.")
+    return parent(notify(held(function)))
+
+
+#: Descriptors of lock files: open, and so locked, until this process ends.
+_HELD: list[int] = []
+
+
+def _hold(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Lock the file for the life of this process.
+
+    The process that started us may be gone. The lock shows to a later one that we live, and there are never two
+    processes with the same lock.
+    """
+    if path is None or context.resilient_parsing:
+        return
+    import fcntl
+
+    from llambo.cli.kit.failure import Failure
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise Failure(f"{path} is locked by another process: this node is already running") from error
+    _HELD.append(descriptor)
+
+
+def report_ready(descriptor: int | None, text: str) -> bool:
+    """Write the readiness line for the parent. False: there is no parent, so print it for a person."""
+    if descriptor is None:
+        return False
+    standard = descriptor <= 2  # must stay open: libuv would never close a connection with such a number
+    # The parent may have stopped reading.
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb", closefd=not standard) as pipe:
+        pipe.write(f"{text}\n".encode())
+    if standard:
+        with Path(os.devnull).open("wb") as null:
+            os.dup2(null.fileno(), descriptor)
+    return True
+
+
+# --- Limits of the process. ---
+
+
+def prepare_process(parent: int | None, *, connections: bool = False) -> None:
+    """`parent`: end with it. `connections`: one that serves many connections."""
+    if parent is not None:
+        end_with_parent(parent)
+    disable_core_dumps()
+    if connections:
+        raise_descriptor_limit()
+
+
+def disable_core_dumps() -> None:
+    """A core dump would hold prompts, answers and keys."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def raise_descriptor_limit() -> None:
+    """Each connection takes a descriptor. The usual limit of 1,024 would be used up by a thousand idle connections."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# --- A service that fails again and again waits longer each time before it starts. ---
+#
+# The service manager restarts it at once. That is right for a service that was killed, and wrong for one whose port is
+# taken or whose disk is missing. systemd supports growing pauses only since version 254. So the pause is made here, at
+# the start of the next life: the number of failures in a row is in a file in the service's runtime directory, which the
+# manager keeps until the service is stopped.
+
+#: A service that ran for so long did not fail at its start, however it ended.
 LASTED_MS = 60_000
-#: The wait after the second failure in a row; it doubles until the last. After the first there is none.
+#: The pause after the second failure in a row, and the longest. After the first one there is none.
 PAUSE_MS = (1_000, 60_000)
 FILE_NAME = "failures"
 
 
 class Life(NamedTuple):
-    """`failures` in a row before it, and when it began, in milliseconds since the machine was started."""
+    """One run of the service: the failures in a row before it, and its start in milliseconds since the host's boot."""
 
     failures: int
     began_ms: int
 
 
 def next_life(last: Life | None, now_ms: int) -> Life:
-    """`last`: the one that did not end well; None: there was none."""
+    """`last`: the previous life, which did not end well; None: there was none."""
     if last is None or not 0 <= now_ms - last.began_ms < LASTED_MS + pause_ms(last.failures):
         return Life(0, now_ms)
     return Life(last.failures + 1, now_ms)
 
 
 def pause_ms(failures: int) -> int:
-    return 0 if failures < 2 else min(PAUSE_MS[0] << min(failures - 2, 16), PAUSE_MS[1])
+    return backoff_ms(failures, *PAUSE_MS)
 
 
 class Restarts:
     def __init__(self, environ: Mapping[str, str]) -> None:
         folder = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-        #: None: nobody restarts us, or nobody who tells.
+        #: None: no service manager restarts us, or it gives us no runtime directory.
         self._file = Path(folder, FILE_NAME) if folder else None
 
     def begin(self, now_ms: int) -> int:
@@ -84,42 +172,38 @@ class Restarts:
         return Life(failures, began_ms)
 
 
-def wait_out(pause: int, herald: Herald) -> bool:
-    """False: it was told to stop meanwhile."""
-    until = now_ms() + pause
-    how = Condition(f"it has failed again and again; it waits {pause // 1000} s before it tries")
+def wait_before_start(wait_ms: int, herald: Herald) -> bool:
+    """False: a signal asked it to stop during the wait."""
+    until = clock.now_ms() + wait_ms
+    condition = Condition(f"it has failed several times in a row; it waits {wait_ms // 1000} s before it starts")
     reading, writing = socket.socketpair()
     with reading, writing:
         writing.setblocking(False)
         with signals_wake(writing.fileno()):
-            while (left := until - now_ms()) > 0:
-                herald.tell(how, now_ms())
-                wait_ms = min(left, max(herald.due_ms - now_ms(), 0))
-                if select.select([reading], [], [], wait_ms / 1000)[0]:
+            while (left := until - clock.now_ms()) > 0:
+                herald.tell(condition, clock.now_ms())
+                poll_ms = min(left, max(herald.due_ms - clock.now_ms(), 0))
+                if select.select([reading], [], [], poll_ms / 1000)[0]:
                     return False
     return True
 
 
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 def boot_ms() -> int:
-    """Counts a machine's sleep, too, which `now_ms` does not."""
+    """Unlike `now_ms` this counts the time for which the host was suspended."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
 def serve(run: Callable[[Herald], int]) -> int:
-    """The exit status of `run`. A manager that has started this process hears of it, and why it could not go on."""
-    told = manager(os.environ, os.getpid())
-    if told is not None:
-        # A process that hangs is ended by SIGABRT: where it was is worth knowing. Names and lines only, no values.
+    """The exit status of `run`. The service manager, if there is one, is informed, also of why it could not start."""
+    notified = manager(os.environ, os.getpid())
+    if notified is not None:
+        # The manager ends a process that hangs with SIGABRT. The stack shows where it was: names and lines, no values.
         faulthandler.enable()
-    herald, restarts = Herald(told), Restarts(os.environ)
+    herald, restarts = Herald(notified), Restarts(os.environ)
     try:
-        code = int(run(herald)) if wait_out(restarts.begin(boot_ms()), herald) else int(Exit.OK)
+        code = int(run(herald)) if wait_before_start(restarts.begin(boot_ms()), herald) else int(Exit.OK)
     except (click.ClickException, LlamboError) as error:
-        herald.tell(Condition(str(error), leaving=True), now_ms())
+        herald.tell(Condition(str(error), leaving=True), clock.now_ms())
         raise
     finally:
         herald.close()

@@ -1,17 +1,25 @@
-"""`llambo systemd`: units for this machine."""
+"""`llambo systemd`: writes units for this machine, and finds what is wrong with them before a service does."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import stat
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.exits import Exit
 from llambo.cli.kit.failure import Failure
+from llambo.mesh.wire.errors import LlamboError
+from llambo.systemd import units
 
 if TYPE_CHECKING:
     from llambo.systemd.units import File, Place
@@ -38,6 +46,12 @@ ROOT = click.option(
     default=Path("/"),
     help="Below this folder.",
 )
+#: The highest exposure allowed for a service, on systemd's scale of 10. Redis has 1.2, nginx 9.6.
+EXPOSURE = 1.5
+_EXPOSURE = re.compile(r"exposure level for \S+: (\d+(?:\.\d+)?)")
+#: How long systemd-analyze may take.
+ANALYZE_S = 60
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @click.group(
@@ -57,11 +71,9 @@ def systemd() -> None:
 def install(user: bool, root: Path, bind: str | None, port: int | None) -> None:
     """Write the units for the programs as they are installed here, and examples of settings beside them.
 
-    Units are written anew each time: what you change belongs into drop-ins (`systemctl edit`). Settings are yours,
-    and are left as they are.
+    Units are overwritten each time: put your changes into drop-ins (`systemctl edit`). Settings belong to you and are
+    not overwritten.
     """
-    from llambo.systemd import units
-
     place = _place(user)
     files = units.to_write(place)
     if bind is not None or port is not None:
@@ -75,9 +87,7 @@ def install(user: bool, root: Path, bind: str | None, port: int | None) -> None:
 @USER
 @ROOT
 def check(user: bool, root: Path) -> None:
-    """Verify units, settings and keys: whether they are current, and whether systemd and llambo understand them."""
-    from llambo.cli.services.systemd_check import everything
-
+    """Verify units, settings and keys: whether they are up to date, and whether systemd and llambo understand them."""
     bad = 0
     for finding in everything(_place(user), root):
         bad += not finding.good
@@ -86,10 +96,11 @@ def check(user: bool, root: Path) -> None:
         raise Failure(f"{bad} {'thing is' if bad == 1 else 'things are'} not as it should be", "", Exit.ERROR)
 
 
-def _place(user: bool) -> Place:
-    from llambo.systemd.units import Place
+# --- install --------------------------------------------------------------------------------------------
 
-    # Not resolved: the environment's python is a link to one that knows nothing of us.
+
+def _place(user: bool) -> Place:
+    # Not resolved: the python of a virtual environment is a link to one that does not find llambo.
     programs = Path(sys.executable).absolute().parent
     for name in ("llambo-broker", "llambo-worker"):
         if not (programs / name).is_file():
@@ -99,13 +110,13 @@ def _place(user: bool) -> Place:
                 "install 'llambo[llama]'",
             )
     if not user:
-        return Place(str(programs), shown=_shown())
+        return units.Place(str(programs), visible=_folders_of_programs())
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.environ.get("HOME", "/"), ".config")
-    return Place(str(programs), user=True, units=f"{config}/systemd/user", settings=f"{config}/llambo")
+    return units.Place(str(programs), user=True, units=f"{config}/systemd/user", settings=f"{config}/llambo")
 
 
-def _shown() -> tuple[str, ...]:
-    """All that the programs are made of: the environment, its Python, and where llambo itself is."""
+def _folders_of_programs() -> tuple[str, ...]:
+    """What the programs need to run: the environment, its Python, and the folder of llambo itself."""
     import llambo.mesh
 
     ours = Path(str(llambo.mesh.__file__)).resolve().parent.parent
@@ -141,3 +152,191 @@ def _next(user: bool, root: Path) -> list[str]:
         f"  {control} enable --now llambo.target llambo-worker@NAME",
         f"  llambo systemd check{' --user' if user else ''}",
     ]
+
+
+# --- check ----------------------------------------------------------------------------------------------
+
+
+class Finding(NamedTuple):
+    good: bool
+    what: str
+    text: str = ""
+
+
+def everything(place: Place, root: Path) -> Iterator[Finding]:
+    yield from _up_to_date(place, root)
+    folder = _below(root, place.units)
+    if all((folder / name).is_file() for name in units.UNITS):
+        yield from _verified(place, folder)
+        if not place.user:
+            yield from _exposed(folder)
+    yield from _settings(place, _below(root, place.settings))
+    yield from _listening_without_keys(place, root)
+
+
+def _up_to_date(place: Place, root: Path) -> Iterator[Finding]:
+    again = "llambo systemd install" + (" --user" if place.user else "")
+    for file in units.to_write(place):
+        path = _below(root, file.path)
+        if file.example:
+            continue
+        if not path.is_file():
+            yield Finding(False, str(path), f"is missing: {again}")
+        elif path.read_text(encoding="utf-8") != file.text:
+            yield Finding(False, str(path), f"is not what this version writes here: {again}")
+        else:
+            yield Finding(True, str(path))
+
+
+# What systemd itself finds.
+
+
+def _verified(place: Place, folder: Path) -> Iterator[Finding]:
+    names = [name.replace("@.", "@check.") for name in units.UNITS]
+    with tempfile.TemporaryDirectory() as runtime:
+        output = _analyze(
+            ["--user"] * place.user + ["verify", "--man=no", *names],
+            # The colon at the end adds the usual folders.
+            {"SYSTEMD_UNIT_PATH": f"{folder}:", "XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", runtime)},
+        )
+    if output is None:
+        yield Finding(False, "systemd-analyze verify", "there is no systemd-analyze here, so nothing was verified")
+        return
+    ours = [line for line in output.splitlines() if "llambo" in line]
+    yield from (Finding(False, "systemd-analyze verify", line) for line in ours)
+    if not ours:
+        yield Finding(True, "systemd-analyze verify")
+
+
+def _exposed(folder: Path) -> Iterator[Finding]:
+    for name in units.SERVICES:
+        output = _analyze(["security", "--offline=true", "--no-pager", str(folder / name)], {})
+        found = _EXPOSURE.search(output or "")
+        if found is None:
+            yield Finding(False, f"systemd-analyze security {name}", "its output names no exposure level")
+        else:
+            text = f"exposure {found[1]}, at most {EXPOSURE} is wanted"
+            yield Finding(float(found[1]) <= EXPOSURE, f"systemd-analyze security {name}", text)
+
+
+def _analyze(arguments: list[str], environ: dict[str, str]) -> str | None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        return None
+    done = subprocess.run(
+        [program, *arguments], check=False, capture_output=True, text=True, timeout=ANALYZE_S,
+        env={**os.environ, "LC_ALL": "C", **environ},
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+# What llambo finds in settings and keys.
+
+
+def _settings(place: Place, folder: Path) -> Iterator[Finding]:
+    from llambo.mesh.security import keys
+    from llambo.mesh.settings import settings
+
+    toml = folder / settings.FILE_NAME
+    for path in [toml, *sorted(folder.glob("*.env"))]:
+        if path.is_file():
+            problems = [*_problems(path, toml, place)]
+            yield from (Finding(False, str(path), problem) for problem in problems)
+            if not problems:
+                yield Finding(True, str(path))
+    for path in sorted(folder.glob("worker*.key")):
+        try:
+            key = keys.read(path)
+        except LlamboError as error:
+            yield Finding(False, str(path), error.text)
+        else:
+            good = key.role == "worker"
+            yield Finding(good, str(path), f"the key of {key.name}" + ("" if good else f", which is a {key.role}"))
+
+
+def _problems(path: Path, toml: Path, place: Place) -> Iterator[str]:
+    from llambo.mesh.security import keys
+    from llambo.mesh.settings import settings
+
+    environ: dict[str, str] = {}
+    try:
+        if path != toml:
+            environ = variables(path.read_text(encoding="utf-8"))
+            has_key = environ.get(settings.BY_NAME["key"].env, "").startswith(keys.PREFIX)
+            if has_key and stat.S_IMODE(path.stat().st_mode) & 0o077:
+                yield f"there is a key in it, and others can read it: chmod 600 {path}"
+        loaded = settings.load({}, environ=environ, places=[toml])
+    except (LlamboError, ValueError) as error:
+        yield str(error)
+        return
+    except OSError as error:
+        yield f"cannot be read: {error.strerror}"
+        return
+    yield from loaded.warnings
+    watchdog_ms = _watchdog_ms(place)
+    if path.name.startswith("worker") and 2 * loaded.number("stall_ms") >= watchdog_ms:
+        yield (
+            f"stall_ms is {loaded.number('stall_ms')}, and has to be less than half of WatchdogSec, which is "
+            f"{watchdog_ms // 1000} s: set that higher in a drop-in, or this lower"
+        )
+
+
+def _listening_without_keys(place: Place, root: Path) -> Iterator[Finding]:
+    """A broker without keys refuses to listen on an address that other machines reach."""
+    from llambo.mesh.link.sockets import is_loopback, split
+    from llambo.mesh.security.keyring import Folder
+    from llambo.mesh.settings import settings
+
+    folder = _below(root, place.settings)
+    try:
+        text = (folder / "broker.env").read_text(encoding="utf-8") if (folder / "broker.env").is_file() else ""
+        loaded = settings.load({}, environ=variables(text), places=[folder / settings.FILE_NAME])
+        hosts = [split(f"tcp://{address}")[0] for address in _listen_streams(_below(root, place.units))]
+    except (LlamboError, ValueError, OSError):
+        return  # `_problems` has reported it
+    key_folder = loaded.text("keys")
+    if key_folder:
+        found = Folder(_below(root, str(Path(key_folder).expanduser()))).exists
+        yield Finding(found, key_folder, "" if found else f"there are no keys: llambo keys init --keys {key_folder}")
+    elif others := sorted({host for host in hosts if not is_loopback(host)}):
+        text = (
+            f"without keys it will not listen at {', '.join(others)}: LLAMBO_KEYS={place.settings}/keys in broker.env"
+        )
+        yield Finding(False, "llambo-broker.socket", text)
+
+
+def _listen_streams(folder: Path) -> list[str]:
+    """Of the socket unit and its drop-ins. An empty value resets the list, as systemd defines it."""
+    unit = folder / "llambo-broker.socket"
+    found: list[str] = []
+    for path in [unit, *sorted(folder.glob(f"{unit.name}.d/*.conf"))]:
+        for name, value in units.directives(path.read_text(encoding="utf-8")) if path.is_file() else ():
+            if name == "ListenStream":
+                found = [*found, value] if value else []
+    return found
+
+
+def variables(text: str) -> dict[str, str]:
+    """As the service manager reads an EnvironmentFile: NAME=value, comments, quotes around a value."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith(("#", ";")):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not _NAME.fullmatch(name.strip()):
+            raise ValueError(f"line {number} is not NAME=value")
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        found[name.strip()] = value
+    return found
+
+
+def _watchdog_ms(place: Place) -> int:
+    settings = dict(units.directives(units.unit("llambo-worker@.service", place)))
+    return int(settings["WatchdogSec"]) * 1_000
+
+
+def _below(root: Path, path: str) -> Path:
+    return root / path.lstrip("/")

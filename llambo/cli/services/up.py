@@ -1,33 +1,61 @@
-"""`llambo up`: a whole mesh on this machine."""
+"""`llambo up`: a whole mesh on this machine. Its processes are children: started in order, restarted, stopped in order.
+
+Start order: the broker, then workers and gateway together. Stop order: the gateway, the workers, the broker, so that
+what the workers still have to report reaches a broker.
+
+A child's output is passed on with its name before each line. A child that dies is restarted after a pause, which
+doubles while it keeps dying. Each child has a process group of its own, so a Ctrl-C on the terminal reaches only the
+parent, which then stops the children in order. The kernel kills children whose parent died.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, config_option, pass_common, verbosity
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import settings_options
+from llambo.cli.kit.following import end_signals
 from llambo.cli.kit.keyfile import WORKERS, folder_of, worker_key
+from llambo.cli.kit.standard import tell
 from llambo.cli.services.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
+from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
+from llambo.mesh.service.child_process import exit_text, ready_line
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
-
-if TYPE_CHECKING:
-    from llambo.cli.services.local_mesh import Plan
+from llambo.mesh.wire.timers import backoff_ms
 
 EXAMPLES = """
 llambo up                                     a broker and two workers
 llambo up --workers 1 --model ~/models/x.gguf
 llambo up --workers 3 --engine fake
-llambo up --port 0                            on whatever ports are free
+llambo up --port 0                            on any free ports
 llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
 """
 
 BROKER_SETTINGS = ("bind", "port", "keys", "metrics")
 NO_HTTP = "no HTTP: pip install 'llambo[gateway]' brings it"
 WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
+#: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
+#: failures starts over.
+PAUSE_MS = (500, 8_000)
+#: How long a child gets after SIGTERM before it is sent again, and then before SIGKILL.
+STOP_S = (5.0, 2.0)
+#: The longest line of output that is passed on in one piece.
+LINE_BYTES = 64 * 1024
+#: A request body that works with every model.
+CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -43,21 +71,31 @@ WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
 def up(common: Common, workers: int, no_http: bool) -> None:
     """Run a broker, workers and a gateway on this machine, until Ctrl-C.
 
-    What dies is started again. Ctrl-C lets the workers finish for a moment; a second one hurries them.
+    A process that dies is restarted. Ctrl-C gives the workers a moment to finish; a second one kills everything.
     """
-    import asyncio
-
-    from llambo.cli.services.local_mesh import run
-
-    # What is wrong with a setting is said here, and not by each child.
+    # A wrong setting is reported here once, and not by each child.
     worker_config(common.settings)
-    click.get_current_context().exit(asyncio.run(run(plan(common, workers, http=not no_http))))
+    click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
 
 
-def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
-    """The commands of the children. They are told what we were told, and find the rest where we found it."""
-    from llambo.cli.services.local_mesh import Plan
-    from llambo.worker.models.models import cores
+# --- The commands of the children. ---
+
+
+@dataclass(frozen=True, slots=True)
+class MeshCommands:
+    host: str
+    broker: list[str]
+    #: Name and command of each.
+    workers: list[tuple[str, list[str]]]
+    #: None: no HTTP.
+    gateway: list[str] | None = None
+    #: Why there is no gateway, if the user did not ask for that.
+    gateway_note: str = ""
+
+
+def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands:
+    """Children get the flags of `llambo up`, and read other settings from where `llambo up` read them."""
+    from llambo.mesh.service.host import physical_cores
 
     settings, flags = common.settings, common.flags
     shared = ["--config", common.config] if common.config else []
@@ -68,16 +106,16 @@ def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
     }  # fmt: skip
     if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
-        worker_flags["threads"] = max(1, cores() // workers)
+        worker_flags["threads"] = max(1, physical_cores() // workers)
     gateway, note = _gateway(common, shared) if http else (None, "")
     folder = folder_of(settings, settings.text("bind"))
     if folder is not None:
         worker_flags["key"] = str(worker_key(folder))
         gateway = [*gateway, "--http-keys", str(folder.path)] if gateway else None
-    return Plan(
+    return MeshCommands(
         host=settings.text("bind"),
-        broker=[*_module("broker"), *shared, *_said(broker_flags)],
-        workers=[(name, [*_module("worker"), *shared, *_said(worker_flags), "--name", name])
+        broker=[*_module("broker"), *shared, *_as_arguments(broker_flags)],
+        workers=[(name, [*_module("worker"), *shared, *_as_arguments(worker_flags), "--name", name])
                  for name in (f"{WORKERS}-{number}" for number in range(1, workers + 1))],
         gateway=gateway,
         gateway_note=note,
@@ -85,24 +123,243 @@ def plan(common: Common, workers: int, *, http: bool = True) -> Plan:
 
 
 def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
-    """Its command; or why there is none."""
+    """Its command; or None, and why."""
     from importlib.util import find_spec
 
     if find_spec("litestar") is None or find_spec("uvicorn") is None:
         return None, NO_HTTP
-    # Who lets the broker take any port has reason to fear for the gateway's, too.
+    # A user who lets the broker take any port probably has another mesh running, whose gateway has the usual port.
     port = 0 if common.settings.number("port") == 0 and "http_port" not in common.flags else None
-    told = {} if port is None else {"http_port": port}
+    default = {} if port is None else {"http_port": port}
     flags = {name: value for name, value in common.flags.items() if name == "http_port"}
-    return [sys.executable, "-m", "llambo.cli", "gateway", *shared, *_said({**told, **flags})], ""
+    return [sys.executable, "-m", "llambo.cli", "gateway", *shared, *_as_arguments({**default, **flags})], ""
 
 
 def _module(name: str) -> list[str]:
     return [sys.executable, "-m", f"llambo.cli.services.{name}"]
 
 
-def _said(flags: dict[str, Any]) -> list[str]:
+def _as_arguments(flags: dict[str, Any]) -> list[str]:
     words: list[str] = []
     for name, value in flags.items():
         words += [BY_NAME[name].flag, BY_NAME[name].show(value)]
     return words
+
+
+# --- One child. ---
+
+
+class Child:
+    """A process and its successors. `started` is the line that the first one wrote when it was ready."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self.process: Process | None = None
+        self.started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.stopping = asyncio.Event()
+        self._command = list(command)
+
+    def add_arguments(self, *words: str) -> None:
+        """For its successors: the port that this one was given."""
+        self._command += words
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    async def supervise(self) -> int:
+        """Run it again and again until `stop`. Returns the exit status; earlier if it died before it was ever ready."""
+        loop, failures = asyncio.get_running_loop(), 1
+        while True:
+            began = loop.time()
+            code = await self._run_once()
+            if self.stopping.is_set() or not self.started.done():
+                return code
+            failures = 2 if (loop.time() - began) * 1_000 > PAUSE_MS[1] else failures + 1
+            pause_s = backoff_ms(failures, *PAUSE_MS) / 1_000
+            say(f"{self.name} {exit_text(code)}; it starts again in {pause_s:g} s")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self.stopping.wait()
+                    return code
+
+    async def stop(self) -> None:
+        """SIGTERM, SIGTERM again, SIGKILL. A worker finishes its runs after the first one."""
+        self.stopping.set()
+        if self.process is None or self.process.returncode is not None:
+            return
+        for number, wait_s in ((signal.SIGTERM, STOP_S[0]), (signal.SIGTERM, STOP_S[1]), (signal.SIGKILL, None)):
+            try:
+                self.process.send_signal(number)
+                async with asyncio.timeout(wait_s):
+                    await self.process.wait()
+                    return
+            except TimeoutError:
+                say(f"{self.name} has not ended yet; it gets another signal")
+            except ProcessLookupError:
+                return
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    async def _run_once(self) -> int:
+        ours, theirs = os.pipe()
+        try:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, "--notify-fd", str(theirs), "--parent", str(os.getpid()),
+                stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, pass_fds=[theirs], process_group=0, limit=LINE_BYTES,
+            )  # fmt: skip
+        finally:
+            os.close(theirs)
+        if self.stopping.is_set():  # `stop` was called while it was being started, and found no process
+            self.process.kill()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._wait_ready(ours))
+            tasks.create_task(self._pass_on(self.process))
+            return await self.process.wait()
+
+    async def _wait_ready(self, descriptor: int) -> None:
+        line = await ready_line(descriptor)
+        if line and self.started.done():
+            say(f"{self.name} is ready again, pid {self.pid}")
+        elif line:
+            self.started.set_result(line)
+
+    async def _pass_on(self, process: Process) -> None:
+        assert process.stdout is not None, "it was started with a pipe"
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:  # longer than the limit: that part of it is dropped
+                continue
+            if not line:
+                return
+            tell(f"{self.name:<8} | {line.decode('utf-8', 'replace').rstrip()}")
+
+
+# --- All of them. ---
+
+
+async def run(made: MeshCommands) -> int:
+    """Until SIGINT, SIGTERM or SIGHUP."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    numbers = end_signals()
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    mesh = LocalMesh(made)
+    work = asyncio.create_task(mesh.run())
+    waiting = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            say("stopping")
+            # From here on a Ctrl-C kills.
+            for number in numbers:
+                loop.add_signal_handler(number, mesh.kill)
+    finally:
+        waiting.cancel()
+        # Before `stop`, so that it starts nothing more. Its children are supervised by tasks of their own.
+        work.cancel()
+        await mesh.stop()
+    with suppress(asyncio.CancelledError):
+        await work
+    if not stop.is_set() and mesh.failure is not None:
+        raise mesh.failure
+    say("stopped")
+    return Exit.OK
+
+
+class LocalMesh:
+    def __init__(self, made: MeshCommands) -> None:
+        self.failure: Failure | None = None
+        self._commands = made
+        self._broker = Child("broker", made.broker)
+        self._workers: list[Child] = []
+        self._gateway: Child | None = None
+        self._supervising: set[asyncio.Task[int]] = set()
+
+    async def run(self) -> None:
+        """Start everything and wait. Returns only if something could not be started."""
+        port = await self._start(self._broker)
+        if port is None:
+            return
+        self._broker.add_arguments("--port", port)  # workers and clients look for its successor there
+        address = local_endpoint(self._commands.host, int(port))
+        say(f"broker at {address}, pid {self._broker.pid}")
+        self._workers = [Child(name, [*command, "--broker", address]) for name, command in self._commands.workers]
+        if self._commands.gateway is not None:
+            self._gateway = Child("gateway", [*self._commands.gateway, "--broker", address])
+        url, *names = await asyncio.gather(
+            self._start_gateway(self._gateway), *[self._start_worker(worker) for worker in self._workers]
+        )
+        if url is None or None in names:
+            return
+        show_first_commands(address, len(self._workers), url)
+        if self._commands.gateway_note:
+            say(self._commands.gateway_note)
+        await asyncio.wait(self._supervising)
+
+    async def _start_worker(self, worker: Child) -> str | None:
+        name = await self._start(worker)
+        if name is not None:
+            say(f"{name} is ready, pid {worker.pid}")
+        return name
+
+    async def _start_gateway(self, gateway: Child | None) -> str | None:
+        """Its URL; empty if there is no gateway; None if it could not be started."""
+        if gateway is None:
+            return ""
+        port = await self._start(gateway)
+        if port is None:
+            return None
+        gateway.add_arguments("--http-port", port)
+        return f"http://127.0.0.1:{port}"
+
+    async def _start(self, child: Child) -> str | None:
+        """Its readiness line. None, with `failure` set, if it ended before that."""
+        supervising = asyncio.create_task(child.supervise())
+        self._supervising.add(supervising)
+        first: list[asyncio.Future[Any]] = [supervising, child.started]
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if child.started.done():
+            return child.started.result()
+        code = supervising.result()
+        hint = "the reason is in its last lines above"
+        if child is self._gateway:
+            hint += "; --http-port 0 takes any free port, --no-http does without it"
+        self.failure = Failure(f"{child.name} {exit_text(code)} before it was ready", hint, max(code, Exit.ERROR))
+        return None
+
+    async def stop(self) -> None:
+        for child in self._children():
+            child.stopping.set()  # from now on a child that ends is expected
+        if self._gateway is not None:
+            await self._gateway.stop()
+        await asyncio.gather(*[worker.stop() for worker in self._workers])
+        await self._broker.stop()
+        await asyncio.gather(*self._supervising)
+
+    def kill(self) -> None:
+        for child in self._children():
+            child.kill()
+
+    def _children(self) -> list[Child]:
+        return [*([self._gateway] if self._gateway else []), *self._workers, self._broker]
+
+
+def show_first_commands(address: str, workers: int, url: str) -> None:
+    flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
+    say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
+    for words in ('send "What is AI?"', "status", "workers"):
+        tell(f"    llambo{flag} {words}", err=False)
+    if url:
+        tell(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
+        say(f"the dashboard is at {url}/")
+    say("Ctrl-C stops everything")
+
+
+def say(text: str) -> None:
+    tell(f"llambo up: {text}", err=False)

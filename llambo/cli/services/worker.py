@@ -15,8 +15,7 @@ from llambo.cli.kit.flags import settings_options
 from llambo.cli.kit.keyfile import address_of, key_of
 from llambo.cli.kit.logs import ABOUT
 from llambo.cli.kit.standard import tell
-from llambo.cli.services.child import adopt, child_options, notify, without_cores
-from llambo.cli.services.service import serve
+from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
@@ -32,7 +31,7 @@ llambo-worker --engine fake                       an engine without a model
 llambo-worker --broker tcp://box:7330 --name tiny-01
 llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
 llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
-llambo-worker --engine fake --fake-crash-at 100   see how the mesh goes on
+llambo-worker --engine fake --fake-crash-at 100   see a failover
 """
 
 FAKE_HEADING = "The fake engine"
@@ -51,12 +50,11 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 @verbosity("Log to stderr; twice for more.")
 @pass_common
 def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
-    """Run a worker: it joins a broker (or each of several), waits for it when there is none, and stays.
+    """Run a worker. It joins a broker, or each of several, and waits for one that is not there yet.
 
-    SIGTERM and Ctrl-C let it finish what it runs, for at most --drain-ms; a second one ends it at once.
+    SIGTERM and Ctrl-C let it finish its runs, for at most --drain-ms; a second one ends it at once.
     """
-    adopt(parent)
-    without_cores()
+    prepare_process(parent)
     settings = common.settings
     click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
 
@@ -68,7 +66,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
     ABOUT["worker"] = config.name
 
     def on_ready() -> None:
-        if not notify(notify_fd, config.name):
+        if not report_ready(notify_fd, config.name):
             tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
     return run_worker(config, on_ready, herald)
@@ -107,10 +105,10 @@ def worker_config(settings: Settings) -> WorkerConfig:
 
 
 def brokers_of(addresses: str) -> tuple[str, ...]:
-    """One address for each link. A bad one is an error now, not a connection that never comes.
+    """One address for each link. A malformed one is an error here, and not a link that never connects.
 
-    A name with several addresses stands for as many brokers. It is looked up only once; any other name is looked up
-    each time the worker connects.
+    A name with several addresses means as many brokers. It is resolved once; any other name is resolved each time the
+    worker connects.
     """
     from llambo.mesh.link.sockets import endpoint, resolve, split_all
 
@@ -118,14 +116,14 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
     for host, port in split_all(addresses):
         try:
             places = resolve(host)
-        except LlamboError:  # it may yet come into being
+        except LlamboError:  # the name may be defined later
             places = []
         found |= dict.fromkeys(endpoint(place, port) for place in (places if len(places) > 1 else [host]))
     return tuple(found)
 
 
 def engine_and_model(settings: Settings) -> tuple[str, str]:
-    """What `auto` means here. Whether the model's file is any good is found out by the engine."""
+    """Resolves `auto`. Whether the model's file is valid is checked later, by the engine."""
     from llambo.worker.models import models
 
     engine, model = settings.text("engine"), settings.text("model")

@@ -16,8 +16,8 @@ from prompt_toolkit.history import History
 from prompt_toolkit.output import create_output
 
 import llambo
-from llambo.cli.chat.chat_prompt import open_history
-from llambo.cli.chat.chat_store import state_folder
+from llambo.cli.chat.prompt import open_history
+from llambo.cli.chat.store import state_folder
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.following import tell_link
 from llambo.cli.kit.shell_session import Session
@@ -63,8 +63,8 @@ async def _greet(session: Session) -> None:
         click.echo("  each command tries again; `help` lists them")
         return
     click.echo(
-        f"llambo {llambo.__version__}: {found['ready']} of {found['workers']} workers ready, "
-        f"{found['running']} requests running, {found['waiting']} waiting; "
+        f"llambo {llambo.__version__}: {found.ready} of {found.workers} workers ready, "
+        f"{found.running} requests running, {found.waiting} waiting; "
         "`help` lists the commands, Ctrl-D leaves"
     )
 
@@ -107,9 +107,9 @@ async def known(session: Session) -> Known:
         log.debug("no names to complete: %s", error)
         return Known(requests=tuple(reversed(session.sent)), settable=settable())
     return Known(
-        workers=tuple(row["worker"] for row in workers),
-        models=tuple(row["model"] for row in models),
-        requests=tuple(dict.fromkeys([*reversed(session.sent), *(row["id"] for row in requests)])),
+        workers=tuple(row.worker for row in workers),
+        models=tuple(row.model for row in models),
+        requests=tuple(dict.fromkeys([*reversed(session.sent), *(row.id for row in requests)])),
         settable=settable(),
     )
 

@@ -303,7 +303,7 @@ class Top(App[None]):
     def action_why(self) -> None:
         id = self._chosen(self.requests_pane, "request")
         if id is not None:
-            self.push_screen(Story(f"why {id}", lambda: self._client.why(id)))
+            self.push_screen(Story(f"why {id}", lambda: self._client.query("why", id)))
 
     def on_data_table_row_selected(self) -> None:
         if self.pane is self.requests_pane:

@@ -27,7 +27,11 @@ class Gatherer:
     async def look(self) -> Snapshot:
         client, broker = self._client, self._broker
         status, workers, requests, recent, events = await asyncio.gather(
-            client.status(), client.workers(), client.requests(), client.recent(self._samples_seen), self._events()
+            client.query("status"),
+            client.query("workers"),
+            client.query("requests"),
+            client.query("recent", str(self._samples_seen)),
+            self._events(),
         )
         samples = recent["samples"]
         if broker != self._broker:
@@ -47,7 +51,7 @@ class Gatherer:
         if self._forbidden:
             return []
         try:
-            return await self._client.events(self._events_seen)
+            return list(await self._client.query("events", str(self._events_seen)))
         except LlamboError as error:
             if error.code is not Code.FORBIDDEN:
                 raise

@@ -15,18 +15,22 @@ import msgspec
 
 from llambo.fleet.decide.plan import Do, Step
 from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.providers import machine
 from llambo.fleet.providers.process import Failed, Record
 from llambo.fleet.providers.providers import Providers, Told
 from llambo.fleet.world import HostFacts, Node, NodeState, World, facts_of
 from llambo.mesh.client.client import Client
 from llambo.mesh.link import sockets
-from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint
+from llambo.mesh.link.sockets import DEFAULT_PORT, local_endpoint
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import ISSUED, Folder
+from llambo.mesh.service import clock
+from llambo.mesh.service.host import cpus, memory_bytes
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
+
+#: Memory of this machine that is left for everything else, in percent.
+RESERVE_PERCENT = 10
 
 # --- What a node is begun with: its settings as the words of a command line. ---
 
@@ -93,8 +97,6 @@ AT_ONCE = 8
 BEGIN_S = 10.0
 #: After `drain_ms` a worker gives up what it runs, which takes a moment.
 AFTER_DRAIN_S = 10.0
-#: What is bound to all addresses is reached at this one from here.
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - it is only compared with
 
 Tell = Callable[[str], None]
 #: Makes a client for this broker.
@@ -157,7 +159,7 @@ class Keeper:
         await self.processes.refresh(LOOK_S if self._lasting else None)
         workers, requests = await self._ask()
         nodes, ended, away = [], [], self.processes.problems()
-        now_ms = _wall_ms()
+        now_ms = clock.wall_ms()
         coming = {name: step for name, step in self._under_way.items() if step.do in (Do.SPAWN, Do.REPLACE)}
         for record in self.processes.records():
             step = self._under_way.get(record.name)
@@ -191,7 +193,7 @@ class Keeper:
         )  # fmt: skip
 
     def _hosts(self, nodes: list[Node]) -> dict[str, HostFacts]:
-        memory, cores = machine.memory_bytes(), machine.cores()
+        memory, cores = memory_bytes() * (100 - RESERVE_PERCENT) // 100, float(cpus())
         away = self.processes.problems()
         hosts = {
             # Of another machine it is known what the file says.
@@ -208,7 +210,7 @@ class Keeper:
             return None, []
         try:
             async with self.mesh() as client:
-                return {worker["worker"]: worker for worker in await client.workers()}, await client.requests()
+                return {row["worker"]: row for row in await client.query("workers")}, await client.query("requests")
         except LlamboError as error:
             if error.code not in (Code.NO_BROKER, Code.TIMEOUT):
                 raise
@@ -300,7 +302,7 @@ class Keeper:
         began = time.monotonic()
         record = Record(
             name=step.name, node_class=kept.name, host=step.host, fingerprint=step.fingerprint, slots=kept.slots,
-            memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=_wall_ms(),
+            memory_bytes=kept.memory_bytes, cores=kept.cores, begun_ms=clock.wall_ms(),
         )  # fmt: skip
         said = await self.processes.spawn(record, self._told(kept, step.name, step.host), START_S)
         told = kept.settings.get("broker", {})
@@ -346,7 +348,7 @@ class Keeper:
         """One for all workers of a class, whose names begin with its name; it is made if there is none yet."""
         folder = Folder(Path(self.fleet.keys).expanduser())
         if not folder.ring().named(node_class):
-            folder.add(Identity(node_class, "worker"), _wall_ms() // 1000)
+            folder.add(Identity(node_class, "worker"), clock.wall_ms() // 1000)
         return folder.path / ISSUED / f"{node_class}.key"
 
 
@@ -355,8 +357,4 @@ def _hosts_of(address: str) -> list[str]:
 
 
 def _reached(host: str, port: int) -> str:
-    return endpoint(ANYWHERE.get(host, host), port)
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000
+    return local_endpoint(host, port)

@@ -18,6 +18,7 @@ from llambo.mesh.link.sockets import endpoint
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.reports import LeaseReply
 
 #: What the lease is called, and so the events that come with it.
 LEASE = "fleet"
@@ -58,7 +59,7 @@ class Leadership:
             answer = await self._ask(endpoint(host, port), lease)
             answers += [answer] if answer is not None else []
         self.asked = len(answers)
-        denied = [str(answer["by"]) for answer in answers if not answer["granted"]]
+        denied = [answer.by for answer in answers if not answer.granted]
         if denied:
             self._until = 0.0
             self.why = f"{denied[0]} keeps it" if denied[0] else "a broker that has just begun gives nobody a lease yet"
@@ -77,7 +78,7 @@ class Leadership:
         self._clients.clear()
         self._until = 0.0
 
-    async def _ask(self, address: str, lease: m.Lease) -> dict[str, object] | None:
+    async def _ask(self, address: str, lease: m.Lease) -> LeaseReply | None:
         """None: that broker does not answer."""
         client = self._clients.get(address)
         try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,6 +33,7 @@ from llambo.fleet.run.leadership import Leadership
 from llambo.fleet.run.observe import Observer, promised
 from llambo.fleet.run.rolling import Roller
 from llambo.fleet.world import NodeState
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 
 #: Between two looks.
@@ -121,7 +121,7 @@ class Orchestrator:
         seen = await self._keeper.look()
         if led and not self._lead.leads and not await self._may_act():
             return  # it took so long that somebody else keeps it now
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
         self._read(now_ms)
@@ -149,7 +149,7 @@ class Orchestrator:
         self._write(now_ms)
 
     def tell(self, text: str) -> None:
-        self._events.append((time.time_ns() // 1_000_000, text))
+        self._events.append((clock.wall_ms(), text))
         self._lead.tell(text)
         self._tell_outside(text)
 
@@ -259,12 +259,12 @@ class Orchestrator:
                 book.stop(roller.node_class, steps[0].fingerprint, roller.work.stopped)
         hosts = {step.name: step.host for step in steps}
         for failed in roller.failed:
-            self._failed(failed, roller.node_class, hosts[failed.name], _now_ms())
+            self._failed(failed, roller.node_class, hosts[failed.name], clock.now_ms())
 
     async def _carry_out(self, step: Step) -> None:
         failed = await self._keeper.carry_out(step)
         if failed is not None:
-            self._failed(failed, step.node_class, step.host, _now_ms())
+            self._failed(failed, step.node_class, step.host, clock.now_ms())
 
     def _write(self, now_ms: int) -> None:
         news: dict[str, Any] = {
@@ -275,7 +275,7 @@ class Orchestrator:
             "update": f"{self._roller.node_class}: {self._roller.work.summary()}" if self._roller else "",
             "loops": [
                 {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
-                 "how": one.how, "words": one.words, "again_ms": time.time_ns() // 1_000_000 + one.again_in_ms}
+                 "how": one.how, "words": one.words, "again_ms": clock.wall_ms() + one.again_in_ms}
                 for one in self._crashes.loops(now_ms)
             ],
             "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self._events],
@@ -294,7 +294,3 @@ def read_news(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return news if isinstance(news, dict) else None
-
-
-def _now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000

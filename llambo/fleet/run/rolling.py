@@ -8,7 +8,6 @@ somebody else's. One that is bad is ended, so that nobody is given to it.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -35,6 +34,7 @@ from llambo.fleet.decide.rolling_core import Step as Phase
 from llambo.fleet.providers.process import Failed
 from llambo.fleet.run.keeper import Keeper, Seen
 from llambo.fleet.world import NodeState
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 
 #: Between two looks.
@@ -61,7 +61,7 @@ class Roller:
         self._steps = {step.name: step for step in steps}
         self._facts: asyncio.Queue[Fact | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle_since_ms = _now_ms()
+        self._idle_since_ms = clock.now_ms()
 
     @property
     def under_way(self) -> set[str]:
@@ -141,7 +141,7 @@ class Roller:
         ) and not any(task.get_name() == f"begin {name}" for task in self._tasks)
 
     def _give_up_waiting(self) -> None:
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         if self.under_way:
             self._idle_since_ms = now_ms
         elif now_ms - self._idle_since_ms > AWAY_MS:
@@ -149,7 +149,7 @@ class Roller:
 
     def _handle(self, fact: Fact) -> None:
         bad = {node.name for node in self.work.nodes if node.step is Phase.BAD}
-        for order in self.work.handle(fact, _now_ms()):
+        for order in self.work.handle(fact, clock.now_ms()):
             self._do(order)
         for node in self.work.nodes:
             if node.step is Phase.PROVED:
@@ -221,7 +221,7 @@ class Roller:
                 found = await client.workers(name)
                 if not found:
                     return "it has left the mesh"
-                if found[0]["done"] or found[0]["tokens_per_s"]:
+                if found[0].done or found[0].tokens_per_s:
                     return ""
                 try:
                     await client.generate(
@@ -231,7 +231,3 @@ class Roller:
                     if not error.retryable:
                         raise
                 await asyncio.sleep(AGAIN_S)
-
-
-def _now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000

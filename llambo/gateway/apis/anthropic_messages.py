@@ -21,8 +21,8 @@ from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import MESSAGES, TOOL_NAME
 from llambo.mesh.wire.errors import LlamboError
-from llambo.mesh.wire.naming import NAME
 
 # --- Anthropic's `/v1/messages`: what it answers, whole or as events. ---
 #
@@ -172,8 +172,7 @@ def _event(kind: str, **fields: Any) -> Event:
     return Event(encode({"type": kind, **fields}), kind)
 
 
-MESSAGES = 4_096
-Name = Annotated[str, Meta(pattern=f"^{NAME.pattern}$")]
+Name = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
 

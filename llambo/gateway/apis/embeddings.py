@@ -63,7 +63,7 @@ async def _text(client: Client, model: str, given: str | list[int]) -> str:
 
 async def _only_model(client: Client) -> str:
     models = await client.models()
-    return str(models[0]["model"]) if models else ""
+    return models[0].model if models else ""
 
 
 def _packed(vector: list[float]) -> str:

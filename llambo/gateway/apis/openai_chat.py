@@ -16,9 +16,9 @@ from llambo.gateway.apis.tool_calls import Arguments, Begun, Content, Delta, End
 from llambo.gateway.apis.tools import chat_prompt, tool_options
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import MESSAGES
 from llambo.mesh.wire.errors import LlamboError
 
-MESSAGES = 4_096
 NAME = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 

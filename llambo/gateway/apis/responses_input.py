@@ -16,10 +16,10 @@ from llambo.gateway.apis.openai_common import Share
 from llambo.gateway.apis.tools import Tool
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.naming import NAME
+from llambo.mesh.wire.conversation import TOOL_NAME
 
 ITEMS = 4_096
-Name = Annotated[str, Meta(pattern=f"^{NAME.pattern}$")]
+Name = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 #: What the mesh cannot do, and what to do about it. That these are absent (or null, or false) is all that is checked.
 NOT_HERE = {

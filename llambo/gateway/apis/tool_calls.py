@@ -3,10 +3,10 @@
     Begun, Arguments, Arguments, ..., Ended          one call, its arguments as they are written
     Content                                          everything else
 
-The worker's grammar makes calls of one form (`llambo.mesh.wire.naming`); the parser knows that form and no other. What
-begins like a call and does not go on as one was never a call, and comes out as content: nothing is lost but the frame
-of a call, the blanks around it, and a call at the very end whose arguments have not begun. The same text gives the
-same deltas however it is cut, when neighbours of one kind are joined.
+The worker's grammar makes calls of one form (`llambo.mesh.wire.conversation`); the parser knows that form and no
+other. What begins like a call and does not go on as one was never a call, and comes out as content: nothing is lost
+but the frame of a call, the blanks around it, and a call at the very end whose arguments have not begun. The same text
+gives the same deltas however it is cut, when neighbours of one kind are joined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Protocol
 
-from llambo.mesh.wire.naming import BEGIN, END, NAME
+from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME
 
 #: The frame around name and arguments; more than that is not one.
 FRAME_CHARS = 1024
@@ -77,7 +77,7 @@ _Form = Sequence[str | type[_Blank] | type[_Name]]
 _HEAD: _Form = (
     _Blank, "{", _Blank, '"name"', _Blank, ":", _Blank, _Name, _Blank, ",", _Blank, '"arguments"', _Blank, ":", _Blank,
 )  # fmt: skip
-_TAIL: _Form = (_Blank, "}", _Blank, END)
+_TAIL: _Form = (_Blank, "}", _Blank, CALL_END)
 #: What can change how deep in an object of JSON one is.
 _MARKS = re.compile(r'["\\{}\[\]]')
 
@@ -134,12 +134,14 @@ class ToolCalls:
     # --- where in the text: True if it went on ---------------------------------------------------------------------
 
     def _in_content(self) -> bool:
-        before, tag, after = self._held.partition(BEGIN)
+        before, tag, after = self._held.partition(CALL_BEGIN)
         if tag:
             self._say(before)
             self._held, self._step = after, self._in_head
             return True
-        keep = next((n for n in range(min(len(BEGIN) - 1, len(before)), 0, -1) if before.endswith(BEGIN[:n])), 0)
+        keep = next(
+            (n for n in range(min(len(CALL_BEGIN) - 1, len(before)), 0, -1) if before.endswith(CALL_BEGIN[:n])), 0
+        )
         self._say(before[: len(before) - keep])
         self._held = before[len(before) - keep :]
         return False
@@ -149,7 +151,7 @@ class ToolCalls:
         if end is None:
             return False
         if end < 0 or self._held[end] != "{":
-            self._say(BEGIN)
+            self._say(CALL_BEGIN)
             self._step = self._in_content
             return True
         self._blanks = []
@@ -229,7 +231,7 @@ def _name_at(text: str, at: int) -> str | None:
         return None
     end = text.find('"', at + 1)
     whole, name = end >= 0, text[at + 1 : end if end >= 0 else len(text)]
-    if text[at] != '"' or (name and not NAME.fullmatch(name)):
+    if text[at] != '"' or (name and not TOOL_NAME.fullmatch(name)):
         return ""
     return name if whole else None
 

@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import TOOL_NAME
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.naming import NAME
 
 Tool = Mapping[str, Any]
 _encode = msgspec.json.Encoder().encode
@@ -79,8 +79,8 @@ def _choice(choice: Any) -> tuple[str, list[str]]:
 def _name(tool: Any, where: str) -> str:
     match tool:
         case {"type": "function", "function": {"name": str() as name, **more}}:
-            if not NAME.fullmatch(name):
-                raise _bad(f"{where}.function.name", f"{name!r} does not match {NAME.pattern}")
+            if not TOOL_NAME.fullmatch(name):
+                raise _bad(f"{where}.function.name", f"{name!r} does not match {TOOL_NAME.pattern}")
             if not isinstance(more.get("parameters"), Mapping | None):
                 raise _bad(f"{where}.function.parameters", "a JSON schema is an object")
             if not isinstance(more.get("description"), str | None):

@@ -148,11 +148,11 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
 
     @get("/board/requests/{id:str}")
     async def story(request: Asked, id: str) -> dict[str, Any]:
-        return await (await _client(request)).why(id)
+        return dict(await (await _client(request)).query("why", id))
 
     @post("/board/drain", status_code=200)
     async def drain(request: Asked, data: Drain) -> dict[str, Any]:
-        return await (await _client(request)).drain(data.worker, data.undo, move=data.move)
+        return msgspec.structs.asdict(await (await _client(request)).drain(data.worker, data.undo, move=data.move))
 
     @post("/board/cancel", status_code=200)
     async def cancel(request: Asked, data: Cancel) -> dict[str, Any]:

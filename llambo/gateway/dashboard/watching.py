@@ -19,6 +19,7 @@ import msgspec
 from llambo.gateway.dashboard import watch_core
 from llambo.gateway.dashboard.watch_core import Answers, Picture
 from llambo.mesh.client.client import Client
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Watch:
 
     def _all(self) -> bytes:
         if not self._whole:
-            self._whole = _event(watch_core.whole(self._picture, _now_ms()))
+            self._whole = _event(watch_core.whole(self._picture, clock.wall_ms()))
         return self._whole
 
     # --- asking --------------------------------------------------------------------------------------------------
@@ -128,14 +129,14 @@ class Watch:
     async def _asked(self, client: Client) -> Picture:
         before = self._picture
         told = await _answers(client, before)
-        if watch_core.is_another(before, told.status, _now_ms()):
+        if watch_core.is_another(before, told.status, clock.wall_ms()):
             before = watch_core.EMPTY
             told = await _answers(client, before)
             self._version += 1  # nobody can follow from the picture before
-        return watch_core.picture(before, told, _now_ms())
+        return watch_core.picture(before, told, clock.wall_ms())
 
     async def _show(self, now: Picture) -> None:
-        said = watch_core.changes(self._picture, now, _now_ms())
+        said = watch_core.changes(self._picture, now, clock.wall_ms())
         self._picture = now
         if said is None:
             return
@@ -180,11 +181,11 @@ class Watches:
 async def _answers(client: Client, before: Picture) -> Answers:
     return Answers(
         *await asyncio.gather(
-            client.status(),
-            client.workers(),
-            client.requests(),
-            client.events(before.last_event),
-            client.recent(before.last_sample),
+            client.query("status"),
+            client.query("workers"),
+            client.query("requests"),
+            client.query("events", str(before.last_event)),
+            client.query("recent", str(before.last_sample)),
         )
     )
 
@@ -192,7 +193,3 @@ async def _answers(client: Client, before: Picture) -> Answers:
 def _event(said: dict[str, Any]) -> bytes:
     """One line: in JSON no line break stands as itself."""
     return b"data: %s\n\n" % _encode(said)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

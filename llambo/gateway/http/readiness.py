@@ -33,7 +33,7 @@ class Readiness:
     async def _ask(self) -> str:
         try:
             status = await (await self._connect()).status()
-            self._known = "" if status["ready"] else "no worker is ready"
+            self._known = "" if status.ready else "no worker is ready"
         except LlamboError as error:
             # Without the text: where the broker is concerns those who run it.
             self._known = f"the mesh does not answer: {error.code.value}"

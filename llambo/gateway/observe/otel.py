@@ -69,7 +69,7 @@ class OtelTraces:
             several = len(feed.requests) > 1
             for choice, id in enumerate(feed.requests):
                 answer = feed.answers.get(choice)
-                told = await client.why(id)
+                told = await client.query("why", id)
                 self._phases(span, told, answer.usage if answer else Usage(), began, choice if several else -1)
         except LlamboError as error:
             # It was never accepted, or is forgotten already: its trace has no phases.

@@ -36,9 +36,9 @@ from llambo.mesh.client.client_shell import ClientShell
 from llambo.mesh.client.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized, decoded
 from llambo.mesh.client.request_options import Options, build_request
 from llambo.mesh.link import sockets
-from llambo.mesh.link.link_core import BROKEN_OFF
+from llambo.mesh.link.link_core import LinkProblem
 from llambo.mesh.security import keys
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import PeerKey
@@ -52,50 +52,55 @@ T = TypeVar("T")
 class Enquiries:
     """The part of a client that asks."""
 
-    async def status(self) -> dict[str, Any]:
+    async def query(self, what: str, argument: str = "") -> Any:
+        """The broker's answer as it was sent, with fields that this version does not know."""
+        return await self._ask(what, argument, Any)
+
+    async def status(self) -> reports.MeshStatus:
         """The mesh in numbers."""
-        return await self._map("status")
+        return await self._ask("status", "", reports.MeshStatus)
 
-    async def workers(self, name: str = "") -> list[dict[str, Any]]:
-        """Those that are there; with `name`, that one if it is."""
-        return await self._list("workers", name)
+    async def workers(self, name: str = "") -> list[reports.WorkerRow]:
+        """All workers; with `name`, that one if it is connected."""
+        return await self._ask("workers", name, list[reports.WorkerRow])
 
-    async def models(self) -> list[dict[str, Any]]:
-        return await self._list("models")
+    async def models(self) -> list[reports.ModelRow]:
+        return await self._ask("models", "", list[reports.ModelRow])
 
-    async def requests(self) -> list[dict[str, Any]]:
-        """Those that wait or run."""
-        return await self._list("requests")
+    async def requests(self) -> list[reports.RequestRow]:
+        """The requests that wait or run."""
+        return await self._ask("requests", "", list[reports.RequestRow])
 
-    async def events(self, since: int = 0) -> list[dict[str, Any]]:
+    async def events(self, since: int = 0) -> list[reports.EventRow]:
         """What happened in the mesh after event number `since`."""
-        return await self._list("events", str(since))
+        return await self._ask("events", str(since), list[reports.EventRow])
 
-    async def recent(self, since: int = 0) -> dict[str, Any]:
-        """How the mesh was in each second after sample number `since`, five minutes at the most, and what has ended."""
-        return await self._map("recent", str(since))
+    async def recent(self, since: int = 0) -> reports.Recent:
+        """A sample of each second after sample number `since`, of at most five minutes, and what ended in that time."""
+        return await self._ask("recent", str(since), reports.Recent)
 
     async def metrics(self) -> str:
-        """The broker's page for Prometheus; with keys for an admin alone."""
-        return str((await self._map("metrics"))["page"])
+        """The broker's page for Prometheus. With keys only an admin may read it."""
+        return (await self._ask("metrics", "", reports.MetricsPage)).page
 
-    async def why(self, id: str) -> dict[str, Any]:
-        """The story of one request. A unique prefix of its id will do."""
-        return await self._map("why", id)
+    async def why(self, id: str) -> reports.RequestStory:
+        """The story of one request. A unique prefix of its id is enough."""
+        return await self._ask("why", id, reports.RequestStory)
 
-    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
-        """Give a worker no new work (or, with `undo`, work again). `move`: what it runs goes on elsewhere."""
-        return await self._question(lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", dict[str, Any])
+    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
+        """Give a worker no new work (or, with `undo`, work again). `move`: its running requests go to other workers."""
+        return await self._question(
+            lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
+        )
 
-    async def lease(self, lease: m.Lease) -> dict[str, Any]:
-        """Ask to be the only one who does something: `granted`, `by`, `left_ms`. Its `query` is chosen here."""
-        return await self._question(lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", dict[str, Any])
+    async def lease(self, lease: m.Lease) -> reports.LeaseReply:
+        """Ask for a lease, of which there is one holder at a time. The client chooses its `query`."""
+        return await self._question(
+            lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
+        )
 
-    async def _map(self, what: str, argument: str = "") -> dict[str, Any]:
-        return await self._question(lambda number: e.Ask(number, what, argument), what, dict[str, Any])
-
-    async def _list(self, what: str, argument: str = "") -> list[dict[str, Any]]:
-        return await self._question(lambda number: e.Ask(number, what, argument), what, list[dict[str, Any]])
+    async def _ask(self, what: str, argument: str, kind: type[T]) -> T:
+        return await self._question(lambda number: e.Ask(number, what, argument), what, kind)
 
     @abstractmethod
     async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T: ...
@@ -369,11 +374,11 @@ class Client(TaskCalls, Enquiries):
         if len(id) == 2 * limits.REQUEST_ID_BYTES:
             with suppress(ValueError):
                 return bytes.fromhex(id)
-        found = await self._map("find", id)
+        found = await self._ask("find", id, reports.FoundRequest)
         try:
-            return bytes.fromhex(found["id"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LlamboError(Code.BAD_MESSAGE, f"the broker found {found!r}") from error
+            return bytes.fromhex(found.id)
+        except ValueError as error:
+            raise LlamboError(Code.BAD_MESSAGE, f"the broker answered a query for {id!r} with {found.id!r}") from error
 
     def _build(self, prompt: str, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
         id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
@@ -419,7 +424,7 @@ class Client(TaskCalls, Enquiries):
             resolve(self._welcomed, None)
             self._tell_link("")
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
-            self._tell_link(problem.text or "no answer")
+            self._tell_link(problem.text or LinkProblem.NO_ANSWER.value)
         elif problem is not None and not (error := self._error(problem)).retryable:
             reject(self._welcomed, error)
 
@@ -439,8 +444,8 @@ class Client(TaskCalls, Enquiries):
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
-        if self._core.link.problem == BROKEN_OFF:
-            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {BROKEN_OFF}")
+        if self._core.link.cause is LinkProblem.NO_HANDSHAKE:
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {LinkProblem.NO_HANDSHAKE.value}")
         text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 

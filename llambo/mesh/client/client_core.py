@@ -15,12 +15,12 @@ This file is the door and the link. `client_life` has the life of a request, `cl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import assert_never, cast
+from typing import assert_never
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.client.client_requests import Question, Request
 from llambo.mesh.client.request_life import Requests
-from llambo.mesh.link.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.link.link_core import LinkCore, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code, ErrorInfo
@@ -101,8 +101,8 @@ class ClientCore:
     def __init__(self, hello: m.ClientHello | None = None, *, give_up_ms: int = 0) -> None:
         greeting = hello or m.ClientHello()
         self._out: list[e.Action] = []
-        # The link appends to the same list, so that orders and deliveries keep their order.
-        self.link = LinkCore(0, lambda: greeting, cast("list[LinkOrder]", self._out))
+        # The link appends to the same list, so that all actions keep their order.
+        self.link = LinkCore(0, lambda: greeting, self._out.append)
         self.requests = Requests(self.link, self._out)
         self.counters = self.requests.counters
         #: Why there is no link, while there is none.
@@ -121,8 +121,8 @@ class ClientCore:
                 self._on_tokens(frames, now_ms)
             case e.ControlArrived():
                 self._on_control(event, now_ms)
-            case e.ConnectionChanged(sign):
-                self.link.on_connection(sign, now_ms)
+            case e.ConnectionChanged(change):
+                self.link.on_connection(change, now_ms)
             case e.BrokersFound(count):
                 self.link.on_found(count)
             case e.Tick():
@@ -184,7 +184,7 @@ class ClientCore:
 
     def _on_time(self, now_ms: int) -> None:
         if now_ms >= self.link.next_wakeup_ms() and self.link.tick(now_ms):
-            self.link.send(m.ClientHeartbeat(self.link.beat))
+            self.link.send(m.ClientHeartbeat(self.link.beats.number))
         if self.link.state is not self._told:
             self._on_link_changed(now_ms)
         if not self.link.welcomed:
@@ -222,9 +222,9 @@ class ClientCore:
             self.requests.on_lost()
             self._questions.on_lost()
         if self.link.state is LinkState.DOWN and self.problem is None:
-            code = Code.UNAUTHORIZED if self.link.denied else Code.NO_BROKER
+            code = Code.UNAUTHORIZED if self.link.attempts.denied else Code.NO_BROKER
             self.problem = ErrorInfo(code, self.link.problem)
-            if self.link.denied:
+            if self.link.attempts.denied:
                 self._fail_all(self.problem)
         self._out.append(e.LinkChanged(self.link.state, self.problem))
 
@@ -271,7 +271,7 @@ class ClientCore:
     def _on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
         # Beats may be numbered from anywhere: only those since this session began can be missing.
         self._first_beat = self._first_beat or beat.number
-        self.link.on_missing(beat.number - max(self.link.beat, self._first_beat - 1), now_ms)
+        self.link.on_missing(beat.number - max(self.link.beats.number, self._first_beat - 1), now_ms)
         self.requests.on_heartbeat(beat, now_ms)
 
     def _on_problem(self, problem: m.Problem, now_ms: int) -> None:
@@ -299,8 +299,8 @@ class ClientCore:
             self.counters.malformed += 1
             return
         number, session = beat
-        if self.link.welcomed and session == self.link.session and number > self.link.beat:
-            was_up, self.link.beat = self.link.up, number
+        if self.link.welcomed and session == self.link.session and number > self.link.beats.number:
+            was_up, self.link.beats.number = self.link.up, number
             self.link.on_proof(number, now_ms)
             if self.link.up and not was_up:
-                self.link.beat_now()  # the broker wants to know that its grant works
+                self.link.beats.now()  # the broker wants to know that its grant works

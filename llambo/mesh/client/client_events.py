@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llambo.mesh.link.link_core import LinkOrder, LinkState, Sign
+from llambo.mesh.link.link_core import ConnectionChange, LinkAction, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
@@ -107,7 +107,7 @@ class TokensArrived:
 class ConnectionChanged:
     """The control connection is there, is broken, or cannot be had."""
 
-    sign: Sign
+    change: ConnectionChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,4 +194,4 @@ class LinkChanged:
 
 
 Delivery = Delivered | Placed | Ended | Failed | Answered | LinkChanged
-Action = LinkOrder | Delivery
+Action = LinkAction | Delivery

@@ -238,7 +238,7 @@ class Requests:
             self._timers.clear(end.id)
         if request.streams:
             self._repair.owe(request, end.count, now_ms)
-        elif self._link.pull and not request.target and not request.held:
+        elif self._link.terms.pull and not request.target and not request.held:
             request.owed = max(request.owed, end.count)
             self._repair.ask(request, now_ms)
         elif not request.target and not request.held:

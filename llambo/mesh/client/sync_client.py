@@ -13,6 +13,7 @@ from llambo.mesh.client.client import Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_tasks import Embeddings, TaskCall, Tokenized
 from llambo.mesh.client.request_options import Options
+from llambo.mesh.wire import reports
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tasks import Form, Pooling
 
@@ -205,31 +206,35 @@ class SyncClient:
 
     # --- questions ---------------------------------------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
+    def query(self, what: str, argument: str = "") -> Any:
+        """The broker's answer as it was sent."""
+        return self.run(self._client.query(what, argument))
+
+    def status(self) -> reports.MeshStatus:
         return self.run(self._client.status())
 
-    def workers(self, name: str = "") -> list[dict[str, Any]]:
+    def workers(self, name: str = "") -> list[reports.WorkerRow]:
         return self.run(self._client.workers(name))
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[reports.ModelRow]:
         return self.run(self._client.models())
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[reports.RequestRow]:
         return self.run(self._client.requests())
 
-    def events(self, since: int = 0) -> list[dict[str, Any]]:
+    def events(self, since: int = 0) -> list[reports.EventRow]:
         return self.run(self._client.events(since))
 
-    def recent(self, since: int = 0) -> dict[str, Any]:
+    def recent(self, since: int = 0) -> reports.Recent:
         return self.run(self._client.recent(since))
 
     def metrics(self) -> str:
         return self.run(self._client.metrics())
 
-    def why(self, id: str) -> dict[str, Any]:
+    def why(self, id: str) -> reports.RequestStory:
         return self.run(self._client.why(id))
 
-    def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> dict[str, Any]:
+    def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
         return self.run(self._client.drain(worker, undo, move=move))
 
 

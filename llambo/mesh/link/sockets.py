@@ -169,5 +169,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+#: A socket that is bound to all addresses of a host is reached at this one from the same host.
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared with
+
+
+def local_endpoint(bound_to: str, port: int) -> str:
+    """Where a process on this host reaches a socket that is bound to `bound_to`."""
+    return endpoint(_LOOPBACK_OF.get(bound_to, bound_to), port)
+
+
 def endpoint(ip: str, port: int) -> str:
     return f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}"

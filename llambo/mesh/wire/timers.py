@@ -47,3 +47,8 @@ class Timers(Generic[K]):
         while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:
             heappop(self._heap)
         return self._heap[0][0] if self._heap else NEVER_MS
+
+
+def backoff_ms(failures: int, first_ms: int, longest_ms: int) -> int:
+    """The pause after so many failures in a row: none after the first, then `first_ms`, doubled each time."""
+    return 0 if failures < 2 else min(first_ms << min(failures - 2, 16), longest_ms)

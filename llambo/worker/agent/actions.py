@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llambo.mesh.link.link_core import LinkOrder
+from llambo.mesh.link.link_core import LinkAction
 from llambo.worker.engine.protocol import Start
 
 
@@ -57,4 +57,4 @@ class Exit:
 
 
 EngineOrder = SpawnEngine | KillEngine | StartRun | StopRun
-Action = LinkOrder | EngineOrder | NotifyReady | Log | Exit
+Action = LinkAction | EngineOrder | NotifyReady | Log | Exit

@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -21,6 +20,7 @@ import zmq
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link import Link
 from llambo.mesh.link.link_core import CloseLink, LinkCore, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.service import clock
 from llambo.mesh.service.notify import Herald
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
@@ -83,7 +83,7 @@ def _searching(core: WorkerCore, brokers: tuple[str, ...], links: list[LinkCore]
 
 
 def _broker(link: LinkCore) -> str:
-    return f"broker {link.broker}" if link.broker else "a broker"
+    return f"broker {link.terms.broker}" if link.terms.broker else "a broker"
 
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class Agent:
     def _turn(self) -> None:
         self._flush()
         due_ms = min(self.core.next_wakeup_ms(), self._herald.due_ms)
-        ready = dict(self._watched().poll(min(max(due_ms - now_ms(), 0), POLL_MS)))
+        ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
         if self._wake.fileno() in ready:
             for _ in self._wake.recv(64):
                 self._handle(e.StopRequested())
@@ -162,19 +162,19 @@ class Agent:
             if link.control in ready:
                 self._receive_control(number, link)
             if link.monitor in ready:
-                for sign in link.receive_signs():
-                    self._handle(e.ConnectionChanged(number, sign))
+                for change in link.receive_changes():
+                    self._handle(e.ConnectionChanged(number, change))
             if link.tokens in ready and any(frame[:1] == SUBSCRIBE for frame in link.receive_tokens()):
                 self._handle(e.Subscribed(number))
         if self.engine is not None and self.engine.fileno() in ready:
             self._receive_engine(self.engine)
-        if now_ms() >= self.core.next_wakeup_ms():
+        if clock.now_ms() >= self.core.next_wakeup_ms():
             self._handle(e.Ticked())
-        if now_ms() >= self._herald.due_ms:
+        if clock.now_ms() >= self._herald.due_ms:
             self._tell_manager()
 
     def _tell_manager(self, why: str = "") -> None:
-        now = now_ms()
+        now = clock.now_ms()
         how = condition(self.core, self._config.brokers, now)
         self._herald.tell(replace(how, status=why) if why else how, now)
 
@@ -232,7 +232,7 @@ class Agent:
     # --- what is to be done --------------------------------------------------------------------------
 
     def _handle(self, event: e.Event) -> None:
-        for action in self.core.handle(event, now_ms()):
+        for action in self.core.handle(event, clock.now_ms()):
             self._perform(action)
 
     def _perform(self, action: a.Action) -> None:
@@ -291,10 +291,6 @@ def _engine_event(message: proto.ToAgent) -> e.EngineEvent:
             return e.EngineProgressed(note, problem, percent)
         case _:
             assert_never(message)
-
-
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
 
 
 def _software() -> str:

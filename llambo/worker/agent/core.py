@@ -18,11 +18,11 @@ Facts come in by `handle`, orders come out of it; there is no clock, socket or c
 from __future__ import annotations
 
 from functools import partial
-from typing import assert_never, cast
+from typing import assert_never
 
 import msgspec
 
-from llambo.mesh.link.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.link.link_core import LinkCore, LinkProblem, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import transfer
 from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
@@ -98,15 +98,14 @@ class Telling:
             if self._complaints.get(number) != link.problem:
                 self._complaints[number] = link.problem
                 address = self._brokers[number]
-                text = (
-                    f"no broker answers at {address}" if link.problem == "no answer" else f"{address}: {link.problem}"
-                )
+                silent = link.cause is LinkProblem.NO_ANSWER
+                text = f"no broker answers at {address}" if silent else f"{address}: {link.problem}"
                 self._out.append(Log(f"{text}; trying on", warning=True))
         elif link.state is LinkState.MENDING:
             self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
             self._complaints.pop(number, None)
-            self._out.append(Log(f"link {number}: up, broker {link.broker or 'without a name'}"))
+            self._out.append(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
 
 
 #: Of the reason why it leaves.
@@ -122,9 +121,8 @@ class WorkerCore:
         self._out: list[Action] = []
         self.engine = EngineLife(config, self._out)
         self._introduction = Introduction(config, identity, self.engine)
-        orders = cast("list[LinkOrder]", self._out)
         self.links = {
-            number: LinkCore(number, partial(self._hello, number), orders, hasty=len(config.brokers) > 1)
+            number: LinkCore(number, partial(self._hello, number), self._out.append, hasty=len(config.brokers) > 1)
             for number in range(len(config.brokers))
         }
         #: By when we wanted to be woken.
@@ -156,9 +154,9 @@ class WorkerCore:
             case e.ControlArrived():
                 self._on_control(event, now_ms)
             case e.Subscribed(link):
-                self.links[link].beat_now()
-            case e.ConnectionChanged(link, sign):
-                self.links[link].on_connection(sign, now_ms)
+                self.links[link].beats.now()
+            case e.ConnectionChanged(link, change):
+                self.links[link].on_connection(change, now_ms)
             case e.EngineReady():
                 self._on_ready(event, now_ms)
             case e.EngineProgressed(note, problem, percent):
@@ -204,7 +202,7 @@ class WorkerCore:
             return
         self._out.append(Log(f"engine: ready, {ready.slots} slots, {', '.join(model.name for model in ready.models)}"))
         for link in self.links.values():
-            link.beat_now()
+            link.beats.now()
         self._say_ready()
 
     def _on_refused(self, key: bytes, error: ErrorInfo, final: bool) -> None:
@@ -216,7 +214,7 @@ class WorkerCore:
     def _lose_runs(self, text: str, *, outside: bool = False) -> None:
         self.delivery.lose(text, self.engine.heard_ms, outside=outside)
         for link in self.links.values():
-            link.beat_now()
+            link.beats.now()
 
     # --- the broker ----------------------------------------------------------------------------------
 
@@ -239,13 +237,13 @@ class WorkerCore:
             case m.BrokerHeartbeat():
                 self._seq[number] = max(self._seq[number], message.seq)
                 link.on_proof(message.echo, now_ms)
-                link.on_missing(link.beat - message.echo, now_ms)
+                link.on_missing(link.beats.number - message.echo, now_ms)
             case m.Dispatch():
                 self._on_dispatch(number, message, blob, now_ms)
             case m.Adopt():
                 self._seq[number] = max(self._seq[number], message.seq)
                 self.orphans.adopt(number, message, now_ms)
-                link.beat_now()
+                link.beats.now()
             case m.EndAck():
                 self.delivery.on_ack(number, message)
             case m.Replay():
@@ -274,7 +272,7 @@ class WorkerCore:
         if isinstance(start, ErrorInfo):
             final = start.code is Code.BAD_REQUEST
             self._reject(number, dispatch.id, dispatch.dispatch, start, final)
-            self.links[number].beat_soon(now_ms)  # with how much it can take
+            self.links[number].beats.soon(now_ms)  # with how much it can take
             return
         if self.runs.active == 0:
             self.engine.on_word(now_ms)
@@ -336,7 +334,7 @@ class WorkerCore:
         if news:
             self._out.append(Log(news))
             for link in self.links.values():
-                link.beat_now()
+                link.beats.now()
 
     def _leave_when_done(self, now_ms: int) -> None:
         # Without a session there is nobody to deliver to: a new one would drop these runs anyway.
@@ -368,7 +366,7 @@ class WorkerCore:
             self._active = self.runs.active
             for number, link in self.links.items():
                 if self.runs.busy(number) != self._busy[number]:
-                    link.beat_soon(now_ms)  # a slot more or less, which this broker knows nothing of
+                    link.beats.soon(now_ms)  # a slot more or less, which this broker knows nothing of
         for number, link in self.links.items():
             if now_ms >= link.next_wakeup_ms() and link.tick(now_ms):
                 self._beat(number, now_ms)
@@ -384,7 +382,7 @@ class WorkerCore:
         link.send(
             m.WorkerHeartbeat(
                 seq=self._seq[number],
-                beat=link.beat,
+                beat=link.beats.number,
                 claims=self.runs.claims(number),
                 busy=busy,
                 state=self.state,
@@ -416,4 +414,4 @@ class WorkerCore:
             self._out.append(NotifyReady())
 
     def _hello(self, number: int) -> m.WorkerHello:
-        return self._introduction.hello(number, self.links[number].greetings, self.state)
+        return self._introduction.hello(number, self.links[number].attempts.greetings, self.state)

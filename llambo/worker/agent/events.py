@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llambo.mesh.link.link_core import Sign
+from llambo.mesh.link.link_core import ConnectionChange
 from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo
 from llambo.worker.engine.protocol import Output
@@ -37,7 +37,7 @@ class ConnectionChanged:
     """The control connection to a broker is there, is broken, or cannot be had."""
 
     link: int
-    sign: Sign
+    change: ConnectionChange
 
 
 @dataclass(frozen=True, slots=True)

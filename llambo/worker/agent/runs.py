@@ -36,8 +36,6 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.GONE: {},
 }
 
-#: msgpack's share of one token in a chunk: its id and the header of its piece.
-TOKEN_OVERHEAD_BYTES = 10
 #: Header and body overhead of a chunk.
 CHUNK_OVERHEAD_BYTES = 64
 #: Less room than this is not worth another chunk.
@@ -115,7 +113,7 @@ class Tokens:
         start = self._start(low)
 
         def size(position: int) -> int:
-            text = self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            text = self._ends[position] - start + (position - low + 1) * transfer.TOKEN_OVERHEAD_BYTES
             return text + self._logprob_bytes(low, position + 1)
 
         return max(1, bisect_right(range(low, high), budget_bytes, key=size))

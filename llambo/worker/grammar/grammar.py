@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from llambo.mesh.wire import limits, naming
+from llambo.mesh.wire import conversation, limits
+from llambo.mesh.wire.conversation import Tool
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar.schema import Rules, quoted
-from llambo.worker.prompt.conversation import Tool
 from llambo.worker.prompt.template import RENDER_BYTES, memory_limit, time_limit
 
 #: A schema of a few kilobytes can stand for a large grammar, but not for one without end.
@@ -138,8 +138,8 @@ def _calls(rules: Rules, schemas: tuple[tuple[str, bytes], ...], lazy: bool, mos
     for name, schema in schemas:
         head = quoted(f'{{"name": "{name}", "arguments": ')
         bodies.append(f'{head} {_arguments(rules, name, schema)} "}}"')
-    body, end = rules.rule(" | ".join(bodies)), quoted(f"\n{naming.END}")
-    call = rules.rule(f'{quoted(naming.BEGIN)} "\\n" {body} {end}')
+    body, end = rules.rule(" | ".join(bodies)), quoted(f"\n{conversation.CALL_END}")
+    call = rules.rule(f'{quoted(conversation.CALL_BEGIN)} "\\n" {body} {end}')
     # The tag of a lazy one is there already, perhaps with the end of its line.
     first = f'"\\n"? {body} {end}' if lazy else call
     return f'{first} ("\\n" {call}){{0,{most - 1}}}' if most > 1 else first

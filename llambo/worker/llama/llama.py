@@ -29,7 +29,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from llambo.mesh.wire import naming
+from llambo.mesh.wire import conversation
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama.sampling import Grammar, Ids, Logits
 
@@ -51,7 +51,7 @@ EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From ggml.h.
 LOG_WARNING, LOG_ERROR = 3, 4
 
-_TAGS = frozenset([naming.BEGIN.encode(), naming.END.encode()])
+_TAGS = frozenset([conversation.CALL_BEGIN.encode(), conversation.CALL_END.encode()])
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 

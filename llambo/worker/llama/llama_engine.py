@@ -18,7 +18,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from llambo.mesh.wire import limits, naming
+from llambo.mesh.service import host
+from llambo.mesh.wire import conversation, limits
+from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.tokens import Logprob
@@ -33,8 +35,7 @@ from llambo.worker.llama.llama_tasks import NoRoom, Tasks
 from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
 from llambo.worker.llama.text import Gate
 from llambo.worker.models import models
-from llambo.worker.prompt import conversation as chat
-from llambo.worker.prompt.conversation import Chat
+from llambo.worker.prompt import rendering
 from llambo.worker.prompt.template import BadPrompt, Template, TooLong
 
 NEVER_MS = 2**62
@@ -120,8 +121,8 @@ class LlamaEngine:
             sampling = in_force(start.sampling, start.given, self._defaults)
             start = msgspec.structs.replace(start, sampling=sampling)
         try:
-            conversation = chat.read(start.prompt, start.sampling)
-            prompt = self._prompt(start, conversation)
+            chat = rendering.read(start.prompt, start.sampling)
+            prompt = self._prompt(start, chat)
         except BadPrompt as error:
             code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
             return _refused(start, code, str(error))
@@ -135,7 +136,7 @@ class LlamaEngine:
         if self.batcher.running >= self._slots:
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
         try:
-            sampler = self._sampler(start, prompt, conversation)
+            sampler = self._sampler(start, prompt, chat)
         except (GrammarError, ValueError) as error:
             return _refused(start, Code.BAD_REQUEST, str(error))
         gate = Gate(start.sampling.stop)
@@ -186,7 +187,7 @@ class LlamaEngine:
     # --- tasks ---------------------------------------------------------------------------------------
 
     def _make_embedder(self) -> llama.Embedder:
-        free_bytes = models.free_bytes()
+        free_bytes = host.free_memory_bytes()
         if self._embed_bytes > free_bytes:
             need, free = self._embed_bytes // models.MIB, free_bytes // models.MIB
             raise NoRoom(
@@ -222,8 +223,8 @@ class LlamaEngine:
 
     # --- starting ------------------------------------------------------------------------------------
 
-    def _prompt(self, start: Start, conversation: Chat) -> list[int]:
-        text, templated = chat.text_of(start.prompt, conversation, self._template)
+    def _prompt(self, start: Start, chat: Chat) -> list[int]:
+        text, templated = rendering.text_of(start.prompt, chat, self._template)
         context, longest = self._decoder.context, self._model.longest
         if len(text) > context * longest:
             # Known without counting, which takes its time for megabytes while all others wait.
@@ -234,14 +235,14 @@ class LlamaEngine:
             raise BadPrompt("the prompt is empty")
         return tokens
 
-    def _sampler(self, start: Start, prompt: list[int], conversation: Chat) -> Sampler:
+    def _sampler(self, start: Start, prompt: list[int], chat: Chat) -> Sampler:
         options = start.sampling
         sampler = Sampler(
             options,
             start.seed,
             llama.Candidates(self._model, options, self._shared, prompt),
             history=list(prompt),
-            grammar=self._grammar(grammar_of(options, conversation.tools, parallel=self._knows_tools)),
+            grammar=self._grammar(grammar_of(options, chat.tools, parallel=self._knows_tools)),
             banned=self._model.endings if options.ignore_eos else None,
         )
         for token in start.prefix:
@@ -252,7 +253,7 @@ class LlamaEngine:
         if not wanted.text:
             return None
         grammar = llama.Gbnf(self._model, wanted.text)
-        return LazyGrammar(naming.BEGIN, grammar, self._model) if wanted.lazy else grammar
+        return LazyGrammar(conversation.CALL_BEGIN, grammar, self._model) if wanted.lazy else grammar
 
     def _place(self, key: bytes, tokens: list[int]) -> int:
         """How many of these need not be computed."""

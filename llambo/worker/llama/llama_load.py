@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_log import tell
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
 from llambo.worker.llama import defaults, llama
@@ -52,7 +53,7 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     knobs, path = configure.llama, str(models.find(configure.model))
     say(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    layout = models.layout(knobs, file, models.free_bytes(), models.cores())
+    layout = models.layout(knobs, file, host.free_memory_bytes(), host.physical_cores())
     bar = Bar(say)
     fingerprint = models.fingerprint(
         file, layout.context, knobs.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))

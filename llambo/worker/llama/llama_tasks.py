@@ -18,7 +18,7 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Sampling, Usage
 from llambo.worker.engine.protocol import Output, Refused, Start
 from llambo.worker.llama.embedding import EmbedQueue, Job, Rows, normalized
-from llambo.worker.prompt import conversation
+from llambo.worker.prompt import rendering
 from llambo.worker.prompt.template import BadPrompt, Template
 
 NEVER_MS = 2**62
@@ -138,9 +138,7 @@ class Tasks:
         match start.task:
             case "tokenize":
                 form = Sampling(form=options.form, system=options.system)
-                text, templated = conversation.text_of(
-                    start.prompt, conversation.read(start.prompt, form), self._template
-                )
+                text, templated = rendering.text_of(start.prompt, rendering.read(start.prompt, form), self._template)
                 ids = self._model.tokenize(text, special=templated or options.special)
                 return tasks.Tokens(ids, [self._model.spelled(id) for id in ids])
             case "detokenize":

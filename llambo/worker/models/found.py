@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llambo.mesh.service import host
 from llambo.worker.engine.engine_options import LlamaKnobs
 from llambo.worker.models import gguf, models
 from llambo.worker.models.gguf import BadModelFile, ModelFile
@@ -50,7 +51,7 @@ def on_this_host(folder: str = "", knobs: LlamaKnobs | None = None) -> list[Foun
     """Each file once, however many ways lead to it."""
     seen: set[str] = set()
     found = []
-    free_bytes, cores = models.free_bytes(), models.cores()
+    free_bytes, cores = host.free_memory_bytes(), host.physical_cores()
     for model, path, where in _candidates(folder):
         real = os.path.realpath(path)
         if real not in seen and len(seen) < FILES:

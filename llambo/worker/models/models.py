@@ -122,49 +122,6 @@ def _too_large(knobs: LlamaKnobs, file: ModelFile, context: int, free_bytes: int
     return f"{text}; {hint} fit"
 
 
-def free_bytes() -> int:
-    """What can be had without swapping: the machine's, or less where a limit is set on us."""
-    free = 2**62
-    with Path("/proc/meminfo").open(encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    return min(free, limit_bytes())
-
-
-def limit_bytes(own: Path = Path("/proc/self/cgroup"), top: Path = Path("/sys/fs/cgroup")) -> int:
-    """What may yet be had under the limits of our control group, as a unit's MemoryMax is, and of those above it."""
-    left = 2**62
-    try:
-        group = next(line[3:] for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        group = "/"
-    folder = top / group.lstrip("/")
-    for there in (folder, *folder.parents):
-        for name in ("memory.max", "memory.high"):
-            try:
-                most = (there / name).read_text(encoding="ascii").strip()
-                used = int((there / "memory.current").read_text(encoding="ascii"))
-            except (OSError, ValueError):
-                continue  # no limit here, or none that can be read
-            left = left if most == "max" else min(left, max(0, int(most) - used))
-        if there == top:
-            break
-    return left
-
-
-def cores() -> int:
-    """Real cores this process may use: two threads of one core only get into each other's way."""
-    seen = set()
-    for number in os.sched_getaffinity(0):
-        try:
-            path = f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list"
-            seen.add(Path(path).read_text(encoding="ascii").strip())
-        except OSError:
-            seen.add(str(number))
-    return len(seen)
-
-
 # --- fingerprint ---------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.naming import BEGIN
+from llambo.mesh.wire.conversation import CALL_BEGIN
 
 #: A template that takes longer is broken, or means harm.
 RENDER_S = 2.0
@@ -82,7 +82,7 @@ def _huge(operator: str, left: Any, right: Any) -> bool:
 class Template:
     """A chat template. Raises BadPrompt if it is none."""
 
-    #: It shows tools to the model, and calls of them, in the form of `llambo.mesh.wire.naming`.
+    #: It shows tools to the model, and calls of them, in the form of `llambo.mesh.wire.conversation`.
     knows_tools: bool
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
@@ -94,7 +94,7 @@ class Template:
         environment.globals["raise_exception"] = _complain
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._names = {"bos_token": bos, "eos_token": eos}
-        self.knows_tools = BEGIN in source and re.search(r"\btools\b", source) is not None
+        self.knows_tools = CALL_BEGIN in source and re.search(r"\btools\b", source) is not None
         try:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError, MemoryError) as error:

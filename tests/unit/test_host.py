@@ -1,0 +1,50 @@
+"""Facts of the host: memory under the limits of control groups, and cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llambo.mesh.service import host
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A machine of 1,000,000 kB, half of it free, on which we are in the control group /llambo.slice/worker."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       1000000 kB\nMemFree: 5 kB\nMemAvailable:  500000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("5:memory:/old\n0::/llambo.slice/worker\n")
+    (tmp_path / "sys/fs/cgroup/llambo.slice/worker").mkdir(parents=True)
+    return tmp_path
+
+
+def limit(root: Path, group: str, **files: str) -> None:
+    for name, text in files.items():
+        (root / "sys/fs/cgroup" / group / f"memory.{name}").write_text(f"{text}\n")
+
+
+def test_this_host_has_cores_and_memory() -> None:
+    assert 1 <= host.physical_cores() <= host.cpus() <= 4096
+    assert 1024 * 1024 < host.free_memory_bytes() <= host.memory_bytes()
+
+
+def test_without_limits_memory_is_what_the_kernel_has(root: Path) -> None:
+    assert host.memory_bytes(root) == 1_000_000 * 1024
+    assert host.free_memory_bytes(root) == 500_000 * 1024
+    (root / "proc/self/cgroup").unlink()
+    assert host.memory_bytes(root) == 1_000_000 * 1024
+
+
+def test_memory_is_what_the_narrowest_group_above_us_may_have(root: Path) -> None:
+    limit(root, "llambo.slice/worker", max="max")
+    limit(root, "llambo.slice", max="100000000")
+    assert host.memory_bytes(root) == 100_000_000
+
+
+def test_free_memory_is_what_the_narrowest_group_above_us_leaves(root: Path) -> None:
+    limit(root, "llambo.slice", max="1000", high="max", current="300")
+    limit(root, "llambo.slice/worker", max="max", high="900", current="250")
+    assert host.free_memory_bytes(root) == 650
+    limit(root, "llambo.slice", current="1200")
+    assert host.free_memory_bytes(root) == 0

@@ -1,0 +1,64 @@
+"""What a broker answers to queries, as typed rows: old and new versions read each other's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import reports
+from tests.unit.broker_bench import Bench, Client, request_id
+
+
+def answer(client: Client, what: str, argument: str = "") -> bytes:
+    client.say(m.Query(1, what, argument))
+    return client.heard_last(m.Result)[-1].data
+
+
+def busy_mesh() -> Client:
+    bench = Bench(client_lease_ms=60_000, lease_ms=60_000)
+    worker, client = bench.worker(), bench.client()
+    client.submit(1)
+    worker.publish(worker.chunk(0, 5, 6))
+    worker.end(2)
+    client.submit(2)
+    bench.pass_time(2_000)
+    return client
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        ("status", reports.MeshStatus),
+        ("workers", list[reports.WorkerRow]),
+        ("models", list[reports.ModelRow]),
+        ("requests", list[reports.RequestRow]),
+        ("events", list[reports.EventRow]),
+        ("recent", reports.Recent),
+    ],
+)
+def test_a_row_has_every_field_that_the_broker_sends(what: str, kind: Any) -> None:
+    data = answer(busy_mesh(), what)
+    assert msgspec.to_builtins(msgspec.msgpack.decode(data, type=kind)) == msgspec.msgpack.decode(data)
+
+
+def test_a_story_of_a_live_request_and_of_one_that_has_ended() -> None:
+    client = busy_mesh()
+    live, ended = (answer(client, "why", request_id(number).hex()) for number in (2, 1))
+    story = msgspec.msgpack.decode(live, type=reports.RequestStory)
+    assert (story.state, story.worker, story.story[0].what) == ("dispatched", "w", "submitted")
+    assert "reason" not in msgspec.msgpack.decode(live)
+    story = msgspec.msgpack.decode(ended, type=reports.RequestStory)
+    assert (story.state, story.tokens, story.reason) == ("ended", 2, "length")
+    assert "age_ms" not in msgspec.msgpack.decode(ended)
+
+
+def test_fields_of_other_versions() -> None:
+    newer = msgspec.msgpack.encode([{"worker": "w1", "busy": 2, "busy_elsewhere": 1, "class": "big", "colour": "blue"}])
+    (row,) = msgspec.msgpack.decode(newer, type=list[reports.WorkerRow])
+    assert (row.worker, row.busy_slots, row.node_class, row.note) == ("w1", 3, "big", "")
+    assert (row["busy"], row["class"]) == (2, "big")
+    older = msgspec.msgpack.encode({"broker": "b", "busy": 1})
+    assert msgspec.msgpack.decode(older, type=reports.MeshStatus) == reports.MeshStatus(broker="b", busy=1)
