@@ -73,7 +73,6 @@ def _workers(state: State) -> None:
             if fit:
                 assert pool.free[worker.position[pool]] is worker
                 assert pool.least_loaded() is not None
-        assert all(lane in state.pools for lane in worker.serving.lanes if not lane.fingerprint)
         suspects = [r for key in given if (r := state.running.get(key)) is not None and r.suspicion.token >= 0]
         assert len(suspects) <= 1, "two suspects on one engine"
 

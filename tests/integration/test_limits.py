@@ -51,7 +51,7 @@ async def right(client: Client, number: int, **options: object) -> Answer:
 
 def at_rest(mesh: Mesh, name: str) -> None:
     """Nothing of this identity is left on its account."""
-    mesh.until(lambda core: core.state.accounts.of(name).idle, f"nothing of {name} is left")
+    mesh.until(lambda core: core.state.access.accounts.of(name).idle, f"nothing of {name} is left")
 
 
 def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
@@ -70,7 +70,7 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                     assert await stream.next_piece() is not None
                 # Two are at work, and that is all: the next wait, though two slots are free for others
                 waiting = [asyncio.create_task(right(alice, number)) for number in range(3)]
-                await mesh.aside(lambda core: core.state.accounts.of("alice").queued == 3, "three wait")
+                await mesh.aside(lambda core: core.state.access.accounts.of("alice").queued == 3, "three wait")
                 await right(bob, 9)
 
                 error = await refusal(alice.stream("one too many", max_tokens=5))
@@ -126,9 +126,9 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
                 long = many.stream("long", max_tokens=LONG)
                 assert await long.next_piece() is not None
                 flood = [asyncio.create_task(many.generate(f"{number}", max_tokens=20)) for number in range(100)]
-                await mesh.aside(lambda core: core.state.room.count == 100, "a hundred wait")
+                await mesh.aside(lambda core: core.state.queue.count == 100, "a hundred wait")
                 others = [asyncio.create_task(few.generate(f"{number}", max_tokens=20)) for number in range(5)]
-                await mesh.aside(lambda core: core.state.room.count == 105, "all wait")
+                await mesh.aside(lambda core: core.state.queue.count == 105, "all wait")
                 assert await asyncio.to_thread(mesh.look, ahead_of_few) == [1, 3, 5, 7, 9]
                 await long.cancel()
                 await asyncio.gather(*flood, *others)
@@ -141,7 +141,7 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
 
 def ahead_of_few(core: BrokerCore) -> list[int]:
     """What they are told of how many are served before them."""
-    return sorted(core.state.room.ahead(each) for each in core.state.requests.values() if each.owner == "few")
+    return sorted(core.state.queue.ahead(each) for each in core.state.requests.values() if each.owner == "few")
 
 
 def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> None:
@@ -151,7 +151,9 @@ def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> Non
             async with mesh.client(key=key_of(folder, "alice")) as alice:
                 asked = [asyncio.create_task(right(alice, number)) for number in range(5)]
                 await mesh.aside(
-                    lambda core: core.state.accounts.of("alice").in_flight == 2 and core.state.counters.chunks > 5,
+                    lambda core: (
+                        core.state.access.accounts.of("alice").in_flight == 2 and core.state.counters.tokens.tokens.chunks > 5
+                    ),
                     "two are at work",
                 )
                 mesh.workers[0].send(signal.SIGKILL)

@@ -99,7 +99,7 @@ class Speed:
 
 
 @dataclass(slots=True)
-class Drain:
+class DrainState:
     """Kept by draining.py: by an operator's order it gets no new work; `moving`: and what it runs goes on elsewhere."""
 
     drained: bool = False
@@ -137,7 +137,7 @@ class WorkerEntry:
         self.beats = Beats()
         self.serving = Serving(hello.models, hello.slots)
         self.speed = Speed(hello.slots)
-        self.drain = Drain()
+        self.drain = DrainState()
         self.state: m.WorkerState | Literal["gone"] = hello.state
         #: What it was given: dispatch key to control sequence number.
         self.claims: dict[bytes, int] = {}
