@@ -190,7 +190,7 @@ class Dialogue:
             waiting = Waiting(self.client, stream, lambda: self.lost)
             try:
                 clock = await show(stream, self.screen.answer_view(stream), self.screen.out, waiting, texts)
-                assert stream.answer is not None, "a stream that was read to its end has an answer"
+                assert stream.answer is not None
                 self.answered = stream.answer, clock
             except LlamboError as failed:
                 error = failed
