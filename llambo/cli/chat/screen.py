@@ -91,7 +91,7 @@ class Screen:
         return DrawnAnswer(self.out, self._console) if self._console is not None else TextView(self.out, stream)
 
 
-async def show(stream: Stream, view: View, out: Out, waiting: Waiting, texts: list[str]) -> Clock:
+async def show(stream: Stream, view: View, out: Out, waiting: Waiting, texts: list[str]) -> tuple[Answer, Clock]:
     """Show the stream to its end, and append each piece of text to `texts` before it is shown."""
     clock = Clock()
     try:
@@ -112,7 +112,7 @@ async def show(stream: Stream, view: View, out: Out, waiting: Waiting, texts: li
         clock.on_end()
         assert stream.answer is not None, "a stream that was read to its end has an answer"
         view.end(stream.answer, clock)
-        return clock
+        return stream.answer, clock
     finally:
         await waiting.close()
         view.close()
