@@ -19,7 +19,7 @@ from llambo.gateway.config import GatewayConfig
 from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
 from llambo.gateway.observe.tracing import traces_of
 from llambo.mesh.service import clock
-from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -33,9 +33,11 @@ IDLE_S = 75
 class _Server(uvicorn.Server):
     """Without its signal handlers: it would raise each signal again when it has left."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway, announce: Callable[[], None], herald: Herald) -> None:
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, announce: Callable[[], None], notifier: Notifier
+    ) -> None:
         super().__init__(config)
-        self._gateway, self._announce, self._herald = gateway, announce, herald
+        self._gateway, self._announce, self._notifier = gateway, announce, notifier
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,10 +54,10 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second, by the loop that answers."""
         now_ms = clock.now_ms()
-        if now_ms >= self._herald.due_ms or self.should_exit:
+        if now_ms >= self._notifier.next_wakeup_ms() or self.should_exit:
             open_now = len(self._gateway.feeds)
             status = f"{open_now or 'no'} answer{'s' * (open_now != 1)} on their way"
-            self._herald.tell(Condition(status, ready=True, leaving=self.should_exit), now_ms)
+            self._notifier.update(Condition(status, ready=True, leaving=self.should_exit), now_ms)
         return await super().on_tick(counter)
 
     def _stop(self) -> None:
@@ -85,7 +87,7 @@ def check_tls(cert: str, key: str) -> None:
 
 
 def run_gateway(
-    config: GatewayConfig, access: Access, announce: Callable[[int], None], herald: Herald | None = None
+    config: GatewayConfig, access: Access, announce: Callable[[int], None], notifier: Notifier | None = None
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
     check_tls(config.tls_cert, config.tls_key)
@@ -114,6 +116,6 @@ def run_gateway(
         ssl_keyfile=config.tls_key or None,
     )
     with listener:
-        _Server(told, gateway, lambda: announce(port), herald or Herald()).run(sockets=[listener])
+        _Server(told, gateway, lambda: announce(port), notifier or Notifier()).run(sockets=[listener])
     log.info("gateway stopped")
     return 0

@@ -19,7 +19,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 
 LIVE, DRAIN, CANCEL = "/board/live", "/board/drain", "/board/cancel"
@@ -28,7 +28,7 @@ JSON = {"content_type": "application/json"}
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=200)) as mesh:
         yield mesh
 
 

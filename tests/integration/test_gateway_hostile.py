@@ -27,7 +27,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 
 CHAT = "/v1/chat/completions"
@@ -36,7 +36,7 @@ ELSEWHERE = "http://attacker.example"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, fake=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -120,7 +120,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}

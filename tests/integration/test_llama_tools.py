@@ -24,7 +24,7 @@ from llambo.mesh.wire.messages import Sampling
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Start
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
@@ -179,7 +179,7 @@ def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
     count = Start(whole.key, whole.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
     assert engine.start(count, 0) is None
     (output,) = engine.step(0)
-    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.TokenizeResult)
     assert told.usage is not None and told.usage.prompt_tokens == len(found.ids) > 200
 
 
@@ -189,7 +189,7 @@ def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
 @pytest.fixture(scope="module")
 def made_for_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     path = hermes.make(tmp_path_factory.mktemp("model") / "hermes.gguf")
-    knobs = LlamaKnobs(slots=2, context=1024, threads=1, batch=128)
+    knobs = LlamaOptions(slots=2, context=1024, threads=1, batch=128)
     yield load(Configure("llama", str(path), llama=knobs, safe=True), lambda progress: None)
     path.unlink()
 
@@ -216,7 +216,7 @@ def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: Llama
     count = Start(asked.key, asked.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
     assert made_for_tools.start(count, 0) is None
     (output,) = made_for_tools.step(0)
-    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.Tokens)
+    found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.TokenizeResult)
     text = b"".join(found.pieces).decode()
     assert "<|im_start|>tool\nsunny<|im_end|>" in text
     assert '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>' in text
@@ -225,7 +225,7 @@ def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: Llama
 
 # --- a worker dies in the middle of a call -----------------------------------------------------------------------
 
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaKnobs(slots=4, context=1024, threads=1, batch=128))
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1, batch=128))
 
 
 #: A call of it takes a while: somebody has to die within it.

@@ -18,7 +18,7 @@ from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
 from llambo.cli.kit.out import Out
 from llambo.mesh.client.answer_stream import Piece
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: What a drawn line may have in it beside text: colours and weights.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -177,17 +177,17 @@ def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> 
 @settings(max_examples=200, deadline=None)
 @given(MARKDOWN, st.integers(20, 100))
 def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: str, width: int) -> None:
-    for line in lines_of(console(), harmless(text), width):
+    for line in lines_of(console(), printable(text), width):
         assert "\n" not in line
         bare = COLOURS.sub("", line)
-        assert bare == harmless(bare)
+        assert bare == printable(bare)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([scrap for scrap in SCRAPS if "&" not in scrap and "\\" not in scrap]), max_size=40))
 def test_no_word_is_lost(scraps: list[str]) -> None:
     # Every word has a number. Not shown are the first line of a fence, and the definition of a link.
-    text = harmless("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
+    text = printable("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
     shown = "".join(plain(lines_of(console(200), text, 200)))
     hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*", text)
 
@@ -220,7 +220,7 @@ def test_a_block_is_done_when_the_next_one_has_begun() -> None:
 @settings(max_examples=100, deadline=None)
 @given(MARKDOWN, MARKDOWN)
 def test_what_is_done_stays_as_it_is_whatever_follows(text: str, more: str) -> None:
-    text, more = harmless(text), harmless(more)
+    text, more = printable(text), printable(more)
     at = finished(text)
     if at and not re.search(r"^ {0,3}\[[^\]]*\]:", text + more, re.MULTILINE):
         # (A link may be defined at the end, for the whole text. Then it stays as it was written.)

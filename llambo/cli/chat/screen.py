@@ -20,7 +20,7 @@ from llambo.cli.chat.store import Turn
 from llambo.cli.kit.out import Out
 from llambo.cli.kit.output import duration
 from llambo.cli.kit.views import Clock, JsonView, TextView, View
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +67,7 @@ class Screen:
         self._as_json = as_json
 
     def say(self, text: str, tone: Tone = "plain") -> None:
-        text = harmless(text)
+        text = printable(text)
         if self._to_stderr:
             click.echo(f"llambo: {text}", err=True)
             return
@@ -79,7 +79,7 @@ class Screen:
 
     def show_turn(self, number: int, turn: Turn) -> None:
         self.say(f"{number}  you: {turn.question}", "quiet")
-        click.echo("\n".join(_drawn(self._console, turn.answer)) if self._console else harmless(turn.answer))
+        click.echo("\n".join(_drawn(self._console, turn.answer)) if self._console else printable(turn.answer))
         if turn.mark:
             self.say(f"({turn.mark})", "quiet")
 
@@ -160,7 +160,7 @@ class Waiting:
         self._reason = ""
         with suppress(LlamboError):
             found = await self._client.why(self._stream.id)
-            worker = harmless(found.worker)
+            worker = printable(found.worker)
             if found.state != "running" or not worker:
                 self._reason = "no worker has it now"
             else:
@@ -213,7 +213,7 @@ class DrawnAnswer:
     def _draw(self, status: str) -> None:
         from llambo.cli.chat.markdown import cut, finished
 
-        text = harmless(self._tail)
+        text = printable(self._tail)
         at = finished(text)
         done = self._separated(self._lines(text[:at])) if at else []
         rest = self._tail[at:]
@@ -279,7 +279,7 @@ class Painter:
 def _drawn(console: Console, text: str) -> list[str]:
     from llambo.cli.chat.markdown import lines_of
 
-    return lines_of(console, harmless(text), text_columns())
+    return lines_of(console, printable(text), text_columns())
 
 
 def pace(answer: Answer, clock: Clock) -> str:
@@ -287,7 +287,7 @@ def pace(answer: Answer, clock: Clock) -> str:
     parts = [f"{tokens} token{'s' if tokens != 1 else ''}", f"{clock.rate(tokens):.1f} tokens/s"]
     parts.append(f"first after {duration(clock.first_ms)}")
     if moves:
-        parts.append(f"moved {moves} time{'s' if moves != 1 else ''}, now {harmless(answer.worker)}")
+        parts.append(f"moved {moves} time{'s' if moves != 1 else ''}, now {printable(answer.worker)}")
     return ", ".join(parts)
 
 

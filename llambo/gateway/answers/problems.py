@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from llambo.gateway.answers.asking import encode
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 Shape = Literal["openai", "anthropic"]
 
@@ -94,7 +94,7 @@ def told(error: LlamboError, shape: Shape) -> Told:
 
 
 def body(error: LlamboError, shape: Shape) -> dict[str, Any]:
-    status, text = status_of(error), harmless(error.text)
+    status, text = status_of(error), printable(error.text)
     if shape == "anthropic":
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": text}}

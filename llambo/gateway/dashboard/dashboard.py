@@ -29,7 +29,7 @@ from llambo.gateway.dashboard.watching import Watches
 from llambo.gateway.http.front import CALLER_KEY
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 STATIC = Path(__file__).resolve().parent / "static"
 PAGE = "index.html"
@@ -216,6 +216,6 @@ class Live:
                 self._admin()
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except LlamboError as error:
-            over = {"over": {"status": status_of(error), "text": harmless(error.text)}}
+            over = {"over": {"status": status_of(error), "text": printable(error.text)}}
             body = b"data: %s\n\n" % encode(over)
             await send({"type": "http.response.body", "body": body, "more_body": False})

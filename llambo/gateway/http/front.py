@@ -15,7 +15,7 @@ from llambo.gateway.answers.problems import shape_of, told
 from llambo.gateway.answers.replies import CODE_KEY, reply
 from llambo.gateway.http.origins import Origins
 from llambo.gateway.observe.telemetry import Telemetry
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 log = logging.getLogger("llambo.gateway.requests")
 
@@ -66,7 +66,7 @@ class Front:
             self._telemetry.answered(str(route), scope["method"], status, took_ms / 1_000, str(code))
             caller = scope.get(CALLER_KEY)
             name = getattr(caller, "name", "") or "-"
-            path = harmless(scope["path"])
+            path = printable(scope["path"])
             log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from llambo.mesh.service import process_metrics, prometheus
-from llambo.mesh.service.prometheus import OTHER, WAITS_S, Family, Metric, Names, Number
+from llambo.mesh.service.prometheus import OTHER, WAITS_S, Family, Metric, Names, Scalar
 
 if TYPE_CHECKING:
     from llambo.gateway.answers.feed import Feed
@@ -54,10 +54,10 @@ class Telemetry:
         self.models = Names(MODELS)
         #: Kept by the front door.
         self.open = self.sockets = self.limit = 0
-        self._requests, self._lasted, self._refused = REQUESTS.numbers(), LASTED.spreads(), REFUSED.numbers()
-        self._first, self._answered = FIRST.spreads(), ANSWERED.spreads()
-        self._tokens, self._ended = TOKENS.numbers(), ENDED.numbers()
-        self._resumed, self._hung_up = RESUMED.numbers(), HUNG_UP.numbers()
+        self._requests, self._lasted, self._refused = REQUESTS.scalars(), LASTED.histograms(), REFUSED.scalars()
+        self._first, self._answered = FIRST.histograms(), ANSWERED.histograms()
+        self._tokens, self._ended = TOKENS.scalars(), ENDED.scalars()
+        self._resumed, self._hung_up = RESUMED.scalars(), HUNG_UP.scalars()
 
     # --- as HTTP sees it -----------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ def api_of(route: str) -> str:
     return "anthropic" if route.startswith("/v1/messages") else "own" if route == "/v1/stream" else "openai"
 
 
-def _one(metric: Metric, value: float) -> Family[Number]:
-    family = metric.numbers()
+def _one(metric: Metric, value: float) -> Family[Scalar]:
+    family = metric.scalars()
     family.one.value = value
     return family
