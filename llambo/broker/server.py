@@ -44,7 +44,7 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock, process_metrics
 from llambo.mesh.service.activation import Inherited
-from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
@@ -104,7 +104,7 @@ class BrokerServer:
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
-        herald: Herald | None = None,
+        notifier: Notifier | None = None,
         keys: Folder | None = None,
         metrics: MetricsServer | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class BrokerServer:
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._stopping = False
-        self._herald = herald or Herald()
+        self._notifier = notifier or Notifier()
         self._zap: ZapHandler | None = None
         self._metrics = metrics
         if inherited is not None:
@@ -149,16 +149,16 @@ class BrokerServer:
         if self._metrics:
             self._metrics.start()
         while not self._stopping:
-            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - clock.now_ms()
+            wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
-            if clock.now_ms() >= self._herald.due_ms:
+            if clock.now_ms() >= self._notifier.next_wakeup_ms():
                 self._notify_manager()
         self._notify_manager()
         self._leave()
 
     def _notify_manager(self) -> None:
-        self._herald.tell(condition(self.core.state, leaving=self._stopping), clock.now_ms())
+        self._notifier.update(condition(self.core.state, leaving=self._stopping), clock.now_ms())
 
     def _leave(self) -> None:
         """Until each peer has disconnected, which it does when it reads the goodbye.
@@ -347,13 +347,13 @@ def run_broker(
     *,
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
-    herald: Herald | None = None,
+    notifier: Notifier | None = None,
     keys: Folder | None = None,
     metrics: MetricsServer | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is called with the port once clients can connect."""
     server = BrokerServer(
-        config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys, metrics=metrics
+        config, host, port, token_hwm=token_hwm, inherited=inherited, notifier=notifier, keys=keys, metrics=metrics
     )
     if inherited is not None:
         host = inherited.host

@@ -175,7 +175,7 @@ def test_forged_chunks_are_stale(steady_mesh: Mesh, healthy: Healthy) -> None:
         for frame in forged:
             socket.send(frame)
         steady_mesh.until(
-            lambda core: core.state.counters.tokens.tokens.stale_chunks >= stale + len(forged), "all of them refused"
+            lambda core: core.state.counters.tokens.stale_chunks >= stale + len(forged), "all of them refused"
         )
     assert 666 not in healthy.ids
 
@@ -190,7 +190,7 @@ def test_junk_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None
         socket.send(tokens.encode_beat(2**63, bytes(8)))
         socket.send_multipart([b"T", b"more", b"frames"])
         steady_mesh.until(
-            lambda core: core.state.counters.tokens.tokens.malformed_frames >= malformed + 2_000, "all of it counted"
+            lambda core: core.state.counters.tokens.malformed_frames >= malformed + 2_000, "all of it counted"
         )
 
 
@@ -206,7 +206,7 @@ def test_tokens_on_a_control_socket_and_control_on_a_token_socket(steady_mesh: M
     assert raw_client.expect(messages.Problem).error.code == "bad_message"
     socket = raw_client.tokens_in()
     socket.send(b"T" + b"llb\x01")
-    steady_mesh.until(lambda core: core.state.counters.tokens.tokens.malformed_frames > malformed, "it was counted")
+    steady_mesh.until(lambda core: core.state.counters.tokens.malformed_frames > malformed, "it was counted")
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])

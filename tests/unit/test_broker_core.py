@@ -139,7 +139,7 @@ def test_chunks_under_an_old_dispatch_are_stale() -> None:
     assert second.dispatches[0].id == request_id(1)
     first.publish(late)
     assert client.streamed() == []
-    assert bench.state.counters.tokens.tokens.stale_chunks == 1
+    assert bench.state.counters.tokens.stale_chunks == 1
 
 
 def test_another_worker_continues_from_the_transcript() -> None:
@@ -173,7 +173,7 @@ def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2), worker.chunk(0, 1, 2), worker.chunk(1, 2, 3))
     assert client.streamed() == [1, 2, 3]
-    assert bench.state.counters.tokens.tokens.duplicate_chunks == 1
+    assert bench.state.counters.tokens.duplicate_chunks == 1
 
 
 def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
@@ -485,8 +485,8 @@ def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
     forged = tokens.encode_chunk(b"k" * 24, 0, [1], [b"x"])
     worker.publish(b"", b"T", b"x" * 300, good[:30], good[:32], forged, good)
     assert client.streamed() == [1]
-    assert bench.state.counters.tokens.tokens.malformed_frames == 5
-    assert bench.state.counters.tokens.tokens.stale_chunks == 1
+    assert bench.state.counters.tokens.malformed_frames == 5
+    assert bench.state.counters.tokens.stale_chunks == 1
 
 
 DEEP = b"\x93\x91\x01\x91\xc4\x01x" + b"\x91" * 9_000 + b"\xc0"
@@ -504,7 +504,7 @@ def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
     bad = worker.chunk(0, 1)[: tokens.HEAD_BYTES] + body
     worker.publish(bad)
     assert client.streamed() == []
-    assert bench.state.counters.tokens.tokens.malformed_frames == 1
+    assert bench.state.counters.tokens.malformed_frames == 1
     # On the token plane it may have been anyone's. In a page it is the worker's own word.
     dispatch = worker.dispatches[0]
     worker.say(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
@@ -567,7 +567,7 @@ def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
     client.submit(1, logprobs=0)
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
     assert client.streamed() == []
-    assert bench.state.counters.tokens.tokens.malformed_frames == 1
+    assert bench.state.counters.tokens.malformed_frames == 1
 
 
 def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:

@@ -63,6 +63,7 @@ def a_day(bench: Bench, numbers: range) -> None:
             client.say(m.Goodbye())
         worker.say(m.Goodbye())
         bench.actions.clear()
+        bench.state.journal.log.clear()  # as the shell does
 
 
 def test_a_broker_that_runs_for_long_remembers_no_more_than_one_that_ran_for_a_while() -> None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Request
-from llambo.mesh.service.prometheus import OTHER, PAUSES_S, WAITS_S, Family, Metric, Names, Number, Spread
+from llambo.mesh.service.prometheus import OTHER, PAUSES_S, WAITS_S, Family, Histogram, Metric, Names, Scalar
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 
@@ -82,18 +82,18 @@ class Meter:
         #: How many streams have their pauses taken now.
         self.timed = 0
         self.families: dict[str, Family[Any]] = {
-            metric.name: metric.spreads() if metric.kind == "histogram" else metric.numbers() for metric in TABLE
+            metric.name: metric.histograms() if metric.kind == "histogram" else metric.scalars() for metric in TABLE
         }
         #: By the names themselves, which are looked up for each request. Only those that have labels are in here.
         self._paces: dict[tuple[str, str], Pace] = {}
         self._cells: dict[str, ModelCells] = {}
 
-    def number(self, metric: Metric, *labels: str) -> Number:
-        cell: Number = self.families[metric.name].at(*labels)
+    def number(self, metric: Metric, *labels: str) -> Scalar:
+        cell: Scalar = self.families[metric.name].at(*labels)
         return cell
 
-    def spread(self, metric: Metric, *labels: str) -> Spread:
-        cell: Spread = self.families[metric.name].at(*labels)
+    def spread(self, metric: Metric, *labels: str) -> Histogram:
+        cell: Histogram = self.families[metric.name].at(*labels)
         return cell
 
     def learn(self, worker: WorkerEntry) -> None:
