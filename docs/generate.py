@@ -44,7 +44,6 @@ BROKER_PATH = [
     "requests/delivery",
     "records/transcript",
     "requests/ending",
-    "records/archive",
 ]
 PACKAGE = ROOT / "llambo"
 

@@ -23,7 +23,6 @@ UNREAD = {
     "docs/simulation.md",
     "docs/metrics.md",
     "docs/protocol-reference.md",
-    "llambo/broker",
     "llambo/cli/commands",
     "llambo/cli/fleet",
     "llambo/cli/kit",

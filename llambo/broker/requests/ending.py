@@ -137,26 +137,7 @@ def send_end(
     """Send the END, and to those who had no stream the first page of the answer with it."""
     client.unacked.pop(ended.end.id, None)
     client.unacked[ended.end.id] = now_ms
-    _send_end(state, client, ended)
+    state.to_client(client, ended.end)
     if with_page and state.may_push_to(client) and ended.transcript is not None and have < ended.end.count:
         chunks, after = ended.transcript.page(have, 0)
         state.to_client(client, m.Page(ended.end.id, have, after, ended.end.count, chunks))
-
-
-def send_late_ends(state: State, client: ClientEntry, now_ms: int) -> None:
-    """Send again every END that has gone unacknowledged for too long, the oldest first."""
-    late: list[bytes] = []
-    for id, sent_at in client.unacked.items():
-        if now_ms - sent_at < state.config.timing.resend_ms:
-            break
-        late.append(id)
-    for id in late:
-        del client.unacked[id]
-        ended = state.archive.get(id)
-        if ended is not None:
-            client.unacked[id] = now_ms
-            _send_end(state, client, ended)
-
-
-def _send_end(state: State, client: ClientEntry, ended: EndedRequest) -> None:
-    state.to_client(client, ended.end)

@@ -87,6 +87,21 @@ def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, n
         state.archive.acknowledged(id, client.session)
 
 
+def send_late_ends(state: State, client: ClientEntry, now_ms: int) -> None:
+    """Send again every END that has gone unacknowledged for too long, the oldest first."""
+    late: list[bytes] = []
+    for id, sent_at in client.unacked.items():
+        if now_ms - sent_at < state.config.timing.resend_ms:
+            break
+        late.append(id)
+    for id in late:
+        del client.unacked[id]
+        ended = state.archive.get(id)
+        if ended is not None:
+            client.unacked[id] = now_ms
+            state.to_client(client, ended.end)
+
+
 def follow(request: Request, client: ClientEntry) -> None:
     client.following[request.id] = None
     request.followers.add(client, request.stream)

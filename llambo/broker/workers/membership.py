@@ -9,7 +9,7 @@ from llambo.broker.events import Publish, ToClient, ToWorker
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
 from llambo.broker.records.request import RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import admission, delivery, dispatching, ending, following
+from llambo.broker.requests import admission, delivery, dispatching, following
 from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -282,7 +282,7 @@ def client_round(state: State, now_ms: int) -> None:
             state.counters.peers.clients_lost += 1
             lose_client(state, client, now_ms)
         else:
-            ending.send_late_ends(state, client, now_ms)
+            following.send_late_ends(state, client, now_ms)
             _heartbeat_client(state, client)
 
 
