@@ -22,7 +22,7 @@ from llambo.mesh.wire.identity import ANYONE, Identity
 
 NO_LIMIT = 2**62
 MINUTE_MS = 60_000
-#: Between these a refused client is told to wait, where the wait is a guess.
+#: Between these is the wait of a refused client, where it is an estimate.
 RETRY_AFTER_MS = (100, 30_000)
 #: What a client claims to have had with another broker may come to so many times its `max_bytes`. The claim cannot be
 #: checked, so a false one must not get far; and two brokers may each have admitted what the limit allows.
