@@ -188,12 +188,6 @@ class Model:
             self._pieces[token] = found
         return found
 
-    @cached_property
-    def beyond_tags(self) -> list[tuple[int, bytes]]:
-        """The tokens with more than blanks behind a `>`: one of them could end the tag of a call, and go on."""
-        pieces = ((token, self.piece(token)) for token in range(self.tokens))
-        return [(token, piece) for token, piece in pieces if piece.partition(b">")[2].strip()]
-
     def spelled(self, token: int) -> bytes:
         """The same, but control tokens by their names."""
         return self._render(token, special=True)
@@ -383,10 +377,6 @@ class Gbnf:
     def apply(self, candidates: Any) -> None:
         lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
 
-    def forbid(self, candidates: Any, ids: Sequence[int]) -> None:
-        found = _view(candidates)
-        found["logit"][np.isin(found["id"], np.array(ids, np.int32))] = -np.inf
-
 
 class Candidates:
     """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests."""
@@ -513,11 +503,11 @@ def _array(candidates: NDArray[Any]) -> Any:
 
 
 def _columns(array: Any) -> tuple[Ids, Logits]:
-    left = _view(array)
+    left = view_of(array)
     return left["id"].copy(), left["logit"].copy()
 
 
-def _view(array: Any) -> NDArray[Any]:
+def view_of(array: Any) -> NDArray[Any]:
     """A sampler may have put its result elsewhere: the address in the array is what counts."""
     address = ctypes.cast(array.data, ctypes.c_void_p).value
     assert address is not None

@@ -19,23 +19,22 @@ import msgspec
 import numpy as np
 
 from llambo.mesh.service import host
-from llambo.mesh.wire import conversation, limits
+from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.engine.protocol import Output, Progress, Ready, Refused, Start
-from llambo.worker.grammar.grammar import Grammar as Wanted
-from llambo.worker.grammar.grammar import GrammarError, grammar_of
 from llambo.worker.llama import llama
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.defaults import Defaults, in_force, options_in_force
-from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.llama.guide import Guides
 from llambo.worker.llama.llama_tasks import NoRoom, Tasks
 from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
 from llambo.worker.llama.text import Gate
 from llambo.worker.models import models
 from llambo.worker.prompt import rendering
+from llambo.worker.prompt.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.prompt.template import BadPrompt, Template, TooLong
 
 NEVER_MS = 2**62
@@ -89,6 +88,7 @@ class LlamaEngine:
         self._decoder = llama.Decoder(self._model, shape)
         self.batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
         self._shared = llama.shared_candidates(self._model)
+        self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}
         self._name = name
         self._fingerprint = fingerprint
@@ -249,11 +249,10 @@ class LlamaEngine:
             sampler.accept(token)
         return sampler
 
-    def _grammar(self, wanted: Wanted) -> Grammar | None:
-        if not wanted.text:
-            return None
-        grammar = llama.Gbnf(self._model, wanted.text)
-        return LazyGrammar(conversation.CALL_BEGIN, grammar, self._model) if wanted.lazy else grammar
+    def _grammar(self, wanted: AnswerGrammar) -> Grammar | None:
+        if wanted.lark:
+            return self._guides.guide(wanted.lark)
+        return llama.Gbnf(self._model, wanted.gbnf) if wanted.gbnf else None
 
     def _place(self, key: bytes, tokens: list[int]) -> int:
         """How many of these need not be computed."""
