@@ -31,7 +31,7 @@ from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
 
@@ -133,7 +133,7 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
 
 
 def accounts(cancels: int, seed: int, threads: int) -> None:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
+    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
     engine = load(proto.Configure("llama", "smollm2", llama=knobs), lambda progress: None)
     engine.forget()
     before = answer(engine)
@@ -166,7 +166,7 @@ def answer(engine: LlamaEngine) -> list[int]:
 def in_child(cancels: int, seed: int, threads: int) -> list[float]:
     """Milliseconds from the order to stop until the slot was free and given to the next."""
     chance = random.Random(seed)
-    child = Child(LlamaKnobs(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads))
+    child = Child(LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads))
     live: list[bytes] = []
     took: list[float] = []
 

@@ -36,9 +36,9 @@ from llambo import LlamboError, SyncClient
 from llambo.mesh.client.client import Options
 from llambo.testing.processes import Process
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
-KNOBS = LlamaKnobs(slots=2, context=256, threads=1, batch=64)
+KNOBS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
 #: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.
 LOAD_MS, STALL_MS = 20_000, 8_000
 #: A new engine is started at once: there are many to try.

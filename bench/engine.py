@@ -13,7 +13,7 @@ from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.
@@ -23,7 +23,7 @@ PATIENCE_S = 60.0
 class Child:
     """An engine child, and what it says."""
 
-    def __init__(self, knobs: LlamaKnobs) -> None:
+    def __init__(self, knobs: LlamaOptions) -> None:
         self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=knobs))
         self._said: list[proto.ToAgent] = []
         while not isinstance(self.hear(), proto.Ready):
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
     options = parser.parse_args(arguments)
-    child = Child(LlamaKnobs(slots=max(options.streams), context=1024, threads=options.threads))
+    child = Child(LlamaOptions(slots=max(options.streams), context=1024, threads=options.threads))
     print(f"engine: SmolLM2-135M Q4_1, {options.threads} threads, {options.tokens} tokens a stream")
     for turn, streams in enumerate(options.streams):
         found = summary(round_of(child, streams, options.tokens, turn))

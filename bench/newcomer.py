@@ -18,8 +18,8 @@ from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import model_files
 
 RUNNING = 7
 SLOTS, CONTEXT = 8, 8192
@@ -114,7 +114,7 @@ def in_server(port: int, text: str, prompt_tokens: int, turn: int) -> Seen:
 
 
 async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
     found: dict[str, list[Seen]] = {"mesh": []}
     with mesh(knobs) as ours:
         async with Client(ours.address) as client:
@@ -125,7 +125,7 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
                 found["mesh"].append(await in_mesh(client, text, turn))
     if options.alone:
         return found
-    terms = Terms(models.find("smollm2"), SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
+    terms = Terms(model_files.find("smollm2"), SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
     with llama_server(terms) as server:
         for turn, text in enumerate(texts):
             tokens = found["mesh"][turn].prompt_tokens

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from llambo.broker.config import BrokerConfig
@@ -22,7 +23,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.host import end_with_parent
 from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512
@@ -38,7 +39,8 @@ def broker(options: dict[str, Any]) -> None:
 
 
 def worker(options: dict[str, Any]) -> None:
-    fake, llama = FakeKnobs(**options.pop("fake", {})), LlamaKnobs(**options.pop("llama", {}))
+    fake = msgspec.convert(options.pop("fake", {}), FakeOptions)
+    llama = msgspec.convert(options.pop("llama", {}), LlamaOptions)
     config = WorkerConfig(brokers=(options.pop("broker"),), fake=fake, llama=llama, **options)
     run_worker(config, lambda: report(pid=os.getpid()))
 

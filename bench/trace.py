@@ -141,7 +141,7 @@ def trace_worker() -> None:
     engine_process.MODULE = "bench.traced_engine"
     trace.before(WorkerCore, "handle", "agent heard", _said(we.ControlArrived, m.Dispatch))
     trace.after(engine_process.EngineProcess, "push", "agent ordered", lambda a: a[0].wants_to_write)
-    trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], we.EngineStep) and bool(a[1].outputs))
+    trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
     trace.after(Link, "_publish", "agent passed", lambda a: _chunks(a[1]))
 
 
@@ -152,7 +152,7 @@ def trace_engine() -> None:
     trace.giving(proto.Unpacker, "feed", "engine heard", bool)
     trace.before(LlamaEngine, "start", "engine began", lambda _: True)
     trace.giving(LlamaEngine, "step", "engine made", bool)
-    trace.after(engine_child.Child, "_say", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
+    trace.after(engine_child.Child, "_send", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
 
 
 def _said(event: type, message: type) -> Test:

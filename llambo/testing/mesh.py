@@ -1,6 +1,6 @@
 """A whole mesh on loopback: a broker, worker processes with their engines, and what happened to them.
 
-    with Mesh(workers=3, fake=FakeKnobs(tokens_per_s=100)) as mesh:
+    with Mesh(workers=3, fake=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario(mesh))
 
 The broker runs in a thread, where a test can look at its state, or (`broker="process"`) as a process of its own.
@@ -36,7 +36,7 @@ from llambo.testing.commands import Commands
 from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: In the environment of every process of one mesh, so that a process that outlives it is found.
 MARK = "TESTING_MESH"
@@ -51,7 +51,7 @@ class Mesh:
         self,
         workers: int = 1,
         *,
-        fake: FakeKnobs | None = None,
+        fake: FakeOptions | None = None,
         config: BrokerConfig | None = None,
         worker: WorkerConfig | None = None,
         broker: Literal["thread", "process"] = "thread",
@@ -70,7 +70,7 @@ class Mesh:
         self.process: Process | None = None
         self.mark = secrets.token_hex(8)
         #: Changes to it are for workers that are started later.
-        self.worker_config = replace(worker or WorkerConfig(), fake=fake or FakeKnobs(), drain_ms=2_000)
+        self.worker_config = replace(worker or WorkerConfig(), fake=fake or FakeOptions(), drain_ms=2_000)
         self._config = config or BrokerConfig()
         self._count = workers
         self._kind = broker

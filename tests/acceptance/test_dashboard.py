@@ -18,7 +18,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess
@@ -26,7 +26,7 @@ from tests.integration.gateway_process import GatewayProcess
 pytestmark = pytest.mark.skipif(bool(browser.hindrance()), reason=browser.hindrance())
 
 SMUGGLED = "<img src=x onerror=alert(1)>"
-KNOBS = FakeKnobs(slots=4, tokens_per_s=60)
+KNOBS = FakeOptions(slots=4, tokens_per_s=60)
 #: How a worker's row says its state, by the worker's name.
 STATE = """name => [...document.querySelectorAll("#workers-table tbody tr")]
     .find(row => row.querySelector(".title").textContent === name)?.querySelector(".state .word").textContent"""

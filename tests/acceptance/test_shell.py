@@ -208,6 +208,16 @@ def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Commands) -> N
     assert mesh.ok("requests", "--json").json() == []
 
 
+def test_sigterm_at_the_prompt_ends_the_shell(mesh: Commands) -> None:
+    with at_terminal(mesh) as shell:
+        shell.expect(PROMPT)
+        before = mesh.ok("status", "--json").json()["clients"]
+        shell.send(signal.SIGTERM)
+        assert shell.end() == 128 + signal.SIGTERM
+        assert "Traceback" not in shell.text
+        assert mesh.ok("status", "--json").json()["clients"] == before - 1, "it has said goodbye"
+
+
 # --- in scripts ----------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
 from llambo.testing.mesh import Mesh, key_of
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, members, wire
 
 #: A bomb that has not killed anybody by then has failed, or was held off.
@@ -266,7 +266,7 @@ def attack(
     report = Report(name)
     config = BrokerConfig(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
-    knobs = FakeKnobs(slots=8, tokens_per_s=1_000)
+    knobs = FakeOptions(slots=8, tokens_per_s=1_000)
     key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))
     with Mesh(1, fake=knobs, config=config, broker="process", keys=folder) as mesh:
         supervisor = Supervisor(mesh, limit_bytes)

@@ -8,7 +8,7 @@ import pytest
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.raw_peer import RawPeer
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests import systemd_here
 from tests.integration.healthy import Healthy
 
@@ -20,7 +20,7 @@ if systemd_here.hindrance_to_reach():
 @pytest.fixture(scope="module")
 def steady_mesh() -> Iterator[Mesh]:
     """One broker, whose invariants are checked after each turn, and one worker with time for everybody."""
-    with Mesh(workers=1, fake=FakeKnobs(slots=8, tokens_per_s=500), check=True) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=500), check=True) as mesh:
         yield mesh
 
 

@@ -20,7 +20,7 @@ from llambo.bridge.listener import Listener, open_tcp, open_unix
 from llambo.bridge.server import Bridge, BridgeLimits
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: At once; many programs may have no other way to the mesh.
 CROWD = 200
@@ -128,7 +128,7 @@ def test_answers_are_those_of_the_mesh(path: Path) -> None:
             assert status["model"] == "fake" and status["mesh"]["workers"] == 1
             assert status["bridge"] == {"connections": 1, "answers": 1}
 
-    with Mesh(1, fake=FakeKnobs(utf8_split=True)) as mesh:
+    with Mesh(1, fake=FakeOptions(utf8_split=True)) as mesh:
         mesh.run(scenario())
 
 
@@ -154,7 +154,7 @@ def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
                     assert texts[number] == direct.text
             assert len(set(texts)) == CROWD
 
-    with Mesh(2, fake=FakeKnobs(slots=32)) as mesh:
+    with Mesh(2, fake=FakeOptions(slots=32)) as mesh:
         mesh.run(scenario(), 2 * TIMEOUT_S)
 
 
@@ -185,7 +185,7 @@ def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None
             assert running.bridge.numbers() == {"connections": 0, "answers": 0}
         assert mesh.counter("cancelled") == 1
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -197,7 +197,7 @@ def test_who_has_said_all_is_still_answered(path: Path) -> None:
             assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
             assert await peer.ended()
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -271,7 +271,7 @@ def test_programs_speak_msgpack(path: Path) -> None:
                 for n, text in texts.items():
                     assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=200)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=200)) as mesh:
         mesh.run(scenario())
 
 
@@ -288,7 +288,7 @@ def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
             await running.task
         assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -306,7 +306,7 @@ def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
             await running.task
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -330,7 +330,7 @@ def test_a_reset_over_tcp_cancels_too() -> None:
             peer.close()
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, fake=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -348,5 +348,5 @@ def test_answers_survive_their_worker(path: Path) -> None:
                 direct = await client.generate("p", max_tokens=60, seed=3, form="user")
             assert "".join(line["token"] for line in heard) == direct.text
 
-    with Mesh(2, fake=FakeKnobs(tokens_per_s=100)) as mesh:
+    with Mesh(2, fake=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario())

@@ -14,11 +14,11 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire import tasks
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
 
-KNOBS = FakeKnobs(slots=16, tokens_per_s=150)
+KNOBS = FakeOptions(slots=16, tokens_per_s=150)
 STREAMS = 24
 TOKENS = 300
 

@@ -10,7 +10,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.test_failover import KNOBS, stream_through
 
 #: Long enough that nobody finishes by chance before the time to finish is over.
@@ -87,7 +87,7 @@ def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() ->
 
 
 def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
-    with Mesh(workers=4, fake=FakeKnobs(tokens_per_s=200, burst=2, slots=16), check=True) as mesh:
+    with Mesh(workers=4, fake=FakeOptions(tokens_per_s=200, burst=2, slots=16), check=True) as mesh:
         over = asyncio.Event()
 
         async def one(client: Client, number: int) -> int:

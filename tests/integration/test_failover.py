@@ -18,12 +18,12 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import wait_until_gone
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from llambo.worker.engine.fake_model import logprob_of
 
 TOKENS = 200
 #: A pace at which a stream takes a second, so that there is a middle of it.
-KNOBS = FakeKnobs(slots=4, tokens_per_s=200)
+KNOBS = FakeOptions(slots=4, tokens_per_s=200)
 
 
 async def read(stream: Stream, until: int | None = None) -> list[int]:
@@ -230,7 +230,7 @@ def test_a_worker_told_to_stop_finishes_what_it_has() -> None:
 
 def test_a_worker_that_is_busy_for_another_broker_gets_nothing_and_another_worker_does_it() -> None:
     """Two brokers share a worker: of what one has given it the other knows the slots that it takes."""
-    with Mesh(workers=1, fake=FakeKnobs(slots=1, tokens_per_s=200), check=True) as mesh, Mesh(workers=0) as other:
+    with Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=200), check=True) as mesh, Mesh(workers=0) as other:
         both = mesh.spawn("both", mesh.address, other.address)
         both.first_line()
         other.until(lambda core: mesh_ready(core) == 1, "it has joined the other broker as well")
@@ -306,7 +306,7 @@ def idle(core: BrokerCore) -> bool:
 def test_a_reader_that_takes_its_time() -> None:
     """It does not read while 80,000 tokens come: more than a client buffers."""
     count = 80_000
-    with Mesh(workers=1, fake=FakeKnobs(slots=1, burst=64), check=True) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=1, burst=64), check=True) as mesh:
 
         async def scenario() -> list[int]:
             async with mesh.client() as client, client.stream("slow", max_tokens=count, seed=1) as stream:
@@ -347,7 +347,7 @@ def test_a_sync_client_where_an_event_loop_runs_already() -> None:
 
 
 def test_a_request_waits_for_a_model_that_is_loading() -> None:
-    knobs = FakeKnobs(load_ms=1_500)
+    knobs = FakeOptions(load_ms=1_500)
     with Mesh(0, fake=knobs, check=True) as mesh:
         mesh.spawn("slow")
         mesh.until(lambda core: any(w.last.percent > 30 for w in core.state.registry.workers.values()), "30 % loaded")
@@ -364,7 +364,7 @@ def test_a_request_waits_for_a_model_that_is_loading() -> None:
 @pytest.mark.parametrize("when", ["careless", "always"])
 def test_an_engine_that_dies_while_it_loads(when: Literal["careless", "always"]) -> None:
     """Careful it may live; if not, the worker ends and says why."""
-    with Mesh(0, fake=FakeKnobs(load_crash=when), check=True) as mesh:
+    with Mesh(0, fake=FakeOptions(faults=FakeFaults(load_crash=when)), check=True) as mesh:
         worker = mesh.spawn("w")
         if when == "careless":
             worker.first_line()

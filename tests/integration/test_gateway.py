@@ -26,7 +26,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.commands import LLAMBO, command
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events, id_of, text_of
 
 CHAT = "/v1/chat/completions"
@@ -34,7 +34,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=2, fake=FakeKnobs(slots=4, tokens_per_s=200)) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=4, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -124,7 +124,7 @@ def test_a_body_that_is_too_long_is_refused(gateway: GatewayProcess) -> None:
 
 def test_a_killed_worker_is_not_seen_in_a_stream() -> None:
     with (
-        Mesh(workers=2, fake=FakeKnobs(slots=4, tokens_per_s=100)) as mesh,
+        Mesh(workers=2, fake=FakeOptions(slots=4, tokens_per_s=100)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open(
             "POST", "/v1/completions", {"prompt": "x", "max_tokens": 60, "seed": 7, "stream": True}
@@ -197,7 +197,7 @@ def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess,
 
 def test_who_waits_is_told_so() -> None:
     with (
-        Mesh(workers=1, fake=FakeKnobs(slots=1, tokens_per_s=50)) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=50)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open("POST", CHAT, chat(max_tokens=10_000, stream=True)) as first,
     ):
@@ -222,7 +222,7 @@ def folder(tmp_path: Path) -> Folder:
 def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, fake=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
     ):
         for headers in ({}, {"authorization": "Bearer sk-llambo-no"}, {"authorization": f"Basic {alice}"}):
@@ -276,7 +276,7 @@ def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
 
 def test_it_leaves_when_its_answers_are_given() -> None:
     with (
-        Mesh(workers=1, fake=FakeKnobs(slots=1, tokens_per_s=50)) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=50)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open("POST", CHAT, chat(max_tokens=30, stream=True)) as response,
     ):

@@ -15,7 +15,7 @@ from websockets.sync.client import connect
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 
 CHAT = "/v1/chat/completions"
@@ -23,7 +23,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, fake=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 

@@ -13,13 +13,13 @@ from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama import llama
 from llambo.worker.llama.guide import Guide, Guides
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 from llambo.worker.prompt.grammar import grammar_of
 
 
 @pytest.fixture(scope="module")
 def model() -> llama.Model:
-    return llama.Model(str(models.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
+    return llama.Model(str(model_files.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
 
 
 @pytest.fixture(scope="module")

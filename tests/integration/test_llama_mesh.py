@@ -25,10 +25,10 @@ from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import model_files
 
-KNOBS = LlamaKnobs(slots=8, context=1024, threads=1, batch=128)
+KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=KNOBS)
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}'
 #: Eight streams of different kinds.
@@ -239,7 +239,7 @@ def listen(child: EngineProcess) -> list[proto.ToAgent]:
 
 
 def whole_model() -> bytes:
-    return models.find("smollm2").read_bytes()
+    return model_files.find("smollm2").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "no model", "no context"])
@@ -247,7 +247,7 @@ def test_a_model_that_cannot_be_loaded_is_named_and_ends_the_engine_only(tmp_pat
     path = tmp_path / "x.gguf"
     content = whole_model()
     path.write_bytes({"cut": content[:50_000_000], "empty": b"", "no model": b"x" * 1000}.get(kind, content))
-    knobs = LlamaKnobs(context=16 * 2**20) if kind == "no context" else KNOBS
+    knobs = LlamaOptions(context=16 * 2**20) if kind == "no context" else KNOBS
     child = EngineProcess(proto.Configure("llama", str(path), llama=knobs))
     try:
         last = listen(child)[-1]

@@ -22,7 +22,7 @@ from llambo.mesh.wire import limits, tokens
 from llambo.testing.mesh import Mesh, timed, truth
 from llambo.testing.processes import rss_bytes
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: Frames that a socket of a token plane queues.
 HWM = 10
@@ -140,7 +140,7 @@ async def lossy(client: Client, watch: Watch) -> None:
 
 def test_a_million_tokens_most_of_them_dropped() -> None:
     # Given a token plane towards clients that queues next to nothing
-    knobs = FakeKnobs(slots=REQUESTS // 2, burst=2)
+    knobs = FakeOptions(slots=REQUESTS // 2, burst=2)
     with Mesh(workers=2, fake=knobs, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
         watch, client = Watch(limits.MAX_TOKENS), mesh.client(token_hwm=HWM)
@@ -164,7 +164,7 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
 
 def test_losses_at_every_end_at_a_time() -> None:
     # Given token planes that queue next to nothing, from the workers and towards the client
-    knobs, worker = FakeKnobs(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
+    knobs, worker = FakeOptions(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
     with Mesh(workers=2, fake=knobs, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
         watch, client, at_broker = Watch(limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM), [0]
         count_at_broker(mesh, at_broker)

@@ -10,7 +10,7 @@ from llambo import Client
 from llambo.mesh.client.client import Stream
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.proxy import Plane, ThreadedProxy
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 
 TOKENS = 300
 TOKENS_PER_S = 200
@@ -48,7 +48,7 @@ def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
 
     # Given a worker and a client that reach the broker through a proxy
     with (
-        Mesh(workers=0, fake=FakeKnobs(tokens_per_s=TOKENS_PER_S), check=True) as mesh,
+        Mesh(workers=0, fake=FakeOptions(tokens_per_s=TOKENS_PER_S), check=True) as mesh,
         ThreadedProxy(mesh.port) as proxy,
     ):
         mesh.spawn("w0", proxy.address).first_line()

@@ -13,10 +13,10 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S, wait_until_gone
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 
 TOKENS = 60
-KNOBS = FakeKnobs(slots=8, tokens_per_s=100, poison="arsenic")
+KNOBS = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))
 
 
 async def answer(client: Client, prompt: str, seed: int, begun: asyncio.Event | None = None) -> None:
@@ -82,7 +82,7 @@ def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
 
 def test_a_hung_decode_is_an_engine_death() -> None:
     """The answer goes on at another worker, as a suspect until it is past that token."""
-    knobs = FakeKnobs(slots=2, tokens_per_s=100, hang_at=20)
+    knobs = FakeOptions(slots=2, tokens_per_s=100, faults=FakeFaults(hang_at=20))
     with Mesh(workers=1, fake=knobs, worker=WorkerConfig(stall_ms=500), check=True) as mesh:
 
         async def scenario() -> None:

@@ -9,9 +9,9 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire.reports import EventRow
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 
-FAST = FakeKnobs(slots=4, tokens_per_s=200)
+FAST = FakeOptions(slots=4, tokens_per_s=200)
 #: A twentieth of that.
 SLOW = replace(FAST, tokens_per_s=10)
 TOKENS = 20

@@ -15,14 +15,14 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake_model import embeddings
 from llambo.worker.engine.protocol import Start
 
 SIZE = 2_048
 TEXTS = [f"text {number}" for number in range(200)]
 #: 1.6 MB of result: a hundred pieces, seven pages, at a pace that takes a second.
-KNOBS = FakeKnobs(slots=2, tokens_per_s=100, embedding_size=SIZE)
+KNOBS = FakeOptions(slots=2, tokens_per_s=100, embedding_size=SIZE)
 
 
 def truth(texts: list[str]) -> list[list[float]]:

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events
 
 CHAT = "/v1/chat/completions"
@@ -82,7 +82,7 @@ def about(span: Any) -> dict[str, Any]:
 
 
 def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collector) -> None:
-    knobs = FakeKnobs(tokens_per_s=100, ttft_ms=50)
+    knobs = FakeOptions(tokens_per_s=100, ttft_ms=50)
     with Mesh(workers=1, fake=knobs) as mesh, GatewayProcess(mesh.address) as gateway:
         began = time.time_ns()
         gateway.post(CHAT, chat(max_tokens=10), traceparent=f"00-{TRACE}-{PARENT}-01")
@@ -116,7 +116,7 @@ def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collect
 
 
 def test_a_move_is_in_the_trace(collector: Collector) -> None:
-    with Mesh(workers=1, fake=FakeKnobs(tokens_per_s=100)) as mesh, GatewayProcess(mesh.address) as gateway:
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100)) as mesh, GatewayProcess(mesh.address) as gateway:
         with gateway.open("POST", CHAT, chat(max_tokens=60, stream=True)) as response:
             events(response, 10)
             second = mesh.spawn("w1")
@@ -133,6 +133,6 @@ def test_a_move_is_in_the_trace(collector: Collector) -> None:
 
 def test_a_collector_that_is_not_there_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    with Mesh(workers=1, fake=FakeKnobs()) as mesh, GatewayProcess(mesh.address) as gateway:
+    with Mesh(workers=1, fake=FakeOptions()) as mesh, GatewayProcess(mesh.address) as gateway:
         assert gateway.post(CHAT, chat(max_tokens=5))["usage"]["completion_tokens"] == 5
         assert gateway.stop() == 0

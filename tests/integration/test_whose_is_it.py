@@ -24,7 +24,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.raw_peer import RawPeer
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.healthy import Healthy
 
 #: How often reading somebody's stream is tried, in each of two ways.
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Folder) -> Iterator[Mesh]:
-    with Mesh(workers=1, fake=FakeKnobs(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
         yield mesh
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llambo.mesh.wire import limits
 from llambo.worker.config import mesh_name
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 
 log = logging.getLogger(__name__)
@@ -84,39 +84,39 @@ class Layout:
     free_bytes: int
 
 
-def layout(knobs: LlamaKnobs, file: ModelFile, free_bytes: int, cores: int) -> Layout:
+def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
     """What is left open is chosen to suit the machine. Raises BadModelFile if it cannot fit."""
-    context = knobs.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-    while not knobs.context and context > MIN_CONTEXT and _need(knobs, file, context) > free_bytes:
+    context = options.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
-    need = _need(knobs, file, context)
-    if need > free_bytes and not knobs.gpu_layers:
-        raise BadModelFile(_too_large(knobs, file, context, free_bytes))
-    batch = max(knobs.batch, knobs.slots)
-    return Layout(knobs.slots, context, batch, knobs.threads or cores, need, free_bytes)
+    need = _need(options, file, context)
+    if need > free_bytes and not options.gpu_layers:
+        raise BadModelFile(_too_large(options, file, context, free_bytes))
+    batch = max(options.batch, options.slots)
+    return Layout(options.slots, context, batch, options.threads or cores, need, free_bytes)
 
 
-def _cache(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
-    return int(knobs.slots * context * file.cell_bytes(KV_BYTES[knobs.kv_type]))
+def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
+    return int(options.slots * context * file.cell_bytes(KV_BYTES[options.kv_type]))
 
 
-def _need(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
-    return file.size_bytes + _cache(knobs, file, context) + WORK_BYTES
+def _need(options: LlamaOptions, file: ModelFile, context: int) -> int:
+    return file.size_bytes + _cache(options, file, context) + WORK_BYTES
 
 
-def embed_need(knobs: LlamaKnobs, file: ModelFile, context: int) -> int:
+def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
     """What a context for embeddings takes when the first of them is asked for."""
-    return int(context * file.cell_bytes(KV_BYTES[knobs.kv_type])) + EMBED_WORK_BYTES
+    return int(context * file.cell_bytes(KV_BYTES[options.kv_type])) + EMBED_WORK_BYTES
 
 
-def _too_large(knobs: LlamaKnobs, file: ModelFile, context: int, free_bytes: int) -> str:
-    weights, cache, free = (n // MIB for n in (file.size_bytes, _cache(knobs, file, context), free_bytes))
+def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes: int) -> str:
+    weights, cache, free = (n // MIB for n in (file.size_bytes, _cache(options, file, context), free_bytes))
     text = (
-        f"{file.path} does not fit: {weights} MiB of weights, {cache} MiB of cache for {knobs.slots} slots of "
+        f"{file.path} does not fit: {weights} MiB of weights, {cache} MiB of cache for {options.slots} slots of "
         f"{context} tokens, {WORK_BYTES // MIB} MiB to work in; {free} MiB are free"
     )
     room = free_bytes - file.size_bytes - WORK_BYTES
-    per_token = knobs.slots * file.cell_bytes(KV_BYTES[knobs.kv_type])
+    per_token = options.slots * file.cell_bytes(KV_BYTES[options.kv_type])
     fitting = int(room / per_token) // 256 * 256 if per_token else 0
     hint = f"--ctx {fitting} would" if fitting >= MIN_CONTEXT else "a smaller model or one slot with a small --ctx may"
     return f"{text}; {hint} fit"

@@ -1,8 +1,8 @@
-"""What a line typed at `llambo>` says: commands, and prompts to the model. Pure text in, orders out.
+"""What a line typed at `llambo>` means: commands, and prompts to the model.
 
 status; nodes                   two commands
 send "one; two" --seed 7        quotes as in a shell
-What is AI?; really?            its first word is no command: all of the line is a prompt, as it was typed
+What is AI?; really?            its first word is no command: the whole line is a prompt, as it was typed
 status; What is AI?             a command, and a prompt up to the end of the line
 > why is the sky blue?          a prompt, although `why` is a command
 # nothing                       a remark
@@ -16,59 +16,55 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 
-#: Begins what is for the model whatever its first word is.
+#: Begins a prompt to the model, whatever its first word is.
 TO_MODEL = ">"
 REMARK = "#"
-#: How like a command a single word must be to be taken for a mistyped one.
-LIKE = 0.8
+#: How similar to a command a single word must be to count as a typing mistake.
+SIMILAR = 0.8
 
 _FIRST_WORD = re.compile(r"[^\s;]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """A command by its name, and what it is told."""
-
+class CommandCall:
     name: str
     words: tuple[str, ...] = ()
-    #: What was typed after the name, as it was typed.
+    #: What was typed after the name, unchanged.
     rest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """Something said to the model."""
-
+class ModelPrompt:
     text: str
 
 
 class BadLine(ValueError):
-    """Nothing of the line is done; the text says why."""
+    """Nothing of the line is carried out; the text says why."""
 
 
-def parse(line: str, commands: Collection[str]) -> list[Order | Prompt]:
-    """All of a line, before anything of it is done: half a line would be worse than none."""
-    found: list[Order | Prompt] = []
+def parse(line: str, commands: Collection[str]) -> list[CommandCall | ModelPrompt]:
+    """The whole line, before anything of it is carried out: half a line would be worse than none."""
+    found: list[CommandCall | ModelPrompt] = []
     rest = line.strip()
     while rest and not rest.startswith(REMARK):
         if rest.startswith(";"):
             rest = rest[1:].lstrip()
             continue
         if rest.startswith(TO_MODEL):
-            return [*found, Prompt(rest[len(TO_MODEL) :].strip())]
+            return [*found, ModelPrompt(rest[len(TO_MODEL) :].strip())]
         first = _FIRST_WORD.match(rest)
         assert first is not None, "it begins neither with a space nor with a semicolon"
         if first[0] not in commands:
-            _not_mistyped(rest, commands)
-            return [*found, Prompt(rest)]
-        end = end_of_order(rest)
-        found.append(_order(rest[:end]))
+            _refuse_typing_mistake(rest, commands)
+            return [*found, ModelPrompt(rest)]
+        end = end_of_command(rest)
+        found.append(_call(rest[:end]))
         rest = rest[end:].lstrip()
     return found
 
 
-def end_of_order(text: str) -> int:
-    """Where the first semicolon is that no quotes hold; or the end."""
+def end_of_command(text: str) -> int:
+    """Where the first semicolon outside quotes is; or the end."""
     quote, at = "", 0
     while at < len(text):
         letter = text[at]
@@ -84,19 +80,17 @@ def end_of_order(text: str) -> int:
     return len(text)
 
 
-def _order(text: str) -> Order:
+def _call(text: str) -> CommandCall:
     try:
         name, *words = shlex.split(text)
     except ValueError as error:
-        say = f"; begin with `{TO_MODEL}` what is for the model" if "quotation" in str(error) else ""
-        raise BadLine(f"{text.strip()!r}: {str(error).lower()}{say}") from error
-    return Order(name, tuple(words), text[len(name) :].strip())
+        hint = "" if text.rstrip().endswith("\\") else f"; begin a prompt to the model with `{TO_MODEL}`"
+        raise BadLine(f"{text.strip()!r}: {str(error).lower()}{hint}") from error
+    return CommandCall(name, tuple(words), text[len(name) :].strip())
 
 
-def _not_mistyped(rest: str, commands: Collection[str]) -> None:
-    """A single word that is almost a command was hardly meant for the model."""
-    if " " in rest:
-        return
-    close = difflib.get_close_matches(rest.lower(), commands, 1, LIKE)
+def _refuse_typing_mistake(rest: str, commands: Collection[str]) -> None:
+    """A single word that is almost a command is hardly meant for the model."""
+    close = difflib.get_close_matches(rest.lower(), commands, 1, SIMILAR) if " " not in rest else []
     if close:
         raise BadLine(f"{rest!r} is no command; {close[0]!r} is, and `{TO_MODEL} {rest}` asks the model")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import gguf, models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import gguf, model_files
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 
 #: Files looked at: a folder with more is not a folder of models.
@@ -47,7 +47,7 @@ class Found:
     problem: str = ""
 
 
-def on_this_host(folder: str = "", knobs: LlamaKnobs | None = None) -> list[Found]:
+def on_this_host(folder: str = "", options: LlamaOptions | None = None) -> list[Found]:
     """Each file once, however many ways lead to it."""
     seen: set[str] = set()
     found = []
@@ -56,21 +56,21 @@ def on_this_host(folder: str = "", knobs: LlamaKnobs | None = None) -> list[Foun
         real = os.path.realpath(path)
         if real not in seen and len(seen) < FILES:
             seen.add(real)
-            found.append(look_at(model, path, where, knobs or LlamaKnobs(), free_bytes, cores))
+            found.append(look_at(model, path, where, options or LlamaOptions(), free_bytes, cores))
     return found
 
 
-def look_at(model: str, path: Path, where: str, knobs: LlamaKnobs, free_bytes: int, cores: int) -> Found:
+def look_at(model: str, path: Path, where: str, options: LlamaOptions, free_bytes: int, cores: int) -> Found:
     size = 0
     try:
         size = path.stat().st_size
         file = gguf.read(str(path))
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without(str(error), str(path)))
-    problem = "" if models.installed() else "llama.cpp is not installed: pip install 'llambo[llama]'"
+    problem = "" if model_files.installed() else "llama.cpp is not installed: pip install 'llambo[llama]'"
     problem = problem or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
     try:
-        models.layout(knobs, file, free_bytes, cores)
+        model_files.layout(options, file, free_bytes, cores)
     except BadModelFile as error:
         problem = problem or _without(str(error), str(path))
     return Found(
@@ -101,8 +101,8 @@ def _all_parts(path: Path, file: ModelFile) -> int:
 
 
 def _candidates(folder: str) -> Iterator[tuple[str, Path, str]]:
-    for name in models.PACKAGED:
-        path = models.packaged(name)
+    for name in model_files.PACKAGED:
+        path = model_files.packaged(name)
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
