@@ -32,8 +32,6 @@ UNREAD = {
     "llambo/gateway",
     "llambo/mesh",
     "llambo/worker",
-    "bench",
-    "examples",
     "tests",
 }
 #: Where one of the words is meant: the file, and the word.
