@@ -28,7 +28,7 @@ ALLOWED = {
     "cli/chat/chat.py": {"time.time"},
     "cli/chat/chat_loop.py": {"time.time", "time.strftime"},
     "cli/chat/chat_shell.py": {"time.time"},
-    "cli/fleet/fleet_look.py": {"time.time_ns"},
+    "cli/fleet/fleet_status.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
     "cli/top/top_panes.py": {"time.localtime", "time.strftime"},
 }

@@ -59,7 +59,6 @@ LARGER = {
     "broker/records/state.py:Counters": "to be taken apart",
     "broker/records/state.py:State": "to be taken apart",
     "cli/chat/chat_shell.py:Talk": "to be taken apart",
-    "fleet/run/orchestrator.py:Orchestrator": "to be taken apart",
     "gateway/answers/feed.py:Feed": "to be taken apart",
     "gateway/apis/openai_common.py:Asked": "to be taken apart",
     "gateway/apis/responses_input.py:ResponsesRequest": "to be taken apart",
@@ -103,14 +102,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Message",
         "Text",
         "Tool",
-    },
-    "fleet": {
-        "Away",
-        "Entry",
-        "Failed",
-        "Leave",
-        "Seen",
-        "Step",
     },
     "bridge": {
         "Ask",
