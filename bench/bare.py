@@ -1,4 +1,4 @@
-"""The bare loop, seen from its two ends: what the mesh is compared with. Its middle is `bench.node bare`."""
+"""The two ends of the bare loop that the mesh is compared with. Its middle is `bench.node bare`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class BarePeers:
         self.subscriber = sockets.token(context, zmq.SUB)
         self.subscriber.setsockopt(zmq.SUBSCRIBE, TOPIC)
         self._all = (self.client, self.worker, self.publisher, self.subscriber)
-        for socket, port in zip(self._all, node.told["ports"], strict=True):
+        for socket, port in zip(self._all, node.facts["ports"], strict=True):
             socket.connect(f"tcp://127.0.0.1:{port}")
-        # One word from each, so that the node knows their routes, and one back: everything is connected.
+        # One message from each tells the node their routes; one back tells us that everything is connected.
         self.client.send(b"")
         self.worker.send(b"")
         if not self.subscriber.poll(JOIN_MS):

@@ -32,8 +32,8 @@ from bench.streams import (
 )
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import model_files
 
 STREAMS = (1, 4, 8, 16)
 SLOTS, CONTEXT = 16, 1024
@@ -63,13 +63,13 @@ async def measure(runners: dict[str, Round], counts: list[int], rounds: int) -> 
 
 
 async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)
-    ours = stack.enter_context(mesh(knobs))
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    ours = stack.enter_context(mesh(engine_options))
     tokens = options.tokens
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
         safe = "safe settings" in str(worker["note"])
-        path = models.find(MODEL)
+        path = model_files.find(MODEL)
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
         repacking = "no repacking" if safe else "repacking allowed"
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {tokens} tokens a stream, {repacking}"
@@ -88,7 +88,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 
             runners[SERVER] = of_server
         if ALONE in options.beside:
-            child = engine.Child(knobs)
+            child = engine.Child(engine_options)
             stack.callback(child.close)
 
             async def of_child(turn: int, streams: int) -> list[Timed]:

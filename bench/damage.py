@@ -1,22 +1,22 @@
-"""Models, templates and grammars that mean harm, each met by a real agent with its engine child.
+"""Malformed models and hostile templates and grammars, each loaded by a real agent with its engine child.
 
 python -m bench.damage [--models N] [--first SEED] [--jobs N] [--story]
 
-    models      small models with something wrong in them (bench/tiny_model.py), one after the other under the same
+    models      small damaged models (bench/tiny_model.py), one after the other under the same
                 agent: it has to survive all of them. Each is refused with a reason, or serves and is asked something.
-                An engine child may die of one; that is a reason as well.
+                An engine child may die of one; that counts as a reason.
     templates   twenty chat templates, the same way; those that load are asked through them.
-    grammars    grammars and schemas, asked of a model that is well: an answer, or an error with a reason.
+    grammars    grammars and schemas, asked of an intact model: an answer, or an error with a reason.
 
-All the while a worker with a model that is well is asked for the same greedy answer, and has to give it.
+Meanwhile a worker with an intact model is asked for the same greedy answer, and has to give it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,46 +25,39 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import msgspec
 
 from bench import hostile, tiny_model
-from bench.processes import ROOT, Node, children
+from bench.processes import ROOT, Node
 from llambo import LlamboError, SyncClient
 from llambo.mesh.client.client import Options
+from llambo.testing.processes import Process
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
-KNOBS = LlamaKnobs(slots=2, context=256, threads=1, batch=64)
+OPTIONS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
 #: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.
 LOAD_MS, STALL_MS = 20_000, 8_000
-#: A new engine comes at once: there are many to try.
+#: A new engine is started at once: there are many to try.
 BACKOFF_MS = 20
-#: Nothing takes longer, or the agent hangs.
-PATIENCE_S = 60.0
-AGENT = """
-import logging, os, sys
-import msgspec
-from llambo.worker.agent.agent import run_worker
-from llambo.worker.config import WorkerConfig
-from llambo.mesh.service.host import end_with_parent
+#: If an attempt takes longer the agent hangs.
+LIMIT_S = 60.0
 
-end_with_parent(int(sys.argv[2]))
-logging.basicConfig(level=logging.INFO, format="%(created)f %(message)s")
-sys.exit(run_worker(msgspec.json.decode(sys.argv[1], type=WorkerConfig)))
-"""
+
+#: What a line in the log of the agent begins with.
+TIME = re.compile(r"\d+\.\d+")
 
 
 class AgentLost(Exception):
-    """The agent died or hangs: what must not be."""
+    """The agent died or hangs, which must not happen."""
 
 
 @dataclass
 class Tried:
-    """What became of one thing that means harm."""
+    """The result of one attempt."""
 
     what: str
     verdict: str
@@ -75,7 +68,7 @@ class Tried:
 class Outcome:
     tried: list[Tried] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    #: How often the model that is well was asked, and how often it was not well.
+    #: How often the intact model was asked, and each time it did not answer as before.
     asked: int = 0
     unwell: list[str] = field(default_factory=list)
 
@@ -99,33 +92,19 @@ class Ward:
         self._address = f"tcp://127.0.0.1:{port}"
         self.put(tiny_model.whole())
         config = WorkerConfig(
-            (self._address,), name=name, engine="llama", model=str(self.path), llama=KNOBS, load_ms=LOAD_MS,
+            (self._address,), name=name, engine="llama", model=str(self.path), llama=OPTIONS, load_ms=LOAD_MS,
             stall_ms=STALL_MS, backoff_ms=BACKOFF_MS,
         )  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-c", AGENT, msgspec.json.encode(config).decode(), str(os.getpid())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
-        )
-        self._lines: SimpleQueue[tuple[float, str]] = SimpleQueue()
-        self._story: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        words = ["-m", "llambo.testing.node", "worker", msgspec.json.encode(config).decode(), str(os.getpid())]
+        self._process = Process(*words, name=name, cwd=ROOT)
+        self._read = 0
         verdict = self.load(0.0)
         if verdict.verdict != "serves":
             self.close()
             raise AgentLost(f"{name} does not serve a whole model: {verdict}")
 
-    def _read(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            text = line.decode(errors="replace").rstrip()
-            moment, _, said = text.partition(" ")
-            with suppress(ValueError):  # the engine child writes there, too
-                self._lines.put((float(moment), said))
-
     def put(self, content: bytes) -> float:
-        """A new file in place of the old one; since when it is there."""
+        """Replace the model file; returns the time."""
         part = self.path.with_suffix(".part")
         part.write_bytes(content)
         part.replace(self.path)
@@ -133,35 +112,34 @@ class Ward:
 
     def replace(self, content: bytes) -> Tried:
         since = self.put(content)
-        for engine in children(self._process.pid):
+        for engine in self._process.children():
             with suppress(ProcessLookupError):
                 os.kill(engine, signal.SIGKILL)
         return self.load(since)
 
     def load(self, since: float) -> Tried:
-        """What became of the first engine that was started after the file was there."""
-        deadline, started = time.monotonic() + PATIENCE_S, False
-        while True:
-            if self._process.poll() is not None:
-                raise AgentLost(f"{self.name} ended with status {self._process.returncode}: {self.story()}")
-            try:
-                moment, line = self._lines.get(timeout=min(1.0, max(0.01, deadline - time.monotonic())))
-            except Empty:
-                if time.monotonic() > deadline:
-                    raise AgentLost(f"{self.name} said nothing for {PATIENCE_S} s: {self.story()}") from None
-                continue
-            self._story = [*self._story[-9:], line]
-            if line.startswith("engine: starting"):
-                started = started or moment > since
-            elif started and line.startswith("engine: ready"):
-                return Tried("", "serves")
-            elif started and line.startswith("engine: "):
-                died = "was ended by" in line or "stalled" in line or "exited with status 1" in line
-                return Tried("", "engine died" if died else "refused", line.removeprefix("engine: "))
+        """The result of the first engine that was started after that time."""
+        started = False
+        try:
+            for text in self._process.follow(self._read, LIMIT_S):
+                self._read += 1
+                moment, _, line = text.partition(" ")
+                if not TIME.fullmatch(moment):
+                    continue  # a line of the engine child itself
+                if line.startswith("engine: starting"):
+                    started = started or float(moment) > since
+                elif started and line.startswith("engine: ready"):
+                    break
+                elif started and line.startswith("engine: "):
+                    died = "was ended by" in line or "stalled" in line or "exited with status 1" in line
+                    return Tried("", "engine died" if died else "refused", line.removeprefix("engine: "))
+        except AssertionError as error:
+            raise AgentLost(str(error)) from None
+        return Tried("", "serves")
 
     def ask(self, **options: object) -> str:
-        """Nothing if it answers, or the error."""
-        settings: Options = {"model": self.name, "max_tokens": 8, "seed": 1, "deadline_ms": int(1000 * PATIENCE_S)}
+        """Empty if it answers, or else the error."""
+        settings: Options = {"model": self.name, "max_tokens": 8, "seed": 1, "deadline_ms": int(1000 * LIMIT_S)}
         settings.update(options)  # type: ignore[typeddict-item]
         with SyncClient(self._address) as client:
             try:
@@ -171,28 +149,23 @@ class Ward:
         return ""
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self._process.running
 
     def story(self) -> str:
-        return " | ".join(self._story)
+        return " | ".join(self._process.err[-10:])
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait(PATIENCE_S)
-        self._reader.join(PATIENCE_S)
-        assert self._process.stderr is not None
-        self._process.stderr.close()
 
 
 class Well:
-    """The worker that has nothing to do with it."""
+    """A worker with an intact model, which must not notice anything."""
 
     def __init__(self, port: int, folder: Path) -> None:
         path = folder / "well.gguf"
         path.write_bytes(tiny_model.whole())
-        self._knobs = {"slots": 2, "context": 256, "threads": 1, "batch": 64}
         options = {"broker": f"tcp://127.0.0.1:{port}", "name": "well", "engine": "llama", "model": str(path)}
-        self._node = Node("worker", {**options, "llama": self._knobs})
+        self._node = Node("worker", {**options, "llama": asdict(OPTIONS)})
         self._client = SyncClient(f"tcp://127.0.0.1:{port}")
         self._client.connect()
         self._lock = threading.Lock()
@@ -214,14 +187,14 @@ class Well:
 
     def close(self) -> None:
         self._client.close()
-        self._node.end()
+        self._node.kill()
 
 
 @contextmanager
 def meshed() -> Iterator[tuple[int, Path, Well]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        port = stack.enter_context(Node("broker")).told["ports"][0]
+        port = stack.enter_context(Node("broker")).port
         well = Well(port, folder)
         stack.callback(well.close)
         yield port, folder, well
@@ -266,14 +239,16 @@ def models(first: int, count: int, jobs: int) -> Outcome:
     return outcome
 
 
-def templates(names: Collection[str] = ()) -> Outcome:
+def one_by_one(names: Collection[str], attempt: Callable[[Ward, str], Tried]) -> Outcome:
+    """All with one agent, which is replaced when it is lost."""
     outcome = Outcome()
     with meshed() as (port, folder, well):
         ward = Ward("ward", port, folder)
-        for name in names or hostile.TEMPLATES:
-            source = hostile.TEMPLATES[name]
+        for name in names:
             try:
-                outcome.tried.append(try_one(ward, name, tiny_model.whole(source), form="user"))
+                outcome.tried.append(attempt(ward, name))
+                if not ward.alive():
+                    raise AgentLost(ward.story())
             except AgentLost as lost:
                 outcome.lost.append(f"{name}: {lost}")
                 ward.close()
@@ -283,22 +258,19 @@ def templates(names: Collection[str] = ()) -> Outcome:
     return outcome
 
 
+def templates(names: Collection[str] = ()) -> Outcome:
+    def attempt(ward: Ward, name: str) -> Tried:
+        return try_one(ward, name, tiny_model.whole(hostile.TEMPLATES[name]), form="user")
+
+    return one_by_one(names or hostile.TEMPLATES, attempt)
+
+
 def grammars(names: Collection[str] = ()) -> Outcome:
-    outcome = Outcome()
-    with meshed() as (port, folder, well):
-        ward = Ward("ward", port, folder)
-        for name in names or hostile.GRAMMARS:
-            sampling = hostile.GRAMMARS[name]
-            error = ward.ask(sampling=sampling, max_tokens=24)
-            verdict = "serves" if not error else "engine died" if "engine died" in error else "refused"
-            outcome.tried.append(Tried(name, verdict, error))
-            if not ward.alive():
-                outcome.lost.append(f"{name}: {ward.story()}")
-                ward.close()
-                ward = Ward("ward", port, folder)
-            well.check(outcome, name)
-        ward.close()
-    return outcome
+    def attempt(ward: Ward, name: str) -> Tried:
+        error = ward.ask(sampling=hostile.GRAMMARS[name], max_tokens=24)
+        return Tried(name, "serves" if not error else "engine died" if "engine died" in error else "refused", error)
+
+    return one_by_one(names or hostile.GRAMMARS, attempt)
 
 
 # --- all of it ----------------------------------------------------------------------------------------------
@@ -308,8 +280,8 @@ def report(name: str, outcome: Outcome, seconds: float, story: bool) -> None:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in outcome.verdicts.most_common())
     print(f"{name}: {len(outcome.tried)} tried in {seconds:.0f} s: {verdicts}")
     print(
-        f"  {len(outcome.lost)} agents lost; the model beside them answered {outcome.asked - len(outcome.unwell)} "
-        f"of {outcome.asked} times as ever"
+        f"  {len(outcome.lost)} agents lost; the intact model answered {outcome.asked - len(outcome.unwell)} "
+        f"of {outcome.asked} times as before"
     )
     for line in (*outcome.lost, *outcome.unwell):
         print(f"  ! {line}")
@@ -326,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--story", action="store_true", help="tell what became of each")
+    parser.add_argument("--story", action="store_true", help="print the result of each")
     parser.add_argument("--part", choices=("models", "templates", "grammars"))
     options = parser.parse_args(arguments)
     wrong = 0

@@ -1,7 +1,7 @@
-"""How soon what happens is on the dashboard: a worker is killed, and a browser that looks on says when it showed that.
+"""How soon what happens is on the dashboard: a worker is killed, and an open browser notes when it shows that.
 
-Broker, workers and gateway as commands, Chromium without a window; both clocks are the same machine's. Also what
-looking costs: processor time of broker and gateway without a viewer and with one.
+Broker, workers and gateway as commands, Chromium without a window; both clocks are the same machine's. Also the
+cost of looking: processor time of broker and gateway without a viewer and with one.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import sync_playwright
 
 from bench.figures import quantile
-from bench.processes import READY_S, ROOT, Node
+from bench.processes import Node
+from llambo.testing.processes import cpu_s
 
 #: How long the cost of looking is measured.
 COST_S = 10.0
-#: The page notes when a worker's row says a word.
+#: The page notes when a worker's row shows a word.
 NOTE = """([name, word]) => { window.noted = 0; window.noting?.disconnect(); const look = () => {
     const row = [...document.querySelectorAll("#workers-table tbody tr")]
         .find(each => each.querySelector(".title").textContent === name);
@@ -35,41 +34,13 @@ NOTE = """([name, word]) => { window.noted = 0; window.noting?.disconnect(); con
     look(); }"""
 
 
-class Gateway:
-    """The command, with a port of its own."""
-
-    def __init__(self, broker: str) -> None:
-        words = ["gateway", "--broker", broker, "--http-port", "0", "--notify-fd", "1"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "llambo.cli", *words], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        self.port = int(self.process.stdout.readline())
-
-    def __enter__(self) -> Gateway:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(READY_S)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
-def cpu_s(pid: int) -> float:
-    """Processor time of a process so far, all threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def death_ms(page: Any, worker: dict[str, Any]) -> float:
     """From the kill to the moment at which the page shows the worker as lost."""
     with Node("worker", {**worker, "name": "victim"}) as victim:
         page.evaluate(NOTE, ["victim", "ready"])
         page.wait_for_function("() => window.noted")
         page.evaluate(NOTE, ["victim", "lost"])
-        time.sleep(random.random())  # or each would fall into the same moment of a round of questions
+        time.sleep(random.random())  # or each would come at the same moment of a round of queries
         killed_at = time.time()
         os.kill(victim.pid, signal.SIGKILL)
         page.wait_for_function("() => window.noted")
@@ -91,12 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         broker = stack.enter_context(Node("broker"))
-        address = f"tcp://127.0.0.1:{broker.told['ports'][0]}"
-        worker = {"broker": address}
+        worker = {"broker": broker.address}
         for number in range(options.workers):
             stack.enter_context(Node("worker", {**worker, "name": f"w{number}"}))
-        gateway = stack.enter_context(Gateway(address))
-        pids = {"broker": broker.pid, "gateway": gateway.process.pid}
+        gateway = stack.enter_context(Node("gateway", worker))
+        pids = {"broker": broker.pid, "gateway": gateway.pid}
         unseen = cost(pids, COST_S)
         playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
@@ -106,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
         seen = cost(pids, COST_S)
         times = [death_ms(page, worker) for _ in range(options.deaths)]
         browser.close()
-    told = ", ".join(f"{name} {seen[name]} % of a core ({unseen[name]} % unseen)" for name in pids)
+    costs = ", ".join(f"{name} {seen[name]} % of a core ({unseen[name]} % unseen)" for name in pids)
     print(f"dashboard, {options.workers} workers")
     print(f"a death is shown after: median {quantile(times, 0.5):.0f} ms, longest {max(times):.0f} ms of {len(times)}")
-    print(f"looking costs: {told}")
+    print(f"looking costs: {costs}")
     return 0
 
 

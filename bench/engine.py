@@ -13,18 +13,18 @@ from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.
-PATIENCE_S = 60.0
+LIMIT_S = 60.0
 
 
 class Child:
     """An engine child, and what it says."""
 
-    def __init__(self, knobs: LlamaKnobs) -> None:
-        self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=knobs))
+    def __init__(self, engine_options: LlamaOptions) -> None:
+        self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=engine_options))
         self._said: list[proto.ToAgent] = []
         while not isinstance(self.hear(), proto.Ready):
             pass
@@ -35,7 +35,7 @@ class Child:
     def hear(self) -> proto.ToAgent:
         while not self._said:
             self._process.push()
-            ready, _, _ = select.select([self._process], [], [], PATIENCE_S)
+            ready, _, _ = select.select([self._process], [], [], LIMIT_S)
             said = self._process.read() if ready else None
             if said is None:
                 raise SystemExit(f"the engine said nothing more: {self._process.reap()[0]}")
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS))
     options = parser.parse_args(arguments)
-    child = Child(LlamaKnobs(slots=max(options.streams), context=1024, threads=options.threads))
+    child = Child(LlamaOptions(slots=max(options.streams), context=1024, threads=options.threads))
     print(f"engine: SmolLM2-135M Q4_1, {options.threads} threads, {options.tokens} tokens a stream")
     for turn, streams in enumerate(options.streams):
         found = summary(round_of(child, streams, options.tokens, turn))

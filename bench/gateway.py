@@ -16,12 +16,13 @@ from dataclasses import asdict
 from bench.beside import MESH, SERVER, Round, Rounds, measure
 from bench.mesh import MODEL, mesh
 from bench.neighbours import Terms, llama_server
-from bench.processes import Node, process_cpu_s
+from bench.processes import Node
 from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
-from llambo.worker.models import models
+from llambo.testing.processes import cpu_s
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.models import model_files
 
 STREAMS = (1, 8, 32)
 SLOTS, CONTEXT = 32, 512
@@ -53,8 +54,8 @@ def over_bus(client: Client, tokens: int) -> Round:
 
 
 async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)
-    ours = stack.enter_context(mesh(knobs))
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    ours = stack.enter_context(mesh(engine_options))
     door = stack.enter_context(Node("gateway", {"broker": ours.address}))
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
@@ -62,9 +63,11 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {options.tokens} tokens a stream"
         print(f"gateway: SmolLM2-135M Q4_1, {shape}")
         tokens = options.tokens
-        runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.told["port"], tokens)}
+        runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
         if not options.alone:
-            server = stack.enter_context(llama_server(Terms(models.find(MODEL), SLOTS, CONTEXT, options.threads, safe)))
+            server = stack.enter_context(
+                llama_server(Terms(model_files.find(MODEL), SLOTS, CONTEXT, options.threads, safe))
+            )
             chain = ["top_k", "top_p", "min_p", "temperature"]
             runners[SERVER] = over_http(server.port, tokens, samplers=chain, cache_prompt=False)
         await measure(runners, [1], 1)  # everything once, so that nothing is done for the first time below
@@ -75,35 +78,35 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 
 
 @contextmanager
-def fake(knobs: FakeKnobs) -> Iterator[tuple[str, Node]]:
+def fake(engine_options: FakeOptions) -> Iterator[tuple[str, Node]]:
     """A mesh of one fake engine: its address, and the gateway before it."""
     with Node("broker") as broker:
-        address = f"tcp://127.0.0.1:{broker.told['ports'][0]}"
-        told = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(knobs)}
-        with Node("worker", told), Node("gateway", {"broker": address}) as door:
+        address = broker.address
+        worker = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(engine_options)}
+        with Node("worker", worker), Node("gateway", {"broker": address}) as door:
             yield address, door
 
 
 async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int, float]]:
     """The rounds, and the gateway's processor time for a token in microseconds, by the number of streams."""
     tokens, cost = options.tokens * FAKE_FACTOR, {}
-    with fake(FakeKnobs(slots=SLOTS)) as (address, door):
+    with fake(FakeOptions(slots=SLOTS)) as (address, door):
         async with Client(address) as client:
-            runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.told["port"], tokens)}
+            runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
             await measure(runners, [1], 1)
             found = await measure(runners, options.streams, options.rounds)
             for streams in options.streams:
-                before = process_cpu_s(door.pid)
+                before = cpu_s(door.pid)
                 timed = await runners[HTTP](1_000, streams)
-                cost[streams] = (process_cpu_s(door.pid) - before) * 1e6 / sum(stream.tokens for stream in timed)
+                cost[streams] = (cpu_s(door.pid) - before) * 1e6 / sum(stream.tokens for stream in timed)
     return found, cost
 
 
 def kept_open(streams: int) -> tuple[int, int, int]:
     """Bytes of the gateway: before there was a stream, with all of them begun, and some tokens later."""
-    knobs = FakeKnobs(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
-    with fake(knobs) as (_, door):
-        reader, port = HttpStreams(), door.told["port"]
+    engine_options = FakeOptions(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
+    with fake(engine_options) as (_, door):
+        reader, port = HttpStreams(), door.port
         first = openai_stream(port, prompt(0, 0), 1, 1)
         reader.add(first)
         while reader.turn():

@@ -22,7 +22,7 @@ from bench.mesh import mesh
 from bench.streams import CHANCE, prompt
 from llambo import Client
 from llambo.mesh.service.host import physical_cores
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 #: Requests before those that count.
 WARM = 20
@@ -91,12 +91,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
     parser.add_argument("--threads", type=int, default=physical_cores())
     options = parser.parse_args(arguments)
-    knobs = LlamaKnobs(slots=4, context=1024, threads=options.threads)
+    engine_options = LlamaOptions(slots=4, context=1024, threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
         tracing = trace.trace_client(folder)
         os.environ[trace.FOLDER] = folder
         try:
-            with mesh(knobs, traced=True) as ours:
+            with mesh(engine_options, traced=True) as ours:
                 asked = asyncio.run(ask(ours.address, options.requests, options.tokens))
         finally:
             del os.environ[trace.FOLDER]

@@ -33,7 +33,7 @@ class Side:
     def __init__(self, context: zmq.Context[Socket], node: Node, flight: int, folder: Folder | None) -> None:
         self.node = node
         self._context = context
-        self._port = node.told["ports"][0]
+        self._port = node.port
         self._key = folder.export("client") if folder else None
         worker_key: PeerKey | None = folder.export("bench") if folder else None
         self.worker = FakeWorker(context, self._port, flight, key=worker_key)

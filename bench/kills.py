@@ -1,6 +1,6 @@
 """`kill -9` of one of three workers in the middle of 200 streams, again and again: the agent and the engine child by
-turns. No client may see an error, every token must be the right one (the fake engine says the same whoever runs
-it), and no process may be left over. What a client does notice is a stall, and that is measured.
+turns. No client may see an error, every token must be the correct one (fake engines compute the same tokens),
+and no process may be left over. A client does notice a stall, and that is measured.
 
 Real processes, the real Python client, each token looked at.
 """
@@ -17,9 +17,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from bench.figures import quantile
-from bench.processes import Node, children, gone
+from bench.processes import Node
 from llambo import Client, LlamboError, Piece
-from llambo.worker.engine.fake_model import plain_base, plain_next
+from llambo.testing.mesh import truth
+from llambo.testing.processes import children, has_ended
 
 WORKERS = 3
 KINDS = ("agent", "engine", "both")
@@ -97,16 +98,15 @@ class Fleet:
         node = self.workers[number]
         (engine,) = children(node.pid)
         self.seen.add(engine)
-        # With the agent first the engine has a moment to find itself alone; with the engine first the agent
-        # has one to tell: "both" is neither.
+        # The agent is killed, or the engine, or both at once: then neither can react to the end of the other.
         for pid in {"agent": [node.pid], "engine": [engine], "both": [node.pid, engine]}[what]:
-            with suppress(ProcessLookupError):  # an engine that has found itself alone is gone already
+            with suppress(ProcessLookupError):  # an engine ends by itself when its agent is gone
                 os.kill(pid, signal.SIGKILL)
         return engine
 
     def restart(self, number: int) -> None:
         """A new process in place of an agent that was killed. It has joined when this returns."""
-        self.workers[number].end()
+        self.workers[number].kill()
         self.workers[number] = self._start(number)
         self._ready(number)
 
@@ -115,10 +115,10 @@ class Fleet:
             self.seen.update(children(node.pid))
 
     def close(self) -> list[int]:
-        """End everybody; who is still there after that?"""
+        """End all of them; returns the processes that still run after that."""
         self.note_children()
         self._stack.close()
-        return [pid for pid in self.seen if not gone(pid)]
+        return [pid for pid in self.seen if not has_ended(pid)]
 
 
 class Middle:
@@ -137,7 +137,6 @@ class Middle:
 async def watch(client: Client, number: int, middle: Middle) -> Watched:
     """Read one stream to its end, and compare it with the truth."""
     seed, prompt = number + 1, f"stream {number}"
-    base = plain_base(seed, prompt.encode())
     watched = Watched()
     stream = client.stream(prompt, seed=seed, max_tokens=TOKENS)
     try:
@@ -148,16 +147,16 @@ async def watch(client: Client, number: int, middle: Middle) -> Watched:
         watched.wrong = f"{error.code}: {error.text}"
     if stream.answer is not None:
         watched.moves = stream.answer.moves
-    truth = [plain_next(base, index) for index in range(TOKENS)]
-    if not watched.wrong and watched.ids != truth:
-        watched.wrong = difference(watched.ids, truth)
+    expected = truth(prompt, seed, TOKENS)
+    if not watched.wrong and watched.ids != expected:
+        watched.wrong = difference(watched.ids, expected)
     return watched
 
 
-def difference(ids: list[int], truth: list[int]) -> str:
+def difference(ids: list[int], expected: list[int]) -> str:
     if len(set(ids)) < len(ids):
         return "duplicated"
-    return "lost" if set(ids) < set(truth) else "wrong tokens"
+    return "lost" if set(ids) < set(expected) else "wrong tokens"
 
 
 async def one_round(client: Client, fleet: Fleet, kill: int, streams: int, outcome: Outcome) -> None:
@@ -170,14 +169,14 @@ async def one_round(client: Client, fleet: Fleet, kill: int, streams: int, outco
         engine = fleet.kill(victim, what)
         if what != "engine":
             await asyncio.to_thread(fleet.restart, victim)
-    if not gone(engine):
+    if not has_ended(engine):
         outcome.orphans.append(engine)
     for task in watching:
-        tell(outcome, task.result(), what)
+        count(outcome, task.result(), what)
     await all_ready(client)
 
 
-def tell(outcome: Outcome, stream: Watched, what: str) -> None:
+def count(outcome: Outcome, stream: Watched, what: str) -> None:
     outcome.streams += 1
     match stream.wrong:
         case "":
@@ -195,9 +194,9 @@ def tell(outcome: Outcome, stream: Watched, what: str) -> None:
 
 
 async def all_ready(client: Client) -> None:
-    """An engine that was killed is restarted by its agent: the next round waits until everybody can work."""
+    """An engine that was killed is restarted by its agent: the next round waits until all workers are ready."""
     async with asyncio.timeout(ROUND_S):
-        while (await client.status())["ready"] < WORKERS:  # noqa: ASYNC110  (the broker tells whoever asks)
+        while (await client.status())["ready"] < WORKERS:  # noqa: ASYNC110  # the broker can only be asked
             await asyncio.sleep(0.05)
 
 
@@ -218,7 +217,7 @@ def run(kills: int, streams: int, *, progress: bool = False) -> Outcome:
     outcome = Outcome()
     begun = time.monotonic()
     with Node("broker") as broker:
-        asyncio.run(all_rounds(broker.told["ports"][0], kills, streams, outcome, progress))
+        asyncio.run(all_rounds(broker.port, kills, streams, outcome, progress))
     outcome.seconds = time.monotonic() - begun
     return outcome
 

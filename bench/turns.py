@@ -18,7 +18,7 @@ from bench.streams import CHANCE
 from llambo import Client
 from llambo.mesh.client.client import Answer
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 
 SLOTS, CONTEXT = 4, 4096
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--threads", type=int, default=host.physical_cores())
     options = parser.parse_args(arguments)
-    with mesh(LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=options.threads)) as ours:
+    with mesh(LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)) as ours:
         found = asyncio.run(chats(ours.address, options.chats, options.prompt_tokens, options.tokens))
     first, second = [one[0] for one in found], [one[1] for one in found]
     ratios = [after / before for before, after in zip(first, second, strict=True)]

@@ -71,7 +71,7 @@ def broker_metrics() -> str:
 
 
 def gateway_metrics() -> str:
-    from llambo.gateway.observe.telemetry import TABLE
+    from llambo.gateway.observe.gateway_metrics import TABLE
 
     return table(TABLE)
 
@@ -83,7 +83,7 @@ def process_metrics() -> str:
 
 
 def fleet_keys() -> str:
-    """What may stand in fleet.toml, by table; the settings of workers and of the broker are told elsewhere."""
+    """What may stand in fleet.toml, by table; the settings of workers and of the broker are in llambo config."""
     from llambo.fleet.file import schema
 
     tables = (
@@ -199,7 +199,7 @@ def fill(text: str, path: Path) -> str:
 
     def made(part: re.Match[str]) -> str:
         if part[2] not in GENERATORS:
-            sys.exit(f"{path}: nobody generates {part[2]!r}; known: {', '.join(sorted(GENERATORS))}")
+            sys.exit(f"{path}: there is no generator for {part[2]!r}; known: {', '.join(sorted(GENERATORS))}")
         return f"{part[1]}{GENERATORS[part[2]]()}\n{part[3]}"
 
     return _PART.sub(made, text)

@@ -1,1 +1,1 @@
-"""A door for small programs: lines, or msgpack objects, on a Unix socket. A client of the bus like any other."""
+"""An interface for small programs: lines of JSON, or msgpack objects, on a Unix socket. A client of the mesh."""

@@ -1,152 +1,290 @@
-"""One connection's shell: a socket, a core, and a task for each answer that is under way."""
+"""One connection of the bridge: a task that reads commands, and a task for each answer under way.
+
+Commands are carried out in order: the next one is looked at when the one before it has been answered. A command with
+a tag is the exception: its answer comes beside others, and each object of it has the tag.
+
+Three rules keep a connection from costing more than itself:
+
+- The socket is read only while the reading task has nothing left to do, so unread bytes are at most one read of
+  asyncio and one unfinished command.
+- Nothing is begun or continued while more than `WRITE_BYTES` wait for the peer to read. This is checked before each
+  command, not once per read: since Python 3.12 asyncio adds up the sizes of all waiting writes at each write, and
+  100,000 short replies in the queue would block the loop, and with it all other connections, for minutes.
+- A connection carries out one command in each turn of the loop, however many arrive at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, assert_never
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from llambo.bridge import facts as f
-from llambo.bridge.connection_core import ConnectionCore
-from llambo.mesh.client.answer_stream import Answer
+from llambo.bridge import protocol
+from llambo.bridge.protocol import Command, LineParser, Mistake, ObjectParser, Parsed, Parser, Reply, Tag
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 
-if TYPE_CHECKING:
-    from llambo.bridge.server import Bridge
-
 log = logging.getLogger(__name__)
 
-#: What may wait for a peer to read it; then its answers wait as well.
+#: Bytes that may wait for a peer to read them.
 WRITE_BYTES = 64 * 1024
+STOPPED = ErrorInfo(Code.CANCELLED, "the bridge is stopping")
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What each connection may do."""
+
+    line_bytes: int = 1024 * 1024
+    #: Answers under way at a time.
+    in_flight: int = 16
+    quit_stops: bool = False
+
+
+class Owner(Protocol):
+    """What a connection needs of its bridge."""
+
+    client: Client
+    connection_limits: ConnectionLimits
+
+    def joined(self, connection: Connection, descriptor: int) -> None: ...
+    def left(self, descriptor: int) -> None: ...
+    def stop(self) -> None: ...
+    def numbers(self) -> dict[str, int]: ...
 
 
 class Connection(asyncio.Protocol):
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Owner) -> None:
         self._bridge = bridge
-        self._client: Client = bridge.client
-        self._core = ConnectionCore(bridge.terms)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._room = asyncio.Event()
+        self._limits = bridge.connection_limits
+        #: The model that LOAD has chosen.
+        self._model = ""
+        self._parser: Parser = LineParser(self._limits.line_bytes)
+        self._encode: protocol.Encode = protocol.encode_line
+        #: Answers under way, and the command each belongs to.
+        self._answers: dict[asyncio.Task[None], Command] = {}
+        #: Set when bytes or the end of input have arrived; set while there is room for more output.
+        self._arrived, self._room = asyncio.Event(), asyncio.Event()
         self._room.set()
-        self._transport: asyncio.Transport | None = None
+        self._finished = self._hung_up = False
+        #: An answer has to be complete before the next command.
+        self._waits = False
+        self._transport: asyncio.Transport
+        self._commands: asyncio.Task[None]
+        self._task: asyncio.Task[None]
 
     @property
     def answers(self) -> int:
-        return self._core.answers
+        return len(self._answers)
 
-    # --- what asyncio tells --------------------------------------------------------------------------------
+    # --- called by asyncio ---------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         transport.set_write_buffer_limits(WRITE_BYTES)
-        self._bridge.joined(self, transport)
+        self._commands = asyncio.create_task(self._carry_out_commands())
+        self._task = asyncio.create_task(self._run())
+        self._bridge.joined(self, self._descriptor())
 
     def data_received(self, data: bytes) -> None:
-        self.handle(f.Arrived(data))
+        self._transport.pause_reading()
+        self._parser.feed(data)
+        self._arrived.set()
 
     def eof_received(self) -> bool:
-        """True: what it has asked is still answered."""
-        self.handle(f.PeerFinished())
+        """True keeps the other direction open: `nc -N` ends its output and waits for the answers."""
+        self._finished = True
+        self._arrived.set()
         return True
 
     def pause_writing(self) -> None:
         self._room.clear()
-        self.handle(f.Filled())
 
     def resume_writing(self) -> None:
         self._room.set()
-        self.handle(f.Drained())
 
     def connection_lost(self, error: Exception | None) -> None:
-        for task in self._tasks.values():
-            task.cancel()
-        assert self._transport is not None
-        self._bridge.left(self, self._transport)
+        self._cancel_answers()
+        self._task.cancel()
+        self._bridge.left(self._descriptor())
+
+    def _descriptor(self) -> int:
+        number: int = self._transport.get_extra_info("socket").fileno()
+        return number
+
+    # --- called by the bridge ------------------------------------------------------------------------------
+
+    def hang_up(self) -> None:
+        """The peer has closed its socket. Unless it had ended its output or waits for an answer, its last bytes may
+        still be unread, with a QUIT among them: then the end of the input closes the connection."""
+        self._hung_up = True
+        self._cancel_answers()
+        if self._finished or self._waits:
+            self.abort()
+
+    def stop(self) -> None:
+        """Begin no more commands. The connection closes when its answers are complete."""
+        self._commands.cancel()
+
+    def cut_short(self) -> None:
+        """End now: answers under way end with an error."""
+        self._commands.cancel()
+        for command in self._cancel_answers():
+            self._write(command, protocol.error_reply(STOPPED))
 
     def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
-    # --- what the core wants -------------------------------------------------------------------------------
+    # --- commands ------------------------------------------------------------------------------------------
 
-    def handle(self, fact: f.Fact) -> None:
-        for order in self._core.handle(fact):
-            self._do(order)
+    async def _run(self) -> None:
+        try:
+            await asyncio.wait({self._commands})
+            while self._answers:
+                await asyncio.wait(self._answers)
+            if not self._commands.cancelled() and (error := self._commands.exception()) is not None:
+                log.error("a connection has failed: %r", error, exc_info=error)
+            self._transport.close()
+        finally:
+            self._commands.cancel()
 
-    def _do(self, order: f.Order) -> None:
-        assert self._transport is not None
-        match order:
-            case f.Write(data):
-                self._transport.write(data)
-            case f.Infer(number):
-                self._start(number, self._infer(order))
-            case f.Ask(number, what):
-                self._start(number, self._ask(number, what))
-            case f.Drop(number):
-                if (task := self._tasks.get(number)) is not None:
-                    task.cancel()
-            case f.Read(True):
-                self._transport.resume_reading()
-            case f.Read():
-                self._transport.pause_reading()
-            case f.Close():
-                self._transport.close()
-            case f.Abort():
-                self._transport.abort()
-            case f.StopBridge():
-                self._bridge.stop()
+    async def _carry_out_commands(self) -> None:
+        while (parsed := await self._next()) is not None:
+            if isinstance(parsed, Command):
+                done = await self._carry_out(parsed)
+            else:
+                self._write(parsed, protocol.mistake_reply(parsed))
+                done = parsed.fatal
+            if done:
+                self._cancel_answers()
+                return
+            await asyncio.sleep(0)
+            await self._room.wait()
+
+    async def _next(self) -> Parsed | None:
+        while (parsed := self._parser.next()) is None:
+            if self._finished:
+                return self._parser.end()
+            self._arrived.clear()
+            self._transport.resume_reading()
+            await self._arrived.wait()
+        return parsed
+
+    async def _carry_out(self, command: Command) -> bool:
+        """True if nothing comes after it."""
+        match command.name:
+            case "PING":
+                self._write(command, protocol.ok("pong", {}))
+            case "FREE":
+                freed, self._model = self._model, ""
+                self._write(command, protocol.ok("free", {"model": freed}))
+            case "BINARY":
+                self._switch_to_msgpack(command)
+            case "QUIT":
+                self._write(command, protocol.ok("bye", {}))
+                if self._limits.quit_stops:
+                    self._bridge.stop()
+                return True
+            case _ if self._hung_up:
+                pass
+            case _ if len(self._answers) >= self._limits.in_flight:
+                text = f"{self._limits.in_flight} answers are under way on this connection, which is the limit"
+                hint = "wait for one of them, or open another connection"
+                self._write(command, protocol.mistake_reply(Mistake(text, hint, code=Code.OVER_LIMIT)))
             case _:
-                assert_never(order)
+                task = asyncio.create_task(self._answer(command))
+                self._answers[task] = command
+                task.add_done_callback(self._forget)
+                if command.tag is None:
+                    self._waits = True
+                    await asyncio.wait({task})
+                    self._waits = False
+        return False
+
+    def _switch_to_msgpack(self, command: Command) -> None:
+        """The reply is still a line. The next byte is the first one of msgpack."""
+        if not isinstance(self._parser, LineParser):
+            self._write(command, protocol.mistake_reply(Mistake("this connection is binary already")))
+            return
+        self._write(command, protocol.ok("binary", {"format": "msgpack"}))
+        rest = self._parser.rest()
+        self._parser, self._encode = ObjectParser(self._limits.line_bytes), protocol.encode_object
+        self._parser.feed(rest)
 
     # --- answers -------------------------------------------------------------------------------------------
 
-    def _start(self, number: int, work: Awaitable[f.Fact]) -> None:
-        task = self._tasks[number] = asyncio.ensure_future(self._finish(number, work))
-        task.add_done_callback(lambda done: self._over(number, done))
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._answers.pop(task, None)
 
-    async def _finish(self, number: int, work: Awaitable[f.Fact]) -> None:
+    def _cancel_answers(self) -> list[Command]:
+        """Cancel what is under way. Returns its commands."""
+        commands = list(self._answers.values())
+        for task in self._answers:
+            task.cancel()
+        self._answers.clear()
+        return commands
+
+    async def _answer(self, command: Command) -> None:
         try:
-            fact = await work
+            match command.name:
+                case "STATUS":
+                    reply = await self._status()
+                case "LOAD":
+                    reply = await self._load(command.fields["model"])
+                case _:
+                    reply = await self._infer(command)
         except LlamboError as error:
-            fact = f.Failed(number, error.info())
-        self.handle(fact)
+            reply = protocol.error_reply(error.info())
+        except Exception as error:
+            log.exception("an answer has failed")
+            reply = protocol.error_reply(ErrorInfo(Code.INTERNAL, f"the bridge is broken: {error!r}"))
+        self._write(command, reply)
 
-    def _over(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._tasks[number]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("an answer has failed: %r", error, exc_info=error)
-            self.handle(f.Failed(number, ErrorInfo(Code.INTERNAL, f"the bridge is broken: {error!r}")))
+    async def _status(self) -> Reply:
+        mesh = await self._bridge.client.query("status")
+        return protocol.ok("up", {"model": self._model, "bridge": self._bridge.numbers(), "mesh": mesh})
 
-    async def _infer(self, order: f.Infer) -> f.Fact:
-        options = order.options
-        options["stream"] = order.streamed
-        async with self._client.stream(order.prompt, **options) as stream:
+    async def _load(self, model: str) -> Reply:
+        served: list[dict[str, Any]] = await self._bridge.client.query("models")
+        found = next((row for row in served if row.get("model") == model), None)
+        if found is None:
+            names = ", ".join(str(row.get("model")) for row in served) or "none"
+            return protocol.error_reply(
+                ErrorInfo(Code.UNKNOWN_MODEL, f"no worker has {model}; there is {names}"[:2_000])
+            )
+        self._model = model
+        return protocol.ok("loaded", found)
+
+    async def _infer(self, command: Command) -> Reply:
+        prompt, options = protocol.request_of(command, self._model)
+        options["stream"] = command.streamed
+        async with self._bridge.client.stream(prompt, **options) as stream:
             while (piece := await stream.next_piece()) is not None:
-                if order.streamed:
-                    self.handle(f.Text(order.number, piece.text))
+                if command.streamed and piece.text:
+                    self._send(command.tag, protocol.token(piece.text))
                     await self._room.wait()
-            assert stream.answer is not None, "a stream that was read to its end has an answer"
-            return f.Done(order.number, told(stream.answer, stream.model, whole=not order.streamed))
+            answer = stream.answer
+            assert answer is not None, "a stream that was read to its end has an answer"
+        data: dict[str, Any] = {} if command.streamed else {"text": answer.text}
+        data |= {
+            "reason": answer.reason,
+            "id": answer.id,
+            "model": stream.model,
+            "tokens": len(answer.ids),
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "worker": answer.worker,
+            "moves": answer.moves,
+            "queued_ms": answer.queued_ms,
+        }
+        return protocol.ok(answer.reason, data)
 
-    async def _ask(self, number: int, what: str) -> f.Fact:
-        if what == "models":
-            return f.Done(number, await self._client.query("models"))
-        return f.Done(number, {"bridge": self._bridge.numbers(), "mesh": await self._client.query("status")})
+    # --- output --------------------------------------------------------------------------------------------
 
+    def _write(self, to: Command | Mistake, reply: Reply) -> None:
+        self._send(to.tag, protocol.final(reply) if to.streamed else reply)
 
-def told(answer: Answer, model: str, *, whole: bool) -> dict[str, Any]:
-    """What is said of an answer in its last object; its text only if it was not said before."""
-    return {
-        **({"text": answer.text} if whole else {}),
-        "reason": answer.reason,
-        "id": answer.id,
-        "model": model,
-        "tokens": len(answer.ids),
-        "prompt_tokens": answer.usage.prompt_tokens,
-        "worker": answer.worker,
-        "moves": answer.moves,
-        "queued_ms": answer.queued_ms,
-    }
+    def _send(self, tag: Tag, reply: Reply) -> None:
+        if not self._hung_up and not self._transport.is_closing():
+            self._transport.write(self._encode(reply if tag is None else {**reply, "tag": tag}))

@@ -1,4 +1,4 @@
-"""The bridge: takes connections, counts them, and leaves in good order. One mesh client serves them all."""
+"""The bridge: accepts connections, counts them, and shuts down in good order. One mesh client serves them all."""
 
 from __future__ import annotations
 
@@ -7,147 +7,116 @@ import select
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llambo.bridge import facts as f
-from llambo.bridge import saying
-from llambo.bridge.connection import Connection
-from llambo.bridge.connection_core import Terms
-from llambo.bridge.door import BACKLOG, Door
+from llambo.bridge import protocol
+from llambo.bridge.connection import Connection, ConnectionLimits
+from llambo.bridge.listener import BACKLOG, Listener
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
-#: At the end a peer has so long to read what it was told.
-LAST_WORDS_S = 1.0
+#: At the end of a shutdown, how long a peer has to read the last replies.
+LAST_READ_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BridgeLimits:
     connections: int = 256
-    #: How long answers under way get to finish when the bridge stops.
+    #: How long answers under way have to finish when the bridge stops.
     leave_ms: int = 10_000
 
 
 class Bridge:
-    def __init__(self, client: Client, door: Door, terms: Terms, limits: Limits) -> None:
+    def __init__(
+        self, client: Client, listener: Listener, connection_limits: ConnectionLimits, limits: BridgeLimits
+    ) -> None:
         self.client = client
-        self.terms = terms
-        self._door = door
+        self.connection_limits = connection_limits
+        self._listener = listener
         self._limits = limits
-        self._connections: set[Connection] = set()
-        self._empty = asyncio.Event()
+        self._connections: dict[int, Connection] = {}
+        self._empty, self._stopped, self._hurried = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._empty.set()
-        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._hang_ups = HangUps()
+        # Connections are registered for no events: epoll then still reports, once, that a peer has closed its socket,
+        # which reading does not show while nothing is read. On TCP it reports only a reset; there a closed peer looks
+        # like one that has ended its output, until something is written.
+        self._hang_ups = select.epoll()
 
-    async def run(self, announce: Callable[[], None]) -> None:
-        """Until `stop`. What is under way then gets its time to finish, and a second `stop` cuts that short."""
+    async def run(self, on_listening: Callable[[], None]) -> None:
+        """Serve until `stop`. Answers under way may then finish, for a time; a second `stop` ends that time."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(self._accept, sock=self._door.socket, backlog=BACKLOG)
+        loop.add_reader(self._hang_ups.fileno(), self._find_hang_ups)
+        server = await loop.create_server(self._accept, sock=self._listener.socket, backlog=BACKLOG)
         try:
-            announce()
-            await self._stop.wait()
+            on_listening()
+            await self._stopped.wait()
         finally:
-            # First its name: as long as somebody listens there, nobody else takes it.
-            self._door.vanish()
+            # First the file: while this process listens, another bridge refuses to take the path.
+            self._listener.remove_file()
             server.close()
-            await self._leave()
+            await self._close_connections()
+            loop.remove_reader(self._hang_ups.fileno())
             self._hang_ups.close()
 
     def stop(self) -> None:
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+        if self._stopped.is_set():
+            self._hurried.set()
+        self._stopped.set()
 
     def numbers(self) -> dict[str, int]:
-        answers = sum(connection.answers for connection in self._connections)
+        answers = sum(connection.answers for connection in self._connections.values())
         return {"connections": len(self._connections), "answers": answers}
 
-    # --- connections -----------------------------------------------------------------------------------------
+    # --- called by connections -----------------------------------------------------------------------------
 
-    def joined(self, connection: Connection, transport: asyncio.Transport) -> None:
-        self._connections.add(connection)
+    def joined(self, connection: Connection, descriptor: int) -> None:
+        self._connections[descriptor] = connection
         self._empty.clear()
-        self._hang_ups.watch(_descriptor(transport), lambda: connection.handle(f.PeerHungUp()))
-        if self._stop.is_set():
-            connection.handle(f.Stopping())
+        self._hang_ups.register(descriptor, select.EPOLLONESHOT)
+        if self._stopped.is_set():
+            connection.stop()
 
-    def left(self, connection: Connection, transport: asyncio.Transport) -> None:
-        self._connections.discard(connection)
-        self._hang_ups.forget(_descriptor(transport))
+    def left(self, descriptor: int) -> None:
+        del self._connections[descriptor]
+        self._hang_ups.unregister(descriptor)
         if not self._connections:
             self._empty.set()
 
+    # --- connections ---------------------------------------------------------------------------------------
+
     def _accept(self) -> asyncio.Protocol:
         if len(self._connections) >= self._limits.connections:
-            return Refusal(self._limits.connections)
+            return _Refusal(self._limits.connections)
         return Connection(self)
 
-    # --- the end ---------------------------------------------------------------------------------------------
+    def _find_hang_ups(self) -> None:
+        for descriptor, _ in self._hang_ups.poll(0):
+            self._connections[descriptor].hang_up()
 
-    async def _leave(self) -> None:
-        self._tell(f.Stopping())
+    async def _close_connections(self) -> None:
+        for connection in list(self._connections.values()):
+            connection.stop()
         await self._until_empty(self._limits.leave_ms / 1_000)
-        self._tell(f.TimeIsUp())
-        await self._until_empty(LAST_WORDS_S)
-        for connection in list(self._connections):
+        for connection in list(self._connections.values()):
+            connection.cut_short()
+        await self._until_empty(LAST_READ_S)
+        for connection in list(self._connections.values()):
             connection.abort()
         await self._empty.wait()
 
-    def _tell(self, fact: f.Fact) -> None:
-        for connection in list(self._connections):
-            connection.handle(fact)
-
     async def _until_empty(self, timeout_s: float) -> None:
-        waiting = [asyncio.ensure_future(event.wait()) for event in (self._empty, self._hurry)]
+        waiting = [asyncio.ensure_future(event.wait()) for event in (self._empty, self._hurried)]
         await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for each in waiting:
             each.cancel()
 
 
-class Refusal(asyncio.Protocol):
-    """Of a connection that is one too many."""
+class _Refusal(asyncio.Protocol):
+    """Of a connection above the limit."""
 
     def __init__(self, connections: int) -> None:
         self._connections = connections
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        text = f"{self._connections} connections are open, and no more may be"
-        transport.write(saying.as_line(saying.error(ErrorInfo(Code.OVER_LIMIT, text))))
+        text = f"{self._connections} connections are open, which is the limit"
+        transport.write(protocol.encode_line(protocol.error_reply(ErrorInfo(Code.OVER_LIMIT, text))))
         transport.close()
-
-
-class HangUps:
-    """Tells when a peer has closed its end for good, which reading does not show while nothing is read.
-
-    To an epoll that asks for nothing the kernel still says this. On TCP it says so only after a reset: there a peer
-    that has gone looks like one that has said all it had to say, until something is written.
-    """
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._told: dict[int, Callable[[], None]] = {}
-        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
-
-    def watch(self, descriptor: int, told: Callable[[], None]) -> None:
-        self._told[descriptor] = told
-        self._epoll.register(descriptor, 0)
-
-    def forget(self, descriptor: int) -> None:
-        if self._told.pop(descriptor, None) is not None:
-            self._epoll.unregister(descriptor)
-
-    def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-        self._epoll.close()
-
-    def _look(self) -> None:
-        for descriptor, _ in self._epoll.poll(0):
-            # Once is enough, and it would be said again and again.
-            told = self._told[descriptor]
-            self.forget(descriptor)
-            told()
-
-
-def _descriptor(transport: asyncio.Transport) -> int:
-    number: int = transport.get_extra_info("socket").fileno()
-    return number

@@ -39,9 +39,9 @@ from llambo.broker.report import metrics_page
 from llambo.broker.report.metrics_http import NEVER, Window
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import clock, process_metrics
 from llambo.mesh.service.activation import Inherited
-from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
@@ -97,10 +97,6 @@ Socket = zmq.Socket[bytes]
 Outbox = dict[tuple[bytes, bytes], list[tuple[m.Message, bytes | None]]]
 
 
-def monotonic_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
 class BrokerServer:
     def __init__(
         self,
@@ -111,7 +107,7 @@ class BrokerServer:
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
-        herald: Herald | None = None,
+        notifier: Notifier | None = None,
         keys: Folder | None = None,
         window: Window | None = None,
     ) -> None:
@@ -123,7 +119,7 @@ class BrokerServer:
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._stopping = False
-        self._herald = herald or Herald()
+        self._notifier = notifier or Notifier()
         self._porter: Porter | None = None
         self._window = window
         if inherited is not None:
@@ -142,7 +138,7 @@ class BrokerServer:
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
         self.core = BrokerCore(config, chance())
         if self._porter:
-            self.core.handle(KeysChanged(self._porter.identities), monotonic_ms())
+            self.core.handle(KeysChanged(self._porter.identities), clock.now_ms())
         self._gate = Gate(self.core.state.registry.topics)
         self.dropped = 0
 
@@ -157,16 +153,16 @@ class BrokerServer:
         if self._window:
             self._window.open(poller, self._page)
         while not self._stopping:
-            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - monotonic_ms()
+            wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
-            if monotonic_ms() >= self._herald.due_ms:
+            if clock.now_ms() >= self._notifier.next_wakeup_ms():
                 self._tell_manager()
         self._tell_manager()
         self._leave()
 
     def _tell_manager(self) -> None:
-        self._herald.tell(condition(self.core.state, leaving=self._stopping), monotonic_ms())
+        self._notifier.update(condition(self.core.state, leaving=self._stopping), clock.now_ms())
 
     def _leave(self) -> None:
         """Until each peer has hung up, since it closes its end when it hears that we leave.
@@ -174,9 +170,9 @@ class BrokerServer:
         A peer's socket drops what it has not read yet when its connection breaks (libzmq does so with IMMEDIATE). If
         we closed at once, most of what is said here would be lost.
         """
-        goodbyes = self.core.handle(StopAsked("it was stopped"), monotonic_ms())
-        until = monotonic_ms() + GOODBYE_MS
-        while goodbyes and monotonic_ms() < until:
+        goodbyes = self.core.handle(StopAsked("it was stopped"), clock.now_ms())
+        until = clock.now_ms() + GOODBYE_MS
+        while goodbyes and clock.now_ms() < until:
             gone = {event.route for event in self._deliver(goodbyes)}
             goodbyes = [
                 order for order in goodbyes if isinstance(order, ToClient | ToWorker) and order.route not in gone
@@ -184,7 +180,7 @@ class BrokerServer:
             time.sleep(GOODBYE_AGAIN_MS / 1_000)  # nothing tells of a peer that hangs up but the next send
 
     def turn(self, readable: dict[Any, int]) -> None:
-        now = monotonic_ms()
+        now = clock.now_ms()
         handle = self.core.handle
         if self._porter:
             self._ask(self._porter, readable, now)
@@ -211,7 +207,7 @@ class BrokerServer:
             self._window.turn(readable, now)
 
     def _page(self) -> str:
-        return metrics_page.page(self.core.state, monotonic_ms()) + process_metrics.page()
+        return metrics_page.page(self.core.state, clock.now_ms()) + process_metrics.page()
 
     def _count(self, now: int) -> None:
         """What is counted out here, for whoever asks."""
@@ -265,9 +261,9 @@ class BrokerServer:
     ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
         """From which route, by whose key, and what."""
         receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._porter is not None
-        until = monotonic_ms() + DRAIN_MS
+        until = clock.now_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
-            if monotonic_ms() > until:
+            if clock.now_ms() > until:
                 return
             try:
                 if proved:
@@ -302,7 +298,7 @@ class BrokerServer:
 
     def _perform(self, orders: list[Action]) -> None:
         for event in self._deliver(orders):
-            self._perform(self.core.handle(event, monotonic_ms()))
+            self._perform(self.core.handle(event, clock.now_ms()))
 
     def _deliver(self, orders: list[Action]) -> list[RouteGone]:
         """Whom it did not reach, because they have hung up."""
@@ -355,13 +351,13 @@ def run_broker(
     *,
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
-    herald: Herald | None = None,
+    notifier: Notifier | None = None,
     keys: Folder | None = None,
     window: Window | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
     server = BrokerServer(
-        config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys, window=window
+        config, host, port, token_hwm=token_hwm, inherited=inherited, notifier=notifier, keys=keys, window=window
     )
     if inherited is not None:
         host = inherited.host

@@ -1,4 +1,4 @@
-"""What a worker is told when it starts."""
+"""The configuration of a worker process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import PurePath
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.identity import PeerKey
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
 
 
 def default_name() -> str:
-    """Unique on the host, and tells a person where to look."""
+    """Unique, and shows a person where the worker runs."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
@@ -25,22 +25,22 @@ class WorkerConfig:
     engine: str = "fake"
     #: A file, or the name of a model that is installed.
     model: str = "fake"
-    fake: FakeKnobs = field(default_factory=FakeKnobs)
-    llama: LlamaKnobs = field(default_factory=LlamaKnobs)
+    fake: FakeOptions = field(default_factory=FakeOptions)
+    llama: LlamaOptions = field(default_factory=LlamaOptions)
     #: A label for groups of equal machines.
     node_class: str = ""
-    #: How long a worker that was told to stop waits for what runs.
+    #: How long a stopping worker waits for its runs to end.
     drain_ms: int = 30_000
-    #: How long what runs goes on without a broker.
+    #: How long runs go on without a broker.
     orphan_ms: int = 30_000
     #: An engine that has sequences and is silent for so long is killed. So is one that loads, for `load_ms`.
     stall_ms: int = 10_000
     load_ms: int = 120_000
     #: The longest pause before an engine that died is started again.
     backoff_ms: int = 10_000
-    #: Token frames queued for a slow network before they are dropped, and repaired by replay.
+    #: Token frames queued for a slow network before frames are dropped; replay repairs the loss.
     token_hwm: int = 100_000
-    #: What it proves itself with; None: the brokers have no keys.
+    #: The key pair of this worker; None: the brokers do not use keys.
     key: PeerKey | None = None
 
     @property
@@ -50,10 +50,10 @@ class WorkerConfig:
 
     @property
     def slots(self) -> int:
-        """How many sequences the engine will run, which it says itself once it is ready."""
+        """The number of sequences at a time, as configured. An engine that is ready reports its own number."""
         return self.llama.slots if self.engine == "llama" else self.fake.slots
 
 
 def mesh_name(model: str) -> str:
-    """A file goes by its last name, a name by itself."""
+    """The name of a model in the mesh: for a file its last part without the suffix, otherwise the name itself."""
     return PurePath(model).name.removesuffix(".gguf")[: limits.NAME_CHARS] or "model"

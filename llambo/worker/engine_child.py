@@ -1,8 +1,9 @@
 """The engine child: `python -m llambo.worker.engine_child --fd N --parent PID --worker NAME`.
 
-Started by the agent alone. One thread decodes, one reads the pipe. The reader is also the watcher: when the agent is
-gone the pipe closes, and the process ends there and then, also in the middle of a decode. The kernel is asked to do
-the same. A killed agent leaves nothing behind."""
+Only the agent starts it. One thread decodes, one reads the pipe. When the agent is gone the pipe closes, and the reader
+ends the process at once, also in the middle of a decode. The kernel is asked to do the same. So a killed agent leaves
+no engine behind.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +20,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from llambo.mesh.service import clock, journal
 from llambo.mesh.service.host import end_with_parent
-from llambo.worker.engine import engine_log
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
 
+log = logging.getLogger("llambo.engine")
+
 READ_BYTES = 64 * 1024
-#: How often a thread of llama.cpp looks whether the others are there before it sleeps. libgomp's own choice is 300
-#: times that. With the cores to itself an engine is as fast either way (166 tokens/s for 8 streams on two cores, 206
-#: for 16); where another process wants one, too, each step then waits for the scheduler (27 tokens/s instead of 79
-#: for one stream). Whoever sets the variable decides.
+#: How often a thread of llama.cpp checks whether the others have arrived before it sleeps. The default of libgomp is
+#: 300 times that. On idle cores an engine is as fast either way (166 tokens/s for 8 streams on two cores, 206 for 16).
+#: With the default, when another process uses a core, each step waits for the scheduler (27 tokens/s instead of 79 for
+#: one stream). A value that is set in the environment is respected.
 SPIN_COUNT = 1000
-#: How often a fake engine that loads says so.
+#: Steps in which a fake engine that loads reports progress.
 FAKE_LOAD_PERCENT = 1
-#: Of -1000 to 1000: how gladly the kernel ends this process when there is no memory left.
+#: From -1000 to 1000. The kernel prefers to kill processes with a high score when memory runs out.
 OOM_SCORE = 500
 
 
 class Engine(Protocol):
-    """What the loop below drives. The fake engine and the simulator have the same shape."""
+    """What the loop below drives. Both engines have this interface, and the simulator calls the fake one through it."""
 
     fault: Any
 
@@ -48,38 +51,47 @@ class Engine(Protocol):
     def next_wakeup_ms(self) -> int: ...
 
 
-def make_engine(configure: proto.Configure, say: Callable[[proto.Progress], None]) -> Engine:
+def make_engine(configure: proto.Configure, send: Callable[[proto.Progress], None]) -> Engine:
     if configure.engine == "fake":
-        load_fake(configure, say)
+        load_fake(configure, send)
         return FakeEngine(configure.fake, configure.model)
     if configure.engine == "llama":
-        # Read when the library is loaded, so before that.
+        # libgomp reads it when it is loaded, so it has to be set before.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-        from llambo.worker.llama.llama_load import load  # noqa: PLC0415  # only here is llama.cpp needed
+        from llambo.worker.llama.llama_load import load  # noqa: PLC0415  # a fake engine does not need llama.cpp
 
-        return load(configure, say)
-    raise SystemExit(f"there is no engine {configure.engine!r}; this release has: fake, llama")
+        return load(configure, send)
+    raise SystemExit(f"there is no engine {configure.engine!r}; there are fake and llama")
 
 
-def load_fake(configure: proto.Configure, say: Callable[[proto.Progress], None]) -> None:
-    """The time that a real model would take, told as that would tell it."""
-    knobs = configure.fake
-    for percent in range(0, 100, FAKE_LOAD_PERCENT) if knobs.load_ms else ():
-        say(proto.Progress(f"loading {configure.model}: {percent} %", percent=percent))
-        time.sleep(knobs.load_ms * FAKE_LOAD_PERCENT / 100 / 1000)
-    if knobs.load_file and not Path(knobs.load_file).exists():
-        say(proto.Progress(problem=f"there is no file {knobs.load_file}"))
+def load_fake(configure: proto.Configure, send: Callable[[proto.Progress], None]) -> None:
+    """Take as long as a real model would, with the same progress reports."""
+    options, faults = configure.fake, configure.fake.faults
+    for percent in range(0, 100, FAKE_LOAD_PERCENT) if options.load_ms else ():
+        send(proto.Progress(f"loading {configure.model}: {percent} %", percent=percent))
+        time.sleep(options.load_ms * FAKE_LOAD_PERCENT / 100 / 1000)
+    if faults.load_file and not Path(faults.load_file).exists():
+        send(proto.Progress(problem=f"there is no file {faults.load_file}"))
         sys.exit(proto.CANNOT_LOAD)
-    if knobs.load_crash == "always" or (knobs.load_crash == "careless" and not configure.safe):
-        suffer("crash")
+    if faults.load_crash == "always" or (faults.load_crash == "careless" and not configure.safe):
+        inject_fault("crash")
 
 
-def now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
+def start_log(worker: str) -> None:
+    """Lines on stderr, or entries of the journal if stderr leads there. `worker`: the worker of this engine."""
+    handler: logging.Handler = logging.StreamHandler()
+    prefix = "llambo engine"
+    if journal.is_journal(os.environ, sys.stderr.fileno()):
+        handler = journal.JournalHandler("llambo-worker", sys.stderr, {"worker": worker})
+        prefix = "engine"
+    handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
 
 
 class Child:
-    """The loop: orders in, one step, one message out."""
+    """The loop: read orders, decode one step, send one message."""
 
     def __init__(self, pipe: socket.socket) -> None:
         self._pipe = pipe
@@ -89,45 +101,45 @@ class Child:
         threading.Thread(target=self._read, name="watcher", daemon=True).start()
         configure = self._orders.get()
         if not isinstance(configure, proto.Configure):
-            raise SystemExit(f"the agent began with {configure!r}")
-        engine = make_engine(configure, self._say)
-        self._say(engine.ready())
+            raise SystemExit(f"the first message of the agent is {configure!r}")
+        engine = make_engine(configure, self._send)
+        self._send(engine.ready())
         while True:
-            self._obey(engine)
-            if engine.next_wakeup_ms() <= now_ms():
-                self._say(proto.Step(engine.step(now_ms())))
+            self._follow_orders(engine)
+            if engine.next_wakeup_ms() <= clock.now_ms():
+                self._send(proto.Step(engine.step(clock.now_ms())))
                 if engine.fault:
-                    suffer(engine.fault)
+                    inject_fault(engine.fault)
 
-    def _obey(self, engine: Engine) -> None:
-        """All orders that are here, and until a step is due whatever comes."""
+    def _follow_orders(self, engine: Engine) -> None:
+        """All orders that have arrived, then those that arrive until a step is due."""
         orders = self._orders
         while True:
-            wait_ms = engine.next_wakeup_ms() - now_ms()
+            wait_ms = engine.next_wakeup_ms() - clock.now_ms()
             if wait_ms <= 0 and orders.empty():
                 return
             try:
-                # A wait has an upper limit on some platforms; a day is as good as for ever.
+                # Some platforms limit how long one may wait; a day is long enough.
                 order = orders.get(timeout=min(max(wait_ms, 0) / 1000, 86_400.0))
             except queue.Empty:
                 return
-            self._obey_one(engine, order)
+            self._follow(engine, order)
 
-    def _obey_one(self, engine: Engine, order: proto.EngineMessage) -> None:
+    def _follow(self, engine: Engine, order: proto.EngineMessage) -> None:
         match order:
             case proto.Start():
-                refused = engine.start(order, now_ms())
+                refused = engine.start(order, clock.now_ms())
                 if refused is not None:
-                    self._say(refused)
+                    self._send(refused)
             case proto.Stop(key):
                 engine.stop(key)
             case proto.Shutdown():
                 os._exit(0)
             case _:
-                raise SystemExit(f"an order that makes no sense here: {order!r}")
+                raise SystemExit(f"not an order for an engine: {order!r}")
 
-    def _say(self, message: proto.EngineMessage) -> None:
-        """Waits while the agent is behind: an engine that runs ahead of it would only fill memory."""
+    def _send(self, message: proto.EngineMessage) -> None:
+        """Blocks while the agent is behind: an engine that runs ahead of it would only fill memory."""
         self._pipe.sendall(proto.pack(message))
 
     def _read(self) -> None:
@@ -137,43 +149,41 @@ class Child:
                 for order in unpacker.feed(data):
                     self._orders.put(order)
         except proto.BadFrame as error:
-            engine_log.tell(str(error), logging.ERROR)
+            log.error("%s", error)
         finally:
-            # Also after a reset of the pipe, which is what a killed agent can look like. Not sys.exit: that would
-            # wait for the decoding thread, which may never come back.
+            # Also after a reset of the pipe, which a killed agent can cause. Not sys.exit: that would wait for the
+            # decoding thread, which may never return.
             os._exit(1)
 
 
-def suffer(fault: str) -> None:
-    """Do what the fake engine was told to fall ill with."""
+def inject_fault(fault: str) -> None:
+    """Crash or hang, as the options of the fake engine ask."""
     if fault == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    while True:  # hang: alive, deaf and dumb
+    while True:  # hang: alive, without reading or writing
         signal.pause()
 
 
-def be_first_to_go() -> None:
-    """If memory runs out: this is what takes it, and the agent that survives has another one made."""
+def prefer_to_be_killed() -> None:
+    """If memory runs out, the kernel has to kill the engine, which uses it. The agent survives and starts another."""
     path = Path("/proc/self/oom_score_adj")
     try:
         if int(path.read_text(encoding="ascii")) < OOM_SCORE:
             path.write_text(str(OOM_SCORE), encoding="ascii")
     except OSError as error:
-        engine_log.tell(
-            f"{path}: {error.strerror}; if memory runs out the kernel may choose the agent", logging.WARNING
-        )
+        log.warning("%s: %s; if memory runs out the kernel may kill the agent instead", path, error.strerror)
 
 
 def main(arguments: list[str]) -> None:
     fd, parent = int(arguments[arguments.index("--fd") + 1]), int(arguments[arguments.index("--parent") + 1])
     end_with_parent(parent)
-    engine_log.begin(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
-    # Ctrl-C and a supervisor's SIGTERM reach the whole group; the agent decides how long to go on.
+    start_log(arguments[arguments.index("--worker") + 1] if "--worker" in arguments else "")
+    # Ctrl-C and SIGTERM reach the whole process group; the agent decides how long to go on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # A core file would hold people's prompts.
+    # A core file would contain prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    be_first_to_go()
+    prefer_to_be_killed()
     with socket.socket(fileno=fd) as pipe:
         Child(pipe).run()
 

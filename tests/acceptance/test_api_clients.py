@@ -17,12 +17,13 @@ from anthropic.types import Message, RawMessageStreamEvent
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from tests.integration.gateway_process import GatewayProcess, data_of, events
-from tests.integration.harness import TIMEOUT_S, Mesh
 
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaKnobs(slots=2, context=1024, threads=1))
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=2, context=1024, threads=1))
 MODEL = "smollm2"
 CAPITAL = "What is the capital of France? Answer in one word."
 SCHEMA = {

@@ -14,20 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.commands import PATIENCE_S, ROOT, Mesh, Running, environment, up
+from llambo.testing.commands import ROOT, Commands, environment, up
+from llambo.testing.processes import TIMEOUT_S, Process
 
 PAGE = (ROOT / "docs" / "bridge.md").read_text(encoding="utf-8")
 CROWD = 200
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
+def mesh() -> Iterator[Commands]:
     with up("--engine", "fake", "--workers", "1") as (mesh, _):
         yield mesh
 
 
 @contextmanager
-def bridge(mesh: Mesh, *words: str) -> Iterator[Running]:
+def bridge(mesh: Commands, *words: str) -> Iterator[Process]:
     with mesh.start("bridge", *words) as running:
         running.line("listening at")
         yield running
@@ -35,9 +36,7 @@ def bridge(mesh: Mesh, *words: str) -> Iterator[Running]:
 
 def netcat(*words: str, said: str) -> str:
     """What it prints until the bridge has closed."""
-    done = subprocess.run(
-        ["nc", "-N", *words], input=said.encode(), capture_output=True, timeout=PATIENCE_S, check=True
-    )
+    done = subprocess.run(["nc", "-N", *words], input=said.encode(), capture_output=True, timeout=TIMEOUT_S, check=True)
     return done.stdout.decode()
 
 
@@ -65,7 +64,7 @@ def shown(lines: list[str]) -> list[str]:
     return kept
 
 
-def test_the_session_of_the_page(mesh: Mesh, tmp_path: Path) -> None:
+def test_the_session_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
     said = "".join(f"{text}\n" for side, text in session() if side == ">")
     expected = shown([text for side, text in session() if side == "<"])
@@ -77,13 +76,13 @@ def test_the_session_of_the_page(mesh: Mesh, tmp_path: Path) -> None:
         assert (line[: len(begin)] if cut else line) == begin
 
 
-def test_the_program_of_the_page(mesh: Mesh, tmp_path: Path) -> None:
+def test_the_program_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     found = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None
     with bridge(mesh, "--socket", str(tmp_path / "b.sock")):
         done = subprocess.run(
             [sys.executable, "-c", found[1]], cwd=tmp_path, env=environment(), capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
+            timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 20
@@ -92,7 +91,7 @@ def test_the_program_of_the_page(mesh: Mesh, tmp_path: Path) -> None:
 # --- netcat --------------------------------------------------------------------------------------------------
 
 
-def test_many_netcats_at_once(mesh: Mesh, tmp_path: Path) -> None:
+def test_many_netcats_at_once(mesh: Commands, tmp_path: Path) -> None:
     """All of them are connected when the first one asks."""
     path = str(tmp_path / "b.sock")
     with bridge(mesh, "--socket", path, "--connections", str(CROWD)):
@@ -116,16 +115,16 @@ def test_many_netcats_at_once(mesh: Mesh, tmp_path: Path) -> None:
                 each.stdin.close()
                 each.stdin = None
             for each in crowd:
-                answers.append(json.loads(each.communicate(timeout=PATIENCE_S)[0])["data"])
+                answers.append(json.loads(each.communicate(timeout=TIMEOUT_S)[0])["data"])
         finally:
             for each in crowd:
                 each.kill()
-                each.wait(PATIENCE_S)
+                each.wait(TIMEOUT_S)
     assert len({answer["text"] for answer in answers}) == CROWD
     assert {answer["tokens"] for answer in answers} == {5}
 
 
-def test_lines_that_mean_nothing_are_answered(mesh: Mesh, tmp_path: Path) -> None:
+def test_lines_that_mean_nothing_are_answered(mesh: Commands, tmp_path: Path) -> None:
     path = str(tmp_path / "b.sock")
     lines = ["frob", "PING x", "INFER", "INFER {", 'INFER {"prompt": 1}', "LOAD nobody", "INFER " + 2_000 * "x", "\0"]
     with bridge(mesh, "--socket", path, "--line-bytes", "1024"):
@@ -134,7 +133,7 @@ def test_lines_that_mean_nothing_are_answered(mesh: Mesh, tmp_path: Path) -> Non
     assert all(line["message"] and line["data"]["hint"] for line in answered[:-1])
 
 
-def test_tcp_and_quit(mesh: Mesh) -> None:
+def test_tcp_and_quit(mesh: Commands) -> None:
     with mesh.start("bridge", "--tcp", "0", "--quit-stops") as running:
         port = running.line(r"listening at 127\.0\.0\.1 (\d+); try: nc 127")[1]
         assert "pong" in netcat("127.0.0.1", port, said="PING\n")
@@ -145,20 +144,20 @@ def test_tcp_and_quit(mesh: Mesh) -> None:
 # --- the process ---------------------------------------------------------------------------------------------
 
 
-def test_a_bridge_that_is_ended_takes_its_socket_along(mesh: Mesh, tmp_path: Path) -> None:
+def test_a_bridge_that_is_ended_takes_its_socket_along(mesh: Commands, tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
     with bridge(mesh, "--socket", str(path)) as running:
         second = mesh.llambo("bridge", "--socket", str(path))
-        assert second.code == 2 and f"a bridge is running at {path} already" in second.err
-        running.signal(signal.SIGTERM)
+        assert second.code == 2 and f"a bridge is already running at {path}" in second.err
+        running.send(signal.SIGTERM)
         assert running.end() == 0, running.story("it should have ended well")
     assert not path.exists()
 
 
-def test_what_a_killed_bridge_has_left_is_replaced(mesh: Mesh, tmp_path: Path) -> None:
+def test_what_a_killed_bridge_has_left_is_replaced(mesh: Commands, tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
     with bridge(mesh, "--socket", str(path)) as running:
-        running.signal(signal.SIGKILL)
+        running.send(signal.SIGKILL)
         running.end()
     assert path.is_socket()
     with bridge(mesh, "--socket", str(path)):
@@ -168,7 +167,7 @@ def test_what_a_killed_bridge_has_left_is_replaced(mesh: Mesh, tmp_path: Path) -
 def test_without_a_broker_it_does_not_begin(tmp_path: Path) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        away = Mesh(f"tcp://127.0.0.1:{nobody.getsockname()[1]}")
+        away = Commands(f"tcp://127.0.0.1:{nobody.getsockname()[1]}")
         done = away.llambo("bridge", "--socket", str(tmp_path / "b.sock"), "--connect-ms", "300")
     assert done.code == 3 and "no broker answers" in done.err
     assert not list(tmp_path.iterdir())

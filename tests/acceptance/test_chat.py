@@ -16,20 +16,11 @@ from typing import Any
 import pytest
 
 from llambo import SyncClient
-from llambo.cli.chat.chat_session import Session, Turn
-from llambo.cli.chat.chat_store import Store
+from llambo.cli.chat.store import SavedChat, Store, Turn
 from llambo.cli.kit.exits import Exit
-from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, WORKER, Done, Mesh, Running, environment, up
-from tests.acceptance.pty_screen import (
-    ALT_ENTER,
-    CTRL_C,
-    CTRL_D,
-    CTRL_R,
-    ENTER,
-    PASTE,
-    TAB,
-    PtyScreen,
-)
+from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, Done, command, environment, up
+from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, PASTE, TAB, Terminal
 
 #: An answer of the fake engine that nobody waits to the end of.
 ENDLESS = ("--max-tokens", "20000")
@@ -37,7 +28,7 @@ COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
+def mesh() -> Iterator[Commands]:
     with up("--workers", "2", "--fake-tokens-per-s", "100", "--fake-context-tokens", "30000") as (mesh, _):
         yield mesh
 
@@ -49,15 +40,15 @@ class Home:
         self.path = path
         self.env: dict[str, str | None] = {"XDG_STATE_HOME": str(path), "NO_COLOR": None}
 
-    def chat(self, mesh: Mesh, *words: str, **env: str | None) -> PtyScreen:
-        return PtyScreen("--broker", mesh.address, "chat", *words, env={**self.env, **env})
+    def chat(self, mesh: Commands, *words: str, **env: str | None) -> Terminal:
+        return Terminal("--broker", mesh.address, "chat", *words, env={**self.env, **env})
 
-    def run(self, mesh: Mesh, *words: str, stdin: str | None = None) -> Done:
+    def run(self, mesh: Commands, *words: str, stdin: str | None = None) -> Done:
         env = {**environment(), "XDG_STATE_HOME": str(self.path)}
         finished = subprocess.run(
             [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "chat", *words],
             stdin=subprocess.DEVNULL if stdin is None else None, input=stdin,
-            capture_output=True, text=True, env=env, cwd="/", timeout=PATIENCE_S, check=False,
+            capture_output=True, text=True, env=env, cwd="/", timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
         return Done(("chat", *words), finished)
 
@@ -71,11 +62,11 @@ def home(tmp_path: Path) -> Home:
     return Home(tmp_path)
 
 
-def idle(mesh: Mesh) -> bool:
+def idle(mesh: Commands) -> bool:
     return bool(mesh.ok("requests", "--json").json() == [])
 
 
-def truth(mesh: Mesh, messages: list[tuple[str, str]], seed: int, tokens: int) -> str:
+def truth(mesh: Commands, messages: list[tuple[str, str]], seed: int, tokens: int) -> str:
     """What the fake engine says to exactly these messages; to any others it says something else."""
     prompt = json.dumps([{"role": role, "content": content} for role, content in messages], ensure_ascii=False)
     with SyncClient(mesh.address) as client:
@@ -85,7 +76,7 @@ def truth(mesh: Mesh, messages: list[tuple[str, str]], seed: int, tokens: int) -
 # --- a conversation ----------------------------------------------------------------------------------------
 
 
-def test_every_command_of_a_conversation(mesh: Mesh, home: Home) -> None:
+def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", "--seed", "7", "--max-tokens", "6") as chat:
         chat.until("/help tells what can be typed")
         chat.enter("/help")
@@ -143,7 +134,7 @@ def test_every_command_of_a_conversation(mesh: Mesh, home: Home) -> None:
     assert len(home.session("mine")["turns"]) == 3
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Mesh, home: Home) -> None:
+def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", *ENDLESS) as chat:
         chat.until("\n>")
         chat.enter("talk on")
@@ -167,7 +158,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Mesh, home: Home) -> 
     assert " ".join(turn["answer"].split()[:8]) in " ".join(stopped.split())
 
 
-def test_a_session_goes_on_where_it_was(mesh: Mesh, home: Home) -> None:
+def test_a_session_goes_on_where_it_was(mesh: Commands, home: Home) -> None:
     words = ("--session", "mine", "--max-tokens", "4")
     with home.chat(mesh, *words, "--seed", "1", "--system", "Be kind.") as chat:
         chat.until("\n>")
@@ -197,7 +188,7 @@ def test_a_session_goes_on_where_it_was(mesh: Mesh, home: Home) -> None:
     assert stat.S_IMODE((folder / "mine.json").stat().st_mode) == 0o600
 
 
-def test_typing_several_lines_completion_and_lines_of_another_day(mesh: Mesh, home: Home) -> None:
+def test_typing_several_lines_completion_and_lines_of_another_day(mesh: Commands, home: Home) -> None:
     words = ("--session", "mine", "--max-tokens", "2")
     with home.chat(mesh, *words) as chat:
         chat.until("\n>")
@@ -237,7 +228,7 @@ def test_typing_several_lines_completion_and_lines_of_another_day(mesh: Mesh, ho
     assert stat.S_IMODE((home.path / "llambo" / "chat_history").stat().st_mode) == 0o600
 
 
-def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Mesh, home: Home) -> None:
+def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", "--max-tokens", "60") as chat:
         chat.until("\n>")
         chat.enter("first")
@@ -250,7 +241,7 @@ def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Mesh, home: 
     assert [turn["question"] for turn in home.session("mine")["turns"]] == ["first", "second"]
 
 
-def test_a_private_chat_leaves_nothing_behind(mesh: Mesh, home: Home) -> None:
+def test_a_private_chat_leaves_nothing_behind(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--private", "--max-tokens", "2") as chat:
         chat.until("\n>")
         chat.enter("a secret")
@@ -262,7 +253,7 @@ def test_a_private_chat_leaves_nothing_behind(mesh: Mesh, home: Home) -> None:
 
 
 @pytest.mark.parametrize("how", ["flag", "variable", "neither"])
-def test_colours_can_be_switched_off(mesh: Mesh, home: Home, how: str) -> None:
+def test_colours_can_be_switched_off(mesh: Commands, home: Home, how: str) -> None:
     words = ["--no-color"] if how == "flag" else []
     with home.chat(mesh, "--max-tokens", "3", *words, NO_COLOR="1" if how == "variable" else None) as chat:
         chat.until("\n>")
@@ -277,18 +268,18 @@ def test_colours_can_be_switched_off(mesh: Mesh, home: Home, how: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_an_answer_that_is_ended_with_the_program_is_kept(mesh: Mesh, home: Home, number: signal.Signals) -> None:
+def test_an_answer_that_is_ended_with_the_program_is_kept(mesh: Commands, home: Home, number: signal.Signals) -> None:
     with home.chat(mesh, "--session", "mine", *ENDLESS) as chat:
         chat.until("\n>")
         chat.enter("talk on")
         chat.until(lambda text: len(text.split()) > 10, after="> talk on")
-        chat.signal(number)
+        chat.send(number)
         assert chat.end() == 128 + number, chat.story("the exit status")
     assert home.session("mine")["turns"][0]["ending"] == "stopped"
 
     with home.chat(mesh, "--session", "mine") as chat:
         chat.until("1 turn so far")
-        chat.signal(number)
+        chat.send(number)
         assert chat.end() == 128 + number, chat.story("the exit status, while nothing was asked")
     assert idle(mesh)
 
@@ -300,7 +291,9 @@ def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
     with up("--workers", "1", "--fake-context-tokens", "600", "--fake-tokens-per-s", "1000") as (mesh, _):
         # A byte is a token of the fake engine; each turn has about 150 of them, with what stands around.
         Store(home.path / "llambo" / "chats").save(
-            Session("mine", turns=[Turn(f"question {number} {'x' * 40}", f"answer {'y' * 40}") for number in range(6)])
+            SavedChat(
+                "mine", turns=[Turn(f"question {number} {'x' * 40}", f"answer {'y' * 40}") for number in range(6)]
+            )
         )
         with home.chat(mesh, "--session", "mine", "--max-tokens", "200", "--seed", "5") as chat:
             chat.until("6 turns so far")
@@ -340,35 +333,35 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
 
 
 def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> None:
-    with Running(BROKER, "--port", "0") as broker:
+    with command(BROKER, "--port", "0") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
-        mesh = Mesh(f"tcp://127.0.0.1:{port}")
-        with Running(WORKER, "--broker", mesh.address, "--fake-tokens-per-s", "40") as worker:
+        mesh = Commands(f"tcp://127.0.0.1:{port}")
+        with command(WORKER, "--broker", mesh.address, "--fake-tokens-per-s", "40") as worker:
             worker.line("is ready")
             # Who knows of two looks for the other one as soon as the first is gone; nobody is at the second.
-            both = Mesh(f"{mesh.address},tcp://127.0.0.1:1")
+            both = Commands(f"{mesh.address},tcp://127.0.0.1:1")
             with home.chat(both, "--session", "mine", "--seed", "3", "--max-tokens", "60") as chat:
                 chat.until("\n>")
                 chat.enter("hello")
                 chat.until(lambda text: len(text.split()) > 5, after="> hello")
-                broker.signal(signal.SIGKILL)
+                broker.send(signal.SIGKILL)
                 broker.end()
                 chat.until("lost the broker")
-                with Running(BROKER, "--port", port) as again:
+                with command(BROKER, "--port", port) as again:
                     again.line("listening")
                     told = chat.until("tokens/s", after="> hello")
                     assert "lost the broker" not in told, "the line is gone with its reason"
                     chat.until("\n>", after="tokens/s")
                     answer = home.session("mine")["turns"][0]["answer"]
                     assert answer == truth(mesh, [("user", "hello")], 3, 60)
-                    again.signal(signal.SIGKILL)
+                    again.send(signal.SIGKILL)
                     again.end()
                     chat.until("no broker answers")
                     chat.press(CTRL_D)
                     assert chat.end() == Exit.OK
 
 
-def test_a_damaged_session_is_told_and_left_alone(mesh: Mesh, home: Home) -> None:
+def test_a_damaged_session_is_told_and_left_alone(mesh: Commands, home: Home) -> None:
     folder = home.path / "llambo" / "chats"
     folder.mkdir(parents=True)
     (folder / "mine.json").write_text('{"turns": [{"ques')
@@ -380,7 +373,7 @@ def test_a_damaged_session_is_told_and_left_alone(mesh: Mesh, home: Home) -> Non
     assert (folder / "mine.json").read_text() == '{"turns": [{"ques'
 
 
-def test_without_a_place_to_keep_it_an_answer_is_an_answer(mesh: Mesh, home: Home) -> None:
+def test_without_a_place_to_keep_it_an_answer_is_an_answer(mesh: Commands, home: Home) -> None:
     (home.path / "llambo").write_text("a file in the way")
 
     assert home.run(mesh, "--max-tokens", "3", "hello").code == Exit.OK
@@ -392,7 +385,7 @@ def test_without_a_place_to_keep_it_an_answer_is_an_answer(mesh: Mesh, home: Hom
 # --- a single answer -----------------------------------------------------------------------------------------
 
 
-def test_a_question_from_arguments_a_pipe_or_both(mesh: Mesh, home: Home) -> None:
+def test_a_question_from_arguments_a_pipe_or_both(mesh: Commands, home: Home) -> None:
     words = ("--seed", "7", "--max-tokens", "9")
 
     asked = home.run(mesh, *words, "What is AI?")
@@ -410,7 +403,7 @@ def test_a_question_from_arguments_a_pipe_or_both(mesh: Mesh, home: Home) -> Non
     assert not (home.path / "llambo").exists(), "a single answer is kept only if it is asked for"
 
 
-def test_a_single_answer_as_json_lines(mesh: Mesh, home: Home) -> None:
+def test_a_single_answer_as_json_lines(mesh: Commands, home: Home) -> None:
     accepted, *tokens, end = home.run(mesh, "--json", "--seed", "7", "--max-tokens", "5", "hi").lines()
 
     assert (accepted["type"], end["type"], end["tokens"], end["reason"]) == ("accepted", "end", 5, "length")
@@ -426,14 +419,14 @@ def test_a_single_answer_as_json_lines(mesh: Mesh, home: Home) -> None:
         ([""], Exit.REFUSED, "the prompt is empty"),
     ],
 )
-def test_what_is_wrong_has_its_exit_code(mesh: Mesh, home: Home, words: list[str], code: int, said: str) -> None:
+def test_what_is_wrong_has_its_exit_code(mesh: Commands, home: Home, words: list[str], code: int, said: str) -> None:
     done = home.run(mesh, *words)
 
     assert (done.code, done.out) == (code, ""), done.story
     assert said in done.err
 
 
-def test_an_interrupted_answer_is_cancelled_and_what_there_is_of_it_stays(mesh: Mesh, home: Home) -> None:
+def test_an_interrupted_answer_is_cancelled_and_what_there_is_of_it_stays(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, *ENDLESS, "hello") as chat:
         chat.until(lambda text: len(text.split()) > 10)
         chat.press(CTRL_C)
@@ -443,7 +436,7 @@ def test_an_interrupted_answer_is_cancelled_and_what_there_is_of_it_stays(mesh: 
     assert idle(mesh)
 
 
-def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh, home: Home) -> None:
+def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands, home: Home) -> None:
     command = [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "chat", *ENDLESS, "hello"]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
@@ -451,7 +444,7 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh, home: Home) -> None:
         assert asking.stdout is not None and asking.stderr is not None
         assert asking.stdout.read(10)
         asking.stdout.close()
-        assert asking.wait(PATIENCE_S) == Exit.OK
+        assert asking.wait(TIMEOUT_S) == Exit.OK
         assert asking.stderr.read() == b""
 
     assert idle(mesh)

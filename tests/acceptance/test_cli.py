@@ -17,21 +17,9 @@ import pytest
 from bench import tiny_model
 from llambo import SyncClient
 from llambo.cli.kit.exits import Exit
-from tests.acceptance.commands import (
-    BROKER,
-    LLAMBO,
-    PATIENCE_S,
-    ROOT,
-    WORKER,
-    Mesh,
-    Running,
-    Terminal,
-    by_hand,
-    environment,
-    family,
-    up,
-)
-from tests.integration.processes import children, wait_until_gone
+from llambo.testing.commands import BROKER, LLAMBO, ROOT, WORKER, Commands, by_hand, command, environment, up
+from llambo.testing.processes import TIMEOUT_S, children, family, wait_until_gone
+from llambo.testing.terminal import Terminal
 
 #: Far more tokens than any of these tests waits for.
 ENDLESS = ("--max-tokens", "20000")
@@ -39,13 +27,13 @@ FIRST_TOKEN = r'"type": "token"'
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
+def mesh() -> Iterator[Commands]:
     """Two workers, 200 tokens per second for each request."""
     with up("--workers", "2", "--fake-tokens-per-s", "200") as (mesh, _):
         yield mesh
 
 
-def nothing_runs(mesh: Mesh) -> bool:
+def nothing_runs(mesh: Commands) -> bool:
     return bool(mesh.ok("requests", "--json").json() == [])
 
 
@@ -63,13 +51,13 @@ def test_an_answer_streams_through_a_broker_and_a_worker_started_by_hand() -> No
         assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == said.out
         assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == said.out
         assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != said.out
-        worker.signal(signal.SIGTERM)
+        worker.send(signal.SIGTERM)
         assert worker.end() == 0, worker.story("SIGTERM")
-        broker.signal(signal.SIGTERM)
+        broker.send(signal.SIGTERM)
         assert broker.end() == 0, broker.story("SIGTERM")
 
 
-def test_json_lines_tell_the_whole_story(mesh: Mesh) -> None:
+def test_json_lines_tell_the_whole_story(mesh: Commands) -> None:
     plain = mesh.ok("send", "--seed", "7", "--max-tokens", "12", "hello").out
     accepted, *tokens, end = mesh.ok(
         "send", "-", "--json", "--seed", "7", "--max-tokens", "12", stdin="hello\n"
@@ -87,10 +75,10 @@ def test_json_lines_tell_the_whole_story(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
-def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Mesh, closed: str) -> None:
+def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
     done = subprocess.run(
         f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} send -v --max-tokens 5 hi {closed}",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
@@ -98,35 +86,35 @@ def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Mesh, closed:
 
 
 @pytest.mark.parametrize("words", ["send hi", "status", "workers"])
-def test_nobody_who_listens_is_no_error(mesh: Mesh, words: str) -> None:
+def test_nobody_who_listens_is_no_error(mesh: Commands, words: str) -> None:
     done = subprocess.run(
         f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >&-",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["send hi", "status"])
-def test_a_full_disk_is_one_line(mesh: Mesh, words: str) -> None:
+def test_a_full_disk_is_one_line(mesh: Commands, words: str) -> None:
     done = subprocess.run(
         f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >/dev/full",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=PATIENCE_S, check=False,
+        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
 
     assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
 
-def test_a_terminal_that_is_closed_cancels(mesh: Mesh) -> None:
+def test_a_terminal_that_is_closed_cancels(mesh: Commands) -> None:
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         sending.line(FIRST_TOKEN)
-        sending.signal(signal.SIGHUP)
+        sending.send(signal.SIGHUP)
         assert sending.end() == 128 + signal.SIGHUP, sending.story("the exit status")
 
     assert sending.objects()[-1]["reason"] == "cancelled"
 
 
-def test_the_port_for_workers_is_recognized(mesh: Mesh) -> None:
+def test_the_port_for_workers_is_recognized(mesh: Commands) -> None:
     host, _, port = mesh.address.rpartition(":")
     done = mesh.llambo("--broker", f"{host}:{int(port) + 1}", "status")
 
@@ -135,19 +123,19 @@ def test_the_port_for_workers_is_recognized(mesh: Mesh) -> None:
 
 
 def test_a_broker_that_is_lost_is_said_and_so_is_its_return() -> None:
-    with Running(BROKER, "--port", "0") as broker:
+    with command(BROKER, "--port", "0") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         address = f"tcp://127.0.0.1:{port}"
-        with Running(WORKER, "--broker", address, "--fake-tokens-per-s", "50") as worker:
+        with command(WORKER, "--broker", address, "--fake-tokens-per-s", "50") as worker:
             worker.line("is ready")
-            with Running(LLAMBO, "--broker", address, "send", "-v", "--json", *ENDLESS, "hello") as sending:
+            with command(LLAMBO, "--broker", address, "send", "-v", "--json", *ENDLESS, "hello") as sending:
                 sending.line(FIRST_TOKEN)
-                broker.signal(signal.SIGKILL)
+                broker.send(signal.SIGKILL)
                 broker.end()
                 sending.line("lost the broker .*; trying again")
-                with Running(BROKER, "--port", port):
+                with command(BROKER, "--port", port):
                     sending.line("the broker is back")
-                    sending.signal(signal.SIGINT)
+                    sending.send(signal.SIGINT)
                     sending.end()
             assert sum("lost the broker" in line for line in sending.err) == 1
 
@@ -155,14 +143,14 @@ def test_a_broker_that_is_lost_is_said_and_so_is_its_return() -> None:
 def test_a_worker_says_once_that_its_name_is_taken() -> None:
     with (
         by_hand(["--name", "tiny"]) as (mesh, _, _),
-        Running(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
+        command(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
     ):
-        second.line("another worker is called 'tiny'.*choose another --name; trying on")
+        second.line("another worker is called 'tiny'.*choose another --name; trying again")
 
 
 def test_a_worker_without_a_broker_says_so() -> None:
-    with Running(WORKER, "--broker", "tcp://127.0.0.1:1") as worker:
-        worker.line("no broker answers at tcp://127.0.0.1:1; trying on")
+    with command(WORKER, "--broker", "tcp://127.0.0.1:1") as worker:
+        worker.line("no broker answers at tcp://127.0.0.1:1; trying again")
 
 
 def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
@@ -175,19 +163,19 @@ def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
             os.close(theirs)
             said = b""
             while b"Ctrl-C stops everything" not in said:
-                assert select.select([screen], [], [], PATIENCE_S)[0], said
+                assert select.select([screen], [], [], TIMEOUT_S)[0], said
                 said += os.read(screen, 4096)
             pids = family(running.pid)
             os.close(screen)
             running.send_signal(signal.SIGHUP)
-            assert running.wait(PATIENCE_S) == Exit.OK
+            assert running.wait(TIMEOUT_S) == Exit.OK
         finally:
             running.kill()
     for pid in pids:
-        wait_until_gone(pid, PATIENCE_S)
+        wait_until_gone(pid, TIMEOUT_S)
 
 
-def test_without_a_stream_the_answer_comes_whole(mesh: Mesh) -> None:
+def test_without_a_stream_the_answer_comes_whole(mesh: Commands) -> None:
     accepted, token, end = mesh.ok("send", "--json", "--no-stream", "--seed", "7", "--max-tokens", "30", "hi").lines()
 
     assert [line["type"] for line in (accepted, token, end)] == ["accepted", "token", "end"]
@@ -195,7 +183,7 @@ def test_without_a_stream_the_answer_comes_whole(mesh: Mesh) -> None:
     assert mesh.ok("send", "--no-stream", "--seed", "7", "--max-tokens", "30", "hi").out == token["text"] + "\n"
 
 
-def test_generation_ends_before_a_stop_text(mesh: Mesh) -> None:
+def test_generation_ends_before_a_stop_text(mesh: Commands) -> None:
     words = mesh.ok("send", "--seed", "7", "--max-tokens", "30", "hello").out.split()
 
     *_, end = mesh.ok(
@@ -205,7 +193,7 @@ def test_generation_ends_before_a_stop_text(mesh: Mesh) -> None:
     assert (end["reason"], end["tokens"]) == ("stop", 9)
 
 
-def test_a_detached_request_runs_on_and_is_attached_to_by_the_beginning_of_its_id(mesh: Mesh) -> None:
+def test_a_detached_request_runs_on_and_is_attached_to_by_the_beginning_of_its_id(mesh: Commands) -> None:
     id = mesh.ok("send", "--detach", "--seed", "7", "--max-tokens", "60", "hello").out.strip()
 
     first = mesh.ok("attach", id[:10])
@@ -216,7 +204,7 @@ def test_a_detached_request_runs_on_and_is_attached_to_by_the_beginning_of_its_i
     assert id in mesh.ok("why", id[:8]).out
 
 
-def test_an_answer_that_is_over_is_attached_to_with_the_same_lines(mesh: Mesh) -> None:
+def test_an_answer_that_is_over_is_attached_to_with_the_same_lines(mesh: Commands) -> None:
     id = mesh.ok("send", "--detach", "--json", "--max-tokens", "2", "hello").json()["id"]
     mesh.ok("attach", id)
 
@@ -226,11 +214,11 @@ def test_an_answer_that_is_over_is_attached_to_with_the_same_lines(mesh: Mesh) -
     assert sum(len(token["ids"]) for token in tokens) == end["tokens"] == 2
 
 
-def test_ctrl_c_leaves_an_attached_request_alone(mesh: Mesh) -> None:
+def test_ctrl_c_leaves_an_attached_request_alone(mesh: Commands) -> None:
     id = mesh.ok("send", "--detach", *ENDLESS, "hello").out.strip()
     with mesh.start("attach", "--json", id) as attached:
         attached.line(FIRST_TOKEN)
-        attached.signal(signal.SIGINT)
+        attached.send(signal.SIGINT)
         assert attached.end() == Exit.INTERRUPTED
         assert f"llambo attach {id}" in attached.err[-1]
 
@@ -242,12 +230,13 @@ def test_ctrl_c_leaves_an_attached_request_alone(mesh: Mesh) -> None:
 def test_on_a_terminal_the_place_in_the_queue_is_shown() -> None:
     with by_hand(["--slots", "1", "--fake-tokens-per-s", "50"]) as (mesh, _, _):
         first, second = (mesh.ok("send", "--detach", *ENDLESS, "hello").out.strip() for _ in range(2))
-        with Terminal(LLAMBO, "--broker", mesh.address, "send", "--seed", "7", "--max-tokens", "2", "hello") as shown:
-            shown.until("waiting, 1 ahead")
+        words = ["send", "--seed", "7", "--max-tokens", "2", "hello"]
+        with Terminal("--broker", mesh.address, *words, only_stderr=True) as shown:
+            shown.until_raw("waiting, 1 ahead")
             mesh.ok("cancel", second)
-            shown.until("waiting, next in line")
+            shown.until_raw("waiting, next in line")
             mesh.ok("cancel", first)
-            shown.until("\r\x1b[K")
+            shown.until_raw("\r\x1b[K")
             assert shown.end() == Exit.OK
         assert len(shown.out.split()) == 2
 
@@ -256,11 +245,11 @@ def test_on_a_terminal_the_place_in_the_queue_is_shown() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, Exit.INTERRUPTED), (signal.SIGTERM, 143)])
-def test_an_interrupt_cancels_on_the_worker(mesh: Mesh, number: int, code: int) -> None:
+def test_an_interrupt_cancels_on_the_worker(mesh: Commands, number: int, code: int) -> None:
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         id = sending.line(r'"accepted", "id": "(\w+)"')[1]
         sending.line(FIRST_TOKEN)
-        sending.signal(number)
+        sending.send(number)
         assert sending.end() == code, sending.story("the exit status")
         end = sending.objects()[-1]
 
@@ -272,17 +261,17 @@ def test_an_interrupt_cancels_on_the_worker(mesh: Mesh, number: int, code: int) 
 def test_a_second_ctrl_c_does_not_wait_for_a_broker_that_is_stuck() -> None:
     with by_hand(["--fake-tokens-per-s", "100"]) as (mesh, broker, _), mesh.start("send", "--json", "a") as sending:
         sending.line(FIRST_TOKEN)
-        broker.signal(signal.SIGSTOP)
+        broker.send(signal.SIGSTOP)
         try:
-            sending.signal(signal.SIGINT)
-            sending.signal(signal.SIGTERM)
+            sending.send(signal.SIGINT)
+            sending.send(signal.SIGTERM)
             # Whichever the kernel hands over first: neither waits for the END.
             assert sending.end(1.5) in (130, 143)
         finally:
-            broker.signal(signal.SIGCONT)
+            broker.send(signal.SIGCONT)
 
 
-def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh) -> None:
+def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands) -> None:
     sending = subprocess.Popen(
         [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "send", "--json", *ENDLESS, "hello"],
         stdout=subprocess.PIPE,
@@ -290,10 +279,10 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh) -> None:
         env=environment(),
     )
     with sending:
-        head = subprocess.run(["head", "-3"], stdin=sending.stdout, capture_output=True, timeout=PATIENCE_S, check=True)
+        head = subprocess.run(["head", "-3"], stdin=sending.stdout, capture_output=True, timeout=TIMEOUT_S, check=True)
         assert sending.stdout is not None
         sending.stdout.close()  # ours: `head` was the other reader
-        assert sending.wait(PATIENCE_S) == Exit.OK
+        assert sending.wait(TIMEOUT_S) == Exit.OK
         assert sending.stderr is not None
         assert sending.stderr.read() == b""
 
@@ -301,7 +290,7 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Mesh) -> None:
     assert nothing_runs(mesh)
 
 
-def test_a_deadline_ends_it_and_keeps_what_there_is(mesh: Mesh) -> None:
+def test_a_deadline_ends_it_and_keeps_what_there_is(mesh: Commands) -> None:
     done = mesh.llambo("send", "--deadline", "300ms", *ENDLESS, "hello")
 
     assert done.code == Exit.TIMEOUT, done.story
@@ -309,7 +298,7 @@ def test_a_deadline_ends_it_and_keeps_what_there_is(mesh: Mesh) -> None:
     assert len(done.out.split()) > 5
 
 
-def test_a_timeout_of_its_own_cancels_too(mesh: Mesh) -> None:
+def test_a_timeout_of_its_own_cancels_too(mesh: Commands) -> None:
     done = mesh.llambo("send", "--timeout-ms", "300", *ENDLESS, "hello")
 
     assert done.code == Exit.TIMEOUT, done.story
@@ -320,7 +309,7 @@ def test_a_timeout_of_its_own_cancels_too(mesh: Mesh) -> None:
 # --- what can be wrong ---------------------------------------------------------------------------------
 
 
-def test_an_unknown_model_is_refused_and_the_known_ones_are_listed(mesh: Mesh) -> None:
+def test_an_unknown_model_is_refused_and_the_known_ones_are_listed(mesh: Commands) -> None:
     done = mesh.llambo("send", "--json", "--model", "gpt-9", "hello")
 
     assert done.code == Exit.REFUSED, done.story
@@ -340,7 +329,7 @@ def test_with_several_models_one_must_be_named() -> None:
         assert end["worker"] == "b"
 
 
-def test_an_empty_prompt_is_refused(mesh: Mesh) -> None:
+def test_an_empty_prompt_is_refused(mesh: Commands) -> None:
     done = mesh.llambo("send", "-", stdin="")
 
     assert done.code == Exit.REFUSED, done.story
@@ -348,7 +337,7 @@ def test_an_empty_prompt_is_refused(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("command", ["why", "cancel", "attach"])
-def test_an_unknown_id_has_its_own_exit_code(mesh: Mesh, command: str) -> None:
+def test_an_unknown_id_has_its_own_exit_code(mesh: Commands, command: str) -> None:
     done = mesh.llambo(command, "ffffffffffff")
 
     assert done.code == Exit.UNKNOWN_ID, done.story
@@ -356,7 +345,7 @@ def test_an_unknown_id_has_its_own_exit_code(mesh: Mesh, command: str) -> None:
 
 
 def test_no_broker_is_said_with_what_to_do() -> None:
-    done = Mesh("tcp://127.0.0.1:1").llambo("send", "--connect-ms", "200", "hello")
+    done = Commands("tcp://127.0.0.1:1").llambo("send", "--connect-ms", "200", "hello")
 
     assert done.code == Exit.NO_BROKER, done.story
     assert done.err == (
@@ -368,7 +357,7 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
     (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
     (tmp_path / "junk.gguf").write_bytes(b"junk")
     words = ("models", "--connect-ms", "200", "--models-dir", str(tmp_path))
-    nowhere = Mesh("tcp://127.0.0.1:1")
+    nowhere = Commands("tcp://127.0.0.1:1")
 
     shown = nowhere.ok(*words).out
     told = nowhere.ok(*words, "--json").json()
@@ -390,7 +379,7 @@ def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Pa
     with by_hand() as (mesh, _, _):
         size = ("--ctx", str(16 * 2**20), "--slots", "64") if kind == "too large" else ()
         words = ("--broker", mesh.address, "--engine", "llama", "--model", str(path))
-        with Running(WORKER, *words, *size) as worker:
+        with command(WORKER, *words, *size) as worker:
             assert worker.end() == Exit.ERROR
         said = " ".join(worker.err)
         assert f"cannot serve {path}: {path} " in said
@@ -412,7 +401,7 @@ def test_a_broker_without_workers_says_so() -> None:
 # --- looking -------------------------------------------------------------------------------------------
 
 
-def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Mesh) -> None:
+def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Commands) -> None:
     mesh.ok("send", "--max-tokens", "3", "hello")
     shown = {name: mesh.ok(name).out for name in ("status", "workers", "models", "events")}
 
@@ -432,7 +421,7 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Mesh) -> None:
     assert mesh.ok("events", "--since", str(last), "--json").json() == []
 
 
-def test_why_tells_the_steps_of_a_request(mesh: Mesh) -> None:
+def test_why_tells_the_steps_of_a_request(mesh: Commands) -> None:
     id = mesh.ok("send", "--json", "--max-tokens", "3", "hello").lines()[0]["id"]
 
     shown = mesh.ok("why", id[:12]).out
@@ -443,7 +432,7 @@ def test_why_tells_the_steps_of_a_request(mesh: Mesh) -> None:
     assert steps[-1] == "ended"
 
 
-def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Mesh) -> None:
+def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Commands) -> None:
     assert "takes no new work" in mesh.ok("drain", "worker-1").out
     try:
         ends = [mesh.ok("send", "--json", "--max-tokens", "2", "hello").lines()[-1] for _ in range(3)]
@@ -457,7 +446,7 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Mesh) -> None:
     assert done.code == Exit.UNKNOWN_ID, done.story
 
 
-def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(mesh: Mesh) -> None:
+def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(mesh: Commands) -> None:
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         id = sending.line(r'"accepted", "id": "(\w+)"')[1]
         sending.line(FIRST_TOKEN)
@@ -476,11 +465,11 @@ def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on
             assert f"{name} is being emptied" in str(why["story"])
         finally:
             mesh.ok("drain", name, "--undo")
-        sending.signal(signal.SIGINT)
+        sending.send(signal.SIGINT)
         sending.end()
 
 
-def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Mesh) -> None:
+def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Commands) -> None:
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         id = sending.line(r'"accepted", "id": "(\w+)"')[1]
         sending.line(FIRST_TOKEN)
@@ -489,14 +478,14 @@ def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Mesh) -> None
             draining.line("1 request is still running there")
             mesh.ok("drain", name, "--undo")
             assert draining.end() == Exit.ERROR, draining.story("the exit status")
-            assert draining.said[-1] == f"{name} works again"
+            assert draining.lines[-1] == f"{name} works again"
         with mesh.start("drain", name) as draining:
             draining.line("1 request is still running there")
-            draining.signal(signal.SIGINT)
+            draining.send(signal.SIGINT)
             assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
-            assert f"`llambo drain {name} --undo` takes it back" in draining.said[-1]
+            assert f"`llambo drain {name} --undo` takes it back" in draining.lines[-1]
         mesh.ok("drain", name, "--undo")
-        sending.signal(signal.SIGINT)
+        sending.send(signal.SIGINT)
         sending.end()
 
 
@@ -534,31 +523,31 @@ def test_ctrl_c_stops_a_whole_mesh_and_leaves_no_process() -> None:
         assert len(pids) == 5, "a broker, two agents, two engines"
         with mesh.start("send", "--json", "--max-tokens", "50", "hello") as sending:
             sending.line(FIRST_TOKEN)
-            running.signal(signal.SIGINT)
+            running.send(signal.SIGINT)
             # Stopping is orderly: what runs is finished first, and its end still finds a broker.
             assert running.end() == Exit.OK, running.story("the exit status")
             assert sending.end() == Exit.OK, sending.story("the exit status")
             assert sending.objects()[-1]["tokens"] == 50
         for pid in pids:
-            wait_until_gone(pid, PATIENCE_S)
-        assert running.said[-2:] == ["llambo up: stopping", "llambo up: stopped"]
+            wait_until_gone(pid, TIMEOUT_S)
+        assert running.lines[-2:] == ["llambo up: stopping", "llambo up: stopped"]
 
 
 def test_a_killed_up_takes_its_children_with_it() -> None:
     with up("--workers", "1") as (_, running):
         pids = family(running.pid)
-        running.signal(signal.SIGKILL)
+        running.send(signal.SIGKILL)
         running.end()
         for pid in pids:
-            wait_until_gone(pid, PATIENCE_S)
+            wait_until_gone(pid, TIMEOUT_S)
 
 
 def test_a_port_that_is_taken_is_said_at_once() -> None:
     with by_hand() as (mesh, _, _):
         port = mesh.address.rpartition(":")[2]
-        with Running(LLAMBO, "up", "--port", port) as second:
+        with command(LLAMBO, "up", "--port", port) as second:
             assert second.end() == Exit.ERROR, second.story("the exit status")
-            second_said = "\n".join(second.said)
+            second_said = "\n".join(second.lines)
 
     assert f"cannot listen on 127.0.0.1, ports {port} to" in second_said
     assert "--port 0 takes any free ports" in second_said
@@ -572,7 +561,7 @@ def test_the_demo_shows_a_stream_that_survives_its_worker() -> None:
         text=True,
         env=environment(),
         cwd=ROOT,
-        timeout=6 * PATIENCE_S,
+        timeout=6 * TIMEOUT_S,
         check=False,
     )  # fmt: skip
 
@@ -585,10 +574,10 @@ def test_the_demo_shows_a_stream_that_survives_its_worker() -> None:
 def test_a_mesh_answers_over_http_and_its_gateway_is_started_again() -> None:
     with up("--workers", "1", "--engine", "fake", "--http-port", "0") as (_, running):
         line = running.line(r"curl (http://127.0.0.1:\d+)/v1/chat/completions -d '(\{.*\})'")
-        with urllib.request.urlopen(f"{line[1]}/v1/chat/completions", line[2].encode(), PATIENCE_S) as reply:
+        with urllib.request.urlopen(f"{line[1]}/v1/chat/completions", line[2].encode(), TIMEOUT_S) as reply:
             assert json.load(reply)["choices"][0]["message"]["content"]
         (gateway,) = [pid for pid in children(running.pid) if b"gateway" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(gateway, signal.SIGKILL)
         running.line("gateway is ready again")
-        with urllib.request.urlopen(f"{line[1]}/healthz", timeout=PATIENCE_S) as reply:
+        with urllib.request.urlopen(f"{line[1]}/healthz", timeout=TIMEOUT_S) as reply:
             assert reply.status == 200

@@ -15,17 +15,18 @@ import pytest
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 pytestmark = pytest.mark.skipif(bool(browser.hindrance()), reason=browser.hindrance())
 
 SMUGGLED = "<img src=x onerror=alert(1)>"
-KNOBS = FakeKnobs(slots=4, tokens_per_s=60)
+KNOBS = FakeOptions(slots=4, tokens_per_s=60)
 #: How a worker's row says its state, by the worker's name.
 STATE = """name => [...document.querySelectorAll("#workers-table tbody tr")]
     .find(row => row.querySelector(".title").textContent === name)?.querySelector(".state .word").textContent"""
@@ -39,7 +40,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=3, knobs=KNOBS, worker=WorkerConfig(node_class="tiny")) as mesh:
+    with Mesh(workers=3, fake=KNOBS, worker=WorkerConfig(node_class="tiny")) as mesh:
         yield mesh
 
 
@@ -153,7 +154,7 @@ def test_a_death_and_a_recovery_are_on_the_page(mesh: Mesh, look: Look) -> None:
 
 def test_a_broker_that_is_gone_is_said_and_another_one_is_shown(chromium: Any) -> None:
     with (
-        Mesh(workers=1, knobs=KNOBS, broker="process") as mesh,
+        Mesh(workers=1, fake=KNOBS, broker="process") as mesh,
         GatewayProcess(mesh.address) as gateway,
         looking(chromium, gateway) as look,
     ):
@@ -245,7 +246,7 @@ def test_what_the_mesh_says_is_text(chromium: Any) -> None:
     """From an empty mesh, which says what to do, to one with names that no page should trust."""
     hostile = WorkerConfig(node_class=SMUGGLED, model=SMUGGLED)
     with (
-        Mesh(workers=0, knobs=KNOBS, worker=hostile) as mesh,
+        Mesh(workers=0, fake=KNOBS, worker=hostile) as mesh,
         GatewayProcess(mesh.address) as gateway,
         looking(chromium, gateway, board=False) as look,
     ):
@@ -311,7 +312,7 @@ def folder(tmp_path: Path) -> Folder:
 
 def test_with_keys_it_is_for_admins(chromium: Any, folder: Folder) -> None:
     with (
-        Mesh(workers=1, knobs=KNOBS, keys=folder) as mesh,
+        Mesh(workers=1, fake=KNOBS, keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
         looking(chromium, gateway, board=False) as look,
     ):

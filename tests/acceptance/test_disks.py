@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, WORKER, Mesh, environment
+from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, environment
+from llambo.testing.processes import TIMEOUT_S
 from tests.chaos.world import free_port
 
 FULL = "/dev/full"
@@ -37,12 +38,12 @@ def unheard(how: str, commands: Sequence[list[str]]) -> Iterator[list[subprocess
     finally:
         for process in started:
             process.kill()
-            process.wait(PATIENCE_S)
+            process.wait(TIMEOUT_S)
 
 
 @pytest.mark.parametrize("how", ["full", "gone"])
 def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
-    mesh = Mesh(f"tcp://127.0.0.1:{(port := free_port(21_000))}")
+    mesh = Commands(f"tcp://127.0.0.1:{(port := free_port(21_000))}")
     commands = [
         [BROKER, "-v", "--port", str(port)],
         [WORKER, "-v", "--broker", mesh.address, "--name", "w"],
@@ -53,12 +54,12 @@ def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
         assert answer.out.count(" ") == 5
         for process in (worker, broker):
             process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE_S) == 0
+            assert process.wait(TIMEOUT_S) == 0
 
 
 def test_a_whole_mesh_that_nobody_hears_works_on() -> None:
-    mesh = Mesh(f"tcp://127.0.0.1:{(port := free_port(22_000))}")
+    mesh = Commands(f"tcp://127.0.0.1:{(port := free_port(22_000))}")
     with unheard("full", [[LLAMBO, "up", "--workers", "1", "--port", str(port)]]) as (running,):
         assert mesh.ok("send", "--max-tokens", "5", "hello").out.count(" ") == 5
         running.send_signal(signal.SIGTERM)
-        assert running.wait(PATIENCE_S) == 0
+        assert running.wait(TIMEOUT_S) == 0

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.acceptance.commands import LLAMBO, PATIENCE_S, Done, Mesh, Running, by_hand
-from tests.integration.processes import wait_until_gone
+from llambo.testing.commands import LLAMBO, Commands, Done, by_hand, command
+from llambo.testing.processes import TIMEOUT_S, wait_until_gone
 
 FILE = """
 [hosts.here]
@@ -56,7 +56,7 @@ class Site:
         return ["--file", str(self.file), "--state", str(self.state)]
 
     def fleet(self, *words: str) -> Done:
-        return Mesh("tcp://127.0.0.1:1").llambo("fleet", *words, *self.flags(), timeout_s=60)
+        return Commands("tcp://127.0.0.1:1").llambo("fleet", *words, *self.flags(), timeout_s=60)
 
     def ok(self, *words: str) -> Done:
         done = self.fleet(*words)
@@ -66,8 +66,8 @@ class Site:
     def nodes(self) -> dict[str, dict[str, Any]]:
         return {node["node"]: node for node in self.ok("status", "--json").json()["nodes"]}
 
-    def mesh(self) -> Mesh:
-        return Mesh(self.ok("status", "--json").json()["broker"])
+    def mesh(self) -> Commands:
+        return Commands(self.ok("status", "--json").json()["broker"])
 
     def processes(self) -> list[int]:
         """All that run with a lock of this fleet."""
@@ -164,11 +164,11 @@ def test_what_has_died_is_begun_again_and_what_fails_is_told(site: Site) -> None
 
 def test_an_apply_that_is_killed_is_gone_on_with_and_two_are_not_at_work_at_once(site: Site) -> None:
     site.write(FILE.replace('engine = "fake"', 'engine = "fake"\nfake.load_ms = 1500'))
-    with Running(LLAMBO, "fleet", "apply", *site.flags()) as applying:
+    with command(LLAMBO, "fleet", "apply", *site.flags()) as applying:
         applying.line("broker is ready")
         refused = site.fleet("apply")
         assert refused.code == 5 and "another `llambo fleet` is at work" in refused.err, refused.story
-        applying.signal(signal.SIGKILL)
+        applying.send(signal.SIGKILL)
         applying.end()
     site.ok("apply")
     nodes = site.nodes()
@@ -214,7 +214,7 @@ min = 1
 
 def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
     site.write(RUN)
-    with Running(LLAMBO, "fleet", "run", *site.flags()) as running:
+    with command(LLAMBO, "fleet", "run", *site.flags()) as running:
         running.line("tiny-0001 is ready")
         mesh = site.mesh()
         with ExitStack() as all_of_them:
@@ -239,11 +239,11 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         site.write(RUN.replace("max = 4", "max = "))
         running.line(r"the changed file is not used: .*fleet.toml is not TOML")
         site.write(RUN)
-        running.signal(signal.SIGKILL)
+        running.send(signal.SIGKILL)
         running.end()
 
     before = set(site.processes())
-    with Running(LLAMBO, "fleet", "run", *site.flags()) as running:
+    with command(LLAMBO, "fleet", "run", *site.flags()) as running:
         running.line("runs fleet, as in")
         running.line("bad keeps failing on here, 3 times in a row", 40)
         nodes = site.nodes()
@@ -251,7 +251,7 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
             "all of them are the old ones"
         )
         assert len(nodes) == len({node["pid"] for node in nodes.values()})
-        running.signal(signal.SIGTERM)
+        running.send(signal.SIGTERM)
         running.line("stopped; the workers keep running")
         assert running.end() == 0
     assert site.nodes()["broker"]["state"] == "ready" and site.ok("status", "--json").json()["orchestrator"] is None
@@ -279,9 +279,9 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         words = ["--broker", mesh.address, "fleet", "run"]
         for site in (first, second):
             site.write(FAR)
-        leader = both.enter_context(Running(LLAMBO, *words, *first.flags()))
+        leader = both.enter_context(command(LLAMBO, *words, *first.flags()))
         leader.line("leads from now on")
-        other = both.enter_context(Running(LLAMBO, *words, *second.flags()))
+        other = both.enter_context(command(LLAMBO, *words, *second.flags()))
         other.line("stands by: fleet .* has the lease")
 
         # Nobody serves it, and it is not refused: it waits for the worker that is begun for it.
@@ -289,13 +289,13 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         assert answer.out.strip()
         leader.line("tiny: scaling up from 0 to 1")
         # What it has to tell goes along with its lease, which it renews every second.
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while "scaling up" not in (events := mesh.ok("events").out):
             assert time.monotonic() < deadline, events
         assert first.processes() and not second.processes()
 
         # The one that stands by takes over when the other one is gone, at the latest when its lease is over.
-        leader.signal(signal.SIGKILL)
+        leader.send(signal.SIGKILL)
         leader.end()
         other.line("leads from now on")
         assert not second.processes(), "its worker is there, and serves"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llambo.mesh.client.client import Client
-from tests.acceptance.commands import LLAMBO, Running
+from llambo.testing.commands import LLAMBO, command
+from llambo.testing.processes import Process
 from tests.acceptance.test_fleet import Site, end_all
 
 FILE = """
@@ -95,8 +96,8 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
     # Another version: it needs a file, which is there for three of them.
     site.write(FILE + f'fake.load_file = "{weights}"\n')
 
-    def update() -> Running:
-        with Running(LLAMBO, "fleet", "apply", *site.flags()) as applying:
+    def update() -> Process:
+        with command(LLAMBO, "fleet", "apply", *site.flags()) as applying:
             applying.line("tiny-0003 is replaced, 3 of 8", 40)
             weights.unlink()
             assert applying.end(40) == 1, applying.story("it should have failed")
@@ -144,7 +145,7 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
 def test_an_orchestrator_restarts_updates_and_takes_back(site: Site, tmp_path: Path) -> None:
     small = FILE.replace("min = 8", "min = 3")
     site.write(small)
-    with Running(LLAMBO, "fleet", "run", *site.flags()) as running:
+    with command(LLAMBO, "fleet", "run", *site.flags()) as running:
         for number in (1, 2, 3):
             running.line(f"tiny-000{number} is ready")
         first = site.nodes()
@@ -161,7 +162,7 @@ def test_an_orchestrator_restarts_updates_and_takes_back(site: Site, tmp_path: P
         third = site.nodes()
         assert {third[name]["pid"] == second[name]["pid"] for name in ("tiny-0002", "tiny-0003")} == {True}
         assert versions(site) == {"tiny-0001": True, "tiny-0002": True, "tiny-0003": True}
-        running.signal(signal.SIGTERM)
+        running.send(signal.SIGTERM)
         assert running.end() == 0
     site.ok("down")
 

@@ -11,14 +11,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from llambo.testing.mesh import Mesh
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from tests.integration.gateway_process import GatewayProcess
-from tests.integration.harness import Mesh
 
 HERE = Path(__file__).resolve().parent / "node"
 PLACE = Path(__file__).resolve().parents[2] / "build" / "node"
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaKnobs(slots=4, context=1024, threads=2))
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=2))
 #: A registry may be slow.
 FETCH_S, RUN_S = 300.0, 120.0
 

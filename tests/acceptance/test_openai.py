@@ -14,12 +14,13 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from tests.integration.gateway_process import GatewayProcess
-from tests.integration.harness import TIMEOUT_S, Mesh
 
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaKnobs(slots=4, context=1024, threads=1))
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1))
 MODEL = "smollm2"
 TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": text, "parameters": {

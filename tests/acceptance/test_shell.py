@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from llambo.cli.kit.exits import Exit
-from tests.acceptance.commands import BROKER, LLAMBO, PATIENCE_S, Mesh, Running, environment, up
-from tests.acceptance.typed import CTRL_C, CTRL_D, TAB, Typed
+from llambo.testing.commands import BROKER, LLAMBO, Commands, command, environment, up
+from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.terminal import CTRL_C, CTRL_D, TAB, Terminal
 
 PROMPT = "llambo>"
 ID = r"([0-9a-f]{32})"
@@ -24,23 +25,24 @@ WORDS = r"(?:[a-z]{4} ){3}"
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
+def mesh() -> Iterator[Commands]:
     """Two workers, 100 tokens per second for each request."""
     with up("--workers", "2", "--fake-tokens-per-s", "100") as (mesh, _):
         yield mesh
 
 
-def at_terminal(mesh: Mesh, *words: str, **more: str) -> Typed:
-    return Typed("--broker", mesh.address, "shell", *words, **more)
+def at_terminal(mesh: Commands, *words: str, **more: str) -> Terminal:
+    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **more}
+    return Terminal("--broker", mesh.address, "shell", *words, env=env, rows=50, columns=160)
 
 
 # --- at a terminal -------------------------------------------------------------------------------------
 
 
-def test_every_command_at_the_prompt(mesh: Mesh, tmp_path: Path) -> None:
+def test_every_command_at_the_prompt(mesh: Commands, tmp_path: Path) -> None:
     with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
-        shell.until("2 of 2 workers ready.*`help` lists the commands")
-        shell.until(PROMPT)
+        shell.expect("2 of 2 workers ready.*`help` lists the commands")
+        shell.expect(PROMPT)
         for line, said in (
             ("help", "watch +Keep on screen"),
             ("help infer", "Usage: infer "),
@@ -63,10 +65,10 @@ def test_every_command_at_the_prompt(mesh: Mesh, tmp_path: Path) -> None:
             ("statsu", "'status' is"),
             ("why ffff", "no request ffff is known"),
         ):
-            shell.line(line)
-            shell.until(said)
-        shell.line("send --detach --max-tokens 20000 long")
-        id = shell.until(ID)[1]
+            shell.enter(line)
+            shell.expect(said)
+        shell.enter("send --detach --max-tokens 20000 long")
+        id = shell.expect(ID)[1]
         for line, said in (
             (f"why {id[:8]}", "dispatched"),
             ("queue", f"{id} +running"),
@@ -74,91 +76,91 @@ def test_every_command_at_the_prompt(mesh: Mesh, tmp_path: Path) -> None:
             (f"attach {id[:8]}", "somebody cancelled the request"),
             (f"why {id}", r"ended \(cancelled\)"),
         ):
-            shell.line(line)
-            shell.until(said)
-        shell.until(PROMPT)
-        shell.line("exit")
+            shell.enter(line)
+            shell.expect(said)
+        shell.expect(PROMPT)
+        shell.enter("exit")
         assert shell.end() == Exit.OK
 
 
-def test_one_connection_for_all_of_it(mesh: Mesh) -> None:
+def test_one_connection_for_all_of_it(mesh: Commands) -> None:
     with at_terminal(mesh) as shell:
-        shell.until(PROMPT)
+        shell.expect(PROMPT)
         clients = mesh.ok("status", "--json").json()["clients"]
-        shell.line("status; nodes; infer --max-tokens 3 hi; status")
-        shell.until("3 tokens in")
-        shell.until(rf"clients +{clients - 1}\b")  # without the one that asked
-        shell.until(PROMPT)
+        shell.enter("status; nodes; infer --max-tokens 3 hi; status")
+        shell.expect("3 tokens in")
+        shell.expect(rf"clients +{clients - 1}\b")  # without the one that asked
+        shell.expect(PROMPT)
         shell.press(CTRL_D)
         assert shell.end() == Exit.OK
 
 
-def test_ctrl_c_stops_what_runs_and_not_the_shell(mesh: Mesh) -> None:
+def test_ctrl_c_stops_what_runs_and_not_the_shell(mesh: Commands) -> None:
     with at_terminal(mesh) as shell:
-        shell.until(PROMPT)
-        shell.line("send --max-tokens 20000 hello")
-        shell.until(WORDS)
+        shell.expect(PROMPT)
+        shell.enter("send --max-tokens 20000 hello")
+        shell.expect(WORDS)
         shell.press(CTRL_C)
-        shell.until("interrupted; the request was cancelled after")
-        shell.until(PROMPT)
-        shell.line("watch nodes")
-        shell.until("worker-2")
+        shell.expect("interrupted; the request was cancelled after")
+        shell.expect(PROMPT)
+        shell.enter("watch nodes")
+        shell.expect("worker-2")
         shell.press(CTRL_C)
-        shell.until(PROMPT)
-        shell.line("send --detach --max-tokens 20000 hello")
-        id = shell.until(ID)[1]
-        shell.line(f"attach {id}")
-        shell.until(WORDS)
+        shell.expect(PROMPT)
+        shell.enter("send --detach --max-tokens 20000 hello")
+        id = shell.expect(ID)[1]
+        shell.enter(f"attach {id}")
+        shell.expect(WORDS)
         shell.press(CTRL_C)
-        shell.until(f"llambo attach {id}")
-        shell.until(PROMPT)
+        shell.expect(f"llambo attach {id}")
+        shell.expect(PROMPT)
         shell.press("half a line" + CTRL_C)
-        shell.until(PROMPT)
-        shell.line(f"cancel {id}")
-        shell.until(f"cancelled {id}")
-        shell.until(PROMPT)
+        shell.expect(PROMPT)
+        shell.enter(f"cancel {id}")
+        shell.expect(f"cancelled {id}")
+        shell.expect(PROMPT)
         shell.press(CTRL_D)
         assert shell.end() == Exit.OK
     assert mesh.ok("requests", "--json").json() == []
 
 
-def test_tab_completes_commands_workers_and_requests(mesh: Mesh) -> None:
+def test_tab_completes_commands_workers_and_requests(mesh: Commands) -> None:
     with at_terminal(mesh) as shell:
-        shell.until(PROMPT)
-        shell.line("send --detach --max-tokens 20000 hello")
-        id = shell.until(ID)[1]
-        shell.until(PROMPT)
+        shell.expect(PROMPT)
+        shell.enter("send --detach --max-tokens 20000 hello")
+        id = shell.expect(ID)[1]
+        shell.expect(PROMPT)
         shell.press("stat" + TAB)
-        shell.until("us")
+        shell.expect("us")
         shell.press("\r")
-        shell.until("2 ready of 2")
-        shell.until(PROMPT)
+        shell.expect("2 ready of 2")
+        shell.expect(PROMPT)
         shell.press("cancel " + id[:4] + TAB)
-        shell.until(id[5:])
+        shell.expect(id[5:])
         shell.press("\r")
-        shell.until(f"cancelled {id}")
-        shell.until(PROMPT)
+        shell.expect(f"cancelled {id}")
+        shell.expect(PROMPT)
         shell.press("drain wor" + TAB)
-        shell.until("worker-2")  # both are offered
+        shell.expect("worker-2")  # both are offered
         shell.press(CTRL_C)
-        shell.line("exit")
+        shell.enter("exit")
         assert shell.end() == Exit.OK
 
 
-def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Mesh, tmp_path: Path) -> None:
+def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Commands, tmp_path: Path) -> None:
     for typed in ("set seed 4711\r", "\x1b[A\x1b[A\r"):
         with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
-            shell.until(PROMPT)
+            shell.expect(PROMPT)
             shell.press(typed)
-            shell.until(PROMPT)
-            shell.line("set")
-            shell.until(r"seed +4711 +set")
-            shell.until(PROMPT)
+            shell.expect(PROMPT)
+            shell.enter("set")
+            shell.expect(r"seed +4711 +set")
+            shell.expect(PROMPT)
             shell.press("\x1b[A\x1b[A")  # so that the next shell finds it before `exit`
-            shell.until("4711")
+            shell.expect("4711")
             shell.press("\r")
-            shell.until(PROMPT)
-            shell.line("exit")
+            shell.expect(PROMPT)
+            shell.enter("exit")
             assert shell.end() == Exit.OK
     kept = tmp_path / "llambo" / "shell_history"
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -166,44 +168,54 @@ def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Mesh,
 
 
 def test_a_broker_that_is_lost_is_said_above_the_prompt_and_so_is_its_return() -> None:
-    with Running(BROKER, "--port", "0", "--client-lease-ms", "1000") as broker:
+    with command(BROKER, "--port", "0", "--client-lease-ms", "1000") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
-        with Typed("--broker", f"tcp://127.0.0.1:{port}", "shell") as shell:
-            shell.until(PROMPT)
+        with Terminal("--broker", f"tcp://127.0.0.1:{port}", "shell") as shell:
+            shell.expect(PROMPT)
             shell.press("stat")
-            broker.signal(signal.SIGKILL)
+            broker.send(signal.SIGKILL)
             broker.end()
-            shell.until("lost the broker .*; trying again")
-            with Running(BROKER, "--port", port):
-                shell.until("the broker is back")
-                shell.line("us")
-                shell.until("workers +0 ready of 0")
-                shell.until(PROMPT)
-                shell.line("exit")
+            shell.expect("lost the broker .*; trying again")
+            with command(BROKER, "--port", port):
+                shell.expect("the broker is back")
+                shell.enter("us")
+                shell.expect("workers +0 ready of 0")
+                shell.expect(PROMPT)
+                shell.enter("exit")
                 assert shell.end() == Exit.OK
 
 
 def test_without_a_broker_there_is_a_shell_all_the_same() -> None:
-    with Typed("--broker", "tcp://127.0.0.1:1", "shell", "--connect-ms", "100") as shell:
-        shell.until("no broker answers")
-        shell.until(PROMPT)
-        shell.line("help")
-        shell.until("Anything else is a prompt")
-        shell.line("nodes")
-        shell.until("no broker answers")
-        shell.until(PROMPT)
+    with Terminal("--broker", "tcp://127.0.0.1:1", "shell", "--connect-ms", "100") as shell:
+        shell.expect("no broker answers")
+        shell.expect(PROMPT)
+        shell.enter("help")
+        shell.expect("Anything else is a prompt")
+        shell.enter("nodes")
+        shell.expect("no broker answers")
+        shell.expect(PROMPT)
         shell.press(CTRL_D)
         assert shell.end() == Exit.OK
 
 
-def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Mesh) -> None:
+def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Commands) -> None:
     with at_terminal(mesh) as shell:
-        shell.until(PROMPT)
-        shell.line("send --max-tokens 20000 hello")
-        shell.until(WORDS)
+        shell.expect(PROMPT)
+        shell.enter("send --max-tokens 20000 hello")
+        shell.expect(WORDS)
         shell.process.send_signal(signal.SIGTERM)
         assert shell.end() == 128 + signal.SIGTERM
     assert mesh.ok("requests", "--json").json() == []
+
+
+def test_sigterm_at_the_prompt_ends_the_shell(mesh: Commands) -> None:
+    with at_terminal(mesh) as shell:
+        shell.expect(PROMPT)
+        before = mesh.ok("status", "--json").json()["clients"]
+        shell.send(signal.SIGTERM)
+        assert shell.end() == 128 + signal.SIGTERM
+        assert "Traceback" not in shell.text
+        assert mesh.ok("status", "--json").json()["clients"] == before - 1, "it has said goodbye"
 
 
 # --- in scripts ----------------------------------------------------------------------------------------
@@ -221,7 +233,7 @@ def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Mesh) -> None:
         (("--keep-going",), "nodes; frobnicates; nodes", Exit.OK),
     ],
 )
-def test_exit_codes_with_c_and_on_stdin(mesh: Mesh, flags: tuple[str, ...], text: str, code: int) -> None:
+def test_exit_codes_with_c_and_on_stdin(mesh: Commands, flags: tuple[str, ...], text: str, code: int) -> None:
     done = mesh.llambo("shell", "--max-tokens", "3", *flags, "-c", text)
     read = mesh.llambo("shell", "--max-tokens", "3", *flags, stdin=text.replace("; ", "\n"))
 
@@ -231,7 +243,7 @@ def test_exit_codes_with_c_and_on_stdin(mesh: Mesh, flags: tuple[str, ...], text
     assert PROMPT not in done.out + read.out
 
 
-def test_a_script_shows_what_the_commands_show(mesh: Mesh) -> None:
+def test_a_script_shows_what_the_commands_show(mesh: Commands) -> None:
     mesh.ok("shell", "-c", "drain worker-1 --no-wait")
     one = mesh.ok("workers", "--json").json()
     told = mesh.ok("shell", "--json", "-c", "nodes").json()
@@ -244,7 +256,7 @@ def test_a_script_shows_what_the_commands_show(mesh: Mesh) -> None:
     assert mesh.ok("shell", "-c", "infer --seed 7 --max-tokens 12 'hello; friend'").out == plain
 
 
-def test_json_of_several_commands_is_read_one_after_another(mesh: Mesh) -> None:
+def test_json_of_several_commands_is_read_one_after_another(mesh: Commands) -> None:
     text = mesh.ok("shell", "--json", "-c", "status; queue; infer --max-tokens 2 hello").out
     decoder, found, at = json.JSONDecoder(), [], 0
     while at < len(text.rstrip()):
@@ -257,7 +269,7 @@ def test_json_of_several_commands_is_read_one_after_another(mesh: Mesh) -> None:
     assert (found[2]["type"], found[-1]["type"], found[-1]["tokens"]) == ("accepted", "end", 2)
 
 
-def test_remarks_and_exit_in_a_script(mesh: Mesh) -> None:
+def test_remarks_and_exit_in_a_script(mesh: Commands) -> None:
     text = "\n".join(["# a remark", "", "set max_tokens 2", "infer hello", "exit", "status"])
     done = mesh.llambo("shell", stdin=text)
 
@@ -266,7 +278,7 @@ def test_remarks_and_exit_in_a_script(mesh: Mesh) -> None:
     assert mesh.ok("shell", stdin="").out == ""
 
 
-def test_each_line_of_a_script_is_done_as_soon_as_it_is_there(mesh: Mesh) -> None:
+def test_each_line_of_a_script_is_done_as_soon_as_it_is_there(mesh: Commands) -> None:
     """Who writes the next one may have to read first what the last one said."""
     with subprocess.Popen(
         [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "shell"],
@@ -276,28 +288,28 @@ def test_each_line_of_a_script_is_done_as_soon_as_it_is_there(mesh: Mesh) -> Non
             assert running.stdin is not None and running.stdout is not None
             running.stdin.write("send --detach --max-tokens 20000 hello\n")
             running.stdin.flush()
-            assert select.select([running.stdout], [], [], PATIENCE_S)[0], "no id before the next line"
+            assert select.select([running.stdout], [], [], TIMEOUT_S)[0], "no id before the next line"
             id = running.stdout.readline().strip()
             running.stdin.write(f"cancel {id}\n")
             running.stdin.flush()
-            assert select.select([running.stdout], [], [], PATIENCE_S)[0], "nothing was cancelled"
+            assert select.select([running.stdout], [], [], TIMEOUT_S)[0], "nothing was cancelled"
             assert running.stdout.readline().startswith(f"cancelled {id} after")
             running.stdin.close()
-            assert running.wait(PATIENCE_S) == Exit.OK
+            assert running.wait(TIMEOUT_S) == Exit.OK
         finally:
             running.kill()
 
 
-def test_an_interrupt_ends_a_script_with_what_it_was_doing(mesh: Mesh) -> None:
+def test_an_interrupt_ends_a_script_with_what_it_was_doing(mesh: Commands) -> None:
     with mesh.start("shell", "--keep-going", "-c", "send --json --max-tokens 20000 hello; nodes") as script:
         script.line(r'"type": "token"')
-        script.signal(signal.SIGINT)
+        script.send(signal.SIGINT)
         assert script.end() == Exit.INTERRUPTED, script.story("the exit status")
         assert script.objects()[-1]["reason"] == "cancelled"
     assert mesh.ok("requests", "--json").json() == []
 
 
-def test_another_broker_may_be_asked_in_between(mesh: Mesh) -> None:
+def test_another_broker_may_be_asked_in_between(mesh: Commands) -> None:
     with up("--workers", "1") as (other, _):
         done = mesh.ok("shell", "-c", f"nodes; nodes --broker {other.address}; nodes")
 

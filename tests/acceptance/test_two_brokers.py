@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import signal
 
-from tests.acceptance.commands import BROKER, WORKER, Mesh, Running
+from llambo.testing.commands import BROKER, WORKER, Commands, command
 
 
 def test_a_list_of_brokers_is_an_address() -> None:
-    with Running(BROKER, "--port", "0", "--name", "left") as left, Running(BROKER, "--port", "0") as right:
+    with command(BROKER, "--port", "0", "--name", "left") as left, command(BROKER, "--port", "0") as right:
         addresses = [broker.line(r"listening at (tcp://\S+)")[1] for broker in (left, right)]
-        here, there, either = Mesh(addresses[0]), Mesh(addresses[1]), Mesh(",".join(addresses))
+        here, there, either = Commands(addresses[0]), Commands(addresses[1]), Commands(",".join(addresses))
         flags = ("--slots", "2", "--fake-tokens-per-s", "50", "-v")
-        with Running(WORKER, "--broker", either.address, "--name", "w", *flags) as worker:
+        with command(WORKER, "--broker", either.address, "--name", "w", *flags) as worker:
             worker.line("link 0: up")
             worker.line("link 1: up")
             worker.line(re.escape(f"w is ready, at {addresses[0]}, {addresses[1]}"))
@@ -24,7 +24,7 @@ def test_a_list_of_brokers_is_an_address() -> None:
                 assert "0+1/2" in there.ok("workers").out
                 requests = there.ok("requests")
                 assert "1 more run through other brokers" in requests.err and requests.out == ""
-            left.signal(signal.SIGTERM)
+            left.send(signal.SIGTERM)
             assert left.end() == 0
             # Whoever has both in his list does not notice
             assert either.ok("send", "--max-tokens", "5", "hello").out

@@ -13,16 +13,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from llambo import Client, LlamboError
+from llambo.testing.proxy import Plane
 from tests.chaos import nodes
 from tests.chaos.history import now_ms
 from tests.chaos.nodes import Node
 from tests.chaos.plan import TARGETS, Fault
-from tests.chaos.world import World, gone
+from tests.chaos.world import WORKER_PLANES, World, gone
 
 #: How long workers may take to be back, and a drained one to be empty, before that is given up (and told of).
 BACK_S, EMPTY_S = 15.0, 60.0
 #: How often a broker that came back is asked who is there.
 ASK_S = 0.05
+
+
+def planes_of(what: str) -> list[Plane]:
+    return [plane for plane in WORKER_PLANES if what in ("", "both") or plane.endswith(what)]
 
 
 class Injector:
@@ -133,9 +138,10 @@ class Injector:
             self._say("skipped", fault, why="it has no proxy")
             return
         self._begin(fault, worker.name)
-        proxy.suffer(fault.kind, fault.what, fault.amount)
+        planes = planes_of(fault.what)
+        proxy.inject_fault(fault.kind, planes, fault.amount)
         await asyncio.sleep(fault.length_ms / 1000)
-        proxy.heal(fault.what)
+        proxy.heal(planes)
         self._say("healed", fault)
 
     async def _drain(self, fault: Fault, worker: Node) -> None:

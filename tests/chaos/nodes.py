@@ -11,8 +11,8 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
 from pathlib import Path
 
+from llambo.testing.processes import children
 from tests.chaos.history import Journal
-from tests.integration.processes import children
 
 #: How long a process may take to say that it is ready.
 READY_S = 60.0

@@ -16,10 +16,10 @@ from llambo.mesh.security import keyring
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.security.keys import KEY_ENV, to_line
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.proxy import Plane, Proxy
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan
-from tests.chaos.proxy import Proxy
 
 #: The first broker's ports where nobody else is, and how far apart those of two brokers are.
 BASE_PORT, APART = 7330, 10
@@ -29,6 +29,8 @@ SIZES_S = 2.0
 #: How long everybody may take to end what is running, once the faults are over.
 SETTLE_S = 60.0
 LEAVE_S = 20.0
+#: What a worker connects to.
+WORKER_PLANES: list[Plane] = ["worker control", "worker tokens"]
 
 
 def free_port(start: int) -> int:
@@ -103,7 +105,7 @@ class World:
                 keeper = self.keepers[number] = places.Keeper(number)
                 prefix = keeper.prefix
             case "near":
-                proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports)
+                proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports, WORKER_PLANES)
                 await proxy.start()
                 host = proxy.host
         flags: dict[str, object] = {"engine": plan.engine, "slots": plan.slots, "stall-ms": plan.stall_ms,

@@ -27,9 +27,10 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, members, wire
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of
 
 #: A bomb that has not killed anybody by then has failed, or was held off.
 BOMB_S = 8.0
@@ -217,8 +218,8 @@ class Supervisor:
                 time.sleep(SAMPLE_S)
                 continue
             died = time.monotonic()
-            code = process.wait()
-            last = process.written().strip().splitlines()[-1:] or [""]
+            code = process.end()
+            last = process.log().strip().splitlines()[-1:] or [""]
             self.deaths.append(f"{signal.Signals(-code).name if code < 0 else f'status {code}'}: {last[0][:100]}")
             process.close()
             mesh._start_broker()
@@ -265,9 +266,9 @@ def attack(
     report = Report(name)
     config = BrokerConfig(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
-    knobs = FakeKnobs(slots=8, tokens_per_s=1_000)
+    knobs = FakeOptions(slots=8, tokens_per_s=1_000)
     key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))
-    with Mesh(1, knobs=knobs, config=config, broker="process", keys=folder) as mesh:
+    with Mesh(1, fake=knobs, config=config, broker="process", keys=folder) as mesh:
         supervisor = Supervisor(mesh, limit_bytes)
         try:
             with honest.Honest(mesh.address, key=own) as watched:

@@ -20,16 +20,17 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client import client_events as ce
 from llambo.mesh.client.client_core import ClientCore
-from llambo.mesh.link.link_core import OpenTokens, Send, Sign
+from llambo.mesh.link.link_core import ConnectionChange, OpenTokens, Send
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
-from llambo.worker import invariants as worker_invariants
 from llambo.worker.agent import actions as wa
 from llambo.worker.agent import events as we
+from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
 from llambo.worker.agent.core import WorkerCore
-from llambo.worker.agent.introduction import Identity as WorkerIdentity
+from llambo.worker.agent.core import check_invariants as check_worker
 from llambo.worker.config import WorkerConfig
+from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.protocol import Output
 from tests.fuzz import plausible
 from tests.fuzz.mutator import Mutator
@@ -208,7 +209,7 @@ class Worker(UnderFire):
         self.keys: list[bytes] = []
         self.welcomes = self.seq = 0
         self.handle(we.Ticked())
-        self.handle(we.EngineReady([m.ModelInfo("tiny", "f")], 4))
+        self.handle(proto.Ready([m.ModelInfo("tiny", "f")], 4))
 
     def handle(self, event: we.Event) -> None:
         for order in self.core.handle(event, self.now_ms):
@@ -245,21 +246,22 @@ class Worker(UnderFire):
             self.handle(we.ControlArrived(0, bundle.session, heard))
         elif what < 0.9 and self.keys:
             self.handle(
-                we.EngineStep([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys])
+                proto.Step([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys])
             )
         elif what < 0.92:
-            self.handle(we.ConnectionChanged(0, chance.choice(list(Sign))))
+            self.handle(we.ConnectionChanged(0, chance.choice(list(ConnectionChange))))
         elif what < 0.93:
             self.handle(we.EngineDied("shot", outside=False))
         elif what < 0.96:
-            self.handle(we.EngineReady([m.ModelInfo("tiny", "f")], 4))
+            self.handle(proto.Ready([m.ModelInfo("tiny", "f")], 4))
         else:
-            self.handle(we.ControlArrived(0, self.session, [(m.BrokerHeartbeat(1, self.core.links[0].beat), b"")]))
+            beat = m.BrokerHeartbeat(1, self.core.links[0].beats.number)
+            self.handle(we.ControlArrived(0, self.session, [(beat, b"")]))
         self.handle(we.Ticked())
 
     def check(self) -> None:
         if not self.core.exited:
-            worker_invariants.check(self.core)
+            check_worker(self.core)
 
 
 class Client(UnderFire):
@@ -278,10 +280,10 @@ class Client(UnderFire):
     def handle(self, event: ce.Event) -> None:
         for order in self.core.handle(event, self.now_ms):
             match order:
-                case ce.Delivered(id, ids, pieces):
+                case ce.DeliverTokens(id, ids, pieces):
                     assert len(ids) == len(pieces) > 0
                     self.delivered[id] = self.delivered.get(id, 0) + len(ids)
-                case ce.Ended(id, end):
+                case ce.ReportEnd(id, end):
                     # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
                     assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
                 case Send(_, session, message, blob):
@@ -304,12 +306,12 @@ class Client(UnderFire):
             id = chance.randbytes(16)
             self.ids = [*self.ids[-8:], id]
             self.remember(id)
-            self.handle(ce.Submit(m.InferenceRequest(id, max_tokens=50), b"hello"))
+            self.handle(ce.SubmitAsked(m.InferenceRequest(id, max_tokens=50), b"hello"))
         elif what < 0.07:
             query = chance.randrange(1, 2**53)
             self.queries = [*self.queries[-4:], query]
             self.remember(query)
-            self.handle(ce.Ask(query, "status"))
+            self.handle(ce.QueryAsked(query, "status"))
         elif what < 0.75:
             say = partial(plausible.to_client, chance, self.ids, self.queries)
             bundle = codec.to_client.decode(self.message("to_client", self.session, say))
@@ -318,7 +320,7 @@ class Client(UnderFire):
             id = chance.choice(self.ids) if self.ids else bytes(16)
             self.handle(ce.TokensArrived([self.chunk(id + samples.DISPATCH) for _ in range(3)]))
         elif what < 0.93:
-            self.handle(ce.ConnectionChanged(chance.choice(list(Sign))))
+            self.handle(ce.ConnectionChanged(chance.choice(list(ConnectionChange))))
         else:
             beat = tokens.encode_beat(chance.choice((1, 2, 2**64 - 1)), self.session)
             self.handle(ce.TokensArrived([beat]))

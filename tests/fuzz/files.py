@@ -22,9 +22,9 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity, Pair, PeerKey
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.grammar import grammar
-from llambo.worker.models import gguf, models
+from llambo.worker.models import gguf, model_files
 from llambo.worker.prompt import rendering, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
@@ -32,11 +32,17 @@ from tests.fuzz.target import Frames, Target, plain
 
 def results() -> Target:
     """Results of tasks and answers to queries, as a client reads them."""
-    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors, dict[str, Any], list[dict[str, Any]]]
+    kinds: list[Any] = [
+        tasks.TokenizeResult,
+        tasks.DetokenizeResult,
+        tasks.EmbedResult,
+        dict[str, Any],
+        list[dict[str, Any]],
+    ]
     good = [
-        msgspec.msgpack.encode(tasks.Tokens([1, 2], [b"a", b"b"])),
-        msgspec.msgpack.encode(tasks.Text(b"text")),
-        msgspec.msgpack.encode(tasks.Vectors(2, "mean", True, [3, 4], bytes(16))),
+        msgspec.msgpack.encode(tasks.TokenizeResult([1, 2], [b"a", b"b"])),
+        msgspec.msgpack.encode(tasks.DetokenizeResult(b"text")),
+        msgspec.msgpack.encode(tasks.EmbedResult(2, "mean", True, [3, 4], bytes(16))),
     ]
     values = {frame: msgpack.unpackb(frame) for frame in good}
 
@@ -46,7 +52,7 @@ def results() -> Target:
                 found = decoded(frames[0], kind, "it")
             except LlamboError:
                 continue
-            if isinstance(found, tasks.Vectors):
+            if isinstance(found, tasks.EmbedResult):
                 with suppress(ValueError):
                     tasks.vectors_of(found)
 
@@ -99,7 +105,7 @@ def addresses() -> Target:
     return Target("addresses", [[text] for text in good], run, plain)
 
 
-def model_files() -> Target:
+def gguf_files() -> Target:
     """The head of a model file, and how it is laid out."""
     path = _file("model.gguf")
     head = tiny_model.whole()[:8192]
@@ -109,7 +115,7 @@ def model_files() -> Target:
         path.write_bytes(frames[0])
         try:
             found = gguf.read(str(path))
-            models.layout(LlamaKnobs(), found, 2**34, 4)
+            model_files.layout(LlamaOptions(), found, 2**34, 4)
             found.template.encode(errors="replace")
         except gguf.BadModelFile:
             return
@@ -186,7 +192,7 @@ def keyrings() -> Target:
     """The file that says who is let in."""
     pair = _pair()
     limited = Identity("c", "client", 3, 9, 1_000, 60, "normal", ("tiny*",))
-    entries = [keyring.Entry(pair.public, limited, 7, 2**40), keyring.Entry(pair.public, Identity("w", "worker"))]
+    entries = [keyring.KeyEntry(pair.public, limited, 7, 2**40), keyring.KeyEntry(pair.public, Identity("w", "worker"))]
     good = msgspec.json.encode(keyring.Ring(1, "tcp://127.0.0.1:7330", entries))
     told = json.loads(good)
     path = _file("keyring.json")
@@ -242,4 +248,4 @@ _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def every() -> list[Target]:
-    return [results(), settings_files(), addresses(), key_lines(), keyrings(), model_files(), grammars()]
+    return [results(), settings_files(), addresses(), key_lines(), keyrings(), gguf_files(), grammars()]

@@ -15,11 +15,11 @@ from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import PeerKey
+from llambo.testing.mesh import Mesh
 from tests.fuzz import honest, plausible
 from tests.fuzz.mutator import Mutator
 from tests.fuzz.target import Frames
 from tests.fuzz.targets import Bodies, chunk_mutant
-from tests.integration.harness import Mesh
 from tests.unit import samples
 
 #: Whoever takes nothing for so long hangs.
@@ -127,5 +127,5 @@ def judge(report: Report, mesh: Mesh) -> None:
     if not all(tally["answers"] for name, tally in report.told.items() if name == "during"):
         report.wrong.append("nobody was served during it")
     for process in (*mesh.workers, *([mesh.process] if mesh.process else [])):
-        if "Traceback" in process.written():
-            report.wrong.append(f"{process.name} wrote:\n{process.written()[-2_000:]}")
+        if "Traceback" in process.log():
+            report.wrong.append(f"{process.name} wrote:\n{process.log()[-2_000:]}")

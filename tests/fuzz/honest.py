@@ -26,7 +26,7 @@ from typing import Any
 from llambo import Client
 from llambo.mesh.security import keys
 from llambo.mesh.wire.errors import LlamboError
-from tests.integration.harness import truth
+from llambo.testing.mesh import truth
 
 #: Requests at a time, tokens of each, and the pause between two of the same line.
 LINES = 2

@@ -29,7 +29,8 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import PeerKey
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh, key_of
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
     ANEW_EVERY,
@@ -47,7 +48,6 @@ from tests.fuzz.gunner import (
     wait_to_send,
 )
 from tests.fuzz.hostile_broker import HostileBroker
-from tests.integration.harness import Mesh, key_of
 
 # --- against a broker ------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
     config = BrokerConfig(hold_ms=300, queue_ms=5_000, detached_bytes=2**20, young_ms=0, adopt_ms=200, orphan_ms=500)
     context: zmq.Context[Any] = zmq.Context()
     own = key_of(folder, "honest") if folder else None
-    with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), config=config, broker="process", keys=folder) as mesh:
+    with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process", keys=folder) as mesh:
         assert mesh.process is not None
         gang = []
         for number in range(2 * PAIRS):
@@ -203,7 +203,7 @@ def against_worker(count: int, seed: str) -> Report:
     broker = HostileBroker(context, seed, client=False)
     config = BrokerConfig(hold_ms=60_000)
     try:
-        with Mesh(0, knobs=FakeKnobs(slots=32, tokens_per_s=2_000), config=config, broker="process") as mesh:
+        with Mesh(0, fake=FakeOptions(slots=32, tokens_per_s=2_000), config=config, broker="process") as mesh:
             worker = mesh.spawn("w0", mesh.address, broker.address)
             worker.first_line()
             broker.wait()
@@ -215,7 +215,7 @@ def against_worker(count: int, seed: str) -> Report:
                 watched.mark("after")
             report.told = watched.told
             if not worker.running:
-                report.wrong.append(f"the worker is gone:\n{worker.written()}")
+                report.wrong.append(f"the worker is gone:\n{worker.log()}")
             judge(report, mesh)
     finally:
         broker.close()
@@ -228,7 +228,7 @@ def against_client(count: int, seed: str) -> Report:
     context: zmq.Context[Any] = zmq.Context()
     broker = HostileBroker(context, seed, client=True)
     try:
-        with Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), broker="process") as mesh:
+        with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), broker="process") as mesh:
             with honest.Honest(mesh.address, broker.address) as watched:
                 broker.wait()
                 began = time.monotonic()

@@ -24,9 +24,9 @@ from typing import Any
 
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client.client import Client
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.fuzz import honest, wire
-from tests.integration.harness import Mesh
 
 #: Connections that are made at a time.
 HANDS = 8
@@ -175,7 +175,7 @@ def settle(condition: Callable[[], bool]) -> bool:
 def mesh_for_it() -> Mesh:
     # Sessions that vanish are forgotten soon, so that the next ones find room.
     config = BrokerConfig(client_lease_ms=2_000, hold_ms=2_000)
-    return Mesh(1, knobs=FakeKnobs(slots=8, tokens_per_s=2_000), config=config, broker="process")
+    return Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process")
 
 
 def main(count: int, idlers: int, seed: str) -> int:

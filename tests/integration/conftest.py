@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.testing.raw_peer import RawPeer
+from llambo.worker.engine.engine_options import FakeOptions
 from tests import systemd_here
-from tests.integration.harness import Mesh
 from tests.integration.healthy import Healthy
-from tests.integration.raw_peer import RawPeer
 
 collect_ignore = ["test_fleet_units.py", "test_systemd.py"] if systemd_here.hindrance_to_run() else []
 if systemd_here.hindrance_to_reach():
@@ -20,7 +20,7 @@ if systemd_here.hindrance_to_reach():
 @pytest.fixture(scope="module")
 def steady_mesh() -> Iterator[Mesh]:
     """One broker, whose invariants are checked after each turn, and one worker with time for everybody."""
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=500), check=True) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=500), check=True) as mesh:
         yield mesh
 
 

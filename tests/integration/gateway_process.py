@@ -14,17 +14,16 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from tests.integration.harness import TIMEOUT_S, Process
-
-RUN = "from llambo.cli.main import main; main()"
+from llambo.testing.commands import LLAMBO
+from llambo.testing.processes import TIMEOUT_S, Process
 
 
 class GatewayProcess:
     def __init__(self, broker: str, *words: str) -> None:
         """`words`: more of the command line."""
-        # It says its port on descriptor 1 when requests are answered.
-        told = ["-v", "gateway", "--broker", broker, "--http-port", "0", "--notify-fd", "1", *words]
-        self.process = Process("gateway", RUN, *told)
+        # It writes its port to descriptor 1 when requests are answered.
+        options = ["--broker", broker, "--http-port", "0", "--notify-fd", "1", *words]
+        self.process = Process("-m", LLAMBO, "-v", "gateway", *options, name="gateway")
         self.port = int(self.process.first_line())
 
     @property
@@ -38,13 +37,13 @@ class GatewayProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            print(f"--- the gateway ({'runs' if self.process.running else 'is over'}) wrote:\n{self.process.written()}")
+            print(self.process.story("it runs" if self.process.running else "it has ended"))
         self.process.close()
 
     def stop(self) -> int:
         """Its exit status."""
         self.process.send(signal.SIGTERM)
-        return self.process.wait()
+        return self.process.end()
 
     # --- asking ------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from types import TracebackType
 
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire.identity import PeerKey
-from tests.integration.harness import TIMEOUT_S, Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import TIMEOUT_S
 
 #: More than anybody reads: it goes on until it is cancelled.
 TOKENS = 100_000

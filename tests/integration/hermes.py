@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 
 TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
@@ -81,7 +81,7 @@ def _entry(reader: _Reader) -> bytes:
 
 def make(path: Path) -> Path:
     """Tensors lie where the head ends, whatever it is long: only what is before them is written anew."""
-    reader = _Reader(models.find("smollm2").read_bytes())
+    reader = _Reader(model_files.find("smollm2").read_bytes())
     head = reader.take(8)
     tensors, entries = reader.number("<Q"), reader.number("<Q")
     head += struct.pack("<QQ", tensors, entries) + b"".join(_entry(reader) for _ in range(entries))

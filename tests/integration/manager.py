@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.integration.processes import children, wait_until_gone
+from llambo.testing.processes import children, wait_until_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMD = "/lib/systemd/systemd"

@@ -13,9 +13,9 @@ from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec, limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from tests.integration.harness import Mesh
+from llambo.testing.mesh import Mesh
+from llambo.testing.raw_peer import RawPeer, inference_request
 from tests.integration.healthy import Healthy
-from tests.integration.raw_peer import RawPeer, inference_request
 
 ID = bytes(range(16))
 
@@ -29,7 +29,7 @@ def test_what_the_healthy_stream_of_these_tests_does_undisturbed(healthy: Health
 
 def ask(peer: RawPeer, prompt: bytes = b"hello", **changes: Any) -> m.Problem:
     fields = inference_request(**changes)
-    peer.say_map(fields, prompt)
+    peer.send_map(fields, prompt)
     return peer.expect(m.Problem, id=fields["id"])
 
 
@@ -87,7 +87,7 @@ def test_a_field_of_a_wrong_kind(steady_mesh: Mesh, raw_client: RawPeer, change:
 
 @pytest.mark.parametrize("id", [b"short", bytes(17), "text", 5, None], ids=repr)
 def test_an_id_that_is_none(raw_client: RawPeer, id: object) -> None:
-    raw_client.say_map(inference_request(id=id), b"hello")
+    raw_client.send_map(inference_request(id=id), b"hello")
     problem = raw_client.expect(m.Problem)
     assert problem.error.code is Code.BAD_MESSAGE
     assert "$.id" in problem.error.text
@@ -100,13 +100,13 @@ def test_an_id_that_is_none(raw_client: RawPeer, id: object) -> None:
 )
 def test_sampling_that_no_engine_can_do(raw_client: RawPeer, sampling: object, told: str) -> None:
     fields = inference_request(sampling=sampling)
-    raw_client.say_map(fields, b"hello")
+    raw_client.send_map(fields, b"hello")
     end = raw_client.expect(m.End, id=fields["id"])
     assert (end.reason, end.count) == ("error", 0)
     assert end.error is not None
     assert end.error.code is Code.BAD_REQUEST
     assert told in end.error.text
-    raw_client.say(m.EndAck([end.id]))
+    raw_client.send_messages(m.EndAck([end.id]))
 
 
 def test_sampling_options_of_a_megabyte(raw_client: RawPeer) -> None:
@@ -119,7 +119,7 @@ def test_sampling_options_of_a_megabyte(raw_client: RawPeer) -> None:
     ids=lambda message: type(message).__name__,
 )
 def test_a_request_that_nobody_knows(raw_client: RawPeer, message: m.Message) -> None:
-    raw_client.say(message)
+    raw_client.send_messages(message)
     assert raw_client.expect(m.Problem, id=ID).error.code is Code.UNKNOWN_REQUEST
 
 
@@ -131,13 +131,13 @@ def test_questions_that_cannot_be_answered(raw_client: RawPeer) -> None:
         (m.DrainWorker(4, "nobody"), Code.UNKNOWN_WORKER),
     ]
     for query, (message, code) in enumerate(asked, 1):
-        raw_client.say(message)
+        raw_client.send_messages(message)
         assert raw_client.expect(m.Problem, query=query).error.code is code
 
 
 def test_acknowledgements_of_what_never_was(raw_client: RawPeer) -> None:
-    raw_client.say(m.EndAck([secrets.token_bytes(n % 40) for n in range(1_000)]))
-    raw_client.say(m.Query(9, "status"))
+    raw_client.send_messages(m.EndAck([secrets.token_bytes(n % 40) for n in range(1_000)]))
+    raw_client.send_messages(m.Query(9, "status"))
     raw_client.expect(m.Result, query=9)
 
 
@@ -195,7 +195,7 @@ def test_a_hello_in_a_language_nobody_speaks(
 ) -> None:
     worker = {"name": "v", "incarnation": b"i", "models": [], "slots": 1} if role == "worker" else {}
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET if role == "worker" else 0) as peer:
-        peer.say_map({"type": f"{role}_hello", "versions": versions, **worker})
+        peer.send_map({"type": f"{role}_hello", "versions": versions, **worker})
         error = peer.expect(m.Problem).error
         assert error.code is Code.BAD_VERSION
         assert "1 to 1 here" in error.text
@@ -205,16 +205,16 @@ def test_a_hello_in_a_language_nobody_speaks(
 def test_a_session_that_nobody_has_is_told_so_under_its_name(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
     unknown = steady_mesh.counter("unknown_sessions")
     with RawPeer(steady_mesh.port, offset) as peer:
-        peer.say(m.WorkerHeartbeat() if offset else m.ClientHeartbeat(), session=b"whoisit?")
+        peer.send_messages(m.WorkerHeartbeat() if offset else m.ClientHeartbeat(), session=b"whoisit?")
         assert peer.expect(m.Problem).error.code is Code.UNKNOWN_SESSION
-        assert peer.heard[-1][0] == b"whoisit?"
+        assert peer.received[-1][0] == b"whoisit?"
     assert steady_mesh.counter("unknown_sessions") == unknown + 1
 
 
 def test_a_frame_over_the_limit_costs_the_connection_and_no_more(steady_mesh: Mesh, raw_client: RawPeer) -> None:
-    raw_client.cut_off_by(codec.MAGIC + raw_client.session, bytes(limits.CONTROL_FRAME_BYTES + 1))
+    raw_client.disconnected_by(codec.MAGIC + raw_client.session, bytes(limits.CONTROL_FRAME_BYTES + 1))
     # The session survives it, as it survives any lost connection
-    raw_client.say(m.Query(7, "status"))
+    raw_client.send_messages(m.Query(7, "status"))
     raw_client.expect(m.Result, query=7)
 
 
@@ -228,7 +228,7 @@ def test_five_thousand_messages_of_garbage(steady_mesh: Mesh, raw_client: RawPee
             body[chance.randrange(len(body))] = chance.randrange(256)
             frames = [good[0], bytes(body)]
         raw_client.send(*frames)
-    raw_client.say(m.Query(8, "status"))
+    raw_client.send_messages(m.Query(8, "status"))
     raw_client.expect(m.Result, query=8)
     assert steady_mesh.counter("problems") >= problems + 2_500
 
@@ -238,7 +238,7 @@ def test_five_thousand_messages_of_garbage(steady_mesh: Mesh, raw_client: RawPee
 
 def test_a_worker_under_a_name_that_is_taken(steady_mesh: Mesh, healthy: Healthy) -> None:
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET) as peer:
-        peer.say(m.WorkerHello("w0", b"other", [m.ModelInfo("fake")], 4))
+        peer.send_messages(m.WorkerHello("w0", b"other", [m.ModelInfo("fake")], 4))
         error = peer.expect(m.Problem).error
         assert error.code is Code.NAME_TAKEN
         assert "w0" in error.text
@@ -253,7 +253,7 @@ def test_a_worker_under_a_name_that_is_taken(steady_mesh: Mesh, healthy: Healthy
 def test_a_worker_that_cannot_be(steady_mesh: Mesh, healthy: Healthy, change: dict[str, Any]) -> None:
     hello = {"type": "worker_hello", "name": "bad", "incarnation": b"i", "models": [{"name": "m"}], "slots": 1}
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET) as peer:
-        peer.say_map({**hello, **change})
+        peer.send_map({**hello, **change})
         assert peer.expect(m.Problem).error.code is Code.BAD_MESSAGE
     assert steady_mesh.look(lambda core: len(core.state.registry.workers)) == 1
 
@@ -265,7 +265,7 @@ def test_a_worker_that_meddles_with_the_runs_of_another(steady_mesh: Mesh, healt
         # Given another worker that knows somebody's dispatch, which it should not
         peer.join_as_worker()
         # When it says all that could end, move or change it
-        peer.say(
+        peer.send_messages(
             m.Accept(id, dispatch),
             m.Reject(id, dispatch, ErrorInfo(Code.INTERNAL, "no"), final=True),
             m.End(id, 1, "stop", dispatch),
@@ -277,16 +277,16 @@ def test_a_worker_that_meddles_with_the_runs_of_another(steady_mesh: Mesh, healt
         # Then it is told to stop, and that is all
         peer.expect(m.Cancel, id=id)
         peer.expect(m.Cancel, id=bytes(16))
-        peer.say(m.Goodbye())
+        peer.send_messages(m.Goodbye())
         steady_mesh.until(lambda core: len(core.state.registry.workers) == 1, "the meddler gone")
 
 
 def test_a_claim_of_what_cannot_be_a_run(steady_mesh: Mesh, healthy: Healthy) -> None:
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET) as peer:
         peer.join_as_worker()
-        peer.say(m.WorkerHeartbeat(claims={b"junk": 1}))
+        peer.send_messages(m.WorkerHeartbeat(claims={b"junk": 1}))
         assert "`bytes`" in peer.expect(m.Problem).error.text
-        peer.say(m.Goodbye())
+        peer.send_messages(m.Goodbye())
         steady_mesh.until(lambda core: len(core.state.registry.workers) == 1, "the worker gone")
 
 
@@ -294,9 +294,9 @@ def test_a_worker_that_lies_about_itself_is_given_nothing(steady_mesh: Mesh, hea
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET) as peer:
         # It claims to be ready and to serve the model, but its token plane has never been seen to work.
         peer.join_as_worker("liar", model="fake")
-        peer.say(m.WorkerHeartbeat(beat=5))
+        peer.send_messages(m.WorkerHeartbeat(beat=5))
         peer.expect(m.BrokerHeartbeat)
         peer.expect(m.BrokerHeartbeat)
-        assert not any(isinstance(message, m.Dispatch) for _, message in peer.heard)
-        peer.say(m.Goodbye())
+        assert not any(isinstance(message, m.Dispatch) for _, message in peer.received)
+        peer.send_messages(m.Goodbye())
         steady_mesh.until(lambda core: len(core.state.registry.workers) == 1, "the liar gone")

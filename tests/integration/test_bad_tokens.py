@@ -13,9 +13,10 @@ import zmq
 from llambo.broker.access.grants import Gate
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import limits, messages, tokens
-from tests.integration.harness import TIMEOUT_S, Mesh, rss_bytes
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S, rss_bytes
+from llambo.testing.raw_peer import RawPeer
 from tests.integration.healthy import Healthy
-from tests.integration.raw_peer import RawPeer
 
 FLOOD = 20_000
 #: How often an attack is tried that works as a rule.
@@ -192,7 +193,7 @@ def test_junk_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None
 def test_a_frame_over_the_limit_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None:
     with RawPeer(steady_mesh.port) as peer:
         socket = peer.tokens_in()
-        peer.cut_off_by(b"T" + bytes(limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES), on=socket)
+        peer.disconnected_by(b"T" + bytes(limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES), on=socket)
 
 
 def test_tokens_on_a_control_socket_and_control_on_a_token_socket(steady_mesh: Mesh, raw_client: RawPeer) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import msgpack
 import pytest
 
-from llambo.bridge.connection_core import Terms
-from llambo.bridge.door import Door, open_tcp, open_unix
-from llambo.bridge.server import Bridge, Limits
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh
+from llambo.bridge.connection import ConnectionLimits
+from llambo.bridge.listener import Listener, open_tcp, open_unix
+from llambo.bridge.server import Bridge, BridgeLimits
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 
-#: At once; the issue of a bridge is that it is many programs' only door.
+#: At once; many programs may have no other way to the mesh.
 CROWD = 200
 #: More than fits into the buffers between two processes.
 PINGS = 100_000
@@ -64,15 +65,15 @@ class Peer:
 class Running:
     """A bridge that runs on this loop."""
 
-    def __init__(self, bridge: Bridge, door: Door, task: asyncio.Task[None]) -> None:
-        self.bridge, self.door, self.task = bridge, door, task
+    def __init__(self, bridge: Bridge, listener: Listener, task: asyncio.Task[None]) -> None:
+        self.bridge, self.listener, self.task = bridge, listener, task
 
     @asynccontextmanager
     async def peer(self) -> AsyncIterator[Peer]:
-        if self.door.path is not None:
-            streams = await asyncio.open_unix_connection(str(self.door.path), limit=2**24)
+        if self.listener.path is not None:
+            streams = await asyncio.open_unix_connection(str(self.listener.path), limit=2**24)
         else:
-            streams = await asyncio.open_connection(*self.door.socket.getsockname(), limit=2**24)
+            streams = await asyncio.open_connection(*self.listener.socket.getsockname(), limit=2**24)
         try:
             yield Peer(*streams)
         finally:
@@ -85,22 +86,27 @@ class Running:
 
 @asynccontextmanager
 async def bridge(
-    mesh: Mesh, where: Path | None, *, terms: Terms | None = None, connections: int = 2 * CROWD, leave_ms: int = 5_000
+    mesh: Mesh,
+    where: Path | None,
+    *,
+    each: ConnectionLimits | None = None,
+    connections: int = 2 * CROWD,
+    leave_ms: int = 5_000,
 ) -> AsyncIterator[Running]:
     async with mesh.client() as client:
-        door = open_unix(where) if where is not None else open_tcp(0)
-        made = Bridge(client, door, terms or Terms(), Limits(connections, leave_ms))
+        listener = open_unix(where) if where is not None else open_tcp(0)
+        made = Bridge(client, listener, each or ConnectionLimits(), BridgeLimits(connections, leave_ms))
         began = asyncio.Event()
         task = asyncio.create_task(made.run(began.set))
         await began.wait()
         try:
-            yield Running(made, door, task)
+            yield Running(made, listener, task)
         finally:
             if not task.done():
                 made.stop()
                 made.stop()
             await task
-    door.close()
+    listener.close()
 
 
 @pytest.fixture
@@ -122,7 +128,7 @@ def test_answers_are_those_of_the_mesh(path: Path) -> None:
             assert status["model"] == "fake" and status["mesh"]["workers"] == 1
             assert status["bridge"] == {"connections": 1, "answers": 1}
 
-    with Mesh(1, knobs=FakeKnobs(utf8_split=True)) as mesh:
+    with Mesh(1, fake=FakeOptions(utf8_split=True)) as mesh:
         mesh.run(scenario())
 
 
@@ -148,7 +154,7 @@ def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
                     assert texts[number] == direct.text
             assert len(set(texts)) == CROWD
 
-    with Mesh(2, knobs=FakeKnobs(slots=32)) as mesh:
+    with Mesh(2, fake=FakeOptions(slots=32)) as mesh:
         mesh.run(scenario(), 2 * TIMEOUT_S)
 
 
@@ -179,7 +185,7 @@ def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None
             assert running.bridge.numbers() == {"connections": 0, "answers": 0}
         assert mesh.counter("cancelled") == 1
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -191,7 +197,7 @@ def test_who_has_said_all_is_still_answered(path: Path) -> None:
             assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
             assert await peer.ended()
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -235,7 +241,7 @@ def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
 
 def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
     async def scenario() -> None:
-        async with bridge(mesh, path, terms=Terms(line_bytes=1_000)) as running, running.peer() as peer:
+        async with bridge(mesh, path, each=ConnectionLimits(line_bytes=1_000)) as running, running.peer() as peer:
             peer.writer.write(b"\xff\xfe\nINFER \0\nfrob\n" + 5_000 * b"x" + b"\nINFER {\r\n\r\n")
             peer.say('INFER {"prompt": "p", "max_tokens": -1}', 'INFER {"prompt": "p", "top_k": "many"}', "LOAD other")
             codes = [(await peer.hear())["data"]["code"] for _ in range(8)]
@@ -265,7 +271,7 @@ def test_programs_speak_msgpack(path: Path) -> None:
                 for n, text in texts.items():
                     assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=200)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=200)) as mesh:
         mesh.run(scenario())
 
 
@@ -282,7 +288,7 @@ def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
             await running.task
         assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -300,13 +306,13 @@ def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
             await running.task
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
 def test_quit_stops_the_bridge_where_it_may(path: Path) -> None:
     async def scenario() -> None:
-        async with bridge(mesh, path, terms=Terms(quit_stops=True)) as running, running.peer() as peer:
+        async with bridge(mesh, path, each=ConnectionLimits(quit_stops=True)) as running, running.peer() as peer:
             assert (await peer.ask("QUIT"))["message"] == "bye"
             await running.task
 
@@ -317,14 +323,14 @@ def test_quit_stops_the_bridge_where_it_may(path: Path) -> None:
 def test_a_reset_over_tcp_cancels_too() -> None:
     async def scenario() -> None:
         async with bridge(mesh, None) as running:
-            peer = socket.create_connection(running.door.socket.getsockname())
+            peer = socket.create_connection(running.listener.socket.getsockname())
             peer.sendall(f"INFER {json.dumps(ENDLESS)}\n".encode())
             await mesh.aside(lambda core: core.state.running, "it runs")
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.close()
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, knobs=FakeKnobs(tokens_per_s=50)) as mesh:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         mesh.run(scenario())
 
 
@@ -342,5 +348,5 @@ def test_answers_survive_their_worker(path: Path) -> None:
                 direct = await client.generate("p", max_tokens=60, seed=3, form="user")
             assert "".join(line["token"] for line in heard) == direct.text
 
-    with Mesh(2, knobs=FakeKnobs(tokens_per_s=100)) as mesh:
+    with Mesh(2, fake=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario())

@@ -13,12 +13,12 @@ import pytest
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire import tasks
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh, truth
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
-from tests.integration.harness import Mesh, truth
 
-KNOBS = FakeKnobs(slots=16, tokens_per_s=150)
+KNOBS = FakeOptions(slots=16, tokens_per_s=150)
 STREAMS = 24
 TOKENS = 300
 
@@ -41,7 +41,7 @@ async def one(client: Client, number: int, begun: asyncio.Event) -> float:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
-    with Mesh(workers=2, knobs=KNOBS, broker="process") as mesh:
+    with Mesh(workers=2, fake=KNOBS, broker="process") as mesh:
 
         async def scenario() -> tuple[list[float], dict[str, int]]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -62,7 +62,7 @@ def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
 
 
 def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
-    with Mesh(workers=2, knobs=KNOBS, broker="process") as mesh:
+    with Mesh(workers=2, fake=KNOBS, broker="process") as mesh:
 
         async def scenario() -> dict[str, int]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -100,7 +100,7 @@ def test_logprobs_and_results_come_through_whole() -> None:
         start = Start(bytes(24), msgspec.msgpack.encode(texts), 256, 0)
         assert (await client.embed(texts)).vectors == tasks.vectors_of(embeddings(b"", start, knobs))
 
-    with Mesh(workers=2, knobs=knobs, broker="process") as mesh:
+    with Mesh(workers=2, fake=knobs, broker="process") as mesh:
 
         async def scenario() -> dict[str, int]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -125,7 +125,7 @@ def test_logprobs_and_results_come_through_whole() -> None:
 def test_a_detached_request_that_waited_is_submitted_again_by_who_attaches_to_it() -> None:
     """Nobody but its client has its prompt: no worker was given it before the broker was killed."""
     knobs, config = replace(KNOBS, slots=1), BrokerConfig(young_ms=300)
-    with Mesh(workers=1, knobs=knobs, broker="process", config=config) as mesh:
+    with Mesh(workers=1, fake=knobs, broker="process", config=config) as mesh:
 
         async def scenario() -> list[int]:
             async with mesh.client() as client:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import marked
+from llambo.testing.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TEST_CHAOS"

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from llambo.broker.config import BrokerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 
 TOKENS = 200
 #: A client process: reads one stream, says so when it has begun, and then what it was given.
@@ -45,7 +46,7 @@ def reader(mesh: Mesh) -> Iterator[subprocess.Popen[str]]:
 def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> None:
     # Given a client that is stopped in the middle of its answer
     config = BrokerConfig(client_lease_ms=600)
-    with Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=100), config=config, check=True) as mesh, reader(mesh) as client:
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh, reader(mesh) as client:
         client.send_signal(signal.SIGSTOP)
         # When its lease is over, and its request was ended because nobody followed it any more
         mesh.until(lambda core: core.state.counters.clients_lost == 1, "its lease to be over")
@@ -58,7 +59,7 @@ def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> Non
 
 def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on() -> None:
     config = BrokerConfig(client_lease_ms=600)
-    with Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=100), config=config, check=True) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh:
 
         async def submit() -> str:
             async with mesh.client() as client:

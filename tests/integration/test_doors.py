@@ -15,8 +15,8 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import new_pair
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_of
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.healthy import Healthy
 
 #: What libzmq tells of a handshake.
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Folder) -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=500), check=True, keys=folder) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=500), check=True, keys=folder) as mesh:
         yield mesh
 
 
@@ -149,7 +149,7 @@ def test_without_the_option_that_insists_on_an_answer_that_door_is_open(folder: 
 @contextmanager
 def lone_door(folder: Folder, domain: str, insist: int = 1) -> Iterator[int]:
     """A broker's socket in a context of its own, where there is no porter."""
-    door = sockets.Door(folder.broker(), domain)
+    door = sockets.CurveServer(folder.broker(), domain)
     with zmq.Context() as context, sockets.control(context, zmq.ROUTER, curve=door) as socket:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, insist)
         yield socket.bind_to_random_port("tcp://127.0.0.1")

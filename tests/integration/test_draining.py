@@ -9,8 +9,8 @@ from dataclasses import replace
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Client
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.test_failover import KNOBS, stream_through
 
 #: Long enough that nobody finishes by chance before the time to finish is over.
@@ -18,7 +18,7 @@ SLOW = replace(KNOBS, tokens_per_s=70)
 
 
 def test_an_emptied_worker_gives_away_what_it_runs() -> None:
-    with Mesh(workers=2, knobs=replace(KNOBS, slots=8), check=True) as mesh:
+    with Mesh(workers=2, fake=replace(KNOBS, slots=8), check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -42,7 +42,7 @@ def test_an_emptied_worker_gives_away_what_it_runs() -> None:
 
 
 def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
-    with Mesh(workers=2, knobs=SLOW, check=True) as mesh:
+    with Mesh(workers=2, fake=SLOW, check=True) as mesh:
         # One that has no time to finish anything, and is told to stop in the middle.
         mesh.worker_config = replace(mesh.worker_config, drain_ms=100)
         hurried = mesh.spawn("hurried")
@@ -53,7 +53,7 @@ def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
 
                 async def stop() -> None:
                     hurried.send(signal.SIGTERM)
-                    assert await asyncio.to_thread(hurried.wait) == 0
+                    assert await asyncio.to_thread(hurried.end) == 0
 
                 answers = await stream_through(client, 6, stop)
                 moved = [answer for answer in answers if answer.moves]
@@ -63,7 +63,7 @@ def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
 
 
 def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() -> None:
-    with Mesh(workers=1, knobs=SLOW, check=True) as mesh:
+    with Mesh(workers=1, fake=SLOW, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -76,7 +76,7 @@ def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() ->
                     # Stopped, with a second signal at once: it waits for whoever comes.
                     mesh.workers[0].send(signal.SIGTERM)
                     mesh.workers[0].send(signal.SIGTERM)
-                    assert await asyncio.to_thread(mesh.workers[0].wait) == 0
+                    assert await asyncio.to_thread(mesh.workers[0].end) == 0
                     assert {request["state"] for request in await client.requests()} == {"waiting"}
                     mesh.spawn("w1").first_line()
 
@@ -87,7 +87,7 @@ def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() ->
 
 
 def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
-    with Mesh(workers=4, knobs=FakeKnobs(tokens_per_s=200, burst=2, slots=16), check=True) as mesh:
+    with Mesh(workers=4, fake=FakeOptions(tokens_per_s=200, burst=2, slots=16), check=True) as mesh:
         over = asyncio.Event()
 
         async def one(client: Client, number: int) -> int:
@@ -108,7 +108,7 @@ def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
                     for number in range(4):
                         old = mesh.workers[number]
                         old.send(signal.SIGTERM)
-                        assert await asyncio.to_thread(old.wait) == 0
+                        assert await asyncio.to_thread(old.end) == 0
                         await asyncio.to_thread(mesh.spawn(f"w{number}").first_line)
                 finally:
                     over.set()
@@ -131,13 +131,13 @@ def test_a_broker_that_is_stopped_says_so() -> None:
                 await client.status()
                 assert mesh.process is not None
                 mesh.process.send(signal.SIGTERM)
-                assert await asyncio.to_thread(mesh.process.wait) == 0
+                assert await asyncio.to_thread(mesh.process.end) == 0
                 return await told.get()
 
         assert "the broker left: it was stopped" in mesh.run(scenario())
         # and the worker, that looks for another one now, leaves without waiting for anybody.
         mesh.workers[0].send(signal.SIGTERM)
-        assert mesh.workers[0].wait() == 0
+        assert mesh.workers[0].end() == 0
 
 
 def progress(core: BrokerCore) -> int:

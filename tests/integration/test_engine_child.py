@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from llambo.testing.processes import wait_until_gone
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.fake import FakeKnobs, plain_token
-from tests.integration.processes import wait_until_gone
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.engine.fake_model import plain_token
 
 TIMEOUT_S = 10.0
 
 
 @contextmanager
-def engine(knobs: FakeKnobs) -> Iterator[EngineProcess]:
+def engine(knobs: FakeOptions) -> Iterator[EngineProcess]:
     child = EngineProcess(proto.Configure("fake", "fake", knobs))
     try:
         yield child
@@ -53,7 +54,7 @@ def start(number: int = 0, max_tokens: int = 50, prompt: bytes = b"hello") -> pr
 
 
 def test_it_streams_one_message_a_step() -> None:
-    with engine(FakeKnobs(slots=3)) as child:
+    with engine(FakeOptions(slots=3)) as child:
         # Given a child with three sequences
         for number in range(3):
             child.order(start(number))
@@ -76,7 +77,7 @@ def test_it_streams_one_message_a_step() -> None:
 def test_the_key_of_its_worker_is_not_in_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMBO_KEY", "a secret")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/secrets")
-    with engine(FakeKnobs()) as child:
+    with engine(FakeOptions()) as child:
         assert isinstance(next(listen(child)), proto.Ready | proto.Progress)  # it runs, and so this is what it has
         names = {line.partition(b"=")[0] for line in Path(f"/proc/{child.pid}/environ").read_bytes().split(b"\0")}
     assert b"PATH" in names
@@ -84,7 +85,7 @@ def test_the_key_of_its_worker_is_not_in_its_environment(monkeypatch: pytest.Mon
 
 
 def test_it_says_what_it_serves_first_and_refuses_what_it_cannot() -> None:
-    with engine(FakeKnobs(slots=2, context_tokens=10)) as child:
+    with engine(FakeOptions(slots=2, context_tokens=10)) as child:
         child.order(start(max_tokens=10))
         said = listen(child)
         ready, refused = next(said), next(said)
@@ -95,7 +96,7 @@ def test_it_says_what_it_serves_first_and_refuses_what_it_cannot() -> None:
 
 
 def test_a_stopped_sequence_frees_its_slot_for_the_next_order() -> None:
-    with engine(FakeKnobs(slots=1, ttft_ms=60_000)) as child:
+    with engine(FakeOptions(slots=1, ttft_ms=60_000)) as child:
         child.order(start(1))
         child.order(proto.Stop(start(1).key))
         child.order(start(2, max_tokens=0))
@@ -108,7 +109,7 @@ def test_a_stopped_sequence_frees_its_slot_for_the_next_order() -> None:
 
 
 def test_a_crash_is_noticed_and_named() -> None:
-    with engine(FakeKnobs(crash_at=5)) as child:
+    with engine(FakeOptions(faults=FakeFaults(crash_at=5))) as child:
         child.order(start())
         told = [m for m in listen(child) if isinstance(m, proto.Step)]
         assert sum(len(output.ids) for step in told for output in step.outputs) == 5
@@ -116,7 +117,7 @@ def test_a_crash_is_noticed_and_named() -> None:
 
 
 def test_a_hang_is_silent_until_it_is_killed() -> None:
-    with engine(FakeKnobs(hang_at=5)) as child:
+    with engine(FakeOptions(faults=FakeFaults(hang_at=5))) as child:
         child.order(start())
         tokens = 0
         for message in listen(child):
@@ -134,14 +135,14 @@ def test_a_hang_is_silent_until_it_is_killed() -> None:
 
 
 def test_a_closed_pipe_ends_it() -> None:
-    with engine(FakeKnobs()) as child:
+    with engine(FakeOptions()) as child:
         assert isinstance(next(listen(child)), proto.Ready)
         child.close_pipe()
         wait_until_gone(child.pid, TIMEOUT_S)
 
 
 def test_signals_for_the_group_do_not_end_it() -> None:
-    with engine(FakeKnobs(tokens_per_s=1_000)) as child:
+    with engine(FakeOptions(tokens_per_s=1_000)) as child:
         said = listen(child)
         next(said)
         os.kill(child.pid, signal.SIGINT)
@@ -154,9 +155,9 @@ AGENT = """
 import signal, sys
 from llambo.worker.engine import protocol as proto
 from llambo.worker.agent.engine_process import EngineProcess
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 
-child = EngineProcess(proto.Configure("fake", "fake", FakeKnobs(hang_at=int(sys.argv[1]))))
+child = EngineProcess(proto.Configure("fake", "fake", FakeOptions(faults=FakeFaults(hang_at=int(sys.argv[1])))))
 child.order(proto.Start(bytes(24), b"hello", 10**6, 7))
 child.push()
 seen = 0

@@ -16,14 +16,14 @@ from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Answer, Stream
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import wait_until_gone
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from llambo.worker.engine.fake_model import logprob_of
-from tests.integration.harness import Mesh, truth
-from tests.integration.processes import wait_until_gone
 
 TOKENS = 200
 #: A pace at which a stream takes a second, so that there is a middle of it.
-KNOBS = FakeKnobs(slots=4, tokens_per_s=200)
+KNOBS = FakeOptions(slots=4, tokens_per_s=200)
 
 
 async def read(stream: Stream, until: int | None = None) -> list[int]:
@@ -65,7 +65,7 @@ async def stream_through(client: Client, streams: int, disturb: Callable[[], Awa
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_logprobs_survive_a_kill_exactly(stream: bool) -> None:
-    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
 
         async def one(client: Client, number: int, count: int | None) -> Answer:
             prompt = f"logprobs {number}"
@@ -98,7 +98,7 @@ def test_logprobs_survive_a_kill_exactly(stream: bool) -> None:
 @pytest.mark.parametrize("victim", ["agent", "engine", "both"])
 def test_killed_in_the_middle_of_its_streams(victim: str) -> None:
     # Given three workers that share some streams
-    with Mesh(workers=3, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=3, fake=KNOBS, check=True) as mesh:
         worker = mesh.workers[0]
         (engine,) = worker.children()
 
@@ -130,7 +130,7 @@ def mesh_ready(core: BrokerCore) -> int:
 
 
 def test_a_frozen_worker_is_given_up_and_its_late_tokens_do_not_count() -> None:
-    with Mesh(workers=2, knobs=KNOBS, config=BrokerConfig(lease_ms=600), check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, config=BrokerConfig(lease_ms=600), check=True) as mesh:
         frozen = mesh.workers[0]
 
         async def freeze() -> None:
@@ -149,7 +149,7 @@ def test_a_frozen_worker_is_given_up_and_its_late_tokens_do_not_count() -> None:
 
 
 def test_all_workers_gone_and_one_comes_back_in_time() -> None:
-    with Mesh(workers=1, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
         async def replace() -> None:
             mesh.workers[0].send(signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_all_workers_gone_and_one_comes_back_in_time() -> None:
 
 
 def test_all_workers_gone_and_none_comes_back() -> None:
-    with Mesh(workers=1, knobs=KNOBS, config=BrokerConfig(hold_ms=500), check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig(hold_ms=500), check=True) as mesh:
 
         async def kill() -> None:
             mesh.workers[0].send(signal.SIGKILL)
@@ -194,7 +194,7 @@ def test_the_same_name_from_two_processes() -> None:
 
 
 def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
-    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -214,7 +214,7 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
 
 
 def test_a_worker_told_to_stop_finishes_what_it_has() -> None:
-    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
 
         async def stop() -> None:
             mesh.workers[0].send(signal.SIGTERM)
@@ -225,12 +225,12 @@ def test_a_worker_told_to_stop_finishes_what_it_has() -> None:
 
         answers = mesh.run(scenario())
         assert {answer.moves for answer in answers} == {0}
-        assert mesh.workers[0].wait() == 0
+        assert mesh.workers[0].end() == 0
 
 
 def test_a_worker_that_is_busy_for_another_broker_gets_nothing_and_another_worker_does_it() -> None:
     """Two brokers share a worker: of what one has given it the other knows the slots that it takes."""
-    with Mesh(workers=1, knobs=FakeKnobs(slots=1, tokens_per_s=200), check=True) as mesh, Mesh(workers=0) as other:
+    with Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=200), check=True) as mesh, Mesh(workers=0) as other:
         both = mesh.spawn("both", mesh.address, other.address)
         both.first_line()
         other.until(lambda core: mesh_ready(core) == 1, "it has joined the other broker as well")
@@ -256,7 +256,7 @@ def test_a_worker_that_is_busy_for_another_broker_gets_nothing_and_another_worke
 
 
 def test_a_detached_request_is_fetched_later_by_another_client() -> None:
-    with Mesh(workers=1, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -275,7 +275,7 @@ def test_a_detached_request_is_fetched_later_by_another_client() -> None:
 
 @pytest.mark.parametrize("how", ["leaves", "closes its stream", "vanishes"])
 def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> None:
-    with Mesh(workers=1, knobs=KNOBS, config=BrokerConfig(client_lease_ms=700), check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig(client_lease_ms=700), check=True) as mesh:
 
         async def scenario() -> None:
             client = mesh.client()
@@ -306,7 +306,7 @@ def idle(core: BrokerCore) -> bool:
 def test_a_reader_that_takes_its_time() -> None:
     """It does not read while 80,000 tokens come: more than a client buffers."""
     count = 80_000
-    with Mesh(workers=1, knobs=FakeKnobs(slots=1, burst=64), check=True) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=1, burst=64), check=True) as mesh:
 
         async def scenario() -> list[int]:
             async with mesh.client() as client, client.stream("slow", max_tokens=count, seed=1) as stream:
@@ -317,7 +317,7 @@ def test_a_reader_that_takes_its_time() -> None:
 
 
 def test_two_clients_follow_one_request() -> None:
-    with Mesh(workers=1, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client, mesh.client() as other:
@@ -347,8 +347,8 @@ def test_a_sync_client_where_an_event_loop_runs_already() -> None:
 
 
 def test_a_request_waits_for_a_model_that_is_loading() -> None:
-    knobs = FakeKnobs(load_ms=1_500)
-    with Mesh(0, knobs=knobs, check=True) as mesh:
+    knobs = FakeOptions(load_ms=1_500)
+    with Mesh(0, fake=knobs, check=True) as mesh:
         mesh.spawn("slow")
         mesh.until(lambda core: any(w.last.percent > 30 for w in core.state.registry.workers.values()), "30 % loaded")
 
@@ -364,11 +364,11 @@ def test_a_request_waits_for_a_model_that_is_loading() -> None:
 @pytest.mark.parametrize("when", ["careless", "always"])
 def test_an_engine_that_dies_while_it_loads(when: Literal["careless", "always"]) -> None:
     """Careful it may live; if not, the worker ends and says why."""
-    with Mesh(0, knobs=FakeKnobs(load_crash=when), check=True) as mesh:
+    with Mesh(0, fake=FakeOptions(faults=FakeFaults(load_crash=when)), check=True) as mesh:
         worker = mesh.spawn("w")
         if when == "careless":
             worker.first_line()
         else:
-            assert worker.wait() == 1
-            assert "cannot serve fake: the engine was ended by SIGSEGV while loading, with safe" in worker.written()
-        assert "SIGSEGV while loading; trying again with safe settings" in worker.written()
+            assert worker.end() == 1
+            assert "cannot serve fake: the engine was ended by SIGSEGV while loading, with safe" in worker.log()
+        assert "SIGSEGV while loading; trying again with safe settings" in worker.log()

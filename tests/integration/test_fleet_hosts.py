@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from llambo.testing.processes import line_of
 from tests.integration.far_hosts import BOX, Box, Far
 from tests.integration.manager import PATIENCE_S
-from tests.integration.processes import line_of
 from tests.integration.test_systemd import LLAMBO
 
 FILE = f"""

@@ -16,7 +16,7 @@ import pytest
 
 from llambo.fleet.providers.process import Processes
 from llambo.fleet.world import NodeFailed, NodeRecord
-from tests.integration.processes import wait_until_gone
+from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 

@@ -23,17 +23,18 @@ from websockets.typing import Subprotocol
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.acceptance.commands import LLAMBO, Running
+from llambo.testing.commands import LLAMBO, command
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events, id_of, text_of
-from tests.integration.harness import TIMEOUT_S, Mesh, truth
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=4, tokens_per_s=200)) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=4, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -123,7 +124,7 @@ def test_a_body_that_is_too_long_is_refused(gateway: GatewayProcess) -> None:
 
 def test_a_killed_worker_is_not_seen_in_a_stream() -> None:
     with (
-        Mesh(workers=2, knobs=FakeKnobs(slots=4, tokens_per_s=100)) as mesh,
+        Mesh(workers=2, fake=FakeOptions(slots=4, tokens_per_s=100)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open(
             "POST", "/v1/completions", {"prompt": "x", "max_tokens": 60, "seed": 7, "stream": True}
@@ -163,7 +164,7 @@ def test_another_gateway_takes_over(mesh: Mesh) -> None:
         with first.open("POST", CHAT, asked) as response:
             told = events(response, 15)
             first.process.send(signal.SIGKILL)
-            first.process.wait()
+            first.process.end()
         with second.open("POST", CHAT, asked, last_event_id=id_of(told[-1])) as response:
             told += events(response)
         undisturbed = second.post(CHAT, chat(max_tokens=150, seed=12))
@@ -196,7 +197,7 @@ def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess,
 
 def test_who_waits_is_told_so() -> None:
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=1, tokens_per_s=50)) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=50)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open("POST", CHAT, chat(max_tokens=10_000, stream=True)) as first,
     ):
@@ -221,7 +222,7 @@ def folder(tmp_path: Path) -> Folder:
 def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
     ):
         for headers in ({}, {"authorization": "Bearer sk-llambo-no"}, {"authorization": f"Basic {alice}"}):
@@ -246,7 +247,7 @@ def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
 
 
 def test_without_tls_it_stays_on_this_machine() -> None:
-    with Running(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
+    with command(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
         assert refused.end() == 2
         assert "without keys a gateway listens on this machine alone" in refused.story("")
 
@@ -265,7 +266,7 @@ def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
             assert json.load(reply)["choices"][0]["message"]["content"]
         with pytest.raises((OSError, http.client.HTTPException)):
             gateway.get("/healthz")
-    with Running(LLAMBO, "gateway", "--http-port", "0", "--tls-cert", str(key)) as refused:
+    with command(LLAMBO, "gateway", "--http-port", "0", "--tls-cert", str(key)) as refused:
         assert refused.end() != 0
         assert "cannot be used for TLS" in refused.story("")
 
@@ -275,7 +276,7 @@ def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
 
 def test_it_leaves_when_its_answers_are_given() -> None:
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=1, tokens_per_s=50)) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=50)) as mesh,
         GatewayProcess(mesh.address) as gateway,
         gateway.open("POST", CHAT, chat(max_tokens=30, stream=True)) as response,
     ):
@@ -283,7 +284,7 @@ def test_it_leaves_when_its_answers_are_given() -> None:
         gateway.process.send(signal.SIGTERM)
         told += events(response)
         assert told[-1].endswith(b"data: [DONE]\n")
-        assert gateway.process.wait() == 0
+        assert gateway.process.end() == 0
 
 
 def test_without_a_broker_it_says_so() -> None:

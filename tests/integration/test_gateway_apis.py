@@ -15,16 +15,17 @@ from websockets.sync.client import connect
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from tests.integration.gateway_process import GatewayProcess, data_of, events, id_of
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 MESSAGES, COUNT, RESPONSES = "/v1/messages", "/v1/messages/count_tokens", "/v1/responses"
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=4, tokens_per_s=200, poison="poison")) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=4, tokens_per_s=200, faults=FakeFaults(poison="poison"))) as mesh:
         yield mesh
 
 
@@ -203,7 +204,7 @@ def test_responses_belong_to_who_asked(tmp_path: Path) -> None:
         folder.add(Identity(name, "client"), now)
     alice, bob = [{"x-api-key": api_tokens.issue(folder, name, now)} for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=500), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=500), keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
     ):
         status, told, _ = gateway.ask("POST", MESSAGES, message())

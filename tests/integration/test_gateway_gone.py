@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 from websockets.sync.client import connect
 
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 

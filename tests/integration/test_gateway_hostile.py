@@ -20,14 +20,15 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
 from llambo.gateway.http import timeouts
-from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
 from llambo.gateway.server import listen
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 CHAT = "/v1/chat/completions"
 ELSEWHERE = "http://attacker.example"
@@ -35,7 +36,7 @@ ELSEWHERE = "http://attacker.example"
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=200)) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=200)) as mesh:
         yield mesh
 
 
@@ -119,7 +120,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
-        Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=100), keys=folder) as mesh,
+        Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
@@ -148,7 +149,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
                 api_tokens.withdraw(folder, "bob")
                 other.send(json.dumps({"type": "ask", "id": "b", "body": chat(max_tokens=1)}))
                 assert json.loads(other.recv(TIMEOUT_S))["error"]["code"] == "invalid_api_key"
-        written = gateway.process.everything()
+        written = gateway.process.log()
     assert "alice POST" in written
     for token in (alice, bob):
         assert token not in written, "a token is in the log"
@@ -280,7 +281,7 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
     async def cut() -> bytes:
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: PatientProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
         async with server, asyncio.timeout(TIMEOUT_S):
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
             found = b""
@@ -299,7 +300,7 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
 
 def test_who_takes_nothing_is_cut_by_the_kernel() -> None:
     with listen("127.0.0.1", 0) as listener:
-        cut_off_who_takes_nothing(listener, 0.5)
+        set_tcp_user_timeout(listener, 0.5)
         with socket.socket() as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             reader.connect(listener.getsockname())

@@ -13,9 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess
-from tests.integration.harness import Mesh
 
 #: Of each path and method, and of what follows from it.
 EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "6"))
@@ -27,7 +27,7 @@ RUN_S = 60 + 5 * EXAMPLES
 
 
 def test_no_request_is_a_server_error(tmp_path: Path) -> None:
-    with Mesh(2, knobs=FakeKnobs(slots=8, answer_tokens=20)) as mesh, GatewayProcess(mesh.address) as gateway:
+    with Mesh(2, fake=FakeOptions(slots=8, answer_tokens=20)) as mesh, GatewayProcess(mesh.address) as gateway:
         words = [f"{gateway.url}/openapi.json", "--max-examples", str(EXAMPLES), "--phases", PHASES, "--checks", CHECKS,
                  "--seed", "1", "--no-color", "--continue-on-failure", "--max-failures", "20",
                  "--request-timeout", "60"]  # fmt: skip

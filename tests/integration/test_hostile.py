@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from llambo.testing.processes import TIMEOUT_S
 from tests.fuzz import bombs, live, sessions
-from tests.integration.harness import TIMEOUT_S
 
 MESSAGES = 6_000
 SESSIONS, IDLE = 400, 60

@@ -15,13 +15,14 @@ from llambo.mesh.client.answer_stream import Answer, Stream
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
+from llambo.testing.mesh import Mesh, key_of, truth
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 
 TOKENS = 60
 #: More than any test reads.
 LONG = 50_000
-KNOBS = FakeKnobs(slots=4, tokens_per_s=200)
+KNOBS = FakeOptions(slots=4, tokens_per_s=200)
 LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, priority_max="normal")
 
 
@@ -54,7 +55,7 @@ def at_rest(mesh: Mesh, name: str) -> None:
 
 
 def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
-    with Mesh(workers=1, knobs=KNOBS, check=True, keys=folder) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True, keys=folder) as mesh:
 
         async def scenario() -> None:
             async with (
@@ -114,8 +115,8 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
 
 def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
     """One slot; a hundred of one identity wait. Those of another are served in between, one after the other."""
-    knobs = FakeKnobs(slots=1, tokens_per_s=2_000)
-    with Mesh(workers=1, knobs=knobs, check=True, keys=folder) as mesh:
+    knobs = FakeOptions(slots=1, tokens_per_s=2_000)
+    with Mesh(workers=1, fake=knobs, check=True, keys=folder) as mesh:
 
         async def scenario() -> None:
             async with (
@@ -144,7 +145,7 @@ def ahead_of_few(core: BrokerCore) -> list[int]:
 
 
 def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> None:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=1, tokens_per_s=50), check=True, keys=folder) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=1, tokens_per_s=50), check=True, keys=folder) as mesh:
 
         async def scenario() -> list[Answer]:
             async with mesh.client(key=key_of(folder, "alice")) as alice:
@@ -164,7 +165,7 @@ def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> Non
 def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder: Folder) -> None:
     """All of them wait at first, twice as many as may. Not more than two are at work, and all end well."""
     folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2), int(time.time()))
-    with Mesh(workers=1, knobs=FakeKnobs(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
 
         async def scenario() -> dict[str, object]:
             async with mesh.client(key=key_of(folder, "carol")) as carol:

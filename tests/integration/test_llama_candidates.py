@@ -7,12 +7,12 @@ import pytest
 
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama import llama
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 
 
 @pytest.fixture(scope="module")
 def model() -> llama.Model:
-    return llama.Model(str(models.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
+    return llama.Model(str(model_files.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])

@@ -14,11 +14,11 @@ from bench import cancels
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Reason, Sampling, Usage
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 
 CONTEXT, SLOTS = 1024, 4
 GREEDY = Sampling(form="user", temperature=0.0)
@@ -45,7 +45,7 @@ def said() -> list[Progress]:
 
 @pytest.fixture(scope="module")
 def loaded(said: list[Progress]) -> LlamaEngine:
-    knobs = LlamaKnobs(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
+    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
     return load(Configure("llama", "smollm2", llama=knobs, safe=True), said.append)
 
 
@@ -394,8 +394,8 @@ def test_a_cancel_in_the_middle_of_a_long_prompt_is_heard(engine: LlamaEngine) -
 
 
 def test_models_that_are_not_there_are_named() -> None:
-    with pytest.raises(models.NoSuchModel, match="names are: smollm2"):
-        models.find("/nowhere/x.gguf")
+    with pytest.raises(model_files.NoSuchModel, match="names are: smollm2"):
+        model_files.find("/nowhere/x.gguf")
 
 
 def test_requests_that_are_stopped_anywhere_leave_nothing(engine: LlamaEngine) -> None:

@@ -13,12 +13,12 @@ from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar.grammar import grammar_of
 from llambo.worker.llama import llama
 from llambo.worker.llama.lazy_grammar import LazyGrammar
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 
 
 @pytest.fixture(scope="module")
 def model() -> llama.Model:
-    return llama.Model(str(models.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
+    return llama.Model(str(model_files.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
 
 
 class Walker:

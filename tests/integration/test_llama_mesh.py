@@ -20,14 +20,15 @@ from llambo.broker.report import queries
 from llambo.mesh.client.client import Answer, Options, Piece
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import ANYONE
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import models
-from tests.integration.harness import TIMEOUT_S, Mesh
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import model_files
 
-KNOBS = LlamaKnobs(slots=8, context=1024, threads=1, batch=128)
+KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=KNOBS)
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}'
 #: Eight streams of different kinds.
@@ -146,7 +147,7 @@ def kill(mesh: Mesh, turn: int) -> None:
         os.kill(victim.children()[0], signal.SIGKILL)
     else:
         victim.send(signal.SIGKILL)
-        victim.wait()
+        victim.end()
         mesh.workers.remove(victim)
         victim.close()
         mesh.spawn(f"turn{turn}")
@@ -222,7 +223,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         assert (answer.worker, len(answer.ids)) == ("careful", 4)
         (note,) = mesh.look(lambda core: [w.last.note for w in core.state.registry.workers.values()])
         assert note.endswith("safe settings")
-        assert "SIGSEGV while loading; trying again with safe settings" in worker.written()
+        assert "SIGSEGV while loading; trying again with safe settings" in worker.log()
 
 
 def listen(child: EngineProcess) -> list[proto.ToAgent]:
@@ -238,7 +239,7 @@ def listen(child: EngineProcess) -> list[proto.ToAgent]:
 
 
 def whole_model() -> bytes:
-    return models.find("smollm2").read_bytes()
+    return model_files.find("smollm2").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "no model", "no context"])
@@ -246,7 +247,7 @@ def test_a_model_that_cannot_be_loaded_is_named_and_ends_the_engine_only(tmp_pat
     path = tmp_path / "x.gguf"
     content = whole_model()
     path.write_bytes({"cut": content[:50_000_000], "empty": b"", "no model": b"x" * 1000}.get(kind, content))
-    knobs = LlamaKnobs(context=16 * 2**20) if kind == "no context" else KNOBS
+    knobs = LlamaOptions(context=16 * 2**20) if kind == "no context" else KNOBS
     child = EngineProcess(proto.Configure("llama", str(path), llama=knobs))
     try:
         last = listen(child)[-1]

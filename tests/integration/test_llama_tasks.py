@@ -13,11 +13,11 @@ from llambo.mesh.service import host
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
-from llambo.worker.engine.engine_options import LlamaKnobs
+from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
 from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, run, said
 
 __all__ = ["engine", "loaded", "said"]  # fixtures
@@ -63,14 +63,14 @@ def refused(engine: LlamaEngine, start: Start) -> tuple[Code, str]:
 
 
 def vectors(engine: LlamaEngine, texts: list[str], **options: Any) -> Any:
-    return np.array(tasks.vectors_of(result(engine, task("embed", texts, **options), tasks.Vectors)))
+    return np.array(tasks.vectors_of(result(engine, task("embed", texts, **options), tasks.EmbedResult)))
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """Pooled and normalised by llama.cpp itself, each text in one step."""
     llama = llama_cpp.Llama(
-        str(models.find("smollm2")), embedding=True, pooling_type=1, n_ctx=256, n_batch=256, n_ubatch=256,
+        str(model_files.find("smollm2")), embedding=True, pooling_type=1, n_ctx=256, n_batch=256, n_ubatch=256,
         n_threads=1, n_threads_batch=1, verbose=False,
     )  # fmt: skip
     return lambda texts, normalize: np.array([llama.embed(text, normalize=normalize) for text in texts])
@@ -78,22 +78,22 @@ def reference() -> Any:
 
 def test_tokens_and_back(engine: LlamaEngine) -> None:
     for text in TEXTS:
-        found = result(engine, task("tokenize", text.encode()), tasks.Tokens)
+        found = result(engine, task("tokenize", text.encode()), tasks.TokenizeResult)
         assert len(found.ids) == len(found.pieces) > 0
         assert b"".join(found.pieces) == text.encode()
-        assert result(engine, task("detokenize", found.ids), tasks.Text).text == text.encode()
+        assert result(engine, task("detokenize", found.ids), tasks.DetokenizeResult).text == text.encode()
 
 
 def test_control_tokens_are_meant_and_shown_only_if_asked_for(engine: LlamaEngine) -> None:
     text = b"<|im_start|>"
-    assert len(result(engine, task("tokenize", text), tasks.Tokens).ids) > 1
-    (id,) = result(engine, task("tokenize", text, special=True), tasks.Tokens).ids
-    assert result(engine, task("detokenize", [id]), tasks.Text).text == b""
-    assert result(engine, task("detokenize", [id], special=True), tasks.Text).text == text
+    assert len(result(engine, task("tokenize", text), tasks.TokenizeResult).ids) > 1
+    (id,) = result(engine, task("tokenize", text, special=True), tasks.TokenizeResult).ids
+    assert result(engine, task("detokenize", [id]), tasks.DetokenizeResult).text == b""
+    assert result(engine, task("detokenize", [id], special=True), tasks.DetokenizeResult).text == text
 
 
 def test_a_prompt_in_its_template_has_as_many_tokens_as_its_answer_says(engine: LlamaEngine) -> None:
-    found = result(engine, task("tokenize", b"Hello", form="user", system="Be brief."), tasks.Tokens)
+    found = result(engine, task("tokenize", b"Hello", form="user", system="Be brief."), tasks.TokenizeResult)
     start = ask(prompt="Hello", tokens=1)
     start = msgspec.structs.replace(start, sampling=msgspec.structs.replace(start.sampling, system="Be brief."))
     (told,) = run(engine, start)
@@ -184,7 +184,7 @@ def test_what_cannot_be_done_is_refused_with_its_numbers(engine: LlamaEngine) ->
 
 
 def test_without_memory_for_embeddings_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load(Configure("llama", "smollm2", llama=LlamaKnobs(slots=1, context=256, threads=1)), lambda told: None)
+    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda told: None)
     monkeypatch.setattr(host, "free_memory_bytes", lambda: 1)
     code, text = refused(small, task("embed", ["hello"]))
     assert code is Code.BUSY and "0 MiB are free" in text and "--ctx" in text

@@ -19,9 +19,10 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link import Link
 from llambo.mesh.wire import limits, tokens
+from llambo.testing.mesh import Mesh, timed, truth
+from llambo.testing.processes import rss_bytes
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, rss_bytes, timed, truth
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: Frames that a socket of a token plane queues.
 HWM = 10
@@ -139,8 +140,8 @@ async def lossy(client: Client, watch: Watch) -> None:
 
 def test_a_million_tokens_most_of_them_dropped() -> None:
     # Given a token plane towards clients that queues next to nothing
-    knobs = FakeKnobs(slots=REQUESTS // 2, burst=2)
-    with Mesh(workers=2, knobs=knobs, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
+    knobs = FakeOptions(slots=REQUESTS // 2, burst=2)
+    with Mesh(workers=2, fake=knobs, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
         watch, client = Watch(limits.MAX_TOKENS), mesh.client(token_hwm=HWM)
         # When a reader stalls again and again
@@ -163,8 +164,8 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
 
 def test_losses_at_every_end_at_a_time() -> None:
     # Given token planes that queue next to nothing, from the workers and towards the client
-    knobs, worker = FakeKnobs(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
-    with Mesh(workers=2, knobs=knobs, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
+    knobs, worker = FakeOptions(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
+    with Mesh(workers=2, fake=knobs, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
         watch, client, at_broker = Watch(limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM), [0]
         count_at_broker(mesh, at_broker)
         mesh.run(lossy(client, watch), TIMEOUT_S)

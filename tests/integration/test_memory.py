@@ -11,8 +11,8 @@ from pathlib import Path
 
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client.client import Client
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh
+from llambo.testing.mesh import Mesh
+from llambo.worker.engine.engine_options import FakeOptions
 
 REQUESTS = int(os.environ.get("LLAMBO_TEST_REQUESTS", "3000"))
 AT_A_TIME = 48
@@ -26,7 +26,7 @@ def descriptors(pid: int) -> int:
 
 def test_a_broker_grows_no_more_once_its_archive_is_full() -> None:
     config = BrokerConfig(tombstones=300, events=50)
-    with Mesh(workers=1, knobs=FakeKnobs(slots=AT_A_TIME, burst=4), config=config, broker="process") as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=AT_A_TIME, burst=4), config=config, broker="process") as mesh:
         assert mesh.process is not None
         pid = mesh.process.pid
         sizes: list[tuple[int, int]] = []

@@ -17,15 +17,16 @@ import zmq
 
 from llambo.broker.report import metrics_http as windows
 from llambo.broker.report.metrics_http import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
-from llambo.gateway.observe.telemetry import TABLE
+from llambo.gateway.observe.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.integration.harness import TIMEOUT_S, Mesh, truth
 from tests.unit.pages import Told, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -79,7 +80,7 @@ def test_a_broker_is_scraped_while_it_streams() -> None:
             assert asked["llambo_broker_tokens_total"] == told["llambo_broker_tokens_total"]
 
     window = Window("127.0.0.1:0")
-    with Mesh(workers=2, knobs=FakeKnobs(tokens_per_s=100), window=window) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), window=window) as mesh:
         mesh.run(scenario(mesh, window.port))
 
 
@@ -118,7 +119,7 @@ def test_who_means_ill_harms_nobody() -> None:
             assert ids == truth("hello", 5, 150)
 
     window = Window("127.0.0.1:0")
-    with Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=100), window=window) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), window=window) as mesh:
         mesh.run(scenario(mesh, window.port))
         assert mesh.counter("workers_lost") == 0
 
@@ -337,7 +338,7 @@ def page_of(gateway: GatewayProcess, **headers: str) -> Told:
 
 def test_a_gateway_counts_what_it_answers() -> None:
     with (
-        Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=200)) as mesh,
+        Mesh(workers=1, fake=FakeOptions(tokens_per_s=200)) as mesh,
         GatewayProcess(mesh.address, "--resume-ms", "60000") as gateway,
     ):
         gateway.post(CHAT, chat(max_tokens=7))

@@ -8,9 +8,9 @@ import pytest
 
 from llambo import Client
 from llambo.mesh.client.client import Stream
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
-from tests.integration.proxy import Fault, Plane, Proxy
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.proxy import Plane, ThreadedProxy
+from llambo.worker.engine.engine_options import FakeOptions
 
 TOKENS = 300
 TOKENS_PER_S = 200
@@ -32,22 +32,25 @@ class Reader:
 
 @pytest.mark.parametrize("fault", ["cut", "hold", "refuse"])
 @pytest.mark.parametrize("plane", get_args(Plane))
-def test_a_stream_goes_on(plane: Plane, fault: Fault) -> None:
+def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
     async def scenario() -> list[int]:
         async with client, client.stream("hello", max_tokens=TOKENS, seed=7) as stream:
             reader = Reader(stream)
             await reader.until(BEFORE)
-            proxy.suffer(plane, fault)
+            proxy.inject_fault(plane, fault)
             if plane != "worker control":
                 await reader.until(BEFORE + DURING)
             elif fault != "cut":
                 await mesh.aside(lambda core: core.state.counters.workers_lost, "the worker given up")
-            proxy.suffer(plane, "heal")
+            proxy.heal(plane)
             await reader.until(TOKENS + 1)
             return reader.ids
 
     # Given a worker and a client that reach the broker through a proxy
-    with Mesh(workers=0, knobs=FakeKnobs(tokens_per_s=TOKENS_PER_S), check=True) as mesh, Proxy(mesh.port) as proxy:
+    with (
+        Mesh(workers=0, fake=FakeOptions(tokens_per_s=TOKENS_PER_S), check=True) as mesh,
+        ThreadedProxy(mesh.port) as proxy,
+    ):
         mesh.spawn("w0", proxy.address).first_line()
         client = Client(proxy.address)
         # When one plane fails in the middle of a stream, and later works again

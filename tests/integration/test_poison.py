@@ -10,13 +10,13 @@ import pytest
 
 from llambo import Client
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.testing.mesh import Mesh, truth
+from llambo.testing.processes import TIMEOUT_S, wait_until_gone
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, truth
-from tests.integration.processes import wait_until_gone
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 
 TOKENS = 60
-KNOBS = FakeKnobs(slots=8, tokens_per_s=100, poison="arsenic")
+KNOBS = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))
 
 
 async def answer(client: Client, prompt: str, seed: int, begun: asyncio.Event | None = None) -> None:
@@ -33,7 +33,7 @@ async def answer(client: Client, prompt: str, seed: int, begun: asyncio.Event | 
 
 def test_poison_among_seven_innocents() -> None:
     """On the only worker there is, so that its engine has to come back twice."""
-    with Mesh(workers=1, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> list[dict[str, object]]:
             async with mesh.client() as client:
@@ -59,7 +59,7 @@ def test_poison_among_seven_innocents() -> None:
 
 
 def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
-    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -82,8 +82,8 @@ def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
 
 def test_a_hung_decode_is_an_engine_death() -> None:
     """The answer goes on at another worker, as a suspect until it is past that token."""
-    knobs = FakeKnobs(slots=2, tokens_per_s=100, hang_at=20)
-    with Mesh(workers=1, knobs=knobs, worker=WorkerConfig(stall_ms=500), check=True) as mesh:
+    knobs = FakeOptions(slots=2, tokens_per_s=100, faults=FakeFaults(hang_at=20))
+    with Mesh(workers=1, fake=knobs, worker=WorkerConfig(stall_ms=500), check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:

@@ -8,17 +8,17 @@ from dataclasses import replace
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire.reports import EventRow
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.worker.engine.engine_options import FakeOptions
 
-FAST = FakeKnobs(slots=4, tokens_per_s=200)
+FAST = FakeOptions(slots=4, tokens_per_s=200)
 #: A twentieth of that.
 SLOW = replace(FAST, tokens_per_s=10)
 TOKENS = 20
 
 
 def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
-    with Mesh(workers=1, knobs=FAST, config=BrokerConfig(heartbeat_ms=50), check=True) as mesh:
+    with Mesh(workers=1, fake=FAST, config=BrokerConfig(heartbeat_ms=50), check=True) as mesh:
         mesh.worker_config = replace(mesh.worker_config, fake=SLOW)
         mesh.spawn("slow").first_line()
 

@@ -16,7 +16,8 @@ import pytest
 
 from llambo import Client
 from llambo.mesh.service.activation import NAMES
-from tests.integration.harness import TIMEOUT_S, Mesh
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
 from tests.integration.test_broker_restart import KNOBS, STREAMS, one
 
 #: As systemd does it: descriptors from 3 on, and the child's own id, which is known only to the child.
@@ -123,7 +124,7 @@ def knocking(port: int) -> Iterator[list[str]]:
 )
 def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order: tuple[int, ...], names: str) -> None:
     parent = Parent(order, names)
-    mesh = Mesh(workers=0, knobs=KNOBS, broker="process")
+    mesh = Mesh(workers=0, fake=KNOBS, broker="process")
     try:
         address = f"tcp://127.0.0.1:{parent.port}"
         workers = [mesh.spawn(f"w{number}", address) for number in range(2)]

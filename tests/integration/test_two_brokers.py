@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from llambo import Client
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.test_broker_restart import KNOBS, STREAMS, TOKENS, one
 
 Brokers = tuple[Mesh, Mesh]
 
 
 @contextmanager
-def two_brokers(workers: int, knobs: FakeKnobs) -> Iterator[Brokers]:
-    with Mesh(workers=0, knobs=knobs, broker="process") as one, Mesh(workers=0, broker="process") as other:
+def two_brokers(workers: int, knobs: FakeOptions) -> Iterator[Brokers]:
+    with Mesh(workers=0, fake=knobs, broker="process") as one, Mesh(workers=0, broker="process") as other:
         started = [one.spawn(f"w{number}", one.address, other.address) for number in range(workers)]
         for worker in started:
             worker.first_line()
@@ -80,7 +80,7 @@ def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
 
 def test_a_slot_is_sold_once_whoever_sells_it() -> None:
     """More than all workers can take, from both brokers at once: what is refused is done elsewhere, or later."""
-    knobs = FakeKnobs(slots=2, tokens_per_s=400)
+    knobs = FakeOptions(slots=2, tokens_per_s=400)
     asked, tokens = 12, 20
     with two_brokers(3, knobs) as brokers:
 
@@ -139,7 +139,7 @@ def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> Non
 
 
 def test_a_client_finds_a_broker_that_lives() -> None:
-    with Mesh(workers=1, knobs=KNOBS) as mesh:
+    with Mesh(workers=1, fake=KNOBS) as mesh:
 
         async def scenario() -> list[int]:
             # The discard port of this host: nobody listens there.

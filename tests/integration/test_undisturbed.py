@@ -7,8 +7,8 @@ import itertools
 import time
 
 from llambo import Client
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import Mesh, truth
+from llambo.testing.mesh import Mesh, truth
+from llambo.worker.engine.engine_options import FakeOptions
 
 REQUESTS = 10_000
 #: Requests at a time: more than there are slots, so that the queue is part of it.
@@ -43,7 +43,7 @@ async def storm(mesh: Mesh) -> tuple[list[int], dict[str, int], int, float]:
 
 def test_ten_thousand_requests_arrive_whole_and_hardly_anything_is_sent_again() -> None:
     # Given a broker and workers as processes
-    with Mesh(workers=2, knobs=FakeKnobs(slots=16), broker="process") as mesh:
+    with Mesh(workers=2, fake=FakeOptions(slots=16), broker="process") as mesh:
         # When many requests run at a time
         wrong, counters, replays, took_s = mesh.run(storm(mesh), TIMEOUT_S)
     # Then all tokens are right, and repairs were the exception

@@ -21,10 +21,11 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.engine.engine_options import FakeKnobs
-from tests.integration.harness import TIMEOUT_S, Mesh, key_of, truth
+from llambo.testing.mesh import Mesh, key_of, truth
+from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.raw_peer import RawPeer
+from llambo.worker.engine.engine_options import FakeOptions
 from tests.integration.healthy import Healthy
-from tests.integration.raw_peer import RawPeer
 
 #: How often reading somebody's stream is tried, in each of two ways.
 ATTEMPTS = int(os.environ.get("ATTEMPTS", "40"))
@@ -44,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def mesh(folder: Folder) -> Iterator[Mesh]:
-    with Mesh(workers=1, knobs=FakeKnobs(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
+    with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=500), check=True, keys=folder) as mesh:
         yield mesh
 
 
@@ -95,9 +96,9 @@ def heard_bytes(socket: zmq.Socket[bytes], until_ms: int = BEATS_MS) -> list[byt
 )
 def test_a_foreign_request(mesh: Mesh, eve: RawPeer, say: object, code: Code) -> None:
     message = say(alices(mesh)[0])  # type: ignore[operator]
-    eve.say(message, blobs=[b"prompt"] if isinstance(message, m.InferenceRequest) else [])
+    eve.send_messages(message, blobs=[b"prompt"] if isinstance(message, m.InferenceRequest) else [])
     assert eve.expect(m.Problem, id=message.id).error.code is code
-    assert not [said for _, said in eve.heard if isinstance(said, m.Page | m.End | m.Accepted)]
+    assert not [said for _, said in eve.received if isinstance(said, m.Page | m.End | m.Accepted)]
 
 
 def test_a_foreign_request_is_as_unknown_as_none(mesh: Mesh, eve: RawPeer) -> None:
@@ -105,20 +106,20 @@ def test_a_foreign_request_is_as_unknown_as_none(mesh: Mesh, eve: RawPeer) -> No
     there, nowhere = alices(mesh)[0], secrets.token_bytes(16)
     texts = []
     for id in (there, nowhere):
-        eve.say(m.Cancel(id))
+        eve.send_messages(m.Cancel(id))
         texts.append(eve.expect(m.Problem, id=id).error.text.replace(id.hex(), "ID"))
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("what", ["why", "find"])
 def test_a_foreign_story(mesh: Mesh, eve: RawPeer, what: str) -> None:
-    eve.say(m.Query(7, what, alices(mesh)[0].hex()))
+    eve.send_messages(m.Query(7, what, alices(mesh)[0].hex()))
     assert eve.expect(m.Problem, query=7).error.code is Code.UNKNOWN_REQUEST
 
 
 @pytest.mark.parametrize("message", [m.Query(8, "events", ""), m.DrainWorker(8, "w0")], ids=["events", "drain"])
 def test_what_only_an_admin_may(eve: RawPeer, message: m.Message) -> None:
-    eve.say(message)
+    eve.send_messages(message)
     assert eve.expect(m.Problem, query=8).error.code is Code.FORBIDDEN
 
 
@@ -150,7 +151,7 @@ def test_an_admin_sees_and_cancels_everything(mesh: Mesh, folder: Folder) -> Non
 
 def test_a_stolen_session(mesh: Mesh, eve: RawPeer) -> None:
     id, session, _, _ = alices(mesh)
-    eve.say(m.Cancel(id), session=session)
+    eve.send_messages(m.Cancel(id), session=session)
     assert eve.expect(m.Problem).error.code is Code.UNKNOWN_SESSION
 
 
@@ -181,7 +182,7 @@ def test_many_tries_to_read_a_stream(mesh: Mesh, folder: Folder, eve: RawPeer) -
                     junk.send(frame)
                     thief.send(b"\x01" + topic)
                 # Its own beat, by control, says that the broker has gone on since.
-                eve.say(m.Query(9, "status", ""))
+                eve.send_messages(m.Query(9, "status", ""))
                 eve.expect(m.Result, query=9)
                 stolen += sum(len(frame) for socket in (sub, junk, thief) for frame in heard_bytes(socket, 20))
             finally:
@@ -196,7 +197,7 @@ def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
     id = secrets.token_bytes(16)
     with RawPeer(mesh.port, key=key_of(folder, "alice")) as victim:
         victim.join_as_client()
-        victim.say(m.InferenceRequest(id, max_tokens=300, stream=False), blobs=[b"prompt"])
+        victim.send_messages(m.InferenceRequest(id, max_tokens=300, stream=False), blobs=[b"prompt"])
         victim.expect(m.Accepted)
         route = mesh.look(lambda core: core.state.registry.clients[victim.session].route)
     with zmq.Context() as context, sockets.control(context, zmq.DEALER, curve=key_of(folder, "eve")) as thief:
@@ -227,7 +228,7 @@ def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
 )  # fmt: skip
 def test_a_worker_is_called_what_its_key_is_called(mesh: Mesh, folder: Folder, name: str, code: Code) -> None:
     with RawPeer(mesh.port, 1, key=key_of(folder, "eve-worker", "worker")) as peer:
-        peer.say(m.WorkerHello(name, b"i", [m.ModelInfo("fake")], 1))
+        peer.send_messages(m.WorkerHello(name, b"i", [m.ModelInfo("fake")], 1))
         assert peer.expect(m.Problem).error.code is code
 
 
@@ -235,9 +236,9 @@ def test_a_name_that_two_keys_may_have_is_the_first_ones(mesh: Mesh, folder: Fol
     with RawPeer(mesh.port, 1, key=key_of(folder, "box", "worker")) as first:
         first.join_as_worker("box-1", "other")
         with RawPeer(mesh.port, 1, key=key_of(folder, "box-1", "worker")) as second:
-            second.say(m.WorkerHello("box-1", b"i", [m.ModelInfo("other")], 1))
+            second.send_messages(m.WorkerHello("box-1", b"i", [m.ModelInfo("other")], 1))
             assert second.expect(m.Problem).error.code is Code.NAME_TAKEN
-        first.say(m.Goodbye())
+        first.send_messages(m.Goodbye())
 
 
 def test_a_worker_that_speaks_for_another(mesh: Mesh, folder: Folder, alice: Healthy) -> None:
@@ -250,11 +251,11 @@ def test_a_worker_that_speaks_for_another(mesh: Mesh, folder: Folder, alice: Hea
         liar._base = mesh.port
         liar.join_as_worker("liar", "other")
         key = mesh.look(run)
-        liar.say(m.End(key[:16], 0, "stop", key[16:]))
-        liar.say(m.Page(key[:16], 0, 1, 1, [tokens.encode_chunk(key, 0, [1], [b"x"], 0)], key[16:]))
-        liar.say(m.EngineLost([key], "boom", [0]))
-        liar.say(m.Reject(key[:16], key[16:], LlamboError(Code.BAD_REQUEST, "no").info(), True))
-        liar.say(m.Goodbye())
+        liar.send_messages(m.End(key[:16], 0, "stop", key[16:]))
+        liar.send_messages(m.Page(key[:16], 0, 1, 1, [tokens.encode_chunk(key, 0, [1], [b"x"], 0)], key[16:]))
+        liar.send_messages(m.EngineLost([key], "boom", [0]))
+        liar.send_messages(m.Reject(key[:16], key[16:], LlamboError(Code.BAD_REQUEST, "no").info(), True))
+        liar.send_messages(m.Goodbye())
         mesh.until(lambda core: "liar" not in core.state.registry.worker_names, "it has said all that")
 
 
@@ -268,7 +269,7 @@ def test_a_key_that_is_revoked_in_session(mesh: Mesh, folder: Folder) -> None:
         socket = peer.tokens_out()
         socket.send(b"\x01" + peer.topic)
         id = secrets.token_bytes(16)
-        peer.say(m.InferenceRequest(id, max_tokens=100_000), blobs=[b"prompt"])
+        peer.send_messages(m.InferenceRequest(id, max_tokens=100_000), blobs=[b"prompt"])
         assert socket.poll(int(TIMEOUT_S * 1_000)), "no token"
         began = time.monotonic()
         folder.revoke("mallory")
@@ -276,9 +277,9 @@ def test_a_key_that_is_revoked_in_session(mesh: Mesh, folder: Folder) -> None:
         took_ms = (time.monotonic() - began) * 1_000
         heard_bytes(socket, 100)  # what was on its way
         assert heard_bytes(socket) == []
-        peer.say(m.InferenceRequest(secrets.token_bytes(16), max_tokens=1), blobs=[b"prompt"])
+        peer.send_messages(m.InferenceRequest(secrets.token_bytes(16), max_tokens=1), blobs=[b"prompt"])
         assert peer.expect(m.Problem).error.code is Code.UNKNOWN_SESSION
-        peer.say(m.ClientHello(), session=bytes(8))
+        peer.send_messages(m.ClientHello(), session=bytes(8))
         assert peer.expect(m.Problem).error.code is Code.UNAUTHORIZED
         assert mesh.look(lambda core: id not in core.state.requests)
     print(f"\nrevoked, and told so after {took_ms:.0f} ms")
@@ -289,7 +290,7 @@ def test_a_worker_whose_key_is_revoked(mesh: Mesh, folder: Folder) -> None:
         peer.join_as_worker("turncoat", "other")
         folder.revoke("turncoat")
         mesh.until(lambda core: "turncoat" not in core.state.registry.worker_names, "it is gone")
-        peer.say(m.WorkerHeartbeat(beat=1))
+        peer.send_messages(m.WorkerHeartbeat(beat=1))
         mesh.until(lambda core: core.state.counters.unknown_sessions, "it was not heard")
 
 

@@ -15,10 +15,11 @@ import pytest
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.testing.processes import children, wait_until_gone
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.fake import FakeKnobs, plain_token
+from llambo.worker.engine.engine_options import fake_options
+from llambo.worker.engine.fake_model import plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
-from tests.integration.processes import children, wait_until_gone
 
 AGENT = """
 import logging, sys
@@ -46,7 +47,7 @@ def start_worker(broker: DoubleBroker) -> Iterator[StartWorker]:
     started: list[subprocess.Popen[bytes]] = []
 
     def start(stall_ms: int = 10_000, **knobs: Any) -> subprocess.Popen[bytes]:
-        config = WorkerConfig((broker.address,), name="w", fake=FakeKnobs(**knobs), stall_ms=stall_ms)
+        config = WorkerConfig((broker.address,), name="w", fake=fake_options(**knobs), stall_ms=stall_ms)
         command = [sys.executable, "-c", AGENT, msgspec.json.encode(config).decode()]
         started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
         return started[-1]

@@ -13,7 +13,7 @@ from typing import Any
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake import POISON_INDEX
 from llambo.worker.engine.fake_model import (
     START,
@@ -219,7 +219,7 @@ class History:
         )
         return result_of(
             start,
-            FakeKnobs(style="plain" if self.style == "plain" else "wander", embedding_size=EMBEDDING_SIZE),
+            FakeOptions(style="plain" if self.style == "plain" else "wander", embedding_size=EMBEDDING_SIZE),
             "fake",
         )
 

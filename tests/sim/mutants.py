@@ -90,7 +90,10 @@ GUARDS: dict[str, Guard] = {
         "return worker.dispatchable",
     ),
     "one suspect of all brokers": Guard(
-        "llambo.worker.agent.core", "if dispatch.suspect is not None and self.runs.suspects():", "if False:", brokers=2
+        "llambo.worker.agent.core",
+        "if dispatch.suspect is not None and self.runs.has_suspect():",
+        "if False:",
+        brokers=2,
     ),
     "progress clears a suspect": Guard(
         _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"

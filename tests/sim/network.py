@@ -11,7 +11,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from llambo.mesh.link.link_core import Sign
+from llambo.mesh.link.link_core import ConnectionChange
 from tests.sim.clock import Clock
 from tests.sim.faults import Plan
 
@@ -56,7 +56,7 @@ class Wire:
         self.from_broker: Callable[[Bundle], None] = lambda bundle: None
         self.tokens_from_broker: Callable[[bytes], None] = lambda frame: None
         self.on_subscribed: Callable[[], None] = lambda: None
-        self.on_sign: Callable[[Sign], None] = lambda sign: None
+        self.on_sign: Callable[[ConnectionChange], None] = lambda sign: None
         self._ready_up = 0
         self._ready_down = 0
         hub.wires.append(self)
@@ -115,7 +115,7 @@ class Wire:
         self.hub.routes.pop(self.route, None)
         if comes_back:
             epoch = self.epoch
-            self._see(Sign.CUT)
+            self._see(ConnectionChange.LOST)
             delay = self.network.random.randint(*RECONNECT_MS)
             self.network.clock.after(delay, lambda: self._reconnect(epoch))
 
@@ -132,7 +132,7 @@ class Wire:
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _see(self, sign: Sign) -> None:
+    def _see(self, sign: ConnectionChange) -> None:
         """The peer's socket tells it. Not always: a cable that is cut tells nothing."""
         epoch = self.epoch
         if self.open and not self.partitioned and self.network.random.random() < 0.9:
@@ -141,13 +141,13 @@ class Wire:
     def _new_route(self) -> None:
         if self.hub.down:
             epoch = self.epoch
-            self._see(Sign.REFUSED)
+            self._see(ConnectionChange.REFUSED)
             self.network.clock.after(RECONNECT_MS[1], lambda: self._reconnect(epoch))
             return
         self.network.route_count += 1
         self.route = self.network.route_count.to_bytes(5, "big")
         self.hub.routes[self.route] = self
-        self._see(Sign.CONNECTED)
+        self._see(ConnectionChange.CONNECTED)
 
     def _reconnect(self, epoch: int) -> None:
         if self.open and self.epoch == epoch and self.route not in self.hub.routes:

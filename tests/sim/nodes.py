@@ -19,12 +19,13 @@ from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
-from llambo.worker import invariants as worker_invariants
 from llambo.worker.agent import actions as wa
 from llambo.worker.agent import events as w
+from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
 from llambo.worker.agent.core import WorkerCore
-from llambo.worker.agent.introduction import Identity as WorkerIdentity
+from llambo.worker.agent.core import check_invariants as check_worker
 from llambo.worker.config import WorkerConfig
+from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
 from tests.sim.clock import Clock
 from tests.sim.history import History
@@ -321,7 +322,7 @@ class WorkerNode(Peer):
     def handle(self, event: Any) -> list[Any]:
         actions = self.core.handle(event, self.now_ms)
         if not self.core.exited:
-            worker_invariants.check(self.core)
+            check_worker(self.core)
         return actions
 
     def wakeup(self) -> int:
@@ -340,7 +341,7 @@ class WorkerNode(Peer):
                 if self.engine is not None:
                     refused = self.engine.start(start, self.now_ms)
                     if refused is not None:
-                        self._later(w.EngineRefused(refused.key, refused.error, refused.final))
+                        self._later(proto.Refused(refused.key, refused.error, refused.final))
                     self._plan_step()
             case wa.StopRun(key):
                 if self.engine is not None:
@@ -373,7 +374,7 @@ class WorkerNode(Peer):
 
         def progress(percent: int) -> None:
             if self.alive and generation == self._generation:
-                self.happen(w.EngineProgressed(f"loading: {percent} %", percent=percent))
+                self.happen(proto.Progress(f"loading: {percent} %", percent=percent))
 
         for quarter in range(4):
             self.clock.after(self.load_ms * quarter // 4, lambda n=25 * quarter: progress(n))  # type: ignore[misc]
@@ -384,8 +385,7 @@ class WorkerNode(Peer):
             return
         self.engine, self._loading = FakeEngine(self.config.fake), False
         self._step_at = 2**62
-        ready = self.engine.ready()
-        self.happen(w.EngineReady(ready.models, ready.slots, ready.note))
+        self.happen(self.engine.ready())
 
     def _later(self, event: Any, delay_ms: int = 1) -> None:
         self.clock.after(delay_ms, lambda: self.happen(event))
@@ -406,8 +406,8 @@ class WorkerNode(Peer):
         self._step_at = 2**62
         outputs = self.engine.step(self.now_ms)
         if self.engine.fault and self._aboard is None:
-            self._aboard = self.engine.poisoned, self.engine.aboard
-        self.happen(w.EngineStep(outputs))
+            self._aboard = self.engine.poisoned, self.engine.running_keys
+        self.happen(proto.Step(outputs))
         if self.engine is not None and self.engine.fault == "crash":
             # Its own count of tokens stands for what comes from outside; a request is not to blame for it.
             self.engine_dies("killed by a signal", outside=not self.engine.poisoned)
@@ -473,13 +473,13 @@ class ClientNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case c.Delivered(id, ids, pieces, logprobs):
+            case c.DeliverTokens(id, ids, pieces, logprobs):
                 self.history.delivered(self.name, id, ids, pieces, logprobs)
-            case c.Ended(id, end):
+            case c.ReportEnd(id, end):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
-            case c.Failed(key, error) if isinstance(key, bytes):
+            case c.ReportFailure(key, error) if isinstance(key, bytes):
                 self.history.failed(self.name, key, error, self.clock.now_ms)
-            case c.Placed(id, _, _):
+            case c.ReportPlace(id, _, _):
                 self.history.placed(self.name, id)
             case _:
                 pass

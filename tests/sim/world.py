@@ -11,7 +11,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
 from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
@@ -97,7 +97,7 @@ class World:
 
     def _worker(self, index: int) -> WorkerNode:
         plan, random = self.plan, self.random
-        knobs = FakeKnobs(
+        knobs = FakeOptions(
             style="plain" if plan.style == "plain" else "wander",
             slots=random.randint(1, 4),
             ttft_ms=random.choice((5, 60)),
@@ -106,9 +106,11 @@ class World:
             burst=plan.burst,
             answer_tokens=self.answer_tokens,
             embedding_size=EMBEDDING_SIZE,
-            poison=POISON.decode(),
-            crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
-            hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
+            faults=FakeFaults(
+                poison=POISON.decode(),
+                crash_at=random.randint(20, 200) if plan.engine_crashes and index == 0 else 0,
+                hang_at=random.randint(20, 200) if plan.engine_hangs and index == 1 else 0,
+            ),
         )
         brokers = tuple(f"tcp://b{number}:7330" for number in range(plan.brokers))
         config = WorkerConfig(brokers, f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
@@ -182,13 +184,13 @@ class World:
         if not client.alive:
             return
         self.history.expect(client.name, message.id)
-        client.happen(c.Submit(message, self.history.wanted[message.id].prompt))
+        client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt))
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
         heard = self.history.heard.get((client.name, message.id))
         if client.alive and not client.frozen and heard is not None and not heard.ends:
             self.history.wanted[message.id].cancelled = True
-            client.happen(c.CancelRequest(message.id))
+            client.happen(c.CancelAsked(message.id))
 
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
@@ -201,7 +203,7 @@ class World:
         if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
-        other.happen(c.AttachTo(message.id))
+        other.happen(c.AttachAsked(message.id))
 
     # --- what goes wrong -----------------------------------------------------------------------------
 
@@ -269,15 +271,15 @@ class World:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
             drain = m.DrainWorker(len(self.log), name, move=move)
-            operator.happen(c.Order(drain))
+            operator.happen(c.CommandAsked(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
     def _undo(self, before: ClientNode, drain: m.DrainWorker) -> None:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
             # A person gives one order after the other: the first is not repeated once it is taken back.
-            before.happen(c.Forget(drain.query))
-            operator.happen(c.Order(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
+            before.happen(c.ReaderLeft(drain.query))
+            operator.happen(c.CommandAsked(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
             lives = self._broker_lives
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
@@ -287,7 +289,7 @@ class World:
         """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
         worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
         # Of two brokers one may have taken the order and not have got through for a while.
-        again = self.plan.brokers > 1 and worker.core.leaving.drained
+        again = self.plan.brokers > 1 and worker.core.drain.drained
         if again or lives != self._broker_lives or not operator.alive:
             self._undo(operator, m.DrainWorker(drain.query + 1_000, drain.worker))
         elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
@@ -301,8 +303,8 @@ class World:
         """Its user reads nothing for a while: tokens are left out, and fetched afterwards."""
         ids = [id for (name, id), heard in self.history.heard.items() if name == client.name and not heard.ends]
         for id in ids:
-            client.happen(c.Hold(id))
-            self.clock.after(length_ms, lambda i=id: client.happen(c.Release(i)))  # type: ignore[misc]
+            client.happen(c.ReaderBehind(id))
+            self.clock.after(length_ms, lambda i=id: client.happen(c.ReaderCaughtUp(i)))  # type: ignore[misc]
 
     def _link_incident(self, kind: str, node: WorkerNode | ClientNode, length_ms: int) -> None:
         wire = node.wire if isinstance(node, ClientNode) else self.random.choice(node.wires)
@@ -331,7 +333,7 @@ class World:
         for index, node in enumerate(self.workers):
             node.config = _healthy(node.config)
             if node.engine is not None:
-                node.engine._knobs = node.config.fake
+                node.engine._options = node.config.fake
             if not node.alive and index == 0:
                 self._restart(index)
 
@@ -359,7 +361,7 @@ class World:
         for worker in self.workers:
             if worker.alive and len(worker.core.runs):
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
-            if worker.alive and worker.core.leaving.drained and any(c.alive for c in self.clients):
+            if worker.alive and worker.core.drain.drained and any(c.alive for c in self.clients):
                 wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
         if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
@@ -410,7 +412,7 @@ def _stop() -> object:
 def _healthy(config: WorkerConfig) -> WorkerConfig:
     from dataclasses import replace
 
-    return replace(config, fake=replace(config.fake, crash_at=0, hang_at=0))
+    return replace(config, fake=replace(config.fake, faults=replace(config.fake.faults, crash_at=0, hang_at=0)))
 
 
 def _where(error: BaseException) -> str:

@@ -13,14 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llambo.cli.chat import chat_view
-from llambo.cli.chat.chat_markdown import cut, finished, lines_of, make_parser
-from llambo.cli.chat.chat_painter import Painter
-from llambo.cli.chat.chat_view import BLOCK_CHARS, DrawnAnswer
+from llambo.cli.chat import screen as screen_module
+from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
+from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
 from llambo.cli.kit.out import Out
-from llambo.cli.kit.views import Clock
 from llambo.mesh.client.answer_stream import Piece
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: What a drawn line may have in it beside text: colours and weights.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -83,7 +81,7 @@ class Terminal:
         self.stream = pyte.Stream(self.screen)
         self.writes: list[str] = []
         self.size = os.terminal_size((columns, rows))
-        monkeypatch.setattr(chat_view, "_size", lambda: self.size)
+        monkeypatch.setattr(screen_module, "terminal_size", lambda: self.size)
 
     def paint(self, drawn: str) -> None:
         if drawn:
@@ -104,8 +102,8 @@ class Terminal:
 
 def draw(terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> DrawnAnswer:
     """Each piece is drawn at once."""
-    monkeypatch.setattr(chat_view, "FRAME_S", -1.0)
-    monkeypatch.setattr(chat_view, "SHARE", 1.0)
+    monkeypatch.setattr(screen_module, "FRAME_S", -1.0)
+    monkeypatch.setattr(screen_module, "SHARE", 1.0)
     view = DrawnAnswer(terminal, console(terminal.size.columns))  # type: ignore[arg-type]
     for piece in pieces:
         view.piece(Piece(piece, [1], 0))
@@ -157,22 +155,41 @@ def test_where_a_link_leads_is_shown() -> None:
     assert line == "the bank (http://evil.example/)"
 
 
+@pytest.mark.parametrize("width", [20, 59, 200])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "w0w " * 30 + "w1w ![picture](q) w2w",
+        "w0w ![picture](q) w1w ![](http://a.example/picture) w2w",
+        "- w0w w1w\n  - " + "x" * 40 + " w2w ![picture](q)",
+        "> w0w " + "x" * 90 + " w1w ![picture](q) w2w",
+        "# w0w w1w ![*picture*](q) w2w",
+        "|a|\n|---|\n|w0w w1w ![picture](q) w2w|\n",
+        "[w0w w1w ![picture](q) w2w](http://a.example)",
+    ],
+)
+def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> None:
+    shown = " ".join(plain(lines_of(console(width + 1), text, width)))
+
+    assert all(word in shown for word in ("w0w", "w1w", "w2w", "picture") if word in text), shown
+
+
 @settings(max_examples=200, deadline=None)
 @given(MARKDOWN, st.integers(20, 100))
 def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: str, width: int) -> None:
-    for line in lines_of(console(), harmless(text), width):
+    for line in lines_of(console(), printable(text), width):
         assert "\n" not in line
         bare = COLOURS.sub("", line)
-        assert bare == harmless(bare)
+        assert bare == printable(bare)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([scrap for scrap in SCRAPS if "&" not in scrap and "\\" not in scrap]), max_size=40))
 def test_no_word_is_lost(scraps: list[str]) -> None:
-    # Every word has a number; those of a fence's first line, or of the address of a picture, are not for reading.
-    text = harmless("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
+    # Every word has a number. Not shown are the first line of a fence, and the definition of a link.
+    text = printable("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
     shown = "".join(plain(lines_of(console(200), text, 200)))
-    hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*|!\[[^\n]*", text)
+    hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*", text)
 
     for number in range(len(scraps)):
         word = f"w{number}w"
@@ -203,7 +220,7 @@ def test_a_block_is_done_when_the_next_one_has_begun() -> None:
 @settings(max_examples=100, deadline=None)
 @given(MARKDOWN, MARKDOWN)
 def test_what_is_done_stays_as_it_is_whatever_follows(text: str, more: str) -> None:
-    text, more = harmless(text), harmless(more)
+    text, more = printable(text), printable(more)
     at = finished(text)
     if at and not re.search(r"^ {0,3}\[[^\]]*\]:", text + more, re.MULTILINE):
         # (A link may be defined at the end, for the whole text. Then it stays as it was written.)
@@ -288,7 +305,7 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 ) -> None:
     terminal = Terminal(monkeypatch, rows=rows)
     view = draw(terminal, [TALK[at : at + size] for at in range(0, len(TALK), size)], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     def spoken(lines: list[str]) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
@@ -299,14 +316,14 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     view = draw(terminal, ["First.\n\n", "Second.\n", "\n", *["more "] * 50], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     assert sum("First" in write for write in terminal.writes) == 1
     assert sum("Second" in write for write in terminal.writes) == 1
     assert all(write.startswith("\x1b[?2026h") and write.endswith("\x1b[?2026l") for write in terminal.writes)
 
 
-def test_who_waits_is_told_and_the_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     view = draw(terminal, [], monkeypatch)
     view.frame("waiting, 2 ahead")
@@ -317,7 +334,7 @@ def test_who_waits_is_told_and_the_line_goes_when_the_answer_comes(monkeypatch: 
     assert terminal.lines() == ["Hello"]
     view.frame("nothing for 3 s")
     assert terminal.lines() == ["Hello", "nothing for 3 s"]
-    view.end(None, Clock())
+    view.close()
     assert terminal.lines() == ["Hello"]
 
 
@@ -327,7 +344,7 @@ def test_a_block_without_an_end_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatc
     view = draw(
         terminal, ["```python\n", *["".join(code[at : at + 400]) for at in range(0, len(code), 400)]], monkeypatch
     )
-    view.end(None, Clock())
+    view.close()
 
     assert [line.strip() for line in terminal.lines() if line.strip()] == [line.strip() for line in code]
     assert max(map(len, terminal.writes)) < 20 * BLOCK_CHARS
@@ -340,7 +357,7 @@ def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
         terminal = Terminal(monkeypatch, columns=40, rows=12)
         terminal.stream.feed("above\r\n")
         view = draw(terminal, pieces, monkeypatch)
-        view.end(None, Clock())
+        view.close()
 
         assert terminal.lines()[0].startswith("above")
         assert terminal.screen.title == ""

@@ -15,13 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llambo.cli import main
-from llambo.cli.chat.chat_session import Session, Turn
-from llambo.cli.chat.chat_store import FILE_BYTES, Store, state_folder
+from llambo.cli.chat.store import FILE_BYTES, SavedChat, Store, Turn, is_name, matches, state_folder
 from llambo.cli.kit.exits import Exit
 from llambo.mesh.wire.errors import Code, LlamboError
 
 NOW = 1_700_000_000
-SESSION = Session(
+CHAT = SavedChat(
     "travel", created=NOW, used=NOW, model="tiny", turns=[Turn("Where?", "There.\n\n*Far* away: ü€😀", at=NOW)]
 )
 
@@ -48,18 +47,18 @@ def mode(path: Path) -> int:
 
 
 def test_what_is_saved_is_loaded(store: Store) -> None:
-    path = store.save(SESSION)
+    path = store.save(CHAT)
 
-    assert store.load("travel") == SESSION
-    assert json.loads(path.read_text(encoding="utf-8"))["turns"][0]["answer"] == SESSION.turns[0].answer
+    assert store.load("travel") == CHAT
+    assert json.loads(path.read_text(encoding="utf-8"))["turns"][0]["answer"] == CHAT.turns[0].answer
     assert store.load("other") is None
 
 
-def test_nobody_else_can_read_it(store: Store) -> None:
+def test_only_its_owner_can_read_it(store: Store) -> None:
     before = os.umask(0)
     try:
-        path = store.save(SESSION)
-        store.take("travel")
+        path = store.save(CHAT)
+        store.lock("travel")
     finally:
         os.umask(before)
 
@@ -71,7 +70,7 @@ def test_nobody_else_can_read_it(store: Store) -> None:
 def test_a_folder_that_was_open_to_others_is_closed(store: Store) -> None:
     store.folder.mkdir(parents=True, mode=0o755)
     store.folder.chmod(0o755)
-    store.save(SESSION)
+    store.save(CHAT)
 
     assert mode(store.folder) == 0o700
 
@@ -79,7 +78,7 @@ def test_a_folder_that_was_open_to_others_is_closed(store: Store) -> None:
 def test_a_save_that_fails_leaves_the_file_as_it_was_and_nothing_else(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = store.save(SESSION)
+    path = store.save(CHAT)
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -87,35 +86,35 @@ def test_a_save_that_fails_leaves_the_file_as_it_was_and_nothing_else(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(LlamboError, match="cannot be written: No space left"):
-        store.save(msgspec.structs.replace(SESSION, turns=[]))
+        store.save(msgspec.structs.replace(CHAT, turns=[]))
 
     assert path.read_bytes() == before
     assert [each.name for each in store.folder.iterdir()] == ["travel.json"]
 
 
 def test_a_link_in_the_place_of_the_draft_is_not_followed(store: Store, tmp_path: Path) -> None:
-    store.save(SESSION)
+    store.save(CHAT)
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (store.folder / f".travel.{os.getpid()}.part").symlink_to(victim)
 
     with pytest.raises(LlamboError):
-        store.save(SESSION)
+        store.save(CHAT)
     assert victim.read_text() == "precious"
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", ".lock", "", "a/b", "a\0b"])
 def test_a_name_is_never_a_way_out_of_the_folder(store: Store, name: str) -> None:
-    for way in (store.load, store.delete, store.exists, lambda name: store.save(Session(name))):
+    for way in (store.load, store.delete, store.exists, lambda name: store.save(SavedChat(name))):
         with pytest.raises(LlamboError) as caught:
             way(name)
         assert caught.value.code is Code.BAD_REQUEST
 
 
-WHOLE: dict[str, Any] = msgspec.to_builtins(SESSION)
+WHOLE: dict[str, Any] = msgspec.to_builtins(CHAT)
 DAMAGED: dict[str, bytes] = {
     "nothing": b"",
-    "half": msgspec.json.encode(SESSION)[:40],
+    "half": msgspec.json.encode(CHAT)[:40],
     "junk": b"\xff\xfe\x00junk",
     "no object": b"[]",
     "another kind": json.dumps(WHOLE | {"turns": {}}).encode(),
@@ -128,8 +127,8 @@ DAMAGED: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_told_and_left_alone(at_home: Store, kind: str) -> None:
-    at_home.save(SESSION)
+def test_a_damaged_file_is_reported_and_left_alone(at_home: Store, kind: str) -> None:
+    at_home.save(CHAT)
     path = at_home.path("broken")
     path.write_bytes(DAMAGED[kind])
 
@@ -141,14 +140,14 @@ def test_a_damaged_file_is_told_and_left_alone(at_home: Store, kind: str) -> Non
     listed = chat("--list")
     assert listed.exit_code == Exit.OK
     assert "travel" in listed.stdout and "broken" not in listed.stdout
-    assert f"{path} is left alone" in listed.stderr
-    told = {each["session"]: each["problem"] for each in json.loads(chat("--list", "--json").stdout)}
-    assert told["travel"] == "" and told["broken"]
+    assert f"{path} cannot be read" in listed.stderr
+    problems = {each["session"]: each["problem"] for each in json.loads(chat("--list", "--json").stdout)}
+    assert problems["travel"] == "" and problems["broken"]
     assert path.read_bytes() == DAMAGED[kind]
 
 
 def test_a_file_that_is_too_large_is_not_read(store: Store) -> None:
-    store.save(SESSION)
+    store.save(CHAT)
     os.truncate(store.path("travel"), FILE_BYTES + 1)
 
     with pytest.raises(LlamboError, match="more than"):
@@ -156,42 +155,42 @@ def test_a_file_that_is_too_large_is_not_read(store: Store) -> None:
 
 
 def test_what_a_later_release_added_is_no_damage(store: Store) -> None:
-    store.save(SESSION)
+    store.save(CHAT)
     store.path("travel").write_bytes(json.dumps(WHOLE | {"colour": "blue"}).encode())
 
-    assert store.load("travel") == SESSION
+    assert store.load("travel") == CHAT
 
 
 def test_a_session_is_open_once(store: Store) -> None:
-    store.take("travel")
+    store.lock("travel")
     script = (
-        "import sys; from pathlib import Path; from llambo.cli.chat.chat_store import Store\n"
+        "import sys; from pathlib import Path; from llambo.cli.chat.store import Store\n"
         "store = Store(Path(sys.argv[1]))\n"
-        "store.take('other')\n"
-        "store.take('travel')\n"
+        "store.lock('other')\n"
+        "store.lock('travel')\n"
     )  # fmt: skip
     command = [sys.executable, "-c", script, str(store.folder)]
 
     second = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert "LlamboError: the session travel is open in another" in second.stderr
-    store.give_back("travel")
+    store.unlock("travel")
     third = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert third.returncode == 0, third.stderr
     store.close()
 
 
 def test_a_made_up_name_is_replaced_and_a_chosen_one_copied(store: Store) -> None:
-    made_up = msgspec.structs.replace(SESSION, name="2026-11-21", unnamed=True)
+    made_up = msgspec.structs.replace(CHAT, name="2026-11-21", unnamed=True)
     store.save(made_up)
-    store.take("2026-11-21")
+    store.lock("2026-11-21")
 
-    travel, _ = store.keep_as(made_up, "travel")
+    travel, _ = store.save_as(made_up, "travel")
     assert store.names() == ["travel"]
     assert not travel.unnamed
-    again, _ = store.keep_as(travel, "again")
+    again, _ = store.save_as(travel, "again")
     assert store.names() == ["again", "travel"]
     with pytest.raises(LlamboError, match="already"):
-        store.keep_as(again, "travel")
+        store.save_as(again, "travel")
     store.close()
 
 
@@ -200,12 +199,35 @@ def test_the_state_folder_follows_the_environment() -> None:
     assert state_folder({"HOME": "/home/me"}) == Path("/home/me/.local/state/llambo")
 
 
+# --- names and searching ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "travel", "2026-11-21-2125", "a.b", "x" * 64])
+def test_a_name(name: str) -> None:
+    assert is_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-f", "a/b", "a b", "a\n", "é", "x" * 65, "a\0"])
+def test_no_name(name: str) -> None:
+    assert not is_name(name)
+
+
+def test_a_search_shows_what_stands_around() -> None:
+    found = list(matches([Turn("a" * 50 + " The Night Train " + "b" * 50, "night"), Turn("[x]", "")], "night"))
+
+    assert [number for number, _ in found] == [1, 1]
+    assert found[0][1].startswith("you: …aa")
+    assert "The Night Train" in found[0][1]
+    assert found[1][1] == "model: night"
+    assert [number for number, _ in matches([Turn("[x]", "")], "[x")] == [1]
+
+
 # --- the commands about them ---------------------------------------------------------------------------------
 
 
 def test_kept_chats_are_listed_searched_and_removed(at_home: Store) -> None:
-    at_home.save(SESSION)
-    at_home.save(Session("older", used=NOW - 10, turns=[Turn("What is AI?", "A far cry."), Turn("Why?", "So.")]))
+    at_home.save(CHAT)
+    at_home.save(SavedChat("older", used=NOW - 10, turns=[Turn("What is AI?", "A far cry."), Turn("Why?", "So.")]))
 
     listed = chat("--list").stdout.splitlines()
     assert [line.split()[:2] for line in listed[1:]] == [["travel", "1"], ["older", "2"]]
@@ -217,7 +239,7 @@ def test_kept_chats_are_listed_searched_and_removed(at_home: Store) -> None:
     found = json.loads(chat("--search", "FAR", "--json").stdout)
     assert [(each["session"], each["turn"]) for each in found] == [("older", 1), ("travel", 1)]
     assert "far cry" in chat("--search", "far").stdout
-    assert "no chat has 'xyzzy'" in chat("--search", "xyzzy").stderr
+    assert "no chat contains 'xyzzy'" in chat("--search", "xyzzy").stderr
 
     assert chat("--delete", "older").stdout == "older is removed\n"
     assert at_home.names() == ["travel"]
@@ -236,7 +258,7 @@ def test_an_empty_folder_is_no_error(at_home: Store) -> None:
     [
         (["--list", "hello"], "one at a time"),
         (["--list", "--search", "x"], "one at a time"),
-        (["--private", "--session", "x", "hello"], "keeps nothing"),
+        (["--private", "--session", "x", "hello"], "saves nothing"),
         (["--turns", "-1", "hello"], "--turns"),
         (["--search", " "], "nothing to look for"),
         (["--system", "x" * 20_000, "hello"], "--system"),
@@ -253,14 +275,14 @@ def test_a_name_that_is_none_is_refused(at_home: Store) -> None:
     result = chat("--session", "../evil", "hello")
 
     assert result.exit_code == Exit.REFUSED
-    assert "no name of a session" in result.stderr
+    assert "not a valid name of a session" in result.stderr
 
 
 def test_listing_needs_nothing_of_what_talking_needs() -> None:
     script = (
-        "import sys, llambo.cli.main, llambo.cli.chat.chat, llambo.cli.chat.chat_store\n"
+        "import sys, llambo.cli.main, llambo.cli.chat.chat, llambo.cli.chat.store\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments', 'zmq'})"
     )
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
 
-    assert told.stdout.split() == []
+    assert loaded.stdout.split() == []

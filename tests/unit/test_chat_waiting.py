@@ -1,4 +1,4 @@
-"""What a person is told who waits for an answer, and when."""
+"""The line that explains a wait: what it says, and when."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llambo.cli.chat.chat_answer import FIRST_S, STALL_S, Waiting
+from llambo.cli.chat.screen import FIRST_S, STALL_S, Waiting
 from llambo.mesh.client.answer_stream import Stream
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import RequestStory
@@ -44,7 +44,7 @@ class Scene:
         self.waiting = Waiting(self.broker, self.stream, lambda: self.lost)  # type: ignore[arg-type]
 
     async def line(self) -> str:
-        """What is told once the broker has been heard."""
+        """The line after the broker has answered."""
         self.waiting.line()
         for _ in range(3):
             await asyncio.sleep(0)
@@ -66,13 +66,13 @@ def play(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Scene, Clock], Any
     asyncio.run(run())
 
 
-def test_nothing_is_told_while_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_no_line_while_tokens_come(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene, clock: Clock) -> None:
         assert scene.waiting.line() == ""
-        scene.waiting.heard()
+        scene.waiting.on_piece()
         clock.now += STALL_S - 0.1
         assert scene.waiting.line() == ""
-        scene.waiting.heard()
+        scene.waiting.on_piece()
         clock.now += STALL_S - 0.1
         assert scene.waiting.line() == ""
         assert scene.broker.asked == 0
@@ -92,9 +92,9 @@ def test_the_place_in_the_queue_comes_first(monkeypatch: pytest.MonkeyPatch) -> 
     play(monkeypatch, scenario)
 
 
-def test_a_stall_is_told_with_what_became_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stall_is_shown_with_what_became_of_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene, clock: Clock) -> None:
-        scene.waiting.heard()
+        scene.waiting.on_piece()
         clock.now += 3
         scene.broker.story = {"state": "waiting", "worker": "", "moves": 0}
         assert await scene.line() == "nothing for 3 s (no worker has it now)"
@@ -104,7 +104,7 @@ def test_a_stall_is_told_with_what_became_of_the_worker(monkeypatch: pytest.Monk
         clock.now += 2
         scene.broker.story = {"state": "running", "worker": "w\x1b2", "moves": 1}
         assert await scene.line() == "nothing for 6 s (its worker is lost, w�2 has it now)"
-        scene.waiting.heard()
+        scene.waiting.on_piece()
         assert scene.waiting.line() == ""
 
     play(monkeypatch, scenario)
@@ -112,7 +112,7 @@ def test_a_stall_is_told_with_what_became_of_the_worker(monkeypatch: pytest.Monk
 
 def test_a_broker_that_cannot_say_or_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene, clock: Clock) -> None:
-        scene.waiting.heard()
+        scene.waiting.on_piece()
         clock.now += 3
         scene.broker.error = LlamboError(Code.NO_BROKER, "gone")
         assert await scene.line() == "nothing for 3 s"

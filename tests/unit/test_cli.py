@@ -28,7 +28,8 @@ from llambo.cli.services.up import commands
 from llambo.mesh.client.client import Client
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
+from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
@@ -376,10 +377,10 @@ def test_numbers_are_shown_in_units_for_people(shown: str, expected: str) -> Non
 
 def test_a_story_is_a_timeline() -> None:
     story = [
-        {"at_ms": 0, "what": "submitted", "detail": "model fake"},
-        {"at_ms": 1_250, "what": "worker lost", "detail": "tiny-01"},
+        StoryStep(at_ms=0, what="submitted", detail="model fake"),
+        StoryStep(at_ms=1_250, what="worker lost", detail="tiny-01"),
     ]
-    found = {"id": "ab", "state": "ended", "reason": "length", "tokens": 9, "model": "fake", "worker": "w", "moves": 1}
+    found = RequestStory(id="ab", state="ended", reason="length", tokens=9, model="fake", worker="w", moves=1)
 
     assert summary(found) == "request ab: ended (length) after 9 tokens of model fake on w after 1 move"
     assert timeline(story) == ["  0.000 s  submitted    model fake", "  1.250 s  worker lost  tiny-01"]
@@ -486,4 +487,4 @@ def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> Non
 
 def test_what_is_harmless_stays_as_it_is() -> None:
     text = "naïve Ünïcode 日本語 😀\n\ttabs and lines"
-    assert harmless(text) == text
+    assert printable(text) == text

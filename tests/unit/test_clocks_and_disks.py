@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[2] / "llambo"
 #: What tells, or depends on, the time of day.
 WALL = {
     "time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "mktime", "now", "utcnow", "today",
-    "CLOCK_REALTIME", "uuid1",
+    "CLOCK_REALTIME", "uuid1", "wall_ms",
 }  # fmt: skip
-CLOCKS = {"time", "datetime", "date", "uuid"}
+CLOCKS = {"time", "datetime", "date", "uuid", "clock"}
 #: Who asks for it all the same, and why.
 ALLOWED = {
     # A chat template may put today's date into its prompt.
@@ -25,10 +25,11 @@ ALLOWED = {
     "cli/kit/keyfile.py": {"time.time"},
     "cli/commands/keys.py": {"time.time", "time.localtime", "time.strftime"},
     # When something was, for people: conversations, events, processes.
-    "cli/chat/chat.py": {"time.time"},
-    "cli/chat/chat_loop.py": {"time.time", "time.strftime"},
-    "cli/chat/chat_shell.py": {"time.time"},
-    "cli/fleet/fleet_status.py": {"time.time_ns"},
+    "cli/chat/chat.py": {"time.time", "time.strftime"},
+    "cli/chat/dialogue.py": {"time.time"},
+    "cli/chat/slash_commands.py": {"time.time"},
+    "cli/fleet/fleet_status.py": {"clock.wall_ms"},
+    "mesh/service/clock.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
     "cli/top/top_panes.py": {"time.localtime", "time.strftime"},
 }
@@ -64,11 +65,11 @@ def test_the_search_for_clocks_finds_them(tmp_path: Path) -> None:
 SUMS = """
 import json, resource, sys
 from pathlib import Path
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 model, cache = Path(sys.argv[1]), Path(sys.argv[2])
 if sys.argv[3] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-sums = [models.digest(str(model), cache) for _ in range(2)]
+sums = [model_files.digest(str(model), cache) for _ in range(2)]
 print(json.dumps([sums, sorted(p.name for p in cache.parent.iterdir())]))
 """
 
@@ -98,13 +99,13 @@ def test_a_sum_that_cannot_be_remembered_is_computed_and_said(tmp_path: Path) ->
 
 
 def test_a_file_that_was_changed_within_a_clock_that_went_back_has_a_new_sum(tmp_path: Path) -> None:
-    from llambo.worker.models import models
+    from llambo.worker.models import model_files
 
     model, cache = tmp_path / "model.gguf", tmp_path / "cache" / "digests.json"
     model.write_bytes(b"one!")
     os.utime(model, ns=(10**18, 10**18))
-    before = models.digest(str(model), cache)
+    before = model_files.digest(str(model), cache)
     # Same size, same time of change, as after `cp -p` or with a clock that was set back.
     model.write_bytes(b"two!")
     os.utime(model, ns=(10**18, 10**18))
-    assert models.digest(str(model), cache) != before
+    assert model_files.digest(str(model), cache) != before

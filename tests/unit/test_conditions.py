@@ -8,6 +8,7 @@ from llambo.mesh.wire.codec import NO_SESSION
 from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.agent import condition
+from llambo.worker.engine import protocol as proto
 from tests.unit.test_worker_core import MODELS, SESSION, Rig, joined, key_of, loaded, running
 
 BROKERS = ("tcp://box:7330",)
@@ -20,9 +21,9 @@ def of(rig: Rig) -> Condition:
 def test_it_is_ready_when_the_model_is_loaded_and_the_token_plane_proved_and_not_before() -> None:
     rig = Rig(model="tiny.gguf").on(e.Ticked())
     assert of(rig) == Condition("starting the engine")
-    rig.on(e.EngineProgressed("loading tiny: 43 %", percent=43))
+    rig.on(proto.Progress("loading tiny: 43 %", percent=43))
     assert of(rig) == Condition("loading tiny: 43 %")
-    rig.on(e.EngineReady(MODELS, 4))
+    rig.on(proto.Ready(MODELS, 4))
     assert of(rig) == Condition("looking for a broker at tcp://box:7330")
     rig.say(m.Welcome(SESSION, 7332, broker="b"), session=NO_SESSION)
     assert of(rig) == Condition("joining broker b")
@@ -78,7 +79,7 @@ def test_an_engine_without_work_may_be_silent() -> None:
 def test_what_keeps_it_from_working_is_its_status() -> None:
     rig = running(1).on(e.EngineDied("the engine was ended by SIGSEGV"))
     assert of(rig).status == "the engine was ended by SIGSEGV; a new engine in 250 ms"
-    assert joined().say(m.Drain()).core.leaving.drained
+    assert joined().say(m.Drain()).core.drain.drained
     assert of(joined().say(m.Drain())).status == "idle, 4 slots; drained: no new work"
 
 

@@ -45,15 +45,17 @@ def test_every_part_that_can_be_generated_is_shown_somewhere() -> None:
 def test_every_message_has_prose_and_fields(message: type[m.Message]) -> None:
     tag = protocol_parts.tag_of(message)
     section = re.search(
-        rf"\n#### `{tag}`\n(.*?)<!-- generated: message-{tag} -->", text_of("docs/protocol.md"), re.DOTALL
+        rf"\n#### `{tag}`\n(.*?)<!-- generated: message-{tag} -->", text_of("docs/protocol-reference.md"), re.DOTALL
     )
-    assert section is not None, f"docs/protocol.md does not tell what {tag} means"
+    assert section is not None, f"docs/protocol-reference.md does not say what {tag} means"
     assert len(section[1].split()) > 2
-    assert f"`{tag}" in text_of("docs/protocol.md").split("## What if it is lost?")[1], f"what if {tag} is lost?"
+    assert f"`{tag}" in text_of("docs/protocol-reference.md").split("## What if it is lost?")[1], (
+        f"what if {tag} is lost?"
+    )
 
 
 def test_every_error_code_is_explained() -> None:
-    rows = text_of("docs/protocol.md").split("When they come:")[1]
+    rows = text_of("docs/protocol-reference.md").split("When they come:")[1]
     assert not [code.value for code in Code if f"`{code.value}`" not in rows]
 
 
@@ -104,7 +106,9 @@ def test_files_and_functions_that_are_named_are_there(name: str) -> None:
 
 def conversation() -> list[list[bytes]]:
     """The frames of the page, read back from their hex."""
-    part = re.search(r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol.md"), re.DOTALL)
+    part = re.search(
+        r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol-reference.md"), re.DOTALL
+    )
     assert part is not None
     said = []
     for paragraph in part[1].strip().split("\n\n"):

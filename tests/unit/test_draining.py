@@ -10,6 +10,7 @@ from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
 from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
+from llambo.worker.engine import protocol as proto
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 from tests.unit.test_worker_core import dispatch, joined, running
 
@@ -272,5 +273,5 @@ def test_a_worker_that_leaves_is_not_kept_by_an_order(undo: bool) -> None:
     rig = running(1).on(e.StopRequested()).say(m.Drain(undo=undo))
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
     for _ in range(51):
-        rig.alive(100).on(e.EngineStep([]))
+        rig.alive(100).on(proto.Step([]))
     assert [exit.text for exit in rig.take(a.Exit)] == ["stopped; 1 runs go on elsewhere"]

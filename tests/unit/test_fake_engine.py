@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.engine.fake import POISON_INDEX, START, FakeEngine, FakeKnobs, piece_of, plain_token, wander_token
-from llambo.worker.engine.fake_model import logprob_of
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions, fake_options
+from llambo.worker.engine.fake import POISON_INDEX, FakeEngine
+from llambo.worker.engine.fake_model import START, logprob_of, piece_of, plain_token, wander_token
 from llambo.worker.engine.protocol import ALIVE_MS, Output, Start
 
 KEY = b"r" * 16 + b"dispatch"
@@ -28,7 +27,7 @@ def run(engine: FakeEngine, until_ms: int = 60_000) -> list[tuple[int, Output]]:
     return told
 
 
-def generate(knobs: FakeKnobs, begin: Start) -> tuple[list[int], bytes, Output]:
+def generate(knobs: FakeOptions, begin: Start) -> tuple[list[int], bytes, Output]:
     """All ids, the text and the last output of one sequence."""
     engine = FakeEngine(knobs)
     assert engine.start(begin, 0) is None
@@ -41,7 +40,7 @@ def generate(knobs: FakeKnobs, begin: Start) -> tuple[list[int], bytes, Output]:
 
 
 def test_plain_tokens_are_the_ones_the_function_tells() -> None:
-    ids, text, last = generate(FakeKnobs(), start())
+    ids, text, last = generate(FakeOptions(), start())
     assert ids == [plain_token(7, PROMPT, i) for i in range(12)]
     assert text == b"".join(map(piece_of, ids))
     assert (last.end, last.usage and last.usage.prompt_tokens) == ("length", 3)
@@ -49,13 +48,13 @@ def test_plain_tokens_are_the_ones_the_function_tells() -> None:
 
 def test_plain_does_not_depend_on_the_dispatch_and_wander_does() -> None:
     other = b"r" * 16 + b"DISPATCH"
-    assert generate(FakeKnobs(), start())[0] == generate(FakeKnobs(), start(other))[0]
-    wander = FakeKnobs(style="wander")
+    assert generate(FakeOptions(), start())[0] == generate(FakeOptions(), start(other))[0]
+    wander = FakeOptions(style="wander")
     assert generate(wander, start())[0] != generate(wander, start(other))[0]
 
 
 def test_logprobs_depend_on_the_token_and_its_place_alone() -> None:
-    engine = FakeEngine(FakeKnobs(burst=3))
+    engine = FakeEngine(FakeOptions(burst=3))
     assert engine.start(start(logprobs=2, prefix=[5, 6, 7]), 0) is None
     outputs = [output for _, output in run(engine)]
     ids = [id for output in outputs for id in output.ids]
@@ -69,7 +68,7 @@ def test_logprobs_depend_on_the_token_and_its_place_alone() -> None:
 
 
 def test_wander_tokens_follow_from_their_predecessor() -> None:
-    ids, _, _ = generate(FakeKnobs(style="wander"), start())
+    ids, _, _ = generate(FakeOptions(style="wander"), start())
     before = [START, *ids]
     assert ids == [wander_token(b"dispatch", PROMPT, previous) for previous in before[:-1]]
 
@@ -78,7 +77,7 @@ def test_wander_tokens_follow_from_their_predecessor() -> None:
 @pytest.mark.parametrize("style", ["plain", "wander"])
 def test_a_continuation_begins_where_the_prefix_ends(style: str, utf8_split: bool) -> None:
     # Given the whole answer of a dispatch
-    knobs = FakeKnobs(style=style, utf8_split=utf8_split)  # type: ignore[arg-type]
+    knobs = FakeOptions(style=style, utf8_split=utf8_split)  # type: ignore[arg-type]
     whole, _, _ = generate(knobs, start(max_tokens=40))
     # When an engine is started with any beginning of it
     for cut in range(41):
@@ -90,7 +89,7 @@ def test_a_continuation_begins_where_the_prefix_ends(style: str, utf8_split: boo
 
 @pytest.mark.parametrize("style", ["plain", "wander"])
 def test_characters_are_cut_across_tokens_and_the_text_is_whole(style: str) -> None:
-    knobs = FakeKnobs(style=style, utf8_split=True)  # type: ignore[arg-type]
+    knobs = FakeOptions(style=style, utf8_split=True)  # type: ignore[arg-type]
     ids, text, _ = generate(knobs, start(max_tokens=400))
     alone = [piece_of(i) for i in ids]
     assert any(len(piece.decode(errors="ignore").encode()) != len(piece) for piece in alone), "no character was cut"
@@ -102,7 +101,7 @@ def test_characters_are_cut_across_tokens_and_the_text_is_whole(style: str) -> N
 
 
 def test_text_reads_like_words() -> None:
-    _, text, _ = generate(FakeKnobs(), start())
+    _, text, _ = generate(FakeOptions(), start())
     words = text.decode().split()
     assert len(words) == 12
     assert all(word.isalpha() for word in words)
@@ -113,13 +112,13 @@ def test_text_reads_like_words() -> None:
 
 
 def test_the_first_token_waits_and_the_others_keep_the_pace() -> None:
-    engine = FakeEngine(FakeKnobs(ttft_ms=100, tokens_per_s=50))
+    engine = FakeEngine(FakeOptions(ttft_ms=100, tokens_per_s=50))
     engine.start(start(max_tokens=4), 1_000)
     assert [now for now, _ in run(engine)] == [1_100, 1_120, 1_140, 1_160]
 
 
 def test_a_late_step_is_caught_up_one_chunk_a_step() -> None:
-    engine = FakeEngine(FakeKnobs(tokens_per_s=100))
+    engine = FakeEngine(FakeOptions(tokens_per_s=100))
     engine.start(start(max_tokens=100), 0)
     assert len(engine.step(55)) == 1
     assert [engine.next_wakeup_ms() <= 55 and len(engine.step(55)) for _ in range(5)] == [1] * 5
@@ -127,7 +126,7 @@ def test_a_late_step_is_caught_up_one_chunk_a_step() -> None:
 
 
 def test_bursts_and_jitter_are_uneven_but_always_the_same() -> None:
-    knobs = FakeKnobs(burst=4, jitter_ms=30, tokens_per_s=100)
+    knobs = FakeOptions(burst=4, jitter_ms=30, tokens_per_s=100)
 
     def shape() -> list[tuple[int, int]]:
         engine = FakeEngine(knobs)
@@ -139,7 +138,7 @@ def test_bursts_and_jitter_are_uneven_but_always_the_same() -> None:
 
 
 def test_a_waiting_engine_says_that_it_is_alive() -> None:
-    engine = FakeEngine(FakeKnobs(ttft_ms=10_000))
+    engine = FakeEngine(FakeOptions(ttft_ms=10_000))
     engine.start(start(), 0)
     assert engine.next_wakeup_ms() == ALIVE_MS
     assert engine.step(ALIVE_MS) == []
@@ -147,7 +146,7 @@ def test_a_waiting_engine_says_that_it_is_alive() -> None:
 
 
 def test_an_idle_engine_sleeps() -> None:
-    engine = FakeEngine(FakeKnobs())
+    engine = FakeEngine(FakeOptions())
     assert engine.next_wakeup_ms() > 10**15
     engine.start(start(), 0)
     engine.stop(KEY)
@@ -156,7 +155,7 @@ def test_an_idle_engine_sleeps() -> None:
 
 
 def test_all_sequences_advance_in_one_step() -> None:
-    engine = FakeEngine(FakeKnobs(slots=3))
+    engine = FakeEngine(FakeOptions(slots=3))
     keys = [bytes([i]) * 24 for i in range(3)]
     for key in keys:
         engine.start(start(key), 0)
@@ -167,7 +166,7 @@ def test_all_sequences_advance_in_one_step() -> None:
 
 
 def test_an_answer_may_end_by_itself_at_the_same_place_every_time() -> None:
-    knobs = FakeKnobs(answer_tokens=10)
+    knobs = FakeOptions(answer_tokens=10)
     ids, _, last = generate(knobs, start(max_tokens=1_000))
     assert (last.end, 1 <= len(ids) <= 19) == ("stop", True)
     rest, _, again = generate(knobs, start(b"s" * 24, max_tokens=1_000, prefix=ids[:-1]))
@@ -175,33 +174,33 @@ def test_an_answer_may_end_by_itself_at_the_same_place_every_time() -> None:
 
 
 def test_a_complete_prefix_ends_at_once() -> None:
-    ids, text, last = generate(FakeKnobs(), start(max_tokens=2, prefix=[4, 8]))
+    ids, text, last = generate(FakeOptions(), start(max_tokens=2, prefix=[4, 8]))
     assert (ids, text, last.end) == ([], b"", "length")
 
 
 @pytest.mark.parametrize("cut", [0, 3, 5])
 def test_a_stop_string_ends_before_the_token_that_completes_it(cut: int) -> None:
-    whole, _, _ = generate(FakeKnobs(), start())
+    whole, _, _ = generate(FakeOptions(), start())
     stop = (piece_of(whole[5])[-2:] + piece_of(whole[6])).decode()
-    ids, _, last = generate(FakeKnobs(), start(prefix=whole[:cut], sampling=Sampling(stop=["no such", stop])))
+    ids, _, last = generate(FakeOptions(), start(prefix=whole[:cut], sampling=Sampling(stop=["no such", stop])))
     assert (whole[:cut] + ids, last.end, last.stop) == (whole[:6], "stop", stop)
 
 
 def test_a_deadline_stops_the_decode() -> None:
-    _, _, last = generate(FakeKnobs(tokens_per_s=10), start(deadline_ms=350))
+    _, _, last = generate(FakeOptions(tokens_per_s=10), start(deadline_ms=350))
     assert (last.end, last.ids) == ("deadline", [])
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    refused = FakeEngine(FakeKnobs(context_tokens=14)).start(start(), 0)
+    refused = FakeEngine(FakeOptions(context_tokens=14)).start(start(), 0)
     assert refused is not None
     assert (refused.error.code, refused.final) == (Code.TOO_LONG, True)
     assert "3 prompt tokens + max_tokens 12 exceed the context of 14" in refused.error.text
-    assert FakeEngine(FakeKnobs(context_tokens=15)).start(start(), 0) is None
+    assert FakeEngine(FakeOptions(context_tokens=15)).start(start(), 0) is None
 
 
 def test_more_than_the_slots_is_refused_for_now() -> None:
-    engine = FakeEngine(FakeKnobs(slots=1))
+    engine = FakeEngine(FakeOptions(slots=1))
     engine.start(start(), 0)
     refused = engine.start(start(b"t" * 24), 0)
     assert refused is not None
@@ -215,7 +214,7 @@ def test_more_than_the_slots_is_refused_for_now() -> None:
 
 @pytest.mark.parametrize("fault", ["crash", "hang"])
 def test_an_illness_strikes_after_its_token_and_nothing_follows(fault: str) -> None:
-    knobs = replace(FakeKnobs(slots=2), **{f"{fault}_at": 5})  # type: ignore[arg-type]
+    knobs = fake_options(slots=2, **{f"{fault}_at": 5})
     engine = FakeEngine(knobs)
     engine.start(start(), 0)
     engine.start(start(b"t" * 24), 0)
@@ -224,7 +223,7 @@ def test_an_illness_strikes_after_its_token_and_nothing_follows(fault: str) -> N
 
 
 def test_poison_kills_at_the_same_token_whoever_runs_it_and_nobody_else_does() -> None:
-    knobs = FakeKnobs(poison="arsenic", burst=4, slots=2)
+    knobs = FakeOptions(burst=4, slots=2, faults=FakeFaults(poison="arsenic"))
     for prefix in ([], list(range(POISON_INDEX))):
         engine = FakeEngine(knobs)
         engine.start(Start(KEY, b"tea with arsenic", max_tokens=12, seed=7, prefix=prefix), 0)
@@ -237,14 +236,14 @@ def test_poison_kills_at_the_same_token_whoever_runs_it_and_nobody_else_does() -
 
 
 def test_slowness_begins_at_its_token() -> None:
-    engine = FakeEngine(FakeKnobs(tokens_per_s=100, slow_at=3, slow_factor=10))
+    engine = FakeEngine(FakeOptions(tokens_per_s=100, faults=FakeFaults(slow_at=3, slow_factor=10)))
     engine.start(start(max_tokens=5), 0)
     assert [now for now, _ in run(engine)] == [0, 10, 20, 120, 220]
 
 
 def test_fingerprints_differ_where_streams_cannot_be_continued() -> None:
-    ready = FakeEngine(FakeKnobs(slots=9), "m").ready()
+    ready = FakeEngine(FakeOptions(slots=9), "m").ready()
     assert (ready.slots, ready.models[0].name) == (9, "m")
-    same = FakeEngine(FakeKnobs(ttft_ms=5)).ready().models[0].fingerprint
+    same = FakeEngine(FakeOptions(ttft_ms=5)).ready().models[0].fingerprint
     assert ready.models[0].fingerprint == same
-    assert FakeEngine(FakeKnobs(style="wander")).ready().models[0].fingerprint != same
+    assert FakeEngine(FakeOptions(style="wander")).ready().models[0].fingerprint != same

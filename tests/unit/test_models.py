@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker.engine.engine_options import LlamaKnobs
-from llambo.worker.models import gguf, models
+from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.models import gguf, model_files
 from llambo.worker.models.gguf import BadModelFile
 
 MIB = 1024 * 1024
@@ -93,17 +93,17 @@ def test_damage_is_an_error_or_does_no_harm(model: Path, seed: int) -> None:
 
 def test_what_is_left_open_suits_model_and_machine(model: Path) -> None:
     file = gguf.read(str(model))
-    layout = models.layout(LlamaKnobs(), file, 2**40, cores=6)
-    assert (layout.context, layout.threads) == (models.DEFAULT_CONTEXT, 6)
+    layout = model_files.layout(LlamaOptions(), file, 2**40, cores=6)
+    assert (layout.context, layout.threads) == (model_files.DEFAULT_CONTEXT, 6)
     # 4 slots of 4096 tokens need 16 MiB: with 10 MiB for them it is half of that
-    small = models.layout(LlamaKnobs(), file, models.WORK_BYTES + 10 * MIB, cores=6)
-    assert small.context == models.DEFAULT_CONTEXT // 2
+    small = model_files.layout(LlamaOptions(), file, model_files.WORK_BYTES + 10 * MIB, cores=6)
+    assert small.context == model_files.DEFAULT_CONTEXT // 2
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path) -> None:
     file = gguf.read(str(model))
     with pytest.raises(BadModelFile) as refused:
-        models.layout(LlamaKnobs(context=8192), file, models.WORK_BYTES + 10 * MIB, cores=2)
+        model_files.layout(LlamaOptions(context=8192), file, model_files.WORK_BYTES + 10 * MIB, cores=2)
     assert "32 MiB of cache for 4 slots of 8192 tokens" in str(refused.value)
     assert "266 MiB are free; --ctx 2304 would fit" in str(refused.value)
 
@@ -113,28 +113,28 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path)
 
 def test_a_digest_is_remembered_until_the_file_changes(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "digests.json"
-    first = models.digest(str(model), cache)
+    first = model_files.digest(str(model), cache)
     cache.write_text(cache.read_text().replace(first, "remembered"))
-    assert models.digest(str(model), cache) == "remembered"
+    assert model_files.digest(str(model), cache) == "remembered"
     tiny(model, layers=5)
-    assert models.digest(str(model), cache) not in (first, "remembered")
+    assert model_files.digest(str(model), cache) not in (first, "remembered")
 
 
 @pytest.mark.parametrize("junk", ["", "[]", "{", '{"a": 1}', "\0"])
 def test_a_damaged_memory_of_digests_is_none(model: Path, tmp_path: Path, junk: str) -> None:
     cache = tmp_path / "digests.json"
     cache.write_text(junk)
-    assert len(models.digest(str(model), cache)) == 64
+    assert len(model_files.digest(str(model), cache)) == 64
 
 
 def test_another_template_or_context_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     one, other = (gguf.read(str(tiny(tmp_path / f"{name}.gguf", template=name))) for name in "ab")
-    prints = {models.fingerprint(one, 4096, "f16"), models.fingerprint(one, 2048, "f16"),
-              models.fingerprint(one, 4096, "q8_0"), models.fingerprint(other, 4096, "f16")}  # fmt: skip
+    prints = {model_files.fingerprint(one, 4096, "f16"), model_files.fingerprint(one, 2048, "f16"),
+              model_files.fingerprint(one, 4096, "q8_0"), model_files.fingerprint(other, 4096, "f16")}  # fmt: skip
     assert len(prints) == 4
 
 
 def test_names() -> None:
-    assert models.name_of("smollm2") == "smollm2"
-    assert models.name_of("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"
+    assert model_files.name_of("smollm2") == "smollm2"
+    assert model_files.name_of("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"

@@ -12,7 +12,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.mesh.settings import settings
 from llambo.mesh.settings.settings_table import BY_NAME, SECTIONS, TABLE, Kind
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 
 ROLES = ("broker", "worker", "client", "gateway", "bridge")
 
@@ -75,9 +75,11 @@ def test_the_names_follow_from_the_key() -> None:
     assert (row.section, row.key, row.flag, row.env) == ("fake", "ttft_ms", "--fake-ttft-ms", "LLAMBO_FAKE_TTFT_MS")
 
 
-def test_the_fake_engine_has_the_knobs_that_the_table_says() -> None:
-    knobs = {field.name: field.default for field in dataclasses.fields(FakeKnobs) if field.name != "slots"}
-    assert {key: row.default for key, row in SECTIONS["fake"].items()} == knobs
+def test_the_fake_engine_has_the_options_that_the_table_says() -> None:
+    own = {field.name: field.default for field in dataclasses.fields(FakeOptions)}
+    faults = {field.name: field.default for field in dataclasses.fields(FakeFaults)}
+    options = {name: value for name, value in (own | faults).items() if name not in ("slots", "faults")}
+    assert {key: row.default for key, row in SECTIONS["fake"].items()} == options
 
 
 # --- precedence --------------------------------------------------------------------------------------

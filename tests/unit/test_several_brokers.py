@@ -18,10 +18,10 @@ from llambo.mesh.link.link_core import (
     SILENT_MS,
     SOON_MS,
     TRY_MS,
+    ConnectionChange,
     LinkState,
     OpenControl,
     Send,
-    Sign,
 )
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
@@ -49,7 +49,7 @@ class Wanderer:
         self.went += [action.target for action in actions if isinstance(action, OpenControl)]
         self.said += [action.message for action in actions if isinstance(action, Send)]
 
-    def see(self, *signs: Sign) -> None:
+    def see(self, *signs: ConnectionChange) -> None:
         for sign in signs:
             self.handle(c.ConnectionChanged(sign))
 
@@ -68,9 +68,9 @@ class Wanderer:
 
 def test_who_is_refused_goes_to_the_next_at_once_and_pauses_after_a_round() -> None:
     client = Wanderer(3)
-    client.see(Sign.REFUSED, Sign.REFUSED)
+    client.see(ConnectionChange.REFUSED, ConnectionChange.REFUSED)
     assert client.went == [0, 1, 2]
-    client.see(Sign.REFUSED)
+    client.see(ConnectionChange.REFUSED)
     client.wait(BACKOFF_MS[0] - 1)
     assert client.went == [0, 1, 2]
     client.wait(1)
@@ -88,21 +88,21 @@ def test_a_broker_that_does_not_answer_is_not_waited_for_long() -> None:
 def test_a_broken_connection_that_is_not_to_be_had_again_is_a_broker_that_is_gone() -> None:
     client = Wanderer(2)
     client.welcome()
-    client.see(Sign.CONNECTED, Sign.CUT)
+    client.see(ConnectionChange.CONNECTED, ConnectionChange.LOST)
     assert client.went == [0]
-    client.see(Sign.REFUSED)
+    client.see(ConnectionChange.REFUSED)
     assert client.went == [0, 1]
 
 
 def test_a_connection_that_blinks_is_stayed_with() -> None:
     client = Wanderer(2)
     client.welcome()
-    client.see(Sign.CUT)
+    client.see(ConnectionChange.LOST)
     client.wait(CUT_MS - 1)
-    client.see(Sign.CONNECTED)
+    client.see(ConnectionChange.CONNECTED)
     client.wait(CUT_MS)
     assert client.went == [0]
-    client.see(Sign.CUT)
+    client.see(ConnectionChange.LOST)
     client.wait(CUT_MS)
     assert client.went == [0, 1]
 
@@ -118,7 +118,7 @@ def test_silence_is_left_with_a_word_of_goodbye() -> None:
 def test_with_one_broker_there_is_nowhere_to_go() -> None:
     client = Wanderer(1)
     client.welcome()
-    client.see(Sign.CUT, Sign.REFUSED)
+    client.see(ConnectionChange.LOST, ConnectionChange.REFUSED)
     client.wait(SILENT_MS + CUT_MS)
     assert client.went == [0]
     assert client.core.link.welcomed
@@ -218,7 +218,7 @@ def test_the_same_request_from_two_brokers_is_two_runs() -> None:
 def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
-    rig.on(e.ConnectionChanged(0, Sign.CUT)).on(e.ConnectionChanged(0, Sign.REFUSED))
+    rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
     assert [(link, orphan.work.id) for link, orphan in told(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
 
 
@@ -236,7 +236,7 @@ def test_only_who_has_a_run_may_end_it() -> None:
 def test_what_was_cancelled_is_offered_to_nobody() -> None:
     rig = given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
     rig.actions = []
-    rig.on(e.ConnectionChanged(0, Sign.CUT)).on(e.ConnectionChanged(0, Sign.REFUSED))
+    rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
     assert told(rig, m.Orphan) == []
     assert len(rig.core.runs) == 0
 
@@ -385,7 +385,7 @@ def test_link_states_of_a_client_that_wanders_are_legal() -> None:
     client = Wanderer(2)
     for _ in range(5):
         client.welcome()
-        client.see(Sign.CUT, Sign.REFUSED)
+        client.see(ConnectionChange.LOST, ConnectionChange.REFUSED)
         assert client.core.link.state is LinkState.GREETING
     assert client.went == [0, 1, 0, 1, 0, 1]
 

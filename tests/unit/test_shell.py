@@ -1,4 +1,4 @@
-"""The shell without a mesh: lines, completion, options, exit codes, history."""
+"""The shell without a mesh: lines, completion, options, exit codes, signals, history."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import stat
-from collections.abc import Coroutine
+import threading
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -17,16 +19,23 @@ from click.testing import CliRunner, Result
 from llambo.cli import main
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.exits import Exit
-from llambo.cli.kit.shell_session import Session
-from llambo.cli.shell.shell_lines import BadLine, Order, Prompt, parse
-from llambo.cli.shell.shell_main import LINE_BYTES, stdin_lines
-from llambo.cli.shell.shell_names import ALIASES, ENTRIES, WATCHED, Known, command_of, completions, options_of
-from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, known
-from llambo.cli.shell.shell_run import Shell, settable
+from llambo.cli.kit.shell_session import ShellSession
+from llambo.cli.shell.command_table import (
+    TABLE,
+    WATCHED,
+    MeshNames,
+    command_of,
+    completions,
+    options_of,
+    settable,
+)
+from llambo.cli.shell.lines import BadLine, CommandCall, ModelPrompt, parse
+from llambo.cli.shell.shell import LINE_BYTES, Shell, stdin_lines
+from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, mesh_names
 from llambo.mesh.wire.errors import LlamboError
 
 #: Where nothing listens.
-NOBODY = "tcp://127.0.0.1:1"
+NOWHERE = "tcp://127.0.0.1:1"
 WORKERS, MODELS, IDS = ("tiny-01", "tiny-02", "large"), ("smollm2", "tiny"), ("3f2a11", "9c0d22")
 
 
@@ -40,12 +49,15 @@ def nothing_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def shell(*words: str, stdin: str = "") -> Result:
-    told = ("--broker", NOBODY, "shell", "--connect-ms", "50", *words)
-    return CliRunner().invoke(main.main, told, input=stdin, prog_name="llambo")
+    arguments = ("--broker", NOWHERE, "shell", "--connect-ms", "50", *words)
+    return CliRunner().invoke(main.main, arguments, input=stdin, prog_name="llambo")
 
 
-def known_here() -> Known:
-    return Known(WORKERS, MODELS, IDS, settable())
+@pytest.fixture
+def session() -> Iterator[ShellSession]:
+    session = ShellSession(Common({"broker": NOWHERE}))
+    yield session
+    session.close()
 
 
 # --- lines ---------------------------------------------------------------------------------------------
@@ -57,31 +69,31 @@ def known_here() -> Known:
         ("", []),
         ("  ; ;", []),
         ("# a remark; status", []),
-        ("status", [Order("status")]),
-        ("status; nodes", [Order("status"), Order("nodes")]),
-        ("status;nodes;", [Order("status"), Order("nodes")]),
-        ("status; # and nothing else", [Order("status")]),
-        ("why  3f2a", [Order("why", ("3f2a",), "3f2a")]),
-        ('send "one; two" --seed 7', [Order("send", ("one; two", "--seed", "7"), '"one; two" --seed 7')]),
-        (r"send one\;two", [Order("send", ("one;two",), r"one\;two")]),
-        (r"send 'a\'; nodes", [Order("send", ("a\\",), r"'a\'"), Order("nodes")]),
-        ('send "a\\"; b"', [Order("send", ('a"; b',), '"a\\"; b"')]),
-        ("What is AI?; really?", [Prompt("What is AI?; really?")]),
-        ("status; don't panic; nodes", [Order("status"), Prompt("don't panic; nodes")]),
-        ("> why is the sky blue?", [Prompt("why is the sky blue?")]),
-        ("nodes; >", [Order("nodes"), Prompt("")]),
-        ("statusbar of what?", [Prompt("statusbar of what?")]),
-        ("hello", [Prompt("hello")]),
+        ("status", [CommandCall("status")]),
+        ("status; nodes", [CommandCall("status"), CommandCall("nodes")]),
+        ("status;nodes;", [CommandCall("status"), CommandCall("nodes")]),
+        ("status; # and nothing else", [CommandCall("status")]),
+        ("why  3f2a", [CommandCall("why", ("3f2a",), "3f2a")]),
+        ('send "one; two" --seed 7', [CommandCall("send", ("one; two", "--seed", "7"), '"one; two" --seed 7')]),
+        (r"send one\;two", [CommandCall("send", ("one;two",), r"one\;two")]),
+        (r"send 'a\'; nodes", [CommandCall("send", ("a\\",), r"'a\'"), CommandCall("nodes")]),
+        ('send "a\\"; b"', [CommandCall("send", ('a"; b',), '"a\\"; b"')]),
+        ("What is AI?; really?", [ModelPrompt("What is AI?; really?")]),
+        ("status; don't panic; nodes", [CommandCall("status"), ModelPrompt("don't panic; nodes")]),
+        ("> why is the sky blue?", [ModelPrompt("why is the sky blue?")]),
+        ("nodes; >", [CommandCall("nodes"), ModelPrompt("")]),
+        ("statusbar of what?", [ModelPrompt("statusbar of what?")]),
+        ("hello", [ModelPrompt("hello")]),
     ],
 )
-def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list[Order | Prompt]) -> None:
-    assert parse(line, ENTRIES) == meant
+def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list[CommandCall | ModelPrompt]) -> None:
+    assert parse(line, TABLE) == meant
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("status; send don't", "no closing quotation; begin with `>`"),
+        ("status; send don't", "no closing quotation; begin a prompt to the model with `>`"),
         ("send a\\", "no escaped character"),
         ("statsu", "'statsu' is no command; 'status' is, and `> statsu` asks the model"),
         ("node", "'nodes' is"),
@@ -89,19 +101,20 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
 )
 def test_a_bad_line_says_why(line: str, said: str) -> None:
     with pytest.raises(BadLine) as caught:
-        parse(line, ENTRIES)
+        parse(line, TABLE)
 
     assert said in str(caught.value)
 
 
 def test_every_command_can_be_called_and_explains_itself() -> None:
-    for name, entry in ENTRIES.items():
+    for name in TABLE:
         assert command_of(name).help
-        assert bool(entry.about) == (name not in ALIASES)
-    assert set(WATCHED) < set(ENTRIES)
-    said = shell("-c", "help").stdout
-    assert all(f"\n{name} " in f"\n{said}" for name in ENTRIES if name not in ALIASES)
-    assert max(map(len, said.splitlines())) <= 80
+    assert set(WATCHED) < set(TABLE)
+    listed = [name for name, command in TABLE.items() if command.about]
+    assert set(TABLE) - set(listed) == {"workers", "requests", "quit"}, "other names of commands that are listed"
+    shown = shell("-c", "help").stdout
+    assert all(f"\n{name} " in f"\n{shown}" for name in listed)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 # --- completion ----------------------------------------------------------------------------------------
@@ -139,14 +152,14 @@ def test_every_command_can_be_called_and_explains_itself() -> None:
     ],
 )
 def test_tab_completes_names(line: str, words: list[str]) -> None:
-    assert completions(line, known_here()) == words
+    assert completions(line, MeshNames(WORKERS, MODELS, IDS)) == words
 
 
-def test_without_a_broker_the_commands_are_completed_all_the_same() -> None:
-    async def names() -> Known:
-        return await known(Session(Common({"broker": NOBODY})))
+def test_without_a_broker_the_commands_are_completed_all_the_same(session: ShellSession) -> None:
+    session.sent.extend(["3f2a11", "9c0d22"])
 
-    assert completions("ev", asyncio.run(names())) == ["events"]
+    assert completions("ev", mesh_names(session)) == ["events"]
+    assert completions("why ", mesh_names(session)) == ["9c0d22", "3f2a11"]
 
 
 # --- set -----------------------------------------------------------------------------------------------
@@ -162,14 +175,14 @@ def test_what_can_be_set_are_the_options_of_send() -> None:
 def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
     lines = ["set model tiny", "set stop A B", "set system Be brief.", "set raw yes", "set max_tokens 7",
              "unset max_tokens"]  # fmt: skip
-    told = json.loads(shell("--max-tokens", "50", "-c", "; ".join([*lines, "set --json"])).stdout)
+    shown = json.loads(shell("--max-tokens", "50", "-c", "; ".join([*lines, "set --json"])).stdout)
 
-    assert told["model"] == {"value": "tiny", "source": "set"}
-    assert told["stop"] == {"value": "A B", "source": "set"}
-    assert told["system"] == {"value": "Be brief.", "source": "set"}
-    assert told["raw"] == {"value": "yes", "source": "set"}
-    assert told["max_tokens"] == {"value": "50", "source": "flag --max-tokens"}
-    assert told["seed"] == {"value": "", "source": "default"}
+    assert shown["model"] == {"value": "tiny", "source": "set"}
+    assert shown["stop"] == {"value": "A B", "source": "set"}
+    assert shown["system"] == {"value": "Be brief.", "source": "set"}
+    assert shown["raw"] == {"value": "yes", "source": "set"}
+    assert shown["max_tokens"] == {"value": "50", "source": "flag --max-tokens"}
+    assert shown["seed"] == {"value": "", "source": "default"}
 
 
 @pytest.mark.parametrize(
@@ -223,99 +236,111 @@ def test_a_sentence_that_begins_like_a_command_is_shown_the_way_to_the_model() -
 
 
 def test_with_json_an_error_is_an_object_too() -> None:
-    told = json.loads(shell("--json", "-c", "status").stdout)
+    shown = json.loads(shell("--json", "-c", "status").stdout)
 
-    assert (told["type"], told["code"], told["exit"]) == ("error", "no_broker", Exit.NO_BROKER)
+    assert (shown["type"], shown["code"], shown["exit"]) == ("error", "no_broker", Exit.NO_BROKER)
 
 
 # --- stdin ---------------------------------------------------------------------------------------------
 
 
-async def read(*parts: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def lines_of(monkeypatch: pytest.MonkeyPatch, data: bytes) -> Iterator[str]:
     reading, writing = os.pipe()
+    os.write(writing, data)
+    os.close(writing)
     with os.fdopen(reading) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
-        for part in parts:
-            os.write(writing, part)
-        os.close(writing)
-        return [line async for line in stdin_lines()]
+        yield from stdin_lines()
 
 
 def test_lines_of_a_pipe_and_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert asyncio.run(read(b"a\nb", b"c\r\n\nd", monkeypatch=monkeypatch)) == ["a", "bc", "", "d"]
-
-    async def read_file() -> list[str]:
-        return [line async for line in stdin_lines()]
+    assert list(lines_of(monkeypatch, b"a\nbc\r\n\nd")) == ["a", "bc", "", "d"]
 
     (tmp_path / "script").write_text("status\nnodes\n")
     with (tmp_path / "script").open() as file:
         monkeypatch.setattr("sys.stdin", file)
-        assert asyncio.run(read_file()) == ["status", "nodes"]
+        assert list(stdin_lines()) == ["status", "nodes"]
 
 
 def test_a_line_that_is_no_text_or_has_no_end_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(LlamboError, match="not UTF-8"):
-        asyncio.run(read(b"\xff\n", monkeypatch=monkeypatch))
+        list(lines_of(monkeypatch, b"\xff\n"))
 
-    (tmp_path / "long").write_bytes(b"a" * (LINE_BYTES + 1))
-
-    async def read_file() -> list[str]:
-        return [line async for line in stdin_lines()]
-
-    with (tmp_path / "long").open() as file:
-        monkeypatch.setattr("sys.stdin", file)
-        with pytest.raises(LlamboError, match="longer than"):
-            asyncio.run(read_file())
+    for size, end in ((LINE_BYTES, b"\n"), (LINE_BYTES + 1, b"\n"), (LINE_BYTES + 1, b""), (LINE_BYTES * 2, b"")):
+        (tmp_path / "long").write_bytes(b"a" * size + end)
+        with (tmp_path / "long").open() as file:
+            monkeypatch.setattr("sys.stdin", file)
+            if size == LINE_BYTES:
+                assert list(map(len, stdin_lines())) == [LINE_BYTES]
+            else:
+                with pytest.raises(LlamboError, match="longer than"):
+                    list(stdin_lines())
 
 
 # --- one loop, one connection ----------------------------------------------------------------------------
 
 
-def outcome(session: Session, work: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        return session.run(work)
-    except KeyboardInterrupt:
-        return "interrupted"
+async def forever(started: threading.Event) -> None:
+    started.set()
+    await asyncio.Event().wait()
+
+
+async def seven() -> int:
+    return 7
+
+
+def send_once(started: threading.Event, number: int) -> threading.Thread:
+    """Sends a signal to this process once the command waits."""
+
+    def send() -> None:
+        assert started.wait(10)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
 
 
 def test_an_interrupt_ends_what_a_command_waits_for_and_not_the_next_command() -> None:
-    async def scenario() -> None:
-        session = Session(Common())
-        waits = asyncio.Event()
+    shell, started = Shell(Common({"broker": NOWHERE})), threading.Event()
+    with closing(shell.session), shell.signals():
+        sender = send_once(started, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            shell.session.run(forever(started))
+        sender.join()
+        # A command that goes on asking after a Ctrl-C does not get an answer.
+        with pytest.raises(KeyboardInterrupt):
+            shell.session.run(seven())
+        shell.line("# the next one")
+        assert shell.session.run(seven()) == 7
 
-        async def forever() -> None:
-            waits.set()
-            await asyncio.Event().wait()
 
-        async def seven() -> int:
-            return 7
+def test_sigterm_ends_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell, started = Shell(Common({"broker": NOWHERE}), keep_going=True), threading.Event()
+    monkeypatch.setattr(shell, "_invoke", lambda name, words: shell.session.run(forever(started)))
+    with closing(shell.session), shell.signals():
+        sender = send_once(started, signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            shell.lines(["status; nodes", "queue"])
+        sender.join()
+        assert ended.value.code == 128 + signal.SIGTERM
 
-        session.begin()
-        command = asyncio.create_task(asyncio.to_thread(outcome, session, forever()))
-        await waits.wait()
-        session.interrupt()
-        assert await command == "interrupted"
-        # It goes on asking after it was told to stop.
-        assert await asyncio.to_thread(outcome, session, seven()) == "interrupted"
-        session.begin()
-        assert await asyncio.to_thread(outcome, session, seven()) == 7
-
-    asyncio.run(scenario())
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)  # while nothing runs
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_command_that_only_runs_in_a_shell_needs_no_connection() -> None:
-    async def scenario() -> None:
-        session = Session(Common({"broker": NOBODY}))
-        code = await Shell(Common({"broker": NOBODY}), session).lines(["set seed 3", "unset seed", "# nothing"])
-        assert (code, session.client) == (Exit.OK, None)
-
-    asyncio.run(scenario())
+    shell = Shell(Common({"broker": NOWHERE}))
+    with closing(shell.session):
+        shell.lines(["set seed 3", "unset seed", "# nothing"])
+        assert (shell.failed, shell.session.client) == (Exit.OK, None)
 
 
 # --- history -------------------------------------------------------------------------------------------
 
 
-def test_the_history_is_kept_where_nobody_else_can_read_it(tmp_path: Path) -> None:
+def test_the_history_is_kept_where_only_its_owner_can_read_it(tmp_path: Path) -> None:
     environ = {"XDG_STATE_HOME": str(tmp_path / "state")}
     path = tmp_path / "state" / "llambo" / HISTORY_FILE
 

@@ -8,7 +8,7 @@ from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.workers import speed
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.worker.agent.rate import Rate
+from llambo.worker.agent.delivery import TokenRate
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 LONG = 10**7
@@ -166,21 +166,21 @@ def test_the_last_worker_on_trial_is_a_worker_like_any() -> None:
 
 
 def test_a_pace_is_of_each_stream_and_waiting_counts() -> None:
-    rate = Rate()
+    rate = TokenRate()
     rate.sample(0)
     # Given four streams: half a second of nothing, then 25 tokens in half a second
-    rate.passed(4, 500)
-    rate.passed(4, 1_000)
+    rate.on_time_passed(4, 500)
+    rate.on_time_passed(4, 1_000)
     rate.count += 25
     assert rate.sample(1_000) == (25.0, 6.25)
 
 
 def test_without_streams_there_is_no_pace() -> None:
-    rate = Rate()
+    rate = TokenRate()
     rate.sample(0)
-    rate.passed(0, 1_000)
+    rate.on_time_passed(0, 1_000)
     assert rate.sample(1_000) == (0.0, 0.0)
-    rate.passed(1, 1_100)
+    rate.on_time_passed(1, 1_100)
     rate.count += 50
     assert rate.sample(1_100)[1] == 0.0
 
@@ -192,12 +192,12 @@ def test_another_engine_is_measured_anew() -> None:
     workers[1].say(m.EngineLost([], "SIGSEGV"))
     run(bench, {workers[0]: 100.0}, 1)
     assert entry(bench, workers[1]).level == 0
-    rate = Rate()
+    rate = TokenRate()
     rate.sample(0)
-    rate.passed(1, 2_000)
+    rate.on_time_passed(1, 2_000)
     rate.count += 2
     assert rate.sample(2_000) == (1.0, 1.0)
-    rate.begin_again()
+    rate.reset()
     assert rate.sample(2_200) == (0.0, 0.0)
 
 

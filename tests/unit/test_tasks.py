@@ -14,8 +14,9 @@ from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.worker.agent import actions as a
-from llambo.worker.agent import events as e
-from llambo.worker.engine.fake import FakeEngine, FakeKnobs
+from llambo.worker.engine import protocol as proto
+from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id
 from tests.unit.test_fake_engine import run
@@ -145,7 +146,7 @@ def test_a_result_goes_on_control_its_page_before_its_end() -> None:
     rig = joined().say(task_dispatch(sampling=msgspec.Raw(b"\x81\xaanormalized\xc2")), b"texts")
     (order,) = rig.take(a.StartRun)
     assert (order.start.task, order.start.options) == ("embed", tasks.TaskOptions(normalized=False))
-    rig.on(e.EngineStep([Output(key_of(1), [0] * 3, PIECES, "stop")]))
+    rig.on(proto.Step([Output(key_of(1), [0] * 3, PIECES, "stop")]))
     assert [type(send.message) for send in rig.actions if isinstance(send, Send)] == [m.Page, m.End]
     assert not [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
     # And it is kept until the END is acknowledged
@@ -157,7 +158,7 @@ def test_a_result_goes_on_control_its_page_before_its_end() -> None:
 def test_the_largest_result_takes_several_pages() -> None:
     rig = joined().say(task_dispatch(max_tokens=limits.RESULT_PIECES), b"texts")
     pieces = [bytes([number % 256]) * limits.RESULT_PIECE_BYTES for number in range(limits.RESULT_PIECES)]
-    rig.on(e.EngineStep([Output(key_of(1), [0] * len(pieces), pieces, "stop")]))
+    rig.on(proto.Step([Output(key_of(1), [0] * len(pieces), pieces, "stop")]))
     (first,) = rig.sent(m.Page)
     found = [piece for frame in first.chunks for piece in pieces_in(frame)]
     while len(found) < len(pieces):
@@ -177,8 +178,8 @@ def test_task_options_that_are_none_are_refused() -> None:
 # --- the fake engine ---------------------------------------------------------------------------------
 
 
-def fake(kind: m.Task, data: bytes, knobs: FakeKnobs | None = None, **fields: Any) -> Any:
-    engine = FakeEngine(knobs or FakeKnobs())
+def fake(kind: m.Task, data: bytes, knobs: FakeOptions | None = None, **fields: Any) -> Any:
+    engine = FakeEngine(knobs or FakeOptions())
     start = Start(b"k" * 24, data, fields.pop("pieces", limits.RESULT_PIECES), 0, task=kind, **fields)
     refused = engine.start(start, 0)
     if refused is not None:
@@ -200,17 +201,17 @@ def test_the_fake_engine_knows_its_tokens() -> None:
 
 def test_the_fake_engine_embeds_texts_alike_unless_it_wanders() -> None:
     data = msgspec.msgpack.encode(["one", "two", "one"])
-    found = msgspec.convert(fake("embed", data), tasks.Vectors)
+    found = msgspec.convert(fake("embed", data), tasks.EmbedResult)
     one, two, again = tasks.vectors_of(found)
     assert one == again != two
     assert sum(value * value for value in one) == pytest.approx(1)
-    wandering = msgspec.convert(fake("embed", data, FakeKnobs(style="wander")), tasks.Vectors)
+    wandering = msgspec.convert(fake("embed", data, FakeOptions(style="wander")), tasks.EmbedResult)
     assert tasks.vectors_of(wandering)[0] != one
 
 
 def test_the_fake_engine_refuses_with_numbers() -> None:
     data = msgspec.msgpack.encode(["x" * 30])
-    error = fake("embed", data, FakeKnobs(context_tokens=20))
+    error = fake("embed", data, FakeOptions(context_tokens=20))
     assert error.code is Code.TOO_LONG and "30 tokens" in error.text and "20" in error.text
     assert fake("tokenize", bytes(50_000), pieces=1).code is Code.TOO_LONG
     assert fake("embed", msgspec.msgpack.encode([])).code is Code.BAD_REQUEST
@@ -221,9 +222,9 @@ def test_the_fake_engine_refuses_with_numbers() -> None:
 
 def test_vectors_that_do_not_add_up_are_an_error() -> None:
     with pytest.raises(ValueError, match="3 numbers for 2 vectors of 2"):
-        tasks.vectors_of(tasks.Vectors(2, "mean", True, [1, 1], bytes(12)))
+        tasks.vectors_of(tasks.EmbedResult(2, "mean", True, [1, 1], bytes(12)))
     with pytest.raises(ValueError, match="multiple of item size"):
-        tasks.vectors_of(tasks.Vectors(2, "mean", True, [1], bytes(7)))
+        tasks.vectors_of(tasks.EmbedResult(2, "mean", True, [1], bytes(7)))
 
 
 def test_room_is_asked_for_by_what_goes_in() -> None:

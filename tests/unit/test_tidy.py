@@ -12,33 +12,33 @@ ROOT = Path(__file__).resolve().parents[2]
 BANNED = re.compile(
     r"\b(_?told|whoever|nobody|heed(s|ed)?|suffer(s|ed|ing)?|porter|household|heralds?|aboard|knock(s|ed)?|guests?"
     r"|wary|polite(ly)?|patience|forsaken|orphanage|pardon(s|ed)?|knobs?|hears|illness(es)?|convict(s|ed)?)\b|Told\b"
-    r"|Herald|Porter|Patien|Orphanage|Knobs",
+    r"|(?-i:Herald|Porter|Patien|Orphanage|Knobs)",
     re.IGNORECASE,
 )
 SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml", ".yml"}
 #: Not read once more yet.
 UNREAD = {
-    "CONTRIBUTING.md",
-    "README.md",
-    "SECURITY.md",
-    "llambo/bridge",
+    "docs/cli.md",
+    "docs/guarantees.md",
+    "docs/simulation.md",
+    "docs/metrics.md",
+    "docs/protocol-reference.md",
     "llambo/broker",
-    "llambo/cli/chat",
     "llambo/cli/commands",
     "llambo/cli/kit",
     "llambo/cli/services",
-    "llambo/cli/shell",
-    "llambo/cli/top",
     "llambo/gateway",
     "llambo/mesh",
     "llambo/worker",
-    "bench",
-    "docs",
-    "examples",
     "tests",
 }
 #: Where one of the words is meant: the file, and the word.
-MEANT = {("tests/unit/test_tidy.py", "*"), ("ARCHITECTURE.md", "*"), ("CHANGELOG.md", "*")}
+MEANT = {
+    ("tests/unit/test_tidy.py", "*"),
+    ("ARCHITECTURE.md", "*"),
+    ("README.md", "nobody"),
+    ("docs/protocol-reference.md", "wary"),
+}
 
 
 def pages() -> list[str]:
@@ -68,3 +68,4 @@ def test_words_are_plain(name: str) -> None:
 
 def test_the_search_finds_them() -> None:
     assert BANNED.search("what it was told") and BANNED.search("class TellTold") and not BANNED.search("behold")
+    assert BANNED.search("ZapPorter") and not BANNED.search("except ImportError")

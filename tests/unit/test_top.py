@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 import pytest
@@ -13,35 +13,37 @@ from click.testing import CliRunner
 
 from llambo.cli import main
 from llambo.cli.kit.exits import Exit
+from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
     BARS,
     REQUEST_COLUMNS,
     WORKER_COLUMNS,
     Curves,
-    Order,
+    SortOrder,
     arranged,
     curve,
-    facts,
-    gauges,
-    happened,
     headings,
-    line,
-    request_rows,
-    worker_rows,
+    one_line,
+    request_row,
+    shown_event,
+    summary_line,
+    worker_row,
 )
-from llambo.cli.top.top_gather import Gatherer
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.reports import EventRow, MeshStatus, Recent, RequestRow, SampleRow, WorkerRow
 from tests.unit.broker_bench import Bench
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
 
+T = TypeVar("T")
 
-def asked(bench: Bench, what: str) -> Any:
+
+def asked(bench: Bench, what: str, kind: type[T]) -> T:
     """The answer of a real broker core."""
     client = bench.client(b"asks")
     client.say(m.Query(1, what))
-    return msgspec.msgpack.decode(client.heard(m.Result)[-1].data)
+    return msgspec.msgpack.decode(client.heard(m.Result)[-1].data, type=kind)
 
 
 def busy_bench() -> Bench:
@@ -63,7 +65,7 @@ def texts(rows: list[Any], column: int) -> list[str]:
 
 
 def test_each_worker_is_a_row_of_what_the_broker_says_of_it() -> None:
-    rows = arranged(worker_rows(asked(busy_bench(), "workers")), "", Order())
+    rows = arranged(map(worker_row, asked(busy_bench(), "workers", list[WorkerRow])), "", SortOrder())
 
     assert [row.key for row in rows] == texts(rows, 0) == ["w-a", "w-b"]
     assert all(len(row.cells) == len(WORKER_COLUMNS) for row in rows)
@@ -72,41 +74,38 @@ def test_each_worker_is_a_row_of_what_the_broker_says_of_it() -> None:
 
 def test_each_request_is_a_row_known_by_its_whole_id() -> None:
     bench = busy_bench()
-    found = asked(bench, "requests")
-    rows = request_rows(found)
+    found = asked(bench, "requests", list[RequestRow])
+    rows = [request_row(row) for row in found]
 
-    assert [row.key for row in rows] == [request["id"] for request in found]
+    assert [row.key for row in rows] == [request.id for request in found]
     assert all(len(row.cells) == len(REQUEST_COLUMNS) and row.key.startswith(row.cells[0].text) for row in rows)
     assert sorted(texts(rows, 1)) == ["dispatched", "dispatched", "waiting", "waiting"]
-    assert {row.cells[1].tone for row in rows} == {"green", "yellow"}
+    assert {row.cells[1].colour for row in rows} == {"green", "yellow"}
     assert sorted(texts(rows, REQUEST_COLUMNS.index("note"))) == ["", "", "0 ahead", "1 ahead"]
 
 
-def worker(**more: Any) -> dict[str, Any]:
-    plain = {"worker": "w", "state": "ready", "busy": 0, "slots": 4, "tokens_per_s": 0.0, "done": 0, "models": ["tiny"],
-             "up_ms": 0, "heard_ms": 0, "host": "h", "class": "", "note": "", "slow": "", "percent": 0,
-             "engine_restarts": 0, "busy_elsewhere": 0}  # fmt: skip
-    return {**plain, **more}
+def worker(**more: Any) -> WorkerRow:
+    return WorkerRow(**{"worker": "w", "state": "ready", "slots": 4, "models": ["tiny"], "host": "h", **more})
 
 
 def test_what_a_worker_has_to_say_is_in_its_row() -> None:
-    [row] = worker_rows([worker(state="loading", percent=40, busy_elsewhere=2, slow="12 of 60 tokens/s",
-                                **{"class": "gpu"}, note="n", engine_restarts=3)])  # fmt: skip
+    row = worker_row(worker(state="loading", percent=40, busy_elsewhere=2, slow="12 of 60 tokens/s", node_class="gpu",
+                            note="n", engine_restarts=3))  # fmt: skip
     shown = dict(zip(WORKER_COLUMNS, row.cells, strict=True))
 
-    assert (shown["state"].text, shown["state"].tone) == ("loading 40 %", "yellow")
-    assert (shown["busy"].text, shown["busy"].value) == ("0+2/4", 2)
+    assert (shown["state"].text, shown["state"].colour) == ("loading 40 %", "yellow")
+    assert (shown["busy"].text, shown["busy"].sort_key) == ("0+2/4", 2)
     assert shown["note"].text == "gpu, slow: 12 of 60 tokens/s, n, engine restarted 3 times"
 
 
 def test_no_text_of_others_gives_orders_or_takes_a_second_line() -> None:
-    [row] = worker_rows([worker(worker="w\x1b[2J", host="a\nb", note="\x9b31m [red]x[/red]")])
+    row = worker_row(worker(worker="w\x1b[2J", host="a\nb", note="\x9b31m [red]x[/red]"))
 
     assert row.key == "w\x1b[2J"  # by this name it is drained
     assert "\x1b" not in row.cells[0].text
     assert row.cells[WORKER_COLUMNS.index("host")].text == "a b"
     assert row.cells[WORKER_COLUMNS.index("note")].text == "\ufffd31m [red]x[/red]"
-    assert line("a\tb\r\n c") == "a b\ufffd c"
+    assert one_line("a\tb\r\n c") == "a b\ufffd c"
 
 
 @pytest.mark.parametrize(
@@ -114,24 +113,23 @@ def test_no_text_of_others_gives_orders_or_takes_a_second_line() -> None:
     [("", ["a", "b", "c"]), ("GPU", ["a", "c"]), ("gpu ready", ["a"]), ("gpu nothing", []), ("  ", ["a", "b", "c"])],
 )
 def test_a_filter_keeps_rows_that_have_all_its_words(wanted: str, kept: list[str]) -> None:
-    rows = worker_rows(
-        [worker(worker="c", note="gpu", state="slow"), worker(worker="b"), worker(worker="a", host="GPU")]
-    )
+    workers = [worker(worker="c", note="gpu", state="slow"), worker(worker="b"), worker(worker="a", host="GPU")]
+    rows = [worker_row(each) for each in workers]
 
-    assert [row.key for row in arranged(rows, wanted, Order())] == kept
+    assert [row.key for row in arranged(rows, wanted, SortOrder())] == kept
 
 
 def test_numbers_are_sorted_as_numbers_and_equals_by_name() -> None:
-    rows = worker_rows([worker(worker="b", done=9), worker(worker="c", done=10), worker(worker="a", done=9)])
+    rows = [worker_row(worker(worker=name, done=count)) for name, count in (("b", 9), ("c", 10), ("a", 9))]
     done = WORKER_COLUMNS.index("done")
 
-    assert [row.key for row in arranged(rows, "", Order(done))] == ["a", "b", "c"]
-    assert [row.key for row in arranged(rows, "", Order(done, falling=True))] == ["c", "a", "b"]
+    assert [row.key for row in arranged(rows, "", SortOrder(done))] == ["a", "b", "c"]
+    assert [row.key for row in arranged(rows, "", SortOrder(done, descending=True))] == ["c", "a", "b"]
 
 
 def test_the_column_that_sorts_is_marked_and_none_changes_its_width() -> None:
-    assert headings(("a", "b"), Order(1)) == ["a ", "b▲"]
-    assert headings(("a", "b"), Order(0, falling=True)) == ["a▼", "b "]
+    assert headings(("a", "b"), SortOrder(1)) == ["a ", "b▲"]
+    assert headings(("a", "b"), SortOrder(0, descending=True)) == ["a▼", "b "]
 
 
 # --- curves --------------------------------------------------------------------------------------------
@@ -156,24 +154,24 @@ def test_a_curve_is_bars(values: list[float], width: int, top: float, drawn: str
 
 
 def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
-    status, curves = asked(busy_bench(), "status"), Curves()
-    curves.add({"tokens_per_s": 9.5, "waiting": 2, "busy": at % 3} for at in range(1_000))
+    status, curves = asked(busy_bench(), "status", MeshStatus), Curves()
+    curves.samples.extend(SampleRow(tokens_per_s=9.5, waiting=2, busy=at % 3) for at in range(1_000))
 
     for width in (80, 200):
-        lines = gauges(status, curves, width)
+        lines = curves.gauges(status, width)
         assert max(map(len, lines)) == width
         assert [text.rsplit("  ", 1)[1] for text in lines] == [
             "0.0, 0.0 requests/s", "2 waiting, 2 running", "2 of 2 busy",
         ]  # fmt: skip
         assert set(lines[2].rsplit("  ", 1)[0][-9:]) == {"▁", "▅", "█"}
-    assert all(bar not in gauges(status, curves, 10)[0] for bar in BARS)
-    curves.clear()
-    assert all(bar not in gauges(status, curves, 80)[0] for bar in BARS)
-    assert facts(status).startswith("2 of 2 workers ready")
+    assert all(bar not in curves.gauges(status, 10)[0] for bar in BARS)
+    curves.samples.clear()
+    assert all(bar not in curves.gauges(status, 80)[0] for bar in BARS)
+    assert summary_line(status).startswith("2 of 2 workers ready")
 
 
 def test_an_event_has_the_time_at_which_it_happened() -> None:
-    [event] = happened([{"number": 7, "age_ms": 1_500, "kind": "worker\x1blost", "text": "w\n1"}], now_s=100.0)
+    event = shown_event(EventRow(number=7, age_ms=1_500, kind="worker\x1blost", text="w\n1"), now_s=100.0)
 
     assert event == (7, 98.5, "worker\ufffdlost", "w 1")
 
@@ -186,20 +184,24 @@ class TwoBrokers:
         self.numbers = [1, 2, 3]
         self.meanwhile: Callable[[], None] = lambda: None
 
-    async def query(self, what: str, argument: str = "") -> Any:
-        match what:
-            case "status":
-                self.meanwhile()
-                return {}
-            case "recent":
-                return {"samples": self._since(what, int(argument)), "ended": []}
-            case "events":
-                return self._since(what, int(argument))
+    async def status(self) -> MeshStatus:
+        self.meanwhile()
+        return MeshStatus()
+
+    async def workers(self) -> list[Any]:
         return []
 
-    def _since(self, what: str, since: int) -> list[dict[str, Any]]:
+    requests = workers
+
+    async def recent(self, since: int) -> Recent:
+        return Recent(samples=[SampleRow(number=number) for number in self._since("recent", since)])
+
+    async def events(self, since: int) -> list[EventRow]:
+        return [EventRow(number=number) for number in self._since("events", since)]
+
+    def _since(self, what: str, since: int) -> list[int]:
         self.asked.append((what, since))
-        return [{"number": number} for number in self.numbers if number > since]
+        return [number for number in self.numbers if number > since]
 
 
 def test_each_look_asks_for_what_is_new_and_a_new_broker_for_everything() -> None:
@@ -208,7 +210,7 @@ def test_each_look_asks_for_what_is_new_and_a_new_broker_for_everything() -> Non
 
     def look() -> tuple[list[int], list[int]]:
         found = asyncio.run(gatherer.look())
-        return [sample["number"] for sample in found.samples], [event["number"] for event in found.events]
+        return [sample.number for sample in found.samples], [event.number for event in found.events]
 
     assert look() == ([1, 2, 3], [1, 2, 3])
     assert look() == ([], [])

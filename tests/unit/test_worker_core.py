@@ -12,12 +12,12 @@ from llambo.mesh.wire import limits, tokens, transfer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.worker import invariants
 from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
-from llambo.worker.agent.core import WorkerCore
-from llambo.worker.agent.introduction import Identity
+from llambo.worker.agent.announcement import ProcessIdentity
+from llambo.worker.agent.core import WorkerCore, check_invariants
 from llambo.worker.config import WorkerConfig
+from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake_model import logprob_of
 from llambo.worker.engine.protocol import Output
 
@@ -30,7 +30,9 @@ class Rig:
     """A core, a clock, and everything it ordered since somebody last asked."""
 
     def __init__(self, **config: Any) -> None:
-        self.core = WorkerCore(WorkerConfig(name="w", drain_ms=5_000, stall_ms=1_000, **config), Identity(b"incarnat"))
+        self.core = WorkerCore(
+            WorkerConfig(name="w", drain_ms=5_000, stall_ms=1_000, **config), ProcessIdentity(b"incarnat")
+        )
         self.now = 1_000_000
         self.actions: list[a.Action] = []
         self.session = SESSION
@@ -38,7 +40,7 @@ class Rig:
     def on(self, event: e.Event) -> Rig:
         self.actions += self.core.handle(event, self.now)
         if not self.core.exited:
-            invariants.check(self.core)
+            check_invariants(self.core)
         return self
 
     def say(self, message: m.Message, blob: bytes = b"", session: bytes | None = None) -> Rig:
@@ -57,7 +59,7 @@ class Rig:
     def alive(self, ms: int) -> Rig:
         """Let time pass with a broker that beats."""
         for _ in range(ms // 100):
-            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beat))
+            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beats.number))
         return self
 
     def take(self, kind: type[T]) -> list[T]:
@@ -70,13 +72,13 @@ class Rig:
         return [send.message for send in self.take(Send) if isinstance(send.message, kind)]
 
     def step(self, key: bytes, ids: list[int], end: Any = None) -> Rig:
-        return self.on(e.EngineStep([Output(key, ids, [b" %d" % i for i in ids], end)]))
+        return self.on(proto.Step([Output(key, ids, [b" %d" % i for i in ids], end)]))
 
 
 def loaded(slots: int = 4, **config: Any) -> Rig:
     """The engine is ready and the first hello is out."""
     rig = Rig(**config).on(e.Ticked())
-    return rig.on(e.EngineReady(MODELS, slots)).wait(200)
+    return rig.on(proto.Ready(MODELS, slots)).wait(200)
 
 
 def joined(slots: int = 4, **config: Any) -> Rig:
@@ -122,7 +124,7 @@ def test_hello_is_said_while_the_engine_loads() -> None:
     )  # fmt: skip
     # When it was welcomed and the engine loads, Then its heartbeats say how far it is
     rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
-    rig.on(e.EngineProgressed("loading tiny: 43 %", percent=43)).alive(300)
+    rig.on(proto.Progress("loading tiny: 43 %", percent=43)).alive(300)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent, beat.note) == ("starting", 43, "loading tiny: 43 %")
     # And nothing can be given to it
@@ -133,7 +135,7 @@ def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_
     rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
     rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
     assert rig.take(a.NotifyReady) == []
-    rig.on(e.EngineReady(MODELS, 3))
+    rig.on(proto.Ready(MODELS, 3))
     assert a.NotifyReady() in rig.actions
     beats = rig.alive(1_000).sent(m.WorkerHeartbeat)
     assert len(beats) >= 4
@@ -149,7 +151,7 @@ def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_
 
 
 def test_a_hello_that_is_said_again_says_the_same() -> None:
-    rig = Rig().on(e.Ticked()).on(e.EngineReady(MODELS, 3)).wait(600)
+    rig = Rig().on(e.Ticked()).on(proto.Ready(MODELS, 3)).wait(600)
     first, second = rig.sent(m.WorkerHello)
     assert first == second
     # And the heartbeats say what it could not
@@ -158,10 +160,10 @@ def test_a_hello_that_is_said_again_says_the_same() -> None:
 
 
 def test_an_engine_that_starts_again_is_told_as_loading() -> None:
-    rig = joined().on(e.EngineDied("it died")).alive(300).on(e.EngineProgressed("x: 7 %", percent=7)).alive(200)
+    rig = joined().on(e.EngineDied("it died")).alive(300).on(proto.Progress("x: 7 %", percent=7)).alive(200)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent) == ("starting", 7)
-    assert rig.on(e.EngineReady(MODELS, 4)).sent(m.WorkerHeartbeat)[-1].state == "ready"
+    assert rig.on(proto.Ready(MODELS, 4)).sent(m.WorkerHeartbeat)[-1].state == "ready"
 
 
 def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
@@ -261,7 +263,7 @@ def test_more_than_the_slots_is_rejected_for_now_and_its_number_counts_as_seen()
 def test_a_refusal_by_the_engine_rejects_and_frees_the_slot() -> None:
     rig = running(1, slots=1)
     error = ErrorInfo(Code.TOO_LONG, "300 of 200")
-    rig.on(e.EngineRefused(key_of(1), error, final=True))
+    rig.on(proto.Refused(key_of(1), error, final=True))
     assert rig.sent(m.Reject) == [m.Reject(b"\1" * 16, b"dispatch", error, True)]
     assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
 
@@ -271,8 +273,8 @@ def test_a_refusal_by_the_engine_rejects_and_frees_the_slot() -> None:
 
 def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
     rig = running(1, 2)
-    rig.on(e.EngineStep([Output(key_of(1), [10, 11], [b"a", b"b"]), Output(key_of(2), [20], [b"c"])]))
-    rig.on(e.EngineStep([Output(key_of(1), [12], [b"d"], "length")]))
+    rig.on(proto.Step([Output(key_of(1), [10, 11], [b"a", b"b"]), Output(key_of(2), [20], [b"c"])]))
+    rig.on(proto.Step([Output(key_of(1), [12], [b"d"], "length")]))
     publishes = [action for action in rig.actions if isinstance(action, Publish)]
     assert [len(publish.frames) for publish in publishes] == [2, 1]
     assert chunks(rig) == [
@@ -284,7 +286,7 @@ def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
 
 def test_the_end_tells_which_stop_string_it_was() -> None:
     rig = running(1, 2)
-    rig.on(e.EngineStep([Output(key_of(1), [10], [b"a"], "stop", stop="##"), Output(key_of(2), [20], [b"c"], "stop")]))
+    rig.on(proto.Step([Output(key_of(1), [10], [b"a"], "stop", stop="##"), Output(key_of(2), [20], [b"c"], "stop")]))
     assert [(end.reason, end.stop) for end in rig.sent(m.End)] == [("stop", "##"), ("stop", "")]
 
 
@@ -296,7 +298,7 @@ def test_indices_go_on_after_the_prefix() -> None:
 
 def test_a_chunk_longer_than_a_frame_is_cut() -> None:
     rig = running(1)
-    rig.on(e.EngineStep([Output(key_of(1), list(range(10)), [b"x" * 60_000] * 10)]))
+    rig.on(proto.Step([Output(key_of(1), list(range(10)), [b"x" * 60_000] * 10)]))
     said = [frame for publish in rig.take(Publish) for frame in publish.frames]
     assert all(len(frame) <= limits.TOKEN_FRAME_BYTES for frame in said)
     assert tokens.ids_of(said) == list(range(10))
@@ -382,7 +384,7 @@ def test_logprobs_are_published_kept_and_replayed_as_they_were() -> None:
     rig = running(1)
     for first in range(0, 3_000, 100):
         ids = list(range(first, first + 100))
-        rig.on(e.EngineStep([Output(key_of(1), ids, [b"x"] * 100, logprobs=told[first : first + 100])]))
+        rig.on(proto.Step([Output(key_of(1), ids, [b"x"] * 100, logprobs=told[first : first + 100])]))
     published = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
     assert logprobs_of(published) == told
     at, replayed_frames = 7, []
@@ -404,7 +406,7 @@ def logprobs_of(frames: list[bytes]) -> list[tokens.Logprob]:
 def test_a_step_whose_logprobs_exceed_a_frame_is_cut() -> None:
     told = [logprob_of(token, token, 20) for token in range(2_000)]
     rig = running(1)
-    rig.on(e.EngineStep([Output(key_of(1), list(range(2_000)), [b"x"] * 2_000, logprobs=told)]))
+    rig.on(proto.Step([Output(key_of(1), list(range(2_000)), [b"x"] * 2_000, logprobs=told)]))
     frames = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
     assert max(map(len, frames)) <= limits.TOKEN_FRAME_BYTES
     assert logprobs_of(frames) == told
@@ -480,7 +482,7 @@ def test_no_two_suspects_are_aboard_whoever_sends_them() -> None:
     rig.step(key_of(1), [1, 2])
     # When another one comes, then it is refused, and who is none is not
     other = structs.replace(dispatch(2), suspect=0)
-    assert rig.say(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is aboard")
+    assert rig.say(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is running here")
     assert rig.say(dispatch(3), b"p").sent(m.Accept)
     # ... until the first one has got past it
     rig.step(key_of(1), [3])
@@ -502,12 +504,12 @@ def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
         while not rig.take(a.SpawnEngine):
             rig.alive(100)
         pauses.append(rig.now - before)
-        rig.on(e.EngineReady(MODELS, 4))
+        rig.on(proto.Ready(MODELS, 4))
     assert pauses == [300, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]
     rig.alive(30_000).on(e.EngineDied("it died"))
     rig.actions = []
     assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
-    rig.on(e.EngineReady(MODELS, 4))
+    rig.on(proto.Ready(MODELS, 4))
     assert rig.sent(m.WorkerHeartbeat)[-1].engine_restarts == 9
 
 
@@ -542,12 +544,12 @@ def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
 def test_an_idle_engine_may_be_silent_and_an_empty_step_is_a_sign_of_life() -> None:
     rig = joined().alive(5_000).say(dispatch(1), b"p")
     for _ in range(10):
-        rig.alive(900).on(e.EngineStep([]))
+        rig.alive(900).on(proto.Step([]))
     assert rig.take(a.KillEngine) == []
 
 
 def test_an_engine_that_never_loads_is_killed() -> None:
-    rig = Rig(load_ms=3_000).on(e.Ticked()).wait(2_000).on(e.EngineProgressed("10 %")).wait(2_900)
+    rig = Rig(load_ms=3_000).on(e.Ticked()).wait(2_000).on(proto.Progress("10 %")).wait(2_900)
     assert rig.take(a.KillEngine) == []
     assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
 
@@ -555,7 +557,7 @@ def test_an_engine_that_never_loads_is_killed() -> None:
 def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
     rig = joined().on(e.EngineDied("x")).alive(300)
     rig.actions = []
-    beat = rig.on(e.EngineReady([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
+    beat = rig.on(proto.Ready([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
     assert (beat.models, beat.slots) == ([m.ModelInfo("fake", "other")], 2)
     assert rig.core.links[0].up
 
@@ -693,7 +695,7 @@ def test_stop_drains_and_then_leaves() -> None:
 def test_draining_ends_when_its_time_is_over() -> None:
     rig = running(1).on(e.StopRequested())
     for _ in range(49):
-        rig.alive(100).on(e.EngineStep([]))
+        rig.alive(100).on(proto.Step([]))
     assert rig.take(a.Exit) == []
     assert len(rig.alive(200).take(a.Exit)) == 1
 
@@ -727,12 +729,12 @@ def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_s
     rig = Rig().on(e.Ticked())
     assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
     rig.actions = []
-    rig.on(e.EngineProgressed("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
+    rig.on(proto.Progress("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
     logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
     assert rig.take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
     assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
     # It is careful from then on, and what dies all the same waits as before.
-    rig.on(e.EngineReady(MODELS, 4)).on(e.EngineDied("it died"))
+    rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died"))
     rig.actions = []
     assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
 
@@ -741,7 +743,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_s
 def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: str) -> None:
     rig = Rig(load_ms=3_000, model="x.gguf").on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
     if kind == "said why":
-        rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
+        rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     elif kind == "died twice":
         rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
         assert rig.take(a.SpawnEngine)[-1] == a.SpawnEngine(safe=True)
@@ -762,7 +764,7 @@ def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: 
 def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again() -> None:
     rig = joined().on(e.EngineDied("it died")).alive(300)
     rig.actions = []
-    rig.on(e.EngineProgressed("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
+    rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
     assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]
     assert rig.take(a.SpawnEngine) == []

@@ -15,7 +15,7 @@ from llambo.cli.kit.output import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.worker.models.found import Found
+    from llambo.worker.models.local_models import Found
 
 EXAMPLES = """
 llambo models
@@ -49,9 +49,10 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         info = ask(common, lambda client: client.model_info(model=name))
         show_json(info) if as_json else show_model(info)
         return
-    from llambo.worker.models import found
 
-    host = found.on_this_host(common.settings.text("models_dir"))
+    from llambo.worker.models import local_models
+
+    host = local_models.on_this_host(common.settings.text("models_dir"))
     if not as_json:
         show_host(host)
         click.echo()

@@ -14,7 +14,8 @@ from llambo.cli.kit.exits import Exit
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.output import duration, number, show_json, size, table
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.service import clock
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.site import Site
@@ -65,9 +66,9 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     nothing = "nothing runs: `llambo fleet apply` starts it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
     for row in found["updates"]:
-        click.echo(harmless(f"\n{row['class']}: {row['note']}"))
+        click.echo(printable(f"\n{row['class']}: {row['note']}"))
     for name, why in found["away"].items():
-        click.echo(harmless(f"{name} is away: {why}"))
+        click.echo(printable(f"{name} is away: {why}"))
     if found["orchestrator"]:
         _show_orchestrator(found["orchestrator"])
 
@@ -85,7 +86,7 @@ def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) 
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
-        click.echo(harmless(line))
+        click.echo(printable(line))
 
 
 async def _log_of(manager: NodeManager, node: str) -> str | None:
@@ -147,24 +148,22 @@ def _updates(versions: Versions, fingerprints: dict[str, str]) -> list[dict[str,
 
 
 def _show_orchestrator(state: dict[str, Any]) -> None:
-    import time
-
     click.echo(f"\nan orchestrator runs, pid {state['pid']}")
     for name, why in state["held"].items():
         click.echo(f"{name} needs more workers for its load, but {why}")
     if state.get("update"):
-        click.echo(harmless(f"an update is under way, {state['update']}"))
+        click.echo(printable(f"an update is under way, {state['update']}"))
     for text in state["refused"]:
-        click.echo(harmless(text))
-    now_ms = time.time_ns() // 1_000_000
+        click.echo(printable(text))
+    now_ms = clock.wall_ms()
     for loop in state["loops"]:
         again = duration(max(0, loop["again_ms"] - now_ms))
         text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
-        click.echo(harmless(f"{text}{loop['node']} {loop['how']}; the end of its log:"))
+        click.echo(printable(f"{text}{loop['node']} {loop['how']}; the end of its log:"))
         for line in loop["words"].splitlines():
-            click.echo(harmless(f"    {line}"))
+            click.echo(printable(f"    {line}"))
     for event in state["events"][-SHOWN:]:
-        click.echo(harmless(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
+        click.echo(printable(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
 
 
 def _class(spec: NodeClass, nodes: list[dict[str, Any]], snapshot: Snapshot) -> dict[str, Any]:
@@ -189,10 +188,8 @@ def _class_row(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    import time
-
     note = row["note"] if row["current"] else ", ".join(filter(None, ["old settings", row["note"]]))
-    up = duration(max(0, time.time_ns() // 1_000_000 - row["begun_ms"]))
+    up = duration(max(0, clock.wall_ms() - row["begun_ms"]))
     busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"
     return row["node"], row["class"], row["host"], row["state"], number(busy), number(row["pid"]), up, note
 

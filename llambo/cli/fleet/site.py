@@ -21,7 +21,7 @@ from llambo.cli.kit.exits import Exit
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.keyfile import address_of, key_of
 from llambo.cli.kit.standard import tell
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Wanted
@@ -53,7 +53,7 @@ def fleet_options(function: F) -> F:
 
 
 def say(text: str) -> None:
-    tell(f"fleet: {harmless(text)}", err=False)
+    tell(f"fleet: {printable(text)}", err=False)
 
 
 def silent(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from llambo.cli.kit.shell_session import Session
+    from llambo.cli.kit.shell_session import ShellSession
     from llambo.mesh.settings.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ class Common:
     config: str | None = None
     verbose: int = 0
     #: The shell in which the command was typed, if it was.
-    session: Session | None = None
+    session: ShellSession | None = None
 
     @cached_property
     def settings(self) -> Settings:

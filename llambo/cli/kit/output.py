@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 Row = Sequence[Any]
 
@@ -32,7 +32,7 @@ def table(
     if not rows:
         click.echo(nothing or "nothing to show", err=True)
         return
-    texts = [[harmless(str(cell)) for cell in row] for row in rows]
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, texts, rows, fixed, spare)
     else:
@@ -43,7 +43,7 @@ def facts(pairs: Sequence[tuple[str, Any]]) -> None:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(harmless(f"{name:<{width}}  {value}"))
+        click.echo(printable(f"{name:<{width}}  {value}"))
 
 
 def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:
@@ -95,33 +95,33 @@ def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str
 
 
 def _numeric(rows: Sequence[Row]) -> list[bool]:
-    return [all(isinstance(cell, Number) for cell in column) for column in zip(*rows, strict=True)]
+    return [all(isinstance(cell, NumberText) for cell in column) for column in zip(*rows, strict=True)]
 
 
-class Number(str):
+class NumberText(str):
     """A text that stands to the right, because it is read as a number."""
 
     __slots__ = ()
 
 
-def number(value: Any, unit: str = "") -> Number:
-    return Number(f"{value}{unit}")
+def number(value: Any, unit: str = "") -> NumberText:
+    return NumberText(f"{value}{unit}")
 
 
-def duration(ms: float) -> Number:
+def duration(ms: float) -> NumberText:
     """A time in the unit a person would choose."""
     if ms < 1_000:
-        return Number(f"{ms:.0f} ms")
+        return NumberText(f"{ms:.0f} ms")
     seconds = ms / 1_000
     if seconds < 100:
-        return Number(f"{seconds:.1f} s")
+        return NumberText(f"{seconds:.1f} s")
     minutes, hours = seconds / 60, seconds / 3_600
-    return Number(f"{minutes:.0f} min" if minutes < 100 else f"{hours:.0f} h")
+    return NumberText(f"{minutes:.0f} min" if minutes < 100 else f"{hours:.0f} h")
 
 
-def size(count: int) -> Number:
+def size(count: int) -> NumberText:
     value, units = float(count), ["B", "KiB", "MiB", "GiB"]
     while value >= 1_024 and len(units) > 1:
         value /= 1_024
         units.pop(0)
-    return Number(f"{value:.4g} {units[0]}")
+    return NumberText(f"{value:.4g} {units[0]}")

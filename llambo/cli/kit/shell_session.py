@@ -1,8 +1,8 @@
-"""One connection for all that is done in a shell, and the loop it lives on.
+"""One connection for all commands of a shell, and the event loop it lives on.
 
-The loop runs in the main thread, all the time: a client that is not heard of is given up by its broker. Each command
-runs in a thread beside it and is the very function that `llambo` calls; where it would begin a loop and a connection of
-its own (`cli/kit/ask.py`) it is lent these. Ctrl-C reaches what the command waits for, not the shell.
+The loop runs in a thread of its own, all the time: a broker gives up a client that it does not hear from. The commands
+run in the main thread and are the same functions that `llambo` calls; instead of a loop and a connection of their own
+(`cli/kit/ask.py`) they get these. Ctrl-C stops what a command waits for, not the shell.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import signal
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -23,37 +24,63 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: So many requests of this shell are offered for completion after they have ended.
+#: This many requests of the shell are offered for completion after their end.
 REMEMBERED = 50
 
 
-class Session:
+class ShellSession:
     def __init__(self, common: Common) -> None:
         self._common = common
-        self._loop = asyncio.get_running_loop()
         #: None until the first command that needs it.
         self.client: Client | None = None
-        self._work: asyncio.Task[Any] | None = None
-        self._interrupted = False
-        #: Who else wants to know of a Ctrl-C: a stream that is to be cancelled, rather than left.
+        #: A command waits for the mesh.
+        self.waiting = False
+        #: There was a Ctrl-C since the command began.
+        self.interrupted = False
+        #: Called at a signal while a stream is followed: it is cancelled, and its end awaited.
         self.on_signal: Callable[[int], None] | None = None
-        #: Told why the broker was lost, and "" when one is back.
+        #: Called with the reason when the broker is lost, and with "" when one is back. On the thread of the loop.
         self.on_link: Callable[[str], None] | None = None
         #: The ids of the requests that were sent here, the latest last.
         self.sent: deque[str] = deque(maxlen=REMEMBERED)
+        self._work: asyncio.Task[Any] | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llambo-shell", daemon=True)
+        self._thread.start()
 
-    # --- from the thread of a command ----------------------------------------------------------------------------
+    # --- in the main thread ----------------------------------------------------------------------------------------
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for it; raises KeyboardInterrupt after a Ctrl-C."""
-        future = asyncio.run_coroutine_threadsafe(self._guarded(work), self._loop)
+        """The result of `work`, which runs on the loop; raises KeyboardInterrupt after a Ctrl-C."""
+        self.waiting = True
         try:
-            return future.result()
+            return self.submit(self._interruptible(work)).result()
         except concurrent.futures.CancelledError:
             raise KeyboardInterrupt from None
+        finally:
+            self.waiting = False
 
-    async def _guarded(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._interrupted:
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Stop what the command waits for, now or next."""
+        self.interrupted = True
+        self._loop.call_soon_threadsafe(self._interrupt, number)
+
+    def connect(self) -> Client:
+        return self.run(self._connected())
+
+    def close(self) -> None:
+        self.submit(self._wind_up()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # --- on the loop -----------------------------------------------------------------------------------------------
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+        if self.interrupted:
             work.close()
             raise asyncio.CancelledError
         self._work = asyncio.current_task()
@@ -62,25 +89,7 @@ class Session:
         finally:
             self._work = None
 
-    # --- on the loop ---------------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Of a command: no Ctrl-C that came before is meant for it."""
-        self._interrupted = False
-
-    @property
-    def busy(self) -> bool:
-        """A command waits for something."""
-        return self._work is not None
-
-    @property
-    def interrupted(self) -> bool:
-        """There was a Ctrl-C since the last command began."""
-        return self._interrupted
-
-    def interrupt(self, number: int = signal.SIGINT) -> None:
-        """Stop what the command waits for, now or next."""
-        self._interrupted = True
+    def _interrupt(self, number: int) -> None:
         if self.on_signal is not None:
             self.on_signal(number)
         elif self._work is not None:
@@ -88,26 +97,29 @@ class Session:
 
     @asynccontextmanager
     async def connected(self, common: Common) -> AsyncIterator[Client]:
-        """The connection of this session; one of its own for a command that was told of another broker or key."""
-        if where(common) != where(self._common):
+        """The connection of this session; a command with another broker or key gets one of its own."""
+        if where(common) == where(self._common):
+            yield await self._connected()
+        else:
             async with connect(common) as other:
                 yield other
-            return
+
+    async def _connected(self) -> Client:
         if self.client is None:
             client = connect(self._common)
-            client.on_link = self._tell_link
+            client.on_link = self._on_link
             await client.connect()
             self.client = client
-        yield self.client
+        return self.client
 
-    async def connect(self) -> Client:
-        async with self.connected(self._common) as client:
-            return client
-
-    async def close(self) -> None:
+    async def _wind_up(self) -> None:
         if self.client is not None:
             await self.client.close()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
-    def _tell_link(self, lost: str) -> None:
+    def _on_link(self, lost: str) -> None:
         if self.on_link is not None:
             self.on_link(lost)

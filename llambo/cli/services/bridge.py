@@ -14,15 +14,15 @@ from llambo.cli.kit.flags import client_options, settings_options
 from llambo.cli.services.service import raise_descriptor_limit
 
 if TYPE_CHECKING:
-    from llambo.bridge.door import Door
+    from llambo.bridge.listener import Listener
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
-llambo bridge                             it says where it listens
+llambo bridge                             prints where it listens
 llambo bridge --socket ./b.sock --quit-stops
 nc -U ./b.sock                            then type PING
 printf 'INFER What is AI?\\n' | nc -N -U ./b.sock | jq -r .data.text
-llambo bridge --tcp 7350                  for what knows no Unix sockets
+llambo bridge --tcp 7350                  for programs without Unix sockets
 """
 
 SETTINGS = (
@@ -53,21 +53,21 @@ def bridge(common: Common, quit_stops: bool) -> None:
     BINARY                   msgpack objects from now on, in both directions
     QUIT                     end this connection
 
-    In place of a plain PROMPT there may be a JSON object with options. Only this user can open the socket. All of
-    it is in docs/bridge.md. SIGTERM and Ctrl-C let answers finish; a second one ends them.
+    Instead of a plain PROMPT there may be a JSON object with options. Only this user can open the socket. The format
+    is described in docs/bridge.md. SIGTERM and Ctrl-C let answers finish; a second one ends them.
     """
     import asyncio
 
     raise_descriptor_limit()
-    door = _door(common.settings)
+    listener = _listen(common.settings)
     try:
-        asyncio.run(_run(common, door, quit_stops))
+        asyncio.run(_run(common, listener, quit_stops))
     finally:
-        door.close()
+        listener.close()
 
 
-def _door(settings: Settings) -> Door:
-    from llambo.bridge.door import default_path, open_tcp, open_unix
+def _listen(settings: Settings) -> Listener:
+    from llambo.bridge.listener import default_path, open_tcp, open_unix
 
     if settings.number("bridge_tcp") >= 0:
         return open_tcp(settings.number("bridge_tcp"))
@@ -75,30 +75,29 @@ def _door(settings: Settings) -> Door:
     return open_unix(Path(path).expanduser() if path else default_path(os.environ))
 
 
-async def _run(common: Common, door: Door, quit_stops: bool) -> None:
+async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
     import asyncio
 
-    from llambo.bridge.connection_core import Terms
-    from llambo.bridge.server import Bridge, Limits
+    from llambo.bridge.connection import ConnectionLimits
+    from llambo.bridge.server import Bridge, BridgeLimits
     from llambo.cli.kit.ask import connect
     from llambo.cli.kit.following import end_signals
     from llambo.cli.kit.standard import tell
 
     settings, loop = common.settings, asyncio.get_running_loop()
-    terms = Terms(settings.number("bridge_line_bytes"), settings.number("bridge_in_flight"), quit_stops)
-    limits = Limits(settings.number("bridge_connections"), settings.number("bridge_leave_ms"))
+    of_each = ConnectionLimits(settings.number("bridge_line_bytes"), settings.number("bridge_in_flight"), quit_stops)
+    limits = BridgeLimits(settings.number("bridge_connections"), settings.number("bridge_leave_ms"))
     async with connect(common) as client:
-        client.on_link = _tell_link
-        running = Bridge(client, door, terms, limits)
+        client.on_link = _report_link
+        running = Bridge(client, listener, of_each, limits)
         for number in end_signals():
             loop.add_signal_handler(number, running.stop)
-        await running.run(lambda: tell(f"llambo bridge: listening at {door.where}; try: {door.hint}"))
+        await running.run(lambda: tell(f"llambo bridge: listening at {listener.where}; try: {listener.hint}"))
         tell("llambo bridge: stopped")
 
 
-def _tell_link(lost: str) -> None:
+def _report_link(lost: str) -> None:
     from llambo.cli.kit.standard import tell
-    from llambo.mesh.wire.errors import harmless
+    from llambo.mesh.wire.errors import printable
 
-    told = f"lost the broker ({harmless(lost)}); trying again" if lost else "the broker is back"
-    tell(f"llambo bridge: {told}")
+    tell(f"llambo bridge: {f'lost the broker ({printable(lost)}); trying again' if lost else 'the broker is back'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +19,7 @@ from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.service.notify import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
 
@@ -56,10 +55,10 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     prepare_process(parent)
     settings = common.settings
-    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+    click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 
-def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     from llambo.worker.agent.agent import run_worker
 
     config = worker_config(settings)
@@ -69,17 +68,15 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
         if not report_ready(notify_fd, config.name):
             tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
-    return run_worker(config, on_ready, herald)
+    return run_worker(config, on_ready, notifier)
 
 
 def worker_config(settings: Settings) -> WorkerConfig:
     from llambo.worker.config import WorkerConfig, default_name
-    from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+    from llambo.worker.engine.engine_options import LlamaOptions, fake_options
 
     engine, model = engine_and_model(settings)
     key = key_of(settings)
-    of_fake = {knob.name for knob in fields(FakeKnobs)}
-    knobs = {row.key: settings[row.name] for row in FAKE_SETTINGS if row.key in of_fake}
     return WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
         key=key,
@@ -87,8 +84,8 @@ def worker_config(settings: Settings) -> WorkerConfig:
         engine=engine,
         model=model,
         # The table of settings has checked each value against its kind and its choices.
-        fake=FakeKnobs(slots=settings.number("slots"), **knobs),  # type: ignore[arg-type]
-        llama=LlamaKnobs(
+        fake=fake_options(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
+        llama=LlamaOptions(
             slots=settings.number("slots"),
             context=settings.number("ctx"),
             threads=settings.number("threads"),
@@ -124,19 +121,19 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
 
 def engine_and_model(settings: Settings) -> tuple[str, str]:
     """Resolves `auto`. Whether the model's file is valid is checked later, by the engine."""
-    from llambo.worker.models import models
+    from llambo.worker.models import model_files
 
     engine, model = settings.text("engine"), settings.text("model")
     if engine == "auto":
-        here = models.installed() and models.packaged("smollm2") is not None
+        here = model_files.installed() and model_files.packaged("smollm2") is not None
         engine = "llama" if model or here else "fake"
     if engine == "fake":
         return engine, model or "fake"
-    if not models.installed():
+    if not model_files.installed():
         raise Failure("llama.cpp is not installed", "pip install 'llambo[llama]', or use --engine fake", Exit.ERROR)
     try:
-        models.find(model or "smollm2")
-    except models.NoSuchModel as error:
+        model_files.find(model or "smollm2")
+    except model_files.NoSuchModel as error:
         raise Failure(str(error), "or use --engine fake, which needs no model", Exit.ERROR) from error
     return engine, model or "smollm2"
 

@@ -1,14 +1,30 @@
-"""`llambo shell`: a prompt over the whole mesh."""
+"""`llambo shell`: a prompt over the whole mesh, or a script of commands, over one connection.
+
+Each command runs by the function that `llambo` itself calls for it.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
 import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.exits import Exit
+from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
+from llambo.cli.kit.following import end_signals
+from llambo.cli.kit.shell_session import ShellSession
+from llambo.cli.shell.command_table import TABLE, command_of, settable
+from llambo.cli.shell.lines import TO_MODEL, BadLine, CommandCall, parse
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, LlamboError
 
 EXAMPLES = """
 llambo shell
@@ -19,10 +35,14 @@ llambo shell --json -c 'infer --max-tokens 20 hello' | jq .
 """
 
 SETTINGS = ("client_model", "max_tokens", "temperature", "connect_ms", "timeout_ms")
+#: The longest line: a prompt, and what stands before it.
+LINE_BYTES = limits.PROMPT_BYTES + 4_096
+#: A usage error with this many words behind the command may be a sentence for the model.
+SENTENCE_WORDS = 3
 
 
 @click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
-@click.option("-c", "text", metavar="TEXT", help="Do this and leave: commands, with `;` between them.")
+@click.option("-c", "text", metavar="TEXT", help="Carry this out and leave: commands, with `;` between them.")
 @click.option(
     "--keep-going", is_flag=True, help="In a script: go on after a failure. The exit code is the first one's."
 )
@@ -37,10 +57,137 @@ def shell(common: Common, text: str | None, keep_going: bool, as_json: bool) -> 
     set, unset, exit. They are the commands of `llambo`, with all their options; `help` says what each does. Anything
     else is a prompt to the model.
 
-    With -c, or when stdin is no terminal, it does what it is told and leaves. The first failure ends it with its exit
-    code. With --json each command prints its JSON, one after another.
+    With -c, or when stdin is no terminal, it carries out the commands and leaves. The first failure ends it with its
+    exit code. With --json each command prints its JSON, one after another.
     """
-    from llambo.cli.shell.shell_main import run
+    _ = common.settings  # a wrong setting is reported before anything else
+    interactive = text is None and sys.stdin.isatty()
+    shell = Shell(common, as_json=as_json, keep_going=keep_going or interactive)
+    try:
+        with shell.signals():
+            if interactive:
+                from llambo.cli.shell.shell_prompt import converse
 
-    _ = common.settings  # what is wrong there is said before anything else
-    click.get_current_context().exit(asyncio.run(run(common, text, keep_going, as_json)))
+                converse(shell)
+            else:
+                with suppress(LeaveShell):
+                    shell.lines(text.splitlines() if text is not None else stdin_lines())
+    finally:
+        shell.session.close()
+    click.get_current_context().exit(Exit.OK if interactive else shell.failed)
+
+
+class LeaveShell(Exception):
+    """The shell ends."""
+
+
+class Shell:
+    def __init__(self, common: Common, *, as_json: bool = False, keep_going: bool = False) -> None:
+        self.session = ShellSession(common)
+        #: The exit code of the first command that failed.
+        self.failed: int = Exit.OK
+        #: What `set` has set, as text for the options.
+        self.chosen: dict[str, Any] = {}
+        self._common = common
+        self._as_json = as_json
+        self._keep_going = keep_going
+        self._ended_by = 0
+        # Child contexts find the shell by it; it has no name, so that usage lines begin with the command.
+        self._context = click.Context(
+            click.Command("shell"), info_name="", obj=self, help_option_names=["-h", "--help"]
+        )  # fmt: skip
+
+    # --- lines -----------------------------------------------------------------------------------------
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """Carry them out. A failure ends them unless they are to keep going; a Ctrl-C does in any case."""
+        for line in lines:
+            self.line(line)
+            if self._stops():
+                return
+
+    def line(self, line: str) -> None:
+        self.session.interrupted = False
+        try:
+            calls = parse(line, TABLE)
+        except BadLine as error:
+            Failure(str(error), code=Exit.USAGE).show()
+            self.failed = self.failed or Exit.USAGE
+            return
+        for call in calls:
+            if isinstance(call, CommandCall):
+                code = self.do(call.name, call.words, call.rest)
+            else:
+                code = self.do("send", ("--", call.text)) if call.text else Exit.OK
+            if self._ended_by:
+                sys.exit(128 + self._ended_by)
+            self.failed = self.failed or code
+            if self._stops():
+                break
+
+    def _stops(self) -> bool:
+        return self.session.interrupted or (self.failed != Exit.OK and not self._keep_going)
+
+    def do(self, name: str, words: Iterable[str], typed: str = "") -> int:
+        """Run a command and show its errors. Its exit code."""
+        try:
+            self._invoke(name, list(words))
+        except click.exceptions.Exit as left:
+            return left.exit_code
+        except click.ClickException as error:
+            error.show()
+            if isinstance(error, click.UsageError) and len(typed.split()) >= SENTENCE_WORDS:
+                click.echo(f"  to ask the model that, begin with `{TO_MODEL}`", err=True)
+            return error.exit_code
+        except LlamboError as error:
+            failure = Failure.of(error, as_json=self._as_json)
+            failure.show()
+            return failure.exit_code
+        except KeyboardInterrupt:
+            return Exit.INTERRUPTED
+        return Exit.OK
+
+    def _invoke(self, name: str, words: list[str]) -> None:
+        command = command_of(name)
+        given = list(TABLE[name].arguments)
+        if self._as_json and any(option.name == "as_json" for option in command.params):
+            given.append("--json")
+        common = Common(dict(self._common.flags), self._common.config, self._common.verbose, self.session)
+        chosen = {option.name: self.chosen[name] for name, option in settable().items() if name in self.chosen}
+        context = command.make_context(name, [*given, *words], parent=self._context, obj=common, default_map=chosen)
+        with context:
+            command.invoke(context)
+
+    # --- signals ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C stops the command that runs, and a script with it. SIGTERM and SIGHUP also end the shell."""
+        before = {number: signal.signal(number, self._on_signal) for number in end_signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            self._ended_by = number
+        if self.session.waiting:
+            self.session.interrupt(number)
+        elif self._ended_by:
+            sys.exit(128 + self._ended_by)
+        else:
+            self.session.interrupted = True
+            raise KeyboardInterrupt
+
+
+def stdin_lines() -> Iterator[str]:
+    """Each line as soon as it is there: its writer may wait for the result of the one before."""
+    while data := sys.stdin.buffer.readline(LINE_BYTES + 2):
+        if len(data.rstrip(b"\r\n")) > LINE_BYTES:
+            raise LlamboError(Code.TOO_LONG, f"a line on stdin is longer than {LINE_BYTES} bytes")
+        try:
+            yield data.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise LlamboError(Code.BAD_REQUEST, f"a line on stdin is not UTF-8 text: {error}") from error

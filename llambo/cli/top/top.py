@@ -23,7 +23,14 @@ llambo --broker tcp://box:7330 top
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.option("--every", "every_ms", type=Duration(), default="500ms", show_default=True, help="How often it looks.")
+@click.option(
+    "--every",
+    "every_ms",
+    type=Duration(),
+    default="500ms",
+    show_default=True,
+    help="Refresh at this interval.",
+)
 @settings_options(["connect_ms"])
 @client_options
 @pass_common
@@ -34,12 +41,12 @@ def top(common: Common, every_ms: int) -> None:
     1 2 3, Tab   workers, requests, events
     w, Enter     the story of a request       c   cancel it
     d            drain a worker               u   let it work again
-    s, r         sort by the next column, the other way round
-    /, Esc       show only what has these words; show all
-    p            stand still
+    s, r         sort by the next column, reverse the order
+    /, Esc       show only rows with these words; show all
+    p            pause
     ?, q         all keys; leave
 
-    What changes something asks first. Needs the extra: pip install 'llambo[top]'.
+    A key that changes something asks first. Needs the extra: pip install 'llambo[top]'.
     """
     if importlib.util.find_spec("textual") is None:
         raise Failure("llambo top needs Textual, which is not installed", "pip install 'llambo[top]'")
@@ -51,7 +58,7 @@ def top(common: Common, every_ms: int) -> None:
 async def _run(common: Common, every_ms: int) -> None:
     from llambo.cli.top.top_app import Top
 
-    # Before the screen is taken: what is wrong from the start is said like everywhere else.
+    # Connecting comes first, so that its errors are printed as those of any command.
     async with connect(common) as client:
         app = Top(client, every_s=every_ms / 1_000)
         await app.run_async()

@@ -1,7 +1,4 @@
-"""The screen of `llambo top`, over the values of `top_core`.
-
-Every text from others is a `Text`, never a string that would be read for markup.
-"""
+"""The application `llambo top`: asks the mesh at intervals, shows the answers, and carries out keys."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
@@ -21,24 +18,67 @@ from textual.geometry import Size
 from textual.widgets import Footer, Input, Static
 
 from llambo.cli.top import top_core as core
-from llambo.cli.top.top_gather import EVENTS, Gatherer
-from llambo.cli.top.top_panes import Events, Pane
-from llambo.cli.top.top_screens import KEYS, Page, Question, Story
-from llambo.cli.top.top_style import CSS
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.cli.top.top_widgets import CSS, KEYS, ConfirmScreen, EventList, Pane, StoryScreen, TextScreen
+from llambo.mesh.wire.errors import Code, LlamboError, printable
+from llambo.mesh.wire.reports import DrainReply, EventRow
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
 
-#: From this width on the tables stand beside each other.
+T = TypeVar("T")
+
+#: From this width in columns on, the tables are side by side.
 WIDE = 150
-#: From this height on each of them has room enough.
+#: From this height in lines on, every pane has room enough.
 HIGH = 40
-MODES = {"d": False, "m": True}
-#: A broker that answers takes some milliseconds. After so long without an answer it is said: that it is gone is known
-#: for certain only when its lease is over.
+#: Events that are kept for the screen.
+EVENTS = 200
+#: An answer takes milliseconds. After this time without one the head says so; that the broker is gone is certain only
+#: when its lease has expired.
 SILENT_S = 2.0
 TICK_S = 1.0
+
+
+class Gatherer:
+    """Takes snapshots: the only place where `llambo top` queries the mesh for its tables."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._last_event = self._last_sample = 0
+        self._no_events = ""
+        #: Counts the brokers that the client was linked to.
+        self._broker = 0
+
+    async def look(self) -> core.Snapshot:
+        client, broker = self._client, self._broker
+        status, workers, requests, recent, events = await asyncio.gather(
+            client.status(), client.workers(), client.requests(), client.recent(self._last_sample), self._new_events()
+        )
+        samples = recent.samples
+        if broker != self._broker:
+            # The question went to one broker, with its number of the last event, and the answer came from another one,
+            # which counts otherwise. The next look gets everything.
+            samples, events = [], []
+        self._last_sample = max([self._last_sample, *(sample.number for sample in samples)])
+        self._last_event = max([self._last_event, *(event.number for event in events)])
+        return core.Snapshot(status, workers, requests, samples, events[-EVENTS:], self._no_events)
+
+    def forget(self) -> None:
+        """Another broker numbers its events and samples from the start."""
+        self._broker += 1
+        self._last_event, self._last_sample, self._no_events = 0, 0, ""
+
+    async def _new_events(self) -> list[EventRow]:
+        """Where there are keys, only an admin may read events."""
+        if self._no_events:
+            return []
+        try:
+            return await self._client.events(self._last_event)
+        except LlamboError as error:
+            if error.code is not Code.FORBIDDEN:
+                raise
+            self._no_events = error.text
+            return []
 
 
 class Top(App[None]):
@@ -55,39 +95,38 @@ class Top(App[None]):
         Binding("w,enter", "why", "why", key_display="w"),
         Binding("slash", "filter", "filter", key_display="/"),
         Binding("s", "sort", "sort"),
-        Binding("r", "turn", "turn", show=False),
+        Binding("r", "reverse", "reverse", show=False),
         Binding("p", "pause", "pause"),
         Binding("1", "pane('workers')", show=False),
         Binding("2", "pane('requests')", show=False),
         Binding("3", "pane('events')", show=False),
-        Binding("escape", "all", "all", show=False),
+        Binding("escape", "show_all", "all", show=False),
         Binding("q,ctrl+c", "quit", "leave", key_display="q", priority=False),
     ]
 
     def __init__(self, client: Client, *, every_s: float = 0.5) -> None:
-        # Without colours: not those of a theme in grey, but those of the terminal, whatever it has.
+        # With NO_COLOR use the terminal's own colours, not a theme turned to grey.
         super().__init__(ansi_color=True if "NO_COLOR" in os.environ else None)
         if self.no_color:
             self.add_class("plain")
-        #: What ended it, if it was not a person.
+        #: The error that ended the application; None if its user did.
         self.failure: LlamboError | None = None
-        #: Of the last look. None: there was none yet.
+        #: None before the first answer.
         self.snapshot: core.Snapshot | None = None
-        #: Why there is no broker; "": there is one.
+        #: Why there is no broker; empty while there is one.
         self.lost = ""
-        #: Set whenever something new is on the screen, for whoever waits for it.
+        #: Set after each refresh of the screen.
         self.shown = asyncio.Event()
         self._client = client
         self._gatherer = Gatherer(client)
         self._every_s = every_s
         self._curves = core.Curves()
-        self._events: deque[core.Happened] = deque(maxlen=EVENTS)
-        #: When the question was asked that is not answered yet, by the clock of the loop; 0: none.
+        self._events: deque[core.ShownEvent] = deque(maxlen=EVENTS)
+        #: When the query that is not answered yet was sent, in the loop's time; 0 if there is none.
         self._asked_at = 0.0
-        self._linked = asyncio.Event()
+        self._linked, self._not_paused = asyncio.Event(), asyncio.Event()
         self._linked.set()
-        self._going = asyncio.Event()
-        self._going.set()
+        self._not_paused.set()
 
     def compose(self) -> ComposeResult:
         yield Static(id="head")
@@ -95,8 +134,8 @@ class Top(App[None]):
         with Container(id="panes"):
             yield Pane("workers", core.WORKER_COLUMNS)
             yield Pane("requests", core.REQUEST_COLUMNS)
-            yield Events(id="events")
-        yield Input(id="filter", placeholder="words that a row must have; Enter keeps them, Esc shows all")
+            yield EventList(id="events")
+        yield Input(id="filter", placeholder="words that a row must have; Enter applies them, Esc shows all")
         yield Footer()
 
     def on_mount(self) -> None:
@@ -105,7 +144,7 @@ class Top(App[None]):
         self._arrange(self.size)
         self.workers_pane.focus()
         self.set_interval(TICK_S, self._show_head)
-        self.run_worker(self._look_again(), exit_on_error=True)
+        self.run_worker(self._look_repeatedly(), exit_on_error=True)
 
     def on_unmount(self) -> None:
         self._client.on_link = None
@@ -120,10 +159,10 @@ class Top(App[None]):
 
     # --- looking -------------------------------------------------------------------------------------------------
 
-    async def _look_again(self) -> None:
+    async def _look_repeatedly(self) -> None:
         while True:
             await self._linked.wait()
-            await self._going.wait()
+            await self._not_paused.wait()
             self._asked_at = asyncio.get_running_loop().time()
             try:
                 snapshot = await self._gatherer.look()
@@ -132,7 +171,8 @@ class Top(App[None]):
                     self.failure = error
                     self.exit()
                     return
-                self._on_trouble(error)
+                if not self.lost:  # then the head says so already
+                    self.notify(core.one_line(error.text), severity="warning", markup=False)
             else:
                 self._take(snapshot)
             self._asked_at = 0.0
@@ -140,42 +180,42 @@ class Top(App[None]):
 
     def _take(self, snapshot: core.Snapshot) -> None:
         self.snapshot = snapshot
-        self._curves.add(snapshot.samples)
-        self._events.extend(core.happened(snapshot.events, time.time()))
+        self._curves.samples.extend(snapshot.samples)
+        now_s = time.time()
+        self._events.extend(core.shown_event(event, now_s) for event in snapshot.events)
         self.show()
 
     def show(self) -> None:
-        """All that is known, on the screen."""
         self._show_head()
         if self.snapshot is None or not self.query("#head"):
             return
-        gauges = core.gauges(self.snapshot.status, self._curves, self.size.width - 2)
+        gauges = self._curves.gauges(self.snapshot.status, self.size.width - 2)
         self.query_one("#gauges", Static).update(Text("\n".join(gauges), no_wrap=True))
-        self.workers_pane.show(core.worker_rows(self.snapshot.workers))
-        self.requests_pane.show(core.request_rows(self.snapshot.requests))
-        self.query_one("#events", Events).show(self._events, self.snapshot.no_events)
+        self.workers_pane.show(map(core.worker_row, self.snapshot.workers))
+        self.requests_pane.show(map(core.request_row, self.snapshot.requests))
+        self.query_one("#events", EventList).show(self._events, self.snapshot.no_events)
 
     def _show_head(self) -> None:
         head = Text(no_wrap=True, overflow="ellipsis")
-        if not self._going.is_set():
-            head.append("standing still, p goes on  ", "bold yellow")
+        if not self._not_paused.is_set():
+            head.append("paused, p goes on  ", "bold yellow")
         if self.lost:
-            head.append(f"the broker is lost ({core.line(self.lost)}); trying again", "bold red")
+            head.append(f"the broker is lost ({core.one_line(self.lost)}); trying again", "bold red")
         elif silent_s := self._silent_s():
             head.append(f"the broker has not answered for {silent_s:.0f} s", "bold red")
         elif self.snapshot is not None:
-            head.append(core.line(self.snapshot.status["broker"]), "bold")
-            head.append(f"  {core.facts(self.snapshot.status)}; at {core.line(self._client.address)}")
+            head.append(core.one_line(self.snapshot.status.broker), "bold")
+            head.append(f"  {core.summary_line(self.snapshot.status)}; at {core.one_line(self._client.address)}")
         else:
             head.append("asking ...")
         if not self.query("#head"):
-            return  # it is being left
+            return  # the application is closing
         self.query_one("#head", Static).update(head)
         self.query_one("#panes").set_class(bool(self.lost or self._silent_s()), "stale")
         self.call_after_refresh(self.shown.set)
 
     def _silent_s(self) -> float:
-        """How long the broker has owed an answer; 0: not longer than it may."""
+        """Seconds without an answer; 0 while the delay is normal."""
         waited = asyncio.get_running_loop().time() - self._asked_at
         return waited if self._asked_at and waited > SILENT_S else 0.0
 
@@ -186,41 +226,36 @@ class Top(App[None]):
         else:
             self._gatherer.forget()
             self._events.clear()
-            self._curves.clear()
+            self._curves.samples.clear()
             self._linked.set()
         self._show_head()
-
-    def _on_trouble(self, error: LlamboError) -> None:
-        """Without a broker the head says so already."""
-        if not self.lost:
-            self.notify(core.line(error.text), severity="warning", markup=False)
 
     # --- keys ----------------------------------------------------------------------------------------------------
 
     @property
     def pane(self) -> Pane | None:
-        """The table that has the keyboard."""
+        """The table with the focus."""
         return self.focused if isinstance(self.focused, Pane) else None
 
     def action_pane(self, name: str) -> None:
         self.query_one(f"#{name}").focus()
 
     def action_keys(self) -> None:
-        self.push_screen(Page("keys", KEYS.strip("\n")))
+        self.push_screen(TextScreen("keys", KEYS.strip("\n")))
 
     def action_sort(self) -> None:
         if self.pane is not None:
             self.pane.sort_by_next()
 
-    def action_turn(self) -> None:
+    def action_reverse(self) -> None:
         if self.pane is not None:
-            self.pane.turn()
+            self.pane.reverse()
 
     def action_pause(self) -> None:
-        if self._going.is_set():
-            self._going.clear()
+        if self._not_paused.is_set():
+            self._not_paused.clear()
         else:
-            self._going.set()
+            self._not_paused.set()
         self._show_head()
 
     def action_filter(self) -> None:
@@ -228,12 +263,12 @@ class Top(App[None]):
         entry = self.query_one("#filter", Input)
         entry.display = True
         entry.border_title = pane.id
-        entry.value = pane.wanted
+        entry.value = pane.filter_text
         entry.focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         if event.input.display:
-            self.query_one(f"#{event.input.border_title}", Pane).only(event.value)
+            self.query_one(f"#{event.input.border_title}", Pane).set_filter(event.value)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self._close_filter()
@@ -243,15 +278,15 @@ class Top(App[None]):
         entry.display = False
         self.query_one(f"#{entry.border_title}").focus()
 
-    def action_all(self) -> None:
-        """Away with the filter: of the table it is being typed for, or else of the one that has the keyboard."""
+    def action_show_all(self) -> None:
+        """Remove the filter of the table it is typed for, or of the table with the focus."""
         entry = self.query_one("#filter", Input)
         if entry.display:
             entry.value = ""
-            self.query_one(f"#{entry.border_title}", Pane).only("")
+            self.query_one(f"#{entry.border_title}", Pane).set_filter("")
             self._close_filter()
         elif self.pane is not None:
-            self.pane.only("")
+            self.pane.set_filter("")
 
     def on_resize(self, event: Resize) -> None:
         self._arrange(event.size)
@@ -262,48 +297,42 @@ class Top(App[None]):
         panes.set_class(size.width >= WIDE, "wide")
         panes.set_class(size.width < WIDE and size.height < HIGH, "low")
 
-    # --- what changes something ------------------------------------------------------------------------------------
+    # --- changes of the mesh ---------------------------------------------------------------------------------------
 
     def action_drain(self, move: bool) -> None:
         worker = self._chosen(self.workers_pane, "worker")
-        if worker is None:
-            return
-        choices = [("d", "drain it: what it runs, it finishes"), ("m", "drain it, and move what it runs elsewhere")]
-        text = f"Drain {core.line(worker)}? It gets no new work."
-
-        def answered(key: str | None) -> None:
-            if key:
-                moving = MODES[key]
-                self._do(lambda: self._client.drain(worker, move=moving), _drained)
-
-        self.push_screen(Question(text, choices[::-1] if move else choices), answered)
+        if worker is not None:
+            choices = [
+                ("d", "drain it: it completes its running requests"),
+                ("m", "drain it, and move its running requests elsewhere"),
+            ]
+            self._confirm(
+                f"Drain {core.one_line(worker)}? It gets no new work.",
+                choices[::-1] if move else choices,
+                lambda key: self._client.drain(worker, move=key == "m"),
+                _drain_text,
+            )
 
     def action_undrain(self) -> None:
         worker = self._chosen(self.workers_pane, "worker")
-        if worker is None:
-            return
-
-        def answered(key: str | None) -> None:
-            if key:
-                self._do(lambda: self._client.drain(worker, undo=True), _drained)
-
-        self.push_screen(Question(f"Let {core.line(worker)} work again?", [("y", "yes")]), answered)
+        if worker is not None:
+            question = f"Let {core.one_line(worker)} work again?"
+            self._confirm(question, [("y", "yes")], lambda _: self._client.drain(worker, undo=True), _drain_text)
 
     def action_cancel(self) -> None:
         id = self._chosen(self.requests_pane, "request")
-        if id is None:
-            return
-
-        def answered(key: str | None) -> None:
-            if key:
-                self._do(lambda: self._client.cancel(id), lambda reason: f"{id[: core.ID_DIGITS]} has ended: {reason}")
-
-        self.push_screen(Question(f"Cancel {id}?", [("y", "yes, stop it")]), answered)
+        if id is not None:
+            self._confirm(
+                f"Cancel {id}?",
+                [("y", "yes, stop it")],
+                lambda _: self._client.cancel(id),
+                lambda reason: f"{id[: core.ID_DIGITS]} has ended: {reason}",
+            )
 
     def action_why(self) -> None:
         id = self._chosen(self.requests_pane, "request")
         if id is not None:
-            self.push_screen(Story(f"why {id}", lambda: self._client.query("why", id)))
+            self.push_screen(StoryScreen(f"why {id}", lambda: self._client.why(id)))
 
     def on_data_table_row_selected(self) -> None:
         if self.pane is self.requests_pane:
@@ -314,18 +343,30 @@ class Top(App[None]):
             self.notify(f"there is no {what} here", severity="warning", markup=False)
         return pane.chosen
 
-    def _do(self, order: Callable[[], Awaitable[Any]], told: Callable[[Any], str]) -> None:
-        async def work() -> None:
+    def _confirm(
+        self,
+        question: str,
+        choices: list[tuple[str, str]],
+        act: Callable[[str], Awaitable[T]],
+        result_text: Callable[[T], str],
+    ) -> None:
+        """Ask, do what the key of the choice stands for, and show how it went."""
+
+        async def work(key: str) -> None:
             try:
-                text, severe = told(await order()), False
+                text, failed = result_text(await act(key)), False
             except LlamboError as error:
-                text, severe = f"{error.text}; {error.hint}", True
-            self.notify(harmless(text), severity="error" if severe else "information", markup=False)
+                text, failed = f"{error.text}; {error.hint}", True
+            self.notify(printable(text), severity="error" if failed else "information", markup=False)
 
-        self.run_worker(work())
+        def answered(key: str | None) -> None:
+            if key:
+                self.run_worker(work(key))
+
+        self.push_screen(ConfirmScreen(question, choices), answered)
 
 
-def _drained(found: dict[str, Any]) -> str:
-    if not found["draining"]:
-        return f"{found['worker']} works again"
-    return f"{found['worker']} takes no new work; {found['running']} of its requests still run"
+def _drain_text(reply: DrainReply) -> str:
+    if not reply.draining:
+        return f"{reply.worker} works again"
+    return f"{reply.worker} takes no new work; {reply.running} of its requests still run"

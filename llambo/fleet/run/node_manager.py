@@ -21,6 +21,7 @@ from llambo.mesh.link import sockets
 from llambo.mesh.link.sockets import DEFAULT_PORT, local_endpoint
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import ISSUED, Folder
+from llambo.mesh.service import clock
 from llambo.mesh.service.host import cpus, memory_bytes
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -181,7 +182,7 @@ class NodeManager:
         await self.providers.refresh(HOST_WAIT_S if self._connection.held_open else None)
         workers, requests = await self._ask()
         nodes, ended, away = [], [], self.providers.problems()
-        now_ms = _wall_ms()
+        now_ms = clock.wall_ms()
         coming = {
             name: step for name, step in self._under_way.items() if step.kind in (StepKind.SPAWN, StepKind.REPLACE)
         }
@@ -305,7 +306,7 @@ class NodeManager:
         began = time.monotonic()
         record = NodeRecord(
             name=step.name, node_class=spec.name, host=step.host, fingerprint=step.fingerprint, slots=spec.slots,
-            memory_bytes=spec.memory_bytes, cores=spec.cores, begun_ms=_wall_ms(),
+            memory_bytes=spec.memory_bytes, cores=spec.cores, begun_ms=clock.wall_ms(),
         )  # fmt: skip
         ready_line = await self.providers.spawn(record, self._launch(spec, step.name, step.host), START_S)
         address = _broker_address(spec, int(ready_line)) if spec.is_broker else ""
@@ -353,7 +354,7 @@ class NodeManager:
         """One for all workers of a class, whose names begin with the name of the class. It is made if it is missing."""
         folder = Folder(Path(self.fleet.keys).expanduser())
         if not folder.ring().named(node_class):
-            folder.add(Identity(node_class, "worker"), _wall_ms() // 1000)
+            folder.add(Identity(node_class, "worker"), clock.wall_ms() // 1000)
         return folder.path / ISSUED / f"{node_class}.key"
 
 
@@ -362,7 +363,3 @@ def _broker_address(broker: NodeClass, port: int | None = None) -> str:
     settings = broker.settings.get("broker", {})
     configured = int(settings.get("port", DEFAULT_PORT))
     return local_endpoint(str(settings.get("bind", "127.0.0.1")), configured if port is None else port)
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from llambo.fleet.run.leadership import Leadership
 from llambo.fleet.run.node_manager import NodeManager, Report, Snapshot
 from llambo.fleet.run.updates import ClassUpdate, max_unavailable
 from llambo.fleet.world import NodeFailed, NodeState
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 
 #: Between two looks.
@@ -73,7 +73,7 @@ class _StateFile:
         self._written = ""
 
     def add_event(self, text: str) -> None:
-        self.events.append((_wall_ms(), text))
+        self.events.append((clock.wall_ms(), text))
 
     def write(self, autoscaler: Autoscaler, crashes: Crashes, update: str, now_ms: int) -> None:
         state: dict[str, Any] = {
@@ -84,7 +84,7 @@ class _StateFile:
             "update": update,
             "loops": [
                 {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
-                 "how": one.how, "words": one.log_tail, "again_ms": _wall_ms() + one.again_in_ms}
+                 "how": one.how, "words": one.log_tail, "again_ms": clock.wall_ms() + one.again_in_ms}
                 for one in crashes.loops(now_ms)
             ],
             "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self.events],
@@ -158,7 +158,7 @@ class Orchestrator:
         snapshot = await self._manager.look()
         if led and not leadership.leads and not await self._may_act():
             return  # the look took so long that another orchestrator leads now
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         for name in [name for name, task in self._tasks.items() if task.done()]:
             self._tasks.pop(name).result()  # raises a bug of ours
         self._read_inputs(now_ms)
@@ -239,7 +239,7 @@ class Orchestrator:
                 self._update.died(failed)
 
     def _note_failure(self, failed: NodeFailed, node_class: str, host: str) -> None:
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         self._crashes.note_failure(failed.name, node_class, host, failed.how, failed.log_tail, now_ms)
         for loop in self._crashes.loops(now_ms):
             if (loop.node_class, loop.host, loop.node) == (node_class, host, failed.name) and loop.failures >= LOOP:
@@ -318,11 +318,3 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return state if isinstance(state, dict) else None
-
-
-def _now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 1_000_000

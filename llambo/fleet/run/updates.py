@@ -9,7 +9,6 @@ completed a request of another client. A bad worker is ended, so that it gets no
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -39,6 +38,7 @@ from llambo.fleet.decide.rolling_core import (
 from llambo.fleet.file.versions import Versions, VersionsFile
 from llambo.fleet.run.node_manager import NodeManager, Snapshot
 from llambo.fleet.world import NodeFailed, NodeState, World
+from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 
 #: Between two looks.
@@ -65,7 +65,7 @@ class ClassUpdate:
         self._steps = {step.name: step for step in steps}
         self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._idle_since_ms = _now_ms()
+        self._idle_since_ms = clock.now_ms()
 
     @property
     def under_way(self) -> set[str]:
@@ -143,7 +143,7 @@ class ClassUpdate:
         return running.get(name) == self._steps[name].fingerprint and not starting
 
     def _stop_if_waiting_too_long(self) -> None:
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         if self.under_way:
             self._idle_since_ms = now_ms
         elif now_ms - self._idle_since_ms > UNAVAILABLE_MS:
@@ -151,7 +151,7 @@ class ClassUpdate:
 
     def _handle(self, event: Event) -> None:
         bad = {node.name for node in self.work.nodes if node.phase is Phase.BAD}
-        for action in self.work.handle(event, _now_ms()):
+        for action in self.work.handle(event, clock.now_ms()):
             self._perform(action)
         for node in self.work.nodes:
             if node.phase is Phase.PROVED:
@@ -292,7 +292,3 @@ def _groups(plan: Plan) -> list[tuple[StepKind, str, list[PlanStep]]]:
         return step.kind, step.node_class if alone else ""
 
     return [(kind, node_class, list(steps)) for (kind, node_class), steps in groupby(plan.steps, key=key)]
-
-
-def _now_ms() -> int:
-    return time.monotonic_ns() // 1_000_000

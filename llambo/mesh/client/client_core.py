@@ -15,12 +15,12 @@ This file is the door and the link. `client_life` has the life of a request, `cl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import assert_never, cast
+from typing import assert_never
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import Question, Request
+from llambo.mesh.client.client_requests import OpenQuery, Request
 from llambo.mesh.client.request_life import Requests
-from llambo.mesh.link.link_core import LinkCore, LinkOrder, LinkState
+from llambo.mesh.link.link_core import LinkCore, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code, ErrorInfo
@@ -33,17 +33,17 @@ from llambo.mesh.wire.timers import NEVER_MS, Timers
 ASK_AGAIN_MS = 1_000
 
 
-class Questions:
+class Queries:
     def __init__(self, send: Callable[[m.Message], None]) -> None:
         self._send = send
-        self._open: dict[int, Question] = {}
+        self._open: dict[int, OpenQuery] = {}
         self._timers: Timers[int] = Timers()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
-        self._open[message.query] = Question(message)
+        self._open[message.query] = OpenQuery(message)
         if welcomed:
             self._say(message.query, now_ms)
 
@@ -101,13 +101,13 @@ class ClientCore:
     def __init__(self, hello: m.ClientHello | None = None, *, give_up_ms: int = 0) -> None:
         greeting = hello or m.ClientHello()
         self._out: list[e.Action] = []
-        # The link appends to the same list, so that orders and deliveries keep their order.
-        self.link = LinkCore(0, lambda: greeting, cast("list[LinkOrder]", self._out))
+        # The link appends to the same list, so that all actions keep their order.
+        self.link = LinkCore(0, lambda: greeting, self._out.append)
         self.requests = Requests(self.link, self._out)
         self.counters = self.requests.counters
         #: Why there is no link, while there is none.
         self.problem: ErrorInfo | None = None
-        self._questions = Questions(self.link.send)
+        self._queries = Queries(self.link.send)
         self._give_up_ms = give_up_ms
         self._told = self.link.state
         self._sessions = 0
@@ -121,59 +121,55 @@ class ClientCore:
                 self._on_tokens(frames, now_ms)
             case e.ControlArrived():
                 self._on_control(event, now_ms)
-            case e.ConnectionChanged(sign):
-                self.link.on_connection(sign, now_ms)
+            case e.ConnectionChanged(change):
+                self.link.on_connection(change, now_ms)
             case e.BrokersFound(count):
                 self.link.on_found(count)
             case e.Tick():
                 pass
-            case e.Leave(reason):
+            case e.LeaveAsked(reason):
                 self._leave(reason, now_ms)
             case _:
-                self._on_wish(event, now_ms)
+                self._on_user(event, now_ms)
         self._on_time(now_ms)
         actions = self._out[:]
         self._out.clear()
         return actions
 
     def next_wakeup_ms(self) -> int:
-        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._questions.next_wakeup_ms())
+        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._queries.next_wakeup_ms())
         if self.requests.waiting and self.link.welcomed:
             wakeup = min(wakeup, self._gate_at)
-        if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._questions):
+        if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._queries):
             wakeup = min(wakeup, self._alone_since + self._give_up_ms)
         return wakeup
 
-    # --- wishes ------------------------------------------------------------------------------------------------
+    # --- what the user asks --------------------------------------------------------------------------------------
 
-    def _on_wish(
-        self,
-        wish: e.Submit | e.AttachTo | e.CancelRequest | e.Ask | e.Order | e.Forget | e.Hold | e.Release,
-        now_ms: int,
-    ) -> None:
-        match wish:
-            case e.Submit(message, prompt, follow):
+    def _on_user(self, event: e.UserEvent, now_ms: int) -> None:
+        match event:
+            case e.SubmitAsked(message, prompt, follow):
                 deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
                 request = Request(message.id, message, prompt, follow, follow, deadline_at)
                 self.requests.begin(request)
-            case e.AttachTo(id, have, again):
+            case e.AttachAsked(id, have, again):
                 self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
-            case e.CancelRequest(id, drop):
+            case e.CancelAsked(id, drop):
                 self.requests.cancel(id, drop, now_ms)
-            case e.Ask(query, what, argument):
-                self._questions.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
-            case e.Order(message):
-                self._questions.ask(message, self.link.welcomed, now_ms)
-            case e.Forget(bytes() as id):
+            case e.QueryAsked(query, what, argument):
+                self._queries.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
+            case e.CommandAsked(message):
+                self._queries.ask(message, self.link.welcomed, now_ms)
+            case e.ReaderLeft(bytes() as id):
                 self.requests.forget(id)
-            case e.Forget(int() as query):
-                self._questions.forget(query)
-            case e.Hold(id):
+            case e.ReaderLeft(int() as query):
+                self._queries.forget(query)
+            case e.ReaderBehind(id):
                 self.requests.hold(id)
-            case e.Release(id):
+            case e.ReaderCaughtUp(id):
                 self.requests.release(id, now_ms)
             case _:
-                assert_never(wish)  # type: ignore[arg-type]  # mypy does not see that Forget is done
+                assert_never(event)  # type: ignore[arg-type]  # mypy does not see that Forget is done
 
     def _leave(self, reason: str, now_ms: int) -> None:
         if self.link.welcomed:
@@ -184,14 +180,14 @@ class ClientCore:
 
     def _on_time(self, now_ms: int) -> None:
         if now_ms >= self.link.next_wakeup_ms() and self.link.tick(now_ms):
-            self.link.send(m.ClientHeartbeat(self.link.beat))
+            self.link.send(m.ClientHeartbeat(self.link.beats.number))
         if self.link.state is not self._told:
             self._on_link_changed(now_ms)
         if not self.link.welcomed:
             self._maybe_give_up(now_ms)
             return
         self.requests.on_time(now_ms)
-        self._questions.on_time(now_ms)
+        self._queries.on_time(now_ms)
         if self.requests.waiting and (self.link.up or now_ms >= self._gate_at):
             self.requests.introduce_waiting(now_ms)
         self.requests.acknowledge()
@@ -206,7 +202,7 @@ class ClientCore:
 
     def _fail_all(self, error: ErrorInfo) -> None:
         self.requests.fail_all(error)
-        self._out += [e.Failed(query, error) for query in self._questions.give_up()]
+        self._out += [e.ReportFailure(query, error) for query in self._queries.give_up()]
 
     # --- the link ----------------------------------------------------------------------------------------------
 
@@ -216,17 +212,17 @@ class ClientCore:
             self._sessions = self.link.sessions
             self.problem = self._alone_since = None
             self._gate_at = now_ms + GATE_MS
-            self._questions.say_all(now_ms)
+            self._queries.say_all(now_ms)
         if not self.link.welcomed and self._alone_since is None:
             self._alone_since = now_ms
             self.requests.on_lost()
-            self._questions.on_lost()
+            self._queries.on_lost()
         if self.link.state is LinkState.DOWN and self.problem is None:
-            code = Code.UNAUTHORIZED if self.link.denied else Code.NO_BROKER
+            code = Code.UNAUTHORIZED if self.link.attempts.denied else Code.NO_BROKER
             self.problem = ErrorInfo(code, self.link.problem)
-            if self.link.denied:
+            if self.link.attempts.denied:
                 self._fail_all(self.problem)
-        self._out.append(e.LinkChanged(self.link.state, self.problem))
+        self._out.append(e.ReportLink(self.link.state, self.problem))
 
     def _refused(self, error: ErrorInfo, now_ms: int) -> None:
         if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
@@ -259,8 +255,8 @@ class ClientCore:
             case m.Page():
                 self.requests.on_page(message, now_ms)
             case m.Result():
-                if (data := self._questions.on_result(message)) is not None:
-                    self._out.append(e.Answered(message.query, data))
+                if (data := self._queries.on_result(message)) is not None:
+                    self._out.append(e.DeliverResult(message.query, data))
             case m.Problem():
                 self._on_problem(message, now_ms)
             case m.Goodbye(reason):
@@ -271,15 +267,15 @@ class ClientCore:
     def _on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
         # Beats may be numbered from anywhere: only those since this session began can be missing.
         self._first_beat = self._first_beat or beat.number
-        self.link.on_missing(beat.number - max(self.link.beat, self._first_beat - 1), now_ms)
+        self.link.on_missing(beat.number - max(self.link.beats.number, self._first_beat - 1), now_ms)
         self.requests.on_heartbeat(beat, now_ms)
 
     def _on_problem(self, problem: m.Problem, now_ms: int) -> None:
         self.counters.problems += 1
         if problem.id in self.requests.live:
             self.requests.on_problem(problem, now_ms)
-        elif problem.query and self._questions.forget(problem.query):
-            self._out.append(e.Failed(problem.query, problem.error))
+        elif problem.query and self._queries.forget(problem.query):
+            self._out.append(e.ReportFailure(problem.query, problem.error))
         elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:
             self._refused(problem.error, now_ms)
 
@@ -299,8 +295,8 @@ class ClientCore:
             self.counters.malformed += 1
             return
         number, session = beat
-        if self.link.welcomed and session == self.link.session and number > self.link.beat:
-            was_up, self.link.beat = self.link.up, number
+        if self.link.welcomed and session == self.link.session and number > self.link.beats.number:
+            was_up, self.link.beats.number = self.link.up, number
             self.link.on_proof(number, now_ms)
             if self.link.up and not was_up:
-                self.link.beat_now()  # the broker wants to know that its grant works
+                self.link.beats.now()  # the broker wants to know that its grant works

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -18,15 +17,12 @@ from llambo.mesh.client import client_events as e
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.link.link import Link
 from llambo.mesh.link.link_core import CloseLink, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.service import clock
 from llambo.mesh.wire import codec, limits
 from llambo.mesh.wire.identity import PeerKey
 from llambo.mesh.wire.timers import NEVER_MS
 
 log = logging.getLogger(__name__)
-
-
-def monotonic_ms() -> int:
-    return time.monotonic_ns() // 1_000_000
 
 
 class ClientShell:
@@ -36,7 +32,7 @@ class ClientShell:
         address: str,
         context: zmq.Context[zmq.Socket[bytes]],
         token_hwm: int,
-        deliver: Callable[[e.Delivery], None],
+        deliver: Callable[[e.Delivery | e.ReportLink], None],
         broken: Callable[[Exception], None],
         key: PeerKey | None = None,
     ) -> None:
@@ -75,7 +71,7 @@ class ClientShell:
         self._working = True
         try:
             while self._events:
-                for action in self._core.handle(self._events.popleft(), monotonic_ms()):
+                for action in self._core.handle(self._events.popleft(), clock.now_ms()):
                     self._perform(action)
         finally:
             self._working = False
@@ -163,8 +159,8 @@ class ClientShell:
         for bundle in self._link.receive_control():
             self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
         # After what was said: the last words of a broker that leaves come before its connection breaks.
-        for sign in self._link.receive_signs():
-            self.handle(e.ConnectionChanged(sign))
+        for change in self._link.receive_changes():
+            self.handle(e.ConnectionChanged(change))
         held_back = self._link.wants_to_write
         if held_back:
             # A send without a connection fails at once and looks for no news; a receive does. So only now the
@@ -181,7 +177,7 @@ class ClientShell:
                 return
             self._timer.cancel()
         self._timer_at = wakeup
-        delay_ms = max(0, wakeup - monotonic_ms())
+        delay_ms = max(0, wakeup - clock.now_ms())
         self._timer = self._loop.call_later(delay_ms / 1_000, self._on_timer)
 
     def _on_timer(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import zmq
 
 from llambo.mesh.link import sockets
-from llambo.mesh.link.link_core import CloseLink, LinkOrder, OpenControl, OpenTokens, Publish, Send, Sign
+from llambo.mesh.link.link_core import CloseLink, ConnectionChange, LinkAction, OpenControl, OpenTokens, Publish, Send
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import LlamboError
@@ -113,7 +113,7 @@ class Link:
 
     # --- orders --------------------------------------------------------------------------------------
 
-    def perform(self, order: LinkOrder) -> None:
+    def perform(self, order: LinkAction) -> None:
         match order:
             case Send(_, session, message, blob):
                 if session != self._outbox_session or len(self._outbox) >= 64:
@@ -162,7 +162,7 @@ class Link:
                 return
             yield self._decoder.decode(frames)
 
-    def receive_signs(self) -> Iterator[Sign]:
+    def receive_changes(self) -> Iterator[ConnectionChange]:
         """What became of the control connection."""
         while self.monitor is not None:
             try:
@@ -171,15 +171,15 @@ class Link:
                 return
             shaken, self._shaken = self._shaken, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._shaken:
-                yield Sign.CONNECTED
+                yield ConnectionChange.CONNECTED
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                yield Sign.DENIED
+                yield ConnectionChange.KEY_DENIED
             elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-                yield Sign.UNLIKE
+                yield ConnectionChange.KEY_MISMATCH
             elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
-                yield Sign.BROKEN_OFF
+                yield ConnectionChange.HANDSHAKE_FAILED
             else:
-                yield Sign.CUT if shaken else Sign.REFUSED
+                yield ConnectionChange.LOST if shaken else ConnectionChange.REFUSED
 
     def receive_tokens(self) -> list[bytes]:
         """Frames from the token plane. Each is checked for itself, so it does not matter how they were sent."""

@@ -1,18 +1,25 @@
 """How a peer joins a broker and stays joined: the core that worker and client share.
 
-A link is one control socket and one token socket to one broker, and each may die alone. So nobody
-sleeps and hopes: a beat goes out on both planes, and what comes back says which of them works.
+A link is one control socket and one token socket to one broker, and each may fail alone. So beats go out on both
+planes, and what comes back shows which of them works.
 
-    worker   publishes beat n on the token plane; the broker echoes the last one it saw on control
+    worker   publishes beat n on the token plane; the broker echoes the last one it received, on control
     client   receives beat n on control and on the token plane, and echoes the latter on control
 
-The first proof makes the link UP. Three missing ones make it MENDING: the token socket is rebuilt, and
-until that helps everything is served by REPLAY over control. A silent control plane or an unknown session
-takes the link DOWN, and a new one is opened on fresh sockets.
+The first beat that comes back through the token plane makes the link UP. When three are missing it is MENDING: the
+token socket is replaced, and until that helps everything is served by REPLAY over control. A silent control plane or
+an unknown session takes the link DOWN, and a new one is opened on fresh sockets.
 
-Where there is somewhere else to go (a client that knows several brokers, a worker whose runs another broker may adopt)
-a link does not wait for a lease: a connection that breaks and is not to be had again at once is a broker that is gone.
-A client then goes to the next broker; a worker has one link to each, and tries the same one again.
+A link with an alternative does not wait for a lease: a connection that breaks and cannot be made again at once means
+that the broker is gone. A client with several brokers then goes to the next one. A worker with several brokers
+(`hasty`) has one link to each: it tries the same one again, and meanwhile offers its runs to the others.
+
+                                     one broker      hasty           several brokers
+    a silent broker is given up      after the lease after the lease after `SILENT_MS`, or ten beats
+    and is sent a goodbye            no              no              yes
+    a hello without an answer        `GREETING_MS`   `GREETING_MS`   `TRY_MS`, doubled with each round
+    a refused connection             wait            wait            try the next one at once
+    a connection that was lost       wait            down after `CUT_MS`, or when a try to have it back fails
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 
 @dataclass(frozen=True, slots=True)
 class OpenControl:
-    """Close whatever this link has open, then connect a fresh control socket to this one of its brokers."""
+    """Close the sockets of this link, then connect a new control socket to broker number `target` of those it knows."""
 
     link: int
     target: int = 0
@@ -39,7 +46,7 @@ class OpenControl:
 
 @dataclass(frozen=True, slots=True)
 class OpenTokens:
-    """Connect a fresh token socket to this port of the same host; replace the old one."""
+    """Connect a new token socket to this port of the same host, in place of the old one."""
 
     link: int
     port: int
@@ -48,14 +55,14 @@ class OpenTokens:
 
 @dataclass(frozen=True, slots=True)
 class CloseLink:
-    """Close both sockets; what was just sent may still leave."""
+    """Close both sockets. What was just sent may still leave."""
 
     link: int
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send on control, under this session id. Orders of one round travel as one bundle."""
+    """Send on control, under this session id. What is sent in one round travels as one bundle."""
 
     link: int
     session: bytes
@@ -71,13 +78,7 @@ class Publish:
     frames: list[bytes]
 
 
-LinkOrder = OpenControl | OpenTokens | CloseLink | Send | Publish
-
-
-__all__ = [
-    "LINK_STEPS", "CloseLink", "LinkCore", "LinkOrder", "LinkState", "OpenControl", "OpenTokens", "Publish",
-    "Send", "Sign",
-]  # fmt: skip
+LinkAction = OpenControl | OpenTokens | CloseLink | Send | Publish
 
 
 class LinkState(enum.Enum):
@@ -118,78 +119,165 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
 
 #: Token-plane beats that may be missing before the plane counts as down.
 MISSING_BEATS = 3
-#: How long a hello may stay unanswered before it is said again, and before the sockets are replaced.
+#: How long a hello may stay unanswered before it is sent again, and before the sockets are replaced.
 HELLO_AGAIN_MS = 500
 GREETING_MS = 5_000
 #: The pause before a new try: doubles from the first to the last.
 BACKOFF_MS = (100, 2_000)
-#: Who can go elsewhere does so when a connection was broken for this long, when a broker said nothing for so long,
-#: and when it has not answered a hello by then (which doubles with each round, up to `GREETING_MS`).
+#: With an alternative: how long a connection may be broken, how long a broker may be silent, and how long a hello may
+#: stay unanswered in the first round. See the table above.
 CUT_MS = 300
 SILENT_MS = 2_000
 TRY_MS = 1_000
-#: At least so long between two beats, however much there is to tell.
+#: The shortest time between two beats, however many changes there are to report.
 SOON_MS = 20
 
 
-class Sign(enum.Enum):
-    """What is seen of the control connection."""
+class ConnectionChange(enum.Enum):
+    """What the socket monitor reports of the control connection."""
 
     CONNECTED = "connected"
-    CUT = "cut"  # it was there, and is not any more; the socket tries to have it back
-    REFUSED = "refused"  # such a try has failed: nobody is there
-    BROKEN_OFF = "broken off"  # somebody is there, who does not shake hands with us
-    DENIED = "denied"  # the broker does not take the key
-    UNLIKE = "unlike"  # one of both has keys, and the other has not
+    LOST = "lost"  # it was there, and is not any more; the socket tries to make it again
+    REFUSED = "refused"  # such a try has failed: nothing listens there
+    HANDSHAKE_FAILED = "handshake failed"  # something listens there, and breaks off the handshake
+    KEY_DENIED = "key denied"
+    KEY_MISMATCH = "key mismatch"  # one end has keys, and the other has not
+
+
+class LinkProblem(enum.Enum):
+    """Why a link is down. Programs compare this; the value is the text for people."""
+
+    NO_ANSWER = "no answer"
+    NOT_LISTENING = "nothing listens there"
+    #: With keys it looks like this when the other end is the first to see that they do not match.
+    NO_HANDSHAKE = "the handshake fails: what listens there is no broker, or it wants a key, or another key"
+    KEY_DENIED = "the broker does not take this key: it is unknown there, has expired, or is for another role"
+    KEY_MISMATCH = "the broker wants a key and none was given, or one was given and the broker has no keys"
+    LOST = "the connection to the broker is lost"
+    SILENT = "the broker is silent"
+    #: The broker has refused the peer, or has left. Its own text says why.
+    REFUSED = "refused"
 
 
 _DENIALS = {
-    Sign.DENIED: "the broker does not take this key: it is unknown there, has expired, or is for another role",
-    Sign.UNLIKE: "the broker wants a key and none was given, or one was given and the broker has no keys",
+    ConnectionChange.KEY_DENIED: LinkProblem.KEY_DENIED,
+    ConnectionChange.KEY_MISMATCH: LinkProblem.KEY_MISMATCH,
 }
 
 
-#: With keys it looks like this when the other end is the first to see that they do not match.
-BROKEN_OFF = "whoever listens there does not shake hands: it is no broker, or it wants a key, or another key"
+@dataclass(frozen=True, slots=True)
+class SessionTerms:
+    """What the broker's welcome says about the session. They remain readable when the session is over."""
+
+    broker: str = ""
+    heartbeat_ms: int = 200
+    lease_ms: int = 2_000
+    #: The broker sends no page that it was not asked for.
+    pull: bool = False
+    token_port: int = 0
+    topic: bytes = b""
+
+    @classmethod
+    def of(cls, welcome: m.Welcome) -> SessionTerms:
+        return cls(
+            welcome.broker, max(welcome.heartbeat_ms, 10), max(welcome.lease_ms, 50),
+            welcome.pull, welcome.token_port, welcome.topic,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Which broker to greet, and when."""
+
+    #: How many brokers there are to choose from, and the number of the current one.
+    choices: int = 1
+    target: int = 0
+    #: Tries so far. A hello that is sent again within one of them has to be the same.
+    greetings: int = 0
+    hello_at: int = 0
+    #: This try has failed for want of the right key: another one with the same key will, too.
+    denied: bool = False
+    #: Since the last welcome.
+    failed: int = 0
+    retry_at: int = 0
+    pause_ms: int = BACKOFF_MS[0]
+
+    @property
+    def greeting_ms(self) -> int:
+        if self.choices == 1:
+            return GREETING_MS
+        return min(TRY_MS << min(self.failed // self.choices, 8), GREETING_MS)
+
+    def begin(self) -> None:
+        self.greetings += 1
+        self.denied = False
+
+    def succeed(self) -> None:
+        self.failed, self.pause_ms = 0, BACKOFF_MS[0]
+
+    def fail(self, now_ms: int, *, again: bool) -> None:
+        """`again`: the broker is there and wants another hello, so the next one is no alternative."""
+        if not again:
+            self.target = (self.target + 1) % self.choices
+            self.failed += 1
+        if self.failed % self.choices and not again:
+            self.retry_at = now_ms  # a broker that was not tried in this round
+        else:
+            self.retry_at = now_ms + self.pause_ms
+            self.pause_ms = min(self.pause_ms * 2, BACKOFF_MS[1])
+
+
+@dataclass(slots=True)
+class Beats:
+    """Beats of one session, on both planes."""
+
+    #: In a worker the last number it has published, in a client the last one it has received.
+    number: int = 0
+    #: Only a beat after this one proves that the token socket works: earlier ones went through the one before.
+    proof_after: int = 0
+    next_at: int = 0
+    sent_at: int = 0
+
+    def begin(self, now_ms: int) -> None:
+        self.number = self.proof_after = 0
+        self.next_at = now_ms
+
+    def sent(self, now_ms: int, interval_ms: int) -> None:
+        self.next_at, self.sent_at = now_ms + interval_ms, now_ms
+
+    def now(self) -> None:
+        """Something changed that the broker should know before the next regular beat."""
+        self.next_at = 0
+
+    def soon(self, now_ms: int) -> None:
+        """The same for what changes often: not more than one beat in `SOON_MS`."""
+        self.next_at = min(self.next_at, max(now_ms, self.sent_at + SOON_MS))
 
 
 class LinkCore:
-    """One link. Its owner passes on what arrives and calls `tick`; orders are appended to `out`."""
+    """One link. Its owner passes on what arrives and calls `tick`; actions are handed to `emit`."""
 
-    def __init__(self, link: int, hello: Callable[[], m.Message], out: list[LinkOrder], *, hasty: bool = False) -> None:
-        """`hasty`: when its broker is gone there is something to be done at once."""
+    def __init__(
+        self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, hasty: bool = False
+    ) -> None:
+        """`hasty`: the loss of the broker has to be noticed at once, because the owner can do something about it."""
         self.link = link
         self.state = LinkState.DOWN
         self.session = NO_SESSION
-        self.broker = ""
-        self.problem: str = ""
-        #: The last try failed for want of the right key: another one with the same will, too.
-        self.denied = False
-        #: The broker sends no page that it was not asked for.
-        self.pull = False
-        self.heartbeat_ms = 200
-        self.lease_ms = 2_000
-        self.beat = 0  # workers: the last number published; clients: the last number seen
-        self.heard_ms = 0
+        #: Sessions so far.
         self.sessions = 0
-        #: Tries so far: a hello that is said again within one of them has to say the same.
-        self.greetings = 0
-        #: How many brokers there are to choose from, and which of them it is now.
-        self.choices = 1
-        self.target = 0
+        self.terms = SessionTerms()
+        self.attempts = Attempts()
+        self.beats = Beats()
+        #: When the last control message of this session came.
+        self.heard_ms = 0
+        #: Why the link is, or was last, down: for programs, and as text.
+        self.cause: LinkProblem | None = None
+        self.problem = ""
         self._hello = hello
-        self._out = out
-        self._is_hasty = hasty
-        self._failed = 0
-        self._cut_at = NEVER_MS
-        self._port = 0
-        self._topic = b""
-        self._proof_after = 0
-        self._retry_at = 0
-        self._hello_at = 0
-        self._beat_at = 0
-        self._beaten_at = 0
-        self._backoff = BACKOFF_MS[0]
+        self._emit = emit
+        self._hasty = hasty
+        self._lost_at = NEVER_MS
         self._since = 0
 
     @property
@@ -202,63 +290,48 @@ class LinkCore:
         return self.state is LinkState.UP
 
     @property
-    def _hasty(self) -> bool:
-        return self._is_hasty or self.choices > 1
-
-    @property
-    def _patience_ms(self) -> int:
+    def _silence_ms(self) -> int:
         """How long a broker may be silent."""
-        if self.choices == 1:
-            return self.lease_ms
-        return min(self.lease_ms, max(SILENT_MS, 10 * self.heartbeat_ms))
-
-    @property
-    def _greeting_ms(self) -> int:
-        if self.choices == 1:
-            return GREETING_MS
-        return min(TRY_MS << min(self._failed // self.choices, 8), GREETING_MS)
+        if self.attempts.choices == 1:
+            return self.terms.lease_ms
+        return min(self.terms.lease_ms, max(SILENT_MS, 10 * self.terms.heartbeat_ms))
 
     # --- what arrives ------------------------------------------------------------------------------
 
     def on_found(self, choices: int) -> None:
-        """So many brokers are known now."""
-        self.choices = max(1, choices)
+        """Names were looked up: there are so many brokers to choose from."""
+        self.attempts.choices = max(1, choices)
 
-    def on_connection(self, sign: Sign, now_ms: int) -> None:
-        if sign is Sign.CONNECTED:
-            self._cut_at = NEVER_MS
+    def on_connection(self, change: ConnectionChange, now_ms: int) -> None:
+        several = self.attempts.choices > 1
+        if change is ConnectionChange.CONNECTED:
+            self._lost_at = NEVER_MS
         elif self.state is LinkState.GREETING:
-            if sign in _DENIALS:
-                self.problem, self.denied = _DENIALS[sign], True
-                self._down(now_ms)
-            elif sign is Sign.BROKEN_OFF:
-                self.problem = BROKEN_OFF
-            elif sign is Sign.REFUSED and self.choices > 1:
-                self.problem = "nobody listens there"
-                self._down(now_ms)
-        elif self.welcomed and self._hasty:
-            if sign is Sign.CUT:
-                self._cut_at = min(self._cut_at, now_ms)
-            elif self._cut_at != NEVER_MS:
-                self.problem = "the broker is gone"
-                self._down(now_ms)
+            if change in _DENIALS:
+                self.attempts.denied = True
+                self._fail(_DENIALS[change], now_ms)
+            elif change is ConnectionChange.HANDSHAKE_FAILED:
+                self._explain(LinkProblem.NO_HANDSHAKE)
+            elif change is ConnectionChange.REFUSED and several:
+                self._fail(LinkProblem.NOT_LISTENING, now_ms)
+        elif self.welcomed and (self._hasty or several):
+            if change is ConnectionChange.LOST:
+                self._lost_at = min(self._lost_at, now_ms)
+            elif self._lost_at != NEVER_MS:
+                self._fail(LinkProblem.LOST, now_ms)
 
     def on_welcome(self, welcome: m.Welcome, now_ms: int) -> bool:
         """True if it opened a new session."""
         if self.state is not LinkState.GREETING:
-            return False  # an answer to a hello that was said twice
+            return False  # an answer to a hello that was sent twice
         self._step(LinkState.JOINING, now_ms)
-        self.session, self.broker = welcome.session, welcome.broker
-        self.heartbeat_ms, self.lease_ms = max(welcome.heartbeat_ms, 10), max(welcome.lease_ms, 50)
+        self.session, self.terms = welcome.session, SessionTerms.of(welcome)
         self.heard_ms = now_ms
-        self.pull = welcome.pull
         self.sessions += 1
-        self._backoff = BACKOFF_MS[0]
-        self._failed, self._cut_at = 0, NEVER_MS
-        self._port, self._topic = welcome.token_port, welcome.topic
-        self._beat_at = now_ms
-        self._proof_after = self.beat = 0
-        self._out.append(OpenTokens(self.link, self._port, self._topic))
+        self.attempts.succeed()
+        self._lost_at = NEVER_MS
+        self.beats.begin(now_ms)
+        self._open_tokens()
         return True
 
     def on_control(self, session: bytes, now_ms: int) -> bool:
@@ -269,94 +342,87 @@ class LinkCore:
         return True
 
     def on_proof(self, number: int, now_ms: int) -> None:
-        """The token plane works: the broker saw our beat `number` (worker), or we saw its beat (client)."""
-        if number > self._proof_after and self.state in (LinkState.JOINING, LinkState.MENDING):
+        """The token plane works: the broker received our beat `number` (worker), or we received its beat (client)."""
+        if number > self.beats.proof_after and self.state in (LinkState.JOINING, LinkState.MENDING):
             self._step(LinkState.UP, now_ms)
 
     def on_missing(self, behind: int, now_ms: int) -> None:
         """The token plane is `behind` beats behind the control plane."""
-        late = behind > MISSING_BEATS
-        if late and self.state in (LinkState.JOINING, LinkState.UP):
+        if behind <= MISSING_BEATS:
+            return
+        if self.state in (LinkState.JOINING, LinkState.UP):
             self._step(LinkState.MENDING, now_ms)
-            self._rebuild(now_ms)
-        elif late and now_ms - self._since >= 5 * self.heartbeat_ms * MISSING_BEATS and self.state is LinkState.MENDING:
-            self._rebuild(now_ms)
+            self._replace_tokens(now_ms)
+        elif self.state is LinkState.MENDING and now_ms - self._since >= 5 * self.terms.heartbeat_ms * MISSING_BEATS:
+            self._replace_tokens(now_ms)
 
     def on_refused(self, text: str, now_ms: int, *, again: bool = False) -> None:
-        """The broker does not want this peer, or (`again`) does not know this session: then it is there, and young."""
-        self.problem = text
-        self._down(now_ms, again=again)
+        """The broker refuses this peer, or (`again`) has been restarted and does not know this session."""
+        self._fail(LinkProblem.REFUSED, now_ms, text, again=again)
 
     # --- time --------------------------------------------------------------------------------------
 
     def tick(self, now_ms: int) -> bool:
-        """True when a heartbeat is due: the owner composes it, for only the owner knows what it carries."""
+        """True when a heartbeat is due. The owner composes it, because only the owner knows what it carries."""
         match self.state:
-            case LinkState.DOWN if now_ms >= self._retry_at:
+            case LinkState.DOWN if now_ms >= self.attempts.retry_at:
                 self._step(LinkState.GREETING, now_ms)
-                self.greetings += 1
-                self.denied = False
-                self._out.append(OpenControl(self.link, self.target))
+                self.attempts.begin()
+                self._emit(OpenControl(self.link, self.attempts.target))
                 self._greet(now_ms)
-            case LinkState.GREETING if now_ms - self._since >= self._greeting_ms:
-                self.problem = self.problem or "no answer"
-                self._down(now_ms)
-            case LinkState.GREETING if now_ms >= self._hello_at:
+            case LinkState.GREETING if now_ms - self._since >= self.attempts.greeting_ms:
+                self._fail(self.cause or LinkProblem.NO_ANSWER, now_ms, self.problem)
+            case LinkState.GREETING if now_ms >= self.attempts.hello_at:
                 self._greet(now_ms)
             case LinkState.JOINING | LinkState.UP | LinkState.MENDING:
-                if now_ms - self.heard_ms >= self._patience_ms:
-                    self.problem = f"the broker was silent for {self._patience_ms} ms"
-                    if self.choices > 1:
-                        # We will not be back soon. If it can hear that, it need not wait for our lease.
-                        self.send(m.Goodbye(self.problem))
-                    self._down(now_ms)
-                elif now_ms - self._cut_at >= CUT_MS:
-                    self.problem = f"the connection was gone for {CUT_MS} ms"
-                    self._down(now_ms)
-                elif now_ms >= self._beat_at:
-                    self._beat_at, self._beaten_at = now_ms + self.heartbeat_ms, now_ms
-                    return True
+                return self._tick_welcomed(now_ms)
             case _:
                 pass
+        return False
+
+    def _tick_welcomed(self, now_ms: int) -> bool:
+        if now_ms - self.heard_ms >= self._silence_ms:
+            text = f"the broker was silent for {self._silence_ms} ms"
+            if self.attempts.choices > 1:
+                # This peer will not be back soon. A broker that can read this need not wait for the lease.
+                self.send(m.Goodbye(text))
+            self._fail(LinkProblem.SILENT, now_ms, text)
+        elif now_ms - self._lost_at >= CUT_MS:
+            self._fail(LinkProblem.LOST, now_ms, f"the connection was broken for {CUT_MS} ms")
+        elif now_ms >= self.beats.next_at:
+            self.beats.sent(now_ms, self.terms.heartbeat_ms)
+            return True
         return False
 
     def next_wakeup_ms(self) -> int:
         match self.state:
             case LinkState.DOWN:
-                return self._retry_at
+                return self.attempts.retry_at
             case LinkState.GREETING:
-                return min(self._hello_at, self._since + self._greeting_ms)
+                return min(self.attempts.hello_at, self._since + self.attempts.greeting_ms)
             case LinkState.CLOSED:
                 return NEVER_MS
             case _:
-                return min(self._beat_at, self.heard_ms + self._patience_ms, self._cut_at + CUT_MS)
+                return min(self.beats.next_at, self.heard_ms + self._silence_ms, self._lost_at + CUT_MS)
 
-    def beat_now(self) -> None:
-        """Something changed that the broker should know before the next regular beat."""
-        self._beat_at = 0
-
-    def beat_soon(self, now_ms: int) -> None:
-        """The same, for what changes often: not more than one in `SOON_MS`."""
-        self._beat_at = min(self._beat_at, max(now_ms, self._beaten_at + SOON_MS))
-
-    # --- what the owner says -----------------------------------------------------------------------
+    # --- what the owner sends ----------------------------------------------------------------------
 
     def send(self, message: m.Message, blob: bytes | None = None) -> None:
-        self._out.append(Send(self.link, self.session, message, blob))
+        self._emit(Send(self.link, self.session, message, blob))
 
     def publish_beat(self) -> None:
         """Workers: put the next beat on the token plane."""
-        self.beat += 1
-        self._out.append(Publish(self.link, [tokens.encode_beat(self.beat, self.session)]))
+        self.beats.number += 1
+        self._emit(Publish(self.link, [tokens.encode_beat(self.beats.number, self.session)]))
 
     def leave(self, reason: str, now_ms: int) -> None:
-        """Say goodbye and close for good."""
+        """Send a goodbye, and close for good."""
         if self.state is LinkState.CLOSED:
             return
         if self.welcomed:
             self.send(m.Goodbye(reason))
         self._step(LinkState.CLOSED, now_ms)
-        self._out.append(CloseLink(self.link))
+        self._emit(CloseLink(self.link))
 
     # --- inside ------------------------------------------------------------------------------------
 
@@ -365,24 +431,24 @@ class LinkCore:
         self.state, self._since = state, now_ms
 
     def _greet(self, now_ms: int) -> None:
-        self._hello_at = now_ms + HELLO_AGAIN_MS
-        self._out.append(Send(self.link, NO_SESSION, self._hello()))
+        self.attempts.hello_at = now_ms + HELLO_AGAIN_MS
+        self._emit(Send(self.link, NO_SESSION, self._hello()))
 
-    def _rebuild(self, now_ms: int) -> None:
+    def _open_tokens(self) -> None:
+        self._emit(OpenTokens(self.link, self.terms.token_port, self.terms.topic))
+
+    def _replace_tokens(self, now_ms: int) -> None:
         self._since = now_ms
-        self._proof_after = self.beat
-        self._out.append(OpenTokens(self.link, self._port, self._topic))
+        self.beats.proof_after = self.beats.number
+        self._open_tokens()
 
-    def _down(self, now_ms: int, *, again: bool = False) -> None:
+    def _explain(self, cause: LinkProblem, text: str = "") -> None:
+        self.cause, self.problem = cause, text or cause.value
+
+    def _fail(self, cause: LinkProblem, now_ms: int, text: str = "", *, again: bool = False) -> None:
+        self._explain(cause, text)
         self._step(LinkState.DOWN, now_ms)
         self.session = NO_SESSION
-        self._cut_at = NEVER_MS
-        if not again:
-            self.target = (self.target + 1) % self.choices
-            self._failed += 1
-        if self._failed % self.choices and not again:
-            self._retry_at = now_ms  # somebody else, whom we have not tried yet
-        else:
-            self._retry_at = now_ms + self._backoff
-            self._backoff = min(self._backoff * 2, BACKOFF_MS[1])
-        self._out.append(CloseLink(self.link))
+        self._lost_at = NEVER_MS
+        self.attempts.fail(now_ms, again=again)
+        self._emit(CloseLink(self.link))

@@ -1,10 +1,11 @@
-"""Facts of this host: the memory and cores that a process may use; and a process that ends together with its parent.
+"""This host and this process: memory and cores that may be used, ending with the parent, signals that ask to stop.
 
 Linux only. Functions that read files take the root of the file system as an argument, for tests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -59,6 +60,20 @@ def end_with_parent(parent: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended before the kernel was asked
         os._exit(1)
+
+
+@contextlib.contextmanager
+def stop_signals_wake(fd: int) -> Iterator[None]:
+    """SIGTERM and SIGINT become bytes on `fd`, so that they are seen between two events and never within one."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    fd_before = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(fd_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _meminfo_bytes(root: Path, name: str) -> int:

@@ -1,23 +1,23 @@
-"""Orders of the worker core: what is to be done, in the imperative. Those for a link are in `mesh.link_core`."""
+"""Actions of the worker core: what has to be done, in the imperative. Those of a link are in `mesh.link.link_core`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llambo.mesh.link.link_core import LinkOrder
+from llambo.mesh.link.link_core import LinkAction
 from llambo.worker.engine.protocol import Start
 
 
 @dataclass(frozen=True, slots=True)
 class SpawnEngine:
-    """Start an engine child. EngineReady or EngineDied will follow. `safe`: without what may not work here."""
+    """Start an engine child. `Ready` or `EngineDied` will follow. `safe`: without what may not work on this machine."""
 
     safe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class KillEngine:
-    """Kill the engine child. EngineDied will follow."""
+    """Kill the engine child. `EngineDied` will follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +29,19 @@ class StartRun:
 
 @dataclass(frozen=True, slots=True)
 class StopRun:
-    """Take this sequence from the engine."""
+    """Stop this sequence in the engine."""
 
     key: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class NotifyReady:
-    """Ordered once: a broker can dispatch to this worker from now on."""
+    """Returned once: from now on a broker can dispatch to this worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Tell the operator. `warning`: something is not as it should be. `request`: the one that it is about."""
+    """Write a line to the log. `request`: the id of the request that it is about."""
 
     text: str
     warning: bool = False
@@ -50,11 +50,11 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """End the process; everything else has been ordered before. A `status` other than 0: it could not do its work."""
+    """End the process; no action follows. A `status` other than 0: the worker could not do its work."""
 
     text: str
     status: int = 0
 
 
-EngineOrder = SpawnEngine | KillEngine | StartRun | StopRun
-Action = LinkOrder | EngineOrder | NotifyReady | Log | Exit
+EngineAction = SpawnEngine | KillEngine | StartRun | StopRun
+Action = LinkAction | EngineAction | NotifyReady | Log | Exit

@@ -1,7 +1,7 @@
-"""From what the engine says to an acknowledged END: publishing, keeping, repeating, letting go.
+"""From the outputs of the engine to an acknowledged END: publish, store, replay, repeat the END, drop.
 
-Tokens are published once, on a plane that may lose them, and kept until the END of their run is acknowledged, so
-that any part can be asked for again. The END itself is said on control, and said again until somebody has it.
+Tokens are published once, on a plane that may lose them, and stored until the END of their run is acknowledged, so
+that any part can be asked for again. The END itself is sent on control, and repeated until it is acknowledged.
 """
 
 from __future__ import annotations
@@ -13,38 +13,82 @@ from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.worker.agent.actions import Action, Log, StopRun
 from llambo.worker.agent.engine_life import NEVER_MS
-from llambo.worker.agent.rate import Rate
 from llambo.worker.agent.runs import Run, RunState, RunTable
 from llambo.worker.engine.protocol import Output
 
-#: An END that nobody acknowledged is said again after this long.
+#: An END that was not acknowledged is sent again after this long.
 END_AGAIN_MS = 500
-#: From the word of an engine to its reading what it is to do next, on a machine that is busy.
+#: From an output of the engine until it has read its next orders, on a machine that is busy.
 UNREAD_MS = 250
+#: The rate of the worker is measured over this time.
+RATE_WINDOW_MS = 1_000
+#: Longer for the pace of streams, so that waiting for a first token counts beside the tokens that follow.
+PACE_WINDOW_MS = 3_000
+#: With less stream time than this in the window the pace is unknown.
+MEASURABLE_MS = 200
+
+
+class TokenRate:
+    """Tokens per second in the recent past: of the worker, and of one of its streams.
+
+    The owner adds to `count` and reports how time passes. Each `sample` is measured against earlier ones.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        #: Of the worker, when it was last measured.
+        self.last = 0.0
+        #: Time of all streams together.
+        self._stream_ms = 0
+        self._now_ms = 0
+        self._samples: deque[tuple[int, int, int]] = deque()
+
+    def reset(self) -> None:
+        """The engine is another one: what was measured before says nothing about it."""
+        self._samples.clear()
+
+    def on_time_passed(self, streams: int, now_ms: int) -> None:
+        """The engine had this many streams until now."""
+        if streams:
+            self._stream_ms += streams * (now_ms - self._now_ms)
+        self._now_ms = now_ms
+
+    def sample(self, now_ms: int) -> tuple[float, float]:
+        """Of the worker, and of one stream; 0: unknown."""
+        samples, now = self._samples, (now_ms, self.count, self._stream_ms)
+        samples.append(now)
+        while len(samples) > 2 and now_ms - samples[1][0] >= PACE_WINDOW_MS:
+            samples.popleft()
+        recent = next((each for each in reversed(samples) if now_ms - each[0] >= RATE_WINDOW_MS), samples[0])
+        whole = (self.count - recent[1]) * 1000 / (now_ms - recent[0]) if now_ms > recent[0] else 0.0
+        stream_ms = self._stream_ms - samples[0][2]
+        pace = (self.count - samples[0][1]) * 1000 / stream_ms if stream_ms >= MEASURABLE_MS else 0.0
+        self.last = round(whole, 1)
+        return self.last, round(pace, 2)
 
 
 class Delivery:
     """`links` and `out` belong to the core."""
 
-    def __init__(self, links: dict[int, LinkCore], rate: Rate, out: list[Action]) -> None:
+    def __init__(self, links: dict[int, LinkCore], rate: TokenRate, out: list[Action]) -> None:
         self.runs = RunTable()
         self._links = links
         self._rate = rate
         self._out = out
-        #: When to say the END of which run again. All wait equally long, so order of entry is order of time.
+        #: When to send the END of which run again. All wait equally long, so they are in order of time.
         self._resend: deque[tuple[int, bytes]] = deque()
 
-    # --- from the engine -----------------------------------------------------------------------------
+    # From the engine.
 
     def on_outputs(self, outputs: list[Output], now_ms: int) -> None:
-        """The hot path: one frame for each run, one order for each link."""
+        """The hot path: one frame for each run, one action for each link."""
         runs = self.runs.runs
         frames: dict[int, list[bytes]] = {}
         ended: list[tuple[Run, m.End]] = []
         for output in outputs:
             run = runs.get(output.key)
             if run is None or run.end is not None:
-                continue  # cancelled or dropped while this was on its way
+                continue  # it was cancelled or dropped while this output was on its way
             if run.state is RunState.STARTING:
                 run.step(RunState.RUNNING)
             if output.ids:
@@ -55,9 +99,9 @@ class Delivery:
                     stop=output.stop,
                 )  # fmt: skip
                 ended.append((run, end))
-        for number, said in frames.items():
+        for number, published in frames.items():
             if self._links[number].welcomed:
-                self._out.append(Publish(number, said))
+                self._out.append(Publish(number, published))
         for run, end in ended:
             self._finish(run, end, now_ms)
 
@@ -74,16 +118,17 @@ class Delivery:
         else:
             frames += run.chunks(first, run.tokens.end, 2 * len(frame))[0]
 
-    def lose(self, text: str, heard_ms: int, *, outside: bool = False) -> None:
-        """The engine is gone and what it was doing with it; what had ended is still ours to deliver.
+    def on_engine_lost(self, text: str, last_alive_ms: int, *, outside: bool = False) -> None:
+        """Drop the runs that the engine had. Runs that have ended are still delivered.
 
-        One that was given to it after its last word, by more than a moment, it has never seen: it reads between two
-        steps, and speaks after each. Such a run is not named; the next beat does not claim it, and that is all.
+        A run that was started more than UNREAD_MS after the last output was never read by the engine, which reads
+        between two steps and sends something after each. Such a run is not reported as lost with the engine, because
+        it cannot be the cause; the next heartbeat does not claim it, so the broker dispatches it again.
         """
-        self._rate.begin_again()
+        self._rate.reset()
         lost: dict[int, list[Run]] = {}
         for run in self.runs.active_runs():
-            if not run.orphan_at and run.given_at <= heard_ms + UNREAD_MS:
+            if not run.orphan_at and run.started_at <= last_alive_ms + UNREAD_MS:
                 lost.setdefault(run.link, []).append(run)
             self._out.append(Log(f"a request has lost its engine after {run.tokens.end} tokens", request=run.id))
             self.runs.drop(run)
@@ -92,7 +137,7 @@ class Delivery:
                 keys, made = [run.key for run in runs], [run.tokens.end for run in runs]
                 self._links[number].send(m.EngineLost(keys, text[:1024], made, outside))
 
-    # --- from the broker -----------------------------------------------------------------------------
+    # From brokers.
 
     def on_replay(self, number: int, replay: m.Replay) -> None:
         run = self.runs.get(replay.id + replay.dispatch)
@@ -102,13 +147,13 @@ class Delivery:
     def on_cancel(self, number: int, cancel: m.Cancel, now_ms: int) -> None:
         run = self.runs.get(cancel.id + cancel.dispatch)
         if run is not None and run.orphan_at:
-            run.link, run.orphan_at = number, 0  # whoever knows that it is not needed may say so
+            run.link, run.orphan_at = number, 0  # any broker that knows the run may cancel an orphan
         if run is None or run.link != number:  # another broker has adopted it meanwhile
             self._links[number].send(m.End(cancel.id, 0, "cancelled", cancel.dispatch))
         elif run.end is not None:
-            self.say_end(run, run.end, now_ms)
+            self.send_end(run, run.end, now_ms)
         else:
-            # The engine reads its orders in this order, so the slot is free for whatever is started next.
+            # The engine reads its orders in this sequence, so the slot is free for the next run.
             self._out.append(StopRun(run.key))
             self._finish(run, m.End(run.id, run.tokens.end, "cancelled", run.dispatch), now_ms)
 
@@ -118,18 +163,18 @@ class Delivery:
             if run is not None and run.end is not None and run.link == number:
                 self.runs.drop(run)
 
-    # --- the end -------------------------------------------------------------------------------------
+    # The END.
 
     def _finish(self, run: Run, end: m.End, now_ms: int) -> None:
         self.runs.end(run, end)
         if not run.published and run.tokens.end and not run.orphan_at and self._links[run.link].welcomed:
-            # Most results are one page: with it just before the END nobody has to ask for anything.
+            # Most results are one page. When it arrives just before the END, no replay is needed.
             self._links[run.link].send(run.page(0, 0))
-        self.say_end(run, end, now_ms)
+        self.send_end(run, end, now_ms)
 
-    def say_end(self, run: Run, end: m.End, now_ms: int) -> None:
+    def send_end(self, run: Run, end: m.End, now_ms: int) -> None:
         if run.orphan_at:
-            return  # it is said to whoever adopts it
+            return  # it is sent to the broker that adopts the run
         if self._links[run.link].welcomed:
             self._links[run.link].send(end)
         run.resend_at = now_ms + END_AGAIN_MS
@@ -140,7 +185,7 @@ class Delivery:
             at, key = self._resend.popleft()
             run = self.runs.get(key)
             if run is not None and run.end is not None and run.resend_at == at:
-                self.say_end(run, run.end, now_ms)
+                self.send_end(run, run.end, now_ms)
 
     def waiting_ends(self) -> list[tuple[int, bytes]]:
         return list(self._resend)

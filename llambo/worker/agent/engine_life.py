@@ -1,12 +1,17 @@
-"""The life of the engine child as the agent sees it: spawned, loading, ready, killed when it stalls, spawned again."""
+"""The engine child as the core sees it: started, loading, ready, killed when it stalls, started again.
+
+An engine that dies while it loads may have used an instruction that this machine does not have: the next one is started
+with safe settings. An engine that was never ready and fails with safe settings as well ends the worker; one that was
+ready is started again after a back-off, for as long as it takes.
+"""
 
 from __future__ import annotations
 
 import enum
 
 from llambo.worker.agent.actions import Action, KillEngine, Log, SpawnEngine
-from llambo.worker.agent.events import EngineReady
 from llambo.worker.config import WorkerConfig
+from llambo.worker.engine.protocol import Progress, Ready
 
 
 class EngineState(enum.Enum):
@@ -31,20 +36,21 @@ ENGINE_STEPS: dict[EngineState, dict[EngineState, str]] = {
     EngineState.DYING: {EngineState.DOWN: "the process is gone"},
 }
 
-#: The pause before a new engine: doubles from this to the worker's `backoff_ms`, and starts over after a good while.
+#: The pause before a new engine doubles from this up to the worker's `backoff_ms`.
 BACKOFF_MS = 250
+#: An engine that was ready for this long resets the pause.
 GOOD_MS = 30_000
 NEVER_MS = 2**62
-#: An agent that is woken so late was stopped, or its machine was.
-STOOD_STILL_MS = 300
+#: An agent that is woken this late was stopped, or its machine was.
+SUSPENDED_MS = 300
 
 
 class EngineLife:
-    """Its owner passes on what the engine says, and says how many runs the engine has."""
+    """The owner passes on what the engine sends; `busy` in its calls means that the engine has runs."""
 
     def __init__(self, config: WorkerConfig, out: list[Action]) -> None:
         self.state = EngineState.DOWN
-        self.ready: EngineReady | None = None
+        self.ready: Ready | None = None
         self.note = ""
         self.restarts = 0
         #: Of the model, while it loads.
@@ -52,57 +58,57 @@ class EngineLife:
         self._config = config
         self._out = out
         self._spawns = 0
-        #: Why the engine cannot load, in its own words.
+        #: Why the engine cannot load, as it has reported.
         self._problem = ""
         self._stalled = False
-        #: An engine died while it was loading: from then on all of them are told to be careful.
+        #: An engine died while it was loading: all later ones are started with safe settings.
         self._safe = False
         self._spawn_at = 0
         self._backoff = min(BACKOFF_MS, config.backoff_ms)
         self._ready_ms = 0
-        self._heard_ms = 0
+        self._last_alive_ms = 0
 
     @property
     def is_ready(self) -> bool:
         return self.state is EngineState.READY
 
     @property
-    def heard_ms(self) -> int:
-        """When it spoke last, or was given work after having had none."""
-        return self._heard_ms
+    def last_alive_ms(self) -> int:
+        """When it last sent something, or got its first run after being idle; later if this agent was suspended."""
+        return self._last_alive_ms
 
-    def goes_on(self, now_ms: int, busy: bool) -> bool:
-        """Nothing here is stuck: what it has is being decoded, and one that was killed is gone."""
+    def is_responsive(self, now_ms: int, busy: bool) -> bool:
+        """False: it is stalled, or it was killed and is not gone yet."""
         return self.state is not EngineState.DYING and now_ms < self._stalled_at(busy)
 
-    # --- what happened -------------------------------------------------------------------------------
+    # What happened.
 
-    def on_word(self, now_ms: int) -> None:
-        """It said something, so it lives; or it was just given something to do, so it may be silent again."""
-        self._heard_ms = now_ms
+    def on_alive(self, now_ms: int) -> None:
+        """It has sent something, or it was idle and gets its first run: it may be silent for `stall_ms` from now."""
+        self._last_alive_ms = now_ms
 
-    def pardon(self, late_ms: int) -> None:
-        """We are woken so much later than we wanted: this agent stood still, and has heard nobody meanwhile."""
-        if late_ms >= STOOD_STILL_MS:
-            self._heard_ms += late_ms
+    def on_late_wakeup(self, late_ms: int) -> None:
+        """This agent was suspended and could not read what the engine sent: that time does not count as silence."""
+        if late_ms >= SUSPENDED_MS:
+            self._last_alive_ms += late_ms
 
-    def on_progress(self, note: str, problem: str, percent: int, now_ms: int) -> None:
-        self._heard_ms = now_ms
+    def on_progress(self, progress: Progress, now_ms: int) -> None:
+        self._last_alive_ms = now_ms
         if self.state is EngineState.LOADING:
-            self.note, self._problem = note, problem
-            self.percent = min(percent, 100) if percent >= 0 else self.percent
+            self.note, self._problem = progress.note, progress.problem
+            self.percent = min(progress.percent, 100) if progress.percent >= 0 else self.percent
 
-    def on_ready(self, ready: EngineReady, now_ms: int) -> bool:
-        """False: this engine is one that was ordered to die."""
+    def on_ready(self, ready: Ready, now_ms: int) -> bool:
+        """False: this engine was killed before it was ready."""
         if self.state is not EngineState.LOADING:
             return False
         self._step(EngineState.READY)
         self.ready, self.note = ready, ready.note
-        self._heard_ms = self._ready_ms = now_ms
+        self._last_alive_ms = self._ready_ms = now_ms
         return True
 
     def on_died(self, text: str, now_ms: int) -> str:
-        """Why there is no use in trying again; mostly empty: a new engine is tried."""
+        """Why starting another engine is useless; mostly empty: a new one is started."""
         if self.state is EngineState.DOWN:
             return ""
         if self.is_ready and now_ms - self._ready_ms >= GOOD_MS:
@@ -111,16 +117,16 @@ class EngineLife:
         loading = self.state is EngineState.LOADING
         self._step(EngineState.DOWN)
         if loading and not self._problem and not self._safe:
-            # It did not say what is wrong: it may have met an instruction that this machine does not have.
+            # It reported no reason: it may have used an instruction that this machine does not have.
             self._safe = True
             self._spawn_at = now_ms
             self.note = f"{text} while loading; trying again with safe settings"
             self._out.append(Log(f"engine: {self.note}", warning=True))
             return ""
         if self.ready is None:
-            # Never was it ready, and neither patience nor safe settings will change the file.
-            careful = " while loading, with safe settings too" if loading else ""
-            return self._problem or (self.note if stalled else f"{text}{careful}")
+            # It was never ready, and neither time nor safe settings change the model file.
+            where = " while loading, with safe settings too" if loading else ""
+            return self._problem or (self.note if stalled else f"{text}{where}")
         self._spawn_at = now_ms + self._backoff
         where = " while loading" if loading else ""
         self.note = f"{self._problem or text + where}; a new engine in {self._backoff} ms"
@@ -133,21 +139,21 @@ class EngineLife:
             self._step(EngineState.DYING)
             self._out.append(KillEngine())
 
-    # --- time ----------------------------------------------------------------------------------------
+    # Time.
 
     def tick(self, now_ms: int, busy: bool) -> bool:
-        """True when a stalled engine was just ordered to die."""
+        """True when a stalled engine was just killed."""
         if self.state is EngineState.DOWN and now_ms >= self._spawn_at:
             self._step(EngineState.LOADING)
-            self._heard_ms = now_ms
+            self._last_alive_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
             self._problem, self._stalled, self.percent = "", False, 0
-            careful = ", with safe settings" if self._safe else ""
-            self._out.append(Log(f"engine: starting{careful}"))
+            settings = ", with safe settings" if self._safe else ""
+            self._out.append(Log(f"engine: starting{settings}"))
             self._out.append(SpawnEngine(self._safe))
         elif now_ms >= self._stalled_at(busy):
             doing = "loading" if self.state is EngineState.LOADING else "decoding"
-            self.note = f"the engine stalled: silent for {now_ms - self._heard_ms} ms while {doing}"
+            self.note = f"the engine stalled: silent for {now_ms - self._last_alive_ms} ms while {doing}"
             self._out.append(Log(self.note, warning=True))
             self._stalled = True
             self.kill()
@@ -157,13 +163,11 @@ class EngineLife:
     def next_wakeup_ms(self, busy: bool) -> int:
         return self._spawn_at if self.state is EngineState.DOWN else self._stalled_at(busy)
 
-    # --- inside --------------------------------------------------------------------------------------
-
     def _stalled_at(self, busy: bool) -> int:
         if self.state is EngineState.LOADING:
-            return self._heard_ms + self._config.load_ms
+            return self._last_alive_ms + self._config.load_ms
         if self.is_ready and busy:
-            return self._heard_ms + self._config.stall_ms
+            return self._last_alive_ms + self._config.stall_ms
         return NEVER_MS
 
     def _step(self, state: EngineState) -> None:

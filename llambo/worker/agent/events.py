@@ -1,14 +1,15 @@
-"""Facts for the worker core: what has happened, in the past tense."""
+"""Events of the worker core: what has happened, in the past tense.
+
+Messages of the engine child are events as they are: `Progress`, `Ready`, `Step` and `Refused` of `engine.protocol`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from llambo.mesh.link.link_core import Sign
-from llambo.mesh.wire.errors import ErrorInfo
-from llambo.mesh.wire.messages import ModelInfo
-from llambo.worker.engine.protocol import Output
+from llambo.mesh.link.link_core import ConnectionChange
+from llambo.worker.engine.protocol import Progress, Ready, Refused, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,47 +35,17 @@ class Subscribed:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionChanged:
-    """The control connection to a broker is there, is broken, or cannot be had."""
+    """The control connection to a broker was made, has broken, or could not be made."""
 
     link: int
-    sign: Sign
-
-
-@dataclass(frozen=True, slots=True)
-class EngineProgressed:
-    """The engine is still loading, or has a problem with it and ends."""
-
-    note: str
-    problem: str = ""
-    percent: int = -1
-
-
-@dataclass(frozen=True, slots=True)
-class EngineReady:
-    models: list[ModelInfo]
-    slots: int
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStep:
-    """One decoding step. Without outputs it only says that the engine is alive."""
-
-    outputs: list[Output]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRefused:
-    key: bytes
-    error: ErrorInfo
-    final: bool = False
+    change: ConnectionChange
 
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
     """The engine process is gone, by itself or because it was killed; `text` says how.
 
-    `outside`: by a signal that neither it nor we have sent.
+    `outside`: by a signal that neither the engine nor this worker has sent.
     """
 
     text: str
@@ -83,10 +54,10 @@ class EngineDied:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """Somebody wants this worker to end: after what runs, or (`urgent`) at once."""
+    """An operator or supervisor has asked this worker to end: after its runs have ended, or (`urgent`) at once."""
 
     urgent: bool = False
 
 
-EngineEvent = EngineProgressed | EngineReady | EngineStep | EngineRefused | EngineDied
-Event = Ticked | ControlArrived | Subscribed | ConnectionChanged | EngineEvent | StopRequested
+EngineMessage = Progress | Ready | Step | Refused
+Event = Ticked | ControlArrived | Subscribed | ConnectionChanged | EngineMessage | EngineDied | StopRequested

@@ -1,4 +1,4 @@
-"""The runs a worker holds: one for each dispatch it took, until its END is acknowledged."""
+"""The runs a worker holds: one for each dispatch it accepted, until its END is acknowledged."""
 
 from __future__ import annotations
 
@@ -26,26 +26,24 @@ RUN_STEPS: dict[RunState, dict[RunState, str]] = {
     RunState.STARTING: {
         RunState.RUNNING: "first output of the engine",
         RunState.ENDED: "cancelled",
-        RunState.GONE: "refused by the engine, engine lost or nobody adopts it",
+        RunState.GONE: "refused by the engine, engine lost or no broker adopts it",
     },
     RunState.RUNNING: {
         RunState.ENDED: "last token or cancelled",
-        RunState.GONE: "engine lost or nobody adopts it",
+        RunState.GONE: "engine lost or no broker adopts it",
     },
-    RunState.ENDED: {RunState.GONE: "END acknowledged or nobody adopts it"},
+    RunState.ENDED: {RunState.GONE: "END acknowledged or no broker adopts it"},
     RunState.GONE: {},
 }
 
-#: msgpack's share of one token in a chunk: its id and the header of its piece.
-TOKEN_OVERHEAD_BYTES = 10
 #: Header and body overhead of a chunk.
 CHUNK_OVERHEAD_BYTES = 64
-#: Less room than this is not worth another chunk.
+#: With less room than this no further chunk is begun.
 MIN_CHUNK_BYTES = 1024
 
 
-class Tokens:
-    """Ids and text from token index `base` on: 13 bytes or so for each, no object. Logprobs, if any, encoded."""
+class RunTokens:
+    """Ids and text from token index `base` on, about 13 bytes each and no object. Logprobs are stored encoded."""
 
     def __init__(self, base: int) -> None:
         self.base = base
@@ -54,14 +52,14 @@ class Tokens:
         self._text = bytearray()
         self._ends = array("Q")
         self._logprobs: list[bytes] | None = None
-        #: Where each would end if all stood in a row, to know how many fit.
+        #: Where each ends when all are concatenated, to compute how many fit into a chunk.
         self._logprob_ends = array("Q")
 
     @classmethod
-    def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> Tokens:
-        """Those that exist already, with their text if it came with them."""
+    def of(cls, dispatch: m.Dispatch, chunks: list[bytes]) -> RunTokens:
+        """With the tokens of the prefix, if their text came with the dispatch."""
         bodies = [tokens.decode_body(chunk[tokens.HEAD_BYTES :]) for chunk in chunks]
-        # A client may give back what it likes: tokens without the logprobs it has asked for, or the reverse.
+        # The chunks may come from a client: tokens without the logprobs that the request asks for, or the reverse.
         alike = all((body.logprobs is None) == (dispatch.logprobs is None) for body in bodies)
         if transfer.count(chunks) != len(dispatch.prefix) or not alike:
             return cls(len(dispatch.prefix))
@@ -75,14 +73,14 @@ class Tokens:
     ) -> None:
         self._ids.extend(ids)
         if logprobs is not None:
-            self._keep(logprobs)
+            self._append_logprobs(logprobs)
         text, ends = self._text, self._ends
         for piece in pieces:
             text += piece
             ends.append(len(text))
         self.end += len(ids)
 
-    def _keep(self, logprobs: Sequence[tokens.Logprob]) -> None:
+    def _append_logprobs(self, logprobs: Sequence[tokens.Logprob]) -> None:
         if self._logprobs is None:
             self._logprobs = []
         end = self._logprob_ends[-1] if self._logprob_ends else 0
@@ -94,7 +92,7 @@ class Tokens:
     def chunk(
         self, first: int, until: int, budget_bytes: int
     ) -> tuple[list[int], list[bytes], list[msgspec.Raw] | None]:
-        """Tokens from `first` on, at least one, as many as fit into one chunk and the budget."""
+        """Tokens from `first` on: at least one, at most as many as fit into one chunk and the budget."""
         low, high = first - self.base, min(until - self.base, first - self.base + limits.CHUNK_TOKENS)
         high = low + self._fitting(low, high, min(budget_bytes, limits.TOKEN_FRAME_BYTES) - CHUNK_OVERHEAD_BYTES)
         start, pieces = self._start(low), []
@@ -115,7 +113,7 @@ class Tokens:
         start = self._start(low)
 
         def size(position: int) -> int:
-            text = self._ends[position] - start + (position - low + 1) * TOKEN_OVERHEAD_BYTES
+            text = self._ends[position] - start + (position - low + 1) * transfer.TOKEN_OVERHEAD_BYTES
             return text + self._logprob_bytes(low, position + 1)
 
         return max(1, bisect_right(range(low, high), budget_bytes, key=size))
@@ -123,24 +121,24 @@ class Tokens:
 
 @dataclass(slots=True)
 class Run:
-    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch and without their text."""
+    """`key` is request id + dispatch id. Tokens before `tokens.base` came with the dispatch, without their text."""
 
     key: bytes
     link: int
-    tokens: Tokens
-    #: What was asked for, in case that nobody else knows it any more.
-    work: m.Dispatch
+    tokens: RunTokens
+    #: Stored in case no broker knows the request any more.
+    dispatched: m.Dispatch
     prompt: bytes
     deadline_at: int = 0
-    #: Its broker is gone: until then it waits for one that adopts it.
+    #: Not 0: its broker is gone, and until then another one may adopt the run.
     orphan_at: int = 0
     state: RunState = RunState.STARTING
     end: m.End | None = None
     resend_at: int = 0
-    #: False: it makes a result and not an answer, and that goes with the END, on control.
+    #: False: the run produces the result of a task, which is sent on control with the END.
     published: bool = True
-    #: When the engine was told of it.
-    given_at: int = 0
+    #: When it was handed to the engine.
+    started_at: int = 0
 
     @property
     def active(self) -> bool:
@@ -148,8 +146,9 @@ class Run:
 
     @property
     def suspect(self) -> bool:
-        """An engine may have died of it, and it has not got past that token since."""
-        return self.active and self.work.suspect is not None and self.tokens.end <= self.work.suspect
+        """An engine may have died of it, and it has not passed that token since."""
+        suspect = self.dispatched.suspect
+        return self.active and suspect is not None and self.tokens.end <= suspect
 
     @property
     def id(self) -> bytes:
@@ -164,7 +163,7 @@ class Run:
         self.state = state
 
     def page(self, first: int, until: int) -> m.Page:
-        """Tokens again, in as few chunks as they fit into, up to one page; the broker pulls the next."""
+        """One page of a replay, in as few chunks as possible; the broker asks for the next page."""
         total = self.tokens.end
         until = min(until, total) if until else total
         first = min(max(first, self.tokens.base), total)
@@ -172,7 +171,7 @@ class Run:
         return m.Page(self.id, first, after, total, chunks, self.dispatch)
 
     def chunks(self, first: int, until: int, budget_bytes: int) -> tuple[list[bytes], int]:
-        """As few chunks as hold these tokens, within the budget, and the index after them."""
+        """These tokens in as few chunks as possible, within the budget, and the index after them."""
         chunks: list[bytes] = []
         at = first
         while at < until and len(chunks) < limits.PAGE_CHUNKS and budget_bytes > MIN_CHUNK_BYTES:
@@ -191,12 +190,12 @@ class Run:
 
 @dataclass(slots=True)
 class RunTable:
-    """All runs, with the counts that must not be searched for."""
+    """All runs, with counts that the hot path must not have to search for."""
 
     runs: dict[bytes, Run] = field(default_factory=dict)
     #: Runs that have a slot of the engine.
     active: int = 0
-    #: Those of them that make tokens.
+    #: Those of them that produce an answer, not a result.
     streams: int = 0
 
     def get(self, key: bytes) -> Run | None:
@@ -234,10 +233,10 @@ class RunTable:
     def claims(self, link: int) -> dict[bytes, int]:
         return {run.key: run.tokens.end for run in self.of_link(link)}
 
-    def suspects(self, but_link: int = -1) -> bool:
-        """Whether one is aboard, other than what this broker has given."""
-        return any(run.suspect and (run.link != but_link or run.orphan_at) for run in self.runs.values())
+    def has_suspect(self, except_link: int = -1) -> bool:
+        """Whether a suspect is running that did not come from this link."""
+        return any(run.suspect and (run.link != except_link or run.orphan_at) for run in self.runs.values())
 
-    def busy(self, link: int) -> int:
-        """Slots that this broker has not given away itself."""
+    def busy_elsewhere(self, link: int) -> int:
+        """Slots taken by runs of other links."""
         return self.active - sum(run.active for run in self.of_link(link))

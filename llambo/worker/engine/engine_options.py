@@ -1,17 +1,37 @@
-"""What can be set on the fake engine, so that tests and demos can make a worker slow, sick or uneven."""
+"""The settings of the two engines. Those of the fake engine make a worker slow, faulty or irregular, for tests."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 Style = Literal["plain", "wander"]
 LoadCrash = Literal["never", "careless", "always"]
 
 
 @dataclass(frozen=True, slots=True)
-class FakeKnobs:
-    """The defaults are a healthy engine without any delay. Token counts are per engine process, over all sequences."""
+class FakeFaults:
+    """What goes wrong in a fake engine. Token counts are per engine process, over all sequences; 0 means never."""
+
+    #: After this many tokens the process dies by a segmentation fault.
+    crash_at: int = 0
+    #: After this many tokens the process stays alive and does nothing.
+    hang_at: int = 0
+    #: After this many tokens each chunk takes `slow_factor` times as long.
+    slow_at: int = 0
+    slow_factor: float = 10.0
+    #: The process dies while it loads: `always`, or `careless`: unless it was started with safe settings. The latter
+    #: is what happens on a machine without the instructions that a fast engine uses.
+    load_crash: LoadCrash = "never"
+    #: Loading fails unless this file exists; empty: no file is needed.
+    load_file: str = ""
+    #: A prompt that contains this text kills the process, always at the same token; empty: no prompt does.
+    poison: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeOptions:
+    """The defaults are a healthy engine without any delay."""
 
     #: `plain`: every disturbed run can be compared with the truth. `wander`: a wrong continuation is visible.
     style: Style = "plain"
@@ -25,35 +45,29 @@ class FakeKnobs:
     jitter_ms: int = 0
     #: Tokens in a chunk: 1 to this many, decided by a hash.
     burst: int = 1
-    #: Characters are cut across tokens now and then, as real tokenizers do.
+    #: Some characters are split across tokens, as real tokenizers do.
     utf8_split: bool = False
-    #: Mean length of an answer that ends by itself; 0: it runs to `max_tokens`.
+    #: Mean length of an answer that ends by itself; 0: every answer runs to `max_tokens`.
     answer_tokens: int = 0
     #: The longest prompt + answer; 0: no limit.
     context_tokens: int = 0
     #: Numbers in an embedding.
     embedding_size: int = 8
-    #: After this many tokens the process dies by a segmentation fault; 0: never.
-    crash_at: int = 0
-    #: After this many tokens the process lives on and does nothing; 0: never.
-    hang_at: int = 0
-    #: After this many tokens each chunk takes `slow_factor` times as long; 0: never.
-    slow_at: int = 0
-    slow_factor: float = 10.0
-    #: How long its model takes to load.
+    #: How long the model takes to load.
     load_ms: int = 0
-    #: The process dies while it loads: `careless` unless it was told to be careful, as where a machine lacks what a
-    #: fast engine needs; or `always`.
-    load_crash: LoadCrash = "never"
-    #: It loads only if there is this file; empty: it needs none.
-    load_file: str = ""
-    #: A prompt with this text in it kills the process, at the same token whoever runs it; empty: none does.
-    poison: str = ""
+    faults: FakeFaults = FakeFaults()
+
+
+def fake_options(**values: Any) -> FakeOptions:
+    """From settings, which have options and faults in one section."""
+    names = {field.name for field in fields(FakeFaults)}
+    faults = FakeFaults(**{name: value for name, value in values.items() if name in names})
+    return FakeOptions(faults=faults, **{name: value for name, value in values.items() if name not in names})
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaKnobs:
-    """How llama.cpp is to serve a model; 0 is for what suits the machine."""
+class LlamaOptions:
+    """How llama.cpp serves a model. 0 means: chosen to suit the machine."""
 
     slots: int = 4
     #: Longest prompt + answer, in tokens, of each slot.

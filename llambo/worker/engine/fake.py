@@ -1,8 +1,8 @@
-"""An engine without a model: it says what a hash says, at the pace and with the illnesses it is told to have.
+"""An engine without a model: its tokens are hashes, its pace and its faults are options.
 
-It proves what a model cannot: see `fake_tokens`. It is a core: `step(now_ms)` gives the outputs that are due,
-`next_wakeup_ms` says when to call it again, and after each step `fault` says whether to crash or hang now (the
-engine child does it, the simulator acts it).
+It proves what a model cannot: see `fake_model`. It is a core: `step(now_ms)` returns the outputs that are due,
+`next_wakeup_ms` says when to call it again, and after each step `fault` says whether the process has to crash or hang
+now. The engine child does that, the simulator imitates it.
 """
 
 from __future__ import annotations
@@ -11,72 +11,74 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeKnobs
-from llambo.worker.engine.fake_model import START, piece_of, pieces_of, plain_token, wander_token
+from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.engine.fake_model import START, piece_of, pieces_of
 from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
-
-__all__ = ["START", "FakeEngine", "FakeKnobs", "piece_of", "pieces_of", "plain_token", "wander_token"]
 
 NEVER_MS = 2**62
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
-#: The token that a poisonous prompt does not live to see.
+#: A poisonous prompt kills the engine before it makes the token with this index.
 POISON_INDEX = 5
-#: How far behind its pace an engine that was held up will try to catch up.
+#: A delayed engine catches up with its pace by at most this much.
 CATCH_UP_MS = 1000.0
 
 
 @dataclass(slots=True)
 class _Sequence:
-    key: bytes
+    """One request. `base` is what its hashes have in common; `index` and `previous` are where it is."""
+
+    start: Start
     base: int
     index: int
     previous: int
     limit: int
-    #: Why it ends at `limit`.
+    #: The reason of the END if it reaches `limit`.
     reason: Reason
     prompt_tokens: int
     started_ms: int
     due_ms: float
     deadline_ms: int
     stops: list[bytes]
-    logprobs: int | None
-    #: Of a task: its result.
+    #: For a task: the pieces of its result.
     result: list[bytes] | None = None
     poisonous: bool = False
-    #: The end of the text so far, as much as a stop string could reach back into.
+    #: The end of the text so far, as long as the longest stop string.
     tail: bytes = b""
     first_ms: int = -1
 
 
 class FakeEngine:
-    """Times are whole milliseconds of whatever clock the caller uses."""
+    """Times are whole milliseconds of any clock."""
 
-    def __init__(self, knobs: FakeKnobs, model: str = "fake") -> None:
+    def __init__(self, options: FakeOptions, model: str = "fake") -> None:
         self.fault: Literal["crash", "hang"] | None = None
-        #: The poisonous sequence that it has died of.
+        #: The key of the poisonous sequence that has killed it.
         self.poisoned = b""
         self.tokens = 0
-        self._knobs = knobs
+        self._options = options
         self._model = model
-        self._wander = knobs.style == "wander"
+        self._wander = options.style == "wander"
         self._sequences: dict[bytes, _Sequence] = {}
         self._alive_at = 0
 
     def ready(self) -> Ready:
-        # Two fakes continue each other's streams only if they would say the same.
-        same = f"fake-{self._knobs.style}-{self._knobs.answer_tokens}-{int(self._knobs.utf8_split)}"
-        return Ready([ModelInfo(self._model, same, self._knobs.context_tokens)], self._knobs.slots, "fake engine")
+        # Two fake engines can continue each other's answers only if they would produce the same tokens.
+        fingerprint = f"fake-{self._options.style}-{self._options.answer_tokens}-{int(self._options.utf8_split)}"
+        return Ready(
+            [ModelInfo(self._model, fingerprint, self._options.context_tokens)], self._options.slots, "fake engine"
+        )
 
     @property
     def running(self) -> int:
         return len(self._sequences)
 
     @property
-    def aboard(self) -> list[bytes]:
+    def running_keys(self) -> list[bytes]:
         return list(self._sequences)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
@@ -86,7 +88,7 @@ class FakeEngine:
         sequence = self._sequence(start, now_ms)
         if start.task != "generate":
             try:
-                sequence.result = fake_model.result_of(start, self._knobs, self._model)
+                sequence.result = fake_model.result_of(start, self._options, self._model)
             except fake_model.BadTask as error:
                 return Refused(start.key, error.info, final=True)
             sequence.limit, sequence.reason = len(sequence.result), "stop"
@@ -105,7 +107,7 @@ class FakeEngine:
         return min(math.ceil(due), self._alive_at)
 
     def step(self, now_ms: int) -> list[Output]:
-        """What is due now: at most one output for each sequence. Empty is news too: the engine is alive."""
+        """At most one output for each sequence that is due. An empty list still shows that the engine is alive."""
         self._alive_at = now_ms + ALIVE_MS
         outputs = []
         for sequence in list(self._sequences.values()):
@@ -113,8 +115,8 @@ class FakeEngine:
                 break
             if sequence.due_ms <= now_ms:
                 if sequence.poisonous and sequence.index >= POISON_INDEX:
-                    # As in a real decode, which takes the whole batch with it: nobody gets anything of this step.
-                    self.fault, self.poisoned = "crash", sequence.key
+                    # As in a real decode, the whole batch is lost: no sequence gets an output from this step.
+                    self.fault, self.poisoned = "crash", sequence.start.key
                     return []
                 outputs.append(self._advance(sequence, now_ms))
         return outputs
@@ -122,21 +124,21 @@ class FakeEngine:
     # --- starting ------------------------------------------------------------------------------------
 
     def _refusal(self, start: Start) -> Refused | None:
-        if len(self._sequences) >= self._knobs.slots:
-            error = ErrorInfo(Code.BUSY, f"all {self._knobs.slots} slots of this engine are taken")
+        if len(self._sequences) >= self._options.slots:
+            error = ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken")
             return Refused(start.key, error)
-        prompt_tokens, limit = len(start.prompt.split()), self._knobs.context_tokens
+        prompt_tokens, limit = len(start.prompt.split()), self._options.context_tokens
         if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
             return Refused(start.key, ErrorInfo(Code.TOO_LONG, text), final=True)
         return None
 
     def _sequence(self, start: Start, now_ms: int) -> _Sequence:
-        mean, limit = self._knobs.answer_tokens, start.max_tokens
+        mean, limit = self._options.answer_tokens, start.max_tokens
         natural = fake_model.answer_length(start.seed, start.prompt, mean) if mean else limit + 1
         stops = [text.encode() for text in start.sampling.stop]
         sequence = _Sequence(
-            key=start.key,
+            start=start,
             base=self._base(start),
             index=len(start.prefix),
             previous=start.prefix[-1] if start.prefix else START,
@@ -144,11 +146,10 @@ class FakeEngine:
             reason="stop" if natural <= limit else "length",
             prompt_tokens=len(start.prompt.split()),
             started_ms=now_ms,
-            due_ms=now_ms + self._knobs.ttft_ms,
+            due_ms=now_ms + self._options.ttft_ms,
             deadline_ms=now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS,
             stops=stops,
-            poisonous=bool(self._knobs.poison) and self._knobs.poison.encode() in start.prompt,
-            logprobs=start.logprobs,
+            poisonous=bool(self._options.faults.poison) and self._options.faults.poison.encode() in start.prompt,
         )
         if stops:
             reach = max(map(len, stops))
@@ -157,15 +158,13 @@ class FakeEngine:
         return sequence
 
     def _base(self, start: Start) -> int:
-        """The key ends with the dispatch id."""
         if self._wander:
-            return fake_model.base_of(start.key[-8:], start.prompt)
+            return fake_model.base_of(start.key[-limits.DISPATCH_ID_BYTES :], start.prompt)
         return fake_model.plain_base(start.seed, start.prompt)
 
     # --- stepping ------------------------------------------------------------------------------------
 
     def _advance(self, sequence: _Sequence, now_ms: int) -> Output:
-        """One chunk of one sequence."""
         if sequence.first_ms < 0:
             sequence.first_ms = now_ms
         end: Reason | None = None
@@ -184,16 +183,17 @@ class FakeEngine:
         pieces = pieces_of(ids) if sequence.result is None else sequence.result[first : sequence.index]
         self._count(len(ids))
         sequence.due_ms = self._next_due(sequence, len(ids), now_ms)
-        logprobs = None
-        if sequence.logprobs is not None:
-            logprobs = [fake_model.logprob_of(token, at, sequence.logprobs) for at, token in enumerate(ids, first)]
+        key, logprobs = sequence.start.key, None
+        if (top := sequence.start.logprobs) is not None:
+            logprobs = [fake_model.logprob_of(token, at, top) for at, token in enumerate(ids, first)]
         if end is None:
-            return Output(sequence.key, ids, pieces, logprobs=logprobs)
-        del self._sequences[sequence.key]
-        return Output(sequence.key, ids, pieces, end, _usage(sequence, now_ms), None, logprobs, stop.decode())
+            return Output(key, ids, pieces, logprobs=logprobs)
+        del self._sequences[key]
+        usage = _usage(sequence, now_ms)
+        return Output(key, ids, pieces, end, usage, logprobs=logprobs, stop=stop.decode())
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
-        burst = self._knobs.burst
+        burst = self._options.burst
         wanted = 1 if burst == 1 else 1 + fake_model.decide(sequence.base, sequence.index, burst)
         limit = sequence.limit
         if sequence.poisonous:
@@ -203,7 +203,7 @@ class FakeEngine:
     def _generate(self, sequence: _Sequence, count: int) -> list[int]:
         if sequence.result is not None:
             return [0] * count
-        base, index, split = sequence.base, sequence.index, self._knobs.utf8_split
+        base, index, split = sequence.base, sequence.index, self._options.utf8_split
         if not self._wander:
             return [fake_model.plain_next(base, i, split) for i in range(index, index + count)]
         ids, previous = [], sequence.previous
@@ -215,29 +215,29 @@ class FakeEngine:
 
     def _count(self, tokens: int) -> None:
         self.tokens += tokens
-        knobs = self._knobs
-        if knobs.crash_at and self.tokens >= knobs.crash_at:
+        faults = self._options.faults
+        if faults.crash_at and self.tokens >= faults.crash_at:
             self.fault = "crash"
-        elif knobs.hang_at and self.tokens >= knobs.hang_at:
+        elif faults.hang_at and self.tokens >= faults.hang_at:
             self.fault = "hang"
 
     def _next_due(self, sequence: _Sequence, tokens: int, now_ms: int) -> float:
-        """Paced from when this chunk was due, not from when it was made, so that a late step is caught up."""
-        knobs = self._knobs
-        pause = tokens * 1000 / knobs.tokens_per_s if knobs.tokens_per_s else 0.0
-        if knobs.slow_at and self.tokens >= knobs.slow_at:
-            pause = (pause or tokens * UNPACED_MS) * knobs.slow_factor
+        """Counted from when this chunk was due, not from when it was made, so that a late step is caught up."""
+        pace, faults = self._options.tokens_per_s, self._options.faults
+        pause = tokens * 1000 / pace if pace else 0.0
+        if faults.slow_at and self.tokens >= faults.slow_at:
+            pause = (pause or tokens * UNPACED_MS) * faults.slow_factor
         return max(sequence.due_ms + pause + self._jitter(sequence), now_ms - CATCH_UP_MS)
 
     def _jitter(self, sequence: _Sequence) -> int:
-        most = self._knobs.jitter_ms
+        most = self._options.jitter_ms
         return fake_model.decide(sequence.base ^ 1, sequence.index, most + 1) if most else 0
 
 
 def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], bytes]:
-    """The token that completes a stop string is not part of the answer; the beginning of it may be out already.
+    """The tokens before a stop string, and that stop string or nothing.
 
-    The second is that stop string.
+    The token that completes a stop string is not part of the answer. Earlier parts of the string may have been sent.
     """
     reach = max(map(len, sequence.stops))
     for count, token_id in enumerate(ids):

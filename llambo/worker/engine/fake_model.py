@@ -1,13 +1,17 @@
-"""The fake engine's model: which token comes next, and what it adds to the text. Pure functions of their arguments.
+"""The fake engine's model: tokens, their text, log probabilities and results of tasks. Pure functions.
 
-    plain    token i = hash(seed, prompt, i): an answer that was disturbed can be compared with the truth
-    wander   token i = hash(dispatch, prompt, token i-1): a token of a zombie, or a continuation that ignored
-             what came before, does not follow from its predecessor and is seen
+    plain    token i = hash(seed, prompt, i): a disturbed answer can be compared with the only right one
+    wander   token i = hash(dispatch, prompt, token i-1): a token of a stale dispatch, or a continuation that ignored
+             the tokens before it, does not follow from its predecessor and is detected
 
-A token id is 29 bits of hash and 2 bits of role. Role 0 is a word. Roles 1, 2, 3 follow each other and cut one
+A token id is 29 bits of hash and 2 bits of role. Role 0 is a word. Roles 1, 2, 3 follow each other and split one
 character of four bytes: its first byte, the two in the middle, the last one. Every last byte is legal after
 every beginning, so the text is valid UTF-8 exactly when no token is missing, doubled or out of place. Only an
 answer that ends at `max_tokens` may stop inside a character, as with a real model.
+
+Results of tasks can be computed again by a test, byte for byte. The tokenizer has one token for each byte. An embedding
+is a hash of its text; with `wander` also of the dispatch, so that a result put together from two dispatches is
+detected.
 """
 
 from __future__ import annotations
@@ -22,18 +26,18 @@ import msgspec
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from llambo.worker.engine.engine_options import FakeKnobs
+from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.protocol import Start
 
 _MASK = 2**64 - 1
 
-#: The "previous token" of the first one.
+#: The "previous token" of the first token.
 START = -1
-#: Bits of a token id that say how it takes part in a character that is cut.
+#: Roles of a token: a word, or a part of a split character.
 WORD, OPENS, MIDDLE, CLOSES = 0, 1, 2, 3
-#: Roles by position when `plain` cuts characters.
+#: Roles by position when `plain` splits characters.
 _PLAIN_ROLES = (WORD, WORD, OPENS, MIDDLE, CLOSES, WORD, WORD, WORD)
-#: `wander` knows only the previous token: it opens a character after one word in this many.
+#: `wander` knows only the previous token: it starts a split character after one word in this many.
 _WANDER_OPENS = 5
 
 
@@ -46,7 +50,7 @@ def _mix(value: int) -> int:
 
 
 def base_of(key: bytes, prompt: bytes) -> int:
-    """All that a sequence's tokens have in common, so that a long prompt is hashed once."""
+    """What the hashes of one sequence have in common, so that a long prompt is hashed once."""
     return int.from_bytes(blake2b(prompt, digest_size=8, key=key).digest(), "big")
 
 
@@ -73,7 +77,7 @@ def plain_token(seed: int, prompt: bytes, index: int, utf8_split: bool = False) 
 
 
 def wander_token(dispatch: bytes, prompt: bytes, previous: int, utf8_split: bool = False) -> int:
-    """What this dispatch says after `previous` (START: at the beginning)."""
+    """The token of this dispatch after `previous` (START: at the beginning)."""
     return wander_next(base_of(dispatch, prompt), previous, utf8_split)
 
 
@@ -83,17 +87,17 @@ def decide(base: int, index: int, choices: int) -> int:
 
 
 def bits(base: int, text: bytes, count: int) -> bytes:
-    """That many bytes which depend on both."""
+    """`count` bytes that depend on both."""
     return shake_128(text + base.to_bytes(8, "big")).digest(count)
 
 
 def answer_length(seed: int, prompt: bytes, mean: int) -> int:
-    """Where an answer ends by itself: 1 to 2 * mean - 1 tokens."""
+    """Tokens until an answer ends by itself: 1 to 2 * mean - 1."""
     return 1 + decide(plain_base(seed, prompt), 0, 2 * mean - 1)
 
 
 def logprob_of(token_id: int, index: int, count: int) -> Logprob:
-    """What is told beside a token: it depends on the token and its place alone, whoever says it."""
+    """Depends on the token and its index alone, not on the engine."""
     likeliest = [_mix(~token_id ^ (index << 8) ^ rank) >> 35 << 2 for rank in range(count)]
     top = [TopToken(other, piece_of(other), -(rank + decide(other, index, 1000) / 1000)) for rank, other in
            enumerate(likeliest)]  # fmt: skip
@@ -122,67 +126,68 @@ def pieces_of(ids: list[int]) -> list[bytes]:
     return [table[token_id & 0x3FFF] for token_id in ids]
 
 
-# --- The fake engine's results. Like its tokens they can be computed again by whoever judges a run, byte for byte. ---
-#
-# Texts are bytes to it: a token for each. An embedding is a hash of its text; with `wander` also of the dispatch, so
-# that a result put together from two dispatches would be seen.
-
 _encode = msgspec.msgpack.Encoder().encode
 _ids = msgspec.msgpack.Decoder(tasks.Ids).decode
 _texts = msgspec.msgpack.Decoder(tasks.Texts).decode
-#: A byte of a hash as a number from -1 to 1.
+#: The bytes of a hash as numbers from -1 to 1.
 _NUMBERS = [(byte - 127.5) / 127.5 for byte in range(256)]
 BYTE_TOKENS = 256
 
 
 class BadTask(Exception):
-    """It cannot be done, here or elsewhere."""
+    """The task cannot be done, on any worker."""
 
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)
         self.info = ErrorInfo(code, text)
 
 
-def result_of(start: Start, knobs: FakeKnobs, model: str) -> list[bytes]:
+def result_of(start: Start, options: FakeOptions, model: str) -> list[bytes]:
     """The pieces of the result. Raises BadTask."""
     try:
-        result = _encode(_result(start, knobs, model))
+        result = _encode(_result(start, options, model))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadTask(Code.BAD_REQUEST, f"the input of {start.task} makes no sense: {error}") from error
+        raise BadTask(Code.BAD_REQUEST, f"the input of {start.task} cannot be read: {error}") from error
     most = start.max_tokens * limits.RESULT_PIECE_BYTES
     if len(result) > most:
         raise BadTask(Code.TOO_LONG, f"a result of {len(result)} bytes, {most} are allowed")
     return tasks.pieces_of(result)
 
 
-def _result(start: Start, knobs: FakeKnobs, model: str) -> Any:
+def _result(start: Start, options: FakeOptions, model: str) -> Any:
     match start.task:
         case "tokenize":
-            return tasks.Tokens(list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))])
+            return tasks.TokenizeResult(
+                list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))]
+            )
         case "detokenize":
-            return tasks.Text(b"".join(map(_piece, _ids(start.prompt))))
+            return tasks.DetokenizeResult(b"".join(map(_piece, _ids(start.prompt))))
         case "embed":
-            return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, knobs)
+            return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, options)
         case _:
-            return {"model": model, "engine": "fake", "style": knobs.style, "context_tokens": knobs.context_tokens}
+            return {"model": model, "engine": "fake", "style": options.style, "context_tokens": options.context_tokens}
 
 
 def _piece(id: int) -> bytes:
     return bytes([id]) if id < BYTE_TOKENS else piece_of(id)
 
 
-def embeddings(dispatch: bytes, start: Start, knobs: FakeKnobs) -> tasks.Vectors:
-    base = base_of(dispatch, b"embed") if knobs.style == "wander" else 0
+def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.EmbedResult:
+    base = base_of(dispatch, b"embed") if options.style == "wander" else 0
     numbers, counts = array("f"), []
     for number, text in enumerate(_texts(start.prompt)):
         tokens = len(text.encode())
-        if knobs.context_tokens and tokens > knobs.context_tokens:
-            told = f"input {number} has {tokens} tokens, the context has {knobs.context_tokens}"
-            raise BadTask(Code.TOO_LONG, told)
+        if options.context_tokens and tokens > options.context_tokens:
+            text = f"input {number} has {tokens} tokens, the context has {options.context_tokens}"
+            raise BadTask(Code.TOO_LONG, text)
         counts.append(tokens)
-        vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), knobs.embedding_size)]
+        vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), options.embedding_size)]
         length = math.hypot(*vector) if start.options.normalized else 1.0
         numbers.extend([value / length for value in vector])
-    return tasks.Vectors(
-        knobs.embedding_size, start.options.pooling or "mean", start.options.normalized, counts, tasks.data_of(numbers)
+    return tasks.EmbedResult(
+        options.embedding_size,
+        start.options.pooling or "mean",
+        start.options.normalized,
+        counts,
+        tasks.data_of(numbers),
     )

@@ -1,11 +1,11 @@
-"""What the agent and its engine child say to each other, over one socket pair.
+"""The messages between the agent and its engine child, over one socket pair.
 
     agent -> engine   configure, start, stop, shutdown
     engine -> agent   progress, ready, step, refused
 
 A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
-nothing is negotiated. The engine sends one `Step` per decoding step, whatever the number of sequences in it,
-and an empty one now and then while it has sequences but no token: a loop that turns is alive, silence is not.
+nothing is negotiated. The engine sends one `Step` per decoding step for all sequences together. While it has
+sequences but no token it sends an empty one every ALIVE_MS: an engine that is silent for longer is stalled.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import FakeKnobs, LlamaKnobs
+from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
 
-#: One message: a prompt at its longest and a prefix at its longest fit.
+#: One message: the longest prompt and the longest prefix fit.
 FRAME_BYTES = 16 * 1024 * 1024
-#: An engine with sequences but without tokens says so this often.
+#: An engine with sequences but without tokens sends an empty `Step` this often.
 ALIVE_MS = 500
-#: What an engine that cannot load its model exits with.
+#: Exit status of an engine that cannot load its model.
 CANNOT_LOAD = 3
 
 _LENGTH = Struct(">I")
@@ -37,20 +37,20 @@ Piece = Annotated[bytes, Meta(max_length=64 * 1024)]
 
 
 class EngineMessage(msgspec.Struct, tag_field="type", tag=str.lower, omit_defaults=True, frozen=True, gc=False):
-    """Anything said between agent and engine."""
+    """Base of the messages between agent and engine."""
 
 
-# --- agent to engine ---------------------------------------------------------------------------------
+# Agent to engine.
 
 
 class Configure(EngineMessage, frozen=True):
-    """The first message: which engine to be, and what to load."""
+    """The first message: which engine to run, and which model to load."""
 
     engine: str
     model: str
-    fake: FakeKnobs = FakeKnobs()
-    llama: LlamaKnobs = LlamaKnobs()
-    #: An engine before this one died while it was loading: do without whatever might not work on this machine.
+    fake: FakeOptions = FakeOptions()
+    llama: LlamaOptions = LlamaOptions()
+    #: An earlier engine died while it was loading: do not use what may not work on this machine.
     safe: bool = False
 
 
@@ -67,37 +67,37 @@ class Start(EngineMessage, frozen=True):
     deadline_ms: int = 0
     model: str = ""
     logprobs: Logprobs = None
-    #: The names of the sampling options that the request itself has: for all others the model may have a default.
+    #: The names of the sampling options that the request itself sets. For all others the model may have a default.
     given: list[str] = []
-    #: Not `generate`: make a result. Its pieces come as those of tokens do, and `max_tokens` is how many there may be.
+    #: Other than `generate`: produce a result. It is returned in pieces, like tokens; at most `max_tokens` of them.
     task: Task = "generate"
     options: TaskOptions = TaskOptions()
 
 
 class Stop(EngineMessage, frozen=True):
-    """Free the slot of this sequence. Nothing is answered, and tokens on their way are dropped by the agent."""
+    """Free the slot of this sequence. There is no answer, and the agent drops tokens that are still on their way."""
 
     key: bytes
 
 
 class Shutdown(EngineMessage, frozen=True):
-    """Leave now. (A closed pipe means the same.)"""
+    """Exit now. (A closed pipe means the same.)"""
 
 
-# --- engine to agent ---------------------------------------------------------------------------------
+# Engine to agent.
 
 
 class Progress(EngineMessage, frozen=True):
-    """Still loading; `note` is for people. With a `problem` it cannot, and this is the last that is heard of it."""
+    """Still loading; `note` is for people. With a `problem` loading has failed, and this is the last message."""
 
     note: str = ""
     problem: str = ""
-    #: Of what `note` speaks of; below 0: that has no percent.
+    #: How much of what `note` describes is done; below 0: unknown.
     percent: int = -1
 
 
 class Ready(EngineMessage, frozen=True):
-    """Loaded and proven: this is what it serves, and how many sequences at a time."""
+    """Loaded and tested: what the engine serves, and how many sequences at a time."""
 
     models: list[ModelInfo]
     slots: int
@@ -105,7 +105,7 @@ class Ready(EngineMessage, frozen=True):
 
 
 class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):
-    """What one step gave one sequence. With `end` it is the last of it."""
+    """What one step produced for one sequence. With `end` it is the last output."""
 
     key: bytes
     ids: Annotated[list[Token], Meta(max_length=limits.CHUNK_TOKENS)]
@@ -113,20 +113,20 @@ class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaul
     end: Reason | None = None
     usage: Usage | None = None
     error: ErrorInfo | None = None
-    #: If they were asked for, one for each token.
+    #: One for each token, if they were requested.
     logprobs: Annotated[list[Logprob], Meta(max_length=limits.CHUNK_TOKENS)] | None = None
     #: The stop string that ended it.
     stop: str = ""
 
 
 class Step(EngineMessage, frozen=True):
-    """All that one decoding step produced."""
+    """All outputs of one decoding step. Without outputs it shows that the engine is alive."""
 
     outputs: list[Output] = []
 
 
 class Refused(EngineMessage, frozen=True):
-    """This sequence was not started. `final`: no other engine would either."""
+    """This sequence was not started. `final`: no other engine would start it either."""
 
     key: bytes
     error: ErrorInfo
@@ -138,7 +138,7 @@ ToAgent = Progress | Ready | Step | Refused
 
 
 class BadFrame(Exception):
-    """The other end of the pipe is broken; there is no way to go on with it."""
+    """The bytes on the pipe cannot be read; the connection cannot be used any more."""
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -150,14 +150,14 @@ def pack(message: EngineMessage) -> bytes:
 
 
 class Unpacker:
-    """Bytes as they come from the pipe, to messages."""
+    """From the bytes of the pipe to messages."""
 
     def __init__(self, union: Any) -> None:
         self._decode = msgspec.msgpack.Decoder(union).decode
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Any]:
-        """The messages that are complete now. Raises BadFrame."""
+        """Returns the messages that are complete now. Raises BadFrame."""
         self._buffer += data
         messages, at = [], 0
         with memoryview(self._buffer) as view:
@@ -177,7 +177,7 @@ class Unpacker:
         try:
             return self._decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BadFrame(f"a message that makes no sense on the engine pipe: {error}") from error
+            raise BadFrame(f"an invalid message on the engine pipe: {error}") from error
         finally:
             body.release()
 
@@ -196,19 +196,19 @@ _decode_names = msgspec.msgpack.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
-    """What a dispatch is to an engine. Raises what a decoder raises."""
-    key, generates = dispatch.id + dispatch.dispatch, dispatch.task == "generate"
+    """The dispatch with its options decoded. Raises what a decoder raises."""
+    generates = dispatch.task == "generate"
     return Start(
-        key,
-        prompt,
-        dispatch.max_tokens,
-        dispatch.seed,
-        dispatch.prefix,
-        _decode_sampling(dispatch.sampling) if generates else Sampling(),
-        dispatch.deadline_ms,
-        dispatch.model,
-        dispatch.logprobs,
-        list(_decode_names(dispatch.sampling)),
-        dispatch.task,
-        TaskOptions() if generates else _decode_options(dispatch.sampling),
+        key=dispatch.id + dispatch.dispatch,
+        prompt=prompt,
+        max_tokens=dispatch.max_tokens,
+        seed=dispatch.seed,
+        prefix=dispatch.prefix,
+        sampling=_decode_sampling(dispatch.sampling) if generates else Sampling(),
+        deadline_ms=dispatch.deadline_ms,
+        model=dispatch.model,
+        logprobs=dispatch.logprobs,
+        given=list(_decode_names(dispatch.sampling)),
+        task=dispatch.task,
+        options=TaskOptions() if generates else _decode_options(dispatch.sampling),
     )

@@ -34,7 +34,7 @@ from llambo.worker.llama.lazy_grammar import LazyGrammar
 from llambo.worker.llama.llama_tasks import NoRoom, Tasks
 from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
 from llambo.worker.llama.text import Gate
-from llambo.worker.models import models
+from llambo.worker.models import model_files
 from llambo.worker.prompt import rendering
 from llambo.worker.prompt.template import BadPrompt, Template, TooLong
 
@@ -189,7 +189,7 @@ class LlamaEngine:
     def _make_embedder(self) -> llama.Embedder:
         free_bytes = host.free_memory_bytes()
         if self._embed_bytes > free_bytes:
-            need, free = self._embed_bytes // models.MIB, free_bytes // models.MIB
+            need, free = self._embed_bytes // model_files.MIB, free_bytes // model_files.MIB
             raise NoRoom(
                 f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
             )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable
 
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_log import tell
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
 from llambo.worker.llama import defaults, llama
 from llambo.worker.llama.llama_engine import LlamaEngine
-from llambo.worker.models import gguf, models
+from llambo.worker.models import gguf, model_files
 from llambo.worker.prompt.template import BadPrompt
+
+log = logging.getLogger("llambo.engine")
 
 #: Characters of the progress bar.
 WIDTH = 30
@@ -24,7 +26,7 @@ def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
     """What is wrong with the model is said, and ends this process: there is nothing else it could do."""
     try:
         return _load(configure, say)
-    except (models.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
+    except (model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
         say(Progress(problem=str(error)[:1000]))
         sys.exit(CANNOT_LOAD)
 
@@ -50,29 +52,30 @@ class Bar:
 
 
 def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
-    knobs, path = configure.llama, str(models.find(configure.model))
+    options, path = configure.llama, str(model_files.find(configure.model))
     say(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    layout = models.layout(knobs, file, host.free_memory_bytes(), host.physical_cores())
+    layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
     bar = Bar(say)
-    fingerprint = models.fingerprint(
-        file, layout.context, knobs.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
+    fingerprint = model_files.fingerprint(
+        file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
     )
-    tell(
-        f"{path}: {layout.slots} slots of {layout.context} tokens, {layout.threads} threads, {layout.batch} tokens in "
-        f"a step, {knobs.kv_type} cache, flash attention {knobs.flash_attn}, {knobs.gpu_layers} layers on a GPU; "
-        f"needs {layout.need_bytes // models.MIB} MiB of {layout.free_bytes // models.MIB}"
-    )
+    log.info(
+        "%s: %d slots of %d tokens, %d threads, %d tokens in a step, %s cache, flash attention %s, %d layers on a GPU; "
+        "needs %d MiB of %d",
+        path, layout.slots, layout.context, layout.threads, layout.batch, options.kv_type, options.flash_attn,
+        options.gpu_layers, layout.need_bytes // model_files.MIB, layout.free_bytes // model_files.MIB,
+    )  # fmt: skip
     recommended, complaints = defaults.of_model(file.meta)
-    tell(defaults.told(recommended))
+    log.info("%s", defaults.told(recommended))
     for complaint in complaints:
-        tell(f"not taken from the model: {complaint}")
+        log.info("not taken from the model: %s", complaint)
     shape = llama.Shape(
-        layout.slots, layout.context, layout.batch, layout.threads, knobs.kv_type, knobs.flash_attn
+        layout.slots, layout.context, layout.batch, layout.threads, options.kv_type, options.flash_attn
     )  # fmt: skip
     return LlamaEngine(
-        models.name_of(configure.model), path, shape,
-        gpu_layers=knobs.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended,
-        embed_bytes=0 if knobs.gpu_layers else models.embed_need(knobs, file, layout.context),
+        model_files.name_of(configure.model), path, shape,
+        gpu_layers=options.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended,
+        embed_bytes=0 if options.gpu_layers else model_files.embed_need(options, file, layout.context),
         pooling=POOLINGS.get(file.number("pooling_type"), "mean"), say=bar,
     )  # fmt: skip

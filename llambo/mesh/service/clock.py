@@ -1,0 +1,15 @@
+"""The two clocks, in milliseconds. Shells read them; a core is given the time with each event."""
+
+from __future__ import annotations
+
+import time
+
+
+def now_ms() -> int:
+    """Of the monotonic clock: for timers and timeouts, within one process."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def wall_ms() -> int:
+    """Since 1970: for what other processes or people read. It jumps when the clock is set."""
+    return time.time_ns() // 1_000_000

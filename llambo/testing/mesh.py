@@ -1,0 +1,253 @@
+"""A whole mesh on loopback: a broker, worker processes with their engines, and what happened to them.
+
+    with Mesh(workers=3, fake=FakeOptions(tokens_per_s=100)) as mesh:
+        mesh.run(scenario(mesh))
+
+The broker runs in a thread, where a test can look at its state, or (`broker="process"`) as a process of its own.
+Nothing sleeps: each wait is for an event and has a deadline. When it is missed the story is printed: the events and
+counters of the broker, what happened to the requests that did not end, and what the processes wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from llambo import Client
+from llambo.broker.config import BrokerConfig
+from llambo.broker.core import BrokerCore
+from llambo.broker.report.metrics_http import Window
+from llambo.mesh.link import sockets
+from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire.identity import Identity, PeerKey, Role
+from llambo.testing.broker_thread import BrokerThread
+from llambo.testing.commands import Commands
+from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
+from llambo.worker.config import WorkerConfig
+from llambo.worker.engine import fake_model
+from llambo.worker.engine.engine_options import FakeOptions
+
+#: In the environment of every process of one mesh, so that a process that outlives it is found.
+MARK = "TESTING_MESH"
+
+T = TypeVar("T")
+
+
+class Mesh:
+    """A broker and its workers. `config` is for the broker, `worker` and `fake` for workers and their fake engines."""
+
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        fake: FakeOptions | None = None,
+        config: BrokerConfig | None = None,
+        worker: WorkerConfig | None = None,
+        broker: Literal["thread", "process"] = "thread",
+        host: str = "127.0.0.1",
+        token_hwm: int = sockets.TOKEN_HWM,
+        check: bool = False,
+        keys: Folder | None = None,
+        window: Window | None = None,
+    ) -> None:
+        """`keys`: each worker gets a key of its own; a client needs `key_of`. `window` is for a broker in a thread.
+
+        `check`: the invariants of a broker in a thread are checked after each turn.
+        """
+        self.workers: list[Process] = []
+        self.thread: BrokerThread | None = None
+        self.process: Process | None = None
+        self.mark = secrets.token_hex(8)
+        #: Changes to it are for workers that are started later.
+        self.worker_config = replace(worker or WorkerConfig(), fake=fake or FakeOptions(), drain_ms=2_000)
+        self._config = config or BrokerConfig()
+        self._count = workers
+        self._kind = broker
+        self._host = host
+        self._token_hwm = token_hwm
+        self._check = check
+        self._keys = keys
+        self._window = window
+        self.port = 0
+
+    def __enter__(self) -> Mesh:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.print_story()
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where clients and workers connect."""
+        return sockets.endpoint(self._host, self.port)
+
+    def client(self, **settings: Any) -> Client:
+        return Client(self.address, **settings)
+
+    @property
+    def commands(self) -> Commands:
+        """`mesh.commands.ok("status", "--json")`: the `llambo` command with this mesh."""
+        return Commands(self.address)
+
+    # --- processes -----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._kind == "thread":
+            self.thread = BrokerThread(
+                self._config,
+                self._host,
+                token_hwm=self._token_hwm,
+                check=self._check,
+                keys=self._keys,
+                window=self._window,
+            )
+            self.port = self.thread.server.port
+        else:
+            self._start_broker()
+        started = [self.spawn(f"w{number}") for number in range(self._count)]
+        for process in started:
+            process.first_line()
+
+    def _node(self, name: str, kind: str, options: object) -> Process:
+        words = ["-m", "llambo.testing.node", kind, msgspec.json.encode(options).decode()]
+        return Process(*words, name=name, env={**os.environ, MARK: self.mark})
+
+    def _start_broker(self) -> None:
+        self.process = self._node("broker", "broker", {
+            "config": self._config, "host": self._host, "port": self.port, "token_hwm": self._token_hwm,
+            "keys": str(self._keys.path) if self._keys else "",
+        })  # fmt: skip
+        self.port = int(self.process.first_line())
+
+    def restart_broker(self, how: signal.Signals) -> None:
+        """End it, and start another one at the same ports. Returns when clients can connect."""
+        assert self.process is not None, "only a broker that is a process can be restarted"
+        self.process.send(how)
+        self.process.end()
+        self.process.close()
+        self._start_broker()
+
+    def spawn(self, name: str, *addresses: str) -> Process:
+        """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""
+        key = key_of(self._keys, name, "worker") if self._keys else None
+        config = replace(self.worker_config, name=name, brokers=addresses or (self.address,), key=key)
+        process = self._node(name, "worker", config)
+        self.workers.append(process)
+        return process
+
+    def broker_rss_bytes(self) -> int:
+        return self.process.rss_bytes() if self.process else rss_bytes(os.getpid())
+
+    def close(self) -> None:
+        """Stop every process by its id, and check that none is left."""
+        for process in self.workers:
+            process.close()
+        if self.process is not None:
+            self.process.close()
+        if self.thread is not None:
+            self.thread.close()
+        self.no_orphans()
+
+    def no_orphans(self) -> None:
+        """Check that no engine child outlives its worker."""
+        own = [process.pid for process in (*self.workers, *([self.process] if self.process else []))]
+        engines = [pid for process in self.workers for pid in process.children()]
+        for pid in marked(MARK, self.mark):
+            if pid not in own and pid not in engines:
+                wait_until_gone(pid)
+
+    # --- looking and waiting ---------------------------------------------------------------------------
+
+    def run(self, scenario: Coroutine[Any, Any, T], timeout_s: float = TIMEOUT_S) -> T:
+        """Run it on an event loop of its own, with a deadline."""
+
+        async def limited() -> T:
+            async with asyncio.timeout(timeout_s):
+                return await scenario
+
+        try:
+            return asyncio.run(limited())
+        except TimeoutError as error:
+            raise AssertionError(f"the scenario did not end within {timeout_s} s") from error
+
+    def look(self, question: Callable[[BrokerCore], T]) -> T:
+        """The answer of `question`, computed in the thread of the broker."""
+        assert self.thread is not None, "only a broker in a thread can be looked into"
+        return self.thread.look(question)
+
+    def until(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float = TIMEOUT_S) -> None:
+        """Wait until it is true of the core; it is called after each turn of the loop of the broker."""
+        assert self.thread is not None, "only a broker in a thread can be looked into"
+        self.thread.until(condition, what, timeout_s)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The loop of the broker stands still while the block runs."""
+        held, release = threading.Event(), threading.Event()
+
+        def hold(core: BrokerCore) -> None:
+            held.set()
+            release.wait(TIMEOUT_S)
+
+        holder = threading.Thread(target=self.look, args=(hold,))
+        holder.start()
+        assert held.wait(TIMEOUT_S), "the broker does not stand still"
+        try:
+            yield
+        finally:
+            release.set()
+            holder.join(TIMEOUT_S)
+
+    async def aside(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float = TIMEOUT_S) -> None:
+        """`until`, for a coroutine: its event loop runs on."""
+        await asyncio.to_thread(self.until, condition, what, timeout_s)
+
+    def counter(self, name: str) -> int:
+        return int(self.look(lambda core: getattr(core.state.counters, name)))
+
+    def print_story(self) -> None:
+        print(f"--- the story of the mesh at {self.address}")
+        if self.thread is not None:
+            print(self.thread.story())
+        for process in (*self.workers, *([self.process] if self.process else [])):
+            print(process.story("it runs" if process.running else "it has ended"))
+
+
+def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
+    """The key of this name. It is made if there is none yet."""
+    if not folder.ring().named(name):
+        folder.add(Identity(name, role), int(time.time()))
+    return folder.export(name)
+
+
+def truth(prompt: str, seed: int, count: int) -> list[int]:
+    """The ids of the only correct answer of a fake engine with default options."""
+    base = fake_model.plain_base(seed, prompt.encode())
+    return [fake_model.plain_next(base, index) for index in range(count)]
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Seconds since it began."""
+    began = time.monotonic()
+    yield lambda: time.monotonic() - began

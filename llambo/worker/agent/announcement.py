@@ -1,0 +1,126 @@
+"""What a worker tells brokers about itself: who it is, which models it serves, whether it takes new work.
+
+A worker says hello while its engine is still loading, so that brokers know it and requests for its model wait for it.
+At that time only the name of the model is known. Until the next hello, which has all of it, heartbeats carry what the
+engine serves: each of them in full, so it does not matter which one is lost. An engine that comes back with another
+model is announced in the same way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.naming import in_class
+from llambo.worker.agent.engine_life import NEVER_MS, EngineLife
+from llambo.worker.config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    #: Random bytes. Another value under the same name is a worker that has restarted.
+    incarnation: bytes
+    host: str = ""
+    pid: int = 0
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    models: list[m.ModelInfo]
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class _SentHello:
+    greeting: int
+    serving: Serving
+    state: m.WorkerState
+
+
+class Announcement:
+    def __init__(self, config: WorkerConfig, identity: ProcessIdentity, engine: EngineLife) -> None:
+        self._config = config
+        self._identity = identity
+        self._engine = engine
+        self._sent: dict[int, _SentHello] = {}
+
+    def serving(self) -> Serving:
+        ready = self._engine.ready
+        if ready is None:
+            return Serving(self._with_class([m.ModelInfo(self._config.model_name)]), self._config.slots)
+        return Serving(self._with_class(ready.models), ready.slots)
+
+    def _with_class(self, models: list[m.ModelInfo]) -> list[m.ModelInfo]:
+        """Each model under its own name and under the name of our class."""
+        named = [(model, in_class(model.name, self._config.node_class)) for model in models]
+        more = [msgspec.structs.replace(model, name=name) for model, name in named if name != model.name]
+        return [*models, *more][: limits.MODELS_PER_WORKER]
+
+    def serves(self, model: str) -> bool:
+        return any(model == each.name for each in self.serving().models)
+
+    def update_for(self, link: int) -> Serving | None:
+        """What is served, if the hello on this link said something else."""
+        serving, sent = self.serving(), self._sent.get(link)
+        return None if sent is not None and sent.serving == serving else serving
+
+    def hello(self, link: int, greeting: int, state: m.WorkerState) -> m.WorkerHello:
+        sent = self._sent.get(link)
+        if sent is None or sent.greeting != greeting:
+            # A repeated hello has the same content: a broker reads only the first that arrives.
+            sent = self._sent[link] = _SentHello(greeting, self.serving(), state)
+        identity = self._identity
+        return m.WorkerHello(
+            name=self._config.name,
+            incarnation=identity.incarnation,
+            models=sent.serving.models,
+            slots=sent.serving.slots,
+            software=identity.software,
+            node_class=self._config.node_class,
+            host=identity.host,
+            pid=identity.pid,
+            state=sent.state,
+        )
+
+
+class DrainState:
+    """Whether this worker takes new work: an operator can drain it, and a process that is stopping takes none.
+
+    The worker has the truth about both. Brokers come and go, and each may pass on another order.
+    """
+
+    def __init__(self, drain_ms: int) -> None:
+        self.drained = False
+        #: Brokers have to move what runs here to other workers.
+        self.moving = False
+        #: When the process ends at the latest.
+        self.stop_at_ms = NEVER_MS
+        self._drain_ms = drain_ms
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop_at_ms != NEVER_MS
+
+    @property
+    def draining(self) -> bool:
+        return self.drained or self.stopping
+
+    def on_order(self, order: m.Drain) -> str:
+        """What has changed, for the log; empty if nothing has."""
+        before = self.drained, self.moving
+        self.drained, self.moving = not order.undo, order.move and not order.undo
+        if (self.drained, self.moving) == before:
+            return ""
+        if not self.drained:
+            return "the drain is over"
+        return "drained: what runs here goes on elsewhere" if self.moving else "drained: no new work"
+
+    def stop(self, urgent: bool, now_ms: int) -> str:
+        """The first time: stop when all runs have ended, or after `drain_ms`. The second time, or `urgent`: now."""
+        again = self.stopping
+        self.stop_at_ms = now_ms if urgent or again else now_ms + self._drain_ms
+        return "" if again else "stopping: no new work"
