@@ -81,11 +81,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Lease",
         "Orphan",
     },
-    "worker": {
-        "Embedder",
-        "Grammar",
-        "Text",
-    },
     "gateway": {
         "Ask",
         "CalledFunction",

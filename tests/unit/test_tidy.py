@@ -32,7 +32,6 @@ UNREAD = {
     "llambo/gateway",
     "llambo/mesh",
     "llambo/testing/mesh.py",
-    "llambo/worker",
     "bench",
     "examples",
     "tests",
