@@ -18,7 +18,7 @@ import msgspec
 
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo, harmless
+from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo, printable
 from llambo.mesh.wire.sampling_options import Sampling
 
 #: Each command, and the field that a plain line fills: `LOAD x` is `LOAD {"model": "x"}`.
@@ -375,6 +375,6 @@ def mistake_reply(mistake: Mistake) -> Reply:
 
 def _error_reply(text: str, code: Code, hint: str, more: dict[str, Any]) -> Reply:
     # Text quoted from the input may hold lone surrogates, which have no UTF-8.
-    shown = harmless(text).encode(errors="replace").decode()
+    shown = printable(text).encode(errors="replace").decode()
     data = {"code": code.value, "hint": hint, "retryable": TRAITS[code].retryable, **more}
     return {"status": "error", "message": shown, "data": data}

@@ -41,7 +41,7 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock, process_metrics
 from llambo.mesh.service.activation import Inherited
-from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
@@ -107,7 +107,7 @@ class BrokerServer:
         token_hwm: int = sockets.TOKEN_HWM,
         context: zmq.Context[Socket] | None = None,
         inherited: Inherited | None = None,
-        herald: Herald | None = None,
+        notifier: Notifier | None = None,
         keys: Folder | None = None,
         window: Window | None = None,
     ) -> None:
@@ -119,7 +119,7 @@ class BrokerServer:
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._stopping = False
-        self._herald = herald or Herald()
+        self._notifier = notifier or Notifier()
         self._porter: Porter | None = None
         self._window = window
         if inherited is not None:
@@ -153,16 +153,16 @@ class BrokerServer:
         if self._window:
             self._window.open(poller, self._page)
         while not self._stopping:
-            wait = min(self._next_wakeup_ms(), self._herald.due_ms) - clock.now_ms()
+            wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
-            if clock.now_ms() >= self._herald.due_ms:
+            if clock.now_ms() >= self._notifier.next_wakeup_ms():
                 self._tell_manager()
         self._tell_manager()
         self._leave()
 
     def _tell_manager(self) -> None:
-        self._herald.tell(condition(self.core.state, leaving=self._stopping), clock.now_ms())
+        self._notifier.update(condition(self.core.state, leaving=self._stopping), clock.now_ms())
 
     def _leave(self) -> None:
         """Until each peer has hung up, since it closes its end when it hears that we leave.
@@ -351,13 +351,13 @@ def run_broker(
     *,
     token_hwm: int = sockets.TOKEN_HWM,
     inherited: Inherited | None = None,
-    herald: Herald | None = None,
+    notifier: Notifier | None = None,
     keys: Folder | None = None,
     window: Window | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
     server = BrokerServer(
-        config, host, port, token_hwm=token_hwm, inherited=inherited, herald=herald, keys=keys, window=window
+        config, host, port, token_hwm=token_hwm, inherited=inherited, notifier=notifier, keys=keys, window=window
     )
     if inherited is not None:
         host = inherited.host

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from llambo.testing.proxy import Proxy, ThreadedProxy
     from llambo.testing.raw_peer import RawPeer
     from llambo.testing.terminal import Terminal
+    from llambo.worker.engine.engine_options import FakeOptions
 
 # Loaded on first use: the processes that a mesh starts are measured, and import this package as well.
 _HOME = {
     "Commands": "commands",
+    "FakeOptions": "mesh",
     "Mesh": "mesh",
     "Process": "processes",
     "Proxy": "proxy",
@@ -26,7 +28,7 @@ _HOME = {
     "up": "commands",
 }
 
-__all__ = ["Commands", "Mesh", "Process", "Proxy", "RawPeer", "Terminal", "ThreadedProxy", "truth", "up"]
+__all__ = ["Commands", "FakeOptions", "Mesh", "Process", "Proxy", "RawPeer", "Terminal", "ThreadedProxy", "truth", "up"]
 
 
 def __getattr__(name: str) -> Any:

@@ -280,10 +280,10 @@ class Client(UnderFire):
     def handle(self, event: ce.Event) -> None:
         for order in self.core.handle(event, self.now_ms):
             match order:
-                case ce.Delivered(id, ids, pieces):
+                case ce.DeliverTokens(id, ids, pieces):
                     assert len(ids) == len(pieces) > 0
                     self.delivered[id] = self.delivered.get(id, 0) + len(ids)
-                case ce.Ended(id, end):
+                case ce.ReportEnd(id, end):
                     # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
                     assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
                 case Send(_, session, message, blob):
@@ -306,12 +306,12 @@ class Client(UnderFire):
             id = chance.randbytes(16)
             self.ids = [*self.ids[-8:], id]
             self.remember(id)
-            self.handle(ce.Submit(m.InferenceRequest(id, max_tokens=50), b"hello"))
+            self.handle(ce.SubmitAsked(m.InferenceRequest(id, max_tokens=50), b"hello"))
         elif what < 0.07:
             query = chance.randrange(1, 2**53)
             self.queries = [*self.queries[-4:], query]
             self.remember(query)
-            self.handle(ce.Ask(query, "status"))
+            self.handle(ce.QueryAsked(query, "status"))
         elif what < 0.75:
             say = partial(plausible.to_client, chance, self.ids, self.queries)
             bundle = codec.to_client.decode(self.message("to_client", self.session, say))

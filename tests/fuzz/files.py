@@ -32,11 +32,17 @@ from tests.fuzz.target import Frames, Target, plain
 
 def results() -> Target:
     """Results of tasks and answers to queries, as a client reads them."""
-    kinds: list[Any] = [tasks.Tokens, tasks.Text, tasks.Vectors, dict[str, Any], list[dict[str, Any]]]
+    kinds: list[Any] = [
+        tasks.TokenizeResult,
+        tasks.DetokenizeResult,
+        tasks.EmbedResult,
+        dict[str, Any],
+        list[dict[str, Any]],
+    ]
     good = [
-        msgspec.msgpack.encode(tasks.Tokens([1, 2], [b"a", b"b"])),
-        msgspec.msgpack.encode(tasks.Text(b"text")),
-        msgspec.msgpack.encode(tasks.Vectors(2, "mean", True, [3, 4], bytes(16))),
+        msgspec.msgpack.encode(tasks.TokenizeResult([1, 2], [b"a", b"b"])),
+        msgspec.msgpack.encode(tasks.DetokenizeResult(b"text")),
+        msgspec.msgpack.encode(tasks.EmbedResult(2, "mean", True, [3, 4], bytes(16))),
     ]
     values = {frame: msgpack.unpackb(frame) for frame in good}
 
@@ -46,7 +52,7 @@ def results() -> Target:
                 found = decoded(frames[0], kind, "it")
             except LlamboError:
                 continue
-            if isinstance(found, tasks.Vectors):
+            if isinstance(found, tasks.EmbedResult):
                 with suppress(ValueError):
                     tasks.vectors_of(found)
 
@@ -186,7 +192,7 @@ def keyrings() -> Target:
     """The file that says who is let in."""
     pair = _pair()
     limited = Identity("c", "client", 3, 9, 1_000, 60, "normal", ("tiny*",))
-    entries = [keyring.Entry(pair.public, limited, 7, 2**40), keyring.Entry(pair.public, Identity("w", "worker"))]
+    entries = [keyring.KeyEntry(pair.public, limited, 7, 2**40), keyring.KeyEntry(pair.public, Identity("w", "worker"))]
     good = msgspec.json.encode(keyring.Ring(1, "tcp://127.0.0.1:7330", entries))
     told = json.loads(good)
     path = _file("keyring.json")

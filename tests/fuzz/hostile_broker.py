@@ -126,7 +126,7 @@ class HostileBroker(Gunner):
                 self.sessions += 1
                 self.alive, self._seq = [], 0
                 welcome = m.Welcome(self.session, self._token_port, self._topic if self._client else b"")
-                self.control.send_multipart([route, *codec.encode(codec.NO_SESSION, [(welcome, None)])], zmq.DONTWAIT)
+                self._send(codec.encode(codec.NO_SESSION, [(welcome, None)]))
             case m.InferenceRequest(id) | m.Attach(id):
                 self.alive = [*self.alive[-8:], id]
                 self.remember(id)

@@ -149,7 +149,7 @@ def test_without_the_option_that_insists_on_an_answer_that_door_is_open(folder: 
 @contextmanager
 def lone_door(folder: Folder, domain: str, insist: int = 1) -> Iterator[int]:
     """A broker's socket in a context of its own, where there is no porter."""
-    door = sockets.Door(folder.broker(), domain)
+    door = sockets.CurveServer(folder.broker(), domain)
     with zmq.Context() as context, sockets.control(context, zmq.ROUTER, curve=door) as socket:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, insist)
         yield socket.bind_to_random_port("tcp://127.0.0.1")

@@ -63,7 +63,7 @@ def refused(engine: LlamaEngine, start: Start) -> tuple[Code, str]:
 
 
 def vectors(engine: LlamaEngine, texts: list[str], **options: Any) -> Any:
-    return np.array(tasks.vectors_of(result(engine, task("embed", texts, **options), tasks.Vectors)))
+    return np.array(tasks.vectors_of(result(engine, task("embed", texts, **options), tasks.EmbedResult)))
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +78,22 @@ def reference() -> Any:
 
 def test_tokens_and_back(engine: LlamaEngine) -> None:
     for text in TEXTS:
-        found = result(engine, task("tokenize", text.encode()), tasks.Tokens)
+        found = result(engine, task("tokenize", text.encode()), tasks.TokenizeResult)
         assert len(found.ids) == len(found.pieces) > 0
         assert b"".join(found.pieces) == text.encode()
-        assert result(engine, task("detokenize", found.ids), tasks.Text).text == text.encode()
+        assert result(engine, task("detokenize", found.ids), tasks.DetokenizeResult).text == text.encode()
 
 
 def test_control_tokens_are_meant_and_shown_only_if_asked_for(engine: LlamaEngine) -> None:
     text = b"<|im_start|>"
-    assert len(result(engine, task("tokenize", text), tasks.Tokens).ids) > 1
-    (id,) = result(engine, task("tokenize", text, special=True), tasks.Tokens).ids
-    assert result(engine, task("detokenize", [id]), tasks.Text).text == b""
-    assert result(engine, task("detokenize", [id], special=True), tasks.Text).text == text
+    assert len(result(engine, task("tokenize", text), tasks.TokenizeResult).ids) > 1
+    (id,) = result(engine, task("tokenize", text, special=True), tasks.TokenizeResult).ids
+    assert result(engine, task("detokenize", [id]), tasks.DetokenizeResult).text == b""
+    assert result(engine, task("detokenize", [id], special=True), tasks.DetokenizeResult).text == text
 
 
 def test_a_prompt_in_its_template_has_as_many_tokens_as_its_answer_says(engine: LlamaEngine) -> None:
-    found = result(engine, task("tokenize", b"Hello", form="user", system="Be brief."), tasks.Tokens)
+    found = result(engine, task("tokenize", b"Hello", form="user", system="Be brief."), tasks.TokenizeResult)
     start = ask(prompt="Hello", tokens=1)
     start = msgspec.structs.replace(start, sampling=msgspec.structs.replace(start.sampling, system="Be brief."))
     (told,) = run(engine, start)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Herald, Manager, manager
+from llambo.mesh.service.notify import Manager, Notifier, manager
 from llambo.mesh.service.notify_core import Condition
 from tests.integration.mini_journal import parse
 
@@ -30,19 +30,19 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
 
 def test_words_arrive(listener: tuple[socket.socket, str]) -> None:
     there, name = listener
-    herald = Herald(manager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "4000000"}, 1))
-    herald.tell(READY, 0)
+    notifier = Notifier(manager({"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "4000000"}, 1))
+    notifier.update(READY, 0)
     assert there.recv(4_096) == b"READY=1\nSTATUS=idle\nWATCHDOG=1"
-    herald.close()
+    notifier.close()
 
 
 def test_a_manager_that_is_slow_is_not_waited_for_and_hears_the_last_of_each(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
         there.bind(str(tmp_path / "n"))
-        herald = Herald(Manager(str(tmp_path / "n"), 4_000))
-        herald.tell(READY, 0)
+        notifier = Notifier(Manager(str(tmp_path / "n"), 4_000))
+        notifier.update(READY, 0)
         for second in range(1, 10_000):  # far more than its queue takes
-            herald.tell(Condition(f"busy {second}", ready=True), second * 1_000)
+            notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
         there.setblocking(False)
         heard = []
         while True:
@@ -52,19 +52,19 @@ def test_a_manager_that_is_slow_is_not_waited_for_and_hears_the_last_of_each(tmp
                 break
         assert len(heard) < 9_000, "it was waited for"
         assert heard[0] == "READY=1\nSTATUS=idle\nWATCHDOG=1"
-        herald.tell(Condition("idle again", ready=True), 10_000_000)
+        notifier.update(Condition("idle again", ready=True), 10_000_000)
         assert sorted(there.recv(4_096).decode().split("\n")) == ["STATUS=idle again", "WATCHDOG=1"]
-        herald.close()
+        notifier.close()
 
 
 def test_a_manager_that_is_gone_is_complained_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    herald = Herald(Manager(str(tmp_path / "nobody")))
+    notifier = Notifier(Manager(str(tmp_path / "nobody")))
     for second in range(5):
-        herald.tell(Condition(f"busy {second}", ready=True), second * 1_000)
+        notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
     assert [record.message for record in caplog.records] == [
         "the service manager cannot be told how this service is: No such file or directory"
     ]
-    herald.close()
+    notifier.close()
 
 
 def test_a_line_reaches_the_journal_with_its_fields_or_else_stderr(

@@ -473,13 +473,13 @@ class ClientNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case c.Delivered(id, ids, pieces, logprobs):
+            case c.DeliverTokens(id, ids, pieces, logprobs):
                 self.history.delivered(self.name, id, ids, pieces, logprobs)
-            case c.Ended(id, end):
+            case c.ReportEnd(id, end):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
-            case c.Failed(key, error) if isinstance(key, bytes):
+            case c.ReportFailure(key, error) if isinstance(key, bytes):
                 self.history.failed(self.name, key, error, self.clock.now_ms)
-            case c.Placed(id, _, _):
+            case c.ReportPlace(id, _, _):
                 self.history.placed(self.name, id)
             case _:
                 pass

@@ -184,13 +184,13 @@ class World:
         if not client.alive:
             return
         self.history.expect(client.name, message.id)
-        client.happen(c.Submit(message, self.history.wanted[message.id].prompt))
+        client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt))
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
         heard = self.history.heard.get((client.name, message.id))
         if client.alive and not client.frozen and heard is not None and not heard.ends:
             self.history.wanted[message.id].cancelled = True
-            client.happen(c.CancelRequest(message.id))
+            client.happen(c.CancelAsked(message.id))
 
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
@@ -203,7 +203,7 @@ class World:
         if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
         self.history.expect(other.name, message.id)
-        other.happen(c.AttachTo(message.id))
+        other.happen(c.AttachAsked(message.id))
 
     # --- what goes wrong -----------------------------------------------------------------------------
 
@@ -271,15 +271,15 @@ class World:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
             drain = m.DrainWorker(len(self.log), name, move=move)
-            operator.happen(c.Order(drain))
+            operator.happen(c.CommandAsked(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
 
     def _undo(self, before: ClientNode, drain: m.DrainWorker) -> None:
         operator = next((client for client in self.clients if client.alive), None)
         if operator is not None:
             # A person gives one order after the other: the first is not repeated once it is taken back.
-            before.happen(c.Forget(drain.query))
-            operator.happen(c.Order(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
+            before.happen(c.ReaderLeft(drain.query))
+            operator.happen(c.CommandAsked(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
             lives = self._broker_lives
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
         else:  # nobody is left to ask, and nobody is left to whom progress is owed
@@ -303,8 +303,8 @@ class World:
         """Its user reads nothing for a while: tokens are left out, and fetched afterwards."""
         ids = [id for (name, id), heard in self.history.heard.items() if name == client.name and not heard.ends]
         for id in ids:
-            client.happen(c.Hold(id))
-            self.clock.after(length_ms, lambda i=id: client.happen(c.Release(i)))  # type: ignore[misc]
+            client.happen(c.ReaderBehind(id))
+            self.clock.after(length_ms, lambda i=id: client.happen(c.ReaderCaughtUp(i)))  # type: ignore[misc]
 
     def _link_incident(self, kind: str, node: WorkerNode | ClientNode, length_ms: int) -> None:
         wire = node.wire if isinstance(node, ClientNode) else self.random.choice(node.wires)

@@ -17,9 +17,8 @@ from llambo.cli.chat import screen as screen_module
 from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
 from llambo.cli.kit.out import Out
-from llambo.cli.kit.views import Clock
 from llambo.mesh.client.answer_stream import Piece
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: What a drawn line may have in it beside text: colours and weights.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -178,17 +177,17 @@ def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> 
 @settings(max_examples=200, deadline=None)
 @given(MARKDOWN, st.integers(20, 100))
 def test_whatever_a_model_says_nothing_of_it_is_an_order_to_the_terminal(text: str, width: int) -> None:
-    for line in lines_of(console(), harmless(text), width):
+    for line in lines_of(console(), printable(text), width):
         assert "\n" not in line
         bare = COLOURS.sub("", line)
-        assert bare == harmless(bare)
+        assert bare == printable(bare)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([scrap for scrap in SCRAPS if "&" not in scrap and "\\" not in scrap]), max_size=40))
 def test_no_word_is_lost(scraps: list[str]) -> None:
     # Every word has a number. Not shown are the first line of a fence, and the definition of a link.
-    text = harmless("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
+    text = printable("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
     shown = "".join(plain(lines_of(console(200), text, 200)))
     hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*", text)
 
@@ -221,7 +220,7 @@ def test_a_block_is_done_when_the_next_one_has_begun() -> None:
 @settings(max_examples=100, deadline=None)
 @given(MARKDOWN, MARKDOWN)
 def test_what_is_done_stays_as_it_is_whatever_follows(text: str, more: str) -> None:
-    text, more = harmless(text), harmless(more)
+    text, more = printable(text), printable(more)
     at = finished(text)
     if at and not re.search(r"^ {0,3}\[[^\]]*\]:", text + more, re.MULTILINE):
         # (A link may be defined at the end, for the whole text. Then it stays as it was written.)
@@ -306,7 +305,7 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 ) -> None:
     terminal = Terminal(monkeypatch, rows=rows)
     view = draw(terminal, [TALK[at : at + size] for at in range(0, len(TALK), size)], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     def spoken(lines: list[str]) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
@@ -317,7 +316,7 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     view = draw(terminal, ["First.\n\n", "Second.\n", "\n", *["more "] * 50], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     assert sum("First" in write for write in terminal.writes) == 1
     assert sum("Second" in write for write in terminal.writes) == 1
@@ -335,7 +334,7 @@ def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyP
     assert terminal.lines() == ["Hello"]
     view.frame("nothing for 3 s")
     assert terminal.lines() == ["Hello", "nothing for 3 s"]
-    view.end(None, Clock())
+    view.close()
     assert terminal.lines() == ["Hello"]
 
 
@@ -345,7 +344,7 @@ def test_a_block_without_an_end_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatc
     view = draw(
         terminal, ["```python\n", *["".join(code[at : at + 400]) for at in range(0, len(code), 400)]], monkeypatch
     )
-    view.end(None, Clock())
+    view.close()
 
     assert [line.strip() for line in terminal.lines() if line.strip()] == [line.strip() for line in code]
     assert max(map(len, terminal.writes)) < 20 * BLOCK_CHARS
@@ -358,7 +357,7 @@ def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
         terminal = Terminal(monkeypatch, columns=40, rows=12)
         terminal.stream.feed("above\r\n")
         view = draw(terminal, pieces, monkeypatch)
-        view.end(None, Clock())
+        view.close()
 
         assert terminal.lines()[0].startswith("above")
         assert terminal.screen.title == ""

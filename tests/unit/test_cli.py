@@ -28,7 +28,7 @@ from llambo.cli.services.up import commands
 from llambo.mesh.client.client import Client
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -487,4 +487,4 @@ def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> Non
 
 def test_what_is_harmless_stays_as_it_is() -> None:
     text = "naïve Ünïcode 日本語 😀\n\ttabs and lines"
-    assert harmless(text) == text
+    assert printable(text) == text

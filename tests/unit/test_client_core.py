@@ -7,7 +7,7 @@ import pytest
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.client.client_core import ASK_AGAIN_MS, GATE_MS, ClientCore
-from llambo.mesh.client.client_requests import CLIENT_STEPS, Step
+from llambo.mesh.client.client_requests import CLIENT_STEPS, RequestState
 from llambo.mesh.client.request_life import REPLAY_AGAIN_MS, RESEND_MS, TAIL_GRACE_MS
 from llambo.mesh.link.link_core import LinkState, OpenControl, OpenTokens, Send
 from llambo.mesh.wire import messages as m
@@ -88,7 +88,7 @@ class Bench:
         self.said.clear()
 
     def submit(self, **fields: object) -> None:
-        self.handle(e.Submit(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
+        self.handle(e.SubmitAsked(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
 
     def run(self) -> None:
         """Up to a request that runs."""
@@ -97,8 +97,8 @@ class Bench:
         self.hear(m.Accepted(ID))
         self.said.clear()
 
-    def step(self) -> Step:
-        return self.core.requests.live[ID].step
+    def step(self) -> RequestState:
+        return self.core.requests.live[ID].state
 
 
 def chunk(first: int, count: int = 1, id: bytes = ID) -> bytes:
@@ -111,7 +111,7 @@ def page(first: int, after: int, total: int) -> m.Page:
 
 
 def delivered(actions: list[e.Action]) -> list[int]:
-    return [id for action in actions if isinstance(action, e.Delivered) for id in action.ids]
+    return [id for action in actions if isinstance(action, e.DeliverTokens) for id in action.ids]
 
 
 @pytest.fixture
@@ -121,13 +121,13 @@ def bench() -> Bench:
 
 class TestJoining:
     def test_says_hello_on_fresh_sockets_at_once(self, bench: Bench) -> None:
-        assert bench.handle(e.Tick()) == [OpenControl(0), e.LinkChanged(LinkState.GREETING)]
+        assert bench.handle(e.Tick()) == [OpenControl(0), e.ReportLink(LinkState.GREETING)]
         assert isinstance(bench.said[0], m.ClientHello)
 
     def test_subscribes_where_the_welcome_says_and_is_up_with_the_first_beat(self, bench: Bench) -> None:
         assert OpenTokens(0, 7333, b"t" * 16) in bench.welcome()
         assert bench.heartbeat() == []
-        assert e.LinkChanged(LinkState.UP) in bench.actions
+        assert e.ReportLink(LinkState.UP) in bench.actions
         assert bench.said[-1] == m.ClientHeartbeat(1)
 
     def test_a_beat_of_another_session_proves_nothing(self, bench: Bench) -> None:
@@ -151,17 +151,17 @@ class TestJoining:
     def test_a_refusal_is_told(self, bench: Bench) -> None:
         bench.handle(e.Tick())
         error = ErrorInfo(Code.BAD_VERSION, "too old")
-        assert e.LinkChanged(LinkState.DOWN, error) in bench.hear(m.Problem(error))
+        assert e.ReportLink(LinkState.DOWN, error) in bench.hear(m.Problem(error))
 
     def test_a_silent_broker_takes_the_link_down(self, bench: Bench) -> None:
         bench.up()
         happened = bench.wait(1_500, alive=False)
-        states = [action.state for action in happened if isinstance(action, e.LinkChanged)]
+        states = [action.state for action in happened if isinstance(action, e.ReportLink)]
         assert states[:2] == [LinkState.DOWN, LinkState.GREETING]
 
     def test_leaving_cancels_what_runs_and_says_goodbye(self, bench: Bench) -> None:
         bench.run()
-        bench.handle(e.Leave("bye"))
+        bench.handle(e.LeaveAsked("bye"))
         assert bench.said_since() == [m.Cancel(ID), m.Goodbye("bye")]
 
 
@@ -175,7 +175,7 @@ class TestSubmitting:
         bench.heartbeat()
         # Then it goes
         assert bench.said_since() == [m.InferenceRequest(ID)]
-        assert bench.step() is Step.SUBMITTED
+        assert bench.step() is RequestState.SUBMITTED
 
     def test_goes_without_a_token_plane_after_a_while(self, bench: Bench) -> None:
         bench.submit()
@@ -201,7 +201,7 @@ class TestSubmitting:
         assert bench.said_since() == []
         bench.wait(1)
         assert len(bench.said_since()) == 1
-        assert bench.hear(m.Accepted(ID, 3, "tiny")) == [e.Placed(ID, 3, "tiny")]
+        assert bench.hear(m.Accepted(ID, 3, "tiny")) == [e.ReportPlace(ID, 3, "tiny")]
         bench.wait(10_000)
         assert bench.said_since() == []
 
@@ -210,13 +210,13 @@ class TestSubmitting:
         bench.submit()
         bench.hear(m.Accepted(ID, 3, "tiny"))
         assert bench.hear(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
-        assert bench.hear(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.Placed(ID, 1, "tiny")]
+        assert bench.hear(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
 
     def test_a_problem_ends_it(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         error = ErrorInfo(Code.BUSY, "full", 100)
-        assert bench.hear(m.Problem(error, ID)) == [e.Failed(ID, error)]
+        assert bench.hear(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
         bench.wait(5_000)
         assert len(bench.said_since()) == 1
 
@@ -231,7 +231,7 @@ class TestSubmitting:
         # When the broker does not know the session any more
         started = bench.now
         bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
-        assert bench.step() is Step.WAITING
+        assert bench.step() is RequestState.WAITING
         bench.wait(500, alive=False)
         bench.up(1)
         # Then the request was said on the new session
@@ -255,7 +255,7 @@ class TestSubmitting:
 
     def test_a_follower_says_what_it_holds_too(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.AttachTo(ID))
+        bench.handle(e.AttachAsked(ID))
         bench.hear(m.Accepted(ID))
         bench.tokens(0, 2)
         bench.hear(m.Goodbye("restart"))
@@ -278,8 +278,8 @@ class TestSubmitting:
 
     def test_one_that_is_not_followed_is_forgotten_when_accepted(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.Submit(m.InferenceRequest(ID, detached=True), b"", follow=False))
-        assert bench.hear(m.Accepted(ID, 0, "tiny")) == [e.Placed(ID, 0, "tiny")]
+        bench.handle(e.SubmitAsked(m.InferenceRequest(ID, detached=True), b"", follow=False))
+        assert bench.hear(m.Accepted(ID, 0, "tiny")) == [e.ReportPlace(ID, 0, "tiny")]
         assert bench.core.requests.live == {}
         # What comes of it later is not wanted, and its end is acknowledged.
         bench.said.clear()
@@ -289,7 +289,7 @@ class TestSubmitting:
 
     def test_attaching_says_what_is_held(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.AttachTo(ID, 7))
+        bench.handle(e.AttachAsked(ID, 7))
         assert bench.said_since() == [m.Attach(ID, 7)]
         bench.hear(m.Accepted(ID))
         assert delivered(bench.tokens(7)) == [7]
@@ -297,7 +297,7 @@ class TestSubmitting:
     def test_what_was_submitted_from_here_is_submitted_again_where_nobody_knows_it(self, bench: Bench) -> None:
         bench.up()
         request = m.InferenceRequest(ID, "m", detached=True)
-        bench.handle(e.AttachTo(ID, again=(request, b"prompt")))
+        bench.handle(e.AttachAsked(ID, again=(request, b"prompt")))
         assert bench.said_since() == [m.Attach(ID)]
         bench.said.clear()
         unknown = m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "it is not known"), ID)
@@ -305,14 +305,14 @@ class TestSubmitting:
         assert bench.said_since() == [request]
         # And if that is not taken either, it is over.
         failed = bench.hear(unknown)
-        assert [action.key for action in failed if isinstance(action, e.Failed)] == [ID]
+        assert [action.key for action in failed if isinstance(action, e.ReportFailure)] == [ID]
 
     def test_fails_when_there_is_no_broker_for_too_long(self) -> None:
         bench = Bench(give_up_ms=3_000)
         bench.submit()
-        bench.handle(e.Ask(5, "status"))
-        assert not any(isinstance(action, e.Failed) for action in bench.wait(2_999, alive=False))
-        failed = [action for action in bench.wait(1, alive=False) if isinstance(action, e.Failed)]
+        bench.handle(e.QueryAsked(5, "status"))
+        assert not any(isinstance(action, e.ReportFailure) for action in bench.wait(2_999, alive=False))
+        failed = [action for action in bench.wait(1, alive=False) if isinstance(action, e.ReportFailure)]
         assert [action.key for action in failed] == [ID, 5]
         assert {action.error.code for action in failed} == {Code.NO_BROKER}
 
@@ -321,15 +321,15 @@ class TestTokens:
     def test_the_frames_of_a_drain_are_delivered_at_once(self, bench: Bench) -> None:
         bench.run()
         happened = bench.handle(e.TokensArrived([chunk(0), chunk(1, 2), chunk(3)]))
-        assert happened == [e.Delivered(ID, [0, 1, 2, 3], [b"x"] * 4)]
+        assert happened == [e.DeliverTokens(ID, [0, 1, 2, 3], [b"x"] * 4)]
 
     def test_the_end_comes_after_the_last_token_and_is_acknowledged(self, bench: Bench) -> None:
         bench.run()
         end = m.End(ID, 2, "stop")
         assert bench.hear(end) == []
-        assert bench.step() is Step.ENDING
+        assert bench.step() is RequestState.ENDING
         assert bench.said_since() == []
-        assert bench.tokens(0, 2) == [e.Delivered(ID, [0, 1], [b"x"] * 2), e.Ended(ID, end)]
+        assert bench.tokens(0, 2) == [e.DeliverTokens(ID, [0, 1], [b"x"] * 2), e.ReportEnd(ID, end)]
         assert bench.said_since() == [m.EndAck([ID])]
 
     def test_every_repeated_end_is_acknowledged_again(self, bench: Bench) -> None:
@@ -383,7 +383,7 @@ class TestRepair:
         assert bench.said_since() == [m.Replay(ID, 10, 30)]
         bench.hear(page(10, 20, 30))
         assert bench.said_since() == [m.Replay(ID, 20, 30)]
-        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.Ended)
+        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.ReportEnd)
 
     def test_a_page_that_brings_nothing_is_not_asked_for_in_a_hurry(self, bench: Bench) -> None:
         # Given a broker that misses the same tokens
@@ -461,7 +461,7 @@ class TestWithoutStream:
         # Then the rest is pulled
         bench.hear(page(0, 20, 30))
         assert bench.said_since() == [m.Replay(ID, 20, 30)]
-        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.Ended)
+        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.ReportEnd)
 
     def test_a_lost_first_page_is_asked_for(self, bench: Bench) -> None:
         bench.up()
@@ -475,58 +475,58 @@ class TestWithoutStream:
 class TestCancelling:
     def test_is_said_again_until_the_end(self, bench: Bench) -> None:
         bench.run()
-        bench.handle(e.CancelRequest(ID))
+        bench.handle(e.CancelAsked(ID))
         assert bench.said_since() == [m.Cancel(ID)]
         bench.wait(2 * RESEND_MS[0])
         assert bench.said_since() == [m.Cancel(ID)] * 2
         bench.tokens(0)
         end = m.End(ID, 1, "cancelled")
-        assert bench.hear(end) == [e.Ended(ID, end)]
+        assert bench.hear(end) == [e.ReportEnd(ID, end)]
 
     def test_dropped_tokens_are_not_waited_for(self, bench: Bench) -> None:
         bench.run()
-        bench.handle(e.CancelRequest(ID, drop=True))
+        bench.handle(e.CancelAsked(ID, drop=True))
         assert bench.tokens(0) == []
         end = m.End(ID, 9, "cancelled")
-        assert bench.hear(end) == [e.Ended(ID, end)]
+        assert bench.hear(end) == [e.ReportEnd(ID, end)]
         assert bench.said_since() == [m.Cancel(ID), m.EndAck([ID])]
 
     def test_dropping_one_that_is_ending_ends_it(self, bench: Bench) -> None:
         bench.run()
         end = m.End(ID, 9, "stop")
         bench.hear(end)
-        assert bench.handle(e.CancelRequest(ID, drop=True)) == [e.Ended(ID, end)]
+        assert bench.handle(e.CancelAsked(ID, drop=True)) == [e.ReportEnd(ID, end)]
 
     def test_one_that_was_never_sent_ends_here(self, bench: Bench) -> None:
         bench.submit()
-        happened = bench.handle(e.CancelRequest(ID))
-        assert e.Ended(ID, m.End(ID, 0, "cancelled")) in happened
+        happened = bench.handle(e.CancelAsked(ID))
+        assert e.ReportEnd(ID, m.End(ID, 0, "cancelled")) in happened
         bench.up()
         assert bench.said_since() == []
 
     def test_somebody_elses_request(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.CancelRequest(ID))
+        bench.handle(e.CancelAsked(ID))
         assert bench.said_since() == [m.Cancel(ID)]
         end = m.End(ID, 5, "cancelled")
-        assert bench.hear(end) == [e.Ended(ID, end)]
+        assert bench.hear(end) == [e.ReportEnd(ID, end)]
 
     def test_an_unknown_request(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.CancelRequest(ID))
+        bench.handle(e.CancelAsked(ID))
         error = ErrorInfo(Code.UNKNOWN_REQUEST, "?")
-        assert bench.hear(m.Problem(error, ID)) == [e.Failed(ID, error)]
+        assert bench.hear(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
 
     def test_when_only_the_cancel_arrived_it_never_ran(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
-        bench.handle(e.CancelRequest(ID))
+        bench.handle(e.CancelAsked(ID))
         happened = bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "?"), ID))
-        assert happened == [e.Ended(ID, m.End(ID, 0, "cancelled"))]
+        assert happened == [e.ReportEnd(ID, m.End(ID, 0, "cancelled"))]
 
     def test_survives_the_link(self, bench: Bench) -> None:
         bench.run()
-        bench.handle(e.CancelRequest(ID))
+        bench.handle(e.CancelAsked(ID))
         bench.hear(m.Goodbye("restart"))
         bench.wait(500, alive=False)
         bench.welcome(1)
@@ -540,23 +540,23 @@ class TestSlowReader:
         # Given a reader that is too far behind
         bench.run()
         bench.tokens(0, 2)
-        bench.handle(e.Hold(ID))
+        bench.handle(e.ReaderBehind(ID))
         # When more arrives, and the end
         assert bench.handle(e.TokensArrived([chunk(2, 4), chunk(6, 4)])) == []
         assert bench.hear(m.End(ID, 10, "stop"), page(2, 10, 10)) == []
         bench.wait(2_000)
         assert bench.said_since() == []
         # Then it is fetched when the reader has caught up
-        bench.handle(e.Release(ID))
+        bench.handle(e.ReaderCaughtUp(ID))
         assert bench.said_since() == [m.Replay(ID, 2, 10)]
         happened = bench.hear(page(2, 10, 10))
         assert delivered(happened) == list(range(2, 10))
-        assert isinstance(happened[-1], e.Ended)
+        assert isinstance(happened[-1], e.ReportEnd)
 
     def test_goes_on_as_before_if_nothing_was_missed(self, bench: Bench) -> None:
         bench.run()
-        bench.handle(e.Hold(ID))
-        bench.handle(e.Release(ID))
+        bench.handle(e.ReaderBehind(ID))
+        bench.handle(e.ReaderCaughtUp(ID))
         assert delivered(bench.tokens(0)) == [0]
         assert bench.said_since() == []
 
@@ -564,40 +564,40 @@ class TestSlowReader:
 class TestQuestions:
     def test_an_answer_of_several_pages_is_joined(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.Ask(1, "status"))
+        bench.handle(e.QueryAsked(1, "status"))
         assert bench.said_since() == [m.Query(1, "status")]
         data = msgpack.packb({"workers": 3})
         assert bench.hear(m.Result(1, 0, 2, data[:3])) == []
-        assert bench.hear(m.Result(1, 1, 2, data[3:])) == [e.Answered(1, data)]
+        assert bench.hear(m.Result(1, 1, 2, data[3:])) == [e.DeliverResult(1, data)]
 
     def test_pages_of_two_answers_never_mix(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.Ask(1, "status"))
+        bench.handle(e.QueryAsked(1, "status"))
         bench.hear(m.Result(1, 0, 3, b"a"), m.Result(1, 2, 3, b"c"))
         happened = bench.hear(m.Result(1, 0, 3, b"A"), m.Result(1, 1, 3, b"B"), m.Result(1, 2, 3, b"C"))
-        assert happened == [e.Answered(1, b"ABC")]
+        assert happened == [e.DeliverResult(1, b"ABC")]
 
     def test_is_asked_again_until_it_is_answered(self, bench: Bench) -> None:
-        bench.handle(e.Ask(1, "why", "ab"))
+        bench.handle(e.QueryAsked(1, "why", "ab"))
         bench.up()
-        bench.handle(e.Order(m.DrainWorker(2, "w1")))
+        bench.handle(e.CommandAsked(m.DrainWorker(2, "w1")))
         bench.said.clear()
         bench.wait(ASK_AGAIN_MS)
         assert bench.said_since() == [m.Query(1, "why", "ab"), m.DrainWorker(2, "w1")]
         bench.hear(m.Result(1, 0, 1, b"\xc0"))
-        bench.handle(e.Forget(2))
+        bench.handle(e.ReaderLeft(2))
         bench.wait(5_000)
         assert bench.said_since() == []
 
     def test_a_problem_fails_it(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.Ask(1, "nonsense"))
+        bench.handle(e.QueryAsked(1, "nonsense"))
         error = ErrorInfo(Code.BAD_REQUEST, "?")
-        assert bench.hear(m.Problem(error, query=1)) == [e.Failed(1, error)]
+        assert bench.hear(m.Problem(error, query=1)) == [e.ReportFailure(1, error)]
 
     def test_is_asked_on_the_next_link(self, bench: Bench) -> None:
         bench.up()
-        bench.handle(e.Ask(1, "status"))
+        bench.handle(e.QueryAsked(1, "status"))
         bench.hear(m.Goodbye())
         bench.wait(500, alive=False)
         bench.said.clear()
@@ -607,8 +607,8 @@ class TestQuestions:
 
 def test_every_step_can_be_reached_and_left() -> None:
     reached = {step for steps in CLIENT_STEPS.values() for step in steps}
-    assert reached | {Step.WAITING} == set(Step)
-    assert [step for step in Step if not CLIENT_STEPS[step]] == [Step.DONE]
+    assert reached | {RequestState.WAITING} == set(RequestState)
+    assert [step for step in RequestState if not CLIENT_STEPS[step]] == [RequestState.DONE]
 
 
 class TestTasks:
@@ -631,13 +631,16 @@ class TestTasks:
         assert bench.hear(self.result(0, 2, 3)) == []
         assert bench.said[-1] == m.Replay(ID, 2, 3)
         end = m.End(ID, 3, "stop")
-        assert bench.hear(self.result(2, 3, 3)) == [e.Delivered(ID, [0] * 3, [b"0", b"1", b"2"]), e.Ended(ID, end)]
+        assert bench.hear(self.result(2, 3, 3)) == [
+            e.DeliverTokens(ID, [0] * 3, [b"0", b"1", b"2"]),
+            e.ReportEnd(ID, end),
+        ]
 
     def test_pages_that_overtake_the_end_are_handed_over_with_it(self, bench: Bench) -> None:
         self.run(bench)
         assert bench.hear(self.result(0, 3, 3)) == []
         end = m.End(ID, 3, "stop")
-        assert bench.hear(end) == [e.Delivered(ID, [0] * 3, [b"0", b"1", b"2"]), e.Ended(ID, end)]
+        assert bench.hear(end) == [e.DeliverTokens(ID, [0] * 3, [b"0", b"1", b"2"]), e.ReportEnd(ID, end)]
 
     def test_on_another_session_it_is_fetched_from_the_beginning(self, bench: Bench) -> None:
         self.run(bench)

@@ -66,7 +66,7 @@ def test_a_grammar_that_grew_too_long_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ("[1]", "is no object"),
+        ("[1]", "is not an object"),
         ('{"type": "nothing"}', "no type is called"),
         ('{"properties": {"a": {"items": {"type": 7}}}}', r"at #/properties/a/items"),
         ('{"$ref": "#/nowhere"}', "nothing is at #/nowhere"),

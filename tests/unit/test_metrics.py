@@ -31,7 +31,7 @@ THINGS = Metric("things_total", "counter", 'What is "counted"\nand \\', ("who",)
 
 
 def test_what_is_counted_is_what_is_read() -> None:
-    things, waits = THINGS.numbers(), SECONDS.spreads()
+    things, waits = THINGS.scalars(), SECONDS.histograms()
     things.at('a "quoted"\nname\\').value += 3
     things.at("b").value += 0.5
     for seconds in (0.05, 0.1, 0.5, 7.0):
@@ -48,11 +48,11 @@ def test_what_is_counted_is_what_is_read() -> None:
 
 
 def test_a_metric_without_labels_is_there_from_the_beginning() -> None:
-    assert check_page(page([Metric("ups_total", "counter", "Ups").numbers()])) == {"ups_total": {(): 0.0}}
+    assert check_page(page([Metric("ups_total", "counter", "Ups").scalars()])) == {"ups_total": {(): 0.0}}
 
 
 def test_of_too_many_label_sets_the_rest_is_other() -> None:
-    things = THINGS.numbers()
+    things = THINGS.scalars()
     for number in range(10_000):
         things.at(f"who-{number}").value += 1
     assert len(things) == SERIES["counter"]
@@ -69,7 +69,7 @@ def test_names_are_learned_and_bounded() -> None:
 
 
 def test_names_that_look_the_same_are_one() -> None:
-    names, things = Names(9), THINGS.numbers()
+    names, things = Names(9), THINGS.scalars()
     for name in ("a\x1b", "a\x07"):
         names.learn(name)
         things.at(names.of(name)).value += 1

@@ -12,80 +12,80 @@ from llambo.broker.records.state import State
 from llambo.broker.server import condition as of_broker
 from llambo.cli.services.service import LASTED_MS, Life, Restarts, next_life, pause_ms
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Herald, Manager, manager, message
-from llambo.mesh.service.notify_core import EXTEND_EVERY_MS, LOOK_MS, Condition, HeraldCore
+from llambo.mesh.service.notify import Manager, Notifier, manager, message
+from llambo.mesh.service.notify_core import EXTEND_EVERY_MS, LOOK_MS, Condition, NotifyCore
 from llambo.mesh.wire.timers import NEVER_MS
 
 READY = Condition("idle", ready=True)
 STARTING = Condition("loading")
 
 
-# --- the herald ------------------------------------------------------------------------------------------
+# --- the notifier ------------------------------------------------------------------------------------------
 
 
 def test_ready_is_said_once_and_when_it_is_true() -> None:
-    herald = HeraldCore()
-    assert herald.tell(STARTING, 0) == ["STATUS=loading", "EXTEND_TIMEOUT_USEC=30000000"]
-    assert herald.tell(READY, 1_000) == ["READY=1", "STATUS=idle"]
-    assert herald.tell(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is no start"
-    assert herald.tell(READY, 3_000) == ["STATUS=idle"]
+    notifier = NotifyCore()
+    assert notifier.update(STARTING, 0) == ["STATUS=loading", "EXTEND_TIMEOUT_USEC=30000000"]
+    assert notifier.update(READY, 1_000) == ["READY=1", "STATUS=idle"]
+    assert notifier.update(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is no start"
+    assert notifier.update(READY, 3_000) == ["STATUS=idle"]
 
 
 def test_more_time_is_asked_for_again_and_again_until_it_is_ready() -> None:
-    herald = HeraldCore()
-    said = [herald.tell(STARTING, now_ms) for now_ms in range(0, 3 * EXTEND_EVERY_MS, 1_000)]
+    notifier = NotifyCore()
+    said = [notifier.update(STARTING, now_ms) for now_ms in range(0, 3 * EXTEND_EVERY_MS, 1_000)]
     assert [number for number, words in enumerate(said) if any("EXTEND" in word for word in words)] == [0, 5, 10]
-    herald.tell(READY, 20_000)
-    assert herald.tell(READY, 40_000) == []
+    notifier.update(READY, 20_000)
+    assert notifier.update(READY, 40_000) == []
 
 
 def test_no_more_time_for_what_is_stuck() -> None:
-    assert HeraldCore().tell(Condition("stuck", well=False), 0) == ["STATUS=stuck"]
+    assert NotifyCore().update(Condition("stuck", well=False), 0) == ["STATUS=stuck"]
 
 
 def test_the_watchdog_is_fed_four_times_in_its_period_and_only_while_all_is_well() -> None:
-    herald = HeraldCore(watchdog_ms=2_000)
+    notifier = NotifyCore(watchdog_ms=2_000)
     fed = []
     now = 0
     while now <= 2_000:
-        if "WATCHDOG=1" in herald.tell(READY, now):
+        if "WATCHDOG=1" in notifier.update(READY, now):
             fed.append(now)
-        assert herald.next_wakeup_ms() > now
-        now = herald.next_wakeup_ms()
+        assert notifier.next_wakeup_ms() > now
+        now = notifier.next_wakeup_ms()
     assert fed == [0, 500, 1_000, 1_500, 2_000]
     sick = Condition("the engine stalled", ready=True, well=False)
-    assert not [now for now in range(2_500, 9_000, 100) if "WATCHDOG=1" in herald.tell(sick, now)]
-    assert "WATCHDOG=1" in herald.tell(READY, 10_000), "it is fed again when it is well again"
+    assert not [now for now in range(2_500, 9_000, 100) if "WATCHDOG=1" in notifier.update(sick, now)]
+    assert "WATCHDOG=1" in notifier.update(READY, 10_000), "it is fed again when it is well again"
 
 
 def test_what_is_stuck_is_looked_at_again_and_without_hurry() -> None:
-    herald = HeraldCore(watchdog_ms=2_000)
-    herald.tell(Condition("stuck", ready=True, well=False), 5_000)
-    assert herald.next_wakeup_ms() == 5_000 + LOOK_MS
+    notifier = NotifyCore(watchdog_ms=2_000)
+    notifier.update(Condition("stuck", ready=True, well=False), 5_000)
+    assert notifier.next_wakeup_ms() == 5_000 + LOOK_MS
 
 
 def test_leaving_is_said_once_and_asks_for_time() -> None:
-    herald = HeraldCore(watchdog_ms=4_000)
-    herald.tell(READY, 0)
+    notifier = NotifyCore(watchdog_ms=4_000)
+    notifier.update(READY, 0)
     leaving = Condition("stopping", ready=True, leaving=True)
-    assert herald.tell(leaving, 100) == ["STOPPING=1", "STATUS=stopping", "EXTEND_TIMEOUT_USEC=30000000"]
-    assert herald.tell(leaving, 1_000) == ["WATCHDOG=1"]
+    assert notifier.update(leaving, 100) == ["STOPPING=1", "STATUS=stopping", "EXTEND_TIMEOUT_USEC=30000000"]
+    assert notifier.update(leaving, 1_000) == ["WATCHDOG=1"]
 
 
 def test_who_leaves_before_he_was_ready_never_says_ready() -> None:
-    assert "READY=1" not in HeraldCore().tell(Condition("stopping", ready=True, leaving=True), 0)
+    assert "READY=1" not in NotifyCore().update(Condition("stopping", ready=True, leaving=True), 0)
 
 
 def test_a_hurry_is_looked_at_at_once() -> None:
-    herald = HeraldCore()
-    herald.tell(READY, 1_000)
-    assert herald.next_wakeup_ms() == 1_000 + LOOK_MS
-    herald.hurry()
-    assert herald.next_wakeup_ms() <= 1_000
+    notifier = NotifyCore()
+    notifier.update(READY, 1_000)
+    assert notifier.next_wakeup_ms() == 1_000 + LOOK_MS
+    notifier.update_soon()
+    assert notifier.next_wakeup_ms() <= 1_000
 
 
 def test_a_status_is_one_line() -> None:
-    assert HeraldCore().tell(Condition("a\nREADY=1\tb", ready=True, leaving=True), 0)[1] == "STATUS=a READY=1 b"
+    assert NotifyCore().update(Condition("a\nREADY=1\tb", ready=True, leaving=True), 0)[1] == "STATUS=a READY=1 b"
 
 
 # --- the manager's variables -----------------------------------------------------------------------------
@@ -114,9 +114,9 @@ def test_who_wants_to_hear(environ: dict[str, str], wanted: Manager | None) -> N
 
 
 def test_without_a_manager_nothing_is_due() -> None:
-    herald = Herald()
-    herald.tell(READY, 0)
-    assert herald.due_ms == NEVER_MS
+    notifier = Notifier()
+    notifier.update(READY, 0)
+    assert notifier.next_wakeup_ms() == NEVER_MS
 
 
 def test_a_message_is_lines() -> None:

@@ -201,11 +201,11 @@ def test_the_fake_engine_knows_its_tokens() -> None:
 
 def test_the_fake_engine_embeds_texts_alike_unless_it_wanders() -> None:
     data = msgspec.msgpack.encode(["one", "two", "one"])
-    found = msgspec.convert(fake("embed", data), tasks.Vectors)
+    found = msgspec.convert(fake("embed", data), tasks.EmbedResult)
     one, two, again = tasks.vectors_of(found)
     assert one == again != two
     assert sum(value * value for value in one) == pytest.approx(1)
-    wandering = msgspec.convert(fake("embed", data, FakeOptions(style="wander")), tasks.Vectors)
+    wandering = msgspec.convert(fake("embed", data, FakeOptions(style="wander")), tasks.EmbedResult)
     assert tasks.vectors_of(wandering)[0] != one
 
 
@@ -222,9 +222,9 @@ def test_the_fake_engine_refuses_with_numbers() -> None:
 
 def test_vectors_that_do_not_add_up_are_an_error() -> None:
     with pytest.raises(ValueError, match="3 numbers for 2 vectors of 2"):
-        tasks.vectors_of(tasks.Vectors(2, "mean", True, [1, 1], bytes(12)))
+        tasks.vectors_of(tasks.EmbedResult(2, "mean", True, [1, 1], bytes(12)))
     with pytest.raises(ValueError, match="multiple of item size"):
-        tasks.vectors_of(tasks.Vectors(2, "mean", True, [1], bytes(7)))
+        tasks.vectors_of(tasks.EmbedResult(2, "mean", True, [1], bytes(7)))
 
 
 def test_room_is_asked_for_by_what_goes_in() -> None:

@@ -43,8 +43,8 @@ class Porter:
         self.socket.linger = 0
         self.socket.bind(sockets.ASK_AT)
 
-    def door(self, domain: str) -> sockets.Door:
-        return sockets.Door(self.pair, domain)
+    def door(self, domain: str) -> sockets.CurveServer:
+        return sockets.CurveServer(self.pair, domain)
 
     def answer(self) -> None:
         """Everybody who waits at a door."""

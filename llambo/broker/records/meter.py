@@ -80,11 +80,11 @@ class Meter:
         self.classes = Names(CLASSES)
         #: How many streams have their pauses taken now.
         self.timed = 0
-        self.queued, self.lasted = QUEUED.spreads(), LASTED.spreads()
-        self.first, self.pause, self.prefill = FIRST.spreads(), PAUSE.spreads(), PREFILL.spreads()
-        self.tokens, self.prompt, self.cached = TOKENS.numbers(), PROMPT.numbers(), CACHED.numbers()
-        self.reasons, self.errors = ENDED.numbers(), ERRORS.numbers()
-        self.moves, self.refusals = MOVES.numbers(), REFUSED.numbers()
+        self.queued, self.lasted = QUEUED.histograms(), LASTED.histograms()
+        self.first, self.pause, self.prefill = FIRST.histograms(), PAUSE.histograms(), PREFILL.histograms()
+        self.tokens, self.prompt, self.cached = TOKENS.scalars(), PROMPT.scalars(), CACHED.scalars()
+        self.reasons, self.errors = ENDED.scalars(), ERRORS.scalars()
+        self.moves, self.refusals = MOVES.scalars(), REFUSED.scalars()
         #: By the names themselves, which are looked up for each request. Only those that have labels are in here.
         self._paces: dict[tuple[str, str], Pace] = {}
         self._fates: dict[str, Fate] = {}

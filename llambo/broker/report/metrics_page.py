@@ -11,7 +11,7 @@ from llambo.broker.records import meter
 from llambo.broker.records.registry import CONDITIONS
 from llambo.broker.records.state import State
 from llambo.mesh.service import prometheus
-from llambo.mesh.service.prometheus import Family, Metric, Number
+from llambo.mesh.service.prometheus import Family, Metric, Scalar
 from llambo.mesh.wire.identity import Identity
 
 
@@ -97,16 +97,16 @@ def asked(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, 
     return {"page": page(state, now_ms)}
 
 
-def _one(metric: Metric, value: float) -> Family[Number]:
-    family = metric.numbers()
+def _one(metric: Metric, value: float) -> Family[Scalar]:
+    family = metric.scalars()
     family.one.value = value
     return family
 
 
-def _workers(state: State) -> list[Family[Number]]:
+def _workers(state: State) -> list[Family[Scalar]]:
     """With zeros for what could be: an alert on a number that is not there never rings."""
     kinds = WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE
-    workers, ready, serving, slots, busy, elsewhere, rate = (kind.numbers() for kind in kinds)
+    workers, ready, serving, slots, busy, elsewhere, rate = (kind.scalars() for kind in kinds)
     models, classes = state.meter.models, state.meter.classes
     for node_class in classes:
         for condition in CONDITIONS:
@@ -129,8 +129,8 @@ def _workers(state: State) -> list[Family[Number]]:
     return [workers, ready, serving, slots, busy, elsewhere, rate]
 
 
-def _requests(state: State) -> list[Family[Number]]:
-    running, waiting = RUNNING.numbers(), WAITING.numbers()
+def _requests(state: State) -> list[Family[Scalar]]:
+    running, waiting = RUNNING.scalars(), WAITING.scalars()
     models, classes = state.meter.models, state.meter.classes
     for model in models:
         waiting.at(model)

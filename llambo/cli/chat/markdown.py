@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.syntax import Syntax
 from rich.text import Text
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: Lists in lists, quotes in quotes: the parser drops what is nested deeper.
 NESTING = 40
@@ -118,7 +118,7 @@ class _Harmless:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for segment in console.render(self._inner, options):
             if not segment.control:
-                yield Segment(harmless(segment.text), _without_link(segment.style))
+                yield Segment(printable(segment.text), _without_link(segment.style))
 
 
 def _without_link(style: Style | None) -> Style | None:

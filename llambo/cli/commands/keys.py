@@ -18,7 +18,7 @@ from llambo.cli.kit.flags import json_option, settings_options
 from llambo.cli.kit.output import show_json, table
 
 if TYPE_CHECKING:
-    from llambo.mesh.security.keyring import Entry, Folder
+    from llambo.mesh.security.keyring import Folder, KeyEntry
 
 EXAMPLES = """
 llambo keys init --address tcp://box:7330
@@ -168,7 +168,7 @@ def list_keys(common: Common, as_json: bool) -> None:
     table(["name", "role", "limits", "valid until", "public"], rows, nothing="there are no keys")
 
 
-def _told(entry: Entry, now: float) -> dict[str, Any]:
+def _told(entry: KeyEntry, now: float) -> dict[str, Any]:
     who = entry.identity
     limits = {
         "in flight": who.max_in_flight,

@@ -17,7 +17,7 @@ from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.output import show_json
 from llambo.cli.kit.standard import tell
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.fleet_site import Site
@@ -85,7 +85,7 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
         return
     _show(found)
     for name, why in away.items():
-        click.echo(harmless(f"{name} is away: {why}"))
+        click.echo(printable(f"{name} is away: {why}"))
 
 
 @click.command(cls=Command, examples=APPLY_EXAMPLES)
@@ -219,9 +219,9 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
 def _show(found: Plan) -> None:
     widths = [max((len(text) for text in texts), default=0) for texts in zip(*_rows(found), strict=True)]
     for row in _rows(found):
-        click.echo(harmless("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()))
+        click.echo(printable("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()))
     for refusal in found.refusals:
-        click.echo(harmless(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}"))
+        click.echo(printable(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}"))
     if not found.steps:
         click.echo("nothing to do")
 
@@ -264,7 +264,7 @@ def _count(word: str) -> tuple[str, int]:
 
 
 def _say(text: str) -> None:
-    tell(f"fleet: {harmless(text)}", err=False)
+    tell(f"fleet: {printable(text)}", err=False)
 
 
 def _quiet(text: str) -> None:

@@ -15,7 +15,7 @@ from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.output import duration, number, show_json, size, table
 from llambo.mesh.service import clock
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.fleet.run.keeper import Keeper
@@ -63,9 +63,9 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     nothing = "nothing runs: `llambo fleet apply` begins it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
     for row in found["updates"]:
-        click.echo(harmless(f"\n{row['class']}: {row['note']}"))
+        click.echo(printable(f"\n{row['class']}: {row['note']}"))
     for name, why in found["away"].items():
-        click.echo(harmless(f"{name} is away: {why}"))
+        click.echo(printable(f"{name} is away: {why}"))
     if found["orchestrator"]:
         _show_news(found["orchestrator"])
 
@@ -83,7 +83,7 @@ def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) 
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
-        click.echo(harmless(line))
+        click.echo(printable(line))
 
 
 async def _log_of(keeper: Keeper, node: str) -> str | None:
@@ -147,18 +147,18 @@ def _show_news(news: dict[str, Any]) -> None:
     for name, why in news["held"].items():
         click.echo(f"{name} should be more by its load, but {why}")
     if news.get("update"):
-        click.echo(harmless(f"an update is under way, {news['update']}"))
+        click.echo(printable(f"an update is under way, {news['update']}"))
     for text in news["refused"]:
-        click.echo(harmless(text))
+        click.echo(printable(text))
     now_ms = clock.wall_ms()
     for loop in news["loops"]:
         again = duration(max(0, loop["again_ms"] - now_ms))
         text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
-        click.echo(harmless(f"{text}{loop['node']} {loop['how']}; its last words:"))
+        click.echo(printable(f"{text}{loop['node']} {loop['how']}; its last words:"))
         for line in loop["words"].splitlines():
-            click.echo(harmless(f"    {line}"))
+            click.echo(printable(f"    {line}"))
     for event in news["events"][-SHOWN:]:
-        click.echo(harmless(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
+        click.echo(printable(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
 
 
 def _class(kept: Any, nodes: list[dict[str, Any]], seen: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.output import show_json
 from llambo.cli.kit.standard import tell
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from typing import Any
@@ -129,4 +129,4 @@ def _carry_out(here: Site, as_json: bool) -> None:
 
 
 def _say(text: str) -> None:
-    tell(f"fleet: {harmless(text)}", err=False)
+    tell(f"fleet: {printable(text)}", err=False)

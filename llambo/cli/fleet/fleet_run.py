@@ -13,7 +13,7 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options
 from llambo.cli.kit.standard import tell
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.fleet_site import Site
@@ -55,4 +55,4 @@ async def _run(here: Site) -> None:
 
 
 def _say(text: str) -> None:
-    tell(f"fleet: {harmless(text)}", err=False)
+    tell(f"fleet: {printable(text)}", err=False)

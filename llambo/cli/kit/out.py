@@ -11,7 +11,7 @@ import asyncio
 import os
 import select
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 #: A pipe that is writable takes as much as this at once (PIPE_BUF), so that a write does not block.
 WRITE_BYTES = 4_096
@@ -33,7 +33,7 @@ class Out:
 
     def put(self, text: str) -> None:
         # A file gets what the model said. On a terminal it is to be read, and not obeyed.
-        self.paint(harmless(text) if self._terminal else text)
+        self.paint(printable(text) if self._terminal else text)
 
     def paint(self, drawn: str) -> None:
         """What was made here for a terminal to obey."""

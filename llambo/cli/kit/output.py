@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 Row = Sequence[Any]
 
@@ -32,7 +32,7 @@ def table(
     if not rows:
         click.echo(nothing or "nothing to show", err=True)
         return
-    texts = [[harmless(str(cell)) for cell in row] for row in rows]
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, texts, rows, fixed, spare)
     else:
@@ -43,7 +43,7 @@ def facts(pairs: Sequence[tuple[str, Any]]) -> None:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(harmless(f"{name:<{width}}  {value}"))
+        click.echo(printable(f"{name:<{width}}  {value}"))
 
 
 def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:

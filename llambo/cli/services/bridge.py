@@ -98,6 +98,6 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
 
 def _report_link(lost: str) -> None:
     from llambo.cli.kit.standard import tell
-    from llambo.mesh.wire.errors import harmless
+    from llambo.mesh.wire.errors import printable
 
-    tell(f"llambo bridge: {f'lost the broker ({harmless(lost)}); trying again' if lost else 'the broker is back'}")
+    tell(f"llambo bridge: {f'lost the broker ({printable(lost)}); trying again' if lost else 'the broker is back'}")

@@ -18,7 +18,7 @@ from llambo.mesh.settings.settings_table import of_roles
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.service.notify import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -47,10 +47,10 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     prepare_process(parent, connections=True)
     settings = common.settings
-    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+    click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 
-def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     import os
 
     from llambo.broker.config import BrokerConfig
@@ -77,7 +77,14 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
 
     try:
         return run_broker(
-            config, host, settings.number("port"), announce, inherited=given, herald=herald, keys=folder, window=window
+            config,
+            host,
+            settings.number("port"),
+            announce,
+            inherited=given,
+            notifier=notifier,
+            keys=folder,
+            window=window,
         )
     except LlamboError as error:
         if started:

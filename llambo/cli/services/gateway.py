@@ -17,7 +17,7 @@ from llambo.cli.services.service import child_options, prepare_process, report_r
 from llambo.mesh.settings.settings_table import of_roles
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.service.notify import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -43,10 +43,10 @@ def gateway(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     prepare_process(parent, connections=True)
     settings = common.settings
-    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+    click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 
-def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     try:
         from llambo.gateway.server import run_gateway
     except ImportError as error:
@@ -69,4 +69,4 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
         if not report_ready(notify_fd, str(port)):
             tell(f"llambo gateway: {scheme}://{host}:{port}/, in front of the mesh at {access.address}")
 
-    return run_gateway(config, access, announce, herald)
+    return run_gateway(config, access, announce, notifier)

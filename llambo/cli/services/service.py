@@ -25,7 +25,7 @@ import click
 from llambo.cli.kit.exits import Exit
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent, stop_signals_wake
-from llambo.mesh.service.notify import Herald, manager
+from llambo.mesh.service.notify import Notifier, manager
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.timers import backoff_ms
@@ -171,7 +171,7 @@ class Restarts:
         return Life(failures, began_ms)
 
 
-def wait_before_start(wait_ms: int, herald: Herald) -> bool:
+def wait_before_start(wait_ms: int, notifier: Notifier) -> bool:
     """False: a signal asked it to stop during the wait."""
     until = clock.now_ms() + wait_ms
     condition = Condition(f"it has failed several times in a row; it waits {wait_ms // 1000} s before it starts")
@@ -180,8 +180,8 @@ def wait_before_start(wait_ms: int, herald: Herald) -> bool:
         writing.setblocking(False)
         with stop_signals_wake(writing.fileno()):
             while (left := until - clock.now_ms()) > 0:
-                herald.tell(condition, clock.now_ms())
-                poll_ms = min(left, max(herald.due_ms - clock.now_ms(), 0))
+                notifier.update(condition, clock.now_ms())
+                poll_ms = min(left, max(notifier.next_wakeup_ms() - clock.now_ms(), 0))
                 if select.select([reading], [], [], poll_ms / 1000)[0]:
                     return False
     return True
@@ -192,20 +192,20 @@ def boot_ms() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
 
 
-def serve(run: Callable[[Herald], int]) -> int:
+def serve(run: Callable[[Notifier], int]) -> int:
     """The exit status of `run`. The service manager, if there is one, is informed, also of why it could not start."""
     notified = manager(os.environ, os.getpid())
     if notified is not None:
         # The manager ends a process that hangs with SIGABRT. The stack shows where it was: names and lines, no values.
         faulthandler.enable()
-    herald, restarts = Herald(notified), Restarts(os.environ)
+    notifier, restarts = Notifier(notified), Restarts(os.environ)
     try:
-        code = int(run(herald)) if wait_before_start(restarts.begin(boot_ms()), herald) else int(Exit.OK)
+        code = int(run(notifier)) if wait_before_start(restarts.begin(boot_ms()), notifier) else int(Exit.OK)
     except (click.ClickException, LlamboError) as error:
-        herald.tell(Condition(str(error), leaving=True), clock.now_ms())
+        notifier.update(Condition(str(error), leaving=True), clock.now_ms())
         raise
     finally:
-        herald.close()
+        notifier.close()
     if code == Exit.OK:
         restarts.ended_well()
     return code

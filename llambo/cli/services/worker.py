@@ -19,7 +19,7 @@ from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Herald
+    from llambo.mesh.service.notify import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
 
@@ -55,10 +55,10 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
     """
     prepare_process(parent)
     settings = common.settings
-    click.get_current_context().exit(serve(lambda herald: _serve(settings, notify_fd, herald)))
+    click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 
-def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
+def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     from llambo.worker.agent.agent import run_worker
 
     config = worker_config(settings)
@@ -68,7 +68,7 @@ def _serve(settings: Settings, notify_fd: int | None, herald: Herald) -> int:
         if not report_ready(notify_fd, config.name):
             tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
-    return run_worker(config, on_ready, herald)
+    return run_worker(config, on_ready, notifier)
 
 
 def worker_config(settings: Settings) -> WorkerConfig:

@@ -24,7 +24,7 @@ from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import MeshNames, completions
 from llambo.cli.shell.shell import LeaveShell, Shell
 from llambo.mesh.client.client import Client
-from llambo.mesh.wire.errors import LlamboError, harmless
+from llambo.mesh.wire.errors import LlamboError, printable
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ def converse(shell: Shell) -> None:
         """On another thread. Above the prompt, if a line is edited."""
         app = prompt.app
         if app.is_running and app.loop is not None:
-            app.loop.call_soon_threadsafe(run_in_terminal, lambda: tell_link(harmless(lost)), context=app.context)
+            app.loop.call_soon_threadsafe(run_in_terminal, lambda: tell_link(printable(lost)), context=app.context)
         else:
-            tell_link(harmless(lost))
+            tell_link(printable(lost))
 
     shell.session.on_link = on_link
     _greet(shell.session)
@@ -88,7 +88,7 @@ class _ShellCompleter(Completer):
         line = document.text_before_cursor
         begun = line.split(" ")[-1].split(";")[-1]
         for word in completions(line, mesh_names(self._session)):
-            yield Completion(harmless(word), start_position=-len(begun))
+            yield Completion(printable(word), start_position=-len(begun))
 
 
 def mesh_names(session: ShellSession) -> MeshNames:

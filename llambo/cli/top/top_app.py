@@ -19,7 +19,7 @@ from textual.widgets import Footer, Input, Static
 
 from llambo.cli.top import top_core as core
 from llambo.cli.top.top_widgets import CSS, KEYS, ConfirmScreen, EventList, Pane, StoryScreen, TextScreen
-from llambo.mesh.wire.errors import Code, LlamboError, harmless
+from llambo.mesh.wire.errors import Code, LlamboError, printable
 from llambo.mesh.wire.reports import DrainReply, EventRow
 
 if TYPE_CHECKING:
@@ -357,7 +357,7 @@ class Top(App[None]):
                 text, failed = result_text(await act(key)), False
             except LlamboError as error:
                 text, failed = f"{error.text}; {error.hint}", True
-            self.notify(harmless(text), severity="error" if failed else "information", markup=False)
+            self.notify(printable(text), severity="error" if failed else "information", markup=False)
 
         def answered(key: str | None) -> None:
             if key:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llambo.cli.kit.output import duration
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.reports import EventRow, MeshStatus, RequestRow, SampleRow, WorkerRow
 
 #: Samples in a curve. A broker takes one a second, and remembers five minutes of them.
@@ -67,7 +67,7 @@ _COLOURS = {
 
 def one_line(text: str) -> str:
     """Text from another process, without line breaks and control characters."""
-    return " ".join(harmless(text).split())
+    return " ".join(printable(text).split())
 
 
 def worker_row(row: WorkerRow) -> TableRow:

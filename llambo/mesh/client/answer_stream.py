@@ -121,12 +121,12 @@ class Stream:
     async def cancel(self) -> None:
         """Stop the request. The stream then ends, with what it has and the reason `cancelled`."""
         if not self.over:
-            self._handle(e.CancelRequest(self._key))
+            self._handle(e.CancelAsked(self._key))
 
     async def aclose(self) -> None:
         """Nobody reads on: cancel the request if it is mine, and let go of it."""
         if not self.over and not self._closed:
-            self._handle(e.CancelRequest(self._key, drop=True) if self._mine else e.Forget(self._key))
+            self._handle(e.CancelAsked(self._key, drop=True) if self._mine else e.ReaderLeft(self._key))
         self._closed = True
         self._wake()
 
@@ -157,7 +157,7 @@ class Stream:
         full = len(self._buffer) >= BUFFER_TOKENS or self._buffer_bytes >= BUFFER_BYTES
         if full and not self._held:
             self._held = True
-            self._handle(e.Hold(self._key))
+            self._handle(e.ReaderBehind(self._key))
         self._wake()
 
     def place(self, ahead: int, model: str) -> None:
@@ -190,7 +190,7 @@ class Stream:
         self._texts.append(piece.text)
         if self._held:
             self._held = False
-            self._handle(e.Release(self._key))
+            self._handle(e.ReaderCaughtUp(self._key))
         return piece
 
     def _finish(self, end: m.End) -> Piece | None:

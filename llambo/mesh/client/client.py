@@ -90,17 +90,17 @@ class Enquiries:
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
         """Give a worker no new work (or, with `undo`, work again). `move`: its running requests go to other workers."""
         return await self._question(
-            lambda n: e.Order(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
+            lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
         )
 
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
         """Ask for a lease, of which there is one holder at a time. The client chooses its `query`."""
         return await self._question(
-            lambda n: e.Order(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
+            lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
         )
 
     async def _ask(self, what: str, argument: str, kind: type[T]) -> T:
-        return await self._question(lambda number: e.Ask(number, what, argument), what, kind)
+        return await self._question(lambda number: e.QueryAsked(number, what, argument), what, kind)
 
     @abstractmethod
     async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T: ...
@@ -113,7 +113,7 @@ class Enquiries:
 SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
 
 
-class Reader(Protocol):
+class RequestReader(Protocol):
     """Who reads what a request brings: a stream, or a collector of a result."""
 
     def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
@@ -124,7 +124,7 @@ class Reader(Protocol):
 
 class Waiters:
     def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
-        self.streams: dict[bytes, Reader] = {}
+        self.streams: dict[bytes, RequestReader] = {}
         #: Those who wait for a word about a request without reading it: submits for their place, cancels for the end.
         self.submits: dict[bytes, asyncio.Future[None]] = {}
         self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
@@ -141,23 +141,25 @@ class Waiters:
             _, (_, oldest) = self.submitted.popitem(last=False)
             self._submitted_bytes -= len(oldest)
 
-    def deliver(self, delivery: e.Delivered | e.Placed | e.Ended | e.Failed | e.Answered) -> None:
+    def deliver(
+        self, delivery: e.DeliverTokens | e.ReportPlace | e.ReportEnd | e.ReportFailure | e.DeliverResult
+    ) -> None:
         match delivery:
-            case e.Delivered(id, ids, pieces, logprobs):
+            case e.DeliverTokens(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
                     stream.deliver(ids, pieces, logprobs)
-            case e.Placed(id, ahead, model):
+            case e.ReportPlace(id, ahead, model):
                 if (stream := self.streams.get(id)) is not None:
                     stream.place(ahead, model)
                 resolve(self.submits.get(id), None)
-            case e.Ended(id, end):
+            case e.ReportEnd(id, end):
                 if (stream := self.streams.pop(id, None)) is not None:
                     stream.end(end)
                 resolve(self.submits.get(id), None)
                 resolve(self.cancels.pop(id, None), end)
-            case e.Failed(key, info):
+            case e.ReportFailure(key, info):
                 self.fail(key, self._error_of(info))
-            case e.Answered(query, data):
+            case e.DeliverResult(query, data):
                 resolve(self.questions.get(query), data)
 
     def fail(self, key: bytes | int, error: LlamboError) -> None:
@@ -274,7 +276,7 @@ class Client(TaskCalls, Enquiries):
         shell, self._shell = self._shell, None
         if shell is None:
             return
-        shell.handle(e.Leave("the client was closed"))
+        shell.handle(e.LeaveAsked("the client was closed"))
         shell.close()
         self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed"))
         if self._context is not None and self._settings["context"] is None:
@@ -296,7 +298,7 @@ class Client(TaskCalls, Enquiries):
         """Submit a request now, and read its answer as it comes."""
         request, encoded = self._build(prompt, False, options)
         stream = self._follow(request.id, mine=True)
-        self._handle(e.Submit(request, encoded))
+        self._handle(e.SubmitAsked(request, encoded))
         return stream
 
     async def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
@@ -311,11 +313,11 @@ class Client(TaskCalls, Enquiries):
         request, encoded = self._build(prompt, detached, options)
         accepted = self._waiters.submits[request.id] = asyncio.get_running_loop().create_future()
         try:
-            self._handle(e.Submit(request, encoded, follow=False))
+            self._handle(e.SubmitAsked(request, encoded, follow=False))
             await accepted
         except asyncio.CancelledError:
             # Nobody will know its id.
-            self._handle(e.CancelRequest(request.id, drop=True))
+            self._handle(e.CancelAsked(request.id, drop=True))
             raise
         finally:
             del self._waiters.submits[request.id]
@@ -328,7 +330,7 @@ class Client(TaskCalls, Enquiries):
         if key in self._waiters.streams:
             raise LlamboError(Code.BAD_REQUEST, f"this client follows request {key.hex()} already")
         stream = self._follow(key, mine=False)
-        self._handle(e.AttachTo(key, again=self._waiters.submitted.get(key)))
+        self._handle(e.AttachAsked(key, again=self._waiters.submitted.get(key)))
         return stream
 
     async def cancel(self, id: str) -> str:
@@ -338,7 +340,7 @@ class Client(TaskCalls, Enquiries):
         ended = cancels.get(key)
         if ended is None:
             ended = cancels[key] = asyncio.get_running_loop().create_future()
-            self._handle(e.CancelRequest(key))
+            self._handle(e.CancelAsked(key))
         end = await self._in_time(asyncio.shield(ended), f"no answer to the cancel of {key.hex()}")
         return end.reason
 
@@ -386,10 +388,10 @@ class Client(TaskCalls, Enquiries):
 
     def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None:
         self._waiters.streams[request.id] = collector
-        self._handle(e.Submit(request, data))
+        self._handle(e.SubmitAsked(request, data))
 
     def _drop_task(self, id: bytes) -> None:
-        self._handle_for_stream(e.CancelRequest(id, drop=True))
+        self._handle_for_stream(e.CancelAsked(id, drop=True))
 
     def _follow(self, id: bytes, *, mine: bool) -> Stream:
         stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine)
@@ -403,23 +405,23 @@ class Client(TaskCalls, Enquiries):
     def _handle_for_stream(self, event: e.Event) -> None:
         """A stream may outlive its client; then there is nobody left to tell."""
         match event:
-            case e.Forget(bytes() as id) | e.CancelRequest(id, True):
+            case e.ReaderLeft(bytes() as id) | e.CancelAsked(id, True):
                 self._waiters.streams.pop(id, None)
         if self._shell is not None:
             self._shell.handle(event)
 
     def _forget(self, key: bytes | int) -> None:
         if self._shell is not None:
-            self._shell.handle(e.Forget(key))
+            self._shell.handle(e.ReaderLeft(key))
 
     # --- inside: what comes back -------------------------------------------------------------------------------
 
-    def _deliver(self, delivery: e.Delivery) -> None:
-        if not isinstance(delivery, e.LinkChanged):
-            self._waiters.deliver(delivery)
+    def _deliver(self, action: e.Delivery | e.ReportLink) -> None:
+        if not isinstance(action, e.ReportLink):
+            self._waiters.deliver(action)
             return
-        problem = delivery.problem
-        log.debug("link %s%s", delivery.state.value, f": {problem.text}" if problem else "")
+        problem = action.problem
+        log.debug("link %s%s", action.state.value, f": {problem.text}" if problem else "")
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
             self._tell_link("")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import Question, Request
+from llambo.mesh.client.client_requests import OpenQuery, Request
 from llambo.mesh.client.request_life import Requests
 from llambo.mesh.link.link_core import LinkCore, LinkState
 from llambo.mesh.wire import messages as m
@@ -33,17 +33,17 @@ from llambo.mesh.wire.timers import NEVER_MS, Timers
 ASK_AGAIN_MS = 1_000
 
 
-class Questions:
+class Queries:
     def __init__(self, send: Callable[[m.Message], None]) -> None:
         self._send = send
-        self._open: dict[int, Question] = {}
+        self._open: dict[int, OpenQuery] = {}
         self._timers: Timers[int] = Timers()
 
     def __len__(self) -> int:
         return len(self._open)
 
     def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
-        self._open[message.query] = Question(message)
+        self._open[message.query] = OpenQuery(message)
         if welcomed:
             self._say(message.query, now_ms)
 
@@ -107,7 +107,7 @@ class ClientCore:
         self.counters = self.requests.counters
         #: Why there is no link, while there is none.
         self.problem: ErrorInfo | None = None
-        self._questions = Questions(self.link.send)
+        self._queries = Queries(self.link.send)
         self._give_up_ms = give_up_ms
         self._told = self.link.state
         self._sessions = 0
@@ -127,53 +127,49 @@ class ClientCore:
                 self.link.on_found(count)
             case e.Tick():
                 pass
-            case e.Leave(reason):
+            case e.LeaveAsked(reason):
                 self._leave(reason, now_ms)
             case _:
-                self._on_wish(event, now_ms)
+                self._on_user(event, now_ms)
         self._on_time(now_ms)
         actions = self._out[:]
         self._out.clear()
         return actions
 
     def next_wakeup_ms(self) -> int:
-        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._questions.next_wakeup_ms())
+        wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._queries.next_wakeup_ms())
         if self.requests.waiting and self.link.welcomed:
             wakeup = min(wakeup, self._gate_at)
-        if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._questions):
+        if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._queries):
             wakeup = min(wakeup, self._alone_since + self._give_up_ms)
         return wakeup
 
-    # --- wishes ------------------------------------------------------------------------------------------------
+    # --- what the user asks --------------------------------------------------------------------------------------
 
-    def _on_wish(
-        self,
-        wish: e.Submit | e.AttachTo | e.CancelRequest | e.Ask | e.Order | e.Forget | e.Hold | e.Release,
-        now_ms: int,
-    ) -> None:
-        match wish:
-            case e.Submit(message, prompt, follow):
+    def _on_user(self, event: e.UserEvent, now_ms: int) -> None:
+        match event:
+            case e.SubmitAsked(message, prompt, follow):
                 deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
                 request = Request(message.id, message, prompt, follow, follow, deadline_at)
                 self.requests.begin(request)
-            case e.AttachTo(id, have, again):
+            case e.AttachAsked(id, have, again):
                 self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
-            case e.CancelRequest(id, drop):
+            case e.CancelAsked(id, drop):
                 self.requests.cancel(id, drop, now_ms)
-            case e.Ask(query, what, argument):
-                self._questions.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
-            case e.Order(message):
-                self._questions.ask(message, self.link.welcomed, now_ms)
-            case e.Forget(bytes() as id):
+            case e.QueryAsked(query, what, argument):
+                self._queries.ask(m.Query(query, what, argument), self.link.welcomed, now_ms)
+            case e.CommandAsked(message):
+                self._queries.ask(message, self.link.welcomed, now_ms)
+            case e.ReaderLeft(bytes() as id):
                 self.requests.forget(id)
-            case e.Forget(int() as query):
-                self._questions.forget(query)
-            case e.Hold(id):
+            case e.ReaderLeft(int() as query):
+                self._queries.forget(query)
+            case e.ReaderBehind(id):
                 self.requests.hold(id)
-            case e.Release(id):
+            case e.ReaderCaughtUp(id):
                 self.requests.release(id, now_ms)
             case _:
-                assert_never(wish)  # type: ignore[arg-type]  # mypy does not see that Forget is done
+                assert_never(event)  # type: ignore[arg-type]  # mypy does not see that Forget is done
 
     def _leave(self, reason: str, now_ms: int) -> None:
         if self.link.welcomed:
@@ -191,7 +187,7 @@ class ClientCore:
             self._maybe_give_up(now_ms)
             return
         self.requests.on_time(now_ms)
-        self._questions.on_time(now_ms)
+        self._queries.on_time(now_ms)
         if self.requests.waiting and (self.link.up or now_ms >= self._gate_at):
             self.requests.introduce_waiting(now_ms)
         self.requests.acknowledge()
@@ -206,7 +202,7 @@ class ClientCore:
 
     def _fail_all(self, error: ErrorInfo) -> None:
         self.requests.fail_all(error)
-        self._out += [e.Failed(query, error) for query in self._questions.give_up()]
+        self._out += [e.ReportFailure(query, error) for query in self._queries.give_up()]
 
     # --- the link ----------------------------------------------------------------------------------------------
 
@@ -216,17 +212,17 @@ class ClientCore:
             self._sessions = self.link.sessions
             self.problem = self._alone_since = None
             self._gate_at = now_ms + GATE_MS
-            self._questions.say_all(now_ms)
+            self._queries.say_all(now_ms)
         if not self.link.welcomed and self._alone_since is None:
             self._alone_since = now_ms
             self.requests.on_lost()
-            self._questions.on_lost()
+            self._queries.on_lost()
         if self.link.state is LinkState.DOWN and self.problem is None:
             code = Code.UNAUTHORIZED if self.link.attempts.denied else Code.NO_BROKER
             self.problem = ErrorInfo(code, self.link.problem)
             if self.link.attempts.denied:
                 self._fail_all(self.problem)
-        self._out.append(e.LinkChanged(self.link.state, self.problem))
+        self._out.append(e.ReportLink(self.link.state, self.problem))
 
     def _refused(self, error: ErrorInfo, now_ms: int) -> None:
         if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
@@ -259,8 +255,8 @@ class ClientCore:
             case m.Page():
                 self.requests.on_page(message, now_ms)
             case m.Result():
-                if (data := self._questions.on_result(message)) is not None:
-                    self._out.append(e.Answered(message.query, data))
+                if (data := self._queries.on_result(message)) is not None:
+                    self._out.append(e.DeliverResult(message.query, data))
             case m.Problem():
                 self._on_problem(message, now_ms)
             case m.Goodbye(reason):
@@ -278,8 +274,8 @@ class ClientCore:
         self.counters.problems += 1
         if problem.id in self.requests.live:
             self.requests.on_problem(problem, now_ms)
-        elif problem.query and self._questions.forget(problem.query):
-            self._out.append(e.Failed(problem.query, problem.error))
+        elif problem.query and self._queries.forget(problem.query):
+            self._out.append(e.ReportFailure(problem.query, problem.error))
         elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:
             self._refused(problem.error, now_ms)
 

@@ -16,7 +16,7 @@ from llambo.mesh.wire.tokens import Logprob
 
 
 @dataclass(frozen=True, slots=True)
-class Submit:
+class SubmitAsked:
     """Run this request. Without `follow` it is forgotten here as soon as it is accepted."""
 
     request: m.InferenceRequest
@@ -25,7 +25,7 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True)
-class AttachTo:
+class AttachAsked:
     """Follow a request that somebody submitted earlier, from token index `have` on."""
 
     id: bytes
@@ -35,7 +35,7 @@ class AttachTo:
 
 
 @dataclass(frozen=True, slots=True)
-class CancelRequest:
+class CancelAsked:
     """Stop a request, mine or not. With `drop` its remaining tokens are not wanted either."""
 
     id: bytes
@@ -43,42 +43,42 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class QueryAsked:
     query: int
     what: str
     argument: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CommandAsked:
     """A wish that is no question, but is answered like one; its `query` is the number of the answer."""
 
     message: m.DrainWorker | m.Lease
 
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class ReaderLeft:
     """Nobody waits for this request or query any more; it goes on without us."""
 
     key: bytes | int
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class ReaderBehind:
     """The reader of this request is too far behind: take no more tokens for it."""
 
     id: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class ReaderCaughtUp:
     """The reader has caught up: fetch what was left out, and go on."""
 
     id: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class LeaveAsked:
     reason: str = ""
 
 
@@ -122,28 +122,16 @@ class Tick:
     """The time that was asked for has come."""
 
 
-Event = (
-    Submit
-    | AttachTo
-    | CancelRequest
-    | Ask
-    | Order
-    | Forget
-    | Hold
-    | Release
-    | Leave
-    | ControlArrived
-    | TokensArrived
-    | ConnectionChanged
-    | BrokersFound
-    | Tick
+UserEvent = (
+    SubmitAsked | AttachAsked | CancelAsked | QueryAsked | CommandAsked | ReaderLeft | ReaderBehind | ReaderCaughtUp
 )
+Event = UserEvent | LeaveAsked | ControlArrived | TokensArrived | ConnectionChanged | BrokersFound | Tick
 
 # --- deliveries to the user --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Delivered:
+class DeliverTokens:
     """The next tokens of a request, in order, and the bytes of each."""
 
     id: bytes
@@ -154,7 +142,7 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class ReportPlace:
     """The request is in, for this model; `ahead` others wait before it."""
 
     id: bytes
@@ -163,7 +151,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ReportEnd:
     """The request is over and all its tokens were delivered (unless they were not wanted)."""
 
     id: bytes
@@ -171,7 +159,7 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class ReportFailure:
     """The request (bytes) or query (int) could not be done."""
 
     key: bytes | int
@@ -179,7 +167,7 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class DeliverResult:
     """The answer to a query: msgpack."""
 
     query: int
@@ -187,11 +175,12 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkChanged:
+class ReportLink:
     state: LinkState
     problem: ErrorInfo | None = None
     link: int = 0
 
 
-Delivery = Delivered | Placed | Ended | Failed | Answered | LinkChanged
-Action = LinkAction | Delivery
+#: What is about one request or query.
+Delivery = DeliverTokens | ReportPlace | ReportEnd | ReportFailure | DeliverResult
+Action = LinkAction | Delivery | ReportLink

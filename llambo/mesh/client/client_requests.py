@@ -12,7 +12,7 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.stream import Reassembly
 
 
-class Step(enum.Enum):
+class RequestState(enum.Enum):
     WAITING = "waiting"
     SUBMITTED = "submitted"
     RUNNING = "running"
@@ -22,34 +22,34 @@ class Step(enum.Enum):
 
 
 #: Every legal step of a request in its client. The diagram in ARCHITECTURE.md is drawn from this table.
-CLIENT_STEPS: dict[Step, dict[Step, str]] = {
-    Step.WAITING: {
-        Step.SUBMITTED: "link ready",
-        Step.DONE: "cancelled before it was sent, or no broker",
+CLIENT_STEPS: dict[RequestState, dict[RequestState, str]] = {
+    RequestState.WAITING: {
+        RequestState.SUBMITTED: "link ready",
+        RequestState.DONE: "cancelled before it was sent, or no broker",
     },
-    Step.SUBMITTED: {
-        Step.RUNNING: "accepted",
-        Step.CANCELLING: "cancel",
-        Step.ENDING: "end, tokens missing",
-        Step.WAITING: "link lost",
-        Step.DONE: "end, refused, or accepted and not followed",
+    RequestState.SUBMITTED: {
+        RequestState.RUNNING: "accepted",
+        RequestState.CANCELLING: "cancel",
+        RequestState.ENDING: "end, tokens missing",
+        RequestState.WAITING: "link lost",
+        RequestState.DONE: "end, refused, or accepted and not followed",
     },
-    Step.RUNNING: {
-        Step.CANCELLING: "cancel",
-        Step.ENDING: "end, tokens missing",
-        Step.WAITING: "link lost",
-        Step.DONE: "end, or a problem",
+    RequestState.RUNNING: {
+        RequestState.CANCELLING: "cancel",
+        RequestState.ENDING: "end, tokens missing",
+        RequestState.WAITING: "link lost",
+        RequestState.DONE: "end, or a problem",
     },
-    Step.CANCELLING: {
-        Step.ENDING: "end, tokens missing",
-        Step.WAITING: "link lost",
-        Step.DONE: "end, or unknown to the broker",
+    RequestState.CANCELLING: {
+        RequestState.ENDING: "end, tokens missing",
+        RequestState.WAITING: "link lost",
+        RequestState.DONE: "end, or unknown to the broker",
     },
-    Step.ENDING: {
-        Step.WAITING: "link lost",
-        Step.DONE: "last token",
+    RequestState.ENDING: {
+        RequestState.WAITING: "link lost",
+        RequestState.DONE: "last token",
     },
-    Step.DONE: {},
+    RequestState.DONE: {},
 }
 
 
@@ -65,7 +65,7 @@ class Request:
     #: False: forgotten as soon as it is accepted.
     follow: bool = True
     deadline_at: int = 0
-    step: Step = Step.WAITING
+    state: RequestState = RequestState.WAITING
     tries: int = 0
     said: bool = False
     cancelled: bool = False
@@ -108,7 +108,7 @@ class Request:
         """A replay would help: the broker knows the request, and there is a reader for what it sends."""
         if self.held or not self.wanted:
             return False
-        return self.step is Step.ENDING or (self.step is Step.RUNNING and self.streams)
+        return self.state is RequestState.ENDING or (self.state is RequestState.RUNNING and self.streams)
 
     @property
     def missing_until(self) -> int:
@@ -125,9 +125,9 @@ class Request:
     def forget_repair(self) -> None:
         self.target = self.asked_first = self.asked_until = 0
 
-    def step_to(self, step: Step) -> None:
-        assert step in CLIENT_STEPS[self.step], f"request cannot go from {self.step} to {step}"
-        self.step = step
+    def enter(self, state: RequestState) -> None:
+        assert state in CLIENT_STEPS[self.state], f"request cannot go from {self.state} to {state}"
+        self.state = state
 
     def introduction(self, now_ms: int) -> tuple[m.InferenceRequest | m.Attach | None, bytes | None]:
         """The message that makes a broker know this request, and its extra frame.
@@ -164,7 +164,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Question:
+class OpenQuery:
     """A query, sent again until all pages of one answer have come in a row."""
 
     message: m.Query | m.DrainWorker | m.Lease

@@ -32,7 +32,7 @@ class ClientShell:
         address: str,
         context: zmq.Context[zmq.Socket[bytes]],
         token_hwm: int,
-        deliver: Callable[[e.Delivery], None],
+        deliver: Callable[[e.Delivery | e.ReportLink], None],
         broken: Callable[[Exception], None],
         key: PeerKey | None = None,
     ) -> None:

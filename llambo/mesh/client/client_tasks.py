@@ -101,13 +101,13 @@ class TaskCalls:
         """
         data = encode_prompt(text)
         options = tasks.TaskOptions(form=form, system=system, special=special)
-        found = await self._task("tokenize", data, 1, options, call, tasks.Tokens)
+        found = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
         return Tokenized(found.ids, found.pieces)
 
     async def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
         """The text of these tokens. `special`: control tokens are shown by their names and not left out."""
         options = tasks.TaskOptions(special=special)
-        found = await self._task("detokenize", _input(list(ids)), len(ids), options, call, tasks.Text)
+        found = await self._task("detokenize", _input(list(ids)), len(ids), options, call, tasks.DetokenizeResult)
         return found.text.decode(errors="replace")
 
     async def embed(
@@ -126,7 +126,7 @@ class TaskCalls:
         if not 0 < len(given) <= limits.EMBED_INPUTS:
             raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} may be")
         options = tasks.TaskOptions(normalized=normalized, pooling=pooling)
-        found = await self._task("embed", _input(given), len(given), options, call, tasks.Vectors)
+        found = await self._task("embed", _input(given), len(given), options, call, tasks.EmbedResult)
         try:
             return Embeddings(tasks.vectors_of(found), found.tokens, found.pooling)
         except ValueError as error:

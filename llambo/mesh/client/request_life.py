@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import Counters, Request, Step
+from llambo.mesh.client.client_requests import Counters, Request, RequestState
 from llambo.mesh.link.link_core import LinkCore
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -111,11 +111,11 @@ class Requests:
             self._on_alarm(self.live[id], now_ms)
 
     def _on_alarm(self, request: Request, now_ms: int) -> None:
-        match request.step:
-            case Step.SUBMITTED:
+        match request.state:
+            case RequestState.SUBMITTED:
                 self.counters.resends += 1
                 self._introduce(request, now_ms)
-            case Step.CANCELLING:
+            case RequestState.CANCELLING:
                 self.counters.resends += 1
                 self._say_cancel(request, now_ms)
             case _:
@@ -125,8 +125,8 @@ class Requests:
         """Nothing that was said on the old link counts; all of it is said again on the next."""
         self._acks.clear()
         for request in self.live.values():
-            if request.step is not Step.WAITING:
-                request.step_to(Step.WAITING)
+            if request.state is not RequestState.WAITING:
+                request.enter(RequestState.WAITING)
             request.end, request.tries = None, 0
             request.forget_repair()
             # The next broker may not know this answer, and go on with it in another way.
@@ -166,10 +166,10 @@ class Requests:
             return
         request.cancelled = True
         request.wanted = request.wanted and not drop
-        match request.step:
-            case Step.WAITING if not request.said and request.mine:
+        match request.state:
+            case RequestState.WAITING if not request.said and request.mine:
                 self._finish(request, m.End(id, request.tokens.next_index, "cancelled"))
-            case Step.SUBMITTED | Step.RUNNING:
+            case RequestState.SUBMITTED | RequestState.RUNNING:
                 self._say_cancel(request, now_ms)
             case _:
                 self._settle(request, now_ms)
@@ -191,7 +191,7 @@ class Requests:
     def cancel_mine(self) -> None:
         """Before leaving for good: nobody will read these."""
         for request in self.live.values():
-            if request.mine and not request.detached and request.step is not Step.WAITING:
+            if request.mine and not request.detached and request.state is not RequestState.WAITING:
                 self._link.send(m.Cancel(request.id))
 
     # --- what the broker says ----------------------------------------------------------------------------------
@@ -206,17 +206,17 @@ class Requests:
 
     def on_accepted(self, accepted: m.Accepted, now_ms: int) -> None:
         request = self.live.get(accepted.id)
-        if request is None or request.step is Step.WAITING:
+        if request is None or request.state is RequestState.WAITING:
             return
         request.model = accepted.model or request.model
         request.fingerprint = accepted.fingerprint or request.fingerprint
         self._place(request, accepted.ahead)
-        if request.step is not Step.SUBMITTED:
+        if request.state is not RequestState.SUBMITTED:
             return
         if not request.follow:
             self._detach(request)
             return
-        request.step_to(Step.RUNNING)
+        request.enter(RequestState.RUNNING)
         self._timers.clear(request.id)
         self._repair.owe(request, request.tokens.seen_index, now_ms)
 
@@ -226,14 +226,14 @@ class Requests:
             # Finished here, or nobody is interested any more: the broker need not say it again.
             self._acks.append(end.id)
             return
-        if request.step is Step.WAITING:
+        if request.state is RequestState.WAITING:
             return  # it was not said on this link yet; then the broker answers again
         request.end = end
         if request.complete:
             self._settle(request, now_ms)  # of a result nothing has been handed over yet
             return
-        if request.step is not Step.ENDING:
-            request.step_to(Step.ENDING)
+        if request.state is not RequestState.ENDING:
+            request.enter(RequestState.ENDING)
             request.forget_repair()
             self._timers.clear(end.id)
         if request.streams:
@@ -259,15 +259,15 @@ class Requests:
             else:
                 self.counters.malformed += 1
         self._settle(request, now_ms)
-        if request.step is not Step.DONE:
+        if request.state is not RequestState.DONE:
             self._repair.on_page(request, page, now_ms)
 
     def on_problem(self, problem: m.Problem, now_ms: int) -> None:
         request = self.live[problem.id]
-        if request.step is Step.CANCELLING and request.mine and problem.error.code is Code.UNKNOWN_REQUEST:
+        if request.state is RequestState.CANCELLING and request.mine and problem.error.code is Code.UNKNOWN_REQUEST:
             # The submit was lost and the cancel was not: it never ran.
             self._finish(request, m.End(request.id, request.tokens.next_index, "cancelled"))
-        elif request.again and request.step is Step.SUBMITTED and problem.error.code is Code.UNKNOWN_REQUEST:
+        elif request.again and request.state is RequestState.SUBMITTED and problem.error.code is Code.UNKNOWN_REQUEST:
             # It waited, or had ended, at a broker that is gone. Who has submitted it can do so again.
             (request.message, request.prompt), request.again = request.again, None
             self._introduce(request, now_ms)
@@ -276,14 +276,14 @@ class Requests:
 
     def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
         """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
-        live, waiting = self.live, Step.WAITING
+        live, waiting = self.live, RequestState.WAITING
         touched: dict[bytes, Request] = {}
         for frame in frames:
             id = frame[1:_ID_END]
             request = live.get(id)
             if request is None:
                 self.counters.stray_frames += 1
-            elif request.step is waiting:
+            elif request.state is waiting:
                 self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
             elif request.held:
                 self._leave_out(request, frame)
@@ -297,8 +297,8 @@ class Requests:
 
     def _introduce(self, request: Request, now_ms: int) -> None:
         """Make the broker know the request; say its cancel too if that is what has become of it."""
-        if request.step is Step.WAITING:
-            request.step_to(Step.SUBMITTED)
+        if request.state is RequestState.WAITING:
+            request.enter(RequestState.SUBMITTED)
         request.said = True
         message, blob = request.introduction(now_ms)
         if message is not None:
@@ -309,8 +309,8 @@ class Requests:
             self._say_cancel(request, now_ms)
 
     def _say_cancel(self, request: Request, now_ms: int) -> None:
-        if request.step is not Step.CANCELLING:
-            request.step_to(Step.CANCELLING)
+        if request.state is not RequestState.CANCELLING:
+            request.enter(RequestState.CANCELLING)
             request.forget_repair()
         self._link.send(m.Cancel(request.id))
         self._timers.set(request.id, now_ms + RESEND_MS[0])
@@ -318,7 +318,7 @@ class Requests:
     def _place(self, request: Request, ahead: int) -> None:
         if ahead != request.ahead:
             request.ahead = ahead
-            self._out.append(e.Placed(request.id, ahead, request.model))
+            self._out.append(e.ReportPlace(request.id, ahead, request.model))
 
     def _leave_out(self, request: Request, frame: bytes) -> None:
         self.counters.held_frames += 1
@@ -331,7 +331,7 @@ class Requests:
         ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
         if ids and request.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
-            self._out.append(e.Delivered(request.id, ids, pieces, logprobs))
+            self._out.append(e.DeliverTokens(request.id, ids, pieces, logprobs))
         if request.end is not None and request.complete:
             self._finish(request, request.end)
         elif request.tokens.stash:
@@ -341,11 +341,11 @@ class Requests:
         if request.end is not None:
             self._acks.append(request.id)
         self._drop(request)
-        self._out.append(e.Ended(request.id, end))
+        self._out.append(e.ReportEnd(request.id, end))
 
     def _fail(self, request: Request, error: ErrorInfo) -> None:
         self._drop(request)
-        self._out.append(e.Failed(request.id, error))
+        self._out.append(e.ReportFailure(request.id, error))
 
     def _detach(self, request: Request) -> None:
         """It goes on without us. If this is lost, its tokens come here for nothing, and its END is acknowledged."""
@@ -354,7 +354,7 @@ class Requests:
         self._drop(request)
 
     def _drop(self, request: Request) -> None:
-        request.step_to(Step.DONE)
+        request.enter(RequestState.DONE)
         self._timers.clear(request.id)
         self.waiting.pop(request.id, None)
         del self.live[request.id]

@@ -41,7 +41,7 @@ ASK_AT = "inproc://zeromq.zap.01"
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class CurveServer:
     """A broker's end: it shows its key, and whoever asks is let in by the keyring's word on this domain."""
 
     pair: Pair
@@ -49,7 +49,7 @@ class Door:
 
 
 #: How a socket proves itself; None: not at all.
-Curve = Door | PeerKey | None
+Curve = CurveServer | PeerKey | None
 
 
 def make(
@@ -68,7 +68,7 @@ def make(
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
-    if isinstance(curve, Door):
+    if isinstance(curve, CurveServer):
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, curve.pair.secret.encode())
         socket.setsockopt(zmq.ZAP_DOMAIN, curve.domain.encode())

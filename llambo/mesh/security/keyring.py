@@ -31,7 +31,7 @@ T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
-class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+class KeyEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One public key. A name may have two of them while it is rotated."""
 
     public: keys.Z85
@@ -49,13 +49,13 @@ class Ring(msgspec.Struct, frozen=True):
     format: Annotated[int, Meta(ge=1, le=1)]
     #: Where the brokers are, as an exported key tells it.
     address: Annotated[str, Meta(max_length=1_024)]
-    entries: list[Entry] = []
+    entries: list[KeyEntry] = []
 
     def identities(self, now_s: float) -> dict[str, Identity]:
         """Of the keys that are valid at this time, by public key."""
         return {entry.public: entry.identity for entry in self.entries if entry.valid(now_s)}
 
-    def named(self, name: str) -> list[Entry]:
+    def named(self, name: str) -> list[KeyEntry]:
         return [entry for entry in self.entries if entry.identity.name == name]
 
 
@@ -153,12 +153,12 @@ class Folder:
             raise LlamboError(Code.BAD_SETTING, text)
         key = PeerKey(ring.address, self.broker().public, identity.name, identity.role, keys.new_pair())
         put.append(
-            msgspec.structs.replace(ring, entries=[*ring.entries, Entry(key.pair.public, identity, now_s, expires)])
+            msgspec.structs.replace(ring, entries=[*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
         )
         keys.write_private(self.path / ISSUED / f"{identity.name}.key", keys.to_line(key) + "\n")
         return key
 
-    def _named(self, ring: Ring, name: str) -> list[Entry]:
+    def _named(self, ring: Ring, name: str) -> list[KeyEntry]:
         found = ring.named(name)
         if not found:
             known = ", ".join(dict.fromkeys(entry.identity.name for entry in ring.entries)) or "none"

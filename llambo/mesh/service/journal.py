@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from typing import TextIO
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 SOCKET = "/run/systemd/journal/socket"
 #: A datagram may not be much longer. What is longer is cut: a line of a log is to be read.
@@ -96,7 +96,7 @@ class HumanFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def format(self, record: logging.LogRecord) -> str:
-        return harmless(with_ids(super().format(record), about(record, {})))
+        return printable(with_ids(super().format(record), about(record, {})))
 
 
 def about(record: logging.LogRecord, always: Mapping[str, str]) -> dict[str, str]:

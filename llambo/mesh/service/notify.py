@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 
-from llambo.mesh.service.notify_core import Condition, HeraldCore
+from llambo.mesh.service.notify_core import Condition, NotifyCore
 from llambo.mesh.wire.timers import NEVER_MS
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ def message(words: Iterable[str]) -> bytes:
     return "\n".join(words).encode("utf-8", "replace")
 
 
-class Herald:
-    """A HeraldCore and the socket its words go to. Without a manager it costs nothing and says nothing."""
+class Notifier:
+    """A NotifyCore and the socket its words go to. Without a manager it costs nothing and says nothing."""
 
     def __init__(self, manager: Manager | None = None) -> None:
         self.manager = manager
-        self._core = HeraldCore(manager.watchdog_ms if manager is not None else 0)
+        self._core = NotifyCore(manager.watchdog_ms if manager is not None else 0)
         #: By its name, the last of each.
         self._unsent: dict[str, str] = {}
         self._complained = False
@@ -57,17 +57,16 @@ class Herald:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
 
-    @property
-    def due_ms(self) -> int:
+    def next_wakeup_ms(self) -> int:
         return NEVER_MS if self._socket is None else self._core.next_wakeup_ms()
 
-    def hurry(self) -> None:
-        self._core.hurry()
+    def update_soon(self) -> None:
+        self._core.update_soon()
 
-    def tell(self, condition: Condition, now_ms: int) -> None:
+    def update(self, condition: Condition, now_ms: int) -> None:
         if self._socket is None or self.manager is None:
             return
-        for word in self._core.tell(condition, now_ms):
+        for word in self._core.update(condition, now_ms):
             self._unsent[word.partition("=")[0]] = word
         if not self._unsent:
             return

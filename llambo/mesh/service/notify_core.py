@@ -37,7 +37,7 @@ class Condition:
     leaving: bool = False
 
 
-class HeraldCore:
+class NotifyCore:
     def __init__(self, watchdog_ms: int = 0) -> None:
         """`watchdog_ms`: after so long without a word the manager kills the service; 0: never."""
         self._watchdog_ms = watchdog_ms
@@ -52,11 +52,11 @@ class HeraldCore:
         """When `tell` is wanted at the latest."""
         return min(self._look_at, self._feed_at if self._watchdog_ms else NEVER_MS)
 
-    def hurry(self) -> None:
+    def update_soon(self) -> None:
         """Something has changed that should be known at once."""
         self._look_at = 0
 
-    def tell(self, condition: Condition, now_ms: int) -> list[str]:
+    def update(self, condition: Condition, now_ms: int) -> list[str]:
         words: list[str] = []
         if condition.ready and not self._ready_said and not condition.leaving:
             self._ready_said = True

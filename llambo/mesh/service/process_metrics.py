@@ -18,7 +18,7 @@ TABLE = (CPU, MEMORY, STARTED, FILES)
 
 
 def page() -> str:
-    families = [metric.numbers() for metric in TABLE]
+    families = [metric.scalars() for metric in TABLE]
     values = (time.process_time(), _resident_bytes(), _started_s(), sum(1 for _ in Path("/proc/self/fd").iterdir()))
     for family, value in zip(families, values, strict=True):
         family.one.value = value

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from llambo.mesh.wire.errors import harmless
+from llambo.mesh.wire.errors import printable
 
 MEDIA_TYPE = "text/plain; version=0.0.4"
 CONTENT_TYPE = f"{MEDIA_TYPE}; charset=utf-8"
@@ -35,7 +35,7 @@ PAUSES_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", '"': '\\"'})
 _HELP_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n"})
-C = TypeVar("C", bound="Cell")
+C = TypeVar("C", bound="Series")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +54,20 @@ class Metric:
         assert (self.kind == "histogram") == bool(self.bounds), f"{self.name} has bounds {self.bounds}"
         assert list(self.bounds) == sorted(set(self.bounds)), f"the bounds of {self.name} do not ascend"
 
-    def numbers(self) -> Family[Number]:
+    def scalars(self) -> Family[Scalar]:
         assert self.kind != "histogram"
-        return Family(self, Number)
+        return Family(self, Scalar)
 
-    def spreads(self) -> Family[Spread]:
-        return Family(self, lambda: Spread(self.bounds))
+    def histograms(self) -> Family[Histogram]:
+        return Family(self, lambda: Histogram(self.bounds))
 
 
-class Cell(Protocol):
+class Series(Protocol):
     def lines(self, name: str, labels: str) -> list[str]:
         """Of the page."""
 
 
-class Number:
+class Scalar:
     """One counter or gauge: `value` is public, because to add to it is all there is."""
 
     __slots__ = ("value",)
@@ -79,7 +79,7 @@ class Number:
         return [f"{name}{_braced(labels)} {_number(self.value)}"]
 
 
-class Spread:
+class Histogram:
     """One histogram."""
 
     __slots__ = ("bounds", "counts", "sum")
@@ -117,37 +117,37 @@ class Family(Generic[C]):
         self.metric = metric
         self._make = make
         self._most = SERIES[metric.kind]
-        self._cells: dict[tuple[str, ...], C] = {}
+        self._series: dict[tuple[str, ...], C] = {}
         if not metric.labels:
-            self._cells[()] = make()
+            self._series[()] = make()
 
     def at(self, *values: str) -> C:
         """The one of these labels; of too many it is that of all the others."""
-        cell = self._cells.get(values)
-        if cell is None:
+        series = self._series.get(values)
+        if series is None:
             assert len(values) == len(self.metric.labels), f"{self.metric.name} has labels {self.metric.labels}"
-            if len(self._cells) >= self._most - 1:
+            if len(self._series) >= self._most - 1:
                 values = (OTHER,) * len(values)
-            cell = self._cells.setdefault(values, self._make())
-        return cell
+            series = self._series.setdefault(values, self._make())
+        return series
 
     @property
     def one(self) -> C:
         """The only one of a metric without labels."""
-        return self._cells[()]
+        return self._series[()]
 
     def clear(self) -> None:
         """Of a gauge that is taken anew."""
-        self._cells.clear()
+        self._series.clear()
 
     def items(self) -> Iterable[tuple[tuple[str, ...], C]]:
-        return self._cells.items()
+        return self._series.items()
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
-        return iter(self._cells)
+        return iter(self._series)
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self._series)
 
 
 class Names:
@@ -159,7 +159,7 @@ class Names:
 
     def learn(self, name: str) -> None:
         if name not in self._known and len(self._known) < self._most:
-            self._known[name] = harmless(name) or NONE
+            self._known[name] = printable(name) or NONE
 
     def of(self, name: str) -> str:
         return self._known.get(name, OTHER)
@@ -181,9 +181,9 @@ def page(families: Iterable[Family[Any]]) -> str:
         metric = family.metric
         lines.append(f"# HELP {metric.name} {metric.help.translate(_HELP_ESCAPES)}")
         lines.append(f"# TYPE {metric.name} {metric.kind}")
-        for values, cell in family.items():
+        for values, series in family.items():
             labels = _labels(metric.labels, values)
-            lines += cell.lines(metric.name, labels)
+            lines += series.lines(metric.name, labels)
     return "\n".join(lines) + "\n"
 
 

@@ -103,7 +103,7 @@ TEXT_CHARS = 2_000
 _UNSEEN = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)), "�")
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """What somebody else has said, fit for a terminal and a log."""
     return text.translate(_UNSEEN)
 
@@ -127,7 +127,7 @@ class LlamboError(Exception):
 
     @classmethod
     def of(cls, info: ErrorInfo) -> LlamboError:
-        return cls(info.code, harmless(info.text), info.retry_after_ms)
+        return cls(info.code, printable(info.text), info.retry_after_ms)
 
     @property
     def trait(self) -> Trait:

@@ -5,9 +5,9 @@ prompt frame holds the input, and its result, one msgpack map, comes where an an
 RESULT_PIECE_BYTES, each with a token id of 0, kept in a transcript and delivered with the END. It is whole or nothing.
 
     task         input (the prompt frame)         result
-    tokenize     the text                         Tokens
-    detokenize   msgpack: array of token ids      Text
-    embed        msgpack: array of texts          Vectors
+    tokenize     the text                         TokenizeResult
+    detokenize   msgpack: array of token ids      DetokenizeResult
+    embed        msgpack: array of texts          EmbedResult
     model_info   empty                            a map, for people and programs
 """
 
@@ -46,18 +46,18 @@ class TaskOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     normalized: bool = True
 
 
-class Tokens(msgspec.Struct, frozen=True):
+class TokenizeResult(msgspec.Struct, frozen=True):
     """Token ids, and what each stands for; control tokens by their names."""
 
     ids: list[int]
     pieces: list[bytes]
 
 
-class Text(msgspec.Struct, frozen=True):
+class DetokenizeResult(msgspec.Struct, frozen=True):
     text: bytes
 
 
-class Vectors(msgspec.Struct, frozen=True):
+class EmbedResult(msgspec.Struct, frozen=True):
     """`data`: the vectors one after the other, `size` floats of 4 bytes each, little-endian."""
 
     size: int
@@ -82,7 +82,7 @@ def data_of(numbers: array[float]) -> bytes:
     return numbers.tobytes()
 
 
-def vectors_of(found: Vectors) -> list[list[float]]:
+def vectors_of(found: EmbedResult) -> list[list[float]]:
     """Raises ValueError if they do not add up."""
     numbers = array("f")
     numbers.frombytes(found.data)

@@ -3,7 +3,7 @@
 It polls the sockets of its links, the pipe of its engine and a wake-up pipe for signals, turns what arrives into
 events for the core, and performs the actions that the core returns. It decides nothing.
 
-`condition` is what the service manager (systemd) is told. It is read from the core, which knows nothing of managers. A
+`condition` is the state for the service manager (systemd). It is read from the core, which knows nothing of managers. A
 worker is ready when it is useful: welcomed by a broker, its model loaded and tested, its token plane proved. It is
 healthy as long as its engine works: the core kills an engine that has sequences and is silent for `stall_ms`, and the
 watchdog is not fed until that process is gone. So a worker that cannot get rid of its engine is restarted as a whole.
@@ -28,7 +28,7 @@ from llambo.mesh.link.link import Link
 from llambo.mesh.link.link_core import CloseLink, LinkCore, OpenControl, OpenTokens, Publish, Send
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import stop_signals_wake
-from llambo.mesh.service.notify import Herald
+from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
@@ -54,14 +54,14 @@ class Agent:
     """One worker. `run` returns when it has left the mesh; `stop` may be called from any thread."""
 
     def __init__(
-        self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None
+        self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
     ) -> None:
         identity = ProcessIdentity(secrets.token_bytes(8), socket.gethostname(), os.getpid(), _software())
         self.core = WorkerCore(config, identity)
         self.engine: EngineProcess | None = None
         self._config = config
         self._on_ready = on_ready
-        self._herald = herald or Herald()
+        self._notifier = notifier or Notifier()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -103,12 +103,12 @@ class Agent:
 
     def _turn(self) -> None:
         self._flush()
-        due_ms = min(self.core.next_wakeup_ms(), self._herald.due_ms)
+        due_ms = min(self.core.next_wakeup_ms(), self._notifier.next_wakeup_ms())
         ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
         if self._wake.fileno() in ready:
             for _ in self._wake.recv(64):
                 self._handle(e.StopRequested())
-            self._herald.hurry()
+            self._notifier.update_soon()
         for number, link in self._links.items():
             if link.lookup is not None and link.lookup.done:
                 link.answered()
@@ -123,13 +123,13 @@ class Agent:
             self._receive_engine(self.engine)
         if clock.now_ms() >= self.core.next_wakeup_ms():
             self._handle(e.Ticked())
-        if clock.now_ms() >= self._herald.due_ms:
+        if clock.now_ms() >= self._notifier.next_wakeup_ms():
             self._tell_manager()
 
     def _tell_manager(self, why: str = "") -> None:
         now = clock.now_ms()
-        how = condition(self.core, self._config.brokers, now)
-        self._herald.tell(replace(how, status=why) if why else how, now)
+        state = condition(self.core, self._config.brokers, now)
+        self._notifier.update(replace(state, status=why) if why else state, now)
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""
@@ -205,7 +205,7 @@ class Agent:
                 if self.engine is not None:
                     self.engine.kill()
             case a.NotifyReady():
-                self._herald.hurry()
+                self._notifier.update_soon()
                 self._on_ready()
             case a.Log(text, warning, request):
                 level = logging.WARNING if warning else logging.INFO
@@ -237,9 +237,11 @@ def _software() -> str:
         return "llambo"  # run from a checkout that was not installed
 
 
-def run_worker(config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, herald: Herald | None = None) -> int:
+def run_worker(
+    config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
+) -> int:
     """Run a worker process in the main thread. Returns the exit status."""
-    agent = Agent(config, on_ready, herald)
+    agent = Agent(config, on_ready, notifier)
     with stop_signals_wake(agent.waker_fd):
         agent.run()
     return agent.status

@@ -157,9 +157,11 @@ def result_of(start: Start, options: FakeOptions, model: str) -> list[bytes]:
 def _result(start: Start, options: FakeOptions, model: str) -> Any:
     match start.task:
         case "tokenize":
-            return tasks.Tokens(list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))])
+            return tasks.TokenizeResult(
+                list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))]
+            )
         case "detokenize":
-            return tasks.Text(b"".join(map(_piece, _ids(start.prompt))))
+            return tasks.DetokenizeResult(b"".join(map(_piece, _ids(start.prompt))))
         case "embed":
             return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, options)
         case _:
@@ -170,7 +172,7 @@ def _piece(id: int) -> bytes:
     return bytes([id]) if id < BYTE_TOKENS else piece_of(id)
 
 
-def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.Vectors:
+def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.EmbedResult:
     base = base_of(dispatch, b"embed") if options.style == "wander" else 0
     numbers, counts = array("f"), []
     for number, text in enumerate(_texts(start.prompt)):
@@ -182,7 +184,7 @@ def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.Vec
         vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), options.embedding_size)]
         length = math.hypot(*vector) if start.options.normalized else 1.0
         numbers.extend([value / length for value in vector])
-    return tasks.Vectors(
+    return tasks.EmbedResult(
         options.embedding_size,
         start.options.pooling or "mean",
         start.options.normalized,

@@ -1,8 +1,8 @@
 r"""A regular expression of a JSON schema, as a grammar rule for the text between the quotes of a JSON string.
 
 Literals, classes, groups, alternatives, repetitions and anchors at the ends are supported; without an anchor any text
-is allowed at that end. Look-around, back-references and other anchors are not. Characters that JSON escapes can be matched
-by a literal (`\"`, `\\`, `\n`), and are left out of classes: the grammar then allows less than the expression.
+is allowed at that end. Look-around, back-references and other anchors are not. Characters that JSON escapes can be
+matched by a literal (`\"`, `\\`, `\n`), and are left out of classes: the grammar then allows less than the expression.
 """
 
 from __future__ import annotations

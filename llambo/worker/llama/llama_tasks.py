@@ -138,10 +138,10 @@ class Tasks:
                 form = Sampling(form=options.form, system=options.system)
                 text, templated = rendering.text_of(start.prompt, rendering.read(start.prompt, form), self._template)
                 ids = self._model.tokenize(text, special=templated or options.special)
-                return tasks.Tokens(ids, [self._model.piece_or_name(id) for id in ids])
+                return tasks.TokenizeResult(ids, [self._model.piece_or_name(id) for id in ids])
             case "detokenize":
                 piece = self._model.piece_or_name if options.special else self._model.piece
-                return tasks.Text(b"".join(piece(self._known(id)) for id in _ids(start.prompt)))
+                return tasks.DetokenizeResult(b"".join(piece(self._known(id)) for id in _ids(start.prompt)))
             case _:
                 return self._info()
 
@@ -203,7 +203,7 @@ class Tasks:
         vectors = [normalized(vector) if wanted else vector for vector in job.vectors if vector is not None]
         data = np.concatenate(vectors).astype("<f4").tobytes()
         counts = [len(text) for text in job.texts]
-        found = tasks.Vectors(self._model.embedding_size, job.pooling, wanted, counts, data)
+        found = tasks.EmbedResult(self._model.embedding_size, job.pooling, wanted, counts, data)
         return _whole(start, found, began, sum(counts))
 
     def _drop(self, key: bytes) -> None:
