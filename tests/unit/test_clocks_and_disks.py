@@ -28,7 +28,7 @@ ALLOWED = {
     "cli/chat/chat.py": {"time.time", "time.strftime"},
     "cli/chat/dialogue.py": {"time.time"},
     "cli/chat/slash_commands.py": {"time.time"},
-    "cli/fleet/fleet_look.py": {"clock.wall_ms"},
+    "cli/fleet/fleet_status.py": {"clock.wall_ms"},
     "mesh/service/clock.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
     "cli/top/top_panes.py": {"time.localtime", "time.strftime"},

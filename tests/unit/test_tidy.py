@@ -25,14 +25,10 @@ UNREAD = {
     "docs/protocol-reference.md",
     "llambo/broker",
     "llambo/cli/commands",
-    "llambo/cli/fleet",
     "llambo/cli/kit",
     "llambo/cli/services",
-    "llambo/fleet",
     "llambo/gateway",
     "llambo/mesh",
-    "bench",
-    "examples",
     "tests",
 }
 #: Where one of the words is meant: the file, and the word.
