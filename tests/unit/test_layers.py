@@ -79,10 +79,6 @@ SHARED_NAMES: dict[str, set[str]] = {
         "Lease",
         "Orphan",
     },
-    "worker": {
-        "Embedder",
-        "Grammar",
-    },
 }
 #: Rooms that import each other.
 CIRCLES = set[tuple[str, str]]()
