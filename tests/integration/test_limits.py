@@ -176,7 +176,7 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 for number, answer in enumerate(await asyncio.gather(*(stream.result() for stream in streams))):
                     assert answer.ids == truth(f"prompt {number}", number, TOKENS)
-                (own,) = (await carol.status())["identities"]
+                (own,) = (await carol.status()).identities
             return own
 
         own = mesh.run(scenario())
