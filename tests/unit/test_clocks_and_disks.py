@@ -31,7 +31,7 @@ ALLOWED = {
     "cli/fleet/fleet_status.py": {"clock.wall_ms"},
     "mesh/service/clock.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
-    "cli/top/top_panes.py": {"time.localtime", "time.strftime"},
+    "cli/top/top_widgets.py": {"time.localtime", "time.strftime"},
 }
 
 

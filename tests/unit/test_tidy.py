@@ -26,7 +26,6 @@ UNREAD = {
     "llambo/broker",
     "llambo/cli/commands",
     "llambo/cli/kit",
-    "llambo/cli/services",
     "llambo/gateway",
     "llambo/mesh",
     "tests",
