@@ -60,7 +60,6 @@ LARGER = {
     "broker/records/request.py:__init__": "to be taken apart",
     "broker/records/state.py:Counters": "to be taken apart",
     "broker/records/state.py:State": "to be taken apart",
-    "fleet/run/orchestrator.py:Orchestrator": "to be taken apart",
     "gateway/apis/openai_common.py:OpenAIRequest": "the fields are those of OpenAI's API and llama.cpp's server",
     "gateway/apis/responses.py:ResponsesRequest": "the fields are those of OpenAI's API",
     "mesh/client/answer_stream.py:Stream": "to be taken apart",
@@ -79,15 +78,6 @@ SHARED_NAMES: dict[str, set[str]] = {
     "broker": {
         "Lease",
         "Orphan",
-    },
-    "worker": {
-        "Embedder",
-        "Grammar",
-    },
-    "fleet": {
-        "Away",
-        "Seen",
-        "Step",
     },
 }
 #: Rooms that import each other.
