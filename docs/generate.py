@@ -71,7 +71,7 @@ def broker_metrics() -> str:
 
 
 def gateway_metrics() -> str:
-    from llambo.gateway.observe.telemetry import TABLE
+    from llambo.gateway.observe.gateway_metrics import TABLE
 
     return table(TABLE)
 

@@ -1,8 +1,8 @@
-"""Who asks, and the connection to the mesh that is theirs.
+"""Callers of the gateway, and the client of the mesh that each of them has.
 
-An API token stands for a name of the keyring. The gateway holds one client for each name that has asked, with that
-name's own key: what it may do, and how much of it, is the broker's to say, and nobody sees what another one asked.
-Without keys everybody is the same client.
+An API token stands for a name of the keyring. The gateway holds one client for each name, with the key of that name:
+the broker decides what a name may do and how much of it, and no name sees the requests of another.
+Without keys all callers share one client.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from llambo.mesh.wire.identity import ANYONE, Identity, PeerKey
 
 log = logging.getLogger(__name__)
 
-#: Clients that are kept open at a time; the one that was idle longest makes room for the next.
-DOORS = 256
+#: Clients that are open at a time; the one that was idle longest makes room for the next.
+CALLERS = 256
 #: How long to wait for the first answer of a broker.
 CONNECT_MS = 2_000
 
 
 @dataclass(slots=True, eq=False)
 class Caller:
-    """Somebody who may ask, and his way into the mesh."""
+    """A name that may use the gateway, and its client of the mesh."""
 
     identity: Identity
     address: str
     key: PeerKey | None
     context: zmq.Context[zmq.Socket[bytes]]
-    #: What he has open: his client is not closed meanwhile.
+    #: Open requests. The client is not closed while there are any.
     open: int = 0
     used_at: float = 0.0
     _client: Client | None = None
@@ -48,12 +48,12 @@ class Caller:
         return self.identity.name
 
     async def client(self) -> Client:
-        """Connected once; then it finds its broker again by itself."""
+        """Connected at the first call; later it reconnects by itself."""
         if self._client is not None:
             return self._client
         if self._connecting is None:
             self._connecting = asyncio.ensure_future(self._connect())
-        # All who come meanwhile wait for the same try, and fail with it; who comes later tries again.
+        # All calls until then share this attempt, and its failure; a later call starts another one.
         return await asyncio.shield(self._connecting)
 
     async def _connect(self) -> Client:
@@ -75,7 +75,7 @@ class Caller:
 
 class Access:
     def __init__(self, address: str, folder: Folder | None = None, key: PeerKey | None = None) -> None:
-        """`folder`: keys and API tokens; without it everybody is let in, with `key` if there is one."""
+        """`folder`: keys and API tokens. Without it all callers are admitted, with `key` if caller is one."""
         sockets.split_all(address)
         self.address, self._folder = address, folder
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -86,53 +86,53 @@ class Access:
         self._stamp = (0, 0, 0, 0)
 
     @property
-    def wants_tokens(self) -> bool:
+    def requires_tokens(self) -> bool:
         return self._folder is not None
 
     @property
     def own(self) -> Caller:
-        """The gateway's own, for questions that nobody in particular asks."""
+        """The gateway itself, for queries that belong to no caller."""
         return self._anyone
 
     def caller(self, token: str) -> Caller:
-        """Whoever has this token. Raises LlamboError if nobody does."""
+        """The caller that has this token. Raises LlamboError if caller is none."""
         if self._folder is None:
             return self._anyone
-        self._look(self._folder)
+        self._reload(self._folder)
         known = self._tokens.get(api_tokens.sha256_of(token)) if token else None
         if known is None or not known.valid(time.time()) or known.name not in self._identities:
-            text = "an API token is needed: Authorization: Bearer sk-llambo-..." if not token else "no such API token"
+            text = "an API token is required: Authorization: Bearer sk-llambo-..." if not token else "no such API token"
             raise LlamboError(Code.UNAUTHORIZED, text)
         return self._of(self._folder, known.name)
 
     def _of(self, folder: Folder, name: str) -> Caller:
         identity, public = self._identities[name]
-        there = self._callers.pop(name, None)
-        if there is None or there.key is None or there.key.pair.public != public:
-            if there is not None:  # its key was changed
-                self._drop(there)
-            there = Caller(identity, self.address, folder.export(name), self._context)
+        caller = self._callers.pop(name, None)
+        if caller is None or caller.key is None or caller.key.pair.public != public:
+            if caller is not None:  # its key was changed
+                self._drop(caller)
+            caller = Caller(identity, self.address, folder.export(name), self._context)
             self._make_room()
-        there.identity = identity
-        there.used_at = time.monotonic()
-        self._callers[name] = there  # the last one is the one that was used last
-        return there
+        caller.identity = identity
+        caller.used_at = time.monotonic()
+        self._callers[name] = caller  # the order is that of the last use
+        return caller
 
     def _make_room(self) -> None:
-        if len(self._callers) < DOORS:
+        if len(self._callers) < CALLERS:
             return
         idle = next((name for name, caller in self._callers.items() if not caller.open), None)
         if idle is None:
-            raise LlamboError(Code.BUSY, f"{DOORS} names have requests open here", 1_000)
+            raise LlamboError(Code.BUSY, f"{CALLERS} names have open requests on this gateway", 1_000)
         self._drop(self._callers.pop(idle))
 
     def _drop(self, caller: Caller) -> None:
         closing = asyncio.get_running_loop().create_task(caller.close())
-        _KEPT.add(closing)
-        closing.add_done_callback(_KEPT.discard)
+        _CLOSING.add(closing)
+        closing.add_done_callback(_CLOSING.discard)
 
-    def _look(self, folder: Folder) -> None:
-        """The files again, if they were changed. What cannot be read changes nothing, and is said."""
+    def _reload(self, folder: Folder) -> None:
+        """Read the files again if they were changed. If they cannot be read, the old tokens stay valid."""
         path = folder.path / api_tokens.FILE
         tokens_at = path.stat().st_mtime_ns if path.exists() else 0
         stamp = (*folder.stamp(), tokens_at)
@@ -142,7 +142,7 @@ class Access:
         try:
             tokens, ring = api_tokens.read(folder), folder.ring()
         except LlamboError as error:
-            log.warning("the keys are left as they were: %s", error.text)
+            log.warning("the keys could not be read again, the old ones stay in use: %s", error.text)
             return
         self._tokens = {token.sha256: token for token in tokens}
         now = time.time()
@@ -151,12 +151,11 @@ class Access:
         }
 
     async def close(self) -> None:
-        """Everybody leaves."""
         await asyncio.gather(*[caller.close() for caller in (self._anyone, *self._callers.values())])
-        await asyncio.gather(*_KEPT)
-        # It waits for what was just said to leave, a moment at the most.
+        await asyncio.gather(*_CLOSING)
+        # It waits until the last messages are sent, for a moment at most.
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
 
 
-#: Clients on their way out.
-_KEPT: set[asyncio.Task[None]] = set()
+#: Tasks that close clients; asyncio itself references tasks only weakly.
+_CLOSING: set[asyncio.Task[None]] = set()

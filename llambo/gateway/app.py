@@ -1,23 +1,25 @@
-"""The gateway as an application: which path leads where.
+"""The gateway as an ASGI application: which path leads where.
 
-Litestar routes, limits bodies and answers other origins. What an API reads is decoded by msgspec, strictly and once;
-what it answers is an application of its own (see `replies`).
+Litestar routes, limits bodies and handles CORS. msgspec decodes the bodies, strictly and once; the answers are ASGI
+applications of their own (see `answers.asgi`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from litestar import Litestar, Request, Response, Router, WebSocket, delete, get, post, websocket
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
-from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions import HTTPException, InternalServerException, ValidationException
 from litestar.handlers import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Components, SecurityScheme
@@ -25,28 +27,71 @@ from litestar.types import ASGIApp
 
 import llambo
 from llambo.gateway.access import Access, Caller
-from llambo.gateway.answers.asking import Prepared, encode
-from llambo.gateway.answers.feed import Feeds
-from llambo.gateway.answers.problems import FieldError, StatusError, of_exception, shape_of, told, unread
-from llambo.gateway.answers.rendering import place_of
-from llambo.gateway.answers.replies import CODE_KEY, Later, Streaming, Whole
-from llambo.gateway.apis import anthropic_messages, embeddings, model_list, openai_chat, openai_completions, responses
-from llambo.gateway.apis.responses_input import ResponsesRequest
-from llambo.gateway.apis.responses_store import Store
+from llambo.gateway.answers.api import Parsed, encode
+from llambo.gateway.answers.api_errors import (
+    FieldError,
+    StatusError,
+    as_llambo_error,
+    decode_error,
+    error_reply,
+    shape_of,
+)
+from llambo.gateway.answers.asgi import CODE_KEY, Later, Streaming, Whole
+from llambo.gateway.answers.feed import Arrival, Feeds
+from llambo.gateway.answers.rendering import parse_event_id
+from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, responses
+from llambo.gateway.apis.response_store import ResponseStore
+from llambo.gateway.apis.responses import ResponsesRequest
 from llambo.gateway.config import GatewayConfig
-from llambo.gateway.dashboard import dashboard
-from llambo.gateway.dashboard.watching import Watches
-from llambo.gateway.http.front import CALLER_KEY, Front
+from llambo.gateway.dashboard import routes
+from llambo.gateway.dashboard.watches import Watches
+from llambo.gateway.http.middleware import CALLER_KEY, Middleware
 from llambo.gateway.http.openapi import completed
 from llambo.gateway.http.origins import Origins
-from llambo.gateway.http.readiness import Readiness
-from llambo.gateway.http.websocket import PROTOCOL, Apis, Conversation, offered_token
-from llambo.gateway.observe.telemetry import Telemetry
+from llambo.gateway.http.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
+from llambo.gateway.observe.gateway_metrics import GatewayMetrics
 from llambo.mesh.client.client import Client
 from llambo.mesh.service import prometheus
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import ModelRow
+
+if TYPE_CHECKING:
+    from llambo.gateway.observe.otel import OtelTraces
 
 log = logging.getLogger(__name__)
+
+Connection = ASGIConnection[Any, Any, Any, Any]
+#: How long the answer of `/readyz` is reused: anybody may ask, at any rate.
+READY_S = 0.25
+
+
+class Readiness:
+    """Whether a request would be answered. The mesh is asked once for all callers of about the same time."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Client]]) -> None:
+        self._connect = connect
+        self._known, self._known_until = "", 0.0
+        self._query: asyncio.Task[str] | None = None
+
+    async def why_not(self) -> str:
+        """Empty: it would."""
+        if time.monotonic() < self._known_until:
+            return self._known
+        if self._query is None:
+            self._query = asyncio.create_task(self._ask())
+        return await asyncio.shield(self._query)
+
+    async def _ask(self) -> str:
+        try:
+            status = await (await self._connect()).status()
+            self._known = "" if status.ready else "no worker is ready"
+        except LlamboError as error:
+            # Without the text, which may contain the address of the broker: no token is needed to read this.
+            self._known = f"the mesh does not answer: {error.code.value}"
+        finally:
+            self._query = None
+        self._known_until = time.monotonic() + READY_S
+        return self._known
 
 
 class Gateway:
@@ -54,47 +99,53 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, access: Access) -> None:
         self.config, self.access = config, access
-        self.telemetry = Telemetry()
-        self.feeds = Feeds(config.resume_ms, self.telemetry)
-        self.responses = Store()
+        self.metrics = GatewayMetrics()
+        self.feeds = Feeds(config.resume_ms, [self.metrics])
+        self.responses = ResponseStore()
         self.readiness = Readiness(access.own.client)
         self.stopping = False
+        self._traces: OtelTraces | None = None
 
-    async def answer(self, request: Request[Any, Any, Any], prepared: Prepared) -> ASGIApp:
-        """Begin what was asked for, or go on with it, and say how it is told."""
-        caller = caller_of(request)
-        digest = hashlib.blake2b(request.url.path.encode() + b"\n" + await request.body(), digest_size=16).digest()
+    def add_traces(self, traces: OtelTraces | None) -> None:
+        if traces is not None:
+            self._traces = traces
+            self.feeds.observers.append(traces)
+
+    async def answer(self, request: Request[Any, Any, Any], parsed: Parsed) -> ASGIApp:
+        """Submit the request, or resume its stream."""
+        caller, route, submission = caller_of(request), request.url.path, parsed.submission
+        digest = hashlib.blake2b(route.encode() + b"\n" + await request.body(), digest_size=16).digest()
         seen = request.headers.get("last-event-id")
-        renderer = prepared.renderer
-        if renderer is None or not seen:
-            feed = await self.feeds.begin(caller, prepared.ask, digest if renderer is not None else b"")
-            route = request.url.path
-            self.feeds.trace(feed, f"POST {route}", request.headers, route)
-            if renderer is None:
-                return Whole(self.feeds, feed, prepared.whole)
-            return Streaming(self.feeds, feed, renderer)
-        if prepared.ask.choices > 1 or prepared.ask.more:
-            raise FieldError("Last-Event-ID", "Last-Event-ID: a stream of several answers cannot be resumed")
-        id, created, skip = place_of(seen)
-        return Streaming(self.feeds, await self.feeds.resume(caller, id, created, digest), renderer, skip)
+        if not parsed.stream or not seen:
+            arrival = Arrival(f"POST {route}", route, request.headers)
+            feed = await self.feeds.begin(caller, submission, arrival, digest if parsed.stream else b"")
+            return (Streaming if parsed.stream else Whole)(self.feeds, feed, parsed.renderer)
+        if submission.choices > 1 or submission.more:
+            raise FieldError("Last-Event-ID", "a stream of several answers cannot be resumed")
+        id, created, skip = parse_event_id(seen)
+        return Streaming(self.feeds, await self.feeds.resume(caller, id, created, digest), parsed.renderer, skip)
 
     async def close(self, app: Litestar) -> None:
         self.feeds.close()
-        if self.feeds.traces is not None:
-            await self.feeds.traces.close()
+        if self._traces is not None:
+            await self._traces.close()
         await self.access.close()
 
 
 class BodyRequest(Request[Any, Any, State]):
-    """Decodes a body as the very type that its route asks for: "1" is no number, and what is wrong is named."""
+    """Decodes a body as the type that its route declares, without conversions: "1" is not a number."""
 
     async def json(self) -> Any:
         field = self.route_handler.parsed_data_field
         assert field is not None, "only asked for where the route has data"
         try:
-            return _decoder(field.annotation)(await self.body())
+            body = await self.body()
+        except InternalServerException as error:  # Litestar's only one here; it would be logged as our error
+            raise StatusError(400, "the client disconnected before its body was complete") from error
+        try:
+            return _decoder(field.annotation)(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise unread(error) from error
+            raise decode_error(error) from error
 
 
 @cache
@@ -102,30 +153,30 @@ def _decoder(kind: Any) -> Callable[[bytes], Any]:
     return msgspec.json.Decoder(kind).decode
 
 
-def gateway_of(request: ASGIConnection[Any, Any, Any, Any]) -> Gateway:
+def gateway_of(request: Connection) -> Gateway:
     found: Gateway = request.app.state.gateway
     return found
 
 
-def caller_of(request: ASGIConnection[Any, Any, Any, Any]) -> Caller:
-    """Who asks. Raises LlamboError if nobody knows him."""
-    known: Caller | None = request.scope.get(CALLER_KEY)  # type: ignore[assignment]
-    if known is None:
-        known = gateway_of(request).access.caller(token_of(request))
-        request.scope[CALLER_KEY] = known  # type: ignore[literal-required]
-    return known
+def caller_of(request: Connection) -> Caller:
+    """Raises LlamboError if the token is not valid."""
+    caller: Caller | None = request.scope.get(CALLER_KEY)  # type: ignore[assignment]
+    if caller is None:
+        caller = gateway_of(request).access.caller(token_of(request))
+        request.scope[CALLER_KEY] = caller  # type: ignore[literal-required]
+    return caller
 
 
-def token_of(request: ASGIConnection[Any, Any, Any, Any]) -> str:
-    """As OpenAI's clients give it, or as Anthropic's do."""
+def token_of(request: Connection) -> str:
+    """As OpenAI's clients send it, or Anthropic's, or a browser with a WebSocket."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return token.strip()
     return request.headers.get("x-api-key", "").strip() or offered_token(request)
 
 
-def known(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """A guard: strangers are turned away before their body is read."""
+def has_token(connection: Connection, handler: BaseRouteHandler) -> None:
+    """A guard: a request without a valid token is refused before its body is read."""
     caller_of(connection)
 
 
@@ -133,13 +184,13 @@ async def client_of(request: Request[Any, Any, Any]) -> Client:
     return await caller_of(request).client()
 
 
-# --- OpenAI --------------------------------------------------------------------------------------------------
+# OpenAI
 
 
 @post("/chat/completions", status_code=200, summary="Answer a conversation")
 async def chat(request: BodyRequest, data: openai_chat.ChatRequest) -> ASGIApp:
     gateway = gateway_of(request)
-    return await gateway.answer(request, openai_chat.prepare(data, gateway.config.answer_tokens))
+    return await gateway.answer(request, openai_chat.parse(data, gateway.config.answer_tokens))
 
 
 @post("/completions", status_code=200, summary="Continue a text")
@@ -149,7 +200,7 @@ async def completions(request: BodyRequest, data: openai_completions.CompletionR
         given if isinstance(given, str) else await client.detokenize(given, special=True, model=data.model or None)
         for given in openai_completions.inputs_of(data)
     ]
-    return await gateway.answer(request, openai_completions.prepare(data, prompts, gateway.config.answer_tokens))
+    return await gateway.answer(request, openai_completions.parse(data, prompts, gateway.config.answer_tokens))
 
 
 @post("/embeddings", status_code=200, summary="Vectors of texts")
@@ -157,69 +208,75 @@ async def embed(request: BodyRequest, data: embeddings.EmbeddingRequest) -> ASGI
     return Later(embeddings.answer(await client_of(request), data))
 
 
-@post("/responses", status_code=200, summary="Answer, and remember it")
+@post("/responses", status_code=200, summary="Answer, and store the response")
 async def respond(request: BodyRequest, data: ResponsesRequest) -> ASGIApp:
     gateway, owner = gateway_of(request), caller_of(request).name
-    return await gateway.answer(
-        request, responses.prepare(data, gateway.config.answer_tokens, gateway.responses, owner)
-    )
+    return await gateway.answer(request, responses.parse(data, gateway.config.answer_tokens, gateway.responses, owner))
 
 
-@get("/responses/{id:str}", summary="A response that was kept")
+@get("/responses/{id:str}", summary="A stored response")
 async def one_response(request: BodyRequest, id: str) -> Response[bytes]:
     body = gateway_of(request).responses.body(caller_of(request).name, id)
     return Response(body, media_type="application/json")
 
 
-@delete("/responses/{id:str}", status_code=200, summary="Forget a response")
-async def forget_response(request: BodyRequest, id: str) -> dict[str, Any]:
+@delete("/responses/{id:str}", status_code=200, summary="Delete a stored response")
+async def delete_response(request: BodyRequest, id: str) -> dict[str, Any]:
     return gateway_of(request).responses.delete(caller_of(request).name, id)
 
 
-@get("/models", summary="The models that are served")
+@get("/models", summary="The models of the mesh")
 async def list_models(request: BodyRequest) -> dict[str, Any]:
-    return await model_list.listed(await client_of(request))
+    return {"object": "list", "data": [_model(row) for row in await (await client_of(request)).models()]}
 
 
 @get("/models/{name:path}", summary="One model")
 async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
-    return await model_list.one(await client_of(request), name.lstrip("/"))
+    name = name.lstrip("/")
+    for row in await (await client_of(request)).models():
+        if row.model == name:
+            return _model(row)
+    raise LlamboError(Code.UNKNOWN_MODEL, f"no model has the name {name!r}")
+
+
+def _model(row: ModelRow) -> dict[str, Any]:
+    """The mesh does not know when a model was created."""
+    mesh = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
+    return {"id": row.model, "object": "model", "created": 0, "owned_by": "llambo", "llambo": mesh}
 
 
 @websocket("/stream")
 async def stream(socket: WebSocket[Any, Any, Any]) -> None:
-    """See `websocket`."""
+    """Described in `http.websocket`."""
     gateway = gateway_of(socket)
-    offered = [each.strip() for each in socket.headers.get("sec-websocket-protocol", "").split(",")]
-    await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered else None)
-    most, caller, token = gateway.config.answer_tokens, caller_of(socket), token_of(socket)
-
-    def read(kind: Any, body: bytes) -> Any:
-        return msgspec.structs.replace(_decoder(kind)(body), stream=True)
+    await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered_protocols(socket) else None)
+    limit, caller, token = gateway.config.answer_tokens, caller_of(socket), token_of(socket)
 
     apis: Apis = {
-        "chat": lambda body: openai_chat.prepare(read(openai_chat.ChatRequest, body), most),
-        "messages": lambda body: anthropic_messages.prepare(read(anthropic_messages.MessagesRequest, body)),
-        "responses": lambda body: responses.prepare(read(ResponsesRequest, body), most, gateway.responses, caller.name),
+        "chat": lambda body: openai_chat.parse(_decoder(openai_chat.ChatRequest)(body), limit),
+        "messages": lambda body: anthropic_messages.parse(_decoder(anthropic_messages.MessagesRequest)(body)),
+        "responses": lambda body: responses.parse(
+            _decoder(ResponsesRequest)(body), limit, gateway.responses, caller.name
+        ),
     }
-    # Asked at each request: a connection lasts, and a token may be withdrawn meanwhile.
-    await Conversation(socket, lambda: gateway.access.caller(token), gateway.feeds, apis).run()
+    # The token is checked at each request: a connection lasts long, and the token may be revoked meanwhile.
+    await SocketSession(socket, lambda: gateway.access.caller(token), gateway.feeds, apis).run()
 
 
-# --- Anthropic -----------------------------------------------------------------------------------------------
+# Anthropic
 
 
-@post("/messages", status_code=200, summary="Answer a conversation, as Anthropic does")
+@post("/messages", status_code=200, summary="Answer a conversation (Anthropic)")
 async def messages(request: BodyRequest, data: anthropic_messages.MessagesRequest) -> ASGIApp:
-    return await gateway_of(request).answer(request, anthropic_messages.prepare(data))
+    return await gateway_of(request).answer(request, anthropic_messages.parse(data))
 
 
-@post("/messages/count_tokens", status_code=200, summary="How many tokens a conversation has")
+@post("/messages/count_tokens", status_code=200, summary="The number of tokens of a conversation")
 async def count_tokens(request: BodyRequest, data: anthropic_messages.CountRequest) -> ASGIApp:
     return Later(anthropic_messages.count(await client_of(request), data))
 
 
-# --- how it is ---------------------------------------------------------------------------------------------
+# Health and metrics
 
 
 @get("/healthz", summary="Whether the gateway runs")
@@ -227,22 +284,22 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@get("/readyz", summary="Whether somebody would be answered")
+@get("/readyz", summary="Whether a request would be answered")
 async def readyz(request: BodyRequest) -> Response[dict[str, str]]:
     gateway = gateway_of(request)
     if gateway.stopping:
-        return Response({"status": "the gateway stops"}, status_code=503)
+        return Response({"status": "the gateway is stopping"}, status_code=503)
     why_not = await gateway.readiness.why_not()
     return Response({"status": why_not or "ok"}, status_code=503 if why_not else 200)
 
 
 @get("/metrics", include_in_schema=False)
 async def page_of_metrics(request: BodyRequest) -> Response[str]:
-    """With keys for an admin alone: a peer on this machine may be a proxy that speaks for anybody."""
+    """With keys for admins only: a peer on this host may be a proxy for anybody."""
     gateway = gateway_of(request)
-    if gateway.access.wants_tokens and not caller_of(request).identity.may_manage:
-        raise LlamboError(Code.FORBIDDEN, "only an admin's token may read the metrics")
-    return Response(gateway.telemetry.page(gateway.feeds), media_type=prometheus.MEDIA_TYPE)
+    if gateway.access.requires_tokens and not caller_of(request).identity.may_manage:
+        raise LlamboError(Code.FORBIDDEN, "the metrics require the token of an admin")
+    return Response(gateway.metrics.page(), media_type=prometheus.MEDIA_TYPE)
 
 
 @get("/openapi.json", include_in_schema=False)
@@ -253,31 +310,31 @@ async def openapi(request: BodyRequest) -> Response[bytes]:
 @cache
 def _document(app: Litestar) -> bytes:
     gateway: Gateway = app.state.gateway
-    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.wants_tokens))
+    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.requires_tokens))
 
 
-# --- putting it together -------------------------------------------------------------------------------------
+# The application
 
-#: What wants an API token where there are keys.
+#: Routes that require an API token where there are keys.
 V1 = [
     chat, completions, embed, list_models, one_model,
-    respond, one_response, forget_response,
+    respond, one_response, delete_response,
     messages, count_tokens, stream,
 ]  # fmt: skip
 
 OWN = [healthz, readyz, page_of_metrics, openapi]
 
 
-def make_app(gateway: Gateway) -> Front:
+def make_app(gateway: Gateway) -> Middleware:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
-    pages = dashboard.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
+    pages = routes.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[known], security=[{"token": []}]), *OWN, *pages],
+        [Router("/v1", route_handlers=V1, guards=[has_token], security=[{"token": []}]), *OWN, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,
-        exception_handlers={Exception: problem},
+        exception_handlers={Exception: answer_error},
         on_shutdown=[gateway.close],
         openapi_config=OpenAPIConfig(
             title="llambo",
@@ -288,21 +345,19 @@ def make_app(gateway: Gateway) -> Front:
         state=State({"gateway": gateway}),
         logging_config=None,
     )
-    origins = None if gateway.access.wants_tokens else Origins(config.hosts, config.cors)
-    return Front(app, config.http_requests, gateway.telemetry, origins)
+    origins = None if gateway.access.requires_tokens else Origins(config.hosts, config.cors)
+    return Middleware(app, config.http_requests, gateway.metrics, origins)
 
 
-def problem(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """Whatever went wrong, in the shape of the API that was asked."""
-    if isinstance(error, ValidationException):  # no route has parameters that could be wrong
+def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Any error, in the shape of the API that was used."""
+    if isinstance(error, ValidationException):  # no route has parameters that could be invalid, so it is the body
         error = FieldError("", "the body is empty")
     elif isinstance(error, HTTPException):
-        # Litestar calls a client who left before his body was whole a fault of the server.
-        left = error.detail == "client disconnected prematurely"
-        error = StatusError(400 if left else error.status_code, error.detail, error.headers)
+        error = StatusError(error.status_code, error.detail, error.headers)
     elif not isinstance(error, LlamboError):
         log.error("a request to %s failed", request.scope["path"], exc_info=error)
-    found = of_exception(error)
+    found = as_llambo_error(error)
     request.scope[CODE_KEY] = found.code.value  # type: ignore[literal-required]
-    said = told(found, shape_of(request.scope["path"]))
-    return Response(said.body, status_code=said.status, headers=said.headers, media_type="application/json")
+    reply = error_reply(found, shape_of(request.scope["path"]))
+    return Response(reply.body, status_code=reply.status, headers=reply.headers, media_type="application/json")

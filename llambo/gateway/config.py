@@ -1,4 +1,4 @@
-"""What a gateway can be told, as one immutable value."""
+"""The settings of a gateway, as one immutable value."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     port: int = 0
     tls_cert: str = ""
     tls_key: str = ""
-    #: Origins whose pages may ask.
+    #: Origins whose pages may use it.
     cors: tuple[str, ...] = ()
-    #: Names it is asked by, without keys, besides those of this machine.
+    #: Without keys: names of the gateway besides those of this host.
     hosts: tuple[str, ...] = ()
     body_bytes: int = 8 * 1024 * 1024
     answer_tokens: int = 2_048
@@ -27,10 +27,10 @@ class GatewayConfig(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_settings(cls, values: Mapping[str, Value]) -> GatewayConfig:
-        told: dict[str, Any] = {name: values[name] for name in cls.__struct_fields__ if name in values}
-        told |= {"host": values["http_bind"], "port": values["http_port"]}
-        told |= {"cors": _words(values["http_cors"]), "hosts": _words(values["http_hosts"])}
-        return msgspec.convert(told, type=cls)
+        found: dict[str, Any] = {name: values[name] for name in cls.__struct_fields__ if name in values}
+        found |= {"host": values["http_bind"], "port": values["http_port"]}
+        found |= {"cors": _words(values["http_cors"]), "hosts": _words(values["http_hosts"])}
+        return msgspec.convert(found, type=cls)
 
 
 def _words(value: Value) -> tuple[str, ...]:

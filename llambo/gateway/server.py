@@ -1,4 +1,4 @@
-"""The gateway as a process: a listening socket, and uvicorn in front of the application."""
+"""The gateway as a process: a listening socket, and uvicorn with the application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import uvicorn
 from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
-from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
 from llambo.gateway.observe.tracing import traces_of
 from llambo.mesh.service import clock
 from llambo.mesh.service.notify import Notifier
@@ -26,12 +26,12 @@ from llambo.mesh.wire.errors import Code, LlamboError
 log = logging.getLogger(__name__)
 
 BACKLOG = 2_048
-#: How long a connection without a request is kept.
+#: How long a connection without a request stays open.
 IDLE_S = 75
 
 
 class _Server(uvicorn.Server):
-    """Without its signal handlers: it would raise each signal again when it has left."""
+    """uvicorn's own signal handlers would raise each signal again after it has stopped."""
 
     def __init__(
         self, config: uvicorn.Config, gateway: Gateway, announce: Callable[[], None], notifier: Notifier
@@ -52,16 +52,16 @@ class _Server(uvicorn.Server):
             self._announce()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second, by the loop that answers."""
+        """uvicorn calls this ten times a second from the event loop that answers requests."""
         now_ms = clock.now_ms()
         if now_ms >= self._notifier.next_wakeup_ms() or self.should_exit:
             open_now = len(self._gateway.feeds)
-            status = f"{open_now or 'no'} answer{'s' * (open_now != 1)} on their way"
+            status = f"{open_now or 'no'} answer{'s' * (open_now != 1)} in progress"
             self._notifier.update(Condition(status, ready=True, leaving=self.should_exit), now_ms)
         return await super().on_tick(counter)
 
     def _stop(self) -> None:
-        """Once: open requests may finish. Twice: now."""
+        """The first signal lets open requests finish; the second stops at once."""
         self.force_exit = self.should_exit
         self.should_exit = self._gateway.stopping = True
 
@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_tls(cert: str, key: str) -> None:
-    """uvicorn would end in a traceback."""
+    """Without this check uvicorn would end with a traceback."""
     if not cert:
         return
     try:
@@ -89,22 +89,22 @@ def check_tls(cert: str, key: str) -> None:
 def run_gateway(
     config: GatewayConfig, access: Access, announce: Callable[[int], None], notifier: Notifier | None = None
 ) -> int:
-    """Serve until SIGTERM or SIGINT. `announce` is told the port once requests are answered."""
+    """Serve until SIGTERM or SIGINT. `announce` is called with the port once requests are answered."""
     check_tls(config.tls_cert, config.tls_key)
     listener = listen(config.host, config.port)
-    cut_off_who_takes_nothing(listener)
+    set_tcp_user_timeout(listener)
     port = int(listener.getsockname()[1])
-    # In their details are the heads of WebSockets, and in those are tokens.
+    # Its debug messages contain the headers of WebSockets, and those contain tokens.
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
     gateway = Gateway(config, access)
-    gateway.feeds.traces = traces_of(os.environ)
-    told = uvicorn.Config(
+    gateway.add_traces(traces_of(os.environ))
+    settings = uvicorn.Config(
         make_app(gateway),
         loop="uvloop",
-        http=PatientProtocol,
+        http=TimeoutProtocol,
         ws="websockets-sansio",
         ws_max_size=config.body_bytes,
-        # It would cost each connection some hundred kB, and its text is short.
+        # Compression would cost some hundred kB for each connection, and the messages are short.
         ws_per_message_deflate=False,
         lifespan="on",
         log_config=None,
@@ -116,6 +116,6 @@ def run_gateway(
         ssl_keyfile=config.tls_key or None,
     )
     with listener:
-        _Server(told, gateway, lambda: announce(port), notifier or Notifier()).run(sockets=[listener])
+        _Server(settings, gateway, lambda: announce(port), notifier or Notifier()).run(sockets=[listener])
     log.info("gateway stopped")
     return 0

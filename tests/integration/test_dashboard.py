@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.dashboard import watching
-from llambo.gateway.dashboard.watching import Watches
+from llambo.gateway.dashboard import watches as watching
+from llambo.gateway.dashboard.watches import Watches
 from llambo.mesh.client.client import Client
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
@@ -85,7 +85,7 @@ def test_a_gateway_that_stops_lets_its_viewers_go(mesh: Mesh) -> None:
     with GatewayProcess(mesh.address, "--leave-ms", "600000") as gateway, gateway.open("GET", LIVE) as response:
         events(response, 1)
         assert gateway.stop() == 0
-        assert data_of(events(response)[-1])["over"]["text"] == "the gateway stops"
+        assert data_of(events(response)[-1])["over"]["text"] == "the gateway is stopping"
 
 
 def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
@@ -118,7 +118,7 @@ def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: M
             rounds = asked
             assert not first.viewers and watches.viewers == 0
             # Nobody looks, so nobody asks: nothing is left on the loop that could.
-            assert [task for task in asyncio.all_tasks() if "_ask_on" in repr(task)] == []
+            assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
             assert asked == rounds
 
     mesh.run(scenario())

@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
 from llambo.gateway.http import timeouts
-from llambo.gateway.http.timeouts import PatientProtocol, cut_off_who_takes_nothing
+from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
 from llambo.gateway.server import listen
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
@@ -231,7 +231,7 @@ def test_what_is_nested_deeply_is_an_error_of_the_caller(gateway: GatewayProcess
 
 def test_a_long_prompt_is_not_answered_many_times(gateway: GatewayProcess) -> None:
     status, told, _ = gateway.ask("POST", "/v1/completions", {"prompt": "x" * 3_000_000, "n": 128, "max_tokens": 1})
-    assert status == 400 and "128 times" in told["error"]["message"]
+    assert status == 400 and "128 answers" in told["error"]["message"]
 
 
 def too_much(socket: ClientConnection) -> None:
@@ -281,7 +281,7 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
     async def cut() -> bytes:
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: PatientProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+        server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
         async with server, asyncio.timeout(TIMEOUT_S):
             reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
             found = b""
@@ -300,7 +300,7 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
 
 def test_who_takes_nothing_is_cut_by_the_kernel() -> None:
     with listen("127.0.0.1", 0) as listener:
-        cut_off_who_takes_nothing(listener, 0.5)
+        set_tcp_user_timeout(listener, 0.5)
         with socket.socket() as reader:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             reader.connect(listener.getsockname())

@@ -12,7 +12,7 @@ import pytest
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar.grammar import grammar_of
 from llambo.worker.llama import llama
-from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.llama.sampling import LazyGrammar
 from llambo.worker.models import model_files
 
 
@@ -199,10 +199,10 @@ def test_a_lazy_grammar_sleeps_until_the_tag_is_whole(model: llama.Model) -> Non
     for token in model.tokenize(b"Any text {1 <tool_calls> and <tool_call", special=False):
         assert grammar.allows(token)
         grammar.accept(token)
-    assert not grammar.awake
+    assert not grammar.active
     (end,) = model.tokenize(b">", special=False)
     grammar.accept(end)
-    assert grammar.awake
+    assert grammar.active
     assert not Walker(model, LAZY).passes("{1")
     assert [grammar.allows(model.tokenize(text, special=False)[0]) for text in (b"\n", b"{", b"1")] == [
         True,
@@ -212,7 +212,7 @@ def test_a_lazy_grammar_sleeps_until_the_tag_is_whole(model: llama.Model) -> Non
 
 
 def test_a_token_that_ends_the_tag_and_goes_on_is_not_allowed(model: llama.Model) -> None:
-    tokens = [token for token, piece in model.beyond_tags if piece.startswith(b">") and b"\n" not in piece]
+    tokens = [token for token, piece in model.tokens_past_tag if piece.startswith(b">") and b"\n" not in piece]
     assert tokens, "this vocabulary has none, and the test nothing to try"
     grammar = lazy(model)
     assert all(map(grammar.allows, tokens))
@@ -227,7 +227,7 @@ def test_a_token_that_ends_the_tag_and_goes_on_is_not_allowed(model: llama.Model
     logits[tokens] = 30.0
     ids, left = candidates.mask(logits, grammar)
     assert not np.isfinite(left[np.isin(ids, tokens)]).any()
-    assert np.isfinite(left).sum() >= len(ids) - len(model.beyond_tags)
+    assert np.isfinite(left).sum() >= len(ids) - len(model.tokens_past_tag)
 
 
 # --- who is asked --------------------------------------------------------------------------------------------------

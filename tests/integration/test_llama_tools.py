@@ -15,8 +15,7 @@ import pytest
 
 from llambo import Client
 from llambo.broker.core import BrokerCore
-from llambo.gateway.apis.tool_calls import Call, collect
-from llambo.gateway.apis.tools import chat_prompt, tool_options
+from llambo.gateway.apis import openai_chat
 from llambo.mesh.client.client import Answer
 from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import Code
@@ -30,6 +29,7 @@ from llambo.worker.llama.llama_engine import LlamaEngine
 from llambo.worker.llama.llama_load import load
 from tests.integration import hermes
 from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said
+from tests.unit.gateway_bench import Call, collect, read
 
 __all__ = ["engine", "loaded", "said"]  # fixtures
 
@@ -69,10 +69,20 @@ SEEN = [*called("Rome"), *called("Paris"), {"role": "user", "content": "What is 
 
 def start(choice: Any, messages: list[Any] | None = None, prefix: list[int] | None = None, tokens: int = 160,
           parallel: bool | None = None, **more: Any) -> Start:  # fmt: skip
-    options = tool_options(TOOLS, choice, parallel)
-    prompt = chat_prompt(messages or [ASKED], TOOLS, options).encode()
+    prompt, options = offered(messages or [ASKED], TOOLS, choice, parallel)
     sampling = msgspec.convert({"form": "chat", "temperature": 0.0, **options, **more}, Sampling)
-    return Start(bytes([1]) * 24, prompt, tokens, 7, prefix or [], sampling)
+    return Start(bytes([1]) * 24, prompt.encode(), tokens, 7, prefix or [], sampling)
+
+
+def offered(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]], choice: Any, parallel: bool | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The prompt and the sampling options that the gateway makes of it."""
+    body = {"messages": messages, "tools": tools, "tool_choice": choice, "parallel_tool_calls": parallel}
+    submission = openai_chat.parse(read(openai_chat.ChatRequest, body), 64).submission
+    options = dict(submission.options["sampling"] or {})
+    del options["fit"]
+    return submission.prompt, options
 
 
 def calls_of(told: Told | Answer) -> list[Call]:
@@ -251,8 +261,8 @@ def test_a_worker_is_killed_in_the_middle_of_a_call() -> None:
     with Mesh(2, worker=WORKER, check=True) as mesh:
 
         async def ask(client: Client, temperature: float) -> Answer:
-            options = tool_options([NOTE], "required")
-            prompt = chat_prompt([{"role": "user", "content": "Write a note about llamas."}], [NOTE], options)
+            asked = [{"role": "user", "content": "Write a note about llamas."}]
+            prompt, options = offered(asked, [NOTE], "required")
             return await client.generate(
                 prompt, form="chat", temperature=temperature, seed=1, max_tokens=260, stream=True, sampling=options
             )

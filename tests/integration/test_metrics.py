@@ -17,7 +17,7 @@ import zmq
 
 from llambo.broker.report import metrics_http as windows
 from llambo.broker.report.metrics_http import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
-from llambo.gateway.observe.telemetry import TABLE
+from llambo.gateway.observe.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER

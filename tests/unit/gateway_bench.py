@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from llambo.gateway.answers.asking import About, Event, Prepared, Renderer, Token
-from llambo.gateway.answers.problems import unread
+from llambo.gateway.answers.api import AnswerHead, Parsed, Renderer, StreamEvent, Token, encode
+from llambo.gateway.answers.api_errors import decode_error
 from llambo.gateway.apis import responses
-from llambo.gateway.apis.responses_input import ResponsesRequest
-from llambo.gateway.apis.responses_store import Store
+from llambo.gateway.apis.response_store import ResponseStore
+from llambo.gateway.apis.responses import ResponsesRequest
+from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, Content, ToolCalls
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.tokens import Logprob
 
 T = TypeVar("T")
-ABOUT = About("0123456789abcdef" * 2, 1_700_000_000, "tiny")
+HEAD = AnswerHead("0123456789abcdef" * 2, 1_700_000_000, "tiny")
 
 
 def read(kind: type[T], body: dict[str, Any]) -> T:
     try:
         return msgspec.json.decode(json.dumps(body), type=kind)
     except msgspec.MsgspecError as error:
-        raise unread(error) from error
+        raise decode_error(error) from error
 
 
-def ready(store: Store | None = None, owner: str = "", /, **body: Any) -> Prepared:
+def ready(store: ResponseStore | None = None, owner: str = "", /, **body: Any) -> Parsed:
     """A request to `/v1/responses`."""
     asked = read(ResponsesRequest, {"model": "tiny", "input": "hi", **body})
-    return responses.prepare(asked, 2_048, Store() if store is None else store, owner)
+    return responses.parse(asked, 2_048, ResponseStore() if store is None else store, owner)
 
 
-def prompt_of(prepared: Prepared) -> dict[str, Any]:
+def prompt_of(parsed: Parsed) -> dict[str, Any]:
     """Its messages, and its tools if the model is told of any: whichever form it has."""
-    found = json.loads(prepared.ask.prompt)
-    assert prepared.ask.options["form"] == ("messages" if isinstance(found, list) else "chat")
+    found = json.loads(parsed.submission.prompt)
+    assert parsed.submission.options["form"] == ("messages" if isinstance(found, list) else "chat")
     return {"messages": found} if isinstance(found, list) else dict(found)
 
 
@@ -47,22 +49,33 @@ def answer(
 ) -> Answer:  # fmt: skip
     """Of a prompt of ten tokens, four of which were in a cache."""
     return Answer(
-        text, list(range(tokens)), reason, m.Usage(10, 4, 1.0, 2.0), "w0", 1, ABOUT.id, 3,
+        text, list(range(tokens)), reason, m.Usage(10, 4, 1.0, 2.0), "w0", 1, HEAD.id, 3,
         list(logprobs or []), pieces or [], stop,
     )  # fmt: skip
 
 
-def play(renderer: Renderer, tokens: list[Token], whole: Answer) -> list[Event]:
-    events = list(renderer.begin(ABOUT))
+def play(renderer: Renderer, tokens: list[Token], whole: Answer) -> list[StreamEvent]:
+    events = list(renderer.begin(HEAD))
     for token in tokens:
         events += renderer.token(token)
     events += renderer.end(0, whole)
     return events + list(renderer.done([whole]))
 
 
-def events(prepared: Prepared, tokens: list[Token], whole: Answer) -> list[Event]:
-    assert prepared.renderer is not None, "it asks for a stream"
-    return play(prepared.renderer, tokens, whole)
+def events(parsed: Parsed, tokens: list[Token], whole: Answer) -> list[StreamEvent]:
+    return play(parsed.renderer, tokens, whole)
+
+
+def whole(parsed: Parsed, answer: Answer) -> Any:
+    """The body of an answer that is not streamed."""
+    if answer.logprobs:
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        likely = zip(answer.pieces, answer.logprobs, strict=True)
+        tokens = [Token(0, decode(piece), at, piece, logprob) for at, (piece, logprob) in enumerate(likely)]
+    else:
+        tokens = tokens_of(answer.text)
+    play(parsed.renderer, tokens, answer)
+    return parsed.renderer.body([answer])
 
 
 def tokens_of(*texts: str) -> list[Token]:
@@ -80,8 +93,31 @@ def cut(text: str, seed: int) -> list[Token]:
     return tokens_of(*texts)
 
 
-def told(events: list[Event]) -> list[dict[str, Any]]:
+def told(events: list[StreamEvent]) -> list[dict[str, Any]]:
     """What the events say; each has its own name as its type."""
-    found = [json.loads(event.data) for event in events]
+    found = [json.loads(encode(event.data)) for event in events]
     assert [event.name for event in events] == [each["type"] for each in found]
     return found
+
+
+class Call(NamedTuple):
+    id: str
+    name: str
+    #: JSON text.
+    arguments: str
+
+
+def collect(text: str, seed: str, *, prefix: str = "call_") -> tuple[str, list[Call]]:
+    """The content and the calls of an answer. A call that was cut is there as far as it came."""
+    parser = ToolCalls(seed, prefix=prefix)
+    content: list[str] = []
+    calls: list[Call] = []
+    for delta in [*parser.feed(text), *parser.finish()]:
+        match delta:
+            case Content(more):
+                content.append(more)
+            case CallBegun(_, id, name):
+                calls.append(Call(id, name, ""))
+            case CallArguments(index, more):
+                calls[index] = calls[index]._replace(arguments=calls[index].arguments + more)
+    return "".join(content), calls

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.answers.problems import FieldError, body
-from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, prepare
+from llambo.gateway.answers.api_errors import FieldError, error_body
+from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, parse
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, read, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, cut, events, prompt_of, read, tokens_of, told
+from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -27,7 +28,7 @@ def asked(**more: Any) -> MessagesRequest:
 
 
 def prompt(**more: Any) -> dict[str, Any]:
-    return prompt_of(prepare(asked(**more)))
+    return prompt_of(parse(asked(**more)))
 
 
 def messages(*given: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def messages(*given: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
 
 def refused(body: dict[str, Any]) -> FieldError:
     with pytest.raises(FieldError) as error:
-        prepare(read(MessagesRequest, {"model": "tiny", "max_tokens": 9, "messages": [user()], **body}))
+        parse(read(MessagesRequest, {"model": "tiny", "max_tokens": 9, "messages": [user()], **body}))
     return error.value
 
 
@@ -45,27 +46,27 @@ def refused(body: dict[str, Any]) -> FieldError:
 
 
 def test_everything_that_is_understood_gets_to_the_mesh() -> None:
-    prepared = prepare(
+    parsed = parse(
         asked(stop_sequences=["##"], temperature=0.5, top_p=0.9, top_k=3, seed=-1, priority="batch", deadline_ms=500)
     )
-    assert prepared.ask.options == {
+    assert parsed.submission.options == {
         "model": "tiny", "max_tokens": 9, "temperature": 0.5, "stop": ["##"], "form": "messages", "seed": 2**63 - 1,
         "priority": "batch", "deadline_ms": 500, "sampling": {"fit": True, "top_p": 0.9, "top_k": 3},
     }  # fmt: skip
-    request, _ = build_request(b"\1" * 16, 1, prepared.ask.prompt, False, prepared.ask.options)
+    request, _ = build_request(b"\1" * 16, 1, parsed.submission.prompt, False, parsed.submission.options)
     assert request.max_tokens == 9
-    assert prepared.ask.choices == 1
-    assert prepared.renderer is None
+    assert parsed.submission.choices == 1
+    assert not parsed.stream
 
 
 def test_a_bound_beyond_what_the_mesh_counts_to_is_a_bound_still() -> None:
-    assert prepare(asked(max_tokens=1_000_000)).ask.options["max_tokens"] == 131_072
+    assert parse(asked(max_tokens=1_000_000)).submission.options["max_tokens"] == 131_072
 
 
 def test_what_nobody_here_knows_is_ignored() -> None:
     more = {"metadata": {"user_id": "x"}, "thinking": {"type": "enabled", "budget_tokens": 1024}, "no_such": 1}
     cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
-    assert prepare(asked(**more)).ask == prepare(asked(messages=[user([cached])])).ask
+    assert parse(asked(**more)).submission == parse(asked(messages=[user([cached])])).submission
 
 
 def test_text_and_blocks_are_the_same() -> None:
@@ -115,17 +116,17 @@ def test_calls_and_their_results() -> None:
 )  # fmt: skip
 def test_choices(choice: Any, wanted: dict[str, Any]) -> None:
     more = {"tools": [WEATHER], **({"tool_choice": choice} if choice else {})}
-    assert prepare(asked(**more)).ask.options["sampling"] == {"fit": True, **wanted}
+    assert parse(asked(**more)).submission.options["sampling"] == {"fit": True, **wanted}
     assert prompt(**more).get("tools") == ([{"type": "function", "function": FUNCTION}] if wanted else None)
 
 
 def test_a_schema_for_the_answer() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"format": {"type": "json_schema", "schema": schema}}
-    sampling = prepare(asked(output_config=wanted)).ask.options["sampling"]
+    sampling = parse(asked(output_config=wanted)).submission.options["sampling"]
     assert sampling is not None and json.loads(sampling["json_schema"]) == schema
     # A call, or else what the schema says.
-    both = prepare(asked(output_config=wanted, tools=[WEATHER])).ask.options["sampling"]
+    both = parse(asked(output_config=wanted, tools=[WEATHER])).submission.options["sampling"]
     assert both is not None and (both["tool_choice"], "json_schema" in both) == ("auto", True)
     long = {"format": {"type": "json_schema", "schema": {"title": "x" * 20_000}}}
     assert refused({"output_config": long}).field == "output_config.format.schema"
@@ -183,7 +184,7 @@ def test_what_is_wrong_is_refused_by_its_name(body: dict[str, Any], field: str) 
 )
 def test_tools_that_do_not_go_together_are_refused(body: dict[str, Any]) -> None:
     with pytest.raises(LlamboError, match=r"^tool") as error:
-        prepare(asked(**body))
+        parse(asked(**body))
     assert error.value.code is Code.BAD_REQUEST
 
 
@@ -197,13 +198,13 @@ def test_max_tokens_is_needed_for_an_answer_and_not_for_a_count() -> None:
 
 
 def streamed(*texts: str, **more: Any) -> list[dict[str, Any]]:
-    return told(events(prepare(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
+    return told(events(parse(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
 
 
 def test_the_events_of_a_text() -> None:
     assert streamed("Hel", "", "lo") == [
         {"type": "message_start", "message": {
-            "id": f"msg_{ABOUT.id}", "type": "message", "role": "assistant", "model": "tiny", "content": [],
+            "id": f"msg_{HEAD.id}", "type": "message", "role": "assistant", "model": "tiny", "content": [],
             "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 0, "output_tokens": 0}}},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         {"type": "ping"},
@@ -213,7 +214,7 @@ def test_the_events_of_a_text() -> None:
         {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None},
          "usage": {"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4,
                    "output_tokens": 7},
-         "llambo": {"requests": [ABOUT.id], "workers": ["w0"], "moves": 1, "queued_ms": 3, "prefill_ms": 1.0,
+         "llambo": {"requests": [HEAD.id], "workers": ["w0"], "moves": 1, "queued_ms": 3, "prefill_ms": 1.0,
                     "decode_ms": 2.0}},
         {"type": "message_stop"},
     ]  # fmt: skip
@@ -247,7 +248,7 @@ def test_without_tools_a_call_is_text() -> None:
 
 def test_an_empty_answer_has_no_block() -> None:
     assert [event["type"] for event in streamed()] == ["message_start", "message_delta", "message_stop"]
-    assert prepare(asked()).whole(ABOUT, [answer("")])["content"] == []
+    assert whole_body(parse(asked()), answer(""))["content"] == []
 
 
 @pytest.mark.parametrize(
@@ -261,23 +262,22 @@ def test_an_empty_answer_has_no_block() -> None:
     ],
 )
 def test_why_it_ended(reason: Any, stop: str, tokens: int, wanted: tuple[str, str | None]) -> None:
-    body = prepare(asked()).whole(ABOUT, [answer("x", reason, stop=stop, tokens=tokens)])
+    body = whole_body(parse(asked()), answer("x", reason, stop=stop, tokens=tokens))
     assert (body["stop_reason"], body["stop_sequence"]) == wanted
 
 
 def test_a_call_that_was_cut_off_has_no_input() -> None:
-    prepared = prepare(asked(tools=[WEATHER]))
-    body = prepared.whole(ABOUT, [answer(CALL[:50], "length", tokens=9)])
+    parsed = parse(asked(tools=[WEATHER]))
+    body = whole_body(parsed, answer(CALL[:50], "length", tokens=9))
     assert [(block["type"], block.get("input")) for block in body["content"]] == [("tool_use", {})]
     assert body["stop_reason"] == "max_tokens"
 
 
 def test_an_error_in_the_middle_is_the_last_event() -> None:
-    renderer = prepare(asked(stream=True)).renderer
-    assert renderer is not None
+    renderer = parse(asked(stream=True)).renderer
     error = LlamboError(Code.ENGINE_FAILED, "it died")
-    found = told([*renderer.begin(ABOUT), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
-    assert found[-1] == body(error, "anthropic") == {
+    found = told([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
+    assert found[-1] == error_body(error, "anthropic") == {
         "type": "error", "error": {"type": "api_error", "message": "it died"}
     }  # fmt: skip
 
@@ -299,7 +299,7 @@ TEXTS = [
 def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str, seed: int) -> None:
     request = asked(stream=True, tools=[WEATHER])
     whole = answer(text)
-    once, again = [events(prepare(request), cut(text, seed), whole) for _ in range(2)]
+    once, again = [events(parse(request), cut(text, seed), whole) for _ in range(2)]
     assert once == again
     blocks: list[dict[str, Any]] = []
     ended: dict[str, Any] = {}
@@ -315,7 +315,7 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
                 )
             case "message_delta":
                 ended = {**event["delta"], "usage": event["usage"]}
-    body = prepare(request).whole(ABOUT, [whole])
+    body = whole_body(parse(request), whole)
     for block in blocks:
         arguments = block.pop("json")
         if block["type"] == "tool_use" and text != CALL[:50]:

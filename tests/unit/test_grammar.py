@@ -15,7 +15,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar import grammar
-from llambo.worker.grammar.grammar import Grammar, GrammarError, depth, grammar_of
+from llambo.worker.grammar.grammar import GrammarError, GrammarText, depth, grammar_of
 from llambo.worker.grammar.pattern import pattern_rule
 from llambo.worker.grammar.schema import Rules
 
@@ -30,8 +30,8 @@ def test_how_deep_a_grammar_is(grammar: str, deep: int) -> None:
 
 
 def test_a_grammar_passes_and_a_bomb_does_not() -> None:
-    assert grammar_of(Sampling()) == Grammar("")
-    assert grammar_of(Sampling(grammar='root ::= "a"')) == Grammar('root ::= "a"')
+    assert grammar_of(Sampling()) == GrammarText("")
+    assert grammar_of(Sampling(grammar='root ::= "a"')) == GrammarText('root ::= "a"')
     for bad in ("(" * 101 + ")" * 101, 'root ::= "a\0"'):
         with pytest.raises(GrammarError):
             grammar_of(Sampling(grammar=bad))
@@ -66,7 +66,7 @@ def test_a_grammar_that_grew_too_long_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("schema", "said"),
     [
-        ("[1]", "is no object"),
+        ("[1]", "is not an object"),
         ('{"type": "nothing"}', "no type is called"),
         ('{"properties": {"a": {"items": {"type": 7}}}}', r"at #/properties/a/items"),
         ('{"$ref": "#/nowhere"}', "nothing is at #/nowhere"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.llama.sampling import LazyGrammar
 
 #: How fast this machine is just now is not what is tried here.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -22,7 +22,7 @@ class Model:
         return PIECES[token]
 
     @property
-    def beyond_tags(self) -> list[tuple[int, bytes]]:
+    def tokens_past_tag(self) -> list[tuple[int, bytes]]:
         return [(6, b">>"), (7, b"call>{")]
 
 
@@ -66,14 +66,14 @@ def test_it_wakes_with_the_tag_and_whoever_replays_is_where_the_other_was(tokens
         if one.allows(token):
             one.accept(token)
             taken.append(token)
-        elif not one.awake:
+        elif not one.active:
             with pytest.raises(ValueError, match="refuses"):
                 one.accept(token)
-        assert one.awake == (TAG.encode() in b"".join(PIECES[each] for each in taken))
+        assert one.active == (TAG.encode() in b"".join(PIECES[each] for each in taken))
     again, replayed = lazy()
     for token in taken:
         again.accept(token)
-    assert (again.awake, again._tail, replayed.accepted) == (one.awake, one._tail, rules.accepted)
+    assert (again.active, again._tail, replayed.accepted) == (one.active, one._tail, rules.accepted)
     assert all(again.allows(token) == one.allows(token) for token in range(len(PIECES)))
 
 
@@ -90,4 +90,4 @@ def test_candidates_are_left_alone_until_the_tag_could_end() -> None:
     assert rules.forbidden == [6]
     grammar.accept(5)  # > and the end of the line
     grammar.apply(None)
-    assert (grammar.awake, rules.applied) == (True, 1)
+    assert (grammar.active, rules.applied) == (True, 1)

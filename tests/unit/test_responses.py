@@ -7,25 +7,26 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.answers.asking import Token
-from llambo.gateway.answers.problems import FieldError
-from llambo.gateway.apis.responses_store import Store
+from llambo.gateway.answers.api import Token
+from llambo.gateway.answers.api_errors import FieldError
+from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import ABOUT, answer, cut, events, prompt_of, ready, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, cut, events, prompt_of, ready, tokens_of, told
+from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-ID = f"resp_{ABOUT.id}"
+ID = f"resp_{HEAD.id}"
 
 
 def sampling(**body: Any) -> dict[str, Any]:
-    return ready(**body).ask.options["sampling"] or {}
+    return ready(**body).submission.options["sampling"] or {}
 
 
-def prompt(store: Store | None = None, /, **body: Any) -> dict[str, Any]:
+def prompt(store: ResponseStore | None = None, /, **body: Any) -> dict[str, Any]:
     return prompt_of(ready(store, **body))
 
 
@@ -38,18 +39,18 @@ def messages(*items: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
 
 
 def test_everything_that_is_understood_gets_to_the_mesh() -> None:
-    prepared = ready(
+    parsed = ready(
         max_output_tokens=5, temperature=1.5, top_p=0.9, seed=3, priority="batch", deadline_ms=500,
         include=["message.output_text.logprobs"], top_logprobs=2,
     )  # fmt: skip
-    assert prepared.ask.options == {
+    assert parsed.submission.options == {
         "model": "tiny", "max_tokens": 5, "temperature": 1.5, "logprobs": 2, "form": "messages", "seed": 3,
         "priority": "batch", "deadline_ms": 500, "sampling": {"fit": True, "top_p": 0.9},
     }  # fmt: skip
-    request, _ = build_request(b"\1" * 16, 1, prepared.ask.prompt, False, prepared.ask.options)
+    request, _ = build_request(b"\1" * 16, 1, parsed.submission.prompt, False, parsed.submission.options)
     assert request.max_tokens == 5
-    assert ready().ask.options["max_tokens"] == 2_048
-    assert ready(max_output_tokens=1_000_000).ask.options["max_tokens"] == 131_072
+    assert ready().submission.options["max_tokens"] == 2_048
+    assert ready(max_output_tokens=1_000_000).submission.options["max_tokens"] == 131_072
 
 
 def test_what_nobody_here_knows_is_ignored() -> None:
@@ -60,7 +61,7 @@ def test_what_nobody_here_knows_is_ignored() -> None:
         "background": False,
         "no_such": 1,
     }
-    assert ready(**more).ask == ready().ask
+    assert ready(**more).submission == ready().submission
 
 
 def test_a_text_and_items_are_the_same() -> None:
@@ -124,7 +125,7 @@ def test_formats() -> None:
     assert json.loads(sampling(text={"format": {"type": "json_object"}})["json_schema"]) == {"type": "object"}
     assert sampling(text={"format": {"type": "text"}, "verbosity": "low"}) == sampling()
     # and the answer says what was asked
-    assert ready(text=wanted).whole(ABOUT, [answer("{}")])["text"] == wanted
+    assert whole_body(ready(text=wanted), answer("{}"))["text"] == wanted
 
 
 DEEP: dict[str, Any] = {}
@@ -183,7 +184,7 @@ def test_the_events_of_a_text() -> None:
         "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
         "output_text.done", "content_part.done", "output_item.done", "completed",
     ]  # fmt: skip
-    id = f"msg_{ABOUT.id}_0"
+    id = f"msg_{HEAD.id}_0"
     place = {"item_id": id, "output_index": 0, "content_index": 0}
     part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
     item = {"id": id, "type": "message", "role": "assistant"}
@@ -208,9 +209,9 @@ def test_the_events_of_a_text() -> None:
 
 
 def test_the_events_of_text_and_calls() -> None:
-    prepared = ready(stream=True, tools=[WEATHER])
+    parsed = ready(stream=True, tools=[WEATHER])
     found = told(
-        events(prepared, tokens_of("Well. ", CALL[:30], CALL[30:], "\n" + CALL), answer(f"Well. {CALL}\n{CALL}"))
+        events(parsed, tokens_of("Well. ", CALL[:30], CALL[30:], "\n" + CALL), answer(f"Well. {CALL}\n{CALL}"))
     )
     call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
     assert [event["type"].removeprefix("response.") for event in found] == [
@@ -235,15 +236,15 @@ def test_the_events_of_text_and_calls() -> None:
      ("deadline", "incomplete", {"reason": "max_output_tokens"}), ("cancelled", "incomplete", {"reason": None})],
 )  # fmt: skip
 def test_how_it_ended(reason: Any, status: str, why: Any) -> None:
-    body = ready().whole(ABOUT, [answer("x", reason)])
+    body = whole_body(ready(), answer("x", reason))
     assert (body["status"], body["incomplete_details"], body["output"][0]["status"]) == (status, why, status)
     last = told(events(ready(stream=True), tokens_of("x"), answer("x", reason)))[-1]
     assert (last["type"], last["response"]["incomplete_details"]) == (f"response.{status}", why)
 
 
 def test_a_call_that_was_cut_off_is_incomplete_and_not_gone_on_with() -> None:
-    store = Store()
-    body = ready(store, tools=[WEATHER]).whole(ABOUT, [answer(CALL[:50], "length")])
+    store = ResponseStore()
+    body = whole_body(ready(store, tools=[WEATHER]), answer(CALL[:50], "length"))
     assert [(item["type"], item["status"]) for item in body["output"]] == [("function_call", "incomplete")]
     assert prompt(store, previous_response_id=ID)["messages"] == [
         {"role": "user", "content": "hi"}, {"role": "user", "content": "hi"}
@@ -255,11 +256,10 @@ def test_a_call_that_was_cut_off_is_incomplete_and_not_gone_on_with() -> None:
     [(Code.ENGINE_FAILED, "server_error"), (Code.BUSY, "rate_limit_exceeded"), (Code.TOO_LONG, "invalid_prompt")],
 )
 def test_an_error_in_the_middle_is_the_last_event(code: Code, known_as: str) -> None:
-    store = Store()
+    store = ResponseStore()
     renderer = ready(store, stream=True).renderer
-    assert renderer is not None
     error = LlamboError(code, "it died")
-    last = told([*renderer.begin(ABOUT), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])[-1]
+    last = told([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])[-1]
     assert (last["type"], last["sequence_number"]) == ("response.failed", 5)
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"] == {"code": known_as, "message": "it died"}
@@ -271,7 +271,7 @@ def test_the_answer_says_what_was_asked() -> None:
         "instructions": "be brief", "max_output_tokens": 7, "metadata": {"a": "b"}, "temperature": 0.5, "top_p": 0.9,
         "store": False, "parallel_tool_calls": False, "tool_choice": {"type": "function", "name": "weather"},
     }  # fmt: skip
-    body = ready(tools=[WEATHER], **more).whole(ABOUT, [answer("x")])
+    body = whole_body(ready(tools=[WEATHER], **more), answer("x"))
     assert {name: body[name] for name in more} == more
     assert body["tools"] == [{**WEATHER, "strict": None}]
     assert (body["object"], body["model"], body["created_at"], body["error"]) == (
@@ -292,7 +292,7 @@ def test_log_probabilities_come_with_their_text() -> None:
     assert [(event["delta"], event["logprobs"][0]["logprob"]) for event in deltas] == [("", -0.5), ("é", -1.5)]
     assert deltas[0]["logprobs"][0]["top_logprobs"][0]["token"] == "a"
     streamed = found[-1]["response"]["output"]
-    assert streamed == ready(**more).whole(ABOUT, [whole])["output"]
+    assert streamed == whole_body(ready(**more), whole)["output"]
     assert [each["bytes"] for each in streamed[0]["content"][0]["logprobs"]] == [[0xC3], [0xA9]]
 
 
@@ -316,7 +316,7 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
     once, again = [events(ready(**more), cut(text, seed), whole) for _ in range(2)]
     assert once == again
     found = told(once)
-    body = ready(**more).whole(ABOUT, [whole])
+    body = whole_body(ready(**more), whole)
     assert found[-1]["response"] == body
     items = [event["item"] for event in found if event["type"] == "response.output_item.done"]
     assert items == body["output"]

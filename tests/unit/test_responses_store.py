@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.answers.problems import FieldError
-from llambo.gateway.apis.responses_store import Store
+from llambo.gateway.answers.api_errors import FieldError
+from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import ABOUT, answer, events, ready, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, events, ready, tokens_of, told
+from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-ID = f"resp_{ABOUT.id}"
+ID = f"resp_{HEAD.id}"
 
 
 def test_a_conversation_goes_on_by_the_id_of_its_last_response() -> None:
-    store = Store()
-    body = ready(store, "alice", tools=[WEATHER], instructions="be brief").whole(ABOUT, [answer(f"I look. {CALL}")])
+    store = ResponseStore()
+    body = whole_body(ready(store, "alice", tools=[WEATHER], instructions="be brief"), answer(f"I look. {CALL}"))
     call = body["output"][1]
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "rain"}
     following = ready(store, "alice", previous_response_id=ID, input=[result])
-    assert json.loads(following.ask.prompt)["messages"] == [
+    assert json.loads(following.submission.prompt)["messages"] == [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "I look. ", "tool_calls": [
             {"id": call["call_id"], "type": "function",
@@ -38,14 +39,14 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response() -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_was_answered_is_kept_unless_it_shall_not_be(stream: bool) -> None:
     for wanted in (None, True, False):
-        store = Store()
-        prepared = ready(store, "alice", stream=stream, store=wanted)
+        store = ResponseStore()
+        parsed = ready(store, "alice", stream=stream, store=wanted)
         if stream:
-            body = told(events(prepared, tokens_of("x"), answer("x")))[-1]["response"]
+            body = told(events(parsed, tokens_of("x"), answer("x")))[-1]["response"]
             # told again, it is kept once
             events(ready(store, "alice", stream=stream, store=wanted), tokens_of("x"), answer("x"))
         else:
-            body = prepared.whole(ABOUT, [answer("x")])
+            body = whole_body(parsed, answer("x"))
         assert len(store) == (wanted is not False)
         if wanted is not False:
             assert json.loads(store.body("alice", ID)) == body
@@ -56,7 +57,7 @@ def body_of(number: int, size: int = 0) -> dict[str, Any]:
 
 
 def test_the_oldest_go_first() -> None:
-    store = Store(responses=3)
+    store = ResponseStore(responses=3)
     for number in range(5):
         store.keep("alice", body_of(number), [])
     assert len(store) == 3
@@ -68,7 +69,7 @@ def test_the_oldest_go_first() -> None:
 
 
 def test_bytes_are_bounded_for_each_and_for_all() -> None:
-    store = Store(bytes=1_000, all_bytes=1_500)
+    store = ResponseStore(bytes=1_000, all_bytes=1_500)
     for number in range(10):
         store.keep("alice", body_of(number, 300), [])
     assert 600 < store.size <= 1_000
@@ -85,7 +86,7 @@ def test_bytes_are_bounded_for_each_and_for_all() -> None:
 
 
 def test_what_is_deleted_is_gone_and_only_for_its_owner() -> None:
-    store = Store()
+    store = ResponseStore()
     store.keep("alice", body_of(1), [])
     with pytest.raises(LlamboError):
         store.delete("bob", "resp_1")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 
-from llambo.gateway.observe.spans import Span, spans
-from llambo.gateway.observe.tracing import traces_of
+from llambo.gateway.observe import tracing
+from llambo.gateway.observe.tracing import Phase, traces_of
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
+from llambo.mesh.wire.reports import StoryStep
 
 USAGE = Usage(prompt_tokens=12, cached_tokens=5, prefill_ms=30.0, decode_ms=50.0)
 
 
-def story(*entries: tuple[int, str, str]) -> dict[str, Any]:
-    return {"story": [{"at_ms": at, "what": what, "detail": detail} for at, what, detail in entries]}
+def story(*entries: tuple[int, str, str]) -> list[StoryStep]:
+    return [StoryStep(at_ms=at, what=what, detail=detail) for at, what, detail in entries]
 
 
-def phases(told: dict[str, Any], usage: Usage = Usage()) -> list[tuple[str, float, float]]:  # noqa: B008
-    return [(span.name, span.begin_ms, span.end_ms) for span in spans(told, usage)]
+def times(told: list[StoryStep], usage: Usage = Usage()) -> list[tuple[str, float, float]]:  # noqa: B008
+    return [(span.name, span.begin_ms, span.end_ms) for span in tracing.phases(told, usage)]
 
 
 def test_queue_dispatch_prefill_and_decode() -> None:
@@ -32,19 +32,19 @@ def test_queue_dispatch_prefill_and_decode() -> None:
         (131, "ended", "9 tokens, length"),
     )
     on: dict[str, str | int | float | bool] = {"llambo.worker": "w-1", "llambo.attempt": 1, "llambo.first": 0}
-    assert spans(told, USAGE) == [
-        Span("queue", 0, 40),
-        Span("dispatch", 40, 45, on),
-        Span("prefill", 45, 75, on | {"llambo.cached_tokens": 5}),
-        Span("decode", 80, 130, on),
+    assert list(tracing.phases(told, USAGE)) == [
+        Phase("queue", 0, 40),
+        Phase("dispatch", 40, 45, on),
+        Phase("prefill", 45, 75, on | {"llambo.cached_tokens": 5}),
+        Phase("decode", 80, 130, on),
     ]
-    assert phases(told)[2:] == [("run", 45, 130)]  # an engine that says no times
+    assert times(told)[2:] == [("run", 45, 130)]  # an engine that says no times
 
 
 def test_times_of_an_engine_stay_within_what_the_broker_saw() -> None:
     told = story((0, "dispatched", "to w, attempt 1, from token 0"), (0, "accepted", ""), (50, "worker done", ""))
-    assert phases(told, USAGE)[2:] == [("prefill", 0, 30), ("decode", 30, 50)]
-    assert phases(told, Usage(prefill_ms=9_000, decode_ms=9_000))[2:] == [("prefill", 0, 50), ("decode", 50, 50)]
+    assert times(told, USAGE)[2:] == [("prefill", 0, 30), ("decode", 30, 50)]
+    assert times(told, Usage(prefill_ms=9_000, decode_ms=9_000))[2:] == [("prefill", 0, 50), ("decode", 50, 50)]
 
 
 def test_a_move_is_seen_and_why() -> None:
@@ -61,7 +61,7 @@ def test_a_move_is_seen_and_why() -> None:
         (90, "worker done", ""),
         (90, "ended", "20 tokens, length"),
     )
-    found = spans(told, Usage())
+    found = list(tracing.phases(told, Usage()))
     assert [(span.name, span.error) for span in found] == [
         ("queue", ""),
         ("dispatch", ""),
@@ -84,7 +84,7 @@ def test_a_move_is_seen_and_why() -> None:
     ],
 )
 def test_an_end_in_the_queue(last: tuple[int, str, str], name: str, error: str) -> None:
-    assert spans(story((0, "submitted", ""), last), Usage()) == [Span(name, 0, 30, {}, error)]
+    assert list(tracing.phases(story((0, "submitted", ""), last), Usage())) == [Phase(name, 0, 30, {}, error)]
 
 
 def test_an_adopted_run_and_a_story_without_its_middle() -> None:
@@ -95,12 +95,12 @@ def test_an_adopted_run_and_a_story_without_its_middle() -> None:
         (20, "worker done", ""),
         (20, "ended", "20 tokens, stop"),
     )
-    assert phases(told) == [("queue", 0, 9), ("run", 9, 20)]
-    assert spans(told, Usage())[1].about == {"llambo.worker": "w 1"}
-    assert phases(story((0, "submitted", ""), (900, "accepted", ""), (950, "ended", "3 tokens, stop"))) == [
+    assert times(told) == [("queue", 0, 9), ("run", 9, 20)]
+    assert list(tracing.phases(told, Usage()))[1].about == {"llambo.worker": "w 1"}
+    assert times(story((0, "submitted", ""), (900, "accepted", ""), (950, "ended", "3 tokens, stop"))) == [
         ("queue", 0, 950)
     ]
-    assert spans(story(), Usage()) == []
+    assert list(tracing.phases(story(), Usage())) == []
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,6 @@ def test_nothing_is_traced_unless_it_is_asked_for(environ: dict[str, str]) -> No
     ],
 )
 def test_what_cannot_be_done_is_said(environ: dict[str, str]) -> None:
-    with pytest.raises(LlamboError, match="OTLP over HTTP alone") as refused:
+    with pytest.raises(LlamboError, match="OTLP over HTTP only") as refused:
         traces_of(environ)
     assert refused.value.code is Code.BAD_SETTING

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.gateway.apis.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, call_id, collect
+from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, ToolCalls, call_id
+from tests.unit.gateway_bench import collect
 
 #: How fast this machine is just now is not what is tried here.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -26,8 +27,8 @@ def parse(*texts: str) -> list[Delta]:
         match joined[-1:], delta:
             case [Content(before)], Content(text):
                 joined[-1] = Content(before + text)
-            case [Arguments(index, before)], Arguments(same, text) if index == same:
-                joined[-1] = Arguments(index, before + text)
+            case [CallArguments(index, before)], CallArguments(same, text) if index == same:
+                joined[-1] = CallArguments(index, before + text)
             case _:
                 joined.append(delta)
     return joined
@@ -41,15 +42,15 @@ def test_text_is_text() -> None:
 
 def test_a_call_between_text() -> None:
     assert parse(f"\nI look.\n{CALL}\n") == [
-        Content("\nI look.\n"), Begun(0, ID, "weather"), Arguments(0, '{"city": "Oslo"}'), Ended(0),
+        Content("\nI look.\n"), CallBegun(0, ID, "weather"), CallArguments(0, '{"city": "Oslo"}'), CallEnded(0),
     ]  # fmt: skip
 
 
 def test_several_calls_and_no_blanks_between_them() -> None:
     deltas = parse(f"\n{CALL}\n{CALL}\n  and more")
-    assert [type(delta).__name__ for delta in deltas] == ["Begun", "Arguments", "Ended"] * 2 + ["Content"]
+    assert [type(delta).__name__ for delta in deltas] == ["CallBegun", "CallArguments", "CallEnded"] * 2 + ["Content"]
     assert deltas[-1] == Content("\n  and more")
-    ids = [delta.id for delta in deltas if isinstance(delta, Begun)]
+    ids = [delta.id for delta in deltas if isinstance(delta, CallBegun)]
     assert ids == [call_id(SEED, 0), call_id(SEED, 1)]
     assert len(set(ids)) == 2
 
@@ -57,10 +58,10 @@ def test_several_calls_and_no_blanks_between_them() -> None:
 def test_arguments_come_as_they_are_written() -> None:
     parser = ToolCalls(SEED)
     assert parser.feed('<tool_call>{"name":"f","arguments":') == []
-    assert parser.feed('{"a"') == [Begun(0, ID, "f"), Arguments(0, '{"a"')]
-    assert parser.feed(': "}\\"') == [Arguments(0, ': "}\\"')]
-    assert parser.feed(' {" , "b": [{}') == [Arguments(0, ' {" , "b": [{}')]
-    assert parser.feed("]}}</tool") == [Arguments(0, "]}"), Ended(0)]
+    assert parser.feed('{"a"') == [CallBegun(0, ID, "f"), CallArguments(0, '{"a"')]
+    assert parser.feed(': "}\\"') == [CallArguments(0, ': "}\\"')]
+    assert parser.feed(' {" , "b": [{}') == [CallArguments(0, ' {" , "b": [{}')]
+    assert parser.feed("]}}</tool") == [CallArguments(0, "]}"), CallEnded(0)]
     assert parser.feed("_call>") == []
     assert parser.finish() == []
 
@@ -102,9 +103,10 @@ def test_a_frame_that_is_not_closed() -> None:
 
 def test_an_answer_that_ends_in_the_middle() -> None:
     at = CALL.index("Os") + 2
-    assert parse(CALL[:at]) == [Begun(0, ID, "weather"), Arguments(0, '{"city": "Os'), Ended(0, whole=False)]
+    begun = CallBegun(0, ID, "weather")
+    assert parse(CALL[:at]) == [begun, CallArguments(0, '{"city": "Os'), CallEnded(0, whole=False)]
     # ... behind the arguments: the call is whole, and what is left of its frame is nobody's
-    whole = [Begun(0, ID, "weather"), Arguments(0, '{"city": "Oslo"}'), Ended(0)]
+    whole = [begun, CallArguments(0, '{"city": "Oslo"}'), CallEnded(0)]
     assert all(parse(CALL[:end]) == whole for end in range(CALL.index("}") + 1, len(CALL) + 1))
 
 

@@ -1,4 +1,4 @@
-"""Tools as OpenAI's API names them."""
+"""Tools and the choice of them, as OpenAI's chat API has them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.apis.tools import chat_prompt, tool_options
+from llambo.gateway.answers.api import Parsed
+from llambo.gateway.answers.api_errors import FieldError
+from llambo.gateway.apis import openai_chat
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, LlamboError
+from tests.unit.gateway_bench import read
 
 
 def tool(name: str = "weather", **more: Any) -> dict[str, Any]:
@@ -17,6 +19,21 @@ def tool(name: str = "weather", **more: Any) -> dict[str, Any]:
 
 
 TOOLS = [tool(), tool("time")]
+
+
+def parsed(tools: Any, choice: Any = None, parallel: bool | None = None) -> Parsed:
+    body = {
+        "messages": [{"role": "user", "content": "é"}],
+        "tools": tools,
+        "tool_choice": choice,
+        "parallel_tool_calls": parallel,
+    }
+    return openai_chat.parse(read(openai_chat.ChatRequest, body), 64)
+
+
+def options(tools: Any, choice: Any = None, parallel: bool | None = None) -> dict[str, Any]:
+    sampling = parsed(tools, choice, parallel).submission.options["sampling"] or {}
+    return {name: value for name, value in sampling.items() if name != "fit"}
 
 
 @pytest.mark.parametrize(
@@ -33,39 +50,39 @@ TOOLS = [tool(), tool("time")]
     ],
 )
 def test_choices(choice: Any, wanted: dict[str, Any]) -> None:
-    assert tool_options(TOOLS, choice) == wanted
-    assert tool_options(TOOLS, choice, False) == {**wanted, "parallel_tool_calls": False}
+    assert options(TOOLS, choice) == wanted
+    assert options(TOOLS, choice, False) == {**wanted, "parallel_tool_calls": False}
 
 
-def test_without_tools_or_with_none_of_them_there_is_nothing_to_say() -> None:
-    assert tool_options(TOOLS, "none") == tool_options(None) == tool_options([], "auto") == {}
-    assert json.loads(chat_prompt([{"role": "user", "content": "é"}], TOOLS, {})) == {
-        "messages": [{"role": "user", "content": "é"}]
-    }
-    told = json.loads(chat_prompt([], TOOLS, tool_options(TOOLS)))
-    assert told == {"messages": [], "tools": TOOLS}
+def test_tools_that_may_not_be_called_are_not_in_the_prompt() -> None:
+    assert options(TOOLS, "none") == options(None) == options([], "auto") == {}
+    assert options(TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}) == {}
+    messages = [{"role": "user", "content": "é"}]
+    assert json.loads(parsed(TOOLS, "none").submission.prompt) == messages
+    assert json.loads(parsed(TOOLS).submission.prompt) == {"messages": messages, "tools": TOOLS}
 
 
 @pytest.mark.parametrize(
-    ("tools", "choice", "named"),
+    ("tools", "choice", "field"),
     [
         ([tool("a b")], None, "tools[0].function.name"),
         ([tool(), tool("é")], None, "tools[1].function.name"),
-        ([tool(), tool()], None, "weather"),
+        ([tool(), tool()], None, "tools"),
         ([tool(parameters=[])], None, "tools[0].function.parameters"),
         ([tool(description=1)], None, "tools[0].function.description"),
         ([{"type": "web_search"}], None, "tools[0].type"),
-        ([{"function": {"name": "x"}}], None, "tools[0]"),
+        ([{"type": "function"}], None, "tools[0]"),
         ([1], None, "tools[0]"),
         ([tool(f"t{number}") for number in range(limits.TOOLS + 1)], None, "tools"),
         (TOOLS, "perhaps", "tool_choice"),
-        (TOOLS, {"type": "function", "function": {"name": "no"}}, "'no'"),
-        (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "all", "tools": []}}, "tool_choice"),
+        (TOOLS, {"type": "function", "function": {"name": "no"}}, "tool_choice"),
+        (TOOLS, {"type": "allowed_tools", "allowed_tools": {"mode": "all", "tools": []}},
+         "tool_choice.allowed_tools.mode"),
         ([], "required", "tool_choice"),
     ],
-)
-def test_mistakes_are_refused_and_named(tools: Any, choice: Any, named: str) -> None:
-    with pytest.raises(LlamboError) as caught:
-        tool_options(tools, choice)
-    assert caught.value.code is Code.BAD_REQUEST
-    assert named in caught.value.text
+)  # fmt: skip
+def test_mistakes_are_refused_by_their_field(tools: Any, choice: Any, field: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        parsed(tools, choice)
+    assert caught.value.field == field
+    assert caught.value.text.startswith(f"{field}: ")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from llambo.gateway.dashboard.watch_core import (
     EMPTY,
@@ -14,15 +16,16 @@ from llambo.gateway.dashboard.watch_core import (
     MEASURED,
     REQUESTS_SHOWN,
     Answers,
+    EndedView,
     Picture,
     changes,
     is_another,
     latency,
     picture,
-    troubled,
     whole,
 )
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import reports
 from tests.unit.broker_bench import Bench, Client
 
 NOW = 1_800_000_000_000
@@ -31,16 +34,16 @@ NOW = 1_800_000_000_000
 def answers(client: Client, before: Picture = EMPTY) -> Answers:
     """What a broker says in one round."""
 
-    def ask(what: str, argument: str = "") -> Any:
+    def ask(what: str, argument: str = "") -> bytes:
         client.say(m.Query(1, what, argument))
-        return msgspec.msgpack.decode(client.heard_last(m.Result)[-1].data)
+        return client.heard_last(m.Result)[-1].data
 
     return Answers(
-        ask("status"),
-        ask("workers"),
-        ask("requests"),
-        ask("events", str(before.last_event)),
-        ask("recent", str(before.last_sample)),
+        msgspec.msgpack.decode(ask("status"), type=reports.MeshStatus),
+        msgspec.msgpack.decode(ask("workers"), type=list[reports.WorkerRow]),
+        msgspec.msgpack.decode(ask("requests"), type=list[reports.RequestRow]),
+        msgspec.msgpack.decode(ask("events", str(before.last_event)), type=list[reports.EventRow]),
+        msgspec.msgpack.decode(ask("recent", str(before.last_sample)), type=reports.Recent),
     )
 
 
@@ -56,6 +59,7 @@ class Viewer:
     def take(self, said: dict[str, Any] | None) -> None:
         if said is None:
             return
+        said = msgspec.to_builtins(said)
         if said.get("whole"):
             self.__init__()  # type: ignore[misc]
         self.mesh |= said.get("mesh", {})
@@ -100,7 +104,10 @@ def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
             case "second":
                 bench.pass_time(1_000)
         now_ms = NOW + bench.now_ms
-        now = troubled(before, "silence") if step == "trouble" else picture(before, answers(client, before), now_ms)
+        if step == "trouble":
+            now = replace(before, problem="silence")
+        else:
+            now = picture(before, answers(client, before), now_ms)
         viewer.take(changes(before, now, now_ms))
         before = now
     late = Viewer()
@@ -135,9 +142,9 @@ def test_another_broker_is_not_taken_for_the_same() -> None:
     seen = picture(EMPTY, answers(client), NOW)
     status = answers(client).status
     assert not is_another(EMPTY, status, NOW)
-    assert not is_another(seen, status | {"up_ms": status["up_ms"] + 2_000}, NOW + 2_000)
-    assert is_another(seen, status | {"up_ms": 500}, NOW + 2_000)
-    assert is_another(seen, status | {"broker": "shed"}, NOW)
+    assert not is_another(seen, structs.replace(status, up_ms=status.up_ms + 2_000), NOW + 2_000)
+    assert is_another(seen, structs.replace(status, up_ms=500), NOW + 2_000)
+    assert is_another(seen, structs.replace(status, broker="shed"), NOW)
 
 
 def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
@@ -148,7 +155,7 @@ def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
         client.submit(number)
     seen = picture(EMPTY, answers(client), NOW)
     assert len(seen.requests) == REQUESTS_SHOWN
-    assert [row["state"] for row in seen.requests.values()][:2] == ["dispatched", "waiting"]
+    assert [row.state for row in seen.requests.values()][:2] == ["dispatched", "waiting"]
     for number in range(MEASURED):
         client.submit(1_000 + number)
         client.say(m.Cancel((1_000 + number).to_bytes(16, "big")))
@@ -157,15 +164,17 @@ def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
     assert len(whole(seen, NOW)["ended"]) == ENDED_SHOWN
 
 
-def ended(**fields: Any) -> dict[str, Any]:
+def ended(**fields: Any) -> EndedView:
     row = {"task": "generate", "tokens": 11, "error": "", "queued_ms": 0, "first_ms": 50, "decode_ms": 1_000}
-    return row | fields
+    rest: dict[str, Any] = dict.fromkeys(("prompt_tokens", "moves", "total_ms", "at"), 0)
+    rest |= dict.fromkeys(("id", "model", "worker", "reason"), "")
+    return msgspec.convert({**rest, **row, **fields}, EndedView)
 
 
 def test_latency_is_that_of_answers_that_came() -> None:
-    assert latency([]) == {}
-    assert latency([ended(error="no"), ended(first_ms=-1), ended(task="embed")]) == {}
+    assert msgspec.to_builtins(latency([])) == {}
+    assert latency([ended(error="no"), ended(first_ms=-1), ended(task="embed")]) == latency([])
     told = latency([ended(first_ms=10 * number, queued_ms=number) for number in range(1, 101)])
-    assert (told["first_ms"], told["first_p95_ms"]) == (500, 950)
-    assert (told["queued_ms"], told["queued_p95_ms"]) == (50, 95)
-    assert (told["answers"], told["stream_tokens_per_s"]) == (100, 10.0)
+    assert (told.first_ms, told.first_p95_ms) == (500, 950)
+    assert (told.queued_ms, told.queued_p95_ms) == (50, 95)
+    assert (told.answers, told.stream_tokens_per_s) == (100, 10.0)

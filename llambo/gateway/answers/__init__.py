@@ -1,1 +1,1 @@
-"""Answers on their way from the mesh to HTTP, in no API in particular."""
+"""Answers on their way from the mesh to HTTP, independent of the API that was used."""

@@ -1,1 +1,1 @@
-"""The HTTP APIs: what each reads, and what it answers. No sockets, no mesh."""
+"""The HTTP APIs: what each reads and answers. No sockets, no mesh."""

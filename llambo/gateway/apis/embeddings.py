@@ -1,4 +1,4 @@
-"""`/v1/embeddings`: vectors of texts."""
+"""OpenAI's `/v1/embeddings`: vectors of texts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.problems import FieldError
-from llambo.gateway.apis.openai_completions import _is_id
+from llambo.gateway.answers.api_errors import FieldError
+from llambo.gateway.apis.openai_common import texts_or_ids
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire import limits, tasks
 
@@ -23,38 +23,23 @@ class EmbeddingRequest(msgspec.Struct):
     user: str | None = None
 
 
-async def answer(client: Client, asked: EmbeddingRequest) -> dict[str, Any]:
-    texts = [await _text(client, asked.model, each) for each in _inputs(asked.input)]
-    found = await client.embed(texts, model=asked.model or None)
+async def answer(client: Client, body: EmbeddingRequest) -> dict[str, Any]:
+    texts = [await _text(client, body.model, each) for each in texts_or_ids(body.input, "input", limits.EMBED_INPUTS)]
+    found = await client.embed(texts, model=body.model or None)
     size = len(found.vectors[0])
-    if asked.dimensions is not None and asked.dimensions != size:
-        text = f"dimensions: this model's vectors have {size} numbers, and cannot have {asked.dimensions}"
-        raise FieldError("dimensions", text)
+    if body.dimensions is not None and body.dimensions != size:
+        raise FieldError("dimensions", f"the vectors of this model have {size} numbers, not {body.dimensions}")
     tokens = sum(found.tokens)
-    packed = asked.encoding_format == "base64"
+    packed = body.encoding_format == "base64"
     return {
         "object": "list",
         "data": [
             {"object": "embedding", "index": number, "embedding": _packed(vector) if packed else vector}
             for number, vector in enumerate(found.vectors)
         ],
-        "model": asked.model or await _only_model(client),
+        "model": body.model or await _only_model(client),
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
     }
-
-
-def _inputs(given: str | list[Any]) -> list[Any]:
-    """Texts, or lists of token ids."""
-    if isinstance(given, str):
-        return [given]
-    if given and all(map(_is_id, given)):
-        return [given]
-    right = all(isinstance(each, str) or (isinstance(each, list) and each and all(map(_is_id, each))) for each in given)
-    if not given or not right:
-        raise FieldError("input", "input: expected a text, a list of texts, of token ids, or of lists of token ids")
-    if len(given) > limits.EMBED_INPUTS:
-        raise FieldError("input", f"input: {len(given)} texts, {limits.EMBED_INPUTS} may be")
-    return given
 
 
 async def _text(client: Client, model: str, given: str | list[int]) -> str:

@@ -1,261 +1,243 @@
-"""`/v1/chat/completions`: what it reads, and what it answers."""
+"""OpenAI's `/v1/chat/completions`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.asking import About, Ask, Event, Prepared, Token, encode
-from llambo.gateway.answers.problems import FieldError, body
+from llambo.gateway.answers.api import AnswerHead, Parsed, StreamEvent, Submission, Token
+from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis import openai_common as common
-from llambo.gateway.apis.tool_calls import Arguments, Begun, Content, Delta, Ended, ToolCalls, collect
-from llambo.gateway.apis.tools import chat_prompt, tool_options
+from llambo.gateway.apis.prompts import ToolChoice, chat_prompt, field_error
+from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import MESSAGES
+from llambo.mesh.wire.conversation import MESSAGES, BadConversation, ChatMessage, Tool, joined
 from llambo.mesh.wire.errors import LlamboError
 
-NAME = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
+class RoleMessage(ChatMessage, frozen=True, kw_only=True):
+    """A message of the mesh with the roles that OpenAI has."""
 
-class Part(msgspec.Struct):
-    type: str
-    text: str | None = None
-
-
-class CalledFunction(msgspec.Struct):
-    name: NAME
-    arguments: str = "{}"
-
-
-class Called(msgspec.Struct):
-    function: CalledFunction
-    id: str = ""
-    type: Literal["function"] = "function"
-
-
-class Message(msgspec.Struct, omit_defaults=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: list[Called] | None = None
-    tool_call_id: str | None = None
 
 
-class Function(msgspec.Struct):
-    name: NAME
-    description: str = ""
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct):
-    function: Function
-    type: Literal["function"] = "function"
-
-
-class Schema(msgspec.Struct):
+class JsonSchema(msgspec.Struct):
     schema: dict[str, Any]
     name: str = ""
     description: str = ""
     strict: bool | None = None
 
 
-class Format(msgspec.Struct):
+class ResponseFormat(msgspec.Struct):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Schema | None = None
+    json_schema: JsonSchema | None = None
 
 
-class ChatRequest(common.Asked, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MESSAGES)]
+class FunctionName(msgspec.Struct):
+    name: str
+
+
+class NamedFunction(msgspec.Struct, tag="function"):
+    function: FunctionName
+
+
+class AllowedTools(msgspec.Struct):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)]
+
+
+class AllowedToolsChoice(msgspec.Struct, tag="allowed_tools"):
+    allowed_tools: AllowedTools
+
+
+class ChatRequest(common.OpenAIRequest, kw_only=True):
+    messages: Annotated[list[RoleMessage], Meta(min_length=1, max_length=MESSAGES)]
     max_completion_tokens: common.Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
-    response_format: Format | None = None
+    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Meta(max_length=limits.TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedToolsChoice | None = None
     parallel_tool_calls: bool | None = None
 
 
-def prepare(asked: ChatRequest, answer_tokens: int) -> Prepared:
-    options = common.options_of(asked, answer_tokens)
+def parse(body: ChatRequest, answer_tokens: int) -> Parsed:
+    """`answer_tokens`: the longest answer if the caller sets no limit."""
+    options = common.options_of(body, answer_tokens)
     sampling = options["sampling"] or {}
-    if asked.max_completion_tokens is not None:
-        options["max_tokens"] = asked.max_completion_tokens
-    elif asked.max_tokens is None:
+    if body.max_completion_tokens is not None:
+        options["max_tokens"] = body.max_completion_tokens
+    elif body.max_tokens is None:
         sampling["fit"] = True
-    if asked.logprobs:
-        options["logprobs"] = asked.top_logprobs or 0
-    elif asked.top_logprobs:
-        raise FieldError("top_logprobs", "top_logprobs: needs logprobs to be true")
-    sampling |= _format(asked)
-    messages = [_told(number, message) for number, message in enumerate(asked.messages)]
-    tools = [msgspec.to_builtins(tool) for tool in asked.tools or ()]
-    calls = _tool_options(asked, tools)
-    if calls and (asked.grammar or sampling.get("json_schema")):
-        raise FieldError("tools", "tools: exclude a grammar and a JSON schema for the answer")
-    options["sampling"] = {**sampling, **calls}
-    if calls or any(message.role == "tool" or message.tool_calls for message in asked.messages):
-        options["form"], prompt = "chat", chat_prompt(messages, tools, calls)
-    else:
-        options["form"], prompt = "messages", encode(messages).decode()
-    renderer = ChatRenderer(usage=common.wants_usage(asked), tools=bool(calls)) if asked.stream else None
-    made: Callable[[About, list[Answer]], Any] = partial(whole, bool(calls))
-    return Prepared(Ask(prompt, options, asked.n or 1), renderer, made)
+    if body.logprobs:
+        options["logprobs"] = body.top_logprobs or 0
+    elif body.top_logprobs:
+        raise FieldError("top_logprobs", "needs logprobs to be true")
+    sampling |= _format(body)
+    messages = [_message(message, f"messages[{number}]") for number, message in enumerate(body.messages)]
+    prompt = chat_prompt(messages, body.tools or [], _tool_choice(body))
+    if prompt.tool_options and (body.grammar or sampling.get("json_schema")):
+        raise FieldError("tools", "cannot be combined with a grammar or a JSON schema for the answer")
+    options["form"], options["sampling"] = prompt.form, {**sampling, **prompt.tool_options}
+    renderer = ChatRenderer(usage=common.wants_usage(body), tools=bool(prompt.tool_options))
+    return Parsed(Submission(prompt.text, options, body.n or 1), renderer, bool(body.stream))
 
 
-def _tool_options(asked: ChatRequest, tools: list[Any]) -> dict[str, Any]:
+def _message(message: ChatMessage, field: str) -> ChatMessage:
+    """As chat templates know it: `developer` is called `system`, and the content is one text."""
     try:
-        return tool_options(tools, asked.tool_choice, asked.parallel_tool_calls)
-    except LlamboError as error:
-        raise FieldError(error.text.partition(":")[0], error.text) from error
+        text = joined(message.content, f"{field}.content", between="")
+    except BadConversation as error:
+        raise field_error(error) from error
+    for at, call in enumerate(message.tool_calls or ()):
+        if not 0 < len(call.function.name) <= limits.NAME_CHARS:
+            raise FieldError(f"{field}.tool_calls[{at}].function.name", f"has 1 to {limits.NAME_CHARS} characters")
+    return ChatMessage(
+        "system" if message.role == "developer" else message.role, text, message.tool_calls or None,
+        name=message.name or None, tool_call_id=message.tool_call_id or None,
+    )  # fmt: skip
 
 
-def _told(number: int, message: Message) -> dict[str, Any]:
-    """As the model's template knows it."""
-    told: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-    told["content"] = _text(number, message)
-    if message.tool_calls:
-        told["tool_calls"] = [msgspec.to_builtins(call) for call in message.tool_calls]
-    more = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return told | {name: text for name, text in more.items() if text}
+def _tool_choice(body: ChatRequest) -> ToolChoice:
+    parallel = body.parallel_tool_calls
+    match body.tool_choice:
+        case NamedFunction(function):
+            return ToolChoice("required", [function.name], parallel)
+        case AllowedToolsChoice(allowed):
+            names = [tool.function.name for tool in allowed.tools]
+            return ToolChoice(allowed.mode if names else "none", names, parallel)
+        case mode:
+            return ToolChoice(mode or "auto", (), parallel)
 
 
-def _text(number: int, message: Message) -> str:
-    content = message.content
-    if not isinstance(content, list):
-        return content or ""
-    for at, part in enumerate(content):
-        if part.type != "text" or part.text is None:
-            field = f"messages[{number}].content[{at}]"
-            raise FieldError(field, f"{field}: parts of type {part.type!r} cannot be read here, only text")
-    return "".join(part.text or "" for part in content)
-
-
-def _format(asked: ChatRequest) -> dict[str, Any]:
-    wanted = asked.response_format
+def _format(body: ChatRequest) -> dict[str, Any]:
+    wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return {}
-    if asked.grammar or asked.json_schema:
-        raise FieldError("response_format", "response_format: excludes grammar and json_schema")
+    if body.grammar or body.json_schema:
+        raise FieldError("response_format", "cannot be combined with grammar or json_schema")
     if wanted.type == "json_object":
         return {"json_schema": '{"type":"object"}'}
     if wanted.json_schema is None:
-        raise FieldError("response_format.json_schema", "response_format.json_schema: is missing")
+        raise FieldError("response_format.json_schema", "is missing")
     return {"json_schema": common.schema_text(wanted.json_schema.schema)}
 
 
-class ChatRenderer:
-    def __init__(self, *, usage: bool, tools: bool) -> None:
-        self._usage, self._tools = usage, tools
-        self._about = About("", 0, "")
-        self._begun: set[int] = set()
-        self._calls: dict[int, ToolCalls] = {}
+@dataclass(slots=True)
+class _Choice:
+    """One choice, as far as it has come."""
 
-    def begin(self, about: About) -> Iterable[Event]:
-        self._about = about
-        return ()
+    parser: Parser
+    #: Text beside the calls, and the calls with the parts of their arguments.
+    content: list[str] = field(default_factory=list)
+    calls: list[tuple[CallBegun, list[str]]] = field(default_factory=list)
+    finish: str = ""
 
-    def token(self, token: Token) -> Iterable[Event]:
-        logprob = token.logprob
-        logprobs = {"content": [common.logprob_of(token.piece, logprob)]} if logprob is not None else None
-        if self._tools:
-            said = [self._delta(token.choice, delta) for delta in self._parser(token.choice).feed(token.text)]
-            return [*self._opened(token.choice), *(event for event in said if event is not None)]
-        if not token.text and logprobs is None:
-            return ()
-        return [*self._opened(token.choice), self._chunk(token.choice, {"content": token.text}, logprobs=logprobs)]
-
-    def end(self, choice: int, answer: Answer) -> Iterable[Event]:
-        yield from self._opened(choice)
-        finish = common.ending(answer)
-        if self._tools:
-            parser = self._parser(choice)
-            yield from (event for delta in parser.finish() if (event := self._delta(choice, delta)) is not None)
-            finish = "tool_calls" if parser.count and finish == "stop" else finish
-        yield self._chunk(choice, {}, finish=finish)
-
-    def done(self, answers: list[Answer]) -> Iterable[Event]:
-        if self._usage:
-            yield Event(encode({**self._head(), "choices": [], "usage": common.usage(answers),
-                                "llambo": common.story(answers)}))  # fmt: skip
-        yield Event(b"[DONE]")
-
-    def failed(self, error: LlamboError) -> Iterable[Event]:
-        return [Event(encode(body(error, "openai")))]
-
-    def _parser(self, choice: int) -> ToolCalls:
-        found = self._calls.get(choice)
-        if found is None:
-            found = self._calls[choice] = ToolCalls(seed_of(self._about, choice))
-        return found
-
-    def _delta(self, choice: int, delta: Delta) -> Event | None:
+    def add(self, delta: Delta) -> dict[str, Any] | None:
+        """The delta as a chunk has it."""
         match delta:
             case Content(text):
-                return self._chunk(choice, {"content": text})
-            case Begun(index, id, name):
-                called = {"index": index, "id": id, "type": "function", "function": {"name": name, "arguments": ""}}
-                return self._chunk(choice, {"tool_calls": [called]})
-            case Arguments(index, text):
-                return self._chunk(choice, {"tool_calls": [{"index": index, "function": {"arguments": text}}]})
-            case Ended():
+                self.content.append(text)
+                return {"content": text}
+            case CallBegun(index):
+                self.calls.append((delta, []))
+                return {"tool_calls": [{"index": index, **_call(delta, "")}]}
+            case CallArguments(index, text):
+                self.calls[index][1].append(text)
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallEnded():
                 return None
 
-    def _opened(self, choice: int) -> list[Event]:
-        if choice in self._begun:
+    def message(self, answer: Answer) -> dict[str, Any]:
+        if not self.calls:
+            return {"role": "assistant", "content": answer.text, "refusal": None}
+        calls = [_call(begun, "".join(parts)) for begun, parts in self.calls]
+        return {"role": "assistant", "content": "".join(self.content) or None, "refusal": None, "tool_calls": calls}
+
+
+def _call(begun: CallBegun, arguments: str) -> dict[str, Any]:
+    return {"id": begun.id, "type": "function", "function": {"name": begun.name, "arguments": arguments}}
+
+
+class ChatRenderer:
+    """`tools`: the answer may contain calls."""
+
+    def __init__(self, *, usage: bool, tools: bool) -> None:
+        self._usage, self._tools = usage, tools
+        self._head = AnswerHead("", 0, "")
+        self._choices: dict[int, _Choice] = {}
+
+    def begin(self, head: AnswerHead) -> Iterable[StreamEvent]:
+        self._head = head
+        return ()
+
+    def token(self, token: Token) -> Iterable[StreamEvent]:
+        if self._tools:
+            yield from self._opened(token.choice)
+            yield from self._deltas(token.choice, self._choices[token.choice].parser.feed(token.text))
+        elif token.logprob is not None:
+            # Also without text: a token may end within a character.
+            yield from self._opened(token.choice)
+            logprobs = {"content": [common.logprob_of(token.piece, token.logprob)]}
+            yield self._chunk(token.choice, {"content": token.text}, logprobs=logprobs)
+        elif token.text:
+            yield from self._opened(token.choice)
+            yield self._chunk(token.choice, {"content": token.text})
+
+    def end(self, choice: int, answer: Answer) -> Iterable[StreamEvent]:
+        yield from self._opened(choice)
+        state, finish = self._choices[choice], common.finish_reason(answer)
+        yield from self._deltas(choice, state.parser.finish())
+        state.finish = "tool_calls" if state.calls and finish == "stop" else finish
+        yield self._chunk(choice, {}, finish=state.finish)
+
+    def done(self, answers: list[Answer]) -> Iterable[StreamEvent]:
+        if self._usage:
+            yield StreamEvent({**self._chunk_head(), "choices": [], **common.totals(answers)})
+        yield StreamEvent("[DONE]")
+
+    def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
+        return [StreamEvent(error_body(error, "openai"))]
+
+    def body(self, answers: list[Answer]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": number,
+                "message": self._choices[number].message(answer),
+                "logprobs": {"content": common.logprobs_of(answer)} if answer.logprobs else None,
+                "finish_reason": self._choices[number].finish,
+            }
+            for number, answer in enumerate(answers)
+        ]
+        return {**self._chunk_head(), "object": "chat.completion", "choices": choices, **common.totals(answers)}
+
+    def _opened(self, choice: int) -> list[StreamEvent]:
+        if choice in self._choices:
             return []
-        self._begun.add(choice)
+        self._choices[choice] = _Choice(parser_of(self._tools, f"{self._head.id}:{choice}", "call_"))
         return [self._chunk(choice, {"role": "assistant", "content": ""})]
+
+    def _deltas(self, choice: int, deltas: list[Delta]) -> Iterable[StreamEvent]:
+        for delta in deltas:
+            if (change := self._choices[choice].add(delta)) is not None:
+                yield self._chunk(choice, change)
 
     def _chunk(
         self, choice: int, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None, finish: str | None = None
-    ) -> Event:
-        told = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return Event(encode({**self._head(), "choices": [told]}))
+    ) -> StreamEvent:
+        one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return StreamEvent({**self._chunk_head(), "choices": [one]})
 
-    def _head(self) -> dict[str, Any]:
-        about = self._about
-        return {"id": f"chatcmpl-{about.id}", "object": "chat.completion.chunk", "created": about.created,
-                "model": about.model}  # fmt: skip
-
-
-def seed_of(about: About, choice: int) -> str:
-    """What the ids of tool calls are made of."""
-    return f"{about.id}:{choice}"
-
-
-def whole(tools: bool, about: About, answers: list[Answer]) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{about.id}",
-        "object": "chat.completion",
-        "created": about.created,
-        "model": about.model,
-        "choices": [_choice(about, number, answer, tools) for number, answer in enumerate(answers)],
-        "usage": common.usage(answers),
-        "llambo": common.story(answers),
-    }
-
-
-def _choice(about: About, number: int, answer: Answer, tools: bool) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
-    finish = common.ending(answer)
-    if tools:
-        text, calls = collect(answer.text, seed_of(about, number))
-        if calls:
-            message["content"] = text or None
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in calls
-            ]
-            finish = "tool_calls" if finish == "stop" else finish
-    return {
-        "index": number,
-        "message": message,
-        "logprobs": {"content": common.logprobs_of(answer)} if answer.logprobs else None,
-        "finish_reason": finish,
-    }
+    def _chunk_head(self) -> dict[str, Any]:
+        head = self._head
+        return {
+            "id": f"chatcmpl-{head.id}",
+            "object": "chat.completion.chunk",
+            "created": head.created,
+            "model": head.model,
+        }

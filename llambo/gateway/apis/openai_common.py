@@ -1,4 +1,4 @@
-"""What OpenAI's chat and completions have in common: sampling, endings, usage, log probabilities."""
+"""What OpenAI's APIs have in common: sampling options, finish reasons, usage, log probabilities."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.problems import FieldError
+from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
@@ -24,8 +24,8 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Asked(msgspec.Struct, kw_only=True):
-    """The fields of both. Below the line, what llama.cpp has beyond OpenAI, by the names it has there."""
+class OpenAIRequest(msgspec.Struct, kw_only=True):
+    """The fields that chat and completions share."""
 
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
     stream: bool | None = None
@@ -41,7 +41,7 @@ class Asked(msgspec.Struct, kw_only=True):
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]],
                           Meta(max_length=limits.LOGIT_BIASES)] | None = None  # fmt: skip
     user: str | None = None
-    # ---
+    # What llama.cpp's server has beyond OpenAI, by the names it has there.
     top_k: Annotated[int, Meta(ge=0, le=2**20)] | None = None
     min_p: Share | None = None
     typical_p: Share | None = None
@@ -59,35 +59,35 @@ class Asked(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] | None = None
     json_schema: dict[str, Any] | None = None
-    # --- llambo's own
+    # llambo's own.
     priority: Priority | None = None
     deadline_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
 
 
-#: Fields that are the mesh's under the same name.
-_SAME = frozenset(Asked.__struct_fields__) & frozenset(Sampling.__struct_fields__) - {"stop", "temperature"}
+#: Fields that have the same name in the mesh.
+_SAME = frozenset(OpenAIRequest.__struct_fields__) & frozenset(Sampling.__struct_fields__) - {"stop", "temperature"}
 
 
-def options_of(asked: Asked, answer_tokens: int) -> Options:
-    """`answer_tokens`: the longest answer for who names none."""
+def options_of(body: OpenAIRequest, answer_tokens: int) -> Options:
+    """`answer_tokens`: the longest answer if the caller sets no limit."""
     sampling: dict[str, Any] = {
-        name: value for name in sorted(_SAME) if (value := getattr(asked, name)) is not None and name != "json_schema"
+        name: value for name in sorted(_SAME) if (value := getattr(body, name)) is not None and name != "json_schema"
     }
-    if asked.repeat_last_n is not None:
-        sampling["penalty_last_n"] = asked.repeat_last_n
-    if asked.json_schema is not None:
-        sampling["json_schema"] = schema_text(asked.json_schema)
-    if asked.logit_bias:
-        sampling["logit_bias"] = {_token_id(key): bias for key, bias in asked.logit_bias.items()}
+    if body.repeat_last_n is not None:
+        sampling["penalty_last_n"] = body.repeat_last_n
+    if body.json_schema is not None:
+        sampling["json_schema"] = schema_text(body.json_schema)
+    if body.logit_bias:
+        sampling["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
     options: Options = {
-        "model": asked.model or None,
-        "max_tokens": asked.max_tokens or answer_tokens,
-        "temperature": asked.temperature,
-        # Where others take any whole number, the mesh takes none below zero.
-        "seed": None if asked.seed is None else asked.seed % 2**63,
-        "stop": asked.stop,
-        "priority": asked.priority,
-        "deadline_ms": asked.deadline_ms,
+        "model": body.model or None,
+        "max_tokens": body.max_tokens or answer_tokens,
+        "temperature": body.temperature,
+        # The mesh takes no negative seed.
+        "seed": None if body.seed is None else body.seed % 2**63,
+        "stop": body.stop,
+        "priority": body.priority,
+        "deadline_ms": body.deadline_ms,
         "sampling": sampling,
     }
     return options
@@ -99,17 +99,43 @@ def schema_text(schema: dict[str, Any]) -> str:
 
 def _token_id(key: str) -> int:
     if not (key.isascii() and key.isdecimal() and len(key) < 10):
-        raise FieldError("logit_bias", f"logit_bias: {key[:40]!r} is no token id")
+        raise FieldError("logit_bias", f"{key[:40]!r} is not a token id")
     return int(key)
 
 
-def wants_usage(asked: Asked) -> bool:
-    return asked.stream_options is not None and bool(asked.stream_options.include_usage)
+def wants_usage(body: OpenAIRequest) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def ending(answer: Answer) -> str:
-    """OpenAI knows no deadlines: an answer that ran out of time is cut like one that ran out of tokens."""
+def is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def texts_or_ids(given: str | list[Any], field: str, limit: int) -> list[str | list[int]]:
+    """A text, or a list of texts, of token ids, or of lists of token ids, as a list of inputs.
+
+    msgspec has no such union.
+    """
+    if isinstance(given, str):
+        return [given]
+    if given and all(map(is_id, given)):
+        return [given]
+    lists = all(isinstance(each, list) and each and all(map(is_id, each)) for each in given)
+    if not given or not (lists or all(isinstance(each, str) for each in given)):
+        raise FieldError(field, "expected a text, a list of texts, of token ids, or of lists of token ids")
+    if len(given) > limit:
+        raise FieldError(field, f"{len(given)} inputs; at most {limit} are allowed")
+    return given
+
+
+def finish_reason(answer: Answer) -> str:
+    """OpenAI has no deadlines: an answer that ran out of time was cut like one that ran out of tokens."""
     return "stop" if answer.reason == "stop" else "length"
+
+
+def totals(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
+    """What follows the choices of a body, and is in the last chunk of a stream."""
+    return {"usage": usage(answers, prompts), "llambo": llambo_fields(answers)}
 
 
 def usage(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
@@ -117,17 +143,17 @@ def usage(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
     each = max(1, len(answers) // max(1, prompts))
     prompt = sum(answer.usage.prompt_tokens for answer in answers[::each])
     cached = sum(answer.usage.cached_tokens for answer in answers[::each])
-    made = sum(len(answer.ids) for answer in answers)
+    completion = sum(len(answer.ids) for answer in answers)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
-def story(answers: list[Answer]) -> dict[str, Any]:
-    """What the mesh adds: who did it, and what it went through."""
+def llambo_fields(answers: list[Answer]) -> dict[str, Any]:
+    """What the mesh adds: which workers made the answers, how often they moved, and how long each phase took."""
     return {
         "requests": [answer.id for answer in answers],
         "workers": [answer.worker for answer in answers],
@@ -139,13 +165,14 @@ def story(answers: list[Answer]) -> dict[str, Any]:
 
 
 def logprob_of(piece: bytes, logprob: Logprob) -> dict[str, Any]:
-    return {**_likely(piece, logprob.logprob), "top_logprobs": [_likely(top.piece, top.logprob) for top in logprob.top]}
+    top = [_token_logprob(each.piece, each.logprob) for each in logprob.top]
+    return {**_token_logprob(piece, logprob.logprob), "top_logprobs": top}
 
 
-def _likely(piece: bytes, logprob: float) -> dict[str, Any]:
+def _token_logprob(piece: bytes, logprob: float) -> dict[str, Any]:
     return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
 
 def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
-    told = zip(answer.pieces, answer.logprobs, strict=True)
-    return [logprob_of(piece, logprob) for piece, logprob in told if logprob is not None]
+    pairs = zip(answer.pieces, answer.logprobs, strict=True)
+    return [logprob_of(piece, logprob) for piece, logprob in pairs if logprob is not None]

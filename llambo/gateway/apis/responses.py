@@ -1,123 +1,289 @@
-"""OpenAI's `/v1/responses`: from a request to what is asked of the mesh, and from its tokens to events.
+"""OpenAI's `/v1/responses`: from a request to what is submitted to the mesh. `responses_renderer` makes the answer.
 
-    response.created, response.in_progress
-    response.output_item.added, ..., response.output_item.done      for each item
-    response.completed, response.incomplete or response.failed
-
-The events are counted, from 0, in `sequence_number`.
+The input is a text or a list of items. Items are decoded one by one, because most of them need not have a `type`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from llambo.gateway.answers.asking import About, Ask, Event, Prepared, Token, encode
-from llambo.gateway.answers.problems import FieldError
-from llambo.gateway.apis.common_fields import called, prompt_of
-from llambo.gateway.apis.openai_common import logprob_of, logprobs_of
-from llambo.gateway.apis.responses_input import (
-    ResponsesRequest,
-    choice_of,
-    functions_of,
-    options_of,
-    refuse_what_is_not_here,
-    told,
-    turns_of,
+import msgspec
+from msgspec import Meta
+
+from llambo.gateway.answers.api import Parsed, Submission
+from llambo.gateway.answers.api_errors import FieldError, decode_error
+from llambo.gateway.apis.openai_common import Share
+from llambo.gateway.apis.prompts import (
+    ChatPrompt,
+    Conversation,
+    LlamboFields,
+    ToolChoice,
+    bounded_schema,
+    chat_prompt,
+    check_depth,
 )
-from llambo.gateway.apis.responses_output import PREFIX, Items, Step, remembered, response, status_of
-from llambo.gateway.apis.responses_store import Store
-from llambo.gateway.apis.tool_calls import Content, Delta, Parser, deltas_of, parser_of
-from llambo.mesh.client.answer_stream import Answer
+from llambo.gateway.apis.response_store import ResponseStore
+from llambo.gateway.apis.responses_renderer import ResponsesRenderer
+from llambo.mesh.client.request_options import Options
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import TOOL_NAME, ChatMessage, Function, Tool
 from llambo.mesh.wire.errors import LlamboError
 
-#: What is done with a response that is complete.
-Keep = Callable[[dict[str, Any]], None]
+ITEMS = 4_096
+Name = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
+Id = Annotated[str, Meta(min_length=1, max_length=256)]
+#: Fields that are not supported unless they are absent, null or false; and what to use instead.
+UNSUPPORTED = {
+    "background": "is not supported; answers are sent at once",
+    "conversation": "is not supported; use previous_response_id",
+    "prompt": "is not supported; use instructions and input",
+}
+T = TypeVar("T")
 
 
-def prepare(asked: ResponsesRequest, answer_tokens: int, store: Store, owner: str) -> Prepared:
-    """`owner`: whose responses are in question."""
-    refuse_what_is_not_here(asked)
-    said = turns_of(asked, _before(asked, store, owner)).messages
-    tools = functions_of(asked)
-    calls = called(tools, choice_of(asked), asked.parallel_tool_calls)
-    form, prompt = prompt_of(told(said, asked.instructions), tools, calls)
-    options = options_of(asked, answer_tokens, form, calls)
-
-    def keep(body: dict[str, Any]) -> None:
-        if asked.store is not False:
-            store.keep(owner, body, remembered(said, body["output"]))
-
-    def whole(about: About, answers: list[Answer]) -> dict[str, Any]:
-        body = whole_of(asked, about, answers[0], tools=bool(calls))
-        keep(body)
-        return body
-
-    renderer = ResponsesRenderer(asked, keep, tools=bool(calls)) if asked.stream else None
-    return Prepared(Ask(prompt, options), renderer, whole)
+class InputText(msgspec.Struct, tag="input_text"):
+    text: str
 
 
-def _before(asked: ResponsesRequest, store: Store, owner: str) -> list[dict[str, Any]]:
-    previous = asked.previous_response_id
-    if not previous:
+class OutputText(msgspec.Struct, tag="output_text"):
+    text: str
+
+
+class Refusal(msgspec.Struct, tag="refusal"):
+    """Never made here, but answers of other servers may contain it."""
+
+    refusal: str
+
+
+class InputMessage(msgspec.Struct):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OutputText | Refusal]
+
+
+class FunctionCall(msgspec.Struct):
+    call_id: Id
+    name: Name
+    arguments: str
+
+
+class FunctionCallOutput(msgspec.Struct):
+    call_id: Id
+    output: str | list[InputText]
+
+
+class ResponsesTool(msgspec.Struct):
+    """`type` is checked first: other tools have other fields."""
+
+    type: str
+    name: Name = ""
+    parameters: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class AllowedTool(msgspec.Struct):
+    name: Name
+    type: Literal["function"] = "function"
+
+
+class NamedTool(msgspec.Struct, tag="function"):
+    name: Name
+
+
+class AllowedToolList(msgspec.Struct, tag="allowed_tools"):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AllowedTool], Meta(max_length=limits.TOOLS)]
+
+
+class TextFormat(msgspec.Struct, tag="text"):
+    pass
+
+
+class ObjectFormat(msgspec.Struct, tag="json_object"):
+    pass
+
+
+class SchemaFormat(msgspec.Struct, tag="json_schema", omit_defaults=True):
+    name: str
+    schema: dict[str, Any]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(msgspec.Struct):
+    format: TextFormat | ObjectFormat | SchemaFormat | None = None
+
+
+class ResponsesRequest(LlamboFields, kw_only=True):
+    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=ITEMS)]
+    model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
+    top_p: Share | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=limits.TOP_LOGPROBS)] | None = None
+    include: list[str] | None = None
+    text: TextConfig | None = None
+    tools: Annotated[list[ResponsesTool], Meta(max_length=limits.TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolList | None = None
+    parallel_tool_calls: bool | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    previous_response_id: Id | None = None
+    metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+                        Meta(max_length=16)] | None = None  # fmt: skip
+    background: bool | None = None
+    conversation: Any = None
+    prompt: Any = None
+
+
+def parse(body: ResponsesRequest, answer_tokens: int, store: ResponseStore, owner: str) -> Parsed:
+    """`answer_tokens`: the longest answer if the caller sets no limit. `owner`: whose responses are stored."""
+    for field, why in UNSUPPORTED.items():
+        if getattr(body, field):
+            raise FieldError(field, why)
+    conversation = _conversation(body, _before(body, store, owner))
+    # The instructions are those of this request alone: they are not stored with the conversation.
+    instructions = [ChatMessage("system", body.instructions)] if body.instructions else []
+    tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or ())]
+    prompt = chat_prompt([*instructions, *conversation.messages], tools, _tool_choice(body))
+
+    def keep(response: dict[str, Any]) -> None:
+        if body.store is not False:
+            store.keep(owner, response, _continued(conversation.messages, response["output"]))
+
+    renderer = ResponsesRenderer(_echo(body), keep, tools=bool(prompt.tool_options))
+    return Parsed(Submission(prompt.text, _options(body, answer_tokens, prompt)), renderer, bool(body.stream))
+
+
+def _before(body: ResponsesRequest, store: ResponseStore, owner: str) -> list[ChatMessage]:
+    if not body.previous_response_id:
         return []
     try:
-        return store.said(owner, previous)
+        return store.conversation(owner, body.previous_response_id)
     except LlamboError as error:
-        raise FieldError("previous_response_id", f"previous_response_id: {error.text}") from error
+        raise FieldError("previous_response_id", error.text) from error
 
 
-def whole_of(asked: ResponsesRequest, about: About, answer: Answer, *, tools: bool) -> dict[str, Any]:
-    items = Items(about.id)
-    status = status_of(answer)
-    for _ in items.add(deltas_of(answer.text, tools, about.id, PREFIX), logprobs_of(answer)):
-        pass  # nobody watches it grow
-    for _ in items.close(status):
-        pass
-    return response(asked, about, status, items.done, answer=answer)
+def _conversation(body: ResponsesRequest, before: list[ChatMessage]) -> Conversation:
+    conversation = Conversation(before)
+    if isinstance(body.input, str):
+        conversation.add("user", body.input)
+    else:
+        for number, item in enumerate(body.input):
+            _add(conversation, item, f"input[{number}]")
+    return conversation
 
 
-class ResponsesRenderer:
-    """`tools`: the answer may have calls in it. `keep` gets the response when it is complete."""
+def _continued(before: list[ChatMessage], output: list[dict[str, Any]]) -> list[ChatMessage]:
+    """The conversation up to the end of this response, for the one that follows it."""
+    conversation = Conversation(before)
+    for item in output:
+        if item["type"] == "message":
+            conversation.add("assistant", item["content"][0]["text"])
+        elif item["status"] == "completed":
+            # A call that was cut is left out: its arguments cannot be read.
+            conversation.add_call(item["call_id"], item["name"], item["arguments"])
+    return conversation.messages
 
-    def __init__(self, asked: ResponsesRequest, keep: Keep, *, tools: bool) -> None:
-        self._asked, self._keep, self._tools = asked, keep, tools
-        self._about = About("", 0, "")
-        self._parser: Parser = parser_of(False, "", PREFIX)
-        self._items = Items("")
-        self._number = 0
 
-    def begin(self, about: About) -> Iterable[Event]:
-        self._about = about
-        self._parser = parser_of(self._tools, about.id, PREFIX)
-        self._items = Items(about.id)
-        begun = {"response": response(self._asked, about, "in_progress", [])}
-        return self._events(iter([("response.created", begun), ("response.in_progress", begun)]))
+def _options(body: ResponsesRequest, answer_tokens: int, prompt: ChatPrompt) -> Options:
+    """The limit on tokens is only an upper bound: the context need not have room for so many (`fit`)."""
+    sampling: dict[str, Any] = {"fit": True, **prompt.tool_options, **_format(body.text)}
+    if body.top_p is not None:
+        sampling["top_p"] = body.top_p
+    logprobs = "message.output_text.logprobs" in (body.include or ())
+    if prompt.tool_options and logprobs:
+        raise FieldError("include", "log probabilities are not available together with tools")
+    return {
+        **body.options(),
+        "model": body.model or None,
+        "max_tokens": min(body.max_output_tokens or answer_tokens, limits.MAX_TOKENS),
+        "temperature": body.temperature,
+        "logprobs": (body.top_logprobs or 0) if logprobs else None,
+        "form": prompt.form,
+        "sampling": sampling,
+    }
 
-    def token(self, token: Token) -> Iterable[Event]:
-        if token.logprob is None:
-            return self._events(self._items.add(self._parser.feed(token.text), []))
-        # Also of one that has no whole character: whoever asked for them wants all.
-        told: list[Delta] = [Content(token.text)]
-        return self._events(self._items.add(told, [logprob_of(token.piece, token.logprob)]))
 
-    def end(self, choice: int, answer: Answer) -> Iterable[Event]:
-        rest = self._events(self._items.add(self._parser.finish(), []))
-        return [*rest, *self._events(self._items.close(status_of(answer)))]
+def _tool_choice(body: ResponsesRequest) -> ToolChoice:
+    parallel = body.parallel_tool_calls
+    match body.tool_choice:
+        case NamedTool(name):
+            return ToolChoice("required", [name], parallel)
+        case AllowedToolList(mode, tools):
+            names = [tool.name for tool in tools]
+            return ToolChoice(mode if names else "none", names, parallel)
+        case mode:
+            return ToolChoice(mode or "auto", (), parallel)
 
-    def done(self, answers: list[Answer]) -> Iterable[Event]:
-        status = status_of(answers[0])
-        body = response(self._asked, self._about, status, self._items.done, answer=answers[0])
-        self._keep(body)
-        return self._events(iter([(f"response.{status}", {"response": body})]))
 
-    def failed(self, error: LlamboError) -> Iterable[Event]:
-        body = response(self._asked, self._about, "failed", self._items.done, error=error)
-        return self._events(iter([("response.failed", {"response": body})]))
+def _tool(tool: ResponsesTool, field: str) -> Tool:
+    if tool.type != "function":
+        raise FieldError(f"{field}.type", f"tools of type {tool.type!r} are not supported, only functions")
+    if not tool.name:
+        raise FieldError(f"{field}.name", "is missing")
+    parameters = check_depth(tool.parameters or {}, f"{field}.parameters")
+    return Tool(Function(tool.name, tool.description or "", parameters))
 
-    def _events(self, steps: Iterator[Step]) -> list[Event]:
-        events = []
-        for name, fields in steps:
-            events.append(Event(encode({"type": name, "sequence_number": self._number, **fields}), name))
-            self._number += 1
-        return events
+
+def _format(text: TextConfig | None) -> dict[str, Any]:
+    match text.format if text is not None else None:
+        case SchemaFormat() as wanted:
+            return {"json_schema": bounded_schema(wanted.schema, "text.format.schema")}
+        case ObjectFormat():
+            return {"json_schema": '{"type":"object"}'}
+    return {}
+
+
+def _add(conversation: Conversation, item: dict[str, Any], field: str) -> None:
+    match item.get("type", "message"):
+        case "message":
+            message = _decode(item, InputMessage, field)
+            conversation.add("system" if message.role == "developer" else message.role, _text(message.content))
+        case "function_call":
+            call = _decode(item, FunctionCall, field)
+            conversation.add_call(call.call_id, call.name, call.arguments)
+        case "function_call_output":
+            output = _decode(item, FunctionCallOutput, field)
+            if output.call_id not in conversation.calls:
+                known = f"no function_call before it has the call_id {output.call_id[:80]!r}"
+                raise FieldError(f"{field}.call_id", known)
+            conversation.add_result(output.call_id, _text(output.output))
+        case other:
+            known = "message, function_call and function_call_output"
+            raise FieldError(f"{field}.type", f"{str(other)[:80]!r} is not supported, only {known}")
+
+
+def _text(content: str | Sequence[InputText | OutputText | Refusal]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
+
+
+def _decode(item: dict[str, Any], kind: type[T], field: str) -> T:
+    try:
+        return msgspec.convert(item, kind)
+    except msgspec.ValidationError as error:
+        raise decode_error(error, field) from error
+
+
+def _echo(body: ResponsesRequest) -> dict[str, Any]:
+    """The fields of a response that repeat the request."""
+    text = body.text.format if body.text is not None and body.text.format is not None else TextFormat()
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "store": body.store is not False,
+        "temperature": body.temperature,
+        "text": {"format": msgspec.to_builtins(text)},
+        "tool_choice": msgspec.to_builtins(body.tool_choice or "auto"),
+        "tools": [msgspec.to_builtins(tool) for tool in body.tools or ()],
+        "top_logprobs": body.top_logprobs,
+        "top_p": body.top_p,
+        "truncation": "disabled",
+    }

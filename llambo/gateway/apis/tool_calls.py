@@ -1,12 +1,12 @@
-"""Tool calls in the text of an answer, taken out of it while it comes.
+"""Separates tool calls from the rest of an answer while its text arrives.
 
-    Begun, Arguments, Arguments, ..., Ended          one call, its arguments as they are written
-    Content                                          everything else
+    CallBegun, CallArguments, CallArguments, ..., CallEnded          one call, its arguments as they are written
+    Content                                                          everything else
 
-The worker's grammar makes calls of one form (`llambo.mesh.wire.conversation`); the parser knows that form and no
-other. What begins like a call and does not go on as one was never a call, and comes out as content: nothing is lost
-but the frame of a call, the blanks around it, and a call at the very end whose arguments have not begun. The same text
-gives the same deltas however it is cut, when neighbours of one kind are joined.
+The worker's grammar makes calls of one form (`llambo.mesh.wire.conversation`); the parser knows no other. Text that
+begins like a call and does not continue as one comes out as content. Nothing is lost except the frame of a call, the
+blanks around it, and a call at the very end whose arguments have not begun. The deltas do not depend on how the text
+is cut into pieces, if neighbours of one kind are joined.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME
 
-#: The frame around name and arguments; more than that is not one.
+#: Longer text around name and arguments is not a frame.
 FRAME_CHARS = 1024
 BLANK = " \t\r\n"
 
@@ -30,7 +30,7 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class CallBegun:
     """Call number `index` of this answer."""
 
     index: int
@@ -39,38 +39,30 @@ class Begun:
 
 
 @dataclass(frozen=True, slots=True)
-class Arguments:
-    """Some more of the JSON text of the arguments, which is an object."""
+class CallArguments:
+    """The next part of the JSON text of the arguments, which is an object."""
 
     index: int
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """Not `whole`: the answer ended in the middle of the arguments."""
+class CallEnded:
+    """`whole` is False if the answer ended in the middle of the arguments."""
 
     index: int
     whole: bool = True
 
 
-Delta = Content | Begun | Arguments | Ended
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    id: str
-    name: str
-    #: JSON text.
-    arguments: str
+Delta = Content | CallBegun | CallArguments | CallEnded
 
 
 class _Blank:
-    """Any blanks, or none."""
+    """Any number of blanks."""
 
 
 class _Name:
-    """A string of JSON that is the name of a tool."""
+    """A JSON string with the name of a tool."""
 
 
 _Form = Sequence[str | type[_Blank] | type[_Name]]
@@ -78,100 +70,100 @@ _HEAD: _Form = (
     _Blank, "{", _Blank, '"name"', _Blank, ":", _Blank, _Name, _Blank, ",", _Blank, '"arguments"', _Blank, ":", _Blank,
 )  # fmt: skip
 _TAIL: _Form = (_Blank, "}", _Blank, CALL_END)
-#: What can change how deep in an object of JSON one is.
+#: What can change the nesting depth in an object of JSON.
 _MARKS = re.compile(r'["\\{}\[\]]')
 
 
 class ToolCalls:
-    """One answer. `seed` is what its ids are made of: the request's id, and the number of the choice if there are
-    several, so that a stream that is told again has the same ids."""
+    """The parser for one answer. Ids of calls are derived from `seed`, so that a resumed stream has the same ids."""
 
     def __init__(self, seed: str, *, prefix: str = "call_") -> None:
         self._seed, self._prefix = seed, prefix
         #: Calls so far, also those under way.
         self.count = 0
         self._step = self._in_content
-        #: What was not understood yet: never more than a frame.
-        self._held = ""
-        #: Blanks that belong to the content if more of it comes, and to nobody if a call does.
+        #: Text that cannot be classified yet: never more than a frame.
+        self._pending = ""
+        #: Blanks that belong to the content if more content follows, and are dropped if a call follows.
         self._blanks: list[str] = []
-        self._spoke = False
+        #: Content has come since the beginning or the last call.
+        self._in_text = False
         self._depth = 0
         self._quoted = self._escaped = False
         self._out: list[Delta] = []
 
     def feed(self, text: str) -> list[Delta]:
-        self._held += text
-        while self._held and self._step():
+        self._pending += text
+        while self._pending and self._step():
             pass
-        return self._taken()
+        return self._take()
 
     def finish(self) -> list[Delta]:
-        """The answer is over, in whatever place."""
-        if self._step == self._in_content and (self._spoke or self.count == 0):
-            self._say(self._held)
+        """The answer has ended, perhaps in the middle of a call."""
+        if self._step == self._in_content and (self._in_text or self.count == 0):
+            self._content(self._pending)
             if self._blanks:
                 self._out.append(Content("".join(self._blanks)))
         elif self._step == self._in_arguments:
-            self._out.append(Ended(self.count - 1, whole=False))
-        self._held, self._blanks = "", []
-        return self._taken()
+            self._out.append(CallEnded(self.count - 1, whole=False))
+        self._pending, self._blanks = "", []
+        return self._take()
 
-    def _taken(self) -> list[Delta]:
+    def _take(self) -> list[Delta]:
         out, self._out = self._out, []
         return out
 
-    def _say(self, text: str) -> None:
-        """Blanks at the beginning, and after a call, wait for what follows them."""
+    def _content(self, text: str) -> None:
+        """Blanks at the beginning and after a call wait for what follows them."""
         if not text:
             return
-        if not self._spoke and not text.strip(BLANK):
+        if not self._in_text and not text.strip(BLANK):
             self._blanks.append(text)
             return
         self._out.append(Content("".join([*self._blanks, text])))
-        self._blanks, self._spoke = [], True
+        self._blanks, self._in_text = [], True
 
-    # --- where in the text: True if it went on ---------------------------------------------------------------------
+    # The states. Each returns True if it consumed something.
 
     def _in_content(self) -> bool:
-        before, tag, after = self._held.partition(CALL_BEGIN)
+        before, tag, after = self._pending.partition(CALL_BEGIN)
         if tag:
-            self._say(before)
-            self._held, self._step = after, self._in_head
+            self._content(before)
+            self._pending, self._step = after, self._in_head
             return True
         keep = next(
             (n for n in range(min(len(CALL_BEGIN) - 1, len(before)), 0, -1) if before.endswith(CALL_BEGIN[:n])), 0
         )
-        self._say(before[: len(before) - keep])
-        self._held = before[len(before) - keep :]
+        self._content(before[: len(before) - keep])
+        self._pending = before[len(before) - keep :]
         return False
 
     def _in_head(self) -> bool:
-        end, name = _follow(self._held, _HEAD)
+        end, name = _follow(self._pending, _HEAD)
         if end is None:
             return False
-        if end < 0 or self._held[end] != "{":
-            self._say(CALL_BEGIN)
+        if end < 0 or self._pending[end] != "{":
+            self._content(CALL_BEGIN)
             self._step = self._in_content
             return True
         self._blanks = []
-        self._out.append(Begun(self.count, call_id(self._seed, self.count, self._prefix), name))
+        self._out.append(CallBegun(self.count, call_id(self._seed, self.count, self._prefix), name))
         self.count += 1
-        self._held, self._step = self._held[end:], self._in_arguments
+        self._pending, self._step = self._pending[end:], self._in_arguments
         return True
 
     def _in_arguments(self) -> bool:
         end = self._end_of_arguments()
-        text, self._held = self._held[:end], self._held[end:]
-        self._out.append(Arguments(self.count - 1, text))
+        text, self._pending = self._pending[:end], self._pending[end:]
+        self._out.append(CallArguments(self.count - 1, text))
         if self._depth == 0:
-            self._out.append(Ended(self.count - 1))
-            self._step, self._spoke = self._in_tail, False
+            self._out.append(CallEnded(self.count - 1))
+            self._step, self._in_text = self._in_tail, False
         return True
 
     def _end_of_arguments(self) -> int:
-        """Where in what is held the object is closed, or all of it."""
-        text, at = self._held, 0
+        """The position in the pending text at which the object is closed; else its length."""
+        text, at = self._pending, 0
         if self._escaped:
             self._escaped, at = False, 1
         while (mark := _MARKS.search(text, at)) is not None:
@@ -188,19 +180,19 @@ class ToolCalls:
         return len(text)
 
     def _in_tail(self) -> bool:
-        end, _ = _follow(self._held, _TAIL)
+        end, _ = _follow(self._pending, _TAIL)
         if end is None:
             return False
-        self._held = self._held[max(end, 0) :]
+        self._pending = self._pending[max(end, 0) :]
         self._step = self._in_content
         return True
 
 
 def _follow(text: str, form: _Form) -> tuple[int | None, str]:
-    """Where the form ends and the name in it; None if it may still come, below 0 if it will not.
+    """Where the form ends, and the name in it. None: more text is needed; -1: the text does not have this form.
 
-    Decided by the place where it goes wrong, so that it is the same for every cut of the text. A form that ends with
-    blanks is there only when what follows them is.
+    The result depends only on the position of the first mismatch, so it is the same however the text is cut. A form
+    that ends with blanks is complete only when the character after them is there.
     """
     at, name = 0, ""
     for part in form:
@@ -226,7 +218,7 @@ def _follow(text: str, form: _Form) -> tuple[int | None, str]:
 
 
 def _name_at(text: str, at: int) -> str | None:
-    """The name in quotes here; empty if it is none, None if it may become one."""
+    """The quoted name at this position. Empty: there is none; None: more text is needed."""
     if at == len(text):
         return None
     end = text.find('"', at + 1)
@@ -237,27 +229,8 @@ def _name_at(text: str, at: int) -> str | None:
 
 
 def call_id(seed: str, index: int, prefix: str = "call_") -> str:
-    """Always the same one for the same call of the same answer."""
+    """The same id for the same call of the same answer."""
     return prefix + sha256(f"{seed}:{index}".encode()).hexdigest()[:24]
-
-
-def collect(text: str, seed: str, *, prefix: str = "call_") -> tuple[str, list[Call]]:
-    """A whole answer: its content, and its calls. A call that is not whole is there, too, as far as it came."""
-    parser = ToolCalls(seed, prefix=prefix)
-    content: list[str] = []
-    begun: list[tuple[Begun, list[str]]] = []
-    for delta in [*parser.feed(text), *parser.finish()]:
-        match delta:
-            case Content(text):
-                content.append(text)
-            case Begun():
-                begun.append((delta, []))
-            case Arguments(index, text):
-                begun[index][1].append(text)
-    return "".join(content), [Call(call.id, call.name, "".join(parts)) for call, parts in begun]
-
-
-# --- What an answer consists of while it comes: text, and tool calls if there are tools. ---
 
 
 class Parser(Protocol):
@@ -266,8 +239,8 @@ class Parser(Protocol):
     def finish(self) -> list[Delta]: ...
 
 
-class Plain:
-    """Without tools nothing looks like a call."""
+class PlainText:
+    """The parser for an answer without tools: nothing in it is a call."""
 
     def feed(self, text: str) -> list[Delta]:
         return [Content(text)] if text else []
@@ -277,10 +250,4 @@ class Plain:
 
 
 def parser_of(tools: bool, seed: str, prefix: str) -> Parser:
-    return ToolCalls(seed, prefix=prefix) if tools else Plain()
-
-
-def deltas_of(text: str, tools: bool, seed: str, prefix: str) -> list[Delta]:
-    """Of a whole answer."""
-    parser = parser_of(tools, seed, prefix)
-    return [*parser.feed(text), *parser.finish()]
+    return ToolCalls(seed, prefix=prefix) if tools else PlainText()

@@ -1,1 +1,1 @@
-"""The dashboard: its page, and one look at the mesh for all who watch."""
+"""The dashboard: its page, and one view of the mesh for all who watch it."""

@@ -1,60 +1,181 @@
-"""What the dashboard shows, as a value: made of a broker's answers, and told as what has changed.
+"""What the dashboard shows, as a value made of a broker's answers, and as the changes from one value to the next.
 
-A `Picture` is all of it. `changes` is how one follows from the one before, for whoever saw that; who did not is given
-the picture. No clock: the answers have ages, and the caller says when they came.
+A `Picture` is all of it. `changes` leads from one picture to the next for a viewer that has seen the first; a viewer
+that has not is given the whole picture. There is no clock here: rows have ages, and the caller says when they came.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-Row = dict[str, Any]
+import msgspec
 
-#: Rows that are shown at the most; of workers the broker tells no more than 1,000.
+from llambo.mesh.wire.reports import (
+    EndedRow,
+    EventRow,
+    MeshStatus,
+    ModelRow,
+    Recent,
+    RequestRow,
+    SampleRow,
+    WorkerRow,
+)
+
+#: Rows that are shown at most. Of workers the broker reports no more than 1,000.
 REQUESTS_SHOWN = 100
 ENDED_SHOWN = 60
 EVENTS_SHOWN = 200
 SAMPLES_SHOWN = 300
-#: Ends that latency is made of.
+#: Ended requests from which latency is computed.
 MEASURED = 200
-#: What is told as an age and stays where it is: moments differ by how long the answer took to come.
+#: A moment computed from an age moves with the time that the answer took. Within this it counts as the same moment.
 AGE_TOLERANCE_MS = 1_500
-
-_MESH = (
-    "broker", "policy", "workers", "ready", "slots", "busy", "busy_elsewhere", "clients", "running", "waiting",
-    "tokens_per_s", "requests_per_s", "models",
-)  # fmt: skip
-_COUNTERS = ("submitted", "ended", "failed", "cancelled", "moved", "refused", "tokens", "workers_lost", "engine_deaths")
-#: Of a row all is told but its ages, which become moments, and what nobody is shown.
-_UNTOLD = {"age_ms", "up_ms", "heard_ms", "pid", "pace", "weight"}
-#: A worker that was not heard of for less than this is not called silent.
+#: A worker is called silent when its last message is older than this.
 SILENT_MS = 1_000
+_COUNTERS = ("submitted", "ended", "failed", "cancelled", "moved", "refused", "tokens", "workers_lost", "engine_deaths")
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """What the page gets of a row: ages are replaced by moments, in milliseconds since 1970."""
+
+
+class MeshView(View, frozen=True, kw_only=True):
+    broker: str
+    policy: str
+    workers: int
+    ready: int
+    slots: int
+    busy_slots: int
+    clients: int
+    running: int
+    waiting: int
+    tokens_per_s: float
+    requests_per_s: float
+    models: list[ModelRow]
+    counters: dict[str, int]
+    #: When the broker started.
+    since: int
+
+
+class WorkerView(View, frozen=True, kw_only=True):
+    worker: str
+    state: str
+    node_class: str = msgspec.field(name="class")
+    host: str
+    models: list[str]
+    slots: int
+    busy_slots: int
+    tokens_per_s: float
+    done: int
+    engine_restarts: int
+    percent: int
+    note: str
+    slow: str
+    since: int
+    silent_s: int
+
+
+class RequestView(View, frozen=True, kw_only=True):
+    id: str
+    state: str
+    model: str
+    task: str
+    priority: str
+    worker: str
+    tokens: int
+    max_tokens: int
+    moves: int
+    ahead: int
+    queued_ms: int
+    detached: bool
+    at: int
+
+
+class EndedView(View, frozen=True, kw_only=True):
+    id: str
+    model: str
+    task: str
+    worker: str
+    tokens: int
+    prompt_tokens: int
+    moves: int
+    reason: str
+    error: str
+    queued_ms: int
+    first_ms: int
+    decode_ms: int
+    total_ms: int
+    at: int
+
+
+class EventView(View, frozen=True, kw_only=True):
+    number: int
+    kind: str
+    text: str
+    worker: str
+    at: int
+
+
+class SampleView(View, frozen=True, kw_only=True):
+    number: int
+    tokens_per_s: float
+    running: int
+    waiting: int
+    busy: int
+    slots: int
+    ready: int
+    workers: int
+    ended: int
+    failed: int
+    first_ms: int
+    at: int
+
+
+class Latency(View, frozen=True, kw_only=True, omit_defaults=True):
+    """The median and the 95th percentile of the last answers. Empty if there are none."""
+
+    answers: int = 0
+    first_ms: int | None = None
+    first_p95_ms: int | None = None
+    queued_ms: int | None = None
+    queued_p95_ms: int | None = None
+    stream_tokens_per_s: float = 0.0
+
+
+NO_LATENCY = Latency()
+Key = TypeVar("Key", str, int)
+V = TypeVar("V", bound=View)
+Aged = TypeVar("Aged", EndedRow, EventRow, SampleRow)
+Number = TypeVar("Number", int, float)
+#: What is sent to a viewer, as JSON.
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What a broker said in one round. `events` and `recent` are what is new since the round before."""
+    """A broker's answers in one round. `events` and `recent` are what is new since the round before."""
 
-    status: Row
-    workers: list[Row]
-    requests: list[Row]
-    events: list[Row]
-    recent: dict[str, list[Row]]
+    status: MeshStatus
+    workers: list[WorkerRow]
+    requests: list[RequestRow]
+    events: list[EventRow]
+    recent: Recent
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    mesh: Row = field(default_factory=dict)
-    workers: dict[str, Row] = field(default_factory=dict)
-    requests: dict[str, Row] = field(default_factory=dict)
-    #: The latest last, all three.
-    ended: dict[str, Row] = field(default_factory=dict)
-    events: dict[int, Row] = field(default_factory=dict)
-    samples: dict[int, Row] = field(default_factory=dict)
-    latency: Row = field(default_factory=dict)
-    #: Why nothing new is known; empty: all of this is from just now.
+    #: None: nothing is known yet.
+    mesh: MeshView | None = None
+    workers: dict[str, WorkerView] = field(default_factory=dict)
+    requests: dict[str, RequestView] = field(default_factory=dict)
+    #: The latest is last, in all three.
+    ended: dict[str, EndedView] = field(default_factory=dict)
+    events: dict[int, EventView] = field(default_factory=dict)
+    samples: dict[int, SampleView] = field(default_factory=dict)
+    latency: Latency = NO_LATENCY
+    #: Why nothing new is known; empty: all of this is current.
     problem: str = ""
 
     @property
@@ -69,122 +190,98 @@ class Picture:
 EMPTY = Picture()
 
 
-def troubled(before: Picture, problem: str) -> Picture:
-    """Nothing was answered: the last that was known stays, and says that it is old."""
-    return Picture(
-        before.mesh, before.workers, before.requests, before.ended, before.events, before.samples, before.latency,
-        problem,
-    )  # fmt: skip
-
-
-def is_another(before: Picture, status: Row, now_ms: int) -> bool:
-    """Whether this is another broker than the one before, or it has been restarted: its numbers begin anew."""
-    if not before.mesh:
+def is_another(before: Picture, status: MeshStatus, now_ms: int) -> bool:
+    """True if this is not the broker of the picture before, or if it was restarted: its numbers begin again."""
+    if before.mesh is None:
         return False
-    moved = abs(now_ms - status["up_ms"] - before.mesh["since"]) > 2 * AGE_TOLERANCE_MS
-    return bool(moved or status["broker"] != before.mesh["broker"])
+    moved = abs(now_ms - status.up_ms - before.mesh.since) > 2 * AGE_TOLERANCE_MS
+    return moved or status.broker != before.mesh.broker
 
 
-def picture(before: Picture, told: Answers, now_ms: int) -> Picture:
+def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
     """`now_ms`: since 1970, when the answers came."""
-    status = told.status
-    mesh = {name: status[name] for name in _MESH}
-    mesh["counters"] = {name: status["counters"].get(name, 0) for name in _COUNTERS}
-    mesh["since"] = _moment(before.mesh, "since", now_ms - status["up_ms"])
-    measured = _latest(before.ended, _ends(told.recent["ended"], now_ms), MEASURED)
+    status, recent = answers.status, answers.recent
+    mesh = _view(
+        MeshView, status, counters={name: status.counters.get(name, 0) for name in _COUNTERS},
+        since=_moment(before.mesh.since if before.mesh else None, now_ms - status.up_ms),
+    )  # fmt: skip
+    ended = _latest(before.ended, recent.ended, lambda row: row.id, MEASURED, EndedView, now_ms)
     return Picture(
         mesh,
-        {row["worker"]: _worker(row, before.workers.get(row["worker"], {}), now_ms) for row in told.workers},
-        {row["id"]: _aged(row, before.requests.get(row["id"], {}), now_ms) for row in _first(told.requests)},
-        measured,
-        _latest(before.events, {row["number"]: _aged(row, {}, now_ms) for row in told.events}, EVENTS_SHOWN),
-        _latest(
-            before.samples,
-            {row["number"]: _aged(row, {}, now_ms) for row in told.recent["samples"]},
-            SAMPLES_SHOWN,
-        ),
-        latency(measured.values()),
+        {row.worker: _worker(row, before.workers.get(row.worker), now_ms) for row in answers.workers},
+        {row.id: _request(row, before.requests.get(row.id), now_ms) for row in _first(answers.requests)},
+        ended,
+        _latest(before.events, answers.events, lambda row: row.number, EVENTS_SHOWN, EventView, now_ms),
+        _latest(before.samples, recent.samples, lambda row: row.number, SAMPLES_SHOWN, SampleView, now_ms),
+        latency(ended.values()),
     )
 
 
-def _first(requests: list[Row]) -> list[Row]:
+def _first(requests: list[RequestRow]) -> list[RequestRow]:
     """Those that run before those that wait, the oldest first."""
-    listed = sorted(requests, key=lambda row: (row["state"] == "waiting", row["ahead"], -row["age_ms"]))
+    listed = sorted(requests, key=lambda row: (row.state == "waiting", row.ahead, -row.age_ms))
     return listed[:REQUESTS_SHOWN]
 
 
-def _ends(rows: Iterable[Row], now_ms: int) -> dict[str, Row]:
-    return {row["id"]: _aged(row, {}, now_ms) for row in rows}
+def _latest(
+    before: dict[Key, V], rows: Iterable[Aged], key_of: Callable[[Aged], Key], limit: int, kind: type[V], now_ms: int
+) -> dict[Key, V]:
+    """Rows that were known keep their views, so that they are not sent again."""
+    fresh = {key: _view(kind, row, at=now_ms - row.age_ms) for row in rows if (key := key_of(row)) not in before}
+    return dict(list({**before, **fresh}.items())[-limit:]) if fresh else before
 
 
-def _latest(before: dict[Any, Row], news: dict[Any, Row], limit: int) -> dict[Any, Row]:
-    """What was known stays as it is, so that it is not told again."""
-    fresh = {key: row for key, row in news.items() if key not in before}
-    if not fresh:
-        return before
-    kept = {**before, **fresh}
-    return dict(list(kept.items())[-limit:])
+def _worker(row: WorkerRow, before: WorkerView | None, now_ms: int) -> WorkerView:
+    since = _moment(before.since if before else None, now_ms - row.up_ms)
+    return _view(WorkerView, row, since=since, silent_s=row.heard_ms // 1_000 if row.heard_ms >= SILENT_MS else 0)
 
 
-def _worker(row: Row, before: Row, now_ms: int) -> Row:
-    told = _aged(row, before, now_ms)
-    told["since"] = _moment(before, "since", now_ms - row["up_ms"])
-    told["silent_s"] = row["heard_ms"] // 1_000 if row["heard_ms"] >= SILENT_MS else 0
-    return told
+def _request(row: RequestRow, before: RequestView | None, now_ms: int) -> RequestView:
+    return _view(RequestView, row, at=_moment(before.at if before else None, now_ms - row.age_ms))
 
 
-def _aged(row: Row, before: Row, now_ms: int) -> Row:
-    told = {name: value for name, value in row.items() if name not in _UNTOLD}
-    if "age_ms" in row:
-        told["at"] = _moment(before, "at", now_ms - row["age_ms"])
-    return told
+def _view(kind: type[V], row: msgspec.Struct, **computed: Any) -> V:
+    """The fields that the view has; those that the row does not have are `computed`."""
+    return kind(**{name: getattr(row, name) for name in kind.__struct_fields__ if name not in computed}, **computed)
 
 
-def _moment(before: Row, name: str, at_ms: int) -> int:
-    known = before.get(name)
+def _moment(known: int | None, at_ms: int) -> int:
     return known if known is not None and abs(known - at_ms) <= AGE_TOLERANCE_MS else at_ms
 
 
-# --- latency -----------------------------------------------------------------------------------------------------
+def latency(ended: Iterable[EndedView]) -> Latency:
+    answers = [row for row in ended if row.task == "generate" and row.first_ms >= 0 and not row.error]
+    if not answers:
+        return NO_LATENCY
+    first = sorted(row.first_ms for row in answers)
+    queued = sorted(row.queued_ms for row in answers)
+    paces = sorted(pace for row in answers if (pace := _pace(row)))
+    return Latency(
+        answers=len(answers),
+        first_ms=_quantile(first, 0.5),
+        first_p95_ms=_quantile(first, 0.95),
+        queued_ms=_quantile(queued, 0.5),
+        queued_p95_ms=_quantile(queued, 0.95),
+        stream_tokens_per_s=round(_quantile(paces, 0.5), 1) if paces else 0.0,
+    )
 
 
-def latency(ended: Iterable[Row]) -> Row:
-    """Half and nineteen of twenty of the last answers took no longer than this. Without any there is nothing to say."""
-    whole = [row for row in ended if row["task"] == "generate" and row["first_ms"] >= 0 and not row["error"]]
-    if not whole:
-        return {}
-    first = sorted(row["first_ms"] for row in whole)
-    queued = sorted(row["queued_ms"] for row in whole)
-    paces = sorted(pace for row in whole if (pace := _pace(row)))
-    return {
-        "answers": len(whole),
-        "first_ms": _quantile(first, 0.5),
-        "first_p95_ms": _quantile(first, 0.95),
-        "queued_ms": _quantile(queued, 0.5),
-        "queued_p95_ms": _quantile(queued, 0.95),
-        "stream_tokens_per_s": round(_quantile(paces, 0.5), 1) if paces else 0,
-    }
-
-
-def _pace(row: Row) -> float:
+def _pace(row: EndedView) -> float:
     """Tokens per second of one stream, after its first token."""
-    return (row["tokens"] - 1) * 1_000 / row["decode_ms"] if row["tokens"] > 1 and row["decode_ms"] else 0.0
+    return (row.tokens - 1) * 1_000 / row.decode_ms if row.tokens > 1 and row.decode_ms else 0.0
 
 
-def _quantile(ordered: list[Any], share: float) -> Any:
-    """The smallest of them that no less than this share is below or at."""
+def _quantile(ordered: list[Number], share: float) -> Number:
+    """The smallest value such that at least this share of the values are not larger."""
     return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
 
 
-# --- what has changed --------------------------------------------------------------------------------------------
-
-
-def whole(now: Picture, now_ms: int) -> Row:
-    """For who has seen nothing yet."""
+def whole(now: Picture, now_ms: int) -> Message:
+    """For a viewer that has seen nothing yet."""
     return {
         "now": now_ms,
         "whole": True,
-        "mesh": now.mesh,
+        "mesh": now.mesh or {},
         "workers": {"set": list(now.workers.values()), "gone": []},
         "requests": {"set": list(now.requests.values()), "gone": []},
         "ended": list(now.ended.values())[-ENDED_SHOWN:],
@@ -195,37 +292,35 @@ def whole(now: Picture, now_ms: int) -> Row:
     }
 
 
-def changes(before: Picture, now: Picture, now_ms: int) -> Row | None:
-    """For who has seen `before`. None: it is the same."""
-    said: Row = {}
-    if mesh := {name: value for name, value in now.mesh.items() if before.mesh.get(name) != value}:
-        said["mesh"] = mesh
-    for name, was, rows in (
-        ("workers", before.workers, now.workers),
-        ("requests", before.requests, now.requests),
-    ):
-        if told := _rows(was, rows, "worker" if name == "workers" else "id"):
-            said[name] = told
-    for name, seen, all_rows, limit in (
-        ("ended", before.ended, now.ended, ENDED_SHOWN),
-        ("events", before.events, now.events, EVENTS_SHOWN),
-        ("samples", before.samples, now.samples, SAMPLES_SHOWN),
-    ):
-        if fresh := [row for key, row in all_rows.items() if key not in seen]:
-            said[name] = fresh[-limit:]
+def changes(before: Picture, now: Picture, now_ms: int) -> Message | None:
+    """For a viewer that has seen `before`. None: nothing has changed."""
+    message: Message = {
+        "mesh": _changed(before.mesh, now.mesh),
+        "workers": _changed_rows(before.workers, now.workers, "worker"),
+        "requests": _changed_rows(before.requests, now.requests, "id"),
+        "ended": _fresh(before.ended, now.ended)[-ENDED_SHOWN:],
+        "events": _fresh(before.events, now.events),
+        "samples": _fresh(before.samples, now.samples),
+    }
+    message = {name: value for name, value in message.items() if value}
     if now.latency != before.latency:
-        said["latency"] = now.latency
+        message["latency"] = now.latency
     if now.problem != before.problem:
-        said["problem"] = now.problem
-    return {"now": now_ms, **said} if said else None
+        message["problem"] = now.problem
+    return {"now": now_ms, **message} if message else None
 
 
-def _rows(before: dict[str, Row], now: dict[str, Row], key: str) -> Row | None:
-    """Of each row what is different; a new one whole."""
-    changed = []
-    for name, row in now.items():
-        was = before.get(name, {})
-        if row != was:
-            changed.append({key: name, **{field: value for field, value in row.items() if was.get(field) != value}})
+def _fresh(before: Mapping[Key, V], now: Mapping[Key, V]) -> list[V]:
+    return [row for key, row in now.items() if key not in before]
+
+
+def _changed_rows(before: Mapping[str, V], now: Mapping[str, V], key: str) -> Message | None:
+    """The changed fields of each row; all fields of a new one."""
+    changed = [{key: name, **_changed(before.get(name), row)} for name, row in now.items() if row != before.get(name)]
     gone = [name for name in before if name not in now]
     return {"set": changed, "gone": gone} if changed or gone else None
+
+
+def _changed(before: View | None, now: View | None) -> Message:
+    was, fields = ({} if view is None else msgspec.to_builtins(view) for view in (before, now))
+    return {name: value for name, value in fields.items() if name not in was or was[name] != value}

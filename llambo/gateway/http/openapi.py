@@ -1,20 +1,20 @@
-"""The OpenAPI document, as far as it does not follow from the routes: how errors look, what else a 200 may be.
+"""The parts of the OpenAPI document that do not follow from the routes: errors, and what else a 200 may contain.
 
-Litestar describes its own errors, which nobody here is sent, and cannot see what an application of ours answers.
+Litestar describes its own errors, which this gateway never sends, and cannot see what our ASGI applications answer.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from llambo.gateway.answers.problems import Shape, shape_of
+from llambo.gateway.answers.api_errors import Shape, shape_of
 
 _TEXT = {"type": "string"}
 _OBJECT = {"type": "object"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
 ERRORS: dict[Shape, dict[str, Any]] = {
     "openai": {
-        "title": "An error, as OpenAI's clients read it",
+        "title": "An error in the shape of OpenAI's API",
         "type": "object",
         "required": ["error"],
         "properties": {
@@ -24,15 +24,15 @@ ERRORS: dict[Shape, dict[str, Any]] = {
                 "properties": {
                     "message": _TEXT,
                     "type": _TEXT,
-                    "param": {**_MAYBE_TEXT, "description": "the field that is wrong"},
+                    "param": {**_MAYBE_TEXT, "description": "The field that is wrong"},
                     "code": _MAYBE_TEXT,
-                    "hint": {**_TEXT, "description": "what to do about it"},
+                    "hint": {**_TEXT, "description": "What to do about it"},
                 },
             }
         },
     },
     "anthropic": {
-        "title": "An error, as Anthropic's clients read it",
+        "title": "An error in the shape of Anthropic's API",
         "type": "object",
         "required": ["type", "error"],
         "properties": {
@@ -47,15 +47,15 @@ ERRORS: dict[Shape, dict[str, Any]] = {
 }  # fmt: skip
 _SOME = {"type": "array", "minItems": 1, "maxItems": 128}
 _IDS = {**_SOME, "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
-#: A text, some texts, the tokens of a text, or those of some; msgspec has no such union.
+#: A text, texts, the token ids of a text, or lists of token ids; msgspec has no such union.
 TEXTS = {"anyOf": [{**_TEXT, "minLength": 1}, {**_SOME, "items": {**_TEXT, "minLength": 1}}, _IDS,
                    {**_SOME, "items": _IDS}]}  # fmt: skip
-#: What a body of these may turn the reply into.
+#: Paths whose answer may be a stream.
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
 def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
-    """`tokens`: an API token is wanted."""
+    """`tokens`: an API token is required."""
     components = document["components"]
     components["schemas"] |= {_name(shape): schema for shape, schema in ERRORS.items()}
     components["schemas"]["CompletionRequest"]["properties"]["prompt"] = TEXTS
@@ -67,9 +67,12 @@ def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
             responses = operation["responses"]
             responses.pop("400", None)
             if path.startswith("/v1/"):
-                responses |= {"4XX": _error(path, "The request is wrong"), "5XX": _error(path, "The mesh cannot now")}
+                responses |= {
+                    "4XX": _error(path, "The request is invalid"),
+                    "5XX": _error(path, "The mesh cannot answer now"),
+                }
             elif path == "/readyz":
-                responses["503"] = {**responses["200"], "description": "Nobody would be"}
+                responses["503"] = {**responses["200"], "description": "No worker is ready"}
             if path in STREAMED and method == "post":
                 responses["200"]["content"] = {"application/json": {"schema": _OBJECT}, "text/event-stream": {}}
             elif path.startswith("/v1/"):

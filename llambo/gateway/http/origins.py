@@ -1,9 +1,9 @@
-"""Whether a request may come from where a browser says it comes from.
+"""Whether a request may come from the page that a browser says it comes from.
 
-Without keys whoever reaches the gateway may ask. A page of somebody else's, in the browser of a person at this machine,
-does reach it: by a form or a script that needs no answer, by a WebSocket, or under a name of its own that its owner
-lets lead here (DNS rebinding). It cannot choose what the browser says of it: `Host` is the name that was asked,
-`Origin` and `Sec-Fetch-Site` where the page is from. Programs that are no browsers send only the first.
+Without keys, anybody who reaches the gateway may use it. The page of another site, in a browser on this host, does
+reach it: by a form or a script that needs no answer, by a WebSocket, or by a host name of its own that its owner points
+at this host (DNS rebinding). A page cannot control what the browser says about it: `Host` is the name that was used,
+`Origin` and `Sec-Fetch-Site` say where the page is from. Programs other than browsers send only the first.
 
 With keys none of this is needed: a browser adds no API token by itself.
 """
@@ -15,44 +15,39 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 ANY = "*"
-#: A page of its own, or none at all: typed, or a bookmark.
-_OURS = ("", "same-origin", "none")
+FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
+#: The gateway's own page, or no page: an address that was typed, or a bookmark.
+_OWN = ("", "same-origin", "none")
 
 
 class Origins:
-    """`hosts`: names it is asked by besides those of this machine. `pages`: origins whose pages may ask."""
+    """`hosts`: names of the gateway besides those of this host. `pages`: origins whose pages may use it."""
 
     def __init__(self, hosts: Iterable[str], pages: Iterable[str]) -> None:
         self._hosts = frozenset(map(_plain, hosts))
         self._pages = frozenset(page.lower().rstrip("/") for page in pages)
 
     def why_not(self, method: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
-        """Why such a request is refused; empty: it is not."""
-        told: dict[str, str] = {}
+        """Why the request is refused; empty: it is not."""
+        found: dict[str, str] = {}
         for name, value in headers:
             if name in (b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode"):
                 text = value.decode("latin-1").strip().lower()
-                if told.setdefault(name.decode(), text) != text:
-                    return f"{name.decode()} was said twice, and differently"
-        host, origin = told.get("host", ""), told.get("origin")
+                if found.setdefault(name.decode(), text) != text:
+                    return f"the header {name.decode()} was sent twice, with different values"
+        host, origin = found.get("host", ""), found.get("origin")
         if not self._is_own(host):
-            return "ask for this machine by its address or as localhost, or name the host in http_hosts"
+            return "use the address of this host or localhost, or add the name to http_hosts"
         if ANY in self._pages or origin in self._pages:
             return ""
         if origin is not None:
-            # The browser leaves out a port that goes without saying, in both alike.
-            return (
-                ""
-                if _place(origin) == host != ""
-                else "pages of other origins may not ask; http_cors names those that may"
-            )
-        visit = method == "GET" and told.get("sec-fetch-mode") == "navigate"
-        if told.get("sec-fetch-site", "") not in _OURS and not visit:
-            return "pages of other origins may not ask; http_cors names those that may"
-        return ""
+            # The browser leaves out the default port, in both alike.
+            return "" if _place(origin) == host != "" else FOREIGN
+        visit = method == "GET" and found.get("sec-fetch-mode") == "navigate"
+        return FOREIGN if found.get("sec-fetch-site", "") not in _OWN and not visit else ""
 
     def _is_own(self, host: str) -> bool:
-        """An address cannot be made to lead elsewhere. A browser always names a host."""
+        """An address cannot be redirected by DNS. A browser always sends a host."""
         name = _name(host)
         if not host or name == "localhost" or name.endswith(".localhost") or name in self._hosts:
             return True

@@ -1,7 +1,7 @@
-"""How long, and how much, the gateway listens to who has not yet finished what he asks.
+"""Limits on the time and the bytes of a request that is still arriving.
 
-uvicorn waits for ever for a request to be whole, and keeps whatever its head, or the trailers of its body, grow to.
-Whoever comes may do that, as nobody has asked for a token by then.
+uvicorn waits without limit for a request to be complete, and stores whatever its head, or the trailers of its body,
+grow to. Anybody can make use of that, because no token has been checked by then.
 """
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ import socket
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-#: A request's line and its headers; also what is between the parts of a body, and its trailers.
+#: The line and the headers of a request; also what lies between the parts of a body, and its trailers.
 HEAD_BYTES = 64 * 1024
-#: From a connection's beginning, or a request's first byte, until its head is there; and from there to its end.
+#: From the start of a connection, or the first byte of a request, until its head is complete; and then to its end.
 HEAD_S, BODY_S = 20.0, 120.0
-#: Whoever takes nothing of what is sent to him for so long is cut off.
-TAKES_NOTHING_S = 60.0
+#: A connection that acknowledges nothing of what was sent to it for this long is closed.
+UNACKNOWLEDGED_S = 60.0
 
 
-class PatientProtocol(HttpToolsProtocol):
-    _limit: asyncio.TimerHandle | None = None
-    #: Bytes that came since the request began and are part of no body.
-    _said = 0
-    _in_request = _body_came = False
+class TimeoutProtocol(HttpToolsProtocol):
+    _timer: asyncio.TimerHandle | None = None
+    #: Bytes since the request began that belong to no body.
+    _head_bytes = 0
+    _in_request = _got_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._within(HEAD_S)
+        self._start_timer(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._unlimited()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._body_came = False
+        self._got_body = False
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._limit is None and not self._idle:
+        if self._timer is None and not self._idle:
             return
-        if self._limit is None:  # empty lines begin no request, and would keep the connection for ever
-            self._within(HEAD_S)
-        if self._in_request and not self._body_came:
-            self._said += len(data)
-            if self._said > HEAD_BYTES:
+        if self._timer is None:  # empty lines begin no request, and would keep the connection open without limit
+            self._start_timer(HEAD_S)
+        if self._in_request and not self._got_body:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
                 self._refuse(431)
 
     @property
@@ -53,45 +53,45 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_request, self._said = True, 0
-        self._within(HEAD_S)
+        self._in_request, self._head_bytes = True, 0
+        self._start_timer(HEAD_S)
 
     def on_headers_complete(self) -> None:
-        self._said = 0
-        self._within(BODY_S)
+        self._head_bytes = 0
+        self._start_timer(BODY_S)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._body_came = True
+        self._got_body = True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_request = False
-        self._unlimited()
+        self._stop_timer()
         super().on_message_complete()
 
     def handle_websocket_upgrade(self) -> None:
-        self._unlimited()
+        self._stop_timer()
         super().handle_websocket_upgrade()
 
-    def _within(self, seconds: float) -> None:
-        self._unlimited()
-        self._limit = self.loop.call_later(seconds, self._too_late, seconds)
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._timed_out, seconds)
 
-    def _unlimited(self) -> None:
-        if self._limit is not None:
-            self._limit.cancel()
-            self._limit = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _too_late(self, seconds: float) -> None:
-        if self.flow.read_paused:  # it is us who do not listen
-            self._within(seconds)
+    def _timed_out(self, seconds: float) -> None:
+        if self.flow.read_paused:  # the delay is ours: we do not read at present
+            self._start_timer(seconds)
             return
         self._refuse(408)
 
     def _refuse(self, status: int) -> None:
-        """In the middle of a request there is somebody who answers it; he is told that the client has gone."""
-        self._unlimited()
+        """While the application handles a request, it learns of the end as of any connection that the client closes."""
+        self._stop_timer()
         if self._idle:
             head = STATUS_LINE[status] + b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(head)
@@ -100,7 +100,7 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
-def cut_off_who_takes_nothing(listener: socket.socket, seconds: float = TAKES_NOTHING_S) -> None:
-    """The kernel does it, whoever writes: connections have this from the socket they come through."""
+def set_tcp_user_timeout(listener: socket.socket, seconds: float = UNACKNOWLEDGED_S) -> None:
+    """The kernel closes connections that acknowledge nothing. They inherit the option from the listening socket."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1_000))

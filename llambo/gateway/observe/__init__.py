@@ -1,1 +1,1 @@
-"""What the gateway measures: metrics and traces."""
+"""Metrics and traces of the gateway."""

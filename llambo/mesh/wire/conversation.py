@@ -39,7 +39,7 @@ class BadConversation(ValueError):
 
     def __init__(self, problem: str, field: str = "") -> None:
         super().__init__(f"{field}: {problem}" if field else problem)
-        self.field = field
+        self.problem, self.field = problem, field
 
 
 class ContentPart(msgspec.Struct, frozen=True):

@@ -1,1 +1,1 @@
-"""What an answer has to look like: one grammar made of JSON schemas, patterns and tools."""
+"""What an answer has to look like: one grammar made from JSON schemas, regular expressions and tools."""

@@ -1,7 +1,7 @@
-"""What an answer has to look like, as one grammar: that of the request, of a JSON schema, of calls of tools.
+"""The grammar of an answer, in GBNF: the grammar of the request, of a JSON schema, or of tool calls.
 
-llama.cpp's parser of grammars recurses, and one nested deeply enough has crashed it. So what comes in is bounded before
-anything is made of it, and what was made is bounded again.
+llama.cpp's parser of grammars is recursive, and deeply nested grammars have crashed it. So the input is bounded before
+a grammar is made from it, and the result is bounded again.
 """
 
 from __future__ import annotations
@@ -19,52 +19,48 @@ from llambo.mesh.wire.messages import Sampling
 from llambo.worker.grammar.schema import Rules, quoted
 from llambo.worker.prompt.template import RENDER_BYTES, memory_limit, time_limit
 
-#: A schema of a few kilobytes can stand for a large grammar, but not for one without end.
+#: The longest grammar made from a schema. A few kilobytes of schema can make a large one.
 MADE_CHARS = 8 * limits.GRAMMAR_CHARS
-#: The same for all tools of a request.
+#: The longest grammar made from all tools of a request.
 TOOLS_MADE_CHARS = 4 * MADE_CHARS
-#: A schema may ask for so many characters or items.
+#: The most characters or items that a schema may ask for, with these keys.
 MADE_REPETITIONS = 10_000
-#: The keys that ask for them.
 REPETITIONS = ("minLength", "maxLength", "minItems", "maxItems")
-#: Making a grammar of a schema takes milliseconds; one that takes longer means harm.
+#: A grammar is made in milliseconds. A schema that takes longer is an attack.
 MADE_S = 2.0
-#: In a chat the same tools come again and again.
-KEPT = 8
+#: Grammars that are cached: each request of a chat has the same tools.
+CACHED = 8
 
 
 class GrammarError(Exception):
     """The grammar or schema cannot be used; the text says why."""
 
 
-class Grammar(NamedTuple):
-    """GBNF, or nothing. `lazy`: it holds from behind the tag that begins a call; before that everything may come."""
+class GrammarText(NamedTuple):
+    """GBNF, or empty. `lazy`: it applies after the tag that begins a call; before that any text is allowed."""
 
     text: str
     lazy: bool = False
 
 
-def grammar_of(options: Sampling, told: Sequence[Tool] = (), *, parallel: bool = False) -> Grammar:
-    """`parallel`: several calls in one answer, where the request does not say. Raises GrammarError."""
+def grammar_of(options: Sampling, tools: Sequence[Tool] = (), *, parallel: bool = False) -> GrammarText:
+    """`parallel`: the default for several calls in one answer. Raises GrammarError."""
     if options.grammar and (options.json_schema or options.tool_choice != "none"):
         raise GrammarError("a grammar excludes a JSON schema and tools")
     if options.tool_choice != "none":
         if options.parallel_tool_calls is not None:
             parallel = options.parallel_tool_calls
-        return _grammar_of_calls(options, told, limits.TOOL_CALLS if parallel else 1)
+        return _grammar_of_calls(options, tools, limits.TOOL_CALLS if parallel else 1)
     if options.json_schema:
-        return Grammar(_made((), options.json_schema))
-    return Grammar(_checked(options.grammar, "the grammar"))
-
-
-# --- a schema ----------------------------------------------------------------------------------------------------
+        return GrammarText(_made((), options.json_schema))
+    return GrammarText(_checked(options.grammar, "the grammar"))
 
 
 def _read_schema(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise GrammarError(f"the JSON schema is no JSON: {error}") from error
+        raise GrammarError(f"the JSON schema is not valid JSON: {error}") from error
 
 
 def _rule_of(rules: Rules, schema: Any, what: str) -> str:
@@ -77,7 +73,7 @@ def _rule_of(rules: Rules, schema: Any, what: str) -> str:
 
 def _check_schema(schema: Any, what: str) -> None:
     if not isinstance(schema, dict):
-        raise GrammarError(f"{what} is no object")
+        raise GrammarError(f"{what} is not an object")
     waiting: list[tuple[Any, int]] = [(schema, 1)]
     while waiting:
         value, level = waiting.pop()
@@ -86,16 +82,13 @@ def _check_schema(schema: Any, what: str) -> None:
         for key in REPETITIONS if isinstance(value, dict) else ():
             count = value.get(key)
             if isinstance(count, int) and count > MADE_REPETITIONS:
-                raise GrammarError(f"{what} has {key} {count}, at most {MADE_REPETITIONS} may be")
+                raise GrammarError(f"{what} has {key} {count}, at most {MADE_REPETITIONS} are allowed")
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         waiting += [(each, level + 1) for each in inner]
 
 
-# --- calls -------------------------------------------------------------------------------------------------------
-
-
-def _grammar_of_calls(options: Sampling, told: Sequence[Tool], most: int) -> Grammar:
-    known = {tool.function.name: tool.function for tool in told}
+def _grammar_of_calls(options: Sampling, tools: Sequence[Tool], most: int) -> GrammarText:
+    known = {tool.function.name: tool.function for tool in tools}
     if not known:
         raise GrammarError(f"tool_choice is {options.tool_choice}, and the prompt has no tools")
     for name in options.tool_names:
@@ -107,29 +100,29 @@ def _grammar_of_calls(options: Sampling, told: Sequence[Tool], most: int) -> Gra
         if not options.tool_names or name in options.tool_names
     )
     if options.tool_choice == "required":
-        return Grammar(_made(schemas, most=most))
-    if options.json_schema:  # from the first token on: a call, or else what the schema says
-        return Grammar(_made(schemas, options.json_schema, most=most))
-    return Grammar(_made(schemas, lazy=True, most=most), lazy=True)
+        return GrammarText(_made(schemas, most=most))
+    if options.json_schema:  # from the first token on either a call or a text that satisfies the schema
+        return GrammarText(_made(schemas, options.json_schema, most=most))
+    return GrammarText(_made(schemas, lazy=True, most=most), lazy=True)
 
 
-@lru_cache(KEPT)
+@lru_cache(CACHED)
 def _made(schemas: tuple[tuple[str, bytes], ...], schema: str = "", *, lazy: bool = False, most: int = 1) -> str:
-    """GBNF for calls, or for a schema, or for either."""
+    """GBNF for calls, for a schema, or for a choice of both."""
     rules = Rules()
-    ways = []
+    choices = []
     try:
         with time_limit(MADE_S), memory_limit(RENDER_BYTES):
             if schemas:
-                ways.append(_calls(rules, schemas, lazy, most))
+                choices.append(_calls(rules, schemas, lazy, most))
             if schema:
-                ways.append(_rule_of(rules, _read_schema(schema), "the JSON schema"))
-            text = rules.text(" | ".join(ways))
+                choices.append(_rule_of(rules, _read_schema(schema), "the JSON schema"))
+            text = rules.text(" | ".join(choices))
     except (TimeoutError, MemoryError) as error:
         raise GrammarError(f"no grammar can be made of the schemas: {error}") from error
     allowed = TOOLS_MADE_CHARS if schemas else MADE_CHARS
     if len(text) > allowed:
-        raise GrammarError(f"the schemas make a grammar of {len(text)} characters, {allowed} may be")
+        raise GrammarError(f"the schemas make a grammar of {len(text)} characters, {allowed} are allowed")
     return _checked(text, "the grammar of the schemas")
 
 
@@ -140,35 +133,32 @@ def _calls(rules: Rules, schemas: tuple[tuple[str, bytes], ...], lazy: bool, mos
         bodies.append(f'{head} {_arguments(rules, name, schema)} "}}"')
     body, end = rules.rule(" | ".join(bodies)), quoted(f"\n{conversation.CALL_END}")
     call = rules.rule(f'{quoted(conversation.CALL_BEGIN)} "\\n" {body} {end}')
-    # The tag of a lazy one is there already, perhaps with the end of its line.
+    # With a lazy grammar the tag was written already, perhaps with its line end.
     first = f'"\\n"? {body} {end}' if lazy else call
     return f'{first} ("\\n" {call}){{0,{most - 1}}}' if most > 1 else first
 
 
 def _arguments(rules: Rules, name: str, schema: bytes) -> str:
-    """They are an object, whatever the schema says or leaves open."""
+    """Arguments are an object, whatever the schema says."""
     what = f"the schema of tool {name!r}"
     if len(schema) > limits.GRAMMAR_CHARS:
-        raise GrammarError(f"{what} has {len(schema)} characters, {limits.GRAMMAR_CHARS} may be")
+        raise GrammarError(f"{what} has {len(schema)} characters, {limits.GRAMMAR_CHARS} are allowed")
     wanted = json.loads(schema) if schema else {"properties": {}}
     if wanted.get("type", "object") != "object":
-        raise GrammarError(f"{what} is of type {wanted['type']!r}, and arguments are an object")
+        raise GrammarError(f"{what} is of type {wanted['type']!r}, but arguments are an object")
     return _rule_of(rules, {**wanted, "type": "object"}, what)
-
-
-# --- what was made -----------------------------------------------------------------------------------------------
 
 
 def _checked(text: str, what: str) -> str:
     if depth(text) > limits.GRAMMAR_DEPTH:
         raise GrammarError(f"{what} is nested more than {limits.GRAMMAR_DEPTH} deep")
     if "\0" in text:
-        raise GrammarError(f"{what} has a NUL in it")
+        raise GrammarError(f"{what} contains a NUL character")
     return text
 
 
 def depth(grammar: str) -> int:
-    """How deep its groups are nested, without those in strings and character classes."""
+    """How deep groups are nested. Brackets in strings and character classes do not count."""
     deepest = level = at = 0
     while at < len(grammar):
         char = grammar[at]

@@ -1,8 +1,8 @@
-r"""A regular expression of a JSON schema, as a rule for what stands between the quotes of a JSON string.
+r"""A regular expression of a JSON schema, as a grammar rule for the text between the quotes of a JSON string.
 
-Literals, classes, groups, alternatives, repetitions, and anchors at the ends are understood; without an anchor anything
-may stand there. Look-around, back-references and anchors elsewhere are not. What JSON writes with a backslash can be
-matched by a literal (`\"`, `\\`, `\n`), and is left out of classes: what is written is then less than what might be.
+Literals, classes, groups, alternatives, repetitions and anchors at the ends are supported; without an anchor any text
+is allowed at that end. Look-around, back-references and other anchors are not. Characters that JSON escapes can be
+matched by a literal (`\"`, `\\`, `\n`), and are left out of classes: the grammar then allows less than the expression.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import NoReturn
 
 #: llama.cpp refuses more repetitions.
 MOST_TIMES = 2_000
-#: Groups within groups.
+#: Levels of nested groups.
 MOST_DEEP = 50
 
-#: Code points: from here to there.
+#: Code points from the first to the last.
 Span = tuple[int, int]
 _LAST = 0x10FFFF
-#: What stands for itself in a JSON string.
+#: Characters that need no escape in a JSON string.
 _PLAIN: list[Span] = [(0x20, 0x21), (0x23, 0x5B), (0x5D, 0x7E), (0x80, 0xD7FF), (0xE000, _LAST)]
 _DIGIT: list[Span] = [(0x30, 0x39)]
 _WORD: list[Span] = [(0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)]
@@ -29,7 +29,7 @@ _JSON = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\f": 
 
 
 def pattern_rule(pattern: str, rule: Callable[[str], str]) -> str:
-    """`rule` names a rule. Raises ValueError."""
+    """`rule` adds a rule and returns its name. Raises ValueError."""
     reader = _Reader(pattern, rule)
     body = reader.alternatives(0)
     if reader.at < len(pattern):
@@ -67,12 +67,12 @@ class _Reader:
         return f"({' | '.join(ways)})"
 
     def _sequence(self, depth: int) -> str:
-        """Without anchors of its own, at the ends of the whole pattern, anything comes before and after it."""
+        """At the ends of the whole pattern, where there is no anchor, any text is allowed."""
         parts: list[str] = []
         begins = ends = False
         while self._next not in ("", "|", ")"):
             if ends:
-                self.fail("something behind the end")
+                self.fail("there is something after the end")
             if self._next == "^" and depth == 0 and not parts and not begins:
                 begins, self.at = True, self.at + 1
             elif self._next == "$" and depth == 0:
@@ -90,7 +90,7 @@ class _Reader:
             if self._next == "?":
                 self.at += 1
                 if self._take() != ":":
-                    self.fail("a group of a kind that is not known here")
+                    self.fail("this kind of group is not supported")
             body = self.alternatives(depth + 1)
             if self._take() != ")":
                 self.fail("a bracket is not closed")
@@ -122,13 +122,11 @@ class _Reader:
                 self.at = end + 1
             case _:
                 return one
-        if self._next == "?":  # as few as possible: here any number will do
+        if self._next == "?":  # lazy: makes no difference to what matches
             self.at += 1
         if self._next in ("*", "+", "?", "{"):
             self.fail("repeated twice")
         return f"{self._rule(one)}{times}"
-
-    # --- characters --------------------------------------------------------------------------------------------------
 
     def _escaped(self) -> str:
         char = self._take()
@@ -148,12 +146,12 @@ class _Reader:
         if char in _CONTROL:
             return _CONTROL[char]
         if char.isalnum():
-            self.fail(f"\\{char} is not known here")
+            self.fail(f"\\{char} is not supported")
         return char
 
     def _class(self) -> str:
-        shut = self._next == "^"
-        self.at += shut
+        negated = self._next == "^"
+        self.at += negated
         spans: list[Span] = []
         while (char := self._take()) != "]":
             if char == "\\" and self._next.lower() in _SHORT:
@@ -169,9 +167,9 @@ class _Reader:
             if high < low:
                 self.fail("a range from back to front")
             spans.append((ord(low), ord(high)))
-        left = _both(_PLAIN, _all_but(spans) if shut else spans)
+        left = _both(_PLAIN, _all_but(spans) if negated else spans)
         if not left:
-            self.fail("none of these can be written here")
+            self.fail("no character of this class can be written in a JSON string")
         return _written(left)
 
 

@@ -1,8 +1,11 @@
-"""A JSON schema, as a grammar of texts that satisfy it: compact JSON, its properties in the order of the schema.
+"""A JSON schema, as a grammar of texts that satisfy it: compact JSON, with properties in the order of the schema.
 
-What a grammar cannot say, or not in a reasonable size (`not`, `uniqueItems`, `if`, `multipleOf`, bounds of numbers that
-are no integers), is left to whoever reads the answer; everything else holds. As in most uses of schemas for models, an
-object that lists its properties has no others, unless `additionalProperties` says so.
+What a grammar cannot express, or not in a reasonable size, is not enforced: `not`, `uniqueItems`, `if`, `multipleOf`,
+and bounds of numbers that are not integers. Everything else is. As in most uses of schemas for models, an object that
+lists its properties has no others, unless `additionalProperties` allows them.
+
+Rules that all grammars of JSON need are in `PRIMITIVES`. An integer between two bounds becomes a choice of digit
+patterns (`integer`). `Rules` collects the rules of one grammar while it walks through schemas.
 """
 
 from __future__ import annotations
@@ -12,8 +15,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llambo.worker.grammar.pattern import MOST_TIMES, pattern_rule
-
-# --- What grammars of JSON are made of: the rules that all have, and integers between bounds. ---
 
 #: Digits of a number that has no bounds.
 DIGITS = 16
@@ -41,7 +42,7 @@ PRIMITIVES = {
     "hours-and-minutes": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]',
     "time": 'hours-and-minutes ":" [0-5] [0-9] ("." [0-9]{1,6})? ("Z" | [-+] hours-and-minutes)',
 }
-#: Formats of strings. The 29th of February is left out; all other formats are strings like any other.
+#: Formats of strings. The 29th of February is not allowed; other formats are not checked.
 FORMATS = {
     "date": r'"\"" date "\""',
     "time": r'"\"" time "\""',
@@ -50,12 +51,12 @@ FORMATS = {
 }
 
 
-class Bad(Exception):
-    """What is wrong with a schema; where is added on the way up."""
+class BadSchema(Exception):
+    """What is wrong with a schema. `Rules.of` adds where."""
 
 
 def quoted(text: str) -> str:
-    """A literal of a grammar."""
+    """A literal in a grammar."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
@@ -66,24 +67,24 @@ def integer(schema: dict[str, Any]) -> str:
     edge = 10**DIGITS - 1
     low, high = max(-edge, -edge if low is None else low), min(edge, edge if high is None else high)
     if low > high:
-        raise Bad(f"no integer of {DIGITS} digits is within these bounds")
+        raise BadSchema(f"no integer of {DIGITS} digits is within these bounds")
     ways = [f'"-" ({_span(max(1, -high), -low)})'] if low < 0 else []
     return " | ".join([*ways, _span(max(0, low), high)] if high >= 0 else ways)
 
 
 def _bound(schema: dict[str, Any], name: str, step: int) -> int | None:
-    """The first integer within it. `exclusive...` is a bound of its own, or, in an old draft, a bool beside it."""
+    """The first integer within the bound. `exclusive...` is a number, or in an old draft a bool beside the bound."""
     found, exclusive = schema.get(name), schema.get(f"exclusive{name.capitalize()}")
     bounds = []
-    for value, shut in ((found, exclusive is True), (exclusive, True)):
+    for value, excluded in ((found, exclusive is True), (exclusive, True)):
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10.0**300:
             whole = int(value) if int(value) == value else int(value // 1) + (step > 0)
-            bounds.append(whole + step if shut and whole == value else whole)
+            bounds.append(whole + step if excluded and whole == value else whole)
     return (max(bounds) if step > 0 else min(bounds)) if bounds else None
 
 
 def _span(low: int, high: int) -> str:
-    """The integers from here to there, neither below 0."""
+    """Integers from `low` to `high`, both at least 0."""
     ways = []
     for length in range(len(str(low)), len(str(high)) + 1):
         first = max(low, 10 ** (length - 1) if length > 1 else 0)
@@ -92,7 +93,7 @@ def _span(low: int, high: int) -> str:
 
 
 def _digits(low: str, high: str) -> str:
-    """Of one length."""
+    """Integers between two of the same number of digits."""
     rest = len(low) - 1
     if low == high:
         return f'"{low}"'
@@ -116,7 +117,7 @@ def _digits(low: str, high: str) -> str:
 
 #: Keys that only combine or refer to other schemas.
 _COMBINING = ("$ref", "anyOf", "oneOf", "allOf")
-#: Keys from which the type follows where it is not said.
+#: Keys that imply the type of a schema without one.
 _HINTS = {
     "object": {"properties", "additionalProperties", "required", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
@@ -131,7 +132,7 @@ class Rules:
     def __init__(self) -> None:
         self._rules: dict[str, str] = dict(PRIMITIVES)
         self._root: Any = {}
-        #: What a reference stands for, by the schema it is in.
+        #: The rule of each reference in the current schema.
         self._references: dict[str, str] = {}
         self._where: list[str] = []
 
@@ -140,13 +141,13 @@ class Rules:
         return "\n".join(f"{name} ::= {rule}" for name, rule in rules.items())
 
     def of(self, schema: Any) -> str:
-        """The name of the rule for a whole schema. Raises ValueError, which says where."""
+        """The name of the rule for a whole schema. Raises ValueError with the place of the problem."""
         self._root, self._references, self._where = schema, {}, []
         try:
             return self._rule(schema)
         except RecursionError as error:
             raise ValueError("it refers to itself without end") from error
-        except Bad as error:
+        except BadSchema as error:
             where = "/".join(self._where)
             raise ValueError(f"{error} (at #/{where})" if where else str(error)) from error
 
@@ -155,10 +156,10 @@ class Rules:
         self._rules[name] = body
         return name
 
-    # --- one schema --------------------------------------------------------------------------------------------------
+    # One schema.
 
     def _rule(self, schema: Any) -> str:
-        """Its name. A primitive has one of its own."""
+        """The name of the rule for this schema. Primitives have names already."""
         body = self._body(schema)
         return body if body in self._rules else self.rule(body)
 
@@ -172,7 +173,7 @@ class Rules:
         if schema is True or schema == {}:
             return "value"
         if not isinstance(schema, dict):
-            raise Bad(f"a schema is an object, and not {json.dumps(schema)[:40]}")
+            raise BadSchema(f"a schema is an object, and not {json.dumps(schema)[:40]}")
         if "$ref" in schema:
             return self._reference(schema["$ref"])
         if "const" in schema:
@@ -194,7 +195,7 @@ class Rules:
             kinds = [*(kinds if isinstance(kinds, list) else [kinds]), "null"]
         if isinstance(kinds, list):
             if not all(isinstance(kind, str) for kind in kinds):
-                raise Bad(f"no types are called {json.dumps(kinds)[:40]}")
+                raise BadSchema(f"no types are called {json.dumps(kinds)[:40]}")
             return _any_of(self._at(f"type/{kind}", {**_single(schema), "type": kind}) for kind in dict.fromkeys(kinds))
         return self._of_kind(kinds, schema)
 
@@ -211,18 +212,18 @@ class Rules:
             case "number" | "boolean" | "null" | "value":
                 return str(kind)
             case _:
-                raise Bad(f"no type is called {json.dumps(kind)[:40]}")
+                raise BadSchema(f"no type is called {json.dumps(kind)[:40]}")
 
     def _alternative(self, rest: dict[str, Any], part: Any) -> Any:
-        """An alternative has what stands beside it, too; mostly that is a description."""
+        """The keys beside `anyOf` apply to each alternative. Mostly they are only a description."""
         if not any(key in rest for keys in _HINTS.values() for key in keys) and "type" not in rest:
             return part
         return _merged(rest, self._resolved(part))
 
-    # --- references --------------------------------------------------------------------------------------------------
+    # References.
 
     def _reference(self, reference: Any) -> str:
-        """By name, so that what refers to itself becomes a rule that does."""
+        """By name, so that a schema that refers to itself becomes a rule that refers to itself."""
         key = str(reference)
         if key not in self._references:
             name = self._references[key] = self.rule("")
@@ -234,14 +235,14 @@ class Rules:
         while isinstance(schema, dict) and "$ref" in schema:
             schema, seen = self._target(schema["$ref"]), seen + 1
             if seen > len(self._rules) + 100:
-                raise Bad("it refers to itself without end")
+                raise BadSchema("it refers to itself without end")
         if not isinstance(schema, dict | bool):
-            raise Bad(f"a schema is an object, and not {json.dumps(schema)[:40]}")
+            raise BadSchema(f"a schema is an object, and not {json.dumps(schema)[:40]}")
         return {} if schema is True else schema
 
     def _target(self, reference: Any) -> Any:
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            raise Bad(f"only references within the schema can be used, and not {json.dumps(reference)[:80]}")
+            raise BadSchema(f"only references within the schema can be used, and not {json.dumps(reference)[:80]}")
         found = self._root
         for step in reference.split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")
@@ -250,10 +251,10 @@ class Rules:
             elif isinstance(found, dict) and key in found:
                 found = found[key]
             else:
-                raise Bad(f"nothing is at {reference[:80]}")
+                raise BadSchema(f"nothing is at {reference[:80]}")
         return found
 
-    # --- objects -----------------------------------------------------------------------------------------------------
+    # Objects.
 
     def _object(self, schema: dict[str, Any]) -> str:
         required = [name for name in _list(schema, "required", ()) if isinstance(name, str)]
@@ -271,7 +272,7 @@ class Rules:
         return f'"{{" {self._members(pairs, tail)} "}}"'
 
     def _members(self, pairs: list[tuple[str, bool]], tail: str) -> str:
-        """From the last to the first: what may follow when something was written, and when nothing was yet."""
+        """Built from the last to the first. `after` follows another property, `first` is the start of the object."""
         after = self.rule(f'("," ws {tail})*' if tail else '""')
         first = self.rule(f"({tail} {after})?" if tail else '""')
         for pair, needed in reversed(pairs):
@@ -281,7 +282,7 @@ class Rules:
         return first
 
     def _other_key(self, names: list[str]) -> str:
-        """Any key but these: a property must not come twice. Told letter by letter, and without escapes."""
+        """Any key but these, because a property must not come twice. Compared letter by letter, without escapes."""
         plain = r'[^"\\\x00-\x1F\x7F]'
         if not names:
             return "string"
@@ -296,12 +297,12 @@ class Rules:
                  for head in heads if head not in '"\\']  # fmt: skip
         return self.rule(f"({' | '.join(ways)})" + ("" if "" in words else "?"))
 
-    # --- arrays, strings ---------------------------------------------------------------------------------------------
+    # Arrays and strings.
 
     def _array(self, schema: dict[str, Any]) -> str:
         least, most = _count(schema, "minItems") or 0, _count(schema, "maxItems")
         fixed = _list(schema, "prefixItems", ())
-        if not fixed and isinstance(schema.get("items"), list):  # as older drafts call them
+        if not fixed and isinstance(schema.get("items"), list):  # the name in older drafts
             fixed = schema["items"]
         if fixed:
             rules = ' "," ws '.join(self._at(f"prefixItems/{at}", item) for at, item in enumerate(fixed))
@@ -317,16 +318,13 @@ class Rules:
             try:
                 return rf'"\"" {pattern_rule(schema["pattern"], self.rule)} "\""'
             except ValueError as error:
-                raise Bad(str(error)) from error
+                raise BadSchema(str(error)) from error
         if (form := str(schema.get("format"))) in FORMATS:
             return FORMATS[form]
         least, most = _count(schema, "minLength"), _count(schema, "maxLength")
         if least is None and most is None:
             return "string"
         return rf'"\"" char{_times(least or 0, most)} "\""'
-
-
-# --- without a grammar ---------------------------------------------------------------------------------------------
 
 
 def _constant(value: Any) -> str:
@@ -340,17 +338,17 @@ def _inner(name: str) -> str:
 def _any_of(rules: Iterable[str]) -> str:
     found = list(dict.fromkeys(rules))
     if not found:
-        raise Bad("nothing is allowed here")
+        raise BadSchema("nothing is allowed here")
     return " | ".join(found)
 
 
 def _times(least: int, most: int | None) -> str:
     if least > MOST_TIMES:
-        raise Bad(f"at least {least} are asked for, and {MOST_TIMES} may be")
+        raise BadSchema(f"at least {least} are asked for, and {MOST_TIMES} may be")
     if most is None:
         return f"{{{least},}}"
     if most < least:
-        raise Bad(f"at least {least} and at most {most}: nothing is allowed here")
+        raise BadSchema(f"at least {least} and at most {most}: nothing is allowed here")
     return f"{{{least},{min(most, MOST_TIMES)}}}"
 
 
@@ -360,20 +358,20 @@ def _count(schema: dict[str, Any], key: str) -> int | None:
         return value
     if isinstance(value, float) and value >= 0 and value.is_integer():
         return int(value)
-    raise Bad(f"{key} is {json.dumps(value)[:40]}, and no number of things")
+    raise BadSchema(f"{key} is {json.dumps(value)[:40]}, and no number of things")
 
 
 def _list(schema: dict[str, Any], key: str, default: Any = None) -> Any:
     value = schema.get(key, default)
     if not isinstance(value, list | tuple):
-        raise Bad(f"{key} is no list")
+        raise BadSchema(f"{key} is no list")
     return value
 
 
 def _object_of(schema: dict[str, Any], key: str) -> dict[str, Any]:
     value = schema.get(key, {})
     if not isinstance(value, dict):
-        raise Bad(f"{key} is no object")
+        raise BadSchema(f"{key} is no object")
     return value
 
 
@@ -386,9 +384,9 @@ def _single(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], more: Any) -> dict[str, Any]:
-    """Both at once, as well as that can be told without thinking: lists of names add up, else the second one counts."""
+    """An approximation of both at once: names are united, for any other key the second schema wins."""
     if more is False:
-        raise Bad("nothing is allowed here")
+        raise BadSchema("nothing is allowed here")
     both = {**base, **more}
     for key in ("properties", "$defs", "definitions"):
         if isinstance(base.get(key), dict) and isinstance(more.get(key), dict):

@@ -59,9 +59,9 @@ function showSpeed(mesh, points, now) {
 }
 
 function showUse(mesh, points, now) {
-  const slots = mesh.mesh.slots ?? 0;
-  const note = slots ? `${count(mesh.busy())} of ${many(slots, "slot")} busy` : "no slots";
-  tiles.use.show([count(share(mesh.busy(), slots)), "%"], note);
+  const { slots = 0, busy_slots: busy = 0 } = mesh.mesh;
+  const note = slots ? `${count(busy)} of ${many(slots, "slot")} busy` : "no slots";
+  tiles.use.show([count(share(busy, slots)), "%"], note);
   tiles.use.draw(points, now, 100, `Share of slots that were busy in the last five minutes, ${count(peak(points))} % at most`);
 }
 

@@ -56,7 +56,7 @@ export class Mesh {
 
   ghost(name) {
     const row = this.workers.get(name);
-    if (row) Object.assign(row, { state: "lost", busy: 0, busy_elsewhere: 0, tokens_per_s: 0, gone: this.now() });
+    if (row) Object.assign(row, { state: "lost", busy_slots: 0, tokens_per_s: 0, gone: this.now() });
   }
 
   /** What time alone changes. */
@@ -68,10 +68,6 @@ export class Mesh {
 
   present() {
     return [...this.workers.values()].filter((row) => !row.gone);
-  }
-
-  busy() {
-    return (this.mesh.busy ?? 0) + (this.mesh.busy_elsewhere ?? 0);
   }
 }
 

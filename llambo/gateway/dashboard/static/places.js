@@ -27,7 +27,7 @@ function group(title, nameOf) {
       sum.nodes += 1;
       sum.ready += row.state === "ready" || row.state === "trial";
       sum.slots += row.slots;
-      sum.busy += row.busy + (row.busy_elsewhere ?? 0);
+      sum.busy += row.busy_slots;
       found.set(name, sum);
     }
     const rows = [...found.values()].sort((a, b) => b.nodes - a.nodes || natural(a.name, b.name));

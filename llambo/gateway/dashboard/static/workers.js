@@ -140,7 +140,7 @@ function slots() {
   const text = el("span", { class: "of" });
   const node = el("span", { class: "slots" }, boxes, bar, text);
   node.show = (row) => {
-    const busy = row.busy + (row.busy_elsewhere ?? 0);
+    const busy = row.busy_slots;
     say(text, `${count(busy)} / ${count(row.slots)}`);
     boxes.hidden = row.slots > PIPS;
     bar.hidden = !boxes.hidden;
@@ -167,7 +167,7 @@ function ask(row) {
     });
     return;
   }
-  const busy = row.busy + (row.busy_elsewhere ?? 0);
+  const busy = row.busy_slots;
   confirm({
     title: `Drain ${row.worker}?`,
     text: `It gets no new work${busy ? `, and finishes ${many(busy, "answer")} that it runs` : ""}. It stays drained until you give it work again.`,

@@ -1,8 +1,8 @@
-"""Those who watch the mesh, and the one who asks for all of them.
+"""Viewers of the mesh, and the queries that are made once for all of them.
 
-A `Watch` asks a broker some times a second, but only while somebody looks; viewers of one identity share it. Nothing is
-queued for a viewer: he is told what has changed since what he saw last, and who was too slow to see every change is
-given the whole picture when he is ready for it.
+A `Watch` queries a broker several times a second, but only while it has viewers; viewers of one identity share it.
+Nothing is queued for a viewer: it is sent what has changed since what it saw last, and a viewer that was too slow to
+see every change is sent the whole picture when it is ready for it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import replace
 
 import msgspec
 
 from llambo.gateway.dashboard import watch_core
-from llambo.gateway.dashboard.watch_core import Answers, Picture
+from llambo.gateway.dashboard.watch_core import Answers, Message, Picture
 from llambo.mesh.client.client import Client
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
 
-#: Rounds of questions begin so far from each other, and in a mesh whose answers take long no further than this.
+#: The time between the beginnings of two rounds of queries, and its limit where the answers take long.
 ROUND_S, LONGEST_ROUND_S = 0.2, 0.8
-#: No more than this part of the time is spent on questions, as long as that holds.
+#: The share of the time that is spent on queries, within that limit.
 SHARE = 0.2
-#: What has not been answered by then is said to be unknown.
-PATIENCE_S = 2.0
-#: Something is sent after so long a silence: a connection that is dead is noticed by who writes to it.
+#: A round that takes longer has failed.
+ROUND_TIMEOUT_S = 2.0
+#: A comment is sent after this silence: a dead connection is noticed only by writing to it.
 QUIET_S = 10.0
 #: Viewers of one gateway.
 VIEWERS = 64
@@ -39,12 +39,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Watch:
-    """One identity's view. `connect` gives its client; `stopping`: nobody shall be kept waiting any more."""
+    """The view of one identity. `connect` returns its client; `stopping()` is true when the gateway shuts down."""
 
     def __init__(self, connect: Callable[[], Awaitable[Client]], stopping: Callable[[], bool]) -> None:
         self._connect, self._stopping = connect, stopping
         self._picture = watch_core.EMPTY
-        #: How many pictures there have been; the last change leads from the one before to this one.
+        #: Counts the pictures; `_change` leads from the previous one to this one.
         self._version = 0
         self._change = b""
         self._whole = b""
@@ -54,7 +54,7 @@ class Watch:
         self.viewers = 0
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events for one viewer, until he is gone."""
+        """Server-sent events for one viewer."""
         seen = 0
         while True:
             if self._error is not None:
@@ -62,11 +62,11 @@ class Watch:
             if self._version == seen:
                 try:
                     async with asyncio.timeout(QUIET_S):
-                        await self._later(seen)
+                        await self._wait_for_news(seen)
                 except TimeoutError:
                     yield b": still here\n\n"
                 continue
-            event = self._change if seen and self._version == seen + 1 else self._all()
+            event = self._change if seen and self._version == seen + 1 else self._whole_event()
             seen = self._version
             yield event
 
@@ -74,21 +74,19 @@ class Watch:
     def failed(self) -> bool:
         return self._error is not None
 
-    async def _later(self, seen: int) -> None:
+    async def _wait_for_news(self, seen: int) -> None:
         async with self._news:
             await self._news.wait_for(lambda: self._version != seen or self._error is not None)
 
-    def _all(self) -> bytes:
+    def _whole_event(self) -> bytes:
         if not self._whole:
             self._whole = _event(watch_core.whole(self._picture, clock.wall_ms()))
         return self._whole
 
-    # --- asking --------------------------------------------------------------------------------------------------
-
     def begin(self) -> None:
         self.viewers += 1
         if self._task is None:
-            self._task = asyncio.create_task(self._ask_on())
+            self._task = asyncio.create_task(self._query_loop())
 
     async def end(self) -> None:
         self.viewers -= 1
@@ -97,52 +95,52 @@ class Watch:
             task.cancel()
             await asyncio.wait([task])
 
-    async def _ask_on(self) -> None:
+    async def _query_loop(self) -> None:
         try:
             while not self._stopping():
                 began = time.monotonic()
-                await self._show(await self._look())
+                await self._show(await self._next_picture())
                 spent = time.monotonic() - began
                 await asyncio.sleep(max(0.0, min(LONGEST_ROUND_S, max(ROUND_S, spent / SHARE)) - spent))
-            await self._fail(LlamboError(Code.NO_BROKER, "the gateway stops"))
+            await self._fail(LlamboError(Code.NO_BROKER, "the gateway is stopping"))
         except asyncio.CancelledError:
             raise
         except LlamboError as error:
             await self._fail(error)
         except Exception as error:
-            log.exception("the dashboard's questions failed")
+            log.exception("the queries of the dashboard failed")
             await self._fail(LlamboError(Code.INTERNAL, f"the gateway failed: {error!r}"))
 
-    async def _look(self) -> Picture:
-        """What is known now. What is no answer at all, but a refusal, is raised."""
+    async def _next_picture(self) -> Picture:
+        """What is known now. Raises LlamboError if the broker refuses, and will refuse again."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(ROUND_TIMEOUT_S):
                 client = await self._connect()
-                return await self._asked(client)
+                return await self._query(client)
         except TimeoutError:
-            return watch_core.troubled(self._picture, f"no broker has answered for {PATIENCE_S:.0f} s")
+            return replace(self._picture, problem=f"no broker has answered for {ROUND_TIMEOUT_S:.0f} s")
         except LlamboError as error:
             if not error.retryable:
                 raise
-            return watch_core.troubled(self._picture, error.text)
+            return replace(self._picture, problem=error.text)
 
-    async def _asked(self, client: Client) -> Picture:
+    async def _query(self, client: Client) -> Picture:
         before = self._picture
-        told = await _answers(client, before)
-        if watch_core.is_another(before, told.status, clock.wall_ms()):
+        answers = await _answers(client, before)
+        if watch_core.is_another(before, answers.status, clock.wall_ms()):
             before = watch_core.EMPTY
-            told = await _answers(client, before)
-            self._version += 1  # nobody can follow from the picture before
-        return watch_core.picture(before, told, clock.wall_ms())
+            answers = await _answers(client, before)
+            self._version += 1  # no change leads here from the picture before
+        return watch_core.picture(before, answers, clock.wall_ms())
 
     async def _show(self, now: Picture) -> None:
-        said = watch_core.changes(self._picture, now, clock.wall_ms())
+        message = watch_core.changes(self._picture, now, clock.wall_ms())
         self._picture = now
-        if said is None:
+        if message is None:
             return
         async with self._news:
             self._version += 1
-            self._change, self._whole = _event(said), b""
+            self._change, self._whole = _event(message), b""
             self._news.notify_all()
 
     async def _fail(self, error: LlamboError) -> None:
@@ -153,7 +151,7 @@ class Watch:
 
 
 class Watches:
-    """All of them, by the name of who looks."""
+    """All watches, by the name of the identity."""
 
     def __init__(self, stopping: Callable[[], bool]) -> None:
         self._stopping = stopping
@@ -163,7 +161,7 @@ class Watches:
     @asynccontextmanager
     async def viewing(self, name: str, connect: Callable[[], Awaitable[Client]]) -> AsyncIterator[Watch]:
         if self.viewers >= VIEWERS:
-            raise LlamboError(Code.BUSY, f"{VIEWERS} are watching already", 5_000)
+            raise LlamboError(Code.BUSY, f"{VIEWERS} viewers are connected already", 5_000)
         watch = self._by_name.get(name)
         if watch is None or watch.failed:
             watch = self._by_name[name] = Watch(connect, self._stopping)
@@ -181,15 +179,15 @@ class Watches:
 async def _answers(client: Client, before: Picture) -> Answers:
     return Answers(
         *await asyncio.gather(
-            client.query("status"),
-            client.query("workers"),
-            client.query("requests"),
-            client.query("events", str(before.last_event)),
-            client.query("recent", str(before.last_sample)),
+            client.status(),
+            client.workers(),
+            client.requests(),
+            client.events(before.last_event),
+            client.recent(before.last_sample),
         )
     )
 
 
-def _event(said: dict[str, Any]) -> bytes:
-    """One line: in JSON no line break stands as itself."""
-    return b"data: %s\n\n" % _encode(said)
+def _event(message: Message) -> bytes:
+    """On one line: JSON escapes line breaks."""
+    return b"data: %s\n\n" % _encode(message)

@@ -1,7 +1,8 @@
-"""The dashboard: its page, the stream it lives from, and what can be done there.
+"""The routes of the dashboard: its page, the stream that the page shows, and its actions.
 
-The page is made of the files in `static/`, and takes nothing from elsewhere: that is said to the browser as well, which
-then neither runs nor loads what somebody may have smuggled in. Where there are keys, all but the files is for admins.
+The page consists of the files in `static/` and loads nothing from elsewhere. A content security policy makes the
+browser enforce that, so neither runs nor loads anything that was injected. Where there are keys, everything but the
+files is for admins.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta
 
 from llambo.gateway.access import Access, Caller
-from llambo.gateway.answers.asking import encode
-from llambo.gateway.answers.problems import StatusError, shape_of, status_of, told
-from llambo.gateway.answers.replies import hung_up, reply
-from llambo.gateway.dashboard.watching import Watches
-from llambo.gateway.http.front import CALLER_KEY
+from llambo.gateway.answers.api import encode
+from llambo.gateway.answers.api_errors import StatusError, status_of
+from llambo.gateway.answers.asgi import disconnect, reply_error
+from llambo.gateway.dashboard.watches import Watches
+from llambo.gateway.http.middleware import CALLER_KEY
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError, printable
+from llambo.mesh.wire.reports import DrainReply, RequestStory
 
 STATIC = Path(__file__).resolve().parent / "static"
 PAGE = "index.html"
@@ -39,7 +41,7 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-#: Nothing from elsewhere, nothing inline, no markup made of text, in nobody's frame.
+#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -60,7 +62,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Asked again each time, and answered in no bytes if it is still the same.
+    # The browser asks each time, and gets a 304 without a body if nothing has changed.
     "cache-control": "no-cache",
 }
 _STREAM_HEADERS = [
@@ -71,18 +73,18 @@ _STREAM_HEADERS = [
 ]
 
 Connection = ASGIConnection[Any, Any, Any, Any]
-Asked = Request[Any, Any, Any]
+BoardRequest = Request[Any, Any, Any]
 TokenOf = Callable[[Connection], str]
 Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 
-class Drain(msgspec.Struct):
+class DrainBody(msgspec.Struct):
     worker: Name
     undo: bool = False
     move: bool = False
 
 
-class Cancel(msgspec.Struct):
+class CancelBody(msgspec.Struct):
     id: Annotated[str, Meta(min_length=4, max_length=2 * limits.REQUEST_ID_BYTES)]
 
 
@@ -109,13 +111,13 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
     def admin(token: str) -> Caller:
         caller = access.caller(token)
         if not caller.identity.may_manage:
-            raise LlamboError(Code.FORBIDDEN, "the dashboard wants the API token of an admin's key")
+            raise LlamboError(Code.FORBIDDEN, "the dashboard requires the API token of an admin")
         return caller
 
     def admins_only(connection: Connection, handler: BaseRouteHandler) -> None:
-        """Asked before a body is read."""
+        """A guard: runs before a body is read."""
         connection.scope[CALLER_KEY] = admin(token_of(connection))  # type: ignore[literal-required]
-        # Where there are no keys a page of another site could ask in its visitor's name; but it cannot send this type.
+        # Without keys, the page of another site could post in its visitor's name, but not with this content type.
         if (
             isinstance(connection, Request)
             and connection.method == "POST"
@@ -123,39 +125,39 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         ):
             raise StatusError(415, "send application/json")
 
-    def file(request: Asked, name: str) -> Response[bytes]:
+    def file(request: BoardRequest, name: str) -> Response[bytes]:
         asset = files.get(name)
         if asset is None:
-            raise StatusError(404, f"there is no {name[:80]!r} here")
+            raise StatusError(404, f"there is no file {name[:80]!r}")
         headers = {**HEADERS, "etag": asset.tag}
         if request.headers.get("if-none-match") == asset.tag:
             return Response(b"", status_code=304, headers=headers)
         return Response(asset.body, headers=headers, media_type=asset.type)
 
     @get("/")
-    async def page(request: Asked) -> Response[bytes]:
+    async def page(request: BoardRequest) -> Response[bytes]:
         return file(request, PAGE)
 
     @get("/board/{name:str}")
-    async def part(request: Asked, name: str) -> Response[bytes]:
+    async def part(request: BoardRequest, name: str) -> Response[bytes]:
         return file(request, name)
 
     @get("/board/live")
-    async def live(request: Asked) -> ASGIApp:
+    async def live(request: BoardRequest) -> ASGIApp:
         token = token_of(request)
-        # Asked again at each event: a token that was revoked shows nothing more.
+        # Checked again at each event: a token that was revoked shows nothing more.
         return Live(watches, lambda: admin(token))
 
     @get("/board/requests/{id:str}")
-    async def story(request: Asked, id: str) -> dict[str, Any]:
-        return dict(await (await _client(request)).query("why", id))
+    async def story(request: BoardRequest, id: str) -> RequestStory:
+        return await (await _client(request)).why(id)
 
     @post("/board/drain", status_code=200)
-    async def drain(request: Asked, data: Drain) -> dict[str, Any]:
-        return msgspec.structs.asdict(await (await _client(request)).drain(data.worker, data.undo, move=data.move))
+    async def drain(request: BoardRequest, data: DrainBody) -> DrainReply:
+        return await (await _client(request)).drain(data.worker, data.undo, move=data.move)
 
     @post("/board/cancel", status_code=200)
-    async def cancel(request: Asked, data: Cancel) -> dict[str, Any]:
+    async def cancel(request: BoardRequest, data: CancelBody) -> dict[str, str]:
         return {"reason": await (await _client(request)).cancel(data.id)}
 
     return [
@@ -164,7 +166,7 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
     ]
 
 
-async def _client(request: Asked) -> Client:
+async def _client(request: BoardRequest) -> Client:
     caller: Caller = request.scope[CALLER_KEY]  # type: ignore[literal-required]
     return await caller.client()
 
@@ -188,24 +190,23 @@ class Live:
                     self._watches.viewing(caller.name, caller.client) as watch,
                     aclosing(watch.events()) as events,
                 ):
-                    # The first picture, or why there is none, decides on the status.
+                    # The status depends on whether there is a first picture.
                     await self._serve(await anext(events), events, receive, send)
             finally:
                 caller.open -= 1
         except LlamboError as error:
-            said = told(error, shape_of(scope["path"]))
-            await reply(send, said.status, said.body, said.headers)
+            await reply_error(send, error, scope)
 
     async def _serve(self, first: bytes, events: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         sending = asyncio.create_task(self._send(first, events, send))
-        listening = asyncio.create_task(hung_up(receive))
+        listening = asyncio.create_task(disconnect(receive))
         try:
             await asyncio.wait([sending, listening], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (sending, listening):
                 task.cancel()
-            # A reader who is gone is no error; uvicorn raises an OSError to who writes to him.
+            # A viewer that disconnects is no error; uvicorn raises an OSError when we write to it.
             with suppress(asyncio.CancelledError, OSError):
                 await sending
 

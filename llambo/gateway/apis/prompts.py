@@ -1,0 +1,149 @@
+"""From the conversation and the tools of a request to the prompt that is submitted to the mesh. For every chat API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from llambo.gateway.answers.api_errors import FieldError
+from llambo.mesh.client.request_options import Options
+from llambo.mesh.wire import limits
+from llambo.mesh.wire.conversation import (
+    BadConversation,
+    CalledFunction,
+    Chat,
+    ChatMessage,
+    Tool,
+    ToolCall,
+    check_tools,
+    write,
+)
+from llambo.mesh.wire.messages import Priority
+
+#: Between two texts that become one.
+BETWEEN = "\n\n"
+
+
+class LlamboFields(msgspec.Struct, kw_only=True):
+    """Fields of a request that no public API has: they are llambo's own."""
+
+    #: The same seed gives the same choices of tokens.
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    priority: Priority | None = None
+    deadline_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+
+    def options(self) -> Options:
+        return {
+            # The mesh takes no negative seed.
+            "seed": None if self.seed is None else self.seed % 2**63,
+            "priority": self.priority,
+            "deadline_ms": self.deadline_ms,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may or must call tools."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    #: The names it is limited to. Empty: all.
+    only: Sequence[str] = ()
+    #: Whether one answer may have several calls. None: the worker's default.
+    parallel: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    form: Literal["messages", "chat"]
+    text: str
+    #: Sampling options. Empty: no tool may be called, and the answer is plain text.
+    tool_options: dict[str, Any]
+
+
+def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> ChatPrompt:
+    """Tools that may not be called are left out of the prompt. Raises FieldError."""
+    options = _tool_options(tools, choice)
+    try:
+        form, prompt = write(Chat(messages, tools if options else []))
+    except BadConversation as error:
+        raise field_error(error) from error
+    return ChatPrompt(form, prompt.decode(), options)
+
+
+def _tool_options(tools: list[Tool], choice: ToolChoice) -> dict[str, Any]:
+    try:
+        check_tools(tools)
+    except BadConversation as error:
+        raise field_error(error) from error
+    names = {tool.function.name for tool in tools}
+    for name in choice.only:
+        if name not in names:
+            raise FieldError("tool_choice", f"no tool has the name {name!r}")
+    if choice.mode == "none" or not names:
+        if choice.mode == "required":
+            raise FieldError("tool_choice", "there are no tools to choose from")
+        return {}
+    options: dict[str, Any] = {"tool_choice": choice.mode}
+    if choice.only:
+        options["tool_names"] = list(choice.only)
+    if choice.parallel is not None:
+        options["parallel_tool_calls"] = choice.parallel
+    return options
+
+
+def field_error(error: BadConversation) -> FieldError:
+    return FieldError(error.field, error.problem)
+
+
+class Conversation:
+    """A conversation in the making, from the parts that an API has. `joined`: successive turns of a role become one."""
+
+    def __init__(self, messages: Sequence[ChatMessage] = (), *, joined: bool = False) -> None:
+        self.messages = list(messages)
+        self._joined = joined
+        #: Ids of the calls so far: a result has to belong to one of them.
+        self.calls = {call.id for message in messages for call in message.tool_calls or ()}
+
+    def add(self, role: str, text: str) -> None:
+        last = self.messages[-1] if self.messages else None
+        if self._joined and last is not None and last.role == role:
+            text = BETWEEN.join(filter(None, (last.text, text)))
+            self.messages[-1] = msgspec.structs.replace(last, content=text)
+        else:
+            self.messages.append(ChatMessage(role, text))
+
+    def add_call(self, id: str, name: str, arguments: str) -> None:
+        """A part of the assistant's last message. `arguments` is JSON text."""
+        if not self.messages or self.messages[-1].role != "assistant":
+            self.messages.append(ChatMessage("assistant", ""))
+        last = self.messages[-1]
+        calls = [*(last.tool_calls or ()), ToolCall(CalledFunction(name, arguments), id)]
+        self.messages[-1] = msgspec.structs.replace(last, tool_calls=calls)
+        self.calls.add(id)
+
+    def add_result(self, id: str, text: str) -> None:
+        self.messages.append(ChatMessage("tool", text, tool_call_id=id))
+
+
+def check_depth(value: dict[str, Any], field: str) -> dict[str, Any]:
+    """Raises FieldError. The worker reads and writes it again, with less room on its stack."""
+    waiting: list[tuple[Any, int]] = [(value, 1)]
+    while waiting:
+        each, level = waiting.pop()
+        if level > limits.GRAMMAR_DEPTH:
+            raise FieldError(field, f"nested more than {limits.GRAMMAR_DEPTH} levels deep")
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        waiting += [(one, level + 1) for one in inner]
+    return value
+
+
+def bounded_schema(schema: dict[str, Any], field: str) -> str:
+    """A JSON schema for the answer, as a sampling option has it. Raises FieldError."""
+    text = msgspec.json.encode(check_depth(schema, field)).decode()
+    if len(text) > limits.GRAMMAR_CHARS:
+        raise FieldError(field, f"{len(text)} characters of JSON; at most {limits.GRAMMAR_CHARS} are allowed")
+    return text

@@ -1,0 +1,99 @@
+"""What happens to every request before and after anything else: its id, its line in the log, the limit on open ones."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from llambo.gateway.answers.asgi import CODE_KEY, reply_error
+from llambo.gateway.http.origins import Origins
+from llambo.gateway.observe.gateway_metrics import GatewayMetrics
+from llambo.mesh.wire.errors import Code, LlamboError, printable
+
+log = logging.getLogger("llambo.gateway.requests")
+
+HEADER = b"x-request-id"
+#: The keys of the ASGI scope for the id of a request and for its caller.
+ID_KEY, CALLER_KEY = "llambo.request_id", "llambo.caller"
+#: An id that the client sends is used, so that its log and ours can be compared.
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+#: Answered however many requests are open: a supervisor decides by them whether the gateway lives.
+_ALWAYS = ("/healthz", "/readyz", "/metrics")
+
+
+class Middleware:
+    def __init__(self, app: ASGIApp, limit: int, metrics: GatewayMetrics, origins: Origins | None = None) -> None:
+        """`limit`: of open requests, and of open WebSockets. `origins`: None where tokens are required."""
+        self._app, self._limit, self._metrics, self._origins = app, limit, metrics, origins
+        self.open = 0
+        metrics.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != ScopeType.HTTP:
+            await self._other(scope, receive, send)
+            return
+        began = time.monotonic()
+        id = _id_of(scope["headers"])
+        scope[ID_KEY] = id.decode()  # type: ignore[literal-required]
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (HEADER, id)]
+            await send(message)
+
+        self._metrics.open = self.open = self.open + 1
+        try:
+            if (error := self._foreign(scope, scope["method"])) is not None:
+                await reply_error(send_with_id, error, scope)
+            elif self.open > self._limit and scope["path"] not in _ALWAYS:
+                await reply_error(send_with_id, self._full("requests"), scope)
+            else:
+                await self._app(scope, receive, send_with_id)
+        finally:
+            self._metrics.open = self.open = self.open - 1
+            took_ms = (time.monotonic() - began) * 1_000
+            route, code = scope.get("path_template") or "", scope.get(CODE_KEY) or ""
+            self._metrics.http_request(str(route), scope["method"], status, took_ms / 1_000, str(code))
+            name = getattr(scope.get(CALLER_KEY), "name", "") or "-"
+            path = printable(scope["path"])
+            log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
+
+    async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A WebSocket, or the start and stop of the application."""
+        is_socket = scope["type"] == ScopeType.WEBSOCKET
+        error: LlamboError | None = None
+        self._metrics.sockets += is_socket
+        try:
+            if is_socket:
+                full = self._metrics.sockets > self._limit
+                error = self._foreign(scope, "GET") or (self._full("WebSockets") if full else None)
+            if error is not None:  # before the handshake: the server answers with a 403
+                await send({"type": "websocket.close", "code": 1008, "reason": error.text})
+            else:
+                await self._app(scope, receive, send)
+        finally:
+            self._metrics.sockets -= is_socket
+
+    def _foreign(self, scope: Scope, method: str) -> LlamboError | None:
+        """The page of another origin asks."""
+        why = self._origins.why_not(method, scope["headers"]) if self._origins is not None else ""
+        return LlamboError(Code.FORBIDDEN, why) if why else None
+
+    def _full(self, what: str) -> LlamboError:
+        return LlamboError(Code.BUSY, f"{self._limit} {what} are open on this gateway", 1_000)
+
+
+def _id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for name, value in headers:
+        if name == HEADER and _CLIENT_ID.fullmatch(value):
+            return value
+    return b"req-" + secrets.token_hex(8).encode()
