@@ -62,14 +62,11 @@ LARGER = {
     "broker/records/state.py:State": "to be taken apart",
     "gateway/apis/openai_common.py:OpenAIRequest": "the fields are those of OpenAI's API and llama.cpp's server",
     "gateway/apis/responses.py:ResponsesRequest": "the fields are those of OpenAI's API",
-    "mesh/client/answer_stream.py:Stream": "to be taken apart",
-    "mesh/client/client_requests.py:Request": "to be taken apart",
-    "mesh/link/link.py:Link": "to be taken apart",
-    "mesh/wire/messages.py": "to be taken apart",
-    "mesh/wire/messages.py:Dispatch": "to be taken apart",
+    "mesh/wire/messages.py": "the protocol: every message is in one file",
+    "mesh/wire/messages.py:Dispatch": "one message on the wire, whose fields are promised by name",
     "mesh/wire/reports.py:MeshStatus": "one map on the wire, whose fields are promised by name",
     "mesh/wire/reports.py:WorkerRow": "one map on the wire, whose fields are promised by name",
-    "mesh/wire/sampling_options.py:Sampling": "to be taken apart",
+    "mesh/wire/messages.py:Sampling": "one map on the wire, whose fields are promised by name",
 }
 #: What runs together in one process, besides `mesh`. Names of modules and classes are unique within each.
 PROCESSES = ("broker", "worker", "gateway", "fleet", "bridge", "cli")
