@@ -67,7 +67,7 @@ class MeshPair:
 
 
 class BarePair:
-    """The same messages, but nobody reads them on the way."""
+    """The same messages, but they are forwarded unread."""
 
     def __init__(self, context: zmq.Context[Socket], node: Node) -> None:
         self.peers = BarePeers(context, node)

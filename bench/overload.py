@@ -2,8 +2,8 @@
 
 Real broker, real workers with paced fake engines, so that their capacity is known. The clients are lean fakes in
 this process. First the peak is measured: as many requests under way as keep every slot busy. Then requests come
-at fixed moments, five times as many, whatever becomes of them. Those that are refused must be refused at once and
-be told when to try again; the others must all end.
+at fixed moments, five times as many, whatever happens to them. Those that are refused must be refused at once and
+say when to try again; the others must all end.
 """
 
 from __future__ import annotations

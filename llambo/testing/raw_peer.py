@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec, limits
@@ -107,18 +108,25 @@ class RawPeer:
         return welcome
 
     def disconnected_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
-        """Send what the broker does not accept, and wait until it disconnects."""
+        """Send what the broker does not accept, and wait until it has disconnected and the socket has connected again.
+
+        What is sent between the two may be lost with the old connection.
+        """
         socket = on or self.control
-        with self._event(socket, zmq.EVENT_DISCONNECTED):
+        with self._events(socket, zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             socket.send_multipart(list(frames))
 
     @contextmanager
-    def _event(self, socket: zmq.Socket[bytes], event: int) -> Iterator[None]:
-        """The block causes this event of the socket."""
-        monitor = socket.get_monitor_socket(event, f"inproc://{secrets.token_hex(8)}")
+    def _events(self, socket: zmq.Socket[bytes], *events: int) -> Iterator[None]:
+        """The block causes these events of the socket, one after the other."""
+        monitor = socket.get_monitor_socket(sum(events), f"inproc://{secrets.token_hex(8)}")
         try:
             yield
-            assert monitor.poll(int(TIMEOUT_S * 1_000)), f"no {zmq.Event(event).name} in {TIMEOUT_S} s"
+            for event in events:
+                while True:
+                    assert monitor.poll(int(TIMEOUT_S * 1_000)), f"no {zmq.Event(event).name} in {TIMEOUT_S} s"
+                    if recv_monitor_message(monitor)["event"] == event:
+                        break
         finally:
             socket.disable_monitor()
             monitor.close()
@@ -140,7 +148,7 @@ class RawPeer:
     def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
         socket = sockets.token(self.context, kind, curve=self._key)
         self._tokens.append(socket)
-        with self._event(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+        with self._events(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
         return socket
 

@@ -368,7 +368,7 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
     assert (told["mesh"], told["problem"].split(" at ")[0]) == (None, "no broker answers")
     assert {Path(each["path"]).name: each["problem"] for each in told["host"] if each["where"] == "models folder"} == {
         "tiny.gguf": "",
-        "junk.gguf": "it is no GGUF file",
+        "junk.gguf": "it is not a GGUF file",
     }
 
 

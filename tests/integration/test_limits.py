@@ -15,6 +15,7 @@ from llambo.mesh.client.answer_stream import Answer, Stream
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.reports import AccountRow
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.engine.engine_options import FakeOptions
@@ -169,7 +170,7 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
     folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2), int(time.time()))
     with Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
 
-        async def scenario() -> dict[str, object]:
+        async def scenario() -> AccountRow:
             async with mesh.client(key=key_of(folder, "carol")) as carol:
                 streams = [carol.stream(f"prompt {n}", max_tokens=TOKENS, seed=n) for n in range(4)]
                 for stream in streams[:2]:
@@ -177,8 +178,8 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 for number, answer in enumerate(await asyncio.gather(*(stream.result() for stream in streams))):
                     assert answer.ids == truth(f"prompt {number}", number, TOKENS)
-                (own,) = (await carol.status())["identities"]
-            return dict(own)
+                (own,) = (await carol.status()).identities
+            return own
 
         own = mesh.run(scenario())
-        assert own | {"in_flight": 0, "queued": 0, "bytes": 0, "submitted": 4, "refused": 0} == own
+        assert (own.in_flight, own.queued, own.bytes, own.submitted, own.refused) == (0, 0, 0, 4, 0)
