@@ -173,7 +173,7 @@ def _transfer() -> Target:
 
 
 def _gate() -> Target:
-    owner: Any = SimpleNamespace(user="its key")
+    owner: Any = SimpleNamespace(link=SimpleNamespace(user="its key"))
 
     def run(frames: Frames) -> None:
         gate = SubscriptionGrants({samples.TOPIC: owner})
