@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -27,7 +27,6 @@ from llambo.cli.kit.views import CLEAR_LINE, Clock, JsonView, TextView, View, st
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.cli.kit.shell_session import ShellSession
     from llambo.mesh.client.answer_stream import Answer, Stream
     from llambo.mesh.client.client import Client
 
@@ -43,10 +42,16 @@ def end_signals() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
+class SignalSource(Protocol):
+    """A shell or a chat, which receives the signals and passes them on to what runs in it."""
+
+    on_signal: Callable[[int], None] | None
+
+
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first that came, or 0."""
 
-    def __init__(self, *, cancels: bool, session: ShellSession | None = None) -> None:
+    def __init__(self, *, cancels: bool, session: SignalSource | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels
