@@ -63,8 +63,8 @@ async def measure(runners: dict[str, Round], counts: list[int], rounds: int) -> 
 
 
 async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
-    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
-    ours = stack.enter_context(mesh(knobs))
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    ours = stack.enter_context(mesh(engine_options))
     tokens = options.tokens
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
@@ -88,7 +88,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 
             runners[SERVER] = of_server
         if ALONE in options.beside:
-            child = engine.Child(knobs)
+            child = engine.Child(engine_options)
             stack.callback(child.close)
 
             async def of_child(turn: int, streams: int) -> list[Timed]:

@@ -49,7 +49,7 @@ OPTIONS = (
 #: A mesh is asked for so many answers at a time: some of them wait.
 ASKED = 12
 #: No cancel takes longer, and no part ends later than so long after its last.
-PATIENCE_S = 60.0
+LIMIT_S = 60.0
 
 
 class Books(AssertionError):
@@ -91,10 +91,10 @@ def check(engine: LlamaEngine, running: int) -> int:
 
 def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
     """Requests come, run for a random while and are stopped; after each the books are compared with llama.cpp's."""
-    chance, told, now_ms, number = random.Random(seed), Storm(), 0, 0
+    chance, result, now_ms, number = random.Random(seed), Storm(), 0, 0
     slots = len(engine.batcher.slots)
     live: dict[bytes, str] = {}
-    while told.ended.total() < cancels:
+    while result.ended.total() < cancels:
         while len(live) < slots and chance.random() < 0.7:
             number += 1
             key = number.to_bytes(24, "big")
@@ -108,9 +108,9 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
             live[key] = "queued"
         for key in chance.sample(sorted(live), min(len(live), chance.choice((0, 0, 0, 1, 1, 2, 4)))):
             engine.stop(key)
-            told.ended[live.pop(key)] += 1
-            told.most_cells = max(told.most_cells, check(engine, len(live)))
-            told.checks += 1
+            result.ended[live.pop(key)] += 1
+            result.most_cells = max(result.most_cells, check(engine, len(live)))
+            result.checks += 1
         for _ in range(chance.choice((1, 2, 5, 10))):
             now_ms += STEP_MS
             for key, phase in live.items():
@@ -119,9 +119,9 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
                 live[output.key] = "in its answer"
                 if output.end is not None:
                     del live[output.key]
-                    told.ended["by its deadline" if output.end == "deadline" else "by itself"] += 1
+                    result.ended["by its deadline" if output.end == "deadline" else "by itself"] += 1
             check(engine, len(live))
-            told.checks += 1
+            result.checks += 1
     for key in live:
         engine.stop(key)
     check(engine, 0)
@@ -129,19 +129,21 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
     for slot in engine.batcher.slots:
         if engine.cells(slot.number) or slot.tokens:
             raise Books(f"slot {slot.number} still holds {engine.cells(slot.number)} cells when all is over")
-    return told
+    return result
 
 
 def accounts(cancels: int, seed: int, threads: int) -> None:
-    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
-    engine = load(proto.Configure("llama", "smollm2", llama=knobs), lambda progress: None)
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
+    engine = load(proto.Configure("llama", "smollm2", llama=engine_options), lambda progress: None)
     engine.forget()
     before = answer(engine)
     began = time.monotonic()
-    told = storm(engine, cancels, seed)
-    how = ", ".join(f"{count} {phase}" for phase, count in sorted(told.ended.items()))
-    print(f"accounts: {told.ended.total()} requests ended ({how}), {time.monotonic() - began:.0f} s")
-    print(f"  {told.checks} comparisons with llama.cpp's cache, no difference; at most {told.most_cells} cells in use")
+    result = storm(engine, cancels, seed)
+    how = ", ".join(f"{count} {phase}" for phase, count in sorted(result.ended.items()))
+    print(f"accounts: {result.ended.total()} requests ended ({how}), {time.monotonic() - began:.0f} s")
+    print(
+        f"  {result.checks} comparisons with llama.cpp's cache, no difference; at most {result.most_cells} cells in use"
+    )
     same = "the same answer as before" if answer(engine) == before else "ANOTHER answer than before"
     print(f"  afterwards 0 cells in {SLOTS} slots, {same} from the empty cache")
 
@@ -250,31 +252,31 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
         nonlocal left
         while left > 0:
             left -= 1
-            await asyncio.wait_for(one_cancel(client, chance, took), PATIENCE_S)
+            await asyncio.wait_for(one_cancel(client, chance, took), LIMIT_S)
 
     async with Client(f"tcp://127.0.0.1:{port}") as client:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(ASKED):
                 tasks.create_task(asker(client))
         began = time.perf_counter()
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(LIMIT_S):
             while (found := await client.status())["busy"] or found["running"] or found["waiting"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         if found["transcript_bytes"]:
             raise Books(f"{found['transcript_bytes']} bytes of transcripts are still held")
         idle_ms = (time.perf_counter() - began) * 1000
         # All slots at a time, once more: as many as ever can be used.
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(LIMIT_S):
             await asyncio.gather(*[client.generate("Hello", max_tokens=4) for _ in range(SLOTS)])
     return took, idle_ms
 
 
 def in_mesh(cancels: int, seed: int, threads: int) -> tuple[dict[str, list[float]], float]:
-    knobs = {"slots": SLOTS, "context": CONTEXT, "batch": BATCH, "threads": threads}
+    engine_options = {"slots": SLOTS, "context": CONTEXT, "batch": BATCH, "threads": threads}
     with Node("broker") as broker:
         port = broker.port
         options = {"broker": f"tcp://127.0.0.1:{port}", "name": "w", "engine": "llama", "model": "smollm2"}
-        with Node("worker", {**options, "llama": knobs}):
+        with Node("worker", {**options, "llama": engine_options}):
             return asyncio.run(storm_of_clients(port, cancels, seed))
 
 

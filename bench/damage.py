@@ -38,7 +38,7 @@ from llambo.testing.processes import Process
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.engine_options import LlamaOptions
 
-KNOBS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
+OPTIONS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
 #: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.
 LOAD_MS, STALL_MS = 20_000, 8_000
 #: A new engine is started at once: there are many to try.
@@ -92,7 +92,7 @@ class Ward:
         self._address = f"tcp://127.0.0.1:{port}"
         self.put(tiny_model.whole())
         config = WorkerConfig(
-            (self._address,), name=name, engine="llama", model=str(self.path), llama=KNOBS, load_ms=LOAD_MS,
+            (self._address,), name=name, engine="llama", model=str(self.path), llama=OPTIONS, load_ms=LOAD_MS,
             stall_ms=STALL_MS, backoff_ms=BACKOFF_MS,
         )  # fmt: skip
         words = ["-m", "llambo.testing.node", "worker", msgspec.json.encode(config).decode(), str(os.getpid())]
@@ -165,7 +165,7 @@ class Well:
         path = folder / "well.gguf"
         path.write_bytes(tiny_model.whole())
         options = {"broker": f"tcp://127.0.0.1:{port}", "name": "well", "engine": "llama", "model": str(path)}
-        self._node = Node("worker", {**options, "llama": asdict(KNOBS)})
+        self._node = Node("worker", {**options, "llama": asdict(OPTIONS)})
         self._client = SyncClient(f"tcp://127.0.0.1:{port}")
         self._client.connect()
         self._lock = threading.Lock()

@@ -17,14 +17,14 @@ from llambo.worker.engine.engine_options import LlamaOptions
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.
-PATIENCE_S = 60.0
+LIMIT_S = 60.0
 
 
 class Child:
     """An engine child, and what it says."""
 
-    def __init__(self, knobs: LlamaOptions) -> None:
-        self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=knobs))
+    def __init__(self, engine_options: LlamaOptions) -> None:
+        self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=engine_options))
         self._said: list[proto.ToAgent] = []
         while not isinstance(self.hear(), proto.Ready):
             pass
@@ -35,7 +35,7 @@ class Child:
     def hear(self) -> proto.ToAgent:
         while not self._said:
             self._process.push()
-            ready, _, _ = select.select([self._process], [], [], PATIENCE_S)
+            ready, _, _ = select.select([self._process], [], [], LIMIT_S)
             said = self._process.read() if ready else None
             if said is None:
                 raise SystemExit(f"the engine said nothing more: {self._process.reap()[0]}")

@@ -54,8 +54,8 @@ def over_bus(client: Client, tokens: int) -> Round:
 
 
 async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
-    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
-    ours = stack.enter_context(mesh(knobs))
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    ours = stack.enter_context(mesh(engine_options))
     door = stack.enter_context(Node("gateway", {"broker": ours.address}))
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
@@ -78,11 +78,11 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
 
 
 @contextmanager
-def fake(knobs: FakeOptions) -> Iterator[tuple[str, Node]]:
+def fake(engine_options: FakeOptions) -> Iterator[tuple[str, Node]]:
     """A mesh of one fake engine: its address, and the gateway before it."""
     with Node("broker") as broker:
         address = broker.address
-        worker = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(knobs)}
+        worker = {"broker": address, "name": "fake", "engine": "fake", "fake": asdict(engine_options)}
         with Node("worker", worker), Node("gateway", {"broker": address}) as door:
             yield address, door
 
@@ -104,8 +104,8 @@ async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int
 
 def kept_open(streams: int) -> tuple[int, int, int]:
     """Bytes of the gateway: before there was a stream, with all of them begun, and some tokens later."""
-    knobs = FakeOptions(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
-    with fake(knobs) as (_, door):
+    engine_options = FakeOptions(slots=streams, tokens_per_s=OPEN_TOKENS_PER_S)
+    with fake(engine_options) as (_, door):
         reader, port = HttpStreams(), door.port
         first = openai_stream(port, prompt(0, 0), 1, 1)
         reader.add(first)

@@ -91,12 +91,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
     parser.add_argument("--threads", type=int, default=physical_cores())
     options = parser.parse_args(arguments)
-    knobs = LlamaOptions(slots=4, context=1024, threads=options.threads)
+    engine_options = LlamaOptions(slots=4, context=1024, threads=options.threads)
     with tempfile.TemporaryDirectory() as folder:
         tracing = trace.trace_client(folder)
         os.environ[trace.FOLDER] = folder
         try:
-            with mesh(knobs, traced=True) as ours:
+            with mesh(engine_options, traced=True) as ours:
                 asked = asyncio.run(ask(ours.address, options.requests, options.tokens))
         finally:
             del os.environ[trace.FOLDER]

@@ -31,7 +31,7 @@ TEMPLATES: dict[str, str] = {
     "failing on a message": "{% for m in messages %}{% if loop.length and m.content == 'Hello' and not loop.index0 %}"
     "{{ 1 / 0 }}{% endif %}{% endfor %}",
     "a lot of nothing": "{% for a in range(3000) %}{{ ' ' * 1000 }}{% endfor %}",
-    "complaining": "{{ raise_exception('this model speaks to nobody') }}",
+    "complaining": "{{ raise_exception('this model does not answer') }}",
 }
 
 

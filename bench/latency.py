@@ -18,7 +18,7 @@ import zmq
 
 from bench.bare import BarePeers, drain
 from bench.figures import quantile
-from bench.peers import BEAT_FRAME_BYTES, BODY, PATIENT, FakeClient, FakeWorker, Socket
+from bench.peers import BEAT_FRAME_BYTES, BODY, SILENT, FakeClient, FakeWorker, Socket
 from bench.processes import Node
 from llambo import Client
 from llambo.mesh.wire import messages as m
@@ -46,13 +46,13 @@ class MeshPair:
         """Whether the token came, and the end."""
         token = end = False
         if self.worker.control in readable:
-            for message, _ in self.worker.hear():
+            for message, _ in self.worker.receive():
                 if type(message) is m.Dispatch:
                     self.worker.say(self.worker.answer(message))
         if self.client.tokens in readable:
-            token = any(len(frame) > BEAT_FRAME_BYTES for frame in self.client.hear_tokens())
+            token = any(len(frame) > BEAT_FRAME_BYTES for frame in self.client.receive_tokens())
         if self.client.control in readable:
-            for message, _ in self.client.hear():
+            for message, _ in self.client.receive():
                 if type(message) is m.End:
                     self.client.say([(m.EndAck([message.id]), None)])
                     end = True
@@ -67,7 +67,7 @@ class MeshPair:
 
 
 class BarePair:
-    """The same messages, but nobody reads them on the way."""
+    """The same messages, but they are forwarded unread."""
 
     def __init__(self, context: zmq.Context[Socket], node: Node) -> None:
         self.peers = BarePeers(context, node)
@@ -147,7 +147,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
     found: dict[tuple[str, str], list[Times]] = {}
-    with Node("broker", PATIENT) as broker, Node("bare") as bare:
+    with Node("broker", SILENT) as broker, Node("bare") as bare:
         port = broker.port
         mesh = MeshPair(FakeWorker(context, port, 4), FakeClient(context, port))
         pairs: dict[str, MeshPair | BarePair] = {"mesh": mesh, "bare": BarePair(context, bare)}

@@ -24,8 +24,8 @@ from llambo.worker.models import model_files
 RUNNING = 7
 SLOTS, CONTEXT = 8, 8192
 #: Some 30 tokens of text that says something new each time.
-SENTENCE = "In year {n} the old llama carried {n} sacks of salt over the pass, and nobody in the valley thanked it. "
-#: The seven go on for so long if nobody stops them: longer than the prompt takes.
+SENTENCE = "In year {n} the old llama carried {n} sacks of salt over the pass, and no one in the valley thanked it. "
+#: The length of the seven running answers: they take longer than the prompt.
 ENDLESS = 6_000
 #: Tokens of each of the seven before the prompt arrives; the first few are not counted.
 BEFORE, SETTLING = 100, 10
@@ -114,9 +114,9 @@ def in_server(port: int, text: str, prompt_tokens: int, turn: int) -> Seen:
 
 
 async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
-    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
+    engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=options.threads)
     found: dict[str, list[Seen]] = {"mesh": []}
-    with mesh(knobs) as ours:
+    with mesh(engine_options) as ours:
         async with Client(ours.address) as client:
             (worker,) = await client.workers()
             safe = "safe settings" in str(worker["note"])

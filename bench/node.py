@@ -35,7 +35,7 @@ Socket = zmq.Socket[bytes]
 def broker(options: dict[str, Any]) -> None:
     keys = options.pop("keys", "")
     folder = Folder(Path(keys)) if keys else None
-    run_broker(BrokerConfig(**options), "127.0.0.1", 0, lambda port: report(ports=[port]), keys=folder)
+    run_broker(BrokerConfig.of(**options), "127.0.0.1", 0, lambda port: report(ports=[port]), keys=folder)
 
 
 def worker(options: dict[str, Any]) -> None:

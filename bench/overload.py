@@ -2,8 +2,8 @@
 
 Real broker, real workers with paced fake engines, so that their capacity is known. The clients are lean fakes in
 this process. First the peak is measured: as many requests under way as keep every slot busy. Then requests come
-at fixed moments, five times as many, whatever becomes of them. Those that are refused must be refused at once and
-be told when to try again; the others must all end.
+at fixed moments, five times as many, whatever happens to them. Those that are refused must be refused at once and
+say when to try again; the others must all end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import ceil
 import zmq
 
 from bench.figures import quantile
-from bench.peers import PATIENT, FakeClient, Socket
+from bench.peers import SILENT, FakeClient, Socket
 from bench.processes import Node
 from llambo.mesh.wire import messages as m
 
@@ -78,13 +78,13 @@ class Crowd:
         for socket, _ in self._poller.poll(max(0, ceil(wait_s * 1000))):
             client = self._by_socket[socket]
             if socket is client.tokens:
-                client.hear_tokens()
+                client.receive_tokens()
             else:
                 self._hear(client)
 
     def _hear(self, client: FakeClient) -> None:
         ended: list[bytes] = []
-        heard = client.hear()
+        heard = client.receive()
         now = time.perf_counter()
         for message, _ in heard:
             if type(message) is m.End:
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--factor", type=float, default=5.0)
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
-    with Node("broker", PATIENT) as broker:
+    with Node("broker", SILENT) as broker:
         port = broker.port
         worker = {"broker": f"tcp://127.0.0.1:{port}", "fake": {"slots": SLOTS, "tokens_per_s": TOKENS_PER_S}}
         with Node("worker", {**worker, "name": "w0"}), Node("worker", {**worker, "name": "w1"}):

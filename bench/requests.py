@@ -17,7 +17,7 @@ from typing import TypeVar
 import zmq
 
 from bench.bare import BarePeers, drain
-from bench.peers import BEAT_FRAME_BYTES, BEAT_S, PATIENT, FakeClient, FakeWorker, Socket, request_ids
+from bench.peers import BEAT_FRAME_BYTES, BEAT_S, SILENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
 from llambo.mesh.wire import messages as m
 
@@ -62,12 +62,12 @@ def mesh_round(
             client.say([(m.ClientHeartbeat(), None)])
             beat_at = now + BEAT_S
         if worker.control in readable:
-            for given in parts([message for message, _ in worker.hear() if type(message) is m.Dispatch]):
+            for given in parts([message for message, _ in worker.receive() if type(message) is m.Dispatch]):
                 answer([said for dispatch in given for said in worker.answer(dispatch)])
         if client.tokens in readable:
-            chunks += sum(len(frame) > BEAT_FRAME_BYTES for frame in client.hear_tokens())
+            chunks += sum(len(frame) > BEAT_FRAME_BYTES for frame in client.receive_tokens())
         if client.control in readable:
-            ended = [message.id for message, _ in client.hear() if type(message) is m.End and message.count == 1]
+            ended = [message.id for message, _ in client.receive() if type(message) is m.End and message.count == 1]
             for part in parts(ended):
                 done += len(part)
                 fresh = submits(len(part)) if now < stop_at else []
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     context: zmq.Context[Socket] = zmq.Context()
     rows: dict[str, list[Round]] = {"mesh": [], "mesh, unbundled": [], "bare ROUTER loop": []}
-    with Node("broker", PATIENT) as broker, Node("bare") as bare:
+    with Node("broker", SILENT) as broker, Node("bare") as bare:
         port = broker.port
         worker, client = FakeWorker(context, port, options.flight), FakeClient(context, port)
         peers = BarePeers(context, bare)

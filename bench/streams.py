@@ -21,7 +21,7 @@ from llambo import Client
 
 READ_BYTES = 64 * 1024
 #: Nothing arrives on any stream for so long: something is broken.
-PATIENCE_S = 300.0
+LIMIT_S = 300.0
 EVENT = b"data: {"
 #: In every event of llama-server's own API, and in the last one of OpenAI's.
 COUNTED = re.compile(rb'"(?:tokens_predicted|completion_tokens)":\s*(\d+)')
@@ -155,9 +155,9 @@ class HttpStreams:
         """Read what is there, or wait for it. False: all have ended."""
         if not self._selector.get_map():
             return False
-        ready = self._selector.select(PATIENCE_S)
+        ready = self._selector.select(LIMIT_S)
         if not ready:
-            raise SystemExit(f"nothing arrived for {PATIENCE_S} s")
+            raise SystemExit(f"nothing arrived for {LIMIT_S} s")
         for key, _ in ready:
             stream: HttpStream = key.fileobj  # type: ignore[assignment]
             number = stream.fileno()
@@ -180,7 +180,7 @@ def python_server_stream(port: int, text: str, tokens: int, seed: int) -> HttpSt
 
 
 def openai_stream(port: int, text: str, tokens: int, seed: int, **more: Any) -> HttpStream:
-    """The same words to whoever speaks OpenAI's API and llama.cpp's additions to it."""
+    """The same request to each server that has OpenAI's API and llama.cpp's additions to it."""
     asked = {"prompt": text, "max_tokens": tokens, "seed": seed, "stream": True, "ignore_eos": True, **CHANCE,
              "stream_options": {"include_usage": True}, **more}  # fmt: skip
     return HttpStream(port, "/v1/completions", asked)

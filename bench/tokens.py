@@ -16,7 +16,7 @@ from statistics import median
 import zmq
 
 from bench.bare import BarePeers
-from bench.peers import BEAT_S, BODY, PATIENT, FakeClient, FakeWorker, Socket, request_ids
+from bench.peers import BEAT_S, BODY, SILENT, FakeClient, FakeWorker, Socket, request_ids
 from bench.processes import Meter, Node
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
@@ -27,7 +27,7 @@ WINDOW = 8_000
 #: Frames sent before the subscriber gets a look.
 BURST = 1_000
 #: Room for the transcripts of a round.
-BROKER = {**PATIENT, "transcript_bytes": 2**31}
+BROKER = {**SILENT, "transcript_bytes": 2**31}
 
 
 @dataclass
@@ -80,15 +80,15 @@ def mesh_round(node: Node, client: FakeClient, worker: FakeWorker, streams: int,
     client.say([(m.InferenceRequest(id, "fake", length + 1), PROMPT) for id in request_ids(os.urandom(16 * streams))])
     keys: list[bytes] = []
     while len(keys) < streams:
-        message = worker.await_message(m.Dispatch)
+        message = worker.expect(m.Dispatch)
         keys.append(message.id + message.dispatch)
     frames = chunks(keys, length)
-    client.hear_tokens()
+    client.receive_tokens()
     result = relay(node, worker.tokens, client.tokens, frames, worker)
     worker.say([(m.End(key[:16], length, "stop", key[16:]), None) for key in keys])
     ended: list[bytes] = []
     while len(ended) < streams:
-        end = client.await_message(m.End)
+        end = client.expect(m.End)
         assert end.count == length, end
         ended.append(end.id)
     client.say([(m.EndAck(ended), None)])

@@ -1,7 +1,7 @@
 """Timestamps at the points a request passes, for one request at a time.
 
 The points are put around functions of a running process from outside: the mesh itself has no tracing, so it costs
-nothing when nobody traces. Each process writes its own file; monotonic clocks of one host can be compared.
+nothing when tracing is off. Each process writes its own file; monotonic clocks of one host can be compared.
 """
 
 from __future__ import annotations

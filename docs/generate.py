@@ -34,7 +34,6 @@ _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", 
 #: The broker's path of a request, from its submit to its END, in the order in which it is best read.
 BROKER_PATH = [
     "events",
-    "actions",
     "core",
     "records/state",
     "records/request",
@@ -45,7 +44,6 @@ BROKER_PATH = [
     "requests/delivery",
     "records/transcript",
     "requests/ending",
-    "records/archive",
 ]
 PACKAGE = ROOT / "llambo"
 

@@ -19,7 +19,7 @@ import msgspec
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo, printable
-from llambo.mesh.wire.sampling_options import Sampling
+from llambo.mesh.wire.messages import Sampling
 
 #: Each command, and the field that a plain line fills: `LOAD x` is `LOAD {"model": "x"}`.
 COMMANDS = {

@@ -1,4 +1,4 @@
-"""The broker's one door: `handle(event, now_ms)` changes the state and returns what the shell shall do.
+"""The broker's one door: `handle(event, now_ms)` changes the state and returns what the shell has to do.
 
 No clock, no sockets, no randomness in here or in any rule it calls: the same events at the same times give
 the same actions, which is what lets the simulator run years of faults against this very code.
@@ -17,9 +17,9 @@ from typing import Any, assert_never
 
 from llambo.broker import housekeeping, leases
 from llambo.broker.access import permissions
-from llambo.broker.actions import Action, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
+    Action,
     ClientSaid,
     Counted,
     Event,
@@ -28,77 +28,79 @@ from llambo.broker.events import (
     StopAsked,
     Subscribed,
     Tick,
+    ToClient,
     TokensArrived,
+    ToWorker,
     WorkerSaid,
 )
-from llambo.broker.records.registry import ClientEntry, WorkerEntry
-from llambo.broker.records.state import Chance, State
+from llambo.broker.records.registry import Sessions
+from llambo.broker.records.request import Request
+from llambo.broker.records.state import Alarm, RandomBytes, State
 from llambo.broker.report import queries
-from llambo.broker.requests import admission, adoption, delivery, dispatching, ending, suspicion
+from llambo.broker.requests import admission, delivery, dispatching, ending, following, recovery, suspicion
 from llambo.broker.workers import draining, membership
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
-ClientRule = Callable[[State, ClientEntry, Any, bytes, int], None]
-WorkerRule = Callable[[State, WorkerEntry, Any, int], None]
+#: `rule(state, peer, message, blob, now_ms)`; `blob` is the extra frame of the message.
+Rule = Callable[[State, Any, Any, bytes, int], None]
 
-
-def _client_heartbeat(state: State, client: ClientEntry, beat: m.ClientHeartbeat, blob: bytes, now_ms: int) -> None:
-    client.echo = beat.echo
-
-
-#: What a client may say, and the rule for it. Heartbeats need none: to be heard is enough.
-CLIENT_RULES: dict[type[m.Message], ClientRule] = {
-    m.ClientHeartbeat: _client_heartbeat,
+CLIENT_RULES: dict[type[m.Message], Rule] = {
+    m.ClientHeartbeat: membership.client_heartbeat,
     m.InferenceRequest: admission.submit,
-    m.Attach: lambda state, client, said, blob, now_ms: admission.attach_asked(state, client, said, now_ms),
-    m.Detach: lambda state, client, said, blob, now_ms: admission.detach(state, client, said, now_ms),
-    m.Cancel: lambda state, client, said, blob, now_ms: admission.cancel(state, client, said, now_ms),
-    m.Replay: lambda state, client, said, blob, now_ms: delivery.replay_asked(state, client, said, now_ms),
-    m.EndAck: lambda state, client, said, blob, now_ms: admission.acknowledge(state, client, said),
-    m.Query: lambda state, client, said, blob, now_ms: queries.answer(state, client, said, now_ms),
-    m.DrainWorker: lambda state, client, said, blob, now_ms: queries.drain(state, client, said, now_ms),
-    m.Lease: lambda state, client, said, blob, now_ms: leases.asked(state, client, said, now_ms),
-    m.Goodbye: lambda state, client, said, blob, now_ms: membership.lose_client(state, client, now_ms),
+    m.Attach: following.attach,
+    m.Detach: following.detach,
+    m.Cancel: following.cancel,
+    m.Replay: following.replay,
+    m.EndAck: following.acknowledge,
+    m.Query: queries.answer,
+    m.DrainWorker: draining.asked,
+    m.Lease: leases.asked,
+    m.Goodbye: membership.client_left,
 }
 
-WORKER_RULES: dict[type[m.Message], WorkerRule] = {
+WORKER_RULES: dict[type[m.Message], Rule] = {
     m.WorkerHeartbeat: membership.worker_heartbeat,
     m.Accept: dispatching.accepted,
     m.Reject: dispatching.rejected,
     m.End: delivery.end_arrived,
     m.EngineLost: suspicion.engine_lost,
     m.Page: delivery.page_arrived,
-    m.Goodbye: lambda state, worker, said, now_ms: membership.lose_worker(
-        state, worker, f"left: {said.reason or 'goodbye'}", now_ms
-    ),
+    m.Orphan: admission.orphan_announced,
+    m.Goodbye: membership.worker_left,
 }
+
+#: What a request asked to be looked at for.
+ALARM_RULES: dict[Alarm, Callable[[State, Request, int], None]] = {
+    "deadline": ending.deadline_passed,
+    "repair": delivery.ask_again,
+    "adopt": recovery.dispatch_instead,
+}
+_UNKNOWN = m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "say hello first"))
 
 
 class BrokerCore:
-    def __init__(self, config: BrokerConfig, chance: Chance) -> None:
-        self.state = State(config, chance)
+    def __init__(self, config: BrokerConfig, random_bytes: RandomBytes) -> None:
+        self.state = State(config, random_bytes)
 
     def handle(self, event: Event, now_ms: int) -> list[Action]:
         state = self.state
-        state.out, state.speaker = [], b""
+        state.out, state.access.speaker = [], b""
         match event:
             case TokensArrived(frames):
                 delivery.tokens_arrived(state, frames, now_ms)
-            case ClientSaid():
-                self._client_said(event, now_ms)
-            case WorkerSaid():
-                self._worker_said(event, now_ms)
+            case ClientSaid() | WorkerSaid():
+                self._said(event, now_ms)
             case Tick():
                 self._tick(now_ms)
             case Subscribed(topic):
                 membership.subscribed(state, topic, now_ms)
             case RouteGone(route, to_worker):
-                self._route_gone(route, to_worker, now_ms)
+                membership.route_gone(state, route, to_worker, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
             case Counted():
-                state.seen = event
+                state.measured.shell = event
             case StopAsked(reason):
                 membership.say_goodbye(state, reason)
             case _:
@@ -109,95 +111,60 @@ class BrokerCore:
 
     def next_wakeup_ms(self) -> int:
         """When `Tick` is wanted at the latest."""
-        state = self.state
-        return min(state.worker_round_at, state.client_round_at, state.sweep_at, state.alarm_at)
+        return self.state.wakeups.next_wakeup_ms()
 
-    def _client_said(self, said: ClientSaid, now_ms: int) -> None:
-        state = self.state
-        client = state.registry.clients.get(said.session)
-        if client is not None and client.user != said.user:
-            client = None  # to know a session is worth nothing under another key
-        if client is not None:
-            state.speaker = said.session
-            client.heard_at = now_ms
-            if client.route != said.route:
-                state.registry.move_client(client, said.route)
+    def _said(self, said: ClientSaid | WorkerSaid, now_ms: int) -> None:
+        state, registry = self.state, self.state.registry
+        from_client = isinstance(said, ClientSaid)
+        sessions: Sessions[Any] = registry.clients if from_client else registry.workers
+        rules, to = (CLIENT_RULES, ToClient) if from_client else (WORKER_RULES, ToWorker)
+        peer = _sender(sessions, said, now_ms)
+        if peer is not None and from_client:
+            state.access.speaker = said.session
         for message, blob in said.messages:
             if isinstance(message, m.ClientHello):
-                membership.client_hello(state, said.route, message, now_ms, said.user)
-            elif client is None or client.session not in state.registry.clients:
-                self._unknown_session(said.route, said.session, now_ms, to_worker=False)
+                membership.client_hello(state, said.route, message, said.user, now_ms)
+            elif isinstance(message, m.WorkerHello):
+                membership.worker_hello(state, said.route, message, said.user, now_ms)
+            elif peer is None or peer.session not in sessions:
+                # Under the session that was named, so that a peer can tell an old link's answer from its own.
+                state.counters.peers.unknown_sessions += 1
+                state.out.append(to(said.route, said.session, _UNKNOWN))
                 break
-            elif (error := permissions.refusal(state, client, message)) is not None:
-                permissions.refuse(state, client, message, error)
+            elif from_client and (error := permissions.refusal(state, peer, message)) is not None:
+                permissions.refuse(state, peer, message, error)
             else:
-                CLIENT_RULES[type(message)](state, client, message, blob, now_ms)
-        for problem in said.problems:
-            state.counters.problems += 1
-            state.out.append(ToClient(said.route, said.session, problem))
-
-    def _worker_said(self, said: WorkerSaid, now_ms: int) -> None:
-        state = self.state
-        worker = state.registry.workers.get(said.session)
-        if worker is not None and worker.user != said.user:
-            worker = None
-        if worker is not None:
-            worker.heard_at = now_ms
-            worker.route_gone_at = 0
-            if worker.route != said.route:
-                state.registry.move_worker(worker, said.route)
-        for message, blob in said.messages:
-            if isinstance(message, m.WorkerHello):
-                membership.worker_hello(state, said.route, message, now_ms, said.user)
-            elif worker is None or worker.session not in state.registry.workers:
-                self._unknown_session(said.route, said.session, now_ms, to_worker=True)
-                break
-            elif isinstance(message, m.Orphan):
-                adoption.announced(state, worker, message, blob, now_ms)
-                if state.early:
-                    admission.ask_again(state, now_ms)
-            else:
-                WORKER_RULES[type(message)](state, worker, message, now_ms)
-        for problem in said.problems:
-            state.counters.problems += 1
-            state.out.append(ToWorker(said.route, said.session, problem))
-
-    def _unknown_session(self, route: bytes, session: bytes, now_ms: int, *, to_worker: bool) -> None:
-        """Answered under the session that was named, so that a peer can tell an old link's answer from its own."""
-        self.state.counters.unknown_sessions += 1
-        problem = m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "say hello first"))
-        self.state.out.append((ToWorker if to_worker else ToClient)(route, session, problem))
-
-    def _route_gone(self, route: bytes, to_worker: bool, now_ms: int) -> None:
-        """For a client this means nothing yet; a worker has a moment to come back."""
-        worker = self.state.registry.worker_routes.get(route) if to_worker else None
-        if worker is not None and not worker.route_gone_at:
-            worker.route_gone_at = now_ms
-            self.state.worker_round_at = min(self.state.worker_round_at, now_ms + self.state.config.reconnect_grace_ms)
+                rules[type(message)](state, peer, message, blob, now_ms)
+        state.counters.peers.problems += len(said.problems)
+        state.out += [to(said.route, said.session, problem) for problem in said.problems]
 
     def _tick(self, now_ms: int) -> None:
-        state = self.state
-        if state.started_at < 0:
-            state.started_at = now_ms
-        while (alarm := state.next_alarm(now_ms)) is not None:
-            kind, id = alarm
-            request = state.requests.get(id)
-            if request is None:
-                continue
-            if kind == "repair":
-                delivery.repair(state, request, now_ms)
-            elif kind == "adopt":
-                adoption.give_up(state, request, now_ms)
-            elif request.deadline_at and now_ms >= request.deadline_at:
-                error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
-                ending.finish(state, request, "deadline", now_ms, error)
-        if now_ms >= state.worker_round_at:
-            membership.pardon(state, now_ms - state.worker_round_at, now_ms)
-            state.worker_round_at = now_ms + state.config.ping_ms
+        state, wakeups = self.state, self.state.wakeups
+        if wakeups.started_at < 0:
+            wakeups.started_at = now_ms
+        while due := wakeups.alarms.due(now_ms):
+            for kind, id in due:
+                if (request := state.requests.get(id)) is not None:
+                    ALARM_RULES[kind](state, request, now_ms)
+        if now_ms >= wakeups.worker_round_at:
+            membership.extend_leases(state, now_ms - wakeups.worker_round_at, now_ms)
+            wakeups.worker_round_at = now_ms + state.config.timing.ping_ms
             membership.worker_round(state, now_ms)
-        if now_ms >= state.client_round_at:
-            state.client_round_at = now_ms + state.config.heartbeat_ms
+        if now_ms >= wakeups.client_round_at:
+            wakeups.client_round_at = now_ms + state.config.timing.heartbeat_ms
             membership.client_round(state, now_ms)
-        if now_ms >= state.sweep_at:
-            state.sweep_at = now_ms + housekeeping.SWEEP_MS
+        if now_ms >= wakeups.sweep_at:
+            wakeups.sweep_at = now_ms + housekeeping.SWEEP_MS
             housekeeping.sweep(state, now_ms)
+
+
+def _sender(sessions: Sessions[Any], said: ClientSaid | WorkerSaid, now_ms: int) -> Any | None:
+    """The peer whose session it is. To know a session is of no use under another key."""
+    peer = sessions.get(said.session)
+    if peer is None or peer.link.user != said.user:
+        return None
+    peer.link.heard_at = now_ms
+    peer.link.route_gone_at = 0
+    if peer.link.route != said.route:
+        sessions.move(peer, said.route)
+    return peer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llambo.broker.core import BrokerCore
 from llambo.broker.records.meter import TIMED
-from llambo.broker.records.request import RequestState, plain
+from llambo.broker.records.pools import serves
+from llambo.broker.records.request import RequestState
 from llambo.broker.records.state import State
 from llambo.mesh.wire import tokens
 
@@ -26,13 +27,13 @@ def _requests(state: State) -> None:
         assert request.id == id and request.state is not RequestState.ENDED
         assert not state.archive.get(id), "a live request has a tombstone"
         if request.state is RequestState.WAITING:
-            assert request.worker is None and not request.key, "a waiting request has a worker"
+            assert request.run.worker is None and not request.run.key, "a waiting request has a worker"
         else:
-            assert state.running.get(request.key) is request, "a dispatched request is not behind the fence"
-            assert request.worker is not None
-            assert request.worker.session in state.registry.workers, "dispatched to a worker that is gone"
-            assert request.key in request.worker.claims, "its worker was not given it"
-        assert request.followers or request.detached, "nobody follows it, and it is not detached"
+            assert state.running.get(request.run.key) is request, "a dispatched request is not behind the fence"
+            assert request.run.worker is not None
+            assert request.run.worker.session in state.registry.workers, "dispatched to a worker that is gone"
+            assert request.run.key in request.run.worker.claims, "its worker was not given it"
+        assert request.followers or request.asked.detached, "it has no follower, and is not detached"
         index = request.transcript.next_index
         if request.transcript.chunks:
             first, count, _ = tokens.head(request.transcript.chunks[-1], tokens.KEY_END)
@@ -40,22 +41,25 @@ def _requests(state: State) -> None:
             before = request.transcript.chunks[-2:-1]
             ends = sum(tokens.head(before[0], tokens.KEY_END)[:2]) if before else 0
             assert first == ends, "the last chunk does not continue the one before it"
-        assert not 0 <= request.suspect_at < index, "it is past the token at which an engine died, and still a suspect"
-        if request.missing:
-            assert request.repair_due, "tokens are missing and nobody will ask for them"
+        assert not 0 <= request.suspicion.token < index, (
+            "it is past the token at which an engine died, and still a suspect"
+        )
+        if request.incomplete:
+            assert request.repair.due, "tokens are missing and will not be asked for"
+        assert request.watched or request.transcript.stash is None, "chunks in the stash would not be released"
     for key, request in state.running.items():
-        assert request.key == key and state.requests.get(request.id) is request
+        assert request.run.key == key and state.requests.get(request.id) is request
 
 
 def _queue(state: State) -> None:
     waiting = [r for r in state.requests.values() if r.state is RequestState.WAITING]
-    assert state.room.count == len(waiting) == sum(line.count for line in state.room.lines.values())
-    assert state.room.bytes == sum(len(r.prompt) for r in waiting)
-    for lane, line in state.room.lines.items():
+    assert state.queue.count == len(waiting) == sum(line.count for line in state.queue.lines.values())
+    assert state.queue.bytes == sum(len(r.prompt) for r in waiting)
+    for lane, line in state.queue.lines.items():
         assert sum(1 for _ in line) == line.count
         pool = state.pools.get(lane)
-        may_go = [r for r in line if r.attempt or not r.account.full]
-        assert not (pool and pool.free and may_go), "somebody waits although a slot is free"
+        may_go = [r for r in line if r.run.attempt or not r.account.full]
+        assert not (pool and pool.free and may_go), "a request waits although a slot is free"
 
 
 def _workers(state: State) -> None:
@@ -63,25 +67,21 @@ def _workers(state: State) -> None:
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
         given = worker.claims.keys() - worker.adopted
         assert len(given) <= worker.slots, "more given to a worker than it has slots"
-        for model in (*worker.models, *worker.lanes):
-            pool = state.pools.get(model)
-            inside = pool is not None and model in worker.position
-            assert inside == (pool is not None and worker.dispatchable), "a pool does not know its worker"
-            if pool is not None and inside:
-                assert pool.free[worker.position[model]] is worker
+        for lane, pool in state.pools.items():
+            fit = serves(worker, lane) and pool.takes(worker)
+            assert (pool in worker.position) == fit, "a pool does not know its worker"
+            if fit:
+                assert pool.free[worker.position[pool]] is worker
                 assert pool.least_loaded() is not None
-        for pool in state.wary:
-            fit = worker.serves(plain(pool.model)) and worker.dispatchable and not worker.wary
-            assert (pool.model in worker.position) == fit, "a pool for suspects does not know its worker"
-        aboard = [r for key in given if (r := state.running.get(key)) is not None and r.suspect_at >= 0]
-        assert len(aboard) <= 1, "two suspects on one engine"
+        suspects = [r for key in given if (r := state.running.get(key)) is not None and r.suspicion.token >= 0]
+        assert len(suspects) <= 1, "two suspects on one engine"
 
 
 def _emptying(state: State) -> None:
-    for worker in state.emptying.values():
-        assert state.registry.workers[worker.session] is worker and worker.moving
+    for worker in state.registry.emptying.values():
+        assert state.registry.workers[worker.session] is worker and worker.drain.moving
         for request in [state.running[key] for key in worker.claims if key in state.running]:
-            if request.worker is worker and request.state in (RequestState.DISPATCHED, RequestState.RUNNING):
+            if request.run.worker is worker and request.state in (RequestState.DISPATCHED, RequestState.RUNNING):
                 pool = state.pools.get(request.lane)
                 assert not (pool and pool.free), "a request stays where it is to go from although a slot is free"
 
@@ -94,22 +94,22 @@ def _clients(state: State) -> None:
 
 
 def _bytes(state: State) -> None:
-    assert state.orphanage.bytes == sum(orphan.size for orphan in state.orphanage)
-    for orphan in state.orphanage:
+    assert state.recovery.orphans.bytes == sum(orphan.size for orphan in state.recovery.orphans)
+    for orphan in state.recovery.orphans:
         request = state.requests.get(orphan.work.id)
-        assert request is None or request.parked, "an orphan of a live request is still up for adoption"
+        assert request is None or request.place.awaiting_run, "an orphan of a live request is still up for adoption"
         assert orphan.worker.session in state.registry.workers, "an orphan of a worker that is gone"
     live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
     assert state.reserved == live
     held = [e.transcript.size for e in state.archive.ended.values() if e.transcript and not e.detached]
-    kept = [e.transcript.size for e in state.archive.ended.values() if e.transcript and e.detached]
-    assert state.archive.owed_bytes == sum(held) and state.archive.kept_bytes == sum(kept)
-    assert state.archive.kept_bytes <= state.config.detached_bytes
+    detached = [e.transcript.size for e in state.archive.ended.values() if e.transcript and e.detached]
+    assert state.archive.owed_bytes == sum(held) and state.archive.detached_bytes == sum(detached)
+    assert state.archive.detached_bytes <= state.config.bounds.detached_bytes
 
 
 def _accounts(state: State) -> None:
     """What is counted as it happens is what is there."""
-    for name, account in state.accounts.by_name.items():
+    for name, account in state.access.accounts.by_name.items():
         own = [r for r in state.requests.values() if r.owner == name]
         waiting = sum(r.state is RequestState.WAITING for r in own)
         assert account.name == name and all(r.account is account for r in own)
@@ -119,12 +119,13 @@ def _accounts(state: State) -> None:
         held = sum(r.transcript.reserved + len(r.prompt) for r in own)
         assert account.bytes == held, f"{name!r} has {held} bytes and not {account.bytes}"
     for request in state.requests.values():
-        assert request.owner in state.accounts.by_name, "a request that nobody is charged with"
+        assert request.owner in state.access.accounts.by_name, "a request that no account is charged with"
 
 
 def _meter(state: State) -> None:
-    timed = sum(request.heard_at >= 0 for request in state.requests.values())
-    assert state.meter.timed == timed <= TIMED, f"{timed} streams are timed, the meter knows of {state.meter.timed}"
+    timed, known = sum(r.measured.timed_at >= 0 for r in state.requests.values()), state.measured.meter.timed
+    assert known == timed <= TIMED, f"{timed} streams are timed, the meter knows of {known}"
     for request in state.requests.values():
-        assert request.watched or not (request.awaited or request.heard_at >= 0), "its times are taken and nobody looks"
-        assert request.counted <= request.transcript.next_index, "tokens are counted that are not there"
+        measured = request.measured
+        assert request.watched or not (measured.first_awaited or measured.timed_at >= 0), "its chunks are not timed"
+        assert measured.counted <= request.transcript.next_index, "tokens are counted that are not there"

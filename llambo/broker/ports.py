@@ -1,4 +1,4 @@
-"""The broker's four sockets: how they are made and bound. With keys, each door knows who has business there."""
+"""The broker's four sockets: how they are made and bound. With keys, each has its own ZAP domain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from llambo.broker.access.zap_handler import Porter
+from llambo.broker.access.zap_handler import ZapHandler
 from llambo.mesh.link import sockets
 from llambo.mesh.service.activation import Inherited
 from llambo.mesh.wire import tokens
@@ -30,10 +30,10 @@ class Ports(NamedTuple):
     tokens_out: Socket
 
 
-def make(context: zmq.Context[Any], token_hwm: int, porter: Porter | None) -> Ports:
-    _begin_anywhere()
-    outside = porter.door(CLIENT_DOMAIN) if porter else None
-    inside = porter.door(WORKER_DOMAIN) if porter else None
+def make(context: zmq.Context[Any], token_hwm: int, zap: ZapHandler | None) -> Ports:
+    _randomize_routes()
+    outside = zap.door(CLIENT_DOMAIN) if zap else None
+    inside = zap.door(WORKER_DOMAIN) if zap else None
     ports = Ports(
         sockets.control(context, zmq.ROUTER, curve=outside),
         sockets.control(context, zmq.ROUTER, curve=inside),
@@ -46,12 +46,12 @@ def make(context: zmq.Context[Any], token_hwm: int, porter: Porter | None) -> Po
     return ports
 
 
-def _begin_anywhere() -> None:
-    """Let nobody know under which names ZeroMQ will know the next peers.
+def _randomize_routes() -> None:
+    """Make the routing ids of the next peers unpredictable.
 
     A ROUTER numbers its peers upwards from a number that libzmq takes from rand(), which it never seeds: it is the same
-    in every process. A peer may choose its name itself, and libzmq aborts when it is about to give away one that is
-    taken. Whoever knows the numbers could so end a broker with two connections.
+    in every process. A peer may choose its id itself, and libzmq aborts when it is about to assign one that is taken.
+    With known numbers two connections could so end a broker.
     """
     ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "big"))
 
@@ -61,12 +61,12 @@ def bind(
     host: str,
     port: int,
     token_hwm: int,
-    porter: Porter | None = None,
+    zap: ZapHandler | None = None,
     inherited: Inherited | None = None,
 ) -> tuple[Ports, int]:
-    """All four, at `port` and the three after it; with 0, wherever there is room. Returns the first port as well."""
+    """All four, at `port` and the three after it; with 0, at any free ones. Returns the first port as well."""
     for _ in range(1 if port else PORT_TRIES):
-        ports = make(context, token_hwm, porter)
+        ports = make(context, token_hwm, zap)
         try:
             return ports, _bind(ports, host, port, inherited)
         except zmq.ZMQError as error:
@@ -81,7 +81,7 @@ def bind(
 def _bind(ports: Ports, host: str, port: int, inherited: Inherited | None) -> int:
     if inherited is not None:
         for socket, descriptor in zip(ports, inherited.descriptors, strict=True):
-            # Then to bind is to accept there. When the socket is closed only our copy of the descriptor is.
+            # Then `bind` accepts connections there. Closing the socket closes our copy of the descriptor.
             socket.setsockopt(zmq.USE_FD, descriptor)
     if not port:
         port = ports.clients.bind_to_random_port(sockets.endpoint(host, 0).rpartition(":")[0])

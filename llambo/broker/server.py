@@ -1,7 +1,7 @@
 """The broker's shell: one thread, four sockets, one poll loop.
 
 Each turn drains what is readable, tokens first so that an END meets its last token already in place, hands
-it to the core, and performs what the core orders. Orders for the same peer leave as one bundle.
+it to the core, and performs the core's actions. Messages to the same peer leave as one bundle.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import zmq
 
 from llambo.broker import ports
-from llambo.broker.access.grants import Gate
-from llambo.broker.access.zap_handler import Porter, key_of
-from llambo.broker.actions import Action, ToClient, ToWorker
+from llambo.broker.access.grants import SubscriptionGrants
+from llambo.broker.access.zap_handler import ZapHandler, key_of
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import (
+    Action,
     ClientSaid,
     Counted,
     KeysChanged,
@@ -31,12 +31,15 @@ from llambo.broker.events import (
     StopAsked,
     Subscribed,
     Tick,
+    ToClient,
     TokensArrived,
+    ToWorker,
     WorkerSaid,
 )
-from llambo.broker.records.state import Report, State
+from llambo.broker.records.journal import LogLine
+from llambo.broker.records.state import State
 from llambo.broker.report import metrics_page
-from llambo.broker.report.metrics_http import NEVER, Window
+from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock, process_metrics
@@ -46,55 +49,49 @@ from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 
-# --- The system's random bytes, fetched by the page: a system call for each dispatch is a tenth of its cost. ---
+log = logging.getLogger(__name__)
 
 #: Random bytes fetched at a time.
-CHANCE_BYTES = 4_096
+RANDOM_BYTES = 4_096
+#: Messages taken from one socket before the others get a turn.
+DRAIN_MESSAGES = 512
+#: The same in time: one bundle may take as long as hundreds of plain messages.
+DRAIN_MS = 20
+DRAIN_TOKENS = 4_096
+#: Flags of a frame that others follow. A ROUTER refuses a message at its first frame or takes all of it.
+MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
+#: For how long goodbyes are sent to peers that are still connected, and how often.
+GOODBYE_MS = 500
+GOODBYE_PAUSE_MS = 20
+#: The longest the loop sleeps, so that a signal is noticed in any case.
+SLEEP_MS = 1_000
+
+Socket = zmq.Socket[bytes]
+Outbox = dict[tuple[bytes, bytes], list[tuple[m.Message, bytes | None]]]
 
 
-def chance() -> Callable[[int], bytes]:
+def random_bytes() -> Callable[[int], bytes]:
+    """The system's, fetched by the page: a system call for each dispatch is a tenth of its cost."""
     page, at = b"", 0
 
     def draw(count: int) -> bytes:
         nonlocal page, at
         if at + count > len(page):
-            page, at = os.urandom(CHANCE_BYTES), 0
+            page, at = os.urandom(RANDOM_BYTES), 0
         at += count
         return page[at - count : at]
 
     return draw
 
 
-# --- How a broker is, in the words of its service manager. ---
-
-
 def condition(state: State, *, leaving: bool) -> Condition:
-    """It listens when it can be asked this, so it is ready; that its loop turns is shown by its asking."""
-    workers, running, waiting = len(state.registry.workers), len(state.running), state.room.count
+    """For the service manager. A broker listens when it can be asked this, so it is ready."""
+    workers, running, waiting = len(state.registry.workers), len(state.running), state.queue.count
     if leaving:
         status = f"stopping, {running} running go on without it" if running else "stopping"
     else:
         status = f"{workers or 'no'} worker{'s' * (workers != 1)}, {running} running, {waiting} waiting"
     return Condition(status, ready=True, leaving=leaving)
-
-
-log = logging.getLogger(__name__)
-
-#: Messages taken from one socket before the others get a turn.
-DRAIN_MESSAGES = 512
-#: The same in time: what is asked in one bundle may take as long as hundreds of plain messages.
-DRAIN_MS = 20
-DRAIN_TOKENS = 4_096
-#: Flags of a frame that others follow. A ROUTER refuses a message at its first frame or takes all of it.
-MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
-#: How long peers get to hear that this broker leaves, and how often they are told.
-GOODBYE_MS = 500
-GOODBYE_AGAIN_MS = 20
-#: The longest the loop sleeps, so that a signal is noticed in any case.
-SLEEP_MS = 1_000
-
-Socket = zmq.Socket[bytes]
-Outbox = dict[tuple[bytes, bytes], list[tuple[m.Message, bytes | None]]]
 
 
 class BrokerServer:
@@ -109,37 +106,36 @@ class BrokerServer:
         inherited: Inherited | None = None,
         notifier: Notifier | None = None,
         keys: Folder | None = None,
-        window: Window | None = None,
+        metrics: MetricsServer | None = None,
     ) -> None:
-        """`inherited`: sockets that listen already, in place of host and port. `keys`: who is let in; None: everybody.
-        `window`: where Prometheus may ask.
+        """`inherited`: sockets that listen already, in place of host and port. `keys`: who may connect; None: all.
 
-        There can be one broker with keys to a context.
+        Only one broker with keys fits into a context.
         """
         self._context: zmq.Context[Any] = context or zmq.Context()
         self._owns_context = context is None
         self._stopping = False
         self._notifier = notifier or Notifier()
-        self._porter: Porter | None = None
-        self._window = window
+        self._zap: ZapHandler | None = None
+        self._metrics = metrics
         if inherited is not None:
             host, port = inherited.host, inherited.port
         try:
-            self._porter = Porter(keys, self._context) if keys else None
-            self._sockets, self.port = ports.bind(self._context, host, port, token_hwm, self._porter, inherited)
+            self._zap = ZapHandler(keys, self._context) if keys else None
+            self._sockets, self.port = ports.bind(self._context, host, port, token_hwm, self._zap, inherited)
         except BaseException:
-            if self._porter:
-                self._porter.close()
+            if self._zap:
+                self._zap.close()
             if self._owns_context:
                 self._context.term()
             raise
         self._clients, self._workers, self._tokens_in, self._tokens_out = self._sockets
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
-        self.core = BrokerCore(config, chance())
-        if self._porter:
-            self.core.handle(KeysChanged(self._porter.identities), clock.now_ms())
-        self._gate = Gate(self.core.state.registry.topics)
+        self.core = BrokerCore(config, random_bytes())
+        if self._zap:
+            self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())
+        self._grants = SubscriptionGrants(self.core.state.registry.topics)
         self.dropped = 0
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -148,87 +144,87 @@ class BrokerServer:
         poller = zmq.Poller()
         for socket in self._sockets:
             poller.register(socket, zmq.POLLIN)
-        if self._porter:
-            poller.register(self._porter.socket, zmq.POLLIN)
-        if self._window:
-            self._window.open(poller, self._page)
+        if self._zap:
+            poller.register(self._zap.socket, zmq.POLLIN)
+        if self._metrics:
+            self._metrics.start()
         while not self._stopping:
             wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
             self.turn(readable)
             if clock.now_ms() >= self._notifier.next_wakeup_ms():
-                self._tell_manager()
-        self._tell_manager()
+                self._notify_manager()
+        self._notify_manager()
         self._leave()
 
-    def _tell_manager(self) -> None:
+    def _notify_manager(self) -> None:
         self._notifier.update(condition(self.core.state, leaving=self._stopping), clock.now_ms())
 
     def _leave(self) -> None:
-        """Until each peer has hung up, since it closes its end when it hears that we leave.
+        """Until each peer has disconnected, which it does when it reads the goodbye.
 
         A peer's socket drops what it has not read yet when its connection breaks (libzmq does so with IMMEDIATE). If
-        we closed at once, most of what is said here would be lost.
+        we closed at once, most of these messages would be lost.
         """
         goodbyes = self.core.handle(StopAsked("it was stopped"), clock.now_ms())
         until = clock.now_ms() + GOODBYE_MS
         while goodbyes and clock.now_ms() < until:
             gone = {event.route for event in self._deliver(goodbyes)}
             goodbyes = [
-                order for order in goodbyes if isinstance(order, ToClient | ToWorker) and order.route not in gone
+                action for action in goodbyes if isinstance(action, ToClient | ToWorker) and action.route not in gone
             ]
-            time.sleep(GOODBYE_AGAIN_MS / 1_000)  # nothing tells of a peer that hangs up but the next send
+            time.sleep(GOODBYE_PAUSE_MS / 1_000)  # only the next send shows that a peer has disconnected
 
     def turn(self, readable: dict[Any, int]) -> None:
         now = clock.now_ms()
         handle = self.core.handle
-        if self._porter:
-            self._ask(self._porter, readable, now)
+        if self._zap:
+            self._check_keys(self._zap, readable, now)
         if self._tokens_in in readable:
             frames = self._drain_tokens()
             if frames:
                 self._perform(handle(TokensArrived(frames), now))
-        orders: list[Action] = []
+        actions: list[Action] = []
         if self._workers in readable:
             for route, user, bundle in self._drain_control(self._workers, codec.from_worker):
-                orders += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
+                actions += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._clients in readable:
             for route, user, bundle in self._drain_control(self._clients, codec.from_client):
-                orders += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
+                actions += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._tokens_out in readable:
-            orders += self._drain_subscriptions(now)
+            actions += self._drain_subscriptions(now)
         if now >= self.core.next_wakeup_ms():
             self._count(now)
-            orders += handle(Tick(), now)
-        self._perform(orders)
-        while self.core.state.reports:
-            self._log(self.core.state.reports.popleft())
-        if self._window:
-            self._window.turn(readable, now)
+            actions += handle(Tick(), now)
+        self._perform(actions)
+        while self.core.state.journal.log:
+            self._log(self.core.state.journal.log.popleft())
+        if self._metrics:
+            self._metrics.snapshot.turned(self._page)
 
     def _page(self) -> str:
         return metrics_page.page(self.core.state, clock.now_ms()) + process_metrics.page()
 
     def _count(self, now: int) -> None:
-        """What is counted out here, for whoever asks."""
-        counted = Counted(self.dropped, self._porter.refused if self._porter else 0, self._gate.refused)
-        if counted != self.core.state.seen:
+        """What the shell has counted, for the metrics."""
+        counted = Counted(self.dropped, self._zap.refused if self._zap else 0, self._grants.refused)
+        if counted != self.core.state.measured.shell:
             self._perform(self.core.handle(counted, now))
 
-    def _log(self, report: Report) -> None:
-        about = {"worker": report.worker, "request": report.request.hex()}
-        log.log(logging.WARNING if report.warning else logging.INFO, "%s", report.text, extra=about)
+    def _log(self, line: LogLine) -> None:
+        about = {"worker": line.worker, "request": line.request.hex()}
+        log.log(logging.WARNING if line.warning else logging.INFO, "%s", line.text, extra=about)
 
-    def _ask(self, porter: Porter, readable: dict[Any, int], now: int) -> None:
-        if porter.socket in readable:
-            porter.answer()
-        valid = porter.look(now)
+    def _check_keys(self, zap: ZapHandler, readable: dict[Any, int], now: int) -> None:
+        if zap.socket in readable:
+            zap.answer()
+        valid = zap.look(now)
         if valid is not None:
             self._perform(self.core.handle(KeysChanged(valid), now))
 
     def _next_wakeup_ms(self) -> int:
-        at = min(self.core.next_wakeup_ms(), self._window.due_ms if self._window else NEVER)
-        return min(at, self._porter.next_look_ms()) if self._porter else at
+        at = self.core.next_wakeup_ms()
+        return min(at, self._zap.next_wakeup_ms()) if self._zap else at
 
     def stop(self) -> None:
         """Leave the loop at its next turn. May be called from a signal handler."""
@@ -237,10 +233,10 @@ class BrokerServer:
     def close(self) -> None:
         for socket in self._sockets:
             socket.close(linger=sockets.LINGER_MS)
-        if self._porter:
-            self._porter.close()
-        if self._window is not None:
-            self._window.close()
+        if self._zap:
+            self._zap.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._owns_context:
             self._context.term()
 
@@ -259,8 +255,8 @@ class BrokerServer:
     def _drain_control(
         self, socket: Socket, decoder: codec.Codec[Any]
     ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
-        """From which route, by whose key, and what."""
-        receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._porter is not None
+        """Route, public key and content of each."""
+        receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._zap is not None
         until = clock.now_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
             if clock.now_ms() > until:
@@ -277,41 +273,41 @@ class BrokerServer:
 
     def _drain_subscriptions(self, now: int) -> list[Action]:
         """A grant goes to the sender of the event read last, so it is given before the next one is read."""
-        orders: list[Action] = []
+        actions: list[Action] = []
         socket = self._tokens_out
         for _ in range(DRAIN_MESSAGES):
             try:
                 part = socket.recv(zmq.DONTWAIT, copy=False)
             except zmq.Again:
-                self._gate.drained()
+                self._grants.drained()
                 break
             frame = part.bytes
-            topic = self._gate.admit(frame, key_of(part) if self._porter and frame[:1] == b"\x01" else "")
+            topic = self._grants.admit(frame, key_of(part) if self._zap and frame[:1] == b"\x01" else "")
             if topic is not None:
                 socket.setsockopt(zmq.SUBSCRIBE, topic)
-                orders += self.core.handle(Subscribed(topic), now)
+                actions += self.core.handle(Subscribed(topic), now)
             elif frame[:1] == b"\x00":
                 socket.setsockopt(zmq.UNSUBSCRIBE, frame[1:])
-        return orders
+        return actions
 
-    # --- orders --------------------------------------------------------------------------------------
+    # --- actions --------------------------------------------------------------------------------------
 
-    def _perform(self, orders: list[Action]) -> None:
-        for event in self._deliver(orders):
+    def _perform(self, actions: list[Action]) -> None:
+        for event in self._deliver(actions):
             self._perform(self.core.handle(event, clock.now_ms()))
 
-    def _deliver(self, orders: list[Action]) -> list[RouteGone]:
-        """Whom it did not reach, because they have hung up."""
+    def _deliver(self, actions: list[Action]) -> list[RouteGone]:
+        """Returns the routes without a peer: it has disconnected."""
         clients: Outbox = {}
         workers: Outbox = {}
-        for order in orders:
-            kind = type(order)
+        for action in actions:
+            kind = type(action)
             if kind is ToClient:
-                clients.setdefault((order.route, order.session), []).append((order.message, None))  # type: ignore[union-attr]
+                clients.setdefault((action.route, action.session), []).append((action.message, None))  # type: ignore[union-attr]
             elif kind is ToWorker:
-                workers.setdefault((order.route, order.session), []).append((order.message, order.blob))  # type: ignore[union-attr]
+                workers.setdefault((action.route, action.session), []).append((action.message, action.blob))  # type: ignore[union-attr]
             else:
-                self._publish(order.frames)  # type: ignore[union-attr]
+                self._publish(action.frames)  # type: ignore[union-attr]
         gone = [RouteGone(route, True) for route in self._send(self._workers, workers)]
         return gone + [RouteGone(route, False) for route in self._send(self._clients, clients)]
 
@@ -353,11 +349,11 @@ def run_broker(
     inherited: Inherited | None = None,
     notifier: Notifier | None = None,
     keys: Folder | None = None,
-    window: Window | None = None,
+    metrics: MetricsServer | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT. `announce` is told the port once clients can connect."""
+    """Serve until SIGTERM or SIGINT. `announce` is called with the port once clients can connect."""
     server = BrokerServer(
-        config, host, port, token_hwm=token_hwm, inherited=inherited, notifier=notifier, keys=keys, window=window
+        config, host, port, token_hwm=token_hwm, inherited=inherited, notifier=notifier, keys=keys, metrics=metrics
     )
     if inherited is not None:
         host = inherited.host

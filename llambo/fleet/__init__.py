@@ -1,1 +1,1 @@
-"""Fleets: which workers there should be, and how they come to be there. A client of the bus like any other."""
+"""Fleets: which workers there should be, and how they are started and stopped. A client of the mesh."""

@@ -1,4 +1,4 @@
-"""What an operator wants: classes of nodes, hosts, and how many of which where. Values, as fleet.toml says them."""
+"""What an operator wants: classes of nodes, hosts, and how many of which where. Values, as in fleet.toml."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-#: The broker is kept like a worker; its class goes by this name, which no other may have.
+#: The broker is started like a worker. This is the name of its class, and no other class may have it.
 BROKER = "broker"
 PROVIDERS = ("process", "systemd")
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """When a class grows and shrinks. Shares are of slots, in percent; requests that wait want slots, too."""
+    """When a class grows and shrinks. Shares are of slots, in percent; waiting requests count as wanted slots."""
 
-    #: Above `high` it grows, below `low` it shrinks, and either brings it to `aim`.
+    #: Above `high` it grows, below `low` it shrinks; both change it so that `aim` is used.
     high_percent: int = 80
     low_percent: int = 20
     aim_percent: int = 50
-    #: A request that has waited so long makes it grow without further proof.
+    #: A request that has waited for so long makes it grow at once.
     wait_ms: int = 2_000
-    #: It has to be above `high` for so long, or below `low`, at every look.
+    #: How long it has to be above `high`, or below `low`, without interruption.
     grow_after_ms: int = 5_000
     shrink_after_ms: int = 300_000
     #: Cool-down: the least time from one growth to the next, and from any change to a shrinking.
     grow_pause_ms: int = 10_000
     shrink_pause_ms: int = 60_000
-    #: With `min = 0` the last worker goes after so long without anything to do.
+    #: With `min = 0` the last worker ends after it has been idle for so long.
     idle_ms: int = 600_000
-    #: The most workers in one step; 0: as many as are needed, and no more than half of them at a time on the way down.
+    #: The most workers in one step; 0: as many as are needed, and at most half of them at a time when it shrinks.
     grow_by: int = 0
     shrink_by: int = 0
-    #: What has piled up should be worked off in so long.
+    #: In which time a backlog should be worked off.
     catch_up_ms: int = 30_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeClass:
-    """One kind of worker (or the broker). What one of them needs, and what it is told."""
+    """One kind of worker (or the broker): what one of them needs, and its settings."""
 
     name: str
     #: Settings as in llambo.toml: by section and key.
@@ -47,7 +47,7 @@ class NodeClass:
     slots: int = 1
     memory_bytes: int = 0
     cores: float = 1.0
-    #: Its share of the processor when that is short; 100 is what everybody has.
+    #: Its share of a busy processor; 100 is the default of every process.
     cpu_weight: int = 100
     #: A host must have all of these.
     labels: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ class NodeClass:
     min: int = 0
     max: int = 1
     scaling: Scaling = field(default_factory=Scaling)
-    #: Where the file says it.
+    #: Its line in the file.
     line: int = 0
 
     @property
@@ -64,10 +64,10 @@ class NodeClass:
         return self.name == BROKER
 
     def fingerprint(self, *more: str) -> str:
-        """Two workers with the same one need not be told apart. `more`: what is not in the file, as the release that
-        runs, or which bytes the model's file has."""
-        told = [self.name, self.settings, self.memory_bytes, self.cores, self.cpu_weight, *more]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        """Workers with the same one are interchangeable. `more`: what is not in the file, as the release that runs, or
+        the version of the model's file."""
+        parts = [self.name, self.settings, self.memory_bytes, self.cores, self.cpu_weight, *more]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,9 +76,9 @@ class Host:
     provider: str = "process"
     #: For ssh, as `user@box`; empty: this machine.
     address: str = ""
-    #: Its own service manager or that of the user.
+    #: The user's own service manager, instead of the machine's.
     user: bool = False
-    #: 0: what the machine has.
+    #: 0: all that the machine has.
     memory_bytes: int = 0
     cores: float = 0.0
     labels: frozenset[str] = frozenset()
@@ -88,21 +88,21 @@ class Host:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     name: str = "fleet"
-    #: Where the workers find the broker; empty: where the settings say.
+    #: Where the workers find the broker; empty: as in the settings.
     broker_address: str = ""
-    #: The folder of keys that theirs are made in; empty: the mesh has none.
+    #: The folder in which their keys are made; empty: a mesh without keys.
     keys: str = ""
-    #: Of an update: so many of a class at a time, and a new one is to work for so long before the next one goes.
+    #: Of an update: how many of a class are replaced at a time, and how long a new one has to work before the next.
     max_unavailable: int = 1
     settle_ms: int = 3_000
     hosts: Mapping[str, Host] = field(default_factory=dict)
-    #: Without the broker, in the order of the file, which is their order of precedence.
+    #: Without the broker, in the order of the file, which is the order in which they get resources.
     classes: Mapping[str, NodeClass] = field(default_factory=dict)
-    #: None: somebody else keeps it.
+    #: None: the broker is not part of the fleet.
     broker: NodeClass | None = None
 
-    def kept(self) -> list[NodeClass]:
-        """Everything that is kept, in the order in which it is begun."""
+    def all_classes(self) -> list[NodeClass]:
+        """With the broker, in the order in which their nodes are started."""
         return [*([self.broker] if self.broker else []), *self.classes.values()]
 
     def named(self, name: str) -> NodeClass | None:

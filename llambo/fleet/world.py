@@ -6,19 +6,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from llambo.fleet.model import Fleet, Host
+import msgspec
+
+from llambo.fleet.model import Host
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a node was started with, as its provider stores it."""
+
+    name: str
+    node_class: str
+    host: str
+    fingerprint: str
+    memory_bytes: int
+    cores: float
+    slots: int
+    #: Wall clock.
+    begun_ms: int
+    #: It has been ready at least once.
+    ready: bool = False
+    #: Of a broker: where it listens.
+    address: str = ""
+
+
+class NodeFailed(Exception):
+    """A node ended before it was ready, or was not ready in time, or could not be started or ended."""
+
+    def __init__(self, name: str, how: str, log_tail: str) -> None:
+        super().__init__(f"{name} {how}")
+        self.name, self.how, self.log_tail = name, how, log_tail
 
 
 class NodeState(StrEnum):
-    STARTING = "starting"  # it was begun, and does not work yet
+    STARTING = "starting"  # started, and not ready yet
     READY = "ready"
-    DRAINING = "draining"  # it finishes what it runs, or has; it can be taken back
+    DRAINING = "draining"  # it finishes its runs, or has finished them; it can be resumed
     FAILED = "failed"  # it ended again and again, or never became ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A worker (or the broker) that a provider keeps. What it takes of its host is what it was begun with."""
+    """A worker (or the broker) that a provider runs. Memory and cores are those that it was started with."""
 
     name: str
     node_class: str
@@ -29,14 +57,13 @@ class Node:
     slots: int = 1
     memory_bytes: int = 0
     cores: float = 0.0
-    #: Of two, the later one was begun later.
     begun_ms: int = 0
-    #: Of one that failed: its last words.
+    #: Why it failed, or why its state is uncertain.
     note: str = ""
 
     @property
     def counts(self) -> bool:
-        """Whether it does the work of its class, or soon will."""
+        """True if it does the work of its class, or soon will."""
         return self.state in (NodeState.STARTING, NodeState.READY)
 
 
@@ -44,7 +71,7 @@ class Node:
 class HostFacts:
     memory_bytes: int
     cores: float
-    #: Why nothing can be begun or ended there now; empty: it can.
+    #: Why nothing can be started or ended there now; empty: it can.
     away: str = ""
 
 
@@ -58,9 +85,5 @@ class World:
 
 
 def facts_of(host: Host, memory_bytes: int = 0, cores: float = 0.0, away: str = "") -> HostFacts:
-    """What the file says of it, or else what the machine has."""
+    """What the file says about the host; where it says nothing, what the machine has."""
     return HostFacts(host.memory_bytes or memory_bytes, host.cores or cores, away)
-
-
-def as_the_file_says(fleet: Fleet) -> dict[str, HostFacts]:
-    return {name: facts_of(host) for name, host in fleet.hosts.items()}

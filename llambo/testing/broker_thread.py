@@ -101,7 +101,7 @@ class BrokerThread:
             return "".join(traceback.format_exception(self.error))
         state = self.server.core.state
         lines = [f"counters: {state.counters}"]
-        lines += [f"{event.at_ms} {event.kind}: {event.text}" for event in list(state.happenings)[-PRINTED:]]
+        lines += [f"{event.at_ms} {event.kind}: {event.text}" for event in list(state.journal.entries)[-PRINTED:]]
         for id in list(state.requests)[:PRINTED]:
             lines.append(f"request {id.hex()}")
             lines += [f"    {at} {what}: {detail}" for at, what, detail in queries.story(state, id)]

@@ -27,7 +27,7 @@ import msgspec
 from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.report.metrics_http import Window
+from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity, PeerKey, Role
@@ -59,9 +59,9 @@ class Mesh:
         token_hwm: int = sockets.TOKEN_HWM,
         check: bool = False,
         keys: Folder | None = None,
-        window: Window | None = None,
+        metrics: MetricsServer | None = None,
     ) -> None:
-        """`keys`: each worker gets a key of its own; a client needs `key_of`. `window` is for a broker in a thread.
+        """`keys`: each worker gets a key of its own; a client needs `key_of`. `metrics` is for a broker in a thread.
 
         `check`: the invariants of a broker in a thread are checked after each turn.
         """
@@ -78,7 +78,7 @@ class Mesh:
         self._token_hwm = token_hwm
         self._check = check
         self._keys = keys
-        self._window = window
+        self._metrics = metrics
         self.port = 0
 
     def __enter__(self) -> Mesh:
@@ -119,7 +119,7 @@ class Mesh:
                 token_hwm=self._token_hwm,
                 check=self._check,
                 keys=self._keys,
-                window=self._window,
+                metrics=self._metrics,
             )
             self.port = self.thread.server.port
         else:
@@ -223,7 +223,7 @@ class Mesh:
         await asyncio.to_thread(self.until, condition, what, timeout_s)
 
     def counter(self, name: str) -> int:
-        return int(self.look(lambda core: getattr(core.state.counters, name)))
+        return int(self.look(lambda core: core.state.counters.flat()[name]))
 
     def print_story(self) -> None:
         print(f"--- the story of the mesh at {self.address}")

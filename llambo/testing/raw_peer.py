@@ -6,10 +6,11 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec, limits
@@ -26,8 +27,12 @@ _from_broker: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker
 class RawPeer:
     """A DEALER to one of the control sockets, and whatever other sockets it is asked for."""
 
-    def __init__(self, port: int, offset: int = 0, key: PeerKey | None = None) -> None:
-        self.context: zmq.Context[Any] = zmq.Context()
+    def __init__(
+        self, port: int, offset: int = 0, key: PeerKey | None = None, context: zmq.Context[Any] | None = None
+    ) -> None:
+        """With a context of the caller, `close` leaves it open."""
+        self.context: zmq.Context[Any] = context or zmq.Context()
+        self._owns_context = context is None
         self.session = codec.NO_SESSION
         self.topic = b""
         #: All messages that it received, each with its session.
@@ -36,15 +41,16 @@ class RawPeer:
         self._base = port
         self._key = key
         self._tokens: list[zmq.Socket[bytes]] = []
-        self._control = sockets.control(self.context, zmq.DEALER, curve=key)
-        self._control.connect(f"tcp://127.0.0.1:{port + offset}")
+        self.control = sockets.control(self.context, zmq.DEALER, curve=key)
+        self.control.connect(f"tcp://127.0.0.1:{port + offset}")
 
     def close(self) -> None:
-        for socket in (self._control, *self._tokens):
+        for socket in (self.control, *self._tokens):
             socket.close(linger=0)
-        self.context.term()
+        if self._owns_context:
+            self.context.term()
 
-    def __enter__(self) -> RawPeer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -53,8 +59,8 @@ class RawPeer:
     # --- control -------------------------------------------------------------------------------------
 
     def send(self, *frames: bytes) -> None:
-        assert self._control.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "the broker accepts nothing"
-        self._control.send_multipart(list(frames))
+        assert self.control.poll(int(TIMEOUT_S * 1_000), zmq.POLLOUT), "the broker accepts nothing"
+        self.control.send_multipart(list(frames))
 
     def send_messages(
         self, *messages: m.Message, blobs: list[bytes] | None = None, session: bytes | None = None
@@ -78,42 +84,49 @@ class RawPeer:
                     return message
             seen = len(self._unread)
             wait_ms = int((deadline - time.monotonic()) * 1_000)
-            assert wait_ms > 0 and self._control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.received}"
+            assert wait_ms > 0 and self.control.poll(wait_ms), f"no {kind.__name__} {fields} came, but {self.received}"
             self._receive()
 
     def _receive(self) -> None:
-        bundle = _from_broker.decode(self._control.recv_multipart())
+        bundle = _from_broker.decode(self.control.recv_multipart())
         assert not bundle.problems, "the broker itself broke the protocol"
         self.received += [(bundle.session, message) for message, _ in bundle.messages]
         self._unread += [message for message, _ in bundle.messages]
 
     def join_as_client(self) -> m.Welcome:
         self.send_messages(m.ClientHello(name="raw"), session=codec.NO_SESSION)
-        return self._joined()
+        return self.joined()
 
     def join_as_worker(self, name: str = "raw", model: str = "raw") -> m.Welcome:
         hello = m.WorkerHello(name, secrets.token_bytes(8), [m.ModelInfo(model)], 1)
         self.send_messages(hello, session=codec.NO_SESSION)
-        return self._joined()
+        return self.joined()
 
-    def _joined(self) -> m.Welcome:
+    def joined(self) -> m.Welcome:
         welcome = self.expect(m.Welcome)
         self.session, self.topic = welcome.session, welcome.topic
         return welcome
 
     def disconnected_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
-        """Send what the broker does not accept, and wait until it disconnects."""
-        socket = on or self._control
-        with self._event(socket, zmq.EVENT_DISCONNECTED):
+        """Send what the broker does not accept, and wait until it has disconnected and the socket has connected again.
+
+        What is sent between the two may be lost with the old connection.
+        """
+        socket = on or self.control
+        with self._events(socket, zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             socket.send_multipart(list(frames))
 
     @contextmanager
-    def _event(self, socket: zmq.Socket[bytes], event: int) -> Iterator[None]:
-        """The block causes this event of the socket."""
-        monitor = socket.get_monitor_socket(event, f"inproc://{secrets.token_hex(8)}")
+    def _events(self, socket: zmq.Socket[bytes], *events: int) -> Iterator[None]:
+        """The block causes these events of the socket, one after the other."""
+        monitor = socket.get_monitor_socket(sum(events), f"inproc://{secrets.token_hex(8)}")
         try:
             yield
-            assert monitor.poll(int(TIMEOUT_S * 1_000)), f"no {zmq.Event(event).name} in {TIMEOUT_S} s"
+            for event in events:
+                while True:
+                    assert monitor.poll(int(TIMEOUT_S * 1_000)), f"no {zmq.Event(event).name} in {TIMEOUT_S} s"
+                    if recv_monitor_message(monitor)["event"] == event:
+                        break
         finally:
             socket.disable_monitor()
             monitor.close()
@@ -135,7 +148,7 @@ class RawPeer:
     def _connected(self, kind: int, offset: int) -> zmq.Socket[bytes]:
         socket = sockets.token(self.context, kind, curve=self._key)
         self._tokens.append(socket)
-        with self._event(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
+        with self._events(socket, zmq.EVENT_HANDSHAKE_SUCCEEDED):
             socket.connect(f"tcp://127.0.0.1:{self._base + offset}")
         return socket
 

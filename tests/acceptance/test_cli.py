@@ -145,12 +145,12 @@ def test_a_worker_says_once_that_its_name_is_taken() -> None:
         by_hand(["--name", "tiny"]) as (mesh, _, _),
         command(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
     ):
-        second.line("another worker is called 'tiny'.*choose another --name; trying on")
+        second.line("another worker is called 'tiny'.*choose another --name; trying again")
 
 
 def test_a_worker_without_a_broker_says_so() -> None:
     with command(WORKER, "--broker", "tcp://127.0.0.1:1") as worker:
-        worker.line("no broker answers at tcp://127.0.0.1:1; trying on")
+        worker.line("no broker answers at tcp://127.0.0.1:1; trying again")
 
 
 def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
@@ -368,7 +368,7 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
     assert (told["mesh"], told["problem"].split(" at ")[0]) == (None, "no broker answers")
     assert {Path(each["path"]).name: each["problem"] for each in told["host"] if each["where"] == "models folder"} == {
         "tiny.gguf": "",
-        "junk.gguf": "it is no GGUF file",
+        "junk.gguf": "it is not a GGUF file",
     }
 
 

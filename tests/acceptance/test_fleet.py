@@ -131,7 +131,7 @@ def test_from_nothing_to_a_mesh_and_only_the_difference_after_that(site: Site) -
     assert did(site.ok("scale", "--json", "tiny=5")) == [("spawn", "tiny-0004"), ("spawn", "tiny-0005")]
     assert did(site.ok("spawn", "--json", "--class", "tiny")) == [("spawn", "tiny-0006")]
     refused = site.fleet("scale", "tiny=7")
-    assert refused.code == 2 and f"7 are not from 3 to 6, which {site.file}:9 says of tiny" in refused.err
+    assert refused.code == 2 and f"7 is not from 3 to 6, the bounds of tiny in {site.file}:9" in refused.err
     assert [do for do, _ in did(site.ok("scale", "--json", "tiny=3"))] == ["retire"] * 3
     assert did(site.ok("apply", "--json")) == []
 
@@ -234,17 +234,17 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
 
         # Nobody else changes anything meanwhile; how many there shall be is told to it.
         assert "another `llambo fleet` is at work" in site.fleet("apply").err
-        assert "told to the orchestrator" in site.ok("scale", "tiny=2").out
-        running.line("tiny: 2 are wanted, somebody says")
+        assert "passed on to the orchestrator" in site.ok("scale", "tiny=2").out
+        running.line("tiny: an operator wants 2")
         site.write(RUN.replace("max = 4", "max = "))
-        running.line(r"the file is left as it was: .*fleet.toml is not TOML")
+        running.line(r"the changed file is not used: .*fleet.toml is not TOML")
         site.write(RUN)
         running.send(signal.SIGKILL)
         running.end()
 
     before = set(site.processes())
     with command(LLAMBO, "fleet", "run", *site.flags()) as running:
-        running.line("keeping fleet")
+        running.line("runs fleet, as in")
         running.line("bad keeps failing on here, 3 times in a row", 40)
         nodes = site.nodes()
         assert {node["pid"] for name, node in nodes.items() if name[:3] != "bad"} <= before, (
@@ -252,7 +252,7 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         )
         assert len(nodes) == len({node["pid"] for node in nodes.values()})
         running.send(signal.SIGTERM)
-        running.line("stopped; what runs goes on")
+        running.line("stopped; the workers keep running")
         assert running.end() == 0
     assert site.nodes()["broker"]["state"] == "ready" and site.ok("status", "--json").json()["orchestrator"] is None
     site.ok("down")
@@ -280,9 +280,9 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         for site in (first, second):
             site.write(FAR)
         leader = both.enter_context(command(LLAMBO, *words, *first.flags()))
-        leader.line("keeps it from now on")
+        leader.line("leads from now on")
         other = both.enter_context(command(LLAMBO, *words, *second.flags()))
-        other.line("stands by: fleet .* keeps it")
+        other.line("stands by: fleet .* has the lease")
 
         # Nobody serves it, and it is not refused: it waits for the worker that is begun for it.
         answer = mesh.ok("send", "--class", "tiny", "--max-tokens", "3", "hello")
@@ -297,7 +297,7 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         # The one that stands by takes over when the other one is gone, at the latest when its lease is over.
         leader.send(signal.SIGKILL)
         leader.end()
-        other.line("keeps it from now on")
+        other.line("leads from now on")
         assert not second.processes(), "its worker is there, and serves"
         for pid in first.processes():
             os.kill(pid, signal.SIGKILL)

@@ -106,7 +106,7 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
     applying = await asyncio.to_thread(update)
     story = applying.story("the update")
     for told in (
-        "tiny-0004 is bad: ended with status 1; nothing more is replaced",
+        "tiny-0004 is bad: ended with status 1; no further worker is replaced",
         "the update has stopped, tiny: 3 of 8 replaced, 4 left as they were",
         f"there is no file {weights}",
     ):
@@ -122,7 +122,7 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
 
     # Once more is no better, and harms nobody either.
     again = await asyncio.to_thread(site.fleet, "apply")
-    assert again.code == 1 and "4 tiny are left as they were: something before it was bad" in again.out, again.story
+    assert again.code == 1 and "4 tiny are left as they were: an earlier step has failed" in again.out, again.story
     assert {name: node["pid"] for name, node in (await asyncio.to_thread(site.nodes)).items()} == {
         name: node["pid"] for name, node in new.items()
     }
@@ -149,7 +149,7 @@ def test_an_orchestrator_restarts_updates_and_takes_back(site: Site, tmp_path: P
         for number in (1, 2, 3):
             running.line(f"tiny-000{number} is ready")
         first = site.nodes()
-        assert "told to the orchestrator" in site.ok("rolling-restart", "--class", "tiny").out
+        assert "passed on to the orchestrator" in site.ok("rolling-restart", "--class", "tiny").out
         running.line("tiny: 3 of 3 replaced", 40)
         second = site.nodes()
         assert all(first[name]["pid"] != second[name]["pid"] for name in first if name != "broker")

@@ -173,7 +173,7 @@ def test_a_worker_killed_in_the_middle_of_a_stream(mesh: Mesh, gpt: openai.OpenA
     asked = say("Tell me a long story about a llama.", temperature=0.8, seed=3, max_tokens=120)
     with gpt.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
         chunks = [next(stream) for _ in range(30)]
-        busy = mesh.look(lambda core: [run.worker.name for run in core.state.requests.values() if run.worker])
+        busy = mesh.look(lambda core: [r.run.worker.name for r in core.state.requests.values() if r.run.worker])
         (victim,) = [worker for worker in mesh.workers if worker.name in busy]
         victim.send(signal.SIGKILL)
         chunks += list(stream)

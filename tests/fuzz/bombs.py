@@ -264,7 +264,7 @@ def attack(
 ) -> Report:
     """One bomb, at a broker of its own. With keys, those of `members` have a valid one, and the others none."""
     report = Report(name)
-    config = BrokerConfig(queue_requests=5_000)
+    config = BrokerConfig.of(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
     knobs = FakeOptions(slots=8, tokens_per_s=1_000)
     key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from llambo.broker import actions as ba
 from llambo.broker import events as be
 from llambo.broker import invariants as broker_invariants
 from llambo.broker.config import BrokerConfig
@@ -102,7 +101,9 @@ class Broker(UnderFire):
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
-        config = BrokerConfig(tokens_in_port=1, tokens_out_port=2, young_ms=chance.choice((0, 500)), queue_requests=50)
+        config = BrokerConfig.of(
+            tokens_in_port=1, tokens_out_port=2, startup_grace_ms=chance.choice((0, 500)), queue_requests=50
+        )
         self.core = BrokerCore(config, chance.randbytes)
         self.sessions: dict[bytes, bytes] = {}
         self.topics: list[bytes] = []
@@ -132,9 +133,9 @@ class Broker(UnderFire):
 
     def handle(self, event: be.Event) -> None:
         for order in self.core.handle(event, self.now_ms):
-            if isinstance(order, ba.ToClient | ba.ToWorker):
+            if isinstance(order, be.ToClient | be.ToWorker):
                 self._hear(order.route, order.message)
-                reader = codec.to_client if isinstance(order, ba.ToClient) else codec.to_worker
+                reader = codec.to_client if isinstance(order, be.ToClient) else codec.to_worker
                 plausible.check_sayable(reader, order.session, order.message, getattr(order, "blob", None))
 
     def _hear(self, route: bytes, message: m.Message) -> None:

@@ -23,9 +23,8 @@ from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity, Pair, PeerKey
 from llambo.worker.engine.engine_options import LlamaOptions
-from llambo.worker.grammar import grammar
 from llambo.worker.models import gguf, model_files
-from llambo.worker.prompt import rendering, template
+from llambo.worker.prompt import grammar, rendering, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
 

@@ -167,7 +167,9 @@ def against_keyed_broker(count: int, seed: str) -> Report:
 def against_broker(count: int, seed: str, folder: Folder | None = None) -> Report:
     """Hostile clients and as many hostile workers, in turns; honest requests beside them."""
     report = Report("keyed broker" if folder else "broker")
-    config = BrokerConfig(hold_ms=300, queue_ms=5_000, detached_bytes=2**20, young_ms=0, adopt_ms=200, orphan_ms=500)
+    config = BrokerConfig.of(
+        hold_ms=300, queue_ms=5_000, detached_bytes=2**20, startup_grace_ms=0, adopt_ms=200, orphan_ms=500
+    )
     context: zmq.Context[Any] = zmq.Context()
     own = key_of(folder, "honest") if folder else None
     with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process", keys=folder) as mesh:
@@ -201,7 +203,7 @@ def against_worker(count: int, seed: str) -> Report:
     report = Report("worker")
     context: zmq.Context[Any] = zmq.Context()
     broker = HostileBroker(context, seed, client=False)
-    config = BrokerConfig(hold_ms=60_000)
+    config = BrokerConfig.of(hold_ms=60_000)
     try:
         with Mesh(0, fake=FakeOptions(slots=32, tokens_per_s=2_000), config=config, broker="process") as mesh:
             worker = mesh.spawn("w0", mesh.address, broker.address)

@@ -37,10 +37,10 @@ def endless_message(port: int, offset: int, until: float, key: str) -> int:
     sent = 0
     with RawPeer(port, key=key_of(key)) as peer:
         peer.join_as_client()
-        peer._control.setsockopt(zmq.SNDTIMEO, 500)
+        peer.control.setsockopt(zmq.SNDTIMEO, 500)
         with suppress(zmq.Again):
             while time.monotonic() < until:
-                peer._control.send(PART, zmq.SNDMORE)
+                peer.control.send(PART, zmq.SNDMORE)
                 sent += len(PART)
     return sent
 
@@ -135,9 +135,9 @@ def questions(port: int, offset: int, until: float, key: str) -> int:
             for what in ("events", "workers", "status", "requests")
         ]
         frames = codec.encode(peer.session, asked)
-        peer._control.setsockopt(zmq.SNDTIMEO, 500)
+        peer.control.setsockopt(zmq.SNDTIMEO, 500)
         with suppress(zmq.Again):
             while time.monotonic() < until:
-                peer._control.send_multipart(frames)
+                peer.control.send_multipart(frames)
                 sent += sum(map(len, frames))
     return sent

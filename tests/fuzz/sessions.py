@@ -174,7 +174,7 @@ def settle(condition: Callable[[], bool]) -> bool:
 
 def mesh_for_it() -> Mesh:
     # Sessions that vanish are forgotten soon, so that the next ones find room.
-    config = BrokerConfig(client_lease_ms=2_000, hold_ms=2_000)
+    config = BrokerConfig.of(client_lease_ms=2_000, hold_ms=2_000)
     return Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import msgspec
 
-from llambo.broker.access.grants import Gate
+from llambo.broker.access.grants import SubscriptionGrants
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import codec, limits, tasks, tokens, transfer
 from llambo.mesh.wire import messages as m
@@ -173,10 +173,10 @@ def _transfer() -> Target:
 
 
 def _gate() -> Target:
-    owner: Any = SimpleNamespace(user="its key")
+    owner: Any = SimpleNamespace(link=SimpleNamespace(user="its key"))
 
     def run(frames: Frames) -> None:
-        gate = Gate({samples.TOPIC: owner})
+        gate = SubscriptionGrants({samples.TOPIC: owner})
         junk = False
         for frame in frames:
             topic = gate.admit(frame, "its key")

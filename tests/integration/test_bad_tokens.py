@@ -10,7 +10,7 @@ import time
 import pytest
 import zmq
 
-from llambo.broker.access.grants import Gate
+from llambo.broker.access.grants import SubscriptionGrants
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import limits, messages, tokens
 from llambo.testing.mesh import Mesh
@@ -37,9 +37,9 @@ def victims_topic(mesh: Mesh) -> bytes:
     )
 
 
-def gate(mesh: Mesh) -> Gate:
+def gate(mesh: Mesh) -> SubscriptionGrants:
     assert mesh.thread is not None
-    return mesh.thread.server._gate
+    return mesh.thread.server._grants
 
 
 # --- subscriptions ---------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytes
     if guard:
         assert not _steal(steady_mesh)
     else:
-        monkeypatch.setattr(Gate, "admit", _admit_without_guard)
+        monkeypatch.setattr(SubscriptionGrants, "admit", _admit_without_guard)
         # It takes three frames in their order out of three connections, which nobody can tell to be in time.
         assert any(_steal(steady_mesh) for _ in range(TRIES))
 
@@ -144,7 +144,7 @@ def _arrived(socket: zmq.Socket[bytes], frame: bytes) -> None:
     socket.poll(100)
 
 
-def _admit_without_guard(self: Gate, frame: bytes, user: str = "") -> bytes | None:
+def _admit_without_guard(self: SubscriptionGrants, frame: bytes, user: str = "") -> bytes | None:
     topic = frame[1:]
     if frame[:1] == b"\x01" and topic in self._topics:
         return topic
@@ -174,7 +174,9 @@ def test_forged_chunks_are_stale(steady_mesh: Mesh, healthy: Healthy) -> None:
         socket = peer.tokens_in()
         for frame in forged:
             socket.send(frame)
-        steady_mesh.until(lambda core: core.state.counters.stale_chunks >= stale + len(forged), "all of them refused")
+        steady_mesh.until(
+            lambda core: core.state.counters.tokens.stale_chunks >= stale + len(forged), "all of them refused"
+        )
     assert 666 not in healthy.ids
 
 
@@ -187,7 +189,9 @@ def test_junk_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None
         socket.send(b"B" + bytes(16))  # a beat of no session
         socket.send(tokens.encode_beat(2**63, bytes(8)))
         socket.send_multipart([b"T", b"more", b"frames"])
-        steady_mesh.until(lambda core: core.state.counters.malformed_frames >= malformed + 2_000, "all of it counted")
+        steady_mesh.until(
+            lambda core: core.state.counters.tokens.malformed_frames >= malformed + 2_000, "all of it counted"
+        )
 
 
 def test_a_frame_over_the_limit_on_the_way_for_tokens(steady_mesh: Mesh, healthy: Healthy) -> None:
@@ -202,7 +206,7 @@ def test_tokens_on_a_control_socket_and_control_on_a_token_socket(steady_mesh: M
     assert raw_client.expect(messages.Problem).error.code == "bad_message"
     socket = raw_client.tokens_in()
     socket.send(b"T" + b"llb\x01")
-    steady_mesh.until(lambda core: core.state.counters.malformed_frames > malformed, "it was counted")
+    steady_mesh.until(lambda core: core.state.counters.tokens.malformed_frames > malformed, "it was counted")
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])

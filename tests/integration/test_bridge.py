@@ -339,7 +339,7 @@ def test_answers_survive_their_worker(path: Path) -> None:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say('INFER_STREAM {"prompt": "p", "max_tokens": 60, "seed": 3}')
             heard = [await peer.hear()]
-            (name,) = mesh.look(lambda core: [r.worker.name for r in core.state.running.values() if r.worker])
+            (name,) = mesh.look(lambda core: [r.run.worker.name for r in core.state.running.values() if r.run.worker])
             next(worker for worker in mesh.workers if worker.name == name).send(signal.SIGKILL)
             while not heard[-1]["final"]:
                 heard.append(await peer.hear())

@@ -124,7 +124,7 @@ def test_logprobs_and_results_come_through_whole() -> None:
 
 def test_a_detached_request_that_waited_is_submitted_again_by_who_attaches_to_it() -> None:
     """Nobody but its client has its prompt: no worker was given it before the broker was killed."""
-    knobs, config = replace(KNOBS, slots=1), BrokerConfig(young_ms=300)
+    knobs, config = replace(KNOBS, slots=1), BrokerConfig.of(startup_grace_ms=300)
     with Mesh(workers=1, fake=knobs, broker="process", config=config) as mesh:
 
         async def scenario() -> list[int]:

@@ -45,11 +45,11 @@ def reader(mesh: Mesh) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> None:
     # Given a client that is stopped in the middle of its answer
-    config = BrokerConfig(client_lease_ms=600)
+    config = BrokerConfig.of(client_lease_ms=600)
     with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh, reader(mesh) as client:
         client.send_signal(signal.SIGSTOP)
         # When its lease is over, and its request was ended because nobody followed it any more
-        mesh.until(lambda core: core.state.counters.clients_lost == 1, "its lease to be over")
+        mesh.until(lambda core: core.state.counters.peers.clients_lost == 1, "its lease to be over")
         mesh.until(lambda core: not core.state.requests, "the end of its request")
         client.send_signal(signal.SIGCONT)
         # Then it gets all of it, and each token once
@@ -58,7 +58,7 @@ def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> Non
 
 
 def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on() -> None:
-    config = BrokerConfig(client_lease_ms=600)
+    config = BrokerConfig.of(client_lease_ms=600)
     with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh:
 
         async def submit() -> str:
@@ -69,7 +69,7 @@ def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on(
         with reader(mesh) as client:
             client.kill()
             # Only what nobody follows, and was not meant to, is ended.
-            mesh.until(lambda core: core.state.counters.clients_lost == 1, "its lease to be over")
+            mesh.until(lambda core: core.state.counters.peers.clients_lost == 1, "its lease to be over")
             mesh.until(lambda core: len(core.state.requests) < 2, "the end of its request")
 
         async def fetch() -> list[int]:

@@ -75,7 +75,7 @@ def expired(folder: Folder) -> PeerKey:
 def has_read(mesh: Mesh, folder: Folder) -> None:
     """The broker knows the keyring as it is: it looks four times a second, and a knock may come between."""
     valid = set(folder.ring().identities(time.time()))
-    mesh.until(lambda core: set(core.state.identities or ()) == valid, "the broker has read the keyring")
+    mesh.until(lambda core: set(core.state.access.identities or ()) == valid, "the broker has read the keyring")
 
 
 def revoked(folder: Folder) -> PeerKey:

@@ -38,7 +38,7 @@ def test_an_emptied_worker_gives_away_what_it_runs() -> None:
                 await client.generate("more", max_tokens=2)
 
         mesh.run(scenario())
-        assert mesh.look(lambda core: core.state.counters.workers_lost) == 0
+        assert mesh.look(lambda core: core.state.counters.peers.workers_lost) == 0
 
 
 def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
@@ -115,13 +115,13 @@ def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
             return [task.result() for task in tasks]
 
         assert sum(mesh.run(scenario())) > 40
-        state = mesh.look(lambda core: (core.state.counters.failed, len(core.state.registry.workers)))
+        state = mesh.look(lambda core: (core.state.counters.requests.failed, len(core.state.registry.workers)))
         assert state == (0, 4)
 
 
 def test_a_broker_that_is_stopped_says_so() -> None:
     # Given leases so long that nobody would notice by them
-    config = BrokerConfig(lease_ms=600_000, client_lease_ms=600_000)
+    config = BrokerConfig.of(lease_ms=600_000, client_lease_ms=600_000)
     with Mesh(workers=1, broker="process", config=config) as mesh:
 
         async def scenario() -> str:

@@ -130,12 +130,12 @@ def mesh_ready(core: BrokerCore) -> int:
 
 
 def test_a_frozen_worker_is_given_up_and_its_late_tokens_do_not_count() -> None:
-    with Mesh(workers=2, fake=KNOBS, config=BrokerConfig(lease_ms=600), check=True) as mesh:
+    with Mesh(workers=2, fake=KNOBS, config=BrokerConfig.of(lease_ms=600), check=True) as mesh:
         frozen = mesh.workers[0]
 
         async def freeze() -> None:
             frozen.send(signal.SIGSTOP)
-            await mesh.aside(lambda core: core.state.counters.workers_lost, "the frozen one given up")
+            await mesh.aside(lambda core: core.state.counters.peers.workers_lost, "the frozen one given up")
             frozen.send(signal.SIGCONT)
 
         async def scenario() -> list[Answer]:
@@ -153,7 +153,7 @@ def test_all_workers_gone_and_one_comes_back_in_time() -> None:
 
         async def replace() -> None:
             mesh.workers[0].send(signal.SIGKILL)
-            await mesh.aside(lambda core: core.state.room.count == 2, "both requests wait")
+            await mesh.aside(lambda core: core.state.queue.count == 2, "both requests wait")
             mesh.spawn("w1")
 
         async def scenario() -> list[Answer]:
@@ -165,7 +165,7 @@ def test_all_workers_gone_and_one_comes_back_in_time() -> None:
 
 
 def test_all_workers_gone_and_none_comes_back() -> None:
-    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig(hold_ms=500), check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig.of(hold_ms=500), check=True) as mesh:
 
         async def kill() -> None:
             mesh.workers[0].send(signal.SIGKILL)
@@ -184,7 +184,7 @@ def test_all_workers_gone_and_none_comes_back() -> None:
 def test_the_same_name_from_two_processes() -> None:
     with Mesh(workers=1, check=True) as mesh:
         second = mesh.spawn("w0")
-        mesh.until(lambda core: core.state.counters.problems > 0, "the second refused")
+        mesh.until(lambda core: core.state.counters.peers.problems > 0, "the second refused")
         # The first dies, and then the name is free for the second
         mesh.workers[0].send(signal.SIGKILL)
         assert second.first_line() == "ready"
@@ -275,7 +275,7 @@ def test_a_detached_request_is_fetched_later_by_another_client() -> None:
 
 @pytest.mark.parametrize("how", ["leaves", "closes its stream", "vanishes"])
 def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> None:
-    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig(client_lease_ms=700), check=True) as mesh:
+    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig.of(client_lease_ms=700), check=True) as mesh:
 
         async def scenario() -> None:
             client = mesh.client()
@@ -290,7 +290,7 @@ def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> None:
                 client._shell.close()
             else:
                 await client.close()
-            await mesh.aside(lambda core: core.state.counters.cancelled == 1, "the request cancelled")
+            await mesh.aside(lambda core: core.state.counters.requests.cancelled == 1, "the request cancelled")
             await mesh.aside(idle, "the worker free of it")
             await client.close()
 
@@ -310,7 +310,7 @@ def test_a_reader_that_takes_its_time() -> None:
 
         async def scenario() -> list[int]:
             async with mesh.client() as client, client.stream("slow", max_tokens=count, seed=1) as stream:
-                await mesh.aside(lambda core: core.state.counters.ended == 1, "the answer made")
+                await mesh.aside(lambda core: core.state.counters.requests.ended == 1, "the answer made")
                 return await read(stream)
 
         assert mesh.run(scenario()) == truth("slow", 1, count)

@@ -127,7 +127,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
     rig.box.knows(far1)
     away = rig.fleet("plan")["away"]
     assert away.keys() == {"far2"}
-    assert "Host key verification failed: `ssh root@far2 true` has to work here without a question" in away["far2"]
+    assert "Host key verification failed: `ssh root@far2 true` has to work here without a prompt" in away["far2"]
     rig.box.knows(far2)
 
     # One without units of llambo gets no worker, and nothing of it is left there.
@@ -135,7 +135,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
     far1.on.systemctl("daemon-reload")
     told = rig.fleet("apply", fails=True)
     (failed,) = told["failed"]
-    assert "did not start on far2: there are no units of llambo: llambo systemd install" in failed["how"]
+    assert "did not start on far2: the units of llambo are missing: llambo systemd install" in failed["how"]
     assert (told["done"], far2.files()) == (2, {})
     assert far1.files().keys() == {"worker-tiny-0001.env", "worker-tiny-0001.key"}
 

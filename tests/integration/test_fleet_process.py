@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.providers.process import Failed, Processes, Record
+from llambo.fleet.providers.process import Processes
+from llambo.fleet.world import NodeFailed, NodeRecord
 from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]
 
 
-def a_record(name: str = "broker") -> Record:
-    return Record(
+def a_record(name: str = "broker") -> NodeRecord:
+    return NodeRecord(
         name=name, node_class="broker", host="here", fingerprint="x", memory_bytes=1, cores=0.0, slots=0, begun_ms=1
     )
 
@@ -85,13 +86,13 @@ async def test_one_that_does_not_listen_is_killed(folder: Path) -> None:
 @in_a_loop
 async def test_one_that_ends_before_it_is_ready_leaves_its_words_and_nothing_else(folder: Path) -> None:
     processes = Processes(folder)
-    with pytest.raises(Failed) as failed:
+    with pytest.raises(NodeFailed) as failed:
         await processes.spawn(a_record(), [*BROKER, "--bind", "192.0.2.1", "--keys", "/nowhere"], 30)
-    assert str(failed.value) == "broker ended with status 2" and "/nowhere" in failed.value.words
-    assert processes.records() == [] and "/nowhere" in processes.words("broker")
-    with pytest.raises(Failed) as failed:
+    assert str(failed.value) == "broker ended with status 2" and "/nowhere" in failed.value.log_tail
+    assert processes.records() == [] and "/nowhere" in processes.log_tail("broker")
+    with pytest.raises(NodeFailed) as failed:
         await processes.spawn(a_record(), ["/nowhere/python"], 30)
-    assert failed.value.how == "cannot be begun: No such file or directory" and processes.records() == []
+    assert failed.value.how == "cannot be started: No such file or directory" and processes.records() == []
 
 
 @in_a_loop
@@ -110,7 +111,7 @@ async def test_how_one_ended_that_was_killed(folder: Path) -> None:
 async def test_one_that_lives_is_not_forgotten(folder: Path) -> None:
     processes = Processes(folder)
     await processes.spawn(a_record(), BROKER, 30)
-    with pytest.raises(Failed):
+    with pytest.raises(NodeFailed):
         await Processes(folder).spawn(a_record(), BROKER, 30)
     processes.forget("broker")
     assert processes.records() == [a_record()] and processes.pid("broker")

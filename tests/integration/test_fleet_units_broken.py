@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from llambo.fleet.model import Fleet, Host
-from llambo.fleet.providers.process import Failed, Record
 from llambo.fleet.providers.providers import Providers
 from llambo.fleet.providers.units import Units
+from llambo.fleet.world import NodeFailed, NodeRecord
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done
@@ -34,8 +34,8 @@ case "$*" in
     *"show --property=Id"*) printf 'Id=llambo-worker@tiny-0001.service\\nActiveState=active\\nMainPID=17\\n' ;;
 esac
 """
-RECORD = Record(name="tiny-0001", node_class="tiny", host="far", fingerprint="f", memory_bytes=1, cores=1.0, slots=4,
-                begun_ms=1)  # fmt: skip
+RECORD = NodeRecord(name="tiny-0001", node_class="tiny", host="far", fingerprint="f", memory_bytes=1, cores=1.0,
+                    slots=4, begun_ms=1)  # fmt: skip
 
 
 class Far:
@@ -80,7 +80,7 @@ def test_a_worker_of_a_user_is_told_where_its_key_is(far: Far) -> None:
 
 def test_whoever_was_cut_off_while_it_was_begun_keeps_its_name(far: Far) -> None:
     (far.folder / "cut").write_text("enable --quiet --now")
-    with pytest.raises(Failed, match=r"tiny-0001 may or may not have started on far: .*No route to host"):
+    with pytest.raises(NodeFailed, match=r"tiny-0001 may or may not have started on far: .*No route to host"):
         far.spawn(far.units())
     # Whoever comes next does not reach the host, and knows of it all the same.
     (far.folder / "cut").write_text("")
@@ -99,7 +99,7 @@ def test_one_that_could_not_be_ended_is_still_there_and_is_ended_the_next_time(f
     for obstacle, why in (("refuse", "Job canceled"), ("cut", "No route to host")):
         (far.folder / obstacle).write_text("")
         units = far.units()
-        with pytest.raises(Failed, match=f"tiny-0001 could not be ended on far: .*{why}"):
+        with pytest.raises(NodeFailed, match=f"tiny-0001 could not be ended on far: .*{why}"):
             asyncio.run(units.end("tiny-0001", 1))
         assert units.records() == far.units().records() == [RECORD]
         assert "worker-tiny-0001.env" in far.files()

@@ -131,7 +131,7 @@ def test_a_killed_worker_is_not_seen_in_a_stream() -> None:
         ) as response,
     ):
         told = events(response, 20)
-        running = mesh.look(lambda core: [request.worker.name for request in core.state.requests.values()])  # type: ignore[union-attr]
+        running = mesh.look(lambda core: [request.run.worker.name for request in core.state.requests.values()])  # type: ignore[union-attr]
         (victim,) = [worker for worker in mesh.workers if worker.name in running]
         victim.send(signal.SIGKILL)
         told += events(response)
@@ -191,7 +191,7 @@ def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess,
         head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         connection.sendall(head + body)
         mesh.until(lambda core: core.state.running, "it runs")
-    mesh.until(lambda core: core.state.counters.cancelled == cancelled + 1, "it is cancelled")
+    mesh.until(lambda core: core.state.counters.requests.cancelled == cancelled + 1, "it is cancelled")
     mesh.until(lambda core: not core.state.requests, "nothing is left")
 
 
@@ -351,7 +351,7 @@ def test_many_requests_over_one_socket(mesh: Mesh, gateway: GatewayProcess) -> N
         told_until(socket, "d", "event")
         socket.send(json.dumps({"type": "cancel", "id": "d"}))
         told_until(socket, "d", "end")
-    mesh.until(lambda core: core.state.counters.cancelled == cancelled + 1, "it is cancelled")
+    mesh.until(lambda core: core.state.counters.requests.cancelled == cancelled + 1, "it is cancelled")
 
 
 def test_a_socket_that_broke_is_made_anew_and_misses_nothing(gateway: GatewayProcess) -> None:

@@ -231,7 +231,7 @@ def test_what_is_nested_deeply_is_an_error_of_the_caller(gateway: GatewayProcess
 
 def test_a_long_prompt_is_not_answered_many_times(gateway: GatewayProcess) -> None:
     status, told, _ = gateway.ask("POST", "/v1/completions", {"prompt": "x" * 3_000_000, "n": 128, "max_tokens": 1})
-    assert status == 400 and "128 times" in told["error"]["message"]
+    assert status == 400 and "128 answers" in told["error"]["message"]
 
 
 def too_much(socket: ClientConnection) -> None:

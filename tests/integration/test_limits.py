@@ -15,6 +15,7 @@ from llambo.mesh.client.answer_stream import Answer, Stream
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.reports import AccountRow
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.engine.engine_options import FakeOptions
@@ -51,7 +52,7 @@ async def right(client: Client, number: int, **options: object) -> Answer:
 
 def at_rest(mesh: Mesh, name: str) -> None:
     """Nothing of this identity is left on its account."""
-    mesh.until(lambda core: core.state.accounts.of(name).idle, f"nothing of {name} is left")
+    mesh.until(lambda core: core.state.access.accounts.of(name).idle, f"nothing of {name} is left")
 
 
 def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
@@ -70,7 +71,7 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                     assert await stream.next_piece() is not None
                 # Two are at work, and that is all: the next wait, though two slots are free for others
                 waiting = [asyncio.create_task(right(alice, number)) for number in range(3)]
-                await mesh.aside(lambda core: core.state.accounts.of("alice").queued == 3, "three wait")
+                await mesh.aside(lambda core: core.state.access.accounts.of("alice").queued == 3, "three wait")
                 await right(bob, 9)
 
                 error = await refusal(alice.stream("one too many", max_tokens=5))
@@ -126,9 +127,9 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
                 long = many.stream("long", max_tokens=LONG)
                 assert await long.next_piece() is not None
                 flood = [asyncio.create_task(many.generate(f"{number}", max_tokens=20)) for number in range(100)]
-                await mesh.aside(lambda core: core.state.room.count == 100, "a hundred wait")
+                await mesh.aside(lambda core: core.state.queue.count == 100, "a hundred wait")
                 others = [asyncio.create_task(few.generate(f"{number}", max_tokens=20)) for number in range(5)]
-                await mesh.aside(lambda core: core.state.room.count == 105, "all wait")
+                await mesh.aside(lambda core: core.state.queue.count == 105, "all wait")
                 assert await asyncio.to_thread(mesh.look, ahead_of_few) == [1, 3, 5, 7, 9]
                 await long.cancel()
                 await asyncio.gather(*flood, *others)
@@ -141,7 +142,7 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
 
 def ahead_of_few(core: BrokerCore) -> list[int]:
     """What they are told of how many are served before them."""
-    return sorted(core.state.room.ahead(each) for each in core.state.requests.values() if each.owner == "few")
+    return sorted(core.state.queue.ahead(each) for each in core.state.requests.values() if each.owner == "few")
 
 
 def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> None:
@@ -151,7 +152,9 @@ def test_a_worker_that_dies_takes_nothing_from_an_account(folder: Folder) -> Non
             async with mesh.client(key=key_of(folder, "alice")) as alice:
                 asked = [asyncio.create_task(right(alice, number)) for number in range(5)]
                 await mesh.aside(
-                    lambda core: core.state.accounts.of("alice").in_flight == 2 and core.state.counters.chunks > 5,
+                    lambda core: (
+                        core.state.access.accounts.of("alice").in_flight == 2 and core.state.counters.tokens.chunks > 5
+                    ),
                     "two are at work",
                 )
                 mesh.workers[0].send(signal.SIGKILL)
@@ -167,7 +170,7 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
     folder.add(Identity("carol", "client", max_in_flight=2, max_queued=2), int(time.time()))
     with Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=60), broker="process", keys=folder) as mesh:
 
-        async def scenario() -> dict[str, object]:
+        async def scenario() -> AccountRow:
             async with mesh.client(key=key_of(folder, "carol")) as carol:
                 streams = [carol.stream(f"prompt {n}", max_tokens=TOKENS, seed=n) for n in range(4)]
                 for stream in streams[:2]:
@@ -175,8 +178,8 @@ def test_what_the_last_broker_had_admitted_comes_back_whatever_the_limits(folder
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 for number, answer in enumerate(await asyncio.gather(*(stream.result() for stream in streams))):
                     assert answer.ids == truth(f"prompt {number}", number, TOKENS)
-                (own,) = (await carol.status())["identities"]
-            return dict(own)
+                (own,) = (await carol.status()).identities
+            return own
 
         own = mesh.run(scenario())
-        assert own | {"in_flight": 0, "queued": 0, "bytes": 0, "submitted": 4, "refused": 0} == own
+        assert (own.in_flight, own.queued, own.bytes, own.submitted, own.refused) == (0, 0, 0, 4, 0)

@@ -30,7 +30,7 @@ def test_what_is_near_the_best_gives_the_same_candidates_as_all(model: llama.Mod
         # A chain whose first step is the same top-k, but which is given everything
         short = llama.Candidates(model, options, shared, [])
         long = llama.Candidates(model, options, shared, [])
-        long._few = 0
+        long._top_k = 0
         (ids, left), (all_ids, all_left) = short.narrow(logits, None), long.narrow(logits, None)
         order, all_order = np.argsort(ids), np.argsort(all_ids)
         assert ids[order].tolist() == all_ids[all_order].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import pytest
@@ -169,7 +169,8 @@ def test_defaults_of_the_model_hold_where_the_request_says_nothing(
 ) -> None:
     (greedy,), (seeded,) = run(engine, ask()), run(engine, ask(sampling=Sampling(form="user")))
     assert greedy.ids != seeded.ids
-    monkeypatch.setattr(engine, "_defaults", {"temperature": 0.0})
+    setup = replace(engine._setup, defaults={"temperature": 0.0})
+    monkeypatch.setattr(engine, "_setup", setup)
     silent = ask(sampling=Sampling(form="user"))
     assert run(engine, silent)[0].ids == greedy.ids
     # And a request that names our own default means it

@@ -155,7 +155,7 @@ def kill(mesh: Mesh, turn: int) -> None:
 
 def told(core: BrokerCore) -> int:
     """Tokens of answers that have ended, and of those under way."""
-    return core.state.counters.tokens + sum(r.transcript.next_index for r in core.state.requests.values())
+    return core.state.counters.tokens.tokens + sum(r.transcript.next_index for r in core.state.requests.values())
 
 
 async def disturbed(mesh: Mesh, client: Client, other: Client, turn: int) -> list[Answer]:
@@ -213,7 +213,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         async def scenario() -> Answer:
             async with mesh.client() as client:
                 asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
-                await mesh.aside(lambda core: core.state.room.count, "a request that waits")
+                await mesh.aside(lambda core: core.state.queue.count, "a request that waits")
                 os.kill(engine, signal.SIGSEGV)
                 os.kill(engine, signal.SIGCONT)
                 return await asking

@@ -247,8 +247,10 @@ SCHEMAS["write_note"] = NOTE["function"]["parameters"]  # type: ignore[index]
 
 def in_a_call(core: BrokerCore) -> str:
     """Who has come as far as the arguments with one; the frame before them has some twenty tokens."""
-    far = (each for each in core.state.requests.values() if each.worker is not None and each.transcript.next_index > 24)
-    return next((each.worker.name for each in far if each.worker is not None), "")
+    far = (
+        each for each in core.state.requests.values() if each.run.worker is not None and each.transcript.next_index > 24
+    )
+    return next((each.run.worker.name for each in far if each.run.worker is not None), "")
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_call() -> None:

@@ -34,7 +34,7 @@ READ_TOKENS = 25_000
 STALL_TOKENS = 400_000
 STALL_S = 30.0
 #: ... which a client's lease has to allow, for its whole loop stands still.
-CONFIG = BrokerConfig(client_lease_ms=60_000)
+CONFIG = BrokerConfig.of(client_lease_ms=60_000)
 TIMEOUT_S = 180.0
 #: What the broker and the client may grow by while this goes through them: the answers themselves are 50 MB.
 GROWTH_BYTES = 256 * 2**20

@@ -25,7 +25,7 @@ def descriptors(pid: int) -> int:
 
 
 def test_a_broker_grows_no_more_once_its_archive_is_full() -> None:
-    config = BrokerConfig(tombstones=300, events=50)
+    config = BrokerConfig.of(tombstones=300, events=50)
     with Mesh(workers=1, fake=FakeOptions(slots=AT_A_TIME, burst=4), config=config, broker="process") as mesh:
         assert mesh.process is not None
         pid = mesh.process.pid

@@ -7,16 +7,26 @@ import errno
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
-from llambo.broker.report import metrics_http as windows
-from llambo.broker.report.metrics_http import CONNECTIONS, MOMENT_MS, PATIENCE_MS, PAUSE_MS, Window, token_in
+from llambo.broker.access.scrapers import token_in
+from llambo.broker.report import metrics_http
+from llambo.broker.report.metrics_http import (
+    CONNECTION_S,
+    CONNECTIONS,
+    FULL_PAUSE_S,
+    PAGE_S,
+    PAGE_SHARE,
+    MetricsServer,
+    Snapshot,
+)
 from llambo.gateway.observe.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
@@ -79,9 +89,9 @@ def test_a_broker_is_scraped_while_it_streams() -> None:
             assert {name for name in told if not name.startswith("process_")} == set(asked)
             assert asked["llambo_broker_tokens_total"] == told["llambo_broker_tokens_total"]
 
-    window = Window("127.0.0.1:0")
-    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), window=window) as mesh:
-        mesh.run(scenario(mesh, window.port))
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
+        mesh.run(scenario(mesh, metrics.port))
 
 
 def test_who_means_ill_harms_nobody() -> None:
@@ -118,192 +128,221 @@ def test_who_means_ill_harms_nobody() -> None:
                 ids += piece.ids
             assert ids == truth("hello", 5, 150)
 
-    window = Window("127.0.0.1:0")
-    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), window=window) as mesh:
-        mesh.run(scenario(mesh, window.port))
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
+        mesh.run(scenario(mesh, metrics.port))
         assert mesh.counter("workers_lost") == 0
 
 
-# --- the window alone, at a clock of ours ----------------------------------------------------------------
+# --- the server alone, with a loop of ours ---
 
 
-class Standing:
-    """A window whose loop is turned by hand. Its page is long enough to fill any socket's buffer."""
+class Loop:
+    """A server and a thread that turns as the broker's loop does, until it is to stand still."""
 
     def __init__(self, page: str = "page\n", token: str = "") -> None:
-        self.window = Window("127.0.0.1:0", token)
-        self.poller = zmq.Poller()
-        self.made = self.now_ms = 0
-        self.window.open(self.poller, self._page)
-        self._text = page
+        self.server = MetricsServer("127.0.0.1:0", token)
+        self.made = 0
+        self.page = page
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self.server.start()
 
-    def _page(self) -> str:
+    def _run(self) -> None:
+        while not self._stopping.wait(0.002):
+            self.server.snapshot.turned(self._make)
+
+    def _make(self) -> str:
         self.made += 1
-        return self._text
+        if not self.page:
+            raise ZeroDivisionError
+        return self.page
 
-    def turn(self, wait_ms: int = 0) -> None:
-        self.window.turn(dict(self.poller.poll(wait_ms)), self.now_ms)
+    def connect(self, request: bytes) -> socket.socket:
+        peer = socket.create_connection(("127.0.0.1", self.server.port), TIMEOUT_S)
+        peer.sendall(request)
+        return peer
 
-    def outside(self, said: bytes) -> socket.socket:
-        """Somebody who has come, and said this."""
-        there = socket.create_connection(("127.0.0.1", self.window.port), TIMEOUT_S)
-        there.sendall(said)
-        return there
+    def ask(self, request: bytes = GET) -> bytes:
+        with self.connect(request) as peer:
+            return read_all(peer)
 
-    def visitor(self, said: bytes) -> socket.socket:
-        """... and the window has noticed."""
-        there = self.outside(said)
-        self.turn(int(TIMEOUT_S * 1_000))
-        return there
+    def stand_still(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def close(self) -> None:
+        self.stand_still()
+        self.server.close()
+
+
+def read_all(peer: socket.socket) -> bytes:
+    """Until the server closes, which it may do with something unread."""
+    reply = bytearray()
+    with suppress(ConnectionError):
+        while part := peer.recv(2**20):
+            reply += part
+    return bytes(reply)
 
 
 @pytest.fixture
-def standing() -> Iterator[Standing]:
-    made = Standing("x" * 50_000_000)
+def loop() -> Iterator[Loop]:
+    made = Loop()
     yield made
-    made.window.close()
+    made.close()
 
 
-def hung_up(visitor: socket.socket) -> bool:
-    """Whether the window has closed this connection, which it may have done with something unread."""
+def test_a_connection_that_does_not_read_is_closed() -> None:
+    loop = Loop("x" * 50_000_000)  # fills the buffers of any socket
     try:
-        while visitor.recv(2**20):
-            pass
-    except ConnectionError:
-        return True
-    except TimeoutError:
-        return False
-    return True
+        with loop.connect(GET) as slow:
+            time.sleep(CONNECTION_S + 0.5)
+            assert len(read_all(slow)) < 50_000_000
+        assert loop.made == 1
+    finally:
+        loop.close()
 
 
-def test_who_does_not_read_is_dropped(standing: Standing) -> None:
-    with standing.visitor(GET) as slow:
-        standing.turn()
-        assert standing.window.due_ms == PATIENCE_MS
-        standing.now_ms = PATIENCE_MS - 1
-        standing.turn()
-        assert standing.window.due_ms == PATIENCE_MS
-        standing.now_ms = PATIENCE_MS
-        standing.turn()
-        assert standing.window.due_ms == windows.NEVER
-        assert hung_up(slow)
+def test_a_connection_that_does_not_ask_is_closed(loop: Loop) -> None:
+    began = time.monotonic()
+    with loop.connect(b"GET /met") as slow:
+        for letter in b"rics HTTP/1.1":  # a byte now and then buys no time
+            time.sleep(0.1)
+            slow.sendall(bytes([letter]))
+        assert read_all(slow) == b""
+    assert CONNECTION_S - 0.1 <= time.monotonic() - began < CONNECTION_S + 2 and loop.made == 0
 
 
-def test_who_does_not_ask_is_dropped(standing: Standing) -> None:
-    with standing.visitor(b"GET /met") as slow:
-        standing.now_ms = PATIENCE_MS
-        standing.turn()
-        assert hung_up(slow) and standing.made == 0
-
-
-def test_who_only_holds_on_makes_room_for_others(standing: Standing) -> None:
-    holding = [standing.visitor(b"G") for _ in range(CONNECTIONS)]
-    waiting = standing.outside(b"G")
-    standing.turn()
-    assert not standing.poller.poll(50), "who waits outside would turn the loop again and again"
-    standing.now_ms = standing.window.due_ms
-    assert standing.now_ms == MOMENT_MS
-    standing.turn()
-    assert hung_up(holding[0])
-    holding[1].settimeout(0.05)
-    assert not hung_up(holding[1])
-    for each in (*holding, waiting):
+def test_idle_connections_make_room_for_others(loop: Loop) -> None:
+    idle = [loop.connect(b"G") for _ in range(CONNECTIONS)]
+    began = time.monotonic()
+    assert b"200 OK" in loop.ask()
+    assert time.monotonic() - began < CONNECTION_S / 2, "it waited until one was closed for its age"
+    assert read_all(idle[0]) == b""
+    idle[-1].settimeout(0.05)
+    with pytest.raises(TimeoutError):
+        idle[-1].recv(1)
+    for each in idle:
         each.close()
 
 
-def test_who_waits_outside_comes_in_when_another_leaves(standing: Standing) -> None:
-    holding = [standing.visitor(b"G") for _ in range(CONNECTIONS)]
-    with standing.outside(GET) as waiting:
-        standing.turn()
-        holding[3].close()
-        standing.turn(int(TIMEOUT_S * 1_000))
+def test_one_that_waits_is_served_when_another_leaves(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_http, "CROWDED_S", 60.0)
+    idle = [loop.connect(b"G") for _ in range(CONNECTIONS)]
+    with loop.connect(GET) as waiting:
+        time.sleep(0.1)
+        idle[3].close()
         assert waiting.recv(15) == b"HTTP/1.1 200 OK"
-    for each in holding:
+    for each in idle:
         each.close()
+
+
+def test_one_loop_that_stands_still_fails_both_paths(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert b" 200 " in loop.ask(b"GET /healthz HTTP/1.1\r\n\r\n") and b" 200 " in loop.ask()
+    loop.stand_still()
+    monkeypatch.setattr(metrics_http, "STALLED_S", 0.1)
+    time.sleep(PAGE_S)
+    assert loop.ask(b"GET /healthz HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 503 ")
+    assert loop.ask().startswith(b"HTTP/1.1 503 ")
+
+
+class Turning:
+    """A snapshot at a clock of ours, with a reader in a thread."""
+
+    def __init__(self, takes_s: float = 0.0) -> None:
+        self.now, self.made, self._takes_s = 0.0, 0, takes_s
+        self.snapshot = Snapshot(lambda: self.now)
+
+    def make(self) -> str:
+        self.made += 1
+        self.now += self._takes_s
+        return f"page {self.made}"
+
+    def read(self) -> str | None:
+        pages: list[str | None] = []
+        reader = threading.Thread(target=lambda: pages.append(self.snapshot.page()))
+        reader.start()
+        while reader.is_alive():
+            self.snapshot.turned(self.make)
+            reader.join(0.001)
+        return pages[0]
 
 
 def test_a_page_is_made_once_for_all_who_ask_at_once() -> None:
-    standing = Standing()
-    for at in (0, windows.PAGE_MS - 1, windows.PAGE_MS):
-        standing.now_ms = at
-        with standing.visitor(GET) as reader:
-            assert reader.recv(4096).endswith(b"\r\n\r\npage\n")
-    assert standing.made == 2
-    standing.window.close()
+    turning = Turning()
+    pages = []
+    for turning.now in (0.0, PAGE_S - 0.01, PAGE_S):
+        pages.append(turning.read())
+    assert pages == ["page 1", "page 1", "page 2"]
 
 
-def test_a_page_that_takes_long_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
-    standing, seconds = Standing(), iter((0.0, 0.05, 9.0, 9.05))
-    monkeypatch.setattr("llambo.broker.report.metrics_http.time.monotonic", lambda: next(seconds))
-    for at in (0, windows.PAGE_MS, windows.PAGE_SHARE * 50 - 1, windows.PAGE_SHARE * 50):
-        standing.now_ms = at
-        with standing.visitor(GET) as reader:
-            assert reader.recv(4096).endswith(b"\r\n\r\npage\n")
-    assert standing.made == 2
-    standing.window.close()
+def test_a_page_that_takes_long_is_made_seldom() -> None:
+    turning = Turning(takes_s=0.05)
+    assert turning.read() == "page 1"
+    until = turning.now + PAGE_SHARE * 0.05
+    for turning.now in (until - 0.5, until - 0.01):
+        assert turning.read() == "page 1"
+    turning.now = until + 0.01
+    assert turning.read() == "page 2"
 
 
-def test_a_page_that_cannot_be_made_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
-    standing = Standing()
-
-    def broken() -> str:
-        raise ZeroDivisionError
-
-    standing.window.open(standing.poller, broken)
-    with standing.visitor(GET) as reader:
-        assert reader.recv(4096).startswith(b"HTTP/1.1 500 ")
+def test_a_page_that_cannot_be_made_is_no_end(loop: Loop, caplog: pytest.LogCaptureFixture) -> None:
+    loop.page = ""
+    assert loop.ask().startswith(b"HTTP/1.1 500 ")
     assert "ZeroDivisionError" in caplog.text
-    standing.window.close()
+    loop.page = "page\n"
+    time.sleep(PAGE_S)
+    assert loop.ask().endswith(b"\r\n\r\npage\n")
 
 
-def test_without_descriptors_it_pauses(standing: Standing, caplog: pytest.LogCaptureFixture) -> None:
-    door: Any = standing.window._door
+def test_without_descriptors_it_pauses(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    accepted: list[float] = []
+    listening: Any = loop.server.socket
 
     class Full:
         def __getattr__(self, name: str) -> Any:
-            return getattr(door, name)
+            return getattr(listening, name)
 
         def accept(self) -> Any:
-            raise OSError(errno.EMFILE, "too many")
+            accepted.append(time.monotonic())
+            if len(accepted) < 2:
+                raise OSError(errno.EMFILE, "too many")
+            return listening.accept()
 
-    standing.window._door = Full()  # type: ignore[assignment]
-    with socket.create_connection(("127.0.0.1", standing.window.port)) as waiting:
-        waiting.sendall(GET)
-        standing.turn(int(TIMEOUT_S * 1_000))
-        assert "no descriptor" in caplog.text
-        assert not standing.poller.poll(50), "it would turn and turn"
-        standing.window._door = door
-        standing.now_ms = standing.window.due_ms
-        assert standing.now_ms == PAUSE_MS
-        standing.turn()
-        assert waiting.recv(15) == b"HTTP/1.1 200 OK"
+    loop.server.socket = Full()  # type: ignore[assignment]
+    assert b"200 OK" in loop.ask()
+    assert "no descriptor" in caplog.text
+    assert accepted[1] - accepted[0] >= FULL_PAUSE_S
 
 
-# --- who may ---------------------------------------------------------------------------------------------
+# --- who may ---
 
 
 def test_beyond_this_machine_it_wants_a_token() -> None:
     with pytest.raises(LlamboError, match="metrics_token") as refused:
-        Window("0.0.0.0:0")
+        MetricsServer("0.0.0.0:0")
     assert refused.value.code is Code.BAD_SETTING
-    Window("0.0.0.0:0", TOKEN).close()
+    MetricsServer("0.0.0.0:0", TOKEN).close()
     for wrong in ("9330", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:x", ":9330"):
         with pytest.raises(LlamboError, match="expected host:port"):
-            Window(wrong)
-    there = Window("127.0.0.1:0")
+            MetricsServer(wrong)
+    there = MetricsServer("127.0.0.1:0")
     with pytest.raises(LlamboError, match="in use"):
-        Window(f"127.0.0.1:{there.port}")
+        MetricsServer(f"127.0.0.1:{there.port}")
     there.close()
 
 
 def test_the_token_is_asked_for() -> None:
-    standing = Standing(token=TOKEN)
-    with standing.visitor(GET) as reader:
-        assert reader.recv(4096).startswith(b"HTTP/1.1 401 ")
-    with standing.visitor(GET[:-2] + f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()) as reader:
-        assert reader.recv(4096).startswith(b"HTTP/1.1 200 ")
-    assert standing.made == 1
-    standing.window.close()
+    loop = Loop(token=TOKEN)
+    try:
+        assert loop.ask().startswith(b"HTTP/1.1 401 ")
+        assert loop.ask(GET[:-2] + f"Authorization: Bearer {TOKEN}\r\n\r\n".encode()).startswith(b"HTTP/1.1 200 ")
+        assert loop.made == 1
+    finally:
+        loop.close()
 
 
 def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -317,7 +356,7 @@ def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert token_in(str(file)) == TOKEN and not caplog.text
     file.chmod(stat.S_IRUSR | stat.S_IROTH)
     assert token_in(str(file)) == TOKEN
-    assert "everybody on this machine can read" in caplog.text
+    assert "every user of this machine can read" in caplog.text
     with pytest.raises(LlamboError, match="cannot be read"):
         token_in(str(tmp_path / "no"))
     assert token_in("") == ""

@@ -41,7 +41,7 @@ def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
             if plane != "worker control":
                 await reader.until(BEFORE + DURING)
             elif fault != "cut":
-                await mesh.aside(lambda core: core.state.counters.workers_lost, "the worker given up")
+                await mesh.aside(lambda core: core.state.counters.peers.workers_lost, "the worker given up")
             proxy.heal(plane)
             await reader.until(TOKENS + 1)
             return reader.ids

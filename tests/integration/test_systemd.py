@@ -175,7 +175,7 @@ min = 1
     since = manager.mark()
     manager.systemctl("stop", "llambo-fleet.service")
     services.up("llambo-fleet.service")
-    manager.heard("keeps it from now on", since)
+    manager.heard("leads from now on", since)
     manager.systemctl("stop", "llambo-fleet.service")
     assert not any("tiny-0001" in entry.get("MESSAGE", "") and "lost" in entry["MESSAGE"]
                    for entry in manager.entries[since:])  # fmt: skip

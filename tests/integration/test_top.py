@@ -322,7 +322,7 @@ def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pyt
 
 
 def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
-    config = BrokerConfig(client_lease_ms=1_000)
+    config = BrokerConfig.of(client_lease_ms=1_000)
     with Mesh(workers=1, broker="process", config=config) as mesh:
 
         async def scenario() -> None:

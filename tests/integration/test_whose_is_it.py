@@ -199,7 +199,7 @@ def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
         victim.join_as_client()
         victim.send_messages(m.InferenceRequest(id, max_tokens=300, stream=False), blobs=[b"prompt"])
         victim.expect(m.Accepted)
-        route = mesh.look(lambda core: core.state.registry.clients[victim.session].route)
+        route = mesh.look(lambda core: core.state.registry.clients[victim.session].link.route)
     with zmq.Context() as context, sockets.control(context, zmq.DEALER, curve=key_of(folder, "eve")) as thief:
         thief.setsockopt(zmq.ROUTING_ID, route)
         thief.connect(f"tcp://127.0.0.1:{mesh.port}")
@@ -215,7 +215,7 @@ def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
         assert not [message for message in said if isinstance(message, m.Page | m.Result | m.Welcome)]
         # And to join from there is to be somebody else
         thief.send_multipart([codec.MAGIC + codec.NO_SESSION, msgspec.msgpack.encode([m.ClientHello()])])
-        mesh.until(lambda core: core.state.registry.client_routes[route].identity.name == "eve", "it has joined")
+        mesh.until(lambda core: core.state.registry.clients.by_route[route].identity.name == "eve", "it has joined")
         mesh.until(lambda core: victim.session not in core.state.registry.clients, "the victim's session is over")
 
 
@@ -291,7 +291,7 @@ def test_a_worker_whose_key_is_revoked(mesh: Mesh, folder: Folder) -> None:
         folder.revoke("turncoat")
         mesh.until(lambda core: "turncoat" not in core.state.registry.worker_names, "it is gone")
         peer.send_messages(m.WorkerHeartbeat(beat=1))
-        mesh.until(lambda core: core.state.counters.unknown_sessions, "it was not heard")
+        mesh.until(lambda core: core.state.counters.peers.unknown_sessions, "it was not heard")
 
 
 def test_a_key_that_expires_in_session(mesh: Mesh, folder: Folder) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from llambo.fleet.decide import plan
-from llambo.fleet.decide.autoscale_core import Autoscaler, Seen
+from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad
 from llambo.fleet.decide.crashes_core import Crashes
 from llambo.fleet.decide.placement import Placement
 from llambo.fleet.model import Fleet, NodeClass
@@ -96,7 +96,7 @@ class FleetWorld:
         self.missing = False
         self.slots_ready = 0
         self.world = World()
-        self.seen = Seen(node_class=self.kept.name, workers=0)
+        self.seen = ClassLoad(node_class=self.kept.name, workers=0)
 
     def begin_with(self, count: int) -> None:
         """All ready, as if they had always been there."""
@@ -177,10 +177,12 @@ class FleetWorld:
         for name, worker in list(self.workers.items()) if self.changed else ():
             if worker.dies_at is not None and worker.dies_at <= self.now_ms:
                 del self.workers[name]
-                self.crashes.died(name, self.kept.name, worker.node.host, "ended with status 1", "", self.now_ms)
+                self.crashes.note_failure(
+                    name, self.kept.name, worker.node.host, "ended with status 1", "", self.now_ms
+                )
             elif worker.leaves_at is not None and worker.leaves_at <= self.now_ms:
                 del self.workers[name]
-                self.crashes.ended_well(name)
+                self.crashes.note_stopped(name)
 
     # --- what is done about it -----------------------------------------------------------------------------
 
@@ -201,24 +203,26 @@ class FleetWorld:
         self.world = world = self._world()
         serving = {node.name: (node.node_class, node.host) for node in world.nodes if node.state is NodeState.READY}
         for name in serving:
-            self.crashes.ready(name, self.now_ms)
-        self.crashes.lasted(serving, self.now_ms)
+            self.crashes.note_ready(name, self.now_ms)
+        self.crashes.recovered(serving, self.now_ms)
         counting = sum(node.counts for node in world.nodes)
         room = Placement(world.hosts, world.nodes).fit(self.kept, self.kept.max)
-        self.seen = Seen(node_class=self.kept.name, workers=counting, room=room)
+        self.seen = ClassLoad(node_class=self.kept.name, workers=counting, room=room)
         self.missing = counting != self.scaler.counts.get(self.kept.name, counting)
         self.slots_ready = len(serving) * self.kept.slots
 
     def _apply(self) -> bool:
         wanted = plan.Wanted(
-            counts=self.scaler.counts, barred=self.crashes.barred(self.now_ms), probed=self.crashes.probed(self.now_ms)
+            counts=self.scaler.counts,
+            blocked=self.crashes.blocked(self.now_ms),
+            probing=self.crashes.probing(self.now_ms),
         )
         made = plan.make(self.fleet, self.world, wanted)
         for step in made.steps:
             worker = self.workers.get(step.name)
-            if step.do is plan.Do.SPAWN:
+            if step.kind is plan.StepKind.SPAWN:
                 self._spawn(step.name, step.host)
-            elif step.do is plan.Do.RESUME:
+            elif step.kind is plan.StepKind.RESUME:
                 assert worker is not None
                 worker.leaves_at = None
             elif worker is not None and worker.leaves_at is None:

@@ -32,7 +32,7 @@ _DELIVERY, _ENDING, _MEMBERSHIP = (
 )
 _DRAINING = "llambo.broker.workers.draining"
 _SUSPICION = "llambo.broker.requests.suspicion"
-_QUEUE, _STATE = "llambo.broker.records.queue", "llambo.broker.records.state"
+_QUEUE, _STATE = "llambo.broker.records.fair_share", "llambo.broker.records.state"
 _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 
 GUARDS: dict[str, Guard] = {
@@ -41,24 +41,18 @@ GUARDS: dict[str, Guard] = {
         "request = running.get(frame[1:_KEY_END])",
         "request = running.get(frame[1:_KEY_END]) or state.requests.get(frame[1:17])",
     ),
-    "index": Guard(
-        _DELIVERY, "if first != transcript.next_index or request.stash is not None:", "if request.stash is not None:"
-    ),
-    "trim": Guard(_DELIVERY, "if first < transcript.next_index:", "if False:"),
+    "index": Guard(_DELIVERY, "if first != transcript.next_index:", "if False:"),
+    "trim": Guard(_DELIVERY, "new = transcript.trimmed(frame)", "new: bytes | None = frame"),
     "append before forward": Guard(
         _DELIVERY,
-        "elif first > have:\n",
-        "elif first > have:\n        out.extend(topic + frame for topic in request.topics)\n",
+        "case Fit.EARLY:\n",
+        "case Fit.EARLY:\n            out.extend(topic + frame for topic in request.followers.topics)\n",
     ),
-    "end on control": Guard(
-        _ENDING, "    state.out.append(ToClient(client.route, client.session, ended.end))", "    pass"
-    ),
-    "end acknowledgement": Guard(
-        _ENDING, "    state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))", "    pass"
-    ),
+    "end on control": Guard(_ENDING, "    state.to_client(client, ended.end)", "    pass"),
+    "end acknowledgement": Guard(_ENDING, "    state.to_worker(worker, m.EndAck([key]))", "    pass"),
     "claimed-set requeue": Guard(_MEMBERSHIP, _CLAIMED, "if False]"),
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
-    "lease": Guard(_MEMBERSHIP, "if now_ms - worker.heard_at >= state.config.lease_ms:", "if False:"),
+    "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
     ),
@@ -68,25 +62,25 @@ GUARDS: dict[str, Guard] = {
         "prefix: list[int] = []",
     ),
     "drain said again": Guard(
-        _DRAINING, "            _tell(state, worker, order)\n            return", "            return"
+        _DRAINING, "            _send(state, worker, order)\n            return", "            return"
     ),
     "fence closed when it moves": Guard(
-        "llambo.broker.requests.dispatching", "    state.land(request)\n    request.note", "    request.note"
+        "llambo.broker.requests.dispatching", "    state.close_fence(request)\n    request.note", "    request.note"
     ),
     "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard(
         "llambo.broker.requests.dispatching", "        request.transcript.clear()\n", "        pass\n"
     ),
     "word of the client": Guard(
-        "llambo.broker.requests.admission", "    returning.make_way(state, client, asked, held, now_ms)\n", ""
+        "llambo.broker.requests.admission", "    recovery.forget_outdated(state, client, asked, held, now_ms)\n", ""
     ),
-    "forsaken is not ended": Guard(
-        "llambo.broker.requests.adoption", "    if ended.forsaken:\n        return False\n", ""
+    "abandoned is not ended": Guard(
+        "llambo.broker.requests.recovery", "    if ended.abandoned:\n        return False\n", ""
     ),
-    "conviction": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
+    "killers are ended": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(
-        "llambo.broker.records.schedule",
-        "return worker.dispatchable and not (self.wary and worker.wary)",
+        "llambo.broker.records.pools",
+        "return worker.dispatchable and not (self.lane.isolated and worker.has_suspect)",
         "return worker.dispatchable",
     ),
     "one suspect of all brokers": Guard(
@@ -96,14 +90,14 @@ GUARDS: dict[str, Guard] = {
         brokers=2,
     ),
     "progress clears a suspect": Guard(
-        _DELIVERY, "if 0 <= request.suspect_at < request.transcript.next_index:", "if False:"
+        _DELIVERY, "if 0 <= request.suspicion.token < transcript.next_index:", "if False:"
     ),
     "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
     "as many at work as it may": Guard(_QUEUE, "if not request.account.full:", "if True:"),
     "so many also without a queue": Guard(
-        "llambo.broker.requests.dispatching", " and (not request.account.full or request.attempt)", ""
+        "llambo.broker.requests.dispatching", " and (not request.account.full or request.run.attempt)", ""
     ),
-    "held back until one is done": Guard(_STATE, "self.eased[account.name] = account", "pass"),
+    "held back until one is done": Guard(_STATE, "self.queue.eased[account.name] = account", "pass"),
     "turns of identities": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
     "what moves is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
     "limits are for what is new": Guard(

@@ -7,12 +7,12 @@ from random import Random
 from typing import Any
 
 from llambo.broker import events as b
-from llambo.broker.actions import Publish as BrokerPublish
-from llambo.broker.actions import ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
+from llambo.broker.events import Publish as BrokerPublish
+from llambo.broker.events import ToWorker
 from llambo.broker.invariants import check
-from llambo.broker.records.state import Counters
+from llambo.broker.records.counters import Counters
 from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.link import link_core as lc
@@ -165,7 +165,7 @@ class BrokerNode(Node):
         self.plan_wakeup()
 
     def counted(self, name: str) -> int:
-        return sum(getattr(counters, name) for counters in (*self.past, self.core.state.counters))
+        return sum(counters.flat()[name] for counters in (*self.past, self.core.state.counters))
 
     def _control(self, wire: Wire, route: bytes, bundle: Bundle) -> None:
         if self.alive and bundle[0] in self.core.state.registry.workers:

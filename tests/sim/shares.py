@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from llambo.broker.actions import ToWorker
-from llambo.broker.records.request import Request, RequestState
+from llambo.broker.events import ToWorker
+from llambo.broker.records.request import Lane, Request, RequestState
 from llambo.broker.records.state import State
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
@@ -15,7 +15,7 @@ from llambo.mesh.wire.identity import Identity
 #: Who waits for its turn sees each other identity have one before.
 TURNS = 1
 #: A lane, a class, and who waits there.
-Place = tuple[str, str, str]
+Place = tuple[Lane, str, str]
 
 
 class Shares:
@@ -47,7 +47,7 @@ class Shares:
         for action in actions:
             if isinstance(action, ToWorker) and isinstance(action.message, m.Dispatch):
                 request = state.requests.get(action.message.id)
-                if request is not None and request.key == request.id + action.message.dispatch and _new(request):
+                if request is not None and request.run.key == request.id + action.message.dispatch and _new(request):
                     self._served(request, waiting & self._waited)
         self._waited = waiting
         self._passed = {place: passed for place, passed in self._passed.items() if place in waiting}
@@ -63,14 +63,16 @@ class Shares:
 
 
 def _place(request: Request) -> Place:
-    return request.lane, request.priority, request.owner
+    return request.lane, request.asked.priority, request.owner
 
 
 def _new(request: Request) -> bool:
     """Not one that was with a worker before, here or elsewhere: those go on."""
-    return request.attempt == 1 and (request.worker is None or request.key not in request.worker.adopted)
+    return request.run.attempt == 1 and (
+        request.run.worker is None or request.run.key not in request.run.worker.adopted
+    )
 
 
 def _may_go(request: Request) -> bool:
-    waits = request.state is RequestState.WAITING and not request.parked and not request.attempt
+    waits = request.state is RequestState.WAITING and not request.place.awaiting_run and not request.run.attempt
     return waits and not request.account.full

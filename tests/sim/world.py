@@ -50,10 +50,10 @@ class World:
         self.history = History(self.plan.style, hangs=hangs, apart=apart, limits=self.keys.there)
         self.gone: set[str] = set()
         self.log: list[str] = []
-        config = BrokerConfig(
+        config = BrokerConfig.of(
             engine_failures=10**6,
             hold_ms=10**6,
-            young_ms=60_000 if self.plan.brokers == 1 else 20_000,
+            startup_grace_ms=60_000 if self.plan.brokers == 1 else 20_000,
             client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,

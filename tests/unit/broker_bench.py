@@ -5,10 +5,20 @@ from __future__ import annotations
 from random import Random
 from typing import Any, TypeVar
 
-from llambo.broker.actions import Publish, ToClient, ToWorker
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
-from llambo.broker.events import ClientSaid, Event, KeysChanged, RouteGone, Tick, TokensArrived, WorkerSaid
+from llambo.broker.events import (
+    ClientSaid,
+    Event,
+    KeysChanged,
+    Publish,
+    RouteGone,
+    Tick,
+    ToClient,
+    TokensArrived,
+    ToWorker,
+    WorkerSaid,
+)
 from llambo.broker.invariants import check
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
@@ -26,8 +36,8 @@ class Bench:
     """Time stands still unless a test moves it. Invariants are checked after every event."""
 
     def __init__(self, **config: Any) -> None:
-        config.setdefault("young_ms", 0)  # what it does not know it refuses at once
-        self.core = BrokerCore(BrokerConfig(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
+        config.setdefault("startup_grace_ms", 0)  # what it does not know it refuses at once
+        self.core = BrokerCore(BrokerConfig.of(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
         self.state = self.core.state
         self.now_ms = 1_000
         self.actions: list[Any] = []

@@ -38,7 +38,7 @@ class Keyed:
 
     @property
     def account(self) -> Account:
-        return self.bench.state.accounts.by_name["alice"]
+        return self.bench.state.access.accounts.by_name["alice"]
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -144,7 +144,7 @@ def test_too_many_waiting() -> None:
     mesh.client("bob").submit(9)  # others are not concerned
     assert mesh.bench.state.requests.keys() == {request_id(n) for n in (0, 1, 2, 9)}
     assert dict(mesh.account.refused) == {"max_queued": 1}
-    assert mesh.bench.state.counters.refused == 1
+    assert mesh.bench.state.counters.requests.refused == 1
 
 
 def test_how_long_to_wait_is_told_by_its_own_pace() -> None:
@@ -376,11 +376,11 @@ def test_a_name_that_is_gone_is_held_to_its_limits_until_nothing_of_it_is_left()
     for number in (0, 1):
         mesh.end(mesh.worker, number)
     mesh.bench.pass_time(1_000)
-    assert "alice" not in mesh.bench.state.accounts.by_name
+    assert "alice" not in mesh.bench.state.access.accounts.by_name
 
 
 def test_a_young_broker_lets_nobody_fill_its_waiting_list() -> None:
-    bench = Bench(young_ms=5_000)
+    bench = Bench(startup_grace_ms=5_000)
     bench.keys(Identity("alice", "client", max_queued=2), Identity("bob", "client"))
     alice, bob = bench.client(b"a", user="alice"), bench.client(b"b", user="bob")
     for number in range(3):
@@ -389,4 +389,4 @@ def test_a_young_broker_lets_nobody_fill_its_waiting_list() -> None:
     (problem,) = alice.problems
     assert (problem.id, problem.error.code, problem.error.retry_after_ms) == (request_id(2), Code.OVER_LIMIT, 1_000)
     assert bob.problems == []
-    assert bench.state.accounts.by_name["alice"].queued == 0  # nothing is taken in yet
+    assert bench.state.access.accounts.by_name["alice"].queued == 0  # nothing is taken in yet

@@ -58,7 +58,7 @@ def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
         resume(client, 1, [1, 2])
         announce(worker, 1, [1, 2, 3])
     assert adopted(worker) == [key_of(1)] and worker.dispatches == []
-    assert bench.state.counters.adopted == 1
+    assert bench.state.counters.requests.adopted == 1
     # The client gets what it does not have, and what comes now
     worker.publish(chunk(1, [4], 3))
     assert client.streamed()[-2:] == [3, 4]
@@ -149,7 +149,7 @@ def test_the_detached_run_of_another_broker_is_its_own() -> None:
     bench = Bench()
     worker = bench.worker()
     announce(worker, 1, [1, 2], home=False, detached=True)
-    assert adopted(worker) == [] and len(bench.state.orphanage) == 1
+    assert adopted(worker) == [] and len(bench.state.recovery.orphans) == 1
 
 
 def test_an_adopted_run_that_dies_moves_with_its_prompt() -> None:
@@ -184,11 +184,11 @@ def test_orphans_are_forgotten_with_their_worker_and_in_time() -> None:
     announce(worker, 1, [1])
     announce(other, 2, [1])
     worker.say(m.Goodbye("stopped"))
-    assert [orphan.work.id for orphan in bench.state.orphanage] == [request_id(2)]
+    assert [orphan.work.id for orphan in bench.state.recovery.orphans] == [request_id(2)]
     for _ in range(30):
         bench.pass_time(100)
         other.beat()
-    assert len(bench.state.orphanage) == 0 and bench.state.orphanage.bytes == 0
+    assert len(bench.state.recovery.orphans) == 0 and bench.state.recovery.orphans.bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_an_orphan_that_is_malformed_is_stopped(blob: bytes) -> None:
     bench = Bench()
     worker = bench.worker()
     worker.say(m.Orphan(m.Dispatch(request_id(1), dispatch_id(1), 5, "m", 10, 7, prompt_bytes=5)), blob=blob)
-    assert worker.heard(m.Cancel) and len(bench.state.orphanage) == 0
+    assert worker.heard(m.Cancel) and len(bench.state.recovery.orphans) == 0
 
 
 def test_a_resume_that_is_malformed_is_refused() -> None:
@@ -248,7 +248,7 @@ def test_nobody_is_given_a_continuation_of_something_else() -> None:
 
 
 def test_a_young_broker_waits_for_workers() -> None:
-    bench = Bench(young_ms=5_000)
+    bench = Bench(startup_grace_ms=5_000)
     client = bench.client()
     client.submit(1)
     assert client.problems == [] and client.heard(m.Accepted) == []
@@ -258,17 +258,17 @@ def test_a_young_broker_waits_for_workers() -> None:
 
 
 def test_a_young_broker_grows_up() -> None:
-    bench = Bench(young_ms=3_000)
+    bench = Bench(startup_grace_ms=3_000)
     client = bench.client()
     client.submit(1)
     client.say(m.Attach(request_id(2)))
     bench.pass_time(4_100)
     assert [p.error.code for p in client.problems] == [Code.NO_WORKER, Code.UNKNOWN_REQUEST]
-    assert not bench.state.early
+    assert not bench.state.recovery.deferred
 
 
 def test_an_attach_to_what_is_not_yet_back_waits_for_it() -> None:
-    bench = Bench(young_ms=5_000)
+    bench = Bench(startup_grace_ms=5_000)
     worker, owner, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     attach(other, 1, [1, 2])
     resume(owner, 1, [1])

@@ -7,6 +7,7 @@ import pytest
 
 from llambo.broker import housekeeping
 from llambo.broker.events import StopAsked, Tick
+from llambo.broker.records.request import Lane
 from llambo.broker.records.transcript import reservation
 from llambo.broker.report import queries
 from llambo.mesh.wire import limits, tokens
@@ -90,7 +91,7 @@ def test_what_cannot_be_done_is_refused_by_name(fields: dict[str, object], promp
     client.submit(1, prompt, **fields)
     assert [p.error.code for p in client.problems] == [code]
     assert client.problems[0].id == request_id(1)
-    assert bench.state.counters.refused == 1
+    assert bench.state.counters.requests.refused == 1
 
 
 def test_with_several_models_one_has_to_be_named() -> None:
@@ -138,7 +139,7 @@ def test_chunks_under_an_old_dispatch_are_stale() -> None:
     assert second.dispatches[0].id == request_id(1)
     first.publish(late)
     assert client.streamed() == []
-    assert bench.state.counters.stale_chunks == 1
+    assert bench.state.counters.tokens.stale_chunks == 1
 
 
 def test_another_worker_continues_from_the_transcript() -> None:
@@ -172,7 +173,7 @@ def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2), worker.chunk(0, 1, 2), worker.chunk(1, 2, 3))
     assert client.streamed() == [1, 2, 3]
-    assert bench.state.counters.duplicate_chunks == 1
+    assert bench.state.counters.tokens.duplicate_chunks == 1
 
 
 def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
@@ -223,7 +224,7 @@ def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
     assert len(worker.dispatches) == 1
     worker.beat(seq=seq)
     assert len(worker.dispatches) == 2
-    assert bench.state.counters.moved == 1
+    assert bench.state.counters.requests.moved == 1
 
 
 def test_what_nobody_waits_for_is_cancelled_at_the_worker() -> None:
@@ -344,7 +345,7 @@ def test_detached_results_are_bounded_the_oldest_go_first() -> None:
         client.submit(number, detached=True)
         worker.publish(worker.chunk(0, *range(10)))
         worker.end(10)
-    assert bench.state.archive.kept_bytes <= 100
+    assert bench.state.archive.detached_bytes <= 100
     assert bench.state.archive.ended[request_id(1)].transcript is None
     assert bench.state.archive.ended[request_id(2)].transcript is not None
 
@@ -436,11 +437,11 @@ def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
     bench.now_ms += 60_000
     # When it goes on
     bench.handle(Tick())
-    assert (bench.state.counters.workers_lost, bench.state.counters.clients_lost) == (0, 0)
+    assert (bench.state.counters.peers.workers_lost, bench.state.counters.peers.clients_lost) == (0, 0)
     assert worker.heard(m.Cancel) == []
     # Then silence counts from there on.
     bench.pass_time(2_100)
-    assert bench.state.counters.workers_lost == 1
+    assert bench.state.counters.peers.workers_lost == 1
 
 
 def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
@@ -484,8 +485,8 @@ def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
     forged = tokens.encode_chunk(b"k" * 24, 0, [1], [b"x"])
     worker.publish(b"", b"T", b"x" * 300, good[:30], good[:32], forged, good)
     assert client.streamed() == [1]
-    assert bench.state.counters.malformed_frames == 5
-    assert bench.state.counters.stale_chunks == 1
+    assert bench.state.counters.tokens.malformed_frames == 5
+    assert bench.state.counters.tokens.stale_chunks == 1
 
 
 DEEP = b"\x93\x91\x01\x91\xc4\x01x" + b"\x91" * 9_000 + b"\xc0"
@@ -503,7 +504,7 @@ def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
     bad = worker.chunk(0, 1)[: tokens.HEAD_BYTES] + body
     worker.publish(bad)
     assert client.streamed() == []
-    assert bench.state.counters.malformed_frames == 1
+    assert bench.state.counters.tokens.malformed_frames == 1
     # On the token plane it may have been anyone's. In a page it is the worker's own word.
     dispatch = worker.dispatches[0]
     worker.say(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
@@ -566,7 +567,7 @@ def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
     client.submit(1, logprobs=0)
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
     assert client.streamed() == []
-    assert bench.state.counters.malformed_frames == 1
+    assert bench.state.counters.tokens.malformed_frames == 1
 
 
 def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
@@ -603,7 +604,7 @@ def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.Mo
         bench.pass_time(100)
     bench.worker("w", model="m0")
     bench.pass_time(2_000)
-    assert sorted(bench.state.models) == ["m0", "m4", "m5"]
+    assert sorted(bench.state.models.unserved_since) == ["m0", "m4", "m5"]
 
 
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:
@@ -668,7 +669,7 @@ def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
         other.beat()
         client.say(m.ClientHeartbeat())
     assert [(end.reason, end.error and end.error.code) for end in client.ends[:1]] == [("error", Code.NO_WORKER)]
-    assert set(bench.state.pools) == {"m"}
+    assert set(bench.state.pools) == {Lane("m")}
 
 
 def test_requests_for_a_model_that_is_loading_wait_for_it() -> None:
@@ -706,7 +707,7 @@ def test_a_wait_for_a_model_that_is_loading_is_bounded_as_any_other() -> None:
     # A load that fails for good takes its worker away: then it is a model without workers
     client.submit(2)
     worker.say(m.Goodbye("cannot serve m"))
-    assert bench.state.models["m"] > 0
+    assert bench.state.models.unserved_since["m"] > 0
 
 
 def test_what_was_loaded_decides_who_continues_a_stream() -> None:
@@ -736,7 +737,7 @@ def test_a_worker_that_turns_out_to_serve_another_model_is_moved_there() -> None
     bench = Bench()
     worker, client = bench.worker(model="m"), bench.client()
     worker.beat(models=[m.ModelInfo("n", "f")], slots=1)
-    assert bench.state.models["m"] > 0 and bench.state.models["n"] == 0
+    assert bench.state.models.unserved_since["m"] > 0 and bench.state.models.unserved_since["n"] == 0
     client.submit(1)
     assert [dispatch.model for dispatch in worker.dispatches] == ["n"]
     # One slot is what it has now

@@ -6,12 +6,13 @@ from collections import Counter
 
 import pytest
 
-from llambo.broker.access.grants import Gate
+from llambo.broker.access.grants import SubscriptionGrants
 from llambo.broker.records.accounts import Account
-from llambo.broker.records.queue import WaitingRoom
-from llambo.broker.records.registry import ClientEntry, WorkerEntry
-from llambo.broker.records.request import REQUEST_STEPS, Request, RequestState
-from llambo.broker.records.schedule import POLICIES, Pool, choose
+from llambo.broker.records.pools import Pool
+from llambo.broker.records.queue import RequestQueue
+from llambo.broker.records.registry import ClientEntry, Session, WorkerEntry
+from llambo.broker.records.request import REQUEST_STEPS, Lane, Request, RequestState
+from llambo.broker.records.schedule import POLICIES, choose
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -27,15 +28,15 @@ def a_request(number: int, now_ms: int = 0, account: Account | None = None, **fi
 
 def a_worker(name: str, slots: int) -> WorkerEntry:
     hello = m.WorkerHello(name, b"i", [m.ModelInfo("m")], slots)
-    worker = WorkerEntry(hello, m.Welcome(name.encode(), 1), name.encode(), 0)
-    worker.echo = worker.beat = 1
+    worker = WorkerEntry(hello, Session(name.encode(), m.Welcome(name.encode(), 1), 0, 0))
+    worker.beats.echo = worker.beats.beat = 1
     return worker
 
 
-def serve(room: WaitingRoom) -> Request:
-    request = room.first("m")
+def serve(room: RequestQueue) -> Request:
+    request = room.first(Lane("m"))
     assert request is not None
-    request.attempt += 1
+    request.run.attempt += 1
     request.step(RequestState.DISPATCHED)
     room.left(request)
     return request
@@ -45,7 +46,7 @@ def serve(room: WaitingRoom) -> Request:
 
 
 def test_the_most_urgent_goes_first_and_nobody_starves() -> None:
-    room = WaitingRoom(100, 10**6, max_age_ms=1_000)
+    room = RequestQueue(100, 10**6, max_age_ms=1_000)
     room.put(a_request(1), 0)
     room.put(a_request(2, deadline_ms=500), 0)
     room.put(a_request(3, deadline_ms=400), 700)  # due at 400 after its submit at 0, but comes later
@@ -53,29 +54,29 @@ def test_the_most_urgent_goes_first_and_nobody_starves() -> None:
 
 
 def test_classes_share_by_weight() -> None:
-    room = WaitingRoom(1_000, 10**6, 10**6)
+    room = RequestQueue(1_000, 10**6, 10**6)
     for number in range(300):
         room.put(a_request(number, priority=("interactive", "normal", "batch")[number % 3]), 0)
-    served = Counter(serve(room).priority for _ in range(84))
+    served = Counter(serve(room).asked.priority for _ in range(84))
     assert served == {"interactive": 64, "normal": 16, "batch": 4}
 
 
 def test_a_class_that_was_idle_has_no_turns_saved_up() -> None:
-    room = WaitingRoom(1_000, 10**6, 10**6)
+    room = RequestQueue(1_000, 10**6, 10**6)
     for number in range(200):
         room.put(a_request(number, priority="interactive"), 0)
     for _ in range(100):
         serve(room)
     for number in range(200, 260):
         room.put(a_request(number, priority="batch"), 0)
-    assert Counter(serve(room).priority for _ in range(34))["batch"] <= 3
+    assert Counter(serve(room).asked.priority for _ in range(34))["batch"] <= 3
 
 
 def test_who_lost_a_worker_goes_before_all_and_is_not_counted_out() -> None:
-    room = WaitingRoom(1, 10**6, 10**6)
+    room = RequestQueue(1, 10**6, 10**6)
     room.put(a_request(1, priority="interactive"), 0)
     moved = a_request(2, priority="batch")
-    moved.attempt = 1
+    moved.run.attempt = 1
     assert room.full(0)
     room.put(moved, 50)
     assert serve(room) is moved
@@ -83,14 +84,14 @@ def test_who_lost_a_worker_goes_before_all_and_is_not_counted_out() -> None:
 
 
 def test_the_room_is_bounded_in_bytes() -> None:
-    room = WaitingRoom(10, 12, 10**6)
+    room = RequestQueue(10, 12, 10**6)
     room.put(a_request(1), 0)
     assert not room.full(7)
     assert room.full(8)
 
 
 def test_who_left_is_skipped_and_who_came_back_waits_once() -> None:
-    room = WaitingRoom(10, 10**6, 10**6)
+    room = RequestQueue(10, 10**6, 10**6)
     first, second = a_request(1), a_request(2)
     room.put(first, 0)
     room.put(second, 0)
@@ -110,7 +111,7 @@ def test_who_left_is_skipped_and_who_came_back_waits_once() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_uses_all_slots_and_never_more(policy: str) -> None:
     workers = [a_worker(f"w{n}", slots=n + 1) for n in range(5)]
-    pool = Pool("m")
+    pool = Pool(Lane("m"))
     for worker in workers:
         pool.update(worker)
     for turn in range(sum(worker.slots for worker in workers)):
@@ -129,7 +130,7 @@ def test_every_policy_uses_all_slots_and_never_more(policy: str) -> None:
 
 def test_least_loaded_is_by_share_of_slots_and_takes_turns_among_equals() -> None:
     big, small = a_worker("big", 8), a_worker("small", 2)
-    pool = Pool("m")
+    pool = Pool(Lane("m"))
     pool.update(big)
     pool.update(small)
     chosen = []
@@ -144,7 +145,7 @@ def test_least_loaded_is_by_share_of_slots_and_takes_turns_among_equals() -> Non
 
 
 def test_ten_thousand_workers_choose_without_a_scan() -> None:
-    pool = Pool("m")
+    pool = Pool(Lane("m"))
     workers = [a_worker(f"w{n}", 4) for n in range(10_000)]
     for worker in workers:
         pool.update(worker)
@@ -167,17 +168,17 @@ def test_ten_thousand_workers_choose_without_a_scan() -> None:
 
 
 def test_a_pool_forgets_who_cannot_work() -> None:
-    pool = Pool("m")
+    pool = Pool(Lane("m"))
     one, two = a_worker("one", 1), a_worker("two", 1)
     pool.update(one)
     pool.update(two)
-    for spoil in ("draining", "closed"):
-        setattr(one, spoil, True)
+    for part, spoil in ((one.drain, "drained"), (one, "refusing")):
+        setattr(part, spoil, True)
         pool.update(one)
         assert pool.free == [two]
-        setattr(one, spoil, False)
+        setattr(part, spoil, False)
         pool.update(one)
-    one.beat = one.echo + 4  # its token plane is down
+    one.beats.beat = one.beats.echo + 4  # its token plane is down
     pool.update(one)
     assert pool.least_loaded() is two
 
@@ -221,18 +222,18 @@ def test_pages_are_bounded_and_together_they_are_everything() -> None:
 
 
 def client_of(topic: bytes, user: str = "") -> ClientEntry:
-    return ClientEntry(m.ClientHello(), m.Welcome(b"session!", 1, topic), b"route", 0, user)
+    return ClientEntry(m.ClientHello(), Session(b"route", m.Welcome(b"session!", 1, topic), 0, 0, user))
 
 
 def test_a_topic_is_granted_to_the_key_of_its_session_only() -> None:
     topic = b"t" * limits.TOPIC_BYTES
-    gate = Gate({topic: client_of(topic, "alice")})
+    gate = SubscriptionGrants({topic: client_of(topic, "alice")})
     assert [gate.admit(b"\x01" + topic, user) for user in ("bob", "", "alice")] == [None, None, topic]
 
 
 def test_only_a_whole_session_topic_is_granted() -> None:
     topic = b"t" * limits.TOPIC_BYTES
-    gate = Gate({topic: client_of(topic)})
+    gate = SubscriptionGrants({topic: client_of(topic)})
     assert gate.admit(b"\x01" + topic) == topic
     for frame in (b"\x01", b"\x01t", b"\x01" + topic[:-1], b"\x01" + topic + b"x", b"\x01" + b"u" * 16):
         assert gate.admit(frame) is None
@@ -243,7 +244,7 @@ def test_only_a_whole_session_topic_is_granted() -> None:
 
 def test_after_junk_no_grant_is_given_until_the_socket_is_in_step_again() -> None:
     topic = b"t" * limits.TOPIC_BYTES
-    gate = Gate({topic: client_of(topic)})
+    gate = SubscriptionGrants({topic: client_of(topic)})
     assert gate.admit(b"\x07junk") is None
     assert gate.admit(b"\x01" + topic) is None
     gate.drained()

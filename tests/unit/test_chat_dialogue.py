@@ -223,7 +223,7 @@ class User:
             await self.mesh.waits.wait()
             for number in numbers:
                 await asyncio.sleep(0)
-                self.signals.on_signal(number)
+                self.signals.receive(number)
         try:
             self.stays = await work
         except LlamboError as error:
@@ -433,7 +433,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end(begin: Chats) -> None:
 
 
 def test_an_end_that_does_not_come_is_not_waited_for(begin: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llambo.cli.chat.dialogue.END_WAIT_S", 0.01)
+    monkeypatch.setattr("llambo.cli.kit.follow.END_WAIT_S", 0.01)
 
     assert (
         begin().interrupts("one", signal.SIGINT, text="Half", ends_when_cancelled=False).saved.turns[0].mark

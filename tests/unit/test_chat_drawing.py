@@ -16,7 +16,6 @@ from rich.console import Console
 from llambo.cli.chat import screen as screen_module
 from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
-from llambo.cli.kit.answer_views import Clock
 from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.client.answer_stream import Piece
 from llambo.mesh.wire.errors import printable
@@ -306,7 +305,7 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 ) -> None:
     terminal = Terminal(monkeypatch, rows=rows)
     view = draw(terminal, [TALK[at : at + size] for at in range(0, len(TALK), size)], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     def spoken(lines: list[str]) -> list[str]:
         return [line.strip() for line in lines if line.strip()]
@@ -317,7 +316,7 @@ def test_an_answer_that_came_in_pieces_stands_there_as_one_that_came_at_once(
 def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     view = draw(terminal, ["First.\n\n", "Second.\n", "\n", *["more "] * 50], monkeypatch)
-    view.end(None, Clock())
+    view.close()
 
     assert sum("First" in write for write in terminal.writes) == 1
     assert sum("Second" in write for write in terminal.writes) == 1
@@ -335,7 +334,7 @@ def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyP
     assert terminal.lines() == ["Hello"]
     view.frame("nothing for 3 s")
     assert terminal.lines() == ["Hello", "nothing for 3 s"]
-    view.end(None, Clock())
+    view.close()
     assert terminal.lines() == ["Hello"]
 
 
@@ -345,7 +344,7 @@ def test_a_block_without_an_end_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatc
     view = draw(
         terminal, ["```python\n", *["".join(code[at : at + 400]) for at in range(0, len(code), 400)]], monkeypatch
     )
-    view.end(None, Clock())
+    view.close()
 
     assert [line.strip() for line in terminal.lines() if line.strip()] == [line.strip() for line in code]
     assert max(map(len, terminal.writes)) < 20 * BLOCK_CHARS
@@ -358,7 +357,7 @@ def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
         terminal = Terminal(monkeypatch, columns=40, rows=12)
         terminal.stream.feed("above\r\n")
         view = draw(terminal, pieces, monkeypatch)
-        view.end(None, Clock())
+        view.close()
 
         assert terminal.lines()[0].startswith("above")
         assert terminal.screen.title == ""

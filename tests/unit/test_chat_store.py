@@ -140,7 +140,7 @@ def test_a_damaged_file_is_reported_and_left_alone(at_home: Store, kind: str) ->
     listed = chat("--list")
     assert listed.exit_code == Exit.OK
     assert "travel" in listed.stdout and "broken" not in listed.stdout
-    assert f"{path} is left alone" in listed.stderr
+    assert f"{path} cannot be read" in listed.stderr
     problems = {each["session"]: each["problem"] for each in json.loads(chat("--list", "--json").stdout)}
     assert problems["travel"] == "" and problems["broken"]
     assert path.read_bytes() == DAMAGED[kind]

@@ -28,10 +28,10 @@ ALLOWED = {
     "cli/chat/chat.py": {"time.time", "time.strftime"},
     "cli/chat/dialogue.py": {"time.time"},
     "cli/chat/slash_commands.py": {"time.time"},
-    "cli/fleet/fleet_look.py": {"clock.wall_ms"},
+    "cli/fleet/fleet_status.py": {"clock.wall_ms"},
     "mesh/service/clock.py": {"time.time_ns"},
     "cli/top/top_app.py": {"time.time"},
-    "cli/top/top_panes.py": {"time.localtime", "time.strftime"},
+    "cli/top/top_widgets.py": {"time.localtime", "time.strftime"},
 }
 
 
@@ -94,7 +94,7 @@ def test_a_sum_that_cannot_be_remembered_is_computed_and_said(tmp_path: Path) ->
 
     assert found == good
     assert files == [], "a piece of the cache was left behind"
-    assert said.count("is not remembered, and computed at the next start") == 2
+    assert said.count("is not cached, and is computed again at the next start") == 2
     assert "File too large" in said
 
 

@@ -22,7 +22,7 @@ def beat(worker: Worker, drained: bool = False, moving: bool = False, claims: di
     worker.bench.pass_time(100)
     entry = worker.bench.state.registry.workers[worker.session]
     state: m.WorkerState = "draining" if drained else "ready"
-    worker.beat(entry.seq, drained=drained, moving=moving, state=state, claims=claims or {})
+    worker.beat(entry.beats.seq, drained=drained, moving=moving, state=state, claims=claims or {})
 
 
 def drained(client: Client, worker: str = "w", *, undo: bool = False, move: bool = False) -> None:
@@ -91,7 +91,7 @@ def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> 
     assert [d.id for d in idle.dispatches] == [request_id(1)]
     beat(busy)
     assert not bench.state.registry.drained
-    assert not bench.state.emptying
+    assert not bench.state.registry.emptying
 
 
 def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_believed() -> None:
@@ -205,7 +205,7 @@ def test_an_undo_leaves_everything_where_it_is() -> None:
     drained(client, "a", undo=True)
     bench.worker("b")
     assert first.heard(m.Cancel) == []
-    assert not bench.state.emptying
+    assert not bench.state.registry.emptying
 
 
 def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
@@ -214,7 +214,7 @@ def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
     drained(client, move=True)
     drained(client)
     assert worker.heard(m.Drain) == [m.Drain(move=True)] * 2
-    assert [happening.kind for happening in bench.state.happenings].count("drain") == 1
+    assert [happening.kind for happening in bench.state.journal.entries].count("drain") == 1
 
 
 def test_an_answer_that_is_whole_needs_no_other_worker() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.decide.autoscale_core import Autoscaler, Decision, Extreme, Seen
+from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad, Decision, WindowExtreme
 from llambo.fleet.model import NodeClass, Scaling
 
 SECOND, MINUTE = 1_000, 60_000
@@ -32,7 +32,7 @@ class Bench:
         self.now_ms += SECOND
         busy = min(load, self.workers * self.kept.slots)
         told: dict[str, Any] = {"busy": busy, "waiting": load - busy, "room": self.room - self.workers} | seen
-        found = self.scaler.handle([Seen(node_class="tiny", workers=self.workers, **told)], self.now_ms)
+        found = self.scaler.handle([ClassLoad(node_class="tiny", workers=self.workers, **told)], self.now_ms)
         self.decisions += found
         self.workers = self.scaler.counts["tiny"]
 
@@ -111,9 +111,9 @@ def test_bounds_hold_and_are_told() -> None:
     bench = Bench(3, least=2, most=5, shrink_by=9)
     assert bench.looks(100, 60) == 5
     assert bench.decisions[-1].why == "833 % of 12 slots wanted, more than 80 %; the most is 5"
-    assert bench.scaler.held == {"tiny": "the most is 5"}
+    assert bench.scaler.limited == {"tiny": "the most is 5"}
     assert bench.looks(0, 3600) == 2
-    assert bench.decisions[-1].why.endswith("; the least is 2") and not bench.scaler.held
+    assert bench.decisions[-1].why.endswith("; the least is 2") and not bench.scaler.limited
 
 
 def test_never_more_than_the_hosts_have_room_for() -> None:
@@ -121,18 +121,18 @@ def test_never_more_than_the_hosts_have_room_for() -> None:
     bench.room = 7
     assert bench.looks(100, 600) == 7
     assert bench.decisions[-1].why.endswith("; the hosts have room for 4 more")
-    assert bench.scaler.held == {"tiny": "the hosts have room for 0 more"}
+    assert bench.scaler.limited == {"tiny": "the hosts have room for 0 more"}
 
 
 def test_the_file_may_move_the_bounds() -> None:
     bench = Bench(3)
     bench.look(2)
-    bench.scaler.told([NodeClass(name="tiny", slots=4, min=5, max=6)])
+    bench.scaler.set_classes([NodeClass(name="tiny", slots=4, min=5, max=6)])
     assert bench.looks(2, 1) == 5
-    bench.scaler.told([NodeClass(name="tiny", slots=4, min=1, max=2)])
+    bench.scaler.set_classes([NodeClass(name="tiny", slots=4, min=1, max=2)])
     assert bench.looks(2, 1) == 2
     assert [decision.why for decision in bench.decisions] == ["the least is 5", "the most is 2"]
-    bench.scaler.told([NodeClass(name="other")])
+    bench.scaler.set_classes([NodeClass(name="other")])
     assert bench.scaler.counts == {}
 
 
@@ -194,7 +194,9 @@ def test_workers_that_start_are_counted_so_that_a_lack_is_not_made_good_twice() 
     for _ in range(120):
         bench.now_ms += SECOND
         # However many are wanted, only two are ready, and the rest waits.
-        seen = Seen(node_class="tiny", workers=bench.workers, busy=8, waiting=8, waited_ms=bench.now_ms, room=1_000)
+        seen = ClassLoad(
+            node_class="tiny", workers=bench.workers, busy=8, waiting=8, waited_ms=bench.now_ms, room=1_000
+        )
         bench.decisions += bench.scaler.handle([seen], bench.now_ms)
         bench.workers = bench.scaler.counts["tiny"]
     assert [decision.wanted for decision in bench.decisions] == [6]
@@ -278,13 +280,13 @@ def test_to_turn_round_the_load_must_really_have_changed(loads: list[int], rules
 @STEADY
 @given(st.lists(st.tuples(st.integers(1, 15_000), st.integers(0, 50)), min_size=1, max_size=60), st.integers(0, 20_000))
 def test_extremes_are_those_of_the_span(looks: list[tuple[int, int]], span_ms: int) -> None:
-    most, least = (Extreme(span_ms, 10_000, largest=largest) for largest in (True, False))
+    most, least = (WindowExtreme(span_ms, 10_000, largest=largest) for largest in (True, False))
     now_ms, seen = 0, list[tuple[int, int]]()
     for pause_ms, value in looks:
         now_ms += pause_ms
         seen = [*(seen if pause_ms <= 10_000 else []), (now_ms, value)]
-        most.look(value, now_ms)
-        least.look(value, now_ms)
+        most.add(value, now_ms)
+        least.add(value, now_ms)
         within = [one for at, one in seen if at >= now_ms - span_ms]
         covered = now_ms - seen[0][0] >= span_ms
         assert most.value() == (max(within) if covered else None)

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llambo.fleet.file import schema
-from llambo.fleet.file.file import parse
-from llambo.fleet.file.lines import Lines
+from llambo.fleet.file.reader import KeyLines, parse
 from llambo.fleet.model import Fleet, Scaling
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -146,17 +145,17 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
         (SMALL + "scale = 3\n", "fleet.toml:4: scale: expected a table, [classes.tiny.scale]"),
         (SMALL + "[classes.tiny.scale]\nlow_percent = 60\n", "fleet.toml:4: low_percent, aim_percent and high_percent"),
         (SMALL + "[hosts.box]\nprovider = 'systemd'\naddress = 'root@box'\ncores = 2\n",
-         "fleet.toml:4: [hosts.box] needs memory: what another machine has is not looked up"),
+         "fleet.toml:4: [hosts.box] needs memory: what another machine has is not detected"),
         (SMALL + "[hosts.box]\naddress = 'box'\nmemory = 1\ncores = 1\n",
-         'fleet.toml:5: address: processes are kept on this machine only; say provider = "systemd" for another one'),
+         'fleet.toml:5: address: processes are started on this machine only; use provider = "systemd" for another one'),
         (SMALL + "[hosts.box]\nprovider = 'systemd'\naddress = '-oProxyCommand=x'\nmemory = 1\ncores = 1\n",
          "fleet.toml:6: address is '-oProxyCommand=x', expected user@host"),
         (SMALL + "[classes.Big_One]\nmemory = '1GiB'\n",
-         "fleet.toml:4: 'Big_One' is no name: at most 32 of a-z, 0-9 and dashes within"),
-        (SMALL + "[classes.broker]\nmemory = '1GiB'\n", "fleet.toml:4: [classes.broker]: what is called so"),
+         "fleet.toml:4: 'Big_One' is not a valid name: at most 32 of a-z, 0-9 and inner dashes"),
+        (SMALL + "[classes.broker]\nmemory = '1GiB'\n", "fleet.toml:4: [classes.broker]: that name is reserved"),
         (SMALL + "[broker]\nhost = 'bx'\n", "fleet.toml:5: there is no host 'bx'; there are here"),
         (SMALL + "[classes]\nbig = 3\n", "fleet.toml:5: big in [classes]: expected a table, as [classes.big]"),
-        ("[fleet]\n", "fleet.toml: there is no class of workers in it: begin with [classes.tiny]"),
+        ("[fleet]\n", "fleet.toml: it has no class of workers: begin with [classes.tiny]"),
         ("[class.tiny]\n", "fleet.toml:1: unknown key 'class'; did you mean classes?"),
         ("hosts = 3\n" + SMALL, "fleet.toml:1: hosts: expected tables, as [hosts.NAME]"),
         ("[classes.tiny]\n\nmin = 3\n", "fleet.toml:1: [classes.tiny] needs memory"),
@@ -206,7 +205,7 @@ n = 1
 v = ''''two'''''   # 21
 [ a . more ]
 last = true"""
-    known = Lines(text).known()
+    known = KeyLines(text).all_lines()
     assert {path: line for path, line in known.items() if line in (2, 3, 4, 5, 8, 9, 11, 12)} == {
         ("a",): 2, ("a", "x"): 3, ("a", "y"): 4, ("a", "y", "z w"): 4, ("a", "y", "z w", "q"): 4, ("a", "long"): 5,
         ("a", "after"): 8, ("a", "after", 0): 8, ("a", "after", 1): 9, ("a", "after", 1, "p"): 9,
@@ -321,11 +320,11 @@ def test_lines_of_whatever_layout_hypothesis_writes(data: Any, content: dict[str
     writer = Writer(data.draw)
     writer.document(content)
     assert tomllib.loads(writer.text) == content, "the writer writes what it is given"
-    assert Lines(writer.text).known() == writer.noted
+    assert KeyLines(writer.text).all_lines() == writer.noted
 
 
 def test_a_path_that_is_not_there_has_the_line_of_what_is_around_it() -> None:
-    lines = Lines("\n[a.b]\nc = 1\n")
+    lines = KeyLines("\n[a.b]\nc = 1\n")
     assert [lines.of("a", "b", "c"), lines.of("a", "b", "x", "y"), lines.of("z")] == [3, 2, 0]
 
 

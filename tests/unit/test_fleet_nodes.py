@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from llambo.fleet.providers.process import Record
-from llambo.fleet.run.keeper import START_S, node_of
-from llambo.fleet.world import NodeState
+from llambo.fleet.run.node_manager import START_S, node_of
+from llambo.fleet.world import NodeRecord, NodeState
+from llambo.mesh.wire.reports import WorkerRow
 
 LONG_AGO, NOW = 0, 10_000_000
 LATE_MS = int(START_S * 1000)
-RECORD = Record(name="tiny-0001", node_class="tiny", host="box", fingerprint="f", memory_bytes=1, cores=1.0, slots=4,
-                begun_ms=LONG_AGO)  # fmt: skip
+RECORD = NodeRecord(name="tiny-0001", node_class="tiny", host="box", fingerprint="f", memory_bytes=1, cores=1.0,
+                    slots=4, begun_ms=LONG_AGO)  # fmt: skip
 
 
-def told(state: str) -> dict[str, Any]:
-    return {"tiny-0001": {"state": state, "busy": 1, "busy_elsewhere": 1, "slots": 2}}
+def row(state: str) -> dict[str, WorkerRow]:
+    return {"tiny-0001": WorkerRow(state=state, busy=1, busy_elsewhere=1, slots=2)}
 
 
 def test_what_the_mesh_says_counts() -> None:
-    states = {state: node_of(RECORD, told(state), NOW, since_ms=0).state for state in ("ready", "loading", "drained")}
+    states = {state: node_of(RECORD, row(state), NOW, since_ms=0).state for state in ("ready", "loading", "drained")}
     assert states == {"ready": NodeState.READY, "loading": NodeState.STARTING, "drained": NodeState.DRAINING}
-    node = node_of(RECORD, told("ready"), NOW, since_ms=0)
+    node = node_of(RECORD, row("ready"), NOW, since_ms=0)
     assert (node.busy, node.slots, node.note) == (2, 2, "")
 
 
@@ -35,5 +33,5 @@ def test_one_that_never_came_has_failed_and_one_that_was_there_a_moment_ago_has_
 
 
 def test_of_one_whose_host_is_away_that_is_said() -> None:
-    for workers in (None, {}, told("ready")):
+    for workers in (None, {}, row("ready")):
         assert node_of(RECORD, workers, NOW, since_ms=NOW, away="no route").note == "box is away"

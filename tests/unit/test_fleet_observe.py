@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from llambo.fleet.file.file import parse
+from llambo.fleet.decide.autoscale_core import LoadObserver
+from llambo.fleet.file.reader import parse
 from llambo.fleet.model import Fleet
-from llambo.fleet.run import keeper
-from llambo.fleet.run.observe import Observer
+from llambo.fleet.run import node_manager
 from llambo.fleet.world import HostFacts, Node, NodeState, World
+from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
 TWO = """
 [classes.tiny]
@@ -29,28 +30,28 @@ max = 9
 """
 
 
-def a_worker(name: str, **more: Any) -> dict[str, Any]:
-    return {"worker": name, "models": ["small"], "busy": 0, "busy_elsewhere": 0, "done": 0} | more
+def a_worker(name: str, **more: Any) -> WorkerRow:
+    return WorkerRow(worker=name, models=["small"], **more)
 
 
 def a_node(name: str, node_class: str, state: NodeState = NodeState.READY) -> Node:
     return Node(name=name, node_class=node_class, host="here", fingerprint="x", state=state, memory_bytes=1 << 30)
 
 
-def waits(model: str, age_ms: int) -> dict[str, Any]:
-    return {"state": "waiting", "model": model, "age_ms": age_ms}
+def waits(model: str, age_ms: int) -> RequestRow:
+    return RequestRow(state="waiting", model=model, age_ms=age_ms)
 
 
-def look(fleet: Fleet, nodes: list[Node], workers: list[dict[str, Any]], requests: list[dict[str, Any]]) -> Any:
+def look(fleet: Fleet, nodes: list[Node], workers: list[WorkerRow], requests: list[RequestRow]) -> Any:
     world = World(tuple(nodes), {"here": HostFacts(10 << 30, 100)})
-    found = Observer().seen(fleet, world, {worker["worker"]: worker for worker in workers}, requests)
+    found = LoadObserver().loads(fleet, world, {worker.worker: worker for worker in workers}, requests)
     return {one.node_class: one for one in found}
 
 
 def test_those_that_wait_are_shared_out_by_slots() -> None:
     nodes = [a_node("tiny-0001", "tiny"), a_node("wide-0001", "wide")]
     workers = [a_worker("tiny-0001", busy=1, busy_elsewhere=1), a_worker("wide-0001", busy=6)]
-    requests = [waits("small", 900)] * 8 + [{"state": "running", "model": "small", "age_ms": 9_999}]
+    requests = [waits("small", 900)] * 8 + [RequestRow(state="running", model="small", age_ms=9_999)]
     seen = look(parse(TWO), nodes, workers, requests)
     assert [(one.busy, one.waiting, one.waited_ms, one.workers) for one in seen.values()] == [
         (2, 2, 900, 1), (6, 6, 900, 1), (0, 0, 0, 0),
@@ -70,12 +71,12 @@ def test_one_that_drains_is_busy_and_counts_no_more() -> None:
 
 
 def test_what_is_done_never_falls() -> None:
-    fleet, observer = parse(TWO), Observer()
+    fleet, observer = parse(TWO), LoadObserver()
     world = World((a_node("tiny-0001", "tiny"), a_node("tiny-0002", "tiny")), {})
     counted = []
     for done in ([5, 1], [9, 1], [2, 4], [2]):
         workers = {f"tiny-000{n}": a_worker(f"tiny-000{n}", done=count) for n, count in enumerate(done, 1)}
-        counted.append(observer.seen(fleet, world, workers, [])[0].done)
+        counted.append(observer.loads(fleet, world, workers, [])[0].done)
     assert counted == [6, 10, 15, 15]
 
 
@@ -83,11 +84,11 @@ def test_settings_become_the_words_of_a_command() -> None:
     fleet = parse(TWO + 'fake.tokens_per_s = 5\n[broker]\nport = 7400\nqueue_bytes = "1MiB"\n')
     other, broker = fleet.classes["other"], fleet.broker
     assert broker is not None
-    assert keeper.command_of(other, "other-0001", broker="tcp://x:1", key="/k/other.key") == [
+    assert node_manager.command_of(other, "other-0001", broker="tcp://x:1", key="/k/other.key") == [
         sys.executable, "-m", "llambo.cli.services.worker", "--engine", "fake", "--threads", "1",
         "--fake-tokens-per-s", "5.0",
         "--name", "other-0001", "--class", "other", "--broker", "tcp://x:1", "--key", "/k/other.key",
     ]  # fmt: skip
-    assert keeper.command_of(broker, "broker", keys="/k") == [
+    assert node_manager.command_of(broker, "broker", keys="/k") == [
         sys.executable, "-m", "llambo.cli.services.broker", "--port", "7400", "--queue-bytes", "1MiB", "--keys", "/k",
     ]  # fmt: skip

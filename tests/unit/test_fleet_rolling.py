@@ -1,4 +1,4 @@
-"""Rolling updates: a few at a time, never past a bad one, and back."""
+"""RollingUpdate updates: a few at a time, never past a bad one, and back."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ from hypothesis import strategies as st
 from llambo.fleet.decide.rolling_core import (
     LEAVE_MS,
     TEST_MS,
-    Away,
-    Begin,
-    Died,
-    Fact,
-    Leave,
-    Left,
-    Order,
-    Ready,
-    Replaced,
-    Rolling,
-    Step,
-    Tell,
+    Action,
+    Event,
+    NodeDied,
+    NodeReady,
+    NodeStopped,
+    NodeTested,
+    OthersCounted,
+    Phase,
+    ProveNode,
+    Replacement,
+    ReportProgress,
+    RollingUpdate,
+    StartNode,
+    StopNode,
     TimePassed,
-    Tried,
-    Try,
 )
 
 
-def rolling(count: int = 8, *, classes: tuple[str, ...] = ("tiny",), **more: Any) -> Rolling:
-    return Rolling(
-        [Replaced(f"{name}-{number:04}", name, "v1", "v2") for name in classes for number in range(1, count + 1)],
+def rolling(count: int = 8, *, classes: tuple[str, ...] = ("tiny",), **more: Any) -> RollingUpdate:
+    return RollingUpdate(
+        [Replacement(f"{name}-{number:04}", name, "v1", "v2") for name in classes for number in range(1, count + 1)],
         **more,
     )
 
 
-def back_of(work: Rolling) -> Rolling:
+def back_of(work: RollingUpdate) -> RollingUpdate:
     """The other way, for those that are not what they were, the bad one first."""
-    changed = sorted((one for one in work.nodes if one.step is not Step.OLD), key=lambda one: one.step is not Step.BAD)
-    return Rolling([Replaced(one.name, one.node_class, one.after, one.before) for one in changed], work.max_unavailable)
+    changed = sorted(
+        (one for one in work.nodes if one.phase is not Phase.OLD), key=lambda one: one.phase is not Phase.BAD
+    )
+    return RollingUpdate(
+        [Replacement(one.name, one.node_class, one.after, one.before) for one in changed], work.max_unavailable
+    )
 
 
 class Hosts:
     """Carries out what is ordered. `bad`: how those go wrong that are begun with which version."""
 
-    def __init__(self, work: Rolling, bad: dict[tuple[str, str], str] | None = None) -> None:
+    def __init__(self, work: RollingUpdate, bad: dict[tuple[str, str], str] | None = None) -> None:
         self.work, self.bad = work, bad or {}
         self.runs = {node.name: node.before for node in work.nodes}
         self.serving = set(self.runs)
@@ -55,7 +59,7 @@ class Hosts:
         self.now_ms = 0
 
     def run(self) -> Hosts:
-        waiting: list[Fact] = [TimePassed()]
+        waiting: list[Event] = [TimePassed()]
         for _ in range(10_000):
             while waiting:
                 for order in self.work.handle(waiting.pop(0), self.now_ms):
@@ -69,26 +73,26 @@ class Hosts:
             waiting.append(TimePassed())
         raise AssertionError(f"it does not end: {self.work}")
 
-    def carry_out(self, order: Order) -> list[Fact]:
+    def carry_out(self, order: Action) -> list[Event]:
         match order:
-            case Leave(name):
+            case StopNode(name):
                 self.serving.discard(name)
-                return [Left(name)]
-            case Begin(name, fingerprint):
+                return [NodeStopped(name)]
+            case StartNode(name, fingerprint):
                 self.runs[name] = fingerprint
                 self.order.append(name)
                 match self.bad.get((name, fingerprint)):
                     case "dies":
-                        return [Died(name, "ended with status 1")]
+                        return [NodeDied(name, "ended with status 1")]
                     case "hangs":
                         return []
-                return [Ready(name)]
-            case Try(name):
+                return [NodeReady(name)]
+            case ProveNode(name):
                 how = self.bad.get((name, self.runs[name]), "")
                 if not how:
                     self.serving.add(name)
-                return [] if how == "mute" else [Tried(name, "it says nonsense" if how == "wrong" else "")]
-            case Tell(text):
+                return [] if how == "mute" else [NodeTested(name, "it says nonsense" if how == "wrong" else "")]
+            case ReportProgress(text):
                 self.told.append(text)
                 return []
 
@@ -107,7 +111,7 @@ def test_at_most_so_many_at_a_time() -> None:
 
 def test_one_class_after_the_other() -> None:
     work = rolling(2, classes=("tiny", "medium"), max_unavailable=5)
-    assert [order.name for order in work.handle(TimePassed(), 0) if isinstance(order, Leave)] == [
+    assert [order.name for order in work.handle(TimePassed(), 0) if isinstance(order, StopNode)] == [
         "tiny-0001",
         "tiny-0002",
     ]
@@ -117,10 +121,10 @@ def test_one_class_after_the_other() -> None:
 
 def test_who_is_away_already_counts() -> None:
     work = rolling(4, max_unavailable=2)
-    work.handle(Away("tiny", 2), 0)
+    work.handle(OthersCounted("tiny", 2), 0)
     assert work.handle(TimePassed(), 0) == []
-    assert work.handle(Away("tiny", 1), 1) == [Leave("tiny-0001")]
-    assert work.handle(Away("tiny", 0), 2) == [Leave("tiny-0002")]
+    assert work.handle(OthersCounted("tiny", 1), 1) == [StopNode("tiny-0001")]
+    assert work.handle(OthersCounted("tiny", 0), 2) == [StopNode("tiny-0002")]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +133,7 @@ def test_who_is_away_already_counts() -> None:
         ("dies", "ended with status 1", 0),
         ("hangs", "it was not ready within 300 s", 300_000),
         ("wrong", "its test failed: it says nonsense", 3_000),
-        ("mute", "its test has said nothing for 60 s", 3_000 + TEST_MS),
+        ("mute", "its test had no result within 60 s", 3_000 + TEST_MS),
     ],
 )
 def test_the_first_bad_one_ends_it_and_it_rolls_back(how: str, why: str, after_ms: int) -> None:
@@ -137,7 +141,7 @@ def test_the_first_bad_one_ends_it_and_it_rolls_back(how: str, why: str, after_m
     assert list(hosts.runs.values()) == ["v2"] * 4 + ["v1"] * 4
     assert hosts.serving == set(hosts.runs) - {"tiny-0004"}, "seven serve"
     assert hosts.work.stopped == f"tiny-0004: {why}"
-    assert hosts.told[-1] == f"tiny-0004 is bad: {why}; nothing more is replaced"
+    assert hosts.told[-1] == f"tiny-0004 is bad: {why}; no further worker is replaced"
     assert hosts.work.summary() == f"3 of 8 replaced, 4 left as they were: tiny-0004: {why}"
     assert hosts.now_ms == 3 * hosts.work.settle_ms + after_ms
 
@@ -150,14 +154,14 @@ def test_the_first_bad_one_ends_it_and_it_rolls_back(how: str, why: str, after_m
 
 def test_one_that_dies_after_it_was_proved_ends_it_too() -> None:
     work = rolling(2)
-    for fact in (TimePassed(), Left("tiny-0001"), Ready("tiny-0001")):
+    for fact in (TimePassed(), NodeStopped("tiny-0001"), NodeReady("tiny-0001")):
         work.handle(fact, 0)
     work.handle(TimePassed(), 3_000)
-    assert work.handle(Tried("tiny-0001"), 3_100)[-1] == Leave("tiny-0002")
-    work.handle(Died("tiny-0001", "was killed by SIGSEGV"), 3_200)
+    assert work.handle(NodeTested("tiny-0001"), 3_100)[-1] == StopNode("tiny-0002")
+    work.handle(NodeDied("tiny-0001", "was killed by SIGSEGV"), 3_200)
     assert work.stopped == "tiny-0001: was killed by SIGSEGV" and not work.over
     # The one that is on its way is seen through.
-    assert work.handle(Left("tiny-0002"), 3_300) == [Begin("tiny-0002", "v2")]
+    assert work.handle(NodeStopped("tiny-0002"), 3_300) == [StartNode("tiny-0002", "v2")]
 
 
 def test_one_that_never_leaves_is_bad() -> None:
@@ -170,7 +174,7 @@ def test_one_that_never_leaves_is_bad() -> None:
 def test_one_that_is_killed_while_it_leaves_has_left() -> None:
     work = rolling(2)
     work.handle(TimePassed(), 0)
-    assert work.handle(Died("tiny-0001", "was killed by SIGKILL"), 5) == [Begin("tiny-0001", "v2")]
+    assert work.handle(NodeDied("tiny-0001", "was killed by SIGKILL"), 5) == [StartNode("tiny-0001", "v2")]
     assert not work.stopped
 
 
@@ -178,14 +182,14 @@ def test_facts_about_others_and_late_ones_change_nothing() -> None:
     work = rolling(2)
     work.handle(TimePassed(), 0)
     for fact in (
-        Ready("tiny-0002"),
-        Left("tiny-0002"),
-        Died("tiny-0002", "x"),
-        Tried("tiny-0001"),
-        Died("big-1", "x"),
+        NodeReady("tiny-0002"),
+        NodeStopped("tiny-0002"),
+        NodeDied("tiny-0002", "x"),
+        NodeTested("tiny-0001"),
+        NodeDied("big-1", "x"),
     ):
         assert work.handle(fact, 1) == []
-    assert [node.step for node in work.nodes] == [Step.LEAVING, Step.OLD]
+    assert [node.phase for node in work.nodes] == [Phase.LEAVING, Phase.OLD]
 
 
 def test_an_operator_may_stop_it() -> None:
@@ -194,8 +198,8 @@ def test_an_operator_may_stop_it() -> None:
     work.stop("stopped by hand")
     hosts = Hosts(work)
     hosts.now_ms = 1
-    work.handle(Left("tiny-0001"), 1)
-    work.handle(Ready("tiny-0001"), 1)
+    work.handle(NodeStopped("tiny-0001"), 1)
+    work.handle(NodeReady("tiny-0001"), 1)
     hosts.run()
     assert work.summary() == "1 of 2 replaced, 1 left as they were: stopped by hand"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.file.versions import FILE, Book, Versions
+from llambo.fleet.file.versions import FILE, Versions, VersionsFile
 from llambo.fleet.model import Fleet, Host, NodeClass
 from llambo.fleet.world import Node, NodeState, World
 from llambo.mesh.wire.errors import LlamboError
@@ -27,8 +27,8 @@ def world(*marks: str, state: NodeState = NodeState.READY) -> World:
     ))  # fmt: skip
 
 
-def mark(book: Book, said: Fleet) -> str:
-    return book.marks(book.in_force(said))["tiny"]
+def mark(book: Versions, said: Fleet) -> str:
+    return book.fingerprints(book.in_force(said))["tiny"]
 
 
 def ctx(said: Fleet) -> object:
@@ -36,7 +36,7 @@ def ctx(said: Fleet) -> object:
 
 
 def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
-    book = Book()
+    book = Versions()
     book.note(fleet(1), world())
     one = mark(book, fleet(1))
     book.note(fleet(2), world(one, one))
@@ -45,7 +45,7 @@ def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
     book.note(fleet(3), world(two, one))
     three = mark(book, fleet(3))
     assert len({one, two, three}) == 3
-    assert book.take_back("tiny") and book.take_back("tiny"), "a second time it is so already"
+    assert book.roll_back("tiny") and book.roll_back("tiny"), "a second time it is so already"
     held = book.note(fleet(3), world(three, one))
     assert ctx(held) == 1 and mark(book, fleet(3)) == one
 
@@ -55,19 +55,19 @@ def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
 
     # Until the file says something else.
     assert ctx(book.note(fleet(4), world(one, one))) == 4
-    assert not book.of("tiny").refused and book.take_back("tiny") and ctx(book.in_force(fleet(4))) == 1
+    assert not book.of("tiny").refused and book.roll_back("tiny") and ctx(book.in_force(fleet(4))) == 1
 
 
 @pytest.mark.parametrize("state", [NodeState.STARTING, NodeState.FAILED])
 def test_what_never_worked_is_nothing_to_go_back_to(state: NodeState) -> None:
-    book = Book()
+    book = Versions()
     book.note(fleet(1), world())
     book.note(fleet(2), world(mark(book, fleet(1)), state=state))
-    assert not book.take_back("tiny") and ctx(book.in_force(fleet(2))) == 2
+    assert not book.roll_back("tiny") and ctx(book.in_force(fleet(2))) == 2
 
 
 def test_a_restart_is_another_fingerprint_and_no_other_version() -> None:
-    book = Book()
+    book = Versions()
     book.note(fleet(1), world())
     first = mark(book, fleet(1))
     book.stop("tiny", first, "it was bad")
@@ -76,13 +76,13 @@ def test_a_restart_is_another_fingerprint_and_no_other_version() -> None:
     second = mark(book, fleet(1))
     assert second != first and not book.stopped("tiny", first) and book.of("tiny").at_once == 3
     book.note(fleet(1), world(second))
-    assert not book.take_back("tiny")
+    assert not book.roll_back("tiny")
 
 
 def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(b"one")
-    said, book = fleet(1, model=str(model)), Book()
+    said, book = fleet(1, model=str(model)), Versions()
     first = mark(book, said)
     assert mark(book, said) == first
     model.unlink()
@@ -91,22 +91,22 @@ def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> Non
     second = mark(book, said)
     assert second != first
     model.write_bytes(b"a part of a third")
-    assert book.mark(said.classes["tiny"], said, still_s=3_600) == second, "somebody is still writing"
+    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) == second, "somebody is still writing"
     os.utime(model, ns=(1, 1))
-    assert book.mark(said.classes["tiny"], said, still_s=3_600) != second
+    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) != second
     # What another machine has under that path is not known here.
     far = replace(said, hosts={"here": Host(name="here", address="box")})
-    assert mark(book, far) == mark(Book(), far)
+    assert mark(book, far) == mark(Versions(), far)
 
 
 def test_another_release_is_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = mark(Book(), fleet(1))
+    before = mark(Versions(), fleet(1))
     monkeypatch.setattr("llambo.__version__", "99.0", raising=False)
-    assert mark(Book(), fleet(1)) != before
+    assert mark(Versions(), fleet(1)) != before
 
 
 def test_it_is_written_whole_and_read_again(tmp_path: Path) -> None:
-    versions = Versions(tmp_path)
+    versions = VersionsFile(tmp_path)
     with versions.changing() as book:
         book.note(fleet(1), world())
     assert versions.read() == book and book.of("tiny").now is not None

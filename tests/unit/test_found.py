@@ -78,7 +78,7 @@ def test_what_cannot_be_loaded_is_said_with_the_reason(host: Path, monkeypatch: 
     helper.entry("general.architecture").value = b"clip"
     put(host / "work/mmproj.gguf", helper.encode())
     problems = {name: each.problem for name, each in listed().items()}
-    assert problems["junk.gguf"] == "it is no GGUF file"
+    assert problems["junk.gguf"] == "it is not a GGUF file"
     assert problems["empty.gguf"].startswith("it is")
     assert problems["cut.gguf"].startswith("it is cut off")
     assert "picture encoder" in problems["mmproj.gguf"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker.config import BrokerConfig
-from llambo.broker.report.history import ENDED_TOLD
+from llambo.broker.config import Bounds
+from llambo.broker.report.history import ENDED_LISTED
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity, Role
 from tests.unit.broker_bench import Bench, Client, request_id
@@ -100,13 +100,15 @@ def test_it_is_bounded_and_the_latest_comes_last() -> None:
     bench = Bench(client_lease_ms=10_000_000)
     bench.worker()
     client = bench.client()
-    for number in range(ENDED_TOLD + 5):
+    for number in range(ENDED_LISTED + 5):
         client.submit(number)
         client.say(m.Cancel(request_id(number)))
-    bench.pass_time((BrokerConfig().samples + 10) * 1_000)
+    bench.pass_time((Bounds().samples + 10) * 1_000)
     told = recent(client)
-    assert len(told["samples"]) == BrokerConfig().samples
-    assert [ended["id"] for ended in told["ended"]] == [request_id(number).hex() for number in range(5, ENDED_TOLD + 5)]
+    assert len(told["samples"]) == Bounds().samples
+    assert [ended["id"] for ended in told["ended"]] == [
+        request_id(number).hex() for number in range(5, ENDED_LISTED + 5)
+    ]
 
 
 def test_what_others_have_asked_is_not_told() -> None:

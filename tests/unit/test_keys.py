@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llambo.broker.access import zap
+from llambo.broker.access import zap_handler as zap
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder
 from llambo.mesh.wire.errors import LlamboError
@@ -212,7 +212,7 @@ RING = {"C": Identity("c", "client"), "W": Identity("w", "worker"), "A": Identit
 def ask(public: str, domain: str, mechanism: bytes = b"CURVE", version: bytes = b"1.0") -> tuple[bytes, bytes]:
     """Status and user."""
     question = [version, b"7", domain.encode(), b"10.0.0.1", b"", mechanism, bytes(32)]
-    reply, _ = zap.answer(question, public, RING)
+    reply, _ = zap.reply_to(question, public, RING)
     assert reply[:2] == [b"1.0", b"7"] and len(reply) == 6
     return reply[2], reply[4]
 
@@ -233,6 +233,6 @@ def test_another_mechanism_is_refused(mechanism: bytes) -> None:
 
 @pytest.mark.parametrize("frames", [[], [b"1.0"], [b"1.0", b"7"], [b""] * 7, [b"1.0"] * 8, [b"2.0", *[b"x"] * 6]])
 def test_a_question_that_is_none_is_answered_with_no(frames: list[bytes]) -> None:
-    reply, why = zap.answer(frames, "C", RING)
+    reply, why = zap.reply_to(frames, "C", RING)
     assert reply[2] == b"400"
     assert why

@@ -33,7 +33,7 @@ def bench() -> Bench:
 
 
 def told(bench: Bench) -> list[str]:
-    return [happening.text for happening in bench.state.happenings if happening.kind in ("lease", "fleet")]
+    return [happening.text for happening in bench.state.journal.entries if happening.kind in ("lease", "fleet")]
 
 
 def test_one_has_it_and_the_other_after_him(bench: Bench) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import msgspec
 import pytest
 
 from llambo.broker.events import Counted, Event
+from llambo.broker.records.counters import Counters
 from llambo.broker.records.meter import CLASSES, MODELS, TIMED
 from llambo.broker.records.registry import CONDITIONS
-from llambo.broker.records.state import Counters
 from llambo.broker.report import metrics_http
 from llambo.broker.report import metrics_page as broker_metrics
+from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.service import process_metrics
 from llambo.mesh.service.prometheus import NONE, OTHER, SERIES, Metric, Names, page
 from llambo.mesh.wire import limits
@@ -110,10 +115,10 @@ def told(bench: Bench) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
 
 
 def test_every_counter_is_told_once() -> None:
-    slots = set(Counters.__slots__)
-    assert set(broker_metrics.COUNTED) | set(broker_metrics.TOLD_BY_METER) == slots
-    assert not set(broker_metrics.COUNTED) & set(broker_metrics.TOLD_BY_METER)
-    assert set(broker_metrics.SEEN) == set(Counted.__slots__)
+    slots = set(Counters().flat())
+    assert set(broker_metrics.COUNTED) | set(broker_metrics.METERED) == slots
+    assert not set(broker_metrics.COUNTED) & set(broker_metrics.METERED)
+    assert set(broker_metrics.SHELL) == set(Counted.__slots__)
 
 
 def test_the_page_has_every_metric_of_the_table_and_no_other() -> None:
@@ -190,7 +195,7 @@ def test_a_move_is_counted_and_its_pause_is_taken() -> None:
     assert value(seen, "llambo_broker_inter_token_seconds_sum", model="m", **{"class": NONE}) == 1.5
     assert value(seen, "llambo_broker_tokens_total", model="m", **{"class": NONE}) == 2
     assert value(seen, "llambo_broker_first_token_seconds_count", model="m", **{"class": NONE}) == 1
-    assert bench.state.meter.timed == 0
+    assert bench.state.measured.meter.timed == 0
 
 
 def test_so_many_streams_are_timed_and_no_more() -> None:
@@ -199,11 +204,11 @@ def test_so_many_streams_are_timed_and_no_more() -> None:
     for number in range(4 * TIMED):
         client.submit(number)
         worker.publish(worker.chunk(0, 7))
-    assert bench.state.meter.timed == TIMED
+    assert bench.state.measured.meter.timed == TIMED
     assert sum(request.watched for request in bench.state.requests.values()) == TIMED
     for number in range(4 * TIMED):
         client.say(m.Cancel(number.to_bytes(16, "big")))
-    assert bench.state.meter.timed == 0
+    assert bench.state.measured.meter.timed == 0
     assert value(told(bench), "llambo_broker_requests_ended_total", model="m", reason="cancelled") == 4 * TIMED
     assert value(told(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}) == 4 * TIMED
 
@@ -233,7 +238,7 @@ def test_refusals_by_reason_and_failures_by_code() -> None:
     seen = told(bench)
     reasons = {reason: count for ((_, reason),), count in seen["llambo_broker_refusals_total"].items()}
     assert reasons == {"no_worker": 1, "unknown_model": 1, "bad_request": 1, "busy": 1}
-    assert sum(reasons.values()) == bench.state.counters.refused
+    assert sum(reasons.values()) == bench.state.counters.requests.refused
     assert seen["llambo_broker_request_errors_total"] == {(("code", "queue_timeout"),): 1.0}
 
 
@@ -324,8 +329,45 @@ def test_what_a_process_says_of_itself() -> None:
 # --- broker/report/metrics_http.py ------------------------------------------------------------------------------------
 
 
-def asked(head: bytes, token: str = "") -> tuple[int, str]:
-    reply = metrics_http.answer(head, token, lambda: "the page\n")
+@contextmanager
+def serving(token: str = "") -> Iterator[MetricsServer]:
+    """A server, and a thread that turns as the broker's loop does."""
+    server, stopping = MetricsServer("127.0.0.1:0", token), threading.Event()
+
+    def loop() -> None:
+        while not stopping.wait(0.001):
+            server.snapshot.turned(lambda: "the page\n")
+
+    turning = threading.Thread(target=loop)
+    turning.start()
+    server.start()
+    try:
+        yield server
+    finally:
+        stopping.set()
+        turning.join()
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def open_server() -> Iterator[MetricsServer]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def token_server() -> Iterator[MetricsServer]:
+    with serving("right-and-long-enough") as server:
+        yield server
+
+
+def asked(server: MetricsServer, head: bytes) -> tuple[int, str]:
+    with socket.create_connection(("127.0.0.1", server.port), 10) as peer:
+        peer.sendall(head)
+        reply = b""
+        with suppress(ConnectionResetError):  # it may close with something unread
+            while part := peer.recv(4096):
+                reply += part
     first, _, body = reply.decode().partition("\r\n\r\n")
     assert f"Content-Length: {len(body)}" in first and "Connection: close" in first
     return int(first.split()[1]), body
@@ -353,9 +395,8 @@ def asked(head: bytes, token: str = "") -> tuple[int, str]:
         (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * metrics_http.HEAD_BYTES + b"\r\n\r\n", 431),
     ],
 )
-def test_what_the_window_answers(head: bytes, status: int) -> None:
-    assert metrics_http.whole(head)
-    assert asked(head)[0] == status
+def test_what_the_server_answers(open_server: MetricsServer, head: bytes, status: int) -> None:
+    assert asked(open_server, head)[0] == status
 
 
 @pytest.mark.parametrize(
@@ -371,7 +412,7 @@ def test_what_the_window_answers(head: bytes, status: int) -> None:
         (b"X-Authorization: Bearer right-and-long-enough", 401),
     ],
 )
-def test_a_token_has_to_be_shown(header: bytes, status: int) -> None:
+def test_a_token_has_to_be_shown(token_server: MetricsServer, header: bytes, status: int) -> None:
     head = b"GET /metrics HTTP/1.1\r\n" + header + b"\r\n\r\n"
-    assert asked(head, "right-and-long-enough")[0] == status
-    assert asked(head.replace(b"/metrics", b"/healthz"), "right-and-long-enough")[0] == 200
+    assert asked(token_server, head)[0] == status
+    assert asked(token_server, head.replace(b"/metrics", b"/healthz"))[0] == 200

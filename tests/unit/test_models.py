@@ -71,7 +71,7 @@ def test_a_part_of_a_model_is_no_model(model: Path, size: int) -> None:
 def test_another_file_is_named_for_what_it_is(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"PK\3\4 a zip file")
-    with pytest.raises(BadModelFile, match="is no GGUF file"):
+    with pytest.raises(BadModelFile, match="is not a GGUF file"):
         gguf.read(str(path))
 
 

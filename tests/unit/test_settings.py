@@ -233,7 +233,7 @@ def test_a_broker_configured_by_the_defaults_has_the_defaults() -> None:
 
 def test_every_setting_of_the_broker_arrives() -> None:
     config = BrokerConfig.from_settings(load(name="w-1", broker_name="b-1", queue_ms="5", policy="random").values)
-    assert (config.name, config.queue_ms, config.policy) == ("b-1", 5, "random")
+    assert (config.name, config.bounds.queue_ms, config.policy) == ("b-1", 5, "random")
 
 
 def test_a_lease_shorter_than_three_heartbeats_is_refused() -> None:

@@ -326,7 +326,7 @@ def test_what_its_user_has_cancelled_stays_cancelled() -> None:
 
 
 def test_an_attach_from_elsewhere_waits_for_those_who_know_but_not_for_ever() -> None:
-    bench = Bench(young_ms=1_000)
+    bench = Bench(startup_grace_ms=1_000)
     bench.worker()
     bench.pass_time(5_000)
     client = bench.client()
@@ -337,7 +337,7 @@ def test_an_attach_from_elsewhere_waits_for_those_who_know_but_not_for_ever() ->
 
 
 def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None:
-    bench = Bench(young_ms=1_000)
+    bench = Bench(startup_grace_ms=1_000)
     worker = bench.worker()
     bench.pass_time(1_500)
     client = bench.client()

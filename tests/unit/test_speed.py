@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from llambo.broker.records.registry import WorkerEntry
-from llambo.broker.workers import speed
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.worker.agent.delivery import TokenRate
@@ -48,7 +47,7 @@ def test_a_fast_worker_is_filled_before_one_that_is_much_slower() -> None:
     for number in range(6):
         client.submit(number)
     assert share(bench, workers) == [4, 2]
-    assert entry(bench, workers[1]).level == 1
+    assert entry(bench, workers[1]).speed.level == 1
 
 
 def test_small_differences_do_not_count() -> None:
@@ -64,7 +63,7 @@ def test_a_weight_does_not_waver_at_its_border() -> None:
     levels = []
     for pace in (45.0, 39.0, 45.0, 55.0, 80.0):
         run(bench, {workers[0]: 100.0, workers[1]: pace}, 6)
-        levels.append(entry(bench, workers[1]).level)
+        levels.append(entry(bench, workers[1]).speed.level)
     assert levels == [0, 1, 1, 1, 0]
 
 
@@ -72,7 +71,7 @@ def test_a_pace_is_forgotten_so_that_a_slow_worker_is_tried_again() -> None:
     bench, workers, _ = mesh(4, 4)
     run(bench, {workers[0]: 100.0, workers[1]: 20.0})
     run(bench, {workers[0]: 100.0, workers[1]: 0.0}, 32)
-    assert entry(bench, workers[1]).level == 0
+    assert entry(bench, workers[1]).speed.level == 0
 
 
 def test_a_worker_that_has_shown_nothing_yet_is_as_good_as_any() -> None:
@@ -92,10 +91,10 @@ def test_a_very_slow_worker_is_ejected_tried_and_taken_back() -> None:
     usual = {one: 100.0, two: 90.0}
     # Given one that is ten times slower than the others
     run(bench, {**usual, slow: 9.0}, 4)
-    assert entry(bench, slow).ejected
-    kinds = [event.kind for event in bench.state.happenings]
+    assert entry(bench, slow).speed.ejected
+    kinds = [event.kind for event in bench.state.journal.entries]
     assert "worker slow" in kinds
-    assert "9.0 tokens/s" in entry(bench, slow).slow_note
+    assert "9.0 tokens/s" in entry(bench, slow).speed.note
     # Then it gets nothing, although it alone is free
     for number in range(5):
         client.submit(number)
@@ -107,54 +106,54 @@ def test_a_very_slow_worker_is_ejected_tried_and_taken_back() -> None:
     assert share(bench, workers) == [2, 2, 1]
     # When it is slow still, then it is left alone for twice as long
     run(bench, {**usual, slow: 9.0}, 3)
-    assert entry(bench, slow).ejected
+    assert entry(bench, slow).speed.ejected
     run(bench, usual, 15)
-    assert entry(bench, slow).ejected
+    assert entry(bench, slow).speed.ejected
     run(bench, usual, 5)
-    assert entry(bench, slow).trial
+    assert entry(bench, slow).speed.trial
     # When it is at its pace again, then it is one of them
     run(bench, {**usual, slow: 80.0}, 3)
-    assert not entry(bench, slow).trial
+    assert not entry(bench, slow).speed.trial
     assert share(bench, workers) == [2, 2, 2]
-    assert "worker at pace" in [event.kind for event in bench.state.happenings]
+    assert "worker at pace" in [event.kind for event in bench.state.journal.entries]
 
 
 def test_never_more_than_half_are_ejected() -> None:
     bench, workers, _ = mesh(1, 1, 1, 1)
     run(bench, dict(zip(workers, (100.0, 100.0, 5.0, 5.0), strict=True)), 5)
-    assert [entry(bench, worker).ejected for worker in workers] == [False, False, True, True]
+    assert [entry(bench, worker).speed.ejected for worker in workers] == [False, False, True, True]
     # Those who remain are fewer now, and so one is needed again
     workers[0].say(m.Goodbye())
     run(bench, {workers[1]: 100.0}, 2)
-    assert sum(entry(bench, worker).ejected for worker in workers[1:]) == 1
+    assert sum(entry(bench, worker).speed.ejected for worker in workers[1:]) == 1
     workers[1].say(m.Goodbye())
     run(bench, {}, 2)
-    assert sum(entry(bench, worker).ejected for worker in workers[2:]) == 1
+    assert sum(entry(bench, worker).speed.ejected for worker in workers[2:]) == 1
 
 
 @pytest.mark.parametrize("paces", [(100.0, 5.0, 5.0), (5.0, 5.0), (100.0, 20.0)])
 def test_who_is_as_slow_as_most_or_not_so_slow_stays(paces: tuple[float, ...]) -> None:
     bench, workers, _ = mesh(*([1] * len(paces)))
     run(bench, dict(zip(workers, paces, strict=True)), 5)
-    assert not any(entry(bench, worker).ejected for worker in workers)
+    assert not any(entry(bench, worker).speed.ejected for worker in workers)
 
 
 def test_other_classes_are_no_peers_and_zero_means_never() -> None:
     bench, workers, _ = mesh(1, 1)
     entry(bench, workers[0]).hello = m.WorkerHello("w0", b"i", [m.ModelInfo("m")], 1, node_class="gpu")
     run(bench, dict(zip(workers, (100.0, 5.0), strict=True)), 5)
-    assert not entry(bench, workers[1]).ejected
-    assert entry(bench, workers[1]).level == 3
+    assert not entry(bench, workers[1]).speed.ejected
+    assert entry(bench, workers[1]).speed.level == 3
     bench, workers, _ = mesh(1, 1, slow_factor=0)
     run(bench, dict(zip(workers, (100.0, 5.0), strict=True)), 5)
-    assert not entry(bench, workers[1]).ejected
+    assert not entry(bench, workers[1]).speed.ejected
 
 
 def test_the_last_worker_on_trial_is_a_worker_like_any() -> None:
     bench, workers, client = mesh(2, 4)
     one, slow = workers
     run(bench, {one: 100.0, slow: 5.0}, 4)
-    assert entry(bench, slow).ejected
+    assert entry(bench, slow).speed.ejected
     one.say(m.Goodbye())
     client.submit(1)
     run(bench, {slow: 5.0}, 3)
@@ -188,10 +187,10 @@ def test_without_streams_there_is_no_pace() -> None:
 def test_another_engine_is_measured_anew() -> None:
     bench, workers, _ = mesh(1, 1)
     run(bench, {workers[0]: 100.0, workers[1]: 20.0})
-    assert entry(bench, workers[1]).level == 1
+    assert entry(bench, workers[1]).speed.level == 1
     workers[1].say(m.EngineLost([], "SIGSEGV"))
     run(bench, {workers[0]: 100.0}, 1)
-    assert entry(bench, workers[1]).level == 0
+    assert entry(bench, workers[1]).speed.level == 0
     rate = TokenRate()
     rate.sample(0)
     rate.on_time_passed(1, 2_000)
@@ -224,7 +223,7 @@ def test_refusals_have_a_budget_and_then_the_client_is_told_when_to_come_back() 
     assert end.error.code is Code.BUSY
     assert end.error.retry_after_ms == 10_000
     assert "full" in end.error.text
-    assert bench.state.counters.retries_denied == 1
+    assert bench.state.counters.faults.retries_denied == 1
     # When some time has passed, then there is something again
     bench.now_ms += 3_000
     worker.beat(seq=10**6)
@@ -239,19 +238,19 @@ def test_what_ends_well_pays_back_its_own_refusals_and_a_share() -> None:
     client.submit(1)
     for _ in range(3):
         refuse(worker)
-    assert bench.state.budgets["m"].credit == 2
+    assert bench.state.models.retries.by_model["m"].credit == 2
     worker.publish(worker.chunk(0, *range(10)))
     worker.end(10)
-    assert bench.state.budgets == {}
+    assert bench.state.models.retries.by_model == {}
     client.submit(2)
     refuse(worker)
     client.say(m.Cancel(request_id(2)))
     worker.say(m.End(request_id(2), 0, "cancelled", worker.key()[16:]))
-    assert bench.state.budgets["m"].credit == 4
+    assert bench.state.models.retries.by_model["m"].credit == 4
     client.submit(3)
     worker.publish(worker.chunk(0, *range(10)))
     worker.end(10)
-    assert bench.state.budgets["m"].credit == pytest.approx(4.2)
+    assert bench.state.models.retries.by_model["m"].credit == pytest.approx(4.2)
 
 
 def test_the_death_of_an_engine_costs_one_and_one_from_outside_nothing() -> None:
@@ -264,7 +263,7 @@ def test_the_death_of_an_engine_costs_one_and_one_from_outside_nothing() -> None
         # Nobody is convicted: whoever is aboard has come further than the last time.
         worker.say(m.EngineLost(keys, "SIGSEGV", [made] * len(keys), outside))
         worker.beat(seq=10**6, claims={})
-    assert bench.state.counters.retries_denied == 1
+    assert bench.state.counters.faults.retries_denied == 1
     assert {end.error.code for end in client.ends if end.error} == {Code.BUSY}
 
 
@@ -273,11 +272,11 @@ def test_lost_workers_cost_nothing() -> None:
     client.submit(1)
     workers[0].say(m.Goodbye())
     assert len(workers[1].dispatches) == 1
-    assert bench.state.budgets == {}
+    assert bench.state.models.retries.by_model == {}
     assert client.ends == []
 
 
 def test_speed_is_of_no_interest_to_who_has_one_worker() -> None:
     bench, workers, _ = mesh(1)
     run(bench, {workers[0]: 0.001}, 5)
-    assert speed.slow(bench.state.registry.workers.values()) == []
+    assert not any(worker.speed.ejected for worker in bench.state.registry.workers.values())

@@ -52,7 +52,7 @@ def test_poison_among_seven_innocents_costs_two_engines() -> None:
     die(one, *range(1, 9), made=2)
     # Then each goes on, but the one engine that is there tries only one of them
     assert len(aboard(bench, two)) == 1
-    assert bench.state.counters.suspected == 8
+    assert bench.state.counters.faults.suspected == 8
     # When each makes its next token, then the next one is tried
     poison, deaths = 5, 1
     while (tried := [n for n in aboard(bench, two) if n not in cleared(bench)]) and deaths < 2:
@@ -68,7 +68,7 @@ def test_poison_among_seven_innocents_costs_two_engines() -> None:
     assert end.error.code is Code.ENGINE_FAILED
     for word in ("w0 (SIGSEGV)", "w1 (SIGABRT)", "token 2"):
         assert word in end.error.text
-    assert bench.state.counters.convicted == 1
+    assert bench.state.counters.faults.killers == 1
     # ... and all others end as they should, one suspect after the other
     back(one)
     for _ in range(20):
@@ -79,7 +79,7 @@ def test_poison_among_seven_innocents_costs_two_engines() -> None:
 
 
 def cleared(bench: Bench) -> set[int]:
-    return {int.from_bytes(id, "big") for id, request in bench.state.requests.items() if request.suspect_at < 0}
+    return {int.from_bytes(id, "big") for id, request in bench.state.requests.items() if request.suspicion.token < 0}
 
 
 def test_others_share_an_engine_with_a_suspect_and_become_suspects_with_it() -> None:
@@ -95,7 +95,7 @@ def test_others_share_an_engine_with_a_suspect_and_become_suspects_with_it() -> 
     # When that engine dies as well, then the suspect is convicted, and who was with it is suspected
     die(one, tried, 3)
     assert [end.id for end in client.ends] == [request_id(tried)]
-    assert bench.state.requests[request_id(3)].suspect_at == 0
+    assert bench.state.requests[request_id(3)].suspicion.token == 0
     # ... and both go on, one after the other
     back(one)
     (first,) = aboard(bench, one)
@@ -111,7 +111,7 @@ def test_tokens_that_were_made_and_have_not_arrived_do_not_clear() -> None:
     die(one, 1, made=5)
     # When the next one makes the two that were lost, and dies at the same token
     publish(two, 1, 3, 7, 7)
-    assert bench.state.requests[request_id(1)].suspect_at == 5
+    assert bench.state.requests[request_id(1)].suspicion.token == 5
     die(two, 1, made=5)
     # Then that was the second death, and not the first of its kind
     assert [end.reason for end in client.ends] == ["error"]
@@ -125,16 +125,16 @@ def test_progress_past_the_death_clears() -> None:
     # When a second engine dies later, then it is suspected as if for the first time
     die(two, 1, made=2)
     assert client.ends == []
-    assert bench.state.requests[request_id(1)].suspect_at == 2
+    assert bench.state.requests[request_id(1)].suspicion.token == 2
 
 
 def test_a_gap_that_is_repaired_clears_as_well() -> None:
     bench, (one, two), _ = mesh(2, 1)
     die(one, 1, made=1)
     publish(two, 1, 1, 7)
-    assert bench.state.requests[request_id(1)].suspect_at == 1
+    assert bench.state.requests[request_id(1)].suspicion.token == 1
     publish(two, 1, 0, 7)
-    assert bench.state.requests[request_id(1)].suspect_at == -1
+    assert bench.state.requests[request_id(1)].suspicion.token == -1
 
 
 def test_losing_agents_and_killing_engines_is_charged_to_nobody() -> None:
@@ -146,7 +146,7 @@ def test_losing_agents_and_killing_engines_is_charged_to_nobody() -> None:
     die(one, 1, 2, outside=True)
     back(one)
     assert len(aboard(bench, one)) == 2
-    assert bench.state.counters.suspected == 0
+    assert bench.state.counters.faults.suspected == 0
     assert client.ends == []
 
 
@@ -156,7 +156,7 @@ def test_a_suspect_whose_worker_is_lost_stays_a_suspect_and_is_not_convicted() -
     two.say(m.Goodbye())
     assert client.ends == []
     back(one)
-    assert bench.state.requests[request_id(1)].suspect_at == 0
+    assert bench.state.requests[request_id(1)].suspicion.token == 0
     die(one, 1)
     assert [end.reason for end in client.ends] == ["error"]
 
@@ -194,9 +194,9 @@ def test_a_result_clears_a_suspect_when_it_is_there() -> None:
     client.submit(2)
     die(worker, 1, 2, made=1)
     back(worker)
-    assert bench.state.requests[request_id(1)].suspect_at == 0
+    assert bench.state.requests[request_id(1)].suspicion.token == 0
     publish(worker, 1, 0, 0, 0)
-    assert bench.state.requests[request_id(1)].suspect_at == -1
+    assert bench.state.requests[request_id(1)].suspicion.token == -1
     assert aboard(bench, worker) == [1, 2]
 
 
@@ -246,7 +246,7 @@ def test_a_suspect_that_outlives_its_broker_stays_one() -> None:
     worker.say(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
     client.say(m.InferenceRequest(request_id(1), "m", 10, resume=True), blob=b"hello")
     assert aboard(bench, worker) == [1]
-    assert bench.state.requests[request_id(1)].suspect_at == 2
+    assert bench.state.requests[request_id(1)].suspicion.token == 2
     # When its engine dies as well, then it is the second one
     worker.say(m.EngineLost([request_id(1) + work.dispatch], "SIGSEGV", [2]))
     assert [end.reason for end in client.ends] == ["error"]

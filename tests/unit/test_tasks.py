@@ -57,7 +57,7 @@ def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     assert [(end.count, end.reason) for end in client.ends] == [(3, "stop")]
     assert [piece for frame in client.heard(m.Page)[-1].chunks for piece in pieces_in(frame)] == PIECES
     assert client.streamed() == []
-    assert bench.state.counters.tokens == 0
+    assert bench.state.counters.tokens.tokens == 0
     client.say(m.EndAck([id]))
     assert (bench.state.archive.owed_bytes, bench.state.reserved) == (0, 0)
 

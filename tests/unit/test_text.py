@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from llambo.worker.llama.text import Gate, incomplete_bytes
+from llambo.worker.llama.text_gate import TextGate, incomplete_bytes
 
 
 def run(stops: list[str], pieces: list[bytes]) -> tuple[list[int], bytes, bool]:
     """All that comes out of a gate, and whether it stopped."""
-    gate, ids, text = Gate(stops), list[int](), b""
+    gate, ids, text = TextGate(stops), list[int](), b""
     for token, piece in enumerate(pieces):
         out_ids, out_pieces, stopped = gate.push(token, piece)
         assert len(out_ids) == len(out_pieces)
@@ -34,7 +34,7 @@ def test_half_characters_are_seen(text: bytes, count: int) -> None:
 
 
 def test_a_character_comes_with_the_token_that_completes_it() -> None:
-    gate = Gate()
+    gate = TextGate()
     first, second, third = "€".encode()[:1], "€".encode()[1:2], "€".encode()[2:]
     assert gate.push(1, b"a" + first) == ([1], [b"a"], False)
     assert gate.push(2, second) == ([2], [b""], False)
@@ -42,13 +42,13 @@ def test_a_character_comes_with_the_token_that_completes_it() -> None:
 
 
 def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
-    gate = Gate()
+    gate = TextGate()
     assert gate.push(1, b"\xe2")[1] == [b""]
     assert gate.push(2, b"xx")[1] == [b"\xe2xx"]
 
 
 def test_a_stop_string_is_never_half_shown() -> None:
-    gate = Gate(["###"])
+    gate = TextGate(["###"])
     assert gate.push(1, b"a#") == ([], [], False)
     assert gate.push(2, b"#") == ([], [], False)
     # It was none after all: everything that waited goes
@@ -56,7 +56,7 @@ def test_a_stop_string_is_never_half_shown() -> None:
     assert gate.push(4, b"c##") == ([], [], False)
     # It is one: the text before it goes with its token
     assert gate.push(5, b"#d") == ([4], [b"c"], True)
-    assert gate.found == "###"
+    assert gate.stop_string == "###"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_a_stop_string_is_never_half_shown() -> None:
     [(["b", "a"], b"xab", "a"), (["ab", "a"], b"xab", "ab"), (["a", "ab"], b"xab", "a"), (["y"], b"xab", "")],
 )
 def test_the_stop_string_that_comes_first_is_the_one_that_ended_it(stops: list[str], text: bytes, found: str) -> None:
-    gate = Gate(stops)
+    gate = TextGate(stops)
     gate.push(1, text)
-    assert gate.found == found
+    assert gate.stop_string == found
 
 
 def test_the_earliest_of_several_stop_strings_counts() -> None:
@@ -92,7 +92,7 @@ def test_a_continued_answer_is_the_undisturbed_one(seed: int) -> None:
     ids, text, stopped = run(stops, pieces)
     for cut in range(len(ids)):
         sent = b""
-        gate = Gate(stops)
+        gate = TextGate(stops)
         count = 0
         for token, piece in enumerate(pieces):
             out_ids, out_pieces, _ = gate.push(token, piece)
@@ -101,7 +101,7 @@ def test_a_continued_answer_is_the_undisturbed_one(seed: int) -> None:
             count += take
             if count == cut:
                 break
-        gate = Gate(stops)
+        gate = TextGate(stops)
         gate.replay(enumerate(pieces[:cut]))
         again_ids, again = list(range(cut)), sent
         again_stopped = False

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from llambo.broker.records.accounts import Account
-from llambo.broker.records.queue import WaitingRoom
-from llambo.broker.records.request import Request, RequestState
+from llambo.broker.records.queue import RequestQueue
+from llambo.broker.records.request import Lane, Request, RequestState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
 from tests.unit.broker_bench import request_id
@@ -19,7 +19,7 @@ class Room:
     """A waiting room with one lane, and accounts by name."""
 
     def __init__(self, **limits: int) -> None:
-        self.room = WaitingRoom(100_000, 10**9, 10**6)
+        self.room = RequestQueue(100_000, 10**9, 10**6)
         self.accounts = {name: Account(name, Identity(name, "client", max_in_flight=n)) for name, n in limits.items()}
         self.count = 0
 
@@ -35,9 +35,9 @@ class Room:
 
     def serve(self) -> Request | None:
         """As dispatching does."""
-        request = self.room.first("m")
+        request = self.room.first(Lane("m"))
         if request is not None:
-            request.attempt += 1
+            request.run.attempt += 1
             request.account.in_flight += 1
             request.step(RequestState.DISPATCHED)
             self.room.left(request)
@@ -48,7 +48,8 @@ class Room:
 
     def land(self, request: Request) -> None:
         request.account.in_flight -= 1
-        self.room.ease(request.owner)
+        self.room.eased[request.owner] = request.account
+        self.room.readmit()
 
 
 def test_who_has_a_thousand_waiting_delays_another_ones_first_by_one_turn() -> None:
@@ -85,7 +86,7 @@ def test_turns_are_taken_within_each_class() -> None:
         room.put("a", 300, priority=priority)
     room.put("b", 300, priority="normal")
     served = [room.serve() for _ in range(84)]
-    told = Counter((request.priority, request.owner) for request in served if request)
+    told = Counter((request.asked.priority, request.owner) for request in served if request)
     assert told == {("interactive", "a"): 64, ("normal", "a"): 8, ("normal", "b"): 8, ("batch", "a"): 4}
 
 

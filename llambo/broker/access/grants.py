@@ -1,7 +1,7 @@
-"""Who may subscribe to what on the token plane towards clients.
+"""Which client may subscribe to which topic on the token plane.
 
 libzmq gives a grant to the pipe of the last event it handed out. A frame sent upstream that is no
-subscription at all makes it lose step, and a grant given then would land on somebody else's pipe. So after
+subscription at all makes it lose step, and a grant given then would go to the pipe of another peer. So after
 any such frame every grant is refused until the socket has been drained: then it is in step again. Refused
 clients subscribe again when their token plane turns out to be silent.
 """
@@ -16,7 +16,7 @@ from llambo.mesh.wire import limits
 SUBSCRIBE, UNSUBSCRIBE = 1, 0
 
 
-class Gate:
+class SubscriptionGrants:
     """Decides on each upstream frame of the XPUB socket, in the order they are read."""
 
     def __init__(self, topics: Mapping[bytes, ClientEntry]) -> None:
@@ -35,7 +35,7 @@ class Gate:
             return None
         topic = frame[1:]
         client = self._topics.get(topic)
-        if self._out_of_step or len(topic) != limits.TOPIC_BYTES or client is None or client.user != user:
+        if self._out_of_step or len(topic) != limits.TOPIC_BYTES or client is None or client.link.user != user:
             self.refused += 1
             return None
         return topic

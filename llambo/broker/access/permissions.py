@@ -1,13 +1,12 @@
-"""Who may do what: the one place where a message is refused for who said it.
+"""Which role may do what: the one place where a message is refused because of its sender.
 
 With keys, each message comes with the key that its connection has proved (libzmq's User-Id). A session belongs to the
-key that opened it, a request to the identity that submitted it, a worker's name to its key. What is not somebody's
-own is unknown to him: the answer is the same as if it did not exist. Without keys everybody is `ANYONE`.
+key that opened it, a request to the identity that submitted it, a worker's name to its key. A request of another
+identity is unknown: the answer is the same as if it did not exist. Without keys every peer is `ANYONE`.
 """
 
 from __future__ import annotations
 
-from llambo.broker.actions import ToClient
 from llambo.broker.records.accounts import Refusal
 from llambo.broker.records.registry import ClientEntry
 from llambo.broker.records.state import State
@@ -18,8 +17,8 @@ from llambo.mesh.wire.naming import class_of
 
 
 def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo | None:
-    """Why this client may not say this; None: it may."""
-    if state.identities is None:
+    """Why this client may not send this; None: it may."""
+    if state.access.identities is None:
         return None
     match message:
         case m.DrainWorker() if not client.identity.may_manage:
@@ -41,12 +40,12 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
 def _is_own(state: State, client: ClientEntry, id: bytes) -> bool:
     """Whether nothing is known of it that this client must not see."""
     known = state.requests.get(id) or state.archive.get(id)
-    owners = [known.owner] if known is not None else state.orphanage.owners(id)
+    owners = [known.owner] if known is not None else state.recovery.orphans.owners(id)
     return all(client.identity.owns(owner) for owner in owners)
 
 
 def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refusal | None:
-    """Why this identity may not have this, however idle the mesh is. Nothing tells it of models it may not use."""
+    """Why this identity may not have this, even if the mesh is idle. No answer names a model that it may not use."""
     if not who.may_come_as(asked.priority):
         text = f"{who.name} may not ask for priority {asked.priority!r}; the best it may have is {who.priority_max!r}"
         return "priority_max", ErrorInfo(Code.FORBIDDEN, text)
@@ -58,15 +57,15 @@ def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refus
 
 
 def models(state: State, who: Identity) -> list[str]:
-    """Those it may use and choose from: what nobody serves any more is no choice while there are others."""
-    known = sorted(model for model in state.models if who.may_use(model))
-    there = [model for model in known if not state.models[model]] or known
-    # The same models again, under the names of their classes, are for who asks for a class.
+    """Those it may use and choose from: without those that are not served any more, while there are others."""
+    known = sorted(model for model in state.models.unserved_since if who.may_use(model))
+    there = [model for model in known if not state.models.unserved_since[model]] or known
+    # The same models again, under the names of their classes, are for requests that name a class.
     return [model for model in there if not class_of(model)] or there
 
 
 def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:
-    state.counters.forbidden += 1
+    state.counters.peers.forbidden += 1
     id = getattr(message, "id", b"")
     query = getattr(message, "query", 0)
-    state.out.append(ToClient(client.route, client.session, m.Problem(error, id, query)))
+    state.to_client(client, m.Problem(error, id, query))

@@ -1,35 +1,63 @@
-"""The porter: answers who may come in, and keeps an eye on the keyring. Part of the broker's shell and of its one loop.
+"""Whether a connection is let in: the answer to ZeroMQ's question (ZAP), which it asks before it reads anything else.
 
-There is no thread that could die, and nothing is let in while nobody answers: the sockets insist on an answer.
+A key has to be in the keyring, valid, and of a role that may use this socket. Every other answer is no.
+
+The handler is part of the broker's shell and of its one loop. There is no thread that could die, and without an answer
+no connection is let in: the sockets insist on one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import zmq
 from zmq.utils import z85
 
-from llambo.broker.access import zap
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import LlamboError
-from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN, Identity
 
 log = logging.getLogger(__name__)
 
-#: How often the keyring is looked at, and how often it is complained of.
+#: How often the keyring is looked at, and how often an unreadable one is logged.
 LOOK_MS = 250
-COMPLAIN_S = 60.0
+LOG_AGAIN_S = 60.0
 #: Questions answered before others get a turn.
 DRAIN = 256
 _CURVE_BYTES = 32
 
 
-class Porter:
+VERSION = b"1.0"
+#: version, request id, domain, address, identity, mechanism, and the credentials: for CURVE the public key.
+FRAMES = 7
+_YES, _NO = b"200", b"400"
+
+
+def reply_to(question: Sequence[bytes], public: str, identities: Mapping[str, Identity]) -> tuple[list[bytes], str]:
+    """The frames of the reply, and why not, for the log. `public`: the key of the credentials, as text."""
+    number = question[1] if len(question) > 1 else b""
+    why = _objection(question, identities.get(public))
+    status, user = (_NO, b"") if why else (_YES, public.encode())
+    return [VERSION, number, status, why.encode(), user, b""], why
+
+
+def _objection(question: Sequence[bytes], who: Identity | None) -> str:
+    if len(question) != FRAMES or question[0] != VERSION or question[5] != b"CURVE":
+        return "not a ZAP request with a CURVE key"
+    if who is None:
+        return "this key is not known"
+    if question[2] == CLIENT_DOMAIN.encode():
+        return "" if who.may_ask else f"the key of {who.name} is for a worker"
+    if question[2] == WORKER_DOMAIN.encode():
+        return "" if who.may_serve else f"the key of {who.name} is not for a worker"
+    return "no such domain"
+
+
+class ZapHandler:
     def __init__(self, folder: Folder, context: zmq.Context[Any]) -> None:
         self.pair = folder.broker()
         self.refused = 0
@@ -37,8 +65,8 @@ class Porter:
         self._stamp = folder.stamp()
         self._ring = folder.ring()
         self.identities: Mapping[str, Identity] = self._ring.identities(time.time())
-        self._told: Mapping[str, Identity] = self.identities
-        self._look_at, self._complain_at = 0, 0.0
+        self._reported: Mapping[str, Identity] = self.identities
+        self._look_at, self._log_again_at = 0, 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind(sockets.ASK_AT)
@@ -47,7 +75,7 @@ class Porter:
         return sockets.CurveServer(self.pair, domain)
 
     def answer(self) -> None:
-        """Everybody who waits at a door."""
+        """All connections that wait for it."""
         for _ in range(DRAIN):
             try:
                 question = self.socket.recv_multipart(zmq.DONTWAIT)
@@ -57,24 +85,24 @@ class Porter:
             public = z85.encode(credentials).decode() if len(credentials) == _CURVE_BYTES else ""
             if public not in self.identities:
                 self._read()  # it may have been added a moment ago
-            reply, why = zap.answer(question, public, self.identities)
+            reply, why = reply_to(question, public, self.identities)
             if why:
                 self.refused += 1
                 log.info("refused %s: %s", question[3].decode("ascii", "replace") if len(question) > 3 else "?", why)
             self.socket.send_multipart(reply, zmq.DONTWAIT)
 
     def look(self, now_ms: int) -> Mapping[str, Identity] | None:
-        """What is valid from now on, if that is something else than before.
+        """What is valid from now on, if that has changed.
 
-        A keyring that cannot be read changes nothing but is complained of: what was revoked before stays revoked, and
-        what expires expires.
+        A keyring that cannot be read changes nothing and is logged: what was revoked before stays revoked, and what
+        expires expires.
         """
         if now_ms >= self._look_at:
             self._look_at = now_ms + LOOK_MS
             self._read()
-        if self.identities == self._told:
+        if self.identities == self._reported:
             return None
-        self._told = self.identities
+        self._reported = self.identities
         return self.identities
 
     def _read(self) -> None:
@@ -84,12 +112,12 @@ class Porter:
                 self._ring, self._stamp = self._folder.ring(), stamp
                 log.info("the keyring was changed: %d keys", len(self._ring.entries))
         except (OSError, LlamboError) as error:
-            if time.monotonic() >= self._complain_at:
-                self._complain_at = time.monotonic() + COMPLAIN_S
-                log.error("the keyring cannot be read, the last one holds: %s", error)
+            if time.monotonic() >= self._log_again_at:
+                self._log_again_at = time.monotonic() + LOG_AGAIN_S
+                log.error("the keyring cannot be read, the last one stays in force: %s", error)
         self.identities = self._ring.identities(time.time())
 
-    def next_look_ms(self) -> int:
+    def next_wakeup_ms(self) -> int:
         return self._look_at
 
     def close(self) -> None:

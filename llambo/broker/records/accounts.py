@@ -1,4 +1,4 @@
-"""What each identity has here, and what it may have.
+"""What each identity has in use on this broker, and its limits.
 
 An account belongs to a name, not to a key or a session: a name may have two keys while it is rotated, and a client many
 sessions. What is counted follows a request on its whole way, so it holds whatever happens to workers and clients:
@@ -8,7 +8,7 @@ sessions. What is counted follows a request on its whole way, so it holds whatev
     bytes        its prompt and the room set aside for its answer, from its admission to its end
 
 Limits refuse what is new. What was admitted once is counted and never refused: not when it moves, not when a worker
-gives it back to a broker that has just begun. `max_in_flight` refuses nothing at all; see queue.py.
+gives it back to a broker that was restarted. `max_in_flight` refuses nothing at all; see queue.py.
 """
 
 from __future__ import annotations
@@ -22,26 +22,49 @@ from llambo.mesh.wire.identity import ANYONE, Identity
 
 NO_LIMIT = 2**62
 MINUTE_MS = 60_000
-#: Between these a refused client is told to wait, where the wait is a guess.
+#: Between these is the wait of a refused client, where it is an estimate.
 RETRY_AFTER_MS = (100, 30_000)
-#: What a client says it had with another broker may come to so many times its `max_bytes`. It cannot be checked, and
-#: whoever lies should not get far by it; two brokers may each have admitted what the limit allows.
+#: What a client claims to have had with another broker may come to so many times its `max_bytes`. The claim cannot be
+#: checked, so a false one must not get far; and two brokers may each have admitted what the limit allows.
 ELSEWHERE = 2
-#: A refusal: which of the limits, and what the client is told.
+#: A refusal: which of the limits, and the error for the client.
 Refusal = tuple[str, ErrorInfo]
+
+
+class EndRate:
+    """Requests ended per second, smoothed, from which waits are estimated."""
+
+    __slots__ = ("_at_ms", "_ended", "per_s")
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        self._ended = self._at_ms = 0
+
+    def measure(self, ended: int, now_ms: int) -> None:
+        """`ended`: how many have ended since the start."""
+        if now_ms > self._at_ms:
+            rate = (ended - self._ended) * 1_000 / (now_ms - self._at_ms)
+            self.per_s = rate if not self._at_ms else 0.5 * self.per_s + 0.5 * rate
+            self._ended, self._at_ms = ended, now_ms
+
+    def wait_ms(self, ended: float) -> int:
+        """About how long until so many have ended."""
+        if self.per_s <= 0:
+            return 1_000
+        low, high = RETRY_AFTER_MS
+        return int(min(max(ended / self.per_s * 1_000, low), high))
 
 
 class Account:
     __slots__ = (
         "bytes",
+        "end_rate",
         "in_flight",
         "limited",
-        "may_fly",
+        "max_in_flight",
         "name",
         "paid_until",
         "queued",
-        "rate",
-        "rate_mark",
         "refused",
         "submitted",
         "tokens",
@@ -55,23 +78,21 @@ class Account:
         self.submitted = self.tokens = 0
         #: Why and how often: the name of a limit, or the code of an error.
         self.refused: Counter[str] = Counter()
-        #: Each request pays for its part of a minute; nobody may be paid up for more than one.
+        #: Each request pays for its part of a minute; an account is paid up for one minute at most.
         self.paid_until = 0.0
-        #: Requests ended per second, smoothed, and what it was computed from.
-        self.rate = 0.0
-        self.rate_mark = (0, 0)
+        self.end_rate = EndRate()
         self.allow(who)
 
     def allow(self, who: Identity) -> None:
         self.who = who
-        self.may_fly = who.max_in_flight or NO_LIMIT
-        #: Whether anything may be refused for being too much. Without keys nobody has to find out.
+        self.max_in_flight = who.max_in_flight or NO_LIMIT
+        #: Whether anything may be refused for being too much. Without keys it is never computed.
         self.limited = bool(who.max_queued or who.max_bytes or who.per_minute)
 
     @property
     def full(self) -> bool:
-        """So many are with workers that the next has to wait for one of them."""
-        return self.in_flight >= self.may_fly
+        """As many as it may have are with workers: the next has to wait for one of them."""
+        return self.in_flight >= self.max_in_flight
 
     @property
     def idle(self) -> bool:
@@ -82,7 +103,7 @@ class Account:
         return self.submitted - self.queued - self.in_flight
 
     def pay(self, now_ms: int) -> None:
-        """A request is taken in. One that was admitted elsewhere may be one too many: that is no debt."""
+        """A request is admitted. One that was admitted elsewhere may be one too many: that leaves no debt."""
         if self.who.per_minute:
             paid = max(self.paid_until, now_ms) + MINUTE_MS / self.who.per_minute
             self.paid_until = min(paid, now_ms + MINUTE_MS)
@@ -109,14 +130,6 @@ class Account:
             return "per_minute", ErrorInfo(Code.OVER_LIMIT, text, early_ms)
         return None
 
-    def measure(self, now_ms: int) -> None:
-        """Its pace of late, on which the guesses at a wait are based."""
-        ended, at = self.rate_mark
-        if now_ms > at:
-            pace = (self.ended - ended) * 1_000 / (now_ms - at)
-            self.rate = pace if not at else 0.5 * self.rate + 0.5 * pace
-            self.rate_mark = (self.ended, now_ms)
-
     def _early_ms(self, now_ms: int) -> int:
         """How much too early another request comes; exact."""
         if not self.who.per_minute:
@@ -126,11 +139,8 @@ class Account:
         return math.ceil(paid - now_ms - MINUTE_MS - 0.5)
 
     def _until(self, ended: float) -> int:
-        """About how long until so many of its requests have ended, at its pace of late."""
-        if self.rate <= 0:
-            return 1_000
-        low, high = RETRY_AFTER_MS
-        return int(min(max(ended / self.rate * 1_000, low), high))
+        """About how long until so many of its requests have ended, at its recent pace."""
+        return self.end_rate.wait_ms(ended)
 
 
 def _requests(count: int) -> str:
@@ -138,11 +148,11 @@ def _requests(count: int) -> str:
 
 
 class Accounts:
-    """All of them, by name. Without keys there is one, of nobody."""
+    """All of them, by name. Without keys there is one, with an empty name."""
 
     def __init__(self) -> None:
         self.by_name: dict[str, Account] = {}
-        #: What the keyring says of each name.
+        #: What the keyring allows each name.
         self._rights: dict[str, Identity] = {}
 
     def of(self, name: str) -> Account:
@@ -152,15 +162,15 @@ class Accounts:
         return account
 
     def allow(self, identities: Mapping[str, Identity]) -> None:
-        """The keyring is another one. A name that is gone is held to what it was allowed, as long as anything lives."""
+        """The keyring has changed. A name that is gone has its old limits for as long as anything of it lives."""
         self._rights = {identity.name: identity for identity in identities.values()}
         for name, who in self._rights.items():
             if name in self.by_name:
                 self.by_name[name].allow(who)
 
     def sweep(self, now_ms: int) -> None:
-        """Names that nobody has a key for, and that have nothing here: workers may tell of any number of them."""
+        """Forget names without a key that have nothing here: workers may announce any number of them."""
         for name, account in list(self.by_name.items()):
-            account.measure(now_ms)
+            account.end_rate.measure(account.ended, now_ms)
             if account.idle and name not in self._rights:
                 del self.by_name[name]

@@ -1,8 +1,9 @@
 """What is measured while requests live, for the metrics: times, tokens, and why things ended.
 
-The path of tokens pays nothing for it. What can be told from a transcript is told when somebody looks; a first token is
-one that was waited for; and the pauses between tokens are taken of `TIMED` streams at a time, whose chunks are looked
-at one by one. In a small mesh these are all there are, in a large one a sample: whoever begins when one of them ends.
+The path of tokens pays nothing for it. What follows from a transcript is computed when the metrics are read; a first
+token is one that was waited for; and the pauses between tokens are taken of `TIMED` streams at a time, whose chunks are
+looked at one by one. In a small mesh these are all there are, in a large one a sample: the next is the stream that
+begins when one of them ends.
 
 Labels are what workers serve, their node classes, and closed lists. A name that only clients have used is "other".
 """
@@ -13,7 +14,7 @@ from typing import Any, get_args
 
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Request
-from llambo.mesh.service.prometheus import OTHER, PAUSES_S, WAITS_S, Family, Metric, Names
+from llambo.mesh.service.prometheus import OTHER, PAUSES_S, WAITS_S, Family, Histogram, Metric, Names, Scalar
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 
@@ -51,27 +52,27 @@ TABLE = (QUEUED, FIRST, PAUSE, PREFILL, LASTED, TOKENS, PROMPT, CACHED, ENDED, E
 _PRIORITIES, _REASONS = get_args(m.Priority), get_args(m.Reason)
 
 
-class Fate:
-    """Where the numbers of one model go, whatever runs it."""
+class ModelCells:
+    """Where the numbers of one model go, for all classes of workers."""
 
     __slots__ = ("ended", "lasted", "moves", "queued")
 
     def __init__(self, meter: Meter, model: str) -> None:
-        self.queued = {priority: meter.queued.at(model, priority) for priority in _PRIORITIES}
-        self.lasted = {priority: meter.lasted.at(model, priority) for priority in _PRIORITIES}
-        self.ended = {reason: meter.reasons.at(model, reason) for reason in _REASONS}
-        self.moves = meter.moves.at(model)
+        self.queued = {priority: meter.spread(QUEUED, model, priority) for priority in _PRIORITIES}
+        self.lasted = {priority: meter.spread(LASTED, model, priority) for priority in _PRIORITIES}
+        self.ended = {reason: meter.number(ENDED, model, reason) for reason in _REASONS}
+        self.moves = meter.number(MOVES, model)
 
 
 class Pace:
-    """Where those of one model go at one class of machines."""
+    """Where those of one model go at one class of workers."""
 
-    __slots__ = ("cached", "fate", "first", "pause", "prefill", "prompt", "tokens")
+    __slots__ = ("cached", "first", "model", "pause", "prefill", "prompt", "tokens")
 
-    def __init__(self, meter: Meter, fate: Fate, *labels: str) -> None:
-        self.fate = fate
-        self.first, self.pause, self.prefill = (f.at(*labels) for f in (meter.first, meter.pause, meter.prefill))
-        self.tokens, self.prompt, self.cached = (f.at(*labels) for f in (meter.tokens, meter.prompt, meter.cached))
+    def __init__(self, meter: Meter, model: ModelCells, *labels: str) -> None:
+        self.model = model
+        self.first, self.pause, self.prefill = (meter.spread(one, *labels) for one in (FIRST, PAUSE, PREFILL))
+        self.tokens, self.prompt, self.cached = (meter.number(one, *labels) for one in (TOKENS, PROMPT, CACHED))
 
 
 class Meter:
@@ -80,89 +81,89 @@ class Meter:
         self.classes = Names(CLASSES)
         #: How many streams have their pauses taken now.
         self.timed = 0
-        self.queued, self.lasted = QUEUED.histograms(), LASTED.histograms()
-        self.first, self.pause, self.prefill = FIRST.histograms(), PAUSE.histograms(), PREFILL.histograms()
-        self.tokens, self.prompt, self.cached = TOKENS.scalars(), PROMPT.scalars(), CACHED.scalars()
-        self.reasons, self.errors = ENDED.scalars(), ERRORS.scalars()
-        self.moves, self.refusals = MOVES.scalars(), REFUSED.scalars()
+        self.families: dict[str, Family[Any]] = {
+            metric.name: metric.histograms() if metric.kind == "histogram" else metric.scalars() for metric in TABLE
+        }
         #: By the names themselves, which are looked up for each request. Only those that have labels are in here.
         self._paces: dict[tuple[str, str], Pace] = {}
-        self._fates: dict[str, Fate] = {}
+        self._cells: dict[str, ModelCells] = {}
 
-    @property
-    def families(self) -> list[Family[Any]]:
-        return [
-            self.queued, self.first, self.pause, self.prefill, self.lasted, self.tokens, self.prompt, self.cached,
-            self.reasons, self.errors, self.moves, self.refusals,
-        ]  # fmt: skip
+    def number(self, metric: Metric, *labels: str) -> Scalar:
+        cell: Scalar = self.families[metric.name].at(*labels)
+        return cell
+
+    def spread(self, metric: Metric, *labels: str) -> Histogram:
+        cell: Histogram = self.families[metric.name].at(*labels)
+        return cell
 
     def learn(self, worker: WorkerEntry) -> None:
-        """Only who serves a model can make its name a label."""
+        """Only a worker that serves a model can make its name a label."""
         self.classes.learn(worker.hello.node_class)
-        for model in worker.models:
+        for model in worker.serving.models:
             self.models.learn(model)
 
     # --- the life of a request -----------------------------------------------------------------------------
 
     def refused(self, reason: str) -> None:
-        self.refusals.at(reason).value += 1
+        self.number(REFUSED, reason).value += 1
 
     def dispatched(self, request: Request, node_class: str, now_ms: int) -> None:
-        pace = request.pace = self._pace(request.model, node_class)
-        pace.fate.queued[request.priority].observe((now_ms - request.queued_at) / 1000)
+        pace = request.measured.pace = self._pace(request.model, node_class)
+        pace.model.queued[request.asked.priority].observe((now_ms - request.place.queued_at) / 1000)
         if request.task == "generate":
-            have = request.counted = request.transcript.next_index
+            have = request.measured.counted = request.transcript.next_index
             if not have:
-                request.awaited = request.watched = True
+                request.measured.first_awaited = request.watched = True
 
     def adopted(self, request: Request, node_class: str) -> None:
         """What it had already was made for another broker, or for us in a former life."""
-        request.pace = self._pace(request.model, node_class)
+        request.measured.pace = self._pace(request.model, node_class)
         if request.task == "generate":
-            request.counted = request.transcript.next_index
+            request.measured.counted = request.transcript.next_index
 
-    def heard(self, request: Request, now_ms: int) -> None:
+    def chunk_arrived(self, request: Request, now_ms: int) -> None:
         """It has more tokens, and is one whose times are taken."""
-        have, pace = request.transcript.next_index, request.pace
-        if not have or pace is None:
+        measured, have = request.measured, request.transcript.next_index
+        if not have or measured.pace is None:
             return
-        if request.awaited:
-            request.awaited = False
-            request.first_ms = now_ms - request.submitted_at
-            pace.first.observe(request.first_ms / 1000)
+        if measured.first_awaited:
+            measured.first_awaited = False
+            measured.first_ms = now_ms - request.submitted_at
+            measured.pace.first.observe(measured.first_ms / 1000)
             if self.timed < TIMED:
                 self.timed += 1
-                request.heard, request.heard_at = have, now_ms
+                measured.timed_index, measured.timed_at = have, now_ms
             request.watch()
-        elif have > request.heard:
-            more = have - request.heard
-            pace.pause.observe((now_ms - request.heard_at) / 1000 / more, more)
-            request.heard, request.heard_at = have, now_ms
+        elif have > measured.timed_index:
+            more = have - measured.timed_index
+            measured.pace.pause.observe((now_ms - measured.timed_at) / 1000 / more, more)
+            measured.timed_index, measured.timed_at = have, now_ms
 
     def count(self, request: Request) -> None:
-        """Put the tokens it has into the books, under what it runs at."""
-        more = request.transcript.next_index - request.counted
-        if more > 0 and request.pace is not None and request.task == "generate":
-            request.pace.tokens.value += more
-            request.counted += more
+        """Count the tokens it has, under the model and class that it runs at."""
+        measured = request.measured
+        more = request.transcript.next_index - measured.counted
+        if more > 0 and measured.pace is not None and request.task == "generate":
+            measured.pace.tokens.value += more
+            measured.counted += more
 
     def moved(self, request: Request) -> None:
-        self._fate(request.model).moves.value += 1
+        self._of_model(request.model).moves.value += 1
 
     def left(self, request: Request) -> None:
-        """It is no request of ours any more, for whatever reason."""
+        """It is no request of this broker any more."""
         self.count(request)
-        if request.heard_at >= 0:
-            request.heard_at = -1
+        if request.measured.timed_at >= 0:
+            request.measured.timed_at = -1
             self.timed -= 1
 
     def ended(self, request: Request, reason: m.Reason, error: ErrorInfo | None, usage: m.Usage, now_ms: int) -> None:
-        pace = request.pace
-        fate = pace.fate if pace is not None else self._fate(request.model)
-        fate.ended[reason].value += 1
-        fate.lasted[request.priority].observe((now_ms - request.submitted_at) / 1000)
+        pace = request.measured.pace
+        cells = pace.model if pace is not None else self._of_model(request.model)
+        cells.ended[reason].value += 1
+        cells.lasted[request.asked.priority].observe((now_ms - request.submitted_at) / 1000)
         if error is not None:
-            self.errors.at(error.code.value).value += 1
+            self.number(ERRORS, error.code.value).value += 1
         if pace is not None and usage.prompt_tokens:
             pace.prompt.value += usage.prompt_tokens
             pace.cached.value += usage.cached_tokens
@@ -170,20 +171,20 @@ class Meter:
 
     # --- where it goes ---------------------------------------------------------------------------------------
 
-    def _fate(self, model: str) -> Fate:
-        fate = self._fates.get(model)
-        if fate is None:
+    def _of_model(self, model: str) -> ModelCells:
+        cells = self._cells.get(model)
+        if cells is None:
             label = self.models.of(model)
-            fate = Fate(self, label)
+            cells = ModelCells(self, label)
             if label != OTHER:
-                self._fates[model] = fate
-        return fate
+                self._cells[model] = cells
+        return cells
 
     def _pace(self, model: str, node_class: str) -> Pace:
         pace = self._paces.get((model, node_class))
         if pace is None:
             labels = (self.models.of(model), self.classes.of(node_class))
-            pace = Pace(self, self._fate(model), *labels)
+            pace = Pace(self, self._of_model(model), *labels)
             if OTHER not in labels:
                 self._paces[model, node_class] = pace
         return pace

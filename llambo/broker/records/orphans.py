@@ -1,16 +1,20 @@
-"""Runs that workers go on with although their broker is gone, until somebody asks for them."""
+"""What a broker remembers for the time after a restart: runs without a broker, and requests that it cannot place yet.
+
+The rules are in requests/recovery.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llambo.broker.records.registry import WorkerEntry
+from llambo.broker.records.registry import ClientEntry, WorkerEntry
+from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 
 
 @dataclass(frozen=True, slots=True)
-class Orphan:
+class OrphanRun:
     """One run as its worker announced it. It has grown since."""
 
     worker: WorkerEntry
@@ -33,12 +37,12 @@ class Orphan:
         return len(self.prompt) + sum(map(len, self.chunks))
 
 
-class Orphanage:
+class OrphanRuns:
     """By request, and then by run: several workers may have had the same request, one after the other."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._runs: dict[bytes, dict[bytes, Orphan]] = {}
+        self._runs: dict[bytes, dict[bytes, OrphanRun]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._runs.values()))
@@ -46,31 +50,31 @@ class Orphanage:
     def __contains__(self, id: bytes) -> bool:
         return id in self._runs
 
-    def __iter__(self) -> Iterator[Orphan]:
+    def __iter__(self) -> Iterator[OrphanRun]:
         for runs in self._runs.values():
             yield from runs.values()
 
     def owners(self, id: bytes) -> list[str]:
-        """Whose runs of this request are known."""
         return [orphan.work.owner for orphan in self._runs.get(id, {}).values()]
 
-    def add(self, orphan: Orphan) -> None:
+    def add(self, orphan: OrphanRun) -> None:
         self.remove(orphan.key)
         self._runs.setdefault(orphan.work.id, {})[orphan.key] = orphan
         self.bytes += orphan.size
 
-    def take(self, id: bytes) -> list[Orphan]:
+    def take(self, id: bytes) -> list[OrphanRun]:
         """All of this request, the latest attempt first."""
         runs = self._runs.pop(id, {})
         self.bytes -= sum(orphan.size for orphan in runs.values())
         return sorted(runs.values(), key=lambda orphan: orphan.attempt, reverse=True)
 
     def remove(self, key: bytes) -> None:
-        for id, runs in list(self._runs.items()):
-            if key in runs:
-                self.bytes -= runs.pop(key).size
-                if not runs:
-                    del self._runs[id]
+        id = key[: limits.REQUEST_ID_BYTES]
+        runs = self._runs.get(id, {})
+        if key in runs:
+            self.bytes -= runs.pop(key).size
+            if not runs:
+                del self._runs[id]
 
     def forget_worker(self, worker: WorkerEntry) -> None:
         for orphan in [orphan for orphan in self if orphan.worker is worker]:
@@ -79,3 +83,20 @@ class Orphanage:
     def expire(self, now_ms: int) -> None:
         for orphan in [orphan for orphan in self if now_ms >= orphan.due]:
             self.remove(orphan.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """A client's message about something that this broker does not know yet."""
+
+    client: ClientEntry
+    message: m.InferenceRequest | m.Attach
+    blob: bytes
+    due: int
+
+
+class Recovery:
+    def __init__(self) -> None:
+        self.orphans = OrphanRuns()
+        #: By session and request id.
+        self.deferred: dict[tuple[bytes, bytes], Deferred] = {}

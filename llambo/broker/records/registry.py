@@ -1,229 +1,241 @@
-"""Who is there: sessions of workers and clients, by session, by route, by name, by topic."""
+"""Which peers are connected: sessions of workers and clients, by session, by route, by name, by topic."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
-from llambo.broker.records.request import Request, lane
+from llambo.broker.records.request import Lane, Request
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import ANYONE, Identity
 
 #: What `llambo workers` and the metrics call a worker's state.
 CONDITIONS = ("joining", "loading", "ready", "trial", "slow", "mending", "draining", "drained")
+#: Token-plane beats that may be on their way.
+BEATS_AWAY = 3
+
+
+@dataclass(slots=True)
+class Session:
+    """The connection of a peer, as far as a broker knows it."""
+
+    route: bytes
+    welcome: m.Welcome
+    heard_at: int
+    joined_at: int
+    #: The public key that opened this session, and what the keyring says of it.
+    user: str = ""
+    identity: Identity = ANYONE
+    #: Since when its route is gone; 0: it is there.
+    route_gone_at: int = 0
+
+
+@dataclass(slots=True)
+class Beats:
+    """Heartbeats on both planes, and the order of control messages."""
+
+    #: Sent by us on control.
+    number: int = 0
+    #: Sent by the peer on the token plane, as it says on control; and the last one that arrived there. A client says it
+    #: of ours.
+    beat: int = 0
+    echo: int = 0
+    #: Control sequence number of the last message to it that has one.
+    seq: int = 0
+
+
+class Serving:
+    """What a worker serves."""
+
+    __slots__ = ("continuing", "fingerprints", "infos", "lanes", "models", "slots")
+
+    def __init__(self, infos: list[m.ModelInfo], slots: int) -> None:
+        self.infos = infos
+        self.slots = slots
+        self.models = tuple(model.name for model in infos)
+        #: Model to fingerprint, for those that have one.
+        self.fingerprints = {model.name: model.fingerprint for model in infos if model.fingerprint}
+        #: The lanes of requests that only the very same model may continue; and all lanes, these first.
+        self.continuing = tuple(Lane(*of) for of in self.fingerprints.items())
+        self.lanes = (*self.continuing, *(Lane(model) for model in self.models))
+
+
+class Speed:
+    """Kept by speed.py."""
+
+    __slots__ = (
+        "ejected",
+        "idle_load",
+        "level",
+        "measured_at",
+        "measurements",
+        "note",
+        "pace",
+        "pauses",
+        "step_load",
+        "trial",
+        "until",
+    )
+
+    def __init__(self, slots: int) -> None:
+        #: Smoothed tokens per second and stream, from how many measurements, and the last one's time.
+        self.pace = 0.0
+        self.measurements = self.measured_at = 0
+        #: It is much slower than its peers: no new work `until` then; after that, one at a time while it is on trial.
+        self.ejected = self.trial = False
+        self.until = self.pauses = 0
+        self.note = ""
+        self.weigh(0, slots)
+
+    def weigh(self, level: int, slots: int) -> None:
+        """What the worker counts as loaded, idle and for each claim: full is taken to be half as fast as idle."""
+        #: How often its weight is halved.
+        self.level = level
+        self.idle_load = float(2**level)
+        self.step_load = self.idle_load / slots
+
+    def forget(self) -> None:
+        self.measurements, self.pace = 0, 0.0
+
+
+@dataclass(slots=True)
+class DrainState:
+    """Kept by draining.py: by an operator's order it gets no new work; `moving`: and what it runs goes on elsewhere."""
+
+    drained: bool = False
+    moving: bool = False
+    #: Its control sequence number when the order was sent.
+    sent_seq: int = 0
+    #: It was not yet as the order wants it.
+    differed: bool = False
 
 
 class WorkerEntry:
-    """A worker, from its welcome until it is lost. `claims` is what counts: dispatch key to control sequence."""
+    """A worker, from its welcome until it is lost."""
 
     __slots__ = (
         "adopted",
-        "beat",
-        "busy",
+        "beats",
         "claims",
-        "closed",
         "done",
-        "drained_seq",
-        "draining",
-        "echo",
-        "ejected",
-        "fingerprints",
-        "heard_at",
+        "drain",
         "hello",
-        "identity",
-        "idle_load",
-        "incarnation",
-        "joined_at",
-        "lanes",
         "last",
-        "level",
-        "models",
-        "moving",
-        "name",
-        "number",
-        "pace",
-        "paced",
-        "paced_at",
+        "link",
         "position",
-        "route",
-        "route_gone_at",
-        "seq",
+        "refusing",
         "serving",
-        "session",
-        "slots",
-        "slow_note",
-        "slow_times",
-        "slow_until",
+        "speed",
         "state",
-        "step_load",
         "suspect",
-        "trial",
         "turn",
-        "user",
-        "was_otherwise",
-        "welcome",
     )
 
-    def __init__(
-        self,
-        hello: m.WorkerHello,
-        welcome: m.Welcome,
-        route: bytes,
-        now_ms: int,
-        user: str = "",
-        identity: Identity = ANYONE,
-    ) -> None:
-        #: The public key that opened this session, and what the keyring says of it.
-        self.user, self.identity = user, identity
+    def __init__(self, hello: m.WorkerHello, link: Session) -> None:
         self.hello = hello
-        self.welcome = welcome
-        self.name = hello.name
-        # --- kept by speed.py: a smoothed pace, from how many measurements, and the last one's time
-        self.pace = 0.0
-        self.paced = 0
-        self.paced_at = 0
-        #: How often its weight is halved.
-        self.level = 0
-        #: It is much slower than its peers: no new work until `slow_until`; then one at a time while it is tried.
-        self.ejected = self.trial = False
-        self.slow_until = self.slow_times = 0
-        self.slow_note = ""
-        self.serve(hello.models, hello.slots)
-        self.incarnation = hello.incarnation
-        self.session = welcome.session
-        self.route = route
-        self.joined_at = self.heard_at = now_ms
-        self.route_gone_at = 0
-        #: The last token-plane beat seen from it: 0 until that plane works.
-        self.echo = 0
-        self.number = 0
-        #: Control sequence number of the last message that carries one.
-        self.seq = 0
+        self.link = link
+        self.beats = Beats()
+        self.serving = Serving(hello.models, hello.slots)
+        self.speed = Speed(hello.slots)
+        self.drain = DrainState()
+        self.state: m.WorkerState | Literal["gone"] = hello.state
+        #: What it was given: dispatch key to control sequence number.
         self.claims: dict[bytes, int] = {}
         #: Those of them that it ran already: they may be more than it has slots, if they have ended.
         self.adopted: set[bytes] = set()
         #: The last suspect it was given, with its key: one at a time.
         self.suspect: tuple[bytes, Request] | None = None
-        #: Slots that others than us have taken.
-        self.busy = 0
-        self.state: str = hello.state
-        #: By an operator's order; `moving`: and what it runs is to go on elsewhere.
-        self.draining = False
-        self.moving = False
-        #: Its control sequence number when it was told so.
-        self.drained_seq = 0
-        #: It was not yet as that order wants it.
-        self.was_otherwise = False
-        #: It refused something: nothing more until its next heartbeat tells how it is.
-        self.closed = False
+        #: It refused something: nothing more until its next heartbeat.
+        self.refusing = False
         self.last = m.WorkerHeartbeat()
-        self.beat = 0
         self.done = 0
-        # --- kept by schedule.Pool
-        self.position: dict[str, int] = {}
+        #: Kept by schedule.py: where it stands in each pool, and when it was chosen last.
+        self.position: dict[object, int] = {}
         self.turn = 0
 
-    def serve(self, serving: list[m.ModelInfo], slots: int) -> None:
-        """What it serves: from its hello, or, if that was said too early to know, from a heartbeat."""
-        self.serving = serving
-        self.models = tuple(model.name for model in serving)
-        #: Model to fingerprint, for those that have one.
-        self.fingerprints = {model.name: model.fingerprint for model in serving if model.fingerprint}
-        #: The lanes of requests that only the very same model may continue.
-        self.lanes = tuple(lane(*of) for of in self.fingerprints.items())
-        self.slots = slots
-        self.weigh(self.level)
-
-    def weigh(self, level: int) -> None:
-        """What it counts as loaded, idle and for each claim: full is taken to be half as fast as idle."""
-        self.level = level
-        self.idle_load = float(2**level)
-        self.step_load = self.idle_load / self.slots
-
-    def serves(self, lane: str) -> bool:
-        return lane in self.models or lane in self.lanes
+    @property
+    def name(self) -> str:
+        return self.hello.name
 
     @property
-    def wary(self) -> bool:
-        """A suspect is aboard that has not cleared itself yet. A cancelled one is aboard until its slot is free."""
-        if self.last.wary:
-            return True
-        return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspect_at >= 0
+    def session(self) -> bytes:
+        return self.link.welcome.session
+
+    @property
+    def slots(self) -> int:
+        return self.serving.slots
+
+    @property
+    def busy(self) -> int:
+        """Slots that others than this broker have taken."""
+        return self.last.busy
 
     @property
     def free(self) -> int:
         return self.slots - len(self.claims) - self.busy
 
     @property
+    def has_suspect(self) -> bool:
+        """It has a suspect that is not cleared. A cancelled one counts until its slot is free."""
+        if self.last.wary:
+            return True
+        return self.suspect is not None and self.suspect[0] in self.claims and self.suspect[1].suspicion.token >= 0
+
+    @property
     def tokens_up(self) -> bool:
         """Its token plane delivers: a beat was seen, and not too many after it are missing."""
-        return self.echo > 0 and self.beat - self.echo <= 3
+        return self.beats.echo > 0 and self.beats.beat - self.beats.echo <= BEATS_AWAY
 
     @property
     def condition(self) -> str:
-        """How it is, in a word: one of CONDITIONS."""
-        if self.draining or self.state == "draining":
+        """One of CONDITIONS."""
+        if self.drain.drained or self.state == "draining":
             return "draining" if self.claims or self.busy else "drained"
         if self.state == "starting":
             return "loading"
-        if not self.echo:
+        if not self.beats.echo:
             return "joining"
-        if self.ejected:
+        if self.speed.ejected:
             return "slow"
-        return ("trial" if self.trial else "ready") if self.tokens_up else "mending"
+        return ("trial" if self.speed.trial else "ready") if self.tokens_up else "mending"
 
     @property
     def dispatchable(self) -> bool:
         # Asked several times for each request, so `free` and `tokens_up` are written out.
+        beats, speed = self.beats, self.speed
         return (
-            self.slots - len(self.claims) - self.busy > 0
+            self.serving.slots - len(self.claims) - self.last.busy > 0
             and self.state == "ready"
-            and self.echo > 0
-            and self.beat - self.echo <= 3
-            and not (self.draining or self.closed or self.ejected or (self.trial and self.claims))
+            and beats.echo > 0
+            and beats.beat - beats.echo <= BEATS_AWAY
+            and not (self.drain.drained or self.refusing or speed.ejected or (speed.trial and self.claims))
         )
 
 
 class ClientEntry:
     """A client's session: its topic, what it follows, and the ENDs it has not acknowledged."""
 
-    __slots__ = (
-        "echo",
-        "following",
-        "heard_at",
-        "hello",
-        "identity",
-        "joined_at",
-        "number",
-        "route",
-        "session",
-        "topic",
-        "unacked",
-        "user",
-        "welcome",
-    )
+    __slots__ = ("beats", "following", "hello", "link", "unacked")
 
-    def __init__(
-        self,
-        hello: m.ClientHello,
-        welcome: m.Welcome,
-        route: bytes,
-        now_ms: int,
-        user: str = "",
-        identity: Identity = ANYONE,
-    ) -> None:
-        #: The public key that opened this session, and what the keyring says of it.
-        self.user, self.identity = user, identity
+    def __init__(self, hello: m.ClientHello, link: Session) -> None:
         self.hello = hello
-        self.welcome = welcome
-        self.session = welcome.session
-        self.topic = welcome.topic
-        self.route = route
-        self.joined_at = self.heard_at = now_ms
-        self.echo = 0
-        self.number = 0
+        self.link = link
+        self.beats = Beats()
         self.following: dict[bytes, None] = {}
         #: Request id to the time its END was sent last, oldest first.
         self.unacked: dict[bytes, int] = {}
+
+    @property
+    def session(self) -> bytes:
+        return self.link.welcome.session
+
+    @property
+    def topic(self) -> bytes:
+        return self.link.welcome.topic
+
+    @property
+    def identity(self) -> Identity:
+        return self.link.identity
 
     def is_same(self, other: ClientEntry) -> bool:
         """Two sessions of one client."""
@@ -232,55 +244,88 @@ class ClientEntry:
         return bool(self.hello.incarnation) and self.hello.incarnation == other.hello.incarnation
 
 
+class _Peer(Protocol):
+    link: Session
+
+    @property
+    def session(self) -> bytes: ...
+
+
+P = TypeVar("P", bound=_Peer)
+
+
+class Sessions(dict[bytes, P]):
+    """Peers of one kind, by session and by route."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_route: dict[bytes, P] = {}
+
+    def add(self, peer: P) -> None:
+        self[peer.session] = peer
+        self.by_route[peer.link.route] = peer
+
+    def remove(self, peer: P) -> None:
+        del self[peer.session]
+        self.by_route.pop(peer.link.route, None)
+
+    def move(self, peer: P, route: bytes) -> None:
+        """The same session speaks from a new route: it has connected again."""
+        self.by_route.pop(peer.link.route, None)
+        peer.link.route = route
+        self.by_route[route] = peer
+
+
 class Drained(NamedTuple):
-    """`incarnation`: of the process that has said so itself."""
+    """`incarnation`: of the process that has confirmed it."""
 
     move: bool
     incarnation: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """What a client holds alone for a while: leases.py."""
+
+    holder: bytes
+    #: What the holder calls itself.
+    holder_name: str
+    until: int
+    promised: frozenset[str]
+    #: Session and number of the question that was answered last.
+    answered: tuple[bytes, int]
 
 
 class Registry:
     """Plain tables; the rules of joining and leaving are in membership.py."""
 
     def __init__(self) -> None:
-        self.workers: dict[bytes, WorkerEntry] = {}
-        self.clients: dict[bytes, ClientEntry] = {}
+        self.workers: Sessions[WorkerEntry] = Sessions()
+        self.clients: Sessions[ClientEntry] = Sessions()
         self.worker_names: dict[str, WorkerEntry] = {}
-        self.worker_routes: dict[bytes, WorkerEntry] = {}
-        self.client_routes: dict[bytes, ClientEntry] = {}
         self.topics: dict[bytes, ClientEntry] = {}
-        #: Workers told to take no new work, by name: it outlives their sessions.
+        #: Workers that are to take no new work, by name: it outlives their sessions.
         self.drained: dict[str, Drained] = {}
-        #: Those orders, and those to work again, that a worker has yet to confirm.
+        #: Orders to drain, and to work again, that a worker has yet to confirm.
         self.orders: dict[str, m.Drain] = {}
+        #: Workers, by session, whose requests are to go on elsewhere: draining.py.
+        self.emptying: dict[bytes, WorkerEntry] = {}
+        #: By what they are for.
+        self.leases: dict[str, HeldLease] = {}
 
     def add_worker(self, worker: WorkerEntry) -> None:
-        self.workers[worker.session] = worker
+        self.workers.add(worker)
         self.worker_names[worker.name] = worker
-        self.worker_routes[worker.route] = worker
 
     def remove_worker(self, worker: WorkerEntry) -> None:
-        del self.workers[worker.session]
+        self.workers.remove(worker)
         del self.worker_names[worker.name]
-        self.worker_routes.pop(worker.route, None)
-
-    def move_worker(self, worker: WorkerEntry, route: bytes) -> None:
-        """The same session speaks from a new route: its connection blinked."""
-        self.worker_routes.pop(worker.route, None)
-        worker.route = route
-        self.worker_routes[route] = worker
+        self.emptying.pop(worker.session, None)
 
     def add_client(self, client: ClientEntry) -> None:
-        self.clients[client.session] = client
-        self.client_routes[client.route] = client
+        self.clients.add(client)
         self.topics[client.topic] = client
 
     def remove_client(self, client: ClientEntry) -> None:
-        del self.clients[client.session]
+        self.clients.remove(client)
         del self.topics[client.topic]
-        self.client_routes.pop(client.route, None)
-
-    def move_client(self, client: ClientEntry, route: bytes) -> None:
-        self.client_routes.pop(client.route, None)
-        client.route = route
-        self.client_routes[route] = client

@@ -1,23 +1,26 @@
-"""One request as the broker sees it, and the steps its life may take."""
+"""One request as the broker sees it, and the steps its life may take.
+
+What one rule owns is a record of its own: its place in the queue, its current run, what is missing of its answer,
+whether it is suspected of killing engines, what the metrics measure of it.
+"""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.stream import Stash
 
 if TYPE_CHECKING:
     from llambo.broker.records.accounts import Account
+    from llambo.broker.records.fair_share import Share
     from llambo.broker.records.meter import Pace
-    from llambo.broker.records.queue import Share
-    from llambo.broker.records.registry import WorkerEntry
-
-
-_STORY_ENTRIES = limits.STORY_ENTRIES
+    from llambo.broker.records.registry import ClientEntry, WorkerEntry
 
 
 class RequestState(enum.Enum):
@@ -34,7 +37,7 @@ class RequestState(enum.Enum):
 _S = RequestState
 #: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
 REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
-    _S.WAITING: {_S.DISPATCHED: "a worker was chosen", _S.ENDED: "cancelled, too late, or nobody to do it"},
+    _S.WAITING: {_S.DISPATCHED: "a worker was chosen", _S.ENDED: "cancelled, too late, or no worker for it"},
     _S.DISPATCHED: {
         _S.RUNNING: "accept",
         _S.COMPLETING: "worker's END, tokens missing",
@@ -51,174 +54,201 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 }
 
 
-#: Where those wait that are not to be dispatched.
-PARKED = "\0parked"
-#: The end of the names of lanes for those that may have killed an engine: suspicion.py.
-WARY = "\0\0wary"
+class Lane(NamedTuple):
+    """Requests that the same workers can take, and the pool of these workers."""
+
+    model: str
+    #: Only workers with this very model file. "": any worker with a model of that name.
+    fingerprint: str = ""
+    #: For suspects, of which an engine gets one at a time.
+    isolated: bool = False
 
 
-def lane(model: str, fingerprint: str) -> str:
-    """The name of a line and of its pool. A model without a fingerprint goes on wherever its name is known."""
-    return f"{model}\0{fingerprint}" if fingerprint else model
+#: Where requests wait for a worker that may be running them already (recovery.py). They are not dispatched.
+AWAITING_RUN = Lane("")
 
 
-def plain(lane: str) -> str:
-    """The lane of the same requests if nothing spoke against them."""
-    return lane.removesuffix(WARY)
+class Followers(dict[bytes, None]):
+    """Sessions that follow a request."""
+
+    __slots__ = ("abandoned", "topics")
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Of those that want a stream.
+        self.topics: tuple[bytes, ...] = ()
+        #: The request is ended only because no client follows it.
+        self.abandoned = False
+
+    def add(self, client: ClientEntry, stream: bool) -> None:
+        self[client.session] = None
+        if stream and client.topic not in self.topics:
+            self.topics = (*self.topics, client.topic)
+
+    def remove(self, client: ClientEntry) -> None:
+        self.pop(client.session, None)
+        self.topics = tuple(topic for topic in self.topics if topic != client.topic)
 
 
+@dataclass(slots=True)
+class Place:
+    """Kept by queue.py: where it waits, or has waited last."""
+
+    queued_at: int
+    #: All its waits that are over, together.
+    queued_ms: int = 0
+    share: Share = field(init=False, repr=False)
+    #: Of all requests that were ever queued, and of those of its share.
+    ticket: int = 0
+    number: int = 0
+    #: Its broker is gone; for a moment it waits for a worker that still runs it.
+    awaiting_run: bool = False
+
+
+@dataclass(slots=True)
+class Run:
+    """Kept by dispatching.py: the current dispatch, and what became of those before it."""
+
+    #: Of the model that its tokens are from.
+    fingerprint: str
+    attempt: int = 0
+    #: Request id + dispatch id: what the fence compares.
+    key: bytes = b""
+    worker: WorkerEntry | None = None
+    #: The last worker that had it.
+    worker_name: str = ""
+    #: The worker's END, while tokens before it are missing.
+    end: m.End | None = None
+    moves: int = 0
+    refusals: int = 0
+
+    @property
+    def dispatch(self) -> bytes:
+        return self.key[limits.REQUEST_ID_BYTES :]
+
+
+@dataclass(slots=True)
+class Repair:
+    """Kept by delivery.py: tokens that its worker has and the transcript has not."""
+
+    #: The worker is known to have tokens up to here.
+    wanted: int = 0
+    #: When they are asked for, also again; 0: not at all.
+    due: int = 0
+    asked: bool = False
+
+
+@dataclass(slots=True)
+class Suspicion:
+    """Kept by suspicion.py."""
+
+    #: Deaths of engines that ran it, whatever caused them.
+    failures: int = 0
+    #: An engine died when it was to make this token; -1: it is no suspect.
+    token: int = -1
+    text: str = ""
+
+
+@dataclass(slots=True)
+class Measured:
+    """Kept by meter.py."""
+
+    #: Where its times and tokens are counted.
+    pace: Pace | None = None
+    #: How many of its tokens are counted.
+    counted: int = 0
+    #: Its first token is to be timed; how long it took; -1: there is none, or it came elsewhere.
+    first_awaited: bool = False
+    first_ms: int = -1
+    #: Up to which token its pauses are taken, and when that came; -1: they are not taken.
+    timed_index: int = 0
+    timed_at: int = -1
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """Everything about a live request. Its transcript outlives it in the archive."""
 
-    __slots__ = (
-        "account",
-        "asked_ms",
-        "attempt",
-        "awaited",
-        "blame",
-        "counted",
-        "deadline_at",
-        "detached",
-        "end",
-        "failures",
-        "fingerprint",
-        "first_ms",
-        "followers",
-        "forsaken",
-        "heard",
-        "heard_at",
-        "id",
-        "key",
-        "logprobs",
-        "max_tokens",
-        "model",
-        "moves",
-        "owner",
-        "pace",
-        "parked",
-        "place",
-        "priority",
-        "prompt",
-        "queued_at",
-        "queued_ms",
-        "refusals",
-        "repair_due",
-        "sampling",
-        "seed",
-        "share",
-        "stash",
-        "state",
-        "story",
-        "stream",
-        "submitted_at",
-        "suspect_at",
-        "suspicion",
-        "task",
-        "ticket",
-        "topics",
-        "transcript",
-        "wanted",
-        "watched",
-        "worker",
-    )
+    asked: m.InferenceRequest
+    #: The model that is meant by the name that was asked for.
+    model: str
+    prompt: bytes
+    submitted_at: int
+    #: Of the identity that has submitted it.
+    account: Account
+    state: RequestState = RequestState.WAITING
+    #: Each of its chunks has a consequence: see `watch`.
+    watched: bool = False
+    transcript: Transcript = field(init=False)
+    place: Place = field(init=False)
+    run: Run = field(init=False)
+    followers: Followers = field(default_factory=Followers)
+    repair: Repair = field(default_factory=Repair)
+    suspicion: Suspicion = field(default_factory=Suspicion)
+    measured: Measured = field(default_factory=Measured)
+    story: list[tuple[int, str, str]] = field(default_factory=list)
 
-    #: Where it waits, or has waited last.
-    share: Share
-
-    def __init__(self, asked: m.InferenceRequest, model: str, prompt: bytes, now_ms: int, account: Account) -> None:
-        self.id = asked.id
-        #: Of the identity that has submitted it, and that one's name.
-        self.account = account
-        self.owner = account.name
-        self.model = model
-        self.prompt = prompt
-        self.max_tokens = asked.max_tokens
-        self.logprobs = asked.logprobs
-        self.task = asked.task
-        # A result is whole or nothing; it comes with the END.
-        self.stream = asked.stream and asked.task == "generate"
-        self.priority = asked.priority
-        self.detached = asked.detached
-        self.sampling = bytes(asked.sampling)
-        # The seed is fixed now, so that the chance at index i is the same on whatever worker gets there.
-        self.seed = asked.seed if asked.seed is not None else int.from_bytes(asked.id[:7], "big")
-        self.deadline_at = now_ms + asked.deadline_ms if asked.deadline_ms else 0
-        self.submitted_at = self.queued_at = now_ms
-        self.queued_ms = 0
-        self.state = RequestState.WAITING
-        self.transcript = Transcript(asked.max_tokens, asked.logprobs, asked.task)
-        #: Sessions that follow this request, and the topics of those that want a stream.
-        self.followers: dict[bytes, None] = {}
-        self.topics: tuple[bytes, ...] = ()
-        # --- the current dispatch
-        self.attempt = 0
-        self.key = b""  # request id + dispatch id: the fence
-        self.worker: WorkerEntry | None = None
-        #: Of the model its tokens are from.
-        self.fingerprint = asked.fingerprint
-        self.stash: Stash | None = None
-        self.end: m.End | None = None
-        #: The worker is known to have tokens up to here.
-        self.wanted = 0
-        self.repair_due = 0
-        self.asked_ms = 0
-        #: Each chunk is looked at: an END waits for it, it would clear a suspect, or its time is taken.
-        self.watched = False
-        # --- kept by meter.py: where its times go, how many of its tokens are counted, whether the first is to be timed
-        self.pace: Pace | None = None
-        self.counted = 0
-        self.awaited = False
-        #: How long its first token took; -1: it has none, or began elsewhere.
-        self.first_ms = -1
-        #: Up to which token, and when it came; -1: no pauses of this one are taken.
-        self.heard = 0
-        self.heard_at = -1
-        # --- its fate so far
-        self.ticket = 0
-        #: Which one of its share it is.
-        self.place = 0
-        #: Its broker is gone; for a moment it waits for a worker that runs it still.
-        self.parked = False
-        #: It is ended only because nobody follows it.
-        self.forsaken = False
-        self.moves = 0
-        #: Engine deaths it was aboard of, whatever caused them.
-        self.failures = 0
-        #: An engine died when it was to make this token, and how; -1: nothing speaks against it.
-        self.suspect_at = -1
-        self.suspicion = ""
-        self.refusals = 0
-        self.blame = ""
-        self.story: list[tuple[int, str, str]] = []
+    def __post_init__(self) -> None:
+        # A copy: what was decoded is a view of the whole bundle, which would live as long as the request.
+        self.asked = msgspec.structs.replace(self.asked, sampling=self.asked.sampling.copy())
+        self.transcript = Transcript(self.asked.max_tokens, self.asked.logprobs, self.asked.task)
+        self.place = Place(self.submitted_at)
+        self.run = Run(self.asked.fingerprint)
 
     @property
-    def lane(self) -> str:
-        """Who may run it: any worker with its model, or, once it has tokens, one with the very same model."""
-        if self.parked:
-            return PARKED
-        name = lane(self.model, self.fingerprint) if self.transcript.next_index else self.model
-        return name if self.suspect_at < 0 else name + WARY
+    def id(self) -> bytes:
+        return self.asked.id
+
+    @property
+    def deadline_at(self) -> int:
+        return self.submitted_at + self.asked.deadline_ms if self.asked.deadline_ms else 0
+
+    @property
+    def owner(self) -> str:
+        return self.account.name
+
+    @property
+    def task(self) -> m.Task:
+        return self.asked.task
+
+    @property
+    def stream(self) -> bool:
+        # A result is whole or nothing; it comes with the END.
+        return self.asked.stream and self.asked.task == "generate"
+
+    @property
+    def seed(self) -> int:
+        # Fixed by the submit, so that the chance at index i is the same on any worker that gets there.
+        return self.asked.seed if self.asked.seed is not None else int.from_bytes(self.id[:7], "big")
+
+    @property
+    def lane(self) -> Lane:
+        """Any worker with its model, or, once it has tokens, one with the very same model."""
+        if self.place.awaiting_run:
+            return AWAITING_RUN
+        return Lane(self.model, self.run.fingerprint if self.transcript.next_index else "", self.suspicion.token >= 0)
+
+    @property
+    def incomplete(self) -> bool:
+        """Tokens are known to exist that have not arrived."""
+        return self.repair.wanted > self.transcript.next_index
 
     def step(self, state: RequestState) -> None:
         assert state in REQUEST_STEPS[self.state], f"request cannot go from {self.state} to {state}"
         self.state = state
 
     def note(self, now_ms: int, what: str, detail: str = "") -> None:
-        """Remember why. The middle of a long story is what nobody misses."""
-        story = self.story
-        if len(story) >= _STORY_ENTRIES:
-            del story[_STORY_ENTRIES // 2]
-        story.append((now_ms, what, detail))
+        """Add a step to the story. Of a long one the middle is left out: begin and end explain most."""
+        if len(self.story) >= limits.STORY_ENTRIES:
+            del self.story[limits.STORY_ENTRIES // 2]
+        self.story.append((now_ms, what, detail))
 
     def watch(self) -> None:
-        """What was waited for has come: is there anything else?"""
-        self.watched = self.end is not None or self.suspect_at >= 0 or self.awaited or self.heard_at >= 0
-
-    @property
-    def dispatch(self) -> bytes:
-        return self.key[limits.REQUEST_ID_BYTES :]
-
-    @property
-    def missing(self) -> bool:
-        """Tokens are known to exist that have not arrived."""
-        return self.wanted > self.transcript.next_index
+        """Find out whether a chunk may close a gap, clear a suspect, complete the answer, or has to be timed."""
+        self.watched = (
+            self.run.end is not None
+            or self.suspicion.token >= 0
+            or self.measured.first_awaited
+            or self.measured.timed_at >= 0
+            or self.transcript.stash is not None
+        )

@@ -1,64 +1,62 @@
 """Retries have a budget, so that what fails everywhere does not run for ever.
 
-A request that a worker refuses, or whose engine dies, is given to another one. While that is rare it costs nobody
-anything; when it is all that happens, each retry makes it worse. So each model has an account: a refusal costs one,
-the death of an engine costs one, however many were aboard. A request that ends well pays in a share of one, and what
-its own refusals have cost; and a little comes in with time. When the account is empty, who would be retried is told
-that the mesh is busy, and when to come back.
+A request that a worker refuses, or whose engine dies, is given to another one. While that is rare it is cheap; when it
+is all that happens, each retry makes it worse. So each model has a budget: a refusal costs one retry, the death of an
+engine costs one, however many requests it ran. A request that ends well pays in a part of a retry, and what its own
+refusals have cost; and a little comes in with time. When the budget is empty, a request that would be retried ends
+with BUSY, and an estimate of when to come back.
 
-Workers that are lost cost nothing, nor do engines that were ended from outside: who moves because of them moves once
-for each of them, and they are gone.
+Workers that are lost cost nothing, nor do engines that were ended from outside: a request moves once for each of them,
+and they are gone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
-if TYPE_CHECKING:
-    from llambo.broker.records.request import Request
-    from llambo.broker.records.state import State
-
 #: What comes in by itself, each second.
 PER_S = 1.0
-#: Who is refused is told to wait until so much is there again: he will not be the only one who comes.
+#: A refused client is to wait until so much is there again: it will not be the only one that comes back.
 ENOUGH = 10.0
 
 
 @dataclass(slots=True)
-class Budget:
+class RetryBudget:
     credit: float
     at_ms: int
 
 
-def spend(state: State, model: str, now_ms: int) -> bool:
-    """One retry. False: there is nothing left for it."""
-    reserve = float(state.config.retry_reserve)
-    budget = state.budgets.get(model)
-    if budget is None:
-        budget = state.budgets[model] = Budget(reserve, now_ms)
-    budget.credit = min(reserve, budget.credit + (now_ms - budget.at_ms) / 1000 * PER_S)
-    budget.at_ms = now_ms
-    if budget.credit < 1:
-        state.counters.retries_denied += 1
-        return False
-    budget.credit -= 1
-    return True
+class RetryBudgets:
+    """By model, where something of it is spent."""
 
+    def __init__(self, reserve: int, percent: int) -> None:
+        self.by_model: dict[str, RetryBudget] = {}
+        self._reserve = float(reserve)
+        self._share = percent / 100
 
-def earn(state: State, request: Request) -> None:
-    """It ended well. An account that is full again is closed."""
-    budget = state.budgets.get(request.model)
-    if budget is not None:
-        budget.credit += state.config.retry_percent / 100 + request.refusals
-        if budget.credit >= state.config.retry_reserve:
-            del state.budgets[request.model]
+    def spend(self, model: str, now_ms: int) -> bool:
+        """One retry. False: there is nothing left for it."""
+        budget = self.by_model.get(model)
+        if budget is None:
+            budget = self.by_model[model] = RetryBudget(self._reserve, now_ms)
+        budget.credit = min(self._reserve, budget.credit + (now_ms - budget.at_ms) / 1000 * PER_S)
+        budget.at_ms = now_ms
+        if budget.credit < 1:
+            return False
+        budget.credit -= 1
+        return True
 
+    def earn(self, model: str, refusals: int) -> None:
+        """A request ended well, after so many refusals. A budget that is full again is closed."""
+        budget = self.by_model.get(model)
+        if budget is not None:
+            budget.credit += self._share + refusals
+            if budget.credit >= self._reserve:
+                del self.by_model[model]
 
-def denied(state: State, request: Request, why: str) -> ErrorInfo:
-    credit = state.budgets[request.model].credit
-    wait_ms = int(max(0.0, ENOUGH - credit) / PER_S * 1000)
-    text = f"workers refuse or fail requests for {request.model!r} faster than they answer them; the last time {why}"
-    return ErrorInfo(Code.BUSY, text, wait_ms)
+    def denied(self, model: str, why: str) -> ErrorInfo:
+        wait_ms = int(max(0.0, ENOUGH - self.by_model[model].credit) / PER_S * 1000)
+        text = f"workers refuse or fail requests for {model!r} faster than they answer them; the last time {why}"
+        return ErrorInfo(Code.BUSY, text, wait_ms)

@@ -11,10 +11,11 @@ from bisect import bisect_right
 
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.stream import Chunks
 
 #: What one token may cost in a transcript: a chunk of its own with its piece.
 BYTES_PER_TOKEN = 128
-#: What its logprob may cost, and each of the likeliest tokens told with it.
+#: What its logprob may cost, and each of the likeliest tokens sent with it.
 BYTES_PER_LOGPROB = 16
 BYTES_PER_TOP_TOKEN = 48
 #: What an empty transcript is charged with.
@@ -29,26 +30,25 @@ def reservation(max_tokens: int, logprobs: int | None = None, task: m.Task = "ge
     return BYTES_PER_TRANSCRIPT + each * max_tokens
 
 
-class Transcript:
-    """The fields are public because the token path appends in place; see `delivery.tokens_arrived`."""
+class Transcript(Chunks):
+    """The fields are public because the token path appends in place: `delivery.tokens_arrived`."""
 
-    __slots__ = ("chunks", "final", "next_index", "reserved", "size")
+    __slots__ = ("final", "reserved", "size")
 
     def __init__(self, max_tokens: int, logprobs: int | None = None, task: m.Task = "generate") -> None:
+        super().__init__()
         self.reserved = reservation(max_tokens, logprobs, task)
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin again."""
-        self.chunks: list[bytes] = []
-        self.next_index = 0
         self.size = 0
         #: The flags of the last chunk, once it is here.
         self.final = 0
 
+    def clear(self) -> None:
+        self.restore([])
+
     def restore(self, chunks: list[bytes]) -> None:
-        """Begin with these, which were checked: what somebody was given of this answer before."""
+        """Begin with these, which were checked: what a client has of this answer already."""
         self.chunks = list(chunks)
+        self.next_index, self.stash, self.final = 0, None, 0
         self.size = sum(map(len, chunks))
         if chunks:
             first, count, flags = tokens.head(chunks[-1], tokens.KEY_END)
@@ -64,24 +64,16 @@ class Transcript:
         chunks: list[bytes] = []
         size, index = 0, first
         stop = min(until or self.next_index, self.next_index)
-        for at in range(self._holding(first), len(self.chunks)):
+        for at in range(max(0, bisect_right(self.chunks, index, key=_first) - 1), len(self.chunks)):
             chunk = self.chunks[at]
             size += len(chunk)
             if index >= stop or len(chunks) >= limits.PAGE_CHUNKS or (chunks and size > limits.PAGE_BYTES):
                 break
             chunks.append(chunk)
-            index = _end(chunk)
+            begin, count, _ = tokens.head(chunk, tokens.KEY_END)
+            index = begin + count
         return chunks, index
-
-    def _holding(self, index: int) -> int:
-        """Where in `chunks` the chunk with this token index is."""
-        return max(0, bisect_right(self.chunks, index, key=_first) - 1)
 
 
 def _first(chunk: bytes) -> int:
     return int(tokens.head(chunk, tokens.KEY_END)[0])
-
-
-def _end(chunk: bytes) -> int:
-    first, count, _ = tokens.head(chunk, tokens.KEY_END)
-    return int(first + count)

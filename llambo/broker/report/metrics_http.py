@@ -1,321 +1,203 @@
-"""The window: where Prometheus looks in. Part of the broker's shell and of its one loop.
+"""/metrics and /healthz over HTTP: the standard library's server in threads of its own, over a snapshot.
 
-Whoever stands before it can do no harm. There are few connections, with little to read from each and little time for
-all of it. The others wait outside; when somebody does, who has been in for a moment without being served has to go, so
-that those who only hold on keep nobody out. A turn takes in a bounded number, and to make the page takes a twentieth of
-the time at most, however many ask.
+The broker's loop makes the page when one is wanted and the last one is too old, in a twentieth of its time at most. It
+shares nothing else with these threads, and what they may take from it is bounded: connections at a time and in a
+second, bytes to read from each, and the time until it is closed. The others wait in the listen queue; when one waits,
+the oldest connection is closed once it had a moment to be served, so that idle ones keep none out.
 """
 
 from __future__ import annotations
 
 import errno
-import hmac
-import ipaddress
+import io
 import logging
 import socket
-import stat
+import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import zmq
-
+from llambo.broker.access.scrapers import has_token, is_local_name
 from llambo.mesh.link import sockets
 from llambo.mesh.service.prometheus import CONTENT_TYPE
 from llambo.mesh.wire.errors import Code, LlamboError
 
-# --- One HTTP request and its answer, as far as Prometheus and probes of health need it. ---
-#
-# Two paths, one method, and every connection is closed after its answer. The page costs something to make, so it is
-# asked for only when it will be sent.
-
-#: A request's first line and its headers.
-HEAD_BYTES = 8 * 1024
-_END = b"\r\n\r\n"
-_PLAIN = "text/plain; charset=utf-8"
-_REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-}
-
-
-def whole(head: bytes | bytearray) -> bool:
-    """Whether there is enough of it to be answered."""
-    return _END in head or len(head) > HEAD_BYTES
-
-
-def answer(head: bytes, token: str, page: Callable[[], str]) -> bytes:
-    """`token`: what a scraper has to show; empty: nothing."""
-    end = head.find(_END)
-    if end < 0 or end > HEAD_BYTES:
-        return _reply(431, f"a request may have {HEAD_BYTES} bytes of headers\n")
-    first, *lines = head[:end].split(b"\r\n")
-    parts = first.split(b" ")
-    if len(parts) != 3 or not parts[2].startswith(b"HTTP/1.") or not parts[1].startswith(b"/"):
-        return _reply(400, "this is no HTTP request\n")
-    path = parts[1].partition(b"?")[0]
-    if path not in (b"/metrics", b"/healthz"):
-        return _reply(404, "there are /metrics and /healthz\n")
-    if parts[0] != b"GET":
-        return _reply(405, "only GET is answered\n", "Allow: GET")
-    if path == b"/healthz":
-        return _reply(200, "ok\n")
-    if not token and not _meant(lines):
-        return _reply(403, "ask for this machine by its address, or as localhost\n")
-    if token and not _shown(lines, token):
-        return _reply(401, "a token is needed: Authorization: Bearer ...\n", "WWW-Authenticate: Bearer")
-    return _reply(200, page(), kind=CONTENT_TYPE)
-
-
-def failed() -> bytes:
-    return _reply(500, "the page could not be made; the broker's log says why\n")
-
-
-def _meant(lines: list[bytes]) -> bool:
-    """Without a token a browser is all that keeps a page of somebody else's from reading ours; and a browser asks under
-    whatever name that page has come from, even if its owner lets the name lead here."""
-    host = _header(lines, b"host").decode("latin-1").lower()
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-    try:
-        return name in ("", "localhost") or bool(ipaddress.ip_address(name.strip("[]")))
-    except ValueError:
-        return False
-
-
-def _header(lines: list[bytes], name: bytes) -> bytes:
-    """The first of this name."""
-    for line in lines:
-        there, _, value = line.partition(b":")
-        if there.strip().lower() == name:
-            return value.strip()
-    return b""
-
-
-def _shown(lines: list[bytes], token: str) -> bool:
-    scheme, _, given = _header(lines, b"authorization").partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), token.encode())
-
-
-def _reply(status: int, text: str, *headers: str, kind: str = _PLAIN) -> bytes:
-    body = text.encode()
-    lines = [
-        f"HTTP/1.1 {status} {_REASONS[status]}",
-        f"Content-Type: {kind}",
-        f"Content-Length: {len(body)}",
-        "Cache-Control: no-store",
-        "Connection: close",
-        *headers,
-    ]
-    return "\r\n".join(lines).encode() + _END + body
-
-
 log = logging.getLogger(__name__)
 
-#: Connections at a time.
-CONNECTIONS = 16
-#: From a connection's beginning to its end, whatever it does.
-PATIENCE_MS = 2_000
-#: ... while others wait.
-MOMENT_MS = 250
-#: Connections taken in at a turn.
-DRAIN = 16
+#: Bytes of a request's first line and headers.
+HEAD_BYTES = 8 * 1024
+#: Connections at a time, and the pause between two of them: a crowd gets a tenth of a core at most.
+CONNECTIONS, ACCEPT_PAUSE_S = 16, 0.005
+#: From a connection's beginning to its end, and the same while others wait.
+CONNECTION_S, CROWDED_S = 2.0, 0.25
 #: A page is given out again for so long; a large one for so many times as long as it took to make.
-PAGE_MS = 250
-PAGE_SHARE = 20
-#: Without descriptors nothing is taken in for so long.
-PAUSE_MS = 1_000
-#: A shorter token could be guessed.
-TOKEN_CHARS = 16
-NEVER = 2**62
+PAGE_S, PAGE_SHARE = 0.25, 20
+#: A loop that has not turned for so long stands still. It turns at each heartbeat.
+STALLED_S = 2.0
+#: Without descriptors no connection is accepted for so long.
+FULL_PAUSE_S = 1.0
+_PLAIN = "text/plain; charset=utf-8"
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class Window:
+class Snapshot:
+    """The page, between the loop that makes it and the threads that send it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._wanted, self._page, self._fresh_until, self._turned_at = False, "", float("-inf"), float("-inf")
+
+    def turned(self, make: Callable[[], str]) -> None:
+        """The loop calls this at each turn."""
+        began = self._turned_at = self._clock()
+        if not self._wanted:
+            return
+        try:
+            page = make()
+        except Exception:
+            # An error in a number must not end what it counts.
+            log.exception("the page of metrics could not be made")
+            page = ""
+        now = self._clock()
+        with self._changed:
+            self._wanted, self._page, self._fresh_until = False, page, now + max(PAGE_S, PAGE_SHARE * (now - began))
+            self._changed.notify_all()
+
+    @property
+    def alive(self) -> bool:
+        return self._clock() - self._turned_at < STALLED_S
+
+    def page(self) -> str | None:
+        """Empty: it could not be made. None: the loop stands still."""
+        with self._changed:
+            if self._clock() < self._fresh_until:
+                return self._page
+            self._wanted = True
+            made = self._changed.wait_for(lambda: not self._wanted, CONNECTION_S / 2)
+            return self._page if made else None
+
+
+class MetricsServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
     def __init__(self, address: str, token: str = "") -> None:
         """`address` is host:port. Raises LlamboError if it may not, or cannot, be listened on."""
-        host, port = _split(address)
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65_535:
+            raise LlamboError(Code.BAD_SETTING, f"metrics is {address!r}, expected host:port, such as 127.0.0.1:9330")
+        host = host.strip("[]")
         if not token and not sockets.is_loopback(host):
-            text = f"metrics on {host} are for whoever gets there; name a file with a token, in metrics_token"
+            text = f"without a token every program that reaches {host} could read the metrics; set metrics_token"
             raise LlamboError(Code.BAD_SETTING, text)
-        self._token = token
-        self._page, self._page_until = "", 0
-        self._guests: dict[int, _Guest] = {}
-        self._poller: zmq.Poller | None = None
-        self._make: Callable[[], str] = str
-        #: The door is not looked at until then; `_full`: or until somebody leaves.
-        self._again_at, self._full = NEVER, False
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._door = socket.socket(family, socket.SOCK_STREAM)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.token, self.snapshot = token, Snapshot()
+        self._open: dict[socket.socket, float] = {}
+        self._started = False
         try:
-            self._door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._door.bind((host, port))
-            self._door.listen(128)
+            super().__init__((host, int(port)), _Handler)
         except OSError as error:
-            self._door.close()
             text = f"cannot serve metrics at {address}: {error.strerror}"
             raise LlamboError(Code.BAD_SETTING, text) from error
-        self._door.setblocking(False)
-        self.port: int = self._door.getsockname()[1]
+        host, self.port = self.socket.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
 
-    # --- its part of the loop ------------------------------------------------------------------------------
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)  # HTTPServer would look up the name of this host, which may take long
 
-    def open(self, poller: zmq.Poller, page: Callable[[], str]) -> None:
-        """From now on `turn` is called when the poller says so, or at `due_ms`."""
-        self._poller, self._make = poller, page
-        poller.register(self._door.fileno(), zmq.POLLIN)
-
-    @property
-    def due_ms(self) -> int:
-        first = next(iter(self._guests.values()), None)
-        return min(self._again_at, first.until_ms if first is not None else NEVER)
-
-    def turn(self, readable: dict[Any, int], now_ms: int) -> None:
-        if self._poller is None:
-            return
-        for number in [number for number in self._guests if number in readable]:
-            self._serve(self._guests[number], now_ms)
-        for guest in list(self._guests.values()):
-            if now_ms < guest.until_ms:
-                break  # they are in the order in which they came
-            self._leave(guest)
-        if self._again_at < NEVER and (now_ms >= self._again_at or (self._full and len(self._guests) < CONNECTIONS)):
-            self._again_at, self._full = NEVER, False
-            self._poller.register(self._door.fileno(), zmq.POLLIN)
-            self._take_in(now_ms)
-        elif self._door.fileno() in readable:
-            self._take_in(now_ms)
-
-    @property
-    def url(self) -> str:
-        host = self._door.getsockname()[0]
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
+    def start(self) -> None:
+        self._started = True
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="metrics", daemon=True).start()
 
     def close(self) -> None:
-        for guest in list(self._guests.values()):
-            self._leave(guest)
-        self._door.close()
+        if self._started:
+            self.shutdown()
+        self.server_close()
 
-    # --- guests --------------------------------------------------------------------------------------------
-
-    def _take_in(self, now_ms: int) -> None:
-        assert self._poller is not None
-        for _ in range(DRAIN):
-            oldest = next(iter(self._guests.values())) if len(self._guests) >= CONNECTIONS else None
-            if oldest is not None and now_ms < oldest.since_ms + MOMENT_MS:
-                self._look_away(oldest.since_ms + MOMENT_MS, full=True)
-                return
-            try:
-                connection, _ = self._door.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno not in _FULL:
-                    continue  # this one has hung up already
-                log.warning("metrics: no descriptor for another connection; a pause of %d ms", PAUSE_MS)
-                self._look_away(now_ms + PAUSE_MS)
-                return
-            if oldest is not None:
-                self._leave(oldest)
-            connection.setblocking(False)
-            guest = _Guest(connection, now_ms)
-            self._guests[guest.number] = guest
-            self._poller.register(guest.number, zmq.POLLIN)
-            self._serve(guest, now_ms)  # mostly the request is here already
-
-    def _look_away(self, until_ms: int, *, full: bool = False) -> None:
-        """Whoever waits at the door would wake the loop again and again."""
-        assert self._poller is not None
-        self._poller.unregister(self._door.fileno())
-        self._again_at, self._full = until_ms, full
-
-    def _serve(self, guest: _Guest, now_ms: int) -> None:
-        assert self._poller is not None
+    def get_request(self) -> tuple[socket.socket, Any]:
+        while len(self._open) >= CONNECTIONS:
+            for oldest, since in list(self._open.items())[:1]:
+                if time.monotonic() >= since + CROWDED_S:
+                    self._open.pop(oldest, None)
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+            time.sleep(ACCEPT_PAUSE_S)
+        time.sleep(ACCEPT_PAUSE_S)
         try:
-            if guest.left is None and guest.read():
-                guest.left = memoryview(self._answer(bytes(guest.head), now_ms))
-            if guest.left is not None:
-                guest.left = guest.left[guest.connection.send(guest.left) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._leave(guest)
+            connection, peer = self.socket.accept()
+        except OSError as error:
+            if error.errno in _FULL:
+                log.warning("metrics: no descriptor for another connection; a pause of %g s", FULL_PAUSE_S)
+                time.sleep(FULL_PAUSE_S)
+            raise
+        self._open[connection] = time.monotonic()
+        return connection, peer
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """The connection broke, or took too long: that is for its peer to know."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: MetricsServer
+
+    def handle(self) -> None:
+        head, until = bytearray(), time.monotonic() + CONNECTION_S
+        while b"\r\n\r\n" not in head and len(head) <= HEAD_BYTES:
+            self.connection.settimeout(max(0.001, until - time.monotonic()))
+            part = self.connection.recv(HEAD_BYTES)
+            if not part:
+                return
+            head += part
+        # Of `sendall` this is the time for everything.
+        self.connection.settimeout(max(0.001, until - time.monotonic()))
+        if head.find(b"\r\n\r\n") not in range(HEAD_BYTES):
+            self._reply(431, f"a request may have {HEAD_BYTES} bytes of headers\n")
             return
-        if guest.left:
-            self._poller.register(guest.number, zmq.POLLOUT)
-        elif guest.left is not None:
-            self._leave(guest)
+        self.rfile = io.BytesIO(head)
+        self.raw_requestline = self.rfile.readline()
+        words = self.raw_requestline.split()
+        if len(words) != 3 or not words[1].startswith(b"/") or not words[2].startswith(b"HTTP/1."):
+            self._reply(400, "this is no HTTP request\n")
+        elif self.parse_request():
+            self._answer(self.path.partition("?")[0], self.server.token)
 
-    def _answer(self, head: bytes, now_ms: int) -> bytes:
-        def page() -> str:
-            if now_ms >= self._page_until:
-                began = time.monotonic()
-                self._page = self._make()
-                took_ms = (time.monotonic() - began) * 1_000
-                self._page_until = now_ms + max(PAGE_MS, int(PAGE_SHARE * took_ms))
-            return self._page
+    def _answer(self, path: str, token: str) -> None:
+        snapshot = self.server.snapshot
+        if path not in ("/metrics", "/healthz"):
+            self._reply(404, "there are /metrics and /healthz\n")
+        elif self.command != "GET":
+            self._reply(405, "only GET is answered\n", ("Allow", "GET"))
+        elif path == "/healthz":
+            self._reply(200, "ok\n") if snapshot.alive else self._reply(503, "the broker's loop stands still\n")
+        elif not token and not is_local_name(self.headers.get("Host", "")):
+            self._reply(403, "ask for this machine by its address, or as localhost\n")
+        elif token and not has_token(self.headers.get("Authorization", ""), token):
+            self._reply(401, "a token is needed: Authorization: Bearer ...\n", ("WWW-Authenticate", "Bearer"))
+        elif (page := snapshot.page()) is None:
+            self._reply(503, "the broker's loop stands still\n")
+        elif not page:
+            self._reply(500, "the page could not be made; the broker's log says why\n")
+        else:
+            self._reply(200, page, kind=CONTENT_TYPE)
 
-        try:
-            return answer(head, self._token, page)
-        except Exception:
-            # A mistake in a number must not take down what it counts.
-            log.exception("the page of metrics could not be made")
-            return failed()
+    def _reply(
+        self, status: int, text: str, *headers: tuple[str, str], kind: str = "text/plain; charset=utf-8"
+    ) -> None:
+        body = text.encode()
+        self.protocol_version = self.request_version = "HTTP/1.1"
+        self.send_response_only(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))), *headers):
+            self.send_header(name, value)
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
 
-    def _leave(self, guest: _Guest) -> None:
-        assert self._poller is not None
-        del self._guests[guest.number]
-        self._poller.unregister(guest.number)
-        guest.connection.close()
-
-
-class _Guest:
-    """A connection: what it has said, and what is left of its answer; None: it has none yet."""
-
-    __slots__ = ("connection", "head", "left", "number", "since_ms", "until_ms")
-
-    def __init__(self, connection: socket.socket, now_ms: int) -> None:
-        self.connection = connection
-        self.since_ms, self.until_ms = now_ms, now_ms + PATIENCE_MS
-        self.number = connection.fileno()
-        self.head = bytearray()
-        self.left: memoryview | None = None
-
-    def read(self) -> bool:
-        """Whether its request is here. Raises OSError when there will be none."""
-        said = self.connection.recv(HEAD_BYTES)
-        if not said:
-            raise ConnectionResetError
-        self.head += said
-        return whole(self.head)
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
-        raise LlamboError(Code.BAD_SETTING, f"metrics is {address!r}, expected host:port, such as 127.0.0.1:9330")
-    return host.strip("[]"), int(port)
-
-
-def token_in(path: str) -> str:
-    """The token in a file, whose only line it is; empty without a file."""
-    if not path:
-        return ""
-    file = Path(path).expanduser()
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-        open_to_all = stat.S_IMODE(file.stat().st_mode) & stat.S_IROTH
-    except (OSError, UnicodeDecodeError) as error:
-        raise LlamboError(Code.BAD_SETTING, f"metrics_token: {file} cannot be read: {error}") from error
-    if len(token) < TOKEN_CHARS or not token.isascii() or any(c.isspace() for c in token):
-        text = f"metrics_token: {file} has to hold one word of at least {TOKEN_CHARS} characters"
-        raise LlamboError(Code.BAD_SETTING, text)
-    if open_to_all:
-        log.warning("metrics_token: everybody on this machine can read %s", file)
-    return token
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not for each request."""

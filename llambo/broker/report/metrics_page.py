@@ -1,6 +1,6 @@
 """The page of metrics: what the meter has measured, what the counters say, and how things stand now.
 
-It is made when somebody asks for it, and costs a look at each worker and each running request.
+To make it takes a look at each worker and each running request.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ def _gauge(name: str, text: str, *labels: str) -> Metric:
     return Metric(f"llambo_broker_{name}", "gauge", text, labels)
 
 
-#: By their names in `Counters`. What is missing there is told by the meter, with labels.
+#: By their names in `Counters`. The meter has those that are missing here, with labels.
 COUNTED = {
-    "submitted": _counter("requests_submitted", "Requests taken in"),
+    "submitted": _counter("requests_submitted", "Requests admitted"),
     "attached": _counter("requests_attached", "Submits of a request that was there already"),
     "dispatched": _counter("dispatches", "Requests given to a worker"),
-    "adopted": _counter("adoptions", "Runs of another broker, or of a former life, that were taken over"),
+    "adopted": _counter("adoptions", "Runs of another broker, or of this one before a restart, that were adopted"),
     "chunks": _counter("chunks", "Frames from workers on the token plane"),
     "stale_chunks": _counter("stale_chunks", "Chunks under the key of a dispatch that is over, and dropped"),
     "duplicate_chunks": _counter("duplicate_chunks", "Chunks that came twice, and dropped"),
-    "malformed_frames": _counter("malformed_frames", "Frames on the token plane that were not what they should be"),
+    "malformed_frames": _counter("malformed_frames", "Malformed frames on the token plane"),
     "gaps": _counter("token_gaps", "Chunks that came before one that is missing"),
     "repaired": _counter("token_repairs", "Requests that missed tokens and asked their worker for them"),
     "replays_asked": _counter("replays_asked", "Times a worker was asked for tokens again"),
     "replays_served": _counter("replays_served", "Times a client was given tokens again"),
     "engine_deaths": _counter("engine_deaths", "Engines that died, as their workers say"),
-    "suspected": _counter("requests_suspected", "Times a request was aboard of an engine that died"),
+    "suspected": _counter("requests_suspected", "Times an engine died while it ran a request"),
     "convicted": _counter("requests_convicted", "Requests that were ended because they kill engines"),
-    "ejected": _counter("workers_ejected", "Times a worker was left alone for being much slower than its peers"),
+    "ejected": _counter("workers_ejected", "Times a worker got no new work for being much slower than its peers"),
     "retries_denied": _counter("retries_denied", "Requests that were not tried again, since too many had failed"),
     "workers_lost": _counter("workers_lost", "Workers that left, or were given up"),
     "clients_lost": _counter("clients_lost", "Clients that fell silent"),
     "problems": _counter("problems", "Messages that could not be read, and hellos that were refused"),
     "unknown_sessions": _counter("unknown_sessions", "Messages under a session that is over, or never was"),
-    "forbidden": _counter("forbidden", "Messages refused for who had said them"),
+    "forbidden": _counter("forbidden", "Messages that the role of their sender does not allow"),
 }
-#: These are told otherwise.
-TOLD_BY_METER = ("refused", "ended", "failed", "cancelled", "moved", "tokens")
-SEEN = {
+#: These the meter has.
+METERED = ("refused", "ended", "failed", "cancelled", "moved", "tokens")
+SHELL = {
     "dropped_frames": _counter("dropped_frames", "Frames that a peer did not read in time, and were dropped"),
     "doors_refused": _counter("auth_refusals", "Connections refused for their key"),
     "subscriptions_refused": _counter("subscriptions_refused", "Subscriptions that were not granted"),
@@ -60,7 +60,7 @@ READY = _gauge("workers_ready", "Workers that take requests or would if they wer
 SERVING = _gauge("model_workers_ready", "Those of them that serve a model", "model")
 SLOTS = _gauge("slots", "Requests that workers run at a time at most", "class")
 BUSY = _gauge("slots_busy", "Slots taken by requests of this broker", "class")
-ELSEWHERE = _gauge("slots_busy_elsewhere", "Slots taken by others than this broker", "class")
+ELSEWHERE = _gauge("slots_busy_elsewhere", "Slots taken by requests of other brokers", "class")
 RATE = _gauge("worker_tokens_per_second", "Tokens a second that workers say they make, together", "class")
 RUNNING = _gauge("requests_running", "Requests with a worker", "model", "class")
 WAITING = _gauge("requests_waiting", "Requests that wait for a worker", "model")
@@ -76,16 +76,17 @@ PLAIN = {
     "up": _gauge("up_seconds", "How long this broker has been running"),
 }
 _GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, *PLAIN.values())
-TABLE: tuple[Metric, ...] = (*meter.TABLE, *COUNTED.values(), *SEEN.values(), *_GAUGES)
+TABLE: tuple[Metric, ...] = (*meter.TABLE, *COUNTED.values(), *SHELL.values(), *_GAUGES)
 
 
 def page(state: State, now_ms: int) -> str:
     families: list[Family[Any]] = []
+    counters = state.counters.flat()
     for request in state.running.values():
-        state.meter.count(request)
-    families += state.meter.families
-    families += [_one(metric, getattr(state.counters, name)) for name, metric in COUNTED.items()]
-    families += [_one(metric, getattr(state.seen, name)) for name, metric in SEEN.items()]
+        state.measured.meter.count(request)
+    families += state.measured.meter.families.values()
+    families += [_one(metric, counters[name]) for name, metric in COUNTED.items()]
+    families += [_one(metric, getattr(state.measured.shell, name)) for name, metric in SHELL.items()]
     families += _workers(state)
     families += _requests(state)
     families += [_one(PLAIN[name], value) for name, value in _plain(state, now_ms).items()]
@@ -104,10 +105,10 @@ def _one(metric: Metric, value: float) -> Family[Scalar]:
 
 
 def _workers(state: State) -> list[Family[Scalar]]:
-    """With zeros for what could be: an alert on a number that is not there never rings."""
+    """With zeros for all labels that could be: an alert on a number that is not there never fires."""
     kinds = WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE
     workers, ready, serving, slots, busy, elsewhere, rate = (kind.scalars() for kind in kinds)
-    models, classes = state.meter.models, state.meter.classes
+    models, classes = state.measured.meter.models, state.measured.meter.classes
     for node_class in classes:
         for condition in CONDITIONS:
             workers.at(condition, node_class)
@@ -124,37 +125,38 @@ def _workers(state: State) -> list[Family[Scalar]]:
         rate.at(node_class).value += worker.last.rate
         if condition in ("ready", "trial"):
             ready.one.value += 1
-            for model in dict.fromkeys(map(models.of, worker.models)):
+            for model in dict.fromkeys(map(models.of, worker.serving.models)):
                 serving.at(model).value += 1
     return [workers, ready, serving, slots, busy, elsewhere, rate]
 
 
 def _requests(state: State) -> list[Family[Scalar]]:
     running, waiting = RUNNING.scalars(), WAITING.scalars()
-    models, classes = state.meter.models, state.meter.classes
+    models, classes = state.measured.meter.models, state.measured.meter.classes
     for model in models:
         waiting.at(model)
-    for labels in state.meter.tokens:
+    for labels in state.measured.meter.families[meter.TOKENS.name]:
         running.at(*labels)
     for request in state.running.values():
-        node_class = request.worker.hello.node_class if request.worker is not None else ""
+        worker = request.run.worker
+        node_class = worker.hello.node_class if worker is not None else ""
         running.at(models.of(request.model), classes.of(node_class)).value += 1
-    for lane, line in state.room.lines.items():
-        # What waits to be adopted stands in one line, whatever its model.
-        waiting.at(models.of(lane.partition("\0")[0])).value += line.count
+    for lane, line in state.queue.lines.items():
+        # What waits to be adopted stands in one line, without a model.
+        waiting.at(models.of(lane.model)).value += line.count
     return [running, waiting]
 
 
 def _plain(state: State, now_ms: int) -> dict[str, float]:
-    config = state.config
+    bounds = state.config.bounds
     return {
-        "queue_limit": config.queue_requests,
-        "queue": state.room.bytes,
-        "queue_bytes_limit": config.queue_bytes,
+        "queue_limit": bounds.queue_requests,
+        "queue": state.queue.bytes,
+        "queue_bytes_limit": bounds.queue_bytes,
         "transcripts": state.held_bytes,
-        "transcripts_limit": config.transcript_bytes,
-        "detached": state.archive.kept_bytes,
+        "transcripts_limit": bounds.transcript_bytes,
+        "detached": state.archive.detached_bytes,
         "clients": len(state.registry.clients),
-        "models": len(state.models),
-        "up": (now_ms - state.started_at) / 1000 if state.started_at >= 0 else 0.0,
+        "models": len(state.models.unserved_since),
+        "up": (now_ms - state.wakeups.started_at) / 1000 if state.wakeups.started_at >= 0 else 0.0,
     }

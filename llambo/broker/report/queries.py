@@ -1,4 +1,4 @@
-"""Questions about the mesh, answered from a snapshot of the state as msgpack maps.
+"""Questions about the mesh, answered from the state as msgpack maps.
 
 status     the whole picture in numbers           workers   one entry each
 models     name, workers, slots, waiting          requests  the live ones
@@ -15,14 +15,12 @@ from typing import Any
 
 import msgspec
 
-from llambo.broker.actions import ToClient
 from llambo.broker.records.accounts import Account
-from llambo.broker.records.archive import Ended
+from llambo.broker.records.archive import EndedRequest
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
-from llambo.broker.records.request import Request, RequestState
+from llambo.broker.records.request import Lane, Request, RequestState
 from llambo.broker.records.state import State
 from llambo.broker.report import history, metrics_page
-from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
@@ -34,7 +32,7 @@ RESULT_PAGE_BYTES = 512 * 1024
 LISTED = 1_000
 
 
-def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> None:
+def answer(state: State, client: ClientEntry, asked: m.Query, blob: bytes, now_ms: int) -> None:
     rule = QUERIES.get(asked.what)
     try:
         if rule is None:
@@ -42,36 +40,19 @@ def answer(state: State, client: ClientEntry, asked: m.Query, now_ms: int) -> No
             raise LlamboError(Code.BAD_REQUEST, f"nothing is known about {asked.what!r}; ask for: {known}")
         data = msgspec.msgpack.encode(rule(state, asked.argument, now_ms, client.identity))
     except LlamboError as error:
-        state.out.append(ToClient(client.route, client.session, m.Problem(error.info(), b"", asked.query)))
+        state.to_client(client, m.Problem(error.info(), b"", asked.query))
         return
     send(state, client, asked.query, data)
-
-
-def drain(state: State, client: ClientEntry, asked: m.DrainWorker, now_ms: int) -> None:
-    worker = state.registry.worker_names.get(asked.worker)
-    if worker is None and not (asked.undo and draining.may_come_back(state, asked.worker, now_ms)):
-        text = f"no worker is called {asked.worker!r}"
-        problem = m.Problem(ErrorInfo(Code.UNKNOWN_WORKER, text), b"", asked.query)
-        state.out.append(ToClient(client.route, client.session, problem))
-        return
-    draining.ordered(state, asked.worker, m.Drain(asked.undo, asked.move and not asked.undo), now_ms)
-    # What it runs for other brokers has to go as well before it is empty.
-    running = len(worker.claims) + worker.busy if worker is not None else 0
-    answer = reports.DrainReply(
-        worker=asked.worker, draining=not asked.undo, moving=asked.move and not asked.undo, running=running
-    )
-    send(state, client, asked.query, msgspec.msgpack.encode(answer))
 
 
 def send(state: State, client: ClientEntry, query: int, data: bytes) -> None:
     if len(data) > limits.RESULT_BYTES:
         error = ErrorInfo(Code.INTERNAL, f"the answer has {len(data)} bytes, {limits.RESULT_BYTES} are allowed")
-        state.out.append(ToClient(client.route, client.session, m.Problem(error, b"", query)))
+        state.to_client(client, m.Problem(error, b"", query))
         return
     parts = [data[at : at + RESULT_PAGE_BYTES] for at in range(0, len(data), RESULT_PAGE_BYTES)]
     for number, part in enumerate(parts):
-        result = m.Result(query, number, len(parts), part)
-        state.out.append(ToClient(client.route, client.session, result))
+        state.to_client(client, m.Result(query, number, len(parts), part))
 
 
 # --- snapshots -----------------------------------------------------------------------------------------
@@ -82,35 +63,36 @@ def status(state: State, argument: str, now_ms: int, who: Identity) -> reports.M
     return reports.MeshStatus(
         broker=state.config.name,
         workers=len(workers),
-        up_ms=now_ms - state.started_at,
+        up_ms=now_ms - state.wakeups.started_at,
         ready=history.ready(workers),
-        slow=speed.slow(workers),
+        slow=[worker.name for worker in workers if worker.speed.ejected],
         loading={worker.name: worker.last.percent for worker in workers if worker.state == "starting"},
         slots=sum(worker.slots for worker in workers),
         busy=sum(len(worker.claims) for worker in workers),
         busy_elsewhere=sum(worker.busy for worker in workers),
         clients=len(state.registry.clients),
         running=len(state.running),
-        waiting=state.room.count,
-        waiting_bytes=state.room.bytes,
+        waiting=state.queue.count,
+        waiting_bytes=state.queue.bytes,
         tokens_per_s=round(sum(worker.last.rate for worker in workers), 1),
-        requests_per_s=round(state.rate, 1),
+        requests_per_s=round(state.measured.end_rate.per_s, 1),
         transcript_bytes=state.held_bytes,
-        detached_bytes=state.archive.kept_bytes,
+        detached_bytes=state.archive.detached_bytes,
         remembered=len(state.archive.ended),
         policy=state.config.policy,
         models=models(state, "", now_ms, who),
         identities=identities(state, who),
-        counters={name: getattr(state.counters, name) for name in state.counters.__slots__},
+        counters=state.counters.flat(),
     )
 
 
 def identities(state: State, who: Identity) -> list[reports.AccountRow]:
-    """What each has here and may have: all of them for an admin, for a client its own. Without keys there are none."""
-    if state.identities is None:
+    """Usage and limits: of all identities for an admin, its own for a client. Without keys there are none."""
+    if state.access.identities is None:
         return []
-    own = state.accounts.of(who.name)  # it may not have asked for anything yet
-    listed = sorted(state.accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
+    accounts = state.access.accounts
+    own = accounts.of(who.name)  # it may not have asked for anything yet
+    listed = sorted(accounts.by_name.values(), key=lambda account: account.name) if who.may_manage else [own]
     return [_identity(account) for account in listed[:LISTED]]
 
 
@@ -136,9 +118,9 @@ def _identity(account: Account) -> reports.AccountRow:
 
 def models(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.ModelRow]:
     listed = []
-    for model in sorted(filter(who.may_use, state.models))[:LISTED]:
-        serving = [worker for worker in state.registry.workers.values() if model in worker.models]
-        line = state.room.lines.get(model)
+    for model in sorted(filter(who.may_use, state.models.unserved_since))[:LISTED]:
+        serving = [worker for worker in state.registry.workers.values() if model in worker.serving.models]
+        line = state.queue.lines.get(Lane(model))
         listed.append(
             reports.ModelRow(
                 model=model,
@@ -165,20 +147,20 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> reports.WorkerRo
         node_class=worker.hello.node_class,
         host=worker.hello.host,
         pid=worker.hello.pid,
-        models=[model for model in worker.models if who.may_use(model)],
+        models=[model for model in worker.serving.models if who.may_use(model)],
         slots=worker.slots,
         busy=len(worker.claims),
         busy_elsewhere=worker.busy,
         tokens_per_s=round(worker.last.rate, 1),
-        pace=round(worker.pace, 1),
-        weight=1 / worker.idle_load,
+        pace=round(worker.speed.pace, 1),
+        weight=1 / worker.speed.idle_load,
         done=worker.done,
         engine_restarts=worker.last.engine_restarts,
-        heard_ms=now_ms - worker.heard_at,
-        up_ms=now_ms - worker.joined_at,
+        heard_ms=now_ms - worker.link.heard_at,
+        up_ms=now_ms - worker.link.joined_at,
         percent=worker.last.percent,
         note=worker.last.note,
-        slow=worker.slow_note,
+        slow=worker.speed.note,
     )
 
 
@@ -196,15 +178,15 @@ def _request(state: State, request: Request, now_ms: int) -> reports.RequestRow:
         state=request.state.value,
         model=request.model,
         task=request.task,
-        priority=request.priority,
-        worker=request.worker.name if request.worker else "",
+        priority=request.asked.priority,
+        worker=request.run.worker.name if request.run.worker else "",
         tokens=request.transcript.next_index,
-        max_tokens=request.max_tokens,
-        moves=request.moves,
-        ahead=state.room.ahead(request) if waits else 0,
-        queued_ms=request.queued_ms,
+        max_tokens=request.asked.max_tokens,
+        moves=request.run.moves,
+        ahead=state.queue.ahead(request) if waits else 0,
+        queued_ms=request.place.queued_ms,
         age_ms=now_ms - request.submitted_at,
-        detached=request.detached,
+        detached=request.asked.detached,
     )
 
 
@@ -213,13 +195,13 @@ def why(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, An
     id = _found(state, argument, who)
     request = state.requests.get(id)
     if request is not None:
-        told = msgspec.structs.asdict(_request(state, request, now_ms))
+        row = msgspec.structs.asdict(_request(state, request, now_ms))
         story = request.story
     else:
         ended = state.archive.ended[id]
         story = ended.story
         end = ended.end
-        told = {
+        row = {
             "id": id.hex(),
             "state": "ended",
             "model": ended.model,
@@ -231,12 +213,12 @@ def why(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, An
             "kept": ended.transcript is not None,
         }
     start = story[0][0] if story else now_ms
-    told["story"] = [{"at_ms": at - start, "what": what, "detail": detail} for at, what, detail in story]
-    return told
+    row["story"] = [{"at_ms": at - start, "what": what, "detail": detail} for at, what, detail in story]
+    return row
 
 
 def story(state: State, id: bytes) -> list[tuple[int, str, str]]:
-    """What happened to a request and when, for programs."""
+    """What happened to a request and when."""
     request = state.requests.get(id)
     if request is not None:
         return request.story
@@ -257,7 +239,7 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
         known = state.requests.get(id) or state.archive.get(id)
         if known is not None and who.owns(known.owner):
             return id
-    pools: tuple[Mapping[bytes, Request | Ended], ...] = (state.requests, state.archive.ended)
+    pools: tuple[Mapping[bytes, Request | EndedRequest], ...] = (state.requests, state.archive.ended)
     found = [
         id for pool in pools for id, known in pool.items() if id.hex().startswith(prefix) and who.owns(known.owner)
     ]
@@ -278,7 +260,7 @@ def events(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
             text=event.text,
             worker=event.worker,
         )
-        for event in state.happenings
+        for event in state.journal.entries
         if event.number > since
     ]
 

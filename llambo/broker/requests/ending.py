@@ -2,140 +2,142 @@
 
 from __future__ import annotations
 
-from llambo.broker.actions import ToClient, ToWorker
-from llambo.broker.records import retry_budget
-from llambo.broker.records.archive import Ended
+from llambo.broker.records.archive import EndedRequest
+from llambo.broker.records.journal import LogLine
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
 from llambo.broker.records.request import Request, RequestState
-from llambo.broker.records.state import Report, State
+from llambo.broker.records.state import State
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
 
 def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
-    """The worker is done and every token is here: now it may forget them."""
-    worker = request.worker
+    """The worker is done and every token is here: now it may drop them."""
+    worker = request.run.worker
     assert worker is not None, "only a dispatched request is completed"
-    worker.claims.pop(request.key, None)
+    worker.claims.pop(request.run.key, None)
     worker.done += 1
-    acknowledge(state, worker, request.key)
+    acknowledge(state, worker, request.run.key)
     error = end.error
-    if state.budgets and error is None:
-        retry_budget.earn(state, request)
+    if error is None:
+        state.models.retries.earn(request.model, request.run.refusals)
     if end.reason == "deadline" and error is None:  # the engine saw it first
-        error = ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
-    _close(state, request, end.reason, now_ms, error, end.usage, end.stop)
-    _freed(state, request)
+        error = _deadline_error(request, now_ms)
+    _close(state, request, end.reason, now_ms, error=error, usage=end.usage, stop=end.stop)
 
 
 def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None = None) -> None:
-    """The broker ends it by itself. A worker that runs it is told to stop; its slot counts until it has."""
-    worker, key = request.worker, request.key
-    if worker is not None and key in worker.claims:
-        state.out.append(ToWorker(worker.route, worker.session, m.Cancel(request.id, request.dispatch)))
-    _close(state, request, reason, now_ms, error, m.Usage())
-    _freed(state, request)
+    """The broker ends it by itself. A worker that runs it is to stop; its slot counts until it has."""
+    _cancel_run(state, request)
+    _close(state, request, reason, now_ms, error=error)
 
 
 def forget(state: State, request: Request, now_ms: int) -> None:
-    """As if it had never been here: nobody is told but the worker."""
-    worker, key = request.worker, request.key
-    if worker is not None and key in worker.claims:
-        state.out.append(ToWorker(worker.route, worker.session, m.Cancel(request.id, request.dispatch)))
+    """As if it had never been here: only the worker gets a message."""
+    _cancel_run(state, request)
     _remove(state, request, now_ms)
-    for session in request.followers:
-        client = state.registry.clients.get(session)
-        if client is not None:
-            client.following.pop(request.id, None)
-    _freed(state, request)
+    for client in _followers(state, request):
+        client.following.pop(request.id, None)
+    _free_worker(state, request)
 
 
-def confirm(state: State, request: Request) -> None:
-    """Its followers learn which model it is from: they will be asked should this broker be gone."""
-    for session in request.followers:
-        client = state.registry.clients.get(session)
-        if client is not None:
-            said = m.Accepted(request.id, 0, request.model, request.fingerprint)
-            state.out.append(ToClient(client.route, client.session, said))
+def deadline_passed(state: State, request: Request, now_ms: int) -> None:
+    finish(state, request, "deadline", now_ms, _deadline_error(request, now_ms))
+
+
+def _deadline_error(request: Request, now_ms: int) -> ErrorInfo:
+    return ErrorInfo(Code.DEADLINE, f"not done {now_ms - request.submitted_at} ms after it was asked")
+
+
+def announce_model(state: State, request: Request) -> None:
+    """Its followers learn which model it is from: they have to know it should this broker be gone."""
+    for client in _followers(state, request):
+        state.to_client(client, m.Accepted(request.id, 0, request.model, request.run.fingerprint))
 
 
 def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:
     """Nothing of this dispatch is needed from the worker any more."""
-    state.out.append(ToWorker(worker.route, worker.session, m.EndAck([key])))
+    state.to_worker(worker, m.EndAck([key]))
 
 
-def _freed(state: State, request: Request) -> None:
-    if request.worker is not None:
-        state.touch(request.worker)
-    request.worker = None
+def _followers(state: State, request: Request) -> list[ClientEntry]:
+    clients = state.registry.clients
+    return [clients[session] for session in request.followers if session in clients]
+
+
+def _cancel_run(state: State, request: Request) -> None:
+    worker, run = request.run.worker, request.run
+    if worker is not None and run.key in worker.claims:
+        state.to_worker(worker, m.Cancel(request.id, run.dispatch))
+
+
+def _free_worker(state: State, request: Request) -> None:
+    if request.run.worker is not None:
+        state.pools.touch(request.run.worker)
+    request.run.worker = None
 
 
 def _remove(state: State, request: Request, now_ms: int) -> None:
     waiting = request.state is RequestState.WAITING
-    state.meter.left(request)
+    state.measured.meter.left(request)
     request.step(RequestState.ENDED)
     if waiting:
-        state.room.left(request)
-        request.queued_ms += now_ms - request.queued_at
+        state.queue.left(request)
+        request.place.queued_ms += now_ms - request.place.queued_at
+    state.clear_alarms(request)
     state.release(request)
 
 
 def _close(
-    state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None, usage: m.Usage,
+    state: State,
+    request: Request,
+    reason: m.Reason,
+    now_ms: int,
+    *,
+    error: ErrorInfo | None,
+    usage: m.Usage = m.Usage(),  # noqa: B008  # it is immutable
     stop: str = "",
-) -> None:  # fmt: skip
+) -> None:
     _remove(state, request, now_ms)
-    transcript = request.transcript
+    transcript, run = request.transcript, request.run
     if request.task != "generate" and reason != "stop":
         transcript.clear()  # whole or nothing
-    state.counters.ended += 1
-    state.counters.failed += error is not None
-    state.meter.ended(request, reason, error, usage, now_ms)
+    state.counters.requests.ended += 1
+    state.counters.requests.failed += error is not None
+    state.measured.meter.ended(request, reason, error, usage, now_ms)
     if request.task == "generate":
-        state.counters.tokens += transcript.next_index
+        state.counters.tokens.tokens += transcript.next_index
         request.account.tokens += transcript.next_index
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
-        request.id, transcript.next_index, reason, b"", usage, error, request.blame, request.moves, request.queued_ms,
-        stop,
-    )  # fmt: skip
+        id=request.id,
+        count=transcript.next_index,
+        reason=reason,
+        usage=usage,
+        error=error,
+        worker=run.worker_name,
+        moves=run.moves,
+        queued_ms=request.place.queued_ms,
+        stop=stop,
+    )
     if error is not None:
-        worker = request.worker.name if request.worker is not None else ""
-        # Only its code: a text may quote what was asked.
-        state.reports.append(Report(f"request failed: {error.code.value}", worker=worker, request=request.id))
+        worker = run.worker.name if run.worker is not None else ""
+        # Only its code: a text may quote the prompt.
+        state.journal.log.append(LogLine(f"request failed: {error.code.value}", worker=worker, request=request.id))
     ended = state.archive.add(request, end, now_ms)
-    for session in request.followers:
-        client = state.registry.clients.get(session)
-        if client is not None:
-            client.following.pop(request.id, None)
-            tell(state, client, ended, 0, now_ms, with_page=not ended.stream)
+    for client in _followers(state, request):
+        client.following.pop(request.id, None)
+        send_end(state, client, ended, 0, now_ms, with_page=not ended.stream)
+    _free_worker(state, request)
 
 
-def tell(state: State, client: ClientEntry, ended: Ended, have: int, now_ms: int, *, with_page: bool) -> None:
+def send_end(
+    state: State, client: ClientEntry, ended: EndedRequest, have: int, now_ms: int, *, with_page: bool
+) -> None:
     """Send the END, and to those who had no stream the first page of the answer with it."""
     client.unacked.pop(ended.end.id, None)
     client.unacked[ended.end.id] = now_ms
-    _say_end(state, client, ended)
-    if with_page and state.hears(client) and ended.transcript is not None and have < ended.end.count:
+    state.to_client(client, ended.end)
+    if with_page and state.may_push_to(client) and ended.transcript is not None and have < ended.end.count:
         chunks, after = ended.transcript.page(have, 0)
-        page = m.Page(ended.end.id, have, after, ended.end.count, chunks)
-        state.out.append(ToClient(client.route, client.session, page))
-
-
-def remind(state: State, client: ClientEntry, now_ms: int) -> None:
-    """Send again every END that has gone unacknowledged for too long, the oldest first."""
-    late: list[bytes] = []
-    for id, sent_at in client.unacked.items():
-        if now_ms - sent_at < state.config.resend_ms:
-            break
-        late.append(id)
-    for id in late:
-        del client.unacked[id]
-        ended = state.archive.get(id)
-        if ended is not None:
-            client.unacked[id] = now_ms
-            _say_end(state, client, ended)
-
-
-def _say_end(state: State, client: ClientEntry, ended: Ended) -> None:
-    state.out.append(ToClient(client.route, client.session, ended.end))
+        state.to_client(client, m.Page(ended.end.id, have, after, ended.end.count, chunks))

@@ -1,14 +1,15 @@
-"""Joining, staying and going: sessions, heartbeats, leases, and what a worker claims to run."""
+"""Joining, staying and leaving: sessions, heartbeats, leases, and what a worker claims to run."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 
-from llambo.broker.actions import Publish, ToClient, ToWorker
-from llambo.broker.records.registry import ClientEntry, WorkerEntry
+from llambo.broker.events import Publish, ToClient, ToWorker
+from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
 from llambo.broker.records.request import RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import admission, delivery, dispatching, ending
+from llambo.broker.requests import admission, delivery, dispatching, following
 from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -23,12 +24,22 @@ WORKER_SESSIONS = 20_000
 _REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
 
 
-# --- workers -------------------------------------------------------------------------------------------
+class Loss(enum.Enum):
+    """Why a worker's session is over."""
+
+    LEFT = "left"
+    JOINED_AGAIN = "said hello again"
+    SILENT = "silent"
+    DISCONNECTED = "its connection is gone"
+    REVOKED = "its key was revoked"
 
 
-def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int, user: str = "") -> None:
-    """Newest wins, unless the one with that name is alive and another process."""
-    identity = state.identity(user)
+# --- workers ---
+
+
+def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, now_ms: int) -> None:
+    """The newest session of a process replaces its older one. The name of another process that is alive is taken."""
+    identity = state.access.identity(user)
     problem = _version_problem(hello.versions)
     if identity is None or not identity.may_serve:
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
@@ -39,257 +50,292 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, now_ms: int, 
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
     if there is not None and problem is None:
-        if there.route == route and there.incarnation == hello.incarnation and there.user == user:
-            state.out.append(ToWorker(route, NO_SESSION, there.welcome))
+        same = there.hello.incarnation == hello.incarnation and there.link.user == user
+        if same and there.link.route == route:
+            state.out.append(ToWorker(route, NO_SESSION, there.link.welcome))
             return
-        if (there.incarnation != hello.incarnation or there.user != user) and _alive(state, there, now_ms):
+        if not same and _is_alive(state, there, now_ms):
             problem = ErrorInfo(Code.NAME_TAKEN, f"another worker is called {hello.name!r}, from {there.hello.host}")
     if problem is not None:
-        state.counters.problems += 1
+        state.counters.peers.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))
         return
-    assert identity is not None, "that would be a problem"
+    assert identity is not None, "refused above"
     if there is not None:
-        lose_worker(state, there, "said hello again", now_ms)
-    welcome = _welcome(state, state.config.tokens_in_port, b"", state.config.lease_ms, hello.versions)
-    worker = WorkerEntry(hello, welcome, route, now_ms, user, identity)
+        lose_worker(state, there, Loss.JOINED_AGAIN, now_ms)
+    _add_worker(state, hello, route, user, identity, now_ms)
+
+
+def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, identity: Identity, now_ms: int) -> None:
+    config = state.config
+    welcome = _welcome(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
+    worker = WorkerEntry(hello, Session(route, welcome, now_ms, now_ms, user, identity))
     state.registry.add_worker(worker)
-    state.meter.learn(worker)
-    for model in worker.models:
-        state.models[model] = 0
+    _serves_models(state, worker)
     loading = ", still loading" if worker.state == "starting" else ""
     text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
-    state.happened(now_ms, "worker joined", text, worker=worker.name)
+    state.journal.add(now_ms, "worker joined", text, worker=worker.name)
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     draining.joined(state, worker)
-    admission.ask_again(state, now_ms)
+    admission.retry_deferred(state, now_ms)
 
 
-def _alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
-    """Whether a hello under its name has to be someone else's."""
-    return not worker.route_gone_at and now_ms - worker.heard_at < 3 * state.config.heartbeat_ms
+def _serves_models(state: State, worker: WorkerEntry) -> None:
+    state.measured.meter.learn(worker)
+    for model in worker.serving.models:
+        state.models.unserved_since[model] = 0
 
 
-def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+def _is_alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
+    """Whether a hello under its name must come from another process."""
+    return not worker.link.route_gone_at and now_ms - worker.link.heard_at < 3 * state.config.timing.heartbeat_ms
+
+
+def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, blob: bytes, now_ms: int) -> None:
     """What it claims is compared with what it was given; both kinds of difference are settled here."""
-    if beat.models and (beat.models, beat.slots) != (worker.serving, worker.slots):
-        _serves(state, worker, beat, now_ms)
+    if beat.models and (beat.models, beat.slots) != (worker.serving.infos, worker.slots):
+        _serves_others(state, worker, beat, now_ms)
     worker.last = beat
     worker.state = beat.state
-    worker.beat = max(worker.beat, beat.beat)
-    worker.busy = beat.busy
+    worker.beats.beat = max(worker.beats.beat, beat.beat)
     worker.adopted &= worker.claims.keys()
-    worker.closed = False
+    worker.refusing = False
     if beat.pace:
         speed.measured(worker, beat.pace, now_ms)
     draining.confirmed(state, worker, beat, now_ms)
-    _forget_unclaimed(state, worker, beat, now_ms)
+    _requeue_unclaimed(state, worker, beat, now_ms)
     for key, index in beat.claims.items():
         request = state.running.get(key)
-        if request is None or request.worker is not worker:
-            # It runs what nobody waits for: stop it. The END it answers with is acknowledged.
+        if request is None or request.run.worker is not worker:
+            # A run that no request needs: stop it. The END it answers with is acknowledged.
             id, dispatch = key[: limits.REQUEST_ID_BYTES], key[limits.REQUEST_ID_BYTES :]
-            state.out.append(ToWorker(worker.route, worker.session, m.Cancel(id, dispatch)))
+            state.to_worker(worker, m.Cancel(id, dispatch))
         else:
-            _claimed(state, request.id, index, now_ms)
-    state.touch(worker)
+            if request.state is RequestState.DISPATCHED:  # its accept was lost
+                request.step(RequestState.RUNNING)
+            if index > request.transcript.next_index:
+                delivery.repair_until(state, request, index, now_ms)
+    state.pools.touch(worker)
 
 
-def _serves(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
     """Its model has been loaded, and now it is known what it is; or its engine came back with another one."""
-    before = worker.models
+    before = worker.serving.models
     worker.state = "gone"
-    state.update_pools(worker)
-    worker.serve(beat.models, max(beat.slots, 1))
-    state.meter.learn(worker)
-    for model in worker.models:
-        state.models[model] = 0
+    state.pools.refresh(worker)
+    worker.serving = Serving(beat.models, max(beat.slots, 1))
+    worker.speed.weigh(worker.speed.level, worker.slots)
+    _serves_models(state, worker)
     _note_unserved(state, before, now_ms)
-    text = f"{worker.name}: {', '.join(worker.models)}, {worker.slots} slots"
-    state.happened(now_ms, "worker serves", text, worker=worker.name)
+    text = f"{worker.name}: {', '.join(worker.serving.models)}, {worker.slots} slots"
+    state.journal.add(now_ms, "worker serves", text, worker=worker.name)
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
-    """Of these, whatever nobody serves any more is gone since now."""
+    """Of these models, those without a worker are unserved from now on."""
     for model in models:
-        if not any(model in worker.models for worker in state.registry.workers.values()):
-            state.models[model] = max(1, now_ms)
+        if not any(model in worker.serving.models for worker in state.registry.workers.values()):
+            state.models.unserved_since[model] = max(1, now_ms)
 
 
-def _forget_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
+def _requeue_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:
     """Given to it, received by it (its sequence number says so), and yet not claimed: it does not run it."""
     gone = [key for key, seq in worker.claims.items() if seq <= beat.seq and key not in beat.claims]
     for key in gone:
         del worker.claims[key]
     if gone:
-        state.update_pools(worker)
+        state.pools.refresh(worker)
     for key in gone:
         request = state.running.get(key)
-        if request is not None and request.worker is worker:
+        if request is not None and request.run.worker is worker:
             dispatching.requeue(state, request, f"{worker.name} does not run it", now_ms)
 
 
-def _claimed(state: State, id: bytes, index: int, now_ms: int) -> None:
-    request = state.requests[id]
-    if request.state is RequestState.DISPATCHED:  # its accept was lost, but here it is
-        request.step(RequestState.RUNNING)
-    if index > request.transcript.next_index:
-        delivery.want(state, request, index, now_ms)
+def worker_left(state: State, worker: WorkerEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
+    lose_worker(state, worker, Loss.LEFT, now_ms, f"left: {goodbye.reason or 'goodbye'}")
 
 
-def lose_worker(state: State, worker: WorkerEntry, why: str, now_ms: int) -> None:
-    """It is gone, as far as this session goes. Everything it ran continues elsewhere."""
+def lose_worker(state: State, worker: WorkerEntry, loss: Loss, now_ms: int, detail: str = "") -> None:
+    """Its session is over. Everything it ran continues elsewhere."""
+    why = detail or loss.value
     state.registry.remove_worker(worker)
     keys = list(worker.claims)
     worker.claims.clear()
     worker.state = "gone"
-    state.orphanage.forget_worker(worker)
-    state.emptying.pop(worker.session, None)
-    state.update_pools(worker)
-    state.counters.workers_lost += 1
+    state.recovery.orphans.forget_worker(worker)
+    state.pools.refresh(worker)
+    state.counters.peers.workers_lost += 1
     text = f"{worker.name}: {why} ({len(keys)} of its requests move)"
-    left = why.startswith("left: ")  # it said goodbye
-    state.happened(now_ms, "worker lost", text, warning=not left, worker=worker.name)
-    _note_unserved(state, worker.models, now_ms)
+    state.journal.add(now_ms, "worker lost", text, warning=loss is not Loss.LEFT, worker=worker.name)
+    _note_unserved(state, worker.serving.models, now_ms)
     for key in keys:
         request = state.running.get(key)
-        if request is not None and request.worker is worker:
+        if request is not None and request.run.worker is worker:
             dispatching.requeue(state, request, f"worker {worker.name}: {why}", now_ms)
 
 
-def pardon(state: State, late_ms: int, now_ms: int) -> None:
-    """This round comes late: the broker, or its whole machine, stood still. Nobody else was silent meanwhile."""
-    if late_ms < state.config.heartbeat_ms or not state.worker_round_at:
+def route_gone(state: State, route: bytes, to_worker: bool, now_ms: int) -> None:
+    """For a client this means nothing yet; a worker has a moment to come back."""
+    worker = state.registry.workers.by_route.get(route) if to_worker else None
+    if worker is not None and not worker.link.route_gone_at:
+        worker.link.route_gone_at = now_ms
+        due = now_ms + state.config.timing.reconnect_grace_ms
+        state.wakeups.worker_round_at = min(state.wakeups.worker_round_at, due)
+
+
+def extend_leases(state: State, late_ms: int, now_ms: int) -> None:
+    """This round comes late: the broker, or its whole machine, stood still. Its peers were not silent meanwhile."""
+    if late_ms < state.config.timing.heartbeat_ms or not state.wakeups.worker_round_at:
         return
-    state.happened(now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=late_ms >= 1_000)
-    for worker in state.registry.workers.values():
-        worker.heard_at = min(now_ms, worker.heard_at + late_ms)
-        if worker.route_gone_at:
-            worker.route_gone_at = min(now_ms, worker.route_gone_at + late_ms)
-    for client in state.registry.clients.values():
-        client.heard_at = min(now_ms, client.heard_at + late_ms)
+    state.journal.add(now_ms, "stood still", f"this broker did nothing for {late_ms} ms", warning=late_ms >= 1_000)
+    registry = state.registry
+    links = [worker.link for worker in registry.workers.values()]
+    links += [client.link for client in registry.clients.values()]
+    for link in links:
+        link.heard_at = min(now_ms, link.heard_at + late_ms)
+        if link.route_gone_at:
+            link.route_gone_at = min(now_ms, link.route_gone_at + late_ms)
 
 
 def worker_round(state: State, now_ms: int) -> None:
     """A heartbeat to each worker. Sending is also how a dead one is found: the route is gone at once."""
+    timing = state.config.timing
     for worker in list(state.registry.workers.values()):
-        if now_ms - worker.heard_at >= state.config.lease_ms:
-            lose_worker(state, worker, f"silent for {now_ms - worker.heard_at} ms", now_ms)
-        elif worker.route_gone_at and now_ms - worker.route_gone_at >= state.config.reconnect_grace_ms:
-            lose_worker(state, worker, "its connection is gone", now_ms)
+        silent_ms, gone_at = now_ms - worker.link.heard_at, worker.link.route_gone_at
+        if silent_ms >= timing.lease_ms:
+            lose_worker(state, worker, Loss.SILENT, now_ms, f"silent for {silent_ms} ms")
+        elif gone_at and now_ms - gone_at >= timing.reconnect_grace_ms:
+            lose_worker(state, worker, Loss.DISCONNECTED, now_ms)
         else:
             delivery.heartbeat_worker(state, worker)
 
 
-# --- clients -------------------------------------------------------------------------------------------
+# --- clients ---
 
 
-def client_hello(state: State, route: bytes, hello: m.ClientHello, now_ms: int, user: str = "") -> None:
-    identity = state.identity(user)
+def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, now_ms: int) -> None:
+    config, registry = state.config, state.registry
+    identity = state.access.identity(user)
     problem = _version_problem(hello.versions)
     if identity is None or not identity.may_ask:
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a client")
-    if problem is None and len(state.registry.clients) >= CLIENT_SESSIONS:
+    if problem is None and len(registry.clients) >= CLIENT_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{CLIENT_SESSIONS} clients are connected", 1_000)
     if problem is not None:
-        state.counters.problems += 1
+        state.counters.peers.problems += 1
         state.out.append(ToClient(route, NO_SESSION, m.Problem(problem)))
         return
-    assert identity is not None, "that would be a problem"
-    there = state.registry.client_routes.get(route)
-    if there is not None and there.user != user:
-        # A peer may choose its route. Whoever had this one is not there any more, and what is for him must not go here.
+    assert identity is not None, "refused above"
+    there = registry.clients.by_route.get(route)
+    if there is not None and there.link.user != user:
+        # A peer may choose its route. The client that had this one is gone, and its answers must not go here.
         lose_client(state, there, now_ms)
         there = None
     if there is not None:
-        state.out.append(ToClient(route, NO_SESSION, there.welcome))
+        state.out.append(ToClient(route, NO_SESSION, there.link.welcome))
         return
-    topic = state.chance(limits.TOPIC_BYTES)
-    welcome = _welcome(state, state.config.tokens_out_port, topic, state.config.client_lease_ms, hello.versions)
-    state.registry.add_client(ClientEntry(hello, welcome, route, now_ms, user, identity))
+    topic = state.random_bytes(limits.TOPIC_BYTES)
+    welcome = _welcome(state, config.tokens_out_port, topic, config.timing.client_lease_ms, hello.versions)
+    registry.add_client(ClientEntry(hello, Session(route, welcome, now_ms, now_ms, user, identity)))
     state.out.append(ToClient(route, NO_SESSION, welcome))
 
 
+def client_heartbeat(state: State, client: ClientEntry, beat: m.ClientHeartbeat, blob: bytes, now_ms: int) -> None:
+    client.beats.echo = beat.echo
+
+
 def subscribed(state: State, topic: bytes, now_ms: int) -> None:
-    """Its subscription is in force: a beat at once tells the client so."""
+    """Its subscription is in force: a beat at once shows it to the client."""
     client = state.registry.topics.get(topic)
     if client is not None:
-        heartbeat_client(state, client)
+        _heartbeat_client(state, client)
 
 
-def heartbeat_client(state: State, client: ClientEntry) -> None:
+def _heartbeat_client(state: State, client: ClientEntry) -> None:
     """On both planes, with the progress of each of its requests, so that a lost tail is always noticed."""
-    client.number += 1
+    beats = client.beats
+    beats.number += 1
     progress: dict[bytes, int] = {}
     waiting: dict[bytes, int] = {}
     for id in client.following:
         request = state.requests[id]
         if request.state is RequestState.WAITING:
-            waiting[id] = state.room.ahead(request)
+            waiting[id] = state.queue.ahead(request)
         elif request.stream:
             progress[id] = request.transcript.next_index
-    beat = m.BrokerHeartbeat(client.number, client.echo, progress, waiting)
-    state.out.append(Publish([client.topic + tokens.encode_beat(client.number, client.session)]))
-    state.out.append(ToClient(client.route, client.session, beat))
+    state.out.append(Publish([client.topic + tokens.encode_beat(beats.number, client.session)]))
+    state.to_client(client, m.BrokerHeartbeat(beats.number, beats.echo, progress, waiting))
+
+
+def client_left(state: State, client: ClientEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
+    lose_client(state, client, now_ms)
 
 
 def lose_client(state: State, client: ClientEntry, now_ms: int) -> None:
     state.registry.remove_client(client)
-    admission.unfollow(state, client, now_ms)
+    following.unfollow_all(state, client, now_ms)
 
 
 def client_round(state: State, now_ms: int) -> None:
     for client in list(state.registry.clients.values()):
-        if now_ms - client.heard_at >= state.config.client_lease_ms:
-            state.counters.clients_lost += 1
+        if now_ms - client.link.heard_at >= state.config.timing.client_lease_ms:
+            state.counters.peers.clients_lost += 1
             lose_client(state, client, now_ms)
         else:
-            ending.remind(state, client, now_ms)
-            heartbeat_client(state, client)
+            following.send_late_ends(state, client, now_ms)
+            _heartbeat_client(state, client)
 
 
-# --- both ----------------------------------------------------------------------------------------------
+# --- both ---
 
 
 def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) -> None:
-    """The keyring is another one. Sessions of keys that are gone end now; the others go by what it says of them."""
-    state.identities = identities
-    state.accounts.allow(identities)
-    state.eased |= state.accounts.by_name
+    """The keyring has changed. Sessions of keys that are gone end now; the others go by what it allows them."""
+    access = state.access
+    access.identities = identities
+    access.accounts.allow(identities)
+    state.queue.eased |= access.accounts.by_name
     for client in list(state.registry.clients.values()):
-        identity = identities.get(client.user)
+        identity = identities.get(client.link.user)
         if identity is None or not identity.may_ask or identity.name != client.identity.name:
-            state.out.append(ToClient(client.route, client.session, m.Problem(_REVOKED)))
-            state.happened(now_ms, "key revoked", f"client {client.identity.name} has to leave")
+            state.to_client(client, m.Problem(_REVOKED))
+            state.journal.add(now_ms, "key revoked", f"client {client.identity.name} has to leave")
             lose_client(state, client, now_ms)
         else:
-            client.identity = identity
+            client.link.identity = identity
     for worker in list(state.registry.workers.values()):
-        identity = identities.get(worker.user)
+        identity = identities.get(worker.link.user)
         if identity is None or not (identity.may_serve and identity.may_be_called(worker.name)):
-            state.out.append(ToWorker(worker.route, worker.session, m.Problem(_REVOKED)))
-            lose_worker(state, worker, "its key was revoked", now_ms)
+            state.to_worker(worker, m.Problem(_REVOKED))
+            lose_worker(state, worker, Loss.REVOKED, now_ms)
         else:
-            worker.identity = identity
+            worker.link.identity = identity
 
 
 def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
-    session = state.chance(limits.SESSION_ID_BYTES)
-    version = min(m.VERSIONS[1], versions[1])
-    pull = state.identities is not None
-    return m.Welcome(session, port, topic, version, state.config.name, state.config.heartbeat_ms, lease_ms, pull)
+    return m.Welcome(
+        session=state.random_bytes(limits.SESSION_ID_BYTES),
+        token_port=port,
+        topic=topic,
+        version=min(m.VERSIONS[1], versions[1]),
+        broker=state.config.name,
+        heartbeat_ms=state.config.timing.heartbeat_ms,
+        lease_ms=lease_ms,
+        pull=state.access.identities is not None,
+    )
 
 
 def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
     low, high = m.VERSIONS
     if versions[0] <= high and versions[1] >= low:
         return None
-    return ErrorInfo(Code.BAD_VERSION, f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here")
+    text = f"protocol {versions[0]} to {versions[1]} is spoken there, {low} to {high} here"
+    return ErrorInfo(Code.BAD_VERSION, text)
 
 
 def say_goodbye(state: State, reason: str) -> None:
-    """Nobody has to find out by a lease that this broker is gone."""
+    """So that no peer has to wait for a lease to find out that this broker is gone."""
     for worker in state.registry.workers.values():
-        state.out.append(ToWorker(worker.route, worker.session, m.Goodbye(reason)))
+        state.to_worker(worker, m.Goodbye(reason))
     for client in state.registry.clients.values():
-        state.out.append(ToClient(client.route, client.session, m.Goodbye(reason)))
+        state.to_client(client, m.Goodbye(reason))

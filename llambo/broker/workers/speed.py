@@ -10,18 +10,17 @@ given to the engine, so that slow prompts count as well. Once a second the worke
               a while. Then it is tried with one request at a time: at its pace again it is a worker like the others,
               otherwise it goes for twice as long. Never more than half of those who serve a model are ejected.
 
-Nothing here runs when a worker is chosen: the weight is a part of its load, and a pool knows who is ejected.
+Nothing here runs when a worker is chosen: the weight is a part of its load, and an ejected worker is in no pool.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.state import State
 
-#: A measured pace is forgotten after so long without another: the worker is to show again what it can do.
+#: A measured pace is forgotten after so long without another: the worker has to show its speed again.
 STALE_MS = 30_000
 #: What a new measurement counts beside those before it.
 FRESH = 0.4
@@ -37,36 +36,37 @@ LONGEST_PAUSE_MS = 320_000
 
 
 def measured(worker: WorkerEntry, pace: float, now_ms: int) -> None:
-    worker.pace = pace if worker.paced == 0 else (1 - FRESH) * worker.pace + FRESH * pace
-    worker.paced += 1
-    worker.paced_at = now_ms
+    speed = worker.speed
+    speed.pace = pace if speed.measurements == 0 else (1 - FRESH) * speed.pace + FRESH * pace
+    speed.measurements += 1
+    speed.measured_at = now_ms
 
 
 def compare(state: State, now_ms: int) -> None:
-    """All workers, once a second: where nothing has changed, nothing is touched."""
+    """All workers, once a second. Pools are only refreshed for those that have changed."""
     serving: dict[str, list[WorkerEntry]] = defaultdict(list)
     for worker in state.registry.workers.values():
-        if worker.paced and now_ms - worker.paced_at >= STALE_MS:
-            worker.paced, worker.pace = 0, 0.0
-        if worker.state == "ready" and not worker.draining:
-            for model in worker.models:
+        if worker.speed.measurements and now_ms - worker.speed.measured_at >= STALE_MS:
+            worker.speed.forget()
+        if worker.state == "ready" and not worker.drain.drained:
+            for model in worker.serving.models:
                 serving[model].append(worker)
     for pool in serving.values():
         _weigh(state, pool)
-        _judge(state, pool, now_ms)
+        _eject_slow(state, pool, now_ms)
 
 
 def _weigh(state: State, pool: list[WorkerEntry]) -> None:
-    fastest = max((worker.pace for worker in pool if worker.paced >= ENOUGH), default=0.0)
+    fastest = max((worker.speed.pace for worker in pool if worker.speed.measurements >= ENOUGH), default=0.0)
     for worker in pool:
-        level = 0 if worker.paced < ENOUGH else _level(worker.level, worker.pace / fastest)
-        if level != worker.level:
-            worker.weigh(level)
-            state.touch(worker)
+        level = 0 if worker.speed.measurements < ENOUGH else _level(worker.speed.level, worker.speed.pace / fastest)
+        if level != worker.speed.level:
+            worker.speed.weigh(level, worker.slots)
+            state.pools.touch(worker)
 
 
 def _level(level: int, share: float) -> int:
-    """How often to halve it. The border that was crossed last has to be left well behind before it is crossed again."""
+    """How often to halve it. A border that was crossed has to be left well behind before it is crossed again."""
     while level < LEAST and share * MARGIN < 0.5 ** (level + 1):
         level += 1
     while level > 0 and share > 0.5**level * MARGIN:
@@ -74,56 +74,52 @@ def _level(level: int, share: float) -> int:
     return level
 
 
-def _judge(state: State, pool: list[WorkerEntry], now_ms: int) -> None:
-    ejected = [worker for worker in pool if worker.ejected]
-    for worker in sorted(ejected, key=lambda worker: worker.slow_until):
-        if now_ms >= worker.slow_until or 2 * len(ejected) > len(pool):
+def _eject_slow(state: State, pool: list[WorkerEntry], now_ms: int) -> None:
+    ejected = [worker for worker in pool if worker.speed.ejected]
+    for worker in sorted(ejected, key=lambda worker: worker.speed.until):
+        if now_ms >= worker.speed.until or 2 * len(ejected) > len(pool):
             ejected.remove(worker)
             _try_again(state, worker, now_ms)
-    if not state.config.slow_factor:
+    if not state.config.faults.slow_factor:
         return
     classes: dict[str, list[WorkerEntry]] = defaultdict(list)
     for worker in pool:
-        if worker.paced >= ENOUGH and not worker.ejected:
+        if worker.speed.measurements >= ENOUGH and not worker.speed.ejected:
             classes[worker.hello.node_class].append(worker)
     for peers in classes.values():
-        usual = sorted(worker.pace for worker in peers)[len(peers) // 2]
+        usual = sorted(worker.speed.pace for worker in peers)[len(peers) // 2]
         for worker in peers:
-            if worker.pace * state.config.slow_factor < usual:
+            if worker.speed.pace * state.config.faults.slow_factor < usual:
                 if 2 * (len(ejected) + 1) <= len(pool):
                     ejected.append(worker)
                     _eject(state, worker, usual, now_ms)
-            elif worker.trial and (len(peers) > 1 or len(pool) == 1):
-                _acquit(state, worker, now_ms)
+            elif worker.speed.trial and (len(peers) > 1 or len(pool) == 1):
+                _end_trial(state, worker, now_ms)
 
 
 def _eject(state: State, worker: WorkerEntry, usual: float, now_ms: int) -> None:
-    pause_ms = min(PAUSE_MS * 2**worker.slow_times, LONGEST_PAUSE_MS)
-    worker.slow_times += 1
-    worker.slow_until = now_ms + pause_ms
-    worker.ejected, worker.trial = True, False
-    worker.slow_note = f"{worker.pace:.1f} tokens/s for each stream, where others make {usual:.1f}"
-    state.counters.ejected += 1
-    text = f"{worker.name}: {worker.slow_note}; no new work for {pause_ms // 1000} s"
-    state.happened(now_ms, "worker slow", text, warning=True, worker=worker.name)
-    state.touch(worker)
+    pause_ms = min(PAUSE_MS * 2**worker.speed.pauses, LONGEST_PAUSE_MS)
+    worker.speed.pauses += 1
+    worker.speed.until = now_ms + pause_ms
+    worker.speed.ejected, worker.speed.trial = True, False
+    worker.speed.note = f"{worker.speed.pace:.1f} tokens/s for each stream, where others make {usual:.1f}"
+    state.counters.faults.ejected += 1
+    text = f"{worker.name}: {worker.speed.note}; no new work for {pause_ms // 1000} s"
+    state.journal.add(now_ms, "worker slow", text, warning=True, worker=worker.name)
+    state.pools.touch(worker)
 
 
 def _try_again(state: State, worker: WorkerEntry, now_ms: int) -> None:
-    worker.ejected, worker.trial = False, True
-    worker.paced, worker.pace = 0, 0.0
-    worker.weigh(0)
+    worker.speed.ejected, worker.speed.trial = False, True
+    worker.speed.forget()
+    worker.speed.weigh(0, worker.slots)
     text = f"{worker.name}: one request at a time until its pace is known"
-    state.happened(now_ms, "worker on trial", text, worker=worker.name)
-    state.touch(worker)
+    state.journal.add(now_ms, "worker on trial", text, worker=worker.name)
+    state.pools.touch(worker)
 
 
-def _acquit(state: State, worker: WorkerEntry, now_ms: int) -> None:
-    worker.trial, worker.slow_times, worker.slow_note = False, max(0, worker.slow_times - 1), ""
-    text = f"{worker.name}: {worker.pace:.1f} tokens/s for each stream"
-    state.happened(now_ms, "worker at pace", text, worker=worker.name)
-    state.touch(worker)
-
-
-def slow(workers: Iterable[WorkerEntry]) -> list[str]:
-    return [worker.name for worker in workers if worker.ejected]
+def _end_trial(state: State, worker: WorkerEntry, now_ms: int) -> None:
+    worker.speed.trial, worker.speed.pauses, worker.speed.note = False, max(0, worker.speed.pauses - 1), ""
+    text = f"{worker.name}: {worker.speed.pace:.1f} tokens/s for each stream"
+    state.journal.add(now_ms, "worker at pace", text, worker=worker.name)
+    state.pools.touch(worker)

@@ -125,7 +125,7 @@ def _list(store: Store, as_json: bool) -> None:
     table(["session", "turns", "used", "begins with"], rows, nothing=f"no chat is saved in {store.folder}", fixed=1)
     for each in found:
         if each.problem:
-            click.echo(f"llambo: {store.path(each.name)} is left alone: {each.problem}", err=True)
+            click.echo(f"llambo: {each.problem}", err=True)
 
 
 def _first(turns: list[Turn]) -> str:

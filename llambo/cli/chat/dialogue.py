@@ -5,7 +5,7 @@
 
 One question is asked at a time, and each step waits for the one before. An error of the mesh is raised to the caller,
 after what there is of the answer has been saved. A signal cancels the task that runs `ask`; while an answer arrives,
-the first one cancels the request instead, so that its end can still be read (`Signals`).
+the first one cancels the request instead, so that its end can still be read (`Interrupts`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import msgspec
 from llambo.cli.chat.screen import Screen, Waiting, show
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
 from llambo.cli.kit.answer_views import Clock
-from llambo.cli.kit.follow import END_WAIT_S, end_signals
+from llambo.cli.kit.follow import Interrupts, end_signals
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -182,23 +182,23 @@ class Dialogue:
         if seed is not None:
             seed = (seed + self._retries) % 2**63
         error: LlamboError | None = None
-        async with self.client.stream(
+        stream = self.client.stream(
             _encoded(messages), form="messages", model=self.saved.model or None, max_tokens=max_tokens, seed=seed,
             temperature=self._options.temperature,
-        ) as stream:  # fmt: skip
-            self._signals.stream = stream
+        )  # fmt: skip
+        with Interrupts(cancels=True, session=self._signals) as interrupts:
+            interrupts.stream = stream
             waiting = Waiting(self.client, stream, lambda: self.lost)
             try:
-                clock = await show(stream, self.screen.answer_view(stream), self.screen.out, waiting, texts)
-                assert stream.answer is not None, "a stream that was read to its end has an answer"
-                self.answered = stream.answer, clock
+                async with stream:
+                    self.answered = await show(
+                        stream, self.screen.answer_view(stream), self.screen.out, waiting, texts
+                    )  # fmt: skip
             except LlamboError as failed:
                 error = failed
             except asyncio.CancelledError:
                 if not self._signals.interrupted:
                     raise
-            finally:
-                self._signals.stream = None
         return "".join(texts), stream, error
 
     # --- what is saved ---------------------------------------------------------------------------------
@@ -242,16 +242,15 @@ class Signals:
         self.interrupted = False
         #: The signal that ends the chat, or 0.
         self.ended_by = 0
-        #: The answer that arrives now.
-        self.stream: Stream | None = None
+        #: Called at a signal while an answer arrives; otherwise the work is cancelled.
+        self.on_signal: Callable[[int], None] | None = None
         self._work: asyncio.Future[Any] | None = None
-        self._cancelling: list[asyncio.Task[None]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         loop, numbers = asyncio.get_running_loop(), end_signals()
         for number in numbers:
-            loop.add_signal_handler(number, self.on_signal, number)
+            loop.add_signal_handler(number, self.receive, number)
         try:
             yield
         finally:
@@ -268,25 +267,17 @@ class Signals:
             self._work = None
         return None if task.cancelled() else task.result()
 
-    def on_signal(self, number: int) -> None:
+    def receive(self, number: int) -> None:
         if number != signal.SIGINT:
             if self.ended_by:
                 os._exit(128 + number)
             self.ended_by = number
-        if self._work is None:
-            return
-        again, self.interrupted = self.interrupted, True
-        if self.stream is None or again:
-            # No answer has begun, or the user does not want to wait for its end.
-            self._work.cancel()
-        else:
-            loop = asyncio.get_running_loop()
-            self._cancelling.append(loop.create_task(self.stream.cancel()))
-            loop.call_later(END_WAIT_S, self._give_up, self.stream)
-
-    def _give_up(self, stream: Stream) -> None:
-        if self.stream is stream and self._work is not None:
-            self._work.cancel()
+        if self._work is not None:
+            self.interrupted = True
+            if self.on_signal is not None:
+                self.on_signal(number)
+            else:
+                self._work.cancel()
 
 
 def _ending(reason: str, interrupted: bool) -> Ending:

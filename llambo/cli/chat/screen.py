@@ -12,12 +12,12 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from llambo.cli.chat.store import Turn
-from llambo.cli.kit.answer_views import Clock, JsonView
+from llambo.cli.kit.answer_views import Clock, JsonView, TextView, View
 from llambo.cli.kit.stdout import StdoutWriter
 from llambo.cli.kit.tables import duration
 from llambo.mesh.wire.errors import LlamboError, printable
@@ -89,34 +89,41 @@ class Screen:
         if turn.mark:
             self.say(f"({turn.mark})", "quiet")
 
-    def answer_view(self, stream: Stream) -> AnswerView:
+    def answer_view(self, stream: Stream) -> View:
         if self._as_json:
-            return JsonAnswer(self.out, stream)
-        return DrawnAnswer(self.out, self._console) if self._console is not None else PlainAnswer(self.out)
+            view = JsonView(self.out, stream)
+            stream.on_place = view.placed
+            return view
+        return DrawnAnswer(self.out, self._console) if self._console is not None else TextView(self.out, stream)
 
 
-async def show(stream: Stream, view: AnswerView, out: StdoutWriter, waiting: Waiting, texts: list[str]) -> Clock:
+async def show(
+    stream: Stream, view: View, out: StdoutWriter, waiting: Waiting, texts: list[str]
+) -> tuple[Answer, Clock]:
     """Show the stream to its end, and append each piece of text to `texts` before it is shown."""
     clock = Clock()
     try:
         while True:
-            due = view.frame(waiting.line())
+            due = view.frame(waiting.line()) if isinstance(view, DrawnAnswer) else math.inf
             try:
                 async with asyncio.timeout_at(min(due, asyncio.get_running_loop().time() + TICK_S)):
                     piece = await stream.next_piece()
             except TimeoutError:
                 continue
             if piece is None:
-                return clock
+                break
             clock.on_piece(len(piece.ids))
             waiting.on_piece()
             texts.append(piece.text)
             view.piece(piece)
             await out.room()
-    finally:
         clock.on_end()
-        await waiting.close()
+        assert stream.answer is not None, "a stream that was read to its end has an answer"
         view.end(stream.answer, clock)
+        return stream.answer, clock
+    finally:
+        await waiting.close()
+        view.close()
 
 
 class Waiting:
@@ -168,53 +175,6 @@ class Waiting:
                 self._reason = f"its worker is lost, {worker} has it now" if found.moves else f"{worker} has it"
 
 
-class AnswerView(Protocol):
-    def piece(self, piece: Piece) -> None:
-        """More of the answer."""
-
-    def frame(self, status: str) -> float:
-        """Draw what is new, and `status` as a line below. Returns when to draw again."""
-
-    def end(self, answer: Answer | None, clock: Clock) -> None:
-        """The answer is over. `answer` is None if it failed or was abandoned."""
-
-
-class PlainAnswer:
-    """The text of the model, unchanged."""
-
-    def __init__(self, out: StdoutWriter) -> None:
-        self._out = out
-        self._last = "\n"
-
-    def piece(self, piece: Piece) -> None:
-        if piece.text:
-            self._out.put(piece.text)
-            self._last = piece.text[-1]
-
-    def frame(self, status: str) -> float:
-        return math.inf
-
-    def end(self, answer: Answer | None, clock: Clock) -> None:
-        if self._last != "\n":
-            self._out.put("\n")
-
-
-class JsonAnswer:
-    """The lines of `llambo send --json`."""
-
-    def __init__(self, out: StdoutWriter, stream: Stream) -> None:
-        self._view = JsonView(out, stream)
-        self.piece = self._view.piece
-        stream.on_place = self._view.placed
-
-    def frame(self, status: str) -> float:
-        return math.inf
-
-    def end(self, answer: Answer | None, clock: Clock) -> None:
-        if answer is not None:
-            self._view.end(answer, clock)
-
-
 class DrawnAnswer:
     """Markdown on a terminal. Finished blocks are drawn once, the last one again for each frame."""
 
@@ -231,6 +191,10 @@ class DrawnAnswer:
         self._changed = True
         self._status = ""
         self._next = 0.0
+        self._pace: list[str] = []
+
+    def placed(self) -> None:
+        pass
 
     def piece(self, piece: Piece) -> None:
         # The line ends of Windows are line ends. Half of one may be visible as a sign for one frame.
@@ -238,6 +202,7 @@ class DrawnAnswer:
         self._changed = self._changed or bool(piece.text)
 
     def frame(self, status: str) -> float:
+        """Draw what is new, and `status` as a line below. Returns when to draw again."""
         began = time.monotonic()
         if began < self._next and status == self._status:
             return self._next
@@ -247,9 +212,11 @@ class DrawnAnswer:
             self._next = max(began + FRAME_S, now + (now - began) * (1 / SHARE - 1))
         return math.inf
 
-    def end(self, answer: Answer | None, clock: Clock) -> None:
-        note = [_dim(pace(answer, clock))] if answer is not None else []
-        self._paint([*self._separated(self._lines(self._tail)), *note], [])
+    def end(self, answer: Answer, clock: Clock) -> None:
+        self._pace = [_dim(pace(answer, clock))]
+
+    def close(self) -> None:
+        self._paint([*self._separated(self._lines(self._tail)), *self._pace], [])
 
     def _draw(self, status: str) -> None:
         from llambo.cli.chat.markdown import cut, finished

@@ -100,10 +100,6 @@ def one_line(text: str, most: int = 0) -> str:
     return f"{line[: most - 1]}…" if most and len(line) > most else line
 
 
-class Damaged(Exception):
-    """A file exists and cannot be read; the text says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class ChatFile:
     """A file of the folder. If it has a `problem` there is no chat."""
@@ -143,20 +139,34 @@ class Store:
     def all(self) -> Iterator[ChatFile]:
         for name in self.names():
             try:
-                chat = self._read(name)
-            except Damaged as error:
-                yield ChatFile(name, problem=str(error))
+                chat = self.load(name)
+            except LlamboError as error:
+                yield ChatFile(name, problem=error.text)
             else:
                 if chat is not None:
                     yield ChatFile(name, chat)
 
     def load(self, name: str) -> SavedChat | None:
         """None: there is no chat of this name."""
+        path = self.path(name)
         try:
-            return self._read(name)
-        except Damaged as error:
-            text = f"{self.path(name)} cannot be read: {error}; it is left as it is, use another name"
-            raise LlamboError(Code.BAD_SETTING, text) from error
+            with path.open("rb") as file:
+                data = file.read(FILE_BYTES + 1)
+            chat = msgspec.json.decode(data, type=SavedChat) if len(data) <= FILE_BYTES else None
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise _unreadable(path, error.strerror or str(error)) from error
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _unreadable(path, f"it is not a saved chat: {error}") from error
+        if chat is None:
+            raise _unreadable(path, f"it has more than {FILE_BYTES} bytes")
+        if chat.format != FORMAT:
+            raise _unreadable(path, f"it has format {chat.format}, and this release reads format {FORMAT}")
+        if not 0 <= chat.context_from <= len(chat.turns):
+            raise _unreadable(path, f"it has {len(chat.turns)} turns and begins at {chat.context_from}")
+        # The file may have been renamed: its name counts, not the one in it.
+        return msgspec.structs.replace(chat, name=name)
 
     def save(self, chat: SavedChat) -> Path:
         path = self.path(chat.name)
@@ -240,23 +250,6 @@ class Store:
         if self.folder.stat().st_mode & 0o077:
             self.folder.chmod(0o700)
 
-    def _read(self, name: str) -> SavedChat | None:
-        try:
-            with self.path(name).open("rb") as file:
-                data = file.read(FILE_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise Damaged(error.strerror or str(error)) from error
-        if len(data) > FILE_BYTES:
-            raise Damaged(f"it has more than {FILE_BYTES} bytes")
-        try:
-            chat = msgspec.json.decode(data, type=SavedChat)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise Damaged(f"it is not a saved chat: {error}") from error
-        if chat.format != FORMAT:
-            raise Damaged(f"it has format {chat.format}, and this release reads format {FORMAT}")
-        if not 0 <= chat.context_from <= len(chat.turns):
-            raise Damaged(f"it has {len(chat.turns)} turns and begins at {chat.context_from}")
-        # The file may have been renamed: its name counts, not the one in it.
-        return msgspec.structs.replace(chat, name=name)
+
+def _unreadable(path: Path, problem: str) -> LlamboError:
+    return LlamboError(Code.BAD_SETTING, f"{path} cannot be read: {problem}; it is left as it is, use another name")

@@ -1,29 +1,29 @@
-"""`llambo fleet`: keeps as many workers as fleet.toml says."""
+"""`llambo fleet`: as many workers as fleet.toml says. Here are the commands that change a fleet."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from llambo.cli.fleet.fleet_site import fleet_options, run, site
+from llambo.cli.fleet.site import fleet_options, run, say, silent, site
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.std_streams import tell
 from llambo.cli.kit.tables import show_json
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
-    from llambo.cli.fleet.fleet_site import Site
-    from llambo.fleet.decide.plan import Plan, Step
-    from llambo.fleet.providers.process import Failed
-    from llambo.fleet.run.applying import Outcome
-    from llambo.fleet.run.keeper import Keeper
+    from llambo.cli.fleet.site import Site
+    from llambo.fleet.decide.plan import Plan, PlanStep
+    from llambo.fleet.run.updates import Outcome
+    from llambo.fleet.world import NodeFailed
 
 EXAMPLES = """
 llambo fleet plan                        what apply would do, and why
@@ -49,22 +49,37 @@ llambo fleet spawn --count 100 --class tiny
 DOWN_EXAMPLES = """
 llambo fleet down
 """
+RESTART_EXAMPLES = """
+llambo fleet rolling-restart
+llambo fleet rolling-restart --class tiny --max-unavailable 2
+"""
+ROLLBACK_EXAMPLES = """
+llambo fleet rollback
+llambo fleet rollback --class tiny
+llambo fleet rollback --class tiny --undo    try the file's settings again
+"""
+DRAIN_EXAMPLES = """
+llambo fleet drain tiny-0001
+llambo fleet drain tiny-0001 --undo
+"""
+RUN_EXAMPLES = """
+llambo fleet run
+llambo fleet run --file home.toml
+"""
 
 
 @click.group(
     cls=Group,
     lazy={name: f"llambo.cli.fleet.fleet:{name}" for name in ("plan", "apply")}
-    | {name: f"llambo.cli.fleet.fleet_look:{name}" for name in ("status", "logs")}
+    | {name: f"llambo.cli.fleet.fleet_status:{name}" for name in ("status", "logs")}
     | {name: f"llambo.cli.fleet.fleet:{name}" for name in ("scale", "spawn")}
-    | {
-        name: f"llambo.cli.fleet.fleet_roll:{name.replace('-', '_')}"
-        for name in ("rolling-restart", "rollback", "drain")
-    }
-    | {"run": "llambo.cli.fleet.fleet_run:run_fleet", "down": "llambo.cli.fleet.fleet:down"},
+    | {"rolling-restart": "llambo.cli.fleet.fleet:rolling_restart"}
+    | {name: f"llambo.cli.fleet.fleet:{name}" for name in ("rollback", "drain")}
+    | {"run": "llambo.cli.fleet.fleet:run_orchestrator", "down": "llambo.cli.fleet.fleet:down"},
     examples=EXAMPLES,
 )
 def fleet() -> None:
-    """Keep as many workers as fleet.toml says, here and on other hosts."""
+    """Run as many workers as fleet.toml says, here and on other hosts."""
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)
@@ -78,7 +93,7 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     The exit status is 0 also if there is something to do.
     """
     here = site(common, file, state)
-    found, away = run(_plan(here, here.keeper(_say)))
+    found, away = run(_plan(here))
     if as_json:
         show_json(_as_json(found) | {"away": away})
         return
@@ -93,14 +108,13 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 @client_options
 @pass_common
 def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
-    """Make it so. What runs already is left as it is; a second `apply` does nothing.
+    """Carry out the plan. What runs already is left as it is; a second `apply` does nothing.
 
-    Workers that have to go are drained first, and what they run goes elsewhere. Those with other settings are replaced
-    one after the other; the first bad one ends that, and `rollback` takes it back. A Ctrl-C leaves what is done as it
-    is; the next `apply` goes on.
+    Workers that have to end are drained first, and their requests move to others. Those with old settings are
+    replaced one after the other; the first bad one stops that, and `rollback` takes it back. A Ctrl-C leaves what is
+    done as it is; the next `apply` goes on.
     """
-    here = site(common, file, state)
-    make_it_so(here, as_json)
+    make_it_so(site(common, file, state), as_json)
 
 
 @click.command(cls=Command, examples=SCALE_EXAMPLES)
@@ -110,18 +124,18 @@ def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None
 @client_options
 @pass_common
 def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | None, as_json: bool) -> None:
-    """Have so many of a class, within its `min` and `max`. `apply` keeps to it from then on."""
+    """Set the number of workers of a class, within its `min` and `max`. A later `apply` does not change it."""
     here = site(common, file, state)
     wanted = dict(_count(word) for word in counts)
     if pid := here.orchestrator():
-        here.want(wanted)
-        _say(f"told to the orchestrator, pid {pid}: `llambo fleet status` shows how far it is")
+        here.ask_for(wanted)
+        _say_passed_on(pid)
         return
     make_it_so(here, as_json, lambda: wanted)
 
 
 @click.command(cls=Command, examples=SPAWN_EXAMPLES)
-@click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="So many more.")
+@click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="How many more.")
 @click.option("--class", "node_class", metavar="CLASS", required=True, help="Of which class.")
 @fleet_options
 @json_option
@@ -130,15 +144,99 @@ def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | Non
 def spawn(
     common: Common, count: int, node_class: str, file: Path, state: Path | None, as_json: bool
 ) -> None:  # fmt: skip
-    """Have so many more of a class than there are."""
+    """Start more workers of a class than there are."""
     here = site(common, file, state)
     here.node_class(node_class)
 
     def wanted() -> dict[str, int]:
-        there = run(here.keeper(_say).look()).world.of(node_class)
-        return {node_class: sum(node.counts for node in there) + count}
+        nodes = run(here.node_manager(say).look()).world.of(node_class)
+        return {node_class: sum(node.counts for node in nodes) + count}
 
     make_it_so(here, as_json, wanted)
+
+
+@click.command("rolling-restart", cls=Command, examples=RESTART_EXAMPLES)
+@click.option("--class", "node_class", metavar="CLASS", help="Only this one.  [default: all]")
+@click.option(
+    "--max-unavailable", metavar="NUMBER", type=click.IntRange(1), help="At a time.  [default: as the file says]"
+)
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def rolling_restart(
+    common: Common, node_class: str | None, max_unavailable: int | None, file: Path, state: Path | None, as_json: bool
+) -> None:
+    """Restart all workers, a few at a time, one class after the other.
+
+    Their requests move to other workers. The next worker is restarted when the one before it works and has answered;
+    the first bad one stops it. After a Ctrl-C the next `apply` goes on.
+    """
+    here = site(common, file, state)
+    with here.versions().changing() as versions:
+        for name in _classes(here, node_class):
+            versions.restart(name, max_unavailable or 0)
+    _apply_or_pass_on(here, as_json)
+
+
+@click.command(cls=Command, examples=ROLLBACK_EXAMPLES)
+@click.option("--class", "node_class", metavar="CLASS", help="Only this one.  [default: all]")
+@click.option("--undo", is_flag=True, help="Use the settings of the file again.")
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def rollback(
+    common: Common, node_class: str | None, undo: bool, file: Path, state: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Go back to the settings that were in force before the last update.
+
+    The file stays as it is; its settings for the class are not used until they change.
+    """
+    here = site(common, file, state)
+    names = _classes(here, node_class)
+    with here.versions().changing() as versions:
+        if undo:
+            for name in names:
+                versions.of(name).refused = ""
+        elif not [name for name in names if versions.roll_back(name)]:
+            raise Failure("there is nothing to go back to", "no update has changed these settings", Exit.ERROR)
+    _apply_or_pass_on(here, as_json)
+
+
+@click.command(cls=Command, examples=DRAIN_EXAMPLES)
+@click.argument("node", metavar="NODE")
+@click.option("--undo", is_flag=True, help="Let it work again.")
+@fleet_options
+@json_option
+@client_options
+@pass_common
+def drain(common: Common, node: str, undo: bool, file: Path, state: Path | None, as_json: bool) -> None:
+    """Give a node no new work; its running requests move to others. It keeps running until the next `apply`.
+
+    `llambo drain` waits until it runs nothing.
+    """
+    here = site(common, file, state)
+    found = run(_drain(here, node, undo))
+    if as_json:
+        show_json(found)
+    else:
+        say(f"{node} takes no new work" if found["draining"] else f"{node} works again")
+
+
+@click.command("run", cls=Command, examples=RUN_EXAMPLES)
+@fleet_options
+@client_options
+@pass_common
+def run_orchestrator(common: Common, file: Path, state: Path | None) -> None:
+    """Keep the fleet as the file says, and scale it with its load, until Ctrl-C.
+
+    Workers that die are started again; a class that keeps failing is tried less and less often. The workers outlive
+    this process, and the next one takes them over.
+    """
+    here = site(common, file, state)
+    with here.lock():
+        asyncio.run(_orchestrate(here))
 
 
 @click.command(cls=Command, examples=DOWN_EXAMPLES)
@@ -147,72 +245,112 @@ def spawn(
 @client_options
 @pass_common
 def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
-    """End everything of this fleet: first the workers, then the broker. What they run is lost."""
-    from llambo.fleet.decide.plan import Do, Plan, Step
-    from llambo.fleet.run.applying import apply as carry_out
+    """End everything of this fleet: first the workers, then the broker. Their running requests are lost."""
+    from llambo.fleet.decide.plan import Plan, PlanStep, StepKind
+    from llambo.fleet.run.updates import apply as carry_out
 
     here = site(common, file, state)
-    with here.alone():
-        keeper = here.keeper(_quiet if as_json else _say)
-        seen = run(keeper.look())
-        nodes = sorted(seen.world.nodes, key=lambda node: node.node_class == "broker")
-        steps = [Step(Do.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
-        run(keeper.bury(seen.ended))
-        run(carry_out(keeper, Plan(tuple(steps)), seen.world, here.versions()))
+    with here.lock():
+        manager = here.node_manager(silent if as_json else say)
+        snapshot = run(manager.look())
+        nodes = sorted(snapshot.world.nodes, key=lambda node: node.node_class == "broker")
+        steps = [PlanStep(StepKind.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
+        run(manager.forget_ended(snapshot.ended))
+        run(carry_out(manager, Plan(tuple(steps)), snapshot.world, here.versions()))
     if as_json:
         show_json({"ended": [step.name for step in steps]})
     else:
-        _say(f"{len(steps)} ended" if steps else "nothing ran")
+        say(f"{len(steps)} ended" if steps else "nothing ran")
 
 
 # --- inside --------------------------------------------------------------------------------------------
 
 
-async def _plan(here: Site, keeper: Keeper) -> tuple[Plan, dict[str, str]]:
+async def _plan(here: Site) -> tuple[Plan, dict[str, str]]:
     from llambo.fleet.decide import plan as planning
 
-    seen = await keeper.look()
-    wanted = here.settle(keeper, seen.world, write=False)
-    return planning.make(keeper.fleet, seen.world, wanted), seen.away()
+    manager = here.node_manager(say)
+    snapshot = await manager.look()
+    wanted = here.wanted(manager, snapshot.world, write=False)
+    return planning.make(manager.fleet, snapshot.world, wanted), snapshot.away()
 
 
 def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
     from llambo.fleet.decide import plan as planning
-    from llambo.fleet.run.applying import apply
+    from llambo.fleet.run.updates import apply
 
     began = time.monotonic()
-    with here.alone():
-        keeper = here.keeper(_quiet if as_json else _say)
-        if wanted := counts():
-            here.want(wanted)
+    with here.lock():
+        manager = here.node_manager(silent if as_json else say)
+        if asked := counts():
+            here.ask_for(asked)
 
-        async def work() -> tuple[Plan, dict[str, str], list[Failed], Outcome]:
-            seen = await keeper.look()
-            for name, why in seen.away().items():
-                keeper.tell(f"{name} is away: {why}")
-            wanted = here.settle(keeper, seen.world, write=True)
-            found = planning.make(keeper.fleet, seen.world, wanted)
-            buried = await keeper.bury(seen.ended)
-            return found, seen.away(), buried, await apply(keeper, found, seen.world, here.versions())
+        async def work() -> tuple[Plan, dict[str, str], list[NodeFailed], Outcome]:
+            snapshot = await manager.look()
+            for name, why in snapshot.away().items():
+                manager.report(f"{name} is away: {why}")
+            wanted = here.wanted(manager, snapshot.world, write=True)
+            found = planning.make(manager.fleet, snapshot.world, wanted)
+            ended = await manager.forget_ended(snapshot.ended)
+            return found, snapshot.away(), ended, await apply(manager, found, snapshot.world, here.versions())
 
-        found, away, buried, outcome = run(work())
+        found, away, ended, outcome = run(work())
     if as_json:
-        told = _as_json(found) | {"done": len(outcome.done), "stopped": outcome.stopped, "away": away}
-        lists = {"failed": outcome.failed, "ended": buried}
-        show_json(told | {name: [_failure(one) for one in found] for name, found in lists.items()})
+        result = _as_json(found) | {"done": len(outcome.done), "stopped": outcome.stopped, "away": away}
+        lists = {"failed": outcome.failed, "ended": ended}
+        show_json(result | {name: [_failure(one) for one in nodes] for name, nodes in lists.items()})
     else:
-        for one in buried:
-            _say(f"{one} by itself before this; its last words:{_words(one)}")
+        for one in ended:
+            say(f"{one} by itself before this; the end of its log:{_log(one)}")
         for one in outcome.failed:
-            _say(f"{one}; its last words:{_words(one)}")
+            say(f"{one}; the end of its log:{_log(one)}")
         for text in outcome.stopped:
-            _say(f"the update has stopped, {text}")
+            say(f"the update has stopped, {text}")
         for refusal in found.refusals:
-            _say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
+            say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
         took = time.monotonic() - began
-        _say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
+        say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
     if outcome.failed or outcome.stopped or found.refusals:
         click.get_current_context().exit(Exit.ERROR)
+
+
+def _apply_or_pass_on(here: Site, as_json: bool) -> None:
+    """An orchestrator that runs finds the change in the folder of state."""
+    if pid := here.orchestrator():
+        _say_passed_on(pid)
+        return
+    make_it_so(here, as_json)
+
+
+def _say_passed_on(pid: int) -> None:
+    say(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
+
+
+async def _drain(here: Site, node: str, undo: bool) -> dict[str, Any]:
+    manager = here.node_manager(say)
+    await manager.providers.refresh()
+    if not any(record.name == node and record.node_class != "broker" for record in manager.providers.records()):
+        raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
+    async with manager.mesh() as client:
+        return msgspec.structs.asdict(await client.drain(node, undo, move=not undo))
+
+
+async def _orchestrate(here: Site) -> None:
+    from llambo.cli.kit.follow import end_signals
+    from llambo.fleet.run.orchestrator import Orchestrator
+
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in end_signals():
+        loop.add_signal_handler(number, stop.set)
+    async with here.node_manager(say) as manager:
+        orchestrator = Orchestrator(here, manager, here.state, say)
+        say(f"runs {here.fleet.name}, as in {here.file}")
+        await orchestrator.run(stop)
+    say("stopped; the workers keep running")
+
+
+def _classes(here: Site, one: str | None) -> list[str]:
+    return [here.node_class(one).name] if one else list(here.fleet.classes)
 
 
 def _show(found: Plan) -> None:
@@ -226,45 +364,37 @@ def _show(found: Plan) -> None:
 
 
 def _rows(found: Plan) -> list[tuple[str, str, str, str]]:
-    return [(step.do.value, step.name, step.host, step.why) for step in found.steps]
+    return [(step.kind.value, step.name, step.host, step.why) for step in found.steps]
 
 
 def _as_json(found: Plan) -> dict[str, Any]:
     return {
         "steps": [
-            {"do": step.do.value, "name": step.name, "class": step.node_class, "host": step.host, "why": step.why}
+            {"do": step.kind.value, "name": step.name, "class": step.node_class, "host": step.host, "why": step.why}
             for step in found.steps
         ],
         "refused": [{"class": one.node_class, "count": one.count, "why": one.why} for one in found.refusals],
     }
 
 
-def _failure(one: Failed) -> dict[str, str]:
-    return {"name": one.name, "how": one.how, "words": one.words}
+def _failure(one: NodeFailed) -> dict[str, str]:
+    return {"name": one.name, "how": one.how, "words": one.log_tail}
 
 
-def _words(one: Failed) -> str:
-    from llambo.fleet.decide.crashes_core import last_words
+def _log(one: NodeFailed) -> str:
+    from llambo.fleet.decide.crashes_core import log_tail
 
-    return "".join(f"\n    {line}" for line in last_words(one.words).splitlines()) or " none"
+    return "".join(f"\n    {line}" for line in log_tail(one.log_tail).splitlines()) or " it is empty"
 
 
-def _summary(done: list[Step]) -> str:
-    verbs = {"spawn": "spawned", "resume": "taken back", "retire": "retired", "replace": "replaced"}
-    counts = {do: sum(step.do.value == do for step in done) for do in verbs}
-    return ", ".join(f"{count} {verbs[do]}" for do, count in counts.items() if count)
+def _summary(done: list[PlanStep]) -> str:
+    verbs = {"spawn": "spawned", "resume": "resumed", "retire": "retired", "replace": "replaced"}
+    counts = {kind: sum(step.kind.value == kind for step in done) for kind in verbs}
+    return ", ".join(f"{count} {verbs[kind]}" for kind, count in counts.items() if count)
 
 
 def _count(word: str) -> tuple[str, int]:
     name, equals, count = word.partition("=")
     if not equals or not count.isdecimal():
-        raise Failure(f"{word!r} is no CLASS=COUNT", "as in `llambo fleet scale tiny=10`", Exit.USAGE)
+        raise Failure(f"{word!r} is not CLASS=COUNT", "as in `llambo fleet scale tiny=10`", Exit.USAGE)
     return name, int(count)
-
-
-def _say(text: str) -> None:
-    tell(f"fleet: {printable(text)}", err=False)
-
-
-def _quiet(text: str) -> None:
-    """What is said on the way is no part of the JSON."""

@@ -14,14 +14,14 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
 from llambo.cli.kit.ask import connected, run
 from llambo.cli.kit.command import silence_stdout
-from llambo.cli.kit.common import Common, Session
+from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -42,10 +42,16 @@ def end_signals() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
+class SignalSource(Protocol):
+    """A shell or a chat, which receives the signals and passes them on to what runs in it."""
+
+    on_signal: Callable[[int], None] | None
+
+
 class Interrupts:
     """SIGINT, SIGTERM and SIGHUP while a stream is followed. `signal` is the first one received, or 0."""
 
-    def __init__(self, *, cancels: bool, session: Session | None = None) -> None:
+    def __init__(self, *, cancels: bool, session: SignalSource | None = None) -> None:
         self.signal = 0
         self.stream: Stream | None = None
         self._cancels = cancels

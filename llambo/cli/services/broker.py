@@ -52,8 +52,9 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     import os
 
+    from llambo.broker.access.scrapers import token_in
     from llambo.broker.config import BrokerConfig
-    from llambo.broker.report.metrics_http import Window, token_in
+    from llambo.broker.report.metrics_http import MetricsServer
     from llambo.broker.server import run_broker
     from llambo.mesh.link.sockets import endpoint
     from llambo.mesh.service.activation import inherited
@@ -64,15 +65,15 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     host, started = given.host if given else settings.text("bind"), False
     folder = folder_of(settings, host)
     metrics_at = settings.text("metrics")
-    window = Window(metrics_at, token_in(settings.text("metrics_token"))) if metrics_at else None
+    server = MetricsServer(metrics_at, token_in(settings.text("metrics_token"))) if metrics_at else None
 
     def announce(port: int) -> None:
         nonlocal started
         started = True
         if not report_ready(notify_fd, str(port)):
             tell(f"llambo-broker: listening at {endpoint(host, port)}")
-            if window is not None:
-                tell(f"llambo-broker: metrics at {window.url}")
+            if server is not None:
+                tell(f"llambo-broker: metrics at {server.url}")
 
     try:
         return run_broker(
@@ -83,7 +84,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
             inherited=given,
             notifier=notifier,
             keys=folder,
-            window=window,
+            metrics=server,
         )
     except LlamboError as error:
         if started:

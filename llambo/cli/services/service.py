@@ -1,8 +1,8 @@
 """What the commands that run (broker, worker, gateway) have in common as processes.
 
-- Hidden options for a parent: `llambo up` and a fleet start them with these. Readiness is a line on a pipe, so that
-  nobody guesses it from a log or polls. Children of `llambo up` end with it (`--parent`); nodes of a fleet outlive the
-  process that started them and hold a lock instead (`--hold`).
+- Hidden options for a parent: `llambo up` and a fleet start them with these. Readiness is a line on a pipe, so the
+  parent need not guess it from a log, or poll. Children of `llambo up` end with it (`--parent`); nodes of a fleet
+  outlive the process that started them and hold a lock instead (`--hold`).
 - Limits of the process: no core dumps, as many descriptors as are allowed.
 - `serve`: the service manager is kept informed, and a service that fails again and again pauses before each start.
 """

@@ -1,10 +1,10 @@
-"""Nodes that end by themselves: who is begun again, when, and what is told of it.
+"""Nodes that end by themselves: where the next one is started, when, and what is reported about it.
 
-Failures are counted for each class on each host, so that a bad host does not keep a class from the others, and a bad
-class does not keep others from a host. After the first one there is no pause. After the second in a row there is, twice
-as long each time, and when it is over one node is tried, and not as many as are missing: a class that cannot run costs
-its hosts one attempt now and then, and its place in the count goes to nodes that run. One that has been ready for
-`LASTED_MS` ends the row.
+Failures are counted for each class on each host, so that a bad host does not keep a class from other hosts, and a bad
+class does not keep other classes from a host. After the first failure there is no pause. After the second in a row
+there is one, and it doubles with each failure. When it is over, one node is tried, and not as many as are missing: a
+class that cannot run costs its hosts one attempt now and then, and its share of resources goes to nodes that run. A
+node that has been ready for `LASTED_MS` ends the row.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llambo.mesh.wire.timers import backoff_ms
+
 #: The pause after the second failure in a row, and the longest.
 PAUSE_MS = (2_000, 300_000)
-#: A node that was ready for so long was no failure, however it ended.
+#: A node that was ready for so long did not fail, however it ended.
 LASTED_MS = 60_000
-#: So many in a row are told as a crash loop.
+#: So many in a row are reported as a crash loop.
 LOOP = 3
-#: Of what it said last, so much is kept.
-WORDS_LINES, WORDS_CHARS = 5, 400
+#: How much of the end of a log is shown.
+TAIL_LINES, TAIL_CHARS = 5, 400
 
 
 @dataclass(slots=True)
 class _Row:
+    """Failures in a row of one class on one host."""
+
     failures: int = 0
-    until_ms: int = 0
+    paused_until_ms: int = 0
+    #: The last failure: when, of which node, how it ended, and the end of its log.
     last_ms: int = 0
     node: str = ""
     how: str = ""
-    words: str = ""
+    log_tail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,89 +42,95 @@ class CrashLoop:
     node_class: str
     host: str
     failures: int
-    #: The one that failed last, how, and its last lines.
+    #: The node that failed last, how, and the end of its log.
     node: str
     how: str
-    words: str
+    log_tail: str
     again_in_ms: int
 
 
 @dataclass(slots=True)
 class Crashes:
+    #: By class and host.
     _rows: dict[tuple[str, str], _Row] = field(default_factory=dict)
     #: Ready nodes, and since when.
     _ready: dict[str, int] = field(default_factory=dict)
 
-    def ready(self, node: str, now_ms: int) -> None:
-        """Said as often as one likes."""
+    def note_ready(self, node: str, now_ms: int) -> None:
+        """May be called again while it stays ready."""
         self._ready.setdefault(node, now_ms)
 
-    def ended_well(self, node: str) -> None:
-        """It was told to."""
+    def note_stopped(self, node: str) -> None:
+        """It was stopped on purpose."""
         self._ready.pop(node, None)
 
-    def died(self, node: str, node_class: str, host: str, how: str, words: str, now_ms: int) -> None:
-        """Or was not ready in time, which is the same."""
+    def note_failure(self, node: str, node_class: str, host: str, how: str, log: str, now_ms: int) -> None:
+        """It ended by itself, or was not ready in time."""
         since = self._ready.pop(node, None)
         row = self._rows.setdefault((node_class, host), _Row())
         if (since is not None and now_ms - since >= LASTED_MS) or now_ms - row.last_ms > LASTED_MS + 2 * PAUSE_MS[1]:
             row.failures = 0
-        if now_ms >= row.until_ms:
+        # During the pause it is one of those that were started before it: many that fail together are one failure.
+        if now_ms >= row.paused_until_ms:
             row.failures += 1
-            row.until_ms = now_ms + pause_ms(row.failures)
-        # Otherwise it was begun before the pause, with others: many that fail together are not many in a row.
+            row.paused_until_ms = now_ms + pause_ms(row.failures)
         row.last_ms = now_ms
-        row.node, row.how, row.words = node, how, last_words(words)
+        row.node, row.how, row.log_tail = node, how, log_tail(log)
 
-    def lasted(self, nodes: Mapping[str, tuple[str, str]], now_ms: int) -> list[tuple[str, str]]:
-        """`nodes`: those that are ready, with class and host. Which of those are well again, of those that were not."""
-        well = []
-        for node, where in nodes.items():
+    def recovered(self, ready: Mapping[str, tuple[str, str]], now_ms: int) -> list[tuple[str, str]]:
+        """`ready`: nodes with class and host. Which crash loops have ended because one of these nodes lasted."""
+        found = []
+        for node, where in ready.items():
             row, since = self._rows.get(where), self._ready.get(node)
             if row is not None and since is not None and now_ms - max(since, row.last_ms) >= LASTED_MS:
                 del self._rows[where]
                 if row.failures >= LOOP:
-                    well.append(where)
-        return well
+                    found.append(where)
+        return found
 
-    def barred(self, now_ms: int) -> dict[tuple[str, str], str]:
-        """Where none may be begun now."""
+    def blocked(self, now_ms: int) -> dict[tuple[str, str], str]:
+        """Where no node may be started now, and why."""
         return {
-            where: f"{_times(row)}, again in {_seconds(row.until_ms - now_ms)}"
+            where: f"{_failures(row)}, again in {_seconds(row.paused_until_ms - now_ms)}"
             for where, row in self._rows.items()
-            if row.until_ms > now_ms
+            if row.paused_until_ms > now_ms
         }
 
-    def probed(self, now_ms: int) -> dict[tuple[str, str], str]:
-        """Where only one may be on its way at a time."""
-        return {where: _times(row) for where, row in self._rows.items() if row.failures > 1 and row.until_ms <= now_ms}
+    def probing(self, now_ms: int) -> dict[tuple[str, str], str]:
+        """Where only one node may be starting at a time, and why."""
+        return {
+            where: _failures(row)
+            for where, row in self._rows.items()
+            if row.failures > 1 and row.paused_until_ms <= now_ms
+        }
 
     def loops(self, now_ms: int) -> list[CrashLoop]:
         return [
-            CrashLoop(*where, row.failures, row.node, row.how, row.words, max(0, row.until_ms - now_ms))
+            CrashLoop(*where, row.failures, row.node, row.how, row.log_tail, max(0, row.paused_until_ms - now_ms))
             for where, row in sorted(self._rows.items())
             if row.failures >= LOOP
         ]
 
-    def forgive(self, node_class: str) -> None:
-        """Its settings are others now, or somebody says that it is mended."""
+    def reset(self, node_class: str) -> None:
+        """Its settings have changed."""
         for where in [where for where in self._rows if where[0] == node_class]:
             del self._rows[where]
 
     def next_wakeup_ms(self, now_ms: int) -> int | None:
-        return min((row.until_ms for row in self._rows.values() if row.until_ms > now_ms), default=None)
+        pauses = (row.paused_until_ms for row in self._rows.values() if row.paused_until_ms > now_ms)
+        return min(pauses, default=None)
 
 
 def pause_ms(failures: int) -> int:
-    return 0 if failures < 2 else min(PAUSE_MS[0] << min(failures - 2, 16), PAUSE_MS[1])
+    return backoff_ms(failures, *PAUSE_MS)
 
 
-def last_words(text: str) -> str:
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-WORDS_LINES:]
-    return "\n".join(lines)[-WORDS_CHARS:]
+def log_tail(text: str) -> str:
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+    return "\n".join(lines)[-TAIL_CHARS:]
 
 
-def _times(row: _Row) -> str:
+def _failures(row: _Row) -> str:
     return (
         f"{row.node} {row.how}" if row.failures == 1 else f"{row.failures} have failed in a row, {row.node} {row.how}"
     )

@@ -1,7 +1,7 @@
-"""On which host the next node goes, and with which numbers it is refused.
+"""On which host the next node is placed, or why it fits nowhere, with numbers.
 
-The host that will be least full takes it, so that classes spread and a host that is lost takes few of each along.
-How full a host is, is the larger of its shares of memory and of cores.
+The host that will be least full takes it, so that classes spread over hosts and the loss of a host costs few nodes of
+each. A host is as full as the larger of its used shares of memory and of cores.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from heapq import heapify, heappop, heappush
 from llambo.fleet.model import NodeClass
 from llambo.fleet.world import HostFacts, Node
 
-#: Cores are shares that people write with two digits; sums of them are compared with this much patience.
+#: Cores are decimal fractions; their sums are compared with this tolerance.
 _SLACK = 1e-6
 
 
 @dataclass(slots=True)
 class Room:
-    """What is left of one host."""
+    """What is used of one host."""
 
     facts: HostFacts
     memory_bytes: int = 0
@@ -70,15 +70,15 @@ class Placement:
     def fits(self, wanted: NodeClass, host: str) -> bool:
         return host in self._rooms and self._rooms[host].fits(wanted)
 
-    def place(self, wanted: NodeClass, count: int, barred: Mapping[str, str], once: Mapping[str, str]) -> list[str]:
-        """Hosts for up to `count` of them, and they are taken.
+    def place(self, wanted: NodeClass, count: int, blocked: Mapping[str, str], probing: Mapping[str, str]) -> list[str]:
+        """Choose hosts for up to `count` nodes, and reserve their room.
 
-        `barred`: hosts it may not go to now, and why; `once`: hosts that take one and no more.
+        `blocked`: hosts that take none now, and why; `probing`: hosts that take only one, and why.
         """
         heap = [
             (*self._rooms[host].full_with(wanted), order, host)
             for order, host in enumerate(wanted.hosts)
-            if host in self._rooms and host not in barred
+            if host in self._rooms and host not in blocked
         ]
         heapify(heap)
         placed: list[str] = []
@@ -89,12 +89,12 @@ class Placement:
                 continue
             room.take(wanted.name, wanted.memory_bytes, wanted.cores)
             placed.append(host)
-            if host not in once:
+            if host not in probing:
                 heappush(heap, (*room.full_with(wanted), order, host))
         return placed
 
     def fit(self, wanted: NodeClass, at_most: int) -> int:
-        """How many more there is room for."""
+        """How many more fit."""
         found = 0
         for host in wanted.hosts:
             room = self._rooms.get(host)
@@ -105,16 +105,16 @@ class Placement:
             found += max(0, min(by_memory, by_cores))
         return min(found, at_most)
 
-    def why_not(self, wanted: NodeClass, barred: Mapping[str, str], once: Mapping[str, str]) -> str:
-        """One part for each host it could have gone to."""
+    def why_not(self, wanted: NodeClass, blocked: Mapping[str, str], probing: Mapping[str, str]) -> str:
+        """For people: what it needs, and for each possible host why it does not fit."""
         parts = []
         for host in wanted.hosts:
-            if host in barred:
-                parts.append(f"{host}: {barred[host]}")
+            if host in blocked:
+                parts.append(f"{host}: {blocked[host]}")
             elif host in self._rooms:
-                parts.append(self._rooms[host].refusal(wanted, host) or f"{host}: {once.get(host, 'one at a time')}")
+                parts.append(self._rooms[host].refusal(wanted, host) or f"{host}: {probing.get(host, 'one at a time')}")
             else:
-                parts.append(f"nothing is known of {host}")
+                parts.append(f"nothing is known about {host}")
         shown = "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
         return f"{wanted.name} needs {needs(wanted)}; {shown}"
 

@@ -1,13 +1,13 @@
 """The difference between what is wanted and what there is, as steps with reasons. Pure, and safe to repeat.
 
-    spawn     begin a node on a host that has room for it
-    resume    take back one that drains, because it is wanted again
-    retire    drain one (what it runs goes elsewhere), wait until it is empty, then end it
-    replace   the same, and begin it again under its name, with other settings
+    spawn     start a node on a host that has room for it
+    resume    let a draining node work again, because it is wanted
+    retire    drain a node (its runs move to other workers), wait until it is empty, then end it
+    replace   the same, and start it again under its name, with the new settings
 
-Steps are in the order in which they are done: first what gives more, then replacements, then what takes away, and last
-what has room only after that. So a class that moves to other hosts is never without workers if it can be helped.
-Whoever applies a plan may die in the middle: the next plan, made from what there is then, is the rest of it.
+Steps are in the order in which they are carried out: first those that add nodes, then replacements, then those that
+remove nodes, and last what fits only after that. So a class that moves to other hosts keeps workers where possible. The
+process that carries out a plan may die at any point: the next plan, made from what there is then, is the rest of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llambo.fleet.model import Fleet, NodeClass
 from llambo.fleet.world import Node, NodeState, World
 
 
-class Do(StrEnum):
+class StepKind(StrEnum):
     SPAWN = "spawn"
     RESUME = "resume"
     RETIRE = "retire"
@@ -29,19 +29,19 @@ class Do(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    do: Do
+class PlanStep:
+    kind: StepKind
     name: str
     node_class: str
     host: str
     why: str
-    #: What it is begun with: of a spawn or a replacement.
+    #: What a spawn or a replacement starts.
     fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """So many of a class are wanted and cannot be, for now."""
+    """So many of a class are wanted and impossible for now."""
 
     node_class: str
     count: int
@@ -50,7 +50,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    steps: tuple[Step, ...] = ()
+    steps: tuple[PlanStep, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
     def __bool__(self) -> bool:
@@ -61,13 +61,13 @@ class Plan:
 class Wanted:
     """How many of each class, and with what."""
 
-    #: By class. One that is not named keeps what it has, within its bounds.
+    #: By class. A class that is missing keeps its present count, within its bounds.
     counts: Mapping[str, int] = field(default_factory=dict)
-    #: By class; as `NodeClass.fingerprint` says, if it is not named.
+    #: By class; by default `NodeClass.fingerprint()`.
     fingerprints: Mapping[str, str] = field(default_factory=dict)
-    #: By class and host: where none may be begun now, and where only one at a time, and why.
-    barred: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    probed: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    #: By class and host: where no node may be started now, and where only one at a time, and why.
+    blocked: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    probing: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def make(fleet: Fleet, world: World, wanted: Wanted | None = None) -> Plan:
@@ -85,23 +85,23 @@ class _Planner:
         self._of: dict[str, list[Node]] = {}
         for node in world.nodes:
             self._of.setdefault(node.node_class, []).append(node)
-        self._steps: list[Step] = []
-        self._fewer: list[Step] = []
+        self._steps: list[PlanStep] = []
+        self._fewer: list[PlanStep] = []
         self._leaving: list[Node] = []
         self._old: list[tuple[Node, NodeClass]] = []
         self._refused: list[Refusal] = []
-        #: Classes and hosts that have had the one that they may have now.
-        self._tried: set[tuple[str, str]] = set()
+        #: Classes and hosts that have got the one node that they may have now.
+        self._probed: set[tuple[str, str]] = set()
 
     def plan(self) -> Plan:
         for name, nodes in self._of.items():
             if self._fleet.named(name) is None:
                 for node in nodes:
                     self._retire(node, f"there is no class {name} in the file any more")
-        kept = self._fleet.kept()
-        there = {one.name: self._existing(one) for one in kept}
-        missing = {one.name: max(0, self._count(one) - there[one.name]) for one in kept}
-        self._spawn(kept, there, missing)
+        specs = self._fleet.all_classes()
+        there = {one.name: self._existing(one) for one in specs}
+        missing = {one.name: max(0, self._count(one) - there[one.name]) for one in specs}
+        self._spawn(specs, there, missing)
         self._replace_all()
         self._steps += self._fewer
         for node in self._leaving:
@@ -109,48 +109,49 @@ class _Planner:
         # A replacement may make the room for another one.
         while self._replace_all():
             pass
-        self._spawn(kept, there, missing)
-        return Plan(tuple(self._steps), (*self._refused, *self._left_undone(kept, missing)))
+        self._spawn(specs, there, missing)
+        return Plan(tuple(self._steps), (*self._refused, *self._left_undone(specs, missing)))
 
     # --- what is there -----------------------------------------------------------------------------------
 
-    def _existing(self, kept: NodeClass) -> int:
-        """What is done with those that are there. How many of them will stay."""
-        nodes, mark, count = self._of.get(kept.name, []), self._mark(kept), self._count(kept)
+    def _existing(self, spec: NodeClass) -> int:
+        """Plans the steps for the nodes of a class. Returns how many of them stay."""
+        nodes, fingerprint, count = self._of.get(spec.name, []), self._fingerprint(spec), self._count(spec)
         staying: list[Node] = []
         for node in sorted(nodes, key=lambda node: (not node.counts, -node.busy, node.name)):
             if node.state is NodeState.FAILED:
                 self._retire(node, f"it keeps failing{f': {node.note}' if node.note else ''}", at_once=True)
-            elif node.host not in kept.hosts:
-                self._retire(node, f"{kept.name} is not for {node.host} any more")
+            elif node.host not in spec.hosts:
+                self._retire(node, f"{spec.name} is not for {node.host} any more")
             elif node.counts:
                 staying.append(node)
-            elif len(staying) < count and node.fingerprint == mark:
-                self._steps.append(Step(Do.RESUME, node.name, kept.name, node.host, "it is wanted again"))
+            elif len(staying) < count and node.fingerprint == fingerprint:
+                self._steps.append(PlanStep(StepKind.RESUME, node.name, spec.name, node.host, "it is wanted again"))
                 staying.append(node)
             else:
-                self._retire(node, "it was on its way out")
-        staying.sort(key=lambda node: _price(node, mark))
+                self._retire(node, "it was being retired")
+        staying.sort(key=lambda node: _price(node, fingerprint))
         spare, staying = staying[: max(0, len(staying) - count)], staying[max(0, len(staying) - count) :]
         for node in spare:
-            self._retire(node, f"{len(spare) + len(staying)} {kept.name}, {count} wanted; {_idle(node)}")
-        old = [node for node in staying if node.fingerprint != mark]
-        self._old += [(node, kept) for node in sorted(old, key=lambda node: node.name)]
+            self._retire(node, f"{len(spare) + len(staying)} {spec.name}, {count} wanted; {_idle(node)}")
+        old = [node for node in staying if node.fingerprint != fingerprint]
+        self._old += [(node, spec) for node in sorted(old, key=lambda node: node.name)]
         return len(staying)
 
-    def _count(self, kept: NodeClass) -> int:
-        # Who should not be where he is, and cannot be ended there, would be replaced again each time.
+    def _count(self, spec: NodeClass) -> int:
+        # A node that should not be on its host, which is away, cannot be ended. If it counted, its replacement would be
+        # started again at each look.
         there = sum(
-            node.counts and (node.host in kept.hosts or not self._away(node.host))
-            for node in self._of.get(kept.name, ())
+            node.counts and (node.host in spec.hosts or not self._away(node.host))
+            for node in self._of.get(spec.name, ())
         )
-        return self._wanted.counts.get(kept.name, max(kept.min, min(there, kept.max)))
+        return self._wanted.counts.get(spec.name, max(spec.min, min(there, spec.max)))
 
     def _retire(self, node: Node, why: str, *, at_once: bool = False) -> None:
         if away := self._away(node.host):
             self._refused.append(Refusal(node.node_class, 1, f"{node.name} cannot be ended, {away}; {why}"))
             return
-        step = Step(Do.RETIRE, node.name, node.node_class, node.host, why)
+        step = PlanStep(StepKind.RETIRE, node.name, node.node_class, node.host, why)
         if at_once:
             self._room.remove(node)
             self._steps.append(step)
@@ -160,75 +161,79 @@ class _Planner:
 
     # --- what is to come -----------------------------------------------------------------------------------
 
-    def _spawn(self, kept: list[NodeClass], there: dict[str, int], missing: dict[str, int]) -> None:
-        """First every class gets the least it must have, then they grow, in the order of the file."""
-        for one in kept:
+    def _spawn(self, specs: list[NodeClass], there: dict[str, int], missing: dict[str, int]) -> None:
+        """First every class gets its minimum, then they grow, in the order of the file."""
+        for one in specs:
             self._place(one, min(missing[one.name], max(0, one.min - there[one.name])), there, missing)
-        for one in kept:
+        for one in specs:
             self._place(one, missing[one.name], there, missing)
 
-    def _place(self, kept: NodeClass, count: int, there: dict[str, int], missing: dict[str, int]) -> None:
-        for host in self._room.place(kept, count, *self._limits(kept)) if count else ():
-            self._tried.add((kept.name, host))
-            there[kept.name] += 1
-            missing[kept.name] -= 1
-            why = "the mesh needs one" if kept.is_broker else f"number {there[kept.name]} of {self._count(kept)}"
-            self._steps.append(Step(Do.SPAWN, self._new_name(kept), kept.name, host, why, self._mark(kept)))
+    def _place(self, spec: NodeClass, count: int, there: dict[str, int], missing: dict[str, int]) -> None:
+        for host in self._room.place(spec, count, *self._limits(spec)) if count else ():
+            self._probed.add((spec.name, host))
+            there[spec.name] += 1
+            missing[spec.name] -= 1
+            why = "the mesh needs one" if spec.is_broker else f"number {there[spec.name]} of {self._count(spec)}"
+            self._steps.append(
+                PlanStep(StepKind.SPAWN, self._new_name(spec), spec.name, host, why, self._fingerprint(spec))
+            )
 
     def _replace_all(self) -> bool:
-        """Whether anything has come of it."""
+        """True if at least one more could be replaced."""
         waiting, self._old = self._old, []
-        for node, kept in waiting:
+        for node, spec in waiting:
             self._room.remove(node)
-            if self._room.fits(kept, node.host):
-                self._room.add(node.host, kept.name, kept.memory_bytes, kept.cores)
-                why = "its settings are others now"
-                self._steps.append(Step(Do.REPLACE, node.name, kept.name, node.host, why, self._mark(kept)))
+            if self._room.fits(spec, node.host):
+                self._room.add(node.host, spec.name, spec.memory_bytes, spec.cores)
+                why = "its settings have changed"
+                self._steps.append(
+                    PlanStep(StepKind.REPLACE, node.name, spec.name, node.host, why, self._fingerprint(spec))
+                )
             else:
                 self._room.add(node.host, node.node_class, node.memory_bytes, node.cores)
-                self._old.append((node, kept))
+                self._old.append((node, spec))
         return len(self._old) < len(waiting)
 
-    def _left_undone(self, kept: list[NodeClass], missing: dict[str, int]) -> Iterable[Refusal]:
-        for one in kept:
+    def _left_undone(self, specs: list[NodeClass], missing: dict[str, int]) -> Iterable[Refusal]:
+        for one in specs:
             if missing[one.name]:
                 yield Refusal(one.name, missing[one.name], self._room.why_not(one, *self._limits(one)))
         for node, one in self._old:
             why = self._room.why_not(replace(one, hosts=(node.host,)), {}, {})
             yield Refusal(one.name, 1, f"{node.name} keeps its old settings: {why}")
 
-    def _new_name(self, kept: NodeClass) -> str:
-        name = kept.name if kept.is_broker else ""
+    def _new_name(self, spec: NodeClass) -> str:
+        name = spec.name if spec.is_broker else ""
         while not name or name in self._names:
-            self._numbers[kept.name] = number = self._numbers.get(kept.name, 0) + 1
-            name = f"{kept.name}-{number:04}"
+            self._numbers[spec.name] = number = self._numbers.get(spec.name, 0) + 1
+            name = f"{spec.name}-{number:04}"
         self._names.add(name)
         return name
 
-    def _mark(self, kept: NodeClass) -> str:
-        return self._wanted.fingerprints.get(kept.name) or kept.fingerprint()
+    def _fingerprint(self, spec: NodeClass) -> str:
+        return self._wanted.fingerprints.get(spec.name) or spec.fingerprint()
 
     def _away(self, host: str) -> str:
         facts = self._hosts.get(host)
         return f"{host} is away: {facts.away}" if facts and facts.away else "" if facts else f"{host} is unknown"
 
-    def _limits(self, kept: NodeClass) -> tuple[dict[str, str], dict[str, str]]:
-        barred, probed = (
-            {host: why for (name, host), why in limits.items() if name == kept.name}
-            for limits in (self._wanted.barred, self._wanted.probed)
+    def _limits(self, spec: NodeClass) -> tuple[dict[str, str], dict[str, str]]:
+        blocked, probing = (
+            {host: why for (name, host), why in limits.items() if name == spec.name}
+            for limits in (self._wanted.blocked, self._wanted.probing)
         )
-        for node in self._of.get(kept.name, ()):
-            if node.host in probed and node.state is NodeState.STARTING:
-                barred[node.host] = f"{node.name} is tried first: {probed[node.host]}"
-        barred |= {
-            host: f"one is tried first: {why}" for host, why in probed.items() if (kept.name, host) in self._tried
+        for node in self._of.get(spec.name, ()):
+            if node.host in probing and node.state is NodeState.STARTING:
+                blocked[node.host] = f"{node.name} is tried first: {probing[node.host]}"
+        blocked |= {
+            host: f"one is tried first: {why}" for host, why in probing.items() if (spec.name, host) in self._probed
         }
-        return barred, probed
+        return blocked, probing
 
 
-def _price(node: Node, mark: str) -> tuple[object, ...]:
-    """Who is missed least comes first: one with old settings, one that is not ready, the idlest, the youngest."""
-    return node.fingerprint == mark, node.state is NodeState.READY, node.busy, -node.begun_ms, node.name
+def _price(node: Node, fingerprint: str) -> tuple[object, ...]:
+    """The cheapest to lose sorts first: with old settings, not ready, the idlest, the youngest."""
+    return node.fingerprint == fingerprint, node.state is NodeState.READY, node.busy, -node.begun_ms, node.name
 
 
 def _idle(node: Node) -> str:
@@ -237,19 +242,19 @@ def _idle(node: Node) -> str:
     return f"it is the idlest, {node.busy} of {node.slots} slots busy" if node.busy else "it is idle"
 
 
-def imagine(world: World, steps: Iterable[Step], fleet: Fleet) -> World:
+def imagine(world: World, steps: Iterable[PlanStep], fleet: Fleet) -> World:
     """The world after these steps, if everything goes well."""
     nodes = {node.name: node for node in world.nodes}
     for step in steps:
-        if step.do is Do.RETIRE:
+        if step.kind is StepKind.RETIRE:
             del nodes[step.name]
-        elif step.do is Do.RESUME:
+        elif step.kind is StepKind.RESUME:
             nodes[step.name] = replace(nodes[step.name], state=NodeState.READY)
         else:
-            kept = fleet.named(step.node_class)
-            assert kept is not None, f"{step.name} is of a class that there is"
+            spec = fleet.named(step.node_class)
+            assert spec is not None, f"{step.name} is of a class that there is"
             nodes[step.name] = Node(
                 name=step.name, node_class=step.node_class, host=step.host, fingerprint=step.fingerprint,
-                slots=max(kept.slots, 1), memory_bytes=kept.memory_bytes, cores=kept.cores,
+                slots=max(spec.slots, 1), memory_bytes=spec.memory_bytes, cores=spec.cores,
             )  # fmt: skip
     return World(tuple(nodes.values()), world.hosts)

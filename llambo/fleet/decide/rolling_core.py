@@ -1,15 +1,17 @@
-"""A rolling update: nodes are replaced a few at a time, and the first bad one ends it.
+"""A rolling update: nodes are replaced a few at a time, and the first bad one stops it.
 
-                 drain           empty          begin           ready, well for a while, and its test passed
-    old  ------> leaving ------> ended -------> begun --------> proved (the next one may go)
-                                                  |
-                                                  +-----------> bad: it ended, was not ready in time, or failed its test
+         drain             ended              ready              stable             passed
+    old ------> leaving ---------> starting ---------> settling ---------> testing ---------> proved
+                                      |                   |                   |                  |
+                                      +-------------------+-------------------+------------------+--> bad
 
-One class after the other, in the order they are given. What leaves, starts or is being proved counts as unavailable,
-and so does a node that was away before; there are never more than `max_unavailable` of them. After a bad one no other
-is begun; those on the way are seen through. To go back is another update, to what was before.
+A node is bad if it ends, is not ready in time, or fails its test.
 
-Facts come in by `handle`, orders go out. Whoever has this asks again at `next_wakeup_ms`.
+Classes are updated one after the other, in the given order. A node that leaves, starts or is being tested counts as
+unavailable, and so does one that was not working before; there are never more than `max_unavailable` of them. After a
+bad node no other one is started; those under way are finished. Going back is another update, to the settings before.
+
+Events come in by `handle`, actions go out. The caller calls again at `next_wakeup_ms` at the latest.
 """
 
 from __future__ import annotations
@@ -19,76 +21,76 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import assert_never
 
-#: A node has to be ready for so long, and to be so still, before the next one goes.
+#: A node has to be ready for so long without interruption before its test, and before the next node is replaced.
 SETTLE_MS = 3_000
-#: After so long without being ready, or without a word from its test, it is bad. It loads its model meanwhile.
+#: A node that is not ready after so long, with its model loaded, or whose test has no result after so long, is bad.
 START_MS = 300_000
 TEST_MS = 60_000
-#: A drain has an end of its own (`drain_ms`); this is for one that never comes.
+#: A drain ends by itself (`drain_ms`); this is for one that does not.
 LEAVE_MS = 600_000
 
 
-class Step(StrEnum):
+class Phase(StrEnum):
     OLD = "old"
     LEAVING = "leaving"
-    BEGUN = "begun"
+    STARTING = "starting"
     SETTLING = "settling"
-    TESTED = "tested"  # its test runs
+    TESTING = "testing"
     PROVED = "proved"
     BAD = "bad"
 
 
-#: On the way: neither as it was nor as it shall be.
-UNDER_WAY = (Step.LEAVING, Step.BEGUN, Step.SETTLING, Step.TESTED)
+#: Neither with the old settings nor proved with the new ones.
+UNDER_WAY = (Phase.LEAVING, Phase.STARTING, Phase.SETTLING, Phase.TESTING)
 
 
 @dataclass(slots=True)
-class Replaced:
+class Replacement:
     name: str
     node_class: str
     #: Fingerprints of what it runs, and of what it shall run.
     before: str
     after: str
-    step: Step = Step.OLD
+    phase: Phase = Phase.OLD
     since_ms: int = 0
     why: str = ""
 
 
-# --- facts ---------------------------------------------------------------------------------------------
+# --- events --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
+class NodeStopped:
     """It has drained and ended."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class NodeReady:
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """`wrong`: what; empty: it has answered as it should."""
+class NodeTested:
+    """`problem`: why it failed its test; empty: it passed."""
 
     name: str
-    wrong: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Died:
+class NodeDied:
     name: str
     how: str
 
 
 @dataclass(frozen=True, slots=True)
-class Away:
-    """Nodes of a class, other than those on the way, that do not work now."""
+class OthersCounted:
+    """How many nodes of a class, besides those under way, do not work now."""
 
     node_class: str
-    count: int
+    unavailable: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +98,21 @@ class TimePassed:
     pass
 
 
-Fact = Left | Ready | Tried | Died | Away | TimePassed
+Event = NodeStopped | NodeReady | NodeTested | NodeDied | OthersCounted | TimePassed
 
 
-# --- orders --------------------------------------------------------------------------------------------
+# --- actions -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
-    """Drain it, what it runs goes elsewhere; then end it."""
+class StopNode:
+    """Drain it, so that its runs move to other workers, then end it."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class StartNode:
     """With these settings."""
 
     name: str
@@ -118,149 +120,157 @@ class Begin:
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class ProveNode:
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class ReportProgress:
     text: str
 
 
-Order = Leave | Begin | Try | Tell
+Action = StopNode | StartNode | ProveNode | ReportProgress
 
 
 @dataclass(slots=True)
-class Rolling:
+class RollingUpdate:
     """`nodes`: in the order in which they are replaced, classes one after the other."""
 
-    nodes: list[Replaced]
+    nodes: list[Replacement]
     max_unavailable: int = 1
     settle_ms: int = SETTLE_MS
     start_ms: int = START_MS
-    #: Why nothing more is begun; empty: all is well.
+    #: Why no further node is replaced; empty: the update goes on.
     stopped: str = ""
-    _away: dict[str, int] = field(default_factory=dict)
-    _out: list[Order] = field(default_factory=list)
+    _unavailable: dict[str, int] = field(default_factory=dict)
+    _out: list[Action] = field(default_factory=list)
 
-    def handle(self, fact: Fact, now_ms: int) -> list[Order]:
-        match fact:
-            case Left(name):
-                self._left(self._one(name, Step.LEAVING), now_ms)
-            case Ready(name):
-                self._to(self._one(name, Step.BEGUN), Step.SETTLING, now_ms)
-            case Tried(name, wrong):
-                self._tested(self._one(name, Step.TESTED), wrong, now_ms)
-            case Died(name, how):
+    def handle(self, event: Event, now_ms: int) -> list[Action]:
+        match event:
+            case NodeStopped(name):
+                self._start(self._one(name, Phase.LEAVING), now_ms)
+            case NodeReady(name):
+                self._to(self._one(name, Phase.STARTING), Phase.SETTLING, now_ms)
+            case NodeTested(name, problem):
+                self._tested(self._one(name, Phase.TESTING), problem, now_ms)
+            case NodeDied(name, how):
                 self._died(name, how, now_ms)
-            case Away(node_class, count):
-                self._away[node_class] = count
+            case OthersCounted(node_class, unavailable):
+                self._unavailable[node_class] = unavailable
             case TimePassed():
                 pass
             case _:
-                assert_never(fact)
-        self._in_time(now_ms)
-        self._next(now_ms)
+                assert_never(event)
+        self._check_times(now_ms)
+        self._replace_next(now_ms)
         out, self._out = self._out, []
         return out
 
     @property
     def over(self) -> bool:
-        if any(node.step in UNDER_WAY for node in self.nodes):
+        if any(node.phase in UNDER_WAY for node in self.nodes):
             return False
-        return bool(self.stopped) or all(node.step is not Step.OLD for node in self.nodes)
+        return bool(self.stopped) or all(node.phase is not Phase.OLD for node in self.nodes)
 
     def next_wakeup_ms(self) -> int | None:
-        return min((self._due_ms(node) for node in self.nodes if node.step in UNDER_WAY), default=None)
+        return min((self._due_ms(node) for node in self.nodes if node.phase in UNDER_WAY), default=None)
 
     def stop(self, why: str) -> None:
-        """By an operator: those on the way are seen through."""
+        """Replace no further node. Those under way are finished."""
         self.stopped = self.stopped or why
 
     def summary(self) -> str:
-        done = sum(node.step is Step.PROVED for node in self.nodes)
-        left = sum(node.step is Step.OLD for node in self.nodes)
-        told = f"{done} of {len(self.nodes)} replaced"
-        return f"{told}, {left} left as they were: {self.stopped}" if self.stopped else told
+        done = sum(node.phase is Phase.PROVED for node in self.nodes)
+        left = sum(node.phase is Phase.OLD for node in self.nodes)
+        text = f"{done} of {len(self.nodes)} replaced"
+        return f"{text}, {left} left as they were: {self.stopped}" if self.stopped else text
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _one(self, name: str, step: Step) -> Replaced | None:
-        return next((node for node in self.nodes if node.name == name and node.step is step), None)
+    def _one(self, name: str, phase: Phase) -> Replacement | None:
+        """None: it is in another phase, so the event is late."""
+        return next((node for node in self.nodes if node.name == name and node.phase is phase), None)
 
-    def _to(self, node: Replaced | None, step: Step, now_ms: int) -> None:
+    def _to(self, node: Replacement | None, phase: Phase, now_ms: int) -> None:
         if node is not None:
-            node.step, node.since_ms = step, now_ms
+            node.phase, node.since_ms = phase, now_ms
 
-    def _left(self, node: Replaced | None, now_ms: int) -> None:
+    def _start(self, node: Replacement | None, now_ms: int) -> None:
         if node is not None:
-            self._to(node, Step.BEGUN, now_ms)
-            self._out.append(Begin(node.name, node.after))
+            self._to(node, Phase.STARTING, now_ms)
+            self._out.append(StartNode(node.name, node.after))
 
-    def _tested(self, node: Replaced | None, wrong: str, now_ms: int) -> None:
-        if node is not None and wrong:
-            self._bad(node, f"its test failed: {wrong}", now_ms)
+    def _tested(self, node: Replacement | None, problem: str, now_ms: int) -> None:
+        if node is not None and problem:
+            self._bad(node, f"its test failed: {problem}", now_ms)
         elif node is not None:
-            self._to(node, Step.PROVED, now_ms)
-            done = sum(one.step is Step.PROVED for one in self.nodes)
-            self._out.append(Tell(f"{node.name} is replaced, {done} of {len(self.nodes)}"))
+            self._to(node, Phase.PROVED, now_ms)
+            done = sum(one.phase is Phase.PROVED for one in self.nodes)
+            self._out.append(ReportProgress(f"{node.name} is replaced, {done} of {len(self.nodes)}"))
 
     def _died(self, name: str, how: str, now_ms: int) -> None:
         node = next((node for node in self.nodes if node.name == name), None)
-        if node is None or node.step in (Step.OLD, Step.BAD):
-            return  # it is none of ours, or has nothing to do with the update
-        if node.step is Step.LEAVING:
-            # It was to end anyway.
-            self._left(node, now_ms)
+        if node is None or node.phase in (Phase.OLD, Phase.BAD):
+            return  # not part of the update, or not because of it
+        if node.phase is Phase.LEAVING:
+            # It was about to end anyway.
+            self._start(node, now_ms)
         else:
             self._bad(node, how, now_ms)
 
-    def _bad(self, node: Replaced, why: str, now_ms: int) -> None:
-        self._to(node, Step.BAD, now_ms)
+    def _bad(self, node: Replacement, why: str, now_ms: int) -> None:
+        self._to(node, Phase.BAD, now_ms)
         node.why = why
         self.stop(f"{node.name}: {why}")
-        self._out.append(Tell(f"{node.name} is bad: {why}; nothing more is replaced"))
+        self._out.append(ReportProgress(f"{node.name} is bad: {why}; no further worker is replaced"))
 
-    def _due_ms(self, node: Replaced) -> int:
-        waits = {Step.LEAVING: LEAVE_MS, Step.BEGUN: self.start_ms, Step.SETTLING: self.settle_ms, Step.TESTED: TEST_MS}
-        return node.since_ms + waits[node.step]
+    def _due_ms(self, node: Replacement) -> int:
+        limits = {
+            Phase.LEAVING: LEAVE_MS,
+            Phase.STARTING: self.start_ms,
+            Phase.SETTLING: self.settle_ms,
+            Phase.TESTING: TEST_MS,
+        }
+        return node.since_ms + limits[node.phase]
 
-    def _in_time(self, now_ms: int) -> None:
+    def _check_times(self, now_ms: int) -> None:
         for node in self.nodes:
-            if node.step not in UNDER_WAY or now_ms < self._due_ms(node):
+            if node.phase not in UNDER_WAY or now_ms < self._due_ms(node):
                 continue
-            if node.step is Step.SETTLING:
-                self._to(node, Step.TESTED, now_ms)
-                self._out.append(Try(node.name))
+            if node.phase is Phase.SETTLING:
+                self._to(node, Phase.TESTING, now_ms)
+                self._out.append(ProveNode(node.name))
             else:
                 waited = f"{(now_ms - node.since_ms) / 1000:g} s"
                 late = {
-                    Step.LEAVING: f"it has not ended within {waited}",
-                    Step.BEGUN: f"it was not ready within {waited}",
-                    Step.TESTED: f"its test has said nothing for {waited}",
+                    Phase.LEAVING: f"it has not ended within {waited}",
+                    Phase.STARTING: f"it was not ready within {waited}",
+                    Phase.TESTING: f"its test had no result within {waited}",
                 }
-                self._bad(node, late[node.step], now_ms)
+                self._bad(node, late[node.phase], now_ms)
 
-    def _next(self, now_ms: int) -> None:
+    def _replace_next(self, now_ms: int) -> None:
         if self.stopped:
             return
-        waiting = [node for node in self.nodes if node.step is Step.OLD]
+        waiting = [node for node in self.nodes if node.phase is Phase.OLD]
         if not waiting:
             return
         node_class = waiting[0].node_class
-        under_way = [node for node in self.nodes if node.step in UNDER_WAY]
+        under_way = [node for node in self.nodes if node.phase in UNDER_WAY]
         if any(node.node_class != node_class for node in under_way):
-            return  # the class before this one is not through yet
-        missing = len(under_way) + self._away.get(node_class, 0)
+            return  # the class before this one is not finished yet
+        unavailable = len(under_way) + self._unavailable.get(node_class, 0)
         for node in waiting:
-            if node.node_class != node_class or missing >= max(1, self.max_unavailable):
+            if node.node_class != node_class or unavailable >= max(1, self.max_unavailable):
                 return
-            missing += 1
-            self._to(node, Step.LEAVING, now_ms)
-            self._out.append(Leave(node.name))
+            unavailable += 1
+            self._to(node, Phase.LEAVING, now_ms)
+            self._out.append(StopNode(node.name))
 
 
-def of_plan(steps: Iterable[tuple[str, str, str]], marks: dict[str, str], max_unavailable: int = 1) -> Rolling:
-    """`steps`: name, class and new fingerprint of each, as a plan has them; `marks`: what each runs now."""
-    nodes = [Replaced(name, node_class, marks[name], after) for name, node_class, after in steps]
-    return Rolling(nodes, max_unavailable)
+def update_of(
+    steps: Iterable[tuple[str, str, str]], fingerprints: dict[str, str], max_unavailable: int = 1
+) -> RollingUpdate:
+    """`steps`: name, class and new fingerprint of each node of a plan; `fingerprints`: what each runs now."""
+    nodes = [Replacement(name, node_class, fingerprints[name], after) for name, node_class, after in steps]
+    return RollingUpdate(nodes, max_unavailable)

@@ -1,1 +1,1 @@
-"""fleet.toml: its keys, its reader, and the versions of it."""
+"""fleet.toml: its schema, its reader, and the versions of its classes."""

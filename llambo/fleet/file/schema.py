@@ -1,4 +1,4 @@
-"""What may stand in fleet.toml, beside the settings of workers and of the broker: one table, for reader and docs."""
+"""The keys of fleet.toml, besides the settings of workers and of the broker: one table for the reader and the docs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llambo.fleet.model import PROVIDERS, Fleet, Scaling
 from llambo.mesh.settings.settings_table import SECTIONS, Kind, Setting, Value
 
 _MIB = 1024 * 1024
-#: About a month, which catches a value given in microseconds.
+#: About a month: catches a value in microseconds.
 _LONGEST_MS = 31 * 86_400_000
 MOST = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One value, checked and read as settings are; `words`: a list of texts."""
+    """One key, checked and read like a setting. `words`: its value is a list of texts."""
 
     setting: Setting
     words: bool = False
@@ -67,59 +67,65 @@ def _percent(name: str, text: str) -> Key:
 
 FLEET = (
     _key("name", Kind.TEXT, "fleet", "name of this fleet"),
-    _key("broker", Kind.TEXT, "", "address of the broker; empty: as the settings say"),
-    _key("keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; those of the workers are made in it"),
-    _key("max_unavailable", Kind.NUMBER, Fleet().max_unavailable, "of a class, so many are replaced at a time", low=1),
+    _key("broker", Kind.TEXT, "", "address of the broker; empty: as in the settings"),
+    _key("keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; workers' keys are made in it"),
+    _key(
+        "max_unavailable",
+        Kind.NUMBER,
+        Fleet().max_unavailable,
+        "workers of a class replaced at a time",
+        low=1,
+    ),
     _key(
         "settle_ms",
         Kind.MS,
         Fleet().settle_ms,
-        "a new one works for so long before the next is replaced",
+        "how long a new worker works before the next is replaced",
         high=_LONGEST_MS,
     ),
 )
 HOST = (
-    _key("provider", Kind.TEXT, "process", "who keeps what runs there", choices=PROVIDERS),
+    _key("provider", Kind.TEXT, "process", "what starts workers there", choices=PROVIDERS),
     _key("address", Kind.TEXT, "", "for ssh, as user@box; empty: this machine"),
     _key("user", Kind.SWITCH, False, "the user's own service manager instead of the machine's"),
-    _key("memory", Kind.BYTES, 0, "memory for workers; 0: all there is, on this machine only", high=math.inf),
-    _key("cores", Kind.REAL, 0.0, "cores for workers; 0: all there are, on this machine only"),
-    _key("labels", Kind.TEXT, "", "what it is or has, in words of yours", words=True),
+    _key("memory", Kind.BYTES, 0, "memory for workers; 0: all of it, on this machine only", high=math.inf),
+    _key("cores", Kind.REAL, 0.0, "cores for workers; 0: all of them, on this machine only"),
+    _key("labels", Kind.TEXT, "", "properties of the host, in your own words", words=True),
 )
-#: Of a class as of the broker.
+#: For classes and the broker.
 NODE = (
-    _key("memory", Kind.BYTES, 0, "what one of them takes; no default", high=math.inf),
-    _key("cores", Kind.REAL, 0.0, "cores one of them takes; 0: its threads, or else one"),
+    _key("memory", Kind.BYTES, 0, "what one of them needs; no default", high=math.inf),
+    _key("cores", Kind.REAL, 0.0, "cores one of them needs; 0: its `threads`, or else one"),
     _key("cpu_weight", Kind.NUMBER, 100, "its share of a busy processor", low=1, high=10_000),
 )
 CLASS = (
-    _key("min", Kind.NUMBER, 0, "workers there are at least"),
-    _key("max", Kind.NUMBER, 1, "and at most; as `min` when that is more"),
+    _key("min", Kind.NUMBER, 0, "fewest workers"),
+    _key("max", Kind.NUMBER, 1, "most workers; at least `min`"),
     *NODE,
-    _key("hosts", Kind.TEXT, "", "names of the hosts it may be on; all, if it is not said", words=True),
+    _key("hosts", Kind.TEXT, "", "names of the hosts that may run it; default: all", words=True),
     _key("labels", Kind.TEXT, "", "only on hosts that have all of these", words=True),
 )
-BROKER_KEYS = (*NODE, _key("host", Kind.TEXT, "", "where it is kept; the first host, if it is not said"))
+BROKER_KEYS = (*NODE, _key("host", Kind.TEXT, "", "the host that runs it; default: the first one"))
 SCALE = (
-    _percent("high_percent", "more than so much of its slots busy or waited for: the class grows"),
-    _percent("low_percent", "less: it shrinks"),
-    _percent("aim_percent", "to so much either brings it"),
-    _ms("wait_ms", "a request that has waited so long makes it grow at once"),
-    _ms("grow_after_ms", "it has been above `high_percent` for so long before it grows"),
-    _ms("shrink_after_ms", "and below `low_percent` for so long before it shrinks"),
-    _ms("grow_pause_ms", "between one growth and the next"),
-    _ms("shrink_pause_ms", "between any change and a shrinking"),
-    _ms("idle_ms", "with `min = 0` the last worker goes after so long with nothing to do"),
-    _key("grow_by", Kind.NUMBER, 0, "most workers more in one step; 0: as many as it takes"),
-    _key("shrink_by", Kind.NUMBER, 0, "most workers fewer in one step; 0: half of them"),
-    _ms("catch_up_ms", "requests that have piled up should be worked off in so long", low=1_000),
+    _percent("high_percent", "the class grows above this share of slots busy or waited for"),
+    _percent("low_percent", "it shrinks below this share"),
+    _percent("aim_percent", "both bring it to this share"),
+    _ms("wait_ms", "a request that has waited for so long makes it grow at once"),
+    _ms("grow_after_ms", "how long it is above `high_percent` before it grows"),
+    _ms("shrink_after_ms", "how long it is below `low_percent` before it shrinks"),
+    _ms("grow_pause_ms", "pause between one growth and the next"),
+    _ms("shrink_pause_ms", "pause between any change and a shrinking"),
+    _ms("idle_ms", "with `min = 0` the last worker ends after being idle for so long"),
+    _key("grow_by", Kind.NUMBER, 0, "most workers added in one step; 0: as many as needed"),
+    _key("shrink_by", Kind.NUMBER, 0, "most workers removed in one step; 0: half of them"),
+    _ms("catch_up_ms", "time in which a backlog should be worked off", low=1_000),
 )
 
-#: What the fleet itself decides about each worker, so that nobody else may.
+#: Settings that the fleet itself chooses for each worker.
 _OURS = frozenset({"name", "class"})
 WORKER_SETTINGS = {key: row for key, row in SECTIONS["worker"].items() if key not in _OURS}
 BROKER_SETTINGS = {key: row for key, row in SECTIONS["broker"].items() if key not in {"name", "keys"}}
-#: What people write who have not read this.
+#: Keys that people try, and what they mean.
 ALSO_CALLED = {
     "context": "ctx", "context_size": "ctx", "n_ctx": "ctx", "cpus": "cores", "mem": "memory", "ram": "memory",
     "count": "min", "minimum": "min", "maximum": "max", "host": "hosts", "label": "labels", "ssh": "address",

@@ -1,7 +1,7 @@
-"""Which settings each class has had, in FOLDER/versions.json: so that an update can be taken back.
+"""Which settings each class has had, in FOLDER/versions.json, so that an update can be rolled back.
 
-`now` is what its workers are brought to, `before` what they go back to: the last settings that all of them had, and
-worked with. What was taken back stays so until the file says something else.
+`now` is what the workers of a class are brought to. `before` is what a rollback goes back to: the last settings that
+all of them had, and worked with. A rollback stays in force until the file changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE, LOCK = "versions.json", "versions.lock"
 
 
 class Version(msgspec.Struct, frozen=True):
-    """What a worker is told, and what it takes. How many of them and where they are is no part of it."""
+    """The settings of a class and what a worker needs. The count and the hosts are not part of it."""
 
     #: `NodeClass.fingerprint()`.
     mark: str
@@ -35,99 +35,99 @@ class Version(msgspec.Struct, frozen=True):
     cpu_weight: int
 
 
-class Entry(msgspec.Struct, omit_defaults=True):
+class ClassVersions(msgspec.Struct, omit_defaults=True):
     now: Version | None = None
     #: All its workers had `now`, and one was ready.
     good: bool = False
     before: Version | None = None
-    #: The mark of what the file says and is not to have.
+    #: The mark of the settings in the file, while a rollback keeps them out of force.
     refused: str = ""
-    #: How often all of them were to be begun again, and how many at a time the last time.
+    #: How many rolling restarts were asked for, and how many workers at a time the last one replaces.
     restarts: int = 0
     at_once: int = 0
-    #: Why the update to this fingerprint stopped.
+    #: Why the update to the fingerprint `stopped_at` stopped.
     stopped: str = ""
     stopped_at: str = ""
 
 
-class Book(msgspec.Struct, omit_defaults=True):
-    classes: dict[str, Entry] = msgspec.field(default_factory=dict)
-    #: Of each model's file, as it was when it was last there: one that is gone is no other one.
+class Versions(msgspec.Struct, omit_defaults=True):
+    classes: dict[str, ClassVersions] = msgspec.field(default_factory=dict)
+    #: Size and time of each model file, as it was last seen: a file that is missing has not changed.
     stamps: dict[str, str] = msgspec.field(default_factory=dict)
 
-    def of(self, name: str) -> Entry:
-        return self.classes.setdefault(name, Entry())
+    def of(self, name: str) -> ClassVersions:
+        return self.classes.setdefault(name, ClassVersions())
 
     def in_force(self, fleet: Fleet) -> Fleet:
-        """The file, but for settings that were taken back."""
-        return replace(fleet, classes={name: self._in_force(kept) for name, kept in fleet.classes.items()})
+        """The file, except for settings that were rolled back."""
+        return replace(fleet, classes={name: self._in_force(spec) for name, spec in fleet.classes.items()})
 
-    def _in_force(self, kept: NodeClass) -> NodeClass:
-        entry = self.classes.get(kept.name, Entry())
-        held = entry.now is not None and entry.refused == kept.fingerprint()
-        return as_version(kept, entry.now) if held and entry.now is not None else kept
+    def _in_force(self, spec: NodeClass) -> NodeClass:
+        versions = self.classes.get(spec.name, ClassVersions())
+        rolled_back = versions.now is not None and versions.refused == spec.fingerprint()
+        return as_version(spec, versions.now) if rolled_back and versions.now is not None else spec
 
-    def mark(self, kept: NodeClass, fleet: Fleet, still_s: float = 0.0) -> str:
-        """What its workers are known by: besides the settings it is the release, and the bytes of the model.
+    def fingerprint(self, spec: NodeClass, fleet: Fleet, still_s: float = 0.0) -> str:
+        """Of its workers: besides the settings it contains the release and the version of the model file.
 
-        `still_s`: a model's file counts only when nobody has written into it for so long.
+        `still_s`: a change of the model file counts only when it is so old, as a file may still be being copied.
         """
-        if kept.is_broker:
-            return kept.fingerprint()
-        more = [llambo.__version__, self._stamp(kept, fleet, still_s)]
-        restarts = self.classes[kept.name].restarts if kept.name in self.classes else 0
-        return kept.fingerprint(*more, *([f"restart {restarts}"] if restarts else []))
+        if spec.is_broker:
+            return spec.fingerprint()
+        more = [llambo.__version__, self._stamp(spec, fleet, still_s)]
+        restarts = self.classes[spec.name].restarts if spec.name in self.classes else 0
+        return spec.fingerprint(*more, *([f"restart {restarts}"] if restarts else []))
 
-    def marks(self, fleet: Fleet, still_s: float = 0.0) -> dict[str, str]:
-        return {kept.name: self.mark(kept, fleet, still_s) for kept in fleet.kept()}
+    def fingerprints(self, fleet: Fleet, still_s: float = 0.0) -> dict[str, str]:
+        return {spec.name: self.fingerprint(spec, fleet, still_s) for spec in fleet.all_classes()}
 
     def note(self, fleet: Fleet, world: World, still_s: float = 0.0) -> Fleet:
-        """What the file says now. Returns what is in force."""
-        for kept in fleet.classes.values():
-            entry = self.of(kept.name)
-            if entry.now is not None:
-                here = self.mark(as_version(kept, entry.now), fleet, still_s)
-                nodes = world.of(kept.name)
-                if nodes and all(node.fingerprint == here for node in nodes):
-                    entry.good = entry.good or any(node.state is NodeState.READY for node in nodes)
-            mark = kept.fingerprint()
-            if entry.refused == mark:
+        """Compare with the file and with what runs now. Returns what is in force."""
+        for spec in fleet.classes.values():
+            versions = self.of(spec.name)
+            if versions.now is not None:
+                current = self.fingerprint(as_version(spec, versions.now), fleet, still_s)
+                nodes = world.of(spec.name)
+                if nodes and all(node.fingerprint == current for node in nodes):
+                    versions.good = versions.good or any(node.state is NodeState.READY for node in nodes)
+            mark = spec.fingerprint()
+            if versions.refused == mark:
                 continue
-            entry.refused = ""
-            if entry.now is None or entry.now.mark != mark:
-                if entry.now is not None and entry.good:
-                    entry.before = entry.now
-                entry.now, entry.good, entry.stopped, entry.stopped_at = version_of(kept), False, "", ""
+            versions.refused = ""
+            if versions.now is None or versions.now.mark != mark:
+                if versions.now is not None and versions.good:
+                    versions.before = versions.now
+                versions.now, versions.good, versions.stopped, versions.stopped_at = version_of(spec), False, "", ""
         return self.in_force(fleet)
 
-    def take_back(self, name: str) -> bool:
-        """False: there is nothing before it."""
-        entry = self.of(name)
-        if entry.refused:
+    def roll_back(self, name: str) -> bool:
+        """False: there is nothing to go back to."""
+        versions = self.of(name)
+        if versions.refused:
             return True
-        if entry.now is None or entry.before is None or entry.before.mark == entry.now.mark:
+        if versions.now is None or versions.before is None or versions.before.mark == versions.now.mark:
             return False
-        entry.refused, entry.now, entry.good = entry.now.mark, entry.before, True
-        entry.stopped, entry.stopped_at = "", ""
+        versions.refused, versions.now, versions.good = versions.now.mark, versions.before, True
+        versions.stopped, versions.stopped_at = "", ""
         return True
 
     def restart(self, name: str, at_once: int) -> None:
-        entry = self.of(name)
-        entry.restarts += 1
-        entry.at_once, entry.stopped, entry.stopped_at = at_once, "", ""
+        versions = self.of(name)
+        versions.restarts += 1
+        versions.at_once, versions.stopped, versions.stopped_at = at_once, "", ""
 
     def stop(self, name: str, fingerprint: str, why: str) -> None:
-        entry = self.of(name)
-        entry.stopped, entry.stopped_at = why, fingerprint
+        versions = self.of(name)
+        versions.stopped, versions.stopped_at = why, fingerprint
 
     def stopped(self, name: str, fingerprint: str) -> str:
-        """Why no other one gets what has this fingerprint; empty: it may."""
-        entry = self.classes.get(name, Entry())
-        return entry.stopped if entry.stopped_at == fingerprint else ""
+        """Why no further worker is updated to this fingerprint; empty: the update may go on."""
+        versions = self.classes.get(name, ClassVersions())
+        return versions.stopped if versions.stopped_at == fingerprint else ""
 
-    def _stamp(self, kept: NodeClass, fleet: Fleet, still_s: float) -> str:
-        path = Path(str(kept.settings.get("worker", {}).get("model", ""))).expanduser()
-        here = any(not fleet.hosts[host].address for host in kept.hosts if host in fleet.hosts)
+    def _stamp(self, spec: NodeClass, fleet: Fleet, still_s: float) -> str:
+        path = Path(str(spec.settings.get("worker", {}).get("model", ""))).expanduser()
+        here = any(not fleet.hosts[host].address for host in spec.hosts if host in fleet.hosts)
         if not path.is_absolute() or not here:
             return ""
         with contextlib.suppress(OSError):
@@ -137,41 +137,41 @@ class Book(msgspec.Struct, omit_defaults=True):
         return self.stamps.get(str(path), "")
 
 
-class Versions:
-    """The book as a file. Whoever changes it holds its lock, for as long as that takes."""
+class VersionsFile:
+    """A process that changes it holds its lock for the time of the change."""
 
     def __init__(self, folder: Path) -> None:
         self._path, self._lock = folder / FILE, folder / LOCK
 
-    def read(self) -> Book:
+    def read(self) -> Versions:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=Book)
+            return msgspec.json.decode(self._path.read_bytes(), type=Versions)
         except FileNotFoundError:
-            return Book()
+            return Versions()
         except msgspec.MsgspecError as error:
             raise LlamboError(Code.INTERNAL, f"{self._path} cannot be read: {error}") from error
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[Book]:
+    def changing(self) -> Iterator[Versions]:
         self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._lock.open("w", encoding="ascii") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
-            book = self.read()
-            was = msgspec.json.encode(book)
-            yield book
-            if (text := msgspec.json.encode(book)) != was:
+            versions = self.read()
+            before = msgspec.json.encode(versions)
+            yield versions
+            if (text := msgspec.json.encode(versions)) != before:
                 draft = self._path.with_suffix(".new")
                 draft.write_bytes(text)
                 draft.replace(self._path)
 
 
-def version_of(kept: NodeClass) -> Version:
-    settings = {section: dict(told) for section, told in kept.settings.items()}
-    return Version(kept.fingerprint(), settings, kept.slots, kept.memory_bytes, kept.cores, kept.cpu_weight)
+def version_of(spec: NodeClass) -> Version:
+    settings = {section: dict(values) for section, values in spec.settings.items()}
+    return Version(spec.fingerprint(), settings, spec.slots, spec.memory_bytes, spec.cores, spec.cpu_weight)
 
 
-def as_version(kept: NodeClass, version: Version) -> NodeClass:
+def as_version(spec: NodeClass, version: Version) -> NodeClass:
     return replace(
-        kept, settings=version.settings, slots=version.slots, memory_bytes=version.memory_bytes, cores=version.cores,
+        spec, settings=version.settings, slots=version.slots, memory_bytes=version.memory_bytes, cores=version.cores,
         cpu_weight=version.cpu_weight,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Carrying out what was decided: the keeper, rolling updates, the orchestrator."""
+"""Carrying out what was decided: the node manager, updates, the orchestrator and its lease."""

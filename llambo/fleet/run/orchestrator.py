@@ -1,12 +1,12 @@
-"""The orchestrator: as long as it has the lease (see `leadership`) it looks every second, decides, and has done what
-was decided, without waiting for it.
+"""The orchestrator. While it holds the lease (see `leadership`) it looks every second, decides, and starts what was
+decided, without waiting for it.
 
-    look -> what has died -> the book of crashes --+
-         -> busy, waiting -> the autoscaler -------+-> plan -> steps, each a task of its own
+    look -> what has ended -> crashes ---------+
+         -> busy slots, queue -> autoscaler ---+-> plan -> steps, each a task of its own
 
-What a step is about is left alone by later plans until it is done. Settings that are others now are brought to one
-class after the other (see `rolling`). After a worker that is bad with them no other gets them, until the file is
-changed again or they are taken back; whoever has to be begun meanwhile gets those before.
+A node with a step under way is left alone by later plans until the step is done. Changed settings reach one class after
+the other (see `updates`). After a worker that is bad with new settings, no other worker gets them until the file
+changes again or they are rolled back; a worker that has to be started meanwhile gets the settings before.
 """
 
 from __future__ import annotations
@@ -15,78 +15,113 @@ import asyncio
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from llambo.fleet.decide import plan as planning
-from llambo.fleet.decide.autoscale_core import Autoscaler
+from llambo.fleet.decide.autoscale_core import Autoscaler, LoadObserver, promised_models
 from llambo.fleet.decide.crashes_core import LOOP, Crashes
-from llambo.fleet.decide.plan import Do, Plan, Step, Wanted
-from llambo.fleet.file.versions import Book, Versions, as_version
+from llambo.fleet.decide.plan import Plan, PlanStep, StepKind, Wanted
+from llambo.fleet.file.versions import Versions, VersionsFile, as_version
 from llambo.fleet.model import Fleet
-from llambo.fleet.providers.process import Failed
-from llambo.fleet.run.applying import at_once
-from llambo.fleet.run.keeper import Keeper, Seen
 from llambo.fleet.run.leadership import Leadership
-from llambo.fleet.run.observe import Observer, promised
-from llambo.fleet.run.rolling import Roller
-from llambo.fleet.world import NodeState
+from llambo.fleet.run.node_manager import NodeManager, Report, Snapshot
+from llambo.fleet.run.updates import ClassUpdate, max_unavailable
+from llambo.fleet.world import NodeFailed, NodeState
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 
 #: Between two looks.
 LOOK_S = 1.0
-#: A model's file that is being copied is not taken for another model before it is whole.
+#: A changed model file counts when it has not changed for so long: it may still be being copied.
 STILL_S = 10.0
-#: What is told by `llambo fleet status`.
+#: How many events `llambo fleet status` can show.
 EVENTS = 50
-#: Written whenever something has changed.
-NEWS = "run.json"
-
-Tell = Callable[[str], None]
+#: The state for other processes, in the fleet's folder; written when something has changed.
+STATE_FILE = "run.json"
 
 
-class Paper(Protocol):
-    """What is written down about the fleet, by people and by us."""
+class Inputs(Protocol):
+    """What an operator can change while the orchestrator runs."""
 
     def changed(self) -> Fleet | None:
-        """The file, if it is another one than the last time. LlamboError: it is wrong."""
+        """The file, if it has changed. LlamboError: it is wrong."""
 
     def counts(self) -> dict[str, int]:
-        """How many somebody has said, as far as the file allows it."""
+        """How many workers of each class were asked for, within the bounds of the file."""
 
-    def remember(self, counts: Mapping[str, int]) -> None: ...
+    def store_counts(self, counts: Mapping[str, int]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Scaling:
+    autoscaler: Autoscaler
+    observer: LoadObserver = field(default_factory=LoadObserver)
+    #: As they were read or stored last.
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class _StateFile:
+    """What `llambo fleet status` shows about an orchestrator that runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
+        self.refused: tuple[str, ...] = ()
+        self._path = path
+        self._written = ""
+
+    def add_event(self, text: str) -> None:
+        self.events.append((clock.wall_ms(), text))
+
+    def write(self, autoscaler: Autoscaler, crashes: Crashes, update: str, now_ms: int) -> None:
+        state: dict[str, Any] = {
+            "pid": os.getpid(),
+            "wanted": dict(autoscaler.counts),
+            "held": dict(autoscaler.limited),
+            "refused": list(self.refused),
+            "update": update,
+            "loops": [
+                {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
+                 "how": one.how, "words": one.log_tail, "again_ms": clock.wall_ms() + one.again_in_ms}
+                for one in crashes.loops(now_ms)
+            ],
+            "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self.events],
+        }  # fmt: skip
+        if (text := json.dumps(state)) != self._written:
+            draft = self._path.with_suffix(".new")
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(self._path)
+            self._written = text
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 class Orchestrator:
-    def __init__(self, paper: Paper, keeper: Keeper, folder: Path, tell: Tell) -> None:
-        self._paper = paper
-        self._fleet = fleet = keeper.fleet
-        self._keeper = keeper
-        self._news = folder / NEWS
-        self._versions = Versions(folder)
-        self._book = Book()
-        self._marks: dict[str, str] = {}
-        self._roller: Roller | None = None
-        #: As they were read or written last.
-        self._counts: dict[str, int] = {}
-        self._tell_outside = tell
-        keeper.tell = self.tell
-        self._scaler = Autoscaler(fleet.classes.values())
-        self._observer = Observer()
-        self._lead = Leadership(keeper.connect)
+    def __init__(self, inputs: Inputs, manager: NodeManager, folder: Path, report: Report) -> None:
+        self._inputs = inputs
+        self._fleet = fleet = manager.fleet
+        self._manager = manager
+        manager.report = self.report
+        self._report = report
+        self._state = _StateFile(folder / STATE_FILE)
+        self._versions_file = VersionsFile(folder)
+        self._versions = Versions()
+        self._scaling = _Scaling(Autoscaler(fleet.classes.values()))
+        self._leadership = Leadership(manager.connect)
+        #: As reported last; None: not yet.
         self._led: bool | None = None
         self._crashes = Crashes()
+        self._update: ClassUpdate | None = None
+        #: Steps under way by node, and the update.
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
-        self._refused: tuple[str, ...] = ()
+        #: Hosts that could not be reached at the last look, and why.
         self._away: dict[str, str] = {}
-        self._written = ""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until it is told to stop. Steps under way are seen through; nodes go on without it."""
+        """Until `stop` is set. Steps under way are finished; nodes keep running."""
         try:
             while not stop.is_set():
                 if await self._may_act():
@@ -96,201 +131,190 @@ class Orchestrator:
                         await stop.wait()
                 except TimeoutError:
                     continue
-            if self._roller is not None:
-                self._roller.work.stop("the orchestrator was told to end")
+            if self._update is not None:
+                self._update.work.stop("the orchestrator was stopped")
             if self._tasks:
-                self.tell(f"{len(self._tasks)} steps are under way, and are seen through")
+                self.report(f"{len(self._tasks)} steps are under way, and are finished first")
             await asyncio.gather(*self._tasks.values())
         finally:
-            await self._lead.give_back()
+            await self._leadership.give_back()
             for task in self._tasks.values():
                 task.cancel()
-            self._news.unlink(missing_ok=True)
+            self._state.remove()
 
     async def _may_act(self) -> bool:
-        """Whether the lease is ours; or there is no broker to ask for it, because we are the one who keeps it."""
-        await self._lead.renew(self._keeper.address, promised(self._fleet), acting=bool(self._led))
-        leads = self._lead.leads or (not self._lead.asked and self._fleet.broker is not None)
+        """The lease is ours; or there is no broker to grant it, because the broker belongs to this fleet."""
+        leadership = self._leadership
+        await leadership.renew(self._manager.address, promised_models(self._fleet), acting=bool(self._led))
+        leads = leadership.leads or (not leadership.answered and self._fleet.broker is not None)
         if leads != self._led:
             self._led = leads
-            self._tell_outside("keeps it from now on" if leads else f"stands by: {self._lead.why}")
+            self._report("leads from now on" if leads else f"stands by: {leadership.why}")
         return leads
 
     async def turn(self) -> None:
-        led = self._lead.leads
-        seen = await self._keeper.look()
-        if led and not self._lead.leads and not await self._may_act():
-            return  # it took so long that somebody else keeps it now
+        leadership = self._leadership
+        led = leadership.leads
+        snapshot = await self._manager.look()
+        if led and not leadership.leads and not await self._may_act():
+            return  # the look took so long that another orchestrator leads now
         now_ms = clock.now_ms()
         for name in [name for name, task in self._tasks.items() if task.done()]:
-            self._tasks.pop(name).result()  # a fault of ours is not to be overlooked
-        self._read(now_ms)
-        self._heed_hosts(seen.away())
-        await self._heed_the_dead(seen, now_ms)
-        if seen.workers is not None:
-            observed = self._observer.seen(self._fleet, seen.world, seen.workers, seen.requests)
-            for decision in self._scaler.handle(observed, now_ms):
-                what = "scaling up" if decision.more > 0 else "scaling down"
-                self.tell(f"{decision.node_class}: {what} from {decision.was} to {decision.wanted}: {decision.why}")
-        if (counts := dict(self._scaler.counts)) != self._counts and counts:
-            self._paper.remember(counts)
-            self._counts = counts
-        with self._versions.changing() as book:
-            self._keeper.fleet = book.note(self._fleet, seen.world, STILL_S)
-            self._marks = book.marks(self._keeper.fleet, STILL_S)
-        self._book = book
+            self._tasks.pop(name).result()  # raises a bug of ours
+        self._read_inputs(now_ms)
+        self._report_hosts(snapshot.away())
+        await self._handle_ended(snapshot, now_ms)
+        self._scale(snapshot, now_ms)
+        with self._versions_file.changing() as versions:
+            self._manager.fleet = versions.note(self._fleet, snapshot.world, STILL_S)
+            fingerprints = versions.fingerprints(self._manager.fleet, STILL_S)
+        self._versions = versions
         wanted = Wanted(
-            counts=counts,
-            fingerprints=self._marks,
-            barred=self._crashes.barred(now_ms),
-            probed=self._crashes.probed(now_ms),
+            counts=dict(self._scaling.autoscaler.counts),
+            fingerprints=fingerprints,
+            blocked=self._crashes.blocked(now_ms),
+            probing=self._crashes.probing(now_ms),
         )
-        self._begin(planning.make(self._keeper.fleet, seen.world, wanted))
-        self._write(now_ms)
+        self._start(planning.make(self._manager.fleet, snapshot.world, wanted))
+        update = f"{self._update.node_class}: {self._update.work.summary()}" if self._update else ""
+        self._state.write(self._scaling.autoscaler, self._crashes, update, now_ms)
 
-    def tell(self, text: str) -> None:
-        self._events.append((clock.wall_ms(), text))
-        self._lead.tell(text)
-        self._tell_outside(text)
+    def report(self, text: str) -> None:
+        self._state.add_event(text)
+        self._leadership.add_event(text)
+        self._report(text)
 
     # --- inside ----------------------------------------------------------------------------------------
 
-    def _read(self, now_ms: int) -> None:
-        """What people have written since."""
+    def _read_inputs(self, now_ms: int) -> None:
         try:
-            fleet = self._paper.changed()
+            fleet = self._inputs.changed()
         except LlamboError as error:
-            self.tell(f"the file is left as it was: {error.text}")
+            self.report(f"the changed file is not used: {error.text}")
             fleet = None
         if fleet is not None:
             self._fleet = fleet
-            self._scaler.told(fleet.classes.values())
+            self._scaling.autoscaler.set_classes(fleet.classes.values())
             for node_class in fleet.classes:
-                self._crashes.forgive(node_class)
-            self.tell("the file has changed")
-        for name, count in self._paper.counts().items():
-            if count != self._counts.get(name):
-                self._scaler.operator_wants(name, count, now_ms)
-                self._counts[name] = count
-                self.tell(f"{name}: {count} are wanted, somebody says")
+                self._crashes.reset(node_class)
+            self.report("the file has changed")
+        for name, count in self._inputs.counts().items():
+            if count != self._scaling.counts.get(name):
+                self._scaling.autoscaler.operator_wants(name, count, now_ms)
+                self._scaling.counts[name] = count
+                self.report(f"{name}: an operator wants {count}")
 
-    def _heed_hosts(self, away: dict[str, str]) -> None:
+    def _report_hosts(self, away: dict[str, str]) -> None:
         for name in sorted(away.keys() - self._away.keys()):
-            self.tell(f"{name} is away: {away[name]}")
+            self.report(f"{name} is away: {away[name]}")
         for name in sorted(self._away.keys() - away.keys()):
-            self.tell(f"{name} is back")
+            self.report(f"{name} is back")
         self._away = away
 
-    async def _heed_the_dead(self, seen: Seen, now_ms: int) -> None:
+    def _scale(self, snapshot: Snapshot, now_ms: int) -> None:
+        scaling = self._scaling
+        if snapshot.workers is not None:
+            loads = scaling.observer.loads(self._fleet, snapshot.world, snapshot.workers, snapshot.requests)
+            for decision in scaling.autoscaler.handle(loads, now_ms):
+                what = "scaling up" if decision.more > 0 else "scaling down"
+                self.report(f"{decision.node_class}: {what} from {decision.was} to {decision.wanted}: {decision.why}")
+        counts = dict(scaling.autoscaler.counts)
+        if counts and counts != scaling.counts:
+            self._inputs.store_counts(counts)
+            scaling.counts = counts
+
+    async def _handle_ended(self, snapshot: Snapshot, now_ms: int) -> None:
         ready = {
-            node.name: (node.node_class, node.host) for node in seen.world.nodes if node.state is NodeState.READY
+            node.name: (node.node_class, node.host) for node in snapshot.world.nodes if node.state is NodeState.READY
         }  # fmt: skip
         for name in ready:
-            self._crashes.ready(name, now_ms)
-        for node_class, host in self._crashes.lasted(ready, now_ms):
-            self.tell(f"{node_class} on {host} has recovered")
-        ended = [record for record in seen.ended if record.name not in self._tasks]
-        for record, failed in zip(ended, await self._keeper.bury(ended), strict=True):
-            self.tell(f"{failed}")
-            self._failed(failed, record.node_class, record.host, now_ms)
-            if self._roller is not None:
-                self._roller.died(failed)
+            self._crashes.note_ready(name, now_ms)
+        for node_class, host in self._crashes.recovered(ready, now_ms):
+            self.report(f"{node_class} on {host} has recovered")
+        ended = [record for record in snapshot.ended if record.name not in self._tasks]
+        for record, failed in zip(ended, await self._manager.forget_ended(ended), strict=True):
+            self.report(f"{failed}")
+            self._note_failure(failed, record.node_class, record.host)
+            if self._update is not None:
+                self._update.died(failed)
 
-    def _failed(self, failed: Failed, node_class: str, host: str, now_ms: int) -> None:
-        self._crashes.died(failed.name, node_class, host, failed.how, failed.words, now_ms)
+    def _note_failure(self, failed: NodeFailed, node_class: str, host: str) -> None:
+        now_ms = clock.now_ms()
+        self._crashes.note_failure(failed.name, node_class, host, failed.how, failed.log_tail, now_ms)
         for loop in self._crashes.loops(now_ms):
             if (loop.node_class, loop.host, loop.node) == (node_class, host, failed.name) and loop.failures >= LOOP:
                 again = f"again in {loop.again_in_ms / 1000:.0f} s"
-                self.tell(f"{node_class} keeps failing on {host}, {loop.failures} times in a row; {again}")
+                self.report(f"{node_class} keeps failing on {host}, {loop.failures} times in a row; {again}")
 
-    def _begin(self, found: Plan) -> None:
-        old: list[Step] = []
-        rolled = self._roller.under_way if self._roller is not None else set()
-        for step in map(self._as_before, found.steps):
-            if step.name in self._tasks or step.name in rolled:
+    def _start(self, plan: Plan) -> None:
+        """The steps of nodes that have none under way. The broker comes first, and alone."""
+        outdated: list[PlanStep] = []
+        updating = self._update.under_way if self._update is not None else set()
+        for step in map(self._as_before, plan.steps):
+            if step.name in self._tasks or step.name in updating:
                 continue
-            if step.do is Do.REPLACE and step.node_class != "broker":
-                if not self._book.stopped(step.node_class, step.fingerprint):
-                    old.append(step)
+            if step.kind is StepKind.REPLACE and step.node_class != "broker":
+                if not self._versions.stopped(step.node_class, step.fingerprint):
+                    outdated.append(step)
                 continue
             if step.node_class != "broker" and "broker" in self._tasks:
-                continue  # it comes first
-            task = asyncio.create_task(self._carry_out(step), name=f"{step.do.value} {step.name}")
+                continue
+            task = asyncio.create_task(self._carry_out(step), name=f"{step.kind.value} {step.name}")
             self._tasks[step.name] = task
             if step.node_class == "broker":
                 break
-        if old and self._roller is None and "broker" not in self._tasks:
-            self._roll([step for step in old if step.node_class == old[0].node_class])
-        refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in found.refusals)
-        # Seconds that are left are counted down in them, which is no news.
-        if len(refused) != len(self._refused):
+        if outdated and self._update is None and "broker" not in self._tasks:
+            self._start_update([step for step in outdated if step.node_class == outdated[0].node_class])
+        refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in plan.refusals)
+        # The texts contain remaining seconds, so only their number shows that something is new.
+        if len(refused) != len(self._state.refused):
             for text in refused:
-                self.tell(text)
-        self._refused = refused
+                self.report(text)
+        self._state.refused = refused
 
-    def _as_before(self, step: Step) -> Step:
-        """What is begun while an update stands still is begun as it was before that."""
-        entry, kept = self._book.of(step.node_class), self._fleet.classes.get(step.node_class)
-        stopped = step.do is Do.SPAWN and self._book.stopped(step.node_class, step.fingerprint)
-        if not stopped or kept is None or entry.before is None:
+    def _as_before(self, step: PlanStep) -> PlanStep:
+        """While an update is stopped, new workers get the settings before it."""
+        known, spec = self._versions.of(step.node_class), self._fleet.classes.get(step.node_class)
+        stopped = step.kind is StepKind.SPAWN and self._versions.stopped(step.node_class, step.fingerprint)
+        if not stopped or spec is None or known.before is None:
             return step
-        before = as_version(kept, entry.before)
-        mark = self._book.mark(before, self._fleet, STILL_S)
-        self._keeper.older[mark] = before
-        return replace(step, fingerprint=mark)
+        before = as_version(spec, known.before)
+        fingerprint = self._versions.fingerprint(before, self._fleet, STILL_S)
+        self._manager.older[fingerprint] = before
+        return replace(step, fingerprint=fingerprint)
 
-    def _roll(self, steps: list[Step]) -> None:
+    def _start_update(self, steps: list[PlanStep]) -> None:
         node_class = steps[0].node_class
-        marks = {record.name: record.fingerprint for record in self._keeper.processes.records()}
-        count = self._scaler.counts.get(node_class, len(steps))
-        roller = Roller(self._keeper, steps, marks, count, at_once(self._keeper, self._book, node_class))
-        self._roller = roller
-        self.tell(f"{node_class}: {len(steps)} are replaced, {roller.work.max_unavailable} at a time")
-        self._tasks[f"update of {node_class}"] = asyncio.create_task(self._rolled(roller, steps))
+        count = self._scaling.autoscaler.counts.get(node_class, len(steps))
+        at_once = max_unavailable(self._manager, self._versions, node_class)
+        update = ClassUpdate(self._manager, steps, count, at_once)
+        self._update = update
+        self.report(f"{node_class}: {len(steps)} are replaced, {update.work.max_unavailable} at a time")
+        self._tasks[f"update of {node_class}"] = asyncio.create_task(self._run_update(update, steps))
 
-    async def _rolled(self, roller: Roller, steps: list[Step]) -> None:
+    async def _run_update(self, update: ClassUpdate, steps: list[PlanStep]) -> None:
         try:
-            await roller.run()
+            await update.run()
         finally:
-            self._roller = None
-        self.tell(f"{roller.node_class}: {roller.work.summary()}")
-        if roller.work.stopped and roller.failed:
-            with self._versions.changing() as book:
-                book.stop(roller.node_class, steps[0].fingerprint, roller.work.stopped)
+            self._update = None
+        self.report(f"{update.node_class}: {update.work.summary()}")
+        if update.work.stopped and update.failed:
+            with self._versions_file.changing() as versions:
+                versions.stop(update.node_class, steps[0].fingerprint, update.work.stopped)
         hosts = {step.name: step.host for step in steps}
-        for failed in roller.failed:
-            self._failed(failed, roller.node_class, hosts[failed.name], clock.now_ms())
+        for failed in update.failed:
+            self._note_failure(failed, update.node_class, hosts[failed.name])
 
-    async def _carry_out(self, step: Step) -> None:
-        failed = await self._keeper.carry_out(step)
+    async def _carry_out(self, step: PlanStep) -> None:
+        failed = await self._manager.carry_out(step)
         if failed is not None:
-            self._failed(failed, step.node_class, step.host, clock.now_ms())
-
-    def _write(self, now_ms: int) -> None:
-        news: dict[str, Any] = {
-            "pid": os.getpid(),
-            "wanted": dict(self._scaler.counts),
-            "held": dict(self._scaler.held),
-            "refused": list(self._refused),
-            "update": f"{self._roller.node_class}: {self._roller.work.summary()}" if self._roller else "",
-            "loops": [
-                {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
-                 "how": one.how, "words": one.words, "again_ms": clock.wall_ms() + one.again_in_ms}
-                for one in self._crashes.loops(now_ms)
-            ],
-            "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self._events],
-        }  # fmt: skip
-        if (text := json.dumps(news)) != self._written:
-            draft = self._news.with_suffix(".new")
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(self._news)
-            self._written = text
+            self._note_failure(failed, step.node_class, step.host)
 
 
-def read_news(folder: Path) -> dict[str, Any] | None:
-    """What the orchestrator that runs has written; None: there is none."""
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What an orchestrator has written there; None: none runs. One that was killed leaves its file behind."""
     try:
-        news = json.loads((folder / NEWS).read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return news if isinstance(news, dict) else None
+    return state if isinstance(state, dict) else None

@@ -11,8 +11,7 @@ from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.messages import Priority
-from llambo.mesh.wire.sampling_options import Sampling
+from llambo.mesh.wire.messages import Priority, Sampling
 from llambo.mesh.wire.tokens import Logprob
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]

@@ -54,6 +54,59 @@ class Answer:
     stop: str = ""
 
 
+class _Buffer:
+    """Tokens that have arrived and were not read yet."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.pieces: list[bytes] = []
+        self.logprobs: list[Logprob | None] = []
+        self.size = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.pieces) >= BUFFER_TOKENS or self.size >= BUFFER_BYTES
+
+    def add(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
+        self.ids += ids
+        self.pieces += pieces
+        self.size += sum(map(len, pieces))
+        if logprobs:
+            self.logprobs += logprobs
+            self.size += TOP_TOKEN_BYTES * sum(1 + len(each.top) for each in logprobs if each is not None)
+
+
+class _Transcript:
+    """Everything that was read, as tokens and as text."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[Logprob | None] = []
+        self.pieces: list[bytes] = []
+        self._texts: list[str] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(self, buffer: _Buffer) -> Piece:
+        text = self._decoder.decode(b"".join(buffer.pieces))
+        piece = Piece(text, buffer.ids, len(self.ids), buffer.logprobs, buffer.pieces)
+        self.ids += buffer.ids
+        if buffer.logprobs:
+            self.logprobs += buffer.logprobs
+            self.pieces += buffer.pieces
+        self._texts.append(text)
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text: a character of which some bytes never came is replaced."""
+        rest = self._decoder.decode(b"", final=True)
+        self._texts.append(rest)
+        return rest
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+
 class Stream:
     """An answer as it comes. Iterate it; leaving the loop early cancels the request.
 
@@ -73,16 +126,9 @@ class Stream:
         self._key = id
         self._handle = handle
         self._mine = mine
-        self._buffer_ids: list[int] = []
-        self._buffer: list[bytes] = []
-        self._buffer_logprobs: list[Logprob | None] = []
-        self._buffer_bytes = 0
+        self._buffer = _Buffer()
+        self._read = _Transcript()
         self._held = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []
-        self._logprobs: list[Logprob | None] = []
-        self._pieces: list[bytes] = []
-        self._texts: list[str] = []
         self._end: m.End | None = None
         self._error: LlamboError | None = None
         self._closed = False
@@ -99,7 +145,7 @@ class Stream:
 
     async def next_piece(self) -> Piece | None:
         """What has come since the last time; waits if that is nothing. None after the end."""
-        while not self._buffer:
+        while not self._buffer.pieces:
             if self.answer is not None or self._closed:
                 return None
             if self._end is not None:
@@ -148,14 +194,8 @@ class Stream:
     def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         if self._closed:
             return
-        self._buffer_ids += ids
-        self._buffer += pieces
-        self._buffer_bytes += sum(map(len, pieces))
-        if logprobs:
-            self._buffer_logprobs += logprobs
-            self._buffer_bytes += TOP_TOKEN_BYTES * sum(1 + len(each.top) for each in logprobs if each is not None)
-        full = len(self._buffer) >= BUFFER_TOKENS or self._buffer_bytes >= BUFFER_BYTES
-        if full and not self._held:
+        self._buffer.add(ids, pieces, logprobs)
+        if self._buffer.full and not self._held:
             self._held = True
             self._handle(e.ReaderBehind(self._key))
         self._wake()
@@ -180,28 +220,22 @@ class Stream:
             self._waiter.set_result(None)
 
     def _take(self) -> Piece:
-        ids, pieces, logprobs = self._buffer_ids, self._buffer, self._buffer_logprobs
-        self._buffer_ids, self._buffer, self._buffer_logprobs, self._buffer_bytes = [], [], [], 0
-        piece = Piece(self._decoder.decode(b"".join(pieces)), ids, len(self._ids), logprobs, pieces)
-        self._ids += ids
-        if logprobs:
-            self._logprobs += logprobs
-            self._pieces += pieces
-        self._texts.append(piece.text)
+        buffer, self._buffer = self._buffer, _Buffer()
+        piece = self._read.read(buffer)
         if self._held:
             self._held = False
             self._handle(e.ReaderCaughtUp(self._key))
         return piece
 
     def _finish(self, end: m.End) -> Piece | None:
-        """The end was read. Half a character that never became whole is shown as what it is."""
-        rest = self._decoder.decode(b"", final=True)
-        self._texts.append(rest)
+        """The end was read. It may bring the rest of a character that never became whole."""
+        read = self._read
+        rest = read.finish()
         self.answer = Answer(
-            "".join(self._texts), self._ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
-            self._logprobs, self._pieces, end.stop,
+            read.text, read.ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
+            read.logprobs, read.pieces, end.stop,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
             raise self._error
-        return Piece(rest, [], len(self._ids)) if rest else None
+        return Piece(rest, [], len(read.ids)) if rest else None

@@ -17,13 +17,11 @@ import asyncio
 import logging
 import os
 import secrets
-from abc import abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import msgspec
 import zmq
@@ -33,162 +31,28 @@ from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
-from llambo.mesh.client.client_tasks import Collector, Embeddings, TaskCall, TaskCalls, Tokenized, decoded
-from llambo.mesh.client.request_options import Options, build_request
+from llambo.mesh.client.client_tasks import (
+    Collector,
+    Embeddings,
+    TaskCall,
+    Tokenized,
+    decoded,
+    task_input,
+    task_request,
+)
+from llambo.mesh.client.request_options import Options, build_request, encode_prompt
+from llambo.mesh.client.waiters import Waiters, reject, resolve
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link_core import LinkProblem
 from llambo.mesh.security import keys
-from llambo.mesh.wire import limits, reports
+from llambo.mesh.wire import limits, reports, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import PeerKey
-from llambo.mesh.wire.tokens import Logprob
-
-# --- What a client can ask about the mesh, and order of it; each is one question and one answer. ---
 
 T = TypeVar("T")
 #: Why a broker does not know the hello of a client.
 WORKER_PORT = "that is a broker's port for workers; clients use the first of its ports, which it prints at its start"
-
-
-class Enquiries:
-    """The part of a client that asks."""
-
-    async def query(self, what: str, argument: str = "") -> Any:
-        """The broker's answer as it was sent, with fields that this version does not know."""
-        return await self._ask(what, argument, Any)
-
-    async def status(self) -> reports.MeshStatus:
-        """The mesh in numbers."""
-        return await self._ask("status", "", reports.MeshStatus)
-
-    async def workers(self, name: str = "") -> list[reports.WorkerRow]:
-        """All workers; with `name`, that one if it is connected."""
-        return await self._ask("workers", name, list[reports.WorkerRow])
-
-    async def models(self) -> list[reports.ModelRow]:
-        return await self._ask("models", "", list[reports.ModelRow])
-
-    async def requests(self) -> list[reports.RequestRow]:
-        """The requests that wait or run."""
-        return await self._ask("requests", "", list[reports.RequestRow])
-
-    async def events(self, since: int = 0) -> list[reports.EventRow]:
-        """What happened in the mesh after event number `since`."""
-        return await self._ask("events", str(since), list[reports.EventRow])
-
-    async def recent(self, since: int = 0) -> reports.Recent:
-        """A sample of each second after sample number `since`, of at most five minutes, and what ended in that time."""
-        return await self._ask("recent", str(since), reports.Recent)
-
-    async def metrics(self) -> str:
-        """The broker's page for Prometheus. With keys only an admin may read it."""
-        return (await self._ask("metrics", "", reports.MetricsPage)).page
-
-    async def why(self, id: str) -> reports.RequestStory:
-        """The story of one request. A unique prefix of its id is enough."""
-        return await self._ask("why", id, reports.RequestStory)
-
-    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        """Give a worker no new work (or, with `undo`, work again). `move`: its running requests go to other workers."""
-        return await self._question(
-            lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
-        )
-
-    async def lease(self, lease: m.Lease) -> reports.LeaseReply:
-        """Ask for a lease, of which there is one holder at a time. The client chooses its `query`."""
-        return await self._question(
-            lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
-        )
-
-    async def _ask(self, what: str, argument: str, kind: type[T]) -> T:
-        return await self._question(lambda number: e.QueryAsked(number, what, argument), what, kind)
-
-    @abstractmethod
-    async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T: ...
-
-
-# --- Who waits for what, and how a delivery of the core reaches them. ---
-
-
-#: Submitted requests that are remembered.
-SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
-
-
-class RequestReader(Protocol):
-    """Who reads what a request brings: a stream, or a collector of a result."""
-
-    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
-    def place(self, ahead: int, model: str) -> None: ...
-    def end(self, end: m.End) -> None: ...
-    def fail(self, error: LlamboError) -> None: ...
-
-
-class Waiters:
-    def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
-        self.streams: dict[bytes, RequestReader] = {}
-        #: Those who wait for a word about a request without reading it: submits for their place, cancels for the end.
-        self.submits: dict[bytes, asyncio.Future[None]] = {}
-        self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
-        self.questions: dict[int, asyncio.Future[bytes]] = {}
-        #: What was submitted to run by itself, for who attaches to it later; the oldest go first.
-        self.submitted: OrderedDict[bytes, tuple[m.InferenceRequest, bytes]] = OrderedDict()
-        self._submitted_bytes = 0
-        self._error_of = error_of
-
-    def remember(self, request: m.InferenceRequest, prompt: bytes) -> None:
-        self.submitted[request.id] = request, prompt
-        self._submitted_bytes += len(prompt)
-        while len(self.submitted) > SUBMITTED or self._submitted_bytes > SUBMITTED_BYTES:
-            _, (_, oldest) = self.submitted.popitem(last=False)
-            self._submitted_bytes -= len(oldest)
-
-    def deliver(
-        self, delivery: e.DeliverTokens | e.ReportPlace | e.ReportEnd | e.ReportFailure | e.DeliverResult
-    ) -> None:
-        match delivery:
-            case e.DeliverTokens(id, ids, pieces, logprobs):
-                if (stream := self.streams.get(id)) is not None:
-                    stream.deliver(ids, pieces, logprobs)
-            case e.ReportPlace(id, ahead, model):
-                if (stream := self.streams.get(id)) is not None:
-                    stream.place(ahead, model)
-                resolve(self.submits.get(id), None)
-            case e.ReportEnd(id, end):
-                if (stream := self.streams.pop(id, None)) is not None:
-                    stream.end(end)
-                resolve(self.submits.get(id), None)
-                resolve(self.cancels.pop(id, None), end)
-            case e.ReportFailure(key, info):
-                self.fail(key, self._error_of(info))
-            case e.DeliverResult(query, data):
-                resolve(self.questions.get(query), data)
-
-    def fail(self, key: bytes | int, error: LlamboError) -> None:
-        if isinstance(key, int):
-            reject(self.questions.get(key), error)
-            return
-        if (stream := self.streams.pop(key, None)) is not None:
-            stream.fail(error)
-        reject(self.submits.get(key), error)
-        reject(self.cancels.pop(key, None), error)
-
-    def fail_all(self, error: LlamboError) -> None:
-        for id in {*self.streams, *self.submits, *self.cancels}:
-            self.fail(id, error)
-        for query in list(self.questions):
-            self.fail(query, error)
-
-
-def resolve(future: asyncio.Future[T] | None, value: T) -> None:
-    if future is not None and not future.done():
-        future.set_result(value)
-
-
-def reject(future: asyncio.Future[T] | None, error: LlamboError) -> None:
-    if future is not None and not future.done():
-        future.set_exception(error)
-
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +91,7 @@ _DEFAULTS: ClientSettings = {
 }
 
 
-class Client(TaskCalls, Enquiries):
+class Client:
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
@@ -346,12 +210,130 @@ class Client(TaskCalls, Enquiries):
         end = await self._in_time(asyncio.shield(ended), f"no answer to the cancel of {key.hex()}")
         return end.reason
 
+    # --- tasks -------------------------------------------------------------------------------------------------
+
+    async def tokenize(
+        self,
+        text: str,
+        *,
+        special: bool = False,
+        form: tasks.Form = "text",
+        system: str = "",
+        **call: Unpack[TaskCall],
+    ) -> Tokenized:
+        """The tokens a prompt of this text has. With `form` "user" or "messages": put into the model's template.
+
+        `special`: names of control tokens in the text mean those tokens.
+        """
+        data = encode_prompt(text)
+        options = tasks.TaskOptions(form=form, system=system, special=special)
+        found = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
+        return Tokenized(found.ids, found.pieces)
+
+    async def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
+        """The text of these tokens. `special`: control tokens are shown by their names and not left out."""
+        options = tasks.TaskOptions(special=special)
+        found = await self._task("detokenize", task_input(list(ids)), len(ids), options, call, tasks.DetokenizeResult)
+        return found.text.decode(errors="replace")
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        normalized: bool = True,
+        pooling: tasks.Pooling = "",
+        **call: Unpack[TaskCall],
+    ) -> Embeddings:
+        """Vectors for texts: what a model makes of each, as numbers to compare. Many at once cost less than one by one.
+
+        `pooling`: "mean" or "last"; left out, as the model was made for, or the mean.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        if not 0 < len(given) <= limits.EMBED_INPUTS:
+            raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} may be")
+        options = tasks.TaskOptions(normalized=normalized, pooling=pooling)
+        found = await self._task("embed", task_input(given), len(given), options, call, tasks.EmbedResult)
+        try:
+            return Embeddings(tasks.vectors_of(found), found.tokens, found.pooling)
+        except ValueError as error:
+            raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
+
+    async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
+        """What a model is, how it is served, and what a request gets that leaves its sampling open."""
+        return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
+
+    # --- queries and commands ----------------------------------------------------------------------------------
+
+    async def query(self, what: str, argument: str = "") -> Any:
+        """The broker's answer as it was sent, with fields that this version does not know."""
+        return await self._ask(what, argument, Any)
+
+    async def status(self) -> reports.MeshStatus:
+        """The mesh in numbers."""
+        return await self._ask("status", "", reports.MeshStatus)
+
+    async def workers(self, name: str = "") -> list[reports.WorkerRow]:
+        """All workers; with `name`, that one if it is connected."""
+        return await self._ask("workers", name, list[reports.WorkerRow])
+
+    async def models(self) -> list[reports.ModelRow]:
+        return await self._ask("models", "", list[reports.ModelRow])
+
+    async def requests(self) -> list[reports.RequestRow]:
+        """The requests that wait or run."""
+        return await self._ask("requests", "", list[reports.RequestRow])
+
+    async def events(self, since: int = 0) -> list[reports.EventRow]:
+        """What happened in the mesh after event number `since`."""
+        return await self._ask("events", str(since), list[reports.EventRow])
+
+    async def recent(self, since: int = 0) -> reports.Recent:
+        """A sample of each second after sample number `since`, of at most five minutes, and what ended in that time."""
+        return await self._ask("recent", str(since), reports.Recent)
+
+    async def metrics(self) -> str:
+        """The broker's page for Prometheus. With keys only an admin may read it."""
+        return (await self._ask("metrics", "", reports.MetricsPage)).page
+
+    async def why(self, id: str) -> reports.RequestStory:
+        """The story of one request. A unique prefix of its id is enough."""
+        return await self._ask("why", id, reports.RequestStory)
+
+    async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
+        """Give a worker no new work (or, with `undo`, work again). `move`: its running requests go to other workers."""
+        return await self._question(
+            lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
+        )
+
+    async def lease(self, lease: m.Lease) -> reports.LeaseReply:
+        """Ask for a lease, of which there is one holder at a time. The client chooses its `query`."""
+        return await self._question(
+            lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
+        )
+
     @property
     def counters(self) -> Counters:
         """What this client had to put up with so far."""
         return self._core.counters
 
     # --- inside: asking ----------------------------------------------------------------------------------------
+
+    async def _task(
+        self, task: m.Task, data: bytes, inputs: int, options: tasks.TaskOptions, call: TaskCall, kind: type[T]
+    ) -> T:
+        """Run it, and read its result. Cancelling the wait cancels the task."""
+        request = task_request(task, inputs, len(data), options, call)
+        collector = self._waiters.streams[request.id] = Collector()
+        self._handle(e.SubmitAsked(request, data))
+        try:
+            result = await collector.result
+        except asyncio.CancelledError:
+            self._handle_for_stream(e.CancelAsked(request.id, drop=True))
+            raise
+        return decoded(result, kind, f"the result of {task}")
+
+    async def _ask(self, what: str, argument: str, kind: type[T]) -> T:
+        return await self._question(lambda number: e.QueryAsked(number, what, argument), what, kind)
 
     async def _question(self, ask: Callable[[int], e.Event], what: str, kind: type[T]) -> T:
         number = next(self._numbers)
@@ -387,13 +369,6 @@ class Client(TaskCalls, Enquiries):
     def _build(self, prompt: str, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
         id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
         return build_request(id, secrets.randbits(63), prompt, detached, options)
-
-    def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None:
-        self._waiters.streams[request.id] = collector
-        self._handle(e.SubmitAsked(request, data))
-
-    def _drop_task(self, id: bytes) -> None:
-        self._handle_for_stream(e.CancelAsked(id, drop=True))
 
     def _follow(self, id: bytes, *, mine: bool) -> Stream:
         stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine)

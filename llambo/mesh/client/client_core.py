@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import OpenQuery, Request
+from llambo.mesh.client.client_requests import OpenQuery, ReaderWishes, Request
 from llambo.mesh.client.request_life import Requests
 from llambo.mesh.link.link_core import LinkCore, LinkState
 from llambo.mesh.wire import messages as m
@@ -150,8 +150,8 @@ class ClientCore:
         match event:
             case e.SubmitAsked(message, prompt, follow):
                 deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
-                request = Request(message.id, message, prompt, follow, follow, deadline_at)
-                self.requests.begin(request)
+                reader = ReaderWishes(wanted=follow, follow=follow)
+                self.requests.begin(Request(message.id, message, prompt, deadline_at, reader))
             case e.AttachAsked(id, have, again):
                 self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
             case e.CancelAsked(id, drop):

@@ -54,36 +54,64 @@ CLIENT_STEPS: dict[RequestState, dict[RequestState, str]] = {
 
 
 @dataclass(slots=True)
+class ReaderWishes:
+    """What the reader of a request, in this client, wants of it."""
+
+    #: False when its tokens will not be read. Then an End is enough.
+    wanted: bool = True
+    #: False: the request is forgotten as soon as it is accepted.
+    follow: bool = True
+    #: The reader is too far behind: tokens are left out, and fetched later.
+    held: bool = False
+
+
+@dataclass(slots=True)
+class QueuePlace:
+    """What the broker has said about an accepted request."""
+
+    ahead: int = -1
+    model: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(slots=True)
+class RepairState:
+    """Which tokens are known to exist, and which were asked for. 0: no alarm is set, nothing was asked for.
+
+    If fewer than `target` tokens are here when the alarm rings, a replay of [asked_first, asked_until) is asked for.
+    """
+
+    owed: int = 0
+    target: int = 0
+    asked_first: int = 0
+    asked_until: int = 0
+
+    def forget(self) -> None:
+        self.target = self.asked_first = self.asked_until = 0
+
+
+@dataclass(slots=True)
 class Request:
     """One request as its client sees it. `message` is None for one that is only cancelled from here."""
 
     id: bytes
     message: m.InferenceRequest | m.Attach | None
     prompt: bytes | None = None
-    #: False once nobody here will read the tokens: then an End needs nothing more.
-    wanted: bool = True
-    #: False: forgotten as soon as it is accepted.
-    follow: bool = True
+    #: 0: none.
     deadline_at: int = 0
+    reader: ReaderWishes = field(default_factory=ReaderWishes)
     state: RequestState = RequestState.WAITING
+    #: How often it was sent on this link without an answer.
     tries: int = 0
-    said: bool = False
+    #: It was sent at least once, on any link.
+    sent: bool = False
     cancelled: bool = False
-    held: bool = False
-    ahead: int = -1
-    model: str = ""
-    fingerprint: str = ""
+    place: QueuePlace = field(default_factory=QueuePlace)
     end: m.End | None = None
     tokens: Reassembly = field(default_factory=Reassembly)
-    #: What to say if the broker does not know what we attach to.
+    #: What to submit if the broker does not know the request that this client attaches to.
     again: tuple[m.InferenceRequest, bytes] | None = None
-
-    #: Repair. `owed` tokens are known to exist; if fewer than `target` are here when the alarm rings, a replay
-    #: is asked for, of [asked_first, asked_until). 0: no alarm, nothing asked.
-    owed: int = 0
-    target: int = 0
-    asked_first: int = 0
-    asked_until: int = 0
+    repair: RepairState = field(default_factory=RepairState)
 
     @property
     def mine(self) -> bool:
@@ -106,7 +134,7 @@ class Request:
     @property
     def repairable(self) -> bool:
         """A replay would help: the broker knows the request, and there is a reader for what it sends."""
-        if self.held or not self.wanted:
+        if self.reader.held or not self.reader.wanted:
             return False
         return self.state is RequestState.ENDING or (self.state is RequestState.RUNNING and self.streams)
 
@@ -116,14 +144,11 @@ class Request:
         gap = self.tokens.gap
         if gap is not None:
             return gap[1]
-        return self.owed if self.owed > self.tokens.next_index else 0
+        return self.repair.owed if self.repair.owed > self.tokens.next_index else 0
 
     @property
     def complete(self) -> bool:
-        return self.end is not None and (not self.wanted or self.tokens.next_index >= self.end.count)
-
-    def forget_repair(self) -> None:
-        self.target = self.asked_first = self.asked_until = 0
+        return self.end is not None and (not self.reader.wanted or self.tokens.next_index >= self.end.count)
 
     def enter(self, state: RequestState) -> None:
         assert state in CLIENT_STEPS[self.state], f"request cannot go from {self.state} to {state}"
@@ -138,20 +163,20 @@ class Request:
         if not isinstance(self.message, m.InferenceRequest):
             if self.message is None:
                 return None, None
-            return m.Attach(self.id, have, self._held(), bool(self.model)), None
+            return m.Attach(self.id, have, self._held(), bool(self.place.model)), None
         left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
-        if not self.model and not have:
+        if not self.place.model and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
         # A broker has accepted it once.
         blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.chunks)
         message = msgspec.structs.replace(
             self.message,
-            model=self.model or self.message.model,
+            model=self.place.model or self.message.model,
             have=have,
             deadline_ms=left,
             resume=True,
             prompt_bytes=prompt_bytes,
-            fingerprint=self.fingerprint,
+            fingerprint=self.place.fingerprint,
         )
         return message, blob
 

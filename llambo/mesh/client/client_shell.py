@@ -79,7 +79,7 @@ class ClientShell:
 
     def begin(self, found: list[tuple[str, int]]) -> None:
         """Connect to one of these."""
-        self._link.take(found)
+        self._link.brokers.take(found)
         self.handle(e.BrokersFound(len(found)))
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class ClientShell:
             self._unwatch()
             self._link.answered()
             self._watch()
-            self.handle(e.BrokersFound(len(self._link.found)))
+            self.handle(e.BrokersFound(len(self._link.brokers.found)))
         self._link.flush()
         # Tokens first: an End then finds its last token in place.
         frames = self._link.receive_tokens()

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar
 
 import msgspec
 
-from llambo.mesh.client.request_options import checked_request, encode_prompt
+from llambo.mesh.client.request_options import checked_request
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -83,86 +82,17 @@ class Collector:
             settle()
 
 
-class TaskCalls:
-    """The part of a client that runs tasks."""
-
-    async def tokenize(
-        self,
-        text: str,
-        *,
-        special: bool = False,
-        form: tasks.Form = "text",
-        system: str = "",
-        **call: Unpack[TaskCall],
-    ) -> Tokenized:
-        """The tokens a prompt of this text has. With `form` "user" or "messages": put into the model's template.
-
-        `special`: names of control tokens in the text mean those tokens.
-        """
-        data = encode_prompt(text)
-        options = tasks.TaskOptions(form=form, system=system, special=special)
-        found = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
-        return Tokenized(found.ids, found.pieces)
-
-    async def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
-        """The text of these tokens. `special`: control tokens are shown by their names and not left out."""
-        options = tasks.TaskOptions(special=special)
-        found = await self._task("detokenize", _input(list(ids)), len(ids), options, call, tasks.DetokenizeResult)
-        return found.text.decode(errors="replace")
-
-    async def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        normalized: bool = True,
-        pooling: tasks.Pooling = "",
-        **call: Unpack[TaskCall],
-    ) -> Embeddings:
-        """Vectors for texts: what a model makes of each, as numbers to compare. Many at once cost less than one by one.
-
-        `pooling`: "mean" or "last"; left out, as the model was made for, or the mean.
-        """
-        given = [texts] if isinstance(texts, str) else list(texts)
-        if not 0 < len(given) <= limits.EMBED_INPUTS:
-            raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} may be")
-        options = tasks.TaskOptions(normalized=normalized, pooling=pooling)
-        found = await self._task("embed", _input(given), len(given), options, call, tasks.EmbedResult)
-        try:
-            return Embeddings(tasks.vectors_of(found), found.tokens, found.pooling)
-        except ValueError as error:
-            raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
-
-    async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """What a model is, how it is served, and what a request gets that leaves its sampling open."""
-        return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
-
-    async def _task(
-        self, task: m.Task, data: bytes, inputs: int, options: tasks.TaskOptions, call: TaskCall, kind: type[T]
-    ) -> T:
-        """Run it, and read its result. Giving up the wait cancels it."""
-        id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
-        fields = {name: value for name, value in call.items() if value is not None}
-        unknown = sorted(fields.keys() - TaskCall.__optional_keys__)
-        if unknown:
-            raise LlamboError(Code.BAD_REQUEST, f"no option of {task} is called {unknown[0]!r}")
-        request = checked_request(
-            {**fields, "id": id, "task": task, "stream": False, "sampling": msgspec.Raw(_encode(options)),
-             "max_tokens": tasks.most_pieces(task, inputs, len(data))}
-        )  # fmt: skip
-        collector = Collector()
-        self._begin_task(request, data, collector)
-        try:
-            result = await collector.result
-        except asyncio.CancelledError:
-            self._drop_task(id)
-            raise
-        return decoded(result, kind, f"the result of {task}")
-
-    @abstractmethod
-    def _begin_task(self, request: m.InferenceRequest, data: bytes, collector: Collector) -> None: ...
-
-    @abstractmethod
-    def _drop_task(self, id: bytes) -> None: ...
+def task_request(
+    task: m.Task, inputs: int, input_bytes: int, options: tasks.TaskOptions, call: TaskCall
+) -> m.InferenceRequest:
+    fields = {name: value for name, value in call.items() if value is not None}
+    unknown = sorted(fields.keys() - TaskCall.__optional_keys__)
+    if unknown:
+        raise LlamboError(Code.BAD_REQUEST, f"no option of {task} is called {unknown[0]!r}")
+    return checked_request(
+        {**fields, "id": secrets.token_bytes(limits.REQUEST_ID_BYTES), "task": task, "stream": False,
+         "sampling": msgspec.Raw(_encode(options)), "max_tokens": tasks.most_pieces(task, inputs, input_bytes)}
+    )  # fmt: skip
 
 
 def decoded(data: bytes, kind: type[T], what: str) -> T:
@@ -173,7 +103,7 @@ def decoded(data: bytes, kind: type[T], what: str) -> T:
         raise LlamboError(Code.BAD_MESSAGE, f"{what} cannot be read: {error}") from error
 
 
-def _input(value: Any) -> bytes:
+def task_input(value: Any) -> bytes:
     try:
         data = _encode(value)
         msgspec.msgpack.decode(data, type=tasks.Texts if value and isinstance(value[0], str) else tasks.Ids)

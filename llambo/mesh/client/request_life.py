@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import Counters, Request, RequestState
+from llambo.mesh.client.client_requests import Counters, ReaderWishes, Request, RequestState
 from llambo.mesh.link.link_core import LinkCore
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -37,17 +37,17 @@ class Repair:
 
     def owe(self, request: Request, until: int, now_ms: int) -> None:
         """Tokens before `until` exist. If they are not here in a moment, ask for them."""
-        request.owed = max(request.owed, until)
-        if not request.target and request.repairable and request.missing_until:
-            request.target = request.owed
+        request.repair.owed = max(request.repair.owed, until)
+        if not request.repair.target and request.repairable and request.missing_until:
+            request.repair.target = request.repair.owed
             # Without a token plane there is nothing to wait for.
             self._timers.set(request.id, now_ms + (TAIL_GRACE_MS if self._link.up else 0))
 
     def expect(self, request: Request, until: int, now_ms: int) -> None:
         """As if a replay had been asked for just now: look again when it should have come."""
-        request.owed = max(request.owed, until)
-        request.target = request.asked_until = until
-        request.asked_first = request.tokens.next_index
+        request.repair.owed = max(request.repair.owed, until)
+        request.repair.target = request.repair.asked_until = until
+        request.repair.asked_first = request.tokens.next_index
         self._timers.set(request.id, now_ms + REPLAY_AGAIN_MS)
 
     def ask(self, request: Request, now_ms: int) -> None:
@@ -58,8 +58,8 @@ class Repair:
         self.expect(request, request.missing_until, now_ms)
 
     def on_alarm(self, request: Request, now_ms: int) -> None:
-        late = request.tokens.next_index < request.target
-        request.forget_repair()
+        late = request.tokens.next_index < request.repair.target
+        request.repair.forget()
         if late:
             self.ask(request, now_ms)
         else:
@@ -67,12 +67,12 @@ class Repair:
 
     def on_page(self, request: Request, page: m.Page, now_ms: int) -> None:
         """A page was taken in: go on with the rest of what was asked for."""
-        asked_first, asked_until = request.asked_first, request.asked_until
-        request.forget_repair()
+        asked_first, asked_until = request.repair.asked_first, request.repair.asked_until
+        request.repair.forget()
         if not request.repairable or not request.missing_until:
             return
         if request.tokens.next_index == asked_first:
-            self.expect(request, request.owed, now_ms)  # it brought nothing: the broker waits for it, too
+            self.expect(request, request.repair.owed, now_ms)  # it brought nothing: the broker waits for it, too
         elif page.next < asked_until:
             self.ask(request, now_ms)
         else:
@@ -128,9 +128,9 @@ class Requests:
             if request.state is not RequestState.WAITING:
                 request.enter(RequestState.WAITING)
             request.end, request.tries = None, 0
-            request.forget_repair()
+            request.repair.forget()
             # The next broker may not know this answer, and go on with it in another way.
-            request.owed = 0
+            request.repair.owed = 0
             request.tokens.forget_stash()
             if request.whole:
                 request.tokens = Reassembly()
@@ -162,12 +162,12 @@ class Requests:
     def cancel(self, id: bytes, drop: bool, now_ms: int) -> None:
         request = self.live.get(id)
         if request is None:
-            self.begin(Request(id, None, wanted=False, cancelled=True))
+            self.begin(Request(id, None, reader=ReaderWishes(wanted=False), cancelled=True))
             return
         request.cancelled = True
-        request.wanted = request.wanted and not drop
+        request.reader.wanted = request.reader.wanted and not drop
         match request.state:
-            case RequestState.WAITING if not request.said and request.mine:
+            case RequestState.WAITING if not request.sent and request.mine:
                 self._finish(request, m.End(id, request.tokens.next_index, "cancelled"))
             case RequestState.SUBMITTED | RequestState.RUNNING:
                 self._say_cancel(request, now_ms)
@@ -180,12 +180,12 @@ class Requests:
 
     def hold(self, id: bytes) -> None:
         if (request := self.live.get(id)) is not None:
-            request.held = True
-            request.forget_repair()
+            request.reader.held = True
+            request.repair.forget()
 
     def release(self, id: bytes, now_ms: int) -> None:
-        if (request := self.live.get(id)) is not None and request.held:
-            request.held = False
+        if (request := self.live.get(id)) is not None and request.reader.held:
+            request.reader.held = False
             self._repair.ask(request, now_ms)
 
     def cancel_mine(self) -> None:
@@ -208,12 +208,12 @@ class Requests:
         request = self.live.get(accepted.id)
         if request is None or request.state is RequestState.WAITING:
             return
-        request.model = accepted.model or request.model
-        request.fingerprint = accepted.fingerprint or request.fingerprint
+        request.place.model = accepted.model or request.place.model
+        request.place.fingerprint = accepted.fingerprint or request.place.fingerprint
         self._place(request, accepted.ahead)
         if request.state is not RequestState.SUBMITTED:
             return
-        if not request.follow:
+        if not request.reader.follow:
             self._detach(request)
             return
         request.enter(RequestState.RUNNING)
@@ -234,14 +234,14 @@ class Requests:
             return
         if request.state is not RequestState.ENDING:
             request.enter(RequestState.ENDING)
-            request.forget_repair()
+            request.repair.forget()
             self._timers.clear(end.id)
         if request.streams:
             self._repair.owe(request, end.count, now_ms)
-        elif self._link.terms.pull and not request.target and not request.held:
-            request.owed = max(request.owed, end.count)
+        elif self._link.terms.pull and not request.repair.target and not request.reader.held:
+            request.repair.owed = max(request.repair.owed, end.count)
             self._repair.ask(request, now_ms)
-        elif not request.target and not request.held:
+        elif not request.repair.target and not request.reader.held:
             # Its first page is on its way, just behind this.
             self._repair.expect(request, end.count, now_ms)
 
@@ -250,8 +250,8 @@ class Requests:
         if request is None:
             return
         self.counters.pages += 1
-        request.owed = max(request.owed, page.total)
-        if request.held:
+        request.repair.owed = max(request.repair.owed, page.total)
+        if request.reader.held:
             return
         for chunk in page.chunks:
             if chunk[1:_ID_END] == page.id:
@@ -285,7 +285,7 @@ class Requests:
                 self.counters.stray_frames += 1
             elif request.state is waiting:
                 self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
-            elif request.held:
+            elif request.reader.held:
                 self._leave_out(request, frame)
             else:
                 request.tokens.add(frame)
@@ -299,7 +299,7 @@ class Requests:
         """Make the broker know the request; say its cancel too if that is what has become of it."""
         if request.state is RequestState.WAITING:
             request.enter(RequestState.SUBMITTED)
-        request.said = True
+        request.sent = True
         message, blob = request.introduction(now_ms)
         if message is not None:
             self._link.send(message, blob)
@@ -311,25 +311,25 @@ class Requests:
     def _say_cancel(self, request: Request, now_ms: int) -> None:
         if request.state is not RequestState.CANCELLING:
             request.enter(RequestState.CANCELLING)
-            request.forget_repair()
+            request.repair.forget()
         self._link.send(m.Cancel(request.id))
         self._timers.set(request.id, now_ms + RESEND_MS[0])
 
     def _place(self, request: Request, ahead: int) -> None:
-        if ahead != request.ahead:
-            request.ahead = ahead
-            self._out.append(e.ReportPlace(request.id, ahead, request.model))
+        if ahead != request.place.ahead:
+            request.place.ahead = ahead
+            self._out.append(e.ReportPlace(request.id, ahead, request.place.model))
 
     def _leave_out(self, request: Request, frame: bytes) -> None:
         self.counters.held_frames += 1
         if len(frame) > tokens.HEAD_BYTES:
             first, count, _ = tokens.head(frame, tokens.KEY_END)
-            request.owed = max(request.owed, first + count)
+            request.repair.owed = max(request.repair.owed, first + count)
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Hand over what is in order; then the request is over, or something is missing, or all is well."""
         ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
-        if ids and request.wanted:
+        if ids and request.reader.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
             self._out.append(e.DeliverTokens(request.id, ids, pieces, logprobs))
         if request.end is not None and request.complete:
@@ -349,7 +349,7 @@ class Requests:
 
     def _detach(self, request: Request) -> None:
         """It goes on without us. If this is lost, its tokens come here for nothing, and its END is acknowledged."""
-        if request.said and self._link.welcomed:
+        if request.sent and self._link.welcomed:
             self._link.send(m.Detach(request.id))
         self._drop(request)
 

@@ -60,10 +60,70 @@ log = logging.getLogger(__name__)
 PENDING_MESSAGES = 1_024
 #: Messages taken from one socket before the others get a turn.
 DRAIN_MESSAGES = 1_000
+#: Messages of one bundle.
+BUNDLED_MESSAGES = 64
 #: What libzmq is asked to tell of the control connection: a number and a value.
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _FAILED
 _EVENT = struct.Struct("=HI")
+
+
+class Brokers:
+    """The brokers that an address stands for, in the order in which this peer tries them.
+
+    With `spread` each peer has an order of its own, so that the peers of several brokers are spread over them; without
+    it only the first broker is used.
+    """
+
+    def __init__(self, address: str, *, spread: bool) -> None:
+        self.address = address
+        self.found: list[tuple[str, int]] = []
+        #: The number of the one to connect to, counted round and round.
+        self.target = 0
+        #: No name has to be looked up.
+        self.literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
+        self._spread = spread
+        self._shares: dict[tuple[str, int], float] = {}
+
+    def take(self, found: list[tuple[str, int]]) -> None:
+        """What a lookup has found. A broker that was known keeps its place in the order."""
+        if not self._spread:
+            self.found = found[:1]
+            return
+        for place in found:
+            self._shares.setdefault(place, random.random())
+        self.found = sorted(found, key=lambda place: self._shares[place])
+
+    @property
+    def current(self) -> tuple[str, int]:
+        return self.found[self.target % len(self.found)]
+
+
+class Outbox:
+    """Control messages on their way to the socket: those of one round are sent as one bundle."""
+
+    def __init__(self) -> None:
+        self.pending: deque[list[bytes]] = deque(maxlen=PENDING_MESSAGES)
+        self._messages: list[tuple[m.Message, bytes | None]] = []
+        self._session = codec.NO_SESSION
+
+    def add(self, session: bytes, message: m.Message, blob: bytes | None) -> bool:
+        """False: what is in the outbox has to be flushed first."""
+        if session != self._session or len(self._messages) >= BUNDLED_MESSAGES:
+            if self._messages:
+                return False
+            self._session = session
+        self._messages.append((message, blob))
+        return True
+
+    def bundle(self) -> None:
+        if self._messages:
+            self.pending.extend(codec.encode_all(self._session, self._messages))
+            self._messages = []
+
+    def clear(self) -> None:
+        self.pending.clear()
+        self._messages = []
 
 
 class Link:
@@ -91,35 +151,26 @@ class Link:
         self.monitor: zmq.Socket[bytes] | None = None
         #: The name is being looked up: when this is done, `answered` goes on.
         self.lookup: Lookup | None = None
-        #: Where the brokers are, as far as they were found.
-        self.found: list[tuple[str, int]] = []
+        self.brokers = Brokers(address, spread=spread)
         self.dropped_frames = 0
         self._context = context
-        self._address = address
         self._offset = offset
         self._token_kind = token_kind
         self._token_hwm = token_hwm
         self._decoder = decoder
-        self._spread = spread
         self._key = key
-        self._shares: dict[tuple[str, int], float] = {}
-        self._literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
-        self._target = 0
-        self._shaken = False
         self._ip = ""
-        self._outbox: list[tuple[m.Message, bytes | None]] = []
-        self._outbox_session = codec.NO_SESSION
-        self._pending: deque[list[bytes]] = deque(maxlen=PENDING_MESSAGES)
+        self._connected = False
+        self._outbox = Outbox()
 
     # --- orders --------------------------------------------------------------------------------------
 
     def perform(self, order: LinkAction) -> None:
         match order:
             case Send(_, session, message, blob):
-                if session != self._outbox_session or len(self._outbox) >= 64:
+                if not self._outbox.add(session, message, blob):
                     self.flush()
-                self._outbox_session = session
-                self._outbox.append((message, blob))
+                    self._outbox.add(session, message, blob)
             case Publish(_, frames):
                 self._publish(frames)
             case OpenControl(_, target):
@@ -132,23 +183,22 @@ class Link:
 
     def flush(self) -> None:
         """Send what was ordered since the last flush, as one bundle."""
-        if self._outbox:
-            self._pending.extend(codec.encode_all(self._outbox_session, self._outbox))
-            self._outbox = []
+        self._outbox.bundle()
         self.push()
 
     def push(self) -> None:
         """Hand pending messages to the socket, as far as it takes them."""
-        while self._pending and self.control is not None:
+        pending = self._outbox.pending
+        while pending and self.control is not None:
             try:
-                self.control.send_multipart(self._pending[0], zmq.DONTWAIT, copy=True)
+                self.control.send_multipart(pending[0], zmq.DONTWAIT, copy=True)
             except zmq.Again:
                 return
-            self._pending.popleft()
+            pending.popleft()
 
     @property
     def wants_to_write(self) -> bool:
-        return bool(self._pending) and self.control is not None
+        return bool(self._outbox.pending) and self.control is not None
 
     # --- arrivals ------------------------------------------------------------------------------------
 
@@ -169,8 +219,8 @@ class Link:
                 event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
             except zmq.Again:
                 return
-            shaken, self._shaken = self._shaken, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if self._shaken:
+            connected, self._connected = self._connected, event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self._connected:
                 yield ConnectionChange.CONNECTED
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 yield ConnectionChange.KEY_DENIED
@@ -179,7 +229,7 @@ class Link:
             elif event in (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
                 yield ConnectionChange.HANDSHAKE_FAILED
             else:
-                yield ConnectionChange.LOST if shaken else ConnectionChange.REFUSED
+                yield ConnectionChange.LOST if connected else ConnectionChange.REFUSED
 
     def receive_tokens(self) -> list[bytes]:
         """Frames from the token plane. Each is checked for itself, so it does not matter how they were sent."""
@@ -207,23 +257,14 @@ class Link:
 
     def _open_control(self, target: int) -> None:
         self.close()
-        self._target = target
-        if self._literal:
-            self.take(sockets.resolve_all(self._address))
-        elif not self.found or target == 0:
+        self.brokers.target = target
+        if self.brokers.literal:
+            self.brokers.take(sockets.resolve_all(self.brokers.address))
+        elif not self.brokers.found or target == 0:
             # Once a round: the brokers of a name may be others by now.
-            self.lookup = Lookup(self._address)
+            self.lookup = Lookup(self.brokers.address)
             return
         self._connect()
-
-    def take(self, found: list[tuple[str, int]]) -> None:
-        """Where they are. Who remains keeps his place."""
-        if not self._spread:
-            self.found = found[:1]
-            return
-        for place in found:
-            self._shares.setdefault(place, random.random())
-        self.found = sorted(found, key=lambda place: self._shares[place])
 
     def answered(self) -> None:
         """The name was looked up. If in vain, the core sees a greeting without an answer and tries again later."""
@@ -234,15 +275,15 @@ class Link:
         if lookup.problem:
             log.warning("%s", lookup.problem)
         if lookup.found:
-            self.take(lookup.found)
-        if self.found:
+            self.brokers.take(lookup.found)
+        if self.brokers.found:
             self._connect()
 
     def _connect(self) -> None:
-        self._ip, port = self.found[self._target % len(self.found)]
+        self._ip, port = self.brokers.current
         self.control = sockets.control(self._context, zmq.DEALER, curve=self._key)
         self.monitor = self.control.get_monitor_socket(_WATCHED)
-        self._shaken = False
+        self._connected = False
         self.control.connect(sockets.endpoint(self._ip, port + self._offset))
 
     def _open_tokens(self, port: int, topic: bytes) -> None:
@@ -265,5 +306,4 @@ class Link:
         if self.tokens is not None:
             self.tokens.close(linger=0)
         self.control = self.tokens = None
-        self._pending.clear()
-        self._outbox = []
+        self._outbox.clear()

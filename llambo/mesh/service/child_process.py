@@ -1,8 +1,8 @@
 """What starters of child processes share: `llambo up` for its services, a fleet for its nodes.
 
 Who restarts a child, and when, differs between them and is decided there (docs/decisions.md, "Three ways to supervise a
-process"). A child reports that it is ready with one line on a pipe, so nobody guesses from a log or polls. The pipe
-closes with the child, so a child that fails before that is noticed at once.
+process"). A child reports that it is ready with one line on a pipe, so its parent need not guess from a log, or poll.
+The pipe closes with the child, so a child that fails before that is noticed at once.
 """
 
 from __future__ import annotations

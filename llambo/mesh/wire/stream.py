@@ -111,9 +111,10 @@ class Chunks:
         while self.stash:
             frame = self.stash.pop_next(self.next_index)
             if frame is None:
-                return
+                break
             yield frame
-        self.stash = None
+        if not self.stash:
+            self.stash = None
 
 
 class Reassembly(Chunks):

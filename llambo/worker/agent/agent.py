@@ -3,7 +3,7 @@
 It polls the sockets of its links, the pipe of its engine and a wake-up pipe for signals, turns what arrives into
 events for the core, and performs the actions that the core returns. It decides nothing.
 
-`condition` is what the service manager (systemd) is told. It is read from the core, which knows nothing of managers. A
+`condition` is the state for the service manager (systemd). It is read from the core, which knows nothing of managers. A
 worker is ready when it is useful: welcomed by a broker, its model loaded and tested, its token plane proved. It is
 healthy as long as its engine works: the core kills an engine that has sequences and is silent for `stall_ms`, and the
 watchdog is not fed until that process is gone. So a worker that cannot get rid of its engine is restarted as a whole.
@@ -128,8 +128,8 @@ class Agent:
 
     def _tell_manager(self, why: str = "") -> None:
         now = clock.now_ms()
-        how = condition(self.core, self._config.brokers, now)
-        self._notifier.update(replace(how, status=why) if why else how, now)
+        state = condition(self.core, self._config.brokers, now)
+        self._notifier.update(replace(state, status=why) if why else state, now)
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""

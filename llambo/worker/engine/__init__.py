@@ -1,1 +1,1 @@
-"""What agent and engine child say to each other, and the fake engine. No llama.cpp here."""
+"""The messages between agent and engine child, the options of both engines, and the fake engine. No llama.cpp here."""

@@ -121,8 +121,6 @@ class FakeEngine:
                 outputs.append(self._advance(sequence, now_ms))
         return outputs
 
-    # --- starting ------------------------------------------------------------------------------------
-
     def _refusal(self, start: Start) -> Refused | None:
         if len(self._sequences) >= self._options.slots:
             error = ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken")
@@ -161,8 +159,6 @@ class FakeEngine:
         if self._wander:
             return fake_model.base_of(start.key[-limits.DISPATCH_ID_BYTES :], start.prompt)
         return fake_model.plain_base(start.seed, start.prompt)
-
-    # --- stepping ------------------------------------------------------------------------------------
 
     def _advance(self, sequence: _Sequence, now_ms: int) -> Output:
         if sequence.first_ms < 0:

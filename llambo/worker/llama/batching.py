@@ -1,4 +1,4 @@
-"""What goes into the next decoding step: continuous batching as a value, without a model.
+"""What goes into the next decoding step: continuous batching. Pure, without a model or a clock.
 
 An engine has slots; each holds one sequence of tokens whose keys and values are in the cache (its cells). A request
 takes a free slot, and until its last prompt token has been decoded it prefills; from then on it puts one token into
@@ -6,18 +6,17 @@ every step. All requests share each step; the engine decodes its prompts first, 
 decided here:
 
     share     a step with running streams takes only so many prompt tokens that it lasts at most STRETCH times as
-              long as one without; a step without streams only so many that cancels and deadlines are heard soon.
+              long as one without; a step without streams only so many that cancels and deadlines take effect soon.
               Both follow from measured times, so that they suit a small model as well as a large one. Steps
-              without prompts save up for a burst: short prompts that come together go in together, and past a
-              long one.
-    reuse     a finished slot keeps its tokens. A new request takes the slot with the longest common prefix, or gets
-              a copy of the prefix of another slot, running ones included; slots go least recently used first.
-    cells     a slot never holds more than `context` tokens: who could exceed that is refused at the door.
+              without prompts accumulate time for a burst: short prompts that come together are decoded together,
+              and before a long one.
+    reuse     a finished slot retains its tokens. A new request takes the slot with the longest common prefix, or gets
+              a copy of the prefix of another slot, also of a running one. Slots are replaced least recently used first.
+    cells     a slot never holds more than `context` tokens: a request that could exceed that is refused.
 
-Every slot has a cache of its own, of `context` cells (not one cache for all: that was measured to be slower).
-llama.cpp decodes slots together that are neighbours, and others one after the other. So a new request goes beside
-those that run.
-There is no clock and no model in here: the engine says what it measured, and does what `plan` says.
+Every slot has a cache of its own, of `context` cells (one cache for all was measured to be slower). llama.cpp decodes
+neighbouring slots together, and others one after the other, so a new request is put beside the running ones.
+The engine executes what `plan` returns, and reports to `done` how long it took.
 """
 
 from __future__ import annotations
@@ -25,19 +24,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-#: A step with prompt tokens in it may take so many times as long as a step without.
+#: A step with prompt tokens may take this many times as long as a step without.
 STRETCH = 2.5
-#: A step without running streams takes about so long, so that a cancel is heard in the middle of a prompt.
+#: A step without running streams takes about this long, so that a cancel takes effect in the middle of a prompt.
 PREFILL_STEP_MS = 300.0
-#: Beyond that, prompts that fit in whole may take so long, saved up at this rate while streams run undisturbed: a
-#: handful of short prompts at once is one short pause, and in small helpings each would wait for all before it.
+#: Beyond that, prompts that fit completely may take up to BURST_MS, which accumulates at the rate SAVED while streams
+#: run without prompts. Several short prompts at once are one short pause; divided into small parts, each would wait for
+#: all before it.
 BURST_MS = 400.0
 SAVED = 0.1
-#: Prompt tokens in a step, at least: less would make a prompt wait for ever behind running streams.
+#: Prompt tokens in a step, at least: with fewer a prompt would wait too long behind running streams.
 MIN_SHARE = 2
 #: Assumed until something was measured.
 FIRST_SHARE = 32
-#: Copying the cells of another slot costs a copy of the whole slot; a shorter prefix is sooner computed.
+#: Copying cells of another slot copies the whole slot; a shorter prefix is computed faster.
 MIN_COPY = 64
 #: Weight of the newest measurement.
 NEWEST = 0.25
@@ -51,7 +51,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     cells: int = 0
     key: bytes | None = None
-    #: Nothing of its prompt was decoded yet.
+    #: None of its prompt is decoded yet.
     fresh: bool = False
     #: When it became free, counted in requests: the smallest is the least recently used.
     used: int = 0
@@ -63,7 +63,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a request was put, and what has to be done to the cache before the next step."""
+    """The slot of a request, and what has to be done to the cache before the next step."""
 
     slot: int
     #: Tokens that need not be computed.
@@ -74,7 +74,7 @@ class Placed:
 
 @dataclass(slots=True)
 class Plan:
-    """One decoding step, as columns: that is how the engine wants them."""
+    """One decoding step, as columns."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -99,15 +99,13 @@ class Batcher:
         self._prefill_ms = 0.0  # per token
         self._burst_ms = BURST_MS
 
-    # --- requests come and go ------------------------------------------------------------------------
-
     @property
     def running(self) -> int:
         return len(self._by_key)
 
     @property
     def cells(self) -> int:
-        """Cells in use by running requests; the rest is cache that may be dropped at any time."""
+        """Cells in use by running requests. All others are cache, which may be dropped at any time."""
         return sum(slot.cells for slot in self._by_key.values())
 
     @property
@@ -120,7 +118,7 @@ class Batcher:
         if not free:
             return None
         assert tokens, "a prompt has at least one token"
-        assert len(tokens) <= self.context, "who could exceed the context was to be refused"
+        assert len(tokens) <= self.context, "a request that could exceed the context should have been refused"
         placed = self._choose(free, tokens)
         slot = self.slots[placed.slot]
         slot.key, slot.fresh = key, True
@@ -140,7 +138,7 @@ class Batcher:
         slot.tokens.append(token)
 
     def finish(self, key: bytes) -> None:
-        """Ended or cancelled, also in the middle of its prompt. What is in the cache stays, for those who come."""
+        """Ended or cancelled, also in the middle of its prompt. Its cells stay in the cache for later requests."""
         slot = self._by_key.pop(key)
         self._prefilling.pop(key, None)
         self._finished += 1
@@ -148,7 +146,7 @@ class Batcher:
         del slot.tokens[slot.cells :]
 
     def forget(self) -> list[int]:
-        """Drop what finished requests have left; the slots that are empty now."""
+        """Drop the cache of finished requests. Returns the slots that are empty now."""
         free = [slot for slot in self.slots if slot.key is None]
         for slot in free:
             slot.tokens.clear()
@@ -159,21 +157,21 @@ class Batcher:
         return self._by_key[key].number
 
     def _choose(self, free: list[Slot], tokens: list[int]) -> Placed:
-        kept = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]
-        own = max(free, key=lambda slot: kept[slot.number])
+        shared = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]
+        own = max(free, key=lambda slot: shared[slot.number])
         apart = self._apart()
         oldest = min(free, key=lambda slot: (apart[slot.number], slot.cells > 0, slot.used))
-        donor = max(self.slots, key=lambda slot: kept[slot.number])
-        saved = kept[donor.number]
-        # In place, unless that would spoil a long prefix of others for a short one of ours.
-        if 0 < own.cells <= 2 * kept[own.number] and saved - kept[own.number] < MIN_COPY:
-            return Placed(own.number, kept[own.number])
-        if donor is not oldest and saved - kept[oldest.number] >= MIN_COPY:
+        donor = max(self.slots, key=lambda slot: shared[slot.number])
+        saved = shared[donor.number]
+        # In place, unless that would destroy a long prefix of another conversation for a short one of this request.
+        if 0 < own.cells <= 2 * shared[own.number] and saved - shared[own.number] < MIN_COPY:
+            return Placed(own.number, shared[own.number])
+        if donor is not oldest and saved - shared[oldest.number] >= MIN_COPY:
             return Placed(oldest.number, saved, donor.number)
-        return Placed(oldest.number, kept[oldest.number])
+        return Placed(oldest.number, shared[oldest.number])
 
     def _apart(self) -> list[int]:
-        """Into how many runs of neighbours the busy slots would fall, with each of the slots among them."""
+        """For each slot: the number of groups of neighbours among the busy slots if it were busy as well."""
         busy = [slot.key is not None for slot in self.slots]
         runs = []
         for number in range(len(busy)):
@@ -181,12 +179,10 @@ class Batcher:
             runs.append(sum(here and not before for before, here in pairwise([False, *with_it])))
         return runs
 
-    # --- steps ---------------------------------------------------------------------------------------
-
     def plan(self) -> Plan | None:
         """The next step, or None if there is nothing to decode. `done` has to follow."""
         plan = Plan()
-        # In the order of the slots: llama.cpp computes neighbours together, and others one after the other.
+        # In the order of the slots, because llama.cpp decodes neighbours together.
         for slot in self.slots:
             if slot.key is not None and slot.key not in self._prefilling and slot.waiting:
                 self._add(plan, slot.key, slot, 1)
@@ -211,7 +207,7 @@ class Batcher:
             plan.outputs.append((len(plan.tokens) - 1, key))
 
     def done(self, plan: Plan, took_ms: float) -> None:
-        """The step was decoded, and took so long."""
+        """The step was decoded in `took_ms`."""
         for number in plan.slots:
             self.slots[number].cells += 1
             self.slots[number].fresh = False
@@ -232,9 +228,9 @@ class Batcher:
     def _undisturbed_ms(self, streams: int) -> float:
         """What a step of so many streams takes without prompts.
 
-        Before it was measured it is guessed from the nearest number that was: half of such a step is the same for
-        any number (the weights have to be read), half grows with it. A guess far too low would be taken for slow
-        prompts, and they would then be let in by crumbs.
+        Until it is measured it is estimated from the nearest number that was: half of such a step is the same for
+        any number (the weights have to be read), half grows with it. With an estimate far too low, prompts would seem
+        slow, and would then get a few tokens of each step only.
         """
         if not streams or not self._decode_ms:
             return 0.0

@@ -1,8 +1,8 @@
-"""Which texts go into the next step of the embedding context: a value, without a model.
+"""Which texts go into the next step of the embedding context. Pure, without a model.
 
-Embeddings have a context of their own, beside that of the answers: they touch neither its cells nor its prefixes. Texts
-wait in order. As many as fit share a step, each as a sequence of its own, and a long one is cut across steps; so a step
-stays short, and running answers wait for one at the most.
+Embeddings have a context of their own, separate from that of the answers and its cached prefixes. Texts wait in order.
+As many as fit share a step, each as a sequence of its own, and a long text is split across steps. So a step stays
+short, and running answers wait for one at most.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Rows = NDArray[np.float32]
 
 @dataclass(slots=True)
 class Job:
-    """One task: its texts as tokens, and what became of them."""
+    """One task: its texts as tokens, and their vectors."""
 
     key: bytes
     texts: list[list[int]]
     pooling: str
     deadline_ms: int
     vectors: list[NDArray[np.float64] | None] = field(default_factory=list)
-    #: Texts that are begun; those before are at least on their way.
+    #: The first texts, this many, are in progress or done.
     begun: int = 0
     left: int = 0
 
@@ -34,8 +34,8 @@ class Job:
 
 
 @dataclass(slots=True)
-class Text:
-    """A text under way, as a sequence of the context."""
+class OpenText:
+    """A text in progress, as a sequence of the context."""
 
     job: Job
     number: int
@@ -50,43 +50,45 @@ class Text:
 
 @dataclass(slots=True)
 class EmbedPlan:
-    """One step, as columns, and whose rows they are."""
+    """One step as columns. `shares`: the text of each group of rows, and its size."""
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sequences: list[int] = field(default_factory=list)
-    shares: list[tuple[Text, int]] = field(default_factory=list)
+    shares: list[tuple[OpenText, int]] = field(default_factory=list)
 
 
 class EmbedQueue:
-    """`cells`: tokens that all texts under way may have together; no text is longer."""
+    """`cells`: the most tokens of all open texts together, and of one text."""
 
     def __init__(self, cells: int, sequences: int) -> None:
         self.jobs: dict[bytes, Job] = {}
         self.cells = cells
         self._free = list(range(sequences))
-        self._open: list[Text] = []
+        self._open: list[OpenText] = []
 
     def add(self, job: Job) -> None:
-        assert all(0 < len(text) <= self.cells for text in job.texts), "what does not fit was to be refused"
+        assert all(0 < len(text) <= self.cells for text in job.texts), (
+            "a text that does not fit should have been refused"
+        )
         self.jobs[job.key] = job
 
     def drop(self, key: bytes) -> list[int]:
-        """Forget this job; the sequences whose cells have to be freed."""
+        """Returns the sequences whose cells have to be freed."""
         if self.jobs.pop(key, None) is None:
             return []
-        gone = [text for text in self._open if text.job.key == key]
-        self._close(gone)
-        return [text.sequence for text in gone]
+        dropped = [text for text in self._open if text.job.key == key]
+        self._close(dropped)
+        return [text.sequence for text in dropped]
 
     def plan(self, rows: int) -> EmbedPlan | None:
-        """At most so many rows; None if nothing waits."""
+        """The next step with at most `rows` rows; None if no text waits."""
         plan = EmbedPlan()
         for text in self._open:
             self._share(plan, text, rows)
         for job in self.jobs.values():
             while job.begun < len(job.texts) and len(plan.tokens) < rows and self._fits(len(job.texts[job.begun])):
-                text = Text(job, job.begun, self._free.pop())
+                text = OpenText(job, job.begun, self._free.pop())
                 job.begun += 1
                 self._open.append(text)
                 self._share(plan, text, rows)
@@ -95,7 +97,7 @@ class EmbedQueue:
         return plan if plan.tokens else None
 
     def done(self, plan: EmbedPlan, rows: Rows) -> tuple[list[Job], list[int]]:
-        """These rows came of it: the jobs that are complete now, and the sequences whose cells have to be freed."""
+        """Takes the rows of a step. Returns the complete jobs, and the sequences whose cells have to be freed."""
         at, closed = 0, []
         for text, count in plan.shares:
             mine = rows[at : at + count]
@@ -103,7 +105,7 @@ class EmbedQueue:
             text.at += count
             whole = text.at == len(text.tokens)
             if text.job.pooling == "mean":
-                # In double precision, so that the order of steps does not show.
+                # In double precision, so that the division into steps does not change the result.
                 summed = mine.sum(axis=0, dtype=np.float64)
                 text.total = summed if text.total is None else text.total + summed
                 if whole:
@@ -122,7 +124,7 @@ class EmbedQueue:
     def _fits(self, tokens: int) -> bool:
         return bool(self._free) and sum(len(text.tokens) for text in self._open) + tokens <= self.cells
 
-    def _share(self, plan: EmbedPlan, text: Text, rows: int) -> None:
+    def _share(self, plan: EmbedPlan, text: OpenText, rows: int) -> None:
         count = min(len(text.tokens) - text.at, rows - len(plan.tokens))
         if count > 0:
             plan.tokens += text.tokens[text.at : text.at + count]
@@ -130,7 +132,7 @@ class EmbedQueue:
             plan.sequences += [text.sequence] * count
             plan.shares.append((text, count))
 
-    def _close(self, texts: list[Text]) -> None:
+    def _close(self, texts: list[OpenText]) -> None:
         for text in texts:
             self._open.remove(text)
             self._free.append(text.sequence)

@@ -1,18 +1,18 @@
-"""llama.cpp, as much of it as the engine needs. The only file that knows its bindings.
+"""llama.cpp, as much of it as the engine needs. The only file that imports its bindings.
 
     Model       weights and vocabulary: tokens of a text, text of a token, metadata
-    Decoder     a context with a cache of its own for each slot; one call decodes one step of all of them
-    Embedder    a context with one small cache, which gives the last layer's numbers for each token
+    Decoder     a context with a separate cache for each slot; one call decodes one step of all of them
+    Embedder    a context with one small cache, which returns the output of the last layer for each token
     Candidates  the native part of sampling, for one request
     Gbnf        a grammar, for one request
 
 What was learnt the hard way:
-- A ctypes callback that nobody holds is collected, and the next call of it is a segmentation fault.
-- Filling a batch field by field through ctypes costs more than sampling does. The batch here is made of numpy
-  arrays, and llama.cpp is given their addresses.
-- A C++ exception that meets Python ends the process. So a grammar is never told of a token it has not allowed.
-- With `use_extra_bufts` llama.cpp may choose instructions (AMX) that a hypervisor forbids; then the first prompt of
-  more than one token ends the process. The agent retries with `safe`, without them.
+- A ctypes callback without a Python reference is collected, and the next call of it is a segmentation fault.
+- Filling a batch field by field through ctypes costs more than sampling does. The batch here consists of numpy
+  arrays, and llama.cpp gets their addresses.
+- A C++ exception that reaches Python ends the process. So a grammar must never accept a token it has not allowed.
+- With `use_extra_bufts` llama.cpp may choose instructions (AMX) that a hypervisor forbids. Then the first prompt of
+  more than one token ends the process. The agent starts the next engine with `safe`, which turns them off.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from llambo.mesh.wire import conversation
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama.sampling import Grammar, Ids, Logits
 
-#: Its types change with every release; what we use of it is proved by tests on a real model.
+#: Its types change with every release. What is used here is tested with a real model.
 lib: Any = llama_cpp
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
 FLASH = {"auto": -1, "off": 0, "on": 1}
-#: What ends the repetitions that DRY looks for, as in llama.cpp.
+#: Text that ends a repetition for DRY, as in llama.cpp.
 DRY_BREAKERS = (b"\n", b":", b'"', b"*")
-#: Who is so far below the best is hardly ever among the likeliest k.
+#: A token whose logit is this far below the best is hardly ever among the likeliest k.
 NEAR = np.float32(12)
-#: A grammar is asked for so many of the likeliest tokens, and only if they are not enough for more.
+#: A grammar is asked about this many of the likeliest tokens, and about more only if they are not enough.
 LIKELIEST = (64, 1024)
-#: The longest piece of text one token stands for.
+#: The longest text of one token.
 PIECE_BYTES = 4096
-#: Texts under way at a time, and tokens in a step, of a context for embeddings.
+#: Texts at a time, and tokens in a step, of a context for embeddings.
 EMBED_SEQUENCES, EMBED_ROWS = 16, 64
 #: From ggml.h.
 LOG_WARNING, LOG_ERROR = 3, 4
@@ -74,21 +74,21 @@ class Shape:
 
 
 class _Log:
-    """The last complaints of llama.cpp: they explain why a model did not load."""
+    """The last warnings and errors of llama.cpp: they explain why a model did not load."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self._level = 0
-        # Held here for as long as the process lives.
+        # This reference has to live as long as the process.
         self._callback = lib.llama_log_callback(self._on_line)
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _on_line(self, level: int, text: bytes, _: Any) -> None:
-        self._level = level if level <= 4 else self._level  # 5 goes on with the line before
+        self._level = level if level <= 4 else self._level  # 5 continues the line before
         if self._level in (LOG_WARNING, LOG_ERROR):
             self.lines = [*self.lines[-7:], text.decode(errors="replace").strip()]
 
-    def said(self) -> str:
+    def reason(self) -> str:
         return "; ".join(line for line in self.lines if line) or "llama.cpp gave no reason"
 
 
@@ -96,7 +96,7 @@ _log: _Log | None = None
 
 
 def _start_library() -> _Log:
-    global _log  # noqa: PLW0603  # the library has one log, too
+    global _log  # noqa: PLW0603  # the library has one log per process as well
     if _log is None:
         _log = _Log()
         lib.llama_backend_init()
@@ -123,7 +123,7 @@ class Model:
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         del callback
         if not self.handle:
-            raise LoadError(f"{path} cannot be loaded: {log.said()}")
+            raise LoadError(f"{path} cannot be loaded: {log.reason()}")
         self.vocab = lib.llama_model_get_vocab(self.handle)
         self.tokens = int(lib.llama_vocab_n_tokens(self.vocab))
         self.trained_context = int(lib.llama_model_n_ctx_train(self.handle))
@@ -131,7 +131,7 @@ class Model:
         self._pieces: dict[int, bytes] = {}
         self._buffer = ctypes.create_string_buffer(PIECE_BYTES)
         if lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle):
-            raise LoadError(f"{path} is no model that writes text by itself")
+            raise LoadError(f"{path} is not a model that generates text")
         if self.tokens == 0:
             raise LoadError(f"{path} has no vocabulary")
         self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
@@ -139,8 +139,6 @@ class Model:
 
     def close(self) -> None:
         lib.llama_model_free(self.handle)
-
-    # --- what it is ----------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> int:
@@ -150,8 +148,8 @@ class Model:
     def layers(self) -> int:
         return int(lib.llama_model_n_layer(self.handle))
 
-    def text_of(self, key: str) -> str:
-        """One entry of its metadata, or nothing."""
+    def metadata(self, key: str) -> str:
+        """One entry of the model's metadata; empty if there is none."""
         size = 1024
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -165,10 +163,8 @@ class Model:
         lib.llama_model_desc(self.handle, buffer, 256)
         return buffer.value.decode(errors="replace")
 
-    # --- text ----------------------------------------------------------------------------------------
-
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
-        """`special`: names of control tokens in the text mean those tokens, as a chat template needs it."""
+        """`special`: names of control tokens in the text become those tokens, which a chat template needs."""
         most = len(text) + 8
         buffer = (ctypes.c_int32 * most)()
         count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
@@ -179,7 +175,7 @@ class Model:
         return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
-        """The bytes it adds to a text. Control tokens add none, save for the tags around a call of a tool."""
+        """The bytes a token adds to the text. Control tokens add none, except for the tags around a tool call."""
         found = self._pieces.get(token)
         if found is None:
             found = self._render(token, special=False)
@@ -188,23 +184,17 @@ class Model:
             self._pieces[token] = found
         return found
 
-    @cached_property
-    def beyond_tags(self) -> list[tuple[int, bytes]]:
-        """The tokens with more than blanks behind a `>`: one of them could end the tag of a call, and go on."""
-        pieces = ((token, self.piece(token)) for token in range(self.tokens))
-        return [(token, piece) for token, piece in pieces if piece.partition(b">")[2].strip()]
-
-    def spelled(self, token: int) -> bytes:
-        """The same, but control tokens by their names."""
+    def piece_or_name(self, token: int) -> bytes:
+        """The bytes of a token; for a control token its name."""
         return self._render(token, special=True)
 
     def name(self, token: int) -> str:
-        """The text that stands for a token in a template: `<s>` and the like."""
+        """The text of a control token in a template, for example `<s>`."""
         return self._render(token, special=True).decode(errors="replace") if token >= 0 else ""
 
     @cached_property
-    def longest(self) -> int:
-        """Bytes of the longest text that one token stands for, as its name or in an answer."""
+    def longest_piece_bytes(self) -> int:
+        """Of all tokens, control tokens by their names."""
         return max(len(self._render(token, special=True)) for token in range(self.tokens)) or 1
 
     @property
@@ -234,7 +224,7 @@ class Decoder:
         params.n_batch = params.n_ubatch = shape.batch
         params.n_threads = params.n_threads_batch = shape.threads
         params.n_outputs_max = shape.slots
-        # One cache for each sequence: measured to be faster than one for all.
+        # A cache for each sequence was measured to be faster than one for all.
         params.kv_unified = False
         params.type_k = params.type_v = KV_TYPES[shape.kv_type]
         params.flash_attn_type = FLASH[shape.flash_attn]
@@ -242,7 +232,7 @@ class Decoder:
         params.no_perf = True
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise LoadError(f"no context of {shape.slots} x {shape.context} tokens: {log.said()}")
+            raise LoadError(f"no context of {shape.slots} x {shape.context} tokens: {log.reason()}")
         self._memory = lib.llama_get_memory(self.handle)
         self._vocab = model.tokens
         self.context = int(lib.llama_n_ctx_seq(self.handle))
@@ -257,7 +247,7 @@ class Decoder:
         self._sequences = np.zeros(size, np.int32)
         self._counts = np.ones(size, np.int32)
         self._wanted = np.zeros(size, np.int8)
-        # Each row names its sequences by address; ours have one each, in one array.
+        # Each row refers to its sequences by address. Here each row has one, and all are in one array.
         self._addresses = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
         fields = dict(lib.llama_batch._fields_)
 
@@ -277,7 +267,7 @@ class Decoder:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
     ) -> NDArray[np.float32]:
-        """One step. A row of logits for each row of `outputs`, in that order; valid until the next step."""
+        """One step. Returns a row of logits for each row of `outputs`, in that order, valid until the next step."""
         count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = positions
@@ -290,21 +280,19 @@ class Decoder:
             raise RuntimeError(f"llama_decode gave {code} for a step of {count} tokens")
         if not outputs:
             return np.empty((0, self._vocab), np.float32)
-        # In the order of the batch, and so are our outputs.
+        # llama.cpp returns them in the order of the batch, and `outputs` is sorted.
         logits = lib.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
 
-    # --- the cache -----------------------------------------------------------------------------------
-
     def cut(self, slot: int, cells: int) -> bool:
-        """Keep only so many cells. False: this kind of cache cannot be cut; the slot is empty now."""
+        """Keep only the first cells of a slot. False: this kind of cache cannot be cut, and the slot is empty now."""
         if lib.llama_memory_seq_rm(self._memory, slot, cells, -1):
             return True
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
         return False
 
     def copy(self, source: int, slot: int, cells: int) -> bool:
-        """The first cells of another slot. (Between caches only a whole one can be copied; then it is cut.)"""
+        """Copy the first cells of another slot. Between caches only all cells can be copied, then the copy is cut."""
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
         lib.llama_memory_seq_cp(self._memory, source, slot, -1, -1)
         return self.cut(slot, cells)
@@ -314,7 +302,7 @@ class Decoder:
 
 
 class Embedder(Decoder):
-    """All texts under way share `context` cells. Pooling is ours, so that a long text can take several steps."""
+    """All texts share `context` cells. Pooling is done by the caller, so that a long text can take several steps."""
 
     sequences = EMBED_SEQUENCES
 
@@ -331,17 +319,17 @@ class Embedder(Decoder):
         params.offload_kqv = True
         params.no_perf = True
         params.embeddings = True
-        params.pooling_type = 0  # none: a row for each token
+        params.pooling_type = 0  # no pooling: a row for each token
         self.handle = lib.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise LoadError(f"no context of {shape.context} tokens for embeddings: {log.said()}")
+            raise LoadError(f"no context of {shape.context} tokens for embeddings: {log.reason()}")
         self._memory = lib.llama_get_memory(self.handle)
         self._size = model.embedding_size
         self.context = shape.context
         self._make_batch(EMBED_ROWS)
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> NDArray[np.float32]:
-        """One step: a row for each token, in their order; valid until the next step."""
+        """One step. Returns a row for each token, in the same order, valid until the next step."""
         count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = positions
@@ -356,13 +344,13 @@ class Embedder(Decoder):
 
 
 class Gbnf:
-    """A grammar that follows an answer."""
+    """A grammar with its state in one answer."""
 
     def __init__(self, model: Model, text: str) -> None:
         log = _start_library()
         self._handle = lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
         if not self._handle:
-            raise ValueError(f"the grammar makes no sense: {log.said()}")
+            raise ValueError(f"the grammar cannot be parsed: {log.reason()}")
         self._one = np.zeros(1, CANDIDATE)
 
     def __del__(self) -> None:
@@ -383,20 +371,16 @@ class Gbnf:
     def apply(self, candidates: Any) -> None:
         lib.llama_sampler_apply(self._handle, ctypes.byref(candidates))
 
-    def forbid(self, candidates: Any, ids: Sequence[int]) -> None:
-        found = _view(candidates)
-        found["logit"][np.isin(found["id"], np.array(ids, np.int32))] = -np.inf
-
 
 class Candidates:
-    """What walks or sorts the whole vocabulary, natively. `shared` is one array for all requests."""
+    """The parts of sampling that walk or sort the whole vocabulary. `shared` is one array for all requests."""
 
     def __init__(self, model: Model, options: Sampling, shared: NDArray[Any], history: Sequence[int]) -> None:
         self._shared = shared
         self._dry = options.dry_multiplier > 0
         #: The top-k that is first in the chain, or 0.
-        self._few = 0 if self._dry or options.mirostat else options.top_k
-        #: How far below the best lawful one nobody has to be looked for. With a min-p they would be dropped anyway.
+        self._top_k = 0 if self._dry or options.mirostat else options.top_k
+        #: Tokens with a logit this far below the best allowed one need not be found: min-p would drop them anyway.
         self._reach = NEAR
         if options.min_p > 0 and not options.mirostat:
             self._reach = min(NEAR, np.float32(2 - math.log(options.min_p)))
@@ -427,7 +411,7 @@ class Candidates:
                 )
             )
         if options.mirostat:
-            return samplers  # it does its own narrowing
+            return samplers  # mirostat replaces the samplers below
         if options.top_k:
             samplers.append(lib.llama_sampler_init_top_k(options.top_k))
         if options.typical_p < 1:
@@ -440,23 +424,24 @@ class Candidates:
 
     def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]:
         if grammar is not None:
-            array = self._lawful(logits, grammar, self._few)
+            array = self._allowed(logits, grammar, self._top_k)
         else:
-            array = self._near(logits) if self._few else self._fill(logits)
+            array = self._near_best(logits) if self._top_k else self._fill(logits)
         lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         return _columns(array)
 
     def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]:
-        return _columns(self._lawful(logits, grammar, 1))
+        return _columns(self._allowed(logits, grammar, 1))
 
     def accept(self, token: int) -> None:
         if self._dry:
             lib.llama_sampler_accept(self._chain, token)
 
-    def _lawful(self, logits: Logits, grammar: Grammar, few: int) -> Any:
-        """Who passes the grammar, likeliest first: to ask it for a whole vocabulary takes as long as many steps.
+    def _allowed(self, logits: Logits, grammar: Grammar, enough: int) -> Any:
+        """Tokens that the grammar allows. Asking it about the whole vocabulary takes as long as many steps.
 
-        Enough are those that a top-k would leave, or all that are near the best of them.
+        So only the likeliest are asked about, if `enough` of them are allowed (as many as a top-k would leave), or if
+        all tokens near the best allowed one are among them.
         """
         for size in LIKELIEST if not self._dry else ():
             if size >= len(logits):
@@ -469,19 +454,19 @@ class Candidates:
             array = _array(candidates)
             grammar.apply(array)
             passed = candidates["logit"][np.isfinite(candidates["logit"])]
-            if len(passed) and (0 < few <= len(passed) or least < passed.max() - self._reach):
+            if len(passed) and (0 < enough <= len(passed) or least < passed.max() - self._reach):
                 return array
         array = self._fill(logits)
         grammar.apply(array)
         return array
 
-    def _near(self, logits: Logits) -> Any:
-        """Of a top-k the candidates, found without moving the whole vocabulary: who is near the best, if they are k.
+    def _near_best(self, logits: Logits) -> Any:
+        """Candidates for a top-k without copying the whole vocabulary: those near the best, if they are at least k.
 
-        All others are below all of these, so what the chain leaves is the same.
+        All others are below all of these, so the chain leaves the same tokens.
         """
         near = np.flatnonzero(logits > logits.max() - NEAR)
-        if len(near) < self._few:
+        if len(near) < self._top_k:
             return self._fill(logits)
         candidates = self._shared[: len(near)]
         candidates["id"] = near
@@ -513,12 +498,12 @@ def _array(candidates: NDArray[Any]) -> Any:
 
 
 def _columns(array: Any) -> tuple[Ids, Logits]:
-    left = _view(array)
+    left = view_of(array)
     return left["id"].copy(), left["logit"].copy()
 
 
-def _view(array: Any) -> NDArray[Any]:
-    """A sampler may have put its result elsewhere: the address in the array is what counts."""
+def view_of(array: Any) -> NDArray[Any]:
+    """A sampler may have moved its result, so the address in the array has to be read."""
     address = ctypes.cast(array.data, ctypes.c_void_p).value
     assert address is not None
     raw = (ctypes.c_char * (array.size * CANDIDATE.itemsize)).from_address(address)

@@ -1,11 +1,11 @@
-"""The llama.cpp engine: the batching core above, the decoder below, and what a request is in between.
+"""The llama.cpp engine: requests between the batching core, which plans steps, and the decoder, which computes them.
 
-A request is a `Stream`: a sampler that chooses, a gate that lets text out, and a few counts. `start` refuses what can
-never end well (too long, no template, a grammar that is none) before anything was computed; `step` decodes one
-plan of the batching core and gives each request its next token. A continued request is one whose prompt ends with
-the tokens it has: they are prefilled like any other, and accepted by its sampler and its gate.
+A request is a `Stream`: a sampler that chooses tokens, a gate that releases text, and a few counts. `start` refuses a
+request that cannot succeed (too long, an unusable template or grammar) before anything is computed. `step` decodes one
+plan of the batching core and gives each request its next token. The prompt of a continued request ends with the tokens
+it has already: they are prefilled like any other, and accepted by its sampler and its gate.
 
-Cancels and deadlines act between steps, and the core keeps steps short.
+Cancels and deadlines take effect between steps, and the core keeps steps short.
 """
 
 from __future__ import annotations
@@ -19,27 +19,26 @@ import msgspec
 import numpy as np
 
 from llambo.mesh.service import host
-from llambo.mesh.wire import conversation, limits
+from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.engine.protocol import Output, Progress, Ready, Refused, Start
-from llambo.worker.grammar.grammar import Grammar as Wanted
-from llambo.worker.grammar.grammar import GrammarError, grammar_of
 from llambo.worker.llama import llama
 from llambo.worker.llama.batching import Batcher, Plan
-from llambo.worker.llama.defaults import Defaults, in_force, options_in_force
-from llambo.worker.llama.lazy_grammar import LazyGrammar
+from llambo.worker.llama.guide import Guides
 from llambo.worker.llama.llama_tasks import NoRoom, Tasks
 from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
-from llambo.worker.llama.text import Gate
+from llambo.worker.llama.sampling_defaults import Defaults, numeric_options, with_defaults
+from llambo.worker.llama.text_gate import TextGate
 from llambo.worker.models import model_files
 from llambo.worker.prompt import rendering
+from llambo.worker.prompt.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.prompt.template import BadPrompt, Template, TooLong
 
 NEVER_MS = 2**62
-#: The self-test: more than one token, because that is where a wrong choice of instructions shows.
+#: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
 
@@ -48,7 +47,7 @@ SELF_TEST_TOKENS = 8
 class Stream:
     key: bytes
     sampler: Sampler
-    gate: Gate
+    gate: TextGate
     index: int
     limit: int
     prompt_tokens: int
@@ -56,69 +55,87 @@ class Stream:
     started: float
     deadline_ms: int
     first: float = 0.0
-    #: How many are told beside each token; None: none of it. What the gate holds back waits here, too.
+    #: Likeliest tokens to report beside each token; None: no log probabilities.
     top: int | None = None
+    #: Of the tokens that the gate holds back.
     logprobs: list[Logprob] = field(default_factory=list)
 
-    def told(self, tokens: int) -> list[Logprob] | None:
-        """The logprobs of so many tokens that the gate lets go."""
+    def take_logprobs(self, tokens: int) -> list[Logprob] | None:
+        """Those of the first tokens, which the gate has released."""
         if self.top is None:
             return None
-        told = self.logprobs[:tokens]
+        taken = self.logprobs[:tokens]
         del self.logprobs[:tokens]
-        return told
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What to load, and how to serve it."""
+
+    #: The model's name in the mesh.
+    name: str
+    path: str
+    shape: llama.Shape
+    gpu_layers: int = 0
+    #: Without what may not work on this machine.
+    safe: bool = False
+    fingerprint: str = ""
+    #: Sampling options that the model's file recommends.
+    defaults: Defaults = field(default_factory=dict)
+    #: Memory for embeddings, checked when the first one is requested. 0: not checked.
+    embed_bytes: int = 0
+    pooling: str = "mean"
 
 
 class LlamaEngine:
-    """`say` takes progress while the model loads."""
+    """Loads and tests the model when it is created. `send` gets progress meanwhile."""
 
     fault = None
 
-    def __init__(self, name: str, path: str, shape: llama.Shape, *, gpu_layers: int, safe: bool,
-                 fingerprint: str = "", defaults: Defaults | None = None, embed_bytes: int = 0, pooling: str = "mean",
-                 say: Callable[[Progress], None] = lambda progress: None) -> None:  # fmt: skip
+    def __init__(self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None) -> None:
+        name, shape = setup.name, setup.shape
         percent = -1
 
         def on_progress(share: float) -> None:
             nonlocal percent
             if int(share * 100) > percent:
                 percent = int(share * 100)
-                say(Progress(f"loading {name}: {percent} %", percent=percent))
+                send(Progress(f"loading {name}: {percent} %", percent=percent))
 
-        self._model = llama.Model(path, gpu_layers=gpu_layers, safe=safe, on_progress=on_progress)
+        self._setup = setup
+        self._model = llama.Model(setup.path, gpu_layers=setup.gpu_layers, safe=setup.safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, shape)
         self.batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
         self._shared = llama.shared_candidates(self._model)
+        self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}
-        self._name = name
-        self._fingerprint = fingerprint
-        self._slots = shape.slots
-        self._safe = safe
-        self._defaults = defaults or {}
-        source = self._model.text_of("tokenizer.chat_template")
+        source = self._model.metadata("tokenizer.chat_template")
         self._template = Template(source, bos=self._model.bos, eos=self._model.eos) if source else None
         self._knows_tools = self._template is not None and self._template.knows_tools
-        self._shape = shape
-        self._embed_bytes = embed_bytes
-        context = self._decoder.context
-        self._tasks = Tasks(self._model, self._template, context, self._make_embedder, self._info, pooling)
-        say(Progress(f"testing {name}"))
+        self._tasks = Tasks(
+            self._model,
+            self._template,
+            context=self._decoder.context,
+            make_embedder=self._make_embedder,
+            info=self._info,
+            pooling=setup.pooling,
+        )
+        send(Progress(f"testing {name}"))
         self._test()
 
-    # --- the Engine protocol -------------------------------------------------------------------------
-
     def ready(self) -> Ready:
-        note = f"{self._model.describe()}, {self._slots} x {self._decoder.context} tokens"
-        note += ", safe settings" if self._safe else ""
-        info = ModelInfo(self._name, self._fingerprint, self._decoder.context)
-        return Ready([info], self._slots, note)
+        note = f"{self._model.describe()}, {self._setup.shape.slots} x {self._decoder.context} tokens"
+        note += ", safe settings" if self._setup.safe else ""
+        info = ModelInfo(self._setup.name, self._setup.fingerprint, self._decoder.context)
+        return Ready([info], self._setup.shape.slots, note)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         if start.task != "generate":
             return self._tasks.start(start, now_ms)
         started = time.perf_counter()
-        if self._defaults:
-            sampling = in_force(start.sampling, start.given, self._defaults)
+        if self._setup.defaults:
+            sampling = with_defaults(start.sampling, start.given, self._setup.defaults)
             start = msgspec.structs.replace(start, sampling=sampling)
         try:
             chat = rendering.read(start.prompt, start.sampling)
@@ -133,13 +150,13 @@ class LlamaEngine:
         if len(prompt) + limit > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {limit} exceed the context of {context}"
             return _refused(start, Code.TOO_LONG, text)
-        if self.batcher.running >= self._slots:
-            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._slots} slots of this engine are taken"))
+        if self.batcher.running >= (slots := self._setup.shape.slots):
+            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {slots} slots of this engine are taken"))
         try:
             sampler = self._sampler(start, prompt, chat)
         except (GrammarError, ValueError) as error:
             return _refused(start, Code.BAD_REQUEST, str(error))
-        gate = Gate(start.sampling.stop)
+        gate = TextGate(start.sampling.stop)
         gate.replay([(token, self._model.piece(token)) for token in start.prefix])
         self._streams[start.key] = Stream(
             start.key, sampler, gate,
@@ -172,62 +189,62 @@ class LlamaEngine:
                 outputs.append(self._advance(self._streams[key], row))
         if self._tasks.pending:
             outputs += self._tasks.step(now_ms, (time.perf_counter() - began) * 1000 if plan is not None else 0.0)
-        # One that was held back says nothing, and the message as a whole says that the engine is alive.
+        # A token that is held back has no output; the message as a whole still shows that the engine is alive.
         return [output for output in outputs if output.ids or output.end is not None]
 
     def cells(self, slot: int) -> int:
-        """How many the decoder holds for a slot: the same as the batcher believes."""
+        """Cells of the decoder's cache for a slot. The batcher has to have the same number."""
         return self._decoder.cells(slot)
 
     def forget(self) -> None:
-        """Empty the cache of all that is not running."""
+        """Remove everything from the cache that no running request uses."""
         for slot in self.batcher.forget():
             self._decoder.cut(slot, 0)
 
-    # --- tasks ---------------------------------------------------------------------------------------
+    # Tasks.
 
     def _make_embedder(self) -> llama.Embedder:
         free_bytes = host.free_memory_bytes()
-        if self._embed_bytes > free_bytes:
-            need, free = self._embed_bytes // model_files.MIB, free_bytes // model_files.MIB
+        if self._setup.embed_bytes > free_bytes:
+            need, free = self._setup.embed_bytes // model_files.MIB, free_bytes // model_files.MIB
             raise NoRoom(
                 f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
             )
         try:
-            return llama.Embedder(self._model, replace(self._shape, context=self._decoder.context))
+            return llama.Embedder(self._model, replace(self._setup.shape, context=self._decoder.context))
         except llama.LoadError as error:
             raise NoRoom(str(error)) from error
 
     def _info(self) -> dict[str, Any]:
         model = self._model
         return {
-            "model": self._name,
+            "model": self._setup.name,
             "description": model.describe(),
-            "fingerprint": self._fingerprint,
-            "architecture": model.text_of("general.architecture"),
+            "fingerprint": self._setup.fingerprint,
+            "architecture": model.metadata("general.architecture"),
             "parameters": model.parameters,
             "layers": model.layers,
             "vocabulary": model.tokens,
             "embedding_size": model.embedding_size,
             "trained_context": model.trained_context,
             "context_tokens": self._decoder.context,
-            "slots": self._slots,
-            "kv_type": self._shape.kv_type,
-            "safe": self._safe,
+            "slots": self._setup.shape.slots,
+            "kv_type": self._setup.shape.kv_type,
+            "safe": self._setup.safe,
             "bos": model.bos,
             "eos": model.eos,
-            "sampling": options_in_force(self._defaults),
-            "sampling_from_model": sorted(self._defaults),
-            "chat_template": model.text_of("tokenizer.chat_template"),
+            "sampling": numeric_options(self._setup.defaults),
+            "sampling_from_model": sorted(self._setup.defaults),
+            "chat_template": model.metadata("tokenizer.chat_template"),
         }
 
-    # --- starting ------------------------------------------------------------------------------------
+    # Starting a request.
 
     def _prompt(self, start: Start, chat: Chat) -> list[int]:
         text, templated = rendering.text_of(start.prompt, chat, self._template)
-        context, longest = self._decoder.context, self._model.longest
+        context, longest = self._decoder.context, self._model.longest_piece_bytes
         if len(text) > context * longest:
-            # Known without counting, which takes its time for megabytes while all others wait.
+            # Known without tokenizing, which takes long for megabytes while all other requests wait.
             least = len(text) // longest
             raise TooLong(f"a prompt of {len(text)} bytes is more than {least} tokens, and the context is {context}")
         tokens = self._model.tokenize(text, special=templated)
@@ -249,33 +266,32 @@ class LlamaEngine:
             sampler.accept(token)
         return sampler
 
-    def _grammar(self, wanted: Wanted) -> Grammar | None:
-        if not wanted.text:
-            return None
-        grammar = llama.Gbnf(self._model, wanted.text)
-        return LazyGrammar(conversation.CALL_BEGIN, grammar, self._model) if wanted.lazy else grammar
+    def _grammar(self, wanted: AnswerGrammar) -> Grammar | None:
+        if wanted.lark:
+            return self._guides.guide(wanted.lark)
+        return llama.Gbnf(self._model, wanted.gbnf) if wanted.gbnf else None
 
     def _place(self, key: bytes, tokens: list[int]) -> int:
-        """How many of these need not be computed."""
+        """Take a slot. Returns how many of the tokens are in the cache already."""
         placed = self.batcher.place(key, tokens)
         assert placed is not None, "there was a free slot a moment ago"
         if placed.copy_from is None:
-            kept = self._decoder.cut(placed.slot, placed.cached)
+            usable = self._decoder.cut(placed.slot, placed.cached)
         else:
-            kept = self._decoder.copy(placed.copy_from, placed.slot, placed.cached)
-        if not kept:
+            usable = self._decoder.copy(placed.copy_from, placed.slot, placed.cached)
+        if not usable:
             self.batcher.restart(key)
             return 0
         return placed.cached
 
-    # --- stepping ------------------------------------------------------------------------------------
+    # One step.
 
     def _decode(self, plan: Plan) -> Logits:
         began = time.perf_counter()
         streams = len(plan.tokens) - plan.prefill
         rows = self._decode_part(plan, streams, len(plan.tokens)) if plan.prefill else None
         if streams:
-            # Prompts by themselves: who is in one call with a long one has to look at as many cells as that one.
+            # Prompts have a call of their own: beside a long prompt every stream would read as many cells as it.
             late = None if rows is None else rows.copy()
             rows = self._decode_part(plan, 0, streams)
             if late is not None and len(late):
@@ -291,7 +307,7 @@ class LlamaEngine:
         return self._decoder.decode(plan.tokens[part], plan.positions[part], plan.slots[part], wanted)
 
     def _advance(self, stream: Stream, logits: Logits) -> Output:
-        """Its next token, and what of its text may go."""
+        """Choose the next token, and release text that may be sent."""
         stream.first = stream.first or time.perf_counter()
         try:
             token = stream.sampler.choose(logits, stream.index)
@@ -310,27 +326,35 @@ class LlamaEngine:
             more, more_pieces = stream.gate.flush()
             return self._end(stream, "length", ids + more, pieces + more_pieces)
         self.batcher.push(stream.key, token)
-        return Output(stream.key, ids, pieces, logprobs=stream.told(len(ids)))
+        return Output(stream.key, ids, pieces, logprobs=stream.take_logprobs(len(ids)))
 
-    def _end(self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes],
-             error: ErrorInfo | None = None) -> Output:  # fmt: skip
+    def _end(
+        self, stream: Stream, reason: Reason, ids: list[int], pieces: list[bytes], error: ErrorInfo | None = None
+    ) -> Output:
         del self._streams[stream.key]
         self.batcher.finish(stream.key)
         now = time.perf_counter()
         first = stream.first or now
         usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
-        return Output(stream.key, ids, pieces, reason, usage, error, stream.told(len(ids)), stream.gate.found)
-
-    # --- before READY --------------------------------------------------------------------------------
+        return Output(
+            stream.key,
+            ids,
+            pieces,
+            end=reason,
+            usage=usage,
+            error=error,
+            logprobs=stream.take_logprobs(len(ids)),
+            stop=stream.gate.stop_string,
+        )
 
     def _test(self) -> None:
-        """Prove it on more than one token; whatever is wrong ends this process now, and not under a request."""
+        """Decode a prompt of several tokens. If that crashes, it is while loading and not in a request."""
         key = bytes(limits.RUN_KEY_BYTES)
         if self._template is not None:
             self._template.render([{"role": "user", "content": "Hello"}])
-        # A vocabulary of bytes makes more tokens of it than it has characters; it has to fit the smallest context.
+        # A vocabulary of bytes has a token for each character; the text has to fit the smallest context.
         text = SELF_TEST[: self._decoder.context // 2 - SELF_TEST_TOKENS]
-        refused = self.start(Start(key, text, SELF_TEST_TOKENS, 1), 0)
+        refused = self.start(Start(key, text, max_tokens=SELF_TEST_TOKENS, seed=1), 0)
         if refused is not None:
             raise llama.LoadError(f"the self-test was refused: {refused.error.text}")
         while self._streams:

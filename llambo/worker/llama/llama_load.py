@@ -1,4 +1,4 @@
-"""From a model's name to an engine that has proved itself: what happens in the engine child before READY."""
+"""From a model's name to an engine that is loaded and tested: what the engine child does before `Ready`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from llambo.mesh.service import host
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Progress
-from llambo.worker.llama import defaults, llama
-from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama import llama, sampling_defaults
+from llambo.worker.llama.llama_engine import LlamaEngine, Setup
 from llambo.worker.models import gguf, model_files
 from llambo.worker.prompt.template import BadPrompt
 
@@ -18,28 +18,28 @@ log = logging.getLogger("llambo.engine")
 
 #: Characters of the progress bar.
 WIDTH = 30
-#: By the number that a model made for embeddings has in its file. Others are not known here.
+#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
 POOLINGS = {1: "mean", 3: "last"}
 
 
-def load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
-    """What is wrong with the model is said, and ends this process: there is nothing else it could do."""
+def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
+    """If the model cannot be loaded, the reason is sent and the process exits."""
     try:
-        return _load(configure, say)
+        return _load(configure, send)
     except (model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
-        say(Progress(problem=str(error)[:1000]))
+        send(Progress(problem=str(error)[:1000]))
         sys.exit(CANNOT_LOAD)
 
 
-class Bar:
-    """Progress for the agent, and for a person if one is looking."""
+class ProgressBar:
+    """Sends progress to the agent, and draws it if stderr is a terminal."""
 
-    def __init__(self, say: Callable[[Progress], None]) -> None:
-        self._say = say
+    def __init__(self, send: Callable[[Progress], None]) -> None:
+        self._send = send
         self._drawn = False
 
     def __call__(self, progress: Progress) -> None:
-        self._say(progress)
+        self._send(progress)
         if sys.stderr.isatty():
             percent = re.search(r"(\d+) %$", progress.note)
             if percent:
@@ -51,12 +51,12 @@ class Bar:
             sys.stderr.flush()
 
 
-def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
+def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     options, path = configure.llama, str(model_files.find(configure.model))
-    say(Progress(f"looking at {path}"))
+    send(Progress(f"looking at {path}"))
     file = gguf.read(path)
     layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
-    bar = Bar(say)
+    bar = ProgressBar(send)
     fingerprint = model_files.fingerprint(
         file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
     )
@@ -66,16 +66,27 @@ def _load(configure: Configure, say: Callable[[Progress], None]) -> LlamaEngine:
         path, layout.slots, layout.context, layout.threads, layout.batch, options.kv_type, options.flash_attn,
         options.gpu_layers, layout.need_bytes // model_files.MIB, layout.free_bytes // model_files.MIB,
     )  # fmt: skip
-    recommended, complaints = defaults.of_model(file.meta)
-    log.info("%s", defaults.told(recommended))
-    for complaint in complaints:
-        log.info("not taken from the model: %s", complaint)
+    defaults, unusable = sampling_defaults.recommended(file.meta)
+    log.info("%s", sampling_defaults.describe(defaults))
+    for text in unusable:
+        log.info("ignored in the model file: %s", text)
     shape = llama.Shape(
-        layout.slots, layout.context, layout.batch, layout.threads, options.kv_type, options.flash_attn
-    )  # fmt: skip
-    return LlamaEngine(
-        model_files.name_of(configure.model), path, shape,
-        gpu_layers=options.gpu_layers, safe=configure.safe, fingerprint=fingerprint, defaults=recommended,
+        slots=layout.slots,
+        context=layout.context,
+        batch=layout.batch,
+        threads=layout.threads,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+    )
+    setup = Setup(
+        name=model_files.name_of(configure.model),
+        path=path,
+        shape=shape,
+        gpu_layers=options.gpu_layers,
+        safe=configure.safe,
+        fingerprint=fingerprint,
+        defaults=defaults,
         embed_bytes=0 if options.gpu_layers else model_files.embed_need(options, file, layout.context),
-        pooling=POOLINGS.get(file.number("pooling_type"), "mean"), say=bar,
-    )  # fmt: skip
+        pooling=POOLINGS.get(file.number("pooling_type"), "mean"),
+    )
+    return LlamaEngine(setup, bar)

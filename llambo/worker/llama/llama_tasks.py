@@ -1,7 +1,6 @@
-"""Tasks on a real model: what is at hand is made at once, embeddings in steps between those of the answers.
+"""Tasks on a real model: tokens and model information at once, embeddings in steps between those of the answers.
 
-A task ends like an answer, with an output that says `stop`, and its pieces are those of its result. Nothing of it is
-said before it is whole.
+A task ends like an answer, with an output that says `stop`. The pieces of that output are its whole result.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from llambo.worker.prompt import rendering
 from llambo.worker.prompt.template import BadPrompt, Template
 
 NEVER_MS = 2**62
-#: Rows of a step while answers are running, and while none are: a step has to be short either way.
+#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
 ROWS_BESIDE, ROWS_ALONE = 16, 64
-#: While answers are running, a step of embeddings may take this share of one of theirs, if that can be had.
+#: While answers are running, a step of embeddings takes about this share of one of their steps.
 SHARE = 0.5
 #: Weight of the newest measurement.
 NEWEST = 0.25
-#: A result's map and the counts of its texts, generously.
+#: Upper bounds for the map of a result, and for the token count of each text.
 OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -37,7 +36,7 @@ _texts = msgspec.msgpack.Decoder(tasks.Texts).decode
 
 
 class NoRoom(Exception):
-    """There is not enough memory for a context of embeddings; the text has the numbers."""
+    """There is not enough memory for a context for embeddings; the text has the numbers."""
 
 
 class Vocabulary(Protocol):
@@ -48,11 +47,11 @@ class Vocabulary(Protocol):
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
     def piece(self, token: int) -> bytes: ...
-    def spelled(self, token: int) -> bytes: ...
+    def piece_or_name(self, token: int) -> bytes: ...
 
 
-class Embedder(Protocol):
-    """A context that gives a row of numbers for each token."""
+class EmbeddingContext(Protocol):
+    """Computes a row of numbers for each token."""
 
     context: int
     sequences: int
@@ -70,14 +69,15 @@ class Refusal(Exception):
 
 
 class Tasks:
-    """`make_embedder` is called when the first embedding is asked for: most engines never need one."""
+    """`make_embedder` is called for the first embedding: most engines never need one."""
 
     def __init__(
         self,
         model: Vocabulary,
         template: Template | None,
+        *,
         context: int,
-        make_embedder: Callable[[], Embedder],
+        make_embedder: Callable[[], EmbeddingContext],
         info: Callable[[], dict[str, Any]],
         pooling: str = "mean",
     ) -> None:
@@ -87,10 +87,10 @@ class Tasks:
         self._make_embedder = make_embedder
         self._info = info
         self._pooling = pooling
-        self._embedder: Embedder | None = None
+        self._embedder: EmbeddingContext | None = None
         self._queue: EmbedQueue | None = None
         self._starts: dict[bytes, tuple[Start, float]] = {}
-        #: Those that were done at once, until the next step says so.
+        #: Finished tasks, until the next step returns their outputs.
         self._ready: dict[bytes, Output] = {}
         self._row_ms = 0.0
 
@@ -108,7 +108,7 @@ class Tasks:
         except Refusal as refusal:
             return Refused(start.key, refusal.info, final=True)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            text = f"the input of {start.task} makes no sense: {error}"
+            text = f"the input of {start.task} cannot be read: {error}"
             return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, text), final=True)
         except BadPrompt as error:
             return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, str(error)), final=True)
@@ -120,7 +120,7 @@ class Tasks:
             self._drop(key)
 
     def step(self, now_ms: int, beside_ms: float) -> list[Output]:
-        """What is done by now. `beside_ms`: how long the step of the answers took; 0 if there are none."""
+        """Outputs of finished tasks. `beside_ms`: how long the step of the answers took; 0 if there was none."""
         outputs, self._ready = list(self._ready.values()), {}
         for start, began in list(self._starts.values()):
             assert self._queue is not None
@@ -131,8 +131,6 @@ class Tasks:
             outputs += self._embed(self._rows(beside_ms))
         return outputs
 
-    # --- at once -------------------------------------------------------------------------------------
-
     def _at_once(self, start: Start) -> Any:
         options = start.options
         match start.task:
@@ -140,9 +138,9 @@ class Tasks:
                 form = Sampling(form=options.form, system=options.system)
                 text, templated = rendering.text_of(start.prompt, rendering.read(start.prompt, form), self._template)
                 ids = self._model.tokenize(text, special=templated or options.special)
-                return tasks.TokenizeResult(ids, [self._model.spelled(id) for id in ids])
+                return tasks.TokenizeResult(ids, [self._model.piece_or_name(id) for id in ids])
             case "detokenize":
-                piece = self._model.spelled if options.special else self._model.piece
+                piece = self._model.piece_or_name if options.special else self._model.piece
                 return tasks.DetokenizeResult(b"".join(piece(self._known(id)) for id in _ids(start.prompt)))
             case _:
                 return self._info()
@@ -152,16 +150,14 @@ class Tasks:
             raise Refusal(Code.BAD_REQUEST, f"there is no token {id}: the model has {self._model.tokens}")
         return id
 
-    # --- embeddings ----------------------------------------------------------------------------------
-
     def _begin(self, start: Start, now_ms: int, began: float) -> None:
         texts = [self._model.tokenize(text.encode(), special=False) for text in _texts(start.prompt)]
         for number, text in enumerate(texts):
             if not text:
                 raise Refusal(Code.BAD_REQUEST, f"text {number} is empty")
             if len(text) > self._context:
-                told = f"text {number} has {len(text)} tokens; the context has {self._context}"
-                raise Refusal(Code.TOO_LONG, told)
+                problem = f"text {number} has {len(text)} tokens; the context has {self._context}"
+                raise Refusal(Code.TOO_LONG, problem)
         size = OVERHEAD_BYTES + len(texts) * (4 * self._model.embedding_size + PER_TEXT_BYTES)
         _fitting(start, size, f"{len(texts)} embeddings of {self._model.embedding_size} numbers")
         deadline_ms = now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS
@@ -174,7 +170,7 @@ class Tasks:
             try:
                 self._embedder = self._make_embedder()
             except NoRoom as error:
-                # Another worker may have room, but to try them all would close each of them for a while.
+                # Refused for good: another worker may have room, but each one that is tried refuses work for a while.
                 raise Refusal(Code.BUSY, str(error)) from error
             self._queue = EmbedQueue(self._embedder.context, self._embedder.sequences)
         return self._queue

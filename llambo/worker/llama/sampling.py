@@ -1,14 +1,23 @@
-"""From logits to the next token: options of a request, applied in the order llama.cpp applies them.
+"""From logits to the next token: the options of a request, applied in the order in which llama.cpp applies them.
 
     bias, penalties -> DRY -> top-k -> typical -> top-p -> min-p -> XTC -> temperature -> choice
 
-What is long is done natively (`Narrowing`: everything that walks or sorts the whole vocabulary); what is short, or
-needs chance, is done here, because chance has to be a function of seed and index (see `chance`). Nothing else is
-remembered between tokens but the tokens themselves, so a continued answer goes on as if it had never moved: its
-tokens are accepted again, and that is all. The exception is mirostat: its target moves with the surprise of
-each token, which is not known again; it starts over.
+What walks or sorts the whole vocabulary is done natively (`Narrowing`). What is short or random is done here. Nothing
+is remembered between tokens but the tokens themselves, so an answer that has moved goes on as if it had not: its tokens
+are accepted again. The exception is mirostat: its target depends on the surprise of each token, which is not known
+again, so it starts over.
+
+Randomness is a function: the same seed, index and token give the same number on any worker. Nothing is drawn from a
+generator, because an answer that moves brings no random state along, only its seed and its tokens. Each candidate gets
+a number from a hash of (seed, index, token), shaped so that the token with the largest sum of logit and number is
+chosen as often as its probability says (the Gumbel trick). A token keeps its number whatever the others do, so two
+workers whose logits differ in the last digit choose alike unless two candidates are nearly equal. With one draw for all
+candidates every shift of their order would matter.
 
 A grammar is asked last: most chosen tokens pass, and only one that does not makes the whole vocabulary be masked.
+
+Log probabilities are of the logits as the model gave them. They are not the distribution the token was drawn from:
+callers know the biases, penalties, grammar and temperature they asked for, but not what the model computed.
 """
 
 from __future__ import annotations
@@ -23,17 +32,9 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.messages import Sampling
 from llambo.mesh.wire.tokens import LOWEST_LOGPROB, Logprob, TopToken
 
-# --- Chance as a function: the same seed, index and token give the same number, on any worker. ---
-#
-# An answer that moves to another worker brings no random state along, only its seed and its tokens. So nothing is
-# drawn from a generator. Each candidate token gets a number of its own from a hash of (seed, index, token), shaped so
-# that the token with the largest sum of logit and number is chosen as often as its probability says (the Gumbel
-# trick). Because a token keeps its number whatever the others do, two workers whose logits differ in the last digit
-# choose alike unless two candidates are nearly equal; with one draw for all, every shift of the order would matter.
-
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
-#: What a number is for, so that two uses at one index are independent.
+#: Purposes of a random number: two uses at one index are independent.
 TOKEN, XTC = 1, 2
 
 
@@ -69,16 +70,16 @@ Logits = NDArray[np.float32]
 
 
 class Grammar(Protocol):
-    """What may come next."""
+    """Which tokens may come next."""
 
     def allows(self, token: int) -> bool: ...
     def accept(self, token: int) -> None: ...
     def apply(self, candidates: Any) -> None:
-        """In the array of candidates that the native part works on, what may not come is made impossible."""
+        """Set the logit of each token that may not come to minus infinity, in a native array of candidates."""
 
 
 class Narrowing(Protocol):
-    """The native part: which candidates are left of these logits, and their logits after DRY."""
+    """The native part: the candidates that are left of these logits, and their logits after DRY."""
 
     def narrow(self, logits: Logits, grammar: Grammar | None) -> tuple[Ids, Logits]: ...
     def mask(self, logits: Logits, grammar: Grammar) -> tuple[Ids, Logits]: ...
@@ -86,11 +87,11 @@ class Narrowing(Protocol):
 
 
 class DeadEnd(Exception):
-    """No token may follow."""
+    """No token is allowed."""
 
 
 class Sampler:
-    """One request's way of choosing. `history` is its prompt and what it has so far; all of it counts for penalties."""
+    """The sampler of one request. `history` is its prompt and its tokens so far; all of it counts for penalties."""
 
     def __init__(
         self,
@@ -111,19 +112,19 @@ class Sampler:
         self._penalised = options.penalty_last_n != 0 and (
             options.repeat_penalty != 1 or bool(options.presence_penalty or options.frequency_penalty)
         )
-        #: Always the likeliest: nothing has to be sorted.
-        self._plain = options.temperature == 0 and not options.mirostat and not options.dry_multiplier
+        #: Always the likeliest token: nothing has to be sorted.
+        self._greedy = options.temperature == 0 and not options.mirostat and not options.dry_multiplier
         self._mu = 2 * options.mirostat_tau
 
     def choose(self, logits: Logits, index: int) -> int:
         """The token at this index of the answer. Raises DeadEnd."""
         logits = self._adjusted(logits)
-        if self._plain:
+        if self._greedy:
             token = int(logits.argmax())
         else:
             token = self._draw(*self._narrowing.narrow(logits, None), index)
         if self._grammar is not None and not self._grammar.allows(token):
-            token = self._lawful(logits, index, self._grammar)
+            token = self._choose_allowed(logits, index, self._grammar)
         self.accept(token)
         return token
 
@@ -133,23 +134,21 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.accept(token)
 
-    def _lawful(self, logits: Logits, index: int, grammar: Grammar) -> int:
-        if self._plain:
+    def _choose_allowed(self, logits: Logits, index: int, grammar: Grammar) -> int:
+        if self._greedy:
             ids, left = self._narrowing.mask(logits, grammar)
             best = int(left.argmax())
             if not np.isfinite(left[best]):
                 raise DeadEnd
             return int(ids[best])
         ids, left = self._narrowing.narrow(logits, grammar)
-        lawful = np.isfinite(left)
-        if not lawful.any():
+        allowed = np.isfinite(left)
+        if not allowed.any():
             raise DeadEnd
-        return self._draw(ids[lawful], left[lawful], index)
-
-    # --- before the choice ---------------------------------------------------------------------------
+        return self._draw(ids[allowed], left[allowed], index)
 
     def _adjusted(self, logits: Logits) -> Logits:
-        """A copy if anything has to change: the row belongs to the engine."""
+        """A copy if anything has to change, because the row belongs to the engine."""
         if self._bias is None and not self._penalised:
             return logits
         logits = logits.copy()
@@ -172,8 +171,6 @@ class Sampler:
         values -= counts.astype(np.float32) * np.float32(options.frequency_penalty)
         logits[ids] = values - np.float32(options.presence_penalty)
 
-    # --- the choice ----------------------------------------------------------------------------------
-
     def _draw(self, ids: Ids, logits: Logits, index: int) -> int:
         options = self._options
         if options.temperature == 0 and not options.mirostat:
@@ -186,12 +183,12 @@ class Sampler:
         return int(ids[(heated + gumbel(self._seed, index, ids)).argmax()])
 
     def _mirostat(self, ids: Ids, logits: Logits, index: int) -> int:
-        """Version 2: keep what surprises less than mu, and move mu by how surprising the chosen one was."""
+        """Version 2: drop tokens with a surprise above mu, then adapt mu to the surprise of the chosen one."""
         surprise = -np.log2(np.maximum(softmax(logits), 1e-30))
-        kept = surprise <= self._mu
-        if not kept.any():
-            kept = surprise == surprise.min()
-        ids, logits = ids[kept], logits[kept]
+        near = surprise <= self._mu
+        if not near.any():
+            near = surprise == surprise.min()
+        ids, logits = ids[near], logits[near]
         chosen = int((logits + gumbel(self._seed, index, ids)).argmax())
         observed = -float(np.log2(max(softmax(logits)[chosen], 1e-30)))
         self._mu -= self._options.mirostat_eta * (observed - self._options.mirostat_tau)
@@ -222,14 +219,8 @@ def softmax(logits: Logits) -> NDArray[np.float64]:
     return shares
 
 
-# --- Log probabilities: the logits of a step as they came, before anything of sampling touched them. ---
-#
-# Not the distribution the token was drawn from: biases, penalties, grammar, temperature and the rest are what the
-# caller asked for and knows; what they cannot know is what the model thought.
-
-
 def logprob_of(logits: Logits, token: int, count: int, piece_of: Callable[[int], bytes]) -> Logprob:
-    """For the token that was chosen, and the `count` likeliest; of equals, the lower id comes first."""
+    """For the chosen token and the `count` likeliest. Of equal ones the lower id comes first."""
     highest = float(logits.max())
     # Summed in double precision: over a large vocabulary single precision loses the fourth digit.
     total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
@@ -241,7 +232,7 @@ def logprob_of(logits: Logits, token: int, count: int, piece_of: Callable[[int],
     top: list[TopToken] = []
     if count:
         lowest = np.partition(logits, len(logits) - count)[len(logits) - count]
-        # All that are as likely as the last of them: which of those partition picks is not defined.
+        # Include all that are as likely as the last one: which of those partition selects is not defined.
         likeliest = np.flatnonzero(logits >= lowest)
         order = likeliest[np.argsort(-logits[likeliest], kind="stable")][:count]
         top = [

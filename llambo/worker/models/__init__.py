@@ -1,1 +1,1 @@
-"""Model files: finding them, reading their heads, naming them."""
+"""Model files: finding them, reading their headers, naming them."""

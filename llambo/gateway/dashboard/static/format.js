@@ -11,7 +11,7 @@ export const clock = (ms) => hours.format(ms);
 export const moment = (ms) => full.format(ms);
 export const many = (value, one, more = `${one}s`) => `${count(value)} ${value === 1 ? one : more}`;
 
-/** As somebody would say it: two units at the most. */
+/** With two units at most. */
 export function duration(ms) {
   const s = Math.max(0, ms) / 1000;
   if (s < 1) return `${Math.round(s * 1000)} ms`;
@@ -23,7 +23,7 @@ export function duration(ms) {
   return `${m} min`;
 }
 
-/** Value and unit apart, for a large figure. */
+/** Value and unit separately, for a large figure. */
 export function figure(ms) {
   if (ms < 1000) return [whole.format(ms), "ms"];
   if (ms < 60_000) return [fine.format(ms / 1000), "s"];

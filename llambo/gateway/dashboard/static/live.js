@@ -1,6 +1,6 @@
-// The stream of what happens. EventSource cannot send a token, so this reads the same format by fetch.
+// The stream of changes. EventSource cannot send a token, so this reads the same format by fetch.
 
-const SILENCE_MS = 15_000; // the gateway says something at least every 10 s
+const SILENCE_MS = 15_000; // the gateway sends something at least every 10 s
 const LONGEST_PAUSE_MS = 5_000;
 
 export class Refused extends Error {
@@ -12,28 +12,28 @@ export class Refused extends Error {
 
 export const headers = (token) => (token ? { Authorization: `Bearer ${token}` } : {});
 
-/** What a reply that is no success says, whatever its shape. */
+/** The error in a reply, in the shape of any API. */
 export async function refusal(reply) {
   let text = `${reply.status} ${reply.statusText}`;
   try {
-    const told = await reply.json();
-    text = told.error?.message ?? text;
+    const body = await reply.json();
+    text = body.error?.message ?? text;
   } catch {
-    // Not JSON: a proxy has answered. The status is all there is to say.
+    // Not JSON: a proxy has answered, and only the status is known.
   }
   return new Refused(reply.status, text);
 }
 
 export async function call(token, path, body) {
-  const told = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
+  const request = body === undefined ? {} : { method: "POST", body: JSON.stringify(body) };
   const type = body === undefined ? {} : { "Content-Type": "application/json" };
-  const reply = await fetch(path, { ...told, headers: { ...headers(token), ...type }, cache: "no-store" });
+  const reply = await fetch(path, { ...request, headers: { ...headers(token), ...type }, cache: "no-store" });
   if (!reply.ok) throw await refusal(reply);
   return reply.json();
 }
 
-/** The `data` of each server-sent event of a body, as it comes. `heard` is called for every byte, comments too. */
-export async function* events(body, heard = () => {}) {
+/** The `data` of each server-sent event of a body, as it arrives. `onData` is called for all data, comments included. */
+export async function* events(body, onData = () => {}) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let data = [];
@@ -41,7 +41,7 @@ export async function* events(body, heard = () => {}) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      heard();
+      onData();
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {
@@ -53,13 +53,14 @@ export async function* events(body, heard = () => {}) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // the connection may be broken already, and that has been told
+    reader.cancel().catch(() => {}); // the connection may be broken already, which was reported
   }
 }
 
 /**
- * Follows the mesh until `stop` is called, and comes back whenever the connection breaks.
- * `on.message` gets what is said, `on.state` "live" or why not, `on.refused` the status that makes more tries useless.
+ * Follows the mesh until the returned function is called, and reconnects when the connection breaks.
+ * `on.message` gets each message, `on.live` is called when the stream is, `on.lost` gets the reason when it is not, and
+ * `on.refused` gets an error after which trying again is useless.
  */
 export function follow(token, on) {
   const leaving = new AbortController();
@@ -70,19 +71,19 @@ export function follow(token, on) {
     const leave = () => broken.abort();
     leaving.signal.addEventListener("abort", leave);
     let timer = setTimeout(leave, SILENCE_MS);
-    const heard = () => {
+    const onData = () => {
       clearTimeout(timer);
       timer = setTimeout(leave, SILENCE_MS);
     };
     try {
       const reply = await fetch("board/live", { headers: headers(token), signal: broken.signal, cache: "no-store" });
       if (!reply.ok) throw await refusal(reply);
-      for await (const data of events(reply.body, heard)) {
-        const said = JSON.parse(data);
-        if (said.over) throw new Refused(said.over.status, said.over.text);
+      for await (const data of events(reply.body, onData)) {
+        const message = JSON.parse(data);
+        if (message.over) throw new Refused(message.over.status, message.over.text);
         pause = 250;
-        on.state("live");
-        on.message(said);
+        on.live();
+        on.message(message);
       }
       throw new Error("the gateway ended the stream");
     } finally {
@@ -101,7 +102,7 @@ export function follow(token, on) {
           on.refused(error);
           return;
         }
-        on.state(error instanceof Refused ? error.message : "Connection lost, trying again");
+        on.lost(error instanceof Refused ? error.message : "Connection lost, trying again");
         await new Promise((resolve) => setTimeout(resolve, pause));
         pause = Math.min(LONGEST_PAUSE_MS, pause * 2);
       }

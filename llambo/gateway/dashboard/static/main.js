@@ -1,6 +1,6 @@
-// The page: who looks, what is known, and when it is drawn.
+// The page: signing in, following the mesh, and when it is drawn.
 
-import { $, mark, say } from "./dom.js";
+import { $, setData, setText } from "./dom.js";
 import { follow } from "./live.js";
 import { Mesh } from "./mesh.js";
 import * as activity from "./activity.js";
@@ -16,7 +16,7 @@ const KEY = "llambo.token";
 const THEMES = ["auto", "light", "dark"];
 
 const mesh = new Mesh();
-let token = kept();
+let token = storedToken();
 let leave = null;
 let due = 0;
 let connected = false;
@@ -25,38 +25,41 @@ for (const part of [activity, confirm, figures, places, playground, requests, st
 beginTheme();
 beginSignIn();
 look();
-// Ages go on when nothing happens.
+// Ages change although nothing happens.
 setInterval(() => mesh.known && draw(), 1_000);
 
-// --- looking ---
+// Following the mesh.
 
 function look() {
   leave?.();
   story.use(token);
   link("waiting", "Connecting");
   leave = follow(token, {
-    message(said) {
-      mesh.take(said);
-      if (token) keep(token);
+    message(message) {
+      mesh.take(message);
+      if (token) storeToken(token);
       present("board");
       draw();
     },
-    state(told) {
-      connected = told === "live";
-      if (!connected) link("lost", told);
+    live() {
+      connected = true;
+    },
+    lost(why) {
+      connected = false;
+      link("lost", why);
     },
     refused(error) {
       const had = token;
       forget();
       present("signin");
       link("waiting", "Signed out");
-      say($("signin-problem"), had ? `${error.message}.` : "");
+      setText($("signin-problem"), had ? `${error.message}.` : "");
       $("token").focus();
     },
   });
 }
 
-/** Once for each frame, however much is said between two. Hidden tabs have no frames, and need none. */
+/** Once for each frame, however many messages come between two. Hidden tabs have no frames, and need none. */
 function draw() {
   if (due) return;
   due = requestAnimationFrame(() => {
@@ -75,8 +78,8 @@ function draw() {
 }
 
 function link(state, text) {
-  mark($("link"), "state", state);
-  say($("link-text"), text);
+  setData($("link"), "state", state);
+  setText($("link-text"), text);
 }
 
 function present(which) {
@@ -85,14 +88,14 @@ function present(which) {
   $("signout").hidden = !token;
 }
 
-// --- signing in and out ---
+// Signing in and out.
 
 function beginSignIn() {
   $("signin-form").addEventListener("submit", (event) => {
     event.preventDefault();
     token = $("token").value.trim();
     $("token").value = "";
-    say($("signin-problem"), "");
+    setText($("signin-problem"), "");
     look();
   });
   $("signout").addEventListener("click", () => {
@@ -103,16 +106,16 @@ function beginSignIn() {
 
 function forget() {
   token = "";
-  keep("");
+  storeToken("");
   mesh.clear();
   story.use("");
   $("story").close();
   $("confirm").close();
 }
 
-// Where storage is forbidden a token holds until the page is left.
+// Where storage is forbidden, the token is valid until the page is left.
 
-function kept() {
+function storedToken() {
   try {
     return sessionStorage.getItem(KEY) ?? "";
   } catch {
@@ -120,22 +123,22 @@ function kept() {
   }
 }
 
-function keep(what) {
+function storeToken(what) {
   try {
     if (what) sessionStorage.setItem(KEY, what);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // As said above.
+    // As described above.
   }
 }
 
-// --- light and dark ---
+// Light and dark.
 
 function beginTheme() {
   const button = $("theme");
   const chosen = () => document.documentElement.dataset.theme ?? "auto";
-  const tell = () => say(button, `Theme: ${chosen()}`);
-  tell();
+  const show = () => setText(button, `Theme: ${chosen()}`);
+  show();
   button.addEventListener("click", () => {
     const next = THEMES[(THEMES.indexOf(chosen()) + 1) % THEMES.length];
     if (next === "auto") delete document.documentElement.dataset.theme;
@@ -143,8 +146,8 @@ function beginTheme() {
     try {
       localStorage.setItem("llambo.theme", next);
     } catch {
-      // Where storage is forbidden the choice holds for this visit.
+      // Where storage is forbidden, the choice is valid for this visit.
     }
-    tell();
+    show();
   });
 }

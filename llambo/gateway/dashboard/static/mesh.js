@@ -1,9 +1,9 @@
-// What is known of the mesh, kept up to date by what the stream says. No element is touched here.
+// The state of the mesh, updated by the messages of the stream. No element is touched here.
 
 const EVENTS = 200;
 const ENDED = 60;
 const WINDOW_MS = 300_000;
-const GHOST_MS = 60_000; // a worker that is gone is shown for so long, so that nobody wonders where it went
+const GHOST_MS = 60_000; // how long a worker that is gone is still shown
 
 export class Mesh {
   constructor() {
@@ -23,34 +23,34 @@ export class Mesh {
     this.skew = 0;
   }
 
-  /** The gateway's time, by which all moments are told. */
+  /** The gateway's time: all moments are given in it. */
   now() {
     return Date.now() + this.skew;
   }
 
-  take(said) {
-    this.skew = said.now - Date.now();
-    if (said.whole) {
+  take(message) {
+    this.skew = message.now - Date.now();
+    if (message.whole) {
       this.clear();
-      this.skew = said.now - Date.now();
+      this.skew = message.now - Date.now();
     }
     this.known = true;
-    if (said.mesh) this.mesh = { ...this.mesh, ...said.mesh };
-    if (said.latency) this.latency = said.latency;
-    if (said.problem !== undefined) this.problem = said.problem;
-    if (said.workers) {
-      merge(this.workers, said.workers.set, "worker");
-      for (const row of said.workers.set) this.workers.get(row.worker).gone = 0;
-      for (const name of said.workers.gone) this.ghost(name);
+    if (message.mesh) this.mesh = { ...this.mesh, ...message.mesh };
+    if (message.latency) this.latency = message.latency;
+    if (message.problem !== undefined) this.problem = message.problem;
+    if (message.workers) {
+      merge(this.workers, message.workers.set, "worker");
+      for (const row of message.workers.set) this.workers.get(row.worker).gone = 0;
+      for (const name of message.workers.gone) this.ghost(name);
     }
-    if (said.requests) {
-      merge(this.requests, said.requests.set, "id");
-      for (const row of said.requests.set) pace(this.requests.get(row.id), said.now);
-      for (const id of said.requests.gone) this.requests.delete(id);
+    if (message.requests) {
+      merge(this.requests, message.requests.set, "id");
+      for (const row of message.requests.set) pace(this.requests.get(row.id), message.now);
+      for (const id of message.requests.gone) this.requests.delete(id);
     }
-    if (said.ended) this.ended = [...this.ended, ...said.ended].slice(-ENDED);
-    if (said.events) this.events = tell([...this.events, ...said.events].slice(-EVENTS));
-    if (said.samples) this.samples = [...this.samples, ...said.samples];
+    if (message.ended) this.ended = [...this.ended, ...message.ended].slice(-ENDED);
+    if (message.events) this.events = describe([...this.events, ...message.events].slice(-EVENTS));
+    if (message.samples) this.samples = [...this.samples, ...message.samples];
     this.age();
   }
 
@@ -59,7 +59,7 @@ export class Mesh {
     if (row) Object.assign(row, { state: "lost", busy_slots: 0, tokens_per_s: 0, gone: this.now() });
   }
 
-  /** What time alone changes. */
+  /** What changes with time alone. */
   age() {
     const now = this.now();
     this.samples = this.samples.filter((sample) => now - sample.at <= WINDOW_MS + 1_000);
@@ -75,7 +75,7 @@ function merge(known, rows, key) {
   for (const row of rows) known.set(row[key], { ...known.get(row[key]), ...row });
 }
 
-/** Tokens per second of an answer on its way, over a second or more. */
+/** Tokens per second of an answer in progress, over a second or more. */
 function pace(row, now) {
   if (!row.tokens || row.tokens < row.paceTokens) row.pace = 0;
   else if (row.paceTokens === undefined) [row.paceTokens, row.paceAt] = [row.tokens, now];
@@ -85,11 +85,11 @@ function pace(row, now) {
   }
 }
 
-/** Events in words: who was lost before has not only joined, but recovered. */
-function tell(events) {
+/** Events in words: a worker that was lost before has recovered, not only joined. */
+function describe(events) {
   const lost = new Set();
   for (const event of events) {
-    event.told = phrase(event, lost);
+    event.phrase = phrase(event, lost);
     if (event.kind === "worker lost") lost.add(event.worker);
     if (event.kind === "worker joined") lost.delete(event.worker);
   }

@@ -1,6 +1,6 @@
-// How the nodes are spread over classes and hosts, and how busy each of these is.
+// How the workers are distributed over classes and hosts, and how busy each of these is.
 
-import { $, el, keyed, mark, say } from "./dom.js";
+import { $, el, keyed, setData, setText } from "./dom.js";
 import { count, many, natural } from "./format.js";
 
 const SHOWN = 12;
@@ -17,7 +17,7 @@ export function show(mesh) {
 function group(title, nameOf) {
   const list = el("ul", { class: "spread" });
   const rest = el("p", { class: "sub", hidden: true });
-  const none = el("p", { class: "empty" }, "No workers, no places.");
+  const none = el("p", { class: "empty" }, "No workers.");
   const node = el("div", { class: "group" }, el("h3", {}, title), list, rest, none);
   node.show = (workers) => {
     const found = new Map();
@@ -35,19 +35,19 @@ function group(title, nameOf) {
     keyed(list, rows.slice(0, SHOWN), (row) => row.name, (row) => line(row.name));
     none.hidden = rows.length > 0;
     rest.hidden = rows.length <= SHOWN;
-    say(rest, `and ${count(rows.length - SHOWN)} more`);
+    setText(rest, `and ${count(rows.length - SHOWN)} more`);
   };
   return node;
 }
 
 function line(name) {
-  const told = el("span", { class: "of" });
+  const text = el("span", { class: "of" });
   const [share, busy] = [el("span", { class: "fill" }), el("span", { class: "fill busy" })];
-  const node = el("li", {}, el("span", { class: "title" }, name), told, el("span", { class: "bar", "aria-hidden": "true" }, share, busy));
+  const node = el("li", {}, el("span", { class: "title" }, name), text, el("span", { class: "bar", "aria-hidden": "true" }, share, busy));
   node.show = (row) => {
     const ready = row.ready === row.nodes ? "" : `, ${count(row.ready)} ready`;
-    say(told, `${many(row.nodes, "node")}${ready} · ${count(row.busy)} of ${count(row.slots)} slots busy`);
-    mark(node, "whole", row.ready === row.nodes);
+    setText(text, `${many(row.nodes, "worker")}${ready} · ${count(row.busy)} of ${count(row.slots)} slots busy`);
+    setData(node, "whole", row.ready === row.nodes);
     share.style.width = `${100 * row.share}%`;
     busy.style.width = `${row.slots ? 100 * row.share * Math.min(1, row.busy / row.slots) : 0}%`;
   };

@@ -1,6 +1,6 @@
-// A question and its answer, as any OpenAI client would ask it.
+// A prompt and its answer, by the same API that OpenAI clients use.
 
-import { $, el, mark, say } from "./dom.js";
+import { $, el, setData, setText } from "./dom.js";
 import { count, duration, number } from "./format.js";
 import { events, headers, refusal } from "./live.js";
 import { open } from "./story.js";
@@ -24,7 +24,7 @@ export function begin() {
   $("answer-story").addEventListener("click", () => open(id));
 }
 
-/** The models to choose from. A choice that was made stays. */
+/** The models to choose from. The current choice is kept. */
 export function show(mesh, withToken) {
   token = withToken;
   const names = (mesh.mesh.models ?? []).filter((model) => model.workers).map((model) => model.model);
@@ -42,20 +42,20 @@ async function ask() {
   if (running) return;
   const leaving = (running = new AbortController());
   const began = performance.now();
-  const told = { tokens: 0, first: 0 };
+  const measured = { tokens: 0, first: 0 };
   id = "";
-  say($("answer"), "");
-  say($("answer-facts"), "Sent");
-  mark($("answer"), "state", "running");
+  setText($("answer"), "");
+  setText($("answer-facts"), "Sent");
+  setData($("answer"), "state", "running");
   $("answer-story").hidden = true;
   working(true);
   try {
-    await read(leaving.signal, began, told);
-    mark($("answer"), "state", "done");
+    await read(leaving.signal, began, measured);
+    setData($("answer"), "state", "done");
   } catch (error) {
-    mark($("answer"), "state", leaving.signal.aborted ? "done" : "failed");
-    if (!leaving.signal.aborted) say($("answer-facts"), error.message);
-    else say($("answer-facts"), `Stopped after ${count(told.tokens)} tokens`);
+    setData($("answer"), "state", leaving.signal.aborted ? "done" : "failed");
+    if (!leaving.signal.aborted) setText($("answer-facts"), error.message);
+    else setText($("answer-facts"), `Stopped after ${count(measured.tokens)} tokens`);
   } finally {
     running = null;
     working(false);
@@ -67,11 +67,11 @@ function working(now) {
   $("ask-send").hidden = now;
   $("ask-send").disabled = now;
   $("ask-stop").hidden = !now;
-  // Whoever pressed the one by keyboard goes on at the other.
+  // The focus moves from the button that disappears to the other one.
   if (document.activeElement === document.body) (now ? $("ask-stop") : $("ask-send")).focus();
 }
 
-async function read(signal, began, told) {
+async function read(signal, began, measured) {
   const reply = await fetch("v1/chat/completions", {
     method: "POST",
     signal,
@@ -89,22 +89,22 @@ async function read(signal, began, told) {
   let why = "";
   for await (const data of events(reply.body)) {
     if (data === "[DONE]") break;
-    const said = JSON.parse(data);
-    if (said.error) throw new Error(said.error.message);
-    id ||= /[0-9a-f]{32}$/.exec(said.id ?? "")?.[0] ?? "";
-    const choice = said.choices?.[0];
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new Error(chunk.error.message);
+    id ||= /[0-9a-f]{32}$/.exec(chunk.id ?? "")?.[0] ?? "";
+    const choice = chunk.choices?.[0];
     if (choice?.finish_reason) why = choice.finish_reason;
-    if (said.usage) told.tokens = said.usage.completion_tokens;
+    if (chunk.usage) measured.tokens = chunk.usage.completion_tokens;
     const text = choice?.delta?.content;
     if (!text) continue;
-    told.first ||= performance.now() - began;
-    told.tokens += 1;
+    measured.first ||= performance.now() - began;
+    measured.tokens += 1;
     put(text);
   }
-  tell(performance.now() - began, told, why);
+  showFacts(performance.now() - began, measured, why);
 }
 
-/** At its end, and in sight if the end was in sight before. */
+/** Appends, and scrolls if the end was visible before. */
 function put(text) {
   const box = $("answer");
   const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
@@ -112,10 +112,10 @@ function put(text) {
   if (follows) box.scrollTop = box.scrollHeight;
 }
 
-function tell(took, told, why) {
-  const later = took - told.first;
-  const pace = told.tokens > 1 && later > 5 ? `${number(((told.tokens - 1) * 1000) / later)} tokens/s` : "";
-  const first = told.first ? `first after ${duration(told.first)}` : "";
+function showFacts(took, measured, why) {
+  const later = took - measured.first;
+  const pace = measured.tokens > 1 && later > 5 ? `${number(((measured.tokens - 1) * 1000) / later)} tokens/s` : "";
+  const first = measured.first ? `first after ${duration(measured.first)}` : "";
   const end = why === "length" ? "stopped at its limit" : "";
-  say($("answer-facts"), [`${count(told.tokens)} tokens in ${duration(took)}`, pace, first, end].filter(Boolean).join(" · "));
+  setText($("answer-facts"), [`${count(measured.tokens)} tokens in ${duration(took)}`, pace, first, end].filter(Boolean).join(" · "));
 }

@@ -1,16 +1,16 @@
-// What waits and runs, and what has ended lately. Each has a story.
+// Requests that wait or run, and those that ended recently. Each has a story.
 
-import { $, el, keyed, mark, say, state } from "./dom.js";
+import { $, el, keyed, setData, setText, state } from "./dom.js";
 import { count, duration, number, shortId } from "./format.js";
 import { open } from "./story.js";
 
 const ROWS = 10;
-const ENDED = 4; // so many at least, where there are
+const ENDED = 4; // at least this many, if there are any
 const TONES = { waiting: "wait", dispatched: "wait", running: "good", completing: "good" };
-const REASONS = { stop: "done", length: "done, at its limit", cancelled: "cancelled", deadline: "too late", error: "failed" };
+const REASONS = { stop: "done", length: "done, at its limit", cancelled: "cancelled", deadline: "out of time", error: "failed" };
 
 const body = el("tbody");
-const none = el("p", { class: "empty", hidden: true }, "Nothing was asked yet. Ask something below, or with ", el("code", {}, "llambo send"), ".");
+const none = el("p", { class: "empty", hidden: true }, "There were no requests yet. Send one below, or with ", el("code", {}, "llambo send"), ".");
 
 export function begin() {
   const names = ["Request", "State", "Worker", "Tokens", "Tokens/s", "Waited", "Took"];
@@ -31,7 +31,7 @@ export function show(mesh) {
   body.parentElement.hidden = !rows.length;
   none.hidden = rows.length > 0;
   const { running = 0, waiting = 0 } = mesh.mesh;
-  say($("requests-count"), running + waiting ? `${count(running)} running, ${count(waiting)} waiting` : "");
+  setText($("requests-count"), running + waiting ? `${count(running)} running, ${count(waiting)} waiting` : "");
 }
 
 function made(id) {
@@ -57,23 +57,23 @@ function made(id) {
   node.show = (row) => {
     node.row = row;
     const over = row.reason !== undefined;
-    mark(node, "over", over);
-    say(about, [row.model, row.task === "generate" ? "" : row.task, row.priority === "normal" ? "" : row.priority].filter(Boolean).join(" · "));
+    setData(node, "over", over);
+    setText(about, [row.model, row.task === "generate" ? "" : row.task, row.priority === "normal" ? "" : row.priority].filter(Boolean).join(" · "));
     if (over) word.show(REASONS[row.reason] ?? row.reason, row.error ? "bad" : "calm");
     else word.show(row.state, TONES[row.state] ?? "calm");
-    say(note, noteOf(row));
-    say(worker, row.worker || "–");
-    say(tokens, over ? count(row.tokens) : `${count(row.tokens)} / ${count(row.max_tokens)}`);
+    setText(note, noteOf(row));
+    setText(worker, row.worker || "–");
+    setText(tokens, over ? count(row.tokens) : `${count(row.tokens)} / ${count(row.max_tokens)}`);
     const known = over && row.tokens > 1 && row.decode_ms ? ((row.tokens - 1) * 1000) / row.decode_ms : row.pace;
-    say(pace, known ? number(known) : "–");
-    if (row.state !== "waiting") say(waited, duration(row.queued_ms));
-    if (over) say(took, duration(row.total_ms));
+    setText(pace, known ? number(known) : "–");
+    if (row.state !== "waiting") setText(waited, duration(row.queued_ms));
+    if (over) setText(took, duration(row.total_ms));
   };
   node.time = (now) => {
     const { row } = node;
     if (row.reason !== undefined) return;
-    say(took, duration(now - row.at));
-    if (row.state === "waiting") say(waited, duration(now - row.at));
+    setText(took, duration(now - row.at));
+    if (row.state === "waiting") setText(waited, duration(now - row.at));
   };
   return node;
 }

@@ -1,11 +1,11 @@
 // Small charts of the last minutes: a line with its area, or a dot for each answer.
 
-import { svg, say } from "./dom.js";
+import { svg, setText } from "./dom.js";
 
 const [WIDTH, HEIGHT, FOOT] = [300, 56, 3];
 export const WINDOW_MS = 300_000;
 
-/** `kind`: "line" or "dots". `draw` takes points { at, value }, the end of the window, and a least top of the scale. */
+/** `kind`: "line" or "dots". `draw` takes points { at, value }, the end of the window, and a minimum for the top of the scale. */
 export function spark(kind) {
   const title = svg("title");
   const area = svg("path", { class: "area" });
@@ -20,8 +20,8 @@ export function spark(kind) {
     ...(kind === "line" ? [area, line] : [dots]),
   );
 
-  node.draw = (points, now, top, told) => {
-    say(title, told);
+  node.draw = (points, now, top, text) => {
+    setText(title, text);
     const highest = Math.max(top, ...points.map((point) => point.value));
     const x = (point) => (WIDTH * (1 - (now - point.at) / WINDOW_MS)).toFixed(1);
     const y = (point) => (HEIGHT - FOOT - (HEIGHT - 2 * FOOT) * (highest ? point.value / highest : 0)).toFixed(1);

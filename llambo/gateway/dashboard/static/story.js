@@ -1,6 +1,6 @@
-// One request's story: what the broker remembers of it, and why things happened.
+// The story of one request: what happened to it, and why.
 
-import { $, el, say } from "./dom.js";
+import { $, el, setText } from "./dom.js";
 import { confirm } from "./confirm.js";
 import { count, duration } from "./format.js";
 import { call } from "./live.js";
@@ -22,7 +22,7 @@ export function begin() {
     const id = shown;
     confirm({
       title: `Cancel request ${id.slice(0, 8)}?`,
-      text: "Whoever waits for it is told that it was cancelled, and keeps what has come so far.",
+      text: "Its client is informed that it was cancelled, and keeps the tokens it has received.",
       yes: "Cancel it",
       act: async () => {
         await call(token, "board/cancel", { id });
@@ -38,7 +38,7 @@ export function use(withToken) {
 
 export function open(id) {
   shown = id;
-  say($("story-title"), `Request ${id.slice(0, 8)}`);
+  setText($("story-title"), `Request ${id.slice(0, 8)}`);
   $("story-facts").replaceChildren();
   $("story-list").replaceChildren();
   $("story-cancel").hidden = true;
@@ -46,7 +46,7 @@ export function open(id) {
   look();
 }
 
-/** Called with each news of the mesh: a story that goes on is read again. */
+/** Called at each change of the mesh: the story of a running request is read again. */
 export function show() {
   if (shown && !$("story-cancel").hidden) look();
 }
@@ -56,38 +56,38 @@ async function look() {
   asking = true;
   const id = shown;
   try {
-    const told = await call(token, `board/requests/${encodeURIComponent(id)}`);
-    if (id === shown) tell(told);
+    const request = await call(token, `board/requests/${encodeURIComponent(id)}`);
+    if (id === shown) fill(request);
   } catch (error) {
-    if (id === shown) say($("story-problem"), error.message);
+    if (id === shown) setText($("story-problem"), error.message);
   } finally {
     asking = false;
   }
 }
 
-function tell(told) {
-  say($("story-problem"), told.error || "");
-  const over = told.state === "ended";
+function fill(request) {
+  setText($("story-problem"), request.error || "");
+  const over = request.state === "ended";
   $("story-cancel").hidden = over;
   const facts = {
-    Id: told.id,
-    State: over ? `ended: ${told.reason}` : told.state,
-    Model: told.model,
-    Worker: told.worker || "none yet",
-    Tokens: count(told.tokens),
-    Moves: count(told.moves),
+    Id: request.id,
+    State: over ? `ended: ${request.reason}` : request.state,
+    Model: request.model,
+    Worker: request.worker || "none yet",
+    Tokens: count(request.tokens),
+    Moves: count(request.moves),
   };
   const list = $("story-facts");
   if (!list.childElementCount) {
     for (const name of Object.keys(facts)) list.append(el("div", {}, el("dt", {}, name), el("dd")));
   }
-  Object.values(facts).forEach((value, at) => say(list.children[at].lastChild, value));
+  Object.values(facts).forEach((value, at) => setText(list.children[at].lastChild, value));
   const lines = $("story-list");
-  // The middle of a long story may have been left out, so that nothing of it can be taken over by its place.
-  const kept = told.story.map((each) => `${each.at_ms} ${each.what} ${each.detail}`).join("\n");
+  // The middle of a long story may have been dropped, so its lines cannot be identified by their position.
+  const kept = request.story.map((each) => `${each.at_ms} ${each.what} ${each.detail}`).join("\n");
   if (lines.kept === kept && lines.childElementCount) return;
   lines.kept = kept;
-  lines.replaceChildren(...told.story.map(step));
+  lines.replaceChildren(...request.story.map(step));
 }
 
 function step({ at_ms: at, what, detail }) {

@@ -1,6 +1,6 @@
-// The workers: one row each, and what may be done with them.
+// The workers: one row each, and their actions.
 
-import { $, el, keyed, mark, say, state } from "./dom.js";
+import { $, el, keyed, setData, setText, state } from "./dom.js";
 import { count, duration, many, natural, number } from "./format.js";
 import { confirm } from "./confirm.js";
 import { call } from "./live.js";
@@ -54,19 +54,19 @@ export function show(mesh, withToken) {
   for (const node of body.children) node.time(now);
   body.parentElement.hidden = !shown.length;
   more.hidden = shown.length === found.length;
-  say(more, `Show all ${count(found.length)}`);
-  say($("workers-count"), all.length ? count(mesh.present().length) : "");
+  setText(more, `Show all ${count(found.length)}`);
+  setText($("workers-count"), all.length ? count(mesh.present().length) : "");
   none.hidden = shown.length > 0;
   if (!shown.length) showNone(all.length);
 }
 
 function showNone(others) {
-  const told = others ? `No worker has “${wanted}” in its name, class, host, model or state.` : "";
-  if (none.dataset.told === told) return;
-  mark(none, "told", told);
+  const text = others ? `No worker has “${wanted}” in its name, class, host, model or state.` : "";
+  if (none.dataset.text === text) return;
+  setData(none, "text", text);
   none.replaceChildren(
-    ...(told
-      ? [told]
+    ...(text
+      ? [text]
       : [
           el("p", {}, "No worker has joined yet. Start one on any machine that reaches the broker:"),
           el("pre", {}, el("code", {}, "llambo-worker --broker tcp://BROKER:7330 --model smollm2")),
@@ -75,7 +75,7 @@ function showNone(others) {
   );
 }
 
-// --- a row ---
+// A row.
 
 function made(name) {
   const where = el("span", { class: "sub" });
@@ -100,21 +100,21 @@ function made(name) {
   );
   node.show = (row) => {
     node.row = row;
-    mark(node, "state", row.state);
-    say(where, [row.class, row.host, modelsOf(row)].filter(Boolean).join(" · "));
+    setData(node, "state", row.state);
+    setText(where, [row.class, row.host, modelsOf(row)].filter(Boolean).join(" · "));
     word.show(row.state === "loading" && row.percent ? `loading, ${row.percent} %` : row.state, TONES[row.state] ?? "calm");
-    say(note, noteOf(row));
+    setText(note, noteOf(row));
     pips.show(row);
-    say(speed, number(row.tokens_per_s));
-    say(done, count(row.done));
-    say(verb, DRAINED.has(row.state) ? "Undrain" : "Drain");
+    setText(speed, number(row.tokens_per_s));
+    setText(done, count(row.done));
+    setText(verb, DRAINED.has(row.state) ? "Undrain" : "Drain");
     act.hidden = row.state === "lost";
   };
-  node.time = (now) => say(up, node.row.gone ? `gone ${duration(now - node.row.gone)}` : duration(now - node.row.since));
+  node.time = (now) => setText(up, node.row.gone ? `gone ${duration(now - node.row.gone)}` : duration(now - node.row.since));
   return node;
 }
 
-/** Each once: that a model can also be asked for by its class, as model@class, is said by the class. */
+/** Each model once: model@class is left out, because the class is shown beside it. */
 function modelsOf(row) {
   const end = `@${row.class}`;
   return row.models.filter((name) => !(name.endsWith(end) && row.models.includes(name.slice(0, -end.length)))).join(", ");
@@ -132,7 +132,7 @@ function noteOf(row) {
   return [silent, slow, row.note, restarts].filter(Boolean).join(" · ");
 }
 
-/** A box for each slot, filled where it is busy. Of many, a bar. */
+/** A box for each slot, filled if it is busy; a bar if there are many slots. */
 function slots() {
   const boxes = el("span", { class: "pips", "aria-hidden": "true" });
   const fill = el("span", { class: "fill" });
@@ -141,7 +141,7 @@ function slots() {
   const node = el("span", { class: "slots" }, boxes, bar, text);
   node.show = (row) => {
     const busy = row.busy_slots;
-    say(text, `${count(busy)} / ${count(row.slots)}`);
+    setText(text, `${count(busy)} / ${count(row.slots)}`);
     boxes.hidden = row.slots > PIPS;
     bar.hidden = !boxes.hidden;
     if (boxes.hidden) {
@@ -155,7 +155,7 @@ function slots() {
   return node;
 }
 
-// --- what may be done ---
+// Actions.
 
 function ask(row) {
   if (DRAINED.has(row.state)) {

@@ -1,4 +1,4 @@
-"""`llambo fleet status` and `logs`: what there is, and what it says."""
+"""`llambo fleet status` and `logs`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llambo.cli.fleet.fleet_site import fleet_options, run, site
+from llambo.cli.fleet.site import fleet_options, run, silent, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
@@ -17,7 +17,10 @@ from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
-    from llambo.fleet.run.keeper import Keeper
+    from llambo.cli.fleet.site import Site
+    from llambo.fleet.file.versions import Versions
+    from llambo.fleet.model import NodeClass
+    from llambo.fleet.run.node_manager import NodeManager, Snapshot
 
 STATUS_EXAMPLES = """
 llambo fleet status
@@ -28,7 +31,7 @@ llambo fleet logs tiny-0001
 llambo fleet logs tiny-0001 --lines 200
 """
 CLASS_COLUMNS = ("class", "there", "ready", "starting", "draining", "min", "max", "busy", "memory")
-#: Of what has happened.
+#: How many events are shown.
 SHOWN = 10
 NODE_COLUMNS = ("node", "class", "host", "state", "busy", "pid", "up", "note")
 
@@ -44,145 +47,146 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     \b
     starting   it loads its model, or has not reached the broker yet
     ready      it works
-    draining   it finishes what it runs; apply ends it or takes it back
-    failed     it runs and never got into the mesh; apply ends it
-    ended      it has ended by itself; apply begins another one
+    draining   it finishes its requests; apply ends or resumes it
+    failed     it runs and has never joined the mesh; apply ends it
+    ended      it has ended by itself; apply starts another one
     """
     here = site(common, file, state)
-    keeper = here.keeper(lambda text: None)
-    seen = run(keeper.look())
-    found = _found(here, keeper, seen)
+    manager = here.node_manager(silent)
+    snapshot = run(manager.look())
+    found = _found(here, manager, snapshot)
     if as_json:
         show_json(found)
         return
-    if seen.workers is None:
-        click.echo(f"the broker at {keeper.address} does not answer: what is known is what runs", err=True)
+    if snapshot.workers is None:
+        click.echo(f"the broker at {manager.address} does not answer: only the processes are shown", err=True)
     table(CLASS_COLUMNS, [_class_row(row) for row in found["classes"]], nothing="")
     click.echo()
-    nothing = "nothing runs: `llambo fleet apply` begins it"
+    nothing = "nothing runs: `llambo fleet apply` starts it"
     table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
     for row in found["updates"]:
         click.echo(printable(f"\n{row['class']}: {row['note']}"))
     for name, why in found["away"].items():
         click.echo(printable(f"{name} is away: {why}"))
     if found["orchestrator"]:
-        _show_news(found["orchestrator"])
+        _show_orchestrator(found["orchestrator"])
 
 
 @click.command(cls=Command, examples=LOGS_EXAMPLES)
 @click.argument("node", metavar="NODE")
-@click.option("--lines", metavar="NUMBER", type=click.IntRange(1), default=50, show_default=True, help="So many.")
+@click.option("--lines", metavar="NUMBER", type=click.IntRange(1), default=50, show_default=True, help="How many.")
 @fleet_options
 @client_options
 @pass_common
 def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) -> None:
-    """Show the end of what a node has said, also of one that is gone."""
+    """Show the end of the log of a node, also of one that has ended."""
     here = site(common, file, state)
-    text = run(_log_of(here.keeper(lambda text: None), Path(node).name))
+    text = run(_log_of(here.node_manager(silent), Path(node).name))
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
         click.echo(printable(line))
 
 
-async def _log_of(keeper: Keeper, node: str) -> str | None:
-    """Where its provider keeps it: in a file of ours, or in its host's journal."""
+async def _log_of(manager: NodeManager, node: str) -> str | None:
+    """From a file on this machine, or from the journal of its host."""
     try:
-        return keeper.processes.processes.log(node).read_text(encoding="utf-8", errors="replace")
+        return manager.providers.processes.log(node).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
-        await keeper.processes.refresh()
-        known = any(record.name == node for record in keeper.processes.records())
-        return await keeper.processes.fetch_words(node) if known else None
+        await manager.providers.refresh()
+        known = any(record.name == node for record in manager.providers.records())
+        return await manager.providers.fetch_log_tail(node) if known else None
 
 
-def _found(here: Any, keeper: Any, seen: Any) -> dict[str, Any]:
-    from llambo.fleet.run.orchestrator import read_news
+def _found(here: Site, manager: NodeManager, snapshot: Snapshot) -> dict[str, Any]:
+    from llambo.fleet.run.orchestrator import read_state
 
-    book = here.versions().read()
-    marks = book.marks(book.note(here.fleet, seen.world))
+    versions = here.versions().read()
+    fingerprints = versions.fingerprints(versions.note(here.fleet, snapshot.world))
     nodes = [
         {
             "node": node.name, "class": node.node_class, "host": node.host, "state": node.state.value,
-            "busy": node.busy, "slots": node.slots, "pid": keeper.processes.pid(node.name) or 0,
-            "begun_ms": node.begun_ms, "current": marks.get(node.node_class) == node.fingerprint, "note": node.note,
+            "busy": node.busy, "slots": node.slots, "pid": manager.providers.pid(node.name) or 0,
+            "begun_ms": node.begun_ms, "current": fingerprints.get(node.node_class) == node.fingerprint,
+            "note": node.note,
         }
-        for node in seen.world.nodes
+        for node in snapshot.world.nodes
     ]  # fmt: skip
     nodes += [
         {
             "node": record.name, "class": record.node_class, "host": record.host, "state": "ended", "busy": 0,
             "slots": record.slots, "pid": 0, "begun_ms": record.begun_ms, "current": True,
-            "note": _last_line(keeper.processes.words(record.name)),
+            "note": _last_line(manager.providers.log_tail(record.name)),
         }
-        for record in seen.ended
+        for record in snapshot.ended
     ]  # fmt: skip
     return {
         "fleet": here.fleet.name,
-        "broker": keeper.address,
-        "answers": seen.workers is not None,
+        "broker": manager.address,
+        "answers": snapshot.workers is not None,
         "state": str(here.state),
-        "orchestrator": read_news(here.state) if here.orchestrator() else None,
-        "updates": _updates(book, marks),
-        "classes": [_class(kept, nodes, seen) for kept in here.fleet.kept()],
-        "away": seen.away(),
+        "orchestrator": read_state(here.state) if here.orchestrator() else None,
+        "updates": _updates(versions, fingerprints),
+        "classes": [_class(spec, nodes, snapshot) for spec in here.fleet.all_classes()],
+        "away": snapshot.away(),
         "nodes": sorted(nodes, key=lambda row: str(row["node"])),
     }
 
 
-def _updates(book: Any, marks: dict[str, str]) -> list[dict[str, str]]:
-    """What is not as the file says, and why."""
+def _updates(versions: Versions, fingerprints: dict[str, str]) -> list[dict[str, str]]:
+    """Classes whose workers do not have the settings of the file, and why."""
     found = []
-    for name, mark in marks.items():
-        if why := book.stopped(name, mark):
+    for name, fingerprint in fingerprints.items():
+        if why := versions.stopped(name, fingerprint):
             found.append({"class": name, "note": f"its update has stopped: {why}"})
-        elif name in book.classes and book.classes[name].refused:
-            found.append({"class": name, "note": "its settings in the file were taken back; the ones before are kept"})
+        elif name in versions.classes and versions.classes[name].refused:
+            found.append(
+                {"class": name, "note": "its settings in the file were rolled back; those before are in force"}
+            )
     return found
 
 
-def _show_news(news: dict[str, Any]) -> None:
-
-    click.echo(f"\nan orchestrator keeps it, pid {news['pid']}")
-    for name, why in news["held"].items():
-        click.echo(f"{name} should be more by its load, but {why}")
-    if news.get("update"):
-        click.echo(printable(f"an update is under way, {news['update']}"))
-    for text in news["refused"]:
+def _show_orchestrator(state: dict[str, Any]) -> None:
+    click.echo(f"\nan orchestrator runs, pid {state['pid']}")
+    for name, why in state["held"].items():
+        click.echo(f"{name} needs more workers for its load, but {why}")
+    if state.get("update"):
+        click.echo(printable(f"an update is under way, {state['update']}"))
+    for text in state["refused"]:
         click.echo(printable(text))
     now_ms = clock.wall_ms()
-    for loop in news["loops"]:
+    for loop in state["loops"]:
         again = duration(max(0, loop["again_ms"] - now_ms))
         text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
-        click.echo(printable(f"{text}{loop['node']} {loop['how']}; its last words:"))
+        click.echo(printable(f"{text}{loop['node']} {loop['how']}; the end of its log:"))
         for line in loop["words"].splitlines():
             click.echo(printable(f"    {line}"))
-    for event in news["events"][-SHOWN:]:
+    for event in state["events"][-SHOWN:]:
         click.echo(printable(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
 
 
-def _class(kept: Any, nodes: list[dict[str, Any]], seen: Any) -> dict[str, Any]:
-    own = [row for row in nodes if row["class"] == kept.name]
+def _class(spec: NodeClass, nodes: list[dict[str, Any]], snapshot: Snapshot) -> dict[str, Any]:
+    own = [row for row in nodes if row["class"] == spec.name]
     states = {state: sum(row["state"] == state for row in own) for state in ("ready", "starting", "draining", "ended")}
     return {
-        "class": kept.name,
+        "class": spec.name,
         "there": len(own) - states["ended"],
         **states,
-        "min": kept.min,
-        "max": kept.max,
+        "min": spec.min,
+        "max": spec.max,
         "busy": sum(row["busy"] for row in own),
-        "slots": 0 if kept.is_broker else sum(row["slots"] for row in own if row["state"] == "ready"),
-        "memory_bytes": sum(node.memory_bytes for node in seen.world.of(kept.name)),
+        "slots": 0 if spec.is_broker else sum(row["slots"] for row in own if row["state"] == "ready"),
+        "memory_bytes": sum(node.memory_bytes for node in snapshot.world.of(spec.name)),
     }
 
 
 def _class_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    told = (row["there"], row["ready"], row["starting"], row["draining"], row["min"], row["max"])
+    counts = (row["there"], row["ready"], row["starting"], row["draining"], row["min"], row["max"])
     busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"
-    return (row["class"], *map(number, told), number(busy), number(size(row["memory_bytes"])))
+    return (row["class"], *map(number, counts), number(busy), number(size(row["memory_bytes"])))
 
 
 def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
-
     note = row["note"] if row["current"] else ", ".join(filter(None, ["old settings", row["note"]]))
     up = duration(max(0, clock.wall_ms() - row["begun_ms"]))
     busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"

@@ -1,4 +1,4 @@
-"""What the commands of `llambo fleet` share: the file, the folder with what runs, and who may change it now."""
+"""What the commands of `llambo fleet` share: the file, the folder of state, and the lock for changes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ import click
 from llambo.cli.kit.ask import address_of, key_of
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.std_streams import tell
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Wanted
-    from llambo.fleet.file.versions import Versions
+    from llambo.fleet.file.versions import VersionsFile
     from llambo.fleet.model import Fleet, NodeClass
-    from llambo.fleet.run.keeper import Keeper, Tell
+    from llambo.fleet.run.node_manager import NodeManager, Report
     from llambo.fleet.world import World
     from llambo.mesh.client.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-#: Held by whoever changes what runs.
+#: Held by a command while it changes what runs.
 LOCK = "lock"
-#: How many of each class somebody has said there shall be.
+#: How many workers of each class an operator has asked for.
 COUNTS = "counts.json"
 
 
@@ -44,9 +46,17 @@ def fleet_options(function: F) -> F:
     )  # fmt: skip
     state = click.option(
         "--state", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-        help="Where it is noted what runs.  [default: ~/.local/state/llambo/NAME]",
+        help="Where it is stored what runs.  [default: ~/.local/state/llambo/NAME]",
     )  # fmt: skip
     return file(state(function))
+
+
+def say(text: str) -> None:
+    tell(f"fleet: {printable(text)}", err=False)
+
+
+def silent(text: str) -> None:
+    """Instead of `say`, where progress would be in the way of the output."""
 
 
 @dataclass(slots=True)
@@ -58,14 +68,14 @@ class Site:
     #: Of the file, as it was read last.
     text: str
 
-    def keeper(self, tell: Tell) -> Keeper:
-        from llambo.fleet.run.keeper import Keeper
+    def node_manager(self, report: Report) -> NodeManager:
+        from llambo.fleet.run.node_manager import NodeManager
 
         address = address_of(self.common.settings, key_of(self.common.settings))
-        return Keeper(self.fleet, self.state, address, self.connect, tell)
+        return NodeManager(self.fleet, self.state, address, self.connect, report)
 
     def connect(self, address: str) -> Client:
-        """As an admin, if the mesh has keys: with the key that was given, or else with that of the fleet's folder."""
+        """As an admin, if the mesh has keys: with the key of the settings, or else with that in the fleet's folder."""
         from llambo.mesh.client.client import Client
         from llambo.mesh.security import keys
         from llambo.mesh.security.keyring import ISSUED
@@ -79,8 +89,8 @@ class Site:
         return Client(address, name=name, connect_ms=settings.number("connect_ms"), key=key or "")
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody else changes anything meanwhile."""
+    def lock(self) -> Iterator[None]:
+        """No other command on this machine changes the fleet meanwhile."""
         self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         with (self.state / LOCK).open("w", encoding="ascii") as lock:
             try:
@@ -93,101 +103,95 @@ class Site:
             yield
 
     def orchestrator(self) -> int:
-        """The pid of the one that is at work here; 0: there is none."""
-        from llambo.fleet.run.orchestrator import read_news
+        """The pid of the one that runs here; 0: there is none."""
+        from llambo.fleet.run.orchestrator import read_state
 
-        news = read_news(self.state)
-        if news is None:
+        state = read_state(self.state)
+        if state is None:
             return 0
         try:
-            with self.alone():
-                return 0  # it has died, and left its news
+            with self.lock():
+                return 0  # it was killed, and its file is still there
         except Failure:
-            return int(news["pid"])
+            return int(state["pid"])
 
     # --- how many ----------------------------------------------------------------------------------------
 
-    def wanted(self) -> Wanted:
-        """What somebody has said, as far as the file allows it now."""
+    def counts(self) -> dict[str, int]:
+        """What was asked for, within the bounds of the file as it is now."""
+        return {
+            name: max(spec.min, min(count, spec.max))
+            for name, count in self._stored_counts().items()
+            if (spec := self.fleet.classes.get(name)) is not None
+        }
+
+    def wanted(self, manager: NodeManager, world: World, *, write: bool) -> Wanted:
+        """The counts, and the settings in force: those of the file, except where they were rolled back."""
         from llambo.fleet.decide.plan import Wanted
 
-        counts = {
-            name: max(kept.min, min(count, kept.max))
-            for name, count in self._counts().items()
-            if (kept := self.fleet.classes.get(name)) is not None
-        }
-        return Wanted(counts=counts)
+        file = self.versions()
+        with file.changing() if write else contextlib.nullcontext(file.read()) as versions:
+            manager.fleet = versions.note(self.fleet, world)
+            fingerprints = versions.fingerprints(manager.fleet)
+        return Wanted(counts=self.counts(), fingerprints=fingerprints)
 
-    def settle(self, keeper: Keeper, world: World, *, write: bool) -> Wanted:
-        """What the file says now, but for what was taken back, is what the keeper knows from here on."""
-        from dataclasses import replace
+    def versions(self) -> VersionsFile:
+        from llambo.fleet.file.versions import VersionsFile
 
-        versions = self.versions()
-        with versions.changing() if write else contextlib.nullcontext(versions.read()) as book:
-            keeper.fleet = book.note(self.fleet, world)
-            marks = book.marks(keeper.fleet)
-        return replace(self.wanted(), fingerprints=marks)
+        return VersionsFile(self.state)
 
-    def versions(self) -> Versions:
-        from llambo.fleet.file.versions import Versions
-
-        return Versions(self.state)
-
-    def want(self, counts: dict[str, int]) -> None:
+    def ask_for(self, counts: dict[str, int]) -> None:
         for name, count in counts.items():
-            kept = self.node_class(name)
-            if not kept.min <= count <= kept.max:
+            spec = self.node_class(name)
+            if not spec.min <= count <= spec.max:
                 raise Failure(
-                    f"{count} are not from {kept.min} to {kept.max}, which {self.file}:{kept.line} says of {name}",
+                    f"{count} is not from {spec.min} to {spec.max}, the bounds of {name} in {self.file}:{spec.line}",
                     "change `min` or `max` there", Exit.USAGE,
                 )  # fmt: skip
-        self.remember(counts)
+        self.store_counts(counts)
 
-    def remember(self, counts: Mapping[str, int]) -> None:
+    def store_counts(self, counts: Mapping[str, int]) -> None:
         draft = self._path.with_suffix(".new")
-        draft.write_text(json.dumps({**self._counts(), **counts}), encoding="ascii")
+        draft.write_text(json.dumps({**self._stored_counts(), **counts}), encoding="ascii")
         draft.replace(self._path)
 
-    def counts(self) -> dict[str, int]:
-        return dict(self.wanted().counts)
-
     def changed(self) -> Fleet | None:
-        """The file, read again if it is another one than the last time."""
+        """The file, if it has changed since it was read."""
         try:
             text = self.file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            return None  # somebody is just replacing it
+            return None  # it is just being replaced
         if text == self.text:
             return None
-        from llambo.fleet.file.file import parse
+        from llambo.fleet.file.reader import parse
 
         self.text = text
         self.fleet = parse(text, str(self.file))
         return self.fleet
 
     def node_class(self, name: str) -> NodeClass:
-        kept = self.fleet.classes.get(name)
-        if kept is None:
+        spec = self.fleet.classes.get(name)
+        if spec is None:
             known = ", ".join(self.fleet.classes)
             raise Failure(f"there is no class {name!r} in {self.file}", f"there are {known}", Exit.USAGE)
-        return kept
+        return spec
 
     @property
     def _path(self) -> Path:
         return self.state / COUNTS
 
-    def _counts(self) -> dict[str, int]:
+    def _stored_counts(self) -> dict[str, int]:
         try:
             found = json.loads(self._path.read_text(encoding="ascii"))
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise Failure(f"{self._path} cannot be read: {error}", "remove it, and say again how many") from error
+            raise Failure(f"{self._path} cannot be read: {error}", "remove it, and set the counts again") from error
         return {str(name): int(count) for name, count in found.items()}
 
 
 def site(common: Common, file: Path, state: Path | None) -> Site:
-    from llambo.fleet.file.file import parse
+    from llambo.fleet.file.reader import parse
 
     try:
         text = file.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Sampling defaults: the model's own where its file has them, otherwise ours; whatever a request says goes first.
+"""Sampling defaults: options of the request first, then those in the model's file, then ours.
 
-Makers of a model may write into its file what they tried it with. llama.cpp's tools begin with those values, so a
+A model file may contain the sampling options that its authors recommend. llama.cpp's tools use them as defaults, so a
 request without options means the same here as there.
 """
 
@@ -13,7 +13,7 @@ import msgspec
 
 from llambo.mesh.wire.messages import Sampling
 
-#: What the file calls them, and what they are called in a request. (The order of samplers, `sequence`, is fixed here.)
+#: Names in the file and in a request. (The order of samplers, `sequence`, is not read: it is fixed here.)
 KEYS = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -31,51 +31,51 @@ KEYS = {
 Defaults = dict[str, int | float]
 
 
-def of_model(meta: Mapping[str, Any]) -> tuple[Defaults, list[str]]:
-    """What its file recommends, and a word about each value that cannot be used here."""
+def recommended(metadata: Mapping[str, Any]) -> tuple[Defaults, list[str]]:
+    """What the model file recommends, and a text about each value that cannot be used."""
     found: Defaults = {}
-    complaints: list[str] = []
+    unusable: list[str] = []
     for key, name in KEYS.items():
-        if key not in meta:
+        if key not in metadata:
             continue
-        value = _number(meta[key])
+        value = _number(metadata[key])
         try:
             msgspec.convert({name: value}, Sampling)
         except msgspec.ValidationError as error:
-            complaints.append(f"{key} is {meta[key]!r}: {error}")
+            unusable.append(f"{key} is {metadata[key]!r}: {error}")
         else:
             found[name] = value
-    return found, complaints
+    return found, unusable
 
 
 def _number(value: Any) -> Any:
-    """Some files keep whole numbers as floats. A float of four bytes becomes what was meant: 0.95, not 0.94999998."""
+    """Some files have integers as floats. A float of four bytes is rounded to what was meant: 0.95, not 0.94999998."""
     if not isinstance(value, float):
         return value
     return int(value) if value.is_integer() else float(f"{value:.6g}")
 
 
-def in_force(options: Sampling, given: Collection[str], defaults: Defaults) -> Sampling:
-    """`given` are the options that the request itself has."""
+def with_defaults(options: Sampling, given: Collection[str], defaults: Defaults) -> Sampling:
+    """`given`: the names of the options that the request sets."""
     missing = {name: value for name, value in defaults.items() if name not in given}
     return msgspec.structs.replace(options, **missing) if missing else options
 
 
-def options_in_force(defaults: Defaults) -> dict[str, Any]:
-    """All options of numbers, as a request gets them that says nothing."""
-    options: dict[str, Any] = msgspec.to_builtins(in_force(Sampling(), (), defaults))
+def numeric_options(defaults: Defaults) -> dict[str, Any]:
+    """All numeric options of a request that sets none."""
+    options: dict[str, Any] = msgspec.to_builtins(with_defaults(Sampling(), (), defaults))
     every = {name: getattr(Sampling(), name) for name in Sampling.__struct_fields__} | options
     return {name: value for name, value in every.items() if isinstance(value, int | float)}
 
 
-def told(defaults: Defaults) -> str:
-    """For whoever starts a worker."""
-    ours = in_force(Sampling(), (), defaults)
+def describe(defaults: Defaults) -> str:
+    """For the log of a worker that starts."""
+    options = with_defaults(Sampling(), (), defaults)
     shown = ", ".join(
-        f"{name.replace('_', '-')} {getattr(ours, name):g}{' (from the model)' if name in defaults else ''}"
+        f"{name.replace('_', '-')} {getattr(options, name):g}{' (from the model)' if name in defaults else ''}"
         for name in ("temperature", "top_k", "top_p", "min_p", *(name for name in defaults if name not in _SHOWN))
     )
-    return f"sampling, where a request says nothing: {shown}"
+    return f"sampling defaults: {shown}"
 
 
 _SHOWN = frozenset({"temperature", "top_k", "top_p", "min_p"})

@@ -1,0 +1,127 @@
+"""Turns of identities: of those that wait in one class, each gets a turn before one of them gets its second.
+
+Share    what one identity has waiting
+Circle   the shares of one class, in the order of their turns
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from llambo.broker.records.request import Request, RequestState
+
+if TYPE_CHECKING:
+    from llambo.broker.records.queue import Line
+
+
+class Share:
+    """What one identity has waiting in one class. Entries of requests that left are skipped when met."""
+
+    __slots__ = ("count", "gone", "heap", "line", "placed")
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.count = 0
+        #: How many were put here, and have left, ever.
+        self.placed = self.gone = 0
+        self.heap: list[tuple[int, int, Request]] = []
+
+    def put(self, request: Request, due: int) -> None:
+        self.count += 1
+        self.placed += 1
+        request.place.share, request.place.number = self, self.placed
+        heapq.heappush(self.heap, (due, request.place.ticket, request))
+
+    def first(self) -> Request:
+        """Only while `count` is not 0."""
+        while True:
+            _, ticket, request = self.heap[0]
+            if request.state is RequestState.WAITING and request.place.ticket == ticket:
+                return request
+            heapq.heappop(self.heap)
+
+    def before(self, request: Request) -> int:
+        """How many are served before this one: exact while none overtakes."""
+        return max(0, min(request.place.number - self.gone, self.count) - 1)
+
+    def __iter__(self) -> Iterator[Request]:
+        for _, ticket, request in self.heap:
+            if request.state is RequestState.WAITING and request.place.ticket == ticket:
+                yield request
+
+
+class Circle:
+    """The identities that wait in one class, in the order of their turns. None has an empty share."""
+
+    __slots__ = ("_held", "_open", "_sums", "count", "turn")
+
+    def __init__(self) -> None:
+        self.count = 0
+        #: When the class as a whole has its next turn.
+        self.turn = 0.0
+        self._open: OrderedDict[str, Share] = OrderedDict()
+        #: Those that have as many running as they may. `readmit` puts them back, at the end of the circle.
+        self._held: dict[str, Share] = {}
+        #: How many wait for each of `_open`, sorted, and the sums of that; None: to be counted again.
+        self._sums: tuple[list[int], list[int]] | None = None
+
+    def put(self, request: Request, due: int, line: Line) -> None:
+        owner = request.owner
+        share = self._open.get(owner) or self._held.get(owner)
+        if share is None:
+            share = self._open[owner] = Share(line)
+        share.put(request, due)
+        self.count += 1
+        self._sums = None
+
+    def first(self) -> Request | None:
+        while self._open:
+            owner = next(iter(self._open))
+            request = self._open[owner].first()
+            if not request.account.full:
+                return request
+            self._held[owner] = self._open.pop(owner)
+            self._sums = None
+        return None
+
+    def left(self, request: Request, served: bool) -> None:
+        owner = request.owner
+        self.count -= 1
+        self._sums = None
+        if not request.place.share.count:
+            self._open.pop(owner, None)
+            self._held.pop(owner, None)
+        elif served and len(self._open) > 1 and owner in self._open:
+            self._open.move_to_end(owner)
+
+    def readmit(self, owner: str) -> bool:
+        """One of its requests is done, or it may have more. False: it was not held back."""
+        share = self._held.pop(owner, None)
+        if share is None:
+            return False
+        self._open[owner] = share
+        self._sums = None
+        return True
+
+    def before(self, request: Request) -> int:
+        """About how many of this class: all others have a turn for each of its own identity up to this one."""
+        rank = request.place.share.before(request)
+        own = request.owner in self._open
+        if len(self._open) == own:
+            return rank
+        if self._sums is None:
+            counts = sorted(share.count for share in self._open.values())
+            self._sums = counts, list(accumulate(counts, initial=0))
+        counts, sums = self._sums
+        turns = rank + 1
+        few = bisect_right(counts, turns)
+        return rank + sums[few] + turns * (len(counts) - few) - own * turns
+
+    def __iter__(self) -> Iterator[Request]:
+        for share in (*self._open.values(), *self._held.values()):
+            yield from share

@@ -1,0 +1,332 @@
+"""What happens when a broker is restarted, or a client comes from another one.
+
+What a broker knows dies with it, but nothing is lost: the client has its prompt and the tokens it was given, the
+worker has the prompt and all tokens, and goes on making more. Both come to the next broker, in any order.
+
+    client                               broker                               worker
+      | --- submit, resume ------------->|                                      |      "I had this, and hold these"
+      |        it knows the model        | AWAITING_RUN, for `adopt_ms`         |
+      |        or not yet                | deferred, for `startup_grace_ms`     |
+      |                                  |<------------------------- orphan --- |      "I run this, without a broker"
+      |                                  | an orphan run, for `orphan_ms`       |
+
+                 both are here, and the run continues what the client holds
+                                             |
+             +-------------------------------+------------------------------+
+             | yes                                                          | no, within `adopt_ms`
+      ADOPTED: the run goes on as if it had              DISPATCHED: another run continues after the tokens
+      been dispatched here; other runs of the            that the client holds; other runs of the request
+      request are cancelled                              are cancelled
+
+In either case what a client was given never changes. Of several runs that fit, the latest attempt is adopted. A run
+that was meant to go on without its client (detached) is adopted by itself, or when a client attaches to it.
+
+After a restart refusals are deferred: the worker that serves the model, or the one that has the run, may be on its way.
+Each time something new is known, deferred messages are tried again (`admission.retry_deferred`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llambo.broker.records.archive import EndedRequest
+from llambo.broker.records.orphans import Deferred, OrphanRun
+from llambo.broker.records.registry import ClientEntry, WorkerEntry
+from llambo.broker.records.request import Request, RequestState
+from llambo.broker.records.state import State
+from llambo.broker.requests import delivery, dispatching, ending, model_names, refusals
+from llambo.mesh.wire import messages as m
+from llambo.mesh.wire import tokens, transfer
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.identity import Identity
+
+# --- A worker announces a run without a broker. ---
+
+
+def orphan_announced(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
+    """Its broker is gone; it may have been this one before a restart."""
+    work, orphans = orphaned.work, state.recovery.orphans
+    try:
+        prompt, chunks = transfer.unpack(blob, work.prompt_bytes)
+    except ValueError as error:
+        state.journal.add(now_ms, "bad orphan", f"{worker.name}: {error}", warning=True, worker=worker.name)
+        _stop(state, worker, work)
+        return
+    due = now_ms + state.config.timing.orphan_ms
+    orphan = OrphanRun(worker, work, prompt, [_with_key(chunk, work) for chunk in chunks], due)
+    request = state.requests.get(work.id)
+    if request is not None:
+        if request.state is RequestState.WAITING and _continues(request, orphan):
+            _adopt(state, request, orphan, now_ms)
+        elif request.run.key == orphan.key and request.run.worker is worker:
+            _send_adopt(state, orphan)  # announced twice, and adopted the first time
+        else:
+            _stop(state, worker, work)
+    elif (
+        state.archive.get(work.id)
+        or state.held_bytes + orphans.bytes + orphan.size > state.config.bounds.transcript_bytes
+    ):
+        _stop(state, worker, work)
+    else:
+        orphans.add(orphan)
+        waiting = _deferred_attach(state, work)
+        if waiting is not None or orphaned.home:
+            look_for(state, waiting or m.Attach(work.id), now_ms)
+
+
+def _deferred_attach(state: State, work: m.Dispatch) -> m.Attach | None:
+    for (_, id), deferred in state.recovery.deferred.items():
+        if id == work.id and isinstance(deferred.message, m.Attach) and deferred.client.identity.owns(work.owner):
+            return deferred.message
+    return None
+
+
+# --- A client resumes a request that this broker does not know. ---
+
+
+def resume(state: State, request: Request, now_ms: int) -> None:
+    """It waits apart until its run is announced, or is not."""
+    request.place.awaiting_run = True
+    state.queue.put(request, now_ms)
+    if request.transcript.next_index:
+        request.note(now_ms, "resumed", f"its client holds {request.transcript.next_index} tokens")
+    if dispatching.finish_complete(state, request, now_ms):
+        _stop_others(state, request.id, b"")
+        return
+    if not _adopt_latest(state, request, now_ms):
+        state.set_alarm(request, "adopt", now_ms + state.config.timing.adopt_ms)
+
+
+def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
+    """A client wants to follow it. Adopt a detached run of it, which does not need its own client for that."""
+    orphans = state.recovery.orphans
+    if asked.id not in orphans or asked.id in state.requests or state.archive.get(asked.id):
+        return
+    given = tokens.ids_of(asked.held)
+    found = orphans.take(asked.id)
+    fitting = [o for o in found if o.work.detached and tokens.ids_of(o.chunks)[: len(given)] == given]
+    for orphan in found:
+        if not fitting:
+            orphans.add(orphan)
+        elif orphan is fitting[0]:
+            _admit_detached(state, orphan, now_ms)
+        else:
+            _stop(state, orphan.worker, orphan.work)
+
+
+def dispatch_instead(state: State, request: Request, now_ms: int) -> None:
+    """No worker has announced it in time. Another run goes on from here."""
+    if request.place.awaiting_run and request.state is RequestState.WAITING:
+        _stop_others(state, request.id, b"")
+        state.queue.left(request)
+        request.place.awaiting_run = False
+        request.place.queued_ms += now_ms - request.place.queued_at
+        request.note(now_ms, "not adopted", "no worker announced it; it goes on elsewhere")
+        dispatching.enqueue(state, request, now_ms)
+
+
+def agrees(request: Request, held: list[bytes]) -> bool:
+    """Whether the tokens of this client are those of the others. A request that awaits its run may learn from it."""
+    ours, theirs = request.transcript.ids(), tokens.ids_of(held)
+    if len(theirs) > len(ours) and request.place.awaiting_run and theirs[: len(ours)] == ours:
+        request.transcript.restore(held)
+        return True
+    return ours[: len(theirs)] == theirs
+
+
+def _adopt_latest(state: State, request: Request, now_ms: int) -> bool:
+    found = False
+    for orphan in state.recovery.orphans.take(request.id):
+        if not found and _continues(request, orphan):
+            found = True
+            _adopt(state, request, orphan, now_ms)
+        elif not found and _is_outdated(request, orphan):
+            state.recovery.orphans.add(orphan)
+        else:
+            _stop(state, orphan.worker, orphan.work)
+    return found
+
+
+def _is_outdated(request: Request, orphan: OrphanRun) -> bool:
+    """The announcement has fewer tokens than its client got later, through another broker that adopted the run.
+
+    So it is no orphan; or it is one again, and then its worker announces it again, with all it has. We wait for that.
+    """
+    known, given = tokens.ids_of(orphan.chunks), request.transcript.ids()
+    return len(known) < len(given) and given[: len(known)] == known
+
+
+def _continues(request: Request, orphan: OrphanRun) -> bool:
+    """It has the same owner and model, and its tokens begin with those that were given out already."""
+    if orphan.work.owner != request.owner:
+        return False
+    fingerprint = orphan.worker.serving.fingerprints.get(orphan.work.model, "")
+    if request.model != orphan.work.model or request.run.fingerprint not in ("", fingerprint):
+        return False
+    given = request.transcript.ids()
+    return tokens.ids_of(orphan.chunks)[: len(given)] == given
+
+
+def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> None:
+    """As if it had been dispatched to that worker just now, except that it runs already."""
+    worker, key, work, run = orphan.worker, orphan.key, orphan.work, request.run
+    held = request.transcript.next_index
+    request.step(RequestState.DISPATCHED)
+    state.queue.left(request)
+    request.place.awaiting_run = False
+    request.place.queued_ms += now_ms - request.place.queued_at
+    run.attempt = max(run.attempt, orphan.attempt)
+    run.key, run.worker, run.worker_name = key, worker, worker.name
+    run.fingerprint = worker.serving.fingerprints.get(request.model, "")
+    state.mark_running(request)
+    worker.adopted.add(key)
+    suspicion = request.suspicion
+    if work.suspect is not None and work.suspect >= held and suspicion.token < 0:
+        suspicion.token, suspicion.text = work.suspect, "one before its broker was gone"
+    if suspicion.token >= 0:
+        request.watched = True
+        worker.suspect = key, request
+    state.pools.refresh(worker)
+    state.counters.requests.adopted += 1
+    _stop_others(state, request.id, key)
+    count = transfer.count(orphan.chunks)
+    request.note(now_ms, "adopted", f"from {worker.name}, which has {count} tokens; {held} held")
+    _send_adopt(state, orphan)
+    delivery.tokens_arrived(state, orphan.chunks, now_ms)
+    state.measured.meter.adopted(request, worker.hello.node_class)
+
+
+def _send_adopt(state: State, orphan: OrphanRun) -> None:
+    worker = orphan.worker
+    worker.beats.seq += 1
+    worker.claims[orphan.key] = worker.beats.seq
+    state.pools.refresh(worker)
+    state.pools.touch(worker)  # it may be one that is to be emptied
+    state.to_worker(worker, m.Adopt(orphan.work.id, orphan.work.dispatch, worker.beats.seq))
+
+
+def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> None:
+    """Its own client may not come back for a long time, so the request is made from what the worker has."""
+    work = orphan.work
+    asked = m.InferenceRequest(
+        id=work.id,
+        model=work.model,
+        max_tokens=work.max_tokens,
+        stream=work.stream,
+        priority=work.priority,
+        deadline_ms=work.deadline_ms,
+        detached=True,
+        seed=work.seed,
+        sampling=work.sampling,
+        logprobs=work.logprobs,
+        task=work.task,
+    )
+    request = Request(asked, work.model, orphan.prompt, now_ms, state.access.accounts.of(work.owner))
+    state.admit(request)
+    request.place.awaiting_run = True
+    state.queue.put(request, now_ms)
+    _adopt(state, request, orphan, now_ms)
+
+
+def _stop_others(state: State, id: bytes, key: bytes) -> None:
+    for orphan in state.recovery.orphans.take(id):
+        if orphan.key != key:
+            _stop(state, orphan.worker, orphan.work)
+
+
+def _stop(state: State, worker: WorkerEntry, work: m.Dispatch) -> None:
+    state.to_worker(worker, m.Cancel(work.id, work.dispatch))
+
+
+def _with_key(chunk: bytes, work: m.Dispatch) -> bytes:
+    """Chunks of earlier attempts have other keys; the fence lets in those with the current one."""
+    return tokens.CHUNK + work.id + work.dispatch + chunk[tokens.KEY_END :]
+
+
+# --- A client returns that was at another broker. ---
+#
+# A client follows one broker at a time, and only what that one sends counts. So what this broker knows of a request may
+# be out of date. While its client was away the request was cancelled here, since it had no follower; or it went on here
+# in one way and there in another. The client has the prompt and every token it was given, so what it holds is right:
+# what does not fit is forgotten here, and the request begins again, as one from a broker that is gone. The exception:
+# another client follows it here and was given other tokens. Then both cannot be served, and the existing follower wins.
+
+
+def forget_outdated(
+    state: State, client: ClientEntry, asked: m.InferenceRequest, held: list[bytes], now_ms: int
+) -> None:
+    """Before a submit is handled: forget what is known of its request, if that is of no use to its client."""
+    request = state.requests.get(asked.id)
+    ended = state.archive.get(asked.id)
+    if request is not None and held and not agrees(request, held):
+        if _no_other_client(state, client, request.followers):
+            ending.forget(state, request, now_ms)
+    elif ended is not None and not _serves(ended, asked, held) and _no_other_client(state, client, ended.owed):
+        state.archive.forget(asked.id)
+
+
+def fits(ended: EndedRequest, held: list[bytes]) -> bool:
+    """Whether the answer begins with these tokens."""
+    if ended.transcript is None or not held:
+        return True
+    ours, theirs = ended.transcript.ids(), tokens.ids_of(held)
+    return ours[: len(theirs)] == theirs
+
+
+def _serves(ended: EndedRequest, asked: m.InferenceRequest, held: list[bytes]) -> bool:
+    if ended.abandoned:
+        return False
+    if len(tokens.ids_of(held)) > ended.end.count:
+        return False  # it got further elsewhere, so this end counts for nothing
+    if ended.transcript is None:
+        # It cannot be found out any more whether this client has a part of that answer. (One that failed, or was
+        # cancelled by a client, is not tried again.)
+        return ended.end.reason not in ("stop", "length", "deadline")
+    return fits(ended, held)
+
+
+def _no_other_client(state: State, client: ClientEntry, sessions: Iterable[bytes]) -> bool:
+    """Whether all of these sessions are this client's, from before."""
+    clients = state.registry.clients
+    return all(
+        clients[session].is_same(client) or clients[session] is client for session in sessions if session in clients
+    )
+
+
+# --- A client asks for what this broker does not know yet. ---
+
+
+def defer(state: State, client: ClientEntry, message: m.InferenceRequest | m.Attach, blob: bytes, now_ms: int) -> bool:
+    """False: the broker has run for long enough to refuse it."""
+    key = (client.session, message.id)
+    waiting = state.recovery.deferred.get(key)
+    began = state.wakeups.started_at if state.wakeups.started_at >= 0 else now_ms
+    if isinstance(message, m.Attach) and message.resume:
+        began = now_ms  # at any age: it was with another broker, and the peers that know it are on their way
+    due = waiting.due if waiting else began + state.config.timing.startup_grace_ms
+    if now_ms >= due:
+        return False
+    if waiting is None and (code := _too_many(state, client.identity, message)) is not None:
+        text = "this broker has just begun, and too many wait for its workers"
+        refusals.refuse(state, client, message.id, code, text)
+    else:
+        state.recovery.deferred[key] = Deferred(client, message, blob, due)
+    return True
+
+
+def _too_many(state: State, who: Identity, message: m.InferenceRequest | m.Attach) -> Code | None:
+    """Too many are deferred already: of all clients, or new requests of this identity."""
+    deferred = state.recovery.deferred
+    if len(deferred) >= state.config.bounds.queue_requests:
+        return Code.BUSY
+    if not who.max_queued or message.resume or isinstance(message, m.Attach):
+        return None
+    own = [other.message for other in deferred.values() if other.client.identity.name == who.name]
+    waiting = sum(isinstance(other, m.InferenceRequest) and not other.resume for other in own)
+    return Code.OVER_LIMIT if waiting >= who.max_queued else None
+
+
+def is_answerable(state: State, who: Identity, message: m.InferenceRequest | m.Attach, now_ms: int) -> bool:
+    if message.id in state.requests or state.archive.get(message.id):
+        return True
+    return isinstance(message, m.InferenceRequest) and model_names.resolve(state, who, message, now_ms)[1] is None
