@@ -23,8 +23,6 @@ UNREAD = {
     "docs/simulation.md",
     "docs/metrics.md",
     "docs/protocol-reference.md",
-    "llambo/cli/commands",
-    "llambo/cli/kit",
     "llambo/mesh",
     "tests",
 }

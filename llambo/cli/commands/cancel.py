@@ -1,4 +1,4 @@
-"""`llambo cancel ID`: stop a request, whoever sent it."""
+"""`llambo cancel ID`: stop a request of any client."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ llambo cancel 3f2a --json
 @client_options
 @pass_common
 def cancel(common: Common, id: str, as_json: bool) -> None:
-    """Stop the request ID, whoever sent it. The beginning of the id is enough. One that has ended stays as it is."""
+    """Stop the request ID, of any client. The beginning of the id is enough. One that has ended stays as it is."""
 
     async def stop(client: Client) -> tuple[str, dict[str, Any]]:
         return await client.cancel(id), await client.query("why", id)

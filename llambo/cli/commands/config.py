@@ -32,8 +32,8 @@ def config(common: Common, changed: bool, as_json: bool) -> None:
     settings = common.settings
     rows = [row for row in settings.rows() if not changed or row[2] != "default"]
     if as_json:
-        told = {name: {"value": value, "source": source} for name, value, source in rows}
-        show_json({"file": str(settings.file) if settings.file else None, "settings": told,
+        values = {name: {"value": value, "source": source} for name, value, source in rows}
+        show_json({"file": str(settings.file) if settings.file else None, "settings": values,
                    "warnings": list(settings.warnings)})  # fmt: skip
         return
     click.echo(f"file: {settings.file or 'none was found'}")

@@ -23,7 +23,7 @@ EXAMPLES = """
 llambo keys init --address tcp://box:7330
 llambo keys add laptop --role client
 llambo keys add gpu --role worker   for workers gpu, gpu-1, gpu-2 ...
-llambo keys export laptop           one line, for whoever is to have it
+llambo keys export laptop           one line, for its holder
 llambo keys token laptop            for programs that speak HTTP
 llambo keys revoke laptop           out at once
 """
@@ -34,7 +34,7 @@ llambo keys init --address tcp://a:7330,tcp://b:7330 --keys ./keys
 ADD_EXAMPLES = """
 llambo keys add laptop --role client
 llambo keys add gpu --role worker
-llambo keys add guest --role client --per-minute 10 --expires 7d
+llambo keys add lab --role client --per-minute 10 --expires 7d
 """
 LIST_EXAMPLES = """
 llambo keys list
@@ -84,7 +84,7 @@ def _folder(common: Common) -> Folder:
 
 
 def _where(common: Common) -> str:
-    """What the next command has to be told as well."""
+    """The option that the next command needs as well."""
     said = common.settings.sources["keys"].startswith("flag")
     return f" --keys {_folder(common).path}" if said else ""
 
@@ -158,16 +158,16 @@ def list_keys(common: Common, as_json: bool) -> None:
     now = time.time()
     entries = _folder(common).ring().entries
     if as_json:
-        show_json([_told(entry, now) for entry in entries])
+        show_json([_row_of(entry, now) for entry in entries])
         return
     rows = [
-        (told["name"], told["role"], told["limits"] or "none", told["expires"] or "never", told["public"][:8])
-        for told in (_told(entry, now) for entry in entries)
+        (row["name"], row["role"], row["limits"] or "none", row["expires"] or "never", row["public"][:8])
+        for row in (_row_of(entry, now) for entry in entries)
     ]
     table(["name", "role", "limits", "valid until", "public"], rows, nothing="there are no keys")
 
 
-def _told(entry: KeyEntry, now: float) -> dict[str, Any]:
+def _row_of(entry: KeyEntry, now: float) -> dict[str, Any]:
     who = entry.identity
     limits = {
         "in flight": who.max_in_flight,
@@ -224,7 +224,7 @@ def rotate(common: Common, name: str, grace: int) -> None:
 @config_option()
 @pass_common
 def export(common: Common, name: str, address: str | None, output: Path | None) -> None:
-    """Print the key: one line, for --key, LLAMBO_KEY or a file. Whoever has it is let in."""
+    """Print the key: one line, for --key, LLAMBO_KEY or a file. It admits anybody who has it."""
     from llambo.mesh.link.sockets import split_all
     from llambo.mesh.security.keys import to_line, write_private
 

@@ -12,7 +12,7 @@ from llambo.cli.kit.flags import client_options
 EXAMPLES = """
 llambo metrics
 llambo metrics | grep queue_seconds
-llambo metrics > /var/lib/node_exporter/llambo.prom   where nobody may ask
+llambo metrics > /var/lib/node_exporter/llambo.prom   from a file
 """
 
 

@@ -28,7 +28,7 @@ llambo send --model tiny "What is AI?"
 COLUMNS = ("model", "size", "architecture", "quantisation", "context", "where", "loads")
 #: What a narrow terminal does without.
 SPARE = ("where", "quantisation", "architecture")
-#: Without a broker there is no mesh to tell of; the host can be told of all the same.
+#: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
 NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 
 
@@ -43,7 +43,7 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
 
     On this host: those of installed packages, and GGUF files in --models-dir, in the working folder and in the caches
     of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those that are
-    served nobody has to name one if there is only one.
+    served, a request need not name one if there is only one.
     """
     if name is not None:
         info = ask(common, lambda client: client.model_info(model=name))

@@ -67,7 +67,7 @@ def send(
     The prompt is the arguments, or stdin with `-` or without any. Ctrl-C cancels the request on its worker; a
     second one leaves at once.
 
-    With --json each line is an object, told apart by its "type"; fields may be added, none changes its meaning:
+    With --json each line is an object with a "type"; fields may be added, none changes its meaning:
 
     \b
     accepted  id, model, ahead         it is in; so many wait before it

@@ -69,8 +69,8 @@ def _of(value: int, limit: int, shown: Callable[[int], str]) -> str:
 
 
 def _refused(reasons: dict[str, int]) -> str:
-    told = ", ".join(f"{reasons[reason]} {reason}" for reason in sorted(reasons))
-    return f"{sum(reasons.values())}: {told}" if told else "0"
+    listed = ", ".join(f"{reasons[reason]} {reason}" for reason in sorted(reasons))
+    return f"{sum(reasons.values())}: {listed}" if listed else "0"
 
 
 def mesh_facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
@@ -91,14 +91,14 @@ def mesh_facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
 def _busy(found: dict[str, Any]) -> str:
     """Of all slots; this broker knows of those that others have given away no more than their number."""
     elsewhere = found.get("busy_elsewhere", 0)
-    told = f" ({elsewhere} through other brokers)" if elsewhere else ""
-    return f"{found['busy'] + elsewhere} of {found['slots']} slots busy{told}"
+    others = f" ({elsewhere} through other brokers)" if elsewhere else ""
+    return f"{found['busy'] + elsewhere} of {found['slots']} slots busy{others}"
 
 
 def _ready(found: dict[str, Any]) -> str:
     """How many, and how far those are that load their model."""
     loading = [f"{percent} %" for percent in sorted(found.get("loading", {}).values(), reverse=True)]
     more = ", ..." if len(loading) > SHOWN else ""
-    told = f", loading {', '.join(loading[:SHOWN])}{more}" if loading else ""
+    note = f", loading {', '.join(loading[:SHOWN])}{more}" if loading else ""
     slow = f", slow: {', '.join(found['slow'][:SHOWN])}" if found.get("slow") else ""
-    return f"{found['ready']} ready of {found['workers']}{told}{slow}"
+    return f"{found['ready']} ready of {found['workers']}{note}{slow}"

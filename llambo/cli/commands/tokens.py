@@ -49,15 +49,15 @@ def tokens(
         show_json({"text": found}) if as_json else click.echo(found)
         return
     said, form = prompt_of(text), "user" if chat else "text"
-    told = ask(common, lambda client: client.tokenize(said, special=special, form=form, model=model))  # type: ignore[arg-type]
-    pieces = [piece.decode(errors="replace") for piece in told.pieces]
+    result = ask(common, lambda client: client.tokenize(said, special=special, form=form, model=model))  # type: ignore[arg-type]
+    pieces = [piece.decode(errors="replace") for piece in result.pieces]
     if count:
-        show_json({"count": len(told.ids)}) if as_json else click.echo(len(told.ids))
+        show_json({"count": len(result.ids)}) if as_json else click.echo(len(result.ids))
     elif as_json:
-        show_json({"count": len(told.ids), "ids": told.ids, "pieces": pieces})
+        show_json({"count": len(result.ids), "ids": result.ids, "pieces": pieces})
     else:
         rows = [
-            (number(at), number(id), repr(piece)) for at, (id, piece) in enumerate(zip(told.ids, pieces, strict=True))
+            (number(at), number(id), repr(piece)) for at, (id, piece) in enumerate(zip(result.ids, pieces, strict=True))
         ]
         table(["index", "id", "text"], rows, nothing="no tokens")
 

@@ -69,7 +69,7 @@ class TextView:
         self._waiting = False
 
     def placed(self) -> None:
-        # Nobody ahead is told to a request that starts at once as well: only after a wait it is news.
+        # A request that starts at once reports 0 as well; the place is shown only after a wait.
         ahead = self._stream.ahead
         if sys.stderr.isatty() and self._last == "\n" and (ahead or self._waiting):
             self._clear()
@@ -134,9 +134,9 @@ class JsonView:
         self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _logprob(told: Logprob) -> dict[str, Any]:
-    top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in told.top]
-    return {"logprob": told.logprob, "top": top}
+def _logprob(token: Logprob) -> dict[str, Any]:
+    top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in token.top]
+    return {"logprob": token.logprob, "top": top}
 
 
 def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
@@ -155,10 +155,12 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
 
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
-    told = statistics(answer, clock)
-    moves = f"moved {told['moves']} time{'s' if told['moves'] != 1 else ''}" if told["moves"] else "never moved"
+    figures = statistics(answer, clock)
+    moves = (
+        f"moved {figures['moves']} time{'s' if figures['moves'] != 1 else ''}" if figures["moves"] else "never moved"
+    )
     return (
-        f"{told['tokens']} tokens in {duration(clock.total_ms)} ({told['tokens_per_s']:.1f} tokens/s), "
+        f"{figures['tokens']} tokens in {duration(clock.total_ms)} ({figures['tokens_per_s']:.1f} tokens/s), "
         f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
-        f"worker {told['worker'] or '?'}, {moves}, {told['reason']}, id {told['id']}"
+        f"worker {figures['worker'] or '?'}, {moves}, {figures['reason']}, id {figures['id']}"
     )

@@ -66,7 +66,7 @@ class Command(_Help):
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
         except BrokenPipeError:
-            # Whoever read this has seen enough, as in `llambo events | head -3`.
+            # The reader has closed the pipe, as in `llambo events | head -3`.
             silence_stdout()
             ctx.exit(Exit.OK)
 
@@ -96,5 +96,5 @@ def load(place: str) -> click.Command:
 
 
 def silence_stdout() -> None:
-    """Whoever read it has left."""
+    """The reader of stdout is gone."""
     silence(sys.stdout.fileno())

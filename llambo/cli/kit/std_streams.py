@@ -16,7 +16,7 @@ import click
 
 #: What a write fails with when there is no room for it.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-#: Who hears what is told, in place of stderr: the journal, if that is where stderr leads.
+#: Receives the lines in place of stderr: the journal, if that is where stderr leads.
 TELLERS: list[Callable[[str], None]] = []
 
 
@@ -37,9 +37,9 @@ def fill_closed_streams() -> None:
 
 
 def tell(text: str, *, err: bool = True) -> None:
-    """To whoever looks after a process that has work to do whether or not anybody reads this.
+    """Write a line for the operator of a process whose work goes on whether or not it is read.
 
-    The disk may be full, the terminal or the reader of a pipe gone; then nobody hears it, and the work goes on.
+    The disk may be full, the terminal or the reader of a pipe gone; then the line is lost, and the work goes on.
     """
     for teller in TELLERS:
         teller(text)

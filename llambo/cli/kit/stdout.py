@@ -1,6 +1,6 @@
 """Writing an answer to stdout as it comes, without ever blocking the event loop.
 
-A pager that nobody scrolls stops taking text. A client that waited for it would miss its heartbeats, and the
+A pager that is not scrolled stops reading. A client that waited for it would miss its heartbeats, and the
 broker would cancel its request. So what stdout does not take now is kept, and `room` waits for it; meanwhile the
 client goes on, and the broker keeps what it has no room for.
 """

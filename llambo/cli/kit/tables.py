@@ -80,7 +80,7 @@ def _rich_table(
 
 
 def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str], width: int) -> list[int]:
-    """Which columns a terminal of this width has room for. Those that nobody can spare are shown in any case."""
+    """Which columns a terminal of this width has room for. Required columns are always shown."""
     from rich.cells import cell_len
 
     kept = list(range(len(columns)))
