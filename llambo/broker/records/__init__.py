@@ -1,2 +1,1 @@
-"""What the broker knows: its state and the records in it:
-they hold data and keep it consistent; rules decide elsewhere."""
+"""What the broker knows: its state and the records in it. Rules that decide are in the rooms beside it."""
