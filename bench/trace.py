@@ -122,7 +122,7 @@ def read(folder: str) -> list[tuple[int, int]]:
 
 def trace_client(folder: str) -> Trace:
     trace = Trace(folder)
-    trace.after(Link, "flush", "client said", lambda a: _has(a[0]._outbox, m.InferenceRequest))
+    trace.after(Link, "flush", "client said", lambda a: _has(a[0]._outbox._messages, m.InferenceRequest))
     trace.before(ClientCore, "handle", "client got", lambda a: _is(a[1], ce.TokensArrived) and _chunks(a[1].frames))
     return trace
 

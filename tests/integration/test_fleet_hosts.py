@@ -198,7 +198,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
 
     # The orchestrator tells the same, and begins nothing either.
     orchestrator = rig.box.manager.begin(LLAMBO, "fleet", "run", *PLACE)
-    said = heard(orchestrator, "keeping rig")
+    said = heard(orchestrator, "runs rig")
     far1.switch_off()
     said += heard(orchestrator, "far1 is away: it cannot be asked: ")
     far1.switch_on()

@@ -268,7 +268,7 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
     manager.systemctl("start", "--no-block", "llambo-worker@poor")
     for _ in range(2):
         since = manager.heard("llambo-worker@poor.service: Scheduled restart job", since) + 1
-    manager.told("waits 1 s before it tries", ("llambo-worker@poor.service",), since)
+    manager.told("waits 1 s before it starts", ("llambo-worker@poor.service",), since)
     manager.systemctl("stop", "llambo-worker@poor")
 
 

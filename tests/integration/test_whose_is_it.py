@@ -68,7 +68,7 @@ def alices(mesh: Mesh) -> tuple[bytes, bytes, bytes, bytes]:
     def ask(core: object) -> tuple[bytes, bytes, bytes, bytes]:
         state = core.state  # type: ignore[attr-defined]
         client = next(one for one in state.registry.clients.values() if one.identity.name == "alice" and one.following)
-        return next(iter(client.following)), client.session, client.topic, client.route
+        return next(iter(client.following)), client.session, client.topic, client.link.route
 
     return mesh.look(ask)
 

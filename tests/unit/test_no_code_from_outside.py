@@ -25,8 +25,8 @@ METHODS = {
     ("subprocess", "getoutput"),
     ("subprocess", "getstatusoutput"),
 }
-#: Commands are loaded when they are called; the names are those of a table in that file.
-ALLOWED = {"cli/kit/command.py": "importlib.import_module"}
+#: Loaded when they are used: commands, and the parts of `llambo.testing`. The names are those of a table in the file.
+ALLOWED = {"cli/kit/command.py": "importlib.import_module", "testing/__init__.py": "importlib.import_module"}
 #: What must not be asked for, whatever is called.
 WORDS = {"allow_pickle": True, "shell": True}
 #: The one file that makes text of templates, and what it may take of the one engine for that.
