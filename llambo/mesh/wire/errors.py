@@ -99,7 +99,7 @@ TRAITS: dict[Code, Trait] = {
 TEXT_CHARS = 2_000
 
 
-#: What moves a cursor, colours a terminal, or turns the direction of writing round. Line breaks and tabs are printable.
+#: What moves a cursor, colours a terminal, or turns the direction of writing round. Line breaks and tabs are harmless.
 _UNSEEN = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)), "�")
 
 
