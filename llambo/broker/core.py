@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, assert_never
 
-from llambo.broker import housekeeping, leases
+from llambo.broker import fleet_leases, housekeeping
 from llambo.broker.access import permissions
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
@@ -55,7 +55,7 @@ CLIENT_RULES: dict[type[m.Message], Rule] = {
     m.EndAck: following.acknowledge,
     m.Query: queries.answer,
     m.DrainWorker: draining.asked,
-    m.Lease: leases.asked,
+    m.Lease: fleet_leases.asked,
     m.Goodbye: membership.client_left,
 }
 

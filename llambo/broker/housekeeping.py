@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llambo.broker import leases
+from llambo.broker import fleet_leases
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import AWAITING_RUN, Lane, Request
 from llambo.broker.records.state import State
@@ -21,7 +21,7 @@ def sweep(state: State, now_ms: int) -> None:
         text = f"waited {state.config.bounds.queue_ms} ms for a worker"
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.QUEUE_TIMEOUT, text, 1_000))
     speed.compare(state, now_ms)
-    leases.expire(state, now_ms)
+    fleet_leases.expire(state, now_ms)
     _give_up_on_lanes(state, now_ms)
     admission.retry_deferred(state, now_ms)
     state.access.accounts.sweep(now_ms)

@@ -285,7 +285,7 @@ class Drained(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """What a client holds alone for a while: leases.py."""
+    """What a client holds alone for a while: fleet_leases.py."""
 
     holder: bytes
     #: What the holder calls itself.
