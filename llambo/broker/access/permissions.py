@@ -1,6 +1,7 @@
 """Which identity may do what: the one place where a message is refused because of its sender.
 
-Which role may open which socket is decided earlier, in `zap_handler.py`: a worker's key never reaches the clients' port.
+Which role may open which socket is decided earlier, in `zap_handler.py`: a worker's key never reaches the port of
+clients.
 
 With keys, each message comes with the key that its connection has proved (libzmq's User-Id). A session belongs to the
 key that opened it, a request to the identity that submitted it, a worker's name to its key. A request of another
