@@ -190,7 +190,7 @@ class Request:
 
     def __post_init__(self) -> None:
         # A copy: what was decoded is a view of the whole bundle, which would live as long as the request.
-        self.asked = msgspec.structs.replace(self.asked, sampling=self.asked.sampling.copy())
+        msgspec.structs.force_setattr(self.asked, "sampling", self.asked.sampling.copy())
         self.transcript = Transcript(self.asked.max_tokens, self.asked.logprobs, self.asked.task)
         self.place = Place(self.submitted_at)
         self.run = Run(self.asked.fingerprint)

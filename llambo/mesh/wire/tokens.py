@@ -122,6 +122,10 @@ def encode_chunk(
 encode_logprob = _encode
 
 
+#: Looked up once: the token path asks for it with each chunk.
+_CHUNK_TOKENS = limits.CHUNK_TOKENS
+
+
 def read_body(frame: bytes, count: int) -> Body | None:
     """The body of a chunk; None if it is malformed, or not what a header with this count promises."""
     try:
@@ -132,7 +136,7 @@ def read_body(frame: bytes, count: int) -> Body | None:
     if (
         len(body.ids) != count
         or len(body.pieces) != count
-        or not 0 < count <= limits.CHUNK_TOKENS
+        or not 0 < count <= _CHUNK_TOKENS
         or (logprobs is not None and len(logprobs) != count)
     ):
         return None
