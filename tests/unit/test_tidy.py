@@ -23,7 +23,12 @@ UNREAD = {
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests",
+    "tests/acceptance",
+    "tests/chaos",
+    "tests/fuzz",
+    "tests/integration",
+    "tests/sim",
+    "tests/unit",
 }
 #: Where one of the words is meant: the file, and the word.
 MEANT = {
