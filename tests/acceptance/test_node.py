@@ -54,6 +54,6 @@ def test_the_official_package_for_node() -> None:
         assert done.returncode == 0, done.stderr
         written = len(re.findall(r"^test\(", (HERE / "gateway.test.js").read_text(encoding="utf-8"), re.MULTILINE))
         assert f"pass {written}\n" in done.stdout
-        # Nobody reads them any more, so nothing runs on.
+        # The streams have no reader any more, so their requests are cancelled.
         mesh.until(lambda core: not core.state.requests, "the answer that was given up is cancelled")
         assert mesh.counter("cancelled") == 1
