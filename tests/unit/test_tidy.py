@@ -23,7 +23,6 @@ UNREAD = {
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests/acceptance",
     "tests/chaos",
     "tests/fuzz",
     "tests/integration",
