@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,7 @@ from llambo.cli.kit.tables import show_json
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
+    from llambo.mesh.wire.reports import RequestStory
 
 EXAMPLES = """
 llambo cancel 3f2a
@@ -29,13 +30,13 @@ llambo cancel 3f2a --json
 def cancel(common: Common, id: str, as_json: bool) -> None:
     """Stop the request ID, of any client. The beginning of the id is enough. One that has ended stays as it is."""
 
-    async def stop(client: Client) -> tuple[str, dict[str, Any]]:
-        return await client.cancel(id), await client.query("why", id)
+    async def stop(client: Client) -> tuple[str, RequestStory]:
+        return await client.cancel(id), await client.why(id)
 
     reason, found = ask(common, stop)
     if as_json:
-        show_json({"id": found["id"], "reason": reason, "tokens": found["tokens"]})
+        show_json({"id": found.id, "reason": reason, "tokens": found.tokens})
     elif reason == "cancelled":
-        click.echo(f"cancelled {found['id']} after {found['tokens']} tokens")
+        click.echo(f"cancelled {found.id} after {found.tokens} tokens")
     else:
-        click.echo(f"{found['id']} had ended before ({reason}), after {found['tokens']} tokens")
+        click.echo(f"{found.id} had ended before ({reason}), after {found.tokens} tokens")

@@ -24,10 +24,11 @@ llambo events --json | jq -r '.[] | select(.kind == "worker lost") | .text'
 @pass_common
 def events(common: Common, since: int, as_json: bool) -> None:
     """Show what happened in the mesh: workers that joined or were lost, engines that died. The latest comes last."""
-    found = ask(common, lambda client: client.query("events", str(since)))
     if as_json:
-        show_json(found)
+        show_json(ask(common, lambda client: client.query("events", str(since))))
         return
-    rows = [(number(event["number"]), number(duration(event["age_ms"]), " ago"), event["kind"], event["text"])
-            for event in found]  # fmt: skip
+    rows = [
+        (number(event.number), number(duration(event.age_ms), " ago"), event.kind, event.text)
+        for event in ask(common, lambda client: client.events(since))
+    ]
     table(["number", "when", "what", "detail"], rows, nothing="nothing has happened" + (" since" if since else ""))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,7 +16,11 @@ from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
+    from llambo.mesh.wire.reports import ModelRow
     from llambo.worker.models.local_models import Found
+
+T = TypeVar("T")
 
 EXAMPLES = """
 llambo models
@@ -56,18 +61,20 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
     if not as_json:
         show_host(host)
         click.echo()
-    served, problem = _served(common)
     if as_json:
-        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
-    elif served is None:
+        sent, problem = _served(common, lambda client: client.query("models"))
+        show_json({"host": [asdict(each) for each in host], "mesh": sent, "problem": problem})
+        return
+    served, problem = _served(common, lambda client: client.models())
+    if served is None:
         click.echo(f"served: {problem}")
     else:
         show_models(served)
 
 
-def _served(common: Common) -> tuple[list[dict[str, Any]] | None, str]:
+def _served(common: Common, question: Callable[[Client], Awaitable[T]]) -> tuple[T | None, str]:
     try:
-        return ask(common, lambda client: client.query("models")), ""
+        return ask(common, question), ""
     except LlamboError as error:
         if error.code not in NO_MESH:
             raise
@@ -101,6 +108,6 @@ def show_model(info: dict[str, Any]) -> None:
     facts(pairs)
 
 
-def show_models(found: list[dict[str, Any]]) -> None:
-    rows = [(row["model"], *(number(row[name]) for name in ("workers", "slots", "waiting"))) for row in found]
+def show_models(found: list[ModelRow]) -> None:
+    rows = [(row.model, number(row.workers), number(row.slots), number(row.waiting)) for row in found]
     table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,7 @@ from llambo.cli.kit.tables import Row, duration, number, show_json, table
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
+    from llambo.mesh.wire.reports import RequestRow
 
 EXAMPLES = """
 llambo requests
@@ -36,29 +37,29 @@ def requests(common: Common, as_json: bool) -> None:
     on stderr.
     """
 
-    async def question(client: Client) -> tuple[list[dict[str, Any]], int]:
-        return await client.query("requests"), (await client.status()).busy_elsewhere
+    async def question(client: Client) -> int:
+        if as_json:
+            show_json(await client.query("requests"))
+        else:
+            rows = [_row(request) for request in await client.requests()]
+            table(COLUMNS, rows, nothing="nothing waits or runs", fixed=2, spare=SPARE)
+        return (await client.status()).busy_elsewhere
 
-    found, elsewhere = ask(common, question)
-    if as_json:
-        show_json(found)
-    else:
-        table(COLUMNS, [_row(request) for request in found], nothing="nothing waits or runs", fixed=2, spare=SPARE)
+    elsewhere = ask(common, question)
     if elsewhere:
         click.echo(f"llambo: {elsewhere} more run through other brokers; ask those with --broker", err=True)
 
 
-def _row(request: dict[str, Any]) -> Row:
-    waits = request["state"] == "waiting"
-    notes = [f"{request['ahead']} ahead" if waits else "", "detached" if request["detached"] else ""]
+def _row(request: RequestRow) -> Row:
+    notes = [f"{request.ahead} ahead" if request.state == "waiting" else "", "detached" if request.detached else ""]
     return (
-        request["id"],
-        request["state"],
-        request["model"],
-        request["priority"],
-        request["worker"],
-        number(f"{request['tokens']}/{request['max_tokens']}"),
-        number(request["moves"]),
-        duration(request["age_ms"]),
+        request.id,
+        request.state,
+        request.model,
+        request.priority,
+        request.worker,
+        number(f"{request.tokens}/{request.max_tokens}"),
+        number(request.moves),
+        duration(request.age_ms),
         ", ".join(filter(None, notes)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import facts, number, show_json, size, table
+
+if TYPE_CHECKING:
+    from llambo.mesh.wire.reports import AccountRow, MeshStatus
 
 EXAMPLES = """
 llambo status
@@ -34,30 +37,30 @@ def status(common: Common, as_json: bool) -> None:
     Of several brokers any will do for workers, slots and speed. Clients, requests and the counters are those of
     the broker that is asked; `--broker` says which. With keys an admin sees all identities, everybody else his own.
     """
-    found = ask(common, lambda client: client.query("status"))
     if as_json:
-        show_json(found)
+        show_json(ask(common, lambda client: client.query("status")))
         return
+    found = ask(common, lambda client: client.status())
     facts(mesh_facts(found, address_of(common.settings, key_of(common.settings))))
-    if found["models"]:
+    if found.models:
         click.echo()
-        show_models(found["models"])
-    if found.get("identities"):
+        show_models(found.models)
+    if found.identities:
         click.echo()
-        show_identities(found["identities"])
+        show_identities(found.identities)
 
 
-def show_identities(found: list[dict[str, Any]]) -> None:
+def show_identities(found: list[AccountRow]) -> None:
     """What each has here, of what it may have."""
     rows = [
         (
-            row["identity"],
-            _of(row["in_flight"], row["max_in_flight"], str),
-            _of(row["queued"], row["max_queued"], str),
-            _of(row["bytes"], row["max_bytes"], size),
-            number(row["submitted"]),
-            number(row["tokens"]),
-            _refused(row["refused_for"]),
+            row.identity,
+            _of(row.in_flight, row.max_in_flight, str),
+            _of(row.queued, row.max_queued, str),
+            _of(row.bytes, row.max_bytes, size),
+            number(row.submitted),
+            number(row.tokens),
+            _refused(row.refused_for),
         )
         for row in found
     ]
@@ -73,32 +76,31 @@ def _refused(reasons: dict[str, int]) -> str:
     return f"{sum(reasons.values())}: {listed}" if listed else "0"
 
 
-def mesh_facts(found: dict[str, Any], address: str) -> list[tuple[str, Any]]:
-    counters = found["counters"]
+def mesh_facts(found: MeshStatus, address: str) -> list[tuple[str, Any]]:
+    counters = found.counters
     return [
-        ("broker", f"{found['broker']} at {address}"),
+        ("broker", f"{found.broker} at {address}"),
         ("workers", f"{_ready(found)}, {_busy(found)}"),
-        ("clients", found["clients"]),
-        ("requests", f"{found['running']} running, {found['waiting']} waiting ({size(found['waiting_bytes'])})"),
-        ("speed", f"{found['tokens_per_s']} tokens/s, {found['requests_per_s']} requests/s"),
-        ("memory", f"{size(found['transcript_bytes'])} of tokens, {size(found['detached_bytes'])} of detached results"),
+        ("clients", found.clients),
+        ("requests", f"{found.running} running, {found.waiting} waiting ({size(found.waiting_bytes)})"),
+        ("speed", f"{found.tokens_per_s} tokens/s, {found.requests_per_s} requests/s"),
+        ("memory", f"{size(found.transcript_bytes)} of tokens, {size(found.detached_bytes)} of detached results"),
         ("so far", ", ".join(f"{counters[name]} {name}" for name in ("submitted", "ended", "failed", "moved", "refused")
                              if name in counters)),
-        ("policy", found["policy"]),
+        ("policy", found.policy),
     ]  # fmt: skip
 
 
-def _busy(found: dict[str, Any]) -> str:
+def _busy(found: MeshStatus) -> str:
     """Of all slots; this broker knows of those that others have given away no more than their number."""
-    elsewhere = found.get("busy_elsewhere", 0)
-    others = f" ({elsewhere} through other brokers)" if elsewhere else ""
-    return f"{found['busy'] + elsewhere} of {found['slots']} slots busy{others}"
+    others = f" ({found.busy_elsewhere} through other brokers)" if found.busy_elsewhere else ""
+    return f"{found.busy_slots} of {found.slots} slots busy{others}"
 
 
-def _ready(found: dict[str, Any]) -> str:
+def _ready(found: MeshStatus) -> str:
     """How many, and how far those are that load their model."""
-    loading = [f"{percent} %" for percent in sorted(found.get("loading", {}).values(), reverse=True)]
+    loading = [f"{percent} %" for percent in sorted(found.loading.values(), reverse=True)]
     more = ", ..." if len(loading) > SHOWN else ""
     note = f", loading {', '.join(loading[:SHOWN])}{more}" if loading else ""
-    slow = f", slow: {', '.join(found['slow'][:SHOWN])}" if found.get("slow") else ""
-    return f"{found['ready']} ready of {found['workers']}{note}{slow}"
+    slow = f", slow: {', '.join(found.slow[:SHOWN])}" if found.slow else ""
+    return f"{found.ready} ready of {found.workers}{note}{slow}"

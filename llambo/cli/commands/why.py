@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from llambo.cli.kit.ask import ask, rows_of
+from llambo.cli.kit.ask import ask
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import show_json
-from llambo.mesh.wire.reports import RequestStory, StoryStep
+
+if TYPE_CHECKING:
+    from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 EXAMPLES = """
 llambo why 3f2a
@@ -24,11 +28,10 @@ llambo why "$(llambo send --detach 'Tell me a story')"
 @pass_common
 def why(common: Common, id: str, as_json: bool) -> None:
     """Show the story of the request ID: each step with its time and reason. The beginning of the id is enough."""
-    answer = ask(common, lambda client: client.query("why", id))
     if as_json:
-        show_json(answer)
+        show_json(ask(common, lambda client: client.query("why", id)))
         return
-    found = rows_of(answer, RequestStory)
+    found = ask(common, lambda client: client.why(id))
     click.echo(summary(found))
     for line in timeline(found.story):
         click.echo(line)

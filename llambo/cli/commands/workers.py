@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,9 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import Row, duration, number, show_json, table
+
+if TYPE_CHECKING:
+    from llambo.mesh.wire.reports import WorkerRow
 
 EXAMPLES = """
 llambo workers
@@ -43,33 +46,29 @@ def workers(common: Common, as_json: bool) -> None:
     `3+2/8` busy: of 8 slots 3 are taken by requests of this broker and 2 by those of others (or by requests whose
     broker is gone, until one takes them over).
     """
-    found = ask(common, lambda client: client.query("workers"))
     if as_json:
-        show_json(found)
+        show_json(ask(common, lambda client: client.query("workers")))
     else:
-        rows = [_row(worker) for worker in found]
+        rows = [_row(worker) for worker in ask(common, lambda client: client.workers())]
         nothing = "no worker has joined: start one with `llambo-worker` or `llambo up`"
         table(COLUMNS, rows, nothing=nothing, fixed=2, spare=SPARE)
 
 
-def _row(worker: dict[str, Any]) -> Row:
-    restarts = worker["engine_restarts"]
-    slow = f"slow: {worker['slow']}" if worker["slow"] else ""
-    notes = [worker["class"], slow, worker["note"], f"engine restarted {restarts} times" if restarts else ""]
+def _row(worker: WorkerRow) -> Row:
+    restarts = worker.engine_restarts
+    slow = f"slow: {worker.slow}" if worker.slow else ""
+    notes = [worker.node_class, slow, worker.note, f"engine restarted {restarts} times" if restarts else ""]
+    elsewhere = f"+{worker.busy_elsewhere}" if worker.busy_elsewhere else ""
     return (
-        worker["worker"],
-        worker["state"],
-        ",".join(worker["models"]),
-        number(f"{worker['busy']}{_elsewhere(worker)}/{worker['slots']}"),
-        number(worker["tokens_per_s"]),
-        number(worker["done"]),
-        number(duration(worker["heard_ms"]), " ago"),
-        duration(worker["up_ms"]),
-        worker["host"],
-        number(worker["pid"]),
+        worker.worker,
+        worker.state,
+        ",".join(worker.models),
+        number(f"{worker.busy}{elsewhere}/{worker.slots}"),
+        number(worker.tokens_per_s),
+        number(worker.done),
+        number(duration(worker.heard_ms), " ago"),
+        duration(worker.up_ms),
+        worker.host,
+        number(worker.pid),
         ", ".join(filter(None, notes)),
     )
-
-
-def _elsewhere(worker: dict[str, Any]) -> str:
-    return f"+{worker['busy_elsewhere']}" if worker.get("busy_elsewhere") else ""

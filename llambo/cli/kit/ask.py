@@ -11,7 +11,6 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llambo.cli.kit.common import Common
-from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
@@ -79,13 +78,3 @@ def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:
             return await question(client)
 
     return run(common, answer())
-
-
-def rows_of(answer: Any, kind: type[T]) -> T:
-    """The answer to a query as typed rows. `--json` prints the answer as it was sent, with fields unknown here."""
-    import msgspec
-
-    try:
-        return msgspec.convert(answer, kind)
-    except msgspec.ValidationError as error:
-        raise LlamboError(Code.BAD_MESSAGE, f"the broker's answer cannot be read: {error}") from error
