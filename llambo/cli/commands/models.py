@@ -18,7 +18,7 @@ from llambo.mesh.wire.errors import Code, LlamboError
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
     from llambo.mesh.wire.reports import ModelRow
-    from llambo.worker.models.local_models import Found
+    from llambo.worker.models.model_files import Found
 
 T = TypeVar("T")
 
@@ -55,9 +55,9 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         show_json(info) if as_json else show_model(info)
         return
 
-    from llambo.worker.models import local_models
+    from llambo.worker.models import model_files
 
-    host = local_models.on_this_host(common.settings.text("models_dir"))
+    host = model_files.on_this_host(common.settings.text("models_dir"))
     if not as_json:
         show_host(host)
         click.echo()

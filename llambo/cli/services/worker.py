@@ -71,8 +71,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
 
 
 def worker_config(settings: Settings) -> WorkerConfig:
-    from llambo.worker.config import WorkerConfig, default_name
-    from llambo.worker.engine.engine_options import LlamaOptions, fake_options
+    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name, fake_options
 
     engine, model = engine_and_model(settings)
     key = key_of(settings)
