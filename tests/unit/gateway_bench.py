@@ -1,4 +1,4 @@
-"""An API of the gateway without one: bodies are read as the gateway reads them, and answers are played to renderers."""
+"""The APIs without a gateway: bodies are read as the gateway reads them, and answers are given to the renderers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def tokens_of(*texts: str) -> list[Token]:
 
 
 def cut(text: str, seed: int) -> list[Token]:
-    """In pieces of one to some characters, with empty ones between."""
+    """In pieces of at most eight characters, some of them empty."""
     chance = random.Random(seed)
     texts, at = [], 0
     while at < len(text):
@@ -108,7 +108,7 @@ class Call(NamedTuple):
 
 
 def collect(text: str, seed: str, *, prefix: str = "call_") -> tuple[str, list[Call]]:
-    """The content and the calls of an answer. A call that was cut is there as far as it came."""
+    """The content and the calls of an answer. Of a call that was cut, what arrived."""
     parser = ToolCalls(seed, prefix=prefix)
     content: list[str] = []
     calls: list[Call] = []

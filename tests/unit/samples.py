@@ -147,7 +147,7 @@ def frames_of(sample: m.Message) -> list[bytes]:
 
 
 def plain(value: Any) -> Any:
-    """What an independent msgpack reader sees, as JSON can hold it."""
+    """What an independent msgpack reader decodes, in a form that JSON can hold."""
     match value:
         case bytes():
             return f"0x{value.hex()}"

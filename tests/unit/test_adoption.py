@@ -1,4 +1,4 @@
-"""A broker that begins without a memory: requests come back from their clients, and from the workers that run them."""
+"""A broker that has just started: requests come back from their clients, and from the workers that run them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
         announce(worker, 1, [1, 2, 3])
     assert adopted(worker) == [key_of(1)] and worker.dispatches == []
     assert bench.state.counters.requests.adopted == 1
-    # The client gets what it does not have, and what comes now
+    # The client gets the tokens it does not have, and the new ones
     worker.publish(chunk(1, [4], 3))
     assert client.streamed()[-2:] == [3, 4]
     worker.beat(seq=worker.received(m.Adopt)[-1].seq, claims={key_of(1): 4})
@@ -98,7 +98,7 @@ def test_a_run_that_has_less_than_the_client_is_stopped() -> None:
     announce(worker, 1, [1])
     resume(client, 1, [1, 2])
     assert adopted(worker) == []
-    # Unless it has grown since, and its worker says so while there is time.
+    # Unless it has grown since, and its worker reports that in time.
     bench.pass_time(ADOPT_MS + 1)
     assert adopted(worker) == [] and worker.received(m.Cancel)
 
@@ -252,7 +252,7 @@ def test_a_young_broker_waits_for_workers() -> None:
     client = bench.client()
     client.submit(1)
     assert client.problems == [] and client.received(m.Accepted) == []
-    client.submit(1)  # as clients do that hear nothing
+    client.submit(1)  # as clients do that receive nothing
     worker = bench.worker()
     assert len(client.received(m.Accepted)) == 1 and len(worker.dispatches) == 1
 

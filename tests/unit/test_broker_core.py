@@ -1,4 +1,4 @@
-"""The rules of the broker, each seen through its one door."""
+"""The rules of the broker core, each tested through `handle`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_same_submit_again_attaches() -> None:
     other.submit(1)
     assert len(worker.dispatches) == 1
     assert len(client.received(m.Accepted)) == 2
-    # The one who came late is given what has been before.
+    # The client that came late gets the tokens so far.
     assert other.received(m.Page)[-1].next == 1
     worker.publish(worker.chunk(1, 6))
     assert client.streamed() == [5, 6]
@@ -114,7 +114,7 @@ def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
     assert [p.error.code for p in client.problems] == [Code.BUSY]
     assert client.problems[0].error.retry_after_ms > 0
     assert [a.ahead for a in client.received(m.Accepted)] == [0, 0, 1]
-    # What runs, ends: the next one is dispatched in the same breath.
+    # When the running one ends, the next one is dispatched in the same event.
     worker.end(0)
     assert len(worker.dispatches) == 2
 
@@ -186,7 +186,7 @@ def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
     assert worker.received(m.Replay) == []
     bench.pass_time(50)
     assert [(r.first, r.until) for r in worker.received(m.Replay)] == [(0, 3)]
-    # The page closes the gap, and what was kept aside follows.
+    # The page closes the gap, and the stashed chunks follow.
     dispatch = worker.dispatches[0]
     worker.send(m.Page(dispatch.id, 0, 3, 6, [worker.chunk(0, 1, 2, 3)], dispatch.dispatch))
     assert client.streamed() == [1, 2, 3, 4, 5, 6]
@@ -300,7 +300,7 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
 
 
 def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_after_that_not() -> None:
-    # With what an operator gets who sets nothing.
+    # With the defaults.
     bench = Bench()
     worker, client = bench.worker(), bench.client()
     id = client.submit(1, detached=True)
@@ -505,7 +505,7 @@ def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
     worker.publish(bad)
     assert client.streamed() == []
     assert bench.state.counters.tokens.malformed_frames == 1
-    # On the token plane it may have been anyone's. In a page it is the worker's own word.
+    # On the token plane any peer may have sent it. In a page it comes from the worker itself.
     dispatch = worker.dispatches[0]
     worker.send(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
     assert client.ends[0].error is not None
@@ -544,10 +544,10 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
         ids = list(range(first, until))
         return tokens.encode_chunk(worker.key(), first, ids, [b" word"] * len(ids), 0, logprobs[first:until])
 
-    # Given chunks that overlap, of tokens that come one by one: the most that they may cost
+    # Given chunks that overlap, of tokens that come one by one: the worst case for their size
     worker.publish(chunk(0, 3), chunk(1, 5), *[chunk(at, at + 1) for at in range(5, count)])
     worker.send(m.End(dispatch.id, count, "length", dispatch.dispatch))
-    # Then they fit what was set aside for them
+    # Then they fit the reservation
     assert [end.reason for end in client.ends] == ["length"]
     assert client.ends[0].error is None
     # And a client that fetches them later gets all of them
@@ -724,7 +724,7 @@ def test_what_was_loaded_decides_who_continues_a_stream() -> None:
         other.beat(state="starting")
         same.beat(state="starting")
         client.send(m.ClientHeartbeat())
-    # Then it is still held: either may be the very same
+    # Then it is still held: either may load the same model
     assert client.ends == []
     # And goes on at the one that is
     other.beat(models=[m.ModelInfo("m", "two")], slots=2)

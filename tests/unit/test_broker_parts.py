@@ -1,4 +1,4 @@
-"""Queue, pools, transcripts and the gate of the token plane, each for itself."""
+"""Queue, pools, transcripts and the subscription grants of the token plane, each alone."""
 
 from __future__ import annotations
 

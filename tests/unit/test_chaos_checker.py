@@ -1,4 +1,4 @@
-"""A checker that cannot fail proves nothing: each thing that may be wrong with a history is put into one here."""
+"""The checker finds every kind of error: each is put into a history here."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_after_a_fault_its_victim_has_to_be_back() -> None:
     assert not late(*hurt, view(1_500, "w0"), view(3_000, "w0", "w1"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0", "w1"))
-    # Nothing is owed by a victim that is hit again.
+    # A victim that is hit again has no deadline.
     assert not late(*hurt, fault(2_000, "kill", n=1), view(9_000, "w0"))
 
 
@@ -269,7 +269,7 @@ def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -
     ]
     (tmp_path / "good.log").write_text("worker w0 joined; request r ended after 10 tokens\n")
     assert leaks.judge(lines, tmp_path, fake=True) == []
-    # When logs say more than they may, Then each is found
+    # When logs contain secrets, Then each is found
     secrets = {
         "a prompt": "got 'tell me a secret'", "an answer's tokens": str(ids), "a key": to_line(key),
         "an answer": b"".join(fake_model.pieces_of(ids)).decode(), "a secret": f"pair {key.pair.secret}",

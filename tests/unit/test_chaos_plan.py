@@ -62,7 +62,7 @@ def test_the_spared_broker_is_spared() -> None:
     assert {fault.victim for fault in schedule(plan)} == {1}
 
 
-#: What each preset has to give by itself, so that its show can be counted.
+#: The faults that each preset must contain, so that their effect can be counted.
 OWED = {"kills": ("kill", 1_000), "broker": ("broker", 100), "two-brokers": ("broker", 50), "freeze": ("stop", 100),
         "hang": ("hang", 50), "links": ("link", 100), "rolling": ("rolling", 25), "move": ("move", 25)}  # fmt: skip
 

@@ -32,7 +32,7 @@ from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
-#: Where nothing listens: port 1 is the tcpmux of another age.
+#: Nothing listens there: port 1 is tcpmux, which is not in use.
 NO_BROKER = "tcp://127.0.0.1:1"
 
 

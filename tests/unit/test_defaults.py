@@ -1,4 +1,4 @@
-"""Sampling defaults: a request before the model, the model before us."""
+"""Sampling defaults: the request's values, then the model's, then llambo's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taking work away from a worker: the broker's side of it, and the worker's."""
+"""Draining a worker: the broker's side, and the worker's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() ->
 
 
 def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
-    # Given a drain and its undo, so close that the worker still says what was before both
+    # Given a drain and its undo, so close that the worker still reports its state before both
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(), bench.client()
     beat(worker)
@@ -102,7 +102,7 @@ def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_belie
     again = bench.worker(incarnation=b"2")
     assert again.received(m.Drain) == [m.Drain(move=True)]
     beat(again, drained=True, moving=True)
-    # It comes back under a new session, and meanwhile another broker has let it work.
+    # It comes back under a new session, and meanwhile another broker has undone the drain.
     again.send(m.Goodbye())
     once_more = bench.worker(incarnation=b"2", route=b"elsewhere")
     assert once_more.received(m.Drain) == []
@@ -139,7 +139,7 @@ def test_a_broker_that_was_restarted_learns_from_the_worker_who_was_drained() ->
 
 
 def test_a_worker_that_is_being_stopped_is_no_drained_one() -> None:
-    # Its successor of the same name has work to do.
+    # Its successor of the same name gets work.
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     bench.pass_time(100)
@@ -217,7 +217,7 @@ def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
 
 
 def test_an_answer_that_is_whole_needs_no_other_worker() -> None:
-    # Its worker's END is still to come: what has ended there is delivered from there.
+    # Its worker's END is still to come: an answer that has ended there is delivered from there.
     bench = Bench(**NEVER_LOST)
     first, client = bench.worker("a"), bench.client()
     id = client.submit(1, max_tokens=2)

@@ -9,7 +9,7 @@ HERE, THERE = ("tiny", "box"), ("tiny", "shed")
 
 
 def fail(crashes: Crashes, times: int, now_ms: int = 0, where: tuple[str, str] = HERE) -> int:
-    """One attempt after the other, each begun as soon as it may be. When the last of them died."""
+    """One attempt after the other, each as soon as allowed. Returns when the last one died."""
     for number in range(times):
         now_ms = max(
             [now_ms, *(at for at in [crashes.next_wakeup_ms(now_ms)] if at and where in crashes.blocked(now_ms))]
@@ -78,7 +78,7 @@ def test_one_that_lasts_ends_the_row() -> None:
     crashes.note_ready("tiny-0007", now_ms + 30 * SECOND)
     assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS - 1) == []
     assert crashes.loops(now_ms)
-    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "it is news that it is well again"
+    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "its recovery is reported"
     assert not crashes.loops(now_ms) and not crashes.probing(now_ms + LASTED_MS)
 
 

@@ -1,4 +1,4 @@
-"""What is made of what a provider and the mesh say about a node."""
+"""The state of a node, from what its provider and the mesh report."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from llambo.worker.models.model_files import Found
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home and a working folder with nothing in them."""
+    """An empty home and an empty working folder."""
     for name in ("home", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

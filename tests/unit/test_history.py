@@ -1,4 +1,4 @@
-"""What a broker tells of the last minutes: a sample a second, and what has ended."""
+"""A broker's report of the last minutes: a sample a second, and requests that ended."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def test_what_the_shell_has_counted_is_shown() -> None:
 
 
 def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
-    """10,000 models that do not exist, half of them as if they had, asked for by a hundred identities."""
+    """A hundred identities ask for 10,000 models that do not exist; half of the requests are admitted all the same."""
     bench = Unchecked()
     who = [Identity("admin", "admin"), *(Identity(f"i{number}", "client") for number in range(100))]
     bench.keys(*who)
@@ -275,7 +275,7 @@ def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
         for ask in range(100):
             id = b"%08d" % number + b"%08d" % ask
             client.send(m.InferenceRequest(id, f"no-{number}-{ask}", 10, resume=ask % 2 == 1), blob=b"hello")
-        client.send(m.Goodbye())  # what it wanted has ended
+        client.send(m.Goodbye())  # its request has ended
         lines.append(len(broker_metrics.page(bench.state, bench.now_ms).splitlines()))
     text = broker_metrics.page(bench.state, bench.now_ms)
     seen = check_page(text)
@@ -365,7 +365,7 @@ def asked(server: MetricsServer, head: bytes) -> tuple[int, str]:
     with socket.create_connection(("127.0.0.1", server.port), 10) as peer:
         peer.sendall(head)
         reply = b""
-        with suppress(ConnectionResetError):  # it may close with something unread
+        with suppress(ConnectionResetError):  # it may close with unread data
             while part := peer.recv(4096):
                 reply += part
     first, _, body = reply.decode().partition("\r\n\r\n")

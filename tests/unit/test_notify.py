@@ -27,7 +27,7 @@ def test_ready_is_said_once_and_when_it_is_true() -> None:
     notifier = NotifyCore()
     assert notifier.update(STARTING, 0) == ["STATUS=loading", "EXTEND_TIMEOUT_USEC=30000000"]
     assert notifier.update(READY, 1_000) == ["READY=1", "STATUS=idle"]
-    assert notifier.update(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is no start"
+    assert notifier.update(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is not a start"
     assert notifier.update(READY, 3_000) == ["STATUS=idle"]
 
 
@@ -55,7 +55,7 @@ def test_the_watchdog_is_fed_four_times_in_its_period_and_only_while_all_is_well
     assert fed == [0, 500, 1_000, 1_500, 2_000]
     sick = Condition("the engine stalled", ready=True, well=False)
     assert not [now for now in range(2_500, 9_000, 100) if "WATCHDOG=1" in notifier.update(sick, now)]
-    assert "WATCHDOG=1" in notifier.update(READY, 10_000), "it is fed again when it is well again"
+    assert "WATCHDOG=1" in notifier.update(READY, 10_000), "it is fed again after recovery"
 
 
 def test_what_is_stuck_is_looked_at_again_and_without_hurry() -> None:

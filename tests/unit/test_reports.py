@@ -1,4 +1,4 @@
-"""What a broker answers to queries, as typed rows: old and new versions read each other's."""
+"""A broker's answers to queries as typed rows: old and new versions read each other's."""
 
 from __future__ import annotations
 

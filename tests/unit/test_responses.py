@@ -124,7 +124,7 @@ def test_formats() -> None:
     assert json.loads(sampling(text=wanted)["json_schema"]) == schema
     assert json.loads(sampling(text={"format": {"type": "json_object"}})["json_schema"]) == {"type": "object"}
     assert sampling(text={"format": {"type": "text"}, "verbosity": "low"}) == sampling()
-    # and the answer says what was asked
+    # and the answer repeats what was asked
     assert whole_body(ready(text=wanted), answer("{}"))["text"] == wanted
 
 
@@ -320,7 +320,7 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
     assert found[-1]["response"] == body
     items = [event["item"] for event in found if event["type"] == "response.output_item.done"]
     assert items == body["output"]
-    # What the deltas add up to is what the items say
+    # The sum of the deltas is the text of the items
     texts: dict[str, str] = {}
     for event in found:
         if event["type"].endswith(".delta"):

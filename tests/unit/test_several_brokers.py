@@ -1,4 +1,4 @@
-"""More than one broker: where a client goes, what a worker tells whom, and what a broker makes of those who come."""
+"""More than one broker: which one a client chooses, what a worker reports to each, how clients of another are admitted."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def back(bench: Bench, route: bytes, who: bytes = b"me") -> Client:
 
 
 def held(number: int, ids: list[int], **fields: Any) -> tuple[m.InferenceRequest, bytes]:
-    """What a client says that comes from another broker."""
+    """The submit of a client that comes from another broker."""
     key = request_id(number) + b"\0\0\0\1old!"
     blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))] if ids else [])
     asked = m.InferenceRequest(request_id(number), "m", 10, have=len(ids), resume=True, prompt_bytes=size, **fields)
@@ -274,7 +274,7 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, 3))
-    # Elsewhere its answer went on in another way.
+    # On the other broker its answer continued differently.
     again = back(bench, b"2")
     asked, blob = held(1, [1, 2, 9, 9])
     again.send(asked, blob=blob)

@@ -64,7 +64,7 @@ def test_a_gap_is_named_and_closed_by_what_was_missing() -> None:
     assert stream.seen_index == 7
     # When the missing ones arrive
     assert stream.add(chunk(1, 4))
-    # Then the early one follows by itself
+    # Then the early one follows
     assert stream.take()[0] == [0, 1, 2, 3, 4, 5, 6]
     assert stream.gap is None
     assert stream.stashed == 1

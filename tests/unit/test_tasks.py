@@ -42,7 +42,7 @@ def page(worker: Worker, first: int, until: int, total: int = 3) -> m.Page:
 def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
-    # Given a client that asks for a stream of it all the same
+    # Given a client that asks for a stream of it nevertheless
     id = client.submit(1, stream=True, **EMBED)
     assert worker.dispatches[0].task == "embed"
     worker.send(page(worker, 0, 2))
@@ -53,7 +53,7 @@ def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     # When the rest is here
     worker.send(page(worker, 2, 3))
     worker.end(3, reason="stop")
-    # Then it goes to the one who asked, on control
+    # Then it is sent to the client that asked, on the control plane
     assert [(end.count, end.reason) for end in client.ends] == [(3, "stop")]
     assert [piece for frame in client.received(m.Page)[-1].chunks for piece in pieces_in(frame)] == PIECES
     assert client.streamed() == []
@@ -116,7 +116,7 @@ def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
     worker.end(3, reason="stop")
     other.send(m.Attach(id))
     assert [(p.error.code, p.id) for p in other.problems] == [(Code.BAD_REQUEST, id)] * 2
-    # While its own client, back on another link, says the same request again and gets it
+    # While its own client, back on another link, sends the same request again and gets it
     back = bench.client(b"c")
     back.submit(1, have=1, **EMBED)
     assert [(p.first, p.next) for p in back.received(m.Page)] == [(1, 3)]

@@ -34,7 +34,7 @@ class Room:
         return put
 
     def serve(self) -> Request | None:
-        """As dispatching does."""
+        """Takes the next request, as dispatching does."""
         request = self.room.first(Lane("m"))
         if request is not None:
             request.run.attempt += 1

@@ -32,7 +32,7 @@ NOW = 1_800_000_000_000
 
 
 def answers(client: Client, before: Picture = EMPTY) -> Answers:
-    """What a broker says in one round."""
+    """A broker's answers in one round."""
 
     def ask(what: str, argument: str = "") -> bytes:
         client.send(m.Query(1, what, argument))
