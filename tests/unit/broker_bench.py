@@ -84,6 +84,12 @@ class Bench:
         return Client(self, route, user)
 
 
+def small_mesh(**config: Any) -> tuple[Bench, Worker, Client]:
+    """A broker with one worker of two slots and one client."""
+    bench = Bench(**config)
+    return bench, bench.worker(), bench.client()
+
+
 class Peer:
     bench: Bench
     route: bytes

@@ -16,12 +16,11 @@ from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import ANYONE
 from llambo.worker.engine.fake_model import logprob_of
-from tests.unit.broker_bench import Bench, request_id
+from tests.unit.broker_bench import Bench, request_id, small_mesh
 
 
 def test_a_request_goes_from_submit_to_end() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     # When a request is submitted, it is accepted and dispatched at once
     id = client.submit(1, max_tokens=2)
     assert [a.id for a in client.received(m.Accepted)] == [id]
@@ -42,8 +41,7 @@ def test_a_request_goes_from_submit_to_end() -> None:
 
 
 def test_the_client_learns_which_stop_string_it_was_even_if_the_end_was_there_before_the_tokens() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     worker.end(1, reason="stop", stop="##")
     assert client.ends == []
@@ -159,8 +157,7 @@ def test_another_worker_continues_from_the_transcript() -> None:
 
 
 def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, flags=tokens.FINAL | tokens.STOPPED))
     worker.send(m.Goodbye())
@@ -168,8 +165,7 @@ def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
 
 
 def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2), worker.chunk(0, 1, 2), worker.chunk(1, 2, 3))
     assert client.streamed() == [1, 2, 3]
@@ -177,8 +173,7 @@ def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
 
 
 def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
-    bench = Bench(tail_grace_ms=10, resend_ms=500)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(tail_grace_ms=10, resend_ms=500)
     client.submit(1)
     worker.publish(worker.chunk(3, 4, 5), worker.chunk(5, 6))
     assert worker.received(m.Replay) == []
@@ -195,8 +190,7 @@ def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
 
 
 def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.end(1)
     assert client.ends == []
@@ -207,8 +201,7 @@ def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
 
 
 def test_progress_in_a_beat_shows_a_lost_tail() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.beat(seq=1, claims={worker.key(): 4})
     bench.pass_time(20)
@@ -216,8 +209,7 @@ def test_progress_in_a_beat_shows_a_lost_tail() -> None:
 
 
 def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     seq = worker.dispatches[0].seq
     worker.beat(seq=seq - 1)
@@ -252,8 +244,7 @@ def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() ->
 
 
 def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> None:
-    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(lease_ms=1_000, client_lease_ms=2_000)
     client.submit(1)
     bench.pass_time(900)
     assert worker.session in bench.state.registry.workers
@@ -265,24 +256,8 @@ def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> N
     assert not bench.state.registry.clients
 
 
-def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
-    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
-    worker, client = bench.worker(), bench.client()
-    client.submit(1)
-    bench.pass_time(500)
-    # Given that the whole machine slept for a minute, with no tick in between
-    bench.now_ms += 60_000
-    bench.handle(Tick())
-    # Then no peer is lost by that, but one that stays silent from now on is.
-    assert worker.session in bench.state.registry.workers
-    assert client.session in bench.state.registry.clients
-    bench.pass_time(700)
-    assert worker.session not in bench.state.registry.workers
-
-
 def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
-    bench = Bench(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
     id = client.submit(1, detached=True)
     client.send(m.Goodbye())
     worker.publish(worker.chunk(0, 1))
@@ -301,8 +276,7 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
 
 def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_after_that_not() -> None:
     # With the defaults.
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     id = client.submit(1, detached=True)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)
@@ -339,8 +313,7 @@ def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
 
 
 def test_detached_results_are_bounded_the_oldest_go_first() -> None:
-    bench = Bench(detached_bytes=100)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(detached_bytes=100)
     for number in (1, 2):
         client.submit(number, detached=True)
         worker.publish(worker.chunk(0, *range(10)))
@@ -351,8 +324,7 @@ def test_detached_results_are_bounded_the_oldest_go_first() -> None:
 
 
 def test_without_a_stream_the_end_brings_the_first_page() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, stream=False)
     worker.publish(worker.chunk(0, 1, 2))
     assert client.streamed() == []
@@ -361,8 +333,7 @@ def test_without_a_stream_the_end_brings_the_first_page() -> None:
 
 
 def test_an_end_is_said_until_it_is_acknowledged() -> None:
-    bench = Bench(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
     id = client.submit(1)
     worker.end(0)
     bench.pass_time(1_500)
@@ -374,8 +345,7 @@ def test_an_end_is_said_until_it_is_acknowledged() -> None:
 
 
 def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1, deadline_ms=300)
     assert worker.dispatches[0].deadline_ms == 300
     bench.pass_time(301)
@@ -385,8 +355,7 @@ def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
 
 
 def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> None:
-    bench = Bench(hold_ms=5_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(hold_ms=5_000)
     client.submit(1)
     worker.send(m.Goodbye())
     client.submit(2)
@@ -401,8 +370,7 @@ def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> No
 
 
 def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     dispatch = worker.dispatches[0]
     worker.send(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.BUSY, "full")))
@@ -430,8 +398,7 @@ def test_a_name_belongs_to_the_living() -> None:
 
 def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
     # Given a machine that was suspended for a minute, in the middle of an answer
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     bench.pass_time(500)
     bench.now_ms += 60_000
@@ -445,8 +412,7 @@ def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
 
 
 def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
-    bench = Bench(reconnect_grace_ms=300)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(reconnect_grace_ms=300)
     client.submit(1)
     bench.route_gone(worker.route)
     bench.pass_time(200)
@@ -478,8 +444,7 @@ def test_versions_that_do_not_meet_are_refused(versions: tuple[int, int]) -> Non
 
 
 def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     good = worker.chunk(0, 1)
     forged = tokens.encode_chunk(b"k" * 24, 0, [1], [b"x"])
@@ -498,8 +463,7 @@ DEEP = b"\x93\x91\x01\x91\xc4\x01x" + b"\x91" * 9_000 + b"\xc0"
     ids=["empty", "no msgpack", "no piece", "other count", "deep"],
 )
 def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     bad = worker.chunk(0, 1)[: tokens.HEAD_BYTES] + body
     worker.publish(bad)
@@ -522,8 +486,7 @@ def test_flags_of_a_later_release_do_not_end_an_answer() -> None:
 
 
 def test_a_worker_that_sends_more_than_was_asked_for_is_stopped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, max_tokens=1)
     piece = b"y" * 2_500
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1], [piece]))
@@ -562,8 +525,7 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
 
 
 def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1, logprobs=0)
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
     assert client.streamed() == []
@@ -590,8 +552,7 @@ def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
 
 
 def test_a_broker_that_stops_says_so() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     bench.handle(StopAsked("maintenance"))
     assert worker.received(m.Goodbye)[0].reason == client.received(m.Goodbye)[0].reason == "maintenance"
 
@@ -608,8 +569,7 @@ def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.Mo
 
 
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:
-    bench = Bench(engine_failures=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(engine_failures=10**6)
     client.submit(1)
     for _ in range(100):
         worker.send(m.EngineLost([worker.key()], "again", [], True))

@@ -10,7 +10,7 @@ from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
 from llambo.worker.agent import events as e
 from llambo.worker.engine import protocol as proto
-from tests.unit.broker_bench import Bench, Client, Worker, request_id
+from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
 from tests.unit.test_worker_core import dispatch, joined, running
 
 NEVER_LOST = {"lease_ms": 10**6, "client_lease_ms": 10**6}
@@ -32,8 +32,7 @@ def drained(client: Client, worker: str = "w", *, undo: bool = False, move: bool
 
 
 def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh(lease_ms=10**6)
     client.submit(1)
     drained(client)
     client.submit(2)
@@ -49,8 +48,7 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
 
 
 def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh(**NEVER_LOST)
     drained(client)
     worker.beat()  # it may be on its way still
     assert worker.received(m.Drain) == [m.Drain()]
@@ -67,8 +65,7 @@ def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() ->
 
 def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
     # Given a drain and its undo, so close that the worker still reports its state before both
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh(**NEVER_LOST)
     beat(worker)
     drained(client)
     drained(client, undo=True)
@@ -112,8 +109,7 @@ def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_belie
 
 
 def test_an_undo_reaches_a_worker_that_is_away() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(**NEVER_LOST)
     drained(client)
     beat(worker, drained=True)
     worker.send(m.Goodbye())
@@ -208,8 +204,7 @@ def test_an_undo_leaves_everything_where_it_is() -> None:
 
 
 def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(**NEVER_LOST)
     drained(client, move=True)
     drained(client)
     assert worker.received(m.Drain) == [m.Drain(move=True)] * 2

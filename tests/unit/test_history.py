@@ -11,7 +11,7 @@ from llambo.broker.config import Bounds
 from llambo.broker.report.history import ENDED_LISTED
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity, Role
-from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.broker_bench import Bench, Client, request_id, small_mesh
 
 
 def recent(client: Client, since: str = "") -> dict[str, Any]:
@@ -45,8 +45,7 @@ def test_a_sample_a_second_says_how_the_mesh_was() -> None:
 
 
 def test_only_what_came_after_a_sample_is_sent() -> None:
-    bench = Bench(client_lease_ms=60_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(client_lease_ms=60_000)
     client.submit(1)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)

@@ -25,7 +25,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
-from tests.unit.broker_bench import Bench, Worker
+from tests.unit.broker_bench import Bench, Worker, small_mesh
 from tests.unit.pages import check_page, value
 
 SECONDS = Metric("a_seconds", "histogram", "Waits", ("who",), (0.1, 1.0))
@@ -166,8 +166,7 @@ def test_a_request_from_its_queue_to_its_end() -> None:
 
 
 def test_tokens_are_told_while_they_come_and_counted_once() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     counts = []
     for index in range(3):
@@ -214,8 +213,7 @@ def test_so_many_streams_are_timed_and_no_more() -> None:
 
 
 def test_results_are_no_tokens() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1, task="embed")
     worker.publish(worker.chunk(0, 7, flags=3))
     worker.end(1, reason="stop")

@@ -18,7 +18,7 @@ from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
-from tests.unit.broker_bench import Bench, Worker, request_id
+from tests.unit.broker_bench import Bench, Worker, request_id, small_mesh
 from tests.unit.test_fake_engine import run
 from tests.unit.test_worker_core import dispatch, joined, key_of, replayed
 
@@ -93,8 +93,7 @@ def test_a_result_that_is_here_needs_no_other_worker_if_only_the_end_was_lost() 
 
 @pytest.mark.parametrize("how", ["cancel", "error"])
 def test_of_a_task_that_does_not_end_well_nothing_is_delivered(how: str) -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     id = client.submit(1, **EMBED)
     worker.send(page(worker, 0, 2))
     if how == "cancel":
@@ -123,8 +122,7 @@ def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
 
 
 def test_room_is_set_aside_for_a_result_and_more_is_refused() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, task="embed", max_tokens=limits.RESULT_PIECES + 1)
     assert [p.error.code for p in client.problems] == [Code.TOO_LONG]
     client.submit(2, b"", task="model_info", max_tokens=4)
