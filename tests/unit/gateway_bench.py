@@ -20,6 +20,19 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.tokens import Logprob
 
 T = TypeVar("T")
+FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+#: Answers with and without calls, whole and cut.
+TEXTS = [
+    "",
+    "plain text",
+    f"Let me see. {CALL}\n{CALL}",
+    CALL,
+    f"{CALL} and then",
+    CALL[:50],
+    "<tool_ca",
+    "a < b",
+]
 HEAD = AnswerHead("0123456789abcdef" * 2, 1_700_000_000, "tiny")
 
 

@@ -83,7 +83,7 @@ def test_a_request_that_moves_is_counted_once_and_not_refused() -> None:
     assert [d.id for d in other.dispatches] == [request_id(1), request_id(2)]
 
 
-def test_it_waits_while_its_identity_has_enough_at_work_and_stops_nobody() -> None:
+def test_a_request_over_the_running_limit_waits_and_does_not_stop_other_identities() -> None:
     mesh = Keyed(slots=4, max_in_flight=1)
     bob = mesh.client("bob")
     mesh.alice.submit(1)
@@ -147,7 +147,7 @@ def test_too_many_waiting() -> None:
     assert mesh.bench.state.counters.requests.refused == 1
 
 
-def test_how_long_to_wait_is_told_by_its_own_pace() -> None:
+def test_the_retry_time_comes_from_its_own_pace() -> None:
     mesh = Keyed(slots=1, max_queued=2)
     mesh.bench.pass_time(1_000)
     number = 0
@@ -289,7 +289,7 @@ def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
     assert mesh.refused().retry_after_ms <= 30_000
 
 
-def test_its_word_is_not_good_for_any_number_of_bytes() -> None:
+def test_claimed_requests_get_at_most_twice_its_limit_of_bytes() -> None:
     """A client that claims every request was on another broker gets at most twice its limits."""
     mesh = Keyed(slots=1, max_bytes=3 * SIZE)
     for number in range(10):
@@ -298,7 +298,7 @@ def test_its_word_is_not_good_for_any_number_of_bytes() -> None:
     assert mesh.refused().code is Code.OVER_LIMIT
 
 
-def test_its_word_gives_no_rights() -> None:
+def test_a_claim_gives_no_rights() -> None:
     mesh = Keyed(models=("tiny",), priority_max="batch")
     mesh.alice.submit(1, resume=True, model="m", priority="batch")
     assert mesh.refused().code is Code.FORBIDDEN
@@ -379,7 +379,7 @@ def test_a_name_that_is_gone_is_held_to_its_limits_until_nothing_of_it_is_left()
     assert "alice" not in mesh.bench.state.access.accounts.by_name
 
 
-def test_a_young_broker_lets_nobody_fill_its_waiting_list() -> None:
+def test_after_a_restart_no_identity_can_fill_the_waiting_list() -> None:
     bench = Bench(startup_grace_ms=5_000)
     bench.keys(Identity("alice", "client", max_queued=2), Identity("bob", "client"))
     alice, bob = bench.client(b"a", user="alice"), bench.client(b"b", user="bob")

@@ -82,7 +82,7 @@ def test_names_tell(four: Four) -> None:
         ((0, 1, 2, 3), "clients:workers:tokens-in:other", "are called clients"),
     ],
 )
-def test_what_does_not_fit_is_said(four: Four, order: tuple[int, ...], names: str, text: str) -> None:
+def test_what_does_not_fit_is_reported(four: Four, order: tuple[int, ...], names: str, text: str) -> None:
     with pytest.raises(LlamboError, match=text) as caught:
         inherited(four.give(*order) | {"LISTEN_FDNAMES": names}, 7, FIRST)
     assert caught.value.code is Code.BAD_SETTING

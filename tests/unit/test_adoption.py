@@ -48,7 +48,7 @@ def adopted(worker: Worker) -> list[bytes]:
 
 
 @pytest.mark.parametrize("worker_first", [True, False])
-def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
+def test_a_run_goes_on_whether_client_or_worker_comes_first(worker_first: bool) -> None:
     bench = Bench()
     client, worker = bench.client(), bench.worker()
     if worker_first:
@@ -224,7 +224,7 @@ def attach(client: Client, number: int, ids: list[int]) -> None:
     client.send(m.Attach(request_id(number), len(ids), [chunk(number, ids)]))
 
 
-def test_the_one_who_holds_more_is_heard_while_it_waits() -> None:
+def test_a_client_that_holds_more_is_admitted_while_the_request_waits() -> None:
     bench = Bench()
     worker, owner, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     resume(owner, 1, [1])
@@ -234,7 +234,7 @@ def test_the_one_who_holds_more_is_heard_while_it_waits() -> None:
     assert worker.dispatches[-1].prefix == [1, 2, 3]
 
 
-def test_nobody_is_given_a_continuation_of_something_else() -> None:
+def test_no_client_gets_a_continuation_of_another_answer() -> None:
     bench = Bench()
     bench.worker()
     owner, other = bench.client(b"a"), bench.client(b"b")
@@ -247,7 +247,7 @@ def test_nobody_is_given_a_continuation_of_something_else() -> None:
 # --- a broker that has just begun -----------------------------------------------------------------------
 
 
-def test_a_young_broker_waits_for_workers() -> None:
+def test_after_a_restart_the_broker_waits_for_workers() -> None:
     bench = Bench(startup_grace_ms=5_000)
     client = bench.client()
     client.submit(1)
@@ -257,7 +257,7 @@ def test_a_young_broker_waits_for_workers() -> None:
     assert len(client.received(m.Accepted)) == 1 and len(worker.dispatches) == 1
 
 
-def test_a_young_broker_grows_up() -> None:
+def test_the_grace_time_after_a_restart_ends() -> None:
     bench = Bench(startup_grace_ms=3_000)
     client = bench.client()
     client.submit(1)

@@ -93,7 +93,7 @@ def test_a_long_prompt_stretches_the_steps_of_others_only_so_far() -> None:
     assert steps < 10_000 / MIN_SHARE
 
 
-def test_a_prompt_alone_is_cut_so_that_a_cancel_is_heard() -> None:
+def test_a_prompt_alone_is_cut_so_that_a_cancel_takes_effect() -> None:
     batcher = Batcher(slots=1, context=20_000, batch=4_096)
     batcher.place(A, tokens(10_000))
     step(batcher, 320.0)  # 10 ms a token: a large model

@@ -219,7 +219,7 @@ def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
     assert bench.state.counters.requests.moved == 1
 
 
-def test_what_nobody_waits_for_is_cancelled_at_the_worker() -> None:
+def test_a_claimed_run_that_the_broker_does_not_know_is_cancelled() -> None:
     bench = Bench()
     worker = bench.worker()
     worker.beat(claims={b"r" * 16 + b"d" * 8: 3})
@@ -293,7 +293,7 @@ def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_afte
         assert [problem.error.code for problem in back.problems[:1]] == ([code] if code else [])
 
 
-def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
+def test_a_detached_client_receives_nothing_more_and_only_the_last_one_ends_it() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1)
@@ -332,7 +332,7 @@ def test_without_a_stream_the_end_brings_the_first_page() -> None:
     assert (client.ends[0].count, client.received(m.Page)[0].next) == (2, 2)
 
 
-def test_an_end_is_said_until_it_is_acknowledged() -> None:
+def test_an_end_is_sent_until_it_is_acknowledged() -> None:
     bench, worker, client = small_mesh(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
     id = client.submit(1)
     worker.end(0)
@@ -396,7 +396,7 @@ def test_a_name_belongs_to_the_living() -> None:
     assert successor.received(m.Welcome)
 
 
-def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
+def test_after_a_suspension_of_the_broker_no_peer_is_given_up() -> None:
     # Given a machine that was suspended for a minute, in the middle of an answer
     bench, worker, client = small_mesh()
     client.submit(1)
@@ -425,7 +425,7 @@ def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
     assert worker.session not in bench.state.registry.workers
 
 
-def test_an_unknown_session_is_told_so_under_its_own_name() -> None:
+def test_an_unknown_session_is_answered_under_its_own_name() -> None:
     bench = Bench()
     client = bench.client()
     client.session = b"forgotte"
@@ -443,7 +443,7 @@ def test_versions_that_do_not_meet_are_refused(versions: tuple[int, int]) -> Non
     assert client.problems[0].error.code is Code.BAD_VERSION
 
 
-def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
+def test_junk_on_the_token_plane_is_counted_and_harmless() -> None:
     bench, worker, client = small_mesh()
     client.submit(1)
     good = worker.chunk(0, 1)
@@ -524,7 +524,7 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
     assert fetched == logprobs
 
 
-def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
+def test_malformed_logprobs_are_dropped_on_arrival() -> None:
     bench, worker, client = small_mesh()
     client.submit(1, logprobs=0)
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
@@ -617,7 +617,7 @@ def test_without_tokens_any_worker_with_the_model_will_do() -> None:
     assert client.streamed() == [5]
 
 
-def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
+def test_the_wait_for_the_same_model_is_bounded() -> None:
     bench = Bench(hold_ms=1_000)
     worker, client = bench.worker("a", fingerprint="one"), bench.client()
     client.submit(1)

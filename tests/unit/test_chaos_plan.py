@@ -31,7 +31,7 @@ def test_every_kind_comes_about_as_often_as_it_should() -> None:
         assert 0.5 * rate * 10 <= count <= rate * 10, kind
 
 
-def test_nobody_is_hit_before_he_has_recovered_and_one_worker_is_left_in_peace() -> None:
+def test_no_victim_is_hit_before_it_has_recovered_and_one_worker_is_never_hit() -> None:
     spans = []
     for fault in schedule(EVERYTHING):
         group = TARGETS[fault.kind].split()[-1]

@@ -326,7 +326,7 @@ def test_a_full_context_loses_its_oldest_turns_and_says_so(begin: Chats) -> None
     assert user.mesh.counted <= 7
 
 
-def test_what_is_left_out_is_said_when_it_changes_and_not_each_time(begin: Chats) -> None:
+def test_omitted_turns_are_reported_when_they_change_and_not_each_time(begin: Chats) -> None:
     user = begin(SavedChat("mine", turns=turns(40)), context=60, max_tokens=30)
     user.types("next", "", error=LlamboError(Code.NO_BROKER, "the broker is gone"))
     assert "left out" in user.notices

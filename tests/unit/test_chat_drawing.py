@@ -247,7 +247,7 @@ def test_a_block_that_is_too_long_is_cut() -> None:
         max_size=12,
     )
 )
-def test_a_painted_tail_is_what_it_was_told_to_be(steps: list[tuple[list[str], list[str]]]) -> None:
+def test_a_painted_tail_is_on_the_screen_as_drawn(steps: list[tuple[list[str], list[str]]]) -> None:
     screen = pyte.HistoryScreen(20, 10, history=1000)
     stream, painter, above = pyte.Stream(screen), Painter(len), list[str]()
     for done, tail in steps:

@@ -191,7 +191,7 @@ class TestSubmitting:
         sent = [action for action in bench.actions if isinstance(action, Send)][-1]
         assert (sent.session, sent.blob) == (bench.session, b"prompt")
 
-    def test_is_said_again_until_it_is_accepted(self, bench: Bench) -> None:
+    def test_is_sent_again_until_it_is_accepted(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         assert len(bench.sent_since()) == 1
@@ -205,7 +205,7 @@ class TestSubmitting:
         bench.wait(10_000)
         assert bench.sent_since() == []
 
-    def test_its_place_in_the_queue_is_told_when_it_changes(self, bench: Bench) -> None:
+    def test_its_place_in_the_queue_is_reported_when_it_changes(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         bench.receive(m.Accepted(ID, 3, "tiny"))
@@ -294,7 +294,7 @@ class TestSubmitting:
         bench.receive(m.Accepted(ID))
         assert delivered(bench.tokens(7)) == [7]
 
-    def test_what_was_submitted_from_here_is_submitted_again_where_nobody_knows_it(self, bench: Bench) -> None:
+    def test_what_was_submitted_from_here_is_submitted_again_where_it_is_unknown(self, bench: Bench) -> None:
         bench.up()
         request = m.InferenceRequest(ID, "m", detached=True)
         bench.handle(e.AttachAsked(ID, again=(request, b"prompt")))
@@ -413,7 +413,7 @@ class TestRepair:
         bench.wait(1_000)
         assert bench.sent_since() == []
 
-    def test_without_a_token_plane_nobody_waits_for_it(self, bench: Bench) -> None:
+    def test_a_token_plane_that_is_down_is_not_waited_for(self, bench: Bench) -> None:
         # Given a token plane that went silent
         bench.run()
         for _ in range(4):
@@ -473,7 +473,7 @@ class TestWithoutStream:
 
 
 class TestCancelling:
-    def test_is_said_again_until_the_end(self, bench: Bench) -> None:
+    def test_is_sent_again_until_the_end(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID))
         assert bench.sent_since() == [m.Cancel(ID)]
@@ -504,7 +504,7 @@ class TestCancelling:
         bench.up()
         assert bench.sent_since() == []
 
-    def test_somebody_elses_request(self, bench: Bench) -> None:
+    def test_a_request_of_another_client(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.CancelAsked(ID))
         assert bench.sent_since() == [m.Cancel(ID)]

@@ -84,7 +84,7 @@ def sums(model: Path, cache: Path, disk: str) -> tuple[list[str], list[str], str
     return found, files, done.stderr
 
 
-def test_a_sum_that_cannot_be_remembered_is_computed_and_said(tmp_path: Path) -> None:
+def test_a_checksum_that_cannot_be_stored_is_computed_and_reported(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF" * 1000)
     good, files, log = sums(model, tmp_path / "good" / "digests.json", "free")

@@ -47,7 +47,7 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
     assert client.problems[-1].query == 3
 
 
-def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() -> None:
+def test_an_order_is_sent_again_until_the_worker_confirms_it() -> None:
     _, worker, client = small_mesh(**NEVER_LOST)
     drained(client)
     worker.beat()  # it may be on its way still
@@ -77,7 +77,7 @@ def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
     assert len(worker.received(m.Drain)) == 3
 
 
-def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> None:
+def test_a_drain_by_another_broker_counts() -> None:
     bench = Bench(**NEVER_LOST)
     worker, other, client = bench.worker(slots=1), bench.worker("b", slots=1), bench.client()
     client.submit(1)
@@ -90,7 +90,7 @@ def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> 
     assert not bench.state.registry.emptying
 
 
-def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_believed() -> None:
+def test_the_order_is_sent_again_only_to_a_restarted_worker() -> None:
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     drained(client, move=True)
@@ -250,7 +250,7 @@ def test_a_request_that_was_moved_to_no_one_else_waits_when_its_worker_leaves() 
 # --- the worker --------------------------------------------------------------------------------------
 
 
-def test_a_worker_tells_every_broker_what_any_of_them_has_ordered() -> None:
+def test_a_worker_reports_an_order_of_one_broker_to_all() -> None:
     rig = joined().receive(m.Drain())
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.drained, beat.moving) == ("draining", True, False)

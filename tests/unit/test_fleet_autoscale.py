@@ -136,7 +136,7 @@ def test_the_file_may_move_the_bounds() -> None:
     assert bench.scaler.counts == {}
 
 
-def test_what_an_operator_has_said_holds_until_the_load_says_otherwise() -> None:
+def test_a_manual_count_holds_until_the_load_requires_another() -> None:
     bench = Bench(3)
     bench.look(6)
     bench.scaler.operator_wants("tiny", 20, bench.now_ms)
@@ -147,7 +147,7 @@ def test_what_an_operator_has_said_holds_until_the_load_says_otherwise() -> None
 # --- zero ----------------------------------------------------------------------------------------------
 
 
-def test_from_zero_whoever_waits_is_the_proof_and_to_zero_it_takes_a_while() -> None:
+def test_from_zero_a_waiting_request_suffices_and_to_zero_it_takes_a_while() -> None:
     bench = Bench(0)
     assert bench.looks(0, 600) == 0
     assert bench.looks(1, 1) == 1

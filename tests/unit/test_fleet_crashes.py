@@ -51,7 +51,7 @@ def test_many_that_fail_together_are_not_many_in_a_row() -> None:
     assert text.startswith("2 have failed in a row, tiny-0049")
 
 
-def test_a_loop_is_told_with_its_log_tail() -> None:
+def test_a_loop_is_reported_with_the_end_of_its_log() -> None:
     crashes = Crashes()
     words = "\n".join(f"line {number}" for number in range(9)) + "\n\n"
     now_ms = fail(crashes, LOOP - 1)

@@ -99,7 +99,7 @@ def test_a_whole_file() -> None:
     assert (tiny.line, large.line, fleet.hosts["box"].line) == (25, 34, 10)
 
 
-def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else() -> None:
+def test_a_fingerprint_changes_with_the_settings_of_a_worker_only() -> None:
     def mark(text: str, *more: str) -> str:
         return parse(text).classes["tiny"].fingerprint(*more)
 
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_reported_with_its_line(text: str, problem: str) -> Non
     assert any(line.startswith(problem) for line in found), found
 
 
-def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file() -> None:
     found = wrong(
         WHOLE.replace("ctx =", "ctz =").replace("cores = 16", "cores = -1").replace('["gpu"]\nfake', '["x"]\nfake')
     )

@@ -172,7 +172,7 @@ def test_a_keyring_that_was_damaged_is_named(folder: Folder, text: str) -> None:
         folder.ring()
 
 
-def test_the_stamp_tells_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
+def test_the_stamp_shows_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
     """Files are replaced, so the inode differs, whatever the clock is."""
     before = folder.stamp()
     file = folder.path / RING_FILE
@@ -220,7 +220,7 @@ def ask(public: str, domain: str, mechanism: bytes = b"CURVE", version: bytes = 
 @pytest.mark.parametrize(
     ("domain", "let_in"), [(CLIENT_DOMAIN, "CA"), (WORKER_DOMAIN, "W"), ("llambo.other", ""), ("", "")]
 )
-def test_a_door_is_for_its_roles_alone(domain: str, let_in: str) -> None:
+def test_a_port_admits_its_roles_only(domain: str, let_in: str) -> None:
     for public in ("C", "W", "A", "X", ""):
         expected = (b"200", public.encode()) if public in let_in and public else (b"400", b"")
         assert ask(public, domain) == expected

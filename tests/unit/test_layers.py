@@ -25,20 +25,9 @@ LAYERS = {
 }
 #: Sockets, clocks, random numbers, threads. A core gets what it needs of them as arguments.
 WORLD = {
-    "asyncio",
-    "datetime",
-    "multiprocessing",
-    "random",
-    "secrets",
-    "select",
-    "signal",
-    "socket",
-    "subprocess",
-    "threading",
-    "time",
-    "uuid",
-    "zmq",
-}
+    "asyncio", "datetime", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",
+    "threading", "time", "uuid", "zmq",
+}  # fmt: skip
 #: What it may not reach through others either: a value it is given may know the host's name, not the time.
 FAR_WORLD = {"asyncio", "random", "secrets", "time", "zmq"}
 #: In the broker everything but the shell is core.

@@ -114,7 +114,7 @@ def samples(bench: Bench) -> dict[str, dict[tuple[tuple[str, str], ...], float]]
     return check_page(broker_metrics.page(bench.state, bench.now_ms))
 
 
-def test_every_counter_is_told_once() -> None:
+def test_every_counter_is_listed_once() -> None:
     slots = set(Counters().flat())
     assert set(broker_metrics.COUNTED) | set(broker_metrics.METERED) == slots
     assert not set(broker_metrics.COUNTED) & set(broker_metrics.METERED)
@@ -165,7 +165,7 @@ def test_a_request_from_its_queue_to_its_end() -> None:
     assert value(seen, "llambo_broker_requests_running", **one) == 1
 
 
-def test_tokens_are_told_while_they_come_and_counted_once() -> None:
+def test_tokens_are_counted_while_they_come_and_only_once() -> None:
     bench, worker, client = small_mesh()
     client.submit(1)
     counts = []

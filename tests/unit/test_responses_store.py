@@ -10,11 +10,10 @@ import pytest
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, events, payloads, ready, tokens_of
+from tests.unit.gateway_bench import CALL, HEAD, answer, events, payloads, ready, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 ID = f"resp_{HEAD.id}"
 
 

@@ -107,7 +107,7 @@ def test_a_connection_that_blinks_is_stayed_with() -> None:
     assert client.went == [0, 1]
 
 
-def test_silence_is_left_with_a_word_of_goodbye() -> None:
+def test_a_silent_broker_is_left_with_a_goodbye() -> None:
     client = Wanderer(2)
     client.welcome()
     client.wait(SILENT_MS)
@@ -125,7 +125,7 @@ def test_with_one_broker_there_is_nowhere_to_go() -> None:
     assert not any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
-def test_a_young_broker_that_does_not_know_the_session_is_asked_again() -> None:
+def test_a_restarted_broker_that_does_not_know_the_session_is_asked_again() -> None:
     client = Wanderer(2)
     client.welcome()
     unknown = m.Problem(LlamboError(Code.UNKNOWN_SESSION, "say hello first").info())
@@ -159,7 +159,7 @@ def test_a_name_stands_for_all_its_addresses_of_one_family(monkeypatch: pytest.M
         sockets.resolve_all("nowhere")
 
 
-def test_a_lookup_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = threading.Event()
     monkeypatch.setattr(sockets, "resolve_all", lambda addresses: [("10.0.0.1", 5)] if slow.wait(30) else [])
     lookup, dropped = Lookup("mesh"), Lookup("mesh")
@@ -356,7 +356,7 @@ def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None
     assert [page.total for page in client.received(m.Page)] == [2]
 
 
-def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
+def test_an_orphan_that_is_reported_twice_is_adopted_and_not_stopped() -> None:
     _, worker, client = small_mesh()
     for ids in ([1, 2], [1, 2, 3, 4]):
         run, blob = orphan(ids)
@@ -367,7 +367,7 @@ def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
     assert len(worker.received(m.Adopt)) == 2 and not worker.received(m.Cancel)
 
 
-def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
+def test_a_run_that_has_grown_since_it_was_reported_is_waited_for() -> None:
     _, worker, client = small_mesh()
     run, blob = orphan([1, 2])
     worker.send(run, blob=blob)
@@ -379,7 +379,7 @@ def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
     assert worker.received(m.Adopt) and not worker.received(m.Cancel)
 
 
-def test_link_states_of_a_client_that_wanders_are_legal() -> None:
+def test_link_states_of_a_client_that_changes_brokers_are_legal() -> None:
     client = Wanderer(2)
     for _ in range(5):
         client.welcome()

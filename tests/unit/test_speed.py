@@ -211,7 +211,7 @@ def refuse(worker: Worker) -> None:
     worker.beat(seq=10**6, claims={})
 
 
-def test_refusals_have_a_budget_and_then_the_client_is_told_when_to_come_back() -> None:
+def test_refusals_have_a_budget_and_then_the_client_gets_a_retry_time() -> None:
     bench, (worker,), client = mesh(1, retry_reserve=5)
     client.submit(1)
     for _ in range(5):

@@ -78,7 +78,7 @@ def test_a_replay_that_reaches_into_the_stash_makes_no_doubles() -> None:
     assert stream.take()[0] == list(range(12))
 
 
-def test_the_final_flag_tells_how_long_the_answer_is() -> None:
+def test_the_final_flag_gives_the_length_of_the_answer() -> None:
     stream = Reassembly()
     stream.add(chunk(1, 1, tokens.FINAL))
     assert stream.final_index is None

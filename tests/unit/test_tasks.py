@@ -106,7 +106,7 @@ def test_of_a_task_that_does_not_end_well_nothing_is_delivered(how: str) -> None
     assert client.received(m.Page) == []
 
 
-def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
+def test_attaching_to_a_task_is_refused_because_it_makes_no_stream() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1, detached=True, **EMBED)
@@ -240,7 +240,7 @@ def test_room_is_asked_for_by_what_goes_in() -> None:
         (m.End(request_id(1), 0, "cancelled"), Code.CANCELLED),
     ],
 )
-def test_who_waits_for_a_result_is_told_why_there_is_none(end: m.End, code: Code) -> None:
+def test_clients_that_wait_for_a_result_get_the_reason_for_its_absence(end: m.End, code: Code) -> None:
     async def wait() -> None:
         collector = Collector()
         collector.deliver([0], [b"part"], ())

@@ -191,7 +191,7 @@ if not hindrance_to_analyze():
         assert bad
         assert any(complaint in finding.text for finding in bad), bad
 
-    def test_a_door_without_a_key_is_found(written: tuple[Place, Path]) -> None:
+    def test_a_port_without_a_key_is_found(written: tuple[Place, Path]) -> None:
         place, root = written
         path = root / "etc/systemd/system" / units.LISTEN
         path.parent.mkdir()

@@ -112,7 +112,7 @@ def chunks(rig: Rig) -> list[dict[str, Any]]:
 # --- joining -----------------------------------------------------------------------------------------
 
 
-def test_hello_is_said_while_the_engine_loads() -> None:
+def test_hello_is_sent_while_the_engine_loads() -> None:
     # Given a worker that starts
     rig = Rig(model="models/tiny.gguf").on(e.Ticked())
     # Then its engine is started and the broker is greeted, with what is known by now
@@ -130,7 +130,7 @@ def test_hello_is_said_while_the_engine_loads() -> None:
     assert rig.receive(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
-def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
+def test_what_was_loaded_is_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
     rig = Rig().on(e.Ticked()).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
     rig.on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     assert rig.take(e.NotifyReady) == []
@@ -149,7 +149,7 @@ def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_
     assert {len(beat.models) for beat in rig.alive(500).sent(m.WorkerHeartbeat)} == {0}
 
 
-def test_a_hello_that_is_said_again_says_the_same() -> None:
+def test_a_repeated_hello_is_the_same() -> None:
     rig = Rig().on(e.Ticked()).on(proto.Ready(MODELS, 3)).wait(600)
     first, second = rig.sent(m.WorkerHello)
     assert first == second
@@ -158,7 +158,7 @@ def test_a_hello_that_is_said_again_says_the_same() -> None:
     assert (beat.models, beat.slots) == (MODELS, 3)
 
 
-def test_an_engine_that_starts_again_is_told_as_loading() -> None:
+def test_an_engine_that_restarts_is_reported_as_loading() -> None:
     rig = joined().on(e.EngineDied("it died")).alive(300).on(proto.Progress("x: 7 %", percent=7)).alive(200)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent) == ("starting", 7)
@@ -283,7 +283,7 @@ def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
     ]
 
 
-def test_the_end_tells_which_stop_string_it_was() -> None:
+def test_the_end_names_the_stop_string() -> None:
     rig = running(1, 2)
     rig.on(proto.Step([Output(key_of(1), [10], [b"a"], "stop", stop="##"), Output(key_of(2), [20], [b"c"], "stop")]))
     assert [(end.reason, end.stop) for end in rig.sent(m.End)] == [("stop", "##"), ("stop", "")]
@@ -303,7 +303,7 @@ def test_a_chunk_longer_than_a_frame_is_cut() -> None:
     assert tokens.ids_of(frames) == list(range(10))
 
 
-def test_end_is_said_until_it_is_acknowledged() -> None:
+def test_end_is_sent_until_it_is_acknowledged() -> None:
     # Given a run that has ended
     rig = running(1).step(key_of(1), [1, 2], "length")
     end = m.End(b"\1" * 16, 2, "length", b"dispatch")
@@ -488,7 +488,7 @@ def test_no_two_suspects_run_together_whichever_broker_sends_them() -> None:
     assert rig.receive(other, b"p").sent(m.Accept)
 
 
-def test_an_engine_that_was_killed_by_somebody_else_is_told_so() -> None:
+def test_an_engine_killed_from_outside_is_reported_so() -> None:
     rig = running(1)
     rig.actions = []
     assert rig.on(e.EngineDied("SIGKILL", outside=True)).sent(m.EngineLost)[0].outside
@@ -553,7 +553,7 @@ def test_an_engine_that_never_loads_is_killed() -> None:
     assert rig.wait(100).take(e.KillEngine) == [e.KillEngine()]
 
 
-def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
+def test_an_engine_that_comes_back_different_is_reported_in_the_same_session() -> None:
     rig = joined().on(e.EngineDied("x")).alive(300)
     rig.actions = []
     beat = rig.on(proto.Ready([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
@@ -622,7 +622,7 @@ def test_orphans_take_slots_and_say_so() -> None:
     assert rig.receive(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
-def test_what_nobody_adopts_is_stopped() -> None:
+def test_a_run_that_no_broker_adopts_is_stopped() -> None:
     rig = back(lost(1, orphan_ms=700).step(key_of(1), [1]))
     rig.alive(400)
     assert len(rig.core.runs) == 1
@@ -653,7 +653,7 @@ def test_nothing_is_published_or_sent_without_a_session() -> None:
     assert [action for action in rig.actions if isinstance(action, Publish | Send)] == []
 
 
-def test_a_refused_hello_is_told_to_the_operator_and_tried_again() -> None:
+def test_a_refused_hello_is_logged_and_tried_again() -> None:
     rig = loaded()
     rig.actions = []
     rig.receive(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
