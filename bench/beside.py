@@ -32,7 +32,7 @@ from bench.streams import (
 )
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import model_files
 
 STREAMS = (1, 4, 8, 16)

@@ -21,7 +21,7 @@ from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_str
 from llambo import Client
 from llambo.mesh.service import host
 from llambo.testing.processes import cpu_s
-from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions
 from llambo.worker.models import model_files
 
 STREAMS = (1, 8, 32)

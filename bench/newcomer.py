@@ -18,7 +18,7 @@ from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import model_files
 
 RUNNING = 7

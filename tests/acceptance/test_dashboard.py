@@ -17,8 +17,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions, WorkerConfig
 from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess

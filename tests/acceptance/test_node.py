@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 from llambo.testing.mesh import Mesh
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess
 
 HERE = Path(__file__).resolve().parent / "node"

@@ -16,8 +16,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess
 
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1))

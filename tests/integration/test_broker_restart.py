@@ -14,7 +14,7 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire import tasks
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
 

@@ -19,7 +19,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 
 LIVE, DRAIN, CANCEL = "/board/live", "/board/drain", "/board/cancel"

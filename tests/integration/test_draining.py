@@ -10,7 +10,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.test_failover import KNOBS, stream_through
 
 #: Long enough that nobody finishes by chance before the time to finish is over.

@@ -18,7 +18,7 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import wait_until_gone
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions
 from llambo.worker.engine.fake_model import logprob_of
 
 TOKENS = 200

@@ -27,7 +27,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 
 CHAT = "/v1/chat/completions"

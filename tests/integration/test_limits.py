@@ -18,7 +18,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import AccountRow
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 TOKENS = 60
 #: More than any test reads.

@@ -22,10 +22,9 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import ANYONE
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.agent.engine_process import EngineProcess
-from llambo.worker.config import WorkerConfig
+from llambo.worker.agent.agent import EngineProcess
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.models import model_files
 
 KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)

@@ -21,8 +21,7 @@ from llambo.mesh.link.link import Link
 from llambo.mesh.wire import limits, tokens
 from llambo.testing.mesh import Mesh, timed, truth
 from llambo.testing.processes import rss_bytes
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions, WorkerConfig
 
 #: Frames that a socket of a token plane queues.
 HWM = 10

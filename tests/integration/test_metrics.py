@@ -35,7 +35,7 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 from tests.unit.pages import Told, check_page, value
 

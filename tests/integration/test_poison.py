@@ -12,8 +12,7 @@ from llambo import Client
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S, wait_until_gone
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 
 TOKENS = 60
 KNOBS = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))

@@ -9,7 +9,7 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire.reports import EventRow
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 FAST = FakeOptions(slots=4, tokens_per_s=200)
 #: A twentieth of that.

@@ -15,7 +15,7 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings
 from llambo.worker.engine.protocol import Start
 

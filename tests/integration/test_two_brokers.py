@@ -12,7 +12,7 @@ import pytest
 
 from llambo import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.test_broker_restart import KNOBS, STREAMS, TOKENS, one
 
 Brokers = tuple[Mesh, Mesh]

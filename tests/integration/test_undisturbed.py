@@ -8,7 +8,7 @@ import time
 
 from llambo import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 REQUESTS = 10_000
 #: Requests at a time: more than there are slots, so that the queue is part of it.

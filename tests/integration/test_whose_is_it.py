@@ -24,7 +24,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.raw_peer import RawPeer
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
 #: How often reading somebody's stream is tried, in each of two ways.

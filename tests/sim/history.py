@@ -13,7 +13,7 @@ from typing import Any
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake import POISON_INDEX
 from llambo.worker.engine.fake_model import (
     START,

@@ -19,7 +19,6 @@ from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.agent import actions as wa
 from llambo.worker.agent import events as w
 from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
 from llambo.worker.agent.core import WorkerCore
@@ -333,20 +332,20 @@ class WorkerNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case wa.SpawnEngine():
+            case w.SpawnEngine():
                 self._load()
-            case wa.KillEngine():
+            case w.KillEngine():
                 self.engine_dies("killed", 2)
-            case wa.StartRun(start):
+            case w.StartRun(start):
                 if self.engine is not None:
                     refused = self.engine.start(start, self.now_ms)
                     if refused is not None:
                         self._later(proto.Refused(refused.key, refused.error, refused.final))
                     self._plan_step()
-            case wa.StopRun(key):
+            case w.StopRun(key):
                 if self.engine is not None:
                     self.engine.stop(key)
-            case wa.Exit():
+            case w.Exit():
                 self.left = True
                 self.clock.after(50, self._exit)
             case _:

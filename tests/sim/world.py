@@ -10,8 +10,7 @@ import msgspec
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted

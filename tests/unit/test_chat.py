@@ -11,9 +11,7 @@ import pytest
 from llambo.mesh.wire import conversation, limits
 from llambo.mesh.wire.conversation import Chat, ChatMessage
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.prompt import rendering
-from llambo.worker.prompt.rendering import PromptText, read, without_tools
-from llambo.worker.prompt.template import BadPrompt, Template
+from llambo.worker.llama.prompt import BadPrompt, PromptText, Template, chat_of, prompt_text, without_tools
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -50,11 +48,11 @@ def template(source: str = CHATML) -> Template:
 
 
 def read_chat(*messages: Any, tools: Any = None) -> Chat:
-    return read(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
+    return chat_of(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
 
 
 def text(prompt: bytes, sampling: Sampling, source: str | None = CHATML) -> PromptText:
-    return rendering.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
+    return prompt_text(prompt, chat_of(prompt, sampling), template(source) if source is not None else None)
 
 
 def test_what_a_user_says_and_the_system_message() -> None:

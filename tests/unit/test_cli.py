@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
-from llambo.cli.commands.why import summary, timeline
+from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.stdout import StdoutWriter

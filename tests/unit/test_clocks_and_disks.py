@@ -19,7 +19,7 @@ CLOCKS = {"time", "datetime", "date", "uuid", "clock"}
 #: Who asks for it all the same, and why.
 ALLOWED = {
     # A chat template may put today's date into its prompt.
-    "worker/prompt/template.py": {"datetime.now"},
+    "worker/llama/prompt.py": {"datetime.now"},
     # Keys are valid until a date.
     "broker/access/zap_handler.py": {"time.time"},
     "cli/kit/server_keys.py": {"time.time"},

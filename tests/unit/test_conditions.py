@@ -5,7 +5,6 @@ from __future__ import annotations
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.agent import condition
 from llambo.worker.engine import protocol as proto
@@ -62,7 +61,7 @@ def test_it_is_well_only_while_decoding_goes_on() -> None:
         assert of(rig).well
     # Given an engine that is silent for so long that it is to be killed
     rig.alive(1_100)
-    assert rig.take(a.KillEngine)
+    assert rig.take(e.KillEngine)
     # Then all is not well until it is gone, however long that takes
     assert not of(rig).well
     rig.alive(20_000)

@@ -8,7 +8,6 @@ from llambo.broker.records.request import RequestState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.engine import protocol as proto
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
@@ -274,4 +273,4 @@ def test_a_worker_that_leaves_is_not_kept_by_an_order(undo: bool) -> None:
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
     for _ in range(51):
         rig.alive(100).on(proto.Step([]))
-    assert [exit.text for exit in rig.take(a.Exit)] == ["stopped; 1 runs go on elsewhere"]
+    assert [exit.text for exit in rig.take(e.Exit)] == ["stopped; 1 runs go on elsewhere"]

@@ -6,7 +6,7 @@ import pytest
 
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions, fake_options
+from llambo.worker.config import FakeFaults, FakeOptions, fake_options
 from llambo.worker.engine.fake import POISON_INDEX, FakeEngine
 from llambo.worker.engine.fake_model import START, logprob_of, piece_of, plain_token, wander_token
 from llambo.worker.engine.protocol import ALIVE_MS, Output, Start

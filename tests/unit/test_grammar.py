@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.prompt.grammar import AnswerGrammar, GrammarError, depth, grammar_of
+from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, depth, grammar_of
 
 
 @pytest.mark.parametrize(

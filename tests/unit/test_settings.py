@@ -12,7 +12,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.mesh.settings import settings
 from llambo.mesh.settings.settings_table import BY_NAME, SECTIONS, TABLE, Kind
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions
 
 ROLES = ("broker", "worker", "client", "gateway", "bridge")
 

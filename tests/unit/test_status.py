@@ -8,6 +8,7 @@ import pytest
 from llambo.cli.commands.status import show_identities
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.reports import MeshStatus
 from tests.unit.broker_bench import Bench
 
 
@@ -27,7 +28,7 @@ def test_what_each_has_of_what_it_may_have(capsys: pytest.CaptureFixture[str]) -
     laptop.submit(10)
     boss = bench.client(b"b", user="boss")
     boss.say(m.Query(1, "status"))
-    show_identities(msgspec.msgpack.decode(boss.heard(m.Result)[-1].data)["identities"])
+    show_identities(msgspec.msgpack.decode(boss.heard(m.Result)[-1].data, type=MeshStatus).identities)
     boss_line, guest_line, laptop_line = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
     assert boss_line == "boss 0 0 0 B 0 0 0"
     assert guest_line == "guest 1/1 2/2 6.765 KiB/1 MiB 3 0 2: 1 max_queued, 1 priority_max"

@@ -13,9 +13,9 @@ from llambo.mesh.link.link_core import Publish, Send
 from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
-from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id
@@ -144,7 +144,7 @@ def task_dispatch(**fields: Any) -> m.Dispatch:
 
 def test_a_result_goes_on_control_its_page_before_its_end() -> None:
     rig = joined().say(task_dispatch(sampling=msgspec.Raw(b"\x81\xaanormalized\xc2")), b"texts")
-    (order,) = rig.take(a.StartRun)
+    (order,) = rig.take(e.StartRun)
     assert (order.start.task, order.start.options) == ("embed", tasks.TaskOptions(normalized=False))
     rig.on(proto.Step([Output(key_of(1), [0] * 3, PIECES, "stop")]))
     assert [type(send.message) for send in rig.actions if isinstance(send, Send)] == [m.Page, m.End]

@@ -12,7 +12,6 @@ from llambo.mesh.wire import limits, tokens, transfer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.announcement import ProcessIdentity
 from llambo.worker.agent.core import WorkerCore, check_invariants
@@ -34,7 +33,7 @@ class Rig:
             WorkerConfig(name="w", drain_ms=5_000, stall_ms=1_000, **config), ProcessIdentity(b"incarnat")
         )
         self.now = 1_000_000
-        self.actions: list[a.Action] = []
+        self.actions: list[e.Action] = []
         self.session = SESSION
 
     def on(self, event: e.Event) -> Rig:
@@ -134,9 +133,9 @@ def test_hello_is_said_while_the_engine_loads() -> None:
 def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
     rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
     rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
-    assert rig.take(a.NotifyReady) == []
+    assert rig.take(e.NotifyReady) == []
     rig.on(proto.Ready(MODELS, 3))
-    assert a.NotifyReady() in rig.actions
+    assert e.NotifyReady() in rig.actions
     beats = rig.alive(1_000).sent(m.WorkerHeartbeat)
     assert len(beats) >= 4
     assert {(beat.state, beat.percent, beat.slots) for beat in beats} == {("ready", 0, 3)}
@@ -187,15 +186,15 @@ def test_a_subscription_is_answered_by_a_beat_at_once() -> None:
 
 def test_ready_is_notified_once_and_only_when_the_first_beat_was_echoed() -> None:
     rig = loaded().say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    assert rig.take(a.NotifyReady) == []
+    assert rig.take(e.NotifyReady) == []
     rig.say(m.BrokerHeartbeat(1, echo=1))
-    assert rig.take(a.NotifyReady) == [a.NotifyReady()]
+    assert rig.take(e.NotifyReady) == [e.NotifyReady()]
     rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
     rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
     rig.session = LATER
     rig.say(m.BrokerHeartbeat(1, echo=1))
     assert rig.core.links[0].up
-    assert rig.take(a.NotifyReady) == []
+    assert rig.take(e.NotifyReady) == []
 
 
 def test_messages_of_an_earlier_session_are_ignored() -> None:
@@ -222,7 +221,7 @@ def test_a_token_plane_without_echo_is_rebuilt() -> None:
 def test_a_dispatch_is_started_accepted_and_claimed() -> None:
     rig = joined()
     rig.say(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
-    (order,) = [action for action in rig.actions if isinstance(action, a.StartRun)]
+    (order,) = [action for action in rig.actions if isinstance(action, e.StartRun)]
     assert order.start.given == ["stop"], "what the request itself has is told apart from a default"
     assert (order.start.key, order.start.prompt, order.start.prefix) == (key_of(1), b"prompt", [5, 6])
     assert (order.start.max_tokens, order.start.deadline_ms, order.start.sampling.stop) == (100, 900, ["x"])
@@ -265,7 +264,7 @@ def test_a_refusal_by_the_engine_rejects_and_frees_the_slot() -> None:
     error = ErrorInfo(Code.TOO_LONG, "300 of 200")
     rig.on(proto.Refused(key_of(1), error, final=True))
     assert rig.sent(m.Reject) == [m.Reject(b"\1" * 16, b"dispatch", error, True)]
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.say(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 # --- tokens ------------------------------------------------------------------------------------------
@@ -321,7 +320,7 @@ def test_end_is_said_until_it_is_acknowledged() -> None:
 def test_an_ended_run_is_claimed_but_has_no_slot() -> None:
     rig = running(1, slots=1).step(key_of(1), [1], "length").wait(200)
     assert rig.sent(m.WorkerHeartbeat)[-1].claims == {key_of(1): 1}
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.say(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 def test_an_early_acknowledgement_does_not_end_a_run() -> None:
@@ -423,11 +422,11 @@ def test_cancel_stops_the_engine_and_answers_with_end() -> None:
     rig = running(1, slots=1).step(key_of(1), [1, 2])
     rig.actions = []
     rig.say(m.Cancel(b"\1" * 16, b"dispatch"))
-    assert a.StopRun(key_of(1)) in rig.actions
+    assert e.StopRun(key_of(1)) in rig.actions
     assert rig.sent(m.End) == [m.End(b"\1" * 16, 2, "cancelled", b"dispatch")]
     # Tokens that were on their way go nowhere, and the slot is free.
     assert chunks(rig.step(key_of(1), [3])) == []
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.say(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 def test_cancel_after_the_end_says_the_same_end() -> None:
@@ -501,14 +500,14 @@ def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
     for _ in range(8):
         rig.on(e.EngineDied("it died"))
         before, rig.actions = rig.now, []
-        while not rig.take(a.SpawnEngine):
+        while not rig.take(e.SpawnEngine):
             rig.alive(100)
         pauses.append(rig.now - before)
         rig.on(proto.Ready(MODELS, 4))
     assert pauses == [300, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]
     rig.alive(30_000).on(e.EngineDied("it died"))
     rig.actions = []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine()]
     rig.on(proto.Ready(MODELS, 4))
     assert rig.sent(m.WorkerHeartbeat)[-1].engine_restarts == 9
 
@@ -517,13 +516,13 @@ def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
     rig = running(1).step(key_of(1), [1])
     rig.actions = []
     rig.alive(1_000)
-    assert a.KillEngine() in rig.actions
+    assert e.KillEngine() in rig.actions
     assert rig.sent(m.EngineLost)[0].runs == [key_of(1)]
     # Its death is awaited before another is started.
     rig.alive(5_000)
-    assert rig.take(a.SpawnEngine) == []
+    assert rig.take(e.SpawnEngine) == []
     rig.on(e.EngineDied("SIGKILL")).alive(300)
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]
 
 
 def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
@@ -532,26 +531,26 @@ def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
     # When it is stopped for longer than an engine may be silent, and reads what came meanwhile
     rig.now += 3_000
     rig.on(e.Ticked()).on(e.Ticked()).on(e.Ticked())
-    assert a.KillEngine() not in rig.actions
+    assert e.KillEngine() not in rig.actions
     # Then an engine that really hangs is found in its time
     rig.actions = []
     rig.wait(799)
-    assert a.KillEngine() not in rig.actions
+    assert e.KillEngine() not in rig.actions
     rig.wait(1)
-    assert a.KillEngine() in rig.actions
+    assert e.KillEngine() in rig.actions
 
 
 def test_an_idle_engine_may_be_silent_and_an_empty_step_is_a_sign_of_life() -> None:
     rig = joined().alive(5_000).say(dispatch(1), b"p")
     for _ in range(10):
         rig.alive(900).on(proto.Step([]))
-    assert rig.take(a.KillEngine) == []
+    assert rig.take(e.KillEngine) == []
 
 
 def test_an_engine_that_never_loads_is_killed() -> None:
     rig = Rig(load_ms=3_000).on(e.Ticked()).wait(2_000).on(proto.Progress("10 %")).wait(2_900)
-    assert rig.take(a.KillEngine) == []
-    assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
+    assert rig.take(e.KillEngine) == []
+    assert rig.wait(100).take(e.KillEngine) == [e.KillEngine()]
 
 
 def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
@@ -628,7 +627,7 @@ def test_what_nobody_adopts_is_stopped() -> None:
     rig.alive(400)
     assert len(rig.core.runs) == 1
     rig.alive(200)
-    assert rig.take(a.StopRun) == [a.StopRun(key_of(1))] and len(rig.core.runs) == 0
+    assert rig.take(e.StopRun) == [e.StopRun(key_of(1))] and len(rig.core.runs) == 0
     # and an Adopt that comes too late is answered by a beat that does not claim it
     rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 9)).wait(1)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
@@ -658,7 +657,7 @@ def test_a_refused_hello_is_told_to_the_operator_and_tried_again() -> None:
     rig = loaded()
     rig.actions = []
     rig.say(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
-    assert any("'w' is taken" in log.text for log in rig.take(a.Log))
+    assert any("'w' is taken" in log.text for log in rig.take(e.Log))
     assert len(rig.wait(300).sent(m.WorkerHello)) == 1
 
 
@@ -685,7 +684,7 @@ def test_stop_drains_and_then_leaves() -> None:
     assert rig.say(dispatch(2), b"p").sent(m.Reject)[0].error.code is Code.BUSY
     # And leaves when the run was delivered
     rig.step(key_of(1), [1], "length")
-    assert rig.take(a.Exit) == []
+    assert rig.take(e.Exit) == []
     rig.say(m.EndAck([key_of(1)]))
     assert [type(action).__name__ for action in rig.actions] == ["Send", "CloseLink", "KillEngine", "Exit"]
     assert rig.sent(m.Goodbye) == [m.Goodbye("stopped")]
@@ -696,17 +695,17 @@ def test_draining_ends_when_its_time_is_over() -> None:
     rig = running(1).on(e.StopRequested())
     for _ in range(49):
         rig.alive(100).on(proto.Step([]))
-    assert rig.take(a.Exit) == []
-    assert len(rig.alive(200).take(a.Exit)) == 1
+    assert rig.take(e.Exit) == []
+    assert len(rig.alive(200).take(e.Exit)) == 1
 
 
 def test_a_second_request_stops_at_once() -> None:
     rig = running(1).on(e.StopRequested()).on(e.StopRequested())
-    assert len(rig.take(a.Exit)) == 1
+    assert len(rig.take(e.Exit)) == 1
 
 
 def test_stop_without_a_broker_does_not_wait() -> None:
-    assert len(Rig().on(e.Ticked()).on(e.StopRequested()).take(a.Exit)) == 1
+    assert len(Rig().on(e.Ticked()).on(e.StopRequested()).take(e.Exit)) == 1
 
 
 def test_a_broker_may_drain_a_worker_and_change_its_mind() -> None:
@@ -727,16 +726,16 @@ def test_the_rate_is_that_of_the_last_second() -> None:
 
 def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_settings() -> None:
     rig = Rig().on(e.Ticked())
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]
     rig.actions = []
     rig.on(proto.Progress("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
-    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+    logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
     assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
     # It is careful from then on, and what dies all the same waits as before.
     rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died"))
     rig.actions = []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+    assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
 
 
 @pytest.mark.parametrize("kind", ["said why", "died twice", "silent"])
@@ -746,7 +745,7 @@ def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: 
         rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     elif kind == "died twice":
         rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
-        assert rig.take(a.SpawnEngine)[-1] == a.SpawnEngine(safe=True)
+        assert rig.take(e.SpawnEngine)[-1] == e.SpawnEngine(safe=True)
         rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
     else:
         rig.alive(3_100).on(e.EngineDied("the engine was ended by SIGKILL"))
@@ -756,7 +755,7 @@ def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: 
         "silent": "the engine stalled: silent for 3000 ms while loading",
     }[kind]
     told = f"cannot serve x.gguf: {reason}"
-    assert rig.actions[-1] == a.Exit(told, status=1)
+    assert rig.actions[-1] == e.Exit(told, status=1)
     assert rig.sent(m.Goodbye) == [m.Goodbye(told)]
     assert rig.core.exited
 
@@ -765,7 +764,7 @@ def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again()
     rig = joined().on(e.EngineDied("it died")).alive(300)
     rig.actions = []
     rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
-    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
+    logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
     assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]
-    assert rig.take(a.SpawnEngine) == []
-    assert rig.alive(600).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == []
+    assert rig.alive(600).take(e.SpawnEngine) == [e.SpawnEngine()]
