@@ -23,7 +23,8 @@ UNREAD = {
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests/integration",
+    "tests/integration/test_metrics.py",
+    "tests/integration/test_notify.py",
     "tests/sim",
     "tests/unit",
 }
@@ -39,6 +40,7 @@ MEANT = {
     ("llambo/broker/records/registry.py", "wary"),
     ("llambo/broker/report/metrics_page.py", "convicted"),
     ("tests/chaos/report.py", "convicted"),
+    ("tests/integration/test_poison.py", "convicted"),
     # A field of the heartbeat.
     ("llambo/worker/agent/core.py", "wary"),
 }
