@@ -68,7 +68,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
     tokens = options.tokens
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
-        safe = "safe settings" in str(worker["note"])
+        safe = "safe settings" in str(worker.note)
         path = model_files.find(MODEL)
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
         repacking = "no repacking" if safe else "repacking allowed"

@@ -259,10 +259,10 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
                 tasks.create_task(asker(client))
         began = time.perf_counter()
         async with asyncio.timeout(LIMIT_S):
-            while (found := await client.status())["busy"] or found["running"] or found["waiting"]:  # noqa: ASYNC110
+            while (found := await client.status()).busy or found.running or found.waiting:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-        if found["transcript_bytes"]:
-            raise Books(f"{found['transcript_bytes']} bytes of transcripts are still held")
+        if found.transcript_bytes:
+            raise Books(f"{found.transcript_bytes} bytes of transcripts are still held")
         idle_ms = (time.perf_counter() - began) * 1000
         # All slots at a time, once more: as many as ever can be used.
         async with asyncio.timeout(LIMIT_S):

@@ -323,7 +323,7 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
             chat.enter("hello")
             chat.until(lambda text: len(text.split()) > 20, after="> hello")
             (request,) = client.requests()
-            os.kill(int(running.line(rf"{request['worker']} is ready, pid (\d+)")[1]), signal.SIGKILL)
+            os.kill(int(running.line(rf"{request.worker} is ready, pid (\d+)")[1]), signal.SIGKILL)
             chat.until("moved 1 time")
             chat.press(CTRL_D)
             chat.end()

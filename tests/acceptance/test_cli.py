@@ -502,7 +502,7 @@ def test_a_killed_worker_moves_its_stream_and_is_started_again() -> None:
         ):
             id = sending.line(r'"accepted", "id": "(\w+)"')[1]
             sending.line(r'"index": [2-9]\d,')
-            name = client.why(id)["worker"]
+            name = client.why(id).worker
             pid = int(running.line(rf"{name} is ready, pid (\d+)")[1])
             os.kill(pid, signal.SIGKILL)
             assert sending.end() == Exit.OK, sending.story("the exit status")

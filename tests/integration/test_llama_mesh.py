@@ -206,7 +206,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         mesh.until(lambda core: core.state.registry.workers and worker.children(), "a worker and its engine")
         engine = worker.children()[0]
         os.kill(engine, signal.SIGSTOP)
-        assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE)["ready"]) == 0
+        assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE).ready) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
         async def scenario() -> Answer:

@@ -110,7 +110,7 @@ class Observer:
 
 def made(client: SyncClient) -> int:
     """Tokens that the broker has so far."""
-    return int(client.status()["counters"]["tokens"]) + sum(int(one["tokens"]) for one in client.requests())
+    return int(client.status().counters["tokens"]) + sum(int(one.tokens) for one in client.requests())
 
 
 async def read(stream: Stream, prompt: str, seed: int, observer: Observer, watch: Watch) -> None:

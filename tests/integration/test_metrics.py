@@ -27,7 +27,7 @@ from llambo.broker.report.metrics_http import (
     MetricsServer,
     Snapshot,
 )
-from llambo.gateway.observe.gateway_metrics import TABLE
+from llambo.gateway.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER

@@ -92,11 +92,11 @@ def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
                 asked = asyncio.create_task(client.embed(TEXTS))
                 await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
                 (request,) = await other.requests()
-                assert request["task"] == "embed"
+                assert request.task == "embed"
                 with pytest.raises(LlamboError) as no_stream:
-                    await (await other.attach(request["id"])).result()
+                    await (await other.attach(request.id)).result()
                 assert no_stream.value.code is Code.BAD_REQUEST
-                assert await other.cancel(request["id"]) == "cancelled"
+                assert await other.cancel(request.id) == "cancelled"
                 with pytest.raises(LlamboError) as cancelled:
                     await asked
                 assert cancelled.value.code is Code.CANCELLED

@@ -104,7 +104,7 @@ def run(mesh: Mesh, scenario: Callable[[Watching], Coroutine[Any, Any, None]], s
                 await scenario(shown)
             finally:
                 for request in await shown.client.requests():
-                    await shown.client.cancel(request["id"])
+                    await shown.client.cancel(request.id)
 
     mesh.run(whole())
 

@@ -38,7 +38,7 @@ async def storm(mesh: Mesh) -> tuple[list[int], dict[str, int], int, float]:
                 group.create_task(ask(client, numbers, wrong))
         took_s = time.monotonic() - began
         status = await client.status()
-        return wrong, status["counters"], client.counters.replays, took_s
+        return wrong, status.counters, client.counters.replays, took_s
 
 
 def test_ten_thousand_requests_arrive_whole_and_hardly_anything_is_sent_again() -> None:

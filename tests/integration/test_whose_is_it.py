@@ -137,7 +137,7 @@ def test_an_admin_sees_and_cancels_everything(mesh: Mesh, folder: Folder) -> Non
         SyncClient(mesh.address, key=key_of(folder, "boss")) as boss,
     ):
         id = alice.submit("work", max_tokens=50_000)
-        assert boss.why(id)["state"] in ("waiting", "dispatched", "running")
+        assert boss.why(id).state in ("waiting", "dispatched", "running")
         assert boss.events() != []
         with boss.attach(id) as stream:
             piece = stream.next_piece()

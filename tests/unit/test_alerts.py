@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llambo.broker.report import metrics_page as broker
-from llambo.gateway.observe import gateway_metrics as gateway
+from llambo.gateway import gateway_metrics as gateway
 from llambo.mesh.service import process_metrics
 from llambo.mesh.service.prometheus import Metric
 

@@ -687,12 +687,12 @@ def test_requests_for_a_model_that_is_loading_wait_for_it() -> None:
         worker.beat(state="starting", percent=percent)
         client.say(m.ClientHeartbeat())
     assert worker.dispatches == [] and client.ends == []
-    assert queries.status(bench.state, "", bench.now_ms, ANYONE)["loading"] == {"w": 99}
-    assert queries.workers(bench.state, "", bench.now_ms, ANYONE)[0]["state"] == "loading"
+    assert queries.status(bench.state, "", bench.now_ms, ANYONE).loading == {"w": 99}
+    assert queries.workers(bench.state, "", bench.now_ms, ANYONE)[0].state == "loading"
     # And go to it as soon as it is ready
     worker.beat(models=[m.ModelInfo("m", "f")], slots=2)
     assert [dispatch.id for dispatch in worker.dispatches] == [request_id(1), request_id(2)]
-    assert queries.status(bench.state, "", bench.now_ms, ANYONE)["loading"] == {}
+    assert queries.status(bench.state, "", bench.now_ms, ANYONE).loading == {}
 
 
 def test_a_wait_for_a_model_that_is_loading_is_bounded_as_any_other() -> None:

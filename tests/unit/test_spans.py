@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from llambo.gateway.observe import tracing
-from llambo.gateway.observe.tracing import Phase, traces_of
+from llambo.gateway import tracing
+from llambo.gateway.server import traces_of
+from llambo.gateway.tracing import Phase
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import StoryStep
