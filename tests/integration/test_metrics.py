@@ -37,7 +37,7 @@ from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.unit.pages import Told, check_page, value
+from tests.unit.pages import Samples, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
 TOKEN = "a-token-that-cannot-be-guessed"
@@ -368,7 +368,7 @@ def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
 CHAT = "/v1/chat/completions"
 
 
-def page_of(gateway: GatewayProcess, **headers: str) -> Told:
+def page_of(gateway: GatewayProcess, **headers: str) -> Samples:
     status, body, fields = gateway.ask("GET", "/metrics", **headers)
     assert status == 200, body
     assert fields["content-type"] == CONTENT_TYPE

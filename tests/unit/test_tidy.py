@@ -23,10 +23,7 @@ UNREAD = {
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests/integration/test_metrics.py",
     "tests/integration/test_notify.py",
-    "tests/sim",
-    "tests/unit",
 }
 #: Where one of the words is meant: the file, and the word.
 MEANT = {
@@ -43,6 +40,7 @@ MEANT = {
     ("tests/integration/test_poison.py", "convicted"),
     # A field of the heartbeat.
     ("llambo/worker/agent/core.py", "wary"),
+    ("tests/unit/test_suspicion.py", "wary"),
 }
 
 
