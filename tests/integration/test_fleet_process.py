@@ -1,4 +1,4 @@
-"""The provider `process`: nodes outlive whoever began them, are known again, and are never there twice."""
+"""The provider `process`: nodes outlive the process that started them, are found again, and never run twice."""
 
 from __future__ import annotations
 
