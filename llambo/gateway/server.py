@@ -19,8 +19,8 @@ from llambo.gateway.config import GatewayConfig
 from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
 from llambo.gateway.observe.tracing import traces_of
 from llambo.mesh.service import clock
-from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire.errors import Code, LlamboError
 
 log = logging.getLogger(__name__)
