@@ -69,7 +69,7 @@ def broker_metrics() -> str:
 
 
 def gateway_metrics() -> str:
-    from llambo.gateway.observe.gateway_metrics import TABLE
+    from llambo.gateway.gateway_metrics import TABLE
 
     return table(TABLE)
 
@@ -82,7 +82,7 @@ def process_metrics() -> str:
 
 def fleet_keys() -> str:
     """What may stand in fleet.toml, by table; the settings of workers and of the broker are in llambo config."""
-    from llambo.fleet.file import schema
+    from llambo.fleet import schema
 
     tables = (
         ("[fleet]", schema.FLEET),

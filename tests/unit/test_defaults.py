@@ -38,7 +38,7 @@ def test_what_a_request_says_wins_also_where_it_says_our_default() -> None:
     assert sampling.with_defaults(asked, [], {}) is asked
 
 
-def test_what_makes_no_sense_is_left_and_told(tmp_path: Path) -> None:
+def test_what_makes_no_sense_is_left_out_and_reported(tmp_path: Path) -> None:
     more: dict[str, float | str] = {
         "general.sampling.temp": -1.0,
         "general.sampling.mirostat": 1,

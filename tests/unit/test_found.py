@@ -112,5 +112,5 @@ def test_an_installed_package_goes_by_its_name(host: Path, monkeypatch: pytest.M
 def test_a_damaged_model_is_listed_all_the_same(tmp_path: Path, seed: int) -> None:
     what, content = tiny_model.mutant(seed)
     path = put(tmp_path / "x.gguf", content)
-    told = model_files.look_at("x", path, "here", LlamaOptions(), 2**34, 2)
-    assert told.size_bytes > 0 or not content, what
+    found = model_files.look_at("x", path, "here", LlamaOptions(), 2**34, 2)
+    assert found.size_bytes > 0 or not content, what

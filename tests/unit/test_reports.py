@@ -13,8 +13,8 @@ from tests.unit.broker_bench import Bench, Client, request_id
 
 
 def answer(client: Client, what: str, argument: str = "") -> bytes:
-    client.say(m.Query(1, what, argument))
-    return client.heard_last(m.Result)[-1].data
+    client.send(m.Query(1, what, argument))
+    return client.received_last(m.Result)[-1].data
 
 
 def busy_mesh() -> Client:

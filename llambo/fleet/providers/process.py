@@ -23,7 +23,7 @@ from pathlib import Path
 
 import msgspec
 
-from llambo.fleet.world import NodeFailed, NodeRecord
+from llambo.fleet.model import NodeFailed, NodeRecord
 from llambo.mesh.service.host import exit_text, ready_line
 from llambo.mesh.wire.errors import Code, LlamboError
 
