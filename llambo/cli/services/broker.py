@@ -16,7 +16,7 @@ from llambo.mesh.settings.settings_table import of_roles
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -56,7 +56,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     from llambo.broker.report.metrics_http import MetricsServer
     from llambo.broker.server import run_broker
     from llambo.mesh.link.sockets import endpoint
-    from llambo.mesh.service.activation import inherited
+    from llambo.mesh.service.service_manager import inherited
 
     config = BrokerConfig.from_settings(settings.values)
     check_name(settings.text("broker_name"), "--name")

@@ -15,7 +15,7 @@ from llambo.cli.services.service import child_options, gateway_folder, gateway_k
 from llambo.mesh.settings.settings_table import of_roles
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """

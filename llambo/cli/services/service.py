@@ -26,8 +26,8 @@ import click
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent, stop_signals_wake
-from llambo.mesh.service.notify import Notifier, manager
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Notifier, manager
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.timers import backoff_ms
 

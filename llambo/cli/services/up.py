@@ -31,7 +31,7 @@ from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
 from llambo.cli.services.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
-from llambo.mesh.service.child_process import exit_text, ready_line
+from llambo.mesh.service.host import exit_text, ready_line
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
 from llambo.mesh.wire.timers import backoff_ms
 

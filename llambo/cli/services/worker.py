@@ -16,7 +16,7 @@ from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
 
