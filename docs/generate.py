@@ -75,9 +75,9 @@ def gateway_metrics() -> str:
 
 
 def process_metrics() -> str:
-    from llambo.mesh.service.process_metrics import TABLE
+    from llambo.mesh.service.host import PROCESS_METRICS
 
-    return table(TABLE)
+    return table(PROCESS_METRICS)
 
 
 def fleet_keys() -> str:

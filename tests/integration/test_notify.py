@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Manager, Notifier, manager
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Manager, Notifier, manager
 from tests.integration.mini_journal import parse
 
 READY = Condition("idle", ready=True)
