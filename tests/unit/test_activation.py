@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llambo.mesh.service.activation import NAMES, inherited
+from llambo.mesh.service.service_manager import NAMES, inherited
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Far from the descriptors of the test itself.
@@ -79,7 +79,7 @@ def test_names_tell(four: Four) -> None:
     [
         ((0, 1, 2), "", "four ports in a row"),
         ((0, 1, 3, 2), ":".join(NAMES), "four ports in a row"),
-        ((0, 1, 2, 3), "clients:workers:tokens-in:other", "are called clients"),
+        ((0, 1, 2, 3), "clients:workers:tokens-in:other", "have the names clients"),
     ],
 )
 def test_what_does_not_fit_is_reported(four: Four, order: tuple[int, ...], names: str, text: str) -> None:
@@ -92,7 +92,7 @@ def test_only_sockets_that_listen_will_do() -> None:
     with socket.socket() as idle:
         os.dup2(idle.fileno(), FIRST)
     try:
-        with pytest.raises(LlamboError, match="not all TCP sockets that listen"):
+        with pytest.raises(LlamboError, match="not all listening TCP sockets"):
             inherited({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, 7, FIRST)
     finally:
         os.close(FIRST)

@@ -12,11 +12,11 @@ import yaml
 
 from llambo.broker.report import metrics_page as broker
 from llambo.gateway import gateway_metrics as gateway
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import host
 from llambo.mesh.service.prometheus import Metric
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *process_metrics.TABLE)}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *host.PROCESS_METRICS)}
 #: What Prometheus adds to whatever it scrapes.
 ADDED = {"job", "instance"}
 _NAME = re.compile(r"\b(?:llambo_|process_)\w+")

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
 from llambo.fleet.decide.crashes_core import LASTED_MS, LOOP, PAUSE_MS, Crashes, log_tail, pause_ms
+from llambo.fleet.decide.plan import PlanStep, StepKind
+from llambo.fleet.model import Fleet
+from llambo.fleet.node_manager import NodeManager
+from llambo.fleet.orchestrator import Orchestrator
+from llambo.mesh.client.client import Client
 
 SECOND = 1_000
 HERE, THERE = ("tiny", "box"), ("tiny", "shed")
@@ -108,3 +118,17 @@ def test_an_end_that_was_ordered_is_no_failure_and_an_operator_may_forgive() -> 
     fail(crashes, 5)
     crashes.reset("tiny")
     assert not crashes.loops(0) and crashes.next_wakeup_ms(0) is None
+
+
+@pytest.mark.parametrize("kind", [StepKind.RETIRE, StepKind.REPLACE])
+def test_a_node_stopped_on_purpose_leaves_nothing_to_the_next_of_its_name(kind: StepKind, tmp_path: Path) -> None:
+    """Before, a replacement that could not start was forgiven because the node before it had lasted."""
+    manager = NodeManager(Fleet(), tmp_path, "tcp://127.0.0.1:1", Client, lambda text: None)
+    orchestrator = Orchestrator(SimpleNamespace(), manager, tmp_path, lambda text: None)
+    crashes = orchestrator._crashes
+    crashes.note_ready("tiny-0009", 0)
+    now_ms = fail(crashes, LOOP - 1, 2 * LASTED_MS)
+    manager.begin_step(PlanStep(kind, "tiny-0009", *HERE, "its settings have changed"))
+    assert not crashes.loops(now_ms)
+    crashes.note_failure("tiny-0009", *HERE, "ended with status 1", "", now_ms + PAUSE_MS[1])
+    assert crashes.loops(now_ms)[0].failures == LOOP

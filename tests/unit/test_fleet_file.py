@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.file import schema
-from llambo.fleet.file.reader import KeyLines, parse
+from llambo.fleet import schema
 from llambo.fleet.model import Fleet, Scaling
+from llambo.fleet.reader import KeyLines, parse
 from llambo.mesh.wire.errors import Code, LlamboError
 
 SMALL = """

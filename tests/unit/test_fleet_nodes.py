@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llambo.fleet.run.node_manager import START_S, node_of
-from llambo.fleet.world import NodeRecord, NodeState
+from llambo.fleet.model import NodeRecord, NodeState
+from llambo.fleet.node_manager import START_S, node_of
 from llambo.mesh.wire.reports import WorkerRow
 
 LONG_AGO, NOW = 0, 10_000_000

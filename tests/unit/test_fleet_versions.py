@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.file.versions import FILE, Versions, VersionsFile
-from llambo.fleet.model import Fleet, Host, NodeClass
-from llambo.fleet.world import Node, NodeState, World
+from llambo.fleet.model import Fleet, Host, Node, NodeClass, NodeState, World
+from llambo.fleet.versions import FILE, Versions, VersionsFile
 from llambo.mesh.wire.errors import LlamboError
 
 

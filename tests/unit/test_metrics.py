@@ -19,7 +19,7 @@ from llambo.broker.records.registry import CONDITIONS
 from llambo.broker.report import metrics_http
 from llambo.broker.report import metrics_page as broker_metrics
 from llambo.broker.report.metrics_http import MetricsServer
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import host
 from llambo.mesh.service.prometheus import NONE, OTHER, SERIES, Metric, Names, page
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
@@ -318,7 +318,7 @@ def test_only_an_admin_may_ask_for_them(role: Any, may: bool) -> None:
 
 
 def test_what_a_process_says_of_itself() -> None:
-    seen = check_page(process_metrics.page())
+    seen = check_page(host.process_metrics_page())
     assert value(seen, "process_resident_memory_bytes") > 2**20
     assert value(seen, "process_open_fds") >= 3
     assert 0 <= time.time() - value(seen, "process_start_time_seconds") < 86_400

@@ -12,8 +12,8 @@ from llambo.broker.records.state import State
 from llambo.broker.server import condition as of_broker
 from llambo.cli.services.service import LASTED_MS, Life, Restarts, next_life, pause_ms
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Manager, Notifier, manager, message
 from llambo.mesh.service.notify_core import EXTEND_EVERY_MS, LOOK_MS, Condition, NotifyCore
+from llambo.mesh.service.service_manager import Manager, Notifier, manager, message
 from llambo.mesh.wire.timers import NEVER_MS
 
 READY = Condition("idle", ready=True)
