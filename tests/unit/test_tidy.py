@@ -19,7 +19,6 @@ SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml"
 #: Not read once more yet.
 UNREAD = {
     "docs/cli.md",
-    "docs/guarantees.md",
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
