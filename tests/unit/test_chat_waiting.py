@@ -58,7 +58,7 @@ def play(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Scene, Clock], Any
         try:
             await scenario(scene, clock)
         finally:
-            await scene.waiting.close()
+            scene.waiting.close()
 
     # The loop has a clock of its own, which must go on.
     loop_time = time.monotonic

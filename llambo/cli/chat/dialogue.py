@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from llambo.cli.chat.screen import Screen, Waiting, show
+from llambo.cli.chat.screen import Screen, Waiting
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
-from llambo.cli.kit.answer_views import Clock
+from llambo.cli.kit.answer_views import Clock, show
 from llambo.cli.kit.follow import Interrupts, end_signals
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -188,17 +188,17 @@ class Dialogue:
         )  # fmt: skip
         with Interrupts(cancels=True, session=self._signals) as interrupts:
             interrupts.stream = stream
-            waiting = Waiting(self.client, stream, lambda: self.lost)
+            view = self.screen.answer_view(stream, Waiting(self.client, stream, lambda: self.lost))
             try:
                 async with stream:
-                    self.answered = await show(
-                        stream, self.screen.answer_view(stream), self.screen.out, waiting, texts
-                    )  # fmt: skip
+                    self.answered = await show(stream, view, self.screen.out, texts)
             except LlamboError as failed:
                 error = failed
             except asyncio.CancelledError:
                 if not self._signals.interrupted:
                     raise
+            finally:
+                view.close()
         return "".join(texts), stream, error
 
     # --- what is saved ---------------------------------------------------------------------------------
