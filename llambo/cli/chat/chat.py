@@ -97,7 +97,7 @@ def chat(
     model is full, the oldest turns are left out, and a notice says so. The longest answer is at most half of the
     context.
 
-    Ctrl-C stops an answer and keeps what there is of it. PROMPT and stdin together are one question. With --json a
+    Ctrl-C stops an answer and leaves what there is of it. PROMPT and stdin together are one question. With --json a
     single answer has the lines of `llambo send --json`.
     """
     if sum([listed, search is not None, delete is not None, bool(prompt)]) > 1:
@@ -274,7 +274,7 @@ async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: 
         if not signals.interrupted:
             raise
     if signals.interrupted and chat.ending is None:
-        chat.screen.say(STOPPED, "quiet")
+        chat.screen.print(STOPPED, "quiet")
     if common.verbose and chat.answered is not None:
         click.echo(statistics_line(*chat.answered), err=True)
     if signals.interrupted:
@@ -283,32 +283,32 @@ async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: 
 
 
 async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int:
-    say, turns = chat.screen.say, chat.saved.turns
+    show, turns = chat.screen.print, chat.saved.turns
     with _no_echo():
         await signals.run(chat.find_models())
-        say(f"llambo chat at {chat.client.address}; /help tells what can be typed", "quiet")
+        show(f"llambo chat at {chat.client.address}; /help lists the commands", "quiet")
         if turns:
-            say(f"{turn_count(len(turns))} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
+            show(f"{turn_count(len(turns))} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         while not signals.ended_by:
             try:
                 line = await signals.run(prompt.line())
                 if line is None:
                     if not signals.ended_by:
-                        say("/exit or Ctrl-D leaves", "quiet")
+                        show("/exit or Ctrl-D leaves", "quiet")
                     continue
                 stays = await signals.run(enter(chat, line))
             except EOFError:
                 break
             except LlamboError as error:
                 failure = Failure.of(error)
-                say(f"{failure.message}\n  {failure.hint}" if failure.hint else failure.message, "error")
+                show(f"{failure.message}\n  {failure.hint}" if failure.hint else failure.message, "error")
                 continue
             if stays is None:
-                say(STOPPED, "quiet")
+                show(STOPPED, "quiet")
             elif not stays:
                 break
     if chat.store is not None and chat.saved.turns:
-        say(f"saved; `llambo chat --session {chat.saved.name}` goes on with it", "quiet")
+        show(f"saved; `llambo chat --session {chat.saved.name}` goes on with it", "quiet")
     return 128 + signals.ended_by if signals.ended_by else Exit.OK
 
 
@@ -317,7 +317,7 @@ def _prompt(chat: Dialogue, flags: ChatFlags) -> ChatPrompt:
 
     path = None if flags.private else state_folder(os.environ) / HISTORY_FILE
     history = open_history(
-        path, lambda error: chat.screen.say(f"lines are not remembered: {path}: {error.strerror}", "warning")
+        path, lambda error: chat.screen.print(f"lines are not remembered: {path}: {error.strerror}", "warning")
     )
     names = chat.store.names if chat.store is not None else list
     completer = ChatCompleter(

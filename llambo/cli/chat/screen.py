@@ -70,7 +70,7 @@ class Screen:
         self._to_stderr = notices_to_stderr
         self._as_json = as_json
 
-    def say(self, text: str, tone: Tone = "plain") -> None:
+    def print(self, text: str, tone: Tone = "plain") -> None:
         text = printable(text)
         if self._to_stderr:
             click.echo(f"llambo: {text}", err=True)
@@ -82,10 +82,10 @@ class Screen:
         click.echo(click.style(text, **style) if style else text)
 
     def show_turn(self, number: int, turn: Turn) -> None:
-        self.say(f"{number}  you: {turn.question}", "quiet")
+        self.print(f"{number}  you: {turn.question}", "quiet")
         click.echo("\n".join(_drawn(self._console, turn.answer)) if self._console else printable(turn.answer))
         if turn.mark:
-            self.say(f"({turn.mark})", "quiet")
+            self.print(f"({turn.mark})", "quiet")
 
     def answer_view(self, stream: Stream, waiting: Waiting) -> View:
         if self._as_json:

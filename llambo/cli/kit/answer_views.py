@@ -11,7 +11,7 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -120,7 +120,7 @@ class JsonView(View):
 
     def piece(self, piece: Piece) -> None:
         self._accept()
-        line = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
+        line: dict[str, object] = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
         if piece.logprobs:
             line["logprobs"] = [each and _logprob(each) for each in piece.logprobs]
         self._put(line)
@@ -136,7 +136,7 @@ class JsonView(View):
             stream = self._stream
             self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
-    def _put(self, line: dict[str, Any]) -> None:
+    def _put(self, line: dict[str, object]) -> None:
         self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -162,12 +162,12 @@ async def show(stream: Stream, view: View, out: StdoutWriter, texts: list[str] |
     return stream.answer, clock
 
 
-def _logprob(token: Logprob) -> dict[str, Any]:
+def _logprob(token: Logprob) -> dict[str, object]:
     top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in token.top]
     return {"logprob": token.logprob, "top": top}
 
 
-def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
+def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
     return {
         "id": answer.id,
         "reason": answer.reason,
@@ -187,12 +187,12 @@ def times(count: int) -> str:
 
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
-    figures = statistics(answer, clock)
+    tokens = len(answer.ids)
     moves = f"moved {times(answer.moves)}" if answer.moves else "never moved"
     return (
-        f"{figures['tokens']} tokens in {duration(clock.total_ms)} ({figures['tokens_per_s']:.1f} tokens/s), "
+        f"{tokens} tokens in {duration(clock.total_ms)} ({clock.rate(tokens):.1f} tokens/s), "
         f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
-        f"worker {figures['worker'] or '?'}, {moves}, {figures['reason']}, id {figures['id']}"
+        f"worker {answer.worker or '?'}, {moves}, {answer.reason}, id {answer.id}"
     )
 
 
