@@ -18,7 +18,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
 from llambo.worker.engine.fake_model import START, piece_of, pieces_of
-from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
+from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start, TaskRefused
 
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
@@ -89,7 +89,7 @@ class FakeEngine:
         if start.task != "generate":
             try:
                 sequence.result = fake_model.result_of(start, self._options, self._model)
-            except fake_model.BadTask as error:
+            except TaskRefused as error:
                 return Refused(start.key, error.info, final=True)
             sequence.limit, sequence.reason = len(sequence.result), "stop"
         if not self._sequences:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
-from llambo.worker.config import LlamaOptions, mesh_name
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import gguf
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 
@@ -67,11 +67,6 @@ def packaged(model: str) -> Path | None:
     return None
 
 
-def name_of(model: str) -> str:
-    """The name of the model in the mesh."""
-    return mesh_name(model)
-
-
 def installed() -> bool:
     """Whether llama.cpp is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
@@ -80,9 +75,12 @@ def installed() -> bool:
 @dataclass(frozen=True, slots=True)
 class Layout:
     slots: int
+    #: Tokens per slot.
     context: int
     batch: int
     threads: int
+    kv_type: str
+    flash_attn: str
     need_bytes: int
     free_bytes: int
 
@@ -96,7 +94,16 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     if need > free_bytes and not options.gpu_layers:
         raise BadModelFile(_too_large(options, file, context, free_bytes))
     batch = max(options.batch, options.slots)
-    return Layout(options.slots, context, batch, options.threads or cores, need, free_bytes)
+    return Layout(
+        slots=options.slots,
+        context=context,
+        batch=batch,
+        threads=options.threads or cores,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+        need_bytes=need,
+        free_bytes=free_bytes,
+    )
 
 
 def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
