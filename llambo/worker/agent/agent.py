@@ -53,7 +53,7 @@ READ_BYTES = 64 * 1024
 SIGNALS_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 #: How long a process that was killed, or closed its pipe, may take to be gone.
 REAP_S = 10.0
-#: Environment variables that hold a key, or say where one is.
+#: Environment variables that contain a key, or the path of one.
 SECRETS = (KEY_ENV, CREDENTIALS_ENV)
 
 

@@ -1,6 +1,6 @@
 """The worker core: all decisions of an agent.
 
-A worker stands between brokers and its engine child. Brokers send it dispatches over links; it hands each to the engine
+A worker connects brokers with its engine child. Brokers send it dispatches over links; it hands each to the engine
 as a run, publishes what the engine produces, and stores those tokens until the broker has acknowledged the END, so that
 any part can be asked for again. Three rules are essential:
 
@@ -271,7 +271,7 @@ class WorkerCore:
     # Stopping.
 
     def _announce_change(self, text: str) -> None:
-        """Log it and tell every broker at once; empty if nothing has changed."""
+        """Log it and notify every broker at once; empty if nothing has changed."""
         if text:
             self._out.append(Log(text))
             for link in self.links.values():

@@ -3,7 +3,7 @@
     agent -> engine   configure, start, stop, shutdown
     engine -> agent   progress, ready, step, refused
 
-A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
+A message is a msgpack map (its `type` is its name) after its length as u32. Both ends are of one release, so
 nothing is negotiated. The engine sends one `Step` per decoding step for all sequences together. While it has
 sequences but no token it sends an empty one every ALIVE_MS: an engine that is silent for longer is stalled.
 """
@@ -11,7 +11,7 @@ sequences but no token it sends an empty one every ALIVE_MS: an engine that is s
 from __future__ import annotations
 
 from struct import Struct
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -217,9 +217,12 @@ def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
 
 # What both engines share.
 
+#: What a fake engine asks of its process after a step.
+Fault = Literal["crash", "hang"]
+
 
 class TaskRefused(Exception):
-    """The task cannot be done, on any worker; `info` says why."""
+    """The task cannot be done, on any worker; `info` gives the reason."""
 
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)

@@ -57,7 +57,7 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 
 
 class LoadError(Exception):
-    """The model cannot be served; the text says why, for people."""
+    """The model cannot be served; the text gives the reason, for people."""
 
 
 class _Log:
@@ -123,9 +123,6 @@ class Model:
             raise LoadError(f"{path} has no vocabulary")
         self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
         self._endings = frozenset(self.endings)
-
-    def close(self) -> None:
-        lib.llama_model_free(self.handle)
 
     @property
     def parameters(self) -> int:
@@ -215,9 +212,6 @@ class _Context:
             raise LoadError(f"no context of {what}: {log.reason()}")
         self._memory = lib.llama_get_memory(self.handle)
         self._make_batch(batch)
-
-    def close(self) -> None:
-        lib.llama_free(self.handle)
 
     def _make_batch(self, size: int) -> None:
         self._tokens = np.zeros(size, np.int32)

@@ -31,7 +31,7 @@ from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import mesh_name
-from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Output, Progress, Ready, Refused, Start
+from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
 from llambo.worker.llama import llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
@@ -104,7 +104,7 @@ class Setup:
 class LlamaEngine:
     """Loads and tests the model when it is created. `send` gets progress meanwhile."""
 
-    fault = None
+    fault: Fault | None = None
 
     def __init__(self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None) -> None:
         name, layout = setup.name, setup.layout
@@ -424,12 +424,7 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     fingerprint = model_files.fingerprint(
         file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
     )
-    log.info(
-        "%s: %d slots of %d tokens, %d threads, %d tokens in a step, %s cache, flash attention %s, %d layers on a GPU; "
-        "needs %d MiB of %d",
-        path, layout.slots, layout.context, layout.threads, layout.batch, options.kv_type, options.flash_attn,
-        options.gpu_layers, layout.need_bytes // model_files.MIB, layout.free_bytes // model_files.MIB,
-    )  # fmt: skip
+    log.info("%s: %d layers on a GPU, %s", path, options.gpu_layers, layout)
     defaults, unusable = sampling.recommended(file.meta)
     log.info("%s", sampling.describe(defaults))
     for text in unusable:
