@@ -18,7 +18,7 @@ from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
 
-KNOBS = FakeOptions(slots=16, tokens_per_s=150)
+FAKE = FakeOptions(slots=16, tokens_per_s=150)
 STREAMS = 24
 TOKENS = 300
 
@@ -41,7 +41,7 @@ async def one(client: Client, number: int, begun: asyncio.Event) -> float:
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
-    with Mesh(workers=2, fake=KNOBS, broker="process") as mesh:
+    with Mesh(workers=2, fake=FAKE, broker="process") as mesh:
 
         async def scenario() -> tuple[list[float], dict[str, int]]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -62,7 +62,7 @@ def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
 
 
 def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
-    with Mesh(workers=2, fake=KNOBS, broker="process") as mesh:
+    with Mesh(workers=2, fake=FAKE, broker="process") as mesh:
 
         async def scenario() -> dict[str, int]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -83,7 +83,7 @@ def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
 
 def test_logprobs_and_results_come_through_whole() -> None:
     texts = [f"text {number}" for number in range(120)]
-    knobs = replace(KNOBS, embedding_size=2_048)
+    fake = replace(FAKE, embedding_size=2_048)
 
     async def answer(client: Client, number: int, begun: asyncio.Event) -> None:
         prompt = f"stream {number}"
@@ -98,9 +98,9 @@ def test_logprobs_and_results_come_through_whole() -> None:
 
     async def embedded(client: Client) -> None:
         start = Start(bytes(24), msgspec.msgpack.encode(texts), 256, 0)
-        assert (await client.embed(texts)).vectors == tasks.vectors_of(embeddings(b"", start, knobs))
+        assert (await client.embed(texts)).vectors == tasks.vectors_of(embeddings(b"", start, fake))
 
-    with Mesh(workers=2, fake=knobs, broker="process") as mesh:
+    with Mesh(workers=2, fake=fake, broker="process") as mesh:
 
         async def scenario() -> dict[str, int]:
             async with mesh.client() as client, asyncio.TaskGroup() as group:
@@ -123,9 +123,9 @@ def test_logprobs_and_results_come_through_whole() -> None:
 
 
 def test_a_detached_request_that_waited_is_submitted_again_by_who_attaches_to_it() -> None:
-    """Nobody but its client has its prompt: no worker was given it before the broker was killed."""
-    knobs, config = replace(KNOBS, slots=1), BrokerConfig.of(startup_grace_ms=300)
-    with Mesh(workers=1, fake=knobs, broker="process", config=config) as mesh:
+    """Only its client has its prompt: it was dispatched to no worker before the broker was killed."""
+    fake, config = replace(FAKE, slots=1), BrokerConfig.of(startup_grace_ms=300)
+    with Mesh(workers=1, fake=fake, broker="process", config=config) as mesh:
 
         async def scenario() -> list[int]:
             async with mesh.client() as client:

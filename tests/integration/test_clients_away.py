@@ -48,7 +48,7 @@ def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> Non
     config = BrokerConfig.of(client_lease_ms=600)
     with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh, reader(mesh) as client:
         client.send_signal(signal.SIGSTOP)
-        # When its lease is over, and its request was ended because nobody followed it any more
+        # When its lease is over, and its request was ended because it had no reader any more
         mesh.until(lambda core: core.state.counters.peers.clients_lost == 1, "its lease to be over")
         mesh.until(lambda core: not core.state.requests, "the end of its request")
         client.send_signal(signal.SIGCONT)
@@ -68,7 +68,7 @@ def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on(
         id = mesh.run(submit())
         with reader(mesh) as client:
             client.kill()
-            # Only what nobody follows, and was not meant to, is ended.
+            # Only a request without a reader that is not detached is ended.
             mesh.until(lambda core: core.state.counters.peers.clients_lost == 1, "its lease to be over")
             mesh.until(lambda core: len(core.state.requests) < 2, "the end of its request")
 

@@ -11,14 +11,14 @@ from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh, truth
 from llambo.worker.config import FakeOptions
-from tests.integration.test_failover import KNOBS, stream_through
+from tests.integration.test_failover import FAKE, stream_through
 
-#: Long enough that nobody finishes by chance before the time to finish is over.
-SLOW = replace(KNOBS, tokens_per_s=70)
+#: Slow enough that no answer ends by chance before the time to finish is over.
+SLOW = replace(FAKE, tokens_per_s=70)
 
 
 def test_an_emptied_worker_gives_away_what_it_runs() -> None:
-    with Mesh(workers=2, fake=replace(KNOBS, slots=8), check=True) as mesh:
+    with Mesh(workers=2, fake=replace(FAKE, slots=8), check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -43,7 +43,7 @@ def test_an_emptied_worker_gives_away_what_it_runs() -> None:
 
 def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> None:
     with Mesh(workers=2, fake=SLOW, check=True) as mesh:
-        # One that has no time to finish anything, and is told to stop in the middle.
+        # A worker without time to finish anything, stopped in the middle.
         mesh.worker_config = replace(mesh.worker_config, drain_ms=100)
         hurried = mesh.spawn("hurried")
         hurried.first_line()
@@ -69,11 +69,11 @@ def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() ->
             async with mesh.client() as client:
 
                 async def empty_and_stop() -> None:
-                    # Emptied: nobody could take it, so it runs on where it is.
+                    # Emptied: no other worker could take it, so it runs on where it is.
                     await client.drain("w0", move=True)
                     before = [request.tokens for request in await client.requests()]
                     await mesh.aside(lambda core: progress(core) > sum(before), "tokens from the emptied worker")
-                    # Stopped, with a second signal at once: it waits for whoever comes.
+                    # Stopped, with a second signal at once: the request waits for the next worker.
                     mesh.workers[0].send(signal.SIGTERM)
                     mesh.workers[0].send(signal.SIGTERM)
                     assert await asyncio.to_thread(mesh.workers[0].end) == 0
@@ -120,19 +120,19 @@ def test_a_rolling_restart_of_a_fleet_under_load_fails_nothing() -> None:
 
 
 def test_a_broker_that_is_stopped_says_so() -> None:
-    # Given leases so long that nobody would notice by them
+    # Given leases so long that no end is noticed by them
     config = BrokerConfig.of(lease_ms=600_000, client_lease_ms=600_000)
     with Mesh(workers=1, broker="process", config=config) as mesh:
 
         async def scenario() -> str:
             async with mesh.client() as client:
-                told: asyncio.Queue[str] = asyncio.Queue()
-                client.on_link = told.put_nowait
+                reports: asyncio.Queue[str] = asyncio.Queue()
+                client.on_link = reports.put_nowait
                 await client.status()
                 assert mesh.process is not None
                 mesh.process.send(signal.SIGTERM)
                 assert await asyncio.to_thread(mesh.process.end) == 0
-                return await told.get()
+                return await reports.get()
 
         assert "the broker left: it was stopped" in mesh.run(scenario())
         # and the worker, that looks for another one now, leaves without waiting for anybody.

@@ -23,7 +23,7 @@ from llambo.worker.engine.fake_model import logprob_of
 
 TOKENS = 200
 #: A pace at which a stream takes a second, so that there is a middle of it.
-KNOBS = FakeOptions(slots=4, tokens_per_s=200)
+FAKE = FakeOptions(slots=4, tokens_per_s=200)
 
 
 async def read(stream: Stream, until: int | None = None) -> list[int]:
@@ -65,17 +65,17 @@ async def stream_through(client: Client, streams: int, disturb: Callable[[], Awa
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_logprobs_survive_a_kill_exactly(stream: bool) -> None:
-    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def one(client: Client, number: int, count: int | None) -> Answer:
             prompt = f"logprobs {number}"
             async with client.stream(prompt, max_tokens=TOKENS, seed=number, logprobs=count, stream=stream) as asked:
                 answer = await asked.result()
             assert answer.ids == truth(prompt, number, TOKENS)
-            told = (
+            expected = (
                 [logprob_of(token, index, count) for index, token in enumerate(answer.ids)] if count is not None else []
             )
-            assert answer.logprobs == told
+            assert answer.logprobs == expected
             return answer
 
         async def scenario() -> list[Answer]:
@@ -98,7 +98,7 @@ def test_logprobs_survive_a_kill_exactly(stream: bool) -> None:
 @pytest.mark.parametrize("victim", ["agent", "engine", "both"])
 def test_killed_in_the_middle_of_its_streams(victim: str) -> None:
     # Given three workers that share some streams
-    with Mesh(workers=3, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=3, fake=FAKE, check=True) as mesh:
         worker = mesh.workers[0]
         (engine,) = worker.children()
 
@@ -130,7 +130,7 @@ def mesh_ready(core: BrokerCore) -> int:
 
 
 def test_a_frozen_worker_is_given_up_and_its_late_tokens_do_not_count() -> None:
-    with Mesh(workers=2, fake=KNOBS, config=BrokerConfig.of(lease_ms=600), check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, config=BrokerConfig.of(lease_ms=600), check=True) as mesh:
         frozen = mesh.workers[0]
 
         async def freeze() -> None:
@@ -149,7 +149,7 @@ def test_a_frozen_worker_is_given_up_and_its_late_tokens_do_not_count() -> None:
 
 
 def test_all_workers_gone_and_one_comes_back_in_time() -> None:
-    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, check=True) as mesh:
 
         async def replace() -> None:
             mesh.workers[0].send(signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_all_workers_gone_and_one_comes_back_in_time() -> None:
 
 
 def test_all_workers_gone_and_none_comes_back() -> None:
-    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig.of(hold_ms=500), check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, config=BrokerConfig.of(hold_ms=500), check=True) as mesh:
 
         async def kill() -> None:
             mesh.workers[0].send(signal.SIGKILL)
@@ -194,7 +194,7 @@ def test_the_same_name_from_two_processes() -> None:
 
 
 def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
-    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -214,7 +214,7 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
 
 
 def test_a_worker_told_to_stop_finishes_what_it_has() -> None:
-    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def stop() -> None:
             mesh.workers[0].send(signal.SIGTERM)
@@ -256,7 +256,7 @@ def test_a_worker_that_is_busy_for_another_broker_gets_nothing_and_another_worke
 
 
 def test_a_detached_request_is_fetched_later_by_another_client() -> None:
-    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -275,7 +275,7 @@ def test_a_detached_request_is_fetched_later_by_another_client() -> None:
 
 @pytest.mark.parametrize("how", ["leaves", "closes its stream", "vanishes"])
 def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> None:
-    with Mesh(workers=1, fake=KNOBS, config=BrokerConfig.of(client_lease_ms=700), check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, config=BrokerConfig.of(client_lease_ms=700), check=True) as mesh:
 
         async def scenario() -> None:
             client = mesh.client()
@@ -317,7 +317,7 @@ def test_a_reader_that_takes_its_time() -> None:
 
 
 def test_two_clients_follow_one_request() -> None:
-    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client, mesh.client() as other:
@@ -347,15 +347,15 @@ def test_a_sync_client_where_an_event_loop_runs_already() -> None:
 
 
 def test_a_request_waits_for_a_model_that_is_loading() -> None:
-    knobs = FakeOptions(load_ms=1_500)
-    with Mesh(0, fake=knobs, check=True) as mesh:
+    fake = FakeOptions(load_ms=1_500)
+    with Mesh(0, fake=fake, check=True) as mesh:
         mesh.spawn("slow")
         mesh.until(lambda core: any(w.last.percent > 30 for w in core.state.registry.workers.values()), "30 % loaded")
 
         async def scenario() -> Answer:
             async with mesh.client() as client:
-                told = await client.status()
-                assert (told.ready, told.workers, list(told.loading)) == (0, 1, ["slow"])
+                status = await client.status()
+                assert (status.ready, status.workers, list(status.loading)) == (0, 1, ["slow"])
                 return await client.generate("Hello", max_tokens=5, seed=1)
 
         assert mesh.run(scenario()).ids == truth("Hello", 1, 5)

@@ -1,6 +1,6 @@
 """What becomes of a node when ssh breaks off, or the manager refuses, in the middle of something.
 
-In place of both are doubles in PATH. `ssh` runs what it is told here; it fails for as long as there is a file `cut`,
+In place of both are doubles in PATH. `ssh` runs its command here; it fails for as long as there is a file `cut`,
 and if that has text, only for what contains it. It hangs while there is a pipe `hang`. `systemctl` refuses while there
 is a file `refuse`.
 """
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.fleet.model import Fleet, Host
+from llambo.fleet.model import Fleet, Host, NodeFailed, NodeRecord
 from llambo.fleet.providers.providers import Providers
 from llambo.fleet.providers.units import Units
-from llambo.fleet.world import NodeFailed, NodeRecord
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done
@@ -82,7 +81,7 @@ def test_whoever_was_cut_off_while_it_was_begun_keeps_its_name(far: Far) -> None
     (far.folder / "cut").write_text("enable --quiet --now")
     with pytest.raises(NodeFailed, match=r"tiny-0001 may or may not have started on far: .*No route to host"):
         far.spawn(far.units())
-    # Whoever comes next does not reach the host, and knows of it all the same.
+    # The next command does not reach the host, and has the record all the same.
     (far.folder / "cut").write_text("")
     later = far.units()
     asyncio.run(later.refresh())

@@ -23,7 +23,7 @@ from llambo.worker.config import FakeOptions
 TOKENS = 60
 #: More than any test reads.
 LONG = 50_000
-KNOBS = FakeOptions(slots=4, tokens_per_s=200)
+FAKE = FakeOptions(slots=4, tokens_per_s=200)
 LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, priority_max="normal")
 
 
@@ -55,8 +55,8 @@ def at_rest(mesh: Mesh, name: str) -> None:
     mesh.until(lambda core: core.state.access.accounts.of(name).idle, f"nothing of {name} is left")
 
 
-def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
-    with Mesh(workers=1, fake=KNOBS, check=True, keys=folder) as mesh:
+def test_each_limit_and_its_error(folder: Folder) -> None:
+    with Mesh(workers=1, fake=FAKE, check=True, keys=folder) as mesh:
 
         async def scenario() -> None:
             async with (
@@ -118,8 +118,8 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
 
 def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
     """One slot; a hundred of one identity wait. Those of another are served in between, one after the other."""
-    knobs = FakeOptions(slots=1, tokens_per_s=2_000)
-    with Mesh(workers=1, fake=knobs, check=True, keys=folder) as mesh:
+    fake = FakeOptions(slots=1, tokens_per_s=2_000)
+    with Mesh(workers=1, fake=fake, check=True, keys=folder) as mesh:
 
         async def scenario() -> None:
             async with (
@@ -143,7 +143,7 @@ def test_one_with_many_waiting_delays_another_by_a_turn(folder: Folder) -> None:
 
 
 def ahead_of_few(core: BrokerCore) -> list[int]:
-    """What they are told of how many are served before them."""
+    """How many are served before each, as its client is notified."""
     return sorted(core.state.queue.ahead(each) for each in core.state.requests.values() if each.owner == "few")
 
 

@@ -27,8 +27,8 @@ from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine import protocol as proto
 from llambo.worker.models import model_files
 
-KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=KNOBS)
+LLAMA = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LLAMA)
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}'
 #: Eight streams of different kinds.
 MIX: list[Options] = [
@@ -152,17 +152,17 @@ def kill(mesh: Mesh, turn: int) -> None:
         mesh.spawn(f"turn{turn}")
 
 
-def told(core: BrokerCore) -> int:
+def tokens_so_far(core: BrokerCore) -> int:
     """Tokens of answers that have ended, and of those under way."""
     return core.state.counters.tokens.tokens + sum(r.transcript.next_index for r in core.state.requests.values())
 
 
 async def disturbed(mesh: Mesh, client: Client, other: Client, turn: int) -> list[Answer]:
     asking = [asyncio.create_task(watch(client, other, number, 48)) for number in range(len(MIX))]
-    tokens = mesh.look(told)
+    tokens = mesh.look(tokens_so_far)
     # Anywhere from the first tokens to shortly before the last ones.
     after = random.Random(turn).randrange(1, 260)
-    await mesh.aside(lambda core: told(core) > tokens + after, f"{after} tokens")
+    await mesh.aside(lambda core: tokens_so_far(core) > tokens + after, f"{after} tokens")
     kill(mesh, turn)
     done = [(await task).check() for task in asking]
     await mesh.aside(
@@ -246,8 +246,8 @@ def test_a_model_that_cannot_be_loaded_is_named_and_ends_the_engine_only(tmp_pat
     path = tmp_path / "x.gguf"
     content = whole_model()
     path.write_bytes({"cut": content[:50_000_000], "empty": b"", "no model": b"x" * 1000}.get(kind, content))
-    knobs = LlamaOptions(context=16 * 2**20) if kind == "no context" else KNOBS
-    child = EngineProcess(proto.Configure("llama", str(path), llama=knobs))
+    llama = LlamaOptions(context=16 * 2**20) if kind == "no context" else LLAMA
+    child = EngineProcess(proto.Configure("llama", str(path), llama=llama))
     try:
         last = listen(child)[-1]
     finally:
@@ -266,7 +266,7 @@ def test_a_damaged_model_ends_the_engine_or_serves(tmp_path: Path, seed: int) ->
         content[chance.randrange(4, 1_700_000)] ^= 1 << chance.randrange(8)
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
-    child = EngineProcess(proto.Configure("llama", str(path), llama=KNOBS))
+    child = EngineProcess(proto.Configure("llama", str(path), llama=LLAMA))
     child.order(proto.Shutdown())
     try:
         said = listen(child)

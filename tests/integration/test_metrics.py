@@ -37,10 +37,10 @@ from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.unit.pages import Told, check_page, value
+from tests.unit.pages import Samples, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TOKEN = "a-token-that-nobody-guesses"
+TOKEN = "a-token-that-cannot-be-guessed"
 
 
 async def fetch(port: int, head: bytes = GET) -> tuple[int, str]:
@@ -70,24 +70,24 @@ def test_a_broker_is_scraped_while_it_streams() -> None:
                 if piece.index == 30:
                     status, body = await fetch(port)
                     assert status == 200
-                    told = check_page(body)
-                    assert 30 <= value(told, "llambo_broker_tokens_total", model="fake", **{"class": "none"}) <= 60
-                    assert value(told, "llambo_broker_requests_running", model="fake", **{"class": "none"}) == 1
+                    page = check_page(body)
+                    assert 30 <= value(page, "llambo_broker_tokens_total", model="fake", **{"class": "none"}) <= 60
+                    assert value(page, "llambo_broker_requests_running", model="fake", **{"class": "none"}) == 1
             assert seen == truth("hello", 5, 60)
-            told = check_page((await fetch(port))[1])
+            page = check_page((await fetch(port))[1])
             one: dict[str, str] = {"model": "fake", "class": "none"}
-            assert value(told, "llambo_broker_requests_ended_total", model="fake", reason="length") == 1
-            assert value(told, "llambo_broker_tokens_total", **one) == 60
-            assert value(told, "llambo_broker_first_token_seconds_count", **one) == 1
+            assert value(page, "llambo_broker_requests_ended_total", model="fake", reason="length") == 1
+            assert value(page, "llambo_broker_tokens_total", **one) == 60
+            assert value(page, "llambo_broker_first_token_seconds_count", **one) == 1
             # Its chunks come 10 ms apart.
-            paused = value(told, "llambo_broker_inter_token_seconds_sum", **one)
-            assert value(told, "llambo_broker_inter_token_seconds_count", **one) == 59 and paused >= 59 * 0.008
-            assert value(told, "llambo_broker_workers", state="ready", **{"class": "none"}) == 2
-            assert value(told, "process_open_fds") > 10
+            paused = value(page, "llambo_broker_inter_token_seconds_sum", **one)
+            assert value(page, "llambo_broker_inter_token_seconds_count", **one) == 59 and paused >= 59 * 0.008
+            assert value(page, "llambo_broker_workers", state="ready", **{"class": "none"}) == 2
+            assert value(page, "process_open_fds") > 10
             # The same without HTTP, but for what the process says of itself.
             asked = check_page(await client.metrics())
-            assert {name for name in told if not name.startswith("process_")} == set(asked)
-            assert asked["llambo_broker_tokens_total"] == told["llambo_broker_tokens_total"]
+            assert {name for name in page if not name.startswith("process_")} == set(asked)
+            assert asked["llambo_broker_tokens_total"] == page["llambo_broker_tokens_total"]
 
     metrics = MetricsServer("127.0.0.1:0")
     with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
@@ -368,10 +368,10 @@ def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
 CHAT = "/v1/chat/completions"
 
 
-def page_of(gateway: GatewayProcess, **headers: str) -> Told:
-    status, body, told = gateway.ask("GET", "/metrics", **headers)
+def page_of(gateway: GatewayProcess, **headers: str) -> Samples:
+    status, body, fields = gateway.ask("GET", "/metrics", **headers)
     assert status == 200, body
-    assert told["content-type"] == CONTENT_TYPE
+    assert fields["content-type"] == CONTENT_TYPE
     return check_page(body.decode())
 
 
@@ -384,32 +384,32 @@ def test_a_gateway_counts_what_it_answers() -> None:
         asked = chat(max_tokens=200, stream=True)
         with gateway.open("POST", CHAT, asked) as response:
             place = id_of(events(response, 20)[-1])
-            told = page_of(gateway)
-            assert value(told, "llambo_gateway_answers_open") == value(told, "llambo_gateway_readers") == 1
-            assert value(told, "llambo_gateway_http_open") == 2
-            assert 7 < value(told, "llambo_gateway_tokens_total", model="fake") < 207
+            page = page_of(gateway)
+            assert value(page, "llambo_gateway_answers_open") == value(page, "llambo_gateway_readers") == 1
+            assert value(page, "llambo_gateway_http_open") == 2
+            assert 7 < value(page, "llambo_gateway_tokens_total", model="fake") < 207
         with gateway.open("POST", CHAT, asked, last_event_id=place) as response:
             rest = events(response)
             assert rest[-1].endswith(b"data: [DONE]\n")
-        for number in range(100):  # nothing that somebody invents becomes a label
+        for number in range(100):  # nothing that a client invents becomes a label
             assert gateway.ask("POST", CHAT, chat(model=f"no-model-{number}"))[0] == 404
         assert gateway.ask("GET", "/no/such/place")[0] == 404
         assert gateway.ask("POST", "/v1/messages", {"model": 3})[0] == 400
         assert gateway.ask("MKCOL", "/v1/models")[0] in (404, 405)
-        told = page_of(gateway)
+        page = page_of(gateway)
         chats = {"api": "openai", "route": CHAT, "method": "POST"}
-        assert value(told, "llambo_gateway_http_requests_total", status="2xx", **chats) == 3
-        assert value(told, "llambo_gateway_http_requests_total", status="4xx", **chats) == 100
-        assert value(told, "llambo_gateway_errors_total", api="openai", code="unknown_model") == 100
-        assert value(told, "llambo_gateway_errors_total", api="anthropic", code="bad_request") == 1
-        assert value(told, "llambo_gateway_answers_ended_total", model="fake", reason="length") == 2
-        assert value(told, "llambo_gateway_answers_ended_total", model=OTHER, reason="unknown_model") == 100
-        assert value(told, "llambo_gateway_first_token_seconds_count", model="fake") == 2
-        assert value(told, "llambo_gateway_tokens_total", model="fake") == 207
-        assert value(told, "llambo_gateway_resumed_total") == value(told, "llambo_gateway_disconnects_total") == 1
-        labels = {label for samples in told.values() for key in samples for _, label in key}
+        assert value(page, "llambo_gateway_http_requests_total", status="2xx", **chats) == 3
+        assert value(page, "llambo_gateway_http_requests_total", status="4xx", **chats) == 100
+        assert value(page, "llambo_gateway_errors_total", api="openai", code="unknown_model") == 100
+        assert value(page, "llambo_gateway_errors_total", api="anthropic", code="bad_request") == 1
+        assert value(page, "llambo_gateway_answers_ended_total", model="fake", reason="length") == 2
+        assert value(page, "llambo_gateway_answers_ended_total", model=OTHER, reason="unknown_model") == 100
+        assert value(page, "llambo_gateway_first_token_seconds_count", model="fake") == 2
+        assert value(page, "llambo_gateway_tokens_total", model="fake") == 207
+        assert value(page, "llambo_gateway_resumed_total") == value(page, "llambo_gateway_disconnects_total") == 1
+        labels = {label for samples in page.values() for key in samples for _, label in key}
         assert not [label for label in labels if "no-model" in label or "/no/such" in label or "MKCOL" in label]
-        names = {name.removesuffix("_bucket") for name in told}
+        names = {name.removesuffix("_bucket") for name in page}
         assert {metric.name for metric in TABLE} <= names
 
 
@@ -422,5 +422,5 @@ def test_with_keys_the_gateway_shows_them_to_an_admin_alone(tmp_path: Path) -> N
     with Mesh(workers=0, keys=folder) as mesh, GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway:
         assert gateway.ask("GET", "/metrics")[0] == 401
         assert gateway.ask("GET", "/metrics", authorization=f"Bearer {alice}")[0] == 403
-        told = page_of(gateway, authorization=f"Bearer {root}")
-        assert value(told, "llambo_gateway_errors_total", api="own", code="forbidden") == 1
+        page = page_of(gateway, authorization=f"Bearer {root}")
+        assert value(page, "llambo_gateway_errors_total", api="own", code="forbidden") == 1

@@ -16,7 +16,7 @@ from llambo.testing.processes import TIMEOUT_S, wait_until_gone
 from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 
 TOKENS = 60
-KNOBS = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))
+FAKE = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))
 
 
 async def answer(client: Client, prompt: str, seed: int, begun: asyncio.Event | None = None) -> None:
@@ -33,7 +33,7 @@ async def answer(client: Client, prompt: str, seed: int, begun: asyncio.Event | 
 
 def test_poison_among_seven_innocents() -> None:
     """On the only worker there is, so that its engine has to come back twice."""
-    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> list[WorkerRow]:
             async with mesh.client() as client:
@@ -59,7 +59,7 @@ def test_poison_among_seven_innocents() -> None:
 
 
 def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
-    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
@@ -82,13 +82,13 @@ def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
 
 def test_a_hung_decode_is_an_engine_death() -> None:
     """The answer goes on at another worker, as a suspect until it is past that token."""
-    knobs = FakeOptions(slots=2, tokens_per_s=100, faults=FakeFaults(hang_at=20))
-    with Mesh(workers=1, fake=knobs, worker=WorkerConfig(stall_ms=500), check=True) as mesh:
+    fake = FakeOptions(slots=2, tokens_per_s=100, faults=FakeFaults(hang_at=20))
+    with Mesh(workers=1, fake=fake, worker=WorkerConfig(stall_ms=500), check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client:
                 task = asyncio.create_task(answer(client, "tea", 1))
-                mesh.worker_config = WorkerConfig(fake=KNOBS)
+                mesh.worker_config = WorkerConfig(fake=FAKE)
                 await asyncio.to_thread(mesh.spawn("healthy").first_line)
                 await task
                 counters = (await client.status()).counters

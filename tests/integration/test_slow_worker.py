@@ -1,4 +1,4 @@
-"""A worker that is really slow: seen, left alone, and shown to whoever asks."""
+"""A worker that is really slow: detected, given nothing new, and shown in the status."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
         async def scenario() -> None:
             async with mesh.client() as client:
                 asked = [asyncio.create_task(answer(client, number)) for number in range(4)]
-                number, told = 4, list[EventRow]()
-                while not told:
-                    # Somebody always runs on each, so that both have a pace.
+                number, events = 4, list[EventRow]()
+                while not events:
+                    # A request always runs on each, so that both have a pace.
                     await answer(client, number)
                     number += 1
-                    told = [event for event in await client.events() if event.kind == "worker slow"]
-                assert told[0].text.startswith("slow: ")
+                    events = [event for event in await client.events() if event.kind == "worker slow"]
+                assert events[0].text.startswith("slow: ")
                 (state,) = [worker for worker in await client.workers() if worker.worker == "slow"]
                 assert state.state == "slow"
                 assert "tokens/s for each stream" in state.slow

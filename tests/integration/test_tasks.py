@@ -1,4 +1,4 @@
-"""Tasks through real processes: results of all sizes, workers that die with tasks aboard, cancels and deadlines."""
+"""Tasks through real processes: results of all sizes, workers that die while they run tasks, cancels and deadlines."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from llambo.worker.engine.protocol import Start
 SIZE = 2_048
 TEXTS = [f"text {number}" for number in range(200)]
 #: 1.6 MB of result: a hundred pieces, seven pages, at a pace that takes a second.
-KNOBS = FakeOptions(slots=2, tokens_per_s=100, embedding_size=SIZE)
+FAKE = FakeOptions(slots=2, tokens_per_s=100, embedding_size=SIZE)
 
 
 def truth(texts: list[str]) -> list[list[float]]:
     start = Start(bytes(24), msgspec.msgpack.encode(texts), 256, 0)
-    return tasks.vectors_of(embeddings(b"", start, KNOBS))
+    return tasks.vectors_of(embeddings(b"", start, FAKE))
 
 
 def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
     async def scenario() -> None:
         async with steady_mesh.client() as client:
-            told = await client.tokenize("Grüße")
-            assert told.ids == list("Grüße".encode())
-            assert await client.detokenize(told.ids) == "Grüße"
-            assert await client.tokenize("") == type(told)([], [])
+            result = await client.tokenize("Grüße")
+            assert result.ids == list("Grüße".encode())
+            assert await client.detokenize(result.ids) == "Grüße"
+            assert await client.tokenize("") == type(result)([], [])
             long = "x" * 120_000
             assert b"".join((await client.tokenize(long)).pieces).decode() == long
             found = await client.embed("one")
@@ -54,7 +54,7 @@ def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
 
 @pytest.mark.parametrize("victim", ["agent", "engine"])
 def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
-    with Mesh(workers=2, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> list[Embeddings]:
             async with mesh.client() as client:
@@ -81,7 +81,7 @@ def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
 
 
 def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
-    with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
+    with Mesh(workers=1, fake=FAKE, check=True) as mesh:
 
         async def scenario() -> None:
             async with mesh.client() as client, mesh.client() as other:
@@ -91,12 +91,12 @@ def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
                 # Somebody else cancels it
                 asked = asyncio.create_task(client.embed(TEXTS))
                 await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
-                (told,) = await other.requests()
-                assert told.task == "embed"
+                (request,) = await other.requests()
+                assert request.task == "embed"
                 with pytest.raises(LlamboError) as no_stream:
-                    await (await other.attach(told.id)).result()
+                    await (await other.attach(request.id)).result()
                 assert no_stream.value.code is Code.BAD_REQUEST
-                assert await other.cancel(told.id) == "cancelled"
+                assert await other.cancel(request.id) == "cancelled"
                 with pytest.raises(LlamboError) as cancelled:
                     await asked
                 assert cancelled.value.code is Code.CANCELLED

@@ -1,4 +1,4 @@
-"""`llambo top` on a screen that nobody looks at, over a real mesh: every key, and a broker that goes and comes back."""
+"""`llambo top` on a virtual screen, over a real mesh: every key, and a broker that goes and comes back."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from llambo.worker.config import FakeOptions
 
 #: So often a look in these tests.
 EVERY_S = 0.15
-#: Less than the whole scenario may take, so that it is told what was waited for.
-PATIENCE_S = TIMEOUT_S - 5
+#: Less than the whole scenario may take, so that the error says what was waited for.
+WAIT_S = TIMEOUT_S - 5
 SMALL, LARGE = (80, 24), (200, 60)
 
 
@@ -37,8 +37,8 @@ def mesh() -> Iterator[Mesh]:
         yield mesh
 
 
-class Patient(Top):
-    """What it says in passing stays: it may still be asked for, and the pilot waits in vain for a widget that goes."""
+class LongNotes(Top):
+    """Notifications do not expire: tests still read them, and the pilot fails on a widget that is removed."""
 
     NOTIFICATION_TIMEOUT = 2 * TIMEOUT_S
 
@@ -54,19 +54,19 @@ class Watching:
     async def until(self, condition: Callable[[], Any], what: str) -> None:
         """After each look that is shown it may have become true, or after what a key has begun."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WAIT_S):
                 while not condition():
                     self.app.shown.clear()
                     await self.app.shown.wait()
         except TimeoutError:
-            raise AssertionError(f"not within {PATIENCE_S} s: {what}\n{self.screen()}") from None
+            raise AssertionError(f"not within {WAIT_S} s: {what}\n{self.screen()}") from None
 
     async def press(self, *keys: str) -> None:
         await self.pilot.press(*keys)
         await self.pilot.pause()
 
     def said(self) -> list[str]:
-        """What it has told in passing."""
+        """The texts of its notifications."""
         return [note.message for note in self.app._notifications]
 
     def head(self) -> str:
@@ -85,7 +85,7 @@ class Watching:
 @asynccontextmanager
 async def watching(mesh: Mesh, size: tuple[int, int] = SMALL, **settings: Any) -> AsyncIterator[Watching]:
     async with mesh.client(**settings) as client, mesh.client(**settings) as other:
-        app = Patient(client, every_s=EVERY_S)
+        app = LongNotes(client, every_s=EVERY_S)
         async with app.run_test(size=size, notifications=True) as pilot:
             await pilot.pause()
             shown = Watching(app, pilot, other)
@@ -165,11 +165,11 @@ def test_no_text_of_others_is_read_as_markup() -> None:
 def test_without_an_admin_s_key_there_are_no_events_and_no_draining(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("guest", "client"), 0)
+    folder.add(Identity("viewer", "client"), 0)
     with Mesh(workers=1, keys=folder) as mesh:
 
         async def scenario() -> None:
-            async with watching(mesh, key=key_of(folder, "guest")) as shown:
+            async with watching(mesh, key=key_of(folder, "viewer")) as shown:
                 await shown.until(lambda: shown.app.snapshot and shown.app.snapshot.no_events, "why there are none")
                 assert "admin" in shown.events()
                 await shown.press("d", "d")
@@ -359,12 +359,12 @@ def test_a_broker_that_stands_still_is_said_to_owe_an_answer(mesh: Mesh, monkeyp
 def test_a_key_that_is_taken_back_is_said(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("guest", "client"), 0)
+    folder.add(Identity("viewer", "client"), 0)
     with Mesh(workers=0, keys=folder) as mesh:
 
         async def scenario() -> None:
-            async with watching(mesh, key=key_of(folder, "guest")) as shown:
-                folder.revoke("guest")
+            async with watching(mesh, key=key_of(folder, "viewer")) as shown:
+                folder.revoke("viewer")
                 await shown.until(lambda: "the broker is lost (" in shown.head(), "that it is out")
                 assert "key" in shown.head()
 

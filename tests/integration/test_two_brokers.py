@@ -13,14 +13,14 @@ import pytest
 from llambo import Client
 from llambo.testing.mesh import Mesh, truth
 from llambo.worker.config import FakeOptions
-from tests.integration.test_broker_restart import KNOBS, STREAMS, TOKENS, one
+from tests.integration.test_broker_restart import FAKE, STREAMS, TOKENS, one
 
 Brokers = tuple[Mesh, Mesh]
 
 
 @contextmanager
-def two_brokers(workers: int, knobs: FakeOptions) -> Iterator[Brokers]:
-    with Mesh(workers=0, fake=knobs, broker="process") as one, Mesh(workers=0, broker="process") as other:
+def two_brokers(workers: int, fake: FakeOptions) -> Iterator[Brokers]:
+    with Mesh(workers=0, fake=fake, broker="process") as one, Mesh(workers=0, broker="process") as other:
         started = [one.spawn(f"w{number}", one.address, other.address) for number in range(workers)]
         for worker in started:
             worker.first_line()
@@ -50,8 +50,8 @@ async def settled_on(brokers: Brokers, broker: int) -> Client:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
-    """Killed, stopped politely, or frozen: it is not there any more, and nobody waits for it to come back."""
-    with two_brokers(2, KNOBS) as brokers:
+    """Killed, stopped by SIGTERM, or frozen: the broker is away, and no request waits until it is back."""
+    with two_brokers(2, FAKE) as brokers:
 
         async def scenario() -> tuple[list[float], dict[str, int]]:
             await both_know(brokers, 2)
@@ -80,9 +80,9 @@ def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
 
 def test_a_slot_is_sold_once_whoever_sells_it() -> None:
     """More than all workers can take, from both brokers at once: what is refused is done elsewhere, or later."""
-    knobs = FakeOptions(slots=2, tokens_per_s=400)
+    fake = FakeOptions(slots=2, tokens_per_s=400)
     asked, tokens = 12, 20
-    with two_brokers(3, knobs) as brokers:
+    with two_brokers(3, fake) as brokers:
 
         async def answers(mesh: Mesh, half: int) -> list[list[int]]:
             async with mesh.client() as client:
@@ -122,7 +122,7 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
 
 
 def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> None:
-    with two_brokers(1, KNOBS) as brokers:
+    with two_brokers(1, FAKE) as brokers:
 
         async def scenario() -> None:
             await both_know(brokers, 1)
@@ -139,10 +139,10 @@ def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> Non
 
 
 def test_a_client_finds_a_broker_that_lives() -> None:
-    with Mesh(workers=1, fake=KNOBS) as mesh:
+    with Mesh(workers=1, fake=FAKE) as mesh:
 
         async def scenario() -> list[int]:
-            # The discard port of this host: nobody listens there.
+            # The discard port of this host: no process listens there.
             async with Client(f"tcp://127.0.0.1:9,{mesh.address},tcp://127.0.0.1:13") as client:
                 return (await client.generate("hello", max_tokens=TOKENS, seed=3)).ids
 

@@ -45,8 +45,8 @@ def start_worker(broker: DoubleBroker) -> Iterator[StartWorker]:
     """Starts worker processes, and at the end makes sure that nothing of them is left."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(stall_ms: int = 10_000, **knobs: Any) -> subprocess.Popen[bytes]:
-        config = WorkerConfig((broker.address,), name="w", fake=fake_options(**knobs), stall_ms=stall_ms)
+    def start(stall_ms: int = 10_000, **fake: Any) -> subprocess.Popen[bytes]:
+        config = WorkerConfig((broker.address,), name="w", fake=fake_options(**fake), stall_ms=stall_ms)
         command = [sys.executable, "-c", AGENT, msgspec.json.encode(config).decode()]
         started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
         return started[-1]
@@ -77,7 +77,7 @@ def test_the_life_of_a_dispatch(broker: DoubleBroker, start_worker: StartWorker)
     key = broker.dispatch(1)
     assert broker.expect(m.Accept).id == key[:16]
     end = broker.expect(m.End)
-    # Then its tokens and its END arrive, and END is repeated while nobody acknowledges
+    # Then its tokens and its END arrive, and END is repeated until it is acknowledged
     broker.until(lambda: len(broker.ids(key)) == 20, "20 tokens")
     assert (end.count, end.reason, end.usage.prompt_tokens) == (20, "length", 1)
     assert [chunk.flags for chunk in broker.chunks if chunk.flags] == [tokens.FINAL]
@@ -168,7 +168,7 @@ def test_an_engine_that_is_lost_is_reported_and_replaced(
     (engine,) = children(worker.pid)
     if fault == "kill":
         os.kill(engine, signal.SIGKILL)
-    # Then the broker hears which runs are lost, and a new engine takes the next
+    # Then the broker receives which runs are lost, and a new engine takes the next
     lost = broker.expect(m.EngineLost)
     assert sorted(lost.runs) == sorted(keys)
     assert ("stalled" if fault == "hang" else {"kill": "SIGKILL", "crash": "SIGSEGV"}[fault]) in lost.text
@@ -199,7 +199,7 @@ def test_sigterm_drains_first(broker: DoubleBroker, start_worker: StartWorker) -
     key = broker.dispatch(1, max_tokens=40)
     broker.until(lambda: bool(broker.ids(key)), "a token")
     (engine,) = children(worker.pid)
-    # When it is told to stop
+    # When it gets SIGTERM
     worker.send_signal(signal.SIGTERM)
     # Then it finishes what runs, takes nothing new, and leaves
     broker.expect(m.WorkerHeartbeat, state="draining")

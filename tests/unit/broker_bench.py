@@ -1,4 +1,4 @@
-"""A broker core with hand-held peers: tests say what the peers do, and look at what the broker answers."""
+"""A broker core with scripted peers: a test sends what the peers send, and looks at what the broker answers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def request_id(number: int) -> bytes:
 
 
 class Bench:
-    """Time stands still unless a test moves it. Invariants are checked after every event."""
+    """The clock moves only when a test moves it. Invariants are checked after every event."""
 
     def __init__(self, **config: Any) -> None:
-        config.setdefault("startup_grace_ms", 0)  # what it does not know it refuses at once
+        config.setdefault("startup_grace_ms", 0)  # unknown requests are refused at once
         self.core = BrokerCore(BrokerConfig.of(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
         self.state = self.core.state
         self.now_ms = 1_000
         self.actions: list[Any] = []
-        #: What was ordered by the last event.
+        #: The actions of the last event.
         self.last: list[Any] = []
         self.handle(Tick())
 
@@ -52,7 +52,7 @@ class Bench:
         return self.last
 
     def pass_time(self, length_ms: int) -> None:
-        """As the shell does: wake the core whenever it wants to be woken."""
+        """As the shell does: handle a Tick whenever the core asks for one."""
         end = self.now_ms + length_ms
         while (due := self.core.next_wakeup_ms()) <= end:
             self.now_ms = max(self.now_ms, due)
@@ -63,7 +63,7 @@ class Bench:
         self.handle(RouteGone(route, True))
 
     def keys(self, *identities: Identity) -> None:
-        """From now on these are valid and no others; in a test the public key is the name."""
+        """Replaces all keys; in a test the public key is the name."""
         self.handle(KeysChanged({identity.name: identity for identity in identities}))
 
     def worker(
@@ -84,19 +84,25 @@ class Bench:
         return Client(self, route, user)
 
 
+def small_mesh(**config: Any) -> tuple[Bench, Worker, Client]:
+    """A broker with one worker of two slots and one client."""
+    bench = Bench(**config)
+    return bench, bench.worker(), bench.client()
+
+
 class Peer:
     bench: Bench
     route: bytes
     session: bytes
     user: str
 
-    def heard(self, kind: type[M]) -> list[M]:
-        """Messages of one kind this peer has been sent, ever."""
+    def received(self, kind: type[M]) -> list[M]:
+        """All messages of one kind that were sent to this peer."""
         mine = (a for a in self.bench.actions if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
 
-    def heard_last(self, kind: type[M]) -> list[M]:
-        """... by the last event."""
+    def received_last(self, kind: type[M]) -> list[M]:
+        """The same, of the last event only."""
         mine = (a for a in self.bench.last if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
 
@@ -108,15 +114,15 @@ class Worker(Peer):
         self.user = user
         self.beats = 0
         self.session = NO_SESSION
-        self.say(hello)
-        welcomes = self.heard(m.Welcome)
+        self.send(hello)
+        welcomes = self.received(m.Welcome)
         if welcomes:
             self.session = welcomes[-1].session
             self.beat(state=hello.state)
 
-    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        told = [(message, blob) for message in messages]
-        self.bench.handle(WorkerSaid(self.route, self.session, told, user=self.user))
+    def send(self, *messages: m.Message, blob: bytes = b"") -> None:
+        bundle = [(message, blob) for message in messages]
+        self.bench.handle(WorkerSaid(self.route, self.session, bundle, user=self.user))
 
     def publish(self, *frames: bytes) -> list[Any]:
         return self.bench.handle(TokensArrived(list(frames)))
@@ -125,11 +131,11 @@ class Worker(Peer):
         """On both planes, as workers do."""
         self.beats += 1
         self.publish(tokens.encode_beat(self.beats, self.session))
-        self.say(m.WorkerHeartbeat(seq=seq, beat=self.beats, **fields))
+        self.send(m.WorkerHeartbeat(seq=seq, beat=self.beats, **fields))
 
     @property
     def dispatches(self) -> list[m.Dispatch]:
-        return self.heard(m.Dispatch)
+        return self.received(m.Dispatch)
 
     def key(self, number: int = -1) -> bytes:
         dispatch = self.dispatches[number]
@@ -140,7 +146,7 @@ class Worker(Peer):
 
     def end(self, count: int, number: int = -1, reason: m.Reason = "length", stop: str = "") -> None:
         dispatch = self.dispatches[number]
-        self.say(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
+        self.send(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
 
 
 class Client(Peer):
@@ -149,26 +155,26 @@ class Client(Peer):
         self.route = route
         self.user = user
         self.session = NO_SESSION
-        self.say(m.ClientHello())
-        self.welcome = self.heard(m.Welcome)[-1]
+        self.send(m.ClientHello())
+        self.welcome = self.received(m.Welcome)[-1]
         self.session = self.welcome.session
 
-    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        told = [(message, blob) for message in messages]
-        self.bench.handle(ClientSaid(self.route, self.session, told, user=self.user))
+    def send(self, *messages: m.Message, blob: bytes = b"") -> None:
+        bundle = [(message, blob) for message in messages]
+        self.bench.handle(ClientSaid(self.route, self.session, bundle, user=self.user))
 
     def submit(self, number: int, prompt: bytes = b"hello", **fields: Any) -> bytes:
         fields.setdefault("max_tokens", 10)
-        self.say(m.InferenceRequest(request_id(number), **fields), blob=prompt)
+        self.send(m.InferenceRequest(request_id(number), **fields), blob=prompt)
         return request_id(number)
 
     @property
     def problems(self) -> list[m.Problem]:
-        return self.heard(m.Problem)
+        return self.received(m.Problem)
 
     @property
     def ends(self) -> list[m.End]:
-        return self.heard(m.End)
+        return self.received(m.End)
 
     def streamed(self) -> list[int]:
         """Token ids published to this client's topic."""

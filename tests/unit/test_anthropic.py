@@ -11,12 +11,22 @@ from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, parse
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, cut, events, prompt_of, read, tokens_of, told
+from tests.unit.gateway_bench import (
+    CALL,
+    FUNCTION,
+    HEAD,
+    TEXTS,
+    answer,
+    cut,
+    events,
+    payloads,
+    prompt_of,
+    read,
+    tokens_of,
+)
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
-FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
 def user(content: Any = "hi") -> dict[str, Any]:
@@ -63,7 +73,7 @@ def test_a_bound_beyond_what_the_mesh_counts_to_is_a_bound_still() -> None:
     assert parse(asked(max_tokens=1_000_000)).submission.options["max_tokens"] == 131_072
 
 
-def test_what_nobody_here_knows_is_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     more = {"metadata": {"user_id": "x"}, "thinking": {"type": "enabled", "budget_tokens": 1024}, "no_such": 1}
     cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     assert parse(asked(**more)).submission == parse(asked(messages=[user([cached])])).submission
@@ -78,14 +88,14 @@ def test_text_and_blocks_are_the_same() -> None:
 
 
 def test_turns_of_one_role_are_one_turn() -> None:
-    said = messages(user("a"), user("b"), {"role": "assistant", "content": "c"}, user("d"))
-    assert [message["content"] for message in said] == ["a\n\nb", "c", "d"]
+    sent = messages(user("a"), user("b"), {"role": "assistant", "content": "c"}, user("d"))
+    assert [message["content"] for message in sent] == ["a\n\nb", "c", "d"]
 
 
 def test_calls_and_their_results() -> None:
     use = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "rain"}]}
-    said = messages(
+    sent = messages(
         user("and Oslo?"),
         {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use, {**use, "id": "toolu_2"}]},
         user([result, {**result, "tool_use_id": "toolu_2", "content": "no such city", "is_error": True},
@@ -93,7 +103,7 @@ def test_calls_and_their_results() -> None:
         tools=[WEATHER],
     )  # fmt: skip
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city":"Oslo"}'}}
-    assert said == [
+    assert sent == [
         {"role": "user", "content": "and Oslo?"},
         {"role": "assistant", "content": "I look.",
          "tool_calls": [{"id": "toolu_1", **call}, {"id": "toolu_2", **call}]},
@@ -198,7 +208,7 @@ def test_max_tokens_is_needed_for_an_answer_and_not_for_a_count() -> None:
 
 
 def streamed(*texts: str, **more: Any) -> list[dict[str, Any]]:
-    return told(events(parse(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
+    return payloads(events(parse(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
 
 
 def test_the_events_of_a_text() -> None:
@@ -276,34 +286,22 @@ def test_a_call_that_was_cut_off_has_no_input() -> None:
 def test_an_error_in_the_middle_is_the_last_event() -> None:
     renderer = parse(asked(stream=True)).renderer
     error = LlamboError(Code.ENGINE_FAILED, "it died")
-    found = told([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
+    found = payloads([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
     assert found[-1] == error_body(error, "anthropic") == {
         "type": "error", "error": {"type": "api_error", "message": "it died"}
     }  # fmt: skip
 
 
-TEXTS = [
-    "",
-    "plain text, no more",
-    f"Let me see. {CALL}\n{CALL}",
-    CALL,
-    f"{CALL} and then",
-    CALL[:50],
-    "<tool_ca",
-    "a < b",
-]
-
-
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str, seed: int) -> None:
+def test_a_stream_adds_up_to_the_whole_answer_and_can_be_repeated(text: str, seed: int) -> None:
     request = asked(stream=True, tools=[WEATHER])
     whole = answer(text)
     once, again = [events(parse(request), cut(text, seed), whole) for _ in range(2)]
     assert once == again
     blocks: list[dict[str, Any]] = []
     ended: dict[str, Any] = {}
-    for event in told(once):
+    for event in payloads(once):
         match event["type"]:
             case "content_block_start":
                 assert event["index"] == len(blocks)

@@ -17,7 +17,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-#: One that knows tools, in the way of Hermes and its relatives.
+#: A template with tools, of the Hermes family.
 HERMES = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
@@ -77,14 +77,14 @@ def test_what_is_no_list_of_messages(prompt: bytes, form: Any) -> None:
 
 
 def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
-    told = read_chat(
+    chat = read_chat(
         {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]}, ASKED
     )
-    assert told.messages[0] == ChatMessage("system", "Be\nbrief.")
+    assert chat.messages[0] == ChatMessage("system", "Be\nbrief.")
 
 
 @pytest.mark.parametrize(
-    ("messages", "tools", "said"),
+    ("messages", "tools", "problem"),
     [
         (
             [ASKED, {"role": "user", "content": [{"type": "image_url"}]}],
@@ -109,21 +109,21 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, said: str) -> None:
-    with pytest.raises(BadPrompt, match=said):
+def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, problem: str) -> None:
+    with pytest.raises(BadPrompt, match=problem):
         read_chat(*messages, tools=tools)
 
 
-def test_a_template_without_tools_is_told_of_them_without_tools() -> None:
-    told = without_tools(
+def test_a_template_without_tools_gets_them_in_the_system_message() -> None:
+    messages = without_tools(
         read_chat({"role": "system", "content": "Be brief."}, ASKED, CALLED, RESULT, RESULT, tools=[WEATHER])
     )
-    assert [message.role for message in told] == ["system", "user", "assistant", "user"]
-    system, _, called, results = (str(message.content) for message in told)
+    assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
+    system, _, called, results = (str(message.content) for message in messages)
     assert system.startswith("Be brief.\n\n")
     (line,) = [line for line in system.splitlines() if line.startswith('{"name": "weather"')]
     assert json.loads(line) == {name: WEATHER["function"][name] for name in ("name", "description", "parameters")}  # type: ignore[index]
-    # A call is told as the model has written it, letter by letter
+    # A call is repeated as the model has written it, letter by letter
     assert called == '<tool_call>\n{"name": "weather", "arguments": {"city":"Oslo"}}\n</tool_call>'
     # ... and all results in one turn
     assert results == "<tool_response>\nrain\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
@@ -136,9 +136,9 @@ def test_without_a_system_message_there_is_one_for_the_tools() -> None:
     assert [message.role for message in without_tools(read_chat(ASKED, tools=[]))] == ["user"]
 
 
-def test_what_was_said_before_a_call_stays_before_it() -> None:
-    (told,) = without_tools(read_chat({**CALLED, "content": "I look."}))
-    assert str(told.content).startswith("I look.\n<tool_call>\n")
+def test_text_before_a_call_stays_before_it() -> None:
+    (message,) = without_tools(read_chat({**CALLED, "content": "I look."}))
+    assert str(message.content).startswith("I look.\n<tool_call>\n")
 
 
 def test_a_template_with_tools_gets_them_as_they_are() -> None:
@@ -151,12 +151,12 @@ def test_a_template_with_tools_gets_them_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [({"a": 1}, '{"a": 1}'), ("", "{}"), ('{"a": "cu', '"{\\"a\\": \\"cu"')]
+    ("arguments", "shown"), [({"a": 1}, '{"a": 1}'), ("", "{}"), ('{"a": "cu', '"{\\"a\\": \\"cu"')]
 )
-def test_arguments_are_an_object_where_they_can_be(arguments: Any, told: str) -> None:
+def test_arguments_are_an_object_where_they_can_be(arguments: Any, shown: str) -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
     made = text(json.dumps([message]).encode(), Sampling(form="messages"), HERMES).text.decode()
-    assert made == f"[assistant]<tool_call>f: {told}</tool_call>"
+    assert made == f"[assistant]<tool_call>f: {shown}</tool_call>"
 
 
 def test_what_is_nested_without_end_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Messages to bytes and back: golden vectors, an independent reader, and whatever a broken peer may send."""
+"""Messages to bytes and back: golden vectors, an independent reader, and what a broken peer may send."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_a_missing_field_takes_its_default() -> None:
 
 
 def test_each_message_gets_its_own_extra_frame() -> None:
-    said: list[tuple[m.Message, bytes | None]] = [
+    messages: list[tuple[m.Message, bytes | None]] = [
         (m.InferenceRequest(ID), b"one"),
         (m.Cancel(ID), None),
         (m.InferenceRequest(ID), b""),
     ]
-    bundle = codec.from_client.decode(codec.encode(SESSION, said))
+    bundle = codec.from_client.decode(codec.encode(SESSION, messages))
     assert [(message, blob or None) for message, blob in bundle.messages] == [
-        (message, blob or None) for message, blob in said
+        (message, blob or None) for message, blob in messages
     ]
 
 
@@ -167,10 +167,10 @@ BODY = msgpack.packb([{"type": "client_heartbeat"}])
         ([codec.MAGIC + SESSION, b""], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, b"\xc1"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, msgpack.packb({"type": "client_heartbeat"})], Code.BAD_MESSAGE),
-        ([codec.MAGIC + SESSION, BODY, b"nobody's"], Code.BAD_MESSAGE),
+        ([codec.MAGIC + SESSION, BODY, b"extra"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, BODY + b"\x00"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, bytes(limits.CONTROL_BODY_BYTES + 1)], Code.BAD_MESSAGE),
-        # Depth: a million nested arrays, as the body and inside a field nobody knows.
+        # Depth: a million nested arrays, as the body and inside an unknown field.
         ([codec.MAGIC + SESSION, b"\x91" * 1_000_000], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, b"\x91\x81\xa1x" + b"\x91" * 1_000_000], Code.BAD_MESSAGE),
     ],
@@ -233,7 +233,7 @@ def test_junk_never_raises_and_is_never_silent(direction: str) -> None:
             bundle = decoder.decode(frames)
             assert all(isinstance(message, union) for message, _ in bundle.messages)
             assert bundle.messages or bundle.problems or frames[1][:1] in (b"\x90", b"\xdc", b"\xdd"), frames
-            # The answer to junk must itself be sayable.
+            # The answer to junk must itself be valid.
             answer = codec.encode(SESSION, [(problem, None) for problem in bundle.problems])
             assert not codec.to_client.decode(answer).problems
             refused += bool(bundle.problems)

@@ -80,7 +80,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What a forge makes of headings: lower case, no punctuation, hyphens."""
+    """The anchor of a heading on GitHub: lower case, no punctuation, hyphens."""
     heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
@@ -110,11 +110,11 @@ def conversation() -> list[list[bytes]]:
         r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol-reference.md"), re.DOTALL
     )
     assert part is not None
-    said = []
+    blocks = []
     for paragraph in part[1].strip().split("\n\n"):
         joined = re.sub(r"\n      (?=[0-9a-f])", " ", paragraph)  # lines of hex that go on
-        said.append([bytes.fromhex(line) for line in re.findall(r"^    - ([0-9a-f ]+)$", joined, re.MULTILINE)])
-    return said
+        blocks.append([bytes.fromhex(line) for line in re.findall(r"^    - ([0-9a-f ]+)$", joined, re.MULTILINE)])
+    return blocks
 
 
 def body(frames: list[bytes]) -> list[dict[str, Any]]:

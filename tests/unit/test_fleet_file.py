@@ -1,4 +1,4 @@
-"""fleet.toml: what it makes, and messages that say on which line."""
+"""fleet.toml: what is read from it, and errors with their line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.file import schema
-from llambo.fleet.file.reader import KeyLines, parse
+from llambo.fleet import schema
 from llambo.fleet.model import Fleet, Scaling
+from llambo.fleet.reader import KeyLines, parse
 from llambo.mesh.wire.errors import Code, LlamboError
 
 SMALL = """
@@ -81,7 +81,7 @@ def test_one_class_is_a_file() -> None:
     assert list(fleet.hosts) == ["here"] and fleet.broker is None
     assert (tiny.min, tiny.max, tiny.slots, tiny.memory_bytes, tiny.cores) == (0, 1, 4, 600 << 20, 1)
     assert tiny.hosts == ("here",) and tiny.scaling == Scaling()
-    # It must not take every core of a machine that has other workers.
+    # It must not use every core of a machine with other workers.
     assert tiny.settings == {"worker": {"threads": 1}}
 
 
@@ -99,7 +99,7 @@ def test_a_whole_file() -> None:
     assert (tiny.line, large.line, fleet.hosts["box"].line) == (25, 34, 10)
 
 
-def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else() -> None:
+def test_a_fingerprint_changes_with_the_settings_of_a_worker_only() -> None:
     def mark(text: str, *more: str) -> str:
         return parse(text).classes["tiny"].fingerprint(*more)
 
@@ -109,10 +109,10 @@ def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else(
     assert len({same, *others, mark(SMALL, "release 2")}) == 6
 
 
-def test_every_setting_of_a_worker_can_be_said() -> None:
+def test_every_setting_of_a_worker_can_be_written() -> None:
     lines = [f"{name} = {json.dumps(row.default)}" for name, row in schema.WORKER_SETTINGS.items()]
-    told = parse("\n".join([SMALL, *lines])).classes["tiny"].settings["worker"]
-    assert set(told) == set(schema.WORKER_SETTINGS)
+    settings = parse("\n".join([SMALL, *lines])).classes["tiny"].settings["worker"]
+    assert set(settings) == set(schema.WORKER_SETTINGS)
 
 
 def test_defaults_of_the_tables_are_those_of_the_values() -> None:
@@ -130,7 +130,7 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [
         ("[classes.tiny]\nmemory = 5\n", "fleet.toml:2: memory is 5, expected a size, as \"600MiB\""),
         (SMALL + "slots = 'many'\n", "fleet.toml:4: slots is 'many', expected a whole number"),
@@ -161,19 +161,19 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
         ("[classes.tiny]\n\nmin = 3\n", "fleet.toml:1: [classes.tiny] needs memory"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_its_line(text: str, told: str) -> None:
+def test_what_is_wrong_is_reported_with_its_line(text: str, problem: str) -> None:
     found = wrong(text.lstrip("\n") if text.startswith("\n[hosts") else text)
-    assert any(line.startswith(told) for line in found), found
+    assert any(line.startswith(problem) for line in found), found
 
 
-def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file() -> None:
     found = wrong(
         WHOLE.replace("ctx =", "ctz =").replace("cores = 16", "cores = -1").replace('["gpu"]\nfake', '["x"]\nfake')
     )
     assert [int(line.split(":")[1]) for line in found] == [14, 27, 39]
 
 
-def test_what_is_no_toml_is_told_with_its_line_too() -> None:
+def test_what_is_no_toml_is_reported_with_its_line_too() -> None:
     assert "line 3" in wrong("[fleet]\n\nname = \n")[0]
 
 
@@ -235,7 +235,7 @@ TABLES = st.dictionaries(KEYS, st.recursive(VALUES, lambda inner: st.dictionarie
 
 
 class Writer:
-    """Writes a document in a layout that is drawn, and notes where it puts what."""
+    """Writes a document in a random layout, and notes the line of each value."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -319,7 +319,7 @@ class Writer:
 def test_lines_of_whatever_layout_hypothesis_writes(data: Any, content: dict[str, Any]) -> None:
     writer = Writer(data.draw)
     writer.document(content)
-    assert tomllib.loads(writer.text) == content, "the writer writes what it is given"
+    assert tomllib.loads(writer.text) == content, "what is written is what was given"
     assert KeyLines(writer.text).all_lines() == writer.noted
 
 

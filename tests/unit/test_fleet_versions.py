@@ -1,4 +1,4 @@
-"""Which settings each class has had, and what it goes back to."""
+"""The versions of each class's settings, and which one it goes back to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.file.versions import FILE, Versions, VersionsFile
-from llambo.fleet.model import Fleet, Host, NodeClass
-from llambo.fleet.world import Node, NodeState, World
+from llambo.fleet.model import Fleet, Host, Node, NodeClass, NodeState, World
+from llambo.fleet.versions import FILE, Versions, VersionsFile
 from llambo.mesh.wire.errors import LlamboError
 
 
@@ -27,12 +26,12 @@ def world(*marks: str, state: NodeState = NodeState.READY) -> World:
     ))  # fmt: skip
 
 
-def mark(book: Versions, said: Fleet) -> str:
-    return book.fingerprints(book.in_force(said))["tiny"]
+def mark(book: Versions, wanted: Fleet) -> str:
+    return book.fingerprints(book.in_force(wanted))["tiny"]
 
 
-def ctx(said: Fleet) -> object:
-    return said.classes["tiny"].settings["worker"]["ctx"]
+def ctx(wanted: Fleet) -> object:
+    return wanted.classes["tiny"].settings["worker"]["ctx"]
 
 
 def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
@@ -41,19 +40,19 @@ def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
     one = mark(book, fleet(1))
     book.note(fleet(2), world(one, one))
     two = mark(book, fleet(2))
-    # The update stops half-way, and so does the next one: neither is what anybody goes back to.
+    # The update stops half-way, and so does the next one: neither is a version to go back to.
     book.note(fleet(3), world(two, one))
     three = mark(book, fleet(3))
     assert len({one, two, three}) == 3
-    assert book.roll_back("tiny") and book.roll_back("tiny"), "a second time it is so already"
+    assert book.roll_back("tiny") and book.roll_back("tiny"), "a second time nothing changes"
     held = book.note(fleet(3), world(three, one))
     assert ctx(held) == 1 and mark(book, fleet(3)) == one
 
-    # How many there are is no part of it.
+    # The number of workers is not part of it.
     more = replace(fleet(3).classes["tiny"], max=9)
     assert book.in_force(replace(fleet(3), classes={"tiny": more})).classes["tiny"].max == 9
 
-    # Until the file says something else.
+    # Until the file changes.
     assert ctx(book.note(fleet(4), world(one, one))) == 4
     assert not book.of("tiny").refused and book.roll_back("tiny") and ctx(book.in_force(fleet(4))) == 1
 
@@ -82,20 +81,20 @@ def test_a_restart_is_another_fingerprint_and_no_other_version() -> None:
 def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(b"one")
-    said, book = fleet(1, model=str(model)), Versions()
-    first = mark(book, said)
-    assert mark(book, said) == first
+    wanted, book = fleet(1, model=str(model)), Versions()
+    first = mark(book, wanted)
+    assert mark(book, wanted) == first
     model.unlink()
-    assert mark(book, said) == first, "one that is gone is no other one"
+    assert mark(book, wanted) == first, "a missing file is not another version"
     model.write_bytes(b"other")
-    second = mark(book, said)
+    second = mark(book, wanted)
     assert second != first
     model.write_bytes(b"a part of a third")
-    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) == second, "somebody is still writing"
+    assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) == second, "the file is still being written"
     os.utime(model, ns=(1, 1))
-    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) != second
-    # What another machine has under that path is not known here.
-    far = replace(said, hosts={"here": Host(name="here", address="box")})
+    assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) != second
+    # The file under that path on another machine is not known here.
+    far = replace(wanted, hosts={"here": Host(name="here", address="box")})
     assert mark(book, far) == mark(Versions(), far)
 
 

@@ -56,7 +56,7 @@ def test_a_schema_that_stands_for_a_large_grammar_is_compiled_or_refused(schema:
 
 
 @pytest.mark.parametrize(
-    ("schema", "said"),
+    ("schema", "problem"),
     [
         ("[1]", "is no object"),
         ("{", "is no JSON"),
@@ -78,12 +78,12 @@ def test_a_schema_that_stands_for_a_large_grammar_is_compiled_or_refused(schema:
         ('{"anyOf": [{"$ref": "#"}], "type": "object"}', "circular"),
     ],
 )  # fmt: skip
-def test_schemas_that_cannot_be_used(schema: str, said: str) -> None:
-    with pytest.raises(GrammarError, match=said):
+def test_schemas_that_cannot_be_used(schema: str, problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
         grammar_of(Sampling(json_schema=schema))
 
 
-#: How fast this machine is just now is not what is tried here.
+#: No deadline: the speed of this machine is not under test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KEYS = ["$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties", "required", "additionalProperties",
         "items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum",
@@ -163,7 +163,7 @@ def test_how_many_calls() -> None:
 def test_a_call_or_else_what_the_schema_says() -> None:
     either = grammar_of(Sampling(tool_choice="auto", json_schema='{"type": "object"}'), TOOLS)
     assert either.lark.splitlines()[0] == "start: call | answer"
-    # A call is what was asked for: the schema is for another answer
+    # A call was asked for: the schema is for other answers
     assert grammar_of(Sampling(tool_choice="required", json_schema="{}"), TOOLS) == grammar_of(
         Sampling(tool_choice="required"), TOOLS
     )
@@ -179,7 +179,7 @@ def test_tools_with_long_schemas_are_refused_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told", "said"),
+    ("options", "tools", "problem"),
     [
         ({}, [], "the prompt has no tools"),
         ({"tool_names": ["no"]}, TOOLS, "no tool of that name"),
@@ -194,9 +194,9 @@ def test_tools_with_long_schemas_are_refused_together() -> None:
         ({}, [Tool(Function("f", parameters={"maxLength": 10**9}))], "tool 'f' has maxLength"),
     ],
 )
-def test_tools_that_cannot_be_used_are_named(options: dict[str, Any], told: list[Tool], said: str) -> None:
-    with pytest.raises(GrammarError, match=said):
-        grammar_of(Sampling(tool_choice="auto", **options), told)
+def test_tools_that_cannot_be_used_are_named(options: dict[str, Any], tools: list[Tool], problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
+        grammar_of(Sampling(tool_choice="auto", **options), tools)
 
 
 def test_a_tool_nested_too_deep_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Responses that are kept: gone on with, fetched, forgotten, and never too many."""
+"""Stored responses: continued, fetched, deleted, and bounded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, events, ready, tokens_of, told
+from tests.unit.gateway_bench import CALL, HEAD, answer, events, payloads, ready, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 ID = f"resp_{HEAD.id}"
 
 
@@ -31,7 +30,7 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response() -> None:
              "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
         {"role": "tool", "tool_call_id": call["call_id"], "content": "rain"},
     ]  # fmt: skip
-    # and it is nobody else's
+    # and no other identity can use it
     with pytest.raises(FieldError, match="previous_response_id"):
         ready(store, "bob", previous_response_id=ID)
 
@@ -42,8 +41,8 @@ def test_what_was_answered_is_kept_unless_it_shall_not_be(stream: bool) -> None:
         store = ResponseStore()
         parsed = ready(store, "alice", stream=stream, store=wanted)
         if stream:
-            body = told(events(parsed, tokens_of("x"), answer("x")))[-1]["response"]
-            # told again, it is kept once
+            body = payloads(events(parsed, tokens_of("x"), answer("x")))[-1]["response"]
+            # sent twice, it is stored once
             events(ready(store, "alice", stream=stream, store=wanted), tokens_of("x"), answer("x"))
         else:
             body = whole_body(parsed, answer("x"))
@@ -76,10 +75,10 @@ def test_bytes_are_bounded_for_each_and_for_all() -> None:
     mine = len(store)
     for number in range(10):
         store.put("bob", body_of(number, 300), [])
-    # Bob pushes out the oldest of who has most, and does not push out all of alice.
+    # Bob evicts the oldest response of the largest user, and not all of alice's.
     assert store.size <= 1_500
     assert mine > 1 and store.body("alice", "resp_9") and store.body("bob", "resp_9")
-    # What is too large by itself pushes out nothing.
+    # A response that is too large by itself evicts nothing.
     before = len(store)
     store.put("bob", body_of(11, 2_000), [])
     assert len(store) == before

@@ -1,4 +1,4 @@
-"""One vocabulary, four places, and errors that name the place."""
+"""One set of names, four sources, and errors that name the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("broker", "worker", "client", "gateway", "bridge")
 def load(
     *, file: str | None = None, env: dict[str, str] | None = None, tmp: Path | None = None, **flags: Any
 ) -> settings.Settings:
-    """Settings from these places only, whatever this machine has."""
+    """Settings from these sources only, not from this machine's."""
     places = []
     if file is not None:
         assert tmp is not None
@@ -122,12 +122,12 @@ def test_only_the_first_file_that_exists_is_read(tmp_path: Path) -> None:
 
 
 def test_a_named_file_is_the_one_and_a_flag_names_it_first(tmp_path: Path) -> None:
-    said, exported, lying_about = (tmp_path / f"{name}.toml" for name in "abc")
-    for port, path in enumerate((said, exported, lying_about), start=1):
+    given, exported, lying_about = (tmp_path / f"{name}.toml" for name in "abc")
+    for port, path in enumerate((given, exported, lying_about), start=1):
         path.write_text(f"[broker]\nport = {port}\n")
     env = {"LLAMBO_CONFIG": str(exported)}
     assert settings.load(environ=env, places=[lying_about])["port"] == 2
-    assert settings.load(config=str(said), environ=env, places=[lying_about])["port"] == 1
+    assert settings.load(config=str(given), environ=env, places=[lying_about])["port"] == 1
 
 
 def test_a_named_file_must_exist() -> None:
@@ -219,8 +219,8 @@ def test_an_unknown_variable_is_only_a_warning() -> None:
     # Kubernetes, for one, sets LLAMBO_SERVICE_HOST for a service that is called llambo.
     found = load(env={"LLAMBO_SERVICE_HOST": "10.0.0.1", "LLAMBO_QUEUE_BYTE": "1", "LLAMBO_CONFIG": ""})
     assert found.warnings == (
-        "environment LLAMBO_QUEUE_BYTE is no setting; did you mean LLAMBO_QUEUE_BYTES or LLAMBO_QUEUE_MS?",
-        "environment LLAMBO_SERVICE_HOST is no setting",
+        "environment LLAMBO_QUEUE_BYTE is not a setting; did you mean LLAMBO_QUEUE_BYTES or LLAMBO_QUEUE_MS?",
+        "environment LLAMBO_SERVICE_HOST is not a setting",
     )
 
 

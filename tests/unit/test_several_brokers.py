@@ -1,4 +1,4 @@
-"""More than one broker: where a client goes, what a worker tells whom, and what a broker makes of those who come."""
+"""Several brokers: which one a client chooses, what a worker reports to each, and clients that come from another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.worker.agent import events as e
-from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.broker_bench import Bench, Client, request_id, small_mesh
 from tests.unit.test_worker_core import LATER, SESSION, Rig, dispatch, key_of, loaded
 
 # --- a client's link -----------------------------------------------------------------------------------
@@ -41,13 +41,13 @@ class Wanderer:
         self.core = ClientCore()
         self.now = 1_000
         self.went: list[int] = []
-        self.said: list[m.Message] = []
+        self.sent: list[m.Message] = []
         self.handle(c.BrokersFound(brokers))
 
     def handle(self, event: c.Event) -> None:
         actions = self.core.handle(event, self.now)
         self.went += [action.target for action in actions if isinstance(action, OpenControl)]
-        self.said += [action.message for action in actions if isinstance(action, Send)]
+        self.sent += [action.message for action in actions if isinstance(action, Send)]
 
     def see(self, *signs: ConnectionChange) -> None:
         for sign in signs:
@@ -107,12 +107,12 @@ def test_a_connection_that_blinks_is_stayed_with() -> None:
     assert client.went == [0, 1]
 
 
-def test_silence_is_left_with_a_word_of_goodbye() -> None:
+def test_a_silent_broker_is_left_with_a_goodbye() -> None:
     client = Wanderer(2)
     client.welcome()
     client.wait(SILENT_MS)
     assert client.went == [0, 1]
-    assert any(isinstance(said, m.Goodbye) for said in client.said)
+    assert any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
 def test_with_one_broker_there_is_nowhere_to_go() -> None:
@@ -122,10 +122,10 @@ def test_with_one_broker_there_is_nowhere_to_go() -> None:
     client.wait(SILENT_MS + CUT_MS)
     assert client.went == [0]
     assert client.core.link.welcomed
-    assert not any(isinstance(said, m.Goodbye) for said in client.said)
+    assert not any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
-def test_a_young_broker_that_does_not_know_the_session_is_asked_again() -> None:
+def test_a_restarted_broker_that_does_not_know_the_session_is_asked_again() -> None:
     client = Wanderer(2)
     client.welcome()
     unknown = m.Problem(LlamboError(Code.UNKNOWN_SESSION, "say hello first").info())
@@ -159,7 +159,7 @@ def test_a_name_stands_for_all_its_addresses_of_one_family(monkeypatch: pytest.M
         sockets.resolve_all("nowhere")
 
 
-def test_a_lookup_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = threading.Event()
     monkeypatch.setattr(sockets, "resolve_all", lambda addresses: [("10.0.0.1", 5)] if slow.wait(30) else [])
     lookup, dropped = Lookup("mesh"), Lookup("mesh")
@@ -188,30 +188,30 @@ def given(rig: Rig, link: int, number: int) -> Rig:
     return rig.on(e.ControlArrived(link, (SESSION, LATER)[link], [(dispatch(number), b"p")]))
 
 
-def told(rig: Rig, kind: type[Any]) -> list[tuple[int, Any]]:
+def sent(rig: Rig, kind: type[Any]) -> list[tuple[int, Any]]:
     return [(send.link, send.message) for send in rig.take(Send) if isinstance(send.message, kind)]
 
 
 def test_each_broker_learns_at_once_what_the_other_has_given() -> None:
     rig = given(linked(), 0, 1).wait(SOON_MS)
-    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(1, 1)]
+    assert [(link, beat.busy) for link, beat in sent(rig, m.WorkerHeartbeat)] == [(1, 1)]
     given(rig, 1, 2).wait(SOON_MS)
-    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(0, 1)]
+    assert [(link, beat.busy) for link, beat in sent(rig, m.WorkerHeartbeat)] == [(0, 1)]
 
 
 def test_a_slot_is_not_sold_twice_and_the_refusal_comes_with_the_load() -> None:
     rig = given(linked(slots=1), 0, 1).wait(SOON_MS)
     rig.actions = []
     given(rig, 1, 2).wait(SOON_MS)
-    said = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
-    assert said == [(1, "Reject"), (1, "WorkerHeartbeat")]
+    found = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
+    assert found == [(1, "Reject"), (1, "WorkerHeartbeat")]
 
 
 def test_the_same_request_from_two_brokers_is_two_runs() -> None:
     rig = linked()
     twin = m.Dispatch(bytes([1]) * 16, b"another!", 1, "fake", 100, 7)
     given(rig, 0, 1).on(e.ControlArrived(1, LATER, [(twin, b"p")])).wait(200)
-    claims = {link: beat.claims for link, beat in told(rig, m.WorkerHeartbeat)}
+    claims = {link: beat.claims for link, beat in sent(rig, m.WorkerHeartbeat)}
     assert claims == {0: {key_of(1): 0}, 1: {bytes([1]) * 16 + b"another!": 0}}
 
 
@@ -219,25 +219,25 @@ def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
-    assert [(link, orphan.work.id) for link, orphan in told(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
+    assert [(link, offer.work.id) for link, offer in sent(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
 
 
 def test_only_who_has_a_run_may_end_it() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
     rig.on(e.ControlArrived(1, LATER, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
-    assert [(link, end.count, end.reason) for link, end in told(rig, m.End)] == [(1, 0, "cancelled")]
+    assert [(link, end.count, end.reason) for link, end in sent(rig, m.End)] == [(1, 0, "cancelled")]
     rig.step(key_of(1), [5], "length")
-    assert [(link, end.reason) for link, end in told(rig, m.End)] == [(0, "length")]
+    assert [(link, end.reason) for link, end in sent(rig, m.End)] == [(0, "length")]
     rig.on(e.ControlArrived(1, LATER, [(m.EndAck([key_of(1)]), b"")]))
     assert len(rig.core.runs) == 1
 
 
-def test_what_was_cancelled_is_offered_to_nobody() -> None:
+def test_a_cancelled_run_is_offered_to_no_broker() -> None:
     rig = given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
     rig.actions = []
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
-    assert told(rig, m.Orphan) == []
+    assert sent(rig, m.Orphan) == []
     assert len(rig.core.runs) == 0
 
 
@@ -252,11 +252,26 @@ def back(bench: Bench, route: bytes, who: bytes = b"me") -> Client:
 
 
 def held(number: int, ids: list[int], **fields: Any) -> tuple[m.InferenceRequest, bytes]:
-    """What a client says that comes from another broker."""
+    """The submit of a client that comes from another broker."""
     key = request_id(number) + b"\0\0\0\1old!"
     blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))] if ids else [])
     asked = m.InferenceRequest(request_id(number), "m", 10, have=len(ids), resume=True, prompt_bytes=size, **fields)
     return asked, blob
+
+
+def comes_from_another(bench: Bench, route: bytes, ids: list[int]) -> Client:
+    """The client of request 1 again, with the tokens it holds."""
+    client = back(bench, route)
+    asked, blob = held(1, ids)
+    client.send(asked, blob=blob)
+    return client
+
+
+def orphan(ids: list[int], **fields: Any) -> tuple[m.Orphan, bytes]:
+    """What a worker sends of a run of request 1 that another broker has dispatched."""
+    key = request_id(1) + b"\0\0\0\1old!"
+    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
+    return m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, **fields)), blob
 
 
 def test_the_load_that_others_make_counts() -> None:
@@ -274,11 +289,9 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, 3))
-    # Elsewhere its answer went on in another way.
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2, 9, 9])
-    again.say(asked, blob=blob)
-    assert [cancel.dispatch for cancel in worker.heard(m.Cancel)] == [worker.dispatches[0].dispatch]
+    # On the other broker its answer continued differently.
+    again = comes_from_another(bench, b"2", [1, 2, 9, 9])
+    assert [cancel.dispatch for cancel in worker.received(m.Cancel)] == [worker.dispatches[0].dispatch]
     worker.end(3, reason="cancelled")
     bench.pass_time(150)
     worker.beat()
@@ -288,26 +301,22 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
 
 def test_who_follows_another_continuation_here_is_not_disturbed() -> None:
     bench = Bench()
-    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"somebody else")
+    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"another key")
     client.submit(1)
-    other.say(m.Attach(request_id(1)))
+    other.send(m.Attach(request_id(1)))
     worker.publish(worker.chunk(0, 1, 2, 3))
-    asked, blob = held(1, [1, 9])
-    again = back(bench, b"3")
-    again.say(asked, blob=blob)
+    again = comes_from_another(bench, b"3", [1, 9])
     assert [problem.error.code for problem in again.problems] == [Code.EXPIRED]
-    assert not worker.heard(m.Cancel)
+    assert not worker.received(m.Cancel)
 
 
 def test_what_was_cancelled_for_want_of_its_client_goes_on_when_that_is_back() -> None:
     bench = Bench(adopt_ms=100)
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
-    client.say(m.Goodbye())
+    client.send(m.Goodbye())
     worker.end(0, reason="cancelled")
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2])
-    again.say(asked, blob=blob)
+    again = comes_from_another(bench, b"2", [1, 2])
     bench.pass_time(150)
     assert not again.ends
     assert worker.dispatches[-1].prefix == [1, 2]
@@ -318,10 +327,8 @@ def test_what_its_user_has_cancelled_stays_cancelled() -> None:
     bench.worker()
     client = back(bench, b"1")
     client.submit(1)
-    client.say(m.Cancel(request_id(1)))
-    again = back(bench, b"2")
-    asked, blob = held(1, [])
-    again.say(asked, blob=blob)
+    client.send(m.Cancel(request_id(1)))
+    again = comes_from_another(bench, b"2", [])
     assert [end.reason for end in again.ends] == ["cancelled"]
 
 
@@ -330,7 +337,7 @@ def test_an_attach_from_elsewhere_waits_for_those_who_know_but_not_for_ever() ->
     bench.worker()
     bench.pass_time(5_000)
     client = bench.client()
-    client.say(m.Attach(request_id(1), resume=True))
+    client.send(m.Attach(request_id(1), resume=True))
     assert not client.problems
     bench.pass_time(3_000)
     assert [problem.error.code for problem in client.problems] == [Code.UNKNOWN_REQUEST]
@@ -341,47 +348,38 @@ def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None
     worker = bench.worker()
     bench.pass_time(1_500)
     client = bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
-    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, [1, 2], [b"x", b"x"])])
-    work = m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, detached=True)
-    worker.say(m.Orphan(work), blob=blob)
-    assert not worker.heard(m.Adopt)
-    client.say(m.Attach(request_id(1)))
-    assert [adopt.dispatch for adopt in worker.heard(m.Adopt)] == [key[16:]]
-    assert [page.total for page in client.heard(m.Page)] == [2]
+    run, blob = orphan([1, 2], detached=True)
+    worker.send(run, blob=blob)
+    assert not worker.received(m.Adopt)
+    client.send(m.Attach(request_id(1)))
+    assert [adopt.dispatch for adopt in worker.received(m.Adopt)] == [run.work.dispatch]
+    assert [page.total for page in client.received(m.Page)] == [2]
 
 
-def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
+def test_an_orphan_that_is_reported_twice_is_adopted_and_not_stopped() -> None:
+    _, worker, client = small_mesh()
     for ids in ([1, 2], [1, 2, 3, 4]):
-        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+        run, blob = orphan(ids)
+        worker.send(run, blob=blob)
         if len(ids) == 2:
             asked, given_back = held(1, [1, 2])
-            client.say(asked, blob=given_back)
-    assert len(worker.heard(m.Adopt)) == 2 and not worker.heard(m.Cancel)
+            client.send(asked, blob=given_back)
+    assert len(worker.received(m.Adopt)) == 2 and not worker.received(m.Cancel)
 
 
-def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
-
-    def announce(ids: list[int]) -> None:
-        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
-
-    announce([1, 2])
+def test_a_run_that_has_grown_since_it_was_reported_is_waited_for() -> None:
+    _, worker, client = small_mesh()
+    run, blob = orphan([1, 2])
+    worker.send(run, blob=blob)
     asked, blob = held(1, [1, 2, 3])
-    client.say(asked, blob=blob)
-    assert not worker.heard(m.Cancel) and not worker.heard(m.Adopt)
-    announce([1, 2, 3, 4])
-    assert worker.heard(m.Adopt) and not worker.heard(m.Cancel)
+    client.send(asked, blob=blob)
+    assert not worker.received(m.Cancel) and not worker.received(m.Adopt)
+    run, blob = orphan([1, 2, 3, 4])
+    worker.send(run, blob=blob)
+    assert worker.received(m.Adopt) and not worker.received(m.Cancel)
 
 
-def test_link_states_of_a_client_that_wanders_are_legal() -> None:
+def test_link_states_of_a_client_that_changes_brokers_are_legal() -> None:
     client = Wanderer(2)
     for _ in range(5):
         client.welcome()
@@ -396,10 +394,8 @@ def test_an_end_before_the_tokens_that_a_client_holds_is_not_its_end() -> None:
     client.submit(1)
     worker.publish(worker.chunk(0, 1))
     worker.end(1, reason="error")
-    client.say(m.EndAck([request_id(1)]))
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2, 3])
-    again.say(asked, blob=blob)
+    client.send(m.EndAck([request_id(1)]))
+    again = comes_from_another(bench, b"2", [1, 2, 3])
     bench.pass_time(150)
     assert not again.ends and not again.problems
     assert worker.dispatches[-1].prefix == [1, 2, 3]

@@ -19,7 +19,6 @@ from click.testing import CliRunner, Result
 from llambo.cli import main
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import Exit
-from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import (
     TABLE,
     WATCHED,
@@ -30,7 +29,7 @@ from llambo.cli.shell.command_table import (
     settable,
 )
 from llambo.cli.shell.lines import BadLine, CommandCall, ModelPrompt, parse
-from llambo.cli.shell.shell import LINE_BYTES, Shell, stdin_lines
+from llambo.cli.shell.shell import LINE_BYTES, Shell, ShellSession, stdin_lines
 from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, mesh_names
 from llambo.mesh.wire.errors import LlamboError
 
@@ -91,7 +90,7 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("status; send don't", "no closing quotation; begin a prompt to the model with `>`"),
         ("send a\\", "no escaped character"),
@@ -99,11 +98,11 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
         ("node", "'nodes' is"),
     ],
 )
-def test_a_bad_line_says_why(line: str, said: str) -> None:
+def test_a_bad_line_says_why(line: str, problem: str) -> None:
     with pytest.raises(BadLine) as caught:
         parse(line, TABLE)
 
-    assert said in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_every_command_can_be_called_and_explains_itself() -> None:
@@ -186,7 +185,7 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("set max_tokens many", "expected a whole number"),
         ("set temperature -1", "expected 0 to 100"),
@@ -197,11 +196,11 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
         ("unset tokens", "there is no option 'tokens'"),
     ],
 )
-def test_what_is_no_value_is_refused_at_once(line: str, said: str) -> None:
+def test_what_is_no_value_is_refused_at_once(line: str, problem: str) -> None:
     done = shell("-c", line)
 
     assert done.exit_code == Exit.USAGE
-    assert said in done.stderr
+    assert problem in done.stderr
 
 
 # --- scripts -------------------------------------------------------------------------------------------
@@ -308,7 +307,7 @@ def test_an_interrupt_ends_what_a_command_waits_for_and_not_the_next_command() -
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(forever(started))
         sender.join()
-        # A command that goes on asking after a Ctrl-C does not get an answer.
+        # A command that asks again after a Ctrl-C gets no answer.
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(seven())
         shell.line("# the next one")

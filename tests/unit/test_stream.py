@@ -64,7 +64,7 @@ def test_a_gap_is_named_and_closed_by_what_was_missing() -> None:
     assert stream.seen_index == 7
     # When the missing ones arrive
     assert stream.add(chunk(1, 4))
-    # Then the early one follows by itself
+    # Then the early one follows
     assert stream.take()[0] == [0, 1, 2, 3, 4, 5, 6]
     assert stream.gap is None
     assert stream.stashed == 1
@@ -78,7 +78,7 @@ def test_a_replay_that_reaches_into_the_stash_makes_no_doubles() -> None:
     assert stream.take()[0] == list(range(12))
 
 
-def test_the_final_flag_tells_how_long_the_answer_is() -> None:
+def test_the_final_flag_gives_the_length_of_the_answer() -> None:
     stream = Reassembly()
     stream.add(chunk(1, 1, tokens.FINAL))
     assert stream.final_index is None
@@ -179,10 +179,10 @@ class TestStash:
 
 
 def test_logprobs_stay_with_their_tokens_in_any_order() -> None:
-    told = {index: tokens.Logprob(-float(index)) for index in range(8)}
+    expected = {index: tokens.Logprob(-float(index)) for index in range(8)}
     frames = [
         tokens.encode_chunk(
-            KEY, first, list(range(first, first + 3)), [b"x"] * 3, 0, [told[i] for i in range(first, first + 3)]
+            KEY, first, list(range(first, first + 3)), [b"x"] * 3, 0, [expected[i] for i in range(first, first + 3)]
         )
         for first in range(6)
     ]
@@ -200,7 +200,7 @@ def test_logprobs_stay_with_their_tokens_in_any_order() -> None:
         ids += taken
         logprobs += stream.take_logprobs(len(taken))
         assert ids == list(range(8))
-        assert logprobs == [told[i] for i in range(8)]
+        assert logprobs == [expected[i] for i in range(8)]
 
 
 def test_tokens_without_logprobs_among_others_shift_nothing() -> None:

@@ -23,11 +23,7 @@ UNREAD = {
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests/chaos",
-    "tests/fuzz",
-    "tests/integration",
-    "tests/sim",
-    "tests/unit",
+    "tests/integration/test_notify.py",
 }
 #: Where one of the words is meant: the file, and the word.
 MEANT = {
@@ -40,8 +36,11 @@ MEANT = {
     ("tests/sim/world.py", "convicted"),
     ("llambo/broker/records/registry.py", "wary"),
     ("llambo/broker/report/metrics_page.py", "convicted"),
+    ("tests/chaos/report.py", "convicted"),
+    ("tests/integration/test_poison.py", "convicted"),
     # A field of the heartbeat.
     ("llambo/worker/agent/core.py", "wary"),
+    ("tests/unit/test_suspicion.py", "wary"),
 }
 
 

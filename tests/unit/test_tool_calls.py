@@ -1,4 +1,4 @@
-"""Calls in the text of an answer, cut anywhere."""
+"""Tool calls in the text of an answer, cut at any place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, ToolCalls, call_id
 from tests.unit.gateway_bench import collect
 
-#: How fast this machine is just now is not what is tried here.
+#: No deadline: the speed of this machine is not under test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEED = "00" * 16
 ID = call_id(SEED, 0)
@@ -20,7 +20,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 
 
 def parse(*texts: str) -> list[Delta]:
-    """Neighbours of one kind are joined."""
+    """Adjacent deltas of one kind are joined."""
     parser = ToolCalls(SEED)
     joined: list[Delta] = []
     for delta in [delta for text in texts for delta in parser.feed(text)] + parser.finish():
@@ -105,14 +105,14 @@ def test_an_answer_that_ends_in_the_middle() -> None:
     at = CALL.index("Os") + 2
     begun = CallBegun(0, ID, "weather")
     assert parse(CALL[:at]) == [begun, CallArguments(0, '{"city": "Os'), CallEnded(0, whole=False)]
-    # ... behind the arguments: the call is whole, and what is left of its frame is nobody's
+    # ... behind the arguments: the call is whole, and the rest of its frame is dropped
     whole = [begun, CallArguments(0, '{"city": "Oslo"}'), CallEnded(0)]
     assert all(parse(CALL[:end]) == whole for end in range(CALL.index("}") + 1, len(CALL) + 1))
 
 
 @pytest.mark.parametrize("before", ["", "I look.", CALL])
 @pytest.mark.parametrize("cut", ["<tool_call>", '<tool_call>\n{"name": "f', '<tool_call>\n{"name": "f", "argum'])
-def test_a_call_that_is_cut_before_its_arguments_is_not_told(before: str, cut: str) -> None:
+def test_a_call_that_is_cut_before_its_arguments_is_left_out(before: str, cut: str) -> None:
     assert parse(before + cut) == parse(before)
 
 

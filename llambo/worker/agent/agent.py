@@ -34,8 +34,8 @@ from llambo.mesh.link.link_core import CloseLink, LinkCore, OpenControl, OpenTok
 from llambo.mesh.security.keys import CREDENTIALS_ENV, KEY_ENV
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import stop_signals_wake
-from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.worker.agent import events as e
