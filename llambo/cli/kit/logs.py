@@ -23,7 +23,7 @@ def set_up(level: str, environ: Mapping[str, str] = os.environ) -> None:
         return  # somebody has decided already, as a test does
     if journal.is_journal(environ, sys.stderr.fileno()):
         handler: logging.Handler = (entries := journal.JournalHandler(_program(), sys.stderr, ABOUT))
-        TELLERS.append(entries.tell)
+        TELLERS.append(entries.show)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(journal.HumanFormatter())
