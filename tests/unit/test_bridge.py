@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.bridge import listener
+from llambo.bridge import server
 from llambo.bridge.connection import WRITE_BYTES, Connection, ConnectionLimits
 from llambo.bridge.protocol import COMMANDS, LIST_PARTS, Command, LineParser, Mistake, ObjectParser, Parser
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -872,7 +872,7 @@ def test_the_socket_belongs_to_its_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.sock"
     umask = os.umask(0)
     try:
-        opened = listener.open_unix(path)
+        opened = server.open_unix(path)
     finally:
         os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -894,7 +894,7 @@ def test_the_mode_is_there_before_the_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(socket, "socket", Watched)
     umask = os.umask(0)
     try:
-        listener.open_unix(tmp_path / "b.sock").close()
+        server.open_unix(tmp_path / "b.sock").close()
     finally:
         os.umask(umask)
     assert seen == [0o600]
@@ -902,10 +902,10 @@ def test_the_mode_is_there_before_the_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_dead_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
-    first = listener.open_unix(path)
+    first = server.open_unix(path)
     assert "a bridge is already running at" in refused(path)
     first.socket.close()  # as when it was killed
-    second = listener.open_unix(path)
+    second = server.open_unix(path)
     first.close()
     assert path.exists(), "it is not the first one's any more"
     second.close()
@@ -925,21 +925,21 @@ def test_a_path_may_be_so_long_and_no_longer(tmp_path: Path) -> None:
 
 
 def test_two_that_begin_at_once_do_not_both_get_the_place(tmp_path: Path) -> None:
-    with listener._locked(tmp_path):
+    with server._locked(tmp_path):
         assert "holds the lock" in refused(tmp_path / "b.sock")
-    listener.open_unix(tmp_path / "b.sock").close()
+    server.open_unix(tmp_path / "b.sock").close()
 
 
 def refused(path: Path) -> str:
     with pytest.raises(LlamboError) as caught:
-        listener.open_unix(path)
+        server.open_unix(path)
     assert caught.value.code is Code.BAD_SETTING
     return caught.value.text
 
 
 def test_where_a_socket_is_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert listener.default_path({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/llambo-bridge.sock")
+    assert server.default_path({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/llambo-bridge.sock")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert listener.default_path({}) == Path("/run/llambo-bridge.sock")
+    assert server.default_path({}) == Path("/run/llambo-bridge.sock")
     monkeypatch.setattr(os, "geteuid", lambda: 7)
-    assert listener.default_path({"HOME": "/home/x"}) == Path("/home/x/.local/state/llambo/llambo-bridge.sock")
+    assert server.default_path({"HOME": "/home/x"}) == Path("/home/x/.local/state/llambo/llambo-bridge.sock")

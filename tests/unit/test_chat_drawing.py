@@ -16,7 +16,7 @@ from rich.console import Console
 from llambo.cli.chat import screen as screen_module
 from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
-from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.answer_views import StdoutWriter
 from llambo.mesh.client.answer_stream import Piece
 from llambo.mesh.wire.errors import printable
 

@@ -18,9 +18,9 @@ from click.testing import CliRunner, Result
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.requests import summary, timeline
+from llambo.cli.kit.answer_views import StdoutWriter
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
-from llambo.cli.kit.stdout import StdoutWriter
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
