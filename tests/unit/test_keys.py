@@ -1,4 +1,4 @@
-"""Keys as text and files, the keyring, who may do what, and the answer to who may come in."""
+"""Keys as text and files, the keyring, roles, and the answers of the ZAP handler."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_rotated_key_has_a_successor_with_the_same_rights_and_some_time_left(f
     assert folder.export("alice") == new
     assert folder.ring().identities(NOW) == {old.pair.public: limited, new.pair.public: limited}
     assert set(folder.ring().identities(NOW + 60)) == {new.pair.public}
-    # And to rotate once more forgets what is over
+    # Rotating once more forgets expired keys
     newest = folder.rotate("alice", NOW + 100, grace_s=0)
     assert set(folder.ring().identities(NOW + 100)) == {newest.pair.public}
 
@@ -172,8 +172,8 @@ def test_a_keyring_that_was_damaged_is_named(folder: Folder, text: str) -> None:
         folder.ring()
 
 
-def test_the_stamp_tells_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
-    """Files are replaced, so the number of the file differs, whatever the clock says."""
+def test_the_stamp_shows_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
+    """Files are replaced, so the inode differs, whatever the clock is."""
     before = folder.stamp()
     file = folder.path / RING_FILE
     times = file.stat()
@@ -220,7 +220,7 @@ def ask(public: str, domain: str, mechanism: bytes = b"CURVE", version: bytes = 
 @pytest.mark.parametrize(
     ("domain", "let_in"), [(CLIENT_DOMAIN, "CA"), (WORKER_DOMAIN, "W"), ("llambo.other", ""), ("", "")]
 )
-def test_a_door_is_for_its_roles_alone(domain: str, let_in: str) -> None:
+def test_a_port_admits_its_roles_only(domain: str, let_in: str) -> None:
     for public in ("C", "W", "A", "X", ""):
         expected = (b"200", public.encode()) if public in let_in and public else (b"400", b"")
         assert ask(public, domain) == expected

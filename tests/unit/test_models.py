@@ -1,4 +1,4 @@
-"""Model files before they are loaded: what is plainly wrong, how they are laid out, their fingerprint."""
+"""Model files before they are loaded: errors in the file, memory layout, fingerprint."""
 
 from __future__ import annotations
 

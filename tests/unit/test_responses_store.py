@@ -1,4 +1,4 @@
-"""Responses that are kept: gone on with, fetched, forgotten, and never too many."""
+"""Stored responses: continued, fetched, deleted, and bounded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import pytest
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, events, payloads, ready, tokens_of
+from tests.unit.gateway_bench import CALL, HEAD, answer, events, payloads, ready, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 ID = f"resp_{HEAD.id}"
 
 
@@ -76,10 +75,10 @@ def test_bytes_are_bounded_for_each_and_for_all() -> None:
     mine = len(store)
     for number in range(10):
         store.keep("bob", body_of(number, 300), [])
-    # Bob pushes out the oldest of who has most, and does not push out all of alice.
+    # Bob evicts the oldest response of the largest user, and not all of alice's.
     assert store.size <= 1_500
     assert mine > 1 and store.body("alice", "resp_9") and store.body("bob", "resp_9")
-    # What is too large by itself pushes out nothing.
+    # A response that is too large by itself evicts nothing.
     before = len(store)
     store.keep("bob", body_of(11, 2_000), [])
     assert len(store) == before

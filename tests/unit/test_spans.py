@@ -124,7 +124,7 @@ def test_nothing_is_traced_unless_it_is_asked_for(environ: dict[str, str]) -> No
         {"OTEL_TRACES_EXPORTER": "zipkin"},
     ],
 )
-def test_what_cannot_be_done_is_said(environ: dict[str, str]) -> None:
+def test_what_cannot_be_done_is_reported(environ: dict[str, str]) -> None:
     with pytest.raises(LlamboError, match="OTLP over HTTP only") as refused:
         traces_of(environ)
     assert refused.value.code is Code.BAD_SETTING
