@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from llambo import Client
-from llambo.mesh.client.client_tasks import Embeddings
+from llambo.mesh.client.answer_stream import Embeddings
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
