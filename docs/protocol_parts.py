@@ -33,10 +33,10 @@ PARTS: dict[str, type[msgspec.Struct]] = {
 
 def error_table() -> str:
     """Every error code, and what is always true of it."""
-    lines = ["| code | whose fault | HTTP | try again? | what to do |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| code | at fault | HTTP | try again? |", "| --- | --- | --- | --- |"]
     for code, trait in TRAITS.items():
         again = "yes" if trait.retryable else "no"
-        lines.append(f"| `{code.value}` | {trait.fault.value} | {trait.http} | {again} | {trait.hint} |")
+        lines.append(f"| `{code.value}` | {trait.fault.value} | {trait.http} | {again} |")
     return "\n".join(lines)
 
 
@@ -72,13 +72,15 @@ def message_index() -> str:
 
 
 def field_table(struct: type[msgspec.Struct]) -> str:
-    """The fields of a message or of a part of one, with their types, limits and defaults."""
+    """The fields of a message or of a part of one: type, limits, default. One without a default is required."""
     info = msgspec.inspect.type_info(struct)
     assert isinstance(info, msgspec.inspect.StructType)
-    lines = ["| field | type and limits | default |", "| --- | --- | --- |"]
-    for field in info.fields:
-        lines.append(f"| `{field.encode_name}` | {shape(field.type)} | {_default(field)} |")
-    return "\n".join(lines)
+    rows = [(field.encode_name, shape(field.type), _default(field)) for field in info.fields]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [
+        f"{name:{widths[0]}}  {kind:{widths[1]}}{default and f'  = {default}'}".rstrip() for name, kind, default in rows
+    ]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def shape(kind: msgspec.inspect.Type) -> str:
@@ -100,11 +102,11 @@ def shape(kind: msgspec.inspect.Type) -> str:
         case i.RawType():
             return "any msgpack value"
         case i.LiteralType(values):
-            return "one of " + ", ".join(f"`{value}`" for value in values)
+            return "one of " + ", ".join(f"{value}" for value in values)
         case i.EnumType():
             return "an error code"
         case i.StructType(cls):
-            return f"map, see `{re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower()}`"
+            return f"map, see {re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower()}"
         case i.ListType():
             return f"array of {shape(kind.item_type)}" + _up_to(kind.max_length, " entries")
         case i.TupleType(items):
@@ -129,7 +131,7 @@ def _number(value: Any) -> str:
 
 def _default(field: msgspec.inspect.Field) -> str:
     if field.required:
-        return "(required)"
+        return ""
     if field.default_factory is not msgspec.NODEFAULT:
         return "empty"
     match field.default:

@@ -24,8 +24,8 @@ from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
 from llambo.mesh.service import clock
-from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: The line and the headers of a request; also what lies between the parts of a body, and its trailers.

@@ -16,8 +16,7 @@ import msgpack
 import pytest
 
 from llambo.bridge.connection import ConnectionLimits
-from llambo.bridge.listener import Listener, open_tcp, open_unix
-from llambo.bridge.server import Bridge, BridgeLimits
+from llambo.bridge.server import Bridge, BridgeLimits, Listener, open_tcp, open_unix
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from llambo.fleet.model import NodeFailed, NodeRecord
 from llambo.fleet.providers.process import Processes
-from llambo.fleet.world import NodeFailed, NodeRecord
 from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.fleet.model import Fleet, Host
+from llambo.fleet.model import Fleet, Host, NodeFailed, NodeRecord
 from llambo.fleet.providers.providers import Providers
 from llambo.fleet.providers.units import Units
-from llambo.fleet.world import NodeFailed, NodeRecord
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done

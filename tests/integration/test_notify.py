@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Manager, Notifier, manager
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Manager, Notifier, manager
 from tests.integration.mini_journal import parse
 
 READY = Condition("idle", ready=True)
@@ -94,7 +94,7 @@ def test_a_line_reaches_the_journal_with_its_fields_or_else_stderr(
                 "LLAMBO_REQUEST": id,
                 "LLAMBO_LOGGER": "llambo.worker",
             }
-            handler.tell("w1 is ready")
+            handler.show("w1 is ready")
             assert parse(there.recv(65_536))["MESSAGE"] == "w1 is ready"
         assert capsys.readouterr().err == ""
     finally:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from llambo import Client
-from llambo.mesh.service.activation import NAMES
+from llambo.mesh.service.service_manager import NAMES
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from tests.integration.test_broker_restart import FAKE, STREAMS, one

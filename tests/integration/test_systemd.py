@@ -348,7 +348,7 @@ def test_check_finds_nothing_and_then_what_is_wrong(tmp_path: Path) -> None:
     bad = check()
     assert bad.returncode == 1
     for said in (
-        "LLAMBO_SLOT is no setting; did you mean LLAMBO_SLOTS",
+        "LLAMBO_SLOT is not a setting; did you mean LLAMBO_SLOTS",
         "llambo.slice: is not what",
         "llambo.slice:2: ",
     ):

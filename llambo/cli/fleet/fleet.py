@@ -22,8 +22,8 @@ from llambo.mesh.wire.errors import printable
 if TYPE_CHECKING:
     from llambo.cli.fleet.site import Site
     from llambo.fleet.decide.plan import Plan, PlanStep
-    from llambo.fleet.run.updates import Outcome
-    from llambo.fleet.world import NodeFailed
+    from llambo.fleet.model import NodeFailed
+    from llambo.fleet.updates import Outcome
 
 EXAMPLES = """
 llambo fleet plan                        what apply would do, and why
@@ -247,7 +247,7 @@ def run_orchestrator(common: Common, file: Path, state: Path | None) -> None:
 def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     """End everything of this fleet: first the workers, then the broker. Their running requests are lost."""
     from llambo.fleet.decide.plan import Plan, PlanStep, StepKind
-    from llambo.fleet.run.updates import apply as carry_out
+    from llambo.fleet.updates import apply as carry_out
 
     here = site(common, file, state)
     with here.lock():
@@ -277,7 +277,7 @@ async def _plan(here: Site) -> tuple[Plan, dict[str, str]]:
 
 def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] = dict) -> None:
     from llambo.fleet.decide import plan as planning
-    from llambo.fleet.run.updates import apply
+    from llambo.fleet.updates import apply
 
     began = time.monotonic()
     with here.lock():
@@ -337,7 +337,7 @@ async def _drain(here: Site, node: str, undo: bool) -> dict[str, Any]:
 
 async def _orchestrate(here: Site) -> None:
     from llambo.cli.kit.follow import end_signals
-    from llambo.fleet.run.orchestrator import Orchestrator
+    from llambo.fleet.orchestrator import Orchestrator
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in end_signals():

@@ -35,9 +35,9 @@ from llambo.fleet.decide.rolling_core import (
     TimePassed,
     update_of,
 )
-from llambo.fleet.file.versions import Versions, VersionsFile
-from llambo.fleet.run.node_manager import NodeManager, Snapshot
-from llambo.fleet.world import NodeFailed, NodeState, World
+from llambo.fleet.model import NodeFailed, NodeState, World
+from llambo.fleet.node_manager import NodeManager, Snapshot
+from llambo.fleet.versions import Versions, VersionsFile
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import LlamboError
 

@@ -13,9 +13,8 @@ from pathlib import Path
 import msgspec
 
 from llambo.fleet.decide.plan import PlanStep, StepKind
-from llambo.fleet.model import Fleet, NodeClass
+from llambo.fleet.model import Fleet, HostFacts, Node, NodeClass, NodeFailed, NodeRecord, NodeState, World, facts_of
 from llambo.fleet.providers.providers import Launch, Providers
-from llambo.fleet.world import HostFacts, Node, NodeFailed, NodeRecord, NodeState, World, facts_of
 from llambo.mesh.client.client import Client
 from llambo.mesh.link import sockets
 from llambo.mesh.link.sockets import DEFAULT_PORT, local_endpoint
@@ -156,6 +155,8 @@ class NodeManager:
         self.fleet = fleet
         self.providers = Providers(fleet, folder)
         self.report = report
+        #: Called with the name of a node before it is stopped on purpose, and possibly started again.
+        self.on_stopping: Callable[[str], None] = lambda name: None
         self.connect = connect
         #: Earlier versions of classes, by fingerprint: a step may start one of those, too.
         self.older: dict[str, NodeClass] = {}
@@ -282,6 +283,8 @@ class NodeManager:
     def begin_step(self, step: PlanStep) -> None:
         """From now on the node is shown as this step will leave it."""
         self._under_way[step.name] = step
+        if step.kind in (StepKind.RETIRE, StepKind.REPLACE):
+            self.on_stopping(step.name)
 
     def end_step(self, name: str) -> None:
         self._under_way.pop(name, None)
