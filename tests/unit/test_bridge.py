@@ -28,14 +28,14 @@ from llambo.mesh.wire.reports import ModelRow
 MODELS = [ModelRow(model="small", workers=2), ModelRow(model="large", workers=1)]
 STATUS = {"broker": "b"}
 NUMBERS = {"connections": 1, "answers": 1}
-#: What an answer says besides its text.
+#: The fields of an answer besides its text.
 ANSWER = {"reason": "stop", "id": "i", "model": "m", "tokens": 2, "prompt_tokens": 1, "worker": "w", "moves": 0,
           "queued_ms": 3}  # fmt: skip
 
 
 @dataclass(eq=False)
 class Question:
-    """What a connection asks of the mesh: "status", "models" or "infer". It waits until the test answers it."""
+    """One call to the mesh ("status", "models" or "infer"), which waits until the test answers it."""
 
     what: str
     prompt: str = ""
@@ -76,7 +76,7 @@ class FakeStream:
 
 
 class FakeMesh:
-    """A client whose questions are answered when the test does it."""
+    """A client whose calls are answered by the test."""
 
     def __init__(self) -> None:
         self.questions: list[Question] = []
@@ -281,7 +281,7 @@ def unpacked(data: bytes) -> list[dict[str, Any]]:
 
 
 def refusal(line: str | bytes, limits: ConnectionLimits | None = None) -> str:
-    """The line is refused, and the connection lives on."""
+    """The line is refused, and the connection stays open."""
     peer = Peer(limits)
     (reply,) = peer.say(line)
     assert reply["status"] == "error"
@@ -486,13 +486,13 @@ def test_a_peer_that_does_not_read_gets_no_more_of_a_stream() -> None:
     peer.do(peer.connection.pause_writing)
     for text in "xyz":
         peer.text(peer.asked[0], text)
-    assert len(objects(peer.written)) == 1, "the one piece that was on its way"
+    assert len(objects(peer.written)) == 1, "the one piece that was in flight"
     peer.do(peer.connection.resume_writing)
     assert "".join(line["token"] for line in objects(peer.written)) == "xyz"
 
 
 def test_many_short_replies_do_not_pile_up() -> None:
-    """Room is looked for before each command, not once for all that came in one read."""
+    """The limit is checked before each command, not once for everything in one read."""
 
     async def scenario() -> None:
         ours, theirs = socket.socketpair()
@@ -727,7 +727,7 @@ def test_an_object_may_be_so_long_and_no_longer() -> None:
 
 
 def test_an_object_that_never_ends_is_not_stored() -> None:
-    """It announces 4 GiB, and is accepted for as long as an object may be."""
+    """It announces 4 GiB, and is read up to the largest allowed object."""
     peer = Peer(ConnectionLimits(line_bytes=100_000))
     peer.say("BINARY")
     peer.send(b"\xc6\xff\xff\xff\xff")

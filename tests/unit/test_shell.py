@@ -307,7 +307,7 @@ def test_an_interrupt_ends_what_a_command_waits_for_and_not_the_next_command() -
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(forever(started))
         sender.join()
-        # A command that goes on asking after a Ctrl-C does not get an answer.
+        # A command that asks again after a Ctrl-C gets no answer.
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(seven())
         shell.line("# the next one")
