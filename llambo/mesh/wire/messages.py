@@ -565,4 +565,4 @@ WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineL
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that bring an extra frame of their own.
-WITH_BLOB = (InferenceRequest, Dispatch, Orphan)
+WITH_BLOB = frozenset({InferenceRequest, Dispatch, Orphan})
