@@ -192,7 +192,9 @@ def _gate() -> Target:
 # --- the engine's pipe -----------------------------------------------------------------------------------------
 
 
-def _pipe(name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker], union: Any) -> Target:
+def _pipe(
+    name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker[Any]], union: Any
+) -> Target:
     """Several messages, fed in two pieces that are cut anywhere."""
     whole = [proto.pack(message) for message in said]
     values = [msgpack.unpackb(frame[4:], strict_map_key=False) for frame in whole]

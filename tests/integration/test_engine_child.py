@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,7 +138,8 @@ def test_a_hang_is_silent_until_it_is_killed() -> None:
 def test_a_closed_pipe_ends_it() -> None:
     with engine(FakeOptions()) as child:
         assert isinstance(next(listen(child)), proto.Ready)
-        child.close_pipe()
+        with socket.socket(fileno=os.dup(child.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
         wait_until_gone(child.pid, TIMEOUT_S)
 
 

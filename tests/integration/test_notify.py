@@ -94,7 +94,7 @@ def test_a_line_reaches_the_journal_with_its_fields_or_else_stderr(
                 "LLAMBO_REQUEST": id,
                 "LLAMBO_LOGGER": "llambo.worker",
             }
-            handler.tell("w1 is ready")
+            handler.show("w1 is ready")
             assert parse(there.recv(65_536))["MESSAGE"] == "w1 is ready"
         assert capsys.readouterr().err == ""
     finally:

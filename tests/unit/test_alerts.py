@@ -42,7 +42,7 @@ def expressions() -> list[str]:
 
 
 def metric_of(name: str) -> Metric:
-    """Also by the names that a histogram's lines have."""
+    """Accepts the names of a histogram's series, too."""
     metric = METRICS.get(name) or METRICS.get(re.sub(r"_(bucket|sum|count)$", "", name))
     assert metric is not None, f"there is no metric {name}"
     assert (name != metric.name) == (metric.kind == "histogram"), f"{name} is a {metric.kind}"
@@ -104,5 +104,5 @@ def test_the_dashboard_can_be_imported() -> None:
     for panel in board["panels"]:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not cells & taken and at["x"] + at["w"] <= 24, f"{panel['title']} lies on another"
+        assert not cells & taken and at["x"] + at["w"] <= 24, f"{panel['title']} overlaps another"
         taken |= cells

@@ -80,7 +80,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """What a forge makes of headings: lower case, no punctuation, hyphens."""
+    """The anchor of a heading on GitHub: lower case, no punctuation, hyphens."""
     heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 

@@ -19,7 +19,7 @@ HERE, THERE = ("tiny", "box"), ("tiny", "shed")
 
 
 def fail(crashes: Crashes, times: int, now_ms: int = 0, where: tuple[str, str] = HERE) -> int:
-    """One attempt after the other, each begun as soon as it may be. When the last of them died."""
+    """One attempt after the other, each as soon as allowed. Returns when the last one died."""
     for number in range(times):
         now_ms = max(
             [now_ms, *(at for at in [crashes.next_wakeup_ms(now_ms)] if at and where in crashes.blocked(now_ms))]
@@ -61,7 +61,7 @@ def test_many_that_fail_together_are_not_many_in_a_row() -> None:
     assert text.startswith("2 have failed in a row, tiny-0049")
 
 
-def test_a_loop_is_told_with_its_log_tail() -> None:
+def test_a_loop_is_reported_with_the_end_of_its_log() -> None:
     crashes = Crashes()
     words = "\n".join(f"line {number}" for number in range(9)) + "\n\n"
     now_ms = fail(crashes, LOOP - 1)
@@ -88,7 +88,7 @@ def test_one_that_lasts_ends_the_row() -> None:
     crashes.note_ready("tiny-0007", now_ms + 30 * SECOND)
     assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS - 1) == []
     assert crashes.loops(now_ms)
-    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "it is news that it is well again"
+    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "its recovery is reported"
     assert not crashes.loops(now_ms) and not crashes.probing(now_ms + LASTED_MS)
 
 

@@ -1,4 +1,4 @@
-"""What the autoscaler is shown of what the broker tells, and what nodes are begun with."""
+"""What the autoscaler gets of the broker's answers, and the settings nodes are started with."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_one_that_keeps_failing_makes_room_at_once_and_says_why() -> None:
     assert plan.steps[0].why == "it keeps failing: killed by SIGSEGV"
 
 
-def test_nothing_is_done_where_nobody_gets() -> None:
+def test_nothing_is_done_on_a_host_that_is_away() -> None:
     tiny = a_class()
     away = replace(BOX, away="no route")
     plan = make(a_fleet(tiny), a_world(a_node("tiny-0001", tiny), box=away), counts(tiny=0))
@@ -291,7 +291,7 @@ def test_how_many_fit_is_how_many_are_placed(case: tuple[Fleet, World, Wanted]) 
         assert room.fit(kept, 1_000) == 0
 
 
-def test_sizes_are_told_as_people_say_them() -> None:
+def test_sizes_are_printed_with_units() -> None:
     assert [size(count) for count in (0, 4096, 412 * MIB, 8 * GIB, 2355 * MIB)] == [
         "0 KiB", "4 KiB", "412 MiB", "8 GiB", "2.3 GiB",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""One vocabulary, four places, and errors that name the place."""
+"""One set of names, four sources, and errors that name the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("broker", "worker", "client", "gateway", "bridge")
 def load(
     *, file: str | None = None, env: dict[str, str] | None = None, tmp: Path | None = None, **flags: Any
 ) -> settings.Settings:
-    """Settings from these places only, whatever this machine has."""
+    """Settings from these sources only, not from this machine's."""
     places = []
     if file is not None:
         assert tmp is not None

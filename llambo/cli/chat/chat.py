@@ -19,13 +19,12 @@ from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
 from llambo.cli.commands.send import read_stdin
-from llambo.cli.kit.answer_views import statistics_line
+from llambo.cli.kit.answer_views import StdoutWriter, statistics_line
 from llambo.cli.kit.command import Command, silence_stdout
 from llambo.cli.kit.common import Common, connect, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
-from llambo.cli.kit.follow import tell_link
-from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.follow import report_link
 from llambo.cli.kit.tables import duration, number, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -254,7 +253,7 @@ def _screen(out: StdoutWriter, question: str | None, as_json: bool, chosen: dict
 
 async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: Common) -> int:
     if common.verbose or sys.stderr.isatty():
-        chat.client.on_link = tell_link
+        chat.client.on_link = report_link
     try:
         await signals.run(chat.ask(clean(question)))
     except LlamboError:

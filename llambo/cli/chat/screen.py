@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from llambo.cli.chat.store import Turn
-from llambo.cli.kit.answer_views import Clock, JsonView, TextView, View
-from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.answer_views import Clock, JsonView, StdoutWriter, TextView, View
 from llambo.cli.kit.tables import duration
 from llambo.mesh.wire.errors import LlamboError, printable
 

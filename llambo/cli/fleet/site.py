@@ -18,7 +18,7 @@ import click
 
 from llambo.cli.kit.common import Common, address_of, key_of
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.std_streams import tell
+from llambo.cli.kit.std_streams import print_notice
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fleet_options(function: F) -> F:
 
 
 def say(text: str) -> None:
-    tell(f"fleet: {printable(text)}", err=False)
+    print_notice(f"fleet: {printable(text)}", err=False)
 
 
 def silent(text: str) -> None:

@@ -5,15 +5,18 @@ The JSON lines are a promise to scripts: fields may be added, none changes its m
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import select
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from llambo.cli.kit.stdout import StdoutWriter
 from llambo.cli.kit.tables import duration
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Piece, Stream
@@ -164,3 +167,83 @@ def statistics_line(answer: Answer, clock: Clock) -> str:
         f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
         f"worker {figures['worker'] or '?'}, {moves}, {figures['reason']}, id {figures['id']}"
     )
+
+
+# --- Writing an answer to stdout as it comes, without ever blocking the event loop. ---
+#
+# A pager that is not scrolled stops reading. A client that waited for it would miss its heartbeats, and the broker
+# would cancel its request. So what stdout does not take now is stored, and `room` waits for it; meanwhile the client
+# goes on, and the broker stores what it has no room for.
+
+#: A pipe that is writable takes as much as this at once (PIPE_BUF), so that a write does not block.
+WRITE_BYTES = 4_096
+#: What may be stored here before the reader has to wait.
+BACKLOG_BYTES = 64 * 1024
+
+
+class StdoutWriter:
+    """Belongs to one event loop. After its reader has left, `room` and `flush` raise BrokenPipeError."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._terminal = os.isatty(descriptor)
+        self._loop = asyncio.get_running_loop()
+        self._pending = bytearray()
+        self._watching = False
+        self._error: OSError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, text: str) -> None:
+        # A file gets the text of the model unchanged. A terminal must not act on control characters in it.
+        self.paint(printable(text) if self._terminal else text)
+
+    def paint(self, drawn: str) -> None:
+        """Text with control sequences of our own, for a terminal."""
+        self._pending += drawn.encode("utf-8", "replace")
+        if not self._watching:
+            self._push()
+
+    async def room(self) -> None:
+        await self._below(BACKLOG_BYTES)
+
+    async def flush(self) -> None:
+        await self._below(0)
+
+    def close(self) -> None:
+        """What was not written yet is lost."""
+        self._watch(False)
+
+    async def _below(self, level: int) -> None:
+        while self._error is None and len(self._pending) > level:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+
+    def _push(self) -> None:
+        try:
+            while self._pending and self._error is None:
+                if not select.select([], [self._descriptor], [], 0)[1]:
+                    self._watch(True)
+                    return
+                written = os.write(self._descriptor, self._pending[:WRITE_BYTES])
+                del self._pending[:written]
+        except OSError as error:
+            self._error = error
+        self._watch(False)
+        self._wake()
+
+    def _watch(self, wanted: bool) -> None:
+        if wanted and not self._watching:
+            self._loop.add_writer(self._descriptor, self._push_some)
+        elif self._watching and not wanted:
+            self._loop.remove_writer(self._descriptor)
+        self._watching = wanted
+
+    def _push_some(self) -> None:
+        self._push()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -27,8 +27,8 @@ from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
 from llambo.cli.kit.follow import end_signals
-from llambo.cli.kit.server_keys import WORKERS, folder_of, worker_key
-from llambo.cli.kit.std_streams import tell
+from llambo.cli.kit.std_streams import print_notice
+from llambo.cli.services.service import WORKERS, folder_of, worker_key
 from llambo.cli.services.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
 from llambo.mesh.service.host import exit_text, ready_line
@@ -236,7 +236,7 @@ class Child:
                 continue
             if not line:
                 return
-            tell(f"{self.name:<8} | {line.decode('utf-8', 'replace').rstrip()}")
+            print_notice(f"{self.name:<8} | {line.decode('utf-8', 'replace').rstrip()}")
 
 
 # --- All of them. ---
@@ -353,12 +353,12 @@ def show_first_commands(address: str, workers: int, url: str) -> None:
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
     say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     for words in ('send "What is AI?"', "status", "workers"):
-        tell(f"    llambo{flag} {words}", err=False)
+        print_notice(f"    llambo{flag} {words}", err=False)
     if url:
-        tell(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
+        print_notice(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
         say(f"the dashboard is at {url}/")
     say("Ctrl-C stops everything")
 
 
 def say(text: str) -> None:
-    tell(f"llambo up: {text}", err=False)
+    print_notice(f"llambo up: {text}", err=False)

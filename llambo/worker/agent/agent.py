@@ -53,7 +53,7 @@ READ_BYTES = 64 * 1024
 SIGNALS_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 #: How long a process that was killed, or closed its pipe, may take to be gone.
 REAP_S = 10.0
-#: Environment variables that hold a key, or say where one is.
+#: Environment variables that contain a key, or the path of one.
 SECRETS = (KEY_ENV, CREDENTIALS_ENV)
 
 
@@ -100,7 +100,7 @@ class EngineProcess:
         except OSError:
             self._pending.clear()
 
-    def read(self) -> list[Any] | None:
+    def read(self) -> list[proto.ToAgent] | None:
         """The messages that have arrived; None: the engine is gone. Raises BadFrame."""
         try:
             data = self._pipe.recv(READ_BYTES)
@@ -113,10 +113,6 @@ class EngineProcess:
     def kill(self) -> None:
         """Safe until it was reaped: until then no other process can have its id."""
         self._process.kill()
-
-    def close_pipe(self) -> None:
-        """The child exits when its pipe is closed."""
-        self._pipe.close()
 
     def reap(self) -> tuple[str, bool]:
         """Wait until it is gone. Returns how it ended, for people, and whether it was ended from outside.

@@ -1,7 +1,7 @@
 """An engine without a model: its tokens are hashes, its pace and its faults are options.
 
 It proves what a model cannot: see `fake_model`. It is a core: `step(now_ms)` returns the outputs that are due,
-`next_wakeup_ms` says when to call it again, and after each step `fault` says whether the process has to crash or hang
+`next_wakeup_ms` is when to call it again, and after each step `fault` is set if the process has to crash or hang
 now. The engine child does that, the simulator imitates it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
@@ -18,7 +17,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
 from llambo.worker.engine.fake_model import START, piece_of, pieces_of
-from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
+from llambo.worker.engine.protocol import ALIVE_MS, Fault, Output, Ready, Refused, Start, TaskRefused
 
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
@@ -56,7 +55,7 @@ class FakeEngine:
     """Times are whole milliseconds of any clock."""
 
     def __init__(self, options: FakeOptions, model: str = "fake") -> None:
-        self.fault: Literal["crash", "hang"] | None = None
+        self.fault: Fault | None = None
         #: The key of the poisonous sequence that has killed it.
         self.poisoned = b""
         self.tokens = 0
@@ -89,7 +88,7 @@ class FakeEngine:
         if start.task != "generate":
             try:
                 sequence.result = fake_model.result_of(start, self._options, self._model)
-            except fake_model.BadTask as error:
+            except TaskRefused as error:
                 return Refused(start.key, error.info, final=True)
             sequence.limit, sequence.reason = len(sequence.result), "stop"
         if not self._sequences:

@@ -45,7 +45,7 @@ RENDER_BYTES = 256 * 1024 * 1024
 
 
 class BadPrompt(Exception):
-    """The prompt or the model's template cannot be used; the text says why."""
+    """The prompt or the model's template cannot be used; the text gives the reason."""
 
 
 class TooLong(BadPrompt):

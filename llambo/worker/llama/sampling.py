@@ -36,22 +36,14 @@ from numpy.typing import NDArray
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.messages import Sampling
 from llambo.mesh.wire.tokens import LOWEST_LOGPROB, Logprob, TopToken
+from llambo.worker.engine.protocol import GOLDEN, MASK_64, mix
 
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 #: Purposes of a random number: two uses at one index are independent.
 TOKEN, XTC = 1, 2
 
 
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
 def base(seed: int, index: int, purpose: int) -> int:
-    return _mix((_mix((seed + _GOLDEN) & _MASK) + index * _GOLDEN + purpose) & _MASK)
+    return mix((mix((seed + GOLDEN) & MASK_64) + index * GOLDEN + purpose) & MASK_64)
 
 
 def uniform(seed: int, index: int, purpose: int) -> float:
@@ -60,8 +52,8 @@ def uniform(seed: int, index: int, purpose: int) -> float:
 
 
 def gumbel(seed: int, index: int, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-    """One number for each token."""
-    value = tokens.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(base(seed, index, TOKEN))
+    """One number for each token: `mix` as above, for a whole array."""
+    value = tokens.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(base(seed, index, TOKEN))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     value ^= value >> np.uint64(31)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -17,9 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
-from llambo.worker.config import LlamaOptions, mesh_name
+from llambo.mesh.wire.tokens import UNDECODABLE
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import gguf
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 
@@ -41,7 +43,7 @@ READ_BYTES = 64 * MIB
 
 
 class NoSuchModel(Exception):
-    """The name is neither a file nor an installed model; the text says what was searched."""
+    """The name is neither a file nor an installed model; the text lists what was searched."""
 
 
 def find(model: str) -> Path:
@@ -67,11 +69,6 @@ def packaged(model: str) -> Path | None:
     return None
 
 
-def name_of(model: str) -> str:
-    """The name of the model in the mesh."""
-    return mesh_name(model)
-
-
 def installed() -> bool:
     """Whether llama.cpp is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
@@ -80,11 +77,22 @@ def installed() -> bool:
 @dataclass(frozen=True, slots=True)
 class Layout:
     slots: int
+    #: Tokens per slot.
     context: int
     batch: int
     threads: int
+    kv_type: str
+    flash_attn: str
     need_bytes: int
     free_bytes: int
+
+    def __str__(self) -> str:
+        """For the log."""
+        return (
+            f"{self.slots} slots of {self.context} tokens, {self.threads} threads, {self.batch} tokens in a step, "
+            f"{self.kv_type} cache, flash attention {self.flash_attn}; "
+            f"needs {self.need_bytes // MIB} MiB of {self.free_bytes // MIB}"
+        )
 
 
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
@@ -96,7 +104,16 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     if need > free_bytes and not options.gpu_layers:
         raise BadModelFile(_too_large(options, file, context, free_bytes))
     batch = max(options.batch, options.slots)
-    return Layout(options.slots, context, batch, options.threads or cores, need, free_bytes)
+    return Layout(
+        slots=options.slots,
+        context=context,
+        batch=batch,
+        threads=options.threads or cores,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+        need_bytes=need,
+        free_bytes=free_bytes,
+    )
 
 
 def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
@@ -130,12 +147,8 @@ def fingerprint(
 ) -> str:
     """Equal only for workers that can continue each other's answers: same weights, template and context."""
     template = hashlib.sha256(file.template.encode()).hexdigest()[:8]
-    quant = file.meta.get("general.file_type", "?")
-    return (
-        f"{file.architecture}-{quant}-{context}-{kv_type}-{digest(file.path, on_progress=on_progress)[:32]}-{template}"[
-            : limits.NAME_CHARS
-        ]
-    )
+    quant, weights = file.meta.get("general.file_type", "?"), digest(file.path, on_progress=on_progress)[:32]
+    return f"{file.architecture}-{quant}-{context}-{kv_type}-{weights}-{template}"[: limits.NAME_CHARS]
 
 
 def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
@@ -171,11 +184,9 @@ def _cache_file() -> Path:
 
 def _known(cache: Path) -> dict[str, str]:
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return msgspec.json.decode(cache.read_bytes(), type=dict[str, str])
+    except (OSError, *UNDECODABLE):
         return {}
-    good = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
-    return known if good else {}
 
 
 def _remember(cache: Path, known: dict[str, str]) -> None:
@@ -183,14 +194,11 @@ def _remember(cache: Path, known: dict[str, str]) -> None:
     part = cache.with_suffix(f".{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known), encoding="utf-8")
+        part.write_bytes(msgspec.json.encode(known))
         part.replace(cache)
     except OSError as error:
-        log.warning(
-            "the digest of the model is not cached, and is computed again at the next start: %s: %s",
-            cache,
-            error.strerror,
-        )
+        text = "the digest of the model is not cached, and is computed again at the next start"
+        log.warning("%s: %s: %s", text, cache, error.strerror)
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
@@ -253,8 +261,8 @@ def look_at(model: str, path: Path, where: str, options: LlamaOptions, free_byte
     except BadModelFile as error:
         problem = problem or _without_path(str(error), str(path))
     return Found(
-        model, str(path), where, _all_parts(path, file), file.architecture, _quantisation(file), file.trained_context,
-        problem,
+        model, str(path), where, _all_parts(path, file), file.architecture,
+        quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem,
     )  # fmt: skip
 
 
