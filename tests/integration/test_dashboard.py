@@ -88,59 +88,50 @@ def test_a_gateway_that_stops_lets_its_viewers_go(mesh: Mesh) -> None:
         assert data_of(events(response)[-1])["over"]["text"] == "the gateway is stopping"
 
 
-def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
+async def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
     asked = 0
+    watches = Watches(lambda: False)
+    async with mesh.client() as client:
 
-    async def scenario() -> None:
-        nonlocal asked
-        watches = Watches(lambda: False)
-        async with mesh.client() as client:
+        async def connect() -> Client:
+            nonlocal asked
+            asked += 1
+            return client
 
-            async def connect() -> Client:
-                nonlocal asked
-                asked += 1
-                return client
-
-            async with (
-                client.stream("news, five times a second", max_tokens=4_000),
-                watches.viewing("", connect) as first,
-                watches.viewing("", connect) as second,
-            ):
-                assert first is second
-                quick, slow = first.events(), second.events()
-                assert content_of(await anext(slow))["whole"]
-                assert content_of(await anext(quick))["whole"]
-                for _ in range(3):
-                    assert "whole" not in content_of(await anext(quick))
-                # It is given all at once, and then it goes on with the changes.
-                assert content_of(await anext(slow))["whole"]
-                assert "whole" not in content_of(await anext(slow))
-            rounds = asked
-            assert not first.viewers and watches.viewers == 0
-            # Without a viewer there are no queries: no task that sends them is left on the loop.
-            assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
-            assert asked == rounds
-
-    mesh.run(scenario())
-
-
-def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "VIEWERS", 3)
-
-    async def scenario() -> None:
-        watches = Watches(lambda: False)
-        async with mesh.client() as client, AsyncExitStack() as stack:
-
-            async def connect() -> Client:
-                return client
-
+        async with (
+            client.stream("news, five times a second", max_tokens=4_000),
+            watches.viewing("", connect) as first,
+            watches.viewing("", connect) as second,
+        ):
+            assert first is second
+            quick, slow = first.events(), second.events()
+            assert content_of(await anext(slow))["whole"]
+            assert content_of(await anext(quick))["whole"]
             for _ in range(3):
-                await stack.enter_async_context(watches.viewing("", connect))
-            with pytest.raises(LlamboError) as refused:
-                await stack.enter_async_context(watches.viewing("other", connect))
-            assert refused.value.code is Code.BUSY
+                assert "whole" not in content_of(await anext(quick))
+            # It is given all at once, and then it goes on with the changes.
+            assert content_of(await anext(slow))["whole"]
+            assert "whole" not in content_of(await anext(slow))
+        rounds = asked
+        assert not first.viewers and watches.viewers == 0
+        # Without a viewer there are no queries: no task that sends them is left on the loop.
+        assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
+        assert asked == rounds
 
-    mesh.run(scenario())
+
+async def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "VIEWERS", 3)
+    watches = Watches(lambda: False)
+    async with mesh.client() as client, AsyncExitStack() as stack:
+
+        async def connect() -> Client:
+            return client
+
+        for _ in range(3):
+            await stack.enter_async_context(watches.viewing("", connect))
+        with pytest.raises(LlamboError) as refused:
+            await stack.enter_async_context(watches.viewing("other", connect))
+        assert refused.value.code is Code.BUSY
 
 
 def content_of(event: bytes) -> dict[str, Any]:

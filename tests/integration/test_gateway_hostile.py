@@ -266,7 +266,9 @@ def test_websockets_count_as_well(mesh: Mesh) -> None:
         (b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nx", b""),
     ],
 )
-def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, begins: bytes, status: bytes) -> None:
+async def test_who_never_comes_to_the_point_is_cut(
+    monkeypatch: pytest.MonkeyPatch, begins: bytes, status: bytes
+) -> None:
     monkeypatch.setattr(gateway_server, "HEAD_S", 0.2)
     monkeypatch.setattr(gateway_server, "BODY_S", 0.2)
 
@@ -277,23 +279,19 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
 
-    async def cut() -> bytes:
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
-        async with server, asyncio.timeout(TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            found = b""
-            for number, part in enumerate(begins.split(b"|")):
-                if number:
-                    found += await reader.readuntil(b"\r\n\r\n")
-                writer.write(part)
-            with suppress(ConnectionResetError):
-                found += await reader.read()
-            writer.close()
-            return found
-
-    found = asyncio.run(cut())
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+    async with server, asyncio.timeout(TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        found = b""
+        for number, part in enumerate(begins.split(b"|")):
+            if number:
+                found += await reader.readuntil(b"\r\n\r\n")
+            writer.write(part)
+        with suppress(ConnectionResetError):
+            found += await reader.read()
+        writer.close()
     assert found.split(b" ", 2)[1:2] == ([status] if status else []), found
 
 
