@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
-import openai
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
-from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from llambo.testing.mesh import Mesh
@@ -22,6 +18,12 @@ from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.engine_options import LlamaOptions
 from tests.integration.gateway_process import GatewayProcess, data_of, events
+
+if TYPE_CHECKING:  # importing the packages takes seconds, and each test process collects this file
+    import anthropic
+    import openai
+    from anthropic.types import Message
+    from openai.types.responses import Response
 
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=2, context=1024, threads=1))
 MODEL = "smollm2"
@@ -47,12 +49,16 @@ def gateway() -> Iterator[GatewayProcess]:
 
 @pytest.fixture(scope="module")
 def claude(gateway: GatewayProcess) -> Iterator[anthropic.Anthropic]:
+    import anthropic
+
     with anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def gpt(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
@@ -131,6 +137,8 @@ def test_a_tool_of_claude(claude: anthropic.Anthropic, stream: bool) -> None:
 
 
 def test_errors_of_claude(claude: anthropic.Anthropic) -> None:
+    import anthropic
+
     image: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.content\[0\]\.type") as bad:
         claude.messages.create(**say("", messages=[{"role": "user", "content": [image]}]))
@@ -143,6 +151,8 @@ def test_errors_of_claude(claude: anthropic.Anthropic) -> None:
 
 
 def test_every_event_of_a_message_is_one_that_the_package_knows(gateway: GatewayProcess) -> None:
+    from anthropic.types import Message, RawMessageStreamEvent
+
     adapter: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
     plain = {"model": MODEL, "max_tokens": 16, "messages": [{"role": "user", "content": "Rain in Oslo?"}]}
     called = {**plain, "max_tokens": 60, "tools": [TOOL], "tool_choice": {"type": "any"}}
@@ -225,6 +235,8 @@ def test_a_function_of_gpt(gpt: openai.OpenAI, stream: bool) -> None:
 
 
 def test_a_conversation_by_the_id_of_its_last_response(gpt: openai.OpenAI) -> None:
+    import openai
+
     first = gpt.responses.create(**SHORT, input=CAPITAL)
     assert gpt.responses.retrieve(first.id).output_text == first.output_text
     second = gpt.responses.create(**SHORT, input="And of Italy?", previous_response_id=first.id)
@@ -243,6 +255,8 @@ def test_a_conversation_by_the_id_of_its_last_response(gpt: openai.OpenAI) -> No
 
 
 def test_errors_of_gpt(gpt: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as bad:
         gpt.responses.create(**{**SHORT, "temperature": 9.0}, input="x")
     assert bad.value.param == "temperature"
@@ -252,6 +266,8 @@ def test_errors_of_gpt(gpt: openai.OpenAI) -> None:
 
 
 def test_every_event_of_a_response_is_one_that_the_package_knows(gateway: GatewayProcess) -> None:
+    from openai.types.responses import Response, ResponseStreamEvent
+
     adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     logprobs = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     called = {"tools": [FUNCTION], "tool_choice": "required", "max_output_tokens": 60}
