@@ -32,7 +32,7 @@ from bench.streams import (
 )
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import model_files
 
 STREAMS = (1, 4, 8, 16)
@@ -68,7 +68,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
     tokens = options.tokens
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
-        safe = "safe settings" in str(worker["note"])
+        safe = "safe settings" in str(worker.note)
         path = model_files.find(MODEL)
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
         repacking = "no repacking" if safe else "repacking allowed"

@@ -30,10 +30,9 @@ from llambo import Client, LlamboError
 from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
+from llambo.worker.config import LlamaOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaOptions
-from llambo.worker.llama.llama_engine import LlamaEngine
-from llambo.worker.llama.llama_load import load
+from llambo.worker.llama.llama_engine import LlamaEngine, load
 
 SLOTS, CONTEXT, BATCH = 8, 1024, 128
 TALE = "the llama crosses a mountain in winter and sings of snow while seven birds listen to it"
@@ -260,10 +259,10 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
                 tasks.create_task(asker(client))
         began = time.perf_counter()
         async with asyncio.timeout(LIMIT_S):
-            while (found := await client.status())["busy"] or found["running"] or found["waiting"]:  # noqa: ASYNC110
+            while (found := await client.status()).busy or found.running or found.waiting:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
-        if found["transcript_bytes"]:
-            raise Books(f"{found['transcript_bytes']} bytes of transcripts are still held")
+        if found.transcript_bytes:
+            raise Books(f"{found.transcript_bytes} bytes of transcripts are still held")
         idle_ms = (time.perf_counter() - began) * 1000
         # All slots at a time, once more: as many as ever can be used.
         async with asyncio.timeout(LIMIT_S):

@@ -35,8 +35,7 @@ from bench.processes import ROOT, Node
 from llambo import LlamboError, SyncClient
 from llambo.mesh.client.client import Options
 from llambo.testing.processes import Process
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 
 OPTIONS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
 #: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.

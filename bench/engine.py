@@ -11,9 +11,9 @@ from msgspec import convert
 from bench.streams import CHANCE, Timed, prompt, summary
 from llambo.mesh.service.host import physical_cores
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.agent.engine_process import EngineProcess
+from llambo.worker.agent.agent import EngineProcess
+from llambo.worker.config import LlamaOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaOptions
 
 STREAMS = (1, 2, 4, 8, 16)
 #: A step that takes longer is a stall.

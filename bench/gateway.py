@@ -21,7 +21,7 @@ from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_str
 from llambo import Client
 from llambo.mesh.service import host
 from llambo.testing.processes import cpu_s
-from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions
 from llambo.worker.models import model_files
 
 STREAMS = (1, 8, 32)
@@ -59,7 +59,7 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
     door = stack.enter_context(Node("gateway", {"broker": ours.address}))
     async with Client(ours.address) as client:
         (worker,) = await client.workers()
-        safe = "safe settings" in str(worker["note"])
+        safe = "safe settings" in str(worker.note)
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {options.tokens} tokens a stream"
         print(f"gateway: SmolLM2-135M Q4_1, {shape}")
         tokens = options.tokens

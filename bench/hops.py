@@ -22,7 +22,7 @@ from bench.mesh import mesh
 from bench.streams import CHANCE, prompt
 from llambo import Client
 from llambo.mesh.service.host import physical_cores
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 
 #: Requests before those that count.
 WARM = 20

@@ -196,7 +196,7 @@ def count(outcome: Outcome, stream: Watched, what: str) -> None:
 async def all_ready(client: Client) -> None:
     """An engine that was killed is restarted by its agent: the next round waits until all workers are ready."""
     async with asyncio.timeout(ROUND_S):
-        while (await client.status())["ready"] < WORKERS:  # noqa: ASYNC110  # the broker can only be asked
+        while (await client.status()).ready < WORKERS:  # noqa: ASYNC110  # the broker can only be asked
             await asyncio.sleep(0.05)
 
 

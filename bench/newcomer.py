@@ -18,7 +18,7 @@ from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import model_files
 
 RUNNING = 7
@@ -119,7 +119,7 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
     with mesh(engine_options) as ours:
         async with Client(ours.address) as client:
             (worker,) = await client.workers()
-            safe = "safe settings" in str(worker["note"])
+            safe = "safe settings" in str(worker.note)
             texts = [await sized(client, options.tokens, turn) for turn in range(options.rounds)]
             for turn, text in enumerate(texts):
                 found["mesh"].append(await in_mesh(client, text, turn))

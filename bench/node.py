@@ -22,8 +22,7 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.host import end_with_parent
 from llambo.worker.agent.agent import run_worker
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions, WorkerConfig
 
 #: As in the broker: messages taken from one socket before the others get a turn.
 DRAIN = 512

@@ -23,7 +23,7 @@ from llambo.mesh.link.link import Link
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.worker import engine_child
-from llambo.worker.agent import engine_process
+from llambo.worker.agent import agent as worker_agent
 from llambo.worker.agent import events as we
 from llambo.worker.agent.core import WorkerCore
 from llambo.worker.engine import protocol as proto
@@ -138,9 +138,9 @@ def trace_broker() -> None:
 
 def trace_worker() -> None:
     trace = Trace(os.environ[FOLDER])
-    engine_process.MODULE = "bench.traced_engine"
+    worker_agent.MODULE = "bench.traced_engine"
     trace.before(WorkerCore, "handle", "agent heard", _said(we.ControlArrived, m.Dispatch))
-    trace.after(engine_process.EngineProcess, "push", "agent ordered", lambda a: a[0].wants_to_write)
+    trace.after(worker_agent.EngineProcess, "push", "agent ordered", lambda a: a[0].wants_to_write)
     trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
     trace.after(Link, "_publish", "agent passed", lambda a: _chunks(a[1]))
 

@@ -18,7 +18,7 @@ from bench.streams import CHANCE
 from llambo import Client
 from llambo.mesh.client.client import Answer
 from llambo.mesh.service import host
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 
 SLOTS, CONTEXT = 4, 4096
 

@@ -69,7 +69,7 @@ def broker_metrics() -> str:
 
 
 def gateway_metrics() -> str:
-    from llambo.gateway.observe.gateway_metrics import TABLE
+    from llambo.gateway.gateway_metrics import TABLE
 
     return table(TABLE)
 

@@ -63,25 +63,12 @@ def tag_of(message: type[m.Message]) -> str:
     return str(message.__struct_config__.tag)
 
 
-def directions_of(message: type[m.Message]) -> list[str]:
-    return [direction for direction, union in DIRECTIONS.items() if message in union]
-
-
 def message_index() -> str:
-    """Every message: who says it to whom, and its meaning in a sentence."""
-    lines = ["| type | who says it | in a sentence |", "| --- | --- | --- |"]
-    for message in m.Message.__subclasses__():
-        extra = (
-            " It brings an extra frame." if message in m.WITH_BLOB and "extra frame" not in _summary(message) else ""
-        )
-        lines.append(f"| `{tag_of(message)}` | {', '.join(directions_of(message))} | {_summary(message)}{extra} |")
+    """Every message, by who sends it to whom."""
+    lines = ["| direction | messages |", "| --- | --- |"]
+    for direction, union in DIRECTIONS.items():
+        lines.append(f"| {direction} | {', '.join(f'`{tag_of(message)}`' for message in union)} |")
     return "\n".join(lines)
-
-
-def _summary(struct: type[msgspec.Struct]) -> str:
-    # A struct without a docstring of its own has its signature as one, or its parent's.
-    text = struct.__dict__.get("__doc__") or ""
-    return "" if "(" in text.split(" ")[0] else " ".join(text.split("\n\n")[0].split())
 
 
 def field_table(struct: type[msgspec.Struct]) -> str:

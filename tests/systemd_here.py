@@ -1,7 +1,7 @@
-"""What of systemd there is on this machine, and what becomes of the tests that need more.
+"""Which parts of systemd this machine has. Tests that need a missing part are not collected.
 
-Without it they are not there at all, and the head of the run says so: nobody has to install systemd to work on a mesh.
-Where TESTS_REQUIRE_SYSTEMD is set, as in CI, they are there whatever is missing, and fail.
+The header of the test run lists what is missing, so that systemd is no condition for work on a mesh.
+With TESTS_REQUIRE_SYSTEMD set, as in CI, they are collected whatever is missing, and fail.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def hindrance_to_run() -> str:
 
 @cache
 def hindrance_to_reach() -> str:
-    """Hosts of our own, each with a service manager and a door for ssh."""
+    """What the hosts of a test need: a service manager and an ssh server each."""
     missing = [name for name in ("ssh", SSHD) if shutil.which(name) is None]
     if missing and not os.environ.get(REQUIRED):
         return f"there is no {missing[0]}"
@@ -37,11 +37,11 @@ def hindrance_to_reach() -> str:
 
 
 def report() -> list[str]:
-    said = []
+    lines = []
     if why := hindrance_to_analyze():
-        said.append(f"no tests of the units by systemd-analyze: {why}")
+        lines.append(f"no tests of the units by systemd-analyze: {why}")
     if why := hindrance_to_run():
-        said.append(f"no tests under a service manager: {why}")
+        lines.append(f"no tests under a service manager: {why}")
     elif why := hindrance_to_reach():
-        said.append(f"no tests of a fleet on hosts that are reached by ssh: {why}")
-    return said
+        lines.append(f"no tests of a fleet on hosts that are reached by ssh: {why}")
+    return lines

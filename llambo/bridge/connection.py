@@ -20,6 +20,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from llambo.bridge import protocol
 from llambo.bridge.protocol import Command, LineParser, Mistake, ObjectParser, Parsed, Parser, Reply, Tag
 from llambo.mesh.client.client import Client
@@ -247,15 +249,15 @@ class Connection(asyncio.Protocol):
         return protocol.ok("up", {"model": self._model, "bridge": self._bridge.numbers(), "mesh": mesh})
 
     async def _load(self, model: str) -> Reply:
-        served: list[dict[str, Any]] = await self._bridge.client.query("models")
-        found = next((row for row in served if row.get("model") == model), None)
+        served = await self._bridge.client.models()
+        found = next((row for row in served if row.model == model), None)
         if found is None:
-            names = ", ".join(str(row.get("model")) for row in served) or "none"
+            names = ", ".join(row.model for row in served) or "none"
             return protocol.error_reply(
                 ErrorInfo(Code.UNKNOWN_MODEL, f"no worker has {model}; there is {names}"[:2_000])
             )
         self._model = model
-        return protocol.ok("loaded", found)
+        return protocol.ok("loaded", msgspec.structs.asdict(found))
 
     async def _infer(self, command: Command) -> Reply:
         prompt, options = protocol.request_of(command, self._model)

@@ -1,4 +1,4 @@
-"""`llambo`: the commands for people and scripts. Each is a small file of its own, imported when it is called."""
+"""`llambo`: the commands for people and scripts. Each is imported when it is called."""
 
 from __future__ import annotations
 
@@ -7,34 +7,37 @@ import click
 from llambo.cli.kit.command import Group
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
 
-COMMANDS = (
-    "send",
-    "chat",
-    "attach",
-    "cancel",
-    "status",
-    "workers",
-    "models",
-    "tokens",
-    "embed",
-    "requests",
-    "why",
-    "events",
-    "metrics",
-    "drain",
-    "shell",
-    "top",
-    "bridge",
-)
-LOCAL = ("config", "up", "fleet", "gateway", "keys", "systemd")
-#: Where a command is that is not in `commands`.
-ROOMS = {
-    "chat": "chat",
-    "shell": "shell",
-    "top": "top",
-    "fleet": "fleet",
-    **dict.fromkeys(("bridge", "up", "gateway", "systemd"), "services"),
+#: The commands that ask the mesh, and the module of each, in the order of the help.
+COMMANDS = {
+    "send": "commands.send",
+    "chat": "chat.chat",
+    "attach": "commands.send",
+    "cancel": "commands.requests",
+    "status": "commands.status",
+    "workers": "commands.workers",
+    "models": "commands.models",
+    "tokens": "commands.tokens",
+    "embed": "commands.tokens",
+    "requests": "commands.requests",
+    "why": "commands.requests",
+    "events": "commands.status",
+    "metrics": "commands.status",
+    "drain": "commands.workers",
+    "shell": "shell.shell",
+    "top": "top.top",
+    "bridge": "services.bridge",
 }
+#: Those that work on this machine.
+LOCAL = {
+    "config": "commands.config",
+    "up": "services.up",
+    "fleet": "fleet.fleet",
+    "gateway": "services.gateway",
+    "keys": "commands.keys",
+    "systemd": "services.systemd",
+}
+#: Where each command is, for `load`.
+PLACES = {name: f"llambo.cli.{module}:{name}" for name, module in (COMMANDS | LOCAL).items()}
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine
@@ -54,7 +57,7 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 
 @click.group(
     cls=Group,
-    lazy={name: f"llambo.cli.{ROOMS.get(name, 'commands')}.{name}:{name}" for name in (*COMMANDS, *LOCAL)},
+    lazy=PLACES,
     exit_codes=True,
     examples=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -1,7 +1,10 @@
-"""The gateway as an ASGI application: which path leads where.
+"""The gateway as an ASGI application: which path leads where, and the OpenAPI document about it.
 
 Litestar routes, limits bodies and handles CORS. msgspec decodes the bodies, strictly and once; the answers are ASGI
 applications of their own (see `answers.asgi`).
+
+Litestar makes the OpenAPI document of the routes. It describes its own errors, which this gateway never sends, and
+cannot see what our ASGI applications answer: `completed` adds the errors, and what else a 200 may contain.
 """
 
 from __future__ import annotations
@@ -37,26 +40,26 @@ from llambo.gateway.answers.api_errors import (
     shape_of,
 )
 from llambo.gateway.answers.asgi import CODE_KEY, Later, Streaming, Whole
-from llambo.gateway.answers.feed import Arrival, Feeds
-from llambo.gateway.answers.rendering import parse_event_id
+from llambo.gateway.answers.feed import Arrival, Feeds, parse_event_id
+from llambo.gateway.answers.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
 from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, responses
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.gateway.apis.responses import ResponsesRequest
 from llambo.gateway.config import GatewayConfig
 from llambo.gateway.dashboard import routes
-from llambo.gateway.dashboard.watches import Watches
-from llambo.gateway.http.middleware import CALLER_KEY, Middleware
-from llambo.gateway.http.openapi import completed
-from llambo.gateway.http.origins import Origins
-from llambo.gateway.http.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
-from llambo.gateway.observe.gateway_metrics import GatewayMetrics
+from llambo.gateway.dashboard.routes import Watches
+from llambo.gateway.gateway_metrics import GatewayMetrics
+from llambo.gateway.middleware import CALLER_KEY, Middleware, Origins
 from llambo.mesh.client.client import Client
 from llambo.mesh.service import prometheus
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import ModelRow
 
 if TYPE_CHECKING:
-    from llambo.gateway.observe.otel import OtelTraces
+    from llambo.gateway.tracing import OtelTraces
+
+
+from llambo.gateway.answers.api_errors import Shape
 
 log = logging.getLogger(__name__)
 
@@ -361,3 +364,85 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
     request.scope[CODE_KEY] = found.code.value  # type: ignore[literal-required]
     reply = error_reply(found, shape_of(request.scope["path"]))
     return Response(reply.body, status_code=reply.status, headers=reply.headers, media_type="application/json")
+
+
+_TEXT = {"type": "string"}
+_OBJECT = {"type": "object"}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+ERRORS: dict[Shape, dict[str, Any]] = {
+    "openai": {
+        "title": "An error in the shape of OpenAI's API",
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["message", "type", "param", "code"],
+                "properties": {
+                    "message": _TEXT,
+                    "type": _TEXT,
+                    "param": {**_MAYBE_TEXT, "description": "The field that is wrong"},
+                    "code": _MAYBE_TEXT,
+                    "hint": {**_TEXT, "description": "What to do about it"},
+                },
+            }
+        },
+    },
+    "anthropic": {
+        "title": "An error in the shape of Anthropic's API",
+        "type": "object",
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": _TEXT, "message": _TEXT},
+            },
+        },
+    },
+}  # fmt: skip
+_SOME = {"type": "array", "minItems": 1, "maxItems": 128}
+_IDS = {**_SOME, "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
+#: A text, texts, the token ids of a text, or lists of token ids; msgspec has no such union.
+TEXTS = {"anyOf": [{**_TEXT, "minLength": 1}, {**_SOME, "items": {**_TEXT, "minLength": 1}}, _IDS,
+                   {**_SOME, "items": _IDS}]}  # fmt: skip
+#: Paths whose answer may be a stream.
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+
+
+def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
+    """`tokens`: an API token is required."""
+    components = document["components"]
+    components["schemas"] |= {_name(shape): schema for shape, schema in ERRORS.items()}
+    components["schemas"]["CompletionRequest"]["properties"]["prompt"] = TEXTS
+    components["schemas"]["EmbeddingRequest"]["properties"]["input"] = TEXTS
+    if not tokens:
+        components.pop("securitySchemes", None)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            responses = operation["responses"]
+            responses.pop("400", None)
+            if path.startswith("/v1/"):
+                responses |= {
+                    "4XX": _error(path, "The request is invalid"),
+                    "5XX": _error(path, "The mesh cannot answer now"),
+                }
+            elif path == "/readyz":
+                responses["503"] = {**responses["200"], "description": "No worker is ready"}
+            if path in STREAMED and method == "post":
+                responses["200"]["content"] = {"application/json": {"schema": _OBJECT}, "text/event-stream": {}}
+            elif path.startswith("/v1/"):
+                responses["200"]["content"] = {"application/json": {"schema": _OBJECT}}
+            if not tokens:
+                operation.pop("security", None)
+    return document
+
+
+def _error(path: str, what: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{_name(shape_of(path))}"}
+    return {"description": what, "content": {"application/json": {"schema": schema}}}
+
+
+def _name(shape: Shape) -> str:
+    return {"openai": "OpenAIError", "anthropic": "AnthropicError"}[shape]

@@ -1,4 +1,9 @@
-"""The gateway as a process: a listening socket, and uvicorn with the application."""
+"""The gateway as a process: a listening socket, and uvicorn with the application.
+
+`TimeoutProtocol` limits the time and the bytes of a request that is still arriving: uvicorn itself waits without limit
+for a request to be complete, and stores whatever its head, or the trailers of its body, grow to. Anybody can make use
+of that, because no token has been checked by then.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +13,118 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
-from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
-from llambo.gateway.observe.tracing import traces_of
 from llambo.mesh.service import clock
 from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire.errors import Code, LlamboError
+
+#: The line and the headers of a request; also what lies between the parts of a body, and its trailers.
+HEAD_BYTES = 64 * 1024
+#: From the start of a connection, or the first byte of a request, until its head is complete; and then to its end.
+HEAD_S, BODY_S = 20.0, 120.0
+#: A connection that acknowledges nothing of what was sent to it for this long is closed.
+UNACKNOWLEDGED_S = 60.0
+
+
+class TimeoutProtocol(HttpToolsProtocol):
+    _timer: asyncio.TimerHandle | None = None
+    #: Bytes since the request began that belong to no body.
+    _head_bytes = 0
+    _in_request = _got_body = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer(HEAD_S)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._got_body = False
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._timer is None and not self._idle:
+            return
+        if self._timer is None:  # empty lines begin no request, and would keep the connection open without limit
+            self._start_timer(HEAD_S)
+        if self._in_request and not self._got_body:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(431)
+
+    @property
+    def _idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_request, self._head_bytes = True, 0
+        self._start_timer(HEAD_S)
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        self._start_timer(BODY_S)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._got_body = True
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_request = False
+        self._stop_timer()
+        super().on_message_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        self._stop_timer()
+        super().handle_websocket_upgrade()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._timed_out, seconds)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _timed_out(self, seconds: float) -> None:
+        if self.flow.read_paused:  # the delay is ours: we do not read at present
+            self._start_timer(seconds)
+            return
+        self._refuse(408)
+
+    def _refuse(self, status: int) -> None:
+        """While the application handles a request, it learns of the end as of any connection that the client closes."""
+        self._stop_timer()
+        if self._idle:
+            head = STATUS_LINE[status] + b"content-length: 0\r\nconnection: close\r\n\r\n"
+            self.transport.write(head)
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+
+def set_tcp_user_timeout(listener: socket.socket, seconds: float = UNACKNOWLEDGED_S) -> None:
+    """The kernel closes connections that acknowledge nothing. They inherit the option from the listening socket."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1_000))
+
+
+if TYPE_CHECKING:
+    from llambo.gateway.tracing import OtelTraces
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +187,30 @@ def check_tls(cert: str, key: str) -> None:
     except (OSError, ssl.SSLError) as error:
         files = f"{cert} and {key}" if key else cert
         raise LlamboError(Code.BAD_SETTING, f"{files} cannot be used for TLS: {error.strerror or error}") from error
+
+
+def traces_of(environ: Mapping[str, str]) -> OtelTraces | None:
+    """None: the standard variables of OpenTelemetry do not say where to send traces.
+
+    `OTEL_EXPORTER_OTLP_ENDPOINT` does, or `OTEL_TRACES_EXPORTER=otlp` for a collector on this host. Raises LlamboError
+    if the variables ask for what is not supported, or if the extra `otel` is not installed.
+    """
+    named = environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    where = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or named == "none" or not (where or named):
+        return None
+    protocol = environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if named not in ("", "otlp") or protocol not in (None, "", "http/protobuf"):
+        text = f"traces are sent by OTLP over HTTP only, not by {named or 'otlp'} over {protocol or 'http/protobuf'}"
+        raise LlamboError(Code.BAD_SETTING, text)
+    try:
+        from llambo.gateway import tracing  # noqa: PLC0415  # an optional dependency
+    except ImportError as error:
+        text = f"traces are requested (OTEL_...), but the package {error.name} is missing"
+        raise LlamboError(Code.BAD_SETTING, f"{text}; pip install 'llambo[otel]'") from error
+    log.info("traces are sent to %s", where or "the collector on this host")
+    is_named = "OTEL_SERVICE_NAME" in environ or "service.name" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    return tracing.sender(is_named)
 
 
 def run_gateway(

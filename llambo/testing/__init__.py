@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from llambo.testing.proxy import Proxy, ThreadedProxy
     from llambo.testing.raw_peer import RawPeer
     from llambo.testing.terminal import Terminal
-    from llambo.worker.engine.engine_options import FakeOptions
+    from llambo.worker.config import FakeOptions
 
 # Loaded on first use: the processes that a mesh starts are measured, and import this package as well.
 _HOME = {

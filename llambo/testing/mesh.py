@@ -34,9 +34,8 @@ from llambo.mesh.wire.identity import Identity, PeerKey, Role
 from llambo.testing.broker_thread import BrokerThread
 from llambo.testing.commands import Commands
 from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
-from llambo.worker.config import WorkerConfig
+from llambo.worker.config import FakeOptions, WorkerConfig
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeOptions
 
 #: In the environment of every process of one mesh, so that a process that outlives it is found.
 MARK = "TESTING_MESH"

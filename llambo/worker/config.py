@@ -1,15 +1,93 @@
-"""The configuration of a worker process."""
+"""The configuration of a worker process, and the settings of its two engines.
+
+Those of the fake engine make a worker slow, faulty or irregular, for tests.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
+from typing import Any, Literal
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.identity import PeerKey
-from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+
+Style = Literal["plain", "wander"]
+LoadCrash = Literal["never", "careless", "always"]
+
+
+@dataclass(frozen=True, slots=True)
+class FakeFaults:
+    """What goes wrong in a fake engine. Token counts are per engine process, over all sequences; 0 means never."""
+
+    #: After this many tokens the process dies by a segmentation fault.
+    crash_at: int = 0
+    #: After this many tokens the process stays alive and does nothing.
+    hang_at: int = 0
+    #: After this many tokens each chunk takes `slow_factor` times as long.
+    slow_at: int = 0
+    slow_factor: float = 10.0
+    #: The process dies while it loads: `always`, or `careless`: unless it was started with safe settings. The latter
+    #: is what happens on a machine without the instructions that a fast engine uses.
+    load_crash: LoadCrash = "never"
+    #: Loading fails unless this file exists; empty: no file is needed.
+    load_file: str = ""
+    #: A prompt that contains this text kills the process, always at the same token; empty: no prompt does.
+    poison: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeOptions:
+    """The defaults are a healthy engine without any delay."""
+
+    #: `plain`: every disturbed run can be compared with the truth. `wander`: a wrong continuation is visible.
+    style: Style = "plain"
+    #: Sequences at a time.
+    slots: int = 4
+    #: Milliseconds from the start of a sequence to its first token.
+    ttft_ms: float = 0
+    #: Pace of each sequence; 0 gives a chunk of every sequence in every step.
+    tokens_per_s: float = 0
+    #: Up to this many milliseconds more before each chunk, decided by a hash.
+    jitter_ms: int = 0
+    #: Tokens in a chunk: 1 to this many, decided by a hash.
+    burst: int = 1
+    #: Some characters are split across tokens, as real tokenizers do.
+    utf8_split: bool = False
+    #: Mean length of an answer that ends by itself; 0: every answer runs to `max_tokens`.
+    answer_tokens: int = 0
+    #: The longest prompt + answer; 0: no limit.
+    context_tokens: int = 0
+    #: Numbers in an embedding.
+    embedding_size: int = 8
+    #: How long the model takes to load.
+    load_ms: int = 0
+    faults: FakeFaults = FakeFaults()
+
+
+def fake_options(**values: Any) -> FakeOptions:
+    """From settings, which have options and faults in one section."""
+    names = {field.name for field in fields(FakeFaults)}
+    faults = FakeFaults(**{name: value for name, value in values.items() if name in names})
+    return FakeOptions(faults=faults, **{name: value for name, value in values.items() if name not in names})
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaOptions:
+    """How llama.cpp serves a model. 0 means: chosen to suit the machine."""
+
+    slots: int = 4
+    #: Longest prompt + answer, in tokens, of each slot.
+    context: int = 0
+    threads: int = 0
+    #: The most tokens in one step.
+    batch: int = 512
+    #: Layers computed by a GPU; -1: all.
+    gpu_layers: int = 0
+    kv_type: Literal["f16", "q8_0", "q4_0", "f32", "bf16"] = "f16"
+    flash_attn: Literal["auto", "on", "off"] = "auto"
 
 
 def default_name() -> str:

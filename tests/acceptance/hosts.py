@@ -1,7 +1,7 @@
-"""Three hosts, as networks of their own: a broker, a worker and somebody who asks. Told as the documentation tells it.
+"""Three hosts, each a network of its own: a broker, a worker and a client, set up as the documentation describes.
 
 `python -m tests.acceptance.hosts FOLDER` runs inside a network of its own (see test_hosts.py), where it may capture
-what passes between the others. It prints what was seen as JSON.
+the packets between the others. It prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ETH_P_ALL = 3
 
 
 class Capture:
-    """Everything that passes through the interfaces of this network, until it is closed."""
+    """All packets that pass through the interfaces of this network, until it is closed."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
@@ -58,7 +58,7 @@ def llambo(*words: str, prefix: list[str] | None = None, env: dict[str, str] | N
 
 
 def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
-    """A service. It says on a pipe when it is ready."""
+    """Start a service and wait until it has written to its pipe that it is ready."""
     ours, theirs = os.pipe()
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -79,7 +79,7 @@ def play(folder: Path) -> dict[str, object]:
     places.settle()
     hosts = {name: places.Keeper(number) for number, name in enumerate(("box", "gpu", "laptop"))}
     box = "10.77.0.2"
-    # Everybody reaches the others through us: that is where what passes is seen.
+    # The hosts reach each other through this network: that is where the packets are captured.
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
     for number, host in enumerate(hosts.values()):
         route = [*host.prefix, "ip", "route", "add", "default", "via", f"10.77.{number}.1"]
@@ -111,11 +111,11 @@ def play(folder: Path) -> dict[str, object]:
         for host in hosts.values():
             host.close()
     words = [word for word in said.split() if len(word) > 3]
-    told = {"the prompt": PROMPT, "the answer": " ".join(said.split()[:4]), "a message": "inference_request",
+    texts = {"the prompt": PROMPT, "the answer": " ".join(said.split()[:4]), "a message": "inference_request",
             "another": "worker_hello", "a word of the prompt": "canary"}  # fmt: skip
     return {
         "answer": said.strip(), "words": len(words), "captured": len(seen),
-        "plaintext": [what for what, text in told.items() if text.encode() in seen],
+        "plaintext": [what for what, text in texts.items() if text.encode() in seen],
         "curve": b"CURVE" in seen, "stranger": [stranger.returncode, stranger.stderr.strip()],
     }  # fmt: skip
 

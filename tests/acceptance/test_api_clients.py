@@ -15,8 +15,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess, data_of, events
 
 if TYPE_CHECKING:  # importing the packages takes seconds, and each test process collects this file
@@ -94,12 +93,12 @@ def test_a_message_as_a_stream(claude: anthropic.Anthropic) -> None:
     assert final.content[0].type == "text" and final.content[0].text == "".join(texts)
     assert (final.stop_reason, final.usage.output_tokens) == ("max_tokens", 16)
     assert final.usage.output_tokens == whole.usage.output_tokens
-    # a prompt that was there before is in the cache, and counted there
+    # A prompt that was sent before is in the cache, and counted there.
     parts = [each.usage.input_tokens + (each.usage.cache_read_input_tokens or 0) for each in (whole, final)]
     assert parts[0] == parts[1]
 
 
-def test_a_stop_sequence_is_told(claude: anthropic.Anthropic) -> None:
+def test_a_stop_sequence_is_reported(claude: anthropic.Anthropic) -> None:
     found = claude.messages.create(**say("Tell me a story.", stop_sequences=["zzz", "e"]))
     assert (found.stop_reason, found.stop_sequence) == ("stop_sequence", "e")
     assert all(block.type == "text" and "e" not in block.text for block in found.content)
@@ -115,8 +114,8 @@ def test_a_tool_of_claude(claude: anthropic.Anthropic, stream: bool) -> None:
     more: dict[str, Any] = {"tools": [TOOL], "tool_choice": {"type": "tool", "name": "forecast"}, "max_tokens": 60}
     question = say("What will the weather be in Oslo for two days?", **more)
     if stream:
-        with claude.messages.stream(**question) as told:
-            found: Message = told.get_final_message()
+        with claude.messages.stream(**question) as stream_of_events:
+            found: Message = stream_of_events.get_final_message()
     else:
         found = claude.messages.create(**question)
     assert found.stop_reason == "tool_use"
@@ -158,10 +157,10 @@ def test_every_event_of_a_message_is_one_that_the_package_knows(gateway: Gateway
     called = {**plain, "max_tokens": 60, "tools": [TOOL], "tool_choice": {"type": "any"}}
     for body, last in ((plain, "text"), (called, "tool_use")):
         with gateway.open("POST", "/v1/messages", {**body, "stream": True}) as response:
-            told = [data_of(event) for event in events(response)]
-        assert [each["type"] for each in told[:3]] == ["message_start", "content_block_start", "ping"]
-        assert told[1]["content_block"]["type"] == last and told[-1]["type"] == "message_stop"
-        for each in told:
+            received = [data_of(event) for event in events(response)]
+        assert [each["type"] for each in received[:3]] == ["message_start", "content_block_start", "ping"]
+        assert received[1]["content_block"]["type"] == last and received[-1]["type"] == "message_stop"
+        for each in received:
             if each["type"] != "ping":  # the package takes it off the stream
                 adapter.validate_python(each)
     Message.model_validate(gateway.post("/v1/messages", plain))
@@ -218,8 +217,8 @@ def test_a_function_of_gpt(gpt: openai.OpenAI, stream: bool) -> None:
     }  # fmt: skip
     question["parallel_tool_calls"] = False
     if stream:
-        with gpt.responses.stream(**question) as told:
-            found: Response = told.get_final_response()
+        with gpt.responses.stream(**question) as stream_of_events:
+            found: Response = stream_of_events.get_final_response()
     else:
         found = gpt.responses.create(**question)
     (call,) = found.output
@@ -240,10 +239,10 @@ def test_a_conversation_by_the_id_of_its_last_response(gpt: openai.OpenAI) -> No
     first = gpt.responses.create(**SHORT, input=CAPITAL)
     assert gpt.responses.retrieve(first.id).output_text == first.output_text
     second = gpt.responses.create(**SHORT, input="And of Italy?", previous_response_id=first.id)
-    told: Any = [
+    conversation: Any = [
         {"role": "user", "content": CAPITAL}, *first.output, {"role": "user", "content": "And of Italy?"}
     ]  # fmt: skip
-    by_hand = gpt.responses.create(**SHORT, input=told, store=False)
+    by_hand = gpt.responses.create(**SHORT, input=conversation, store=False)
     assert second.usage is not None and by_hand.usage is not None
     assert second.usage.input_tokens == by_hand.usage.input_tokens
     gpt.responses.delete(first.id)
@@ -274,8 +273,8 @@ def test_every_event_of_a_response_is_one_that_the_package_knows(gateway: Gatewa
     for more in ({}, logprobs, called):
         body = {**SHORT, "input": "Rain in Oslo?", **more}
         with gateway.open("POST", "/v1/responses", {**body, "stream": True}) as response:
-            told = [data_of(event) for event in events(response)]
-        assert len(told) > 8 and told[-1]["type"] in ("response.completed", "response.incomplete")
-        for each in told:
+            received = [data_of(event) for event in events(response)]
+        assert len(received) > 8 and received[-1]["type"] in ("response.completed", "response.incomplete")
+        for each in received:
             adapter.validate_python(each)
     Response.model_validate(gateway.post("/v1/responses", {**SHORT, "input": "Rain in Oslo?"}))

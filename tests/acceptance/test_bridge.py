@@ -71,8 +71,8 @@ def test_the_session_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     with bridge(mesh, "--socket", str(path)):
         answered = shown(netcat("-U", str(path), said=said).splitlines())
     assert len(answered) == len(expected) > 10
-    for line, told in zip(answered, expected, strict=True):
-        begin, cut, _ = told.partition("...")
+    for line, wanted in zip(answered, expected, strict=True):
+        begin, cut, _ = wanted.partition("...")
         assert (line[: len(begin)] if cut else line) == begin
 
 
@@ -126,7 +126,7 @@ def test_many_netcats_at_once(mesh: Commands, tmp_path: Path) -> None:
 
 def test_lines_that_mean_nothing_are_answered(mesh: Commands, tmp_path: Path) -> None:
     path = str(tmp_path / "b.sock")
-    lines = ["frob", "PING x", "INFER", "INFER {", 'INFER {"prompt": 1}', "LOAD nobody", "INFER " + 2_000 * "x", "\0"]
+    lines = ["frob", "PING x", "INFER", "INFER {", 'INFER {"prompt": 1}', "LOAD nope", "INFER " + 2_000 * "x", "\0"]
     with bridge(mesh, "--socket", path, "--line-bytes", "1024"):
         answered = [json.loads(line) for line in netcat("-U", path, said="\r\n".join([*lines, "PING"])).splitlines()]
     assert [line["status"] for line in answered] == len(lines) * ["error"] + ["ok"]
@@ -165,9 +165,9 @@ def test_what_a_killed_bridge_has_left_is_replaced(mesh: Commands, tmp_path: Pat
 
 
 def test_without_a_broker_it_does_not_begin(tmp_path: Path) -> None:
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        away = Commands(f"tcp://127.0.0.1:{nobody.getsockname()[1]}")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        away = Commands(f"tcp://127.0.0.1:{silent.getsockname()[1]}")
         done = away.llambo("bridge", "--socket", str(tmp_path / "b.sock"), "--connect-ms", "300")
     assert done.code == 3 and "no broker answers" in done.err
     assert not list(tmp_path.iterdir())

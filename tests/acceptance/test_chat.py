@@ -22,7 +22,7 @@ from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, Done, comm
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, PASTE, TAB, Terminal
 
-#: An answer of the fake engine that nobody waits to the end of.
+#: An answer of the fake engine that is longer than any test waits.
 ENDLESS = ("--max-tokens", "20000")
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
 
@@ -53,8 +53,8 @@ class Home:
         return Done(("chat", *words), finished)
 
     def session(self, name: str) -> dict[str, Any]:
-        told = (self.path / "llambo" / "chats" / f"{name}.json").read_text(encoding="utf-8")
-        return dict(json.loads(told))
+        text = (self.path / "llambo" / "chats" / f"{name}.json").read_text(encoding="utf-8")
+        return dict(json.loads(text))
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
     one, two, three = kept["turns"]
     assert one["answer"] == truth(mesh, [("user", "first question")], 7, 6)
     system, earlier = ("system", "Be brief."), [("user", "first question"), ("assistant", one["answer"])]
-    # Asked again, with the next seed, and told how to behave.
+    # Asked again, with the next seed and a system prompt.
     assert two["answer"] == truth(mesh, [system, *earlier, ("user", "second question")], 8, 6)
     assert three["answer"] == truth(mesh, [system, ("user", "third question")], 7, 6)
     assert [turn["ending"] for turn in kept["turns"]] == ["length"] * 3
@@ -164,7 +164,7 @@ def test_a_session_goes_on_where_it_was(mesh: Commands, home: Home) -> None:
         chat.until("\n>")
         chat.enter("first")
         chat.until("tokens/s")
-        # Nobody else writes into it meanwhile.
+        # No second process may write into it meanwhile.
         second = home.run(mesh, *words, "hello")
         assert second.code == Exit.USAGE, second.story
         assert "open in another `llambo chat`" in second.err
@@ -179,8 +179,8 @@ def test_a_session_goes_on_where_it_was(mesh: Commands, home: Home) -> None:
         chat.end()
 
     one, two = home.session("mine")["turns"]
-    told = [("system", "Be kind."), ("user", "first"), ("assistant", one["answer"]), ("user", "second")]
-    assert two["answer"] == truth(mesh, told, 2, 4)
+    messages = [("system", "Be kind."), ("user", "first"), ("assistant", one["answer"]), ("user", "second")]
+    assert two["answer"] == truth(mesh, messages, 2, 4)
     assert "first" in home.run(mesh, "--list").out
     assert home.run(mesh, "--search", "second", "--json").json()[0]["turn"] == 2
     folder = home.path / "llambo" / "chats"
@@ -298,7 +298,7 @@ def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
         with home.chat(mesh, "--session", "mine", "--max-tokens", "200", "--seed", "5") as chat:
             chat.until("6 turns so far")
             chat.enter("and now?")
-            told = chat.until("tokens/s", after="> and now?")
+            screen = chat.until("tokens/s", after="> and now?")
             chat.enter("y" * 700)
             chat.until("it was not sent")
             chat.press(CTRL_D)
@@ -306,11 +306,11 @@ def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
 
         turns = home.session("mine")["turns"]
         assert [turn["question"][:10] for turn in turns[:6]] == [f"question {number}" for number in range(6)]
-        found = re.search(r"the first (\d) turns are left out of what the model sees", " ".join(told.split()))
-        assert found is not None, told
+        found = re.search(r"the first (\d) turns are left out of what the model sees", " ".join(screen.split()))
+        assert found is not None, screen
         left = int(found[1])
         assert 0 < left < 6
-        assert "600 tokens" in told
+        assert "600 tokens" in screen
         sent = [part for turn in turns[left:6] for part in (("user", turn["question"]), ("assistant", turn["answer"]))]
         assert turns[6]["answer"] == truth(mesh, [*sent, ("user", "and now?")], 5, 200)
         assert len(turns) == 7, "what was not sent is no turn"
@@ -323,7 +323,7 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
             chat.enter("hello")
             chat.until(lambda text: len(text.split()) > 20, after="> hello")
             (request,) = client.requests()
-            os.kill(int(running.line(rf"{request['worker']} is ready, pid (\d+)")[1]), signal.SIGKILL)
+            os.kill(int(running.line(rf"{request.worker} is ready, pid (\d+)")[1]), signal.SIGKILL)
             chat.until("moved 1 time")
             chat.press(CTRL_D)
             chat.end()
@@ -338,7 +338,7 @@ def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> N
         mesh = Commands(f"tcp://127.0.0.1:{port}")
         with command(WORKER, "--broker", mesh.address, "--fake-tokens-per-s", "40") as worker:
             worker.line("is ready")
-            # Who knows of two looks for the other one as soon as the first is gone; nobody is at the second.
+            # A client with two addresses tries the second as soon as the first is gone; no broker is at the second.
             both = Commands(f"{mesh.address},tcp://127.0.0.1:1")
             with home.chat(both, "--session", "mine", "--seed", "3", "--max-tokens", "60") as chat:
                 chat.until("\n>")
@@ -349,8 +349,8 @@ def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> N
                 chat.until("lost the broker")
                 with command(BROKER, "--port", port) as again:
                     again.line("listening")
-                    told = chat.until("tokens/s", after="> hello")
-                    assert "lost the broker" not in told, "the line is gone with its reason"
+                    screen = chat.until("tokens/s", after="> hello")
+                    assert "lost the broker" not in screen, "the line is gone with its reason"
                     chat.until("\n>", after="tokens/s")
                     answer = home.session("mine")["turns"][0]["answer"]
                     assert answer == truth(mesh, [("user", "hello")], 3, 60)

@@ -360,13 +360,13 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
     nowhere = Commands("tcp://127.0.0.1:1")
 
     shown = nowhere.ok(*words).out
-    told = nowhere.ok(*words, "--json").json()
+    found = nowhere.ok(*words, "--json").json()
 
     assert shown.splitlines()[-1].startswith("served: no broker answers at tcp://127.0.0.1:1")
     (line,) = [line for line in shown.splitlines() if "tiny.gguf" in line]
     assert line.split()[3:] == ["llama", "F32", "512", "models", "folder", "yes"]
-    assert (told["mesh"], told["problem"].split(" at ")[0]) == (None, "no broker answers")
-    assert {Path(each["path"]).name: each["problem"] for each in told["host"] if each["where"] == "models folder"} == {
+    assert (found["mesh"], found["problem"].split(" at ")[0]) == (None, "no broker answers")
+    assert {Path(each["path"]).name: each["problem"] for each in found["host"] if each["where"] == "models folder"} == {
         "tiny.gguf": "",
         "junk.gguf": "it is not a GGUF file",
     }
@@ -442,7 +442,7 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Commands) -> N
     finally:
         assert mesh.ok("drain", "worker-1", "--undo").out == "worker-1 works again\n"
 
-    done = mesh.llambo("drain", "nobody")
+    done = mesh.llambo("drain", "no-such-worker")
     assert done.code == Exit.UNKNOWN_ID, done.story
 
 
@@ -502,7 +502,7 @@ def test_a_killed_worker_moves_its_stream_and_is_started_again() -> None:
         ):
             id = sending.line(r'"accepted", "id": "(\w+)"')[1]
             sending.line(r'"index": [2-9]\d,')
-            name = client.why(id)["worker"]
+            name = client.why(id).worker
             pid = int(running.line(rf"{name} is ready, pid (\d+)")[1])
             os.kill(pid, signal.SIGKILL)
             assert sending.end() == Exit.OK, sending.story("the exit status")

@@ -13,7 +13,7 @@ def check(outcome: Outcome, tried: int) -> None:
     assert outcome.lost == []
     assert outcome.unwell == []
     assert len(outcome.tried) == outcome.asked == tried
-    assert all(each.text or each.verdict == "serves" for each in outcome.tried), "each is told of"
+    assert all(each.text or each.verdict == "serves" for each in outcome.tried), "every refusal has a reason"
 
 
 def test_damaged_models_are_refused_or_serve() -> None:

@@ -17,8 +17,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions, WorkerConfig
 from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess
@@ -26,7 +25,7 @@ from tests.integration.gateway_process import GatewayProcess
 pytestmark = pytest.mark.skipif(bool(browser.hindrance()), reason=browser.hindrance())
 
 SMUGGLED = "<img src=x onerror=alert(1)>"
-KNOBS = FakeOptions(slots=4, tokens_per_s=60)
+FAKE = FakeOptions(slots=4, tokens_per_s=60)
 #: How a worker's row says its state, by the worker's name.
 STATE = """name => [...document.querySelectorAll("#workers-table tbody tr")]
     .find(row => row.querySelector(".title").textContent === name)?.querySelector(".state .word").textContent"""
@@ -40,7 +39,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
-    with Mesh(workers=3, fake=KNOBS, worker=WorkerConfig(node_class="tiny")) as mesh:
+    with Mesh(workers=3, fake=FAKE, worker=WorkerConfig(node_class="tiny")) as mesh:
         yield mesh
 
 
@@ -58,7 +57,7 @@ def look(chromium: Any, gateway: GatewayProcess) -> Iterator[Look]:
 
 @contextmanager
 def looking(chromium: Any, gateway: GatewayProcess, *, board: bool = True, **options: Any) -> Iterator[Look]:
-    """Somebody who looks at the board; what the page complained about is told at the end."""
+    """A browser with the board open. At the end the test fails if the page has logged an error."""
     look = Look(chromium, gateway.url, **options)
     try:
         if board:
@@ -154,7 +153,7 @@ def test_a_death_and_a_recovery_are_on_the_page(mesh: Mesh, look: Look) -> None:
 
 def test_a_broker_that_is_gone_is_said_and_another_one_is_shown(chromium: Any) -> None:
     with (
-        Mesh(workers=1, fake=KNOBS, broker="process") as mesh,
+        Mesh(workers=1, fake=FAKE, broker="process") as mesh,
         GatewayProcess(mesh.address) as gateway,
         looking(chromium, gateway) as look,
     ):
@@ -233,8 +232,8 @@ def test_a_request_is_cancelled_from_its_story(mesh: Mesh, look: Look) -> None:
 def test_workers_are_found_by_what_is_known_of_them(look: Look) -> None:
     look.page.fill("#workers-filter", "w2")
     assert look.page.locator("#workers-table .title").all_inner_texts() == ["w2"]
-    look.page.fill("#workers-filter", "nobody")
-    look.page.get_by_text("No worker has “nobody”").wait_for()
+    look.page.fill("#workers-filter", "no-such")
+    look.page.get_by_text("No worker has “no-such”").wait_for()
     look.page.fill("#workers-filter", "TINY")
     assert look.page.locator("#workers-table tbody tr").count() == 3
 
@@ -246,7 +245,7 @@ def test_what_the_mesh_says_is_text(chromium: Any) -> None:
     """From an empty mesh, which says what to do, to one with names that no page should trust."""
     hostile = WorkerConfig(node_class=SMUGGLED, model=SMUGGLED)
     with (
-        Mesh(workers=0, fake=KNOBS, worker=hostile) as mesh,
+        Mesh(workers=0, fake=FAKE, worker=hostile) as mesh,
         GatewayProcess(mesh.address) as gateway,
         looking(chromium, gateway, board=False) as look,
     ):
@@ -305,14 +304,14 @@ def test_even_a_hole_in_the_page_would_let_nothing_in(look: Look) -> None:
 def folder(tmp_path: Path) -> Folder:
     folder = Folder(tmp_path / "keys")
     folder.begin("tcp://127.0.0.1:7330")
-    for name, role in (("boss", "admin"), ("guest", "client"), ("gateway", "client")):
+    for name, role in (("boss", "admin"), ("viewer", "client"), ("gateway", "client")):
         folder.add(Identity(name, role), 0)  # type: ignore[arg-type]
     return folder
 
 
 def test_with_keys_it_is_for_admins(chromium: Any, folder: Folder) -> None:
     with (
-        Mesh(workers=1, fake=KNOBS, keys=folder) as mesh,
+        Mesh(workers=1, fake=FAKE, keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
         looking(chromium, gateway, board=False) as look,
     ):
@@ -325,8 +324,8 @@ def signing_in(look: Look, folder: Folder) -> None:
     page.locator("#signin:visible").wait_for()
     assert look.ask("document.activeElement.id") == "token"
     assert look.violations() == []
-    guest, boss = (api_tokens.issue(folder, name, 0) for name in ("guest", "boss"))
-    for wrong, answer in (("sk-llambo-wrong", "no such API token"), (guest, "admin")):
+    viewer, boss = (api_tokens.issue(folder, name, 0) for name in ("viewer", "boss"))
+    for wrong, answer in (("sk-llambo-wrong", "no such API token"), (viewer, "admin")):
         page.fill("#token", wrong)
         page.keyboard.press("Enter")
         page.locator("#signin-problem", has_text=answer).wait_for()

@@ -1,4 +1,4 @@
-"""Processes whose output goes nowhere: onto a full disk, or into a pipe that nobody reads any more. They work on."""
+"""Processes whose output is lost: written to a full disk, or to a pipe that has no reader any more. They work on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = "/dev/full"
 
 
 @contextmanager
-def unheard(how: str, commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def without_output(how: str, commands: Sequence[list[str]]) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Each with its stdout and stderr on a full disk, or in a pipe whose reader has gone."""
     if how == "full":
         target = os.open(FULL, os.O_WRONLY)
@@ -48,8 +48,8 @@ def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
         [BROKER, "-v", "--port", str(port)],
         [WORKER, "-v", "--broker", mesh.address, "--name", "w"],
     ]
-    with unheard(how, commands) as (broker, worker):
-        # It waits for a broker, and that one, having just begun, for its worker.
+    with without_output(how, commands) as (broker, worker):
+        # The client waits for a broker, and the broker, which has just started, for its worker.
         answer = mesh.ok("send", "--max-tokens", "5", "hello")
         assert answer.out.count(" ") == 5
         for process in (worker, broker):
@@ -59,7 +59,7 @@ def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
 
 def test_a_whole_mesh_that_nobody_hears_works_on() -> None:
     mesh = Commands(f"tcp://127.0.0.1:{(port := free_port(22_000))}")
-    with unheard("full", [[LLAMBO, "up", "--workers", "1", "--port", str(port)]]) as (running,):
+    with without_output("full", [[LLAMBO, "up", "--workers", "1", "--port", str(port)]]) as (running,):
         assert mesh.ok("send", "--max-tokens", "5", "hello").out.count(" ") == 5
         running.send_signal(signal.SIGTERM)
         assert running.wait(TIMEOUT_S) == 0

@@ -139,7 +139,7 @@ def test_from_nothing_to_a_mesh_and_only_the_difference_after_that(site: Site) -
     assert not site.processes() and "nothing runs" in site.ok("status").err
 
 
-def test_what_has_died_is_begun_again_and_what_fails_is_told(site: Site) -> None:
+def test_what_has_died_is_begun_again_and_what_fails_is_reported(site: Site) -> None:
     site.ok("apply")
     os.kill(pid := site.nodes()["tiny-0002"]["pid"], signal.SIGKILL)
     wait_until_gone(pid, 20)
@@ -148,7 +148,7 @@ def test_what_has_died_is_begun_again_and_what_fails_is_told(site: Site) -> None
     assert did(again) == [("spawn", "tiny-0002")] and again.json()["ended"][0]["name"] == "tiny-0002"
     assert site.nodes()["tiny-0002"]["state"] == "ready"
 
-    # A class that cannot run: the reason is told, and the others are not concerned
+    # A class that cannot run: the reason is printed, and the other classes are not affected
     site.write(FILE + '[classes.bad]\nmodel = "/nowhere/x.gguf"\nengine = "llama"\nmemory = "1MiB"\nmin = 1\n')
     failed = site.fleet("apply")
     assert failed.code == 1 and "bad-0001 ended with status" in failed.out and "/nowhere/x.gguf" in failed.out
@@ -174,7 +174,7 @@ def test_an_apply_that_is_killed_is_gone_on_with_and_two_are_not_at_work_at_once
     nodes = site.nodes()
     assert sorted(nodes) == ["broker", "medium-0001", "tiny-0001", "tiny-0002"]
     assert sorted(node["pid"] for node in nodes.values()) == sorted(site.processes()), "each of them once"
-    # A lock that somebody holds is all that keeps others off: none is left of whoever was killed.
+    # Only a lock that a live process holds excludes others: a killed process leaves none.
     with (site.state / "lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     site.ok("down")
@@ -227,12 +227,14 @@ def test_an_orchestrator_scales_backs_off_and_is_succeeded(site: Site) -> None:
         running.line(r"tiny: scaling down from \d to 1: at most \d+ % of \d+ slots wanted in 2 s, less than 20 %")
         running.line("tiny-000[1234] has left")
 
-        # What cannot run is tried less and less often, told with its words, and harms nobody.
+        # A class that cannot run is tried less and less often, its error is printed, and others are not affected.
         running.line("bad keeps failing on here, 3 times in a row; again in 4 s", 40)
-        told = site.ok("status")
-        assert "bad keeps failing on here: " in told.out and "there is no file /nowhere/x.gguf" in told.out, told.story
+        shown = site.ok("status")
+        assert "bad keeps failing on here: " in shown.out and "there is no file /nowhere/x.gguf" in shown.out, (
+            shown.story
+        )
 
-        # Nobody else changes anything meanwhile; how many there shall be is told to it.
+        # No other command changes the fleet meanwhile; a wanted number is passed to the orchestrator.
         assert "another `llambo fleet` is at work" in site.fleet("apply").err
         assert "passed on to the orchestrator" in site.ok("scale", "tiny=2").out
         running.line("tiny: an operator wants 2")
@@ -273,7 +275,7 @@ idle_ms = 600000
 
 
 def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> None:
-    """Each has a folder of its own, as on two machines; what keeps them apart is the broker."""
+    """Each has a folder of its own, as on two machines; only the lease in the broker excludes the second."""
     first, second = Site(tmp_path / "a"), Site(tmp_path / "b")
     with by_hand() as (mesh, _, _), ExitStack() as both:
         words = ["--broker", mesh.address, "fleet", "run"]
@@ -284,11 +286,11 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
         other = both.enter_context(command(LLAMBO, *words, *second.flags()))
         other.line("stands by: fleet .* has the lease")
 
-        # Nobody serves it, and it is not refused: it waits for the worker that is begun for it.
+        # No worker serves it, and it is not refused: it waits for the worker that is started for it.
         answer = mesh.ok("send", "--class", "tiny", "--max-tokens", "3", "hello")
         assert answer.out.strip()
         leader.line("tiny: scaling up from 0 to 1")
-        # What it has to tell goes along with its lease, which it renews every second.
+        # Its events are sent with its lease, which it renews every second.
         deadline = time.monotonic() + TIMEOUT_S
         while "scaling up" not in (events := mesh.ok("events").out):
             assert time.monotonic() < deadline, events
@@ -303,8 +305,8 @@ def test_two_orchestrators_and_a_class_that_begins_with_none(tmp_path: Path) -> 
             os.kill(pid, signal.SIGKILL)
 
 
-def test_a_wrong_file_is_told_with_its_line(site: Site) -> None:
+def test_a_wrong_file_is_reported_with_its_line(site: Site) -> None:
     site.write("[classes.tiny]\nmemry = 3\n")
     done = site.fleet("plan")
-    told = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
-    assert done.code == 2 and told in done.err, done.story
+    problem = "fleet.toml:2: unknown key 'memry' in [classes.tiny]; did you mean memory?"
+    assert done.code == 2 and problem in done.err, done.story

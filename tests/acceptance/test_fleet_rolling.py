@@ -49,7 +49,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 class Load:
-    """Asks all the time, until it is told to end. An error of any request ends the test."""
+    """Sends requests until it is stopped. An error of any request ends the test."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -105,22 +105,22 @@ async def _fourth_of_eight(site: Site, old: dict[str, dict[str, Any]], weights: 
 
     applying = await asyncio.to_thread(update)
     story = applying.story("the update")
-    for told in (
+    for text in (
         "tiny-0004 is bad: ended with status 1; no further worker is replaced",
         "the update has stopped, tiny: 3 of 8 replaced, 4 left as they were",
         f"there is no file {weights}",
     ):
-        assert any(told in line for line in applying.out), story
+        assert any(text in line for line in applying.out), story
 
     new = await asyncio.to_thread(site.nodes)
     serving = {name for name, node in new.items() if name != "broker" and node["state"] == "ready"}
     assert serving == {f"tiny-{number:04}" for number in (1, 2, 3, 5, 6, 7, 8)}, "seven serve"
     changed = {name for name in serving if new[name]["pid"] != old[name]["pid"]}
-    assert changed == {"tiny-0001", "tiny-0002", "tiny-0003"}, "nobody else was touched"
+    assert changed == {"tiny-0001", "tiny-0002", "tiny-0003"}, "no other was replaced"
     status = await asyncio.to_thread(site.ok, "status")
     assert "tiny: its update has stopped: tiny-0004: ended with status 1" in status.out, status.story
 
-    # Once more is no better, and harms nobody either.
+    # A second apply changes nothing: the bad step is not tried again.
     again = await asyncio.to_thread(site.fleet, "apply")
     assert again.code == 1 and "4 tiny are left as they were: an earlier step has failed" in again.out, again.story
     assert {name: node["pid"] for name, node in (await asyncio.to_thread(site.nodes)).items()} == {

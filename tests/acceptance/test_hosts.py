@@ -26,12 +26,12 @@ def test_an_answer_over_three_hosts_that_nobody_in_between_can_read(tmp_path: Pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    # Then there is an answer, and what was captured is CURVE and nothing that anybody could read
+    # Then there is an answer, and all that was captured is CURVE, with no plaintext
     assert seen["words"] >= 30, seen
     assert seen["captured"] > 20_000
     assert seen["curve"]
     assert seen["plaintext"] == []
-    # And who has no key is told so
+    # And a client without a key gets an error that names the key
     status, text = seen["stranger"]
     assert status in (3, 9)
     assert "key" in text

@@ -12,8 +12,7 @@ import subprocess
 from pathlib import Path
 
 from llambo.testing.mesh import Mesh
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess
 
 HERE = Path(__file__).resolve().parent / "node"
@@ -55,6 +54,6 @@ def test_the_official_package_for_node() -> None:
         assert done.returncode == 0, done.stderr
         written = len(re.findall(r"^test\(", (HERE / "gateway.test.js").read_text(encoding="utf-8"), re.MULTILINE))
         assert f"pass {written}\n" in done.stdout
-        # Nobody reads them any more, so nothing runs on.
+        # The streams have no reader any more, so their requests are cancelled.
         mesh.until(lambda core: not core.state.requests, "the answer that was given up is cancelled")
         assert mesh.counter("cancelled") == 1

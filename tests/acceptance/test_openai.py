@@ -14,8 +14,7 @@ import pytest
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess
 
 if TYPE_CHECKING:  # importing the package takes a second, and each test process collects this file
@@ -53,8 +52,8 @@ def gpt(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
 
 
 def say(text: str, **more: Any) -> dict[str, Any]:
-    told = {"model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32}
-    return {**told, **more}
+    request = {"model": MODEL, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 32}
+    return {**request, **more}
 
 
 def text_of(chunks: list[ChatCompletionChunk]) -> str:
@@ -92,8 +91,8 @@ def test_json(gpt: openai.OpenAI) -> None:
               "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}}
     asked = say("Invent a person.", response_format=wanted, max_tokens=200)
-    told = json.loads(gpt.chat.completions.create(**asked).choices[0].message.content or "")
-    assert told.keys() == {"name", "age"} and isinstance(told["age"], int)
+    person = json.loads(gpt.chat.completions.create(**asked).choices[0].message.content or "")
+    assert person.keys() == {"name", "age"} and isinstance(person["age"], int)
     some = say('Say {"a": 1}', response_format={"type": "json_object"}, max_tokens=100)
     assert isinstance(json.loads(gpt.chat.completions.create(**some).choices[0].message.content or ""), dict)
 

@@ -227,7 +227,7 @@ def test_sigterm_at_the_prompt_ends_the_shell(mesh: Commands) -> None:
         ((), "status; nodes; infer --max-tokens 3 hello", Exit.OK),
         ((), "status; why ffff; nodes", Exit.UNKNOWN_ID),
         ((), "infer --model gpt-9 hello; nodes", Exit.REFUSED),
-        ((), "drain nobody; nodes", Exit.UNKNOWN_ID),
+        ((), "drain no-such-worker; nodes", Exit.UNKNOWN_ID),
         ((), "send --max-tokens 20000 --deadline 100ms hello; nodes", Exit.TIMEOUT),
         (("--keep-going",), "why ffff; infer --model gpt-9 hello; nodes", Exit.UNKNOWN_ID),
         (("--keep-going",), "nodes; frobnicates; nodes", Exit.OK),
@@ -246,10 +246,10 @@ def test_exit_codes_with_c_and_on_stdin(mesh: Commands, flags: tuple[str, ...], 
 def test_a_script_shows_what_the_commands_show(mesh: Commands) -> None:
     mesh.ok("shell", "-c", "drain worker-1 --no-wait")
     one = mesh.ok("workers", "--json").json()
-    told = mesh.ok("shell", "--json", "-c", "nodes").json()
+    printed = mesh.ok("shell", "--json", "-c", "nodes").json()
     mesh.ok("shell", "-c", "undrain worker-1")
 
-    assert [(row["worker"], row["state"]) for row in told] == [(row["worker"], row["state"]) for row in one]
+    assert [(row["worker"], row["state"]) for row in printed] == [(row["worker"], row["state"]) for row in one]
     plain = mesh.ok("send", "--seed", "7", "--max-tokens", "12", "hello; friend").out
     assert mesh.ok("shell", "-c", "set seed 7; set max_tokens 12; hello; friend").out == plain
     assert mesh.ok("shell", "-c", "send --seed 7 --max-tokens 12 'hello; friend'").out == plain

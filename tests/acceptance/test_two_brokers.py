@@ -17,7 +17,7 @@ def test_a_list_of_brokers_is_an_address() -> None:
             worker.line("link 0: up")
             worker.line("link 1: up")
             worker.line(re.escape(f"w is ready, at {addresses[0]}, {addresses[1]}"))
-            # What one of them has given out the other knows as a slot that is busy
+            # A slot in use through one broker is shown as busy by the other
             with here.start("send", "--json", "--seed", "7", "--max-tokens", "100000", "for ever") as sending:
                 sending.line("ids")
                 assert "1 of 2 slots busy (1 through other brokers)" in there.ok("status").out
@@ -26,5 +26,5 @@ def test_a_list_of_brokers_is_an_address() -> None:
                 assert "1 more run through other brokers" in requests.err and requests.out == ""
             left.send(signal.SIGTERM)
             assert left.end() == 0
-            # Whoever has both in his list does not notice
+            # A client that has both addresses in its list gets its answer all the same
             assert either.ok("send", "--max-tokens", "5", "hello").out

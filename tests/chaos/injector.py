@@ -178,11 +178,11 @@ class Injector:
             async with asyncio.timeout(EMPTY_S), Client(self._world.address(broker), name="watcher") as client:
                 while True:
                     lines = await client.workers(name)
-                    if lines and not lines[0]["busy"] and not lines[0]["busy_elsewhere"]:
+                    if lines and not lines[0].busy and not lines[0].busy_elsewhere:
                         break
                     await asyncio.sleep(ASK_S / 2)
-                ordered = [event["age_ms"] for event in await client.events() if event["kind"] == "drain"
-                           and event["text"].startswith(f"{name}: takes")]  # fmt: skip
+                ordered = [event.age_ms for event in await client.events() if event.kind == "drain"
+                           and event.text.startswith(f"{name}: takes")]  # fmt: skip
         except (LlamboError, TimeoutError):
             return None
         # A broker that was restarted meanwhile has no feed of that.
@@ -210,7 +210,7 @@ class Injector:
         with contextlib.suppress(LlamboError, TimeoutError):
             async with asyncio.timeout(BACK_S), Client(self._world.address(number), name="watcher") as client:
                 while True:
-                    ready = {line["worker"] for line in await client.workers() if line["state"] == "ready"}
+                    ready = {line.worker for line in await client.workers() if line.state == "ready"}
                     missing = [name for name in self._world.healthy() if name not in ready]
                     if not missing:
                         ms = now_ms() - began

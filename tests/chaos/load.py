@@ -183,7 +183,7 @@ class Load:
             return
         try:
             async with asyncio.timeout(2):
-                self._journal.write("why", id=id, story=(await client.why(id))["story"])
+                self._journal.write("why", id=id, story=(await client.why(id)).story)
         except (LlamboError, TimeoutError) as error:
             self._journal.write("why", id=id, story=[{"at_ms": 0, "what": "nobody knows", "detail": str(error)}])
 

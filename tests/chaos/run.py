@@ -45,7 +45,7 @@ async def _ask_why(plan: Plan, folder: Path, world: World) -> None:
             story: Any
             try:
                 async with Client(world.address(number), query_ms=2_000) as client:
-                    story = (await client.why(wrong.id))["story"]
+                    story = (await client.why(wrong.id)).story
             except LlamboError as error:
                 story = [{"at_ms": 0, "what": "nothing", "detail": error.text}]
             world.journal.write("knows", id=wrong.id, broker=broker.name, story=story)

@@ -9,13 +9,13 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 from llambo import Client, LlamboError
 from llambo.mesh.security import keyring
 from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.security.keys import KEY_ENV, to_line
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.reports import MeshStatus, WorkerRow
 from llambo.testing.proxy import Plane, Proxy
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
@@ -65,7 +65,7 @@ class World:
         #: Worker names in the hands of a fault now: nothing is owed by them.
         self.suffering: dict[str, int] = {}
         #: What the brokers said last: broker to worker to its line.
-        self.views: dict[str, dict[str, dict[str, Any]]] = {}
+        self.views: dict[str, dict[str, WorkerRow]] = {}
         self.seen = asyncio.Condition()
         #: Engine children and whose they are, to see that none is left.
         self.engines: dict[int, tuple[str, int]] = {}
@@ -186,18 +186,18 @@ class World:
     async def _last_look(self) -> None:
         """Everybody is back and nobody has anything to do."""
         for number, broker in enumerate(self.brokers):
-            status: dict[str, Any] = {"running": -1, "waiting": -1, "busy": -1, "ready": -1}
+            status = MeshStatus(running=-1, waiting=-1, busy=-1, ready=-1)
             with contextlib.suppress(LlamboError, TimeoutError):
                 async with asyncio.timeout(LEAVE_S), Client(self.address(number)) as client:
                     while True:
-                        status = await client.query("status")
-                        idle = not (status["running"] or status["waiting"] or status["busy"])
-                        if idle and status["ready"] >= self.plan.workers:
+                        status = await client.status()
+                        idle = not (status.running or status.waiting or status.busy)
+                        if idle and status.ready >= self.plan.workers:
                             break
                         await asyncio.sleep(LOOK_S)
-            if "counters" in status:
-                self.journal.write("status", broker=broker.name, pid=broker.pid, counters=status["counters"])
-            facts = {name: status[name] for name in ("running", "waiting", "busy", "ready")}
+            if status.counters:
+                self.journal.write("status", broker=broker.name, pid=broker.pid, counters=status.counters)
+            facts = {name: getattr(status, name) for name in ("running", "waiting", "busy", "ready")}
             self.journal.write("last", broker=broker.name, workers_wanted=self.plan.workers, **facts)
 
     async def end(self) -> None:
@@ -255,20 +255,20 @@ class World:
     async def _look(self, client: Client, broker: nodes.Node, pid: int) -> None:
         since, turn = 0, 0
         while broker.pid == pid:
-            listed = {line["worker"]: line for line in await client.query("workers")}
-            ready = [name for name, line in listed.items() if line["state"] == "ready"]
+            listed = {line.worker: line for line in await client.workers()}
+            ready = [name for name, line in listed.items() if line.state == "ready"]
             self.journal.write("workers", broker=broker.name, names=list(listed), ready=ready)
             async with self.seen:
                 self.views[broker.name] = listed
                 self.seen.notify_all()
             for event in await client.events(since):
-                since = event["number"]
+                since = event.number
                 # Its own clock is not ours, but the age is true.
-                self.journal.write("event", broker=broker.name, kind=event["kind"], text=event["text"],
-                                   t=now_ms() - event["age_ms"])  # fmt: skip
+                self.journal.write("event", broker=broker.name, kind=event.kind, text=event.text,
+                                   t=now_ms() - event.age_ms)  # fmt: skip
             if turn % COUNTERS_EVERY == 0:
-                status = await client.query("status")
-                self.journal.write("status", broker=broker.name, pid=pid, counters=status["counters"])
+                status = await client.status()
+                self.journal.write("status", broker=broker.name, pid=pid, counters=status.counters)
             turn += 1
             await asyncio.sleep(LOOK_S)
 
@@ -286,7 +286,7 @@ class World:
 
     def busy(self, worker: str) -> int:
         """How many requests it has, all brokers together."""
-        return sum(view[worker]["busy"] for view in self.views.values() if worker in view)
+        return sum(view[worker].busy for view in self.views.values() if worker in view)
 
     def healthy(self) -> list[str]:
         return [worker.name for worker in self.workers if worker.ready.is_set() and not self.suffering.get(worker.name)]

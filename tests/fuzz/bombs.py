@@ -29,7 +29,7 @@ from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
 from llambo.testing.mesh import Mesh, key_of
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, members, wire
 
 #: A bomb that has not killed anybody by then has failed, or was held off.

@@ -23,7 +23,6 @@ from llambo.mesh.link.link_core import ConnectionChange, OpenTokens, Send
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.agent import actions as wa
 from llambo.worker.agent import events as we
 from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
 from llambo.worker.agent.core import WorkerCore
@@ -215,10 +214,10 @@ class Worker(UnderFire):
     def handle(self, event: we.Event) -> None:
         for order in self.core.handle(event, self.now_ms):
             match order:
-                case wa.StartRun(start):
+                case we.StartRun(start):
                     self.keys = [*self.keys[-4:], start.key]
                     self.remember(start.key, start.key[:16], start.key[16:])
-                case wa.SpawnEngine():
+                case we.SpawnEngine():
                     self.keys.clear()
                 case Send(_, session, message, blob):
                     plausible.check_sayable(codec.from_worker, session, message, blob)

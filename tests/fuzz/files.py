@@ -22,9 +22,9 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity, Pair, PeerKey
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
+from llambo.worker.llama import grammar, prompt
 from llambo.worker.models import gguf, model_files
-from llambo.worker.prompt import grammar, rendering, template
 from tests.fuzz.mutator import Mutator, pack
 from tests.fuzz.target import Frames, Target, plain
 
@@ -140,9 +140,9 @@ def grammars() -> Target:
                 continue
         for form in ("messages", "chat", "user", "text"):
             try:
-                told = rendering.read(frames[0], m.Sampling(form=form))
-                rendering.text_of(frames[0], told, None)
-            except template.BadPrompt:
+                told = prompt.chat_of(frames[0], m.Sampling(form=form))
+                prompt.prompt_text(frames[0], told, None)
+            except prompt.BadPrompt:
                 continue
             try:
                 grammar.grammar_of(m.Sampling(tool_choice="auto"), told.tools)

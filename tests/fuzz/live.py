@@ -30,7 +30,7 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import PeerKey
 from llambo.testing.mesh import Mesh, key_of
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
     ANEW_EVERY,

@@ -25,7 +25,7 @@ from typing import Any
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, wire
 
 #: Connections that are made at a time.

@@ -8,7 +8,7 @@ import pytest
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.raw_peer import RawPeer
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests import systemd_here
 from tests.integration.healthy import Healthy
 

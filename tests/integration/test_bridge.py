@@ -20,7 +20,7 @@ from llambo.bridge.listener import Listener, open_tcp, open_unix
 from llambo.bridge.server import Bridge, BridgeLimits
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 #: At once; many programs may have no other way to the mesh.
 CROWD = 200

@@ -14,7 +14,7 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire import tasks
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
 
@@ -52,7 +52,7 @@ def test_streams_go_on_over_a_restart(how: signal.Signals) -> None:
                 await asyncio.to_thread(mesh.restart_broker, how)
                 stalls = [await task for task in asked]
                 status = await client.status()
-            return stalls, status["counters"]
+            return stalls, status.counters
 
         stalls, counters = mesh.run(scenario())
         print(f"longest silence {max(stalls) * 1000:.0f} ms, {counters['adopted']} of {STREAMS} adopted")
@@ -74,7 +74,7 @@ def test_a_stream_whose_worker_dies_with_the_broker_goes_on_elsewhere() -> None:
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 for task in asked:
                     await task
-                return dict((await client.status())["counters"])
+                return dict((await client.status()).counters)
 
         counters = mesh.run(scenario())
         assert counters["adopted"] > 0 and counters["dispatched"] > 0
@@ -110,13 +110,13 @@ def test_logprobs_and_results_come_through_whole() -> None:
                 for event in begun:
                     await event.wait()
                 wanted = [group.create_task(embedded(client)) for _ in range(4)]
-                while sum(request["task"] == "embed" for request in await client.requests()) < 4:
+                while sum(request.task == "embed" for request in await client.requests()) < 4:
                     pass
                 mesh.workers[0].send(signal.SIGKILL)
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 await asyncio.gather(*wanted)
             async with mesh.client() as client:
-                return dict((await client.status())["counters"])
+                return dict((await client.status()).counters)
 
         counters = mesh.run(scenario())
         assert counters["adopted"] + counters["dispatched"] == 8

@@ -392,7 +392,7 @@ class TestSync:
             stream = client.stream("words: the cat sat")
             assert "".join(piece.text for piece in stream) == "the cat sat "
             assert stream.answer is not None
-            assert client.status()["broker"] == "double"
+            assert client.status().broker == "double"
             id = client.submit("words: a b")
             assert client.attach(id).result().text == "a b "
 

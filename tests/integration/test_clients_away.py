@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from llambo.broker.config import BrokerConfig
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 TOKENS = 200
 #: A client process: reads one stream, says so when it has begun, and then what it was given.

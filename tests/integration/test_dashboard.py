@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from llambo.gateway.dashboard import watches as watching
-from llambo.gateway.dashboard.watches import Watches
+from llambo.gateway.dashboard import routes
+from llambo.gateway.dashboard.routes import Watches
 from llambo.mesh.client.client import Client
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 
 LIVE, DRAIN, CANCEL = "/board/live", "/board/drain", "/board/cancel"
@@ -125,7 +125,7 @@ def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: M
 
 
 def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "VIEWERS", 3)
+    monkeypatch.setattr(routes, "VIEWERS", 3)
 
     async def scenario() -> None:
         watches = Watches(lambda: False)

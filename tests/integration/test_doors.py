@@ -16,7 +16,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import new_pair
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
 from llambo.testing.mesh import Mesh, key_of
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
 #: What libzmq tells of a handshake.

@@ -10,7 +10,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.test_failover import KNOBS, stream_through
 
 #: Long enough that nobody finishes by chance before the time to finish is over.
@@ -25,16 +25,16 @@ def test_an_emptied_worker_gives_away_what_it_runs() -> None:
                 there: list[str] = []
 
                 async def empty() -> None:
-                    there.extend(line["id"] for line in await client.requests() if line["worker"] == "w0")
-                    assert (await client.drain("w0", move=True))["moving"]
+                    there.extend(line.id for line in await client.requests() if line.worker == "w0")
+                    assert (await client.drain("w0", move=True)).moving
                     await mesh.aside(lambda core: not core.state.registry.worker_names["w0"].claims, "w0 empty")
 
                 answers = await stream_through(client, 6, empty)
                 moved = [answer for answer in answers if answer.moves]
                 assert {answer.worker for answer in moved} == {"w1"}
                 assert 1 <= len(moved) <= len(there)
-                assert (await client.workers("w0"))[0]["state"] == "drained"
-                assert not (await client.drain("w0", undo=True))["draining"]
+                assert (await client.workers("w0"))[0].state == "drained"
+                assert not (await client.drain("w0", undo=True)).draining
                 await client.generate("more", max_tokens=2)
 
         mesh.run(scenario())
@@ -71,13 +71,13 @@ def test_without_another_worker_it_finishes_and_what_it_cannot_finish_waits() ->
                 async def empty_and_stop() -> None:
                     # Emptied: nobody could take it, so it runs on where it is.
                     await client.drain("w0", move=True)
-                    before = [request["tokens"] for request in await client.requests()]
+                    before = [request.tokens for request in await client.requests()]
                     await mesh.aside(lambda core: progress(core) > sum(before), "tokens from the emptied worker")
                     # Stopped, with a second signal at once: it waits for whoever comes.
                     mesh.workers[0].send(signal.SIGTERM)
                     mesh.workers[0].send(signal.SIGTERM)
                     assert await asyncio.to_thread(mesh.workers[0].end) == 0
-                    assert {request["state"] for request in await client.requests()} == {"waiting"}
+                    assert {request.state for request in await client.requests()} == {"waiting"}
                     mesh.spawn("w1").first_line()
 
                 answers = await stream_through(client, 3, empty_and_stop)

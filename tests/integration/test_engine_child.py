@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from llambo.testing.processes import wait_until_gone
-from llambo.worker.agent.engine_process import EngineProcess
+from llambo.worker.agent.agent import EngineProcess
+from llambo.worker.config import FakeFaults, FakeOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
 from llambo.worker.engine.fake_model import plain_token
 
 TIMEOUT_S = 10.0
@@ -154,8 +154,8 @@ def test_signals_for_the_group_do_not_end_it() -> None:
 AGENT = """
 import signal, sys
 from llambo.worker.engine import protocol as proto
-from llambo.worker.agent.engine_process import EngineProcess
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.agent.agent import EngineProcess
+from llambo.worker.config import FakeFaults, FakeOptions
 
 child = EngineProcess(proto.Configure("fake", "fake", FakeOptions(faults=FakeFaults(hang_at=int(sys.argv[1])))))
 child.order(proto.Start(bytes(24), b"hello", 10**6, 7))

@@ -18,7 +18,7 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import wait_until_gone
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions
 from llambo.worker.engine.fake_model import logprob_of
 
 TOKENS = 200
@@ -200,14 +200,14 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
             async with mesh.client() as client:
 
                 async def drain() -> None:
-                    assert (await client.drain("w0"))["draining"]
+                    assert (await client.drain("w0")).draining
                     answers = [await client.generate(f"next {number}", max_tokens=2) for number in range(4)]
                     assert {answer.worker for answer in answers} == {"w1"}
 
                 answers = await stream_through(client, 4, drain)
                 assert {answer.worker for answer in answers} == {"w0", "w1"}
                 assert {answer.moves for answer in answers} == {0}
-                assert not (await client.drain("w0", undo=True))["draining"]
+                assert not (await client.drain("w0", undo=True)).draining
                 await mesh.aside(lambda core: mesh_ready(core) == 2, "the drained one back")
 
         mesh.run(scenario())
@@ -355,7 +355,7 @@ def test_a_request_waits_for_a_model_that_is_loading() -> None:
         async def scenario() -> Answer:
             async with mesh.client() as client:
                 told = await client.status()
-                assert (told["ready"], told["workers"], list(told["loading"])) == (0, 1, ["slow"])
+                assert (told.ready, told.workers, list(told.loading)) == (0, 1, ["slow"])
                 return await client.generate("Hello", max_tokens=5, seed=1)
 
         assert mesh.run(scenario()).ids == truth("Hello", 1, 5)

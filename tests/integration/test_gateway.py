@@ -26,7 +26,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.commands import LLAMBO, command
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events, id_of, text_of
 
 CHAT = "/v1/chat/completions"

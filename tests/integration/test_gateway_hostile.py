@@ -19,15 +19,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
-from llambo.gateway.http import timeouts
-from llambo.gateway.http.timeouts import TimeoutProtocol, set_tcp_user_timeout
-from llambo.gateway.server import listen
+from llambo.gateway import server as gateway_server
+from llambo.gateway.server import TimeoutProtocol, listen, set_tcp_user_timeout
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
 
 CHAT = "/v1/chat/completions"
@@ -268,8 +267,8 @@ def test_websockets_count_as_well(mesh: Mesh) -> None:
     ],
 )
 def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, begins: bytes, told: bytes) -> None:
-    monkeypatch.setattr(timeouts, "HEAD_S", 0.2)
-    monkeypatch.setattr(timeouts, "BODY_S", 0.2)
+    monkeypatch.setattr(gateway_server, "HEAD_S", 0.2)
+    monkeypatch.setattr(gateway_server, "BODY_S", 0.2)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive())["type"] == "http.request" and message["more_body"]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess
 
 #: Of each path and method, and of what follows from it.

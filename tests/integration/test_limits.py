@@ -18,7 +18,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import AccountRow
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 TOKENS = 60
 #: More than any test reads.
@@ -85,8 +85,10 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                 assert error.code is Code.FORBIDDEN
                 assert await stranger.models() == []
 
-                (own,) = (await alice.status())["identities"]
-                shown = {name: own[name] for name in ("identity", "in_flight", "queued", "submitted", "refused_for")}
+                (own,) = (await alice.status()).identities
+                shown = {
+                    name: getattr(own, name) for name in ("identity", "in_flight", "queued", "submitted", "refused_for")
+                }
                 assert shown == {
                     "identity": "alice",
                     "in_flight": 2,
@@ -94,8 +96,8 @@ def test_each_limit_and_what_its_client_is_told(folder: Folder) -> None:
                     "submitted": 5,
                     "refused_for": {"max_queued": 1, "priority_max": 1},
                 }
-                listed = (await boss.status())["identities"]
-                assert [one["identity"] for one in listed] == [
+                listed = (await boss.status()).identities
+                assert [one.identity for one in listed] == [
                     "alice",
                     "bob",
                     "boss",

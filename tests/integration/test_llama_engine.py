@@ -14,10 +14,9 @@ from bench import cancels
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Reason, Sampling, Usage
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
-from llambo.worker.llama.llama_engine import LlamaEngine
-from llambo.worker.llama.llama_load import load
+from llambo.worker.llama.llama_engine import LlamaEngine, load
 from llambo.worker.models import model_files
 
 CONTEXT, SLOTS = 1024, 4

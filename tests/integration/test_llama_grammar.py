@@ -12,9 +12,9 @@ import pytest
 from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama import llama
+from llambo.worker.llama.grammar import grammar_of
 from llambo.worker.llama.guide import Guide, Guides
 from llambo.worker.models import model_files
-from llambo.worker.prompt.grammar import grammar_of
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,9 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import ANYONE
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.agent.engine_process import EngineProcess
-from llambo.worker.config import WorkerConfig
+from llambo.worker.agent.agent import EngineProcess
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import LlamaOptions
 from llambo.worker.models import model_files
 
 KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
@@ -207,7 +206,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         mesh.until(lambda core: core.state.registry.workers and worker.children(), "a worker and its engine")
         engine = worker.children()[0]
         os.kill(engine, signal.SIGSTOP)
-        assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE)["ready"]) == 0
+        assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE).ready) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
         async def scenario() -> Answer:

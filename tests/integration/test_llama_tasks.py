@@ -13,10 +13,9 @@ from llambo.mesh.service import host
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
-from llambo.worker.llama.llama_engine import LlamaEngine
-from llambo.worker.llama.llama_load import load
+from llambo.worker.llama.llama_engine import LlamaEngine, load
 from llambo.worker.models import model_files
 from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, run, said
 

@@ -22,11 +22,9 @@ from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine.protocol import Configure, Start
-from llambo.worker.llama.llama_engine import LlamaEngine
-from llambo.worker.llama.llama_load import load
+from llambo.worker.llama.llama_engine import LlamaEngine, load
 from tests.integration import hermes
 from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said
 from tests.unit.gateway_bench import Call, collect, read

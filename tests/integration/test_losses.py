@@ -21,8 +21,7 @@ from llambo.mesh.link.link import Link
 from llambo.mesh.wire import limits, tokens
 from llambo.testing.mesh import Mesh, timed, truth
 from llambo.testing.processes import rss_bytes
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions, WorkerConfig
 
 #: Frames that a socket of a token plane queues.
 HWM = 10
@@ -111,7 +110,7 @@ class Observer:
 
 def made(client: SyncClient) -> int:
     """Tokens that the broker has so far."""
-    return int(client.status()["counters"]["tokens"]) + sum(int(one["tokens"]) for one in client.requests())
+    return int(client.status().counters["tokens"]) + sum(int(one.tokens) for one in client.requests())
 
 
 async def read(stream: Stream, prompt: str, seed: int, observer: Observer, watch: Watch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client.client import Client
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 REQUESTS = int(os.environ.get("LLAMBO_TEST_REQUESTS", "3000"))
 AT_A_TIME = 48

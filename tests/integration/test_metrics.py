@@ -27,7 +27,7 @@ from llambo.broker.report.metrics_http import (
     MetricsServer,
     Snapshot,
 )
-from llambo.gateway.observe.gateway_metrics import TABLE
+from llambo.gateway.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER
@@ -35,9 +35,9 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
-from tests.unit.pages import Told, check_page, value
+from tests.unit.pages import Samples, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
 TOKEN = "a-token-that-nobody-guesses"
@@ -368,7 +368,7 @@ def test_a_token_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFi
 CHAT = "/v1/chat/completions"
 
 
-def page_of(gateway: GatewayProcess, **headers: str) -> Told:
+def page_of(gateway: GatewayProcess, **headers: str) -> Samples:
     status, body, told = gateway.ask("GET", "/metrics", **headers)
     assert status == 200, body
     assert told["content-type"] == CONTENT_TYPE

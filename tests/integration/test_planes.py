@@ -10,7 +10,7 @@ from llambo import Client
 from llambo.mesh.client.client import Stream
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.proxy import Plane, ThreadedProxy
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 TOKENS = 300
 TOKENS_PER_S = 200

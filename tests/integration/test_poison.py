@@ -10,10 +10,10 @@ import pytest
 
 from llambo import Client
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import WorkerRow
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S, wait_until_gone
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 
 TOKENS = 60
 KNOBS = FakeOptions(slots=8, tokens_per_s=100, faults=FakeFaults(poison="arsenic"))
@@ -35,7 +35,7 @@ def test_poison_among_seven_innocents() -> None:
     """On the only worker there is, so that its engine has to come back twice."""
     with Mesh(workers=1, fake=KNOBS, check=True) as mesh:
 
-        async def scenario() -> list[dict[str, object]]:
+        async def scenario() -> list[WorkerRow]:
             async with mesh.client() as client:
                 begun = [asyncio.Event() for _ in range(7)]
                 async with asyncio.TaskGroup() as group:
@@ -48,14 +48,14 @@ def test_poison_among_seven_innocents() -> None:
                 assert failed.value.code is Code.ENGINE_FAILED
                 assert "kills engines" in failed.value.text
                 assert "SIGSEGV" in failed.value.text
-                assert (await client.status())["counters"]["convicted"] == 1
+                assert (await client.status()).counters["convicted"] == 1
                 # Every engine is back, and works.
                 await asyncio.gather(*(answer(client, f"more {n}", n) for n in range(8)))
-                return list(await client.query("workers"))
+                return await client.workers()
 
         back = mesh.run(scenario())
-        assert sum(int(str(worker["engine_restarts"])) for worker in back) == 2
-        assert {worker["state"] for worker in back} == {"ready"}
+        assert sum(worker.engine_restarts for worker in back) == 2
+        assert {worker.state for worker in back} == {"ready"}
 
 
 def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
@@ -73,7 +73,7 @@ def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
                         (engine,) = worker.children()
                         os.kill(engine, signal.SIGKILL)
                         await asyncio.to_thread(wait_until_gone, engine, TIMEOUT_S)
-                counters = (await client.status())["counters"]
+                counters = (await client.status()).counters
                 assert counters["engine_deaths"] == 2
                 assert counters["suspected"] == 0
 
@@ -91,7 +91,7 @@ def test_a_hung_decode_is_an_engine_death() -> None:
                 mesh.worker_config = WorkerConfig(fake=KNOBS)
                 await asyncio.to_thread(mesh.spawn("healthy").first_line)
                 await task
-                counters = (await client.status())["counters"]
+                counters = (await client.status()).counters
                 # Once for each engine that hung: the first worker may have been back sooner than the other was there.
                 assert counters["suspected"] == counters["engine_deaths"] > 0
                 assert counters["convicted"] == 0

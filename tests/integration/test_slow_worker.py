@@ -9,7 +9,7 @@ from llambo import Client
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.wire.reports import EventRow
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 FAST = FakeOptions(slots=4, tokens_per_s=200)
 #: A twentieth of that.
@@ -30,17 +30,17 @@ def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
                     # Somebody always runs on each, so that both have a pace.
                     await answer(client, number)
                     number += 1
-                    told = [event for event in await client.events() if event["kind"] == "worker slow"]
-                assert told[0]["text"].startswith("slow: ")
-                (state,) = [worker for worker in await client.workers() if worker["worker"] == "slow"]
-                assert state["state"] == "slow"
-                assert "tokens/s for each stream" in state["slow"]
-                assert (await client.status())["slow"] == ["slow"]
+                    told = [event for event in await client.events() if event.kind == "worker slow"]
+                assert told[0].text.startswith("slow: ")
+                (state,) = [worker for worker in await client.workers() if worker.worker == "slow"]
+                assert state.state == "slow"
+                assert "tokens/s for each stream" in state.slow
+                assert (await client.status()).slow == ["slow"]
                 # Nothing new for it, though its slots are free.
-                busy = state["busy"]
+                busy = state.busy
                 later = [asyncio.create_task(answer(client, number)) for number in range(100, 106)]
-                workers = {worker["worker"]: worker for worker in await client.workers()}
-                assert workers["slow"]["busy"] <= busy
+                workers = {worker.worker: worker for worker in await client.workers()}
+                assert workers["slow"].busy <= busy
                 assert set(await asyncio.gather(*later)) == {"w0"}
                 # What it has begun it ends.
                 assert "slow" in await asyncio.gather(*asked)

@@ -139,7 +139,7 @@ def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order:
                     await event.wait()
                 await asyncio.to_thread(parent.restart, how)
                 stalls = [await task for task in asked]
-                return stalls, (await client.status())["counters"]
+                return stalls, (await client.status()).counters
 
         with knocking(parent.port) as refused:
             stalls, counters = mesh.run(scenario())

@@ -15,7 +15,7 @@ from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.testing.mesh import Mesh
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings
 from llambo.worker.engine.protocol import Start
 
@@ -92,11 +92,11 @@ def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
                 asked = asyncio.create_task(client.embed(TEXTS))
                 await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
                 (told,) = await other.requests()
-                assert told["task"] == "embed"
+                assert told.task == "embed"
                 with pytest.raises(LlamboError) as no_stream:
-                    await (await other.attach(told["id"])).result()
+                    await (await other.attach(told.id)).result()
                 assert no_stream.value.code is Code.BAD_REQUEST
-                assert await other.cancel(told["id"]) == "cancelled"
+                assert await other.cancel(told.id) == "cancelled"
                 with pytest.raises(LlamboError) as cancelled:
                     await asked
                 assert cancelled.value.code is Code.CANCELLED

@@ -22,7 +22,7 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, key_of
 from llambo.testing.processes import TIMEOUT_S
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 #: So often a look in these tests.
 EVERY_S = 0.15
@@ -104,7 +104,7 @@ def run(mesh: Mesh, scenario: Callable[[Watching], Coroutine[Any, Any, None]], s
                 await scenario(shown)
             finally:
                 for request in await shown.client.requests():
-                    await shown.client.cancel(request["id"])
+                    await shown.client.cancel(request.id)
 
     mesh.run(whole())
 

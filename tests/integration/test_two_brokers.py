@@ -12,7 +12,7 @@ import pytest
 
 from llambo import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.test_broker_restart import KNOBS, STREAMS, TOKENS, one
 
 Brokers = tuple[Mesh, Mesh]
@@ -31,7 +31,7 @@ async def both_know(brokers: Brokers, workers: int) -> None:
     """A worker is ready when one broker can use it; here each of them shall."""
     for mesh in brokers:
         async with mesh.client() as client:
-            while (await client.status())["ready"] < workers:
+            while (await client.status()).ready < workers:
                 pass
 
 
@@ -43,7 +43,7 @@ async def settled_on(brokers: Brokers, broker: int) -> Client:
         await client.connect()
         # Its session there is what tells: both are called alike.
         async with Client(addresses[broker]) as watcher:
-            if (await watcher.status())["clients"] == 2:
+            if (await watcher.status()).clients == 2:
                 return client
         await client.close()
 
@@ -66,7 +66,7 @@ def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
                     brokers[0].process.send(how)
                     stalls = [await task for task in asked]
                 async with brokers[1].client() as there:
-                    return stalls, (await there.status())["counters"]
+                    return stalls, (await there.status()).counters
             finally:
                 await client.close()
 
@@ -96,7 +96,7 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
             async with brokers[0].client() as client:
                 while not over.is_set():
                     status = await client.status()
-                    seen.append((status["busy"], status["busy_elsewhere"]))
+                    seen.append((status.busy, status.busy_elsewhere))
             return seen
 
         async def scenario() -> tuple[list[list[list[int]]], list[tuple[int, int]], list[dict[str, Any]]]:
@@ -109,7 +109,7 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
             counters = []
             for mesh in brokers:
                 async with mesh.client() as client:
-                    counters.append((await client.status())["counters"])
+                    counters.append((await client.status()).counters)
             return found, seen, counters
 
         found, seen, counters = brokers[0].run(scenario())
@@ -128,10 +128,10 @@ def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> Non
             await both_know(brokers, 1)
             async with brokers[0].client() as here, brokers[1].client() as there:
                 await here.drain("w0")
-                while (await there.workers())[0]["state"] != "drained":
+                while (await there.workers())[0].state != "drained":
                     pass
                 await there.drain("w0", undo=True)
-                while (await here.workers())[0]["state"] != "ready":
+                while (await here.workers())[0].state != "ready":
                     pass
                 assert (await here.generate("hello", max_tokens=5, seed=1)).ids == truth("hello", 1, 5)
 

@@ -8,7 +8,7 @@ import time
 
 from llambo import Client
 from llambo.testing.mesh import Mesh, truth
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 
 REQUESTS = 10_000
 #: Requests at a time: more than there are slots, so that the queue is part of it.
@@ -38,7 +38,7 @@ async def storm(mesh: Mesh) -> tuple[list[int], dict[str, int], int, float]:
                 group.create_task(ask(client, numbers, wrong))
         took_s = time.monotonic() - began
         status = await client.status()
-        return wrong, status["counters"], client.counters.replays, took_s
+        return wrong, status.counters, client.counters.replays, took_s
 
 
 def test_ten_thousand_requests_arrive_whole_and_hardly_anything_is_sent_again() -> None:

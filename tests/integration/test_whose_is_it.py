@@ -24,7 +24,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.mesh import Mesh, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.raw_peer import RawPeer
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
 #: How often reading somebody's stream is tried, in each of two ways.
@@ -137,7 +137,7 @@ def test_an_admin_sees_and_cancels_everything(mesh: Mesh, folder: Folder) -> Non
         SyncClient(mesh.address, key=key_of(folder, "boss")) as boss,
     ):
         id = alice.submit("work", max_tokens=50_000)
-        assert boss.why(id)["state"] in ("waiting", "dispatched", "running")
+        assert boss.why(id).state in ("waiting", "dispatched", "running")
         assert boss.events() != []
         with boss.attach(id) as stream:
             piece = stream.next_piece()

@@ -16,8 +16,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.testing.processes import children, wait_until_gone
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import fake_options
+from llambo.worker.config import WorkerConfig, fake_options
 from llambo.worker.engine.fake_model import plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
 

@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--brokers", type=int, default=0, help="so many in each run, and not as the seed says")
     parser.add_argument("--without", metavar="GUARD", help="take one guard out and stop at the first seed that notices")
     parser.add_argument("--guards", action="store_true", help="list the guards")
-    parser.add_argument("--story", action="store_true", help="tell more than the first story")
+    parser.add_argument("--story", action="store_true", help="print more stories than the first three")
     args = parser.parse_args()
     if args.guards:
         print("\n".join(mutants.GUARDS))

@@ -2,10 +2,10 @@
 
     token plane    frames are lost, repeated and reordered at random
     control plane  order is kept; a cut loses everything in flight, and in harsh runs 30 % of bundles are lost too
-    links          delay; cuts that both ends notice; partitions that nobody notices; a dead token plane alone
+    links          delay; cuts that both ends notice; partitions that neither end notices; a dead token plane alone
     broker         dies or is stopped, and begins again without a memory
     brokers        one world in four has two: either may die, or be alive and out of reach, of all or of a client
-    processes      workers crash (noticed or not), freeze and wake as zombies, leave politely; engines crash
+    processes      workers crash (noticed or not), freeze and wake as zombies, or stop in order; engines crash
                    and hang; workers are drained, or emptied; clients vanish, and some read nothing for a while
     poison         a request kills every engine that runs it; sometimes two do
     overload       some brokers have a queue of three, and refuse what does not fit
@@ -13,7 +13,7 @@
     clocks         every node's clock is off by its own, large, amount
 
 One run in eight is calm: no faults at all, so that work done for nothing shows. After `FAULTS_END_MS` all
-faults are off, whoever is to come back comes back, and from then on progress is owed.
+faults are off, processes that are to restart have restarted, and from then on progress is required.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def draw(random: Random, brokers: int = 0) -> Plan:
             incidents.append((at + random.randint(2_300, 4_000), "client bereft", who, random.choice((300, 1_200))))
     poison = random.choice((1, 1, 1, 2)) if not calm and random.random() < 0.25 else 0
     if not calm and random.random() < 0.2:
-        # Somebody kills engines, one after the other: what was aboard of the first is aboard of the next.
+        # Engines are killed from outside, one after the other: the requests of the first run on the next.
         at = random.randint(400, FAULTS_END_MS - 2_000)
         incidents += [(at + 25 * turn, "engine crash", turn % workers, 30) for turn in range(2 * workers)]
     if not calm and random.random() < 0.2:

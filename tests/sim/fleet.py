@@ -175,7 +175,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many runs of each scenario")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", metavar="SCENARIO", choices=list(of(10)), help="one scenario")
-    parser.add_argument("--story", action="store_true", help="tell what was decided, and why")
+    parser.add_argument("--story", action="store_true", help="print what was decided, and why")
     args = parser.parse_args()
     print(HEAD)
     bad = 0

@@ -13,7 +13,7 @@ from typing import Any
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake import POISON_INDEX
 from llambo.worker.engine.fake_model import (
     START,
@@ -82,10 +82,10 @@ class History:
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
         self.tokens = 0
         #: Runs that were in an engine's batch when it died or hung by itself.
-        self.aboard: set[bytes] = set()
+        self.died_running: set[bytes] = set()
         #: Of those, the ones that were the cause.
         self.killers: set[bytes] = set()
-        #: Such deaths that brokers were told of, by request: the broker's life, the run, the token it was to make next.
+        #: Such deaths that were reported to a broker, by request: the broker's life, the run, its next token.
         self.deaths: dict[bytes, list[tuple[Life, bytes, int]]] = {}
 
     # --- writing -------------------------------------------------------------------------------------
@@ -117,15 +117,15 @@ class History:
         heard.error = error
         heard.ends += 1
 
-    def engine_died(self, cause: bytes, aboard: list[bytes]) -> None:
-        self.aboard.update(aboard)
+    def engine_died(self, cause: bytes, batch: list[bytes]) -> None:
+        self.died_running.update(batch)
         if cause:
             self.killers.add(cause)
 
-    def death_told(self, lost: m.EngineLost, life: Life, running: Container[bytes]) -> None:
-        """Of runs that this broker has not given up before it is told."""
+    def death_reported(self, lost: m.EngineLost, life: Life, running: Container[bytes]) -> None:
+        """Counts only runs that this broker has not given up before the report arrives."""
         for key, made in zip(lost.runs, lost.made, strict=True):
-            if key in self.aboard and key in running and not lost.outside:
+            if key in self.died_running and key in running and not lost.outside:
                 self.deaths.setdefault(key[:16], []).append((life, key, made))
 
     def expect(self, client: str, id: bytes) -> None:
@@ -135,7 +135,7 @@ class History:
         return self.heard.setdefault((client, id), Heard())
 
     def waiting(self, gone: set[str]) -> bool:
-        """Somebody is still owed an end."""
+        """True while a client that is alive still waits for an end."""
         return any(not heard.ends for (client, _), heard in self.heard.items() if client not in gone)
 
     # --- judging -------------------------------------------------------------------------------------
@@ -197,11 +197,11 @@ class History:
             return [*wrong, *self._judge_failure(wanted, heard)]
         if end.reason == "cancelled":
             asked_for = wanted.cancelled or wanted.abandoned
-            return wrong if asked_for else [*wrong, "failed: cancelled, though nobody asked for it"]
+            return wrong if asked_for else [*wrong, "failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return wrong if wanted.message.deadline_ms else [*wrong, "failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
-            return wrong + self._judge_conviction(id, wanted)
+            return wrong + self._judge_poison(id, wanted)
         return wrong if end.error is None else [*wrong, f"failed: {end.error.code}: {end.error.text}"]
 
     def _judge_failure(self, wanted: Wanted, heard: Heard) -> list[str]:
@@ -209,7 +209,7 @@ class History:
             return ["stuck: it never ended"]
         if heard.error is not None and not self._may_fail(wanted, heard, heard.error):
             if heard.error.code is Code.ENGINE_FAILED:  # it came back when its tokens were gone, but not why it ended
-                return self._judge_conviction(wanted.message.id, wanted)
+                return self._judge_poison(wanted.message.id, wanted)
             return [f"failed: {heard.error.code}: {heard.error.text}"]
         return []
 
@@ -223,29 +223,29 @@ class History:
             "fake",
         )
 
-    def _judge_conviction(self, id: bytes, wanted: Wanted) -> list[str]:
-        """Two engines died with it aboard, and it made no progress in between. Two that killed may harm a third."""
-        told = self.deaths.get(id, [])
-        # (the first of them perhaps to a broker that is gone: an orphan brings along that it is a suspect)
-        if len(told) < 2:
-            return [f"poison: convicted after {len(told)} deaths with it aboard"]
-        reached = [made for _, _, made in told]
+    def _judge_poison(self, id: bytes, wanted: Wanted) -> list[str]:
+        """Two engines died running it, and it made no progress in between. Two killers may harm a third request."""
+        reported = self.deaths.get(id, [])
+        # (the first of them perhaps to a broker that is gone: an orphan's message says that it is a suspect)
+        if len(reported) < 2:
+            return [f"poison: ended after {len(reported)} deaths of engines that ran it"]
+        reached = [made for _, _, made in reported]
         if not any(later <= made for at, made in enumerate(reached) for later in reached[at + 1 :]):
-            return [f"poison: convicted although it came further each time: {reached}"]
+            return [f"poison: ended although it came further each time: {reached}"]
         others = {key[:16] for key in self.killers} - {id}
         if not wanted.poisonous and len(others) < 2 and not self.hangs:
-            return ["poison: an innocent was convicted"]
+            return ["poison: a harmless request was ended"]
         return []
 
     def _judge_end(self, id: bytes, wanted: Wanted, heard: Heard, end: m.End) -> list[str]:
         if not wanted.cancelled and len(heard.ids) != end.count:
             return [f"lost: {len(heard.ids)} of {end.count} tokens were delivered"]
         if end.reason == "cancelled":
-            return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though nobody asked for it"]
+            return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return [] if wanted.message.deadline_ms else ["failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
-            return self._judge_conviction(id, wanted)
+            return self._judge_poison(id, wanted)
         if end.error is not None:
             return [f"failed: {end.error.code}: {end.error.text}"]
         length, reason = self._length(wanted)

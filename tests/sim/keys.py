@@ -21,7 +21,7 @@ class Keys:
     def __init__(self, seed: int, plan: Plan) -> None:
         random = Random(f"keys of {seed}")
         self.there = random.random() < 1 / ONE_OF
-        #: What is asked for, so many times as elsewhere: or nobody would have to wait.
+        #: Requests, as a multiple of other worlds: with fewer no request would have to wait.
         self.crowd = 3 if self.there else 1
         #: By the names of wires, which stand for public keys.
         self.now: dict[str, Identity] | None = self._draw(random, plan) if self.there else None

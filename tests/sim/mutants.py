@@ -61,23 +61,23 @@ GUARDS: dict[str, Guard] = {
         "prefix = request.transcript.ids() if request.transcript.chunks else []",
         "prefix: list[int] = []",
     ),
-    "drain said again": Guard(
+    "drain is sent again": Guard(
         _DRAINING, "            _send(state, worker, order)\n            return", "            return"
     ),
     "fence closed when it moves": Guard(
         "llambo.broker.requests.dispatching", "    state.close_fence(request)\n    request.note", "    request.note"
     ),
-    "moved before those that wait": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
+    "moved requests go first": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard(
         "llambo.broker.requests.dispatching", "        request.transcript.clear()\n", "        pass\n"
     ),
-    "word of the client": Guard(
+    "newer state of the client": Guard(
         "llambo.broker.requests.admission", "    recovery.forget_outdated(state, client, asked, held, now_ms)\n", ""
     ),
     "abandoned is not ended": Guard(
         "llambo.broker.requests.recovery", "    if ended.abandoned:\n        return False\n", ""
     ),
-    "killers are ended": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
+    "poison is ended": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(
         "llambo.broker.records.pools",
         "return worker.dispatchable and not (self.lane.isolated and worker.has_suspect)",
@@ -92,18 +92,18 @@ GUARDS: dict[str, Guard] = {
     "progress clears a suspect": Guard(
         _DELIVERY, "if 0 <= request.suspicion.token < transcript.next_index:", "if False:"
     ),
-    "nobody is to blame for what comes from outside": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
-    "as many at work as it may": Guard(_QUEUE, "if not request.account.full:", "if True:"),
-    "so many also without a queue": Guard(
+    "kills from outside are not charged": Guard(_SUSPICION, "charged = not lost.outside", "charged = True"),
+    "running limit in the queue": Guard(_QUEUE, "if not request.account.full:", "if True:"),
+    "running limit without a queue": Guard(
         "llambo.broker.requests.dispatching", " and (not request.account.full or request.run.attempt)", ""
     ),
-    "held back until one is done": Guard(_STATE, "self.queue.eased[account.name] = account", "pass"),
-    "turns of identities": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
-    "what moves is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
-    "limits are for what is new": Guard(
+    "held back until one has ended": Guard(_STATE, "self.queue.eased[account.name] = account", "pass"),
+    "identities take turns": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
+    "a moved request is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
+    "limits apply to new requests": Guard(
         "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
     ),
-    "no part of a result": Guard(
+    "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),
 }

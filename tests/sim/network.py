@@ -120,7 +120,7 @@ class Wire:
             self.network.clock.after(delay, lambda: self._reconnect(epoch))
 
     def partition(self, length_ms: int) -> None:
-        """Nothing gets through, and nobody is told. Afterwards the connection is found dead and made anew."""
+        """Nothing gets through, and neither end is notified. Afterwards the connection is found dead and made anew."""
         self.partitioned = True
 
         def heal() -> None:
@@ -133,7 +133,7 @@ class Wire:
     # --- inside --------------------------------------------------------------------------------------
 
     def _see(self, sign: ConnectionChange) -> None:
-        """The peer's socket tells it. Not always: a cable that is cut tells nothing."""
+        """The peer's socket reports it. Not always: a cable that is cut reports nothing."""
         epoch = self.epoch
         if self.open and not self.partitioned and self.network.random.random() < 0.9:
             self.network.clock.after(1, lambda: self.on_sign(sign) if self.open and self.epoch == epoch else None)

@@ -19,7 +19,6 @@ from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity
-from llambo.worker.agent import actions as wa
 from llambo.worker.agent import events as w
 from llambo.worker.agent.announcement import ProcessIdentity as WorkerIdentity
 from llambo.worker.agent.core import WorkerCore
@@ -139,11 +138,11 @@ class BrokerNode(Node):
         if self.alive:
             self.happen(b.KeysChanged(identities))
 
-    def restart(self, down_ms: int, *, politely: bool) -> None:
+    def restart(self, down_ms: int, *, orderly: bool) -> None:
         """It forgets everything; its peers find its port closed, and then find it again."""
         if not self.alive:
             return
-        if politely:
+        if orderly:
             self.happen(b.StopAsked("it was stopped"))
             self.clock.after(5, lambda: self._die(down_ms))
         else:
@@ -172,7 +171,7 @@ class BrokerNode(Node):
             for message, _ in bundle[1]:
                 if isinstance(message, m.EngineLost):
                     running = self.core.state.running
-                    self.history.death_told(message, (id(self), len(self.past)), running)
+                    self.history.death_reported(message, (id(self), len(self.past)), running)
         said = b.WorkerSaid if wire.to_worker else b.ClientSaid
         user = wire.name if self._identities is not None else ""
         self.happen(said(route, bundle[0], bundle[1], user=user))
@@ -214,7 +213,7 @@ class BrokerNode(Node):
 
     def subscribe(self, wire: Wire) -> None:
         if wire.topic not in self.core.state.registry.topics:
-            return  # granted to nobody: it is the topic of a former life
+            return  # not granted: it is the topic of a former life
         self.hub.topics[wire.topic] = wire
         self.happen(b.Subscribed(wire.topic))
 
@@ -306,8 +305,8 @@ class WorkerNode(Peer):
         self.core = WorkerCore(config, WorkerIdentity(random.randbytes(8), "sim"))
         self.engine: FakeEngine | None = None
         self.engine_deaths = 0
-        #: What its engine died or hung of, and who was aboard then.
-        self._aboard: tuple[bytes, list[bytes]] | None = None
+        #: The request of which its engine died or hung, and the runs it had then.
+        self._died_with: tuple[bytes, list[bytes]] | None = None
         self._generation = 0
         self._step_at = 2**62
         self.left = False
@@ -333,20 +332,20 @@ class WorkerNode(Peer):
 
     def perform_other(self, order: Any) -> None:
         match order:
-            case wa.SpawnEngine():
+            case w.SpawnEngine():
                 self._load()
-            case wa.KillEngine():
+            case w.KillEngine():
                 self.engine_dies("killed", 2)
-            case wa.StartRun(start):
+            case w.StartRun(start):
                 if self.engine is not None:
                     refused = self.engine.start(start, self.now_ms)
                     if refused is not None:
                         self._later(proto.Refused(refused.key, refused.error, refused.final))
                     self._plan_step()
-            case wa.StopRun(key):
+            case w.StopRun(key):
                 if self.engine is not None:
                     self.engine.stop(key)
-            case wa.Exit():
+            case w.Exit():
                 self.left = True
                 self.clock.after(50, self._exit)
             case _:
@@ -359,15 +358,15 @@ class WorkerNode(Peer):
     def engine_dies(self, text: str, delay_ms: int = 1, *, outside: bool = False) -> None:
         if self.engine is None and not self._loading and text != "killed":
             return
-        if self._aboard and not outside:
-            self.history.engine_died(*self._aboard)
-        self.engine, self._aboard, self._loading = None, None, False
+        if self._died_with and not outside:
+            self.history.engine_died(*self._died_with)
+        self.engine, self._died_with, self._loading = None, None, False
         self.engine_deaths += 1
         self._generation += 1
         self._later(w.EngineDied(text, outside), delay_ms)
 
     def _load(self) -> None:
-        """It takes its time, tells how far it is, and may die of it."""
+        """Loading takes its time, reports its progress, and may kill the engine."""
         self._loading = True
         self._generation += 1
         generation = self._generation
@@ -405,8 +404,8 @@ class WorkerNode(Peer):
             return
         self._step_at = 2**62
         outputs = self.engine.step(self.now_ms)
-        if self.engine.fault and self._aboard is None:
-            self._aboard = self.engine.poisoned, self.engine.running_keys
+        if self.engine.fault and self._died_with is None:
+            self._died_with = self.engine.poisoned, self.engine.running_keys
         self.happen(proto.Step(outputs))
         if self.engine is not None and self.engine.fault == "crash":
             # Its own count of tokens stands for what comes from outside; a request is not to blame for it.

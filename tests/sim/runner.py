@@ -24,7 +24,7 @@ class Tally:
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
-    convicted: int = 0
+    poisoned: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     bad: list[Report] = field(default_factory=list)
 
@@ -39,7 +39,7 @@ class Tally:
             "duplicates",
             "stale",
             "repaired",
-            "convicted",
+            "poisoned",
         )
         for name in counts:
             setattr(self, name, getattr(self, name) + getattr(report, name))
@@ -56,7 +56,7 @@ class Tally:
         return (
             f"{self.runs} runs, {self.requests} requests, {self.tokens} tokens in {seconds:.1f} s\n"
             f"{self.dispatches} dispatches, {self.moves} moved ({100 * self.moves / max(1, self.dispatches):.1f} %), "
-            f"{self.adopted} adopted, {self.convicted} convicted, "
+            f"{self.adopted} adopted, {self.poisoned} ended as poison, "
             f"{self.stale} stale chunks refused, {self.repaired} repairs, "
             f"{self.duplicates_per_token:.3f} duplicate frames per token\n"
             + ", ".join(f"{self.kinds[kind]} {kind}" for kind in found)

@@ -11,13 +11,13 @@ def test_the_whole_fault_model_loses_nothing() -> None:
     tally = Tally()
     for seed in range(SEEDS):
         tally.add(run_seed((seed, 2)))
-    told = "\n".join(f"seed {bad.seed}: {bad.wrong}\n" + "\n".join(bad.story) for bad in tally.bad[:3])
-    assert not tally.bad, f"{tally.summary(0)}\n{told}"
+    stories = "\n".join(f"seed {bad.seed}: {bad.wrong}\n" + "\n".join(bad.story) for bad in tally.bad[:3])
+    assert not tally.bad, f"{tally.summary(0)}\n{stories}"
     # The run would prove little if nothing had happened in it.
     assert tally.moves > SEEDS / 2
     assert tally.stale > SEEDS / 10
     assert tally.repaired > SEEDS / 2
-    assert tally.convicted > SEEDS / 20
+    assert tally.poisoned > SEEDS / 20
     assert tally.duplicates_per_token <= 0.2, tally.summary(0)
 
 

@@ -10,8 +10,7 @@ import msgspec
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
-from llambo.worker.config import WorkerConfig
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
@@ -32,7 +31,7 @@ class Report:
     duplicates: int = 0
     stale: int = 0
     repaired: int = 0
-    convicted: int = 0
+    poisoned: int = 0
     story: list[str] = field(default_factory=list)
 
 
@@ -97,7 +96,7 @@ class World:
 
     def _worker(self, index: int) -> WorkerNode:
         plan, random = self.plan, self.random
-        knobs = FakeOptions(
+        fake = FakeOptions(
             style="plain" if plan.style == "plain" else "wander",
             slots=random.randint(1, 4),
             ttft_ms=random.choice((5, 60)),
@@ -113,7 +112,7 @@ class World:
             ),
         )
         brokers = tuple(f"tcp://b{number}:7330" for number in range(plan.brokers))
-        config = WorkerConfig(brokers, f"w{index}", fake=knobs, stall_ms=1_000, drain_ms=1_000)
+        config = WorkerConfig(brokers, f"w{index}", fake=fake, stall_ms=1_000, drain_ms=1_000)
         return self._start_worker(config)
 
     @property
@@ -196,7 +195,7 @@ class World:
         """Another client follows the same request, if the broker knows it by now."""
         state = next(broker for broker in self.brokers if broker.hub is other.wire.hub).core.state
         if message.task != "generate":
-            return  # a result is for whoever asked for it
+            return  # a result goes only to the client that asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
             return
@@ -213,7 +212,7 @@ class World:
             for wire in self.brokers[who].hub.wires:
                 wire.partition(length_ms * 2)
         elif kind.startswith("broker "):
-            self.brokers[who].restart(length_ms, politely=kind == "broker restart")
+            self.brokers[who].restart(length_ms, orderly=kind == "broker restart")
         elif kind.startswith("client "):
             self._client_incident(kind.removeprefix("client "), self.clients[who], length_ms)
         else:
@@ -241,7 +240,7 @@ class World:
                 client.wire.partition(2_100 + length_ms)
             case "bereft":
                 next(broker for broker in self.brokers if broker.hub is client.wire.hub).restart(
-                    length_ms, politely=False
+                    length_ms, orderly=False
                 )
             case _:
                 self._link_incident(kind, client, length_ms)
@@ -282,11 +281,11 @@ class World:
             operator.happen(c.CommandAsked(m.DrainWorker(drain.query + 10**6, drain.worker, undo=True)))
             lives = self._broker_lives
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
-        else:  # nobody is left to ask, and nobody is left to whom progress is owed
+        else:  # no client is left, neither to undo the drain nor to wait for an end
             self.gone.update(client.name for client in self.clients)
 
     def _see_to_it(self, operator: ClientNode, drain: m.DrainWorker, lives: int) -> None:
-        """A broker, or a client, that dies before the worker has heard takes the order along. A person would see it."""
+        """Sends the order again if a broker or a client died before the worker had it, as a person would."""
         worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
         # Of two brokers one may have taken the order and not have got through for a while.
         again = self.plan.brokers > 1 and worker.core.drain.drained
@@ -319,7 +318,7 @@ class World:
                 node.freeze(length_ms)
 
     def _maybe_restart(self, who: int, delay_ms: int) -> None:
-        """Worker 0 always comes back: with nobody left there would be no progress to owe."""
+        """Worker 0 always comes back: without any worker no progress could be required."""
         if who == 0 or self.random.random() < 0.6:
             self.clock.after(delay_ms, lambda: self._restart(who))
 
@@ -351,7 +350,7 @@ class World:
         """After healing nothing may be left over anywhere."""
         wrong: list[str] = []
         for state in (broker.core.state for broker in self.brokers):
-            if any(client.alive for client in self.clients):  # else nobody is left who could end a drain
+            if any(client.alive for client in self.clients):  # else no client is left that could end a drain
                 wrong += [f"stuck: request {id.hex()[:8]} lives in {r.state.value}" for id, r in state.requests.items()]
             for client in state.registry.clients.values():
                 if client.unacked:
@@ -384,23 +383,23 @@ class World:
             duplicates=duplicates,
             stale=counted("stale_chunks"),
             repaired=counted("repaired"),
-            convicted=counted("convicted"),
+            poisoned=counted("convicted"),
         )
         if wrong:
-            report.story = self._tell(wrong)
+            report.story = self._story(wrong)
         return report
 
-    def _tell(self, wrong: list[str]) -> list[str]:
-        told = [str(self.plan), *([f"keys: {self.keys.now}"] if self.keys.there else []), *self.log]
+    def _story(self, wrong: list[str]) -> list[str]:
+        lines = [str(self.plan), *([f"keys: {self.keys.now}"] if self.keys.there else []), *self.log]
         for (client, id), heard in self.history.heard.items():
             if any(id.hex()[:8] in problem for problem in wrong):
-                told.append(f"-- {client} {id.hex()[:8]}: {len(heard.ids)} tokens, {heard.end or heard.error}")
+                lines.append(f"-- {client} {id.hex()[:8]}: {len(heard.ids)} tokens, {heard.end or heard.error}")
                 for number, broker in enumerate(self.brokers):
                     live = broker.core.state.requests.get(id)
                     ended = broker.core.state.archive.get(id)
                     story = live.story if live else ended.story if ended else []
-                    told += [f" b{number} {at - broker.skew_ms:6} ms {what}: {detail}" for at, what, detail in story]
-        return told
+                    lines += [f" b{number} {at - broker.skew_ms:6} ms {what}: {detail}" for at, what, detail in story]
+        return lines
 
 
 def _stop() -> object:

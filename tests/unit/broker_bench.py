@@ -90,12 +90,12 @@ class Peer:
     session: bytes
     user: str
 
-    def heard(self, kind: type[M]) -> list[M]:
+    def received(self, kind: type[M]) -> list[M]:
         """Messages of one kind this peer has been sent, ever."""
         mine = (a for a in self.bench.actions if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
 
-    def heard_last(self, kind: type[M]) -> list[M]:
+    def received_last(self, kind: type[M]) -> list[M]:
         """... by the last event."""
         mine = (a for a in self.bench.last if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
@@ -108,15 +108,15 @@ class Worker(Peer):
         self.user = user
         self.beats = 0
         self.session = NO_SESSION
-        self.say(hello)
-        welcomes = self.heard(m.Welcome)
+        self.send(hello)
+        welcomes = self.received(m.Welcome)
         if welcomes:
             self.session = welcomes[-1].session
             self.beat(state=hello.state)
 
-    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        told = [(message, blob) for message in messages]
-        self.bench.handle(WorkerSaid(self.route, self.session, told, user=self.user))
+    def send(self, *messages: m.Message, blob: bytes = b"") -> None:
+        bundle = [(message, blob) for message in messages]
+        self.bench.handle(WorkerSaid(self.route, self.session, bundle, user=self.user))
 
     def publish(self, *frames: bytes) -> list[Any]:
         return self.bench.handle(TokensArrived(list(frames)))
@@ -125,11 +125,11 @@ class Worker(Peer):
         """On both planes, as workers do."""
         self.beats += 1
         self.publish(tokens.encode_beat(self.beats, self.session))
-        self.say(m.WorkerHeartbeat(seq=seq, beat=self.beats, **fields))
+        self.send(m.WorkerHeartbeat(seq=seq, beat=self.beats, **fields))
 
     @property
     def dispatches(self) -> list[m.Dispatch]:
-        return self.heard(m.Dispatch)
+        return self.received(m.Dispatch)
 
     def key(self, number: int = -1) -> bytes:
         dispatch = self.dispatches[number]
@@ -140,7 +140,7 @@ class Worker(Peer):
 
     def end(self, count: int, number: int = -1, reason: m.Reason = "length", stop: str = "") -> None:
         dispatch = self.dispatches[number]
-        self.say(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
+        self.send(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
 
 
 class Client(Peer):
@@ -149,26 +149,26 @@ class Client(Peer):
         self.route = route
         self.user = user
         self.session = NO_SESSION
-        self.say(m.ClientHello())
-        self.welcome = self.heard(m.Welcome)[-1]
+        self.send(m.ClientHello())
+        self.welcome = self.received(m.Welcome)[-1]
         self.session = self.welcome.session
 
-    def say(self, *messages: m.Message, blob: bytes = b"") -> None:
-        told = [(message, blob) for message in messages]
-        self.bench.handle(ClientSaid(self.route, self.session, told, user=self.user))
+    def send(self, *messages: m.Message, blob: bytes = b"") -> None:
+        bundle = [(message, blob) for message in messages]
+        self.bench.handle(ClientSaid(self.route, self.session, bundle, user=self.user))
 
     def submit(self, number: int, prompt: bytes = b"hello", **fields: Any) -> bytes:
         fields.setdefault("max_tokens", 10)
-        self.say(m.InferenceRequest(request_id(number), **fields), blob=prompt)
+        self.send(m.InferenceRequest(request_id(number), **fields), blob=prompt)
         return request_id(number)
 
     @property
     def problems(self) -> list[m.Problem]:
-        return self.heard(m.Problem)
+        return self.received(m.Problem)
 
     @property
     def ends(self) -> list[m.End]:
-        return self.heard(m.End)
+        return self.received(m.End)
 
     def streamed(self) -> list[int]:
         """Token ids published to this client's topic."""

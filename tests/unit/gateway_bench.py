@@ -37,7 +37,7 @@ def ready(store: ResponseStore | None = None, owner: str = "", /, **body: Any) -
 
 
 def prompt_of(parsed: Parsed) -> dict[str, Any]:
-    """Its messages, and its tools if the model is told of any: whichever form it has."""
+    """Its messages, and its tools if the model gets any, in either form."""
     found = json.loads(parsed.submission.prompt)
     assert parsed.submission.options["form"] == ("messages" if isinstance(found, list) else "chat")
     return {"messages": found} if isinstance(found, list) else dict(found)
@@ -93,8 +93,8 @@ def cut(text: str, seed: int) -> list[Token]:
     return tokens_of(*texts)
 
 
-def told(events: list[StreamEvent]) -> list[dict[str, Any]]:
-    """What the events say; each has its own name as its type."""
+def payloads(events: list[StreamEvent]) -> list[dict[str, Any]]:
+    """The data of each event; the type in it is the name of the event."""
     found = [json.loads(encode(event.data)) for event in events]
     assert [event.name for event in events] == [each["type"] for each in found]
     return found

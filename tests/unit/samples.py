@@ -136,7 +136,7 @@ ALL: list[m.Message] = [sample for samples in SAMPLES.values() for sample in sam
 
 
 def allowed(direction: str) -> list[m.Message]:
-    """Samples of everything that may be said in this direction."""
+    """Samples of everything that may be sent in this direction."""
     known = get_args(CODECS[direction][1])
     return [sample for sample in ALL if type(sample) in known]
 

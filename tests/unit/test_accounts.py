@@ -50,7 +50,7 @@ class Keyed:
 
     def refused(self) -> ErrorInfo:
         """By the last event."""
-        return self.alice.heard_last(m.Problem)[-1].error
+        return self.alice.received_last(m.Problem)[-1].error
 
 
 def test_what_is_counted_from_admission_to_end() -> None:
@@ -61,8 +61,8 @@ def test_what_is_counted_from_admission_to_end() -> None:
     assert mesh.account.bytes == 3 * SIZE
     mesh.end(mesh.worker)
     assert mesh.counts == (1, 1)
-    mesh.alice.say(m.Cancel(request_id(3)))
-    mesh.worker.say(m.Accept(request_id(2), mesh.worker.dispatches[-1].dispatch))
+    mesh.alice.send(m.Cancel(request_id(3)))
+    mesh.worker.send(m.Accept(request_id(2), mesh.worker.dispatches[-1].dispatch))
     assert mesh.counts == (1, 0)
     mesh.end(mesh.worker)
     assert mesh.counts == (0, 0)
@@ -73,7 +73,7 @@ def test_a_request_that_moves_is_counted_once_and_not_refused() -> None:
     mesh = Keyed(slots=1, max_queued=1, max_in_flight=1, per_minute=2)
     mesh.alice.submit(1)
     mesh.alice.submit(2)
-    mesh.worker.say(m.Goodbye())
+    mesh.worker.send(m.Goodbye())
     assert mesh.counts == (0, 2)  # one more than may wait
     other = mesh.bench.worker("w-2", slots=4, user="w")
     assert [d.id for d in other.dispatches] == [request_id(1)]
@@ -128,7 +128,7 @@ def test_what_an_emptied_worker_gives_back_is_not_held_back() -> None:
     mesh.alice.submit(1)
     mesh.alice.submit(2)
     other = mesh.bench.worker("w-2", slots=2, user="w")
-    boss.say(m.DrainWorker(1, "w", move=True))
+    boss.send(m.DrainWorker(1, "w", move=True))
     assert [d.id for d in other.dispatches] == [request_id(1)]
     assert mesh.counts == (1, 1)
 
@@ -156,7 +156,7 @@ def test_how_long_to_wait_is_told_by_its_own_pace() -> None:
         mesh.bench.pass_time(450)
         mesh.worker.beat()
         mesh.end(mesh.worker)
-        mesh.alice.say(m.EndAck([request_id(number)]))
+        mesh.alice.send(m.EndAck([request_id(number)]))
         mesh.bench.pass_time(50)
         mesh.worker.beat()
     for _ in range(4):
@@ -183,7 +183,7 @@ def test_more_bytes_than_it_may_ever_have() -> None:
     assert mesh.refused() == ErrorInfo(Code.TOO_LONG, text)
 
 
-def test_too_many_in_a_minute_and_the_next_at_the_time_that_was_told() -> None:
+def test_too_many_in_a_minute_and_the_next_at_the_time_that_was_given() -> None:
     mesh = Keyed(slots=100, per_minute=7)
     for number in range(8):
         mesh.alice.submit(number)
@@ -245,7 +245,7 @@ def test_of_several_models_the_one_that_it_may_use_is_meant() -> None:
     mesh = Keyed(models=("m", "tiny*"))
     mesh.bench.worker("w-2", model="secret", user="w")
     mesh.alice.submit(1)
-    assert mesh.alice.heard(m.Accepted)[-1].model == "m"
+    assert mesh.alice.received(m.Accepted)[-1].model == "m"
     mesh.bench.worker("w-3", model="tiny-2", user="w")
     mesh.alice.submit(2)
     assert mesh.refused() == ErrorInfo(Code.MODEL_REQUIRED, "several models are served, name one of: m, tiny-2")
@@ -278,7 +278,7 @@ def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
         mesh.alice.submit(number, resume=True)
     assert mesh.alice.problems == []
     assert mesh.counts == (0, 5)
-    mesh.bench.pass_time(1_000)  # nobody announces them
+    mesh.bench.pass_time(1_000)  # they are not announced
     mesh.worker.beat()
     assert mesh.counts == (1, 4)
     mesh.alice.submit(9)
@@ -314,19 +314,19 @@ def orphan(id: bytes, owner: str, *, detached: bool) -> m.Orphan:
 def test_a_run_that_comes_home_is_charged_to_its_owner() -> None:
     mesh = Keyed(slots=2, max_queued=1, max_bytes=SIZE, per_minute=1, max_in_flight=1)
     for number in (1, 2):
-        mesh.worker.say(orphan(request_id(number), "alice", detached=True), blob=b"hello")
+        mesh.worker.send(orphan(request_id(number), "alice", detached=True), blob=b"hello")
     assert mesh.counts == (2, 0)  # one more than may be at work
     assert mesh.account.bytes == 2 * SIZE
     mesh.alice.submit(3, max_tokens=1)
     assert mesh.refused().code is Code.OVER_LIMIT
 
 
-# --- who is told what --------------------------------------------------------------------------------------
+# --- what each may see --------------------------------------------------------------------------------------
 
 
 def status(bench: Bench, client: Client) -> Any:
-    client.say(m.Query(1, "status"))
-    return msgspec.msgpack.decode(client.heard(m.Result)[-1].data)
+    client.send(m.Query(1, "status"))
+    return msgspec.msgpack.decode(client.received(m.Result)[-1].data)
 
 
 def test_an_admin_sees_all_identities_and_a_client_its_own() -> None:
@@ -337,22 +337,22 @@ def test_an_admin_sees_all_identities_and_a_client_its_own() -> None:
         mesh.alice.submit(number)
     bob.submit(4, model="secret")
     own = status(mesh.bench, mesh.alice)
-    (told,) = own["identities"]
-    assert told | {"identity": "alice", "in_flight": 1, "queued": 1, "refused_for": {"max_queued": 1}} == told
-    assert (told["max_queued"], told["bytes"], told["role"]) == (1, 2 * SIZE, "client")
+    (row,) = own["identities"]
+    assert row | {"identity": "alice", "in_flight": 1, "queued": 1, "refused_for": {"max_queued": 1}} == row
+    assert (row["max_queued"], row["bytes"], row["role"]) == (1, 2 * SIZE, "client")
     assert [model["model"] for model in own["models"]] == ["m"]
     assert [one["identity"] for one in status(mesh.bench, bob)["identities"]] == ["bob"]
-    everybody = status(mesh.bench, boss)
-    assert [one["identity"] for one in everybody["identities"]] == ["alice", "bob", "boss"]
-    assert len(everybody["models"]) == 2
+    all_of_them = status(mesh.bench, boss)
+    assert [one["identity"] for one in all_of_them["identities"]] == ["alice", "bob", "boss"]
+    assert len(all_of_them["models"]) == 2
 
 
-def test_workers_do_not_tell_of_models_that_one_may_not_use() -> None:
+def test_models_that_one_may_not_use_are_not_listed_for_workers() -> None:
     mesh = Keyed(models=("m",))
     mesh.bench.worker("w-2", model="secret", user="w")
-    mesh.alice.say(m.Query(1, "workers"))
-    told = msgspec.msgpack.decode(mesh.alice.heard(m.Result)[-1].data)
-    assert [worker["models"] for worker in told] == [["m"], []]
+    mesh.alice.send(m.Query(1, "workers"))
+    workers = msgspec.msgpack.decode(mesh.alice.received(m.Result)[-1].data)
+    assert [worker["models"] for worker in workers] == [["m"], []]
 
 
 def test_without_keys_there_are_no_identities() -> None:

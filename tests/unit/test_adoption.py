@@ -32,7 +32,7 @@ def announce(
 ) -> None:
     blob, prompt_bytes = transfer.pack(b"hello", [chunk(number, ids, attempt=attempt)] if ids else [])
     work = m.Dispatch(request_id(number), dispatch_id(attempt), 5, "m", 10, 7, prompt_bytes=prompt_bytes, **fields)
-    worker.say(m.Orphan(work, home), blob=blob)
+    worker.send(m.Orphan(work, home), blob=blob)
 
 
 def resume(client: Client, number: int, ids: list[int], flags: int = 0, **fields: Any) -> None:
@@ -40,11 +40,11 @@ def resume(client: Client, number: int, ids: list[int], flags: int = 0, **fields
     asked = m.InferenceRequest(
         request_id(number), "m", 10, have=len(ids), resume=True, prompt_bytes=prompt_bytes, **fields
     )
-    client.say(asked, blob=blob)
+    client.send(asked, blob=blob)
 
 
 def adopted(worker: Worker) -> list[bytes]:
-    return [adopt.id + adopt.dispatch for adopt in worker.heard(m.Adopt)]
+    return [adopt.id + adopt.dispatch for adopt in worker.received(m.Adopt)]
 
 
 @pytest.mark.parametrize("worker_first", [True, False])
@@ -62,8 +62,8 @@ def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
     # The client gets what it does not have, and what comes now
     worker.publish(chunk(1, [4], 3))
     assert client.streamed()[-2:] == [3, 4]
-    worker.beat(seq=worker.heard(m.Adopt)[-1].seq, claims={key_of(1): 4})
-    worker.say(m.End(request_id(1), 4, "stop", dispatch_id(1)))
+    worker.beat(seq=worker.received(m.Adopt)[-1].seq, claims={key_of(1): 4})
+    worker.send(m.End(request_id(1), 4, "stop", dispatch_id(1)))
     assert [(end.count, end.reason) for end in client.ends] == [(4, "stop")]
 
 
@@ -77,10 +77,10 @@ def test_without_its_worker_it_goes_on_elsewhere_after_a_moment() -> None:
     bench.pass_time(60)
     (dispatched,) = worker.dispatches
     assert dispatched.prefix == [1, 2]
-    # A worker that comes later is told to stop.
+    # A worker that comes later is ordered to stop.
     late = bench.worker("late")
     announce(late, 1, [1, 2, 3])
-    assert [cancel.dispatch for cancel in late.heard(m.Cancel)] == [dispatch_id(1)]
+    assert [cancel.dispatch for cancel in late.received(m.Cancel)] == [dispatch_id(1)]
 
 
 def test_a_run_that_says_other_tokens_than_the_client_holds_is_stopped() -> None:
@@ -89,7 +89,7 @@ def test_a_run_that_says_other_tokens_than_the_client_holds_is_stopped() -> None
     announce(worker, 1, [1, 9, 9])
     resume(client, 1, [1, 2])
     assert adopted(worker) == []
-    assert [cancel.id for cancel in worker.heard(m.Cancel)] == [request_id(1)]
+    assert [cancel.id for cancel in worker.received(m.Cancel)] == [request_id(1)]
 
 
 def test_a_run_that_has_less_than_the_client_is_stopped() -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_has_less_than_the_client_is_stopped() -> None:
     assert adopted(worker) == []
     # Unless it has grown since, and its worker says so while there is time.
     bench.pass_time(ADOPT_MS + 1)
-    assert adopted(worker) == [] and worker.heard(m.Cancel)
+    assert adopted(worker) == [] and worker.received(m.Cancel)
 
 
 def test_of_several_runs_the_latest_that_fits_is_adopted() -> None:
@@ -112,7 +112,7 @@ def test_of_several_runs_the_latest_that_fits_is_adopted() -> None:
     announce(right, 1, [1, 2, 5], attempt=2)
     resume(client, 1, [1, 2])
     assert adopted(right) == [key_of(1, 2)] and adopted(zombie) == adopted(wrong) == []
-    assert zombie.heard(m.Cancel) and wrong.heard(m.Cancel)
+    assert zombie.received(m.Cancel) and wrong.received(m.Cancel)
 
 
 def test_another_model_of_that_name_is_not_adopted() -> None:
@@ -137,12 +137,12 @@ def test_a_detached_request_is_taken_in_without_its_client() -> None:
     worker = bench.worker()
     announce(worker, 1, [1, 2], detached=True)
     assert adopted(worker) == [key_of(1)]
-    worker.say(m.End(request_id(1), 2, "stop", dispatch_id(1)))
+    worker.send(m.End(request_id(1), 2, "stop", dispatch_id(1)))
     # and its client finds it later
     client = bench.client()
-    client.say(m.Attach(request_id(1)))
+    client.send(m.Attach(request_id(1)))
     assert [end.count for end in client.ends] == [2]
-    assert tokens.ids_of(client.heard(m.Page)[-1].chunks) == [1, 2]
+    assert tokens.ids_of(client.received(m.Page)[-1].chunks) == [1, 2]
 
 
 def test_the_detached_run_of_another_broker_is_its_own() -> None:
@@ -157,13 +157,13 @@ def test_an_adopted_run_that_dies_moves_with_its_prompt() -> None:
     client, worker, other = bench.client(), bench.worker("w"), bench.worker("o")
     announce(worker, 1, [1, 2, 3])
     resume(client, 1, [1])
-    worker.say(m.Goodbye("stopped"))
+    worker.send(m.Goodbye("stopped"))
     (moved,) = other.dispatches
     assert moved.prefix == [1, 2, 3]
     sends = [a for a in bench.actions if getattr(a, "message", None) is moved]
     assert transfer.unpack(sends[0].blob, moved.prompt_bytes)[0] == b"hello"
     assert int.from_bytes(moved.dispatch[:4], "big") == 2  # an attempt later than the one that was lost
-    assert client.streamed() == [2, 3] or client.heard(m.Page)
+    assert client.streamed() == [2, 3] or client.received(m.Page)
 
 
 def test_an_adopt_that_was_lost_is_noticed() -> None:
@@ -171,7 +171,7 @@ def test_an_adopt_that_was_lost_is_noticed() -> None:
     client, worker = bench.client(), bench.worker()
     announce(worker, 1, [1, 2])
     resume(client, 1, [1])
-    seq = worker.heard(m.Adopt)[-1].seq
+    seq = worker.received(m.Adopt)[-1].seq
     worker.beat(seq=seq - 1)
     assert worker.dispatches == []
     worker.beat(seq=seq)
@@ -183,7 +183,7 @@ def test_orphans_are_forgotten_with_their_worker_and_in_time() -> None:
     worker, other = bench.worker("w"), bench.worker("o")
     announce(worker, 1, [1])
     announce(other, 2, [1])
-    worker.say(m.Goodbye("stopped"))
+    worker.send(m.Goodbye("stopped"))
     assert [orphan.work.id for orphan in bench.state.recovery.orphans] == [request_id(2)]
     for _ in range(30):
         bench.pass_time(100)
@@ -197,15 +197,15 @@ def test_orphans_are_forgotten_with_their_worker_and_in_time() -> None:
 def test_an_orphan_that_is_malformed_is_stopped(blob: bytes) -> None:
     bench = Bench()
     worker = bench.worker()
-    worker.say(m.Orphan(m.Dispatch(request_id(1), dispatch_id(1), 5, "m", 10, 7, prompt_bytes=5)), blob=blob)
-    assert worker.heard(m.Cancel) and len(bench.state.recovery.orphans) == 0
+    worker.send(m.Orphan(m.Dispatch(request_id(1), dispatch_id(1), 5, "m", 10, 7, prompt_bytes=5)), blob=blob)
+    assert worker.received(m.Cancel) and len(bench.state.recovery.orphans) == 0
 
 
 def test_a_resume_that_is_malformed_is_refused() -> None:
     bench = Bench()
     bench.worker()
     client = bench.client()
-    client.say(m.InferenceRequest(request_id(1), "m", have=2, resume=True, prompt_bytes=5), blob=b"hello\xc1")
+    client.send(m.InferenceRequest(request_id(1), "m", have=2, resume=True, prompt_bytes=5), blob=b"hello\xc1")
     assert client.problems[-1].error.code is Code.BAD_REQUEST
 
 
@@ -213,7 +213,7 @@ def test_tokens_that_are_claimed_but_not_shown_cannot_be_continued() -> None:
     bench = Bench()
     bench.worker()
     client = bench.client()
-    client.say(m.InferenceRequest(request_id(1), "m", have=2, resume=True), blob=b"hello")
+    client.send(m.InferenceRequest(request_id(1), "m", have=2, resume=True), blob=b"hello")
     assert client.problems[-1].error.code is Code.UNKNOWN_REQUEST
 
 
@@ -221,7 +221,7 @@ def test_tokens_that_are_claimed_but_not_shown_cannot_be_continued() -> None:
 
 
 def attach(client: Client, number: int, ids: list[int]) -> None:
-    client.say(m.Attach(request_id(number), len(ids), [chunk(number, ids)]))
+    client.send(m.Attach(request_id(number), len(ids), [chunk(number, ids)]))
 
 
 def test_the_one_who_holds_more_is_heard_while_it_waits() -> None:
@@ -251,17 +251,17 @@ def test_a_young_broker_waits_for_workers() -> None:
     bench = Bench(startup_grace_ms=5_000)
     client = bench.client()
     client.submit(1)
-    assert client.problems == [] and client.heard(m.Accepted) == []
+    assert client.problems == [] and client.received(m.Accepted) == []
     client.submit(1)  # as clients do that hear nothing
     worker = bench.worker()
-    assert len(client.heard(m.Accepted)) == 1 and len(worker.dispatches) == 1
+    assert len(client.received(m.Accepted)) == 1 and len(worker.dispatches) == 1
 
 
 def test_a_young_broker_grows_up() -> None:
     bench = Bench(startup_grace_ms=3_000)
     client = bench.client()
     client.submit(1)
-    client.say(m.Attach(request_id(2)))
+    client.send(m.Attach(request_id(2)))
     bench.pass_time(4_100)
     assert [p.error.code for p in client.problems] == [Code.NO_WORKER, Code.UNKNOWN_REQUEST]
     assert not bench.state.recovery.deferred
@@ -274,7 +274,7 @@ def test_an_attach_to_what_is_not_yet_back_waits_for_it() -> None:
     resume(owner, 1, [1])
     announce(worker, 1, [1, 2, 3])
     assert adopted(worker) == [key_of(1)]
-    assert len(other.heard(m.Accepted)) == 1
+    assert len(other.received(m.Accepted)) == 1
 
 
 def test_a_resumed_request_waits_for_its_model() -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from llambo.broker.report import metrics_page as broker
-from llambo.gateway.observe import gateway_metrics as gateway
+from llambo.gateway import gateway_metrics as gateway
 from llambo.mesh.service import process_metrics
 from llambo.mesh.service.prometheus import Metric
 
@@ -26,8 +26,8 @@ _BY = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
 
 
 def alerts() -> list[dict[str, Any]]:
-    told = yaml.safe_load((DOCS / "alerts.yml").read_text(encoding="utf-8"))
-    return [rule for group in told["groups"] for rule in group["rules"]]
+    document = yaml.safe_load((DOCS / "alerts.yml").read_text(encoding="utf-8"))
+    return [rule for group in document["groups"] for rule in group["rules"]]
 
 
 def dashboard() -> Any:
@@ -44,7 +44,7 @@ def expressions() -> list[str]:
 def metric_of(name: str) -> Metric:
     """Also by the names that a histogram's lines have."""
     metric = METRICS.get(name) or METRICS.get(re.sub(r"_(bucket|sum|count)$", "", name))
-    assert metric is not None, f"nobody measures {name}"
+    assert metric is not None, f"there is no metric {name}"
     assert (name != metric.name) == (metric.kind == "histogram"), f"{name} is a {metric.kind}"
     return metric
 
@@ -72,10 +72,10 @@ def test_what_is_asked_for_exists(expression: str) -> None:
 
 def test_every_label_in_a_summary_is_one_of_its_alert() -> None:
     for rule in alerts():
-        told = " ".join(rule["annotations"].values())
+        text = " ".join(rule["annotations"].values())
         grouped = _BY.search(rule["expr"].removeprefix("histogram_quantile"))
         by_sum = "sum by" in rule["expr"]
-        for label in re.findall(r"\$labels\.(\w+)", told):
+        for label in re.findall(r"\$labels\.(\w+)", text):
             if by_sum and grouped is not None:
                 assert label in [each.strip() for each in grouped[1].split(",")], f"{rule['alert']}: {label}"
             else:
@@ -93,15 +93,15 @@ def test_alerts_are_what_prometheus_reads() -> None:
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    told = dashboard()
-    ids = [panel["id"] for panel in told["panels"]]
+    board = dashboard()
+    ids = [panel["id"] for panel in board["panels"]]
     assert len(set(ids)) == len(ids)
-    assert all("id" not in panel or panel["type"] in ("row", "stat", "timeseries") for panel in told["panels"])
-    names = {each["name"] for each in told["templating"]["list"]}
-    asked = set(re.findall(r"\$\{?([a-z]+)\b", json.dumps(told["panels"]))) - {"__rate_interval"}
+    assert all("id" not in panel or panel["type"] in ("row", "stat", "timeseries") for panel in board["panels"])
+    names = {each["name"] for each in board["templating"]["list"]}
+    asked = set(re.findall(r"\$\{?([a-z]+)\b", json.dumps(board["panels"]))) - {"__rate_interval"}
     assert asked <= names, f"{asked - names} are no variables"
     taken: set[tuple[int, int]] = set()
-    for panel in told["panels"]:
+    for panel in board["panels"]:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         assert not cells & taken and at["x"] + at["w"] <= 24, f"{panel['title']} lies on another"

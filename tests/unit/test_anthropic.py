@@ -11,7 +11,7 @@ from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, parse
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, cut, events, prompt_of, read, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, cut, events, payloads, prompt_of, read, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
@@ -78,14 +78,14 @@ def test_text_and_blocks_are_the_same() -> None:
 
 
 def test_turns_of_one_role_are_one_turn() -> None:
-    said = messages(user("a"), user("b"), {"role": "assistant", "content": "c"}, user("d"))
-    assert [message["content"] for message in said] == ["a\n\nb", "c", "d"]
+    sent = messages(user("a"), user("b"), {"role": "assistant", "content": "c"}, user("d"))
+    assert [message["content"] for message in sent] == ["a\n\nb", "c", "d"]
 
 
 def test_calls_and_their_results() -> None:
     use = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "rain"}]}
-    said = messages(
+    sent = messages(
         user("and Oslo?"),
         {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use, {**use, "id": "toolu_2"}]},
         user([result, {**result, "tool_use_id": "toolu_2", "content": "no such city", "is_error": True},
@@ -93,7 +93,7 @@ def test_calls_and_their_results() -> None:
         tools=[WEATHER],
     )  # fmt: skip
     call = {"type": "function", "function": {"name": "weather", "arguments": '{"city":"Oslo"}'}}
-    assert said == [
+    assert sent == [
         {"role": "user", "content": "and Oslo?"},
         {"role": "assistant", "content": "I look.",
          "tool_calls": [{"id": "toolu_1", **call}, {"id": "toolu_2", **call}]},
@@ -198,7 +198,7 @@ def test_max_tokens_is_needed_for_an_answer_and_not_for_a_count() -> None:
 
 
 def streamed(*texts: str, **more: Any) -> list[dict[str, Any]]:
-    return told(events(parse(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
+    return payloads(events(parse(asked(stream=True, **more)), tokens_of(*texts), answer("".join(texts))))
 
 
 def test_the_events_of_a_text() -> None:
@@ -276,7 +276,7 @@ def test_a_call_that_was_cut_off_has_no_input() -> None:
 def test_an_error_in_the_middle_is_the_last_event() -> None:
     renderer = parse(asked(stream=True)).renderer
     error = LlamboError(Code.ENGINE_FAILED, "it died")
-    found = told([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
+    found = payloads([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
     assert found[-1] == error_body(error, "anthropic") == {
         "type": "error", "error": {"type": "api_error", "message": "it died"}
     }  # fmt: skip
@@ -303,7 +303,7 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
     assert once == again
     blocks: list[dict[str, Any]] = []
     ended: dict[str, Any] = {}
-    for event in told(once):
+    for event in payloads(once):
         match event["type"]:
             case "content_block_start":
                 assert event["index"] == len(blocks)

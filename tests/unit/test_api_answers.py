@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from llambo.gateway.answers.api import Parsed, encode
-from llambo.gateway.answers.feed import FeedTokens
-from llambo.gateway.answers.rendering import Rendering
+from llambo.gateway.answers.feed import FeedTokens, Rendering
 from llambo.gateway.apis import anthropic_messages, openai_chat, openai_completions
 from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.wire import messages as m

@@ -23,8 +23,9 @@ from llambo.bridge import listener
 from llambo.bridge.connection import WRITE_BYTES, Connection, ConnectionLimits
 from llambo.bridge.protocol import COMMANDS, LIST_PARTS, Command, LineParser, Mistake, ObjectParser, Parser
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import ModelRow
 
-MODELS = [{"model": "small", "workers": 2}, {"model": "large", "workers": 1}]
+MODELS = [ModelRow(model="small", workers=2), ModelRow(model="large", workers=1)]
 STATUS = {"broker": "b"}
 NUMBERS = {"connections": 1, "answers": 1}
 #: What an answer says besides its text.
@@ -86,6 +87,10 @@ class FakeMesh:
 
     async def query(self, what: str) -> Any:
         return await self._wait(self._ask(Question(what)))
+
+    async def models(self) -> list[ModelRow]:
+        found: list[ModelRow] = await self._wait(self._ask(Question("models")))
+        return found
 
     def _ask(self, question: Question) -> Question:
         self.questions.append(question)

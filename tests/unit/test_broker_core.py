@@ -24,7 +24,7 @@ def test_a_request_goes_from_submit_to_end() -> None:
     worker, client = bench.worker(), bench.client()
     # When a request is submitted, it is accepted and dispatched at once
     id = client.submit(1, max_tokens=2)
-    assert [a.id for a in client.heard(m.Accepted)] == [id]
+    assert [a.id for a in client.received(m.Accepted)] == [id]
     assert worker.dispatches[0].max_tokens == 2
     # and tokens are forwarded as they come
     worker.publish(worker.chunk(0, 7))
@@ -34,9 +34,9 @@ def test_a_request_goes_from_submit_to_end() -> None:
     key = worker.key()
     worker.end(2)
     assert [(e.count, e.reason, e.worker) for e in client.ends] == [(2, "length", "w")]
-    assert worker.heard(m.EndAck)[-1].ids == [key]
+    assert worker.received(m.EndAck)[-1].ids == [key]
     # and the transcript is freed when the client has acknowledged
-    client.say(m.EndAck([id]))
+    client.send(m.EndAck([id]))
     assert bench.state.archive.owed_bytes == 0
     assert bench.state.reserved == 0
 
@@ -59,9 +59,9 @@ def test_the_same_submit_again_attaches() -> None:
     worker.publish(worker.chunk(0, 5))
     other.submit(1)
     assert len(worker.dispatches) == 1
-    assert len(client.heard(m.Accepted)) == 2
+    assert len(client.received(m.Accepted)) == 2
     # The one who came late is given what has been before.
-    assert other.heard(m.Page)[-1].next == 1
+    assert other.received(m.Page)[-1].next == 1
     worker.publish(worker.chunk(1, 6))
     assert client.streamed() == [5, 6]
     assert other.streamed() == [6]
@@ -113,7 +113,7 @@ def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
         client.submit(number)
     assert [p.error.code for p in client.problems] == [Code.BUSY]
     assert client.problems[0].error.retry_after_ms > 0
-    assert [a.ahead for a in client.heard(m.Accepted)] == [0, 0, 1]
+    assert [a.ahead for a in client.received(m.Accepted)] == [0, 0, 1]
     # What runs, ends: the next one is dispatched in the same breath.
     worker.end(0)
     assert len(worker.dispatches) == 2
@@ -135,7 +135,7 @@ def test_chunks_under_an_old_dispatch_are_stale() -> None:
     client.submit(1)
     late = first.chunk(0, 99)
     second = bench.worker("b", slots=1)
-    first.say(m.Goodbye())
+    first.send(m.Goodbye())
     assert second.dispatches[0].id == request_id(1)
     first.publish(late)
     assert client.streamed() == []
@@ -148,7 +148,7 @@ def test_another_worker_continues_from_the_transcript() -> None:
     client.submit(1, seed=5)
     first.publish(first.chunk(0, 11, 12))
     second = bench.worker("b")
-    first.say(m.Goodbye())
+    first.send(m.Goodbye())
     assert second.dispatches[0].prefix == [11, 12]
     assert second.dispatches[0].seed == 5
     assert second.dispatches[0].dispatch != first.dispatches[0].dispatch
@@ -163,7 +163,7 @@ def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, flags=tokens.FINAL | tokens.STOPPED))
-    worker.say(m.Goodbye())
+    worker.send(m.Goodbye())
     assert [(e.count, e.reason) for e in client.ends] == [(2, "stop")]
 
 
@@ -181,17 +181,17 @@ def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     worker.publish(worker.chunk(3, 4, 5), worker.chunk(5, 6))
-    assert worker.heard(m.Replay) == []
+    assert worker.received(m.Replay) == []
     bench.pass_time(9)
-    assert worker.heard(m.Replay) == []
+    assert worker.received(m.Replay) == []
     bench.pass_time(50)
-    assert [(r.first, r.until) for r in worker.heard(m.Replay)] == [(0, 3)]
+    assert [(r.first, r.until) for r in worker.received(m.Replay)] == [(0, 3)]
     # The page closes the gap, and what was kept aside follows.
     dispatch = worker.dispatches[0]
-    worker.say(m.Page(dispatch.id, 0, 3, 6, [worker.chunk(0, 1, 2, 3)], dispatch.dispatch))
+    worker.send(m.Page(dispatch.id, 0, 3, 6, [worker.chunk(0, 1, 2, 3)], dispatch.dispatch))
     assert client.streamed() == [1, 2, 3, 4, 5, 6]
     bench.pass_time(1_000)
-    assert len(worker.heard(m.Replay)) == 1
+    assert len(worker.received(m.Replay)) == 1
 
 
 def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
@@ -203,7 +203,7 @@ def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
     worker.publish(worker.chunk(0, 1))
     assert [e.count for e in client.ends] == [1]
     bench.pass_time(100)
-    assert worker.heard(m.Replay) == []
+    assert worker.received(m.Replay) == []
 
 
 def test_progress_in_a_beat_shows_a_lost_tail() -> None:
@@ -212,7 +212,7 @@ def test_progress_in_a_beat_shows_a_lost_tail() -> None:
     client.submit(1)
     worker.beat(seq=1, claims={worker.key(): 4})
     bench.pass_time(20)
-    assert [(r.first, r.until) for r in worker.heard(m.Replay)] == [(0, 0)]
+    assert [(r.first, r.until) for r in worker.received(m.Replay)] == [(0, 0)]
 
 
 def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
@@ -231,7 +231,7 @@ def test_what_nobody_waits_for_is_cancelled_at_the_worker() -> None:
     bench = Bench()
     worker = bench.worker()
     worker.beat(claims={b"r" * 16 + b"d" * 8: 3})
-    assert [(c.id, c.dispatch) for c in worker.heard(m.Cancel)] == [(b"r" * 16, b"d" * 8)]
+    assert [(c.id, c.dispatch) for c in worker.received(m.Cancel)] == [(b"r" * 16, b"d" * 8)]
 
 
 def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() -> None:
@@ -239,15 +239,15 @@ def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() ->
     worker, client = bench.worker(slots=1), bench.client()
     id = client.submit(1)
     client.submit(2)
-    client.say(m.Cancel(id))
+    client.send(m.Cancel(id))
     assert [(e.id, e.reason) for e in client.ends] == [(id, "cancelled")]
     assert len(worker.dispatches) == 1
     worker.end(0, number=0, reason="cancelled")
     assert [d.id for d in worker.dispatches] == [id, request_id(2)]
     # Cancelled twice, or too late: the same END.
-    client.say(m.Cancel(id))
+    client.send(m.Cancel(id))
     assert client.ends[-1] == client.ends[0]
-    client.say(m.Cancel(request_id(99)))
+    client.send(m.Cancel(request_id(99)))
     assert client.problems[-1].error.code is Code.UNKNOWN_REQUEST
 
 
@@ -273,7 +273,7 @@ def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
     # Given that the whole machine slept for a minute, with no tick in between
     bench.now_ms += 60_000
     bench.handle(Tick())
-    # Then nobody is lost by that, and whoever stays silent from now on is.
+    # Then no peer is lost by that, but one that stays silent from now on is.
     assert worker.session in bench.state.registry.workers
     assert client.session in bench.state.registry.clients
     bench.pass_time(700)
@@ -284,18 +284,18 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
     bench = Bench(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
     worker, client = bench.worker(), bench.client()
     id = client.submit(1, detached=True)
-    client.say(m.Goodbye())
+    client.send(m.Goodbye())
     worker.publish(worker.chunk(0, 1))
     worker.end(1)
     other = bench.client(b"o")
-    other.say(m.Attach(id))
+    other.send(m.Attach(id))
     assert other.ends[0].count == 1
-    other.say(m.Replay(id, 0))
-    assert other.heard(m.Page)[-1].next == 1
-    other.say(m.EndAck([id]))
+    other.send(m.Replay(id, 0))
+    assert other.received(m.Page)[-1].next == 1
+    other.send(m.EndAck([id]))
     bench.pass_time(61_000)
     third = bench.client(b"t")
-    third.say(m.Attach(id))
+    third.send(m.Attach(id))
     assert third.problems[0].error.code is Code.EXPIRED
 
 
@@ -306,15 +306,15 @@ def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_afte
     id = client.submit(1, detached=True)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)
-    client.say(m.Goodbye())
-    worker.say(m.Goodbye())
+    client.send(m.Goodbye())
+    worker.send(m.Goodbye())
     for number, later_ms, code in ((1, 59 * 60_000, None), (2, 60_000, Code.EXPIRED)):
         bench.now_ms += later_ms
         bench.handle(Tick())
         back = bench.client(b"back %d" % number)
-        back.say(m.Attach(id))
-        back.say(m.Replay(id, 0))
-        pages = [tokens.ids_of(page.chunks) for page in back.heard(m.Page)]
+        back.send(m.Attach(id))
+        back.send(m.Replay(id, 0))
+        pages = [tokens.ids_of(page.chunks) for page in back.received(m.Page)]
         assert ([5, 6] in pages) == (code is None)
         assert [problem.error.code for problem in back.problems[:1]] == ([code] if code else [])
 
@@ -323,18 +323,18 @@ def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1)
-    other.say(m.Attach(id))
+    other.send(m.Attach(id))
     worker.publish(worker.chunk(0, 1))
-    other.say(m.Detach(id))
+    other.send(m.Detach(id))
     worker.publish(worker.chunk(1, 2))
     assert (client.streamed(), other.streamed()) == ([1, 2], [1])
-    client.say(m.Detach(id))
+    client.send(m.Detach(id))
     assert bench.state.requests == {}
     assert client.ends == other.ends == []
-    assert len(worker.heard(m.Cancel)) == 1
-    # A detached one goes on without anybody.
+    assert len(worker.received(m.Cancel)) == 1
+    # A detached one goes on without any client.
     id = client.submit(2, detached=True)
-    client.say(m.Detach(id))
+    client.send(m.Detach(id))
     assert id in bench.state.requests
 
 
@@ -357,7 +357,7 @@ def test_without_a_stream_the_end_brings_the_first_page() -> None:
     worker.publish(worker.chunk(0, 1, 2))
     assert client.streamed() == []
     worker.end(2)
-    assert (client.ends[0].count, client.heard(m.Page)[0].next) == (2, 2)
+    assert (client.ends[0].count, client.received(m.Page)[0].next) == (2, 2)
 
 
 def test_an_end_is_said_until_it_is_acknowledged() -> None:
@@ -367,7 +367,7 @@ def test_an_end_is_said_until_it_is_acknowledged() -> None:
     worker.end(0)
     bench.pass_time(1_500)
     assert len(client.ends) >= 3
-    client.say(m.EndAck([id]))
+    client.send(m.EndAck([id]))
     before = len(client.ends)
     bench.pass_time(1_500)
     assert len(client.ends) == before
@@ -381,21 +381,21 @@ def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
     bench.pass_time(301)
     assert client.ends[0].reason == "deadline"
     assert client.ends[0].error is not None
-    assert len(worker.heard(m.Cancel)) == 1
+    assert len(worker.received(m.Cancel)) == 1
 
 
 def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> None:
     bench = Bench(hold_ms=5_000)
     worker, client = bench.worker(), bench.client()
     client.submit(1)
-    worker.say(m.Goodbye())
+    worker.send(m.Goodbye())
     client.submit(2)
     assert client.problems == []
     bench.pass_time(3_000)
-    client.say(m.ClientHeartbeat())
+    client.send(m.ClientHeartbeat())
     back = bench.worker(incarnation=b"j")
     assert sorted(d.id for d in back.dispatches) == [request_id(1), request_id(2)]
-    back.say(m.Goodbye())
+    back.send(m.Goodbye())
     bench.pass_time(7_000)
     assert {e.error.code for e in client.ends if e.error} == {Code.NO_WORKER}
 
@@ -405,13 +405,13 @@ def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     dispatch = worker.dispatches[0]
-    worker.say(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.BUSY, "full")))
+    worker.send(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.BUSY, "full")))
     assert len(worker.dispatches) == 1
     worker.beat(seq=dispatch.seq)
     assert len(worker.dispatches) == 2
     # A final refusal is the answer.
     dispatch = worker.dispatches[1]
-    worker.say(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.TOO_LONG, "9 > 8"), final=True))
+    worker.send(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.TOO_LONG, "9 > 8"), final=True))
     assert client.ends[0].error == ErrorInfo(Code.TOO_LONG, "9 > 8")
 
 
@@ -419,13 +419,13 @@ def test_a_name_belongs_to_the_living() -> None:
     bench = Bench(lease_ms=10**6)
     worker = bench.worker("w", incarnation=b"1")
     thief = bench.worker("w", incarnation=b"2")
-    assert thief.heard(m.Problem)[0].error.code is Code.NAME_TAKEN
+    assert thief.received(m.Problem)[0].error.code is Code.NAME_TAKEN
     # The same process on fresh sockets is welcome, and so is its successor once it is gone.
     again = bench.worker("w", incarnation=b"1", route=b"fresh")
     assert again.session not in (NO_SESSION, worker.session)
     bench.route_gone(again.route)
     successor = bench.worker("w", incarnation=b"3")
-    assert successor.heard(m.Welcome)
+    assert successor.received(m.Welcome)
 
 
 def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
@@ -438,7 +438,7 @@ def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
     # When it goes on
     bench.handle(Tick())
     assert (bench.state.counters.peers.workers_lost, bench.state.counters.peers.clients_lost) == (0, 0)
-    assert worker.heard(m.Cancel) == []
+    assert worker.received(m.Cancel) == []
     # Then silence counts from there on.
     bench.pass_time(2_100)
     assert bench.state.counters.peers.workers_lost == 1
@@ -463,8 +463,8 @@ def test_an_unknown_session_is_told_so_under_its_own_name() -> None:
     bench = Bench()
     client = bench.client()
     client.session = b"forgotte"
-    client.say(m.ClientHeartbeat(), m.ClientHeartbeat())
-    assert [p.error.code for p in client.heard_last(m.Problem)] == [Code.UNKNOWN_SESSION]
+    client.send(m.ClientHeartbeat(), m.ClientHeartbeat())
+    assert [p.error.code for p in client.received_last(m.Problem)] == [Code.UNKNOWN_SESSION]
     assert bench.last[0].session == b"forgotte"
 
 
@@ -473,7 +473,7 @@ def test_versions_that_do_not_meet_are_refused(versions: tuple[int, int]) -> Non
     bench = Bench()
     client = bench.client()
     client.route, client.session = b"x", bytes(8)
-    client.say(m.ClientHello(versions))
+    client.send(m.ClientHello(versions))
     assert client.problems[0].error.code is Code.BAD_VERSION
 
 
@@ -507,7 +507,7 @@ def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
     assert bench.state.counters.tokens.malformed_frames == 1
     # On the token plane it may have been anyone's. In a page it is the worker's own word.
     dispatch = worker.dispatches[0]
-    worker.say(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
+    worker.send(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
     assert client.ends[0].error is not None
     assert client.ends[0].error.code is Code.ENGINE_FAILED
 
@@ -517,7 +517,7 @@ def test_flags_of_a_later_release_do_not_end_an_answer() -> None:
     worker, client = bench.worker("a"), bench.client()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, flags=16))
-    worker.say(m.Goodbye())
+    worker.send(m.Goodbye())
     assert bench.worker("b").dispatches[0].prefix == [1]
 
 
@@ -538,27 +538,27 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
     id = client.submit(1, max_tokens=count, logprobs=most)
     dispatch = worker.dispatches[0]
     assert dispatch.logprobs == most
-    told = [logprob_of(token, token, most) for token in range(count)]
+    logprobs = [logprob_of(token, token, most) for token in range(count)]
 
     def chunk(first: int, until: int) -> bytes:
         ids = list(range(first, until))
-        return tokens.encode_chunk(worker.key(), first, ids, [b" word"] * len(ids), 0, told[first:until])
+        return tokens.encode_chunk(worker.key(), first, ids, [b" word"] * len(ids), 0, logprobs[first:until])
 
     # Given chunks that overlap, of tokens that come one by one: the most that they may cost
     worker.publish(chunk(0, 3), chunk(1, 5), *[chunk(at, at + 1) for at in range(5, count)])
-    worker.say(m.End(dispatch.id, count, "length", dispatch.dispatch))
+    worker.send(m.End(dispatch.id, count, "length", dispatch.dispatch))
     # Then they fit what was set aside for them
     assert [end.reason for end in client.ends] == ["length"]
     assert client.ends[0].error is None
-    # And whoever fetches them later gets all of them
-    kept: list[tokens.Logprob] = []
-    while len(kept) < count:
-        late.say(m.Replay(id, len(kept)))
-        for frame in late.heard_last(m.Page)[0].chunks:
+    # And a client that fetches them later gets all of them
+    fetched: list[tokens.Logprob] = []
+    while len(fetched) < count:
+        late.send(m.Replay(id, len(fetched)))
+        for frame in late.received_last(m.Page)[0].chunks:
             found = tokens.decode_chunk(frame)
             assert found is not None and found.body.logprobs is not None
-            kept += found.body.logprobs[len(kept) - found.first :]
-    assert kept == told
+            fetched += found.body.logprobs[len(fetched) - found.first :]
+    assert fetched == logprobs
 
 
 def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
@@ -578,29 +578,29 @@ def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
     for number, (what, argument) in enumerate(
         [("status", ""), ("workers", ""), ("models", ""), ("requests", ""), ("events", "0"), ("why", id.hex())]
     ):
-        client.say(m.Query(number, what, argument))
-        result = client.heard_last(m.Result)[0]
+        client.send(m.Query(number, what, argument))
+        result = client.received_last(m.Result)[0]
         assert (result.query, result.pages) == (number, 1)
         assert msgspec.msgpack.decode(result.data)
     story = msgspec.msgpack.decode(result.data)["story"]
     assert [entry["what"] for entry in story] == ["submitted", "dispatched"]
     for what, argument in [("weather", ""), ("why", "zz"), ("why", "abcdef")]:
-        client.say(m.Query(9, what, argument))
-        assert client.heard_last(m.Problem)[0].query == 9
+        client.send(m.Query(9, what, argument))
+        assert client.received_last(m.Problem)[0].query == 9
 
 
 def test_a_broker_that_stops_says_so() -> None:
     bench = Bench()
     worker, client = bench.worker(), bench.client()
     bench.handle(StopAsked("maintenance"))
-    assert worker.heard(m.Goodbye)[0].reason == client.heard(m.Goodbye)[0].reason == "maintenance"
+    assert worker.received(m.Goodbye)[0].reason == client.received(m.Goodbye)[0].reason == "maintenance"
 
 
 def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(housekeeping, "MODELS_KNOWN", 3)
     bench = Bench(lease_ms=10**6)
     for number in range(6):
-        bench.worker(f"w{number}", model=f"m{number}").say(m.Goodbye())
+        bench.worker(f"w{number}", model=f"m{number}").send(m.Goodbye())
         bench.pass_time(100)
     bench.worker("w", model="m0")
     bench.pass_time(2_000)
@@ -612,7 +612,7 @@ def test_a_story_is_bounded_and_keeps_both_ends() -> None:
     worker, client = bench.worker(), bench.client()
     client.submit(1)
     for _ in range(100):
-        worker.say(m.EngineLost([worker.key()], "again", [], True))
+        worker.send(m.EngineLost([worker.key()], "again", [], True))
         worker.beat(seq=10**6, claims={})
     story = bench.state.requests[request_id(1)].story
     assert len(story) == 64
@@ -667,7 +667,7 @@ def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
     for _ in range(40):
         bench.pass_time(100)
         other.beat()
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
     assert [(end.reason, end.error and end.error.code) for end in client.ends[:1]] == [("error", Code.NO_WORKER)]
     assert set(bench.state.pools) == {Lane("m")}
 
@@ -685,14 +685,14 @@ def test_requests_for_a_model_that_is_loading_wait_for_it() -> None:
     for percent in range(100):
         bench.pass_time(500)
         worker.beat(state="starting", percent=percent)
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
     assert worker.dispatches == [] and client.ends == []
-    assert queries.status(bench.state, "", bench.now_ms, ANYONE)["loading"] == {"w": 99}
-    assert queries.workers(bench.state, "", bench.now_ms, ANYONE)[0]["state"] == "loading"
+    assert queries.status(bench.state, "", bench.now_ms, ANYONE).loading == {"w": 99}
+    assert queries.workers(bench.state, "", bench.now_ms, ANYONE)[0].state == "loading"
     # And go to it as soon as it is ready
     worker.beat(models=[m.ModelInfo("m", "f")], slots=2)
     assert [dispatch.id for dispatch in worker.dispatches] == [request_id(1), request_id(2)]
-    assert queries.status(bench.state, "", bench.now_ms, ANYONE)["loading"] == {}
+    assert queries.status(bench.state, "", bench.now_ms, ANYONE).loading == {}
 
 
 def test_a_wait_for_a_model_that_is_loading_is_bounded_as_any_other() -> None:
@@ -702,11 +702,11 @@ def test_a_wait_for_a_model_that_is_loading_is_bounded_as_any_other() -> None:
     for _ in range(50):
         bench.pass_time(100)
         worker.beat(state="starting")
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
     assert [end.error and end.error.code for end in client.ends[:1]] == [Code.QUEUE_TIMEOUT]
     # A load that fails for good takes its worker away: then it is a model without workers
     client.submit(2)
-    worker.say(m.Goodbye("cannot serve m"))
+    worker.send(m.Goodbye("cannot serve m"))
     assert bench.state.models.unserved_since["m"] > 0
 
 
@@ -723,7 +723,7 @@ def test_what_was_loaded_decides_who_continues_a_stream() -> None:
         bench.pass_time(100)
         other.beat(state="starting")
         same.beat(state="starting")
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
     # Then it is still held: either may be the very same
     assert client.ends == []
     # And goes on at the one that is

@@ -130,7 +130,7 @@ def test_what_kills_engines_may_kill_two(deaths: int, wrong: int) -> None:
     ]
     streams = judged(*lines)
     assert (len(streams.wrong), streams.deaths) == (wrong, [deaths])
-    # Where engines die of other things, too, those may be told of it.
+    # Where engines die of other causes too, other deaths may be in the story.
     other = {"t": 6, "who": "harness", "e": "fault", "kind": "kill"}
     assert judged(*lines, other).wrong == []
 
@@ -149,12 +149,12 @@ def test_a_token_of_a_zombie_is_seen_in_wander() -> None:
     for index in range(MAX):
         previous = wander_token(bytes.fromhex(FIRST if index < 3 else SECOND), PROMPT.encode(), previous)
         ids.append(previous)
-    told = [submit(), chunk(10, 0, 3, ids=ids[:3]), chunk(20, 3, 3, SECOND, ids=ids[3:]), end(ids=ids)]
-    assert not sorts(*told, style="wander")
+    lines = [submit(), chunk(10, 0, 3, ids=ids[:3]), chunk(20, 3, 3, SECOND, ids=ids[3:]), end(ids=ids)]
+    assert not sorts(*lines, style="wander")
     # The first dispatch had made a fourth token, which is delivered in the place of the second one's first.
     zombie = wander_token(bytes.fromhex(FIRST), PROMPT.encode(), ids[2])
-    told[2] = chunk(20, 3, 3, SECOND, ids=[zombie, *ids[4:]])
-    assert checker.WRONG in sorts(*told, style="wander")
+    lines[2] = chunk(20, 3, 3, SECOND, ids=[zombie, *ids[4:]])
+    assert checker.WRONG in sorts(*lines, style="wander")
 
 
 def test_stalls_are_told_by_whether_a_stream_moved() -> None:
@@ -173,12 +173,12 @@ def fault(t: int, kind: str, whom: str = "w1", length: int = 3_000, n: int = 0, 
     return {"t": t, "who": "harness", "e": "fault", "n": n, "kind": kind, "whom": whom, "length": length, **facts}
 
 
-def said(t: int, event: str, **facts: Any) -> Line:
+def entry(t: int, event: str, **facts: Any) -> Line:
     return {"t": t, "who": "harness", "e": event, **facts}
 
 
 def view(t: int, *ready: str) -> Line:
-    return said(t, "workers", broker="b0", names=["w0", "w1"], ready=list(ready))
+    return entry(t, "workers", broker="b0", names=["w0", "w1"], ready=list(ready))
 
 
 def late(*lines: Line) -> list[str]:
@@ -186,7 +186,7 @@ def late(*lines: Line) -> list[str]:
 
 
 def test_a_lost_link_has_to_be_noticed_within_the_lease() -> None:
-    lost = said(2_900, "event", broker="b0", kind="worker lost", text="w1: silent for 2000 ms")
+    lost = entry(2_900, "event", broker="b0", kind="worker lost", text="w1: silent for 2000 ms")
     assert not late(fault(1_000, "link"), lost)
     assert late(fault(1_000, "link"))
     assert late(fault(1_000, "link"), lost | {"t": 5_000})
@@ -196,7 +196,7 @@ def test_a_lost_link_has_to_be_noticed_within_the_lease() -> None:
 
 
 def test_after_a_fault_its_victim_has_to_be_back() -> None:
-    hurt = [fault(1_000, "cut"), said(1_000, "healed", n=0)]
+    hurt = [fault(1_000, "cut"), entry(1_000, "healed", n=0)]
     assert not late(*hurt, view(1_500, "w0"), view(3_000, "w0", "w1"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0", "w1"))
@@ -205,31 +205,31 @@ def test_after_a_fault_its_victim_has_to_be_back() -> None:
 
 
 def test_a_hung_decode_has_to_be_ended() -> None:
-    assert not late(fault(1_000, "hang", busy=3), said(3_100, "gone", n=0))
+    assert not late(fault(1_000, "hang", busy=3), entry(3_100, "gone", n=0))
     assert late(fault(1_000, "hang", busy=3))
-    assert late(fault(1_000, "hang", busy=3), said(6_000, "gone", n=0))
+    assert late(fault(1_000, "hang", busy=3), entry(6_000, "gone", n=0))
 
 
 def test_workers_have_to_be_back_after_their_broker() -> None:
-    assert not late(said(1, "back", broker="b0", ms=2_900, missing=[]))
-    assert late(said(1, "back", broker="b0", ms=3_900, missing=[]))
-    assert late(said(1, "back", broker="b0", ms=None, missing=["w1"]))
+    assert not late(entry(1, "back", broker="b0", ms=2_900, missing=[]))
+    assert late(entry(1, "back", broker="b0", ms=3_900, missing=[]))
+    assert late(entry(1, "back", broker="b0", ms=None, missing=["w1"]))
 
 
 def test_what_is_left_at_the_end_is_found() -> None:
-    last = said(1, "last", broker="b0", running=0, waiting=0, busy=0, ready=4, workers_wanted=4)
+    last = entry(1, "last", broker="b0", running=0, waiting=0, busy=0, ready=4, workers_wanted=4)
     assert not late(last)
     for what in ("running", "waiting", "busy"):
         assert late(last | {what: 1})
     assert late(last | {"ready": 3})
-    assert late(said(1, "orphan", pid=7, whom="w1"))
-    assert late(said(1, "broken", whom="w1", text="it did not come back"))
-    assert late(said(1, "emptied", whom="w1", how="rolling", ms=100, code=1))
-    assert late(said(1, "workers", broker="b0", names=["w0", "w0"], ready=[]))
+    assert late(entry(1, "orphan", pid=7, whom="w1"))
+    assert late(entry(1, "broken", whom="w1", text="it did not come back"))
+    assert late(entry(1, "emptied", whom="w1", how="rolling", ms=100, code=1))
+    assert late(entry(1, "workers", broker="b0", names=["w0", "w0"], ready=[]))
 
 
 def test_counters_of_all_lives_of_a_broker_are_added_up() -> None:
-    lines = [said(t, "status", broker="b0", pid=pid, counters={"moved": moved})
+    lines = [entry(t, "status", broker="b0", pid=pid, counters={"moved": moved})
              for t, pid, moved in ((1, 10, 1), (2, 10, 3), (3, 11, 2))]  # fmt: skip
     assert promises.judge(lines, lease_ms=1, stall_ms=1).counters["moved"] == 5
 
@@ -248,10 +248,10 @@ def test_growth_is_the_slope_of_a_line() -> None:
 def test_a_story_tells_what_happened_to_the_request_and_around_it() -> None:
     lines = [submit(), chunk(10, 0, 2), chunk(20, 2, 1), fault(30, "kill", n=4), chunk(900, 3, 3, SECOND)]
     wrong = judged(*lines).wrong[0]
-    told = "\n".join(report.story(wrong, lines, {"b0": [{"at_ms": 5, "what": "lost", "detail": "w1"}]}))
+    text = "\n".join(report.story(wrong, lines, {"b0": [{"at_ms": 5, "what": "lost", "detail": "w1"}]}))
     assert wrong.sort == checker.HUNG
     for word in ("kill", SECOND, "what b0 knows", "lost: w1"):
-        assert word in told
+        assert word in text
 
 
 # --- leaks -------------------------------------------------------------------------------------------------

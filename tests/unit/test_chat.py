@@ -11,9 +11,7 @@ import pytest
 from llambo.mesh.wire import conversation, limits
 from llambo.mesh.wire.conversation import Chat, ChatMessage
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.prompt import rendering
-from llambo.worker.prompt.rendering import PromptText, read, without_tools
-from llambo.worker.prompt.template import BadPrompt, Template
+from llambo.worker.llama.prompt import BadPrompt, PromptText, Template, chat_of, prompt_text, without_tools
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -50,11 +48,11 @@ def template(source: str = CHATML) -> Template:
 
 
 def read_chat(*messages: Any, tools: Any = None) -> Chat:
-    return read(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
+    return chat_of(json.dumps({"messages": messages, "tools": tools}).encode(), Sampling(form="chat"))
 
 
 def text(prompt: bytes, sampling: Sampling, source: str | None = CHATML) -> PromptText:
-    return rendering.text_of(prompt, read(prompt, sampling), template(source) if source is not None else None)
+    return prompt_text(prompt, chat_of(prompt, sampling), template(source) if source is not None else None)
 
 
 def test_what_a_user_says_and_the_system_message() -> None:
@@ -79,14 +77,14 @@ def test_what_is_no_list_of_messages(prompt: bytes, form: Any) -> None:
 
 
 def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
-    told = read_chat(
+    chat = read_chat(
         {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]}, ASKED
     )
-    assert told.messages[0] == ChatMessage("system", "Be\nbrief.")
+    assert chat.messages[0] == ChatMessage("system", "Be\nbrief.")
 
 
 @pytest.mark.parametrize(
-    ("messages", "tools", "said"),
+    ("messages", "tools", "problem"),
     [
         (
             [ASKED, {"role": "user", "content": [{"type": "image_url"}]}],
@@ -111,21 +109,21 @@ def test_content_in_parts_is_joined_and_a_developer_is_the_system() -> None:
         ),
     ],
 )
-def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, said: str) -> None:
-    with pytest.raises(BadPrompt, match=said):
+def test_what_cannot_be_used_is_named(messages: list[Any], tools: Any, problem: str) -> None:
+    with pytest.raises(BadPrompt, match=problem):
         read_chat(*messages, tools=tools)
 
 
-def test_a_template_without_tools_is_told_of_them_without_tools() -> None:
-    told = without_tools(
+def test_a_template_without_tools_gets_them_in_the_system_message() -> None:
+    messages = without_tools(
         read_chat({"role": "system", "content": "Be brief."}, ASKED, CALLED, RESULT, RESULT, tools=[WEATHER])
     )
-    assert [message.role for message in told] == ["system", "user", "assistant", "user"]
-    system, _, called, results = (str(message.content) for message in told)
+    assert [message.role for message in messages] == ["system", "user", "assistant", "user"]
+    system, _, called, results = (str(message.content) for message in messages)
     assert system.startswith("Be brief.\n\n")
     (line,) = [line for line in system.splitlines() if line.startswith('{"name": "weather"')]
     assert json.loads(line) == {name: WEATHER["function"][name] for name in ("name", "description", "parameters")}  # type: ignore[index]
-    # A call is told as the model has written it, letter by letter
+    # A call is repeated as the model has written it, letter by letter
     assert called == '<tool_call>\n{"name": "weather", "arguments": {"city":"Oslo"}}\n</tool_call>'
     # ... and all results in one turn
     assert results == "<tool_response>\nrain\n</tool_response>\n<tool_response>\nrain\n</tool_response>"
@@ -139,8 +137,8 @@ def test_without_a_system_message_there_is_one_for_the_tools() -> None:
 
 
 def test_what_was_said_before_a_call_stays_before_it() -> None:
-    (told,) = without_tools(read_chat({**CALLED, "content": "I look."}))
-    assert str(told.content).startswith("I look.\n<tool_call>\n")
+    (message,) = without_tools(read_chat({**CALLED, "content": "I look."}))
+    assert str(message.content).startswith("I look.\n<tool_call>\n")
 
 
 def test_a_template_with_tools_gets_them_as_they_are() -> None:
@@ -153,12 +151,12 @@ def test_a_template_with_tools_gets_them_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [({"a": 1}, '{"a": 1}'), ("", "{}"), ('{"a": "cu', '"{\\"a\\": \\"cu"')]
+    ("arguments", "shown"), [({"a": 1}, '{"a": 1}'), ("", "{}"), ('{"a": "cu', '"{\\"a\\": \\"cu"')]
 )
-def test_arguments_are_an_object_where_they_can_be(arguments: Any, told: str) -> None:
+def test_arguments_are_an_object_where_they_can_be(arguments: Any, shown: str) -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
     made = text(json.dumps([message]).encode(), Sampling(form="messages"), HERMES).text.decode()
-    assert made == f"[assistant]<tool_call>f: {told}</tool_call>"
+    assert made == f"[assistant]<tool_call>f: {shown}</tool_call>"
 
 
 def test_what_is_nested_without_end_is_an_error() -> None:

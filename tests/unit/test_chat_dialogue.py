@@ -21,7 +21,7 @@ from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.client.client_tasks import Tokenized
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
-from llambo.mesh.wire.reports import ModelRow
+from llambo.mesh.wire.reports import MeshStatus, ModelRow
 
 AT = 1_700_000_000
 
@@ -120,13 +120,8 @@ class ScriptedMesh:
     async def models(self) -> list[ModelRow]:
         return [ModelRow(model="large"), ModelRow(model="tiny")]
 
-    async def query(self, what: str) -> dict[str, Any]:
-        assert what == "status"
-        numbers = dict.fromkeys(
-            ("workers", "ready", "busy", "slots", "clients", "running", "waiting", "waiting_bytes", "tokens_per_s",
-             "requests_per_s", "transcript_bytes", "detached_bytes"), 0
-        )  # fmt: skip
-        return {"broker": "one", "counters": {}, "policy": "fair", **numbers}
+    async def status(self) -> MeshStatus:
+        return MeshStatus(broker="one", policy="fair")
 
     async def model_info(self, *, model: str | None) -> dict[str, Any]:
         if self.hangs:

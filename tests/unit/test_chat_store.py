@@ -122,7 +122,7 @@ DAMAGED: dict[str, bytes] = {
     "of a later release": json.dumps(WHOLE | {"format": 2}).encode(),
     "begins beyond its end": json.dumps(WHOLE | {"context_from": 2}).encode(),
     "deep": b"[" * 100_000,
-    "an ending nobody knows": json.dumps(WHOLE | {"turns": [{"question": "x", "ending": "boom"}]}).encode(),
+    "an unknown ending": json.dumps(WHOLE | {"turns": [{"question": "x", "ending": "boom"}]}).encode(),
 }
 
 
@@ -254,7 +254,7 @@ def test_an_empty_folder_is_no_error(at_home: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "problem"),
     [
         (["--list", "hello"], "one at a time"),
         (["--list", "--search", "x"], "one at a time"),
@@ -264,11 +264,11 @@ def test_an_empty_folder_is_no_error(at_home: Store) -> None:
         (["--system", "x" * 20_000, "hello"], "--system"),
     ],
 )
-def test_wrong_usage_is_said(at_home: Store, words: list[str], said: str) -> None:
+def test_wrong_usage_is_reported(at_home: Store, words: list[str], problem: str) -> None:
     result = chat(*words)
 
     assert result.exit_code == Exit.USAGE
-    assert said in result.stderr
+    assert problem in result.stderr
 
 
 def test_a_name_that_is_none_is_refused(at_home: Store) -> None:

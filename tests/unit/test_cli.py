@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
-from llambo.cli.commands.why import summary, timeline
+from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.stdout import StdoutWriter
@@ -33,7 +33,7 @@ from llambo.mesh.wire.reports import RequestStory, StoryStep
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
 #: Where nothing listens: port 1 is the tcpmux of another age.
-NOBODY = "tcp://127.0.0.1:1"
+NO_BROKER = "tcp://127.0.0.1:1"
 
 
 @pytest.fixture(autouse=True)
@@ -86,16 +86,16 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         "import sys, llambo.cli.main, llambo.cli.commands.send, llambo.cli.kit.follow, llambo.mesh.client.client\n"
         "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments'})"
     )
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
 
-    assert told.stdout.split() == []
+    assert done.stdout.split() == []
 
 
 # --- usage ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "problem"),
     [
         (["frobnicate"], "No such command 'frobnicate'"),
         (["send", "--max-tokens", "many", "hello"], "'many': expected a whole number"),
@@ -113,11 +113,11 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         (["--broker", "ftp://box", "status"], "is not an address"),
     ],
 )
-def test_wrong_usage_is_said_and_has_its_exit_code(words: list[str], said: str) -> None:
+def test_wrong_usage_is_reported_and_has_its_exit_code(words: list[str], problem: str) -> None:
     result = llambo(*words)
 
     assert result.exit_code == Exit.USAGE
-    assert said in result.stderr
+    assert problem in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -166,14 +166,14 @@ def test_an_error_says_when_to_try_again() -> None:
 def test_without_a_broker_every_command_says_how_to_start_one(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLAMBO_BROKER", NOBODY)
+    monkeypatch.setenv("LLAMBO_BROKER", NO_BROKER)
     monkeypatch.setenv("LLAMBO_CONNECT_MS", "50")
 
     result = llambo(*words, "--json")
 
     assert result.exit_code == Exit.NO_BROKER
     assert result.stderr == (
-        f"llambo: no broker answers at {NOBODY}\n  start one with `llambo-broker` or `llambo up`\n"
+        f"llambo: no broker answers at {NO_BROKER}\n  start one with `llambo-broker` or `llambo up`\n"
     )  # fmt: skip
     assert json.loads(result.stdout)["code"] == "no_broker"
 
@@ -195,12 +195,12 @@ def test_config_says_where_each_value_came_from(tmp_path: Path, monkeypatch: pyt
 
     result = llambo("--broker", "tcp://flag:1", "config", "--json")
 
-    told = json.loads(result.stdout)
-    assert told["file"] == "llambo.toml"
-    assert told["settings"]["mesh.broker"] == {"value": "tcp://flag:1", "source": "flag --broker"}
-    assert told["settings"]["broker.port"] == {"value": "9001", "source": "environment LLAMBO_PORT"}
-    assert told["settings"]["broker.queue_requests"] == {"value": "7", "source": "llambo.toml"}
-    assert told["settings"]["broker.lease_ms"] == {"value": "2000", "source": "default"}
+    shown = json.loads(result.stdout)
+    assert shown["file"] == "llambo.toml"
+    assert shown["settings"]["mesh.broker"] == {"value": "tcp://flag:1", "source": "flag --broker"}
+    assert shown["settings"]["broker.port"] == {"value": "9001", "source": "environment LLAMBO_PORT"}
+    assert shown["settings"]["broker.queue_requests"] == {"value": "7", "source": "llambo.toml"}
+    assert shown["settings"]["broker.lease_ms"] == {"value": "2000", "source": "default"}
 
 
 def test_config_can_show_only_what_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,14 +277,14 @@ def test_a_name_of_control_characters_is_refused(main: click.Command) -> None:
 
 
 def test_no_more_of_stdin_is_read_than_a_prompt_may_have() -> None:
-    result = llambo("send", "--broker", NOBODY, stdin=b"x" * (limits.PROMPT_BYTES + 3))
+    result = llambo("send", "--broker", NO_BROKER, stdin=b"x" * (limits.PROMPT_BYTES + 3))
 
     assert result.exit_code == Exit.REFUSED
     assert f"longer than the {limits.PROMPT_BYTES} bytes" in result.stderr
 
 
 def test_an_empty_prompt_is_refused_with_what_to_do() -> None:
-    result = llambo("send", "--broker", NOBODY, "")
+    result = llambo("send", "--broker", NO_BROKER, "")
 
     assert result.exit_code == Exit.REFUSED
     assert "give a prompt" in result.stderr
@@ -293,11 +293,11 @@ def test_an_empty_prompt_is_refused_with_what_to_do() -> None:
 def test_a_full_disk_is_one_line() -> None:
     for words in ("--help", "config"):
         with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
-            told = subprocess.run(
+            done = subprocess.run(
                 [sys.executable, "-m", "llambo.cli", words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
             )
 
-        assert (told.returncode, told.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
+        assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
 
 # --- tables --------------------------------------------------------------------------------------------
@@ -458,12 +458,12 @@ def test_logprobs_are_for_programs() -> None:
 
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b[31mred", "\rover", "a\x9b1mb", "\u202egnp.exe", "bell\x07"])
 def test_what_others_say_does_not_reach_the_terminal_as_orders(evil: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names of workers, texts of errors, lines of the log: whoever has a key can choose them."""
+    """Names of workers, texts of errors, lines of the log: every client with a key can choose them."""
     table(["name"], [(evil,)])
     facts([("name", evil)])
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     record = logging.makeLogRecord({"msg": evil, "name": "llambo", "levelno": logging.WARNING})
-    texts = [said, LlamboError.of(ErrorInfo(Code.INTERNAL, evil)).text, HumanFormatter().format(record)]
+    texts = [printed, LlamboError.of(ErrorInfo(Code.INTERNAL, evil)).text, HumanFormatter().format(record)]
     for text in texts:
         assert "\N{REPLACEMENT CHARACTER}" in text
         assert all(character.isprintable() or character == "\n" for character in text), text

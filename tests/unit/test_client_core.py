@@ -21,29 +21,29 @@ SESSIONS = [b"session1", b"session2", b"session3"]
 
 
 class Bench:
-    """A core with a clock, and what it ordered sorted into what was said and what was delivered."""
+    """A core with a clock, and what it ordered sorted into what was sent and what was delivered."""
 
     def __init__(self, give_up_ms: int = 0) -> None:
         self.core = ClientCore(give_up_ms=give_up_ms)
         self.now = 1_000
         self.session = NO_SESSION
-        self.said: list[m.Message] = []
+        self.sent: list[m.Message] = []
         self.actions: list[e.Action] = []
         self.beat = 0
 
     def handle(self, event: e.Event) -> list[e.Action]:
-        """Returns what is not said to the broker."""
+        """Returns the actions other than messages to the broker."""
         actions = self.core.handle(event, self.now)
         self.actions += actions
-        self.said += [action.message for action in actions if isinstance(action, Send)]
+        self.sent += [action.message for action in actions if isinstance(action, Send)]
         return [action for action in actions if not isinstance(action, Send)]
 
-    def said_since(self) -> list[m.Message]:
-        """What was said since the last look, without beats."""
-        said, self.said = self.said, []
-        return [message for message in said if not isinstance(message, m.ClientHeartbeat | m.ClientHello)]
+    def sent_since(self) -> list[m.Message]:
+        """What was sent since the last look, without beats."""
+        sent, self.sent = self.sent, []
+        return [message for message in sent if not isinstance(message, m.ClientHeartbeat | m.ClientHello)]
 
-    def hear(self, *messages: m.Message) -> list[e.Action]:
+    def receive(self, *messages: m.Message) -> list[e.Action]:
         return self.handle(e.ControlArrived(self.session, [(message, b"") for message in messages], []))
 
     def tokens(self, first: int, count: int = 1, id: bytes = ID) -> list[e.Action]:
@@ -53,7 +53,7 @@ class Bench:
         self.beat += 1
         if on_tokens:
             self.handle(e.TokensArrived([tokens.encode_beat(self.beat, self.session)]))
-        return self.hear(m.BrokerHeartbeat(self.beat, progress={ID: progress} if progress else {}))
+        return self.receive(m.BrokerHeartbeat(self.beat, progress={ID: progress} if progress else {}))
 
     def wait(self, ms: int, *, alive: bool = True) -> list[e.Action]:
         """Let time pass, waking the core exactly when it wants to be woken. `alive`: the broker keeps beating."""
@@ -85,7 +85,7 @@ class Bench:
         self.welcome(number)
         self.heartbeat()
         assert self.core.link.state is LinkState.UP
-        self.said.clear()
+        self.sent.clear()
 
     def submit(self, **fields: object) -> None:
         self.handle(e.SubmitAsked(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
@@ -94,8 +94,8 @@ class Bench:
         """Up to a request that runs."""
         self.up()
         self.submit()
-        self.hear(m.Accepted(ID))
-        self.said.clear()
+        self.receive(m.Accepted(ID))
+        self.sent.clear()
 
     def step(self) -> RequestState:
         return self.core.requests.live[ID].state
@@ -122,13 +122,13 @@ def bench() -> Bench:
 class TestJoining:
     def test_says_hello_on_fresh_sockets_at_once(self, bench: Bench) -> None:
         assert bench.handle(e.Tick()) == [OpenControl(0), e.ReportLink(LinkState.GREETING)]
-        assert isinstance(bench.said[0], m.ClientHello)
+        assert isinstance(bench.sent[0], m.ClientHello)
 
     def test_subscribes_where_the_welcome_says_and_is_up_with_the_first_beat(self, bench: Bench) -> None:
         assert OpenTokens(0, 7333, b"t" * 16) in bench.welcome()
         assert bench.heartbeat() == []
         assert e.ReportLink(LinkState.UP) in bench.actions
-        assert bench.said[-1] == m.ClientHeartbeat(1)
+        assert bench.sent[-1] == m.ClientHeartbeat(1)
 
     def test_a_beat_of_another_session_proves_nothing(self, bench: Bench) -> None:
         bench.welcome()
@@ -148,10 +148,10 @@ class TestJoining:
         bench.heartbeat(on_tokens=False)
         assert bench.core.link.state is LinkState.MENDING
 
-    def test_a_refusal_is_told(self, bench: Bench) -> None:
+    def test_a_refusal_is_reported(self, bench: Bench) -> None:
         bench.handle(e.Tick())
         error = ErrorInfo(Code.BAD_VERSION, "too old")
-        assert e.ReportLink(LinkState.DOWN, error) in bench.hear(m.Problem(error))
+        assert e.ReportLink(LinkState.DOWN, error) in bench.receive(m.Problem(error))
 
     def test_a_silent_broker_takes_the_link_down(self, bench: Bench) -> None:
         bench.up()
@@ -162,7 +162,7 @@ class TestJoining:
     def test_leaving_cancels_what_runs_and_says_goodbye(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.LeaveAsked("bye"))
-        assert bench.said_since() == [m.Cancel(ID), m.Goodbye("bye")]
+        assert bench.sent_since() == [m.Cancel(ID), m.Goodbye("bye")]
 
 
 class TestSubmitting:
@@ -170,20 +170,20 @@ class TestSubmitting:
         # Given a request made before anything is connected
         bench.submit()
         bench.welcome()
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         # When the token plane is proved
         bench.heartbeat()
         # Then it goes
-        assert bench.said_since() == [m.InferenceRequest(ID)]
+        assert bench.sent_since() == [m.InferenceRequest(ID)]
         assert bench.step() is RequestState.SUBMITTED
 
     def test_goes_without_a_token_plane_after_a_while(self, bench: Bench) -> None:
         bench.submit()
         bench.welcome()
         bench.wait(GATE_MS - 1, alive=False)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         bench.wait(1, alive=False)
-        assert bench.said_since() == [m.InferenceRequest(ID)]
+        assert bench.sent_since() == [m.InferenceRequest(ID)]
 
     def test_brings_its_prompt(self, bench: Bench) -> None:
         bench.up()
@@ -194,47 +194,47 @@ class TestSubmitting:
     def test_is_said_again_until_it_is_accepted(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
-        assert len(bench.said_since()) == 1
+        assert len(bench.sent_since()) == 1
         bench.wait(RESEND_MS[0])
-        assert len(bench.said_since()) == 1
+        assert len(bench.sent_since()) == 1
         bench.wait(2 * RESEND_MS[0] - 1)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         bench.wait(1)
-        assert len(bench.said_since()) == 1
-        assert bench.hear(m.Accepted(ID, 3, "tiny")) == [e.ReportPlace(ID, 3, "tiny")]
+        assert len(bench.sent_since()) == 1
+        assert bench.receive(m.Accepted(ID, 3, "tiny")) == [e.ReportPlace(ID, 3, "tiny")]
         bench.wait(10_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_its_place_in_the_queue_is_told_when_it_changes(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
-        bench.hear(m.Accepted(ID, 3, "tiny"))
-        assert bench.hear(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
-        assert bench.hear(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
+        bench.receive(m.Accepted(ID, 3, "tiny"))
+        assert bench.receive(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
+        assert bench.receive(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
 
     def test_a_problem_ends_it(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         error = ErrorInfo(Code.BUSY, "full", 100)
-        assert bench.hear(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
+        assert bench.receive(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
         bench.wait(5_000)
-        assert len(bench.said_since()) == 1
+        assert len(bench.sent_since()) == 1
 
     def test_a_lost_link_means_submitting_again_with_what_is_held_and_the_time_left(self, bench: Bench) -> None:
         # Given a stream with three tokens
         bench.up()
         bench.submit(deadline_ms=60_000)
-        bench.hear(m.Accepted(ID, 0, "tiny", "f00d"))
+        bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))
         bench.tokens(0, 3)
         bench.tokens(4, 1)
-        bench.said.clear()
+        bench.sent.clear()
         # When the broker does not know the session any more
         started = bench.now
-        bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+        bench.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
         assert bench.step() is RequestState.WAITING
         bench.wait(500, alive=False)
         bench.up(1)
-        # Then the request was said on the new session
+        # Then the request was sent on the new session
         sent = [a for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)][-1]
         assert sent.session == SESSIONS[1]
         left = 60_000 - (bench.now - started)
@@ -244,23 +244,23 @@ class TestSubmitting:
         prompt, held = transfer.unpack(sent.blob or b"", 6)
         assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])
         # and goes on where it was; what came early on the old link is forgotten, since this broker may go on otherwise
-        bench.hear(m.Accepted(ID))
+        bench.receive(m.Accepted(ID))
         assert delivered(bench.tokens(2, 2)) == [3]
 
     def test_what_arrives_late_on_a_lost_link_does_not_count(self, bench: Bench) -> None:
         bench.run()
         bench.tokens(0, 3)
-        bench.hear(m.Goodbye("restart"))
+        bench.receive(m.Goodbye("restart"))
         assert delivered(bench.tokens(3, 1)) == []
 
     def test_a_follower_says_what_it_holds_too(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.AttachAsked(ID))
-        bench.hear(m.Accepted(ID))
+        bench.receive(m.Accepted(ID))
         bench.tokens(0, 2)
-        bench.hear(m.Goodbye("restart"))
+        bench.receive(m.Goodbye("restart"))
         bench.wait(500, alive=False)
-        bench.said.clear()
+        bench.sent.clear()
         bench.up(1)
         (attach,) = [
             action.message
@@ -273,38 +273,38 @@ class TestSubmitting:
         bench.up()
         bench.submit()
         bench.session = b"earlier!"
-        assert bench.hear(m.Accepted(ID)) == []
+        assert bench.receive(m.Accepted(ID)) == []
         assert bench.core.counters.stale_messages == 1
 
     def test_one_that_is_not_followed_is_forgotten_when_accepted(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.SubmitAsked(m.InferenceRequest(ID, detached=True), b"", follow=False))
-        assert bench.hear(m.Accepted(ID, 0, "tiny")) == [e.ReportPlace(ID, 0, "tiny")]
+        assert bench.receive(m.Accepted(ID, 0, "tiny")) == [e.ReportPlace(ID, 0, "tiny")]
         assert bench.core.requests.live == {}
         # What comes of it later is not wanted, and its end is acknowledged.
-        bench.said.clear()
+        bench.sent.clear()
         assert bench.tokens(0) == []
-        assert bench.hear(m.End(ID, 1, "stop")) == []
-        assert bench.said_since() == [m.EndAck([ID])]
+        assert bench.receive(m.End(ID, 1, "stop")) == []
+        assert bench.sent_since() == [m.EndAck([ID])]
 
     def test_attaching_says_what_is_held(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.AttachAsked(ID, 7))
-        assert bench.said_since() == [m.Attach(ID, 7)]
-        bench.hear(m.Accepted(ID))
+        assert bench.sent_since() == [m.Attach(ID, 7)]
+        bench.receive(m.Accepted(ID))
         assert delivered(bench.tokens(7)) == [7]
 
     def test_what_was_submitted_from_here_is_submitted_again_where_nobody_knows_it(self, bench: Bench) -> None:
         bench.up()
         request = m.InferenceRequest(ID, "m", detached=True)
         bench.handle(e.AttachAsked(ID, again=(request, b"prompt")))
-        assert bench.said_since() == [m.Attach(ID)]
-        bench.said.clear()
+        assert bench.sent_since() == [m.Attach(ID)]
+        bench.sent.clear()
         unknown = m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "it is not known"), ID)
-        assert bench.hear(unknown) == []
-        assert bench.said_since() == [request]
+        assert bench.receive(unknown) == []
+        assert bench.sent_since() == [request]
         # And if that is not taken either, it is over.
-        failed = bench.hear(unknown)
+        failed = bench.receive(unknown)
         assert [action.key for action in failed if isinstance(action, e.ReportFailure)] == [ID]
 
     def test_fails_when_there_is_no_broker_for_too_long(self) -> None:
@@ -326,18 +326,18 @@ class TestTokens:
     def test_the_end_comes_after_the_last_token_and_is_acknowledged(self, bench: Bench) -> None:
         bench.run()
         end = m.End(ID, 2, "stop")
-        assert bench.hear(end) == []
+        assert bench.receive(end) == []
         assert bench.step() is RequestState.ENDING
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         assert bench.tokens(0, 2) == [e.DeliverTokens(ID, [0, 1], [b"x"] * 2), e.ReportEnd(ID, end)]
-        assert bench.said_since() == [m.EndAck([ID])]
+        assert bench.sent_since() == [m.EndAck([ID])]
 
     def test_every_repeated_end_is_acknowledged_again(self, bench: Bench) -> None:
         bench.run()
-        bench.hear(m.End(ID, 0, "stop"))
-        bench.said.clear()
-        assert bench.hear(m.End(ID, 0, "stop"), m.End(b"?" * 16, 4, "stop")) == []
-        assert bench.said_since() == [m.EndAck([ID, b"?" * 16])]
+        bench.receive(m.End(ID, 0, "stop"))
+        bench.sent.clear()
+        assert bench.receive(m.End(ID, 0, "stop"), m.End(b"?" * 16, 4, "stop")) == []
+        assert bench.sent_since() == [m.EndAck([ID, b"?" * 16])]
 
     def test_strangers_and_junk_are_counted(self, bench: Bench) -> None:
         bench.run()
@@ -353,65 +353,65 @@ class TestRepair:
         bench.wait(TAIL_GRACE_MS - 1)
         assert delivered(bench.tokens(0)) == [0, 1]
         bench.wait(1_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_a_gap_that_stays_is_asked_for_exactly(self, bench: Bench) -> None:
         bench.run()
         bench.tokens(0)
         bench.handle(e.TokensArrived([chunk(5), chunk(6)]))
         bench.wait(TAIL_GRACE_MS)
-        assert bench.said_since() == [m.Replay(ID, 1, 5)]
-        assert delivered(bench.hear(page(1, 5, 7))) == [1, 2, 3, 4, 5, 6]
+        assert bench.sent_since() == [m.Replay(ID, 1, 5)]
+        assert delivered(bench.receive(page(1, 5, 7))) == [1, 2, 3, 4, 5, 6]
         bench.wait(1_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_a_replay_without_an_answer_is_asked_for_again(self, bench: Bench) -> None:
         bench.run()
         bench.tokens(3)
         bench.wait(TAIL_GRACE_MS)
         bench.wait(REPLAY_AGAIN_MS - 1)
-        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+        assert bench.sent_since() == [m.Replay(ID, 0, 3)]
         bench.wait(1)
-        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+        assert bench.sent_since() == [m.Replay(ID, 0, 3)]
 
     def test_the_next_page_is_pulled_at_once(self, bench: Bench) -> None:
         bench.run()
-        bench.hear(m.End(ID, 30, "length"))
+        bench.receive(m.End(ID, 30, "length"))
         bench.wait(TAIL_GRACE_MS)
-        assert bench.said_since() == [m.Replay(ID, 0, 30)]
-        bench.hear(page(0, 10, 30))
-        assert bench.said_since() == [m.Replay(ID, 10, 30)]
-        bench.hear(page(10, 20, 30))
-        assert bench.said_since() == [m.Replay(ID, 20, 30)]
-        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.ReportEnd)
+        assert bench.sent_since() == [m.Replay(ID, 0, 30)]
+        bench.receive(page(0, 10, 30))
+        assert bench.sent_since() == [m.Replay(ID, 10, 30)]
+        bench.receive(page(10, 20, 30))
+        assert bench.sent_since() == [m.Replay(ID, 20, 30)]
+        assert isinstance(bench.receive(page(20, 30, 30))[-1], e.ReportEnd)
 
     def test_a_page_that_brings_nothing_is_not_asked_for_in_a_hurry(self, bench: Bench) -> None:
         # Given a broker that misses the same tokens
         bench.run()
-        bench.hear(m.End(ID, 5, "stop"))
+        bench.receive(m.End(ID, 5, "stop"))
         bench.wait(TAIL_GRACE_MS)
-        bench.said.clear()
+        bench.sent.clear()
         # When it has nothing to give
-        bench.hear(m.Page(ID, 0, 0, 0, []))
-        assert bench.said_since() == []
+        bench.receive(m.Page(ID, 0, 0, 0, []))
+        assert bench.sent_since() == []
         # Then it is asked again later
         bench.wait(REPLAY_AGAIN_MS)
-        assert bench.said_since() == [m.Replay(ID, 0, 5)]
+        assert bench.sent_since() == [m.Replay(ID, 0, 5)]
 
     def test_a_silent_loss_is_noticed_by_the_beat(self, bench: Bench) -> None:
         bench.run()
         bench.tokens(0)
         bench.heartbeat(progress=4)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         bench.wait(TAIL_GRACE_MS)
-        assert bench.said_since() == [m.Replay(ID, 1, 4)]
+        assert bench.sent_since() == [m.Replay(ID, 1, 4)]
 
     def test_a_beat_that_is_a_little_ahead_costs_nothing(self, bench: Bench) -> None:
         bench.run()
         bench.heartbeat(progress=2)
         bench.tokens(0, 2)
         bench.wait(1_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_without_a_token_plane_nobody_waits_for_it(self, bench: Bench) -> None:
         # Given a token plane that went silent
@@ -419,28 +419,28 @@ class TestRepair:
         for _ in range(4):
             bench.heartbeat(on_tokens=False)
         assert bench.core.link.state is LinkState.MENDING
-        bench.said.clear()
+        bench.sent.clear()
         # When a beat tells of progress
         bench.heartbeat(progress=3, on_tokens=False)
         # Then it is fetched
         bench.wait(0, alive=False)
-        assert bench.said_since() == [m.Replay(ID, 0, 3)]
-        assert delivered(bench.hear(page(0, 3, 3))) == [0, 1, 2]
+        assert bench.sent_since() == [m.Replay(ID, 0, 3)]
+        assert delivered(bench.receive(page(0, 3, 3))) == [0, 1, 2]
 
     def test_nothing_is_asked_of_a_broker_that_may_not_know_the_request(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
-        bench.said.clear()
+        bench.sent.clear()
         bench.tokens(5)
         bench.wait(RESEND_MS[0] - 1)
-        assert bench.said_since() == []
-        bench.hear(m.Accepted(ID))
+        assert bench.sent_since() == []
+        bench.receive(m.Accepted(ID))
         bench.wait(TAIL_GRACE_MS)
-        assert bench.said_since() == [m.Replay(ID, 0, 5)]
+        assert bench.sent_since() == [m.Replay(ID, 0, 5)]
 
     def test_a_foreign_chunk_in_a_page_is_refused(self, bench: Bench) -> None:
         bench.run()
-        assert bench.hear(m.Page(ID, 0, 1, 1, [chunk(0, id=b"?" * 16)])) == []
+        assert bench.receive(m.Page(ID, 0, 1, 1, [chunk(0, id=b"?" * 16)])) == []
         assert bench.core.counters.malformed == 1
 
 
@@ -449,52 +449,52 @@ class TestWithoutStream:
         # Given a request that wants no stream
         bench.up()
         bench.submit(stream=False)
-        bench.hear(m.Accepted(ID))
-        bench.said.clear()
+        bench.receive(m.Accepted(ID))
+        bench.sent.clear()
         bench.heartbeat(progress=10)
         bench.wait(1_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         # When its end arrives, the first page is on its way
-        bench.hear(m.End(ID, 30, "stop"))
+        bench.receive(m.End(ID, 30, "stop"))
         bench.wait(TAIL_GRACE_MS)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         # Then the rest is pulled
-        bench.hear(page(0, 20, 30))
-        assert bench.said_since() == [m.Replay(ID, 20, 30)]
-        assert isinstance(bench.hear(page(20, 30, 30))[-1], e.ReportEnd)
+        bench.receive(page(0, 20, 30))
+        assert bench.sent_since() == [m.Replay(ID, 20, 30)]
+        assert isinstance(bench.receive(page(20, 30, 30))[-1], e.ReportEnd)
 
     def test_a_lost_first_page_is_asked_for(self, bench: Bench) -> None:
         bench.up()
         bench.submit(stream=False)
-        bench.hear(m.Accepted(ID), m.End(ID, 3, "stop"))
-        bench.said.clear()
+        bench.receive(m.Accepted(ID), m.End(ID, 3, "stop"))
+        bench.sent.clear()
         bench.wait(REPLAY_AGAIN_MS)
-        assert bench.said_since() == [m.Replay(ID, 0, 3)]
+        assert bench.sent_since() == [m.Replay(ID, 0, 3)]
 
 
 class TestCancelling:
     def test_is_said_again_until_the_end(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID))
-        assert bench.said_since() == [m.Cancel(ID)]
+        assert bench.sent_since() == [m.Cancel(ID)]
         bench.wait(2 * RESEND_MS[0])
-        assert bench.said_since() == [m.Cancel(ID)] * 2
+        assert bench.sent_since() == [m.Cancel(ID)] * 2
         bench.tokens(0)
         end = m.End(ID, 1, "cancelled")
-        assert bench.hear(end) == [e.ReportEnd(ID, end)]
+        assert bench.receive(end) == [e.ReportEnd(ID, end)]
 
     def test_dropped_tokens_are_not_waited_for(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID, drop=True))
         assert bench.tokens(0) == []
         end = m.End(ID, 9, "cancelled")
-        assert bench.hear(end) == [e.ReportEnd(ID, end)]
-        assert bench.said_since() == [m.Cancel(ID), m.EndAck([ID])]
+        assert bench.receive(end) == [e.ReportEnd(ID, end)]
+        assert bench.sent_since() == [m.Cancel(ID), m.EndAck([ID])]
 
     def test_dropping_one_that_is_ending_ends_it(self, bench: Bench) -> None:
         bench.run()
         end = m.End(ID, 9, "stop")
-        bench.hear(end)
+        bench.receive(end)
         assert bench.handle(e.CancelAsked(ID, drop=True)) == [e.ReportEnd(ID, end)]
 
     def test_one_that_was_never_sent_ends_here(self, bench: Bench) -> None:
@@ -502,37 +502,37 @@ class TestCancelling:
         happened = bench.handle(e.CancelAsked(ID))
         assert e.ReportEnd(ID, m.End(ID, 0, "cancelled")) in happened
         bench.up()
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_somebody_elses_request(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.CancelAsked(ID))
-        assert bench.said_since() == [m.Cancel(ID)]
+        assert bench.sent_since() == [m.Cancel(ID)]
         end = m.End(ID, 5, "cancelled")
-        assert bench.hear(end) == [e.ReportEnd(ID, end)]
+        assert bench.receive(end) == [e.ReportEnd(ID, end)]
 
     def test_an_unknown_request(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.CancelAsked(ID))
         error = ErrorInfo(Code.UNKNOWN_REQUEST, "?")
-        assert bench.hear(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
+        assert bench.receive(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
 
     def test_when_only_the_cancel_arrived_it_never_ran(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         bench.handle(e.CancelAsked(ID))
-        happened = bench.hear(m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "?"), ID))
+        happened = bench.receive(m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "?"), ID))
         assert happened == [e.ReportEnd(ID, m.End(ID, 0, "cancelled"))]
 
     def test_survives_the_link(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID))
-        bench.hear(m.Goodbye("restart"))
+        bench.receive(m.Goodbye("restart"))
         bench.wait(500, alive=False)
         bench.welcome(1)
-        bench.said.clear()
+        bench.sent.clear()
         bench.heartbeat()
-        assert bench.said_since() == [m.InferenceRequest(ID), m.Cancel(ID)]
+        assert bench.sent_since() == [m.InferenceRequest(ID), m.Cancel(ID)]
 
 
 class TestSlowReader:
@@ -543,13 +543,13 @@ class TestSlowReader:
         bench.handle(e.ReaderBehind(ID))
         # When more arrives, and the end
         assert bench.handle(e.TokensArrived([chunk(2, 4), chunk(6, 4)])) == []
-        assert bench.hear(m.End(ID, 10, "stop"), page(2, 10, 10)) == []
+        assert bench.receive(m.End(ID, 10, "stop"), page(2, 10, 10)) == []
         bench.wait(2_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
         # Then it is fetched when the reader has caught up
         bench.handle(e.ReaderCaughtUp(ID))
-        assert bench.said_since() == [m.Replay(ID, 2, 10)]
-        happened = bench.hear(page(2, 10, 10))
+        assert bench.sent_since() == [m.Replay(ID, 2, 10)]
+        happened = bench.receive(page(2, 10, 10))
         assert delivered(happened) == list(range(2, 10))
         assert isinstance(happened[-1], e.ReportEnd)
 
@@ -558,51 +558,51 @@ class TestSlowReader:
         bench.handle(e.ReaderBehind(ID))
         bench.handle(e.ReaderCaughtUp(ID))
         assert delivered(bench.tokens(0)) == [0]
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
 
 class TestQuestions:
     def test_an_answer_of_several_pages_is_joined(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.QueryAsked(1, "status"))
-        assert bench.said_since() == [m.Query(1, "status")]
+        assert bench.sent_since() == [m.Query(1, "status")]
         data = msgpack.packb({"workers": 3})
-        assert bench.hear(m.Result(1, 0, 2, data[:3])) == []
-        assert bench.hear(m.Result(1, 1, 2, data[3:])) == [e.DeliverResult(1, data)]
+        assert bench.receive(m.Result(1, 0, 2, data[:3])) == []
+        assert bench.receive(m.Result(1, 1, 2, data[3:])) == [e.DeliverResult(1, data)]
 
     def test_pages_of_two_answers_never_mix(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.QueryAsked(1, "status"))
-        bench.hear(m.Result(1, 0, 3, b"a"), m.Result(1, 2, 3, b"c"))
-        happened = bench.hear(m.Result(1, 0, 3, b"A"), m.Result(1, 1, 3, b"B"), m.Result(1, 2, 3, b"C"))
+        bench.receive(m.Result(1, 0, 3, b"a"), m.Result(1, 2, 3, b"c"))
+        happened = bench.receive(m.Result(1, 0, 3, b"A"), m.Result(1, 1, 3, b"B"), m.Result(1, 2, 3, b"C"))
         assert happened == [e.DeliverResult(1, b"ABC")]
 
     def test_is_asked_again_until_it_is_answered(self, bench: Bench) -> None:
         bench.handle(e.QueryAsked(1, "why", "ab"))
         bench.up()
         bench.handle(e.CommandAsked(m.DrainWorker(2, "w1")))
-        bench.said.clear()
+        bench.sent.clear()
         bench.wait(ASK_AGAIN_MS)
-        assert bench.said_since() == [m.Query(1, "why", "ab"), m.DrainWorker(2, "w1")]
-        bench.hear(m.Result(1, 0, 1, b"\xc0"))
+        assert bench.sent_since() == [m.Query(1, "why", "ab"), m.DrainWorker(2, "w1")]
+        bench.receive(m.Result(1, 0, 1, b"\xc0"))
         bench.handle(e.ReaderLeft(2))
         bench.wait(5_000)
-        assert bench.said_since() == []
+        assert bench.sent_since() == []
 
     def test_a_problem_fails_it(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.QueryAsked(1, "nonsense"))
         error = ErrorInfo(Code.BAD_REQUEST, "?")
-        assert bench.hear(m.Problem(error, query=1)) == [e.ReportFailure(1, error)]
+        assert bench.receive(m.Problem(error, query=1)) == [e.ReportFailure(1, error)]
 
     def test_is_asked_on_the_next_link(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.QueryAsked(1, "status"))
-        bench.hear(m.Goodbye())
+        bench.receive(m.Goodbye())
         bench.wait(500, alive=False)
-        bench.said.clear()
+        bench.sent.clear()
         bench.welcome(1)
-        assert bench.said_since() == [m.Query(1, "status")]
+        assert bench.sent_since() == [m.Query(1, "status")]
 
 
 def test_every_step_can_be_reached_and_left() -> None:
@@ -622,33 +622,33 @@ class TestTasks:
     def run(self, bench: Bench) -> None:
         bench.up()
         bench.submit(task="embed", stream=False)
-        bench.hear(m.Accepted(ID, model="fake"))
-        bench.said.clear()
+        bench.receive(m.Accepted(ID, model="fake"))
+        bench.sent.clear()
 
     def test_nothing_is_handed_over_before_the_last_page(self, bench: Bench) -> None:
         self.run(bench)
-        assert bench.hear(m.End(ID, 3, "stop")) == []
-        assert bench.hear(self.result(0, 2, 3)) == []
-        assert bench.said[-1] == m.Replay(ID, 2, 3)
+        assert bench.receive(m.End(ID, 3, "stop")) == []
+        assert bench.receive(self.result(0, 2, 3)) == []
+        assert bench.sent[-1] == m.Replay(ID, 2, 3)
         end = m.End(ID, 3, "stop")
-        assert bench.hear(self.result(2, 3, 3)) == [
+        assert bench.receive(self.result(2, 3, 3)) == [
             e.DeliverTokens(ID, [0] * 3, [b"0", b"1", b"2"]),
             e.ReportEnd(ID, end),
         ]
 
     def test_pages_that_overtake_the_end_are_handed_over_with_it(self, bench: Bench) -> None:
         self.run(bench)
-        assert bench.hear(self.result(0, 3, 3)) == []
+        assert bench.receive(self.result(0, 3, 3)) == []
         end = m.End(ID, 3, "stop")
-        assert bench.hear(end) == [e.DeliverTokens(ID, [0] * 3, [b"0", b"1", b"2"]), e.ReportEnd(ID, end)]
+        assert bench.receive(end) == [e.DeliverTokens(ID, [0] * 3, [b"0", b"1", b"2"]), e.ReportEnd(ID, end)]
 
     def test_on_another_session_it_is_fetched_from_the_beginning(self, bench: Bench) -> None:
         self.run(bench)
-        bench.hear(m.End(ID, 3, "stop"))
-        bench.hear(self.result(0, 2, 3))
-        bench.hear(m.Goodbye())
+        bench.receive(m.End(ID, 3, "stop"))
+        bench.receive(self.result(0, 2, 3))
+        bench.receive(m.Goodbye())
         bench.wait(200)
         bench.welcome(1)
         bench.heartbeat()
-        (again,) = [said for said in bench.said if isinstance(said, m.InferenceRequest)]
+        (again,) = [message for message in bench.sent if isinstance(message, m.InferenceRequest)]
         assert (again.have, again.prompt_bytes, again.task) == (0, 0, "embed")

@@ -19,7 +19,7 @@ CLOCKS = {"time", "datetime", "date", "uuid", "clock"}
 #: Who asks for it all the same, and why.
 ALLOWED = {
     # A chat template may put today's date into its prompt.
-    "worker/prompt/template.py": {"datetime.now"},
+    "worker/llama/prompt.py": {"datetime.now"},
     # Keys are valid until a date.
     "broker/access/zap_handler.py": {"time.time"},
     "cli/kit/server_keys.py": {"time.time"},
@@ -87,15 +87,15 @@ def sums(model: Path, cache: Path, disk: str) -> tuple[list[str], list[str], str
 def test_a_sum_that_cannot_be_remembered_is_computed_and_said(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF" * 1000)
-    good, files, said = sums(model, tmp_path / "good" / "digests.json", "free")
-    assert (len(set(good)), files, said) == (1, ["digests.json"], "")
+    good, files, log = sums(model, tmp_path / "good" / "digests.json", "free")
+    assert (len(set(good)), files, log) == (1, ["digests.json"], "")
 
-    found, files, said = sums(model, tmp_path / "full" / "digests.json", "full")
+    found, files, log = sums(model, tmp_path / "full" / "digests.json", "full")
 
     assert found == good
     assert files == [], "a piece of the cache was left behind"
-    assert said.count("is not cached, and is computed again at the next start") == 2
-    assert "File too large" in said
+    assert log.count("is not cached, and is computed again at the next start") == 2
+    assert "File too large" in log
 
 
 def test_a_file_that_was_changed_within_a_clock_that_went_back_has_a_new_sum(tmp_path: Path) -> None:

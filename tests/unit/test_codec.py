@@ -91,14 +91,14 @@ def test_a_missing_field_takes_its_default() -> None:
 
 
 def test_each_message_gets_its_own_extra_frame() -> None:
-    said: list[tuple[m.Message, bytes | None]] = [
+    messages: list[tuple[m.Message, bytes | None]] = [
         (m.InferenceRequest(ID), b"one"),
         (m.Cancel(ID), None),
         (m.InferenceRequest(ID), b""),
     ]
-    bundle = codec.from_client.decode(codec.encode(SESSION, said))
+    bundle = codec.from_client.decode(codec.encode(SESSION, messages))
     assert [(message, blob or None) for message, blob in bundle.messages] == [
-        (message, blob or None) for message, blob in said
+        (message, blob or None) for message, blob in messages
     ]
 
 
@@ -167,10 +167,10 @@ BODY = msgpack.packb([{"type": "client_heartbeat"}])
         ([codec.MAGIC + SESSION, b""], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, b"\xc1"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, msgpack.packb({"type": "client_heartbeat"})], Code.BAD_MESSAGE),
-        ([codec.MAGIC + SESSION, BODY, b"nobody's"], Code.BAD_MESSAGE),
+        ([codec.MAGIC + SESSION, BODY, b"extra"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, BODY + b"\x00"], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, bytes(limits.CONTROL_BODY_BYTES + 1)], Code.BAD_MESSAGE),
-        # Depth: a million nested arrays, as the body and inside a field nobody knows.
+        # Depth: a million nested arrays, as the body and inside an unknown field.
         ([codec.MAGIC + SESSION, b"\x91" * 1_000_000], Code.BAD_MESSAGE),
         ([codec.MAGIC + SESSION, b"\x91\x81\xa1x" + b"\x91" * 1_000_000], Code.BAD_MESSAGE),
     ],

@@ -1,11 +1,10 @@
-"""How a worker is, as its service manager hears it."""
+"""The condition of a worker, as it is reported to its service manager."""
 
 from __future__ import annotations
 
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.agent import condition
 from llambo.worker.engine import protocol as proto
@@ -25,15 +24,15 @@ def test_it_is_ready_when_the_model_is_loaded_and_the_token_plane_proved_and_not
     assert of(rig) == Condition("loading tiny: 43 %")
     rig.on(proto.Ready(MODELS, 4))
     assert of(rig) == Condition("looking for a broker at tcp://box:7330")
-    rig.say(m.Welcome(SESSION, 7332, broker="b"), session=NO_SESSION)
+    rig.receive(m.Welcome(SESSION, 7332, broker="b"), session=NO_SESSION)
     assert of(rig) == Condition("joining broker b")
-    rig.wait(200).on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig.wait(200).on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     assert of(rig) == Condition("idle, 4 slots", ready=True)
 
 
 def test_a_broker_that_welcomes_is_not_enough() -> None:
-    rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig = Rig().on(e.Ticked()).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     assert rig.core.links[0].up
     assert not of(rig).ready
 
@@ -49,10 +48,10 @@ def test_without_its_broker_it_says_so() -> None:
     rig = running(1)
     for token in range(6):
         rig.wait(500).step(key_of(1), [token])
-    said = of(rig)
-    assert said.status.startswith("looking for a broker at tcp://box:7330 (")
-    assert said.status.endswith("; 1 requests go on without one")
-    assert said.ready, "that it is of no use just now is no reason to call it new"
+    condition = of(rig)
+    assert condition.status.startswith("looking for a broker at tcp://box:7330 (")
+    assert condition.status.endswith("; 1 requests go on without one")
+    assert condition.ready, "that it is of no use just now is no reason to call it new"
 
 
 def test_it_is_well_only_while_decoding_goes_on() -> None:
@@ -62,7 +61,7 @@ def test_it_is_well_only_while_decoding_goes_on() -> None:
         assert of(rig).well
     # Given an engine that is silent for so long that it is to be killed
     rig.alive(1_100)
-    assert rig.take(a.KillEngine)
+    assert rig.take(e.KillEngine)
     # Then all is not well until it is gone, however long that takes
     assert not of(rig).well
     rig.alive(20_000)
@@ -79,8 +78,8 @@ def test_an_engine_without_work_may_be_silent() -> None:
 def test_what_keeps_it_from_working_is_its_status() -> None:
     rig = running(1).on(e.EngineDied("the engine was ended by SIGSEGV"))
     assert of(rig).status == "the engine was ended by SIGSEGV; a new engine in 250 ms"
-    assert joined().say(m.Drain()).core.drain.drained
-    assert of(joined().say(m.Drain())).status == "idle, 4 slots; drained: no new work"
+    assert joined().receive(m.Drain()).core.drain.drained
+    assert of(joined().receive(m.Drain())).status == "idle, 4 slots; drained: no new work"
 
 
 def test_it_leaves() -> None:

@@ -110,11 +110,11 @@ def conversation() -> list[list[bytes]]:
         r"<!-- generated: example -->\n```text\n(.*?)```", text_of("docs/protocol-reference.md"), re.DOTALL
     )
     assert part is not None
-    said = []
+    blocks = []
     for paragraph in part[1].strip().split("\n\n"):
         joined = re.sub(r"\n      (?=[0-9a-f])", " ", paragraph)  # lines of hex that go on
-        said.append([bytes.fromhex(line) for line in re.findall(r"^    - ([0-9a-f ]+)$", joined, re.MULTILINE)])
-    return said
+        blocks.append([bytes.fromhex(line) for line in re.findall(r"^    - ([0-9a-f ]+)$", joined, re.MULTILINE)])
+    return blocks
 
 
 def body(frames: list[bytes]) -> list[dict[str, Any]]:

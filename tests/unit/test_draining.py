@@ -8,7 +8,6 @@ from llambo.broker.records.request import RequestState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.engine import protocol as proto
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
@@ -18,7 +17,7 @@ NEVER_LOST = {"lease_ms": 10**6, "client_lease_ms": 10**6}
 
 
 def beat(worker: Worker, drained: bool = False, moving: bool = False, claims: dict[bytes, int] | None = None) -> None:
-    """One that has seen everything said so far."""
+    """One that has received everything sent so far."""
     worker.bench.pass_time(100)
     entry = worker.bench.state.registry.workers[worker.session]
     state: m.WorkerState = "draining" if drained else "ready"
@@ -26,7 +25,7 @@ def beat(worker: Worker, drained: bool = False, moving: bool = False, claims: di
 
 
 def drained(client: Client, worker: str = "w", *, undo: bool = False, move: bool = False) -> None:
-    client.say(m.DrainWorker(1, worker, undo, move))
+    client.send(m.DrainWorker(1, worker, undo, move))
 
 
 # --- an order ----------------------------------------------------------------------------------------
@@ -38,13 +37,13 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
     client.submit(1)
     drained(client)
     client.submit(2)
-    assert worker.heard(m.Drain) == [m.Drain()]
+    assert worker.received(m.Drain) == [m.Drain()]
     assert len(worker.dispatches) == 1
     worker.end(0)
     assert len(worker.dispatches) == 1
     drained(client, undo=True)
     assert len(worker.dispatches) == 2
-    client.say(m.DrainWorker(3, "nobody"))
+    client.send(m.DrainWorker(3, "unknown"))
     assert client.problems[-1].error.code is Code.UNKNOWN_WORKER
     assert client.problems[-1].query == 3
 
@@ -54,16 +53,16 @@ def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() ->
     worker, client = bench.worker(), bench.client()
     drained(client)
     worker.beat()  # it may be on its way still
-    assert worker.heard(m.Drain) == [m.Drain()]
+    assert worker.received(m.Drain) == [m.Drain()]
     beat(worker)
-    assert worker.heard(m.Drain) == [m.Drain()] * 2
+    assert worker.received(m.Drain) == [m.Drain()] * 2
     beat(worker, drained=True)
     drained(client, undo=True)
     beat(worker, drained=True)
-    assert worker.heard(m.Drain)[2:] == [m.Drain(undo=True)] * 2
+    assert worker.received(m.Drain)[2:] == [m.Drain(undo=True)] * 2
     beat(worker)
     beat(worker)
-    assert len(worker.heard(m.Drain)) == 4
+    assert len(worker.received(m.Drain)) == 4
 
 
 def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
@@ -74,11 +73,11 @@ def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
     drained(client)
     drained(client, undo=True)
     worker.beat()
-    # When it has heard the first only
+    # When it has received the first only
     beat(worker, drained=True)
-    # Then the second is said again
-    assert worker.heard(m.Drain)[-1] == m.Drain(undo=True)
-    assert len(worker.heard(m.Drain)) == 3
+    # Then the second is sent again
+    assert worker.received(m.Drain)[-1] == m.Drain(undo=True)
+    assert len(worker.received(m.Drain)) == 3
 
 
 def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> None:
@@ -99,14 +98,14 @@ def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_belie
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     drained(client, move=True)
     beat(worker, drained=True, moving=True)
-    worker.say(m.Goodbye())
+    worker.send(m.Goodbye())
     again = bench.worker(incarnation=b"2")
-    assert again.heard(m.Drain) == [m.Drain(move=True)]
+    assert again.received(m.Drain) == [m.Drain(move=True)]
     beat(again, drained=True, moving=True)
     # It comes back under a new session, and meanwhile another broker has let it work.
-    again.say(m.Goodbye())
+    again.send(m.Goodbye())
     once_more = bench.worker(incarnation=b"2", route=b"elsewhere")
-    assert once_more.heard(m.Drain) == []
+    assert once_more.received(m.Drain) == []
     beat(once_more)
     client.submit(1)
     assert len(once_more.dispatches) == 1
@@ -117,12 +116,12 @@ def test_an_undo_reaches_a_worker_that_is_away() -> None:
     worker, client = bench.worker(), bench.client()
     drained(client)
     beat(worker, drained=True)
-    worker.say(m.Goodbye())
+    worker.send(m.Goodbye())
     drained(client, undo=True)
     assert client.problems == []
-    # The same process, that has not heard of it.
+    # The same process, which has not received it.
     again = bench.worker(route=b"elsewhere", state="draining")
-    assert again.heard(m.Drain) == [m.Drain(undo=True)]
+    assert again.received(m.Drain) == [m.Drain(undo=True)]
     beat(again)
     client.submit(1)
     assert len(again.dispatches) == 1
@@ -132,11 +131,11 @@ def test_a_broker_that_was_restarted_learns_from_the_worker_who_was_drained() ->
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(state="draining"), bench.client()
     beat(worker, drained=True)
-    assert worker.heard(m.Drain) == []
-    client.say(m.Query(2, "workers", "w"))
+    assert worker.received(m.Drain) == []
+    client.send(m.Query(2, "workers", "w"))
     assert bench.state.registry.drained.keys() == {"w"}
     drained(client, undo=True)
-    assert worker.heard(m.Drain) == [m.Drain(undo=True)]
+    assert worker.received(m.Drain) == [m.Drain(undo=True)]
 
 
 def test_a_worker_that_is_being_stopped_is_no_drained_one() -> None:
@@ -145,8 +144,8 @@ def test_a_worker_that_is_being_stopped_is_no_drained_one() -> None:
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     bench.pass_time(100)
     worker.beat(99, state="draining")
-    assert worker.heard(m.Drain) == []
-    worker.say(m.Goodbye())
+    assert worker.received(m.Drain) == []
+    worker.send(m.Goodbye())
     again = bench.worker(incarnation=b"2")
     client.submit(1)
     assert len(again.dispatches) == 1
@@ -164,14 +163,14 @@ def test_what_an_emptied_worker_runs_goes_on_elsewhere_with_what_it_has() -> Non
     second = bench.worker("b")
     # When its worker is emptied
     drained(client, "a", move=True)
-    # Then the next one continues, the first one is told to stop, and what it still says does not count
+    # Then the next one continues, the first one is ordered to stop, and what it still sends is ignored
     assert (second.dispatches[0].prefix, second.dispatches[0].seed) == ([11, 12], 5)
-    assert [c.id + c.dispatch for c in first.heard(m.Cancel)] == [first.key()]
+    assert [c.id + c.dispatch for c in first.received(m.Cancel)] == [first.key()]
     first.publish(first.chunk(2, 99))
     second.publish(second.chunk(2, 13))
     assert client.streamed() == [11, 12, 13]
     # and it is empty when it has confirmed that.
-    first.say(m.End(request_id(1), 3, "cancelled", first.dispatches[0].dispatch))
+    first.send(m.End(request_id(1), 3, "cancelled", first.dispatches[0].dispatch))
     assert not bench.state.registry.worker_names["a"].claims
     second.end(3)
     assert [(end.count, end.moves, end.worker) for end in client.ends] == [(3, 1, "b")]
@@ -187,7 +186,7 @@ def test_what_finds_no_slot_stays_until_one_is_free_and_goes_before_those_that_w
     on_first = first.dispatches[0].id
     # When the first is emptied, nothing happens to what it runs
     drained(client, "a", move=True)
-    assert first.heard(m.Cancel) == []
+    assert first.received(m.Cancel) == []
     first.publish(first.chunk(1, 8))
     # until the second one has room.
     second.end(0)
@@ -204,7 +203,7 @@ def test_an_undo_leaves_everything_where_it_is() -> None:
     drained(client, "a", move=True)
     drained(client, "a", undo=True)
     bench.worker("b")
-    assert first.heard(m.Cancel) == []
+    assert first.received(m.Cancel) == []
     assert not bench.state.registry.emptying
 
 
@@ -213,7 +212,7 @@ def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
     worker, client = bench.worker(), bench.client()
     drained(client, move=True)
     drained(client)
-    assert worker.heard(m.Drain) == [m.Drain(move=True)] * 2
+    assert worker.received(m.Drain) == [m.Drain(move=True)] * 2
     assert [happening.kind for happening in bench.state.journal.entries].count("drain") == 1
 
 
@@ -248,7 +247,7 @@ def test_a_request_that_was_moved_to_no_one_else_waits_when_its_worker_leaves() 
     id = client.submit(1)
     first.publish(first.chunk(0, 7))
     drained(client, "a", move=True)
-    first.say(m.Goodbye("stopped"))
+    first.send(m.Goodbye("stopped"))
     assert bench.state.requests[id].state is RequestState.WAITING
     assert bench.worker("b").dispatches[0].prefix == [7]
 
@@ -257,21 +256,21 @@ def test_a_request_that_was_moved_to_no_one_else_waits_when_its_worker_leaves() 
 
 
 def test_a_worker_tells_every_broker_what_any_of_them_has_ordered() -> None:
-    rig = joined().say(m.Drain())
-    said = rig.sent(m.WorkerHeartbeat)[-1]
-    assert (said.state, said.drained, said.moving) == ("draining", True, False)
-    assert len(rig.say(dispatch(1), b"p").sent(m.Reject)) == 1
-    said = rig.say(m.Drain(move=True)).sent(m.WorkerHeartbeat)[-1]
-    assert (said.state, said.drained, said.moving) == ("draining", True, True)
-    said = rig.say(m.Drain(undo=True)).sent(m.WorkerHeartbeat)[-1]
-    assert (said.state, said.drained, said.moving) == ("ready", False, False)
-    assert len(rig.say(dispatch(2), b"p").sent(m.Accept)) == 1
+    rig = joined().receive(m.Drain())
+    beat = rig.sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.drained, beat.moving) == ("draining", True, False)
+    assert len(rig.receive(dispatch(1), b"p").sent(m.Reject)) == 1
+    beat = rig.receive(m.Drain(move=True)).sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.drained, beat.moving) == ("draining", True, True)
+    beat = rig.receive(m.Drain(undo=True)).sent(m.WorkerHeartbeat)[-1]
+    assert (beat.state, beat.drained, beat.moving) == ("ready", False, False)
+    assert len(rig.receive(dispatch(2), b"p").sent(m.Accept)) == 1
 
 
 @pytest.mark.parametrize("undo", [True, False])
 def test_a_worker_that_leaves_is_not_kept_by_an_order(undo: bool) -> None:
-    rig = running(1).on(e.StopRequested()).say(m.Drain(undo=undo))
+    rig = running(1).on(e.StopRequested()).receive(m.Drain(undo=undo))
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
     for _ in range(51):
         rig.alive(100).on(proto.Step([]))
-    assert [exit.text for exit in rig.take(a.Exit)] == ["stopped; 1 runs go on elsewhere"]
+    assert [exit.text for exit in rig.take(e.Exit)] == ["stopped; 1 runs go on elsewhere"]

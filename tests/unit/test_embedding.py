@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from llambo.worker.llama.embedding import EmbedPlan, EmbedQueue, Job, Rows, normalized
+from llambo.worker.llama.llama_tasks import EmbedPlan, EmbedQueue, Job, Rows, normalized
 
 SIZE = 3
 

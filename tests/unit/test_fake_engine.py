@@ -1,4 +1,4 @@
-"""The fake engine as a core: its tokens, its pace, its ends and its illnesses. No clock but the one passed in."""
+"""The fake engine as a core: its tokens, its pace, its ends and its faults. No clock but the one passed in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions, fake_options
+from llambo.worker.config import FakeFaults, FakeOptions, fake_options
 from llambo.worker.engine.fake import POISON_INDEX, FakeEngine
 from llambo.worker.engine.fake_model import START, logprob_of, piece_of, plain_token, wander_token
 from llambo.worker.engine.protocol import ALIVE_MS, Output, Start
@@ -21,15 +21,15 @@ def start(key: bytes = KEY, **changes: object) -> Start:
 
 def run(engine: FakeEngine, until_ms: int = 60_000) -> list[tuple[int, Output]]:
     """Step when the engine asks for it, until it has nothing to do; (when, output)."""
-    told = []
+    outputs = []
     while (now := engine.next_wakeup_ms()) <= until_ms:
-        told += [(now, output) for output in engine.step(now)]
-    return told
+        outputs += [(now, output) for output in engine.step(now)]
+    return outputs
 
 
-def generate(knobs: FakeOptions, begin: Start) -> tuple[list[int], bytes, Output]:
+def generate(options: FakeOptions, begin: Start) -> tuple[list[int], bytes, Output]:
     """All ids, the text and the last output of one sequence."""
-    engine = FakeEngine(knobs)
+    engine = FakeEngine(options)
     assert engine.start(begin, 0) is None
     outputs = [output for _, output in run(engine)]
     ids = [i for output in outputs for i in output.ids]
@@ -58,11 +58,11 @@ def test_logprobs_depend_on_the_token_and_its_place_alone() -> None:
     assert engine.start(start(logprobs=2, prefix=[5, 6, 7]), 0) is None
     outputs = [output for _, output in run(engine)]
     ids = [id for output in outputs for id in output.ids]
-    told = [logprob for output in outputs for logprob in output.logprobs or []]
-    assert told == [logprob_of(token, index, 2) for index, token in enumerate(ids, 3)]
+    logprobs = [logprob for output in outputs for logprob in output.logprobs or []]
+    assert logprobs == [logprob_of(token, index, 2) for index, token in enumerate(ids, 3)]
     assert len(ids) == 9
-    assert len(set(map(str, told))) == 9
-    # And whoever does not ask is told nothing
+    assert len(set(map(str, logprobs))) == 9
+    # And a request that does not ask for them gets none
     assert engine.start(start(), 0) is None
     assert {output.logprobs for _, output in run(engine)} == {None}
 
@@ -77,11 +77,11 @@ def test_wander_tokens_follow_from_their_predecessor() -> None:
 @pytest.mark.parametrize("style", ["plain", "wander"])
 def test_a_continuation_begins_where_the_prefix_ends(style: str, utf8_split: bool) -> None:
     # Given the whole answer of a dispatch
-    knobs = FakeOptions(style=style, utf8_split=utf8_split)  # type: ignore[arg-type]
-    whole, _, _ = generate(knobs, start(max_tokens=40))
+    options = FakeOptions(style=style, utf8_split=utf8_split)  # type: ignore[arg-type]
+    whole, _, _ = generate(options, start(max_tokens=40))
     # When an engine is started with any beginning of it
     for cut in range(41):
-        rest, _, last = generate(knobs, start(max_tokens=40, prefix=whole[:cut]))
+        rest, _, last = generate(options, start(max_tokens=40, prefix=whole[:cut]))
         # Then it says the rest, and ends at the same total
         assert whole[:cut] + rest == whole
         assert last.end == "length"
@@ -89,8 +89,8 @@ def test_a_continuation_begins_where_the_prefix_ends(style: str, utf8_split: boo
 
 @pytest.mark.parametrize("style", ["plain", "wander"])
 def test_characters_are_cut_across_tokens_and_the_text_is_whole(style: str) -> None:
-    knobs = FakeOptions(style=style, utf8_split=True)  # type: ignore[arg-type]
-    ids, text, _ = generate(knobs, start(max_tokens=400))
+    options = FakeOptions(style=style, utf8_split=True)  # type: ignore[arg-type]
+    ids, text, _ = generate(options, start(max_tokens=400))
     alone = [piece_of(i) for i in ids]
     assert any(len(piece.decode(errors="ignore").encode()) != len(piece) for piece in alone), "no character was cut"
     assert "\N{REPLACEMENT CHARACTER}" not in text.decode(errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
@@ -126,10 +126,10 @@ def test_a_late_step_is_caught_up_one_chunk_a_step() -> None:
 
 
 def test_bursts_and_jitter_are_uneven_but_always_the_same() -> None:
-    knobs = FakeOptions(burst=4, jitter_ms=30, tokens_per_s=100)
+    options = FakeOptions(burst=4, jitter_ms=30, tokens_per_s=100)
 
     def shape() -> list[tuple[int, int]]:
-        engine = FakeEngine(knobs)
+        engine = FakeEngine(options)
         engine.start(start(max_tokens=50), 0)
         return [(now, len(output.ids)) for now, output in run(engine)]
 
@@ -166,10 +166,10 @@ def test_all_sequences_advance_in_one_step() -> None:
 
 
 def test_an_answer_may_end_by_itself_at_the_same_place_every_time() -> None:
-    knobs = FakeOptions(answer_tokens=10)
-    ids, _, last = generate(knobs, start(max_tokens=1_000))
+    options = FakeOptions(answer_tokens=10)
+    ids, _, last = generate(options, start(max_tokens=1_000))
     assert (last.end, 1 <= len(ids) <= 19) == ("stop", True)
-    rest, _, again = generate(knobs, start(b"s" * 24, max_tokens=1_000, prefix=ids[:-1]))
+    rest, _, again = generate(options, start(b"s" * 24, max_tokens=1_000, prefix=ids[:-1]))
     assert (ids[:-1] + rest, again.end) == (ids, "stop")
 
 
@@ -209,30 +209,30 @@ def test_more_than_the_slots_is_refused_for_now() -> None:
     assert engine.start(start(b"t" * 24), 0) is None
 
 
-# --- illnesses ---------------------------------------------------------------------------------------
+# --- faults ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["crash", "hang"])
-def test_an_illness_strikes_after_its_token_and_nothing_follows(fault: str) -> None:
-    knobs = fake_options(slots=2, **{f"{fault}_at": 5})
-    engine = FakeEngine(knobs)
+def test_a_fault_happens_after_its_token_and_nothing_follows(fault: str) -> None:
+    options = fake_options(slots=2, **{f"{fault}_at": 5})
+    engine = FakeEngine(options)
     engine.start(start(), 0)
     engine.start(start(b"t" * 24), 0)
     assert sum(len(output.ids) for _, output in run(engine)) == 5
     assert engine.fault == fault
 
 
-def test_poison_kills_at_the_same_token_whoever_runs_it_and_nobody_else_does() -> None:
-    knobs = FakeOptions(burst=4, slots=2, faults=FakeFaults(poison="arsenic"))
+def test_poison_kills_every_engine_at_the_same_token_and_other_requests_do_not() -> None:
+    options = FakeOptions(burst=4, slots=2, faults=FakeFaults(poison="arsenic"))
     for prefix in ([], list(range(POISON_INDEX))):
-        engine = FakeEngine(knobs)
+        engine = FakeEngine(options)
         engine.start(Start(KEY, b"tea with arsenic", max_tokens=12, seed=7, prefix=prefix), 0)
         assert sum(len(output.ids) for _, output in run(engine)) == POISON_INDEX - len(prefix)
         assert engine.fault == "crash"
-    innocent = FakeEngine(knobs)
-    innocent.start(start(), 0)
-    run(innocent)
-    assert innocent.fault is None
+    harmless = FakeEngine(options)
+    harmless.start(start(), 0)
+    run(harmless)
+    assert harmless.fault is None
 
 
 def test_slowness_begins_at_its_token() -> None:

@@ -31,8 +31,8 @@ class Bench:
         """`load`: requests that there are. Those that have no slot wait."""
         self.now_ms += SECOND
         busy = min(load, self.workers * self.kept.slots)
-        told: dict[str, Any] = {"busy": busy, "waiting": load - busy, "room": self.room - self.workers} | seen
-        found = self.scaler.handle([ClassLoad(node_class="tiny", workers=self.workers, **told)], self.now_ms)
+        fields: dict[str, Any] = {"busy": busy, "waiting": load - busy, "room": self.room - self.workers} | seen
+        found = self.scaler.handle([ClassLoad(node_class="tiny", workers=self.workers, **fields)], self.now_ms)
         self.decisions += found
         self.workers = self.scaler.counts["tiny"]
 
@@ -107,7 +107,7 @@ def test_without_a_limit_half_of_them_go_at_a_time() -> None:
     assert [decision.wanted for decision in bench.decisions][:4] == [50, 25, 12, 6]
 
 
-def test_bounds_hold_and_are_told() -> None:
+def test_bounds_hold_and_are_reported() -> None:
     bench = Bench(3, least=2, most=5, shrink_by=9)
     assert bench.looks(100, 60) == 5
     assert bench.decisions[-1].why == "833 % of 12 slots wanted, more than 80 %; the most is 5"

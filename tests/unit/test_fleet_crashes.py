@@ -1,4 +1,4 @@
-"""Crash loops: backed off, tried again, told, and of no harm to others."""
+"""Crash loops: backed off, tried again, reported, and harmless to other classes."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_many_that_fail_together_are_not_many_in_a_row() -> None:
     crashes = Crashes()
     for number in range(50):
         crashes.note_failure(f"tiny-{number:04}", *HERE, "ended with status 1", "", 10 + number)
-    (told,) = crashes.blocked(60).values()
-    assert told.startswith("2 have failed in a row, tiny-0049")
+    (text,) = crashes.blocked(60).values()
+    assert text.startswith("2 have failed in a row, tiny-0049")
 
 
 def test_a_loop_is_told_with_its_log_tail() -> None:

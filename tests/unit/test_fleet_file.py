@@ -109,10 +109,10 @@ def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else(
     assert len({same, *others, mark(SMALL, "release 2")}) == 6
 
 
-def test_every_setting_of_a_worker_can_be_said() -> None:
+def test_every_setting_of_a_worker_can_be_written() -> None:
     lines = [f"{name} = {json.dumps(row.default)}" for name, row in schema.WORKER_SETTINGS.items()]
-    told = parse("\n".join([SMALL, *lines])).classes["tiny"].settings["worker"]
-    assert set(told) == set(schema.WORKER_SETTINGS)
+    settings = parse("\n".join([SMALL, *lines])).classes["tiny"].settings["worker"]
+    assert set(settings) == set(schema.WORKER_SETTINGS)
 
 
 def test_defaults_of_the_tables_are_those_of_the_values() -> None:
@@ -130,7 +130,7 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [
         ("[classes.tiny]\nmemory = 5\n", "fleet.toml:2: memory is 5, expected a size, as \"600MiB\""),
         (SMALL + "slots = 'many'\n", "fleet.toml:4: slots is 'many', expected a whole number"),
@@ -161,9 +161,9 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
         ("[classes.tiny]\n\nmin = 3\n", "fleet.toml:1: [classes.tiny] needs memory"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_its_line(text: str, told: str) -> None:
+def test_what_is_wrong_is_reported_with_its_line(text: str, problem: str) -> None:
     found = wrong(text.lstrip("\n") if text.startswith("\n[hosts") else text)
-    assert any(line.startswith(told) for line in found), found
+    assert any(line.startswith(problem) for line in found), found
 
 
 def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
@@ -173,7 +173,7 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
     assert [int(line.split(":")[1]) for line in found] == [14, 27, 39]
 
 
-def test_what_is_no_toml_is_told_with_its_line_too() -> None:
+def test_what_is_no_toml_is_reported_with_its_line_too() -> None:
     assert "line 3" in wrong("[fleet]\n\nname = \n")[0]
 
 

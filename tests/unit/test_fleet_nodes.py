@@ -28,7 +28,7 @@ def test_one_that_never_came_has_failed_and_one_that_was_there_a_moment_ago_has_
     assert node_of(RECORD, {}, NOW, since_ms=NOW - LATE_MS).state is NodeState.STARTING
     late = node_of(RECORD, {}, NOW, since_ms=NOW - LATE_MS - 1)
     assert (late.state, late.note) == (NodeState.FAILED, "it is not in the mesh after 300 s")
-    # Without a broker nobody knows.
+    # Without a broker it is not known.
     assert node_of(RECORD, None, NOW, since_ms=LONG_AGO).state is NodeState.READY
 
 

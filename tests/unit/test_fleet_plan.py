@@ -18,8 +18,8 @@ BOX, SHED = HostFacts(8 * GIB, 4), HostFacts(2 * GIB, 8)
 
 
 def a_class(name: str = "tiny", **more: Any) -> NodeClass:
-    told: dict[str, Any] = {"memory_bytes": 600 * MIB, "cores": 0.5, "hosts": ("box", "shed"), "max": 100} | more
-    return NodeClass(name=name, **told)
+    fields: dict[str, Any] = {"memory_bytes": 600 * MIB, "cores": 0.5, "hosts": ("box", "shed"), "max": 100} | more
+    return NodeClass(name=name, **fields)
 
 
 def a_fleet(*classes: NodeClass, broker: NodeClass | None = None) -> Fleet:
@@ -27,17 +27,17 @@ def a_fleet(*classes: NodeClass, broker: NodeClass | None = None) -> Fleet:
 
 
 def a_node(name: str, kept: NodeClass, host: str = "box", **more: Any) -> Node:
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "fingerprint": kept.fingerprint(), "memory_bytes": kept.memory_bytes, "cores": kept.cores, "slots": kept.slots,
     }  # fmt: skip
-    return Node(name=name, node_class=kept.name, host=host, **told | more)
+    return Node(name=name, node_class=kept.name, host=host, **fields | more)
 
 
 def a_world(*nodes: Node, **hosts: HostFacts) -> World:
     return World(nodes, hosts or {"box": BOX, "shed": SHED})
 
 
-def said(plan: Plan) -> list[tuple[str, str, str]]:
+def steps(plan: Plan) -> list[tuple[str, str, str]]:
     return [(step.kind.value, step.name, step.host) for step in plan.steps]
 
 
@@ -52,7 +52,7 @@ def test_from_nothing_the_broker_is_first_and_the_emptier_host_takes_more() -> N
     tiny, broker = a_class(min=3), NodeClass(name="broker", memory_bytes=256 * MIB, hosts=("box",), min=1, cores=0)
     fleet = a_fleet(tiny, broker=broker)
     plan = make(fleet, a_world())
-    assert said(plan) == [
+    assert steps(plan) == [
         ("spawn", "broker", "box"), ("spawn", "tiny-0001", "box"), ("spawn", "tiny-0002", "box"),
         ("spawn", "tiny-0003", "shed"),
     ]  # fmt: skip
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 def test_cores_are_refused_as_memory_is_and_a_host_may_be_away() -> None:
     tiny = a_class(min=9, cores=3)
     plan = make(a_fleet(tiny), a_world(box=BOX, shed=replace(SHED, away="ssh: no route to host")))
-    assert said(plan) == [("spawn", "tiny-0001", "box")]
+    assert steps(plan) == [("spawn", "tiny-0001", "box")]
     assert plan.refusals[0].count == 8
     assert plan.refusals[0].why == (
         "tiny needs 600 MiB and 3 cores; box has 1 cores left of 4; shed is away: ssh: no route to host"
@@ -89,7 +89,7 @@ def test_one_that_drains_is_taken_back_before_another_is_begun() -> None:
     tiny = a_class()
     nodes = [a_node(f"tiny-000{number}", tiny, state=NodeState.DRAINING, busy=number) for number in (1, 2, 3)]
     plan = make(a_fleet(tiny), a_world(*nodes), counts(tiny=2))
-    assert said(plan) == [
+    assert steps(plan) == [
         ("resume", "tiny-0003", "box"),
         ("resume", "tiny-0002", "box"),
         ("retire", "tiny-0001", "box"),
@@ -129,7 +129,7 @@ def test_what_the_file_knows_no_more_goes() -> None:
     tiny, old = a_class(hosts=("box",)), a_class("old")
     nodes = [a_node("old-0001", old), a_node("tiny-0001", tiny, host="shed"), a_node("tiny-0002", tiny)]
     plan = make(a_fleet(tiny), a_world(*nodes))
-    assert said(plan) == [
+    assert steps(plan) == [
         ("spawn", "tiny-0003", "box"), ("retire", "old-0001", "box"), ("retire", "tiny-0001", "shed"),
     ]  # fmt: skip
     assert [step.why for step in plan.steps[1:]] == [
@@ -141,7 +141,7 @@ def test_one_that_keeps_failing_makes_room_at_once_and_says_why() -> None:
     tiny = a_class(memory_bytes=6 * GIB, hosts=("box",))
     failed = a_node("tiny-0001", tiny, state=NodeState.FAILED, note="killed by SIGSEGV")
     plan = make(a_fleet(tiny), a_world(failed), counts(tiny=1))
-    assert said(plan) == [("retire", "tiny-0001", "box"), ("spawn", "tiny-0002", "box")]
+    assert steps(plan) == [("retire", "tiny-0001", "box"), ("spawn", "tiny-0002", "box")]
     assert plan.steps[0].why == "it keeps failing: killed by SIGSEGV"
 
 
@@ -159,17 +159,17 @@ def test_only_those_are_replaced_whose_settings_are_others() -> None:
     tiny, medium = a_class(), a_class("medium")
     nodes = [a_node("tiny-0001", tiny, fingerprint="old"), a_node("tiny-0002", tiny), a_node("medium-0001", medium)]
     plan = make(a_fleet(tiny, medium), a_world(*nodes))
-    assert said(plan) == [("replace", "tiny-0001", "box")]
+    assert steps(plan) == [("replace", "tiny-0001", "box")]
     assert plan.steps[0].fingerprint == tiny.fingerprint()
     again = make(a_fleet(tiny, medium), a_world(*nodes), Wanted(fingerprints={"medium": "v2", "tiny": "old"}))
-    assert said(again) == [("replace", "tiny-0002", "box"), ("replace", "medium-0001", "box")]
+    assert steps(again) == [("replace", "tiny-0002", "box"), ("replace", "medium-0001", "box")]
 
 
 def test_one_that_would_not_fit_any_more_keeps_its_old_settings() -> None:
     before, tiny = a_class(cores=1), a_class(cores=3)
     nodes = [a_node("tiny-0001", before), a_node("tiny-0002", before)]
     plan = make(a_fleet(tiny), a_world(*nodes, box=BOX))
-    assert said(plan) == [("replace", "tiny-0001", "box")]
+    assert steps(plan) == [("replace", "tiny-0001", "box")]
     assert plan.refusals[0].why == (
         "tiny-0002 keeps its old settings: tiny needs 600 MiB and 3 cores; box has 0 cores left of 4"
     )
@@ -178,7 +178,7 @@ def test_one_that_would_not_fit_any_more_keeps_its_old_settings() -> None:
 def test_what_has_room_only_after_others_have_gone_comes_last() -> None:
     old, tiny = a_class("old", cores=4, hosts=("box",)), a_class(cores=4, min=1, hosts=("box",))
     plan = make(a_fleet(tiny), a_world(a_node("old-0001", old)))
-    assert said(plan) == [("retire", "old-0001", "box"), ("spawn", "tiny-0001", "box")]
+    assert steps(plan) == [("retire", "old-0001", "box"), ("spawn", "tiny-0001", "box")]
 
 
 def test_where_it_fails_none_is_begun_and_later_one_is_tried() -> None:
@@ -188,7 +188,7 @@ def test_where_it_fails_none_is_begun_and_later_one_is_tried() -> None:
     assert not plan and plan.refusals[0].why.endswith("; box: 3 have failed in a row, again in 4 s")
     probed = Wanted(counts={"tiny": 5}, probing={("tiny", "box"): "3 have failed in a row"})
     plan = make(a_fleet(tiny), a_world(), probed)
-    assert said(plan) == [("spawn", "tiny-0001", "box")] and plan.refusals[0].count == 4
+    assert steps(plan) == [("spawn", "tiny-0001", "box")] and plan.refusals[0].count == 4
     starting = a_node("tiny-0001", tiny, state=NodeState.STARTING)
     plan = make(a_fleet(tiny), a_world(starting), probed)
     assert not plan and "tiny-0001 is tried first: 3 have failed in a row" in plan.refusals[0].why
@@ -246,7 +246,9 @@ def test_a_plan_that_was_carried_out_leaves_nothing_to_do(case: tuple[Fleet, Wor
     kept = {name: sum(one.counts for one in after.of(name)) for name in fleet.classes}
     refused = {name: sum(one.count for one in again.refusals if one.node_class == name) for name in kept}
     for name, count in wanted.counts.items():
-        assert kept[name] == count or refused[name], f"{name}: {kept[name]}, {count} wanted, and nothing is said of it"
+        assert kept[name] == count or refused[name], (
+            f"{name}: {kept[name]}, {count} wanted, and nothing is reported of it"
+        )
 
 
 @STEADY

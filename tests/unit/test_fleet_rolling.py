@@ -54,7 +54,7 @@ class Hosts:
         self.runs = {node.name: node.before for node in work.nodes}
         self.serving = set(self.runs)
         self.least = len(self.runs)
-        self.told: list[str] = []
+        self.progress: list[str] = []
         self.order: list[str] = []
         self.now_ms = 0
 
@@ -93,7 +93,7 @@ class Hosts:
                     self.serving.add(name)
                 return [] if how == "mute" else [NodeTested(name, "it says nonsense" if how == "wrong" else "")]
             case ReportProgress(text):
-                self.told.append(text)
+                self.progress.append(text)
                 return []
 
 
@@ -141,7 +141,7 @@ def test_the_first_bad_one_ends_it_and_it_rolls_back(how: str, why: str, after_m
     assert list(hosts.runs.values()) == ["v2"] * 4 + ["v1"] * 4
     assert hosts.serving == set(hosts.runs) - {"tiny-0004"}, "seven serve"
     assert hosts.work.stopped == f"tiny-0004: {why}"
-    assert hosts.told[-1] == f"tiny-0004 is bad: {why}; no further worker is replaced"
+    assert hosts.progress[-1] == f"tiny-0004 is bad: {why}; no further worker is replaced"
     assert hosts.work.summary() == f"3 of 8 replaced, 4 left as they were: tiny-0004: {why}"
     assert hosts.now_ms == 3 * hosts.work.settle_ms + after_ms
 

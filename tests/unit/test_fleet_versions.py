@@ -27,12 +27,12 @@ def world(*marks: str, state: NodeState = NodeState.READY) -> World:
     ))  # fmt: skip
 
 
-def mark(book: Versions, said: Fleet) -> str:
-    return book.fingerprints(book.in_force(said))["tiny"]
+def mark(book: Versions, wanted: Fleet) -> str:
+    return book.fingerprints(book.in_force(wanted))["tiny"]
 
 
-def ctx(said: Fleet) -> object:
-    return said.classes["tiny"].settings["worker"]["ctx"]
+def ctx(wanted: Fleet) -> object:
+    return wanted.classes["tiny"].settings["worker"]["ctx"]
 
 
 def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
@@ -41,7 +41,7 @@ def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
     one = mark(book, fleet(1))
     book.note(fleet(2), world(one, one))
     two = mark(book, fleet(2))
-    # The update stops half-way, and so does the next one: neither is what anybody goes back to.
+    # The update stops half-way, and so does the next one: neither is a version to go back to.
     book.note(fleet(3), world(two, one))
     three = mark(book, fleet(3))
     assert len({one, two, three}) == 3
@@ -82,20 +82,20 @@ def test_a_restart_is_another_fingerprint_and_no_other_version() -> None:
 def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> None:
     model = tmp_path / "m.gguf"
     model.write_bytes(b"one")
-    said, book = fleet(1, model=str(model)), Versions()
-    first = mark(book, said)
-    assert mark(book, said) == first
+    wanted, book = fleet(1, model=str(model)), Versions()
+    first = mark(book, wanted)
+    assert mark(book, wanted) == first
     model.unlink()
-    assert mark(book, said) == first, "one that is gone is no other one"
+    assert mark(book, wanted) == first, "one that is gone is no other one"
     model.write_bytes(b"other")
-    second = mark(book, said)
+    second = mark(book, wanted)
     assert second != first
     model.write_bytes(b"a part of a third")
-    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) == second, "somebody is still writing"
+    assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) == second, "the file is still being written"
     os.utime(model, ns=(1, 1))
-    assert book.fingerprint(said.classes["tiny"], said, still_s=3_600) != second
+    assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) != second
     # What another machine has under that path is not known here.
-    far = replace(said, hosts={"here": Host(name="here", address="box")})
+    far = replace(wanted, hosts={"here": Host(name="here", address="box")})
     assert mark(book, far) == mark(Versions(), far)
 
 

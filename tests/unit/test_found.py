@@ -8,9 +8,9 @@ import pytest
 
 from bench import tiny_model
 from llambo.mesh.service import host as host_facts
-from llambo.worker.engine.engine_options import LlamaOptions
-from llambo.worker.models import local_models, model_files
-from llambo.worker.models.local_models import Found
+from llambo.worker.config import LlamaOptions
+from llambo.worker.models import model_files
+from llambo.worker.models.model_files import Found
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def put(path: Path, content: bytes = tiny_model.whole()) -> Path:
 
 
 def listed(folder: str = "") -> dict[str, Found]:
-    return {Path(each.path).name: each for each in local_models.on_this_host(folder)}
+    return {Path(each.path).name: each for each in model_files.on_this_host(folder)}
 
 
 def test_every_usual_place_is_looked_at(host: Path) -> None:
@@ -44,7 +44,7 @@ def test_every_usual_place_is_looked_at(host: Path) -> None:
     put(cache / "huggingface/hub/models--x--y/snapshots/abc/c.gguf")
     put(host / "mine/deep/d.GGUF")
     put(host / "work/readme.txt")
-    seen = local_models.on_this_host(str(host / "mine"))
+    seen = model_files.on_this_host(str(host / "mine"))
     assert [(Path(each.path).name, each.where) for each in seen] == [
         ("d.GGUF", "models folder"),
         ("a.gguf", "working folder"),
@@ -65,7 +65,7 @@ def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_file_is_listed_once_and_told_of(host: Path) -> None:
     path = put(host / "mine/tiny.gguf")
     (host / "work/link.gguf").symlink_to(path)
-    (only,) = local_models.on_this_host(str(host / "mine"))
+    (only,) = model_files.on_this_host(str(host / "mine"))
     size = path.stat().st_size
     assert only == Found(str(path), str(path), "models folder", size, "llama", "F32", tiny_model.CONTEXT)
 
@@ -104,7 +104,7 @@ def test_a_model_in_parts_is_one(host: Path) -> None:
 def test_an_installed_package_goes_by_its_name(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(host / "site/packaged.gguf")
     monkeypatch.setattr(model_files, "packaged", lambda name: path)
-    (only,) = local_models.on_this_host()
+    (only,) = model_files.on_this_host()
     assert (only.model, only.where) == ("smollm2", "package")
 
 
@@ -112,5 +112,5 @@ def test_an_installed_package_goes_by_its_name(host: Path, monkeypatch: pytest.M
 def test_a_damaged_model_is_listed_all_the_same(tmp_path: Path, seed: int) -> None:
     what, content = tiny_model.mutant(seed)
     path = put(tmp_path / "x.gguf", content)
-    told = local_models.look_at("x", path, "here", LlamaOptions(), 2**34, 2)
-    assert told.size_bytes > 0 or not content, what
+    found = model_files.look_at("x", path, "here", LlamaOptions(), 2**34, 2)
+    assert found.size_bytes > 0 or not content, what

@@ -81,7 +81,7 @@ def test_an_input_of_the_corpus_is_read_as_it_was_written(frames: list[bytes]) -
     assert corpus.split(corpus.join(frames)) == frames
 
 
-def test_a_finding_is_told() -> None:
+def test_a_finding_is_reported() -> None:
     def refuse(frames: list[bytes]) -> None:
         raise KeyError(frames[0][:1])
 
@@ -107,9 +107,9 @@ def test_an_attach_that_holds_no_tokens_but_junk(when: str, held: list[bytes]) -
     if when == "ended":
         worker.publish(worker.chunk(1, 8, flags=tokens.FINAL))
         worker.end(2)
-    # When somebody wants to follow it who says he has got of it what cannot be
-    client.say(m.Attach(id, 1, held))
-    # Then he is told so
+    # When a client attaches and claims to hold chunks that cannot exist
+    client.send(m.Attach(id, 1, held))
+    # Then it is refused
     assert client.problems[-1].error.code is Code.BAD_REQUEST
     assert client.problems[-1].id == id
 
@@ -121,7 +121,7 @@ def test_an_engine_lost_that_names_a_run_twice() -> None:
     client.submit(1, max_tokens=1)
     worker.publish(worker.chunk(0, 7, flags=tokens.FINAL))
     # When its engine is lost, and it is named twice
-    worker.say(m.EngineLost([worker.key(), worker.key()], "boom"))
+    worker.send(m.EngineLost([worker.key(), worker.key()], "boom"))
     # Then it has ended, once
     assert len(client.ends) == 1
 

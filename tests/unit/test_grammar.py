@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Function, Tool
 from llambo.mesh.wire.messages import Sampling
-from llambo.worker.prompt.grammar import AnswerGrammar, GrammarError, depth, grammar_of
+from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, depth, grammar_of
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_schema_that_stands_for_a_large_grammar_is_compiled_or_refused(schema:
 
 
 @pytest.mark.parametrize(
-    ("schema", "said"),
+    ("schema", "problem"),
     [
         ("[1]", "is no object"),
         ("{", "is no JSON"),
@@ -78,8 +78,8 @@ def test_a_schema_that_stands_for_a_large_grammar_is_compiled_or_refused(schema:
         ('{"anyOf": [{"$ref": "#"}], "type": "object"}', "circular"),
     ],
 )  # fmt: skip
-def test_schemas_that_cannot_be_used(schema: str, said: str) -> None:
-    with pytest.raises(GrammarError, match=said):
+def test_schemas_that_cannot_be_used(schema: str, problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
         grammar_of(Sampling(json_schema=schema))
 
 
@@ -179,7 +179,7 @@ def test_tools_with_long_schemas_are_refused_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told", "said"),
+    ("options", "tools", "problem"),
     [
         ({}, [], "the prompt has no tools"),
         ({"tool_names": ["no"]}, TOOLS, "no tool of that name"),
@@ -194,9 +194,9 @@ def test_tools_with_long_schemas_are_refused_together() -> None:
         ({}, [Tool(Function("f", parameters={"maxLength": 10**9}))], "tool 'f' has maxLength"),
     ],
 )
-def test_tools_that_cannot_be_used_are_named(options: dict[str, Any], told: list[Tool], said: str) -> None:
-    with pytest.raises(GrammarError, match=said):
-        grammar_of(Sampling(tool_choice="auto", **options), told)
+def test_tools_that_cannot_be_used_are_named(options: dict[str, Any], tools: list[Tool], problem: str) -> None:
+    with pytest.raises(GrammarError, match=problem):
+        grammar_of(Sampling(tool_choice="auto", **options), tools)
 
 
 def test_a_tool_nested_too_deep_is_named() -> None:

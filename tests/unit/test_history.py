@@ -15,8 +15,8 @@ from tests.unit.broker_bench import Bench, Client, request_id
 
 
 def recent(client: Client, since: str = "") -> dict[str, Any]:
-    client.say(m.Query(1, "recent", since))
-    return dict(msgspec.msgpack.decode(client.heard_last(m.Result)[-1].data))
+    client.send(m.Query(1, "recent", since))
+    return dict(msgspec.msgpack.decode(client.received_last(m.Result)[-1].data))
 
 
 def test_a_sample_a_second_says_how_the_mesh_was() -> None:
@@ -31,8 +31,8 @@ def test_a_sample_a_second_says_how_the_mesh_was() -> None:
     ages = [sample["age_ms"] for sample in samples]
     assert {before - after for before, after in pairwise(ages)} == {1_000}
     last = samples[-1]
-    told = {name: last[name] for name in ("tokens_per_s", "running", "waiting", "busy", "slots", "ready", "workers")}
-    assert told == {
+    shown = {name: last[name] for name in ("tokens_per_s", "running", "waiting", "busy", "slots", "ready", "workers")}
+    assert shown == {
         "tokens_per_s": 12.3,
         "running": 1,
         "waiting": 1,
@@ -44,7 +44,7 @@ def test_a_sample_a_second_says_how_the_mesh_was() -> None:
     assert last["first_ms"] == 0
 
 
-def test_only_what_came_after_a_sample_is_told() -> None:
+def test_only_what_came_after_a_sample_is_sent() -> None:
     bench = Bench(client_lease_ms=60_000)
     worker, client = bench.worker(), bench.client()
     client.submit(1)
@@ -72,7 +72,7 @@ def test_what_has_ended_is_told_with_its_times() -> None:
     bench.now_ms += 40
     dispatch = worker.dispatches[-1]
     usage = m.Usage(prompt_tokens=7, prefill_ms=30.4, decode_ms=9.0)
-    worker.say(m.End(dispatch.id, 2, "length", dispatch.dispatch, usage))
+    worker.send(m.End(dispatch.id, 2, "length", dispatch.dispatch, usage))
     assert recent(client)["ended"][1:] == [
         {
             "id": id.hex(),
@@ -92,8 +92,8 @@ def test_what_has_ended_is_told_with_its_times() -> None:
         }
     ]
     bench.pass_time(1_000)
-    told = recent(client)["samples"][-2:]
-    assert 265 in [sample["first_ms"] for sample in told]
+    samples = recent(client)["samples"][-2:]
+    assert 265 in [sample["first_ms"] for sample in samples]
 
 
 def test_it_is_bounded_and_the_latest_comes_last() -> None:
@@ -102,24 +102,24 @@ def test_it_is_bounded_and_the_latest_comes_last() -> None:
     client = bench.client()
     for number in range(ENDED_LISTED + 5):
         client.submit(number)
-        client.say(m.Cancel(request_id(number)))
+        client.send(m.Cancel(request_id(number)))
     bench.pass_time((Bounds().samples + 10) * 1_000)
-    told = recent(client)
-    assert len(told["samples"]) == Bounds().samples
-    assert [ended["id"] for ended in told["ended"]] == [
+    recently = recent(client)
+    assert len(recently["samples"]) == Bounds().samples
+    assert [ended["id"] for ended in recently["ended"]] == [
         request_id(number).hex() for number in range(5, ENDED_LISTED + 5)
     ]
 
 
-def test_what_others_have_asked_is_not_told() -> None:
+def test_requests_of_others_are_not_listed() -> None:
     bench = Bench(client_lease_ms=60_000)
-    names: dict[str, Role] = {"boss": "admin", "guest": "client", "other": "client", "w": "worker"}
+    names: dict[str, Role] = {"boss": "admin", "visitor": "client", "other": "client", "w": "worker"}
     bench.keys(*(Identity(name, role) for name, role in names.items()))
     bench.worker("w", user="w")
-    guest, other = bench.client(b"g", user="guest"), bench.client(b"o", user="other")
+    visitor, other = bench.client(b"g", user="visitor"), bench.client(b"o", user="other")
     boss = bench.client(b"b", user="boss")
-    id = guest.submit(1)
-    guest.say(m.Cancel(id))
-    assert [ended["id"] for ended in recent(guest)["ended"]] == [id.hex()]
+    id = visitor.submit(1)
+    visitor.send(m.Cancel(id))
+    assert [ended["id"] for ended in recent(visitor)["ended"]] == [id.hex()]
     assert recent(other)["ended"] == []
     assert [ended["id"] for ended in recent(boss)["ended"]] == [id.hex()]

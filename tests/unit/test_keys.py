@@ -132,9 +132,9 @@ def test_a_second_begin_keeps_what_is_there(folder: Folder) -> None:
 
 
 def test_a_key_is_valid_until_it_expires_or_is_revoked(folder: Folder, key: PeerKey) -> None:
-    guest = folder.add(Identity("guest", "client"), NOW, expires=NOW + 10)
+    visitor = folder.add(Identity("visitor", "client"), NOW, expires=NOW + 10)
     valid = folder.ring().identities(NOW)
-    assert {valid[one.pair.public].name for one in (key, guest)} == {"alice", "guest"}
+    assert {valid[one.pair.public].name for one in (key, visitor)} == {"alice", "visitor"}
     assert set(folder.ring().identities(NOW + 10)) == {key.pair.public}
     assert folder.revoke("alice") == 1
     assert folder.ring().identities(NOW + 10) == {}
@@ -199,9 +199,9 @@ def test_a_workers_name_is_its_keys_or_begins_with_it_and_a_dash() -> None:
 
 
 def test_models_and_priorities() -> None:
-    guest = Identity("guest", "client", priority_max="normal", models=("tiny*", "m"))
-    assert [guest.may_use(model) for model in ("tiny-1", "m", "mm", "TINY")] == [True, True, False, False]
-    assert [guest.may_come_as(priority) for priority in ("interactive", "normal", "batch")] == [False, True, True]
+    visitor = Identity("visitor", "client", priority_max="normal", models=("tiny*", "m"))
+    assert [visitor.may_use(model) for model in ("tiny-1", "m", "mm", "TINY")] == [True, True, False, False]
+    assert [visitor.may_come_as(priority) for priority in ("interactive", "normal", "batch")] == [False, True, True]
 
 
 # --- who may come in ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Leases, models that somebody has promised, and models of a class."""
+"""Leases, models that the holder of a lease has promised, and models of a class."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _numbers = count(1)
 
 def asked(client: Client, holder: bytes, ms: int = 3_000, *, query: int = 0, **more: Any) -> dict[str, Any]:
     """What the broker answers."""
-    client.say(m.Lease(query or next(_numbers), "fleet", holder, ms, **more))
-    (result,) = client.heard_last(m.Result)
+    client.send(m.Lease(query or next(_numbers), "fleet", holder, ms, **more))
+    (result,) = client.received_last(m.Result)
     found: dict[str, Any] = msgpack.unpackb(result.data)
     return found
 
@@ -32,11 +32,11 @@ def bench() -> Bench:
     return bench
 
 
-def told(bench: Bench) -> list[str]:
+def reports(bench: Bench) -> list[str]:
     return [happening.text for happening in bench.state.journal.entries if happening.kind in ("lease", "fleet")]
 
 
-def test_one_has_it_and_the_other_after_him(bench: Bench) -> None:
+def test_one_holds_it_and_the_other_after_it(bench: Bench) -> None:
     first, second = bench.client(b"a"), bench.client(b"b")
     assert asked(first, ME) == {"granted": True, "by": "somebody", "left_ms": 3_000}
     assert asked(second, OTHER)["granted"] is False
@@ -49,7 +49,7 @@ def test_one_has_it_and_the_other_after_him(bench: Bench) -> None:
     assert asked(first, ME, renewal=True) == {"granted": False, "by": "somebody", "left_ms": 3_000}
 
 
-def test_it_belongs_to_the_holder_and_not_to_his_session(bench: Bench) -> None:
+def test_it_belongs_to_the_holder_and_not_to_a_session(bench: Bench) -> None:
     assert asked(bench.client(b"a"), ME)["granted"]
     assert asked(bench.client(b"b"), ME, renewal=True)["granted"]
 
@@ -63,7 +63,7 @@ def test_it_can_be_given_back(bench: Bench) -> None:
     assert asked(second, OTHER)["granted"] is True
 
 
-def test_a_young_broker_gives_it_only_to_who_has_it() -> None:
+def test_a_broker_that_has_just_started_only_renews_it() -> None:
     bench = Bench()
     first, second = bench.client(b"a"), bench.client(b"b")
     assert asked(second, OTHER)["granted"] is False
@@ -72,24 +72,24 @@ def test_a_young_broker_gives_it_only_to_who_has_it() -> None:
     assert asked(second, OTHER)["granted"] is True  # the renewal was for 3 s and is over
 
 
-def test_what_it_tells_is_told_once(bench: Bench) -> None:
+def test_repeated_queries_report_an_event_once(bench: Bench) -> None:
     client = bench.client()
     for _ in range(3):  # asked again, because no answer came
         asked(client, ME, query=900, events=["spawned 2 tiny"])
     asked(client, ME, query=901, events=["spawned 2 tiny"])
-    assert told(bench) == ["spawned 2 tiny", "fleet: somebody has it", "spawned 2 tiny"]
+    assert reports(bench) == ["spawned 2 tiny", "fleet: somebody has it", "spawned 2 tiny"]
 
 
-def test_who_has_no_lease_tells_nothing(bench: Bench) -> None:
+def test_a_client_without_the_lease_reports_nothing(bench: Bench) -> None:
     asked(bench.client(b"a"), ME)
     asked(bench.client(b"b"), OTHER, events=["mine"], promised=["m"])
-    assert "mine" not in told(bench) and not bench.state.is_promised("m")
+    assert "mine" not in reports(bench) and not bench.state.is_promised("m")
 
 
 def test_there_are_not_any_number_of_them(bench: Bench) -> None:
     client = bench.client()
     for number in range(limits.LEASES + 1):
-        client.say(m.Lease(next(_numbers), f"l{number}", ME, 3_000))
+        client.send(m.Lease(next(_numbers), f"l{number}", ME, 3_000))
     (problem,) = client.problems
     assert problem.error.code is Code.BUSY
 
@@ -103,7 +103,7 @@ def test_a_request_for_a_promised_model_waits_until_its_worker_comes(bench: Benc
     for _ in range(25):  # far longer than a model may be missing
         bench.pass_time(2_000)
         asked(client, ME, promised=["m"], renewal=True)
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
     assert not client.ends
     worker = bench.worker(model="m")
     assert [dispatch.id for dispatch in worker.dispatches] == [(2).to_bytes(16, "big")]
@@ -115,8 +115,8 @@ def test_a_promise_ends_with_the_lease(bench: Bench) -> None:
     client.submit(2, model="m")
     for _ in range(17):
         bench.pass_time(2_000)
-        client.say(m.ClientHeartbeat())
-    end = client.ends[0]  # said again until it is acknowledged
+        client.send(m.ClientHeartbeat())
+    end = client.ends[0]  # sent again until it is acknowledged
     assert end.error is not None and end.error.code is Code.NO_WORKER
 
 

@@ -52,16 +52,16 @@ def a_day(bench: Bench, numbers: range) -> None:
                 continue
             worker.publish(worker.chunk(0, 7, number=at))
             if kind == 0:
-                client.say(m.Cancel(id))
+                client.send(m.Cancel(id))
             worker.end(1, number=at)
         if number % 5 == 0:
-            client.say(m.DrainWorker(1, name, move=True))
-            client.say(m.DrainWorker(2, name, undo=True))
-        client.say(m.EndAck(ids))
+            client.send(m.DrainWorker(1, name, move=True))
+            client.send(m.DrainWorker(2, name, undo=True))
+        client.send(m.EndAck(ids))
         bench.pass_time(1_000)
         if number % 2:
-            client.say(m.Goodbye())
-        worker.say(m.Goodbye())
+            client.send(m.Goodbye())
+        worker.send(m.Goodbye())
         bench.actions.clear()
         bench.state.journal.log.clear()  # as the shell does
 

@@ -43,13 +43,13 @@ def test_what_is_counted_is_what_is_read() -> None:
         waits.at("a").observe(seconds)
     waits.at("b").observe(0.25, 4)
 
-    told = check_page(page([things, waits]))
+    samples = check_page(page([things, waits]))
 
-    assert told["things_total"] == {(("who", 'a "quoted"\nname\\'),): 3.0, (("who", "b"),): 0.5}
-    assert [told["a_seconds_bucket"][("le", le), ("who", "a")] for le in ("0.1", "1.0", "+Inf")] == [2, 3, 4]
-    assert told["a_seconds_sum"][("who", "a"),] == pytest.approx(7.65)
-    assert told["a_seconds_sum"][("who", "b"),] == 1.0
-    assert told["a_seconds_count"][("who", "b"),] == 4
+    assert samples["things_total"] == {(("who", 'a "quoted"\nname\\'),): 3.0, (("who", "b"),): 0.5}
+    assert [samples["a_seconds_bucket"][("le", le), ("who", "a")] for le in ("0.1", "1.0", "+Inf")] == [2, 3, 4]
+    assert samples["a_seconds_sum"][("who", "a"),] == pytest.approx(7.65)
+    assert samples["a_seconds_sum"][("who", "b"),] == 1.0
+    assert samples["a_seconds_count"][("who", "b"),] == 4
 
 
 def test_a_metric_without_labels_is_there_from_the_beginning() -> None:
@@ -61,9 +61,9 @@ def test_of_too_many_label_sets_the_rest_is_other() -> None:
     for number in range(10_000):
         things.at(f"who-{number}").value += 1
     assert len(things) == SERIES["counter"]
-    told = check_page(page([things]))["things_total"]
-    assert told[("who", OTHER),] == 10_000 - SERIES["counter"] + 1
-    assert sum(told.values()) == 10_000
+    samples = check_page(page([things]))["things_total"]
+    assert samples[("who", OTHER),] == 10_000 - SERIES["counter"] + 1
+    assert sum(samples.values()) == 10_000
 
 
 def test_names_are_learned_and_bounded() -> None:
@@ -110,7 +110,7 @@ class Unchecked(Bench):
         return self.last
 
 
-def told(bench: Bench) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+def samples(bench: Bench) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     return check_page(broker_metrics.page(bench.state, bench.now_ms))
 
 
@@ -133,7 +133,7 @@ def test_a_request_from_its_queue_to_its_end() -> None:
     worker, client = bench.worker(slots=1, model="m"), bench.client()
     client.submit(1)
     client.submit(2, priority="batch")
-    assert told(bench)["llambo_broker_requests_waiting"] == {(("model", "m"),): 1.0}
+    assert samples(bench)["llambo_broker_requests_waiting"] == {(("model", "m"),): 1.0}
     bench.now_ms += 400
     worker.publish(worker.chunk(0, 7))
     bench.now_ms += 50
@@ -144,9 +144,9 @@ def test_a_request_from_its_queue_to_its_end() -> None:
     worker.beat(seq=1, claims={worker.key(): 4})
     usage = m.Usage(prompt_tokens=12, cached_tokens=5, prefill_ms=300.0, decode_ms=110.0)
     dispatch = worker.dispatches[0]
-    worker.say(m.End(dispatch.id, 4, "length", dispatch.dispatch, usage))
+    worker.send(m.End(dispatch.id, 4, "length", dispatch.dispatch, usage))
 
-    seen = told(bench)
+    seen = samples(bench)
     one = {"model": "m", "class": NONE}
     assert value(seen, "llambo_broker_tokens_total", **one) == 4
     assert value(seen, "llambo_broker_first_token_seconds_sum", **one) == 0.4
@@ -172,9 +172,9 @@ def test_tokens_are_told_while_they_come_and_counted_once() -> None:
     counts = []
     for index in range(3):
         worker.publish(worker.chunk(index, 7))
-        counts.append(value(told(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}))
+        counts.append(value(samples(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}))
     worker.end(3)
-    counts.append(value(told(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}))
+    counts.append(value(samples(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}))
     assert counts == [1, 2, 3, 3]
 
 
@@ -185,11 +185,11 @@ def test_a_move_is_counted_and_its_pause_is_taken() -> None:
     first.publish(first.chunk(0, 7))
     second = bench.worker("w2", incarnation=b"2")
     stale = first.chunk(1, 8)
-    first.say(m.Goodbye("off"))
+    first.send(m.Goodbye("off"))
     bench.now_ms += 1_500
     second.publish(second.chunk(1, 8), stale)
     second.end(2)
-    seen = told(bench)
+    seen = samples(bench)
     assert value(seen, "llambo_broker_moves_total", model="m") == 1
     assert value(seen, "llambo_broker_stale_chunks_total") == 1
     assert value(seen, "llambo_broker_inter_token_seconds_sum", model="m", **{"class": NONE}) == 1.5
@@ -207,10 +207,10 @@ def test_so_many_streams_are_timed_and_no_more() -> None:
     assert bench.state.measured.meter.timed == TIMED
     assert sum(request.watched for request in bench.state.requests.values()) == TIMED
     for number in range(4 * TIMED):
-        client.say(m.Cancel(number.to_bytes(16, "big")))
+        client.send(m.Cancel(number.to_bytes(16, "big")))
     assert bench.state.measured.meter.timed == 0
-    assert value(told(bench), "llambo_broker_requests_ended_total", model="m", reason="cancelled") == 4 * TIMED
-    assert value(told(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}) == 4 * TIMED
+    assert value(samples(bench), "llambo_broker_requests_ended_total", model="m", reason="cancelled") == 4 * TIMED
+    assert value(samples(bench), "llambo_broker_tokens_total", model="m", **{"class": NONE}) == 4 * TIMED
 
 
 def test_results_are_no_tokens() -> None:
@@ -219,7 +219,7 @@ def test_results_are_no_tokens() -> None:
     client.submit(1, task="embed")
     worker.publish(worker.chunk(0, 7, flags=3))
     worker.end(1, reason="stop")
-    seen = told(bench)
+    seen = samples(bench)
     assert value(seen, "llambo_broker_requests_ended_total", model="m", reason="stop") == 1
     assert value(seen, "llambo_broker_tokens_total", model="m", **{"class": NONE}) == 0
     assert value(seen, "llambo_broker_first_token_seconds_count", model="m", **{"class": NONE}) == 0
@@ -230,12 +230,12 @@ def test_refusals_by_reason_and_failures_by_code() -> None:
     client = bench.client()
     client.submit(1)
     bench.worker(slots=1)
-    client.submit(2, model="nobody's")
+    client.submit(2, model="absent")
     client.submit(3, prompt=b"")
     for number in (4, 5, 6):
         client.submit(number)
     bench.pass_time(1_500)
-    seen = told(bench)
+    seen = samples(bench)
     reasons = {reason: count for ((_, reason),), count in seen["llambo_broker_refusals_total"].items()}
     assert reasons == {"no_worker": 1, "unknown_model": 1, "bad_request": 1, "busy": 1}
     assert sum(reasons.values()) == bench.state.counters.requests.refused
@@ -244,11 +244,11 @@ def test_refusals_by_reason_and_failures_by_code() -> None:
 
 def test_workers_by_state_and_class_with_zeros() -> None:
     bench = Bench()
-    assert value(told(bench), "llambo_broker_workers_ready") == 0
+    assert value(samples(bench), "llambo_broker_workers_ready") == 0
     bench.worker("w1", slots=3)
     hello = m.WorkerHello("w2", b"j", [m.ModelInfo("n")], 5, state="starting", node_class="gpu")
     Worker(bench, b"w2", hello)
-    seen = told(bench)
+    seen = samples(bench)
     assert value(seen, "llambo_broker_workers_ready") == 1
     assert len(seen["llambo_broker_workers"]) == 2 * len(CONDITIONS)
     assert value(seen, "llambo_broker_workers", state="loading", **{"class": "gpu"}) == 1
@@ -257,11 +257,11 @@ def test_workers_by_state_and_class_with_zeros() -> None:
     assert value(seen, "llambo_broker_slots", **{"class": "gpu"}) == 5
 
 
-def test_what_the_shell_has_counted_is_told() -> None:
+def test_what_the_shell_has_counted_is_shown() -> None:
     bench = Bench()
     bench.handle(Counted(dropped_frames=3, doors_refused=2))
-    assert value(told(bench), "llambo_broker_dropped_frames_total") == 3
-    assert value(told(bench), "llambo_broker_auth_refusals_total") == 2
+    assert value(samples(bench), "llambo_broker_dropped_frames_total") == 3
+    assert value(samples(bench), "llambo_broker_auth_refusals_total") == 2
 
 
 def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
@@ -274,8 +274,8 @@ def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
         client = bench.client(b"c%d" % number, user=f"i{number}")
         for ask in range(100):
             id = b"%08d" % number + b"%08d" % ask
-            client.say(m.InferenceRequest(id, f"no-{number}-{ask}", 10, resume=ask % 2 == 1), blob=b"hello")
-        client.say(m.Goodbye())  # what it wanted has ended
+            client.send(m.InferenceRequest(id, f"no-{number}-{ask}", 10, resume=ask % 2 == 1), blob=b"hello")
+        client.send(m.Goodbye())  # what it wanted has ended
         lines.append(len(broker_metrics.page(bench.state, bench.now_ms).splitlines()))
     text = broker_metrics.page(bench.state, bench.now_ms)
     seen = check_page(text)
@@ -312,11 +312,11 @@ def test_only_an_admin_may_ask_for_them(role: Any, may: bool) -> None:
     bench = Bench()
     bench.keys(Identity("me", role))
     client = bench.client(user="me")
-    client.say(m.Query(1, "metrics"))
+    client.send(m.Query(1, "metrics"))
     if may:
-        check_page(msgspec.msgpack.decode(client.heard(m.Result)[0].data)["page"])
+        check_page(msgspec.msgpack.decode(client.received(m.Result)[0].data)["page"])
     else:
-        assert [problem.error.code for problem in client.heard(m.Problem)] == [Code.FORBIDDEN]
+        assert [problem.error.code for problem in client.received(m.Problem)] == [Code.FORBIDDEN]
 
 
 def test_what_a_process_says_of_itself() -> None:

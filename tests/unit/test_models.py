@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker.engine.engine_options import LlamaOptions
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import gguf, model_files
 from llambo.worker.models.gguf import BadModelFile
 

@@ -30,7 +30,7 @@ ALLOWED = {"cli/kit/command.py": "importlib.import_module", "testing/__init__.py
 #: What must not be asked for, whatever is called.
 WORDS = {"allow_pickle": True, "shell": True}
 #: The one file that makes text of templates, and what it may take of the one engine for that.
-TEMPLATES = "worker/prompt/template.py"
+TEMPLATES = "worker/llama/prompt.py"
 SANDBOX = {
     "jinja2",
     "jinja2.ext.Extension",

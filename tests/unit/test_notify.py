@@ -1,4 +1,4 @@
-"""What a service manager is told, and when: without a manager and without a clock."""
+"""What is reported to a service manager, and when: without a manager and without a clock."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_ready_is_said_once_and_when_it_is_true() -> None:
 
 def test_more_time_is_asked_for_again_and_again_until_it_is_ready() -> None:
     notifier = NotifyCore()
-    said = [notifier.update(STARTING, now_ms) for now_ms in range(0, 3 * EXTEND_EVERY_MS, 1_000)]
-    assert [number for number, words in enumerate(said) if any("EXTEND" in word for word in words)] == [0, 5, 10]
+    updates = [notifier.update(STARTING, now_ms) for now_ms in range(0, 3 * EXTEND_EVERY_MS, 1_000)]
+    assert [number for number, words in enumerate(updates) if any("EXTEND" in word for word in words)] == [0, 5, 10]
     notifier.update(READY, 20_000)
     assert notifier.update(READY, 40_000) == []
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from llambo.worker.prompt import template as prompts
-from llambo.worker.prompt.template import BadPrompt, Template, memory_limit
+from llambo.worker.llama import prompt as prompts
+from llambo.worker.llama.prompt import BadPrompt, Template, memory_limit
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -13,7 +13,7 @@ from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import HEAD, answer, cut, events, prompt_of, ready, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, cut, events, payloads, prompt_of, ready, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -79,7 +79,7 @@ def test_instructions_are_what_the_model_reads_first() -> None:
 def test_calls_and_their_results() -> None:
     call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": '{"city":"Oslo"}'}
     result = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
-    said = messages(
+    sent = messages(
         {"role": "user", "content": "and Oslo?"},
         {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed",
          "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
@@ -90,7 +90,7 @@ def test_calls_and_their_results() -> None:
         tools=[WEATHER],
     )  # fmt: skip
     function = {"type": "function", "function": {"name": "weather", "arguments": '{"city":"Oslo"}'}}
-    assert said == [
+    assert sent == [
         {"role": "user", "content": "and Oslo?"},
         {"role": "assistant", "content": "I look.",
          "tool_calls": [{"id": "call_1", **function}, {"id": "call_2", **function}]},
@@ -139,7 +139,7 @@ CALLED = {"type": "function_call_output", "call_id": "call_1", "output": "rain"}
     [
         ({"input": []}, "input"),
         ({"input": 3}, "input"),
-        ({"input": [{"role": "nobody", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "narrator", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
          "input[0].content[0].type"),
         ({"input": [{"role": "user"}]}, "input[0]"),
@@ -178,7 +178,7 @@ def test_what_is_wrong_is_refused_by_its_name(body: dict[str, Any], field: str) 
 
 
 def test_the_events_of_a_text() -> None:
-    found = told(events(ready(stream=True), tokens_of("Hel", "", "lo"), answer("Hello")))
+    found = payloads(events(ready(stream=True), tokens_of("Hel", "", "lo"), answer("Hello")))
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     assert [event["type"].removeprefix("response.") for event in found] == [
         "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta", "output_text.delta",
@@ -188,8 +188,8 @@ def test_the_events_of_a_text() -> None:
     place = {"item_id": id, "output_index": 0, "content_index": 0}
     part = {"type": "output_text", "text": "Hello", "annotations": [], "logprobs": []}
     item = {"id": id, "type": "message", "role": "assistant"}
-    said = [{name: event[name] for name in event.keys() - {"type", "sequence_number"}} for event in found]
-    assert said[2:9] == [
+    bodies = [{name: event[name] for name in event.keys() - {"type", "sequence_number"}} for event in found]
+    assert bodies[2:9] == [
         {"output_index": 0, "item": {**item, "status": "in_progress", "content": []}},
         {**place, "part": {**part, "text": ""}},
         {**place, "delta": "Hel", "logprobs": []},
@@ -198,10 +198,10 @@ def test_the_events_of_a_text() -> None:
         {**place, "part": part},
         {"output_index": 0, "item": {**item, "status": "completed", "content": [part]}},
     ]
-    begun, ended = said[0]["response"], said[9]["response"]
-    assert said[1]["response"] == begun
+    begun, ended = bodies[0]["response"], bodies[9]["response"]
+    assert bodies[1]["response"] == begun
     assert (begun["id"], begun["status"], begun["output"], begun["usage"]) == (ID, "in_progress", [], None)
-    assert (ended["id"], ended["status"], ended["output"]) == (ID, "completed", [said[8]["item"]])
+    assert (ended["id"], ended["status"], ended["output"]) == (ID, "completed", [bodies[8]["item"]])
     assert ended["usage"] == {
         "input_tokens": 10, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 0},
         "output_tokens": 7, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 17,
@@ -210,7 +210,7 @@ def test_the_events_of_a_text() -> None:
 
 def test_the_events_of_text_and_calls() -> None:
     parsed = ready(stream=True, tools=[WEATHER])
-    found = told(
+    found = payloads(
         events(parsed, tokens_of("Well. ", CALL[:30], CALL[30:], "\n" + CALL), answer(f"Well. {CALL}\n{CALL}"))
     )
     call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
@@ -238,7 +238,7 @@ def test_the_events_of_text_and_calls() -> None:
 def test_how_it_ended(reason: Any, status: str, why: Any) -> None:
     body = whole_body(ready(), answer("x", reason))
     assert (body["status"], body["incomplete_details"], body["output"][0]["status"]) == (status, why, status)
-    last = told(events(ready(stream=True), tokens_of("x"), answer("x", reason)))[-1]
+    last = payloads(events(ready(stream=True), tokens_of("x"), answer("x", reason)))[-1]
     assert (last["type"], last["response"]["incomplete_details"]) == (f"response.{status}", why)
 
 
@@ -259,7 +259,7 @@ def test_an_error_in_the_middle_is_the_last_event(code: Code, known_as: str) -> 
     store = ResponseStore()
     renderer = ready(store, stream=True).renderer
     error = LlamboError(code, "it died")
-    last = told([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])[-1]
+    last = payloads([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])[-1]
     assert (last["type"], last["sequence_number"]) == ("response.failed", 5)
     assert last["response"]["status"] == "failed"
     assert last["response"]["error"] == {"code": known_as, "message": "it died"}
@@ -287,7 +287,7 @@ def test_log_probabilities_come_with_their_text() -> None:
     more: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
     tokens = [Token(0, "", 1, b"\xc3", likely[0]), Token(0, "é", 2, b"\xa9", likely[1])]
     whole = answer("é", logprobs=likely, pieces=[b"\xc3", b"\xa9"])
-    found = told(events(ready(stream=True, **more), tokens, whole))
+    found = payloads(events(ready(stream=True, **more), tokens, whole))
     deltas = [event for event in found if event["type"] == "response.output_text.delta"]
     assert [(event["delta"], event["logprobs"][0]["logprob"]) for event in deltas] == [("", -0.5), ("é", -1.5)]
     assert deltas[0]["logprobs"][0]["top_logprobs"][0]["token"] == "a"
@@ -315,16 +315,16 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
     more: dict[str, Any] = {"tools": [WEATHER], "stream": True}
     once, again = [events(ready(**more), cut(text, seed), whole) for _ in range(2)]
     assert once == again
-    found = told(once)
+    found = payloads(once)
     body = whole_body(ready(**more), whole)
     assert found[-1]["response"] == body
     items = [event["item"] for event in found if event["type"] == "response.output_item.done"]
     assert items == body["output"]
     # What the deltas add up to is what the items say
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for event in found:
         if event["type"].endswith(".delta"):
-            said[event["item_id"]] = said.get(event["item_id"], "") + event["delta"]
-    assert said == {
+            texts[event["item_id"]] = texts.get(event["item_id"], "") + event["delta"]
+    assert texts == {
         item["id"]: item["content"][0]["text"] if item["type"] == "message" else item["arguments"] for item in items
     }

@@ -10,7 +10,7 @@ import pytest
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, events, ready, tokens_of, told
+from tests.unit.gateway_bench import HEAD, answer, events, payloads, ready, tokens_of
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
@@ -31,7 +31,7 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response() -> None:
              "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
         {"role": "tool", "tool_call_id": call["call_id"], "content": "rain"},
     ]  # fmt: skip
-    # and it is nobody else's
+    # and no other identity can use it
     with pytest.raises(FieldError, match="previous_response_id"):
         ready(store, "bob", previous_response_id=ID)
 
@@ -42,8 +42,8 @@ def test_what_was_answered_is_kept_unless_it_shall_not_be(stream: bool) -> None:
         store = ResponseStore()
         parsed = ready(store, "alice", stream=stream, store=wanted)
         if stream:
-            body = told(events(parsed, tokens_of("x"), answer("x")))[-1]["response"]
-            # told again, it is kept once
+            body = payloads(events(parsed, tokens_of("x"), answer("x")))[-1]["response"]
+            # sent twice, it is stored once
             events(ready(store, "alice", stream=stream, store=wanted), tokens_of("x"), answer("x"))
         else:
             body = whole_body(parsed, answer("x"))

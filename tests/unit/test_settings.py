@@ -12,7 +12,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.mesh.settings import settings
 from llambo.mesh.settings.settings_table import BY_NAME, SECTIONS, TABLE, Kind
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.worker.engine.engine_options import FakeFaults, FakeOptions
+from llambo.worker.config import FakeFaults, FakeOptions
 
 ROLES = ("broker", "worker", "client", "gateway", "bridge")
 
@@ -122,12 +122,12 @@ def test_only_the_first_file_that_exists_is_read(tmp_path: Path) -> None:
 
 
 def test_a_named_file_is_the_one_and_a_flag_names_it_first(tmp_path: Path) -> None:
-    said, exported, lying_about = (tmp_path / f"{name}.toml" for name in "abc")
-    for port, path in enumerate((said, exported, lying_about), start=1):
+    given, exported, lying_about = (tmp_path / f"{name}.toml" for name in "abc")
+    for port, path in enumerate((given, exported, lying_about), start=1):
         path.write_text(f"[broker]\nport = {port}\n")
     env = {"LLAMBO_CONFIG": str(exported)}
     assert settings.load(environ=env, places=[lying_about])["port"] == 2
-    assert settings.load(config=str(said), environ=env, places=[lying_about])["port"] == 1
+    assert settings.load(config=str(given), environ=env, places=[lying_about])["port"] == 1
 
 
 def test_a_named_file_must_exist() -> None:

@@ -41,13 +41,13 @@ class Wanderer:
         self.core = ClientCore()
         self.now = 1_000
         self.went: list[int] = []
-        self.said: list[m.Message] = []
+        self.sent: list[m.Message] = []
         self.handle(c.BrokersFound(brokers))
 
     def handle(self, event: c.Event) -> None:
         actions = self.core.handle(event, self.now)
         self.went += [action.target for action in actions if isinstance(action, OpenControl)]
-        self.said += [action.message for action in actions if isinstance(action, Send)]
+        self.sent += [action.message for action in actions if isinstance(action, Send)]
 
     def see(self, *signs: ConnectionChange) -> None:
         for sign in signs:
@@ -112,7 +112,7 @@ def test_silence_is_left_with_a_word_of_goodbye() -> None:
     client.welcome()
     client.wait(SILENT_MS)
     assert client.went == [0, 1]
-    assert any(isinstance(said, m.Goodbye) for said in client.said)
+    assert any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
 def test_with_one_broker_there_is_nowhere_to_go() -> None:
@@ -122,7 +122,7 @@ def test_with_one_broker_there_is_nowhere_to_go() -> None:
     client.wait(SILENT_MS + CUT_MS)
     assert client.went == [0]
     assert client.core.link.welcomed
-    assert not any(isinstance(said, m.Goodbye) for said in client.said)
+    assert not any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
 def test_a_young_broker_that_does_not_know_the_session_is_asked_again() -> None:
@@ -188,30 +188,30 @@ def given(rig: Rig, link: int, number: int) -> Rig:
     return rig.on(e.ControlArrived(link, (SESSION, LATER)[link], [(dispatch(number), b"p")]))
 
 
-def told(rig: Rig, kind: type[Any]) -> list[tuple[int, Any]]:
+def sent(rig: Rig, kind: type[Any]) -> list[tuple[int, Any]]:
     return [(send.link, send.message) for send in rig.take(Send) if isinstance(send.message, kind)]
 
 
 def test_each_broker_learns_at_once_what_the_other_has_given() -> None:
     rig = given(linked(), 0, 1).wait(SOON_MS)
-    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(1, 1)]
+    assert [(link, beat.busy) for link, beat in sent(rig, m.WorkerHeartbeat)] == [(1, 1)]
     given(rig, 1, 2).wait(SOON_MS)
-    assert [(link, beat.busy) for link, beat in told(rig, m.WorkerHeartbeat)] == [(0, 1)]
+    assert [(link, beat.busy) for link, beat in sent(rig, m.WorkerHeartbeat)] == [(0, 1)]
 
 
 def test_a_slot_is_not_sold_twice_and_the_refusal_comes_with_the_load() -> None:
     rig = given(linked(slots=1), 0, 1).wait(SOON_MS)
     rig.actions = []
     given(rig, 1, 2).wait(SOON_MS)
-    said = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
-    assert said == [(1, "Reject"), (1, "WorkerHeartbeat")]
+    found = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
+    assert found == [(1, "Reject"), (1, "WorkerHeartbeat")]
 
 
 def test_the_same_request_from_two_brokers_is_two_runs() -> None:
     rig = linked()
     twin = m.Dispatch(bytes([1]) * 16, b"another!", 1, "fake", 100, 7)
     given(rig, 0, 1).on(e.ControlArrived(1, LATER, [(twin, b"p")])).wait(200)
-    claims = {link: beat.claims for link, beat in told(rig, m.WorkerHeartbeat)}
+    claims = {link: beat.claims for link, beat in sent(rig, m.WorkerHeartbeat)}
     assert claims == {0: {key_of(1): 0}, 1: {bytes([1]) * 16 + b"another!": 0}}
 
 
@@ -219,25 +219,25 @@ def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
-    assert [(link, orphan.work.id) for link, orphan in told(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
+    assert [(link, orphan.work.id) for link, orphan in sent(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
 
 
 def test_only_who_has_a_run_may_end_it() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
     rig.on(e.ControlArrived(1, LATER, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
-    assert [(link, end.count, end.reason) for link, end in told(rig, m.End)] == [(1, 0, "cancelled")]
+    assert [(link, end.count, end.reason) for link, end in sent(rig, m.End)] == [(1, 0, "cancelled")]
     rig.step(key_of(1), [5], "length")
-    assert [(link, end.reason) for link, end in told(rig, m.End)] == [(0, "length")]
+    assert [(link, end.reason) for link, end in sent(rig, m.End)] == [(0, "length")]
     rig.on(e.ControlArrived(1, LATER, [(m.EndAck([key_of(1)]), b"")]))
     assert len(rig.core.runs) == 1
 
 
-def test_what_was_cancelled_is_offered_to_nobody() -> None:
+def test_a_cancelled_run_is_offered_to_no_broker() -> None:
     rig = given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
     rig.actions = []
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
-    assert told(rig, m.Orphan) == []
+    assert sent(rig, m.Orphan) == []
     assert len(rig.core.runs) == 0
 
 
@@ -277,8 +277,8 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
     # Elsewhere its answer went on in another way.
     again = back(bench, b"2")
     asked, blob = held(1, [1, 2, 9, 9])
-    again.say(asked, blob=blob)
-    assert [cancel.dispatch for cancel in worker.heard(m.Cancel)] == [worker.dispatches[0].dispatch]
+    again.send(asked, blob=blob)
+    assert [cancel.dispatch for cancel in worker.received(m.Cancel)] == [worker.dispatches[0].dispatch]
     worker.end(3, reason="cancelled")
     bench.pass_time(150)
     worker.beat()
@@ -288,26 +288,26 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
 
 def test_who_follows_another_continuation_here_is_not_disturbed() -> None:
     bench = Bench()
-    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"somebody else")
+    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"another key")
     client.submit(1)
-    other.say(m.Attach(request_id(1)))
+    other.send(m.Attach(request_id(1)))
     worker.publish(worker.chunk(0, 1, 2, 3))
     asked, blob = held(1, [1, 9])
     again = back(bench, b"3")
-    again.say(asked, blob=blob)
+    again.send(asked, blob=blob)
     assert [problem.error.code for problem in again.problems] == [Code.EXPIRED]
-    assert not worker.heard(m.Cancel)
+    assert not worker.received(m.Cancel)
 
 
 def test_what_was_cancelled_for_want_of_its_client_goes_on_when_that_is_back() -> None:
     bench = Bench(adopt_ms=100)
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
-    client.say(m.Goodbye())
+    client.send(m.Goodbye())
     worker.end(0, reason="cancelled")
     again = back(bench, b"2")
     asked, blob = held(1, [1, 2])
-    again.say(asked, blob=blob)
+    again.send(asked, blob=blob)
     bench.pass_time(150)
     assert not again.ends
     assert worker.dispatches[-1].prefix == [1, 2]
@@ -318,10 +318,10 @@ def test_what_its_user_has_cancelled_stays_cancelled() -> None:
     bench.worker()
     client = back(bench, b"1")
     client.submit(1)
-    client.say(m.Cancel(request_id(1)))
+    client.send(m.Cancel(request_id(1)))
     again = back(bench, b"2")
     asked, blob = held(1, [])
-    again.say(asked, blob=blob)
+    again.send(asked, blob=blob)
     assert [end.reason for end in again.ends] == ["cancelled"]
 
 
@@ -330,7 +330,7 @@ def test_an_attach_from_elsewhere_waits_for_those_who_know_but_not_for_ever() ->
     bench.worker()
     bench.pass_time(5_000)
     client = bench.client()
-    client.say(m.Attach(request_id(1), resume=True))
+    client.send(m.Attach(request_id(1), resume=True))
     assert not client.problems
     bench.pass_time(3_000)
     assert [problem.error.code for problem in client.problems] == [Code.UNKNOWN_REQUEST]
@@ -344,11 +344,11 @@ def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None
     key = request_id(1) + b"\0\0\0\1old!"
     blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, [1, 2], [b"x", b"x"])])
     work = m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, detached=True)
-    worker.say(m.Orphan(work), blob=blob)
-    assert not worker.heard(m.Adopt)
-    client.say(m.Attach(request_id(1)))
-    assert [adopt.dispatch for adopt in worker.heard(m.Adopt)] == [key[16:]]
-    assert [page.total for page in client.heard(m.Page)] == [2]
+    worker.send(m.Orphan(work), blob=blob)
+    assert not worker.received(m.Adopt)
+    client.send(m.Attach(request_id(1)))
+    assert [adopt.dispatch for adopt in worker.received(m.Adopt)] == [key[16:]]
+    assert [page.total for page in client.received(m.Page)] == [2]
 
 
 def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
@@ -357,11 +357,11 @@ def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
     key = request_id(1) + b"\0\0\0\1old!"
     for ids in ([1, 2], [1, 2, 3, 4]):
         blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+        worker.send(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
         if len(ids) == 2:
             asked, given_back = held(1, [1, 2])
-            client.say(asked, blob=given_back)
-    assert len(worker.heard(m.Adopt)) == 2 and not worker.heard(m.Cancel)
+            client.send(asked, blob=given_back)
+    assert len(worker.received(m.Adopt)) == 2 and not worker.received(m.Cancel)
 
 
 def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
@@ -371,14 +371,14 @@ def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
 
     def announce(ids: list[int]) -> None:
         blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.say(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+        worker.send(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
 
     announce([1, 2])
     asked, blob = held(1, [1, 2, 3])
-    client.say(asked, blob=blob)
-    assert not worker.heard(m.Cancel) and not worker.heard(m.Adopt)
+    client.send(asked, blob=blob)
+    assert not worker.received(m.Cancel) and not worker.received(m.Adopt)
     announce([1, 2, 3, 4])
-    assert worker.heard(m.Adopt) and not worker.heard(m.Cancel)
+    assert worker.received(m.Adopt) and not worker.received(m.Cancel)
 
 
 def test_link_states_of_a_client_that_wanders_are_legal() -> None:
@@ -396,10 +396,10 @@ def test_an_end_before_the_tokens_that_a_client_holds_is_not_its_end() -> None:
     client.submit(1)
     worker.publish(worker.chunk(0, 1))
     worker.end(1, reason="error")
-    client.say(m.EndAck([request_id(1)]))
+    client.send(m.EndAck([request_id(1)]))
     again = back(bench, b"2")
     asked, blob = held(1, [1, 2, 3])
-    again.say(asked, blob=blob)
+    again.send(asked, blob=blob)
     bench.pass_time(150)
     assert not again.ends and not again.problems
     assert worker.dispatches[-1].prefix == [1, 2, 3]

@@ -91,7 +91,7 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("status; send don't", "no closing quotation; begin a prompt to the model with `>`"),
         ("send a\\", "no escaped character"),
@@ -99,11 +99,11 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
         ("node", "'nodes' is"),
     ],
 )
-def test_a_bad_line_says_why(line: str, said: str) -> None:
+def test_a_bad_line_says_why(line: str, problem: str) -> None:
     with pytest.raises(BadLine) as caught:
         parse(line, TABLE)
 
-    assert said in str(caught.value)
+    assert problem in str(caught.value)
 
 
 def test_every_command_can_be_called_and_explains_itself() -> None:
@@ -186,7 +186,7 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "problem"),
     [
         ("set max_tokens many", "expected a whole number"),
         ("set temperature -1", "expected 0 to 100"),
@@ -197,11 +197,11 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
         ("unset tokens", "there is no option 'tokens'"),
     ],
 )
-def test_what_is_no_value_is_refused_at_once(line: str, said: str) -> None:
+def test_what_is_no_value_is_refused_at_once(line: str, problem: str) -> None:
     done = shell("-c", line)
 
     assert done.exit_code == Exit.USAGE
-    assert said in done.stderr
+    assert problem in done.stderr
 
 
 # --- scripts -------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from llambo.gateway.observe import tracing
-from llambo.gateway.observe.tracing import Phase, traces_of
+from llambo.gateway import tracing
+from llambo.gateway.server import traces_of
+from llambo.gateway.tracing import Phase
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import StoryStep
@@ -19,12 +20,12 @@ def story(*entries: tuple[int, str, str]) -> list[StoryStep]:
     return [StoryStep(at_ms=at, what=what, detail=detail) for at, what, detail in entries]
 
 
-def times(told: list[StoryStep], usage: Usage = Usage()) -> list[tuple[str, float, float]]:  # noqa: B008
-    return [(span.name, span.begin_ms, span.end_ms) for span in tracing.phases(told, usage)]
+def times(steps: list[StoryStep], usage: Usage = Usage()) -> list[tuple[str, float, float]]:  # noqa: B008
+    return [(span.name, span.begin_ms, span.end_ms) for span in tracing.phases(steps, usage)]
 
 
 def test_queue_dispatch_prefill_and_decode() -> None:
-    told = story(
+    steps = story(
         (0, "submitted", "model m, at most 9 tokens, normal"),
         (40, "dispatched", "to w-1, attempt 1, from token 0"),
         (45, "accepted", ""),
@@ -32,23 +33,23 @@ def test_queue_dispatch_prefill_and_decode() -> None:
         (131, "ended", "9 tokens, length"),
     )
     on: dict[str, str | int | float | bool] = {"llambo.worker": "w-1", "llambo.attempt": 1, "llambo.first": 0}
-    assert list(tracing.phases(told, USAGE)) == [
+    assert list(tracing.phases(steps, USAGE)) == [
         Phase("queue", 0, 40),
         Phase("dispatch", 40, 45, on),
         Phase("prefill", 45, 75, on | {"llambo.cached_tokens": 5}),
         Phase("decode", 80, 130, on),
     ]
-    assert times(told)[2:] == [("run", 45, 130)]  # an engine that says no times
+    assert times(steps)[2:] == [("run", 45, 130)]  # an engine that says no times
 
 
 def test_times_of_an_engine_stay_within_what_the_broker_saw() -> None:
-    told = story((0, "dispatched", "to w, attempt 1, from token 0"), (0, "accepted", ""), (50, "worker done", ""))
-    assert times(told, USAGE)[2:] == [("prefill", 0, 30), ("decode", 30, 50)]
-    assert times(told, Usage(prefill_ms=9_000, decode_ms=9_000))[2:] == [("prefill", 0, 50), ("decode", 50, 50)]
+    steps = story((0, "dispatched", "to w, attempt 1, from token 0"), (0, "accepted", ""), (50, "worker done", ""))
+    assert times(steps, USAGE)[2:] == [("prefill", 0, 30), ("decode", 30, 50)]
+    assert times(steps, Usage(prefill_ms=9_000, decode_ms=9_000))[2:] == [("prefill", 0, 50), ("decode", 50, 50)]
 
 
 def test_a_move_is_seen_and_why() -> None:
-    told = story(
+    steps = story(
         (0, "submitted", ""),
         (1, "dispatched", "to w1, attempt 1, from token 0"),
         (2, "accepted", ""),
@@ -61,7 +62,7 @@ def test_a_move_is_seen_and_why() -> None:
         (90, "worker done", ""),
         (90, "ended", "20 tokens, length"),
     )
-    found = list(tracing.phases(told, Usage()))
+    found = list(tracing.phases(steps, Usage()))
     assert [(span.name, span.error) for span in found] == [
         ("queue", ""),
         ("dispatch", ""),
@@ -88,15 +89,15 @@ def test_an_end_in_the_queue(last: tuple[int, str, str], name: str, error: str) 
 
 
 def test_an_adopted_run_and_a_story_without_its_middle() -> None:
-    told = story(
+    steps = story(
         (0, "submitted", ""),
         (0, "resumed", "its client holds 7 tokens"),
         (9, "adopted", "from w 1, which has 9 tokens; 7 held"),
         (20, "worker done", ""),
         (20, "ended", "20 tokens, stop"),
     )
-    assert times(told) == [("queue", 0, 9), ("run", 9, 20)]
-    assert list(tracing.phases(told, Usage()))[1].about == {"llambo.worker": "w 1"}
+    assert times(steps) == [("queue", 0, 9), ("run", 9, 20)]
+    assert list(tracing.phases(steps, Usage()))[1].about == {"llambo.worker": "w 1"}
     assert times(story((0, "submitted", ""), (900, "accepted", ""), (950, "ended", "3 tokens, stop"))) == [
         ("queue", 0, 950)
     ]

@@ -22,7 +22,7 @@ def claims(bench: Bench, worker: Worker) -> dict[bytes, int]:
 
 
 def run(bench: Bench, paces: dict[Worker, float], seconds: float = 2.0) -> None:
-    """Time passes, and everybody says how fast it is, five times a second."""
+    """Time passes, and every worker reports its speed five times a second."""
     for _ in range(round(5 * seconds)):
         bench.pass_time(200)
         for worker, pace in paces.items():
@@ -123,10 +123,10 @@ def test_never_more_than_half_are_ejected() -> None:
     run(bench, dict(zip(workers, (100.0, 100.0, 5.0, 5.0), strict=True)), 5)
     assert [entry(bench, worker).speed.ejected for worker in workers] == [False, False, True, True]
     # Those who remain are fewer now, and so one is needed again
-    workers[0].say(m.Goodbye())
+    workers[0].send(m.Goodbye())
     run(bench, {workers[1]: 100.0}, 2)
     assert sum(entry(bench, worker).speed.ejected for worker in workers[1:]) == 1
-    workers[1].say(m.Goodbye())
+    workers[1].send(m.Goodbye())
     run(bench, {}, 2)
     assert sum(entry(bench, worker).speed.ejected for worker in workers[2:]) == 1
 
@@ -154,7 +154,7 @@ def test_the_last_worker_on_trial_is_a_worker_like_any() -> None:
     one, slow = workers
     run(bench, {one: 100.0, slow: 5.0}, 4)
     assert entry(bench, slow).speed.ejected
-    one.say(m.Goodbye())
+    one.send(m.Goodbye())
     client.submit(1)
     run(bench, {slow: 5.0}, 3)
     client.submit(2)
@@ -188,7 +188,7 @@ def test_another_engine_is_measured_anew() -> None:
     bench, workers, _ = mesh(1, 1)
     run(bench, {workers[0]: 100.0, workers[1]: 20.0})
     assert entry(bench, workers[1]).speed.level == 1
-    workers[1].say(m.EngineLost([], "SIGSEGV"))
+    workers[1].send(m.EngineLost([], "SIGSEGV"))
     run(bench, {workers[0]: 100.0}, 1)
     assert entry(bench, workers[1]).speed.level == 0
     rate = TokenRate()
@@ -207,7 +207,7 @@ FULL = ErrorInfo(Code.BUSY, "full")
 
 def refuse(worker: Worker) -> None:
     key = worker.key()
-    worker.say(m.Reject(key[:16], key[16:], FULL))
+    worker.send(m.Reject(key[:16], key[16:], FULL))
     worker.beat(seq=10**6, claims={})
 
 
@@ -244,8 +244,8 @@ def test_what_ends_well_pays_back_its_own_refusals_and_a_share() -> None:
     assert bench.state.models.retries.by_model == {}
     client.submit(2)
     refuse(worker)
-    client.say(m.Cancel(request_id(2)))
-    worker.say(m.End(request_id(2), 0, "cancelled", worker.key()[16:]))
+    client.send(m.Cancel(request_id(2)))
+    worker.send(m.End(request_id(2), 0, "cancelled", worker.key()[16:]))
     assert bench.state.models.retries.by_model["m"].credit == 4
     client.submit(3)
     worker.publish(worker.chunk(0, *range(10)))
@@ -260,8 +260,8 @@ def test_the_death_of_an_engine_costs_one_and_one_from_outside_nothing() -> None
     for made, outside in enumerate((True, False, False, False)):
         assert client.ends == []
         keys = list(entry(bench, worker).claims)
-        # Nobody is convicted: whoever is aboard has come further than the last time.
-        worker.say(m.EngineLost(keys, "SIGSEGV", [made] * len(keys), outside))
+        # None is ended as poison: each request has made more tokens than at the last death.
+        worker.send(m.EngineLost(keys, "SIGSEGV", [made] * len(keys), outside))
         worker.beat(seq=10**6, claims={})
     assert bench.state.counters.faults.retries_denied == 1
     assert {end.error.code for end in client.ends if end.error} == {Code.BUSY}
@@ -270,7 +270,7 @@ def test_the_death_of_an_engine_costs_one_and_one_from_outside_nothing() -> None
 def test_lost_workers_cost_nothing() -> None:
     bench, workers, client = mesh(1, 1, retry_reserve=0)
     client.submit(1)
-    workers[0].say(m.Goodbye())
+    workers[0].send(m.Goodbye())
     assert len(workers[1].dispatches) == 1
     assert bench.state.models.retries.by_model == {}
     assert client.ends == []

@@ -179,10 +179,10 @@ class TestStash:
 
 
 def test_logprobs_stay_with_their_tokens_in_any_order() -> None:
-    told = {index: tokens.Logprob(-float(index)) for index in range(8)}
+    expected = {index: tokens.Logprob(-float(index)) for index in range(8)}
     frames = [
         tokens.encode_chunk(
-            KEY, first, list(range(first, first + 3)), [b"x"] * 3, 0, [told[i] for i in range(first, first + 3)]
+            KEY, first, list(range(first, first + 3)), [b"x"] * 3, 0, [expected[i] for i in range(first, first + 3)]
         )
         for first in range(6)
     ]
@@ -200,7 +200,7 @@ def test_logprobs_stay_with_their_tokens_in_any_order() -> None:
         ids += taken
         logprobs += stream.take_logprobs(len(taken))
         assert ids == list(range(8))
-        assert logprobs == [told[i] for i in range(8)]
+        assert logprobs == [expected[i] for i in range(8)]
 
 
 def test_tokens_without_logprobs_among_others_shift_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Who kills engines: an engine's death makes its batch suspects, progress clears, a second death convicts."""
+"""Which requests kill engines: a death makes the engine's batch suspects, progress clears, a second death ends one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 
 def die(worker: Worker, *numbers: int, made: int = 0, outside: bool = False, text: str = "SIGSEGV") -> None:
-    """The engine of a worker dies with the last run of each of these requests aboard."""
+    """The engine of a worker dies while it runs the last dispatch of each of these requests."""
     keys = [key_of(worker, number) for number in numbers]
-    worker.say(m.EngineLost(keys, text, [made] * len(keys), outside))
+    worker.send(m.EngineLost(keys, text, [made] * len(keys), outside))
 
 
 def key_of(worker: Worker, number: int) -> bytes:
@@ -26,11 +26,11 @@ def publish(worker: Worker, number: int, first: int, *ids: int, flags: int = 0) 
 
 
 def back(worker: Worker) -> None:
-    """Its engine works again; it claims what is still its."""
+    """Its engine works again, and it claims the runs it still has."""
     worker.beat(seq=10**6, claims={})
 
 
-def aboard(bench: Bench, worker: Worker) -> list[int]:
+def runs(bench: Bench, worker: Worker) -> list[int]:
     entry = bench.state.registry.workers[worker.session]
     return sorted(int.from_bytes(key[:16], "big") for key in entry.claims)
 
@@ -44,24 +44,24 @@ def mesh(workers: int, requests: int, slots: int = 8) -> tuple[Bench, list[Worke
     return bench, [first, *(bench.worker(f"w{n}", slots=slots) for n in range(1, workers))], client
 
 
-def test_poison_among_seven_innocents_costs_two_engines() -> None:
+def test_poison_among_seven_harmless_requests_costs_two_engines() -> None:
     # Given eight requests on one engine, one of which kills it at its third token
     bench, (one, two), client = mesh(2, 8)
     for number in range(1, 9):
         publish(one, number, 0, 7, 7)
     die(one, *range(1, 9), made=2)
-    # Then each goes on, but the one engine that is there tries only one of them
-    assert len(aboard(bench, two)) == 1
+    # Then each goes on, but the one engine left tries only one of them
+    assert len(runs(bench, two)) == 1
     assert bench.state.counters.faults.suspected == 8
     # When each makes its next token, then the next one is tried
     poison, deaths = 5, 1
-    while (tried := [n for n in aboard(bench, two) if n not in cleared(bench)]) and deaths < 2:
+    while (tried := [n for n in runs(bench, two) if n not in cleared(bench)]) and deaths < 2:
         if tried == [poison]:
-            die(two, *aboard(bench, two), made=2, text="SIGABRT")
+            die(two, *runs(bench, two), made=2, text="SIGABRT")
             deaths += 1
         else:
             publish(two, tried[0], 2, 7)
-    # Then the one is convicted, with both deaths in its error
+    # Then that one is ended, with both deaths in its error
     (end,) = client.ends
     assert (end.id, end.reason, end.count) == (request_id(poison), "error", 2)
     assert end.error is not None
@@ -73,7 +73,7 @@ def test_poison_among_seven_innocents_costs_two_engines() -> None:
     back(one)
     for _ in range(20):
         for worker in (one, two):
-            for number in aboard(bench, worker):
+            for number in runs(bench, worker):
                 publish(worker, number, bench.state.requests[request_id(number)].transcript.next_index, 7)
     assert not [n for n in range(1, 9) if n != poison and n not in cleared(bench)]
 
@@ -86,21 +86,21 @@ def test_others_share_an_engine_with_a_suspect_and_become_suspects_with_it() -> 
     bench, (one,), client = mesh(1, 2, slots=4)
     die(one, 1, 2)
     back(one)
-    # Given one engine with a suspect aboard, and another suspect that waits although slots are free
-    assert len(aboard(bench, one)) == 1
-    (tried,) = aboard(bench, one)
-    # When somebody else asks, then it goes first
+    # Given one engine that runs a suspect, and another suspect that waits although slots are free
+    assert len(runs(bench, one)) == 1
+    (tried,) = runs(bench, one)
+    # When a request that is no suspect comes, then it goes first
     client.submit(3)
-    assert aboard(bench, one) == [tried, 3]
-    # When that engine dies as well, then the suspect is convicted, and who was with it is suspected
+    assert runs(bench, one) == [tried, 3]
+    # When that engine dies as well, then the suspect is ended, and the request beside it becomes a suspect
     die(one, tried, 3)
     assert [end.id for end in client.ends] == [request_id(tried)]
     assert bench.state.requests[request_id(3)].suspicion.token == 0
     # ... and both go on, one after the other
     back(one)
-    (first,) = aboard(bench, one)
+    (first,) = runs(bench, one)
     publish(one, first, 0, 7)
-    assert len(aboard(bench, one)) == 2
+    assert len(runs(bench, one)) == 2
     assert len(client.ends) == 1
 
 
@@ -137,23 +137,23 @@ def test_a_gap_that_is_repaired_clears_as_well() -> None:
     assert bench.state.requests[request_id(1)].suspicion.token == -1
 
 
-def test_losing_agents_and_killing_engines_is_charged_to_nobody() -> None:
+def test_losing_agents_and_killing_engines_is_charged_to_no_request() -> None:
     bench, (one, two), client = mesh(2, 2)
     die(one, 1, 2, outside=True)
-    assert len(aboard(bench, two)) == 2
-    two.say(m.Goodbye())
+    assert len(runs(bench, two)) == 2
+    two.send(m.Goodbye())
     back(one)
     die(one, 1, 2, outside=True)
     back(one)
-    assert len(aboard(bench, one)) == 2
+    assert len(runs(bench, one)) == 2
     assert bench.state.counters.faults.suspected == 0
     assert client.ends == []
 
 
-def test_a_suspect_whose_worker_is_lost_stays_a_suspect_and_is_not_convicted() -> None:
+def test_a_suspect_whose_worker_is_lost_stays_a_suspect_and_is_not_ended() -> None:
     bench, (one, two), client = mesh(2, 1)
     die(one, 1)
-    two.say(m.Goodbye())
+    two.send(m.Goodbye())
     assert client.ends == []
     back(one)
     assert bench.state.requests[request_id(1)].suspicion.token == 0
@@ -161,7 +161,7 @@ def test_a_suspect_whose_worker_is_lost_stays_a_suspect_and_is_not_convicted() -
     assert [end.reason for end in client.ends] == ["error"]
 
 
-def test_what_dies_with_engines_again_and_again_is_given_up_although_nobody_is_to_blame() -> None:
+def test_a_request_is_given_up_after_a_number_of_engine_deaths_from_outside() -> None:
     bench = Bench(lease_ms=10**6, engine_failures=3)
     worker, client = bench.worker(), bench.client()
     client.submit(1)
@@ -175,16 +175,16 @@ def test_what_dies_with_engines_again_and_again_is_given_up_although_nobody_is_t
     assert "SIGKILL" in end.error.text
 
 
-def test_a_cancelled_suspect_is_aboard_until_its_slot_is_free() -> None:
+def test_a_cancelled_suspect_counts_until_its_slot_is_free() -> None:
     bench, (one, two), client = mesh(2, 2)
     die(one, 1, 2)
-    (tried,) = aboard(bench, two)
-    client.say(m.Cancel(request_id(tried)))
-    assert aboard(bench, two) == [tried]
+    (tried,) = runs(bench, two)
+    client.send(m.Cancel(request_id(tried)))
+    assert runs(bench, two) == [tried]
     key = key_of(two, tried)
-    two.say(m.End(key[:16], 0, "cancelled", key[16:]))
-    assert len(aboard(bench, two)) == 1
-    assert aboard(bench, two) != [tried]
+    two.send(m.End(key[:16], 0, "cancelled", key[16:]))
+    assert len(runs(bench, two)) == 1
+    assert runs(bench, two) != [tried]
 
 
 def test_a_result_clears_a_suspect_when_it_is_there() -> None:
@@ -197,26 +197,26 @@ def test_a_result_clears_a_suspect_when_it_is_there() -> None:
     assert bench.state.requests[request_id(1)].suspicion.token == 0
     publish(worker, 1, 0, 0, 0)
     assert bench.state.requests[request_id(1)].suspicion.token == -1
-    assert aboard(bench, worker) == [1, 2]
+    assert runs(bench, worker) == [1, 2]
 
 
-def test_suspects_of_a_model_with_a_fingerprint_wait_for_the_very_same() -> None:
+def test_suspects_of_a_model_with_a_fingerprint_wait_for_the_same_fingerprint() -> None:
     bench = Bench(hold_ms=3_000)
     one, client = bench.worker("a", fingerprint="x"), bench.client()
     client.submit(1)
     publish(one, 1, 0, 7)
     other = bench.worker("b", fingerprint="y")
     die(one, 1, made=1)
-    assert aboard(bench, other) == []
+    assert runs(bench, other) == []
     same = bench.worker("c", fingerprint="x")
-    assert aboard(bench, same) == [1]
-    # ... and are given up with the others when nobody comes in time
+    assert runs(bench, same) == [1]
+    # ... and are given up with the others when no such worker comes in time
     die(same, 1, made=1, outside=True)
-    one.say(m.Goodbye())
-    same.say(m.Goodbye())
+    one.send(m.Goodbye())
+    same.send(m.Goodbye())
     for _ in range(20):
         bench.pass_time(250)
-        client.say(m.ClientHeartbeat())
+        client.send(m.ClientHeartbeat())
         other.beat(seq=10**6)
     assert {end.error.code for end in client.ends if end.error} == {Code.NO_WORKER}
 
@@ -228,13 +228,13 @@ def test_a_worker_that_tries_a_suspect_of_another_broker_is_given_none() -> None
     bench, (one, two), client = mesh(2, 1)
     two.beat(wary=True)
     die(one, 1)
-    # Then it waits, although there are slots; who is no suspect does not
-    assert aboard(bench, two) == []
+    # Then it waits, although there are slots; a request that is no suspect does not
+    assert runs(bench, two) == []
     client.submit(2)
-    assert aboard(bench, two) == [2]
+    assert runs(bench, two) == [2]
     # ... until that one is cleared or gone
     two.beat(seq=10**6, claims={key_of(two, 2): 0})
-    assert aboard(bench, two) == [1, 2]
+    assert runs(bench, two) == [1, 2]
     assert [dispatch.suspect for dispatch in two.dispatches] == [None, 0]
 
 
@@ -243,10 +243,10 @@ def test_a_suspect_that_outlives_its_broker_stays_one() -> None:
     bench = Bench(lease_ms=10**6)
     worker, client = bench.worker(), bench.client()
     work = m.Dispatch(request_id(1), b"\0\0\0\2dead", 1, "m", 10, 1, prompt_bytes=5, suspect=2)
-    worker.say(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
-    client.say(m.InferenceRequest(request_id(1), "m", 10, resume=True), blob=b"hello")
-    assert aboard(bench, worker) == [1]
+    worker.send(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
+    client.send(m.InferenceRequest(request_id(1), "m", 10, resume=True), blob=b"hello")
+    assert runs(bench, worker) == [1]
     assert bench.state.requests[request_id(1)].suspicion.token == 2
     # When its engine dies as well, then it is the second one
-    worker.say(m.EngineLost([request_id(1) + work.dispatch], "SIGSEGV", [2]))
+    worker.send(m.EngineLost([request_id(1) + work.dispatch], "SIGSEGV", [2]))
     assert [end.reason for end in client.ends] == ["error"]

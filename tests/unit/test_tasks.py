@@ -13,9 +13,9 @@ from llambo.mesh.link.link_core import Publish, Send
 from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
-from llambo.worker.agent import actions as a
+from llambo.worker.agent import events as e
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
-from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id
@@ -45,20 +45,20 @@ def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     # Given a client that asks for a stream of it all the same
     id = client.submit(1, stream=True, **EMBED)
     assert worker.dispatches[0].task == "embed"
-    worker.say(page(worker, 0, 2))
-    client.say(m.Replay(id, 0))
-    other.say(m.Replay(id, 0))
-    assert [p.chunks for who in (client, other) for p in who.heard(m.Page)] == [[], []]
+    worker.send(page(worker, 0, 2))
+    client.send(m.Replay(id, 0))
+    other.send(m.Replay(id, 0))
+    assert [p.chunks for who in (client, other) for p in who.received(m.Page)] == [[], []]
     assert client.ends == []
     # When the rest is here
-    worker.say(page(worker, 2, 3))
+    worker.send(page(worker, 2, 3))
     worker.end(3, reason="stop")
     # Then it goes to the one who asked, on control
     assert [(end.count, end.reason) for end in client.ends] == [(3, "stop")]
-    assert [piece for frame in client.heard(m.Page)[-1].chunks for piece in pieces_in(frame)] == PIECES
+    assert [piece for frame in client.received(m.Page)[-1].chunks for piece in pieces_in(frame)] == PIECES
     assert client.streamed() == []
     assert bench.state.counters.tokens.tokens == 0
-    client.say(m.EndAck([id]))
+    client.send(m.EndAck([id]))
     assert (bench.state.archive.owed_bytes, bench.state.reserved) == (0, 0)
 
 
@@ -72,22 +72,22 @@ def test_a_result_is_begun_again_by_the_next_worker_and_not_continued() -> None:
     bench = Bench()
     first, client = bench.worker("a"), bench.client()
     client.submit(1, **EMBED)
-    first.say(page(first, 0, 2))
+    first.send(page(first, 0, 2))
     second = bench.worker("b")
-    first.say(m.Goodbye())
+    first.send(m.Goodbye())
     assert second.dispatches[0].prefix == []
-    second.say(page(second, 0, 3))
+    second.send(page(second, 0, 3))
     second.end(3, reason="stop")
     assert [(end.count, end.moves) for end in client.ends] == [(3, 1)]
-    assert tokens.ids_of(client.heard(m.Page)[-1].chunks) == [0, 0, 0]
+    assert tokens.ids_of(client.received(m.Page)[-1].chunks) == [0, 0, 0]
 
 
 def test_a_result_that_is_here_needs_no_other_worker_if_only_the_end_was_lost() -> None:
     bench = Bench()
     worker, client = bench.worker("a"), bench.client()
     client.submit(1, **EMBED)
-    worker.say(page(worker, 0, 3))
-    worker.say(m.Goodbye())
+    worker.send(page(worker, 0, 3))
+    worker.send(m.Goodbye())
     assert [(end.count, end.reason) for end in client.ends] == [(3, "stop")]
 
 
@@ -96,30 +96,30 @@ def test_of_a_task_that_does_not_end_well_nothing_is_delivered(how: str) -> None
     bench = Bench()
     worker, client = bench.worker(), bench.client()
     id = client.submit(1, **EMBED)
-    worker.say(page(worker, 0, 2))
+    worker.send(page(worker, 0, 2))
     if how == "cancel":
-        client.say(m.Cancel(id))
+        client.send(m.Cancel(id))
     else:
         given = worker.dispatches[0]
         error = ErrorInfo(Code.TOO_LONG, "no")
-        worker.say(m.End(given.id, 2, "error", given.dispatch, error=error))
+        worker.send(m.End(given.id, 2, "error", given.dispatch, error=error))
     assert [(end.count, end.reason) for end in client.ends] == [(0, "cancelled" if how == "cancel" else "error")]
-    assert client.heard(m.Page) == []
+    assert client.received(m.Page) == []
 
 
 def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1, detached=True, **EMBED)
-    other.say(m.Attach(id))
-    worker.say(page(worker, 0, 3))
+    other.send(m.Attach(id))
+    worker.send(page(worker, 0, 3))
     worker.end(3, reason="stop")
-    other.say(m.Attach(id))
+    other.send(m.Attach(id))
     assert [(p.error.code, p.id) for p in other.problems] == [(Code.BAD_REQUEST, id)] * 2
     # While its own client, back on another link, says the same request again and gets it
     back = bench.client(b"c")
     back.submit(1, have=1, **EMBED)
-    assert [(p.first, p.next) for p in back.heard(m.Page)] == [(1, 3)]
+    assert [(p.first, p.next) for p in back.received(m.Page)] == [(1, 3)]
 
 
 def test_room_is_set_aside_for_a_result_and_more_is_refused() -> None:
@@ -131,7 +131,7 @@ def test_room_is_set_aside_for_a_result_and_more_is_refused() -> None:
     assert worker.dispatches[-1].task == "model_info"
     most = tokens.encode_chunk(worker.key(), 0, [0] * 4, [bytes(limits.RESULT_PIECE_BYTES)] * 4)
     given = worker.dispatches[-1]
-    worker.say(m.Page(given.id, 0, 4, 4, [most], given.dispatch), m.End(given.id, 4, "stop", given.dispatch))
+    worker.send(m.Page(given.id, 0, 4, 4, [most], given.dispatch), m.End(given.id, 4, "stop", given.dispatch))
     assert [(end.id, end.error) for end in client.ends] == [(request_id(2), None)]
 
 
@@ -143,8 +143,8 @@ def task_dispatch(**fields: Any) -> m.Dispatch:
 
 
 def test_a_result_goes_on_control_its_page_before_its_end() -> None:
-    rig = joined().say(task_dispatch(sampling=msgspec.Raw(b"\x81\xaanormalized\xc2")), b"texts")
-    (order,) = rig.take(a.StartRun)
+    rig = joined().receive(task_dispatch(sampling=msgspec.Raw(b"\x81\xaanormalized\xc2")), b"texts")
+    (order,) = rig.take(e.StartRun)
     assert (order.start.task, order.start.options) == ("embed", tasks.TaskOptions(normalized=False))
     rig.on(proto.Step([Output(key_of(1), [0] * 3, PIECES, "stop")]))
     assert [type(send.message) for send in rig.actions if isinstance(send, Send)] == [m.Page, m.End]
@@ -156,7 +156,7 @@ def test_a_result_goes_on_control_its_page_before_its_end() -> None:
 
 
 def test_the_largest_result_takes_several_pages() -> None:
-    rig = joined().say(task_dispatch(max_tokens=limits.RESULT_PIECES), b"texts")
+    rig = joined().receive(task_dispatch(max_tokens=limits.RESULT_PIECES), b"texts")
     pieces = [bytes([number % 256]) * limits.RESULT_PIECE_BYTES for number in range(limits.RESULT_PIECES)]
     rig.on(proto.Step([Output(key_of(1), [0] * len(pieces), pieces, "stop")]))
     (first,) = rig.sent(m.Page)
@@ -170,7 +170,7 @@ def test_the_largest_result_takes_several_pages() -> None:
 
 
 def test_task_options_that_are_none_are_refused() -> None:
-    rig = joined().say(task_dispatch(sampling=msgspec.Raw(b"\x81\xa7pooling\xa3max")), b"texts")
+    rig = joined().receive(task_dispatch(sampling=msgspec.Raw(b"\x81\xa7pooling\xa3max")), b"texts")
     (reject,) = rig.sent(m.Reject)
     assert (reject.error.code, reject.final) == (Code.BAD_REQUEST, True)
 
@@ -178,8 +178,8 @@ def test_task_options_that_are_none_are_refused() -> None:
 # --- the fake engine ---------------------------------------------------------------------------------
 
 
-def fake(kind: m.Task, data: bytes, knobs: FakeOptions | None = None, **fields: Any) -> Any:
-    engine = FakeEngine(knobs or FakeOptions())
+def fake(kind: m.Task, data: bytes, options: FakeOptions | None = None, **fields: Any) -> Any:
+    engine = FakeEngine(options or FakeOptions())
     start = Start(b"k" * 24, data, fields.pop("pieces", limits.RESULT_PIECES), 0, task=kind, **fields)
     refused = engine.start(start, 0)
     if refused is not None:
@@ -192,9 +192,9 @@ def fake(kind: m.Task, data: bytes, knobs: FakeOptions | None = None, **fields: 
 
 def test_the_fake_engine_knows_its_tokens() -> None:
     text = "Grüße 漢".encode()
-    told = fake("tokenize", text)
-    assert b"".join(told["pieces"]) == text
-    assert fake("detokenize", msgspec.msgpack.encode(told["ids"])) == {"text": text}
+    tokenized = fake("tokenize", text)
+    assert b"".join(tokenized["pieces"]) == text
+    assert fake("detokenize", msgspec.msgpack.encode(tokenized["ids"])) == {"text": text}
     assert fake("detokenize", b"junk").code is Code.BAD_REQUEST
     assert fake("model_info", b"")["engine"] == "fake"
 

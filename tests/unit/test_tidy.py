@@ -20,11 +20,12 @@ SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml"
 UNREAD = {
     "docs/cli.md",
     "docs/guarantees.md",
-    "docs/simulation.md",
     "docs/metrics.md",
     "docs/protocol-reference.md",
     "llambo/mesh",
-    "tests",
+    "tests/chaos",
+    "tests/fuzz",
+    "tests/integration",
 }
 #: Where one of the words is meant: the file, and the word.
 MEANT = {
@@ -33,10 +34,13 @@ MEANT = {
     ("README.md", "nobody"),
     ("docs/protocol-reference.md", "wary"),
     ("llambo/broker/records/counters.py", "convicted"),
+    # A counter of the broker.
+    ("tests/sim/world.py", "convicted"),
     ("llambo/broker/records/registry.py", "wary"),
     ("llambo/broker/report/metrics_page.py", "convicted"),
     # A field of the heartbeat.
     ("llambo/worker/agent/core.py", "wary"),
+    ("tests/unit/test_suspicion.py", "wary"),
 }
 
 

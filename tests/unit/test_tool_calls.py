@@ -105,14 +105,14 @@ def test_an_answer_that_ends_in_the_middle() -> None:
     at = CALL.index("Os") + 2
     begun = CallBegun(0, ID, "weather")
     assert parse(CALL[:at]) == [begun, CallArguments(0, '{"city": "Os'), CallEnded(0, whole=False)]
-    # ... behind the arguments: the call is whole, and what is left of its frame is nobody's
+    # ... behind the arguments: the call is whole, and the rest of its frame is dropped
     whole = [begun, CallArguments(0, '{"city": "Oslo"}'), CallEnded(0)]
     assert all(parse(CALL[:end]) == whole for end in range(CALL.index("}") + 1, len(CALL) + 1))
 
 
 @pytest.mark.parametrize("before", ["", "I look.", CALL])
 @pytest.mark.parametrize("cut", ["<tool_call>", '<tool_call>\n{"name": "f', '<tool_call>\n{"name": "f", "argum'])
-def test_a_call_that_is_cut_before_its_arguments_is_not_told(before: str, cut: str) -> None:
+def test_a_call_that_is_cut_before_its_arguments_is_left_out(before: str, cut: str) -> None:
     assert parse(before + cut) == parse(before)
 
 

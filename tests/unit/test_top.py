@@ -42,8 +42,8 @@ T = TypeVar("T")
 def asked(bench: Bench, what: str, kind: type[T]) -> T:
     """The answer of a real broker core."""
     client = bench.client(b"asks")
-    client.say(m.Query(1, what))
-    return msgspec.msgpack.decode(client.heard(m.Result)[-1].data, type=kind)
+    client.send(m.Query(1, what))
+    return msgspec.msgpack.decode(client.received(m.Result)[-1].data, type=kind)
 
 
 def busy_bench() -> Bench:

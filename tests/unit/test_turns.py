@@ -1,4 +1,4 @@
-"""Turns between identities that wait, and what those who wait are told of it."""
+"""Turns between identities that wait, and the position that is reported to them."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_turns_are_taken_within_each_class() -> None:
         room.put("a", 300, priority=priority)
     room.put("b", 300, priority="normal")
     served = [room.serve() for _ in range(84)]
-    told = Counter((request.asked.priority, request.owner) for request in served if request)
-    assert told == {("interactive", "a"): 64, ("normal", "a"): 8, ("normal", "b"): 8, ("batch", "a"): 4}
+    counts = Counter((request.asked.priority, request.owner) for request in served if request)
+    assert counts == {("interactive", "a"): 64, ("normal", "a"): 8, ("normal", "b"): 8, ("batch", "a"): 4}
 
 
 def test_who_has_enough_at_work_is_passed_over_and_comes_back_in_its_turn() -> None:
@@ -129,12 +129,14 @@ def test_ahead_is_about_how_many_are_served_before(seed: int) -> None:
     room = Room()
     waiting = [request for name in names for request in room.put(name, random.choice((1, 3, 20, 200)))]
     random.shuffle(waiting)
-    told = {request.id: room.room.ahead(request) for request in waiting}
+    reported = {request.id: room.room.ahead(request) for request in waiting}
     for position in range(len(waiting)):
         request = room.serve()
         assert request is not None
-        wrong = abs(told[request.id] - position)
-        assert wrong < len(names), f"{request.owner}: {told[request.id]} ahead were told, {position} were served before"
+        wrong = abs(reported[request.id] - position)
+        assert wrong < len(names), (
+            f"{request.owner}: {reported[request.id]} ahead were reported, {position} were served before"
+        )
 
 
 def test_ahead_of_the_first_is_no_thousand() -> None:

@@ -34,7 +34,7 @@ BIN = str(Path(sys.executable).absolute().parent)
 USER = Place(BIN, user=True)
 
 
-def said(name: str) -> dict[str, str]:
+def settings_of(name: str) -> dict[str, str]:
     return dict(directives(unit(name, Place())))
 
 
@@ -69,14 +69,14 @@ def test_in_the_files_it_is_the_place_of_the_readme() -> None:
 
 
 def test_the_limits_of_a_worker_fit_each_other() -> None:
-    worker = said("llambo-worker@.service")
+    worker = settings_of("llambo-worker@.service")
     assert 2 * int(BY_NAME["stall_ms"].default) < 1_000 * seconds(worker["WatchdogSec"])
     assert int(BY_NAME["drain_ms"].default) + 5_000 < 1_000 * seconds(worker["TimeoutStopSec"])
 
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_what_every_service_has(name: str) -> None:
-    service = said(name)
+    service = settings_of(name)
     wanted = {"Type": "notify", "Restart": "always", "LimitCORE": "0", "StartLimitIntervalSec": "0"}
     assert {key: service[key] for key in wanted} == wanted
     assert service["RestartPreventExitStatus"].split()[0] == "2"

@@ -1,4 +1,4 @@
-"""What the dashboard is told: who follows the changes sees the same as who has just come."""
+"""What is sent to the dashboard: a page that follows the changes shows the same as one just opened."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def answers(client: Client, before: Picture = EMPTY) -> Answers:
     """What a broker says in one round."""
 
     def ask(what: str, argument: str = "") -> bytes:
-        client.say(m.Query(1, what, argument))
-        return client.heard_last(m.Result)[-1].data
+        client.send(m.Query(1, what, argument))
+        return client.received_last(m.Result)[-1].data
 
     return Answers(
         msgspec.msgpack.decode(ask("status"), type=reports.MeshStatus),
@@ -48,7 +48,7 @@ def answers(client: Client, before: Picture = EMPTY) -> Answers:
 
 
 class Viewer:
-    """What a page makes of what it is told (gateway/static/mesh.js does the same)."""
+    """What a page makes of the messages (gateway/static/mesh.js does the same)."""
 
     def __init__(self) -> None:
         self.mesh: dict[str, Any] = {}
@@ -56,23 +56,23 @@ class Viewer:
         self.lists: dict[str, list[Any]] = {"ended": [], "events": [], "samples": []}
         self.rest: dict[str, Any] = {"latency": {}, "problem": ""}
 
-    def take(self, said: dict[str, Any] | None) -> None:
-        if said is None:
+    def take(self, message: dict[str, Any] | None) -> None:
+        if message is None:
             return
-        said = msgspec.to_builtins(said)
-        if said.get("whole"):
+        message = msgspec.to_builtins(message)
+        if message.get("whole"):
             self.__init__()  # type: ignore[misc]
-        self.mesh |= said.get("mesh", {})
+        self.mesh |= message.get("mesh", {})
         for kind, key in (("workers", "worker"), ("requests", "id")):
-            told = said.get(kind, {"set": [], "gone": []})
-            for row in told["set"]:
+            rows = message.get(kind, {"set": [], "gone": []})
+            for row in rows["set"]:
                 self.rows[kind].setdefault(row[key], {}).update(row)
-            for name in told["gone"]:
+            for name in rows["gone"]:
                 del self.rows[kind][name]
         for kind, known in self.lists.items():
-            known += said.get(kind, [])
+            known += message.get(kind, [])
         self.lists["ended"] = self.lists["ended"][-ENDED_SHOWN:]
-        self.rest |= {name: said[name] for name in self.rest if name in said}
+        self.rest |= {name: message[name] for name in self.rest if name in message}
 
 
 STEPS = st.lists(
@@ -98,9 +98,9 @@ def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
             case "join":
                 workers.append(bench.worker(f"w{number}", slots=number))
             case "leave" if last:
-                workers.pop().say(m.Goodbye("enough"))
+                workers.pop().send(m.Goodbye("enough"))
             case "cancel" if bench.state.requests:
-                client.say(m.Cancel(next(iter(bench.state.requests))))
+                client.send(m.Cancel(next(iter(bench.state.requests))))
             case "second":
                 bench.pass_time(1_000)
         now_ms = NOW + bench.now_ms
@@ -115,24 +115,24 @@ def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
     assert vars(viewer) == vars(late)
 
 
-def test_nothing_new_is_nothing_to_tell() -> None:
+def test_without_changes_nothing_is_sent() -> None:
     bench = Bench()
     bench.worker()
     client = bench.client()
     before = picture(EMPTY, answers(client), NOW)
     bench.now_ms += 3
-    # The same moment, told a little later.
+    # The same moment, reported a little later.
     assert changes(before, picture(before, answers(client, before), NOW + 5), NOW + 5) is None
 
 
-def test_only_what_is_different_of_a_worker_is_told() -> None:
+def test_only_what_is_different_of_a_worker_is_sent() -> None:
     bench = Bench()
     worker, client = bench.worker(), bench.client()
     before = picture(EMPTY, answers(client), NOW)
     worker.beat(rate=5.0)
-    said = changes(before, picture(before, answers(client, before), NOW), NOW)
-    assert said is not None
-    assert said["workers"] == {"set": [{"worker": "w", "tokens_per_s": 5.0}], "gone": []}
+    update = changes(before, picture(before, answers(client, before), NOW), NOW)
+    assert update is not None
+    assert update["workers"] == {"set": [{"worker": "w", "tokens_per_s": 5.0}], "gone": []}
 
 
 def test_another_broker_is_not_taken_for_the_same() -> None:
@@ -158,7 +158,7 @@ def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
     assert [row.state for row in seen.requests.values()][:2] == ["dispatched", "waiting"]
     for number in range(MEASURED):
         client.submit(1_000 + number)
-        client.say(m.Cancel((1_000 + number).to_bytes(16, "big")))
+        client.send(m.Cancel((1_000 + number).to_bytes(16, "big")))
         seen = picture(seen, answers(client, seen), NOW)
     assert len(seen.ended) <= MEASURED
     assert len(whole(seen, NOW)["ended"]) == ENDED_SHOWN
@@ -174,7 +174,7 @@ def ended(**fields: Any) -> EndedView:
 def test_latency_is_that_of_answers_that_came() -> None:
     assert msgspec.to_builtins(latency([])) == {}
     assert latency([ended(error="no"), ended(first_ms=-1), ended(task="embed")]) == latency([])
-    told = latency([ended(first_ms=10 * number, queued_ms=number) for number in range(1, 101)])
-    assert (told.first_ms, told.first_p95_ms) == (500, 950)
-    assert (told.queued_ms, told.queued_p95_ms) == (50, 95)
-    assert (told.answers, told.stream_tokens_per_s) == (100, 10.0)
+    found = latency([ended(first_ms=10 * number, queued_ms=number) for number in range(1, 101)])
+    assert (found.first_ms, found.first_p95_ms) == (500, 950)
+    assert (found.queued_ms, found.queued_p95_ms) == (50, 95)
+    assert (found.answers, found.stream_tokens_per_s) == (100, 10.0)

@@ -12,7 +12,6 @@ from llambo.mesh.wire import limits, tokens, transfer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.announcement import ProcessIdentity
 from llambo.worker.agent.core import WorkerCore, check_invariants
@@ -34,7 +33,7 @@ class Rig:
             WorkerConfig(name="w", drain_ms=5_000, stall_ms=1_000, **config), ProcessIdentity(b"incarnat")
         )
         self.now = 1_000_000
-        self.actions: list[a.Action] = []
+        self.actions: list[e.Action] = []
         self.session = SESSION
 
     def on(self, event: e.Event) -> Rig:
@@ -43,7 +42,7 @@ class Rig:
             check_invariants(self.core)
         return self
 
-    def say(self, message: m.Message, blob: bytes = b"", session: bytes | None = None) -> Rig:
+    def receive(self, message: m.Message, blob: bytes = b"", session: bytes | None = None) -> Rig:
         return self.on(e.ControlArrived(0, self.session if session is None else session, [(message, blob)]))
 
     def wait(self, ms: int) -> Rig:
@@ -59,7 +58,7 @@ class Rig:
     def alive(self, ms: int) -> Rig:
         """Let time pass with a broker that beats."""
         for _ in range(ms // 100):
-            self.wait(100).say(m.BrokerHeartbeat(1, self.core.links[0].beats.number))
+            self.wait(100).receive(m.BrokerHeartbeat(1, self.core.links[0].beats.number))
         return self
 
     def take(self, kind: type[T]) -> list[T]:
@@ -82,8 +81,8 @@ def loaded(slots: int = 4, **config: Any) -> Rig:
 
 
 def joined(slots: int = 4, **config: Any) -> Rig:
-    rig = loaded(slots, **config).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig = loaded(slots, **config).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     assert rig.core.links[0].up
     rig.actions = []
     return rig
@@ -101,7 +100,7 @@ def dispatch(number: int, **changes: Any) -> m.Dispatch:
 def running(*numbers: int, **config: Any) -> Rig:
     rig = joined(**config)
     for number in numbers:
-        rig.say(dispatch(number), b"prompt")
+        rig.receive(dispatch(number), b"prompt")
     rig.actions = []
     return rig
 
@@ -123,29 +122,29 @@ def test_hello_is_said_while_the_engine_loads() -> None:
         "w", "starting", [m.ModelInfo("tiny")], b"incarnat"
     )  # fmt: skip
     # When it was welcomed and the engine loads, Then its heartbeats say how far it is
-    rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
+    rig.receive(m.Welcome(SESSION, 7332), session=NO_SESSION).on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     rig.on(proto.Progress("loading tiny: 43 %", percent=43)).alive(300)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent, beat.note) == ("starting", 43, "loading tiny: 43 %")
     # And nothing can be given to it
-    assert rig.say(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+    assert rig.receive(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
 def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
-    rig = Rig().on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    rig.on(e.Subscribed(0)).say(m.BrokerHeartbeat(1, echo=2))
-    assert rig.take(a.NotifyReady) == []
+    rig = Rig().on(e.Ticked()).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
+    assert rig.take(e.NotifyReady) == []
     rig.on(proto.Ready(MODELS, 3))
-    assert a.NotifyReady() in rig.actions
+    assert e.NotifyReady() in rig.actions
     beats = rig.alive(1_000).sent(m.WorkerHeartbeat)
     assert len(beats) >= 4
     assert {(beat.state, beat.percent, beat.slots) for beat in beats} == {("ready", 0, 3)}
     assert all(beat.models == MODELS for beat in beats)
     # A later hello knows it
-    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    rig.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
     (hello,) = rig.sent(m.WorkerHello)
     assert (hello.models, hello.slots, hello.state) == (MODELS, 3, "ready")
-    rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig.receive(m.Welcome(LATER, 7332), session=NO_SESSION)
     rig.session = LATER
     assert {len(beat.models) for beat in rig.alive(500).sent(m.WorkerHeartbeat)} == {0}
 
@@ -155,7 +154,7 @@ def test_a_hello_that_is_said_again_says_the_same() -> None:
     first, second = rig.sent(m.WorkerHello)
     assert first == second
     # And the heartbeats say what it could not
-    beat = rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION).sent(m.WorkerHeartbeat)[0]
+    beat = rig.receive(m.Welcome(SESSION, 7332), session=NO_SESSION).sent(m.WorkerHeartbeat)[0]
     assert (beat.models, beat.slots) == (MODELS, 3)
 
 
@@ -169,7 +168,7 @@ def test_an_engine_that_starts_again_is_told_as_loading() -> None:
 def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
     rig = loaded()
     rig.actions = []
-    rig.say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig.receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
     kinds = [type(action) for action in rig.actions]
     assert kinds[:3] == [OpenTokens, Publish, Send]
     (beat,) = rig.sent(m.WorkerHeartbeat)
@@ -177,7 +176,7 @@ def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
 
 
 def test_a_subscription_is_answered_by_a_beat_at_once() -> None:
-    rig = loaded().say(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    rig = loaded().receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
     rig.actions = []
     rig.on(e.Subscribed(0))
     (publish,) = [action for action in rig.actions if isinstance(action, Publish)]
@@ -186,20 +185,20 @@ def test_a_subscription_is_answered_by_a_beat_at_once() -> None:
 
 
 def test_ready_is_notified_once_and_only_when_the_first_beat_was_echoed() -> None:
-    rig = loaded().say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    assert rig.take(a.NotifyReady) == []
-    rig.say(m.BrokerHeartbeat(1, echo=1))
-    assert rig.take(a.NotifyReady) == [a.NotifyReady()]
-    rig.say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
-    rig.say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig = loaded().receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    assert rig.take(e.NotifyReady) == []
+    rig.receive(m.BrokerHeartbeat(1, echo=1))
+    assert rig.take(e.NotifyReady) == [e.NotifyReady()]
+    rig.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
+    rig.receive(m.Welcome(LATER, 7332), session=NO_SESSION)
     rig.session = LATER
-    rig.say(m.BrokerHeartbeat(1, echo=1))
+    rig.receive(m.BrokerHeartbeat(1, echo=1))
     assert rig.core.links[0].up
-    assert rig.take(a.NotifyReady) == []
+    assert rig.take(e.NotifyReady) == []
 
 
 def test_messages_of_an_earlier_session_are_ignored() -> None:
-    rig = joined().say(dispatch(1), b"p", session=LATER).say(m.Drain(), session=NO_SESSION)
+    rig = joined().receive(dispatch(1), b"p", session=LATER).receive(m.Drain(), session=NO_SESSION)
     assert rig.take(object) == []
 
 
@@ -212,7 +211,7 @@ def test_a_silent_broker_is_left_and_sought_again() -> None:
 def test_a_token_plane_without_echo_is_rebuilt() -> None:
     rig = joined()
     for number in range(2, 9):
-        rig.wait(200).say(m.BrokerHeartbeat(number, echo=2))
+        rig.wait(200).receive(m.BrokerHeartbeat(number, echo=2))
     assert rig.take(OpenTokens) == [OpenTokens(0, 7332, b"")]
 
 
@@ -221,9 +220,9 @@ def test_a_token_plane_without_echo_is_rebuilt() -> None:
 
 def test_a_dispatch_is_started_accepted_and_claimed() -> None:
     rig = joined()
-    rig.say(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
-    (order,) = [action for action in rig.actions if isinstance(action, a.StartRun)]
-    assert order.start.given == ["stop"], "what the request itself has is told apart from a default"
+    rig.receive(dispatch(1, prefix=[5, 6], deadline_ms=900, sampling=Raw(b"\x81\xa4stop\x91\xa1x")), b"prompt")
+    (order,) = [action for action in rig.actions if isinstance(action, e.StartRun)]
+    assert order.start.given == ["stop"], "what the request itself has is distinguished from a default"
     assert (order.start.key, order.start.prompt, order.start.prefix) == (key_of(1), b"prompt", [5, 6])
     assert (order.start.max_tokens, order.start.deadline_ms, order.start.sampling.stop) == (100, 900, ["x"])
     assert rig.sent(m.Accept) == [m.Accept(b"\1" * 16, b"dispatch")]
@@ -233,7 +232,7 @@ def test_a_dispatch_is_started_accepted_and_claimed() -> None:
 
 
 def test_the_same_dispatch_twice_is_one_run() -> None:
-    rig = running(1).say(dispatch(1), b"prompt")
+    rig = running(1).receive(dispatch(1), b"prompt")
     assert rig.take(object) == []
 
 
@@ -246,14 +245,14 @@ def test_the_same_dispatch_twice_is_one_run() -> None:
     ],
 )
 def test_what_cannot_be_done_is_rejected(changes: dict[str, Any], code: Code, final: bool) -> None:
-    rig = joined().say(dispatch(1, **changes), b"p")
+    rig = joined().receive(dispatch(1, **changes), b"p")
     (reject,) = rig.sent(m.Reject)
     assert (reject.error.code, reject.final) == (code, final)
     assert len(rig.core.runs) == 0
 
 
 def test_more_than_the_slots_is_rejected_for_now_and_its_number_counts_as_seen() -> None:
-    rig = joined(slots=1).say(dispatch(1), b"p").say(dispatch(2), b"p")
+    rig = joined(slots=1).receive(dispatch(1), b"p").receive(dispatch(2), b"p")
     (reject,) = rig.sent(m.Reject)
     assert (reject.id, reject.error.code, reject.final) == (b"\2" * 16, Code.BUSY, False)
     rig.wait(200)
@@ -265,7 +264,7 @@ def test_a_refusal_by_the_engine_rejects_and_frees_the_slot() -> None:
     error = ErrorInfo(Code.TOO_LONG, "300 of 200")
     rig.on(proto.Refused(key_of(1), error, final=True))
     assert rig.sent(m.Reject) == [m.Reject(b"\1" * 16, b"dispatch", error, True)]
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.receive(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 # --- tokens ------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def test_the_end_tells_which_stop_string_it_was() -> None:
 
 
 def test_indices_go_on_after_the_prefix() -> None:
-    rig = joined().say(dispatch(1, prefix=[1, 2, 3]), b"p").step(key_of(1), [4], "stop")
+    rig = joined().receive(dispatch(1, prefix=[1, 2, 3]), b"p").step(key_of(1), [4], "stop")
     assert [chunk["first"] for chunk in chunks(rig)] == [3]
     assert rig.wait(500).sent(m.End)[0].count == 4
 
@@ -299,9 +298,9 @@ def test_indices_go_on_after_the_prefix() -> None:
 def test_a_chunk_longer_than_a_frame_is_cut() -> None:
     rig = running(1)
     rig.on(proto.Step([Output(key_of(1), list(range(10)), [b"x" * 60_000] * 10)]))
-    said = [frame for publish in rig.take(Publish) for frame in publish.frames]
-    assert all(len(frame) <= limits.TOKEN_FRAME_BYTES for frame in said)
-    assert tokens.ids_of(said) == list(range(10))
+    frames = [frame for publish in rig.take(Publish) for frame in publish.frames]
+    assert all(len(frame) <= limits.TOKEN_FRAME_BYTES for frame in frames)
+    assert tokens.ids_of(frames) == list(range(10))
 
 
 def test_end_is_said_until_it_is_acknowledged() -> None:
@@ -309,11 +308,11 @@ def test_end_is_said_until_it_is_acknowledged() -> None:
     rig = running(1).step(key_of(1), [1, 2], "length")
     end = m.End(b"\1" * 16, 2, "length", b"dispatch")
     assert rig.sent(m.End) == [end]
-    # When nobody acknowledges, Then it is said every half second
+    # When it is not acknowledged, Then it is sent every half second
     rig.alive(1_000)
     assert rig.sent(m.End) == [end, end]
     # When it is acknowledged, Then never again
-    rig.say(m.EndAck([key_of(1), key_of(9)])).alive(1_000)
+    rig.receive(m.EndAck([key_of(1), key_of(9)])).alive(1_000)
     assert rig.sent(m.End) == []
     assert len(rig.core.runs) == 0
 
@@ -321,11 +320,11 @@ def test_end_is_said_until_it_is_acknowledged() -> None:
 def test_an_ended_run_is_claimed_but_has_no_slot() -> None:
     rig = running(1, slots=1).step(key_of(1), [1], "length").wait(200)
     assert rig.sent(m.WorkerHeartbeat)[-1].claims == {key_of(1): 1}
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.receive(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 def test_an_early_acknowledgement_does_not_end_a_run() -> None:
-    rig = running(1).say(m.EndAck([key_of(1)])).step(key_of(1), [1])
+    rig = running(1).receive(m.EndAck([key_of(1)])).step(key_of(1), [1])
     assert len(chunks(rig)) == 1
 
 
@@ -333,7 +332,7 @@ def test_an_early_acknowledgement_does_not_end_a_run() -> None:
 
 
 def replayed(rig: Rig, first: int, until: int = 0) -> m.Page:
-    (page,) = rig.say(m.Replay(b"\1" * 16, first, until, b"dispatch")).sent(m.Page)
+    (page,) = rig.receive(m.Replay(b"\1" * 16, first, until, b"dispatch")).sent(m.Page)
     assert sum(map(len, page.chunks)) <= limits.PAGE_BYTES
     assert len(page.chunks) <= limits.PAGE_CHUNKS
     assert all(len(chunk) <= limits.TOKEN_FRAME_BYTES for chunk in page.chunks)
@@ -345,8 +344,8 @@ def replayed(rig: Rig, first: int, until: int = 0) -> m.Page:
     [(0, 0, [3, 4, 5, 6]), (3, 0, [4, 5, 6]), (3, 5, [4, 5]), (5, 99, [6]), (6, 0, []), (9, 0, []), (4, 2, [])],
 )
 def test_a_replay_is_one_coalesced_chunk(first: int, until: int, ids: list[int]) -> None:
-    # Given a run that began after a prefix of two and said four tokens in four chunks
-    rig = joined().say(dispatch(1, prefix=[1, 2]), b"p")
+    # Given a run that began after a prefix of two and published four tokens in four chunks
+    rig = joined().receive(dispatch(1, prefix=[1, 2]), b"p")
     for token in (3, 4, 5, 6):
         rig.step(key_of(1), [token])
     rig.actions = []
@@ -380,13 +379,13 @@ def test_a_long_run_is_replayed_in_pages() -> None:
 
 
 def test_logprobs_are_published_kept_and_replayed_as_they_were() -> None:
-    told = [logprob_of(token, token, 20) for token in range(3_000)]
+    logprobs = [logprob_of(token, token, 20) for token in range(3_000)]
     rig = running(1)
     for first in range(0, 3_000, 100):
         ids = list(range(first, first + 100))
-        rig.on(proto.Step([Output(key_of(1), ids, [b"x"] * 100, logprobs=told[first : first + 100])]))
+        rig.on(proto.Step([Output(key_of(1), ids, [b"x"] * 100, logprobs=logprobs[first : first + 100])]))
     published = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
-    assert logprobs_of(published) == told
+    assert logprobs_of(published) == logprobs
     at, replayed_frames = 7, []
     while at < 3_000:
         page = replayed(rig, at)
@@ -394,7 +393,7 @@ def test_logprobs_are_published_kept_and_replayed_as_they_were() -> None:
         assert page.next > at
         replayed_frames += page.chunks
         at = page.next
-    assert logprobs_of(replayed_frames) == told[7:]
+    assert logprobs_of(replayed_frames) == logprobs[7:]
     assert len(replayed_frames) < 20, "they are put together"
 
 
@@ -404,16 +403,16 @@ def logprobs_of(frames: list[bytes]) -> list[tokens.Logprob]:
 
 
 def test_a_step_whose_logprobs_exceed_a_frame_is_cut() -> None:
-    told = [logprob_of(token, token, 20) for token in range(2_000)]
+    logprobs = [logprob_of(token, token, 20) for token in range(2_000)]
     rig = running(1)
-    rig.on(proto.Step([Output(key_of(1), list(range(2_000)), [b"x"] * 2_000, logprobs=told)]))
+    rig.on(proto.Step([Output(key_of(1), list(range(2_000)), [b"x"] * 2_000, logprobs=logprobs)]))
     frames = [frame for publish in rig.take(Publish) for frame in publish.frames if frame[:1] == tokens.CHUNK]
     assert max(map(len, frames)) <= limits.TOKEN_FRAME_BYTES
-    assert logprobs_of(frames) == told
+    assert logprobs_of(frames) == logprobs
 
 
 def test_a_replay_of_an_unknown_run_is_ignored() -> None:
-    assert joined().say(m.Replay(b"\1" * 16, 0, 0, b"dispatch")).take(object) == []
+    assert joined().receive(m.Replay(b"\1" * 16, 0, 0, b"dispatch")).take(object) == []
 
 
 # --- cancel ------------------------------------------------------------------------------------------
@@ -422,22 +421,22 @@ def test_a_replay_of_an_unknown_run_is_ignored() -> None:
 def test_cancel_stops_the_engine_and_answers_with_end() -> None:
     rig = running(1, slots=1).step(key_of(1), [1, 2])
     rig.actions = []
-    rig.say(m.Cancel(b"\1" * 16, b"dispatch"))
-    assert a.StopRun(key_of(1)) in rig.actions
+    rig.receive(m.Cancel(b"\1" * 16, b"dispatch"))
+    assert e.StopRun(key_of(1)) in rig.actions
     assert rig.sent(m.End) == [m.End(b"\1" * 16, 2, "cancelled", b"dispatch")]
     # Tokens that were on their way go nowhere, and the slot is free.
     assert chunks(rig.step(key_of(1), [3])) == []
-    assert len(rig.say(dispatch(2), b"p").take(a.StartRun)) == 1
+    assert len(rig.receive(dispatch(2), b"p").take(e.StartRun)) == 1
 
 
 def test_cancel_after_the_end_says_the_same_end() -> None:
     rig = running(1).step(key_of(1), [1], "stop")
     (end,) = rig.sent(m.End)
-    assert rig.say(m.Cancel(b"\1" * 16, b"dispatch")).sent(m.End) == [end]
+    assert rig.receive(m.Cancel(b"\1" * 16, b"dispatch")).sent(m.End) == [end]
 
 
 def test_cancel_of_an_unknown_run_is_answered_once() -> None:
-    rig = joined().say(m.Cancel(b"\1" * 16, b"dispatch"))
+    rig = joined().receive(m.Cancel(b"\1" * 16, b"dispatch"))
     assert rig.sent(m.End) == [m.End(b"\1" * 16, 0, "cancelled", b"dispatch")]
     assert rig.alive(2_000).sent(m.End) == []
 
@@ -451,21 +450,21 @@ def test_engine_death_loses_what_runs_and_keeps_what_ended() -> None:
     rig.actions = []
     # When the engine dies
     rig.on(e.EngineDied("SIGSEGV"))
-    # Then the broker hears which are lost, and that there is no engine
+    # Then the broker receives which are lost, and that there is no engine
     sent = [send.message for send in rig.take(Send)]
     assert sent[0] == m.EngineLost([key_of(2), key_of(3)], "SIGSEGV", [1, 0])
     (beat,) = [message for message in sent if isinstance(message, m.WorkerHeartbeat)]
     assert (beat.state, beat.claims) == ("starting", {key_of(1): 1})
     assert "SIGSEGV" in beat.note
-    # And a dispatch in the meantime is for somebody else
-    assert rig.say(dispatch(4), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+    # And a dispatch in the meantime is rejected
+    assert rig.receive(dispatch(4), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
 def test_what_a_hung_engine_has_never_read_is_not_laid_to_its_charge() -> None:
     # Given an engine that says nothing any more
     rig = running(1).step(key_of(1), [1]).alive(500)
     # When it is given something else, and is killed for its silence
-    rig.say(dispatch(2), b"p")
+    rig.receive(dispatch(2), b"p")
     rig.actions = []
     rig.alive(500)
     # Then only what it was doing is named; the other is simply not claimed
@@ -476,17 +475,17 @@ def test_what_a_hung_engine_has_never_read_is_not_laid_to_its_charge() -> None:
     assert beat.claims == {}
 
 
-def test_no_two_suspects_are_aboard_whoever_sends_them() -> None:
-    # Given a suspect aboard that has to make its third token
-    rig = joined().say(structs.replace(dispatch(1), suspect=2), b"p")
+def test_no_two_suspects_run_together_whichever_broker_sends_them() -> None:
+    # Given a running suspect that has to make its third token
+    rig = joined().receive(structs.replace(dispatch(1), suspect=2), b"p")
     rig.step(key_of(1), [1, 2])
-    # When another one comes, then it is refused, and who is none is not
+    # When another one comes, then it is refused, and a request that is none is not
     other = structs.replace(dispatch(2), suspect=0)
-    assert rig.say(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is running here")
-    assert rig.say(dispatch(3), b"p").sent(m.Accept)
+    assert rig.receive(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is running here")
+    assert rig.receive(dispatch(3), b"p").sent(m.Accept)
     # ... until the first one has got past it
     rig.step(key_of(1), [3])
-    assert rig.say(other, b"p").sent(m.Accept)
+    assert rig.receive(other, b"p").sent(m.Accept)
 
 
 def test_an_engine_that_was_killed_by_somebody_else_is_told_so() -> None:
@@ -501,14 +500,14 @@ def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
     for _ in range(8):
         rig.on(e.EngineDied("it died"))
         before, rig.actions = rig.now, []
-        while not rig.take(a.SpawnEngine):
+        while not rig.take(e.SpawnEngine):
             rig.alive(100)
         pauses.append(rig.now - before)
         rig.on(proto.Ready(MODELS, 4))
     assert pauses == [300, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]
     rig.alive(30_000).on(e.EngineDied("it died"))
     rig.actions = []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine()]
     rig.on(proto.Ready(MODELS, 4))
     assert rig.sent(m.WorkerHeartbeat)[-1].engine_restarts == 9
 
@@ -517,13 +516,13 @@ def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
     rig = running(1).step(key_of(1), [1])
     rig.actions = []
     rig.alive(1_000)
-    assert a.KillEngine() in rig.actions
+    assert e.KillEngine() in rig.actions
     assert rig.sent(m.EngineLost)[0].runs == [key_of(1)]
     # Its death is awaited before another is started.
     rig.alive(5_000)
-    assert rig.take(a.SpawnEngine) == []
+    assert rig.take(e.SpawnEngine) == []
     rig.on(e.EngineDied("SIGKILL")).alive(300)
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]
 
 
 def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
@@ -532,26 +531,26 @@ def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
     # When it is stopped for longer than an engine may be silent, and reads what came meanwhile
     rig.now += 3_000
     rig.on(e.Ticked()).on(e.Ticked()).on(e.Ticked())
-    assert a.KillEngine() not in rig.actions
+    assert e.KillEngine() not in rig.actions
     # Then an engine that really hangs is found in its time
     rig.actions = []
     rig.wait(799)
-    assert a.KillEngine() not in rig.actions
+    assert e.KillEngine() not in rig.actions
     rig.wait(1)
-    assert a.KillEngine() in rig.actions
+    assert e.KillEngine() in rig.actions
 
 
 def test_an_idle_engine_may_be_silent_and_an_empty_step_is_a_sign_of_life() -> None:
-    rig = joined().alive(5_000).say(dispatch(1), b"p")
+    rig = joined().alive(5_000).receive(dispatch(1), b"p")
     for _ in range(10):
         rig.alive(900).on(proto.Step([]))
-    assert rig.take(a.KillEngine) == []
+    assert rig.take(e.KillEngine) == []
 
 
 def test_an_engine_that_never_loads_is_killed() -> None:
     rig = Rig(load_ms=3_000).on(e.Ticked()).wait(2_000).on(proto.Progress("10 %")).wait(2_900)
-    assert rig.take(a.KillEngine) == []
-    assert rig.wait(100).take(a.KillEngine) == [a.KillEngine()]
+    assert rig.take(e.KillEngine) == []
+    assert rig.wait(100).take(e.KillEngine) == [e.KillEngine()]
 
 
 def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
@@ -567,14 +566,14 @@ def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> No
 
 def lost(*numbers: int, **config: Any) -> Rig:
     """Its broker is gone while these run."""
-    rig = running(*numbers, **config).say(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
+    rig = running(*numbers, **config).receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
     rig.actions = []
     return rig
 
 
 def back(rig: Rig) -> Rig:
     """A broker says welcome again."""
-    rig.wait(200).say(m.Welcome(LATER, 7332), session=NO_SESSION)
+    rig.wait(200).receive(m.Welcome(LATER, 7332), session=NO_SESSION)
     rig.session = LATER
     return rig
 
@@ -587,20 +586,20 @@ def orphans(rig: Rig) -> list[tuple[m.Orphan, bytes]]:
 def test_runs_survive_their_broker_and_are_announced_to_the_next() -> None:
     # Given a run with a deadline that continues two tokens, and has lost its broker after a third
     existing, prompt_bytes = transfer.pack(b"prompt", [tokens.encode_chunk(key_of(1), 0, [1, 2], [b"a", b"b"])])
-    rig = joined().say(dispatch(1, prefix=[1, 2], prompt_bytes=prompt_bytes, deadline_ms=9_000), existing)
-    rig.step(key_of(1), [3]).say(m.Goodbye("restart")).step(key_of(1), [4])
+    rig = joined().receive(dispatch(1, prefix=[1, 2], prompt_bytes=prompt_bytes, deadline_ms=9_000), existing)
+    rig.step(key_of(1), [3]).receive(m.Goodbye("restart")).step(key_of(1), [4])
     # When a broker says welcome
     rig.actions = []
     ((orphan, blob),) = orphans(back(rig))
-    # Then it is told all of it, and what is left of the time
+    # Then all of it is sent to that broker, and the time that is left
     assert orphan.home and orphan.work.id == dispatch(1).id and orphan.work.dispatch == dispatch(1).dispatch
     assert 8_000 < orphan.work.deadline_ms < 9_000
-    prompt, chunks_told = transfer.unpack(blob, orphan.work.prompt_bytes)
-    assert (prompt, tokens.ids_of(chunks_told)) == (b"prompt", [1, 2, 3, 4])
+    prompt, continued = transfer.unpack(blob, orphan.work.prompt_bytes)
+    assert (prompt, tokens.ids_of(continued)) == (b"prompt", [1, 2, 3, 4])
     # and nothing of it is claimed or published until it is adopted
     rig.alive(300).step(key_of(1), [5])
     assert rig.sent(m.WorkerHeartbeat)[-1].claims == {} and chunks(rig) == []
-    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 12)).wait(1)
+    rig.receive(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 12)).wait(1)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.claims, beat.seq, beat.busy) == ({key_of(1): 5}, 12, 0)
     assert chunks(rig.step(key_of(1), [6])) == [{"first": 5, "ids": [6], "flags": 0}]
@@ -611,7 +610,7 @@ def test_a_run_that_ended_without_a_broker_says_its_end_to_the_one_that_adopts_i
     rig.actions = []
     rig.alive(1_000)
     assert rig.sent(m.End) == []
-    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 3))
+    rig.receive(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 3))
     assert [end.count for end in rig.sent(m.End)] == [1]
     assert [end.count for end in rig.alive(600).sent(m.End)] == [1]  # and again, until it is acknowledged
 
@@ -620,7 +619,7 @@ def test_orphans_take_slots_and_say_so() -> None:
     rig = back(lost(1, 2, slots=2))
     rig.actions = []
     assert rig.alive(300).sent(m.WorkerHeartbeat)[-1].busy == 2
-    assert rig.say(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+    assert rig.receive(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
 def test_what_nobody_adopts_is_stopped() -> None:
@@ -628,9 +627,9 @@ def test_what_nobody_adopts_is_stopped() -> None:
     rig.alive(400)
     assert len(rig.core.runs) == 1
     rig.alive(200)
-    assert rig.take(a.StopRun) == [a.StopRun(key_of(1))] and len(rig.core.runs) == 0
+    assert rig.take(e.StopRun) == [e.StopRun(key_of(1))] and len(rig.core.runs) == 0
     # and an Adopt that comes too late is answered by a beat that does not claim it
-    rig.say(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 9)).wait(1)
+    rig.receive(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 9)).wait(1)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.seq, beat.claims) == (9, {})
 
@@ -638,17 +637,17 @@ def test_what_nobody_adopts_is_stopped() -> None:
 def test_a_broker_that_knows_better_cancels_an_orphan() -> None:
     rig = back(lost(1))
     rig.actions = []
-    rig.say(m.Cancel(dispatch(1).id, dispatch(1).dispatch))
+    rig.receive(m.Cancel(dispatch(1).id, dispatch(1).dispatch))
     assert [end.reason for end in rig.sent(m.End)] == ["cancelled"]
 
 
 def test_a_run_without_the_text_of_its_prefix_cannot_be_given_back() -> None:
-    rig = joined().say(dispatch(1, prefix=[1, 2]), b"p").say(m.Goodbye("restart"))
+    rig = joined().receive(dispatch(1, prefix=[1, 2]), b"p").receive(m.Goodbye("restart"))
     assert orphans(back(rig)) == []
 
 
 def test_nothing_is_published_or_sent_without_a_session() -> None:
-    rig = running(1).say(m.Goodbye("restart"))
+    rig = running(1).receive(m.Goodbye("restart"))
     rig.actions = []
     rig.step(key_of(1), [1], "stop")
     assert [action for action in rig.actions if isinstance(action, Publish | Send)] == []
@@ -657,8 +656,8 @@ def test_nothing_is_published_or_sent_without_a_session() -> None:
 def test_a_refused_hello_is_told_to_the_operator_and_tried_again() -> None:
     rig = loaded()
     rig.actions = []
-    rig.say(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
-    assert any("'w' is taken" in log.text for log in rig.take(a.Log))
+    rig.receive(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
+    assert any("'w' is taken" in log.text for log in rig.take(e.Log))
     assert len(rig.wait(300).sent(m.WorkerHello)) == 1
 
 
@@ -678,15 +677,15 @@ def test_two_brokers_have_two_links_and_their_own_claims() -> None:
 def test_stop_drains_and_then_leaves() -> None:
     # Given a run
     rig = running(1)
-    # When the worker is told to stop
+    # When the worker is ordered to stop
     rig.on(e.StopRequested())
     # Then it says so and takes nothing new
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
-    assert rig.say(dispatch(2), b"p").sent(m.Reject)[0].error.code is Code.BUSY
+    assert rig.receive(dispatch(2), b"p").sent(m.Reject)[0].error.code is Code.BUSY
     # And leaves when the run was delivered
     rig.step(key_of(1), [1], "length")
-    assert rig.take(a.Exit) == []
-    rig.say(m.EndAck([key_of(1)]))
+    assert rig.take(e.Exit) == []
+    rig.receive(m.EndAck([key_of(1)]))
     assert [type(action).__name__ for action in rig.actions] == ["Send", "CloseLink", "KillEngine", "Exit"]
     assert rig.sent(m.Goodbye) == [m.Goodbye("stopped")]
     assert rig.core.next_wakeup_ms() > 10**15
@@ -696,26 +695,26 @@ def test_draining_ends_when_its_time_is_over() -> None:
     rig = running(1).on(e.StopRequested())
     for _ in range(49):
         rig.alive(100).on(proto.Step([]))
-    assert rig.take(a.Exit) == []
-    assert len(rig.alive(200).take(a.Exit)) == 1
+    assert rig.take(e.Exit) == []
+    assert len(rig.alive(200).take(e.Exit)) == 1
 
 
 def test_a_second_request_stops_at_once() -> None:
     rig = running(1).on(e.StopRequested()).on(e.StopRequested())
-    assert len(rig.take(a.Exit)) == 1
+    assert len(rig.take(e.Exit)) == 1
 
 
 def test_stop_without_a_broker_does_not_wait() -> None:
-    assert len(Rig().on(e.Ticked()).on(e.StopRequested()).take(a.Exit)) == 1
+    assert len(Rig().on(e.Ticked()).on(e.StopRequested()).take(e.Exit)) == 1
 
 
 def test_a_broker_may_drain_a_worker_and_change_its_mind() -> None:
-    rig = joined().say(m.Drain())
+    rig = joined().receive(m.Drain())
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
-    assert len(rig.say(dispatch(1), b"p").sent(m.Reject)) == 1
-    rig.say(m.Drain(undo=True))
+    assert len(rig.receive(dispatch(1), b"p").sent(m.Reject)) == 1
+    rig.receive(m.Drain(undo=True))
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "ready"
-    assert len(rig.say(dispatch(2), b"p").sent(m.Accept)) == 1
+    assert len(rig.receive(dispatch(2), b"p").sent(m.Accept)) == 1
 
 
 def test_the_rate_is_that_of_the_last_second() -> None:
@@ -727,37 +726,37 @@ def test_the_rate_is_that_of_the_last_second() -> None:
 
 def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_settings() -> None:
     rig = Rig().on(e.Ticked())
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]
     rig.actions = []
     rig.on(proto.Progress("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
-    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
-    assert rig.take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+    logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
+    assert rig.take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
     assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
     # It is careful from then on, and what dies all the same waits as before.
     rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died"))
     rig.actions = []
-    assert rig.wait(250).take(a.SpawnEngine) == [a.SpawnEngine(safe=True)]
+    assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
 
 
-@pytest.mark.parametrize("kind", ["said why", "died twice", "silent"])
+@pytest.mark.parametrize("kind", ["gave a reason", "died twice", "silent"])
 def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: str) -> None:
-    rig = Rig(load_ms=3_000, model="x.gguf").on(e.Ticked()).say(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    if kind == "said why":
+    rig = Rig(load_ms=3_000, model="x.gguf").on(e.Ticked()).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
+    if kind == "gave a reason":
         rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     elif kind == "died twice":
         rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
-        assert rig.take(a.SpawnEngine)[-1] == a.SpawnEngine(safe=True)
+        assert rig.take(e.SpawnEngine)[-1] == e.SpawnEngine(safe=True)
         rig.on(e.EngineDied("the engine was ended by SIGSEGV"))
     else:
         rig.alive(3_100).on(e.EngineDied("the engine was ended by SIGKILL"))
     reason = {
-        "said why": "x.gguf is cut off",
+        "gave a reason": "x.gguf is cut off",
         "died twice": "the engine was ended by SIGSEGV while loading, with safe settings too",
         "silent": "the engine stalled: silent for 3000 ms while loading",
     }[kind]
-    told = f"cannot serve x.gguf: {reason}"
-    assert rig.actions[-1] == a.Exit(told, status=1)
-    assert rig.sent(m.Goodbye) == [m.Goodbye(told)]
+    note = f"cannot serve x.gguf: {reason}"
+    assert rig.actions[-1] == e.Exit(note, status=1)
+    assert rig.sent(m.Goodbye) == [m.Goodbye(note)]
     assert rig.core.exited
 
 
@@ -765,7 +764,7 @@ def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again()
     rig = joined().on(e.EngineDied("it died")).alive(300)
     rig.actions = []
     rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
-    logged = [action.text for action in rig.actions if isinstance(action, a.Log)]
+    logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
     assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]
-    assert rig.take(a.SpawnEngine) == []
-    assert rig.alive(600).take(a.SpawnEngine) == [a.SpawnEngine()]
+    assert rig.take(e.SpawnEngine) == []
+    assert rig.alive(600).take(e.SpawnEngine) == [e.SpawnEngine()]

@@ -20,9 +20,8 @@ from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.answer_views import statistics_line
-from llambo.cli.kit.ask import connect
 from llambo.cli.kit.command import Command, silence_stdout
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, connect, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
 from llambo.cli.kit.follow import tell_link

@@ -86,7 +86,7 @@ async def _status(chat: Dialogue, argument: str) -> None:
     now = [turn for turn in saved.current if turn.answer]
     used = f", the last answer ended at {context.used}" if context.used else ""
     left_out = f", {context.left_out} of them left out" if context.left_out else ""
-    found = await chat.client.query("status")
+    found = await chat.client.status()
     facts([
         ("session", saved.name if chat.store is not None else "none: this chat is not saved"),
         ("turns", f"{len(saved.turns)}, {len(now)} since the model began{left_out}"),

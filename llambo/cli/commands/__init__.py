@@ -1,1 +1,1 @@
-"""The commands of `llambo` that ask the mesh or edit files, one file each."""
+"""The commands of `llambo` that ask the mesh or edit files."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llambo.cli.kit.ask import ask
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import ModelRow
 
 if TYPE_CHECKING:
-    from llambo.worker.models.local_models import Found
+    from llambo.worker.models.model_files import Found
 
 EXAMPLES = """
 llambo models
@@ -26,7 +27,7 @@ llambo send --model tiny "What is AI?"
 """
 
 COLUMNS = ("model", "size", "architecture", "quantisation", "context", "where", "loads")
-#: What a narrow terminal does without.
+#: Columns that a narrow terminal leaves out.
 SPARE = ("where", "quantisation", "architecture")
 #: Without a broker the models of the mesh are unknown; those of this host are listed all the same.
 NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
@@ -50,28 +51,25 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         show_json(info) if as_json else show_model(info)
         return
 
-    from llambo.worker.models import local_models
+    from llambo.worker.models import model_files
 
-    host = local_models.on_this_host(common.settings.text("models_dir"))
+    host = model_files.on_this_host(common.settings.text("models_dir"))
     if not as_json:
         show_host(host)
         click.echo()
-    served, problem = _served(common)
-    if as_json:
-        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
-    elif served is None:
-        click.echo(f"served: {problem}")
-    else:
-        show_models(served)
-
-
-def _served(common: Common) -> tuple[list[dict[str, Any]] | None, str]:
+    served, problem = None, ""
     try:
-        return ask(common, lambda client: client.query("models")), ""
+        served = query(common, "models")
     except LlamboError as error:
         if error.code not in NO_MESH:
             raise
-        return None, error.text
+        problem = error.text
+    if as_json:
+        show_json({"host": [asdict(each) for each in host], "mesh": served, "problem": problem})
+    elif problem:
+        click.echo(f"served: {problem}")
+    else:
+        show_models(rows_of(served, list[ModelRow]))
 
 
 def show_host(found: list[Found]) -> None:
@@ -101,6 +99,6 @@ def show_model(info: dict[str, Any]) -> None:
     facts(pairs)
 
 
-def show_models(found: list[dict[str, Any]]) -> None:
-    rows = [(row["model"], *(number(row[name]) for name in ("workers", "slots", "waiting"))) for row in found]
+def show_models(found: Sequence[ModelRow]) -> None:
+    rows = [(row.model, number(row.workers), number(row.slots), number(row.waiting)) for row in found]
     table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

@@ -1,4 +1,4 @@
-"""`llambo send`: ask the mesh, and see the answer as it comes."""
+"""`llambo send`: ask the mesh, and see the answer as it comes. `llambo attach`: follow a request sent earlier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.flags import Duration, Seed, StopText, client_options, json_option, settings_options
+from llambo.cli.kit.flags import Duration, F, Seed, StopText, client_options, json_option, settings_options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.naming import MARK
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
     from llambo.mesh.client.request_options import Options
 
-EXAMPLES = """
+SEND_EXAMPLES = """
 llambo send "What is AI?"
 llambo send --system "Answer in one word." "Is the sea blue?"
 git diff | llambo send -                        the prompt from a pipe
@@ -30,15 +30,20 @@ id=$(llambo send --detach "A long story") && llambo attach "$id"
 llambo send --class tiny "Is the sea blue?"     any worker of that class
 llambo send --deadline 20s --priority interactive hello
 """
+ATTACH_EXAMPLES = """
+id=$(llambo send --detach "A long story")
+llambo attach "$id"
+llambo attach 3f2a --json
+"""
 
 SETTINGS = ("client_model", "max_tokens", "temperature", "connect_ms", "timeout_ms")
 
 
-def _client_options(function: Any) -> Any:
+def _client_options(function: F) -> F:
     return client_options(function, verbose="Statistics and the log to stderr; twice for more.")
 
 
-@click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
+@click.command(cls=Command, examples=SEND_EXAMPLES, exit_codes=True)
 @click.argument("prompt", nargs=-1, metavar="[PROMPT|-]")
 @click.option("--seed", type=Seed(), metavar="NUMBER", help="The same seed, the same chances.")
 @click.option(
@@ -101,7 +106,7 @@ def send(
 
 
 def prompt_of(arguments: tuple[str, ...], *, in_shell: bool = False) -> str:
-    """What a person says, as arguments or on stdin; a shell's stdin is its own."""
+    """The prompt, from the arguments or from stdin. In a shell stdin has the shell's own commands."""
     if "-" in arguments and len(arguments) > 1:
         raise click.UsageError("`-` stands for the whole prompt, from stdin; give it alone")
     if arguments and arguments != ("-",):
@@ -134,7 +139,7 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
     return {
         "model": f"{model}{MARK}{chosen['node_class']}" if chosen["node_class"] else model or None,
         "max_tokens": settings.number("max_tokens"),
-        # Unless somebody has said one, the model may have a default of its own.
+        # If none was set, the model may have a default of its own.
         "temperature": settings.real("temperature") if settings.sources["temperature"] != "default" else None,
         "seed": chosen["seed"],
         "stop": list(chosen["stop"]) or None,
@@ -148,9 +153,27 @@ def _options(common: Common, chosen: dict[str, Any], *, stream: bool) -> Options
 
 
 def _detach(common: Common, text: str, options: Options, as_json: bool) -> None:
-    from llambo.cli.kit.ask import ask
+    from llambo.cli.kit.common import ask
 
     id = ask(common, lambda client: client.submit(text, detached=True, **options))
     if common.session is not None:
         common.session.sent.append(id)
     click.echo(json.dumps({"type": "accepted", "id": id, "detached": True}) if as_json else id)
+
+
+@click.command(cls=Command, examples=ATTACH_EXAMPLES)
+@click.argument("id", metavar="ID")
+@json_option
+@settings_options(["connect_ms", "timeout_ms"])
+@_client_options
+@pass_common
+def attach(common: Common, id: str, as_json: bool) -> None:
+    """Show the answer to the request ID from its first token on, and follow it to its end.
+
+    The beginning of the id is enough. Ctrl-C stops following and leaves the request alone: `llambo cancel` stops it.
+    The JSON lines are those of `llambo send`.
+    """
+    from llambo.cli.kit.follow import follow
+
+    code = follow(common, lambda client: client.attach(id), as_json=as_json, mine=False)
+    click.get_current_context().exit(code)

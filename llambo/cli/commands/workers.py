@@ -1,29 +1,49 @@
-"""`llambo workers`: who does the work."""
+"""`llambo workers`, and `llambo drain`, for before a host is rebooted."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+import time
+from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
-from llambo.cli.kit.ask import ask
+from llambo.cli.kit.answer_views import CLEAR_LINE
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
+from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.tables import Row, duration, number, show_json, table
+from llambo.cli.kit.tables import Row, busy_text, duration, number, show_json, table, worker_note
+from llambo.mesh.wire.reports import DrainReply, WorkerRow
 
-EXAMPLES = """
+if TYPE_CHECKING:
+    from llambo.mesh.client.client import Client
+WORKERS_EXAMPLES = """
 llambo workers
 llambo workers | awk '$2 != "ready"'
 llambo workers --json | jq -r '.[].worker'
 """
+DRAIN_EXAMPLES = """
+llambo drain tiny-01            ends when it runs nothing
+llambo drain tiny-01 --move     what it runs goes on elsewhere at once
+llambo drain tiny-01 --no-wait  without waiting for that
+llambo drain tiny-01 --undo     let it work again
+"""
 
 COLUMNS = ("worker", "state", "models", "busy", "tokens/s", "done", "heard", "up", "host", "pid", "note")
-#: What a narrow terminal does without.
+#: Columns that a narrow terminal leaves out.
 SPARE = ("pid", "host", "up", "done", "heard", "note")
 
+#: How often the broker is asked how many are left.
+ASK_S = 0.2
+#: How often a changed count is printed where no line can be rewritten.
+PRINT_S = 5.0
+#: A worker that was not there for so long has left. After a restart of its broker it takes a moment to be listed.
+GONE_S = 3.0
 
-@click.command(cls=Command, examples=EXAMPLES)
+
+@click.command(cls=Command, examples=WORKERS_EXAMPLES)
 @json_option
 @client_options
 @pass_common
@@ -43,33 +63,119 @@ def workers(common: Common, as_json: bool) -> None:
     `3+2/8` busy: of 8 slots 3 are taken by requests of this broker and 2 by those of others (or by requests whose
     broker is gone, until one takes them over).
     """
-    found = ask(common, lambda client: client.query("workers"))
+    answer = query(common, "workers")
     if as_json:
-        show_json(found)
-    else:
-        rows = [_row(worker) for worker in found]
-        nothing = "no worker has joined: start one with `llambo-worker` or `llambo up`"
-        table(COLUMNS, rows, nothing=nothing, fixed=2, spare=SPARE)
+        show_json(answer)
+        return
+    nothing = "no worker has joined: start one with `llambo-worker` or `llambo up`"
+    rows = [_row(row) for row in rows_of(answer, list[WorkerRow])]
+    table(COLUMNS, rows, nothing=nothing, fixed=2, spare=SPARE)
 
 
-def _row(worker: dict[str, Any]) -> Row:
-    restarts = worker["engine_restarts"]
-    slow = f"slow: {worker['slow']}" if worker["slow"] else ""
-    notes = [worker["class"], slow, worker["note"], f"engine restarted {restarts} times" if restarts else ""]
+def _row(row: WorkerRow) -> Row:
     return (
-        worker["worker"],
-        worker["state"],
-        ",".join(worker["models"]),
-        number(f"{worker['busy']}{_elsewhere(worker)}/{worker['slots']}"),
-        number(worker["tokens_per_s"]),
-        number(worker["done"]),
-        number(duration(worker["heard_ms"]), " ago"),
-        duration(worker["up_ms"]),
-        worker["host"],
-        number(worker["pid"]),
-        ", ".join(filter(None, notes)),
+        row.worker,
+        row.state,
+        ",".join(row.models),
+        number(busy_text(row)),
+        number(row.tokens_per_s),
+        number(row.done),
+        number(duration(row.heard_ms), " ago"),
+        duration(row.up_ms),
+        row.host,
+        number(row.pid),
+        worker_note(row),
     )
 
 
-def _elsewhere(worker: dict[str, Any]) -> str:
-    return f"+{worker['busy_elsewhere']}" if worker.get("busy_elsewhere") else ""
+@click.command(cls=Command, examples=DRAIN_EXAMPLES)
+@click.argument("worker", metavar="WORKER")
+@click.option("--move", is_flag=True, help="What it runs goes on elsewhere, as soon as there are free slots.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it runs nothing.")
+@click.option("--undo", is_flag=True, help="Let it work again.")
+@json_option
+@client_options
+@pass_common
+def drain(common: Common, worker: str, move: bool, no_wait: bool, undo: bool, as_json: bool) -> None:
+    """Give WORKER no new work, and wait until it runs nothing. It stays in the mesh until it is stopped.
+
+    With --move its requests go on at other workers with the tokens they have. What finds no free slot there runs on
+    where it is until one is free. A Ctrl-C ends the waiting only.
+    """
+    if undo and move:
+        raise click.UsageError("--undo takes back the whole drain; it does not go with --move")
+    progress = _DrainProgress(worker, as_json)
+
+    async def work(client: Client) -> tuple[DrainReply, bool]:
+        found = await client.drain(worker, undo, move=move)
+        return (found, False) if no_wait or undo else await _wait_until_empty(client, found, progress)
+
+    try:
+        found, left = ask(common, work)
+    except KeyboardInterrupt:
+        if progress.begun:
+            text = f"{worker} is still being drained; `llambo drain {worker} --undo` takes it back"
+            click.echo(f"\nllambo: interrupted; {text}", err=True)
+        raise
+    if as_json:
+        show_json(msgspec.structs.asdict(found) | ({"left": True} if left else {}))
+    elif not found.draining:
+        click.echo(f"{worker} works again")
+    elif found.running:
+        click.echo(_still(worker, found.running))
+    elif left:
+        click.echo(f"{worker} has left the mesh")
+    else:
+        click.echo(f"{worker} takes no new work and runs nothing: it can be stopped")
+    if not undo and not found.draining:  # another operator has taken it back
+        click.get_current_context().exit(Exit.ERROR)
+
+
+async def _wait_until_empty(client: Client, found: DrainReply, progress: _DrainProgress) -> tuple[DrainReply, bool]:
+    """The last state, and whether the worker has left the mesh."""
+    import asyncio
+
+    seen_at = time.monotonic()
+    while found.draining and found.running:
+        progress.show(found.running)
+        await asyncio.sleep(ASK_S)
+        listed = await client.workers(found.worker)
+        if listed:
+            seen_at = time.monotonic()
+            draining = listed[0].state in ("draining", "drained")
+            found = msgspec.structs.replace(found, running=listed[0].busy_slots, draining=draining)
+        elif time.monotonic() - seen_at > GONE_S:
+            progress.end()
+            return msgspec.structs.replace(found, running=0), True
+    progress.end()
+    return found, False
+
+
+def _still(worker: str, running: int) -> str:
+    which = "1 request is" if running == 1 else f"{running} requests are"
+    return f"{worker} takes no new work; {which} still running there"
+
+
+class _DrainProgress:
+    """On stderr: a line that changes on a terminal, a line now and then elsewhere, nothing beside --json."""
+
+    def __init__(self, worker: str, as_json: bool) -> None:
+        self.begun = False
+        self._worker = worker
+        self._hidden = as_json
+        self._terminal = sys.stderr.isatty()
+        #: The count that was printed last, and when.
+        self._printed = -1
+        self._printed_at = 0.0
+
+    def show(self, running: int) -> None:
+        self.begun, now = True, time.monotonic()
+        late = self._terminal or now - self._printed_at >= PRINT_S
+        if not self._hidden and running != self._printed and late:
+            self._printed, self._printed_at = running, now
+            text = _still(self._worker, running)
+            click.echo(f"{CLEAR_LINE}{text}" if self._terminal else text, nl=not self._terminal, err=True)
+
+    def end(self) -> None:
+        if self._terminal and self._printed >= 0:
+            click.echo(CLEAR_LINE, nl=False, err=True)

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from llambo.cli.kit.ask import address_of, key_of
-from llambo.cli.kit.common import Common
+from llambo.cli.kit.common import Common, address_of, key_of
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.std_streams import tell
 from llambo.mesh.wire.errors import printable

@@ -1,19 +1,28 @@
-"""What every command gets: the flags that were given, the settings they result in, and the shell it runs in."""
+"""What every command gets: the flags that were given, the settings they result in, and how it reaches the mesh.
+
+In a shell all commands share one client and one loop (`Session`); elsewhere each command has its own.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
+import msgspec
+
+from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client
     from llambo.mesh.settings.settings import Settings
+    from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 
@@ -59,3 +68,72 @@ class Common:
 
 
 pass_common = click.make_pass_decorator(Common, ensure=True)
+
+
+# --- the mesh ------------------------------------------------------------------------------------------
+
+
+def connect(common: Common) -> Client:
+    """A client with the settings in force. Enter it with `async with`."""
+    import getpass
+    import socket
+
+    from llambo.mesh.client.client import Client
+
+    address, key = where(common)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
+        user = "unknown"
+    name = f"{user}@{socket.gethostname()}"
+    return Client(address, name=name, connect_ms=common.settings.number("connect_ms"), key=key or "")
+
+
+def key_of(settings: Settings) -> PeerKey | None:
+    """The key of a client or a worker; None without keys."""
+    from llambo.mesh.security import keys
+
+    return keys.find(settings.text("key"), os.environ)
+
+
+def address_of(settings: Settings, key: PeerKey | None) -> str:
+    """The broker's address: the one in the key, unless a setting names another."""
+    if key is not None and settings.sources["broker"] == "default":
+        return key.address
+    return settings.text("broker")
+
+
+def where(common: Common) -> tuple[str, PeerKey | None]:
+    """The broker's address and the key to use there."""
+    key = key_of(common.settings)
+    return address_of(common.settings, key), key
+
+
+def connected(common: Common) -> AbstractAsyncContextManager[Client]:
+    return connect(common) if common.session is None else common.session.connected(common)
+
+
+def run(common: Common, work: Coroutine[Any, Any, T]) -> T:
+    """Run it on a new loop, or in a shell on the loop of the shell."""
+    return asyncio.run(work) if common.session is None else common.session.run(work)
+
+
+def ask(common: Common, question: Callable[[Client], Awaitable[T]]) -> T:
+    async def answer() -> T:
+        async with connected(common) as client:
+            return await question(client)
+
+    return run(common, answer())
+
+
+def query(common: Common, what: str, argument: str = "") -> Any:
+    """The answer as it was sent, with fields that this version does not know: what `--json` prints."""
+    return ask(common, lambda client: client.query(what, argument))
+
+
+def rows_of(answer: Any, kind: type[T]) -> T:
+    """The answer to a query as typed rows."""
+    try:
+        return msgspec.convert(answer, kind)
+    except msgspec.ValidationError as error:
+        raise LlamboError(Code.BAD_MESSAGE, f"the broker's answer cannot be read: {error}") from error

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import click
 
 from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
-from llambo.cli.kit.ask import connected, run
 from llambo.cli.kit.command import silence_stdout
-from llambo.cli.kit.common import Common
+from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.wire.errors import Code, LlamboError

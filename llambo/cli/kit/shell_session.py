@@ -16,8 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llambo.cli.kit.ask import connect, where
-from llambo.cli.kit.common import Common
+from llambo.cli.kit.common import Common, connect, where
 
 if TYPE_CHECKING:
     from llambo.mesh.client.client import Client

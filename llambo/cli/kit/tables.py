@@ -10,6 +10,7 @@ from typing import Any, Literal
 import click
 
 from llambo.mesh.wire.errors import printable
+from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
 Row = Sequence[Any]
 
@@ -125,3 +126,21 @@ def size(count: int) -> NumberText:
         value /= 1_024
         units.pop(0)
     return NumberText(f"{value:.4g} {units[0]}")
+
+
+# --- rows of the broker's reports, as `llambo workers`, `llambo requests` and `llambo top` show them ---------
+
+
+def busy_text(row: WorkerRow) -> str:
+    return f"{row.busy}{f'+{row.busy_elsewhere}' if row.busy_elsewhere else ''}/{row.slots}"
+
+
+def worker_note(row: WorkerRow) -> str:
+    slow = f"slow: {row.slow}" if row.slow else ""
+    restarts = f"engine restarted {row.engine_restarts} times" if row.engine_restarts else ""
+    return ", ".join(filter(None, (row.node_class, slow, row.note, restarts)))
+
+
+def request_note(row: RequestRow) -> str:
+    notes = [f"{row.ahead} ahead" if row.state == "waiting" else "", "detached" if row.detached else ""]
+    return ", ".join(filter(None, notes))

@@ -80,7 +80,7 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
 
     from llambo.bridge.connection import ConnectionLimits
     from llambo.bridge.server import Bridge, BridgeLimits
-    from llambo.cli.kit.ask import connect
+    from llambo.cli.kit.common import connect
     from llambo.cli.kit.follow import end_signals
     from llambo.cli.kit.std_streams import tell
 

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.kit.ask import address_of, key_of
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, address_of, key_of, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
 from llambo.cli.kit.server_keys import gateway_folder, gateway_key

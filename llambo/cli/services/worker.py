@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.kit.ask import address_of, key_of
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, address_of, key_of, pass_common
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
 from llambo.cli.kit.logs import ABOUT
@@ -71,8 +70,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
 
 
 def worker_config(settings: Settings) -> WorkerConfig:
-    from llambo.worker.config import WorkerConfig, default_name
-    from llambo.worker.engine.engine_options import LlamaOptions, fake_options
+    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name, fake_options
 
     engine, model = engine_and_model(settings)
     key = key_of(settings)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import click
 
 from llambo.cli.kit.command import load
+from llambo.cli.main import PLACES
 from llambo.cli.shell.lines import TO_MODEL, end_of_command
 
 
@@ -24,7 +25,7 @@ class ShellCommand:
 
 
 def _same(name: str, about: str = "", *arguments: str) -> ShellCommand:
-    return ShellCommand(f"llambo.cli.commands.{name}:{name}", about, arguments)
+    return ShellCommand(PLACES[name], about, arguments)
 
 
 def _own(name: str, about: str = "") -> ShellCommand:

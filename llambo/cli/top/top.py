@@ -8,9 +8,8 @@ import sys
 
 import click
 
-from llambo.cli.kit.ask import connect
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, connect, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Duration, client_options, settings_options
 

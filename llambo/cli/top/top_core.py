@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llambo.cli.kit.tables import duration
+from llambo.cli.kit.tables import busy_text, duration, request_note, worker_note
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.reports import EventRow, MeshStatus, RequestRow, SampleRow, WorkerRow
 
@@ -71,26 +71,22 @@ def one_line(text: str) -> str:
 
 
 def worker_row(row: WorkerRow) -> TableRow:
-    busy = f"{row.busy}{f'+{row.busy_elsewhere}' if row.busy_elsewhere else ''}/{row.slots}"
-    slow = f"slow: {row.slow}" if row.slow else ""
-    restarts = f"engine restarted {row.engine_restarts} times" if row.engine_restarts else ""
     cells = (
         _text_cell(row.worker),
         _state_cell(f"{row.state} {row.percent} %" if row.state == "loading" else row.state),
-        TableCell(busy, row.busy_slots),
+        TableCell(busy_text(row), row.busy_slots),
         TableCell(f"{row.tokens_per_s:.1f}", row.tokens_per_s),
         TableCell(str(row.done), row.done),
         _text_cell(",".join(row.models)),
         TableCell(duration(row.up_ms), row.up_ms),
         TableCell(f"{duration(row.heard_ms)} ago", row.heard_ms),
         _text_cell(row.host),
-        _text_cell(", ".join(filter(None, (row.node_class, slow, row.note, restarts)))),
+        _text_cell(worker_note(row)),
     )
     return TableRow(row.worker, cells)
 
 
 def request_row(row: RequestRow) -> TableRow:
-    notes = (f"{row.ahead} ahead" if row.state == "waiting" else "", "detached" if row.detached else "")
     cells = (
         TableCell(row.id[:ID_DIGITS], row.id),
         _state_cell(row.state),
@@ -100,7 +96,7 @@ def request_row(row: RequestRow) -> TableRow:
         _text_cell(row.model),
         _text_cell(row.priority),
         TableCell(str(row.moves), row.moves),
-        _text_cell(", ".join(filter(None, notes))),
+        _text_cell(request_note(row)),
     )
     return TableRow(row.id, cells)
 

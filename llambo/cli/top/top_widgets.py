@@ -16,7 +16,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Static
 
-from llambo.cli.commands.why import summary, timeline
+from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.top.top_core import ShownEvent, SortOrder, TableCell, TableRow, arranged, headings
 from llambo.mesh.wire.errors import LlamboError, printable
 from llambo.mesh.wire.reports import RequestStory

@@ -15,8 +15,7 @@ from litestar.types import Receive, Scope, Send
 
 from llambo.gateway.answers.api import Renderer, encode
 from llambo.gateway.answers.api_errors import error_reply, shape_of
-from llambo.gateway.answers.feed import Feed, Feeds
-from llambo.gateway.answers.rendering import Rendering, comment
+from llambo.gateway.answers.feed import Feed, Feeds, Rendering, comment
 from llambo.mesh.wire.errors import LlamboError
 
 T = TypeVar("T")

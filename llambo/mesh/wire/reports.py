@@ -6,15 +6,11 @@ does not know, and a field that an older broker does not send has its default he
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 
 class _Row(msgspec.Struct, frozen=True, kw_only=True):
-    def __getitem__(self, name: str) -> Any:
-        """The field of this name, as in the map that is sent. For callers that do not use the attributes yet."""
-        return getattr(self, "node_class" if name == "class" else name)
+    pass
 
 
 class AccountRow(_Row, frozen=True, kw_only=True):

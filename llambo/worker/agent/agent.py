@@ -8,6 +8,8 @@ worker is ready when it is useful: welcomed by a broker, its model loaded and te
 healthy as long as its engine works: the core kills an engine that has sequences and is silent for `stall_ms`, and the
 watchdog is not fed until that process is gone. So a worker that cannot get rid of its engine is restarted as a whole.
 That the loop runs is shown by `condition` being called.
+
+`EngineProcess` is the engine child as it is seen from here: a process and a pipe. Both may fail, neither may block.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -26,20 +31,105 @@ import zmq
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link import Link
 from llambo.mesh.link.link_core import CloseLink, LinkCore, OpenControl, OpenTokens, Publish, Send
+from llambo.mesh.security.keys import CREDENTIALS_ENV, KEY_ENV
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import stop_signals_wake
 from llambo.mesh.service.notify import Notifier
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
-from llambo.worker.agent import actions as a
 from llambo.worker.agent import events as e
 from llambo.worker.agent.announcement import ProcessIdentity
 from llambo.worker.agent.core import WorkerCore
 from llambo.worker.agent.engine_life import EngineState
-from llambo.worker.agent.engine_process import EngineProcess
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import protocol as proto
+
+#: The module that the child runs.
+MODULE = "llambo.worker.engine_child"
+#: Bytes taken from the pipe before the sockets get a turn.
+READ_BYTES = 64 * 1024
+#: Signals that come from a person, a supervisor, or the kernel when memory runs out.
+SIGNALS_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+#: How long a process that was killed, or closed its pipe, may take to be gone.
+REAP_S = 10.0
+#: Environment variables that hold a key, or say where one is.
+SECRETS = (KEY_ENV, CREDENTIALS_ENV)
+
+
+class EngineProcess:
+    """One engine child, from its start until it is reaped."""
+
+    def __init__(self, configure: proto.Configure, worker: str = "") -> None:
+        """`worker`: the name of the worker, for the log of the engine."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        command = [sys.executable, "-m", MODULE]
+        with theirs:
+            self._process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # A hostile model that takes over the engine must not find our key in its environment.
+                env={name: value for name, value in os.environ.items() if name not in SECRETS},
+            )
+        self._pipe = ours
+        self._unpacker = proto.from_engine()
+        self._pending = bytearray()
+        self.pid = self._process.pid
+        self.order(configure)
+
+    def fileno(self) -> int:
+        return self._pipe.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._pending)
+
+    def order(self, message: proto.EngineMessage) -> None:
+        self._pending += proto.pack(message)
+
+    def push(self) -> None:
+        """Write as much as the pipe takes now. That the engine has died is detected by reading, not here."""
+        try:
+            while self._pending:
+                sent = self._pipe.send(self._pending)
+                del self._pending[:sent]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._pending.clear()
+
+    def read(self) -> list[Any] | None:
+        """The messages that have arrived; None: the engine is gone. Raises BadFrame."""
+        try:
+            data = self._pipe.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionError:
+            return None
+        return self._unpacker.feed(data) if data else None
+
+    def kill(self) -> None:
+        """Safe until it was reaped: until then no other process can have its id."""
+        self._process.kill()
+
+    def close_pipe(self) -> None:
+        """The child exits when its pipe is closed."""
+        self._pipe.close()
+
+    def reap(self) -> tuple[str, bool]:
+        """Wait until it is gone. Returns how it ended, for people, and whether it was ended from outside.
+
+        A process that has closed its pipe is exiting already, so the signal sent here does not change its status.
+        """
+        self.kill()
+        code = self._process.wait(timeout=REAP_S)
+        self._pipe.close()
+        if code >= 0:
+            return f"the engine exited with status {code}", False
+        return f"the engine was ended by {signal.Signals(-code).name}", -code in SIGNALS_FROM_OUTSIDE
+
 
 log = logging.getLogger(__name__)
 
@@ -184,33 +274,33 @@ class Agent:
         for action in self.core.handle(event, clock.now_ms()):
             self._perform(action)
 
-    def _perform(self, action: a.Action) -> None:
+    def _perform(self, action: e.Action) -> None:
         match action:
             case Publish() | Send() | OpenControl() | OpenTokens() | CloseLink():
                 self._links[action.link].perform(action)
                 if isinstance(action, Send) and isinstance(action.message, m.Page):
                     # Several pages in one bundle would exceed the limit of a control message.
                     self._links[action.link].flush()
-            case a.StartRun(start):
+            case e.StartRun(start):
                 self._send_to_engine(start)
-            case a.StopRun(key):
+            case e.StopRun(key):
                 self._send_to_engine(proto.Stop(key))
-            case a.SpawnEngine(safe):
+            case e.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(
                     config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe
                 )
                 self.engine = EngineProcess(configure, config.name)
-            case a.KillEngine():
+            case e.KillEngine():
                 if self.engine is not None:
                     self.engine.kill()
-            case a.NotifyReady():
+            case e.NotifyReady():
                 self._notifier.update_soon()
                 self._on_ready()
-            case a.Log(text, warning, request):
+            case e.Log(text, warning, request):
                 level = logging.WARNING if warning else logging.INFO
                 log.log(level, "%s", text, extra={"request": request.hex()} if request else None)
-            case a.Exit(text, status):
+            case e.Exit(text, status):
                 self._exit, self.status = text, status
             case _:
                 assert_never(action)

@@ -15,7 +15,8 @@ import msgspec
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.naming import in_class
-from llambo.worker.agent.engine_life import NEVER_MS, EngineLife
+from llambo.mesh.wire.timers import NEVER_MS
+from llambo.worker.agent.engine_life import EngineLife
 from llambo.worker.config import WorkerConfig
 
 

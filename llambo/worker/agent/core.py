@@ -27,12 +27,12 @@ from llambo.mesh.link.link_core import LinkCore, LinkProblem, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import transfer
 from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
+from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.agent import events as e
-from llambo.worker.agent.actions import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.agent.announcement import Announcement, DrainState, ProcessIdentity
-from llambo.worker.agent.delivery import Delivery, TokenRate
-from llambo.worker.agent.engine_life import NEVER_MS, EngineLife
-from llambo.worker.agent.orphans import Orphans
+from llambo.worker.agent.delivery import Delivery, Orphans, TokenRate
+from llambo.worker.agent.engine_life import EngineLife
+from llambo.worker.agent.events import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.agent.runs import Run, RunState, RunTable, RunTokens
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.protocol import Progress, Ready, Refused, Start, Step, start_of

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 
-from llambo.worker.agent.actions import Action, KillEngine, Log, SpawnEngine
+from llambo.mesh.wire.timers import NEVER_MS
+from llambo.worker.agent.events import Action, KillEngine, Log, SpawnEngine
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine.protocol import Progress, Ready
 
@@ -40,7 +41,6 @@ ENGINE_STEPS: dict[EngineState, dict[EngineState, str]] = {
 BACKOFF_MS = 250
 #: An engine that was ready for this long resets the pause.
 GOOD_MS = 30_000
-NEVER_MS = 2**62
 #: An agent that is woken this late was stopped, or its machine was.
 SUSPENDED_MS = 300
 

@@ -1,1 +1,1 @@
-"""The messages between agent and engine child, the options of both engines, and the fake engine. No llama.cpp here."""
+"""The messages between agent and engine child, and the fake engine."""

@@ -14,12 +14,12 @@ from typing import Literal
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.mesh.wire.timers import NEVER_MS
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
-from llambo.worker.engine.engine_options import FakeOptions
 from llambo.worker.engine.fake_model import START, piece_of, pieces_of
 from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
 
-NEVER_MS = 2**62
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
 #: A poisonous prompt kills the engine before it makes the token with this index.

@@ -26,7 +26,7 @@ import msgspec
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from llambo.worker.engine.engine_options import FakeOptions
+from llambo.worker.config import FakeOptions
 from llambo.worker.engine.protocol import Start
 
 _MASK = 2**64 - 1

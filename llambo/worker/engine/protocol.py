@@ -21,7 +21,7 @@ from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.engine_options import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions
 
 #: One message: the longest prompt and the longest prefix fit.
 FRAME_BYTES = 16 * 1024 * 1024

@@ -1,1 +1,1 @@
-"""The llama.cpp engine: bindings, loading, batching, sampling. Runs in the engine child only."""
+"""The llama.cpp engine: bindings, loading, prompts, grammars, batching, sampling. Runs in the engine child only."""

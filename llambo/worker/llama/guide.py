@@ -85,7 +85,7 @@ class Guides:
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._model)), eos_token=self._model.endings)
 
     def guide(self, lark: str) -> Guide:
-        """`lark` is a grammar of `worker/prompt/grammar.py`. Raises ValueError."""
+        """`lark` is a grammar of `worker/llama/grammar.py`. Raises ValueError."""
         return Guide(self._compiled(lark).deep_copy(), self._model)
 
     def _compile(self, lark: str) -> LLMatcher:

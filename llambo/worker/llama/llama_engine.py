@@ -6,10 +6,15 @@ plan of the batching core and gives each request its next token. The prompt of a
 it has already: they are prefilled like any other, and accepted by its sampler and its gate.
 
 Cancels and deadlines take effect between steps, and the core keeps steps short.
+
+`load` leads from a model's name to an engine that is loaded and tested: what the engine child does before `Ready`.
 """
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,21 +28,28 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import Chat
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.protocol import Output, Progress, Ready, Refused, Start
-from llambo.worker.llama import llama
+from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Output, Progress, Ready, Refused, Start
+from llambo.worker.llama import llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
+from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.llama.guide import Guides
 from llambo.worker.llama.llama_tasks import NoRoom, Tasks
-from llambo.worker.llama.sampling import DeadEnd, Grammar, Logits, Sampler, logprob_of
-from llambo.worker.llama.sampling_defaults import Defaults, numeric_options, with_defaults
+from llambo.worker.llama.prompt import BadPrompt, Template, TooLong, chat_of, prompt_text
+from llambo.worker.llama.sampling import (
+    DeadEnd,
+    Defaults,
+    Grammar,
+    Logits,
+    Sampler,
+    logprob_of,
+    numeric_options,
+    with_defaults,
+)
 from llambo.worker.llama.text_gate import TextGate
-from llambo.worker.models import model_files
-from llambo.worker.prompt import rendering
-from llambo.worker.prompt.grammar import AnswerGrammar, GrammarError, grammar_of
-from llambo.worker.prompt.template import BadPrompt, Template, TooLong
+from llambo.worker.models import gguf, model_files
 
-NEVER_MS = 2**62
 #: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
@@ -138,7 +150,7 @@ class LlamaEngine:
             sampling = with_defaults(start.sampling, start.given, self._setup.defaults)
             start = msgspec.structs.replace(start, sampling=sampling)
         try:
-            chat = rendering.read(start.prompt, start.sampling)
+            chat = chat_of(start.prompt, start.sampling)
             prompt = self._prompt(start, chat)
         except BadPrompt as error:
             code = Code.TOO_LONG if isinstance(error, TooLong) else Code.BAD_REQUEST
@@ -241,7 +253,7 @@ class LlamaEngine:
     # Starting a request.
 
     def _prompt(self, start: Start, chat: Chat) -> list[int]:
-        text, templated = rendering.text_of(start.prompt, chat, self._template)
+        text, templated = prompt_text(start.prompt, chat, self._template)
         context, longest = self._decoder.context, self._model.longest_piece_bytes
         if len(text) > context * longest:
             # Known without tokenizing, which takes long for megabytes while all other requests wait.
@@ -363,3 +375,81 @@ class LlamaEngine:
 
 def _refused(start: Start, code: Code, text: str) -> Refused:
     return Refused(start.key, ErrorInfo(code, text), final=True)
+
+
+log = logging.getLogger("llambo.engine")
+
+#: Characters of the progress bar.
+WIDTH = 30
+#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
+POOLINGS = {1: "mean", 3: "last"}
+
+
+def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
+    """If the model cannot be loaded, the reason is sent and the process exits."""
+    try:
+        return _load(configure, send)
+    except (model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
+        send(Progress(problem=str(error)[:1000]))
+        sys.exit(CANNOT_LOAD)
+
+
+class ProgressBar:
+    """Sends progress to the agent, and draws it if stderr is a terminal."""
+
+    def __init__(self, send: Callable[[Progress], None]) -> None:
+        self._send = send
+        self._drawn = False
+
+    def __call__(self, progress: Progress) -> None:
+        self._send(progress)
+        if sys.stderr.isatty():
+            percent = re.search(r"(\d+) %$", progress.note)
+            if percent:
+                done = int(percent[1]) * WIDTH // 100
+                sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
+            elif self._drawn:
+                sys.stderr.write("\n")
+            self._drawn = bool(percent)
+            sys.stderr.flush()
+
+
+def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
+    options, path = configure.llama, str(model_files.find(configure.model))
+    send(Progress(f"looking at {path}"))
+    file = gguf.read(path)
+    layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
+    bar = ProgressBar(send)
+    fingerprint = model_files.fingerprint(
+        file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
+    )
+    log.info(
+        "%s: %d slots of %d tokens, %d threads, %d tokens in a step, %s cache, flash attention %s, %d layers on a GPU; "
+        "needs %d MiB of %d",
+        path, layout.slots, layout.context, layout.threads, layout.batch, options.kv_type, options.flash_attn,
+        options.gpu_layers, layout.need_bytes // model_files.MIB, layout.free_bytes // model_files.MIB,
+    )  # fmt: skip
+    defaults, unusable = sampling.recommended(file.meta)
+    log.info("%s", sampling.describe(defaults))
+    for text in unusable:
+        log.info("ignored in the model file: %s", text)
+    shape = llama.Shape(
+        slots=layout.slots,
+        context=layout.context,
+        batch=layout.batch,
+        threads=layout.threads,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+    )
+    setup = Setup(
+        name=model_files.name_of(configure.model),
+        path=path,
+        shape=shape,
+        gpu_layers=options.gpu_layers,
+        safe=configure.safe,
+        fingerprint=fingerprint,
+        defaults=defaults,
+        embed_bytes=0 if options.gpu_layers else model_files.embed_need(options, file, layout.context),
+        pooling=POOLINGS.get(file.number("pooling_type"), "mean"),
+    )
+    return LlamaEngine(setup, bar)

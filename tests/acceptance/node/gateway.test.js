@@ -71,9 +71,9 @@ test("JSON that follows a schema", async () => {
   const found = await gpt.chat.completions.create(
     say("Invent a person.", { response_format: wanted, max_tokens: 200 }),
   );
-  const told = JSON.parse(found.choices[0].message.content);
-  assert.deepEqual(Object.keys(told).sort(), ["age", "name"]);
-  assert.ok(Number.isInteger(told.age));
+  const person = JSON.parse(found.choices[0].message.content);
+  assert.deepEqual(Object.keys(person).sort(), ["age", "name"]);
+  assert.ok(Number.isInteger(person.age));
 });
 
 test("a tool that must be called, and what it has found", async () => {
@@ -181,15 +181,15 @@ const idOf = (event) => /^id: (.*)$/m.exec(event)[1];
 
 test("a stream that was cut comes back with Last-Event-ID and has lost nothing", async () => {
   const asked = say("Tell me a story about a llama.", { stream: true, seed: 3, temperature: 0.9, max_tokens: 40 });
-  const told = await read(asked, null, 10);
-  told.push(...(await read(asked, idOf(told.at(-1)), 10)));
-  assert.equal(told.length, 20);
-  told.push(...(await read(asked, idOf(told.at(-1)))));
-  assert.ok(told.at(-1).endsWith("data: [DONE]"));
+  const received = await read(asked, null, 10);
+  received.push(...(await read(asked, idOf(received.at(-1)), 10)));
+  assert.equal(received.length, 20);
+  received.push(...(await read(asked, idOf(received.at(-1)))));
+  assert.ok(received.at(-1).endsWith("data: [DONE]"));
   // Once more from its beginning, in one piece.
-  assert.deepEqual([told[0], ...(await read(asked, idOf(told[0])))], told);
+  assert.deepEqual([received[0], ...(await read(asked, idOf(received[0])))], received);
   // And as the package reads it, from a request of its own.
-  const chunks = told.slice(0, -1).map((event) => JSON.parse(/^data: (.*)$/m.exec(event)[1]));
+  const chunks = received.slice(0, -1).map((event) => JSON.parse(/^data: (.*)$/m.exec(event)[1]));
   const text = chunks.flatMap((chunk) => chunk.choices.map((choice) => choice.delta.content ?? "")).join("");
   const whole = await gpt.chat.completions.create({ ...asked, stream: false });
   assert.equal(text, whole.choices[0].message.content);

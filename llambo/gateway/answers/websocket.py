@@ -27,8 +27,7 @@ from msgspec import Meta
 from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import Parsed, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error, error_body
-from llambo.gateway.answers.feed import Arrival, Feed, Feeds
-from llambo.gateway.answers.rendering import Rendering, parse_event_id
+from llambo.gateway.answers.feed import Arrival, Feed, Feeds, Rendering, parse_event_id
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Open requests of one connection.

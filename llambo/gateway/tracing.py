@@ -1,15 +1,27 @@
 """OpenTelemetry traces of answers, from `traceparent` to the decoding in the engine, exported by OTLP over HTTP.
 
-The mesh carries nothing of it: when an answer is over, its story is queried and becomes the phases of its span (see
-`tracing`). This file needs the extra `otel`.
+The mesh carries nothing of it, and nothing follows a request while it runs: when an answer is over, its story is
+queried and becomes the phases of its span:
+
+    queue      it waits for a worker             dispatch   a worker has it and has not accepted it yet
+    prefill    the prompt is processed           decode     tokens are made
+    run        the work of a worker that did not finish it; the next phase is elsewhere
+
+Times are milliseconds since the broker received the request. The durations of prefill and decode are the engine's;
+what lies between them, and after them, is neither.
+
+This file needs the extra `otel`; `traces_of` in `server.py` imports it if traces are wanted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -19,7 +31,6 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llambo.gateway.answers.feed import Arrival, Feed, Observer
-from llambo.gateway.observe.tracing import phases
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import StoryStep
@@ -32,6 +43,72 @@ QUERIES = 256
 #: How long to wait for queries, and for the exporter, when the gateway stops.
 CLOSE_S = 2.0
 _MS = 1_000_000
+
+Value = str | int | float | bool
+
+_TO = re.compile(r"to (?P<worker>.+), attempt (?P<attempt>\d+), from token (?P<first>\d+)$")
+_FROM = re.compile(r"from (?P<worker>.+), which has ")
+#: The reason of an end that is an error. Its text is left out: it may quote the prompt.
+_REASON = re.compile(r"tokens, (error|deadline|cancelled)\b")
+#: Steps with which a request leaves its worker and waits again.
+_LEAVES = ("lost", "refused")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    begin_ms: float
+    end_ms: float
+    about: Mapping[str, Value] = field(default_factory=dict)
+    #: Empty: none.
+    error: str = ""
+
+
+def phases(story: Iterable[StoryStep], usage: Usage) -> Iterator[Phase]:
+    """Also of a story whose middle was dropped: its phases still follow on each other."""
+    phase, since = "queue", 0.0
+    about: dict[str, Value] = {}
+    for step in story:
+        what, detail, at = step.what, step.detail, float(step.at_ms)
+        if what == "dispatched":
+            if phase == "queue":
+                yield Phase("queue", since, at)
+            phase, since, about = "dispatch", at, _about(_TO.match(detail))
+        elif what == "adopted":
+            if phase == "queue":
+                yield Phase("queue", since, at)
+            phase, since, about = "run", at, _about(_FROM.match(detail))
+        elif what == "accepted" and phase == "dispatch":
+            yield Phase("dispatch", since, at, about)
+            phase, since = "run", at
+        elif what in _LEAVES and phase != "queue":
+            # A refusal may quote the prompt.
+            yield Phase(phase, since, at, about, f"lost: {detail}" if what == "lost" else what)
+            phase, since = "queue", at
+        elif what == "worker done" and phase == "run":
+            yield from _done(since, at, about, usage)
+            phase = ""
+        elif what == "ended" and phase:
+            found = _REASON.search(detail)
+            yield Phase(phase, since, at, about if phase != "queue" else {}, found[1] if found else "")
+            phase = ""
+
+
+def _about(found: re.Match[str] | None) -> dict[str, Value]:
+    if found is None:
+        return {}
+    named: dict[str, Value] = {f"llambo.{name}": text for name, text in found.groupdict().items()}
+    return {name: int(text) if name != "llambo.worker" else text for name, text in named.items()}
+
+
+def _done(since: float, at: float, about: dict[str, Value], usage: Usage) -> Iterator[Phase]:
+    """The durations that the engine measured, within the times that the broker saw."""
+    if not usage.prefill_ms and not usage.decode_ms:
+        yield Phase("run", since, at, about)
+        return
+    read = min(since + usage.prefill_ms, at)
+    yield Phase("prefill", since, read, about | {"llambo.cached_tokens": usage.cached_tokens})
+    yield Phase("decode", max(read, at - usage.decode_ms), at, about)
 
 
 class OtelTraces(Observer):

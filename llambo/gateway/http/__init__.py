@@ -1,1 +1,0 @@
-"""What HTTP needs around the APIs: origins, timeouts, request ids, WebSockets, the OpenAPI document."""
