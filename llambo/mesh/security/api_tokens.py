@@ -14,10 +14,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from llambo.mesh.security import keys
+from llambo.mesh.security import keyring, keys
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, LlamboError
 
 PREFIX = "sk-llambo-"
 FILE = "tokens.json"
@@ -71,14 +70,8 @@ def withdraw(folder: Folder, name: str) -> int:
 
 def read(folder: Folder) -> list[ApiToken]:
     path = folder.path / FILE
-    if not path.exists():
-        return []
-    try:
-        return msgspec.json.decode(keys.read_private(path), type=_File).tokens
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise LlamboError(Code.BAD_SETTING, f"{path} was not written by `llambo keys`: {error}") from error
+    return keyring.decoded(path, _File).tokens if path.exists() else []
 
 
 def _write(path: Path, tokens: list[ApiToken]) -> None:
-    text = msgspec.json.format(msgspec.json.encode(_File(1, tokens)), indent=2).decode()
-    keys.write_private(path / FILE, text + "\n")
+    keys.write_private(path / FILE, keyring.pretty(_File(1, tokens)))

@@ -83,11 +83,11 @@ class Folder:
 
     def broker(self) -> Pair:
         path = self.path / BROKER_FILE
-        found = _decoded(path, _BrokerFile)
+        found = decoded(path, _BrokerFile)
         return Pair(found.public, found.secret)
 
     def ring(self) -> Ring:
-        return _decoded(self.path / RING_FILE, Ring)
+        return decoded(self.path / RING_FILE, Ring)
 
     def stamp(self) -> tuple[int, int, int]:
         """Changes when the keyring is replaced."""
@@ -98,8 +98,8 @@ class Folder:
         if self.exists:
             raise LlamboError(Code.BAD_SETTING, f"{self.path} already has keys")
         pair = keys.new_pair()
-        keys.write_private(self.path / RING_FILE, _pretty(Ring(1, address)))
-        keys.write_private(self.path / BROKER_FILE, _pretty(_BrokerFile(pair.public, pair.secret)))
+        keys.write_private(self.path / RING_FILE, pretty(Ring(1, address)))
+        keys.write_private(self.path / BROKER_FILE, pretty(_BrokerFile(pair.public, pair.secret)))
 
     def add(self, identity: Identity, now_s: int, expires: int = 0) -> PeerKey:
         """A new key under a new name."""
@@ -172,15 +172,15 @@ class Folder:
             put: list[Ring] = []
             yield self.ring(), put
             if put:
-                keys.write_private(self.path / RING_FILE, _pretty(put[-1]))
+                keys.write_private(self.path / RING_FILE, pretty(put[-1]))
 
 
-def _decoded(path: Path, kind: type[T]) -> T:
+def decoded(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(keys.read_private(path), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise LlamboError(Code.BAD_SETTING, f"{path} was not written by `llambo keys`: {error}") from error
 
 
-def _pretty(value: msgspec.Struct) -> str:
+def pretty(value: msgspec.Struct) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
