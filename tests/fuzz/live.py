@@ -181,11 +181,7 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
             gang.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
         try:
             with honest.Honest(mesh.address, key=keys.to_line(own) if own else "") as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [peer.shoot for peer in gang])
-                report.seconds = time.monotonic() - began
-                watched.mark("after")
+                barrage(report, watched, count, [peer.shoot for peer in gang])
                 mesh.run(status(mesh, own), 2 * HANG_S)
             report.tallies = watched.tallies
         finally:
@@ -210,11 +206,8 @@ def against_worker(count: int, seed: str) -> Report:
             worker.first_line()
             broker.wait()
             with honest.Honest(mesh.address) as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
             report.tallies = watched.tallies
             if not worker.running:
                 report.wrong.append(f"the worker is gone:\n{worker.log()}")
@@ -233,11 +226,8 @@ def against_client(count: int, seed: str) -> Report:
         with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), broker="process") as mesh:
             with honest.Honest(mesh.address, broker.address) as watched:
                 broker.wait()
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
             report.tallies = watched.tallies
             judge(report, mesh)
     finally:
