@@ -25,7 +25,7 @@ class BarePeers:
         self._all = (self.client, self.worker, self.publisher, self.subscriber)
         for socket, port in zip(self._all, node.facts["ports"], strict=True):
             socket.connect(f"tcp://127.0.0.1:{port}")
-        # One message from each tells the node their routes; one back tells us that everything is connected.
+        # One message from each gives the node its route; one back shows that everything is connected.
         self.client.send(b"")
         self.worker.send(b"")
         if not self.subscriber.poll(JOIN_MS):

@@ -18,9 +18,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 from bench import engine
-from bench.mesh import MODEL, Mesh, mesh
+from bench.mesh import MODEL, Mesh, has_safe_settings, mesh
 from bench.neighbours import Terms, llama_server, python_server
 from bench.streams import (
+    HttpStream,
     Summary,
     Timed,
     http_round,
@@ -45,6 +46,18 @@ Rounds = dict[tuple[str, int], list[Summary]]
 Round = Callable[[int, int], Awaitable[list[Timed]]]
 
 
+def over_mesh(client: Client, tokens: int) -> Round:
+    return lambda turn, streams: mesh_round(client, turn, streams, tokens)
+
+
+def over_http(open_stream: Callable[..., HttpStream], port: int, tokens: int, **more: object) -> Round:
+    async def round_of(turn: int, streams: int) -> list[Timed]:
+        made = [open_stream(port, prompt(turn, n), tokens, n + 1, **more) for n in range(streams)]
+        return await asyncio.to_thread(http_round, made)
+
+    return round_of
+
+
 async def measure(runners: dict[str, Round], counts: list[int], rounds: int) -> Rounds:
     found: Rounds = {}
     names = list(runners)
@@ -67,26 +80,17 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
     ours = stack.enter_context(mesh(engine_options))
     tokens = options.tokens
     async with Client(ours.address) as client:
-        (worker,) = await client.workers()
-        safe = "safe settings" in str(worker.note)
+        safe = await has_safe_settings(client)
         path = model_files.find(MODEL)
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
         repacking = "no repacking" if safe else "repacking allowed"
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {tokens} tokens a stream, {repacking}"
         print(f"beside: SmolLM2-135M Q4_1, {shape}")
 
-        async def of_mesh(turn: int, streams: int) -> list[Timed]:
-            return await mesh_round(client, turn, streams, tokens)
-
-        runners: dict[str, Round] = {MESH: of_mesh}
+        runners = {MESH: over_mesh(client, tokens)}
         if SERVER in options.beside:
             server = stack.enter_context(llama_server(terms))
-
-            async def of_server(turn: int, streams: int) -> list[Timed]:
-                asked = [llama_server_stream(server.port, prompt(turn, n), tokens, n + 1) for n in range(streams)]
-                return await asyncio.to_thread(http_round, asked)
-
-            runners[SERVER] = of_server
+            runners[SERVER] = over_http(llama_server_stream, server.port, tokens)
         if ALONE in options.beside:
             child = engine.Child(engine_options)
             stack.callback(child.close)
@@ -97,12 +101,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
             runners[ALONE] = of_child
         if PYTHON in options.beside and not safe:
             python = stack.enter_context(python_server(terms))
-
-            async def of_python(turn: int, streams: int) -> list[Timed]:
-                asked = [python_server_stream(python.port, prompt(turn, n), tokens, n + 1) for n in range(streams)]
-                return await asyncio.to_thread(http_round, asked)
-
-            runners[PYTHON] = of_python
+            runners[PYTHON] = over_http(python_server_stream, python.port, tokens)
         await measure(runners, [1], 1)  # everything once, so that nothing is done for the first time below
         found = await measure(runners, options.streams, options.rounds)
         if options.profile:

@@ -8,7 +8,7 @@ Three parts, each with so many cancels:
                answer, or by a deadline. After each, llama.cpp is asked what its cache holds for every slot, and that
                has to be what our own account says; in the end nothing may be left.
     engine     an engine child with all slots taken: the time from the order to stop one until its slot is free.
-               Orders are obeyed in turn, so the order behind it tells by its answer.
+               Orders are carried out in turn, so the answer to the next order shows it.
     mesh       a client, a broker and a worker: cancels while queued, in the prompt, in the answer, and deadlines;
                the time until the client has the END, and the slots that are busy afterwards.
 """
@@ -51,7 +51,7 @@ ASKED = 12
 LIMIT_S = 60.0
 
 
-class Books(AssertionError):
+class AccountError(AssertionError):
     """The account is wrong."""
 
 
@@ -67,7 +67,7 @@ def prompt(chance: random.Random) -> bytes:
 
 @dataclass
 class Storm:
-    """What became of the requests, by where they were when they ended."""
+    """Counts the requests by the phase in which they ended."""
 
     ended: Counter[str] = field(default_factory=Counter)
     checks: int = 0
@@ -75,21 +75,23 @@ class Storm:
 
 
 def check(engine: LlamaEngine, running: int) -> int:
-    """Raises Books. The cells that running requests hold."""
+    """Returns the cells that running requests hold. Raises AccountError."""
     batcher = engine.batcher
     taken = [slot for slot in batcher.slots if slot.key is not None]
     if len(taken) != running or batcher.running != running:
-        raise Books(f"{running} requests run, {len(taken)} slots are taken, {batcher.running} are counted")
+        raise AccountError(f"{running} requests run, {len(taken)} slots are taken, {batcher.running} are counted")
     for slot in batcher.slots:
         if engine.cells(slot.number) != slot.cells:
-            raise Books(f"slot {slot.number}: llama.cpp holds {engine.cells(slot.number)} cells, we say {slot.cells}")
+            raise AccountError(
+                f"slot {slot.number}: llama.cpp holds {engine.cells(slot.number)} cells, not {slot.cells}"
+            )
     if batcher.cells != sum(slot.cells for slot in taken):
-        raise Books(f"{batcher.cells} cells are counted for running requests")
+        raise AccountError(f"{batcher.cells} cells are counted for running requests")
     return batcher.cells
 
 
 def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
-    """Requests come, run for a random while and are stopped; after each the books are compared with llama.cpp's."""
+    """Requests come, run for a random while and are stopped; after each the account is compared with llama.cpp's."""
     chance, result, now_ms, number = random.Random(seed), Storm(), 0, 0
     slots = len(engine.batcher.slots)
     live: dict[bytes, str] = {}
@@ -103,7 +105,7 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
             )
             refused = engine.start(start, now_ms)
             if refused is not None:
-                raise Books(f"a slot was free, and yet: {refused.error.text}")
+                raise AccountError(f"a slot was free, and yet: {refused.error.text}")
             live[key] = "queued"
         for key in chance.sample(sorted(live), min(len(live), chance.choice((0, 0, 0, 1, 1, 2, 4)))):
             engine.stop(key)
@@ -127,7 +129,7 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
     engine.forget()
     for slot in engine.batcher.slots:
         if engine.cells(slot.number) or slot.tokens:
-            raise Books(f"slot {slot.number} still holds {engine.cells(slot.number)} cells when all is over")
+            raise AccountError(f"slot {slot.number} still holds {engine.cells(slot.number)} cells when all is over")
     return result
 
 
@@ -152,7 +154,7 @@ def answer(engine: LlamaEngine) -> list[int]:
     options = Sampling(form="user", temperature=0.0)
     refused = engine.start(proto.Start(bytes(24), b"Tell me a short story.", 32, 1, sampling=options), 0)
     if refused is not None:
-        raise Books(refused.error.text)
+        raise AccountError(refused.error.text)
     ids: list[int] = []
     while engine.next_wakeup_ms() == 0:
         for output in engine.step(0):
@@ -181,14 +183,14 @@ def in_child(cancels: int, seed: int, threads: int) -> list[float]:
         fill()
         while len(took) < cancels:
             for _ in range(chance.choice((0, 1, 1, 3))):
-                hear(child, live)
+                receive(child, live)
             fill()
             victim = live.pop(chance.randrange(SLOTS))
             began = time.perf_counter()
             child.order(proto.Stop(victim))
             echo = b"\xff" * 24
-            child.order(proto.Start(echo, b"", 1, 1))  # refused, as soon as the stop before it was obeyed
-            while not hear(child, live, echo):
+            child.order(proto.Start(echo, b"", 1, 1))  # refused, as soon as the stop before it was carried out
+            while not receive(child, live, echo):
                 pass
             took.append((time.perf_counter() - began) * 1000)
             fill()  # a slot that were not free would refuse this
@@ -197,12 +199,12 @@ def in_child(cancels: int, seed: int, threads: int) -> list[float]:
     return took
 
 
-def hear(child: Child, live: list[bytes], echo: bytes = b"") -> bool:
+def receive(child: Child, live: list[bytes], echo: bytes = b"") -> bool:
     """Whether this was the answer to the echo."""
-    message = child.hear()
+    message = child.receive()
     if isinstance(message, proto.Refused):
         if message.key != echo:
-            raise Books(f"a slot was free, and yet: {message.error.text}")
+            raise AccountError(f"a slot was free, and yet: {message.error.text}")
         return True
     for output in message.outputs if isinstance(message, proto.Step) else ():
         if output.end is not None and output.key in live:
@@ -262,7 +264,7 @@ async def storm_of_clients(port: int, cancels: int, seed: int) -> tuple[dict[str
             while (found := await client.status()).busy or found.running or found.waiting:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         if found.transcript_bytes:
-            raise Books(f"{found.transcript_bytes} bytes of transcripts are still held")
+            raise AccountError(f"{found.transcript_bytes} bytes of transcripts are still held")
         idle_ms = (time.perf_counter() - began) * 1000
         # All slots at a time, once more: as many as ever can be used.
         async with asyncio.timeout(LIMIT_S):

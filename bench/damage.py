@@ -3,7 +3,7 @@
 python -m bench.damage [--models N] [--first SEED] [--jobs N] [--story]
 
     models      small damaged models (bench/tiny_model.py), one after the other under the same
-                agent: it has to survive all of them. Each is refused with a reason, or serves and is asked something.
+                agent: it has to survive all of them. Each is refused with a reason, or serves a request.
                 An engine child may die of one; that counts as a reason.
     templates   twenty chat templates, the same way; those that load are asked through them.
     grammars    grammars and schemas, asked of an intact model: an answer, or an error with a reason.
@@ -69,7 +69,7 @@ class Outcome:
     lost: list[str] = field(default_factory=list)
     #: How often the intact model was asked, and each time it did not answer as before.
     asked: int = 0
-    unwell: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def verdicts(self) -> Counter[str]:
@@ -78,10 +78,10 @@ class Outcome:
     @property
     def wrong(self) -> int:
         silent = sum(not each.text for each in self.tried if each.verdict != "serves")
-        return len(self.lost) + len(self.unwell) + silent
+        return len(self.lost) + len(self.changed) + silent
 
 
-class Ward:
+class Agent:
     """An agent whose model is replaced under it, again and again."""
 
     def __init__(self, name: str, port: int, folder: Path) -> None:
@@ -157,13 +157,13 @@ class Ward:
         self._process.kill()
 
 
-class Well:
-    """A worker with an intact model, which must not notice anything."""
+class IntactWorker:
+    """A worker with an intact model, which must keep giving the same answer."""
 
     def __init__(self, port: int, folder: Path) -> None:
-        path = folder / "well.gguf"
+        path = folder / "intact.gguf"
         path.write_bytes(tiny_model.whole())
-        options = {"broker": f"tcp://127.0.0.1:{port}", "name": "well", "engine": "llama", "model": str(path)}
+        options = {"broker": f"tcp://127.0.0.1:{port}", "name": "intact", "engine": "llama", "model": str(path)}
         self._node = Node("worker", {**options, "llama": asdict(OPTIONS)})
         self._client = SyncClient(f"tcp://127.0.0.1:{port}")
         self._client.connect()
@@ -171,7 +171,7 @@ class Well:
         self._truth = self._answer()
 
     def _answer(self) -> list[int]:
-        return self._client.generate("Hello", model="well", temperature=0.0, max_tokens=8, deadline_ms=30_000).ids
+        return self._client.generate("Hello", model="intact", temperature=0.0, max_tokens=8, deadline_ms=30_000).ids
 
     def check(self, outcome: Outcome, after: str) -> None:
         with self._lock:
@@ -179,10 +179,10 @@ class Well:
             try:
                 ids = self._answer()
             except LlamboError as error:
-                outcome.unwell.append(f"after {after}: {error}")
+                outcome.changed.append(f"after {after}: {error}")
             else:
                 if ids != self._truth:
-                    outcome.unwell.append(f"after {after}: another answer")
+                    outcome.changed.append(f"after {after}: another answer")
 
     def close(self) -> None:
         self._client.close()
@@ -190,47 +190,47 @@ class Well:
 
 
 @contextmanager
-def meshed() -> Iterator[tuple[int, Path, Well]]:
+def meshed() -> Iterator[tuple[int, Path, IntactWorker]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         port = stack.enter_context(Node("broker")).port
-        well = Well(port, folder)
-        stack.callback(well.close)
-        yield port, folder, well
+        intact = IntactWorker(port, folder)
+        stack.callback(intact.close)
+        yield port, folder, intact
 
 
 # --- what is tried ------------------------------------------------------------------------------------------
 
 
-def try_one(ward: Ward, what: str, content: bytes, form: str = "text") -> Tried:
-    tried = ward.replace(content)
+def try_one(agent: Agent, what: str, content: bytes, form: str = "text") -> Tried:
+    tried = agent.replace(content)
     tried.what = what
-    if tried.verdict == "serves" and (error := ward.ask(form=form)):
+    if tried.verdict == "serves" and (error := agent.ask(form=form)):
         tried.verdict, tried.text = "answers with an error", error
     return tried
 
 
 def models(first: int, count: int, jobs: int) -> Outcome:
     outcome = Outcome()
-    with meshed() as (port, folder, well):
+    with meshed() as (port, folder, intact):
 
         def share(number: int) -> None:
-            ward = Ward(f"ward{number}", port, folder)
+            agent = Agent(f"agent{number}", port, folder)
             for seed in range(first + number, first + count, jobs):
                 what, content = tiny_model.mutant(seed)
                 what = f"seed {seed}: {what}"
                 try:
-                    outcome.tried.append(try_one(ward, what, content))
+                    outcome.tried.append(try_one(agent, what, content))
                 except AgentLost as lost:
                     outcome.lost.append(f"{what}: {lost}")
-                    ward.close()
-                    ward = Ward(f"ward{number}", port, folder)
-                well.check(outcome, what)
+                    agent.close()
+                    agent = Agent(f"agent{number}", port, folder)
+                intact.check(outcome, what)
                 if len(outcome.tried) % 50 == 0:
                     print(f"  {len(outcome.tried)}: {dict(outcome.verdicts)}", file=sys.stderr, flush=True)
-            if not ward.alive():
-                outcome.lost.append(f"ward{number} in the end")
-            ward.close()
+            if not agent.alive():
+                outcome.lost.append(f"agent{number} in the end")
+            agent.close()
 
         with ThreadPoolExecutor(jobs) as pool:
             for done in [pool.submit(share, number) for number in range(jobs)]:
@@ -238,35 +238,35 @@ def models(first: int, count: int, jobs: int) -> Outcome:
     return outcome
 
 
-def one_by_one(names: Collection[str], attempt: Callable[[Ward, str], Tried]) -> Outcome:
+def one_by_one(names: Collection[str], attempt: Callable[[Agent, str], Tried]) -> Outcome:
     """All with one agent, which is replaced when it is lost."""
     outcome = Outcome()
-    with meshed() as (port, folder, well):
-        ward = Ward("ward", port, folder)
+    with meshed() as (port, folder, intact):
+        agent = Agent("agent", port, folder)
         for name in names:
             try:
-                outcome.tried.append(attempt(ward, name))
-                if not ward.alive():
-                    raise AgentLost(ward.story())
+                outcome.tried.append(attempt(agent, name))
+                if not agent.alive():
+                    raise AgentLost(agent.story())
             except AgentLost as lost:
                 outcome.lost.append(f"{name}: {lost}")
-                ward.close()
-                ward = Ward("ward", port, folder)
-            well.check(outcome, name)
-        ward.close()
+                agent.close()
+                agent = Agent("agent", port, folder)
+            intact.check(outcome, name)
+        agent.close()
     return outcome
 
 
 def templates(names: Collection[str] = ()) -> Outcome:
-    def attempt(ward: Ward, name: str) -> Tried:
-        return try_one(ward, name, tiny_model.whole(hostile.TEMPLATES[name]), form="user")
+    def attempt(agent: Agent, name: str) -> Tried:
+        return try_one(agent, name, tiny_model.whole(hostile.TEMPLATES[name]), form="user")
 
     return one_by_one(names or hostile.TEMPLATES, attempt)
 
 
 def grammars(names: Collection[str] = ()) -> Outcome:
-    def attempt(ward: Ward, name: str) -> Tried:
-        error = ward.ask(sampling=hostile.GRAMMARS[name], max_tokens=24)
+    def attempt(agent: Agent, name: str) -> Tried:
+        error = agent.ask(sampling=hostile.GRAMMARS[name], max_tokens=24)
         return Tried(name, "serves" if not error else "engine died" if "engine died" in error else "refused", error)
 
     return one_by_one(names or hostile.GRAMMARS, attempt)
@@ -279,10 +279,10 @@ def report(name: str, outcome: Outcome, seconds: float, story: bool) -> None:
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in outcome.verdicts.most_common())
     print(f"{name}: {len(outcome.tried)} tried in {seconds:.0f} s: {verdicts}")
     print(
-        f"  {len(outcome.lost)} agents lost; the intact model answered {outcome.asked - len(outcome.unwell)} "
+        f"  {len(outcome.lost)} agents lost; the intact model answered {outcome.asked - len(outcome.changed)} "
         f"of {outcome.asked} times as before"
     )
-    for line in (*outcome.lost, *outcome.unwell):
+    for line in (*outcome.lost, *outcome.changed):
         print(f"  ! {line}")
     for tried in outcome.tried:
         if not tried.text and tried.verdict != "serves":

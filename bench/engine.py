@@ -21,26 +21,26 @@ LIMIT_S = 60.0
 
 
 class Child:
-    """An engine child, and what it says."""
+    """An engine child, and its messages."""
 
     def __init__(self, engine_options: LlamaOptions) -> None:
         self._process = EngineProcess(proto.Configure("llama", "smollm2", llama=engine_options))
-        self._said: list[proto.ToAgent] = []
-        while not isinstance(self.hear(), proto.Ready):
+        self._messages: list[proto.ToAgent] = []
+        while not isinstance(self.receive(), proto.Ready):
             pass
 
     def order(self, order: proto.EngineMessage) -> None:
         self._process.order(order)
 
-    def hear(self) -> proto.ToAgent:
-        while not self._said:
+    def receive(self) -> proto.ToAgent:
+        while not self._messages:
             self._process.push()
             ready, _, _ = select.select([self._process], [], [], LIMIT_S)
-            said = self._process.read() if ready else None
-            if said is None:
-                raise SystemExit(f"the engine said nothing more: {self._process.reap()[0]}")
-            self._said += said
-        return self._said.pop(0)
+            messages = self._process.read() if ready else None
+            if messages is None:
+                raise SystemExit(f"no further message of the engine: {self._process.reap()[0]}")
+            self._messages += messages
+        return self._messages.pop(0)
 
     def close(self) -> None:
         self._process.reap()
@@ -56,7 +56,7 @@ def round_of(child: Child, streams: int, tokens: int, turn: int) -> list[Timed]:
         timed[key] = Timed(time.perf_counter())
     ended = 0
     while ended < streams:
-        message = child.hear()
+        message = child.receive()
         now = time.perf_counter()
         for output in message.outputs if isinstance(message, proto.Step) else ():
             timed[output.key].arrivals.append(now)

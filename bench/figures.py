@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Statistics."""
 
 from __future__ import annotations
 

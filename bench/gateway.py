@@ -1,6 +1,6 @@
-"""What HTTP costs: the gateway beside the bus it stands on, and beside llama-server's own HTTP.
+"""What HTTP costs: the gateway beside the mesh itself, and beside llama-server's own HTTP.
 
-On SmolLM2 all three get the same prompts by turns, the two over HTTP in the very same words (`/v1/completions`). Then
+On SmolLM2 all three get the same prompts by turns, the two over HTTP in the same words (`/v1/completions`). Then
 the same without a model, as fast as it goes, for what a token costs the gateway; and how much it keeps for a stream.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 
-from bench.beside import MESH, SERVER, Round, Rounds, measure
-from bench.mesh import MODEL, mesh
+from bench.beside import MESH, SERVER, Rounds, measure, over_http, over_mesh
+from bench.mesh import MODEL, has_safe_settings, mesh
 from bench.neighbours import Terms, llama_server
 from bench.processes import Node
-from bench.streams import HttpStreams, Timed, http_round, mesh_round, openai_stream, prompt
+from bench.streams import HttpStreams, openai_stream, prompt
 from llambo import Client
 from llambo.mesh.service import host
 from llambo.testing.processes import cpu_s
@@ -35,21 +35,6 @@ OPEN_TOKENS_PER_S, OPEN_TOKENS = 4.0, 1_000
 LATER = 8
 
 
-def over_http(port: int, tokens: int, **more: object) -> Round:
-    async def asked(turn: int, streams: int) -> list[Timed]:
-        made = [openai_stream(port, prompt(turn, n), tokens, n + 1, **more) for n in range(streams)]
-        return await asyncio.to_thread(http_round, made)
-
-    return asked
-
-
-def over_bus(client: Client, tokens: int) -> Round:
-    async def asked(turn: int, streams: int) -> list[Timed]:
-        return await mesh_round(client, turn, streams, tokens)
-
-    return asked
-
-
 # --- on a model ----------------------------------------------------------------------------------------
 
 
@@ -58,18 +43,17 @@ async def on_a_model(options: argparse.Namespace, stack: ExitStack) -> Rounds:
     ours = stack.enter_context(mesh(engine_options))
     door = stack.enter_context(Node("gateway", {"broker": ours.address}))
     async with Client(ours.address) as client:
-        (worker,) = await client.workers()
-        safe = "safe settings" in str(worker.note)
+        safe = await has_safe_settings(client)
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {options.tokens} tokens a stream"
         print(f"gateway: SmolLM2-135M Q4_1, {shape}")
         tokens = options.tokens
-        runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
+        runners = {MESH: over_mesh(client, tokens), HTTP: over_http(openai_stream, door.port, tokens)}
         if not options.alone:
             server = stack.enter_context(
                 llama_server(Terms(model_files.find(MODEL), SLOTS, CONTEXT, options.threads, safe))
             )
             chain = ["top_k", "top_p", "min_p", "temperature"]
-            runners[SERVER] = over_http(server.port, tokens, samplers=chain, cache_prompt=False)
+            runners[SERVER] = over_http(openai_stream, server.port, tokens, samplers=chain, cache_prompt=False)
         await measure(runners, [1], 1)  # everything once, so that nothing is done for the first time below
         return await measure(runners, options.streams, options.rounds)
 
@@ -92,7 +76,7 @@ async def without_a_model(options: argparse.Namespace) -> tuple[Rounds, dict[int
     tokens, cost = options.tokens * FAKE_FACTOR, {}
     with fake(FakeOptions(slots=SLOTS)) as (address, door):
         async with Client(address) as client:
-            runners = {MESH: over_bus(client, tokens), HTTP: over_http(door.port, tokens)}
+            runners = {MESH: over_mesh(client, tokens), HTTP: over_http(openai_stream, door.port, tokens)}
             await measure(runners, [1], 1)
             found = await measure(runners, options.streams, options.rounds)
             for streams in options.streams:
@@ -124,7 +108,7 @@ def kept_open(streams: int) -> tuple[int, int, int]:
     return before, found[0], found[1]
 
 
-# --- for people ----------------------------------------------------------------------------------------
+# --- report -------------------------------------------------------------------------------------------
 
 
 def report(found: Rounds, counts: list[int], cost: dict[int, float] | None = None) -> None:

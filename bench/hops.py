@@ -1,6 +1,6 @@
 """What the mesh adds to the first token: the sum of its hops, from client to engine and back, one request at a time.
 
-Each process notes when a request passes it (see trace.py). What the engine takes to make the token is said, but
+Each process notes when a request passes it (see trace.py). The engine's own time is shown, but
 not added. A prompt of some 32 tokens, new each time. The engine goes on with the second token while the first one
 travels, as it does in real life, so that all cores are busy then.
 """
@@ -55,7 +55,7 @@ async def ask(address: str, requests: int, tokens: int) -> list[tuple[int, int]]
 def passages(asked: list[tuple[int, int]], noted: list[tuple[int, int]]) -> list[Passage]:
     """Of each point its first note since the request was asked, or since the engine began with it.
 
-    One process may note that it heard before the other has noted that it said: then a hop is negative by some
+    One process may note the receipt before the other has noted the sending: then a hop is negative by some
     microseconds, and its neighbour as much longer.
     """
     times: dict[int, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What strangers may send: chat templates and grammars that mean harm."""
+"""Hostile input: chat templates and grammars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 _GROW = "{% set n = namespace(v=START) %}{% for i in range(200) %}{% set n.v = STEP %}{% endfor %}{{ n.v }}"
 
-#: By what they try. Some fail when the model is loaded, some wait for a message.
+#: By what they try. Some fail when the model is loaded, some only with a message.
 TEMPLATES: dict[str, str] = {
     "no template": "{% if %}",
     "deeply nested": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",

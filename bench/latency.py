@@ -40,7 +40,7 @@ class MeshPair:
         self.sockets = (self.worker.control, self.client.tokens, self.client.control)
 
     def submit(self) -> None:
-        self.client.say([(m.InferenceRequest(os.urandom(16), "fake", 16), PROMPT)])
+        self.client.send_all([(m.InferenceRequest(os.urandom(16), "fake", 16), PROMPT)])
 
     def turn(self, readable: dict[Any, int]) -> tuple[bool, bool]:
         """Whether the token came, and the end."""
@@ -48,13 +48,13 @@ class MeshPair:
         if self.worker.control in readable:
             for message, _ in self.worker.receive():
                 if type(message) is m.Dispatch:
-                    self.worker.say(self.worker.answer(message))
+                    self.worker.send_all(self.worker.answer(message))
         if self.client.tokens in readable:
             token = any(len(frame) > BEAT_FRAME_BYTES for frame in self.client.receive_tokens())
         if self.client.control in readable:
             for message, _ in self.client.receive():
                 if type(message) is m.End:
-                    self.client.say([(m.EndAck([message.id]), None)])
+                    self.client.send_all([(m.EndAck([message.id]), None)])
                     end = True
         return token, end
 
@@ -73,7 +73,7 @@ class BarePair:
         self.peers = BarePeers(context, node)
         self.sockets = (self.peers.worker, self.peers.subscriber, self.peers.client)
         self._submit = bytes(64) + PROMPT
-        self._said = bytes(100)
+        self._reply = bytes(100)
         self._ack = bytes(40)
 
     def submit(self) -> None:
@@ -85,7 +85,7 @@ class BarePair:
             for frame in drain(self.peers.worker):
                 if frame != self._ack:
                     self.peers.publisher.send(bytes(32) + BODY)
-                    self.peers.worker.send(self._said)
+                    self.peers.worker.send(self._reply)
         if self.peers.subscriber in readable:
             token = bool(drain(self.peers.subscriber))
         if self.peers.client in readable:

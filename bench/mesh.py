@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from bench.processes import Node
+from llambo import Client
 from llambo.testing.processes import children, cpu_s
 from llambo.worker.config import LlamaOptions
 
@@ -28,6 +29,12 @@ class Mesh:
         (engine,) = children(self.worker.pid)
         return {"broker": cpu_s(self.broker.pid), "agent": cpu_s(self.worker.pid),
                 "engine": cpu_s(engine)}  # fmt: skip
+
+
+async def has_safe_settings(client: Client) -> bool:
+    """True if the engine avoids instructions that this machine's hypervisor may forbid."""
+    (worker,) = await client.workers()
+    return "safe settings" in str(worker.note)
 
 
 @contextmanager

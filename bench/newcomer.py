@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from bench.figures import quantile
-from bench.mesh import mesh
+from bench.mesh import has_safe_settings, mesh
 from bench.neighbours import Terms, llama_server
 from bench.streams import CHANCE, HttpStreams, Timed, llama_server_stream, mesh_stream, prompt
 from llambo import Client
@@ -118,8 +118,7 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
     found: dict[str, list[Seen]] = {"mesh": []}
     with mesh(engine_options) as ours:
         async with Client(ours.address) as client:
-            (worker,) = await client.workers()
-            safe = "safe settings" in str(worker.note)
+            safe = await has_safe_settings(client)
             texts = [await sized(client, options.tokens, turn) for turn in range(options.rounds)]
             for turn, text in enumerate(texts):
                 found["mesh"].append(await in_mesh(client, text, turn))

@@ -1,9 +1,9 @@
-"""Five times more than the workers can do, for a minute: does the broker stay small, quick and useful?
+"""Five times more than the workers can do, for a minute: does the broker stay small, fast and at its peak rate?
 
 Real broker, real workers with paced fake engines, so that their capacity is known. The clients are lean fakes in
 this process. First the peak is measured: as many requests under way as keep every slot busy. Then requests come
-at fixed moments, five times as many, whatever happens to them. Those that are refused must be refused at once and
-say when to try again; the others must all end.
+at fixed moments, five times as many, whatever happens to them. Those that are refused must be refused at once,
+with the time of the next try; the others must all end.
 """
 
 from __future__ import annotations
@@ -71,33 +71,33 @@ class Crowd:
         id = os.urandom(16)
         self._asked_at[id] = due
         self.tally.asked += 1
-        self._clients[self._turn % SESSIONS].say([(m.InferenceRequest(id, "fake", TOKENS), PROMPT)])
+        self._clients[self._turn % SESSIONS].send_all([(m.InferenceRequest(id, "fake", TOKENS), PROMPT)])
 
-    def listen(self, wait_s: float) -> None:
+    def poll(self, wait_s: float) -> None:
         # Rounded up: a loop that never sleeps would take a core from those that are measured.
         for socket, _ in self._poller.poll(max(0, ceil(wait_s * 1000))):
             client = self._by_socket[socket]
             if socket is client.tokens:
                 client.receive_tokens()
             else:
-                self._hear(client)
+                self._receive(client)
 
-    def _hear(self, client: FakeClient) -> None:
+    def _receive(self, client: FakeClient) -> None:
         ended: list[bytes] = []
-        heard = client.receive()
+        received = client.receive()
         now = time.perf_counter()
-        for message, _ in heard:
+        for message, _ in received:
             if type(message) is m.End:
                 ended.append(message.id)
                 self._end(message, now)
             elif type(message) is m.Problem:
                 self._refused(message, now)
         if ended:
-            client.say([(m.EndAck(ended), None)])
+            client.send_all([(m.EndAck(ended), None)])
 
     def _end(self, end: m.End, now: float) -> None:
         if self._asked_at.pop(end.id, None) is None:
-            return  # it was said twice
+            return  # it was sent twice
         if end.error is None and end.count == TOKENS:
             self.tally.done_at.append(now)
             self.tally.tokens += end.count
@@ -113,7 +113,7 @@ class Crowd:
     def drain(self, timeout_s: float) -> None:
         until = time.perf_counter() + timeout_s
         while self._asked_at and time.perf_counter() < until:
-            self.listen(0.1)
+            self.poll(0.1)
 
     def close(self) -> None:
         for client in self._clients:
@@ -128,7 +128,7 @@ def peak(crowd: Crowd, seconds: float) -> float:
     while (now := time.perf_counter()) < until:
         while tally.unfinished < flight:
             crowd.ask(now)
-        crowd.listen(0.1)
+        crowd.poll(0.1)
     crowd.drain(30.0)
     return pace(tally.done_at)
 
@@ -151,7 +151,7 @@ def flood(crowd: Crowd, broker: Node, factor: float, seconds: float) -> tuple[Ta
         while due <= now:
             crowd.ask(due)
             due += gap
-        crowd.listen(due - time.perf_counter())
+        crowd.poll(due - time.perf_counter())
         if now - begun > len(memory):
             memory.append(broker.rss_bytes())
     goodput = pace([at for at in tally.done_at if at < begun + seconds])

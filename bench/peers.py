@@ -42,13 +42,13 @@ class Peer(RawPeer):
         self._tokens.append(self.tokens)
         self._decode = decoder.decode
 
-    def say(self, pairs: Pairs) -> None:
-        """Everything at once, in as few messages as the limits allow."""
+    def send_all(self, pairs: Pairs) -> None:
+        """All messages, in as few bundles as the limits allow."""
         for frames in codec.encode_all(self.session, pairs):
             self.control.send_multipart(frames)
 
-    def say_each(self, pairs: Pairs) -> None:
-        """Everything in a message of its own."""
+    def send_each(self, pairs: Pairs) -> None:
+        """Each message in a bundle of its own."""
         for one in pairs:
             self.control.send_multipart(codec.encode(self.session, [one]))
 
@@ -84,7 +84,7 @@ class FakeClient(Peer):
             raise RuntimeError(f"no beat on the token plane within {JOIN_MS} ms")
 
     def close(self) -> None:
-        self.say([(m.Goodbye("done"), None)])
+        self.send_all([(m.Goodbye("done"), None)])
         super().close()
 
 
@@ -109,7 +109,7 @@ class FakeWorker(Peer):
     def heartbeat(self) -> None:
         self.beat += 1
         self.tokens.send(tokens.encode_beat(self.beat, self.session))
-        self.say([(m.WorkerHeartbeat(beat=self.beat), None)])
+        self.send_all([(m.WorkerHeartbeat(beat=self.beat), None)])
 
     def answer(self, dispatch: m.Dispatch, flags: int = tokens.FINAL) -> list[tuple[m.Message, bytes | None]]:
         """One token, and the end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class Node(Process):
     def __init__(self, kind: str, options: dict[str, Any] | None = None, *, wait: bool = True) -> None:
         words = ["-m", "bench.node", kind, json.dumps(options or {}), str(os.getpid())]
         super().__init__(*words, name=kind, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
-        #: What it wrote when it was ready.
+        #: The line that it printed when it was ready.
         self.facts: dict[str, Any] = {}
         if wait:
             try:
@@ -52,6 +53,16 @@ class Node(Process):
         return main, other
 
 
+@dataclass(frozen=True)
+class Round:
+    """The result of one round; times in microseconds per request or token."""
+
+    rate: float
+    main_us: float
+    zmq_us: float
+    generator_us: float
+
+
 class Meter:
     """Wall and processor time between two moments: of a node, and of this process."""
 
@@ -62,7 +73,7 @@ class Meter:
     def _now(self) -> tuple[float, float, float, float]:
         return (time.perf_counter(), *self._node.cpu_s(), time.process_time())
 
-    def read(self) -> tuple[float, float, float, float]:
-        """Seconds since the start: wall, the main thread of the node, its libzmq threads, this process."""
+    def round_of(self, count: int) -> Round:
+        """So many since the start, and what each took: of the node's main thread, its libzmq threads, this process."""
         wall, main, other, mine = (after - before for after, before in zip(self._now(), self._before, strict=True))
-        return wall, main, other, mine
+        return Round(count / wall, main / count * 1e6, other / count * 1e6, mine / count * 1e6)

@@ -1,7 +1,7 @@
 """Requests per second: submit, dispatch, accept, one chunk, END, and both ends acknowledged, through one broker.
 
 Beside it, in turns, a bare loop: two ROUTERs that forward a request to a worker and its reply to the client,
-one message each, nothing read but the route. The mesh bundles what is said at once; the bare loop does not.
+one message each, nothing read but the route. The mesh bundles messages; the bare loop does not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
@@ -18,25 +17,15 @@ import zmq
 
 from bench.bare import BarePeers, drain
 from bench.peers import BEAT_FRAME_BYTES, BEAT_S, SILENT, FakeClient, FakeWorker, Socket, request_ids
-from bench.processes import Meter, Node
+from bench.processes import Meter, Node, Round
 from llambo.mesh.wire import messages as m
 
-#: Requests spoken of in one control message.
+#: Requests in one control message.
 BUNDLE = 64
 PROMPT = b"What is the capital of the county of Nowhere?"
 
 
 T = TypeVar("T")
-
-
-@dataclass
-class Round:
-    """What one round gave; times in microseconds per request."""
-
-    rate: float
-    main_us: float
-    zmq_us: float
-    generator_us: float
 
 
 def mesh_round(
@@ -46,24 +35,24 @@ def mesh_round(
     poller = zmq.Poller()
     for socket in (client.control, client.tokens, worker.control):
         poller.register(socket, zmq.POLLIN)
-    tell_broker = client.say if bundled else client.say_each
-    answer = worker.say if bundled else worker.say_each
+    send = client.send_all if bundled else client.send_each
+    answer = worker.send_all if bundled else worker.send_each
     done = begun = chunks = 0
     meter = Meter(node)
     stop_at = time.perf_counter() + seconds
     beat_at = 0.0
-    tell_broker(submits(flight))
+    send(submits(flight))
     begun = flight
     while done < begun or chunks < done:
         readable = dict(poller.poll())
         now = time.perf_counter()
         if now >= beat_at:
             worker.heartbeat()
-            client.say([(m.ClientHeartbeat(), None)])
+            client.send_all([(m.ClientHeartbeat(), None)])
             beat_at = now + BEAT_S
         if worker.control in readable:
             for given in parts([message for message, _ in worker.receive() if type(message) is m.Dispatch]):
-                answer([said for dispatch in given for said in worker.answer(dispatch)])
+                answer([reply for dispatch in given for reply in worker.answer(dispatch)])
         if client.tokens in readable:
             chunks += sum(len(frame) > BEAT_FRAME_BYTES for frame in client.receive_tokens())
         if client.control in readable:
@@ -72,12 +61,12 @@ def mesh_round(
                 done += len(part)
                 fresh = submits(len(part)) if now < stop_at else []
                 begun += len(fresh)
-                tell_broker([(m.EndAck(part), None), *fresh])
-    return _round(done, meter)
+                send([(m.EndAck(part), None), *fresh])
+    return meter.round_of(done)
 
 
 def parts(items: list[T]) -> Iterator[list[T]]:
-    """As a real link does: it does not wait for the last before it sends the first, and so both ends have work."""
+    """As a real link does: the first part is sent before the last is ready, so both ends have work."""
     for at in range(0, len(items), BUNDLE):
         yield items[at : at + BUNDLE]
 
@@ -110,12 +99,7 @@ def bare_round(node: Node, peers: BarePeers, seconds: float, flight: int) -> Rou
                 begun += ended
                 for _ in range(ended):
                     client.send(body)
-    return _round(done, meter)
-
-
-def _round(done: int, meter: Meter) -> Round:
-    wall, main, other, mine = meter.read()
-    return Round(done / wall, main / done * 1e6, other / done * 1e6, mine / done * 1e6)
+    return meter.round_of(done)
 
 
 def main(arguments: list[str]) -> int:

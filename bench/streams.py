@@ -1,7 +1,7 @@
 """Streams of tokens, timed where they arrive: from the mesh by its own client, from other servers over HTTP.
 
 The reader of HTTP is leaner than any real one (it counts events and looks into none but the last), because it
-shares the cores with what is measured: whatever is unfair here is unfair to us.
+shares the cores with what is measured: what it saves is to the advantage of the others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIMIT_S = 300.0
 EVENT = b"data: {"
 #: In every event of llama-server's own API, and in the last one of OpenAI's.
 COUNTED = re.compile(rb'"(?:tokens_predicted|completion_tokens)":\s*(\d+)')
-#: Both have llama.cpp's own defaults, said here so that they stay the same.
+#: The defaults of llama.cpp, given here so that they stay the same.
 CHANCE = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 #: What SmolLM2 ends an answer with; the server of llama-cpp-python knows no `ignore_eos`.
 ENDINGS = {"0": -100.0, "2": -100.0}
@@ -174,7 +174,7 @@ def llama_server_stream(port: int, text: str, tokens: int, seed: int, **more: An
 
 
 def python_server_stream(port: int, text: str, tokens: int, seed: int) -> HttpStream:
-    """It says nothing in the end but that it ended: one event for each token, and one more."""
+    """Its last event only says that it ended: one event for each token, and one more."""
     asked = {"prompt": text, "max_tokens": tokens, "seed": seed, "stream": True, "logit_bias": ENDINGS, **CHANCE}
     return HttpStream(port, "/v1/completions", asked)
 

@@ -63,10 +63,10 @@ class File:
     magic: bytes = b"GGUF"
     version: int = 3
     #: Counts in the header that are not true.
-    said: dict[str, int] = field(default_factory=dict)
+    claimed: dict[str, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        counts = self.said.get("tensors", len(self.tensors)), self.said.get("entries", len(self.entries))
+        counts = self.claimed.get("tensors", len(self.tensors)), self.claimed.get("entries", len(self.entries))
         head = self.magic + struct.pack("<IQQ", self.version, *counts)
         head += b"".join(entry.encode() for entry in self.entries) + b"".join(each.encode() for each in self.tensors)
         return head + bytes(-len(head) % ALIGNMENT) + bytes(self.data)
@@ -165,8 +165,8 @@ def _header(file: File, chance: random.Random) -> str:
             return f"version {file.version}"
         case _:
             true = len(file.tensors if kind == "tensors" else file.entries)
-            file.said[kind] = chance.choice((0, 1, true - 1, true + 1, 65_535, 2**31, 2**62, 2**64 - 1))
-            return f"{file.said[kind]} {kind} said to be there, {true} are"
+            file.claimed[kind] = chance.choice((0, 1, true - 1, true + 1, 65_535, 2**31, 2**62, 2**64 - 1))
+            return f"{file.claimed[kind]} {kind} claimed, {true} present"
 
 
 def _metadata(file: File, chance: random.Random) -> str:

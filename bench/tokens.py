@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import dataclass
 from itertools import islice
 from statistics import median
 
@@ -17,27 +16,17 @@ import zmq
 
 from bench.bare import BarePeers
 from bench.peers import BEAT_S, BODY, SILENT, FakeClient, FakeWorker, Socket, request_ids
-from bench.processes import Meter, Node
+from bench.processes import Meter, Node, Round
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 
 PROMPT = b"Tell me everything."
-#: Frames under way: enough to keep everybody busy, far from any high-water mark.
+#: Frames under way: enough to keep all parts busy, far from any high-water mark.
 WINDOW = 8_000
-#: Frames sent before the subscriber gets a look.
+#: Frames sent before the subscriber is read.
 BURST = 1_000
 #: Room for the transcripts of a round.
 BROKER = {**SILENT, "transcript_bytes": 2**31}
-
-
-@dataclass
-class Round:
-    """What one round gave; times in microseconds per token."""
-
-    rate: float
-    main_us: float
-    zmq_us: float
-    generator_us: float
 
 
 def relay(node: Node, publisher: Socket, subscriber: Socket, frames: list[bytes], beat: FakeWorker | None) -> Round:
@@ -65,19 +54,19 @@ def relay(node: Node, publisher: Socket, subscriber: Socket, frames: list[bytes]
                 got += 1
         except again:
             pass
-    wall, main, other, mine = meter.read()
-    count = len(frames)
-    return Round(count / wall, main / count * 1e6, other / count * 1e6, mine / count * 1e6)
+    return meter.round_of(len(frames))
 
 
 def chunks(keys: list[bytes], length: int) -> list[bytes]:
-    """One token each, all streams in step, as an engine that decodes them in one batch says them."""
+    """One token each, all streams in step, as an engine that decodes them in one batch publishes them."""
     heads = [tokens.encode_chunk(bytes(24), i, [1], [b""])[tokens.KEY_END : tokens.HEAD_BYTES] for i in range(length)]
     return [tokens.CHUNK + key + head + BODY for head in heads for key in keys]
 
 
 def mesh_round(node: Node, client: FakeClient, worker: FakeWorker, streams: int, length: int) -> Round:
-    client.say([(m.InferenceRequest(id, "fake", length + 1), PROMPT) for id in request_ids(os.urandom(16 * streams))])
+    client.send_all(
+        [(m.InferenceRequest(id, "fake", length + 1), PROMPT) for id in request_ids(os.urandom(16 * streams))]
+    )
     keys: list[bytes] = []
     while len(keys) < streams:
         message = worker.expect(m.Dispatch)
@@ -85,13 +74,13 @@ def mesh_round(node: Node, client: FakeClient, worker: FakeWorker, streams: int,
     frames = chunks(keys, length)
     client.receive_tokens()
     result = relay(node, worker.tokens, client.tokens, frames, worker)
-    worker.say([(m.End(key[:16], length, "stop", key[16:]), None) for key in keys])
+    worker.send_all([(m.End(key[:16], length, "stop", key[16:]), None) for key in keys])
     ended: list[bytes] = []
     while len(ended) < streams:
         end = client.expect(m.End)
         assert end.count == length, end
         ended.append(end.id)
-    client.say([(m.EndAck(ended), None)])
+    client.send_all([(m.EndAck(ended), None)])
     return result
 
 

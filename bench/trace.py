@@ -50,7 +50,7 @@ POINTS = {
     "read": "client: decode, order, wake the reader",
 }
 NUMBERS = {name: number for number, name in enumerate(POINTS)}
-#: What is not the mesh's.
+#: The hop that is not part of the mesh.
 ENGINE = NUMBERS["engine made"]
 BEGAN = NUMBERS["engine began"]
 
@@ -65,14 +65,14 @@ def never(_: Any) -> bool:
 
 
 class Trace:
-    """Where this process notes what it passes."""
+    """The file in which this process notes the points."""
 
     def __init__(self, folder: str) -> None:
         self._fd = os.open(Path(folder, f"{os.getpid()}.trace"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._wrapped: list[tuple[Any, str, Any]] = []
 
     def close(self) -> None:
-        """Everything is as it was."""
+        """Restore the functions."""
         for owner, name, function in reversed(self._wrapped):
             setattr(owner, name, function)
         os.close(self._fd)
@@ -129,9 +129,11 @@ def trace_client(folder: str) -> Trace:
 
 def trace_broker() -> None:
     trace = Trace(os.environ[FOLDER])
-    asks, brings = _said(be.ClientSaid, m.InferenceRequest), be.TokensArrived
+    asks, brings = _brings(be.ClientSaid, m.InferenceRequest), be.TokensArrived
     trace.before(BrokerCore, "handle", "broker heard", asks)
-    trace.after(BrokerServer, "_send", "broker said", lambda a: any(_has(said, m.Dispatch) for said in a[2].values()))
+    trace.after(
+        BrokerServer, "_send", "broker said", lambda a: any(_has(bundle, m.Dispatch) for bundle in a[2].values())
+    )
     trace.before(BrokerCore, "handle", "broker got", lambda a: _is(a[1], brings) and _chunks(a[1].frames))
     trace.after(BrokerServer, "_publish", "broker passed", lambda a: any(len(f) > BEAT_BYTES for f in a[1]))
 
@@ -139,7 +141,7 @@ def trace_broker() -> None:
 def trace_worker() -> None:
     trace = Trace(os.environ[FOLDER])
     worker_agent.MODULE = "bench.traced_engine"
-    trace.before(WorkerCore, "handle", "agent heard", _said(we.ControlArrived, m.Dispatch))
+    trace.before(WorkerCore, "handle", "agent heard", _brings(we.ControlArrived, m.Dispatch))
     trace.after(worker_agent.EngineProcess, "push", "agent ordered", lambda a: a[0].wants_to_write)
     trace.before(WorkerCore, "handle", "agent got", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
     trace.after(Link, "_publish", "agent passed", lambda a: _chunks(a[1]))
@@ -155,7 +157,7 @@ def trace_engine() -> None:
     trace.after(engine_child.Child, "_send", "engine said", lambda a: _is(a[1], proto.Step) and bool(a[1].outputs))
 
 
-def _said(event: type, message: type) -> Test:
+def _brings(event: type, message: type) -> Test:
     return lambda a: _is(a[1], event) and _has(a[1].messages, message)
 
 

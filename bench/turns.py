@@ -31,7 +31,7 @@ async def turn(client: Client, chat: list[Message], tokens: int) -> tuple[float,
     stream = client.stream(json.dumps(chat), form="messages", max_tokens=tokens, sampling=dict(CHANCE), seed=1)
     async for _ in stream:
         first_ms = first_ms or (time.perf_counter() - begun) * 1000
-    assert stream.answer is not None, "it was read to its end"
+    assert stream.answer is not None, "the stream ended without an answer"
     return first_ms, stream.answer
 
 

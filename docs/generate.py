@@ -75,14 +75,14 @@ def gateway_metrics() -> str:
 
 
 def process_metrics() -> str:
-    from llambo.mesh.service.process_metrics import TABLE
+    from llambo.mesh.service.host import PROCESS_METRICS
 
-    return table(TABLE)
+    return table(PROCESS_METRICS)
 
 
 def fleet_keys() -> str:
     """What may stand in fleet.toml, by table; the settings of workers and of the broker are in llambo config."""
-    from llambo.fleet.file import schema
+    from llambo.fleet import schema
 
     tables = (
         ("[fleet]", schema.FLEET),

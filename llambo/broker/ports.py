@@ -10,7 +10,7 @@ import zmq
 
 from llambo.broker.access.zap_handler import ZapHandler
 from llambo.mesh.link import sockets
-from llambo.mesh.service.activation import Inherited
+from llambo.mesh.service.service_manager import Inherited
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN

@@ -42,10 +42,10 @@ from llambo.broker.report import metrics_page
 from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.service import clock, process_metrics
-from llambo.mesh.service.activation import Inherited
-from llambo.mesh.service.notify import Notifier
+from llambo.mesh.service import clock
+from llambo.mesh.service.host import process_metrics_page
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Inherited, Notifier
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 
@@ -203,7 +203,7 @@ class BrokerServer:
             self._metrics.snapshot.turned(self._page)
 
     def _page(self) -> str:
-        return metrics_page.page(self.core.state, clock.now_ms()) + process_metrics.page()
+        return metrics_page.page(self.core.state, clock.now_ms()) + process_metrics_page()
 
     def _count(self, now: int) -> None:
         """What the shell has counted, for the metrics."""

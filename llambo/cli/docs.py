@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +25,15 @@ HEAD = """# The command line
 
 What `--help` says, of every command. Made by `python -m llambo.cli.docs`; do not edit. An option that several commands
 have is described once, under [Common options](#common-options); the commands list it after `Also:`.
+
+{commands}
 """
 
 COMMANDS = {"llambo": main.main, "llambo-broker": broker.main, "llambo-worker": worker.main}
 #: An option that so many commands have, with the same description, is a common one.
 COMMON = 3
+#: In a cell of a table.
+PIPE = r"\|"
 #: The first line of an option, in a block of options.
 _OPTION = re.compile(r"  (-\S.*)")
 
@@ -41,10 +46,18 @@ def document() -> str:
     }
     counts = Counter(_plain(entry) for blocks in helps.values() for block in blocks for entry in _entries(block))
     common = {entry for entry, count in counts.items() if count >= COMMON}
-    parts = [HEAD, _common_options(common)]
+    links = ", ".join(
+        f"[{path.removeprefix('llambo ')}](#{path.replace(' ', '-')})" for path in helps if path.count(" ") < 2
+    )
+    parts = [
+        HEAD.format(commands="\n".join(textwrap.wrap(links, 120, break_on_hyphens=False))),
+        _common_options(common),
+    ]
     shown: dict[str, str] = {}
     for path, blocks in helps.items():
-        body = "\n\n".join(_short(block, path, common, shown) for block in blocks)
+        # The sections that follow are the list of commands.
+        kept = [block for block in blocks if not block.startswith("Commands:")]
+        body = "\n\n".join(_short(block, path, common, shown) for block in kept)
         parts.append(f"## {path}\n\n```text\n{body}\n```\n")
     return "\n".join(parts)
 
@@ -53,8 +66,8 @@ def _common_options(common: set[str]) -> str:
     rows = []
     for entry in sorted(common, key=lambda entry: entry.split("--")[1]):
         names, _, text = entry.partition("  ")
-        rows.append(f"| `{names}` | {text} |")
-    return "\n".join(["## Common options\n", "| option | |", "| --- | --- |", *rows, ""]).replace("FILE|", "FILE\\|")
+        rows.append(f"| `{names.replace('|', PIPE)}` | {text} |")
+    return "\n".join(["## Common options\n", "| option | |", "| --- | --- |", *rows, ""])
 
 
 def _short(block: str, path: str, common: set[str], shown: dict[str, str]) -> str:

@@ -1,1 +1,1 @@
-"""Fleets: which workers there should be, and how they are started and stopped. A client of the mesh."""
+"""Fleets: fleet.toml, and its nodes started, stopped, updated and kept running. A client of the mesh."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llambo.gateway.answers.feed import Arrival, Feed, Observer
-from llambo.mesh.service import process_metrics, prometheus
+from llambo.mesh.service import host, prometheus
 from llambo.mesh.service.prometheus import OTHER, WAITS_S, Family, Metric, Names, Scalar
 
 #: Models that get a label of their own, until the gateway restarts.
@@ -126,7 +126,7 @@ class GatewayMetrics(Observer):
         now = {OPEN: self.open, SOCKETS: self.sockets, ANSWERS: len(self._feeds), LIMIT: self.limit,
                READERS: sum(feed.readers for feed in self._feeds)}  # fmt: skip
         families += [_gauge(metric, number) for metric, number in now.items()]
-        return prometheus.page(families) + process_metrics.page()
+        return prometheus.page(families) + host.process_metrics_page()
 
 
 def api_of(route: str) -> str:

@@ -74,12 +74,17 @@ def test_json_lines_tell_the_whole_story(mesh: Commands) -> None:
     assert end["total_ms"] >= end["first_token_ms"] > 0
 
 
-@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
-def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} send -v --max-tokens 5 hi {closed}",
+def shell(mesh: Commands, words: str) -> subprocess.CompletedProcess[str]:
+    """`llambo WORDS`, by a shell: words may be redirections."""
+    return subprocess.run(
+        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words}",
         shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
+    done = shell(mesh, f"send -v --max-tokens 5 hi {closed}")
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" ") == 5
@@ -87,20 +92,14 @@ def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, clo
 
 @pytest.mark.parametrize("words", ["send hi", "status", "workers"])
 def test_nobody_who_listens_is_no_error(mesh: Commands, words: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >&-",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+    done = shell(mesh, f"{words} >&-")
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["send hi", "status"])
 def test_a_full_disk_is_one_line(mesh: Commands, words: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >/dev/full",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+    done = shell(mesh, f"{words} >/dev/full")
 
     assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
@@ -446,47 +445,50 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Commands) -> N
     assert done.code == Exit.UNKNOWN_ID, done.story
 
 
-def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(mesh: Commands) -> None:
+@pytest.fixture
+def busy(mesh: Commands) -> Iterator[tuple[str, str]]:
+    """A request that runs while the test does, and the name of its worker. Nothing is drained afterwards."""
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         id = sending.line(r'"accepted", "id": "(\w+)"')[1]
         sending.line(FIRST_TOKEN)
         name = mesh.ok("why", "--json", id).json()["worker"]
         try:
-            with mesh.start("drain", name) as draining:
-                draining.line("1 request is still running there")
-                assert draining.process.poll() is None, draining.story("it does not wait")
-                assert "1 request is still" in mesh.ok("drain", name, "--no-wait").out
-                # What it cannot finish soon is given away; then the one that waits is done as well.
-                moved = mesh.ok("drain", name, "--move")
-                assert moved.out == f"{name} takes no new work and runs nothing: it can be stopped\n"
-                assert draining.end() == Exit.OK, draining.story("the exit status")
-            why = mesh.ok("why", "--json", id).json()
-            assert why["worker"] != name
-            assert f"{name} is being emptied" in str(why["story"])
+            yield id, name
         finally:
             mesh.ok("drain", name, "--undo")
         sending.send(signal.SIGINT)
         sending.end()
 
 
-def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Commands) -> None:
-    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
-        id = sending.line(r'"accepted", "id": "(\w+)"')[1]
-        sending.line(FIRST_TOKEN)
-        name = mesh.ok("why", "--json", id).json()["worker"]
-        with mesh.start("drain", name) as draining:
-            draining.line("1 request is still running there")
-            mesh.ok("drain", name, "--undo")
-            assert draining.end() == Exit.ERROR, draining.story("the exit status")
-            assert draining.lines[-1] == f"{name} works again"
-        with mesh.start("drain", name) as draining:
-            draining.line("1 request is still running there")
-            draining.send(signal.SIGINT)
-            assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
-            assert f"`llambo drain {name} --undo` takes it back" in draining.lines[-1]
+def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(
+    mesh: Commands, busy: tuple[str, str]
+) -> None:
+    id, name = busy
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
+        assert draining.process.poll() is None, draining.story("it does not wait")
+        assert "1 request is still" in mesh.ok("drain", name, "--no-wait").out
+        # What it cannot finish soon is given away; then the one that waits is done as well.
+        moved = mesh.ok("drain", name, "--move")
+        assert moved.out == f"{name} takes no new work and runs nothing: it can be stopped\n"
+        assert draining.end() == Exit.OK, draining.story("the exit status")
+    why = mesh.ok("why", "--json", id).json()
+    assert why["worker"] != name
+    assert f"{name} is being emptied" in str(why["story"])
+
+
+def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Commands, busy: tuple[str, str]) -> None:
+    _, name = busy
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
         mesh.ok("drain", name, "--undo")
-        sending.send(signal.SIGINT)
-        sending.end()
+        assert draining.end() == Exit.ERROR, draining.story("the exit status")
+        assert draining.lines[-1] == f"{name} works again"
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
+        draining.send(signal.SIGINT)
+        assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
+        assert f"`llambo drain {name} --undo` takes it back" in draining.lines[-1]
 
 
 # --- a whole mesh --------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from bench.damage import Outcome
 
 def check(outcome: Outcome, tried: int) -> None:
     assert outcome.lost == []
-    assert outcome.unwell == []
+    assert outcome.changed == []
     assert len(outcome.tried) == outcome.asked == tried
     assert all(each.text or each.verdict == "serves" for each in outcome.tried), "every refusal has a reason"
 

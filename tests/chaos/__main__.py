@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(f"--preset {name}: {what}" for name, what in PRESETS.items()))
         return 0
     if options.sum:
-        print("\n".join(report.told(report.add(report.read_totals(options.sum)))))
+        print("\n".join(report.summary(report.add(report.read_totals(options.sum)))))
         return 0
     if options.read:
         plan = json.loads((options.read / "harness.jsonl").open().readline())
@@ -117,7 +117,7 @@ def carry_out(plan: Plan, options: argparse.Namespace) -> int:
 
 def conclude(plan: Plan, folder: Path, seconds: float, options: argparse.Namespace) -> int:
     totals, wrong, growth, story = examine(plan, folder, seconds)
-    print("\n".join(report.told(totals)))
+    print("\n".join(report.summary(totals)))
     if growth:
         print("growth:\n" + "\n".join(f"  {line}" for line in growth))
     if options.totals:

@@ -66,16 +66,16 @@ class Streams:
 
     requests: dict[str, Asked] = field(default_factory=dict)
     wrong: list[Wrong] = field(default_factory=list)
-    #: Requests whose client was killed before they ended: nobody was there to be told.
+    #: Requests whose client was killed before they ended, so that no END could be delivered.
     orphaned: int = 0
     #: Refused or failed, as they were meant to be.
     foreseen: int = 0
-    #: Results kept for somebody who comes back for them, by a broker that was restarted before that.
+    #: Detached results that a broker lost because it was restarted before the client attached again.
     forgotten: int = 0
     tokens: int = 0
     #: When brokers were restarted.
     restarts: list[int] = field(default_factory=list)
-    #: Of each request that was meant to kill engines: how many died with it aboard, as its broker tells.
+    #: Of each request that was meant to kill engines: how many died while they ran it, by its broker's transcript.
     deaths: list[int] = field(default_factory=list)
 
 
@@ -109,7 +109,7 @@ def _collect(lines: Iterable[Line]) -> tuple[Streams, set[str], list[int]]:
                     # It was never admitted, so it has no id; an error it is.
                     streams.wrong.append(Wrong(ERROR, f"{line['code']}: {line['text']}", line["t"]))
                 else:
-                    streams.wrong.append(Wrong(WRONG, f"{line['e']} for a request that nobody made", line["t"]))
+                    streams.wrong.append(Wrong(WRONG, f"{line['e']} for a request that was never submitted", line["t"]))
             case "killed":
                 killed.add(line["whom"])
             case "fault" if line["kind"] == "broker":
@@ -118,7 +118,7 @@ def _collect(lines: Iterable[Line]) -> tuple[Streams, set[str], list[int]]:
 
 
 def _forgive(streams: Streams, asked: Asked, restarts: list[int]) -> None:
-    """What a broker keeps it keeps in memory: nobody was promised that a result outlives its broker."""
+    """A broker stores results in memory only: there is no promise that a result outlives its broker."""
     for wrong in [wrong for wrong in streams.wrong if wrong.id == asked.id and wrong.sort == ERROR]:
         unknown = wrong.text.startswith(("unknown_request", "expired"))
         again = asked.submit.get("how") == "detached" and asked.readings.get(0) and asked.readings[0].ends
@@ -128,11 +128,11 @@ def _forgive(streams: Streams, asked: Asked, restarts: list[int]) -> None:
 
 
 def _judge_deaths(streams: Streams, asked: Asked, story: list[Line], poison_alone: bool) -> None:
-    """One engine to be suspected, one to be convicted. Where more goes wrong than that, others may be charged to it."""
+    """A request is refused after two engine deaths. Under other faults, deaths they cause may be counted as well."""
     deaths = sum(step["what"] == "engine died" for step in story)
     streams.deaths.append(deaths)
     if poison_alone and deaths != POISON_DEATHS:
-        text = f"{deaths} engines died with it aboard, {POISON_DEATHS} are allowed"
+        text = f"{deaths} engines died while they ran it, {POISON_DEATHS} are allowed"
         streams.wrong.append(Wrong(ERROR, text, asked.submit["t"], asked.id))
 
 

@@ -1,4 +1,4 @@
-"""The history of a run: one JSON object a line, by whoever saw it, in files of their own.
+"""The history of a run: one JSON object a line; each process that observes has a file of its own.
 
 `t` is milliseconds of the machine's monotonic clock, which all its processes share; `e` says what happened. Lines by
 clients (`load.py`):
@@ -15,11 +15,11 @@ and by the harness (`whom` names whom it is about):
 
     fault, healed, skipped, gone    n, the number of the fault; `gone`: a hung engine was ended
     begun, ended                    a process, pid, code
-    killed                          a client, whose requests nobody waits for any more
+    killed                          a client; its requests have no reader any more
     event                           a line of a broker's feed
     workers, status                 who is ready, as a broker sees it; its counters
     size                            of a process: pid, rss, fds
-    back, emptied                   ms after a broker came back, and after a worker was told to leave
+    back, emptied                   ms after a broker came back, and after a worker was drained or stopped
     refused, broken, orphan         what should not have happened to the harness itself, or to its processes
     last, knows                     what the brokers say at the end: of everything, of a request that went wrong
     calm, over                      the faults are over; so is the run

@@ -20,7 +20,7 @@ from tests.chaos.nodes import Node
 from tests.chaos.plan import TARGETS, Fault
 from tests.chaos.world import WORKER_PLANES, World, gone
 
-#: How long workers may take to be back, and a drained one to be empty, before that is given up (and told of).
+#: How long workers may take to be back, and a drained one to be empty, before that is given up and reported.
 BACK_S, EMPTY_S = 15.0, 60.0
 #: How often a broker that came back is asked who is there.
 ASK_S = 0.05
@@ -69,7 +69,7 @@ class Injector:
         if not worker.ready.is_set() or not worker.engine():
             self._say("skipped", fault, why="it is not there")
             return
-        with self._suffering(worker):
+        with self._under_fault(worker):
             match fault.kind:
                 case "kill":
                     await self._kill(fault, worker)
@@ -147,8 +147,8 @@ class Injector:
     async def _drain(self, fault: Fault, worker: Node) -> None:
         flags = ["--move"] if fault.kind == "move" else []
         broker = next((number for number, node in enumerate(self._world.brokers) if node.ready.is_set()), None)
-        if broker is None or not await self._told(broker, worker.name, *flags):
-            self._say("skipped", fault, why="nobody could be told")
+        if broker is None or not await self._drain_by_command(broker, worker.name, *flags):
+            self._say("skipped", fault, why="no broker took the command")
             return
         self._begin(fault, worker.name)
         ms = await self._emptied(broker, worker.name)
@@ -156,12 +156,12 @@ class Injector:
             self._world.journal.write("emptied", whom=worker.name, how=fault.kind, ms=ms, code=0)
         else:
             self._world.journal.write("broken", whom=worker.name, text=f"not empty {EMPTY_S:.0f} s after its drain")
-        if not await self._told(broker, worker.name, "--undo"):
+        if not await self._drain_by_command(broker, worker.name, "--undo"):
             self._world.journal.write("broken", whom=worker.name, text="its drain could not be undone")
         self._say("healed", fault)
 
-    async def _told(self, broker: int, worker: str, *flags: str) -> bool:
-        """By the command, as a person would. The broker may be away just then, so once more."""
+    async def _drain_by_command(self, broker: int, worker: str, *flags: str) -> bool:
+        """Run `llambo drain`. The broker may be away just then, so up to three times."""
         command = nodes.drain_command(self._world.address(broker), worker, "--no-wait", *flags)
         for _ in range(3):
             process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
@@ -205,7 +205,7 @@ class Injector:
         await self._all_back(fault.victim, broker)
 
     async def _all_back(self, number: int, broker: Node) -> None:
-        """How long it takes until every worker that is in nobody's hands works for the new broker."""
+        """How long it takes until every worker without a fault of its own is ready at the new broker."""
         began, missing, ms = now_ms(), self._world.healthy(), None
         with contextlib.suppress(LlamboError, TimeoutError):
             async with asyncio.timeout(BACK_S), Client(self._world.address(number), name="watcher") as client:
@@ -231,7 +231,7 @@ class Injector:
         """One worker after the other, as an update would do it."""
         self._begin(fault, "fleet")
         for worker in self._world.workers:
-            with self._suffering(worker):
+            with self._under_fault(worker):
                 process, starts, began = worker.process, worker.starts, now_ms()
                 if process is None:
                     continue
@@ -255,13 +255,13 @@ class Injector:
     # --- writing it down -----------------------------------------------------------------------------
 
     @contextmanager
-    def _suffering(self, worker: Node) -> Iterator[None]:
-        suffering = self._world.suffering
-        suffering[worker.name] = suffering.get(worker.name, 0) + 1
+    def _under_fault(self, worker: Node) -> Iterator[None]:
+        under_fault = self._world.under_fault
+        under_fault[worker.name] = under_fault.get(worker.name, 0) + 1
         try:
             yield
         finally:
-            suffering[worker.name] -= 1
+            under_fault[worker.name] -= 1
 
     def _begin(self, fault: Fault, whom: str, **facts: Any) -> None:
         self._world.journal.write("fault", n=fault.number, kind=fault.kind, whom=whom, what=fault.what,

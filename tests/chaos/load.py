@@ -185,12 +185,12 @@ class Load:
             async with asyncio.timeout(2):
                 self._journal.write("why", id=id, story=(await client.why(id)).story)
         except (LlamboError, TimeoutError) as error:
-            self._journal.write("why", id=id, story=[{"at_ms": 0, "what": "nobody knows", "detail": str(error)}])
+            self._journal.write("why", id=id, story=[{"at_ms": 0, "what": "no broker knows", "detail": str(error)}])
 
 
 def main(arguments: list[str]) -> None:
-    told = json.loads(arguments[0])
-    options = Options(**{**told, "tokens": tuple(told["tokens"])})
+    given = json.loads(arguments[0])
+    options = Options(**{**given, "tokens": tuple(given["tokens"])})
     end_with_parent(options.parent)
     asyncio.run(Load(options).run())
 

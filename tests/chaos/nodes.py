@@ -25,12 +25,12 @@ class Node:
     def __init__(
         self, name: str, command: Callable[[int], list[str]], folder: Path, journal: Journal, *, says: bool = True
     ) -> None:
-        """`command` is told how many there were before. `says`: it tells on a pipe when it is ready."""
+        """`command` gets the number of this start. `says`: the process writes to a pipe when it is ready."""
         self.name = name
         self.process: Process | None = None
         #: Set while it is there and has said that it is ready.
         self.ready = asyncio.Event()
-        #: Nobody has told it to end, so if it does it is started again.
+        #: True until the run ends: a process that ends before that is started again.
         self.wanted = True
         #: How long it stays away the next time.
         self.pause_s = 0.0

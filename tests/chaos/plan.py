@@ -102,7 +102,7 @@ class _Calendar:
         return all(end <= begun or over <= start for begun, over in self.busy.get(name, []))
 
     def victim(self, fault: Fault, random: Random) -> int | None:
-        """Somebody who is in nobody's hands then; None if that is nobody."""
+        """A target without another fault in that time; None if there is none."""
         target = TARGETS[fault.kind]
         group = target.split()[-1]
         until = fault.at_ms + fault.length_ms + RECOVERY_MS[group]

@@ -99,7 +99,7 @@ def _detected(times: Times, by: dict[str, list[Line]], lease_ms: int) -> None:
 
 
 def _disturbed(by: dict[str, list[Line]], begin: int, end: int) -> bool:
-    """A broker that stood still pardons everybody for as long, and one that came back knows nobody yet."""
+    """A broker that was suspended extends all leases by that time, and one that came back knows no worker yet."""
     stood = any(line["kind"] == "stood still" and begin <= line["t"] <= end + 2_000 for line in by["event"])
     return stood or any(
         fault["kind"] == "broker" and begin - 3_000 <= fault["t"] <= end for fault in by["fault"]
@@ -146,14 +146,14 @@ def _came_back(times: Times, by: dict[str, list[Line]]) -> None:
     for line in by["back"]:
         if line["ms"] is None or line["ms"] > BACK_MS + SLACK_MS:
             missing = ", ".join(line["missing"])
-            text = f"{missing or 'somebody'} not at {line['broker']} {BACK_MS} ms after it was back"
+            text = f"{missing or 'a worker'} not at {line['broker']} {BACK_MS} ms after it was back"
             times.wrong.append(Wrong(LATE, text, line["t"]))
         else:
             times.measured["workers back"].append(line["ms"])
     for line in by["emptied"]:
         times.measured[f"{line['how']} emptied"].append(line["ms"])
         if line["code"]:
-            text = f"{line['whom']} ended with status {line['code']} when it was told to stop"
+            text = f"{line['whom']} ended with status {line['code']} when it was stopped"
             times.wrong.append(Wrong(LATE, text, line["t"]))
 
 
@@ -165,7 +165,7 @@ def _who_is_there(times: Times, views: list[Line]) -> None:
 
 
 def _left_over(times: Times, by: dict[str, list[Line]]) -> None:
-    """At the end nobody waits and nobody runs, and no process is left."""
+    """At the end no request waits or runs, and no process is left."""
     for line in by["last"]:
         for what in ("running", "waiting", "busy"):
             if line[what]:

@@ -65,12 +65,12 @@ def quantile(values: list[int], share: float) -> int:
 
 
 #: Counters of the brokers that tell about faults; the others are in the totals.
-TOLD = ("moved", "adopted", "stale_chunks", "duplicate_chunks", "gaps", "repaired", "replays_served", "engine_deaths",
-        "suspected", "convicted", "ejected", "retries_denied", "workers_lost", "clients_lost",
-        "unknown_sessions", "refused", "failed", "attached")  # fmt: skip
+FAULT_COUNTERS = ("moved", "adopted", "stale_chunks", "duplicate_chunks", "gaps", "repaired", "replays_served",
+                  "engine_deaths", "suspected", "convicted", "ejected", "retries_denied", "workers_lost",
+                  "clients_lost", "unknown_sessions", "refused", "failed", "attached")  # fmt: skip
 
 
-def told(total: Totals) -> list[str]:
+def summary(total: Totals) -> list[str]:
     """The report."""
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in total.items():
@@ -88,7 +88,7 @@ def told(total: Totals) -> list[str]:
         lines.append("  allowed: " + _pairs(allowed))
     if groups["poison"]:
         lines.append("  requests that killed so many engines: " + _pairs(groups["poison"]))
-    counters = {name: groups["broker"][name] for name in TOLD if name in groups["broker"]}
+    counters = {name: groups["broker"][name] for name in FAULT_COUNTERS if name in groups["broker"]}
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:
         lines.append("  dispatched by each: " + _pairs(groups["share"]))
@@ -144,26 +144,26 @@ def slope(points: list[tuple[int, int]]) -> float:
 
 def story(wrong: Wrong, lines: list[Line], whys: dict[str, list[dict[str, Any]]]) -> list[str]:
     """All that is known about what went wrong first: its client, the faults of that time, the broker's own words."""
-    told = [f"{wrong.sort}: {wrong.text}"]
+    printed = [f"{wrong.sort}: {wrong.text}"]
     if wrong.id:
         mine = [line for line in lines if line.get("id") == wrong.id and line["e"] != "why"]
         begin, end = mine[0]["t"] if mine else wrong.at_ms, max([wrong.at_ms, *(line["t"] for line in mine)])
-        told[0] += f" [request {wrong.id[:8]}]"
+        printed[0] += f" [request {wrong.id[:8]}]"
     else:
         mine, begin, end = [], wrong.at_ms - 5_000, wrong.at_ms + 8_000
     around = [line for line in lines if begin - 1_000 <= line["t"] <= end + 1_000
               and line["e"] in ("fault", "healed", "gone", "skipped", "event", "begun", "ended", "back")]  # fmt: skip
     for line in sorted([*_shortened(mine), *around], key=lambda line: line["t"])[:STORY_LINES]:
-        told.append(f"  {line['t'] - begin:>7} ms  {line['who']:<8} {line['e']:<8} {_facts(line)}")
+        printed.append(f"  {line['t'] - begin:>7} ms  {line['who']:<8} {line['e']:<8} {_facts(line)}")
     for broker, entries in whys.items():
-        told.append(f"  what {broker} knows of it:")
-        told += [f"    {entry['at_ms']:>7} ms  {entry['what']}: {entry['detail']}" for entry in entries]
-    return told
+        printed.append(f"  what {broker} knows of it:")
+        printed += [f"    {entry['at_ms']:>7} ms  {entry['what']}: {entry['detail']}" for entry in entries]
+    return printed
 
 
 def _shortened(lines: list[Line]) -> list[Line]:
     """Chunks that go on where the last one ended, by the same dispatch, say nothing new."""
-    kept: list[Line] = []
+    shown: list[Line] = []
     before: Line | None = None
     for line in lines:
         usual = (
@@ -175,11 +175,11 @@ def _shortened(lines: list[Line]) -> list[Line]:
             and line["t"] - before["t"] < GAP_MS
         )
         if not usual:
-            if before is not None and before not in kept:
-                kept.append(before)
-            kept.append(line)
+            if before is not None and before not in shown:
+                shown.append(before)
+            shown.append(line)
         before = line
-    return kept
+    return shown
 
 
 def _facts(line: Line) -> str:
@@ -194,4 +194,4 @@ def read_totals(path: Path) -> list[Totals]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-__all__ = ["add", "promises", "slopes", "story", "told", "totals"]
+__all__ = ["add", "promises", "slopes", "story", "summary", "totals"]

@@ -57,11 +57,11 @@ def examine(plan: Plan, folder: Path, seconds: float) -> tuple[report.Totals, li
     streams = checker.judge(lines, style=plan.style if plan.engine == "fake" else "", split=True)
     harness = [line for line in lines if line["who"] == "harness"]
     times = promises.judge(harness, lease_ms=plan.lease_ms, stall_ms=plan.stall_ms)
-    told = leaks.judge(lines, folder, fake=plan.engine == "fake")
-    wrong = [*streams.wrong, *times.wrong, *told]
+    leaked = leaks.judge(lines, folder, fake=plan.engine == "fake")
+    wrong = [*streams.wrong, *times.wrong, *leaked]
     story = report.story(wrong[0], lines, _whys(lines, wrong[0])) if wrong else []
     return (
-        report.totals(plan, streams, times, seconds) | {"wrong leak": len(told)},
+        report.totals(plan, streams, times, seconds) | {"wrong leak": len(leaked)},
         wrong,
         report.slopes(harness),
         story,

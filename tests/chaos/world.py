@@ -21,12 +21,12 @@ from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
 from tests.chaos.plan import Plan
 
-#: The first broker's ports where nobody else is, and how far apart those of two brokers are.
+#: The first broker's port in a network of its own, and how far apart the ports of two brokers are.
 BASE_PORT, APART = 7330, 10
 #: How often a broker is asked who is there, and every how many times for its counters.
 LOOK_S, COUNTERS_EVERY = 0.25, 4
 SIZES_S = 2.0
-#: How long everybody may take to end what is running, once the faults are over.
+#: How long clients may take to finish their requests, once the faults are over.
 SETTLE_S = 60.0
 LEAVE_S = 20.0
 #: What a worker connects to.
@@ -62,8 +62,8 @@ class World:
         self.brokers = [self._broker(number) for number in range(plan.brokers)]
         self.workers: list[nodes.Node] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
-        #: Worker names in the hands of a fault now: nothing is owed by them.
-        self.suffering: dict[str, int] = {}
+        #: Workers under a fault now, and how many: no promise holds for them.
+        self.under_fault: dict[str, int] = {}
         #: What the brokers said last: broker to worker to its line.
         self.views: dict[str, dict[str, WorkerRow]] = {}
         self.seen = asyncio.Condition()
@@ -142,32 +142,32 @@ class World:
     async def begin(self) -> None:
         for broker in self.brokers:
             await broker.start()
-            self._keep(broker)
+            self._supervised(broker)
         self.workers = [await self._worker(number) for number in range(self.plan.workers)]
         await asyncio.gather(*(worker.start() for worker in self.workers))
         missing = [worker.name for worker in self.workers if not worker.ready.is_set()]
         if missing:
             raise RuntimeError(f"not ready: {', '.join(missing)}; see {self.folder}")
         for worker in self.workers:
-            self._keep(worker)
+            self._supervised(worker)
         for client in self.clients:
             await client.start()
-            self._keep(client)
+            self._supervised(client)
         for number in range(self.plan.brokers):
             self._looking.append(asyncio.create_task(self._watch(number)))
         self._looking.append(asyncio.create_task(self._weigh()))
 
-    def _keep(self, node: nodes.Node) -> None:
-        self._keeping.append(asyncio.create_task(self._kept(node)))
+    def _supervised(self, node: nodes.Node) -> None:
+        self._keeping.append(asyncio.create_task(self._supervise(node)))
 
-    async def _kept(self, node: nodes.Node) -> None:
+    async def _supervise(self, node: nodes.Node) -> None:
         try:
             await node.keep()
         except (OSError, TimeoutError) as error:
             self.journal.write("broken", whom=node.name, text=repr(error))
 
     async def finish(self) -> None:
-        """Faults are over: the clients end what they have. Whoever does not is ended, and its requests hung."""
+        """Faults are over: the clients finish what runs. A client that does not is recorded: its requests hang."""
         for client in self.clients:
             client.wanted = False
             if client.process is not None and client.process.stdin is not None:
@@ -184,7 +184,7 @@ class World:
         await self._last_look()
 
     async def _last_look(self) -> None:
-        """Everybody is back and nobody has anything to do."""
+        """Wait until all workers are ready and no broker has a request, and record what each broker reports."""
         for number, broker in enumerate(self.brokers):
             status = MeshStatus(running=-1, waiting=-1, busy=-1, ready=-1)
             with contextlib.suppress(LlamboError, TimeoutError):
@@ -201,7 +201,7 @@ class World:
             self.journal.write("last", broker=broker.name, workers_wanted=self.plan.workers, **facts)
 
     async def end(self) -> None:
-        """Everybody goes, gently at first. Whatever outlives its parent is told of."""
+        """Stop all processes, with SIGTERM first. A process that outlives its parent is recorded."""
         for task in self._looking:
             task.cancel()
         for group in (self.clients, self.workers, self.brokers):
@@ -248,7 +248,7 @@ class World:
                 async with Client(self.address(number), name="watcher", query_ms=2_000) as client:
                     await self._look(client, broker, pid)
             except LlamboError:
-                # It went away in the middle; what there is to be said of that the faults tell.
+                # It went away in the middle; the fault that caused it is in the history.
                 self.views.pop(broker.name, None)
                 await asyncio.sleep(LOOK_S)
 
@@ -289,7 +289,7 @@ class World:
         return sum(view[worker].busy for view in self.views.values() if worker in view)
 
     def healthy(self) -> list[str]:
-        return [worker.name for worker in self.workers if worker.ready.is_set() and not self.suffering.get(worker.name)]
+        return [node.name for node in self.workers if node.ready.is_set() and not self.under_fault.get(node.name)]
 
 
 async def gone(pid: int, within_s: float) -> bool:

@@ -1,10 +1,10 @@
-"""What libzmq itself cannot bound: messages without an end, subscriptions without number, and one way to abort it.
+"""Attacks that libzmq itself does not bound: endless messages, any number of subscriptions, and ways to abort it.
 
     python -m tests.fuzz bombs --limit-mib 1024
 
-The broker has a limit of memory (RLIMIT_AS, where a unit of systemd has MemoryMax) and somebody who starts it again,
-as systemd does. An honest client asks on all the time. How much is sent, how far does the memory go, how does the
-broker end, when is it back, and what did the client see?
+The broker has a limit of memory (RLIMIT_AS, where a unit of systemd has MemoryMax) and a supervisor that restarts it,
+as systemd does. An honest client sends requests all the time. Measured: bytes sent, peak memory, how the broker ends,
+how long it is away, and what the client sees.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, members, wire
 
-#: A bomb that has not killed anybody by then has failed, or was held off.
+#: A bomb that has not killed the broker by then has failed, or was held off.
 BOMB_S = 8.0
 ALONE_S = 2.0
 SAMPLE_S = 0.01
@@ -53,7 +53,7 @@ Bomb = Callable[[int, int, float, str], int]
 
 
 def endless_message(port: int, offset: int, until: float, key: str) -> int:
-    """Parts without a last one. Nobody sees them but libzmq, which keeps them."""
+    """Parts without a last one. libzmq stores them, and the broker never sees them."""
     with wire.connect(port + offset) as raw:
         wire.shake_hands(raw, wire.PARTNERS[offset])
         return _pour(raw, wire.frame(PART, wire.MORE), until)
@@ -98,7 +98,7 @@ def small_messages(port: int, offset: int, until: float, key: str) -> int:
 
 
 def ping_behind_a_full_queue(port: int, offset: int, until: float, key: str) -> int:
-    """Fill a queue, let PINGs wait behind it, and reset: libzmq 4.3.5 asserts that nobody does this."""
+    """Fill a queue, let PINGs wait behind it, and reset: libzmq 4.3.5 aborts by an assertion."""
     sent = 0
     piece = (wire.frame(b"\1" if offset == 3 else b"T") * PINGED + wire.command(b"PING", b"\0\0")) * (FULL // PINGED)
     while time.monotonic() < until:
@@ -176,15 +176,15 @@ BOMBS: dict[str, tuple[Bomb, int]] = {
 }
 
 
-def _throw(name: str, port: int, seconds: float, key: str, told: Any) -> None:
+def _throw(name: str, port: int, seconds: float, key: str, pipe: Any) -> None:
     bomb, offset = BOMBS[name]
     try:
-        told.send(bomb(port, offset, time.monotonic() + seconds, key))
+        pipe.send(bomb(port, offset, time.monotonic() + seconds, key))
     except (OSError, AssertionError, zmq.ZMQError):
-        told.send(0)
+        pipe.send(0)
 
 
-# --- the one who starts it again -----------------------------------------------------------------------------------
+# --- the supervisor -----------------------------------------------------------------------------------------------
 
 
 class Supervisor:
@@ -239,15 +239,15 @@ class Report:
     seconds: float = 0.0
     deaths: list[str] = field(default_factory=list)
     away_s: list[float] = field(default_factory=list)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tallies: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def faults(self) -> int:
-        return sum(tally["wrong"] + sum(tally["errors"].values()) for tally in self.told.values())
+        return honest.faults_of(self.tallies)
 
     def row(self) -> str:
         away = f"{max(self.away_s):.2f}" if self.away_s else "-"
-        during = self.told["during"]
+        during = self.tallies["during"]
         death = self.deaths[0] if self.deaths else "lives"
         return (
             f"{self.name:<36}{self.sent_mib:>9.1f}{self.peak_mib:>9.0f}{len(self.deaths):>7}{away:>8}{during['answers']:>9}"
@@ -266,9 +266,9 @@ def attack(
     report = Report(name)
     config = BrokerConfig.of(queue_requests=5_000)
     spawning = multiprocessing.get_context("spawn")
-    knobs = FakeOptions(slots=8, tokens_per_s=1_000)
+    fake = FakeOptions(slots=8, tokens_per_s=1_000)
     key, own = (keys.to_line(key_of(folder, each)) if folder else "" for each in ("mallory", "honest"))
-    with Mesh(1, fake=knobs, config=config, broker="process", keys=folder) as mesh:
+    with Mesh(1, fake=fake, config=config, broker="process", keys=folder) as mesh:
         supervisor = Supervisor(mesh, limit_bytes)
         try:
             with honest.Honest(mesh.address, key=own) as watched:
@@ -282,10 +282,10 @@ def attack(
                 report.sent_mib = here.recv() / 2**20 if here.poll(seconds + TIMEOUT_S) else -1.0
                 thrower.join(TIMEOUT_S)
                 report.seconds = time.monotonic() - began
-                time.sleep(alone_s)  # whoever is to be answered again is
+                time.sleep(alone_s)  # until the honest client is answered again
                 watched.mark("after")
                 time.sleep(alone_s)
-            report.told = watched.told
+            report.tallies = watched.tallies
         finally:
             supervisor.close()
     report.peak_mib = supervisor.peak_bytes / 2**20

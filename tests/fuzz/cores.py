@@ -40,7 +40,7 @@ from tests.unit import samples
 CHECKED_EVERY = 20
 #: A core lives for so many messages, then there is another one: some faults need a fresh state, others an old one.
 LIFE = 2_000
-#: Ids that are alive which a mutator is told, the latest.
+#: How many of the latest live ids a mutator gets.
 REMEMBERED = 64
 #: Requests of a broker that is gone: clients ask for them, workers claim to run them.
 FOREIGN = [bytes([number]) * 16 for number in range(1, 4)]
@@ -194,7 +194,7 @@ class Broker(UnderFire):
         try:
             broker_invariants.check(self.core)
         except AssertionError as error:
-            # A worker that says it has fewer slots than were used lies to its own harm, and is told nothing.
+            # A worker that reports fewer slots than it uses harms only itself, and gets no error.
             if "than it has slots" not in str(error):
                 raise
 
@@ -241,7 +241,7 @@ class Worker(UnderFire):
             keys, seq = self.keys, self.seq
             frames = self.message("to_worker", self.session, lambda: plausible.to_worker(chance, keys, seq))
             bundle = codec.to_worker.decode(frames)
-            # Whoever is told to drain does so, and that is all: most of these are left out here.
+            # A worker that is drained takes nothing more, and the run would end: most of these are left out here.
             heard = [each for each in bundle.messages if not isinstance(each[0], m.Drain) or chance.random() < 0.01]
             self.handle(we.ControlArrived(0, bundle.session, heard))
         elif what < 0.9 and self.keys:
@@ -284,7 +284,7 @@ class Client(UnderFire):
                     assert len(ids) == len(pieces) > 0
                     self.delivered[id] = self.delivered.get(id, 0) + len(ids)
                 case ce.ReportEnd(id, end):
-                    # A broker that counts fewer than it has sent lies, but nobody is left without what was counted.
+                    # A hostile broker may count fewer than it has sent; all that it counted must have been delivered.
                     assert self.delivered.pop(id, 0) >= end.count, "ended before all its tokens were delivered"
                 case Send(_, session, message, blob):
                     plausible.check_sayable(codec.from_client, session, message, blob)

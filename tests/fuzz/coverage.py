@@ -82,7 +82,7 @@ def _run(name: str, *options: str) -> int:
 
 def fuzz(name: str, options: list[str]) -> None:
     """Never returns."""
-    import atheris  # an extra: whoever only runs the tests does not have it
+    import atheris  # an extra: not installed for the tests alone
 
     # What is imported from here on reports what it runs: nothing of ours may have been imported before.
     with atheris.instrument_imports(include=["llambo"]):

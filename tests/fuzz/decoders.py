@@ -18,7 +18,7 @@ from tests.fuzz.target import Target
 
 #: Messages of one piece of work.
 PIECE = 20_000
-#: What is read from files has a tenth of the others' messages: it is slow, and nobody sends it by the million.
+#: Targets that read files get a tenth of the messages: they are slow, and files do not arrive by the million.
 FILES = {"settings", "keyrings", "model-files"}
 SHARE_OF_FILES = 10
 #: Seconds between two lines of progress.
@@ -69,7 +69,7 @@ def main(
     chosen: Sequence[str], each: int, seed: str, jobs: int, minutes: float, tell: Callable[[str], None] = print
 ) -> int:
     """1 if there was a finding. With `minutes` it stops after them, whatever is left."""
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     done: Counter[str] = Counter()
     findings: list[Result] = []
     with multiprocessing.Pool(jobs) as pool:
@@ -79,8 +79,8 @@ def main(
                 findings.append(result)
                 tell(f"FINDING {result.target} --seed {result.seed}\n{result.finding}")
             now = time.monotonic()
-            if now - told > TELL_S:
-                told = now
+            if now - reported > TELL_S:
+                reported = now
                 tell(f"{now - began:5.0f} s: {done.total():,} messages, {done.total() / (now - began):,.0f} a second")
             if minutes and now - began > minutes * 60:
                 pool.terminate()

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from bench import tiny_model
-from llambo.mesh.client.client_tasks import decoded
+from llambo.mesh.client.answer_stream import decoded
 from llambo.mesh.link import sockets
 from llambo.mesh.security import keyring, keys
 from llambo.mesh.settings import settings, settings_table
@@ -140,12 +140,12 @@ def grammars() -> Target:
                 continue
         for form in ("messages", "chat", "user", "text"):
             try:
-                told = prompt.chat_of(frames[0], m.Sampling(form=form))
-                prompt.prompt_text(frames[0], told, None)
+                request = prompt.chat_of(frames[0], m.Sampling(form=form))
+                prompt.prompt_text(frames[0], request, None)
             except prompt.BadPrompt:
                 continue
             try:
-                grammar.grammar_of(m.Sampling(tool_choice="auto"), told.tools)
+                grammar.grammar_of(m.Sampling(tool_choice="auto"), request.tools)
             except grammar.GrammarError:
                 continue
 
@@ -159,7 +159,7 @@ def _pair() -> Pair:
 
 
 def key_lines() -> Target:
-    """A key as somebody has pasted it: refused like any other text that is none, and never repeated."""
+    """A key as a person pastes it: refused like any other text that is none, and never repeated."""
     pair = _pair()
     key = PeerKey("tcp://127.0.0.1:7330", pair.public, "laptop", "client", pair)
     line = keys.to_line(key)
@@ -167,13 +167,13 @@ def key_lines() -> Target:
 
     def run(frames: Frames) -> None:
         text = frames[0].decode(errors="surrogateescape")
-        told = ""
+        problem = ""
         try:
             found = keys.from_line(text)
         except LlamboError as error:
-            told = error.text
-        if told:
-            assert pair.secret not in told, "a secret key in an error"
+            problem = error.text
+        if problem:
+            assert pair.secret not in problem, "a secret key in an error"
             return
         assert keys.from_line(keys.to_line(found)) == found
         assert found.pair.secret not in repr(found.pair), "a secret key that shows itself"
@@ -188,12 +188,12 @@ def key_lines() -> Target:
 
 
 def keyrings() -> Target:
-    """The file that says who is let in."""
+    """The file that lists who may connect."""
     pair = _pair()
     limited = Identity("c", "client", 3, 9, 1_000, 60, "normal", ("tiny*",))
     entries = [keyring.KeyEntry(pair.public, limited, 7, 2**40), keyring.KeyEntry(pair.public, Identity("w", "worker"))]
     good = msgspec.json.encode(keyring.Ring(1, "tcp://127.0.0.1:7330", entries))
-    told = json.loads(good)
+    document = json.loads(good)
     path = _file("keyring.json")
     path.parent.joinpath(keyring.RING_FILE).touch(0o600)
     folder = keyring.Folder(path.parent)
@@ -219,7 +219,7 @@ def keyrings() -> Target:
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         if mutator.chance.random() < 0.4:
             return [mutator.mangled(frames[0])]
-        return [json.dumps(_jsonable(mutator.value(told))).encode()]
+        return [json.dumps(_jsonable(mutator.value(document))).encode()]
 
     return Target("keyrings", [[good]], run, mutate)
 

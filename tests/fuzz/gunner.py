@@ -1,8 +1,9 @@
-"""What all hostile peers over real sockets have in common, and how a run of theirs is judged."""
+"""What hostile peers over real sockets have in common, and how a run of theirs is judged."""
 
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,13 @@ from tests.fuzz.target import Frames
 from tests.fuzz.targets import Bodies, chunk_mutant
 from tests.unit import samples
 
-#: Whoever takes nothing for so long hangs.
+#: A process that takes no message for so long hangs.
 HANG_S = 30.0
 HANG_MS = int(HANG_S * 1_000)
 #: Replies are read after so many messages, and this often a peer begins anew.
 LISTEN_EVERY = 16
 ANEW_EVERY = 3_000
-#: What would end a session, or the work of the one who is hit, is said this seldom: then he would be hit no more.
+#: How seldom a message is sent that ends the session or the work of the target, since nothing is tested after it.
 ENDS_IT = 0.0005
 MODEL = "tiny"
 
@@ -41,7 +42,7 @@ class Report:
     sent: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     sessions: int = 0
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tallies: dict[str, dict[str, Any]] = field(default_factory=dict)
     #: What was not as it should be.
     wrong: list[str] = field(default_factory=list)
 
@@ -51,7 +52,7 @@ class Report:
         lines = [
             f"live {self.role}: {total:,} mutated messages in {self.seconds:.0f} s, {pace:,.0f} a second",
             f"{dict(self.sent)} in {self.sessions:,} sessions",
-            honest.show(self.told),
+            honest.show(self.tallies),
             *(f"FINDING {text}" for text in self.wrong),
             f"findings: {len(self.wrong)}",
         ]
@@ -94,24 +95,28 @@ def wait_to_send(socket: zmq.Socket[bytes], frames: Sequence[bytes], what: str) 
 
 
 def ends(frames: Frames, decoder: codec.Codec[Any]) -> bool:
-    """Whether it would end what is going on here, by a right that nobody disputes."""
+    """Whether it ends the session or the work under attack, as the protocol allows."""
     ends = (m.Goodbye, m.Drain, m.ClientHello, m.WorkerHello, m.Welcome)
     return any(
         isinstance(message, ends)
         or (isinstance(message, m.Problem) and message.error.code is Code.UNKNOWN_SESSION)
-        # Nobody is kept from draining an honest worker by its name, so nobody may guess it here.
+        # Any client may drain a worker by its name, so the name of the honest one is left out.
         or (isinstance(message, m.DrainWorker) and message.worker == "w0")
         for message, _ in decoder.decode(frames).messages
     )
 
 
-def barrage(report: Report, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+def barrage(report: Report, watched: honest.Honest, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+    began = time.monotonic()
+    watched.mark("during")
     try:
         while report.sent.total() < count:
             for shoot in guns:
                 shoot(report.sent)
     except AssertionError as error:
         report.wrong.append(str(error))
+    report.seconds = time.monotonic() - began
+    watched.mark("after")
 
 
 async def status(mesh: Mesh, key: PeerKey | None = None) -> Any:
@@ -121,11 +126,11 @@ async def status(mesh: Mesh, key: PeerKey | None = None) -> Any:
 
 
 def judge(report: Report, mesh: Mesh) -> None:
-    faults = sum(tally["wrong"] + sum(tally["errors"].values()) for tally in report.told.values())
+    faults = honest.faults_of(report.tallies)
     if faults:
         report.wrong.append(f"{faults} honest requests failed")
-    if not all(tally["answers"] for name, tally in report.told.items() if name == "during"):
-        report.wrong.append("nobody was served during it")
+    if not all(tally["answers"] for name, tally in report.tallies.items() if name == "during"):
+        report.wrong.append("no honest request was answered during it")
     for process in (*mesh.workers, *([mesh.process] if mesh.process else [])):
         if "Traceback" in process.log():
             report.wrong.append(f"{process.name} wrote:\n{process.log()[-2_000:]}")

@@ -1,11 +1,11 @@
-"""Somebody who only wants answers, in a process of its own: do they come, are they right, and how long do they take?
+"""An honest client in a process of its own: are its answers delivered, are they right, and how long do they take?
 
-The same process may have a second client, whose broker means harm: that one may get any error, and nothing else.
+The same process may have a second client, of a hostile broker: that client may get any `LlamboError`, and no other.
 
     with Honest(address) as honest:
         ...                         # whatever is done to the mesh meanwhile
         honest.mark("during")       # what follows is counted under this name
-    print(honest.told)
+    print(honest.tallies)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINES = 2
 TOKENS = 12
 PAUSE_S = 0.01
 #: A request that takes longer has failed.
-PATIENCE_S = 60.0
+REQUEST_S = 60.0
 END_S = 30.0
 
 
@@ -49,7 +49,7 @@ class Tally:
         self.began = time.monotonic()
         self.first_at = 0.0
         self.last_at = self.ended = self.began
-        #: The longest time in which nobody was answered.
+        #: The longest time without an answer.
         self.gap_ms = 0.0
 
     def answered(self, began: float) -> None:
@@ -64,7 +64,7 @@ class Tally:
         self.ended = time.monotonic()
         self.gap_ms = max(self.gap_ms, (self.ended - self.last_at) * 1_000)
 
-    def told(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         times = sorted(self.times_ms)
         return {
             "answers": len(times),
@@ -111,15 +111,15 @@ async def serve(address: str, hostile: str = "") -> None:
         over.set()
 
     listener = asyncio.create_task(listen())
-    async with Client(address, name="honest", lost_ms=int(PATIENCE_S * 1_000)) as client:
+    async with Client(address, name="honest", lost_ms=int(REQUEST_S * 1_000)) as client:
         print("ready", flush=True)
         lines = [_line(client, number, tallies, over) for number in range(LINES)]
-        await asyncio.gather(*lines, *([_suffer(hostile, over)] if hostile else []))
+        await asyncio.gather(*lines, *([_use_hostile_mesh(hostile, over)] if hostile else []))
     await listener
     tallies[-1].close()
     for text in faults.texts:
         tallies[-1].errors[text] = 1
-    print(json.dumps({tally.name: tally.told() for tally in tallies}), flush=True)
+    print(json.dumps({tally.name: tally.figures() for tally in tallies}), flush=True)
 
 
 async def _line(client: Client, number: int, tallies: list[Tally], over: asyncio.Event) -> None:
@@ -129,7 +129,7 @@ async def _line(client: Client, number: int, tallies: list[Tally], over: asyncio
         count += 1
         prompt, began = f"honest {number} {count}", time.monotonic()
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(REQUEST_S):
                 stream = client.stream(prompt, model="fake", max_tokens=TOKENS, seed=count)
                 ids = [id async for piece in stream for id in piece.ids]
         except (LlamboError, TimeoutError) as error:
@@ -143,8 +143,8 @@ async def _line(client: Client, number: int, tallies: list[Tally], over: asyncio
         await asyncio.sleep(PAUSE_S)
 
 
-async def _suffer(address: str, over: asyncio.Event) -> None:
-    """Use a mesh that means harm. It may refuse, lie or be silent; whatever is no LlamboError ends this process."""
+async def _use_hostile_mesh(address: str, over: asyncio.Event) -> None:
+    """Use a hostile mesh. It may refuse, lie or be silent; any error but a LlamboError ends this process."""
     while not over.is_set():
         with suppress(LlamboError):
             async with Client(address, name="victim", lost_ms=5_000) as client:
@@ -165,10 +165,10 @@ async def _read(client: Client) -> None:
 
 
 class Honest:
-    """The process, and what it tells at its end: a tally by each mark, the first is `before`."""
+    """The process. At its end it prints a tally for each mark; the first is `before`."""
 
     def __init__(self, address: str, hostile: str = "", key: str = "") -> None:
-        self.told: dict[str, dict[str, Any]] = {}
+        self.tallies: dict[str, dict[str, Any]] = {}
         environment = {name: value for name, value in os.environ.items() if name != keys.KEY_ENV}
         if key:
             environment[keys.KEY_ENV] = key
@@ -203,22 +203,26 @@ class Honest:
         try:
             if error is None:
                 self._process.stdin.close()
-                self.told = json.loads(self._line(PATIENCE_S + END_S))
+                self.tallies = json.loads(self._line(REQUEST_S + END_S))
         finally:
             self._process.kill()
             self._process.wait(END_S)
             self._process.stdout.close()
 
     def faults(self) -> int:
-        """Answers that were wrong, and requests without one."""
-        return sum(tally["wrong"] + sum(tally["errors"].values()) for tally in self.told.values())
+        return faults_of(self.tallies)
 
 
-def show(told: dict[str, dict[str, Any]]) -> str:
+def faults_of(tallies: dict[str, dict[str, Any]]) -> int:
+    """Answers that were wrong, and requests without one."""
+    return sum(tally["wrong"] + sum(tally["errors"].values()) for tally in tallies.values())
+
+
+def show(tallies: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"{'':<12}{'answers':>8}{'wrong':>7}{'errors':>8}{'p50 ms':>9}{'p99 ms':>9}{'most ms':>9}{'gap ms':>8}{'s':>8}"
     ]
-    for name, tally in told.items():
+    for name, tally in tallies.items():
         lines.append(
             f"{name:<12}{tally['answers']:>8}{tally['wrong']:>7}{sum(tally['errors'].values()):>8}{tally['p50_ms']:>9}"
             f"{tally['p99_ms']:>9}{tally['most_ms']:>9}{tally['gap_ms']:>8}{tally['seconds']:>8}"

@@ -1,4 +1,4 @@
-"""A broker that means harm: it says welcome to whoever says hello, and then what it likes."""
+"""A hostile broker: it welcomes any peer, and then sends arbitrary messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fuzz.target import Frames
 
 
 class HostileBroker(Gunner):
-    """Says welcome to whoever says hello, and then what it likes: to a worker, or with `client` to a client."""
+    """Attacks a worker, or with `client` a client."""
 
     def __init__(self, context: zmq.Context[Any], seed: str, *, client: bool) -> None:
         super().__init__(seed)
@@ -46,11 +46,11 @@ class HostileBroker(Gunner):
         self.tokens.close(linger=0)
 
     def wait(self) -> None:
-        """Until somebody has joined."""
+        """Until the target has joined."""
         self._route, until = b"", time.monotonic() + HANG_S
         while not self._route:
             left_ms = int((until - time.monotonic()) * 1_000)
-            assert left_ms > 0 and self.control.poll(left_ms), f"nobody said hello for {HANG_S} s"
+            assert left_ms > 0 and self.control.poll(left_ms), f"no hello for {HANG_S} s"
             self._listen()
 
     def shoot(self, sent: Counter[str]) -> None:
@@ -98,9 +98,9 @@ class HostileBroker(Gunner):
                 self.control.send_multipart([self._route, *frames], zmq.DONTWAIT)
                 return
             except zmq.Again:
-                assert time.monotonic() < until, f"what was hit takes nothing for {HANG_S} s"
+                assert time.monotonic() < until, f"the target takes nothing for {HANG_S} s"
                 self._listen()
-                time.sleep(0.001)  # libzmq does not tell when a ROUTER has room for one peer again
+                time.sleep(0.001)  # libzmq does not report when a ROUTER has room for one peer again
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
@@ -112,7 +112,7 @@ class HostileBroker(Gunner):
             for _ in range(1_000):
                 route, *frames = self.control.recv_multipart(zmq.DONTWAIT)
                 bundle = decoder.decode(frames)
-                assert not bundle.problems, f"what was hit broke the protocol: {bundle.problems}"
+                assert not bundle.problems, f"the target broke the protocol: {bundle.problems}"
                 for message, _ in bundle.messages:
                     self._hear(route, message)
         with suppress(zmq.Again):

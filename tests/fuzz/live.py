@@ -3,10 +3,10 @@
     python -m tests.fuzz live --count 1000000 --role broker|keyed-broker|worker|client
 
     broker   hostile clients and workers, which have joined, and both token planes; or with keys, which are all valid
-    worker   a worker of two brokers: one means harm, through the other one honest requests run on the same worker
-    client   a program with two clients: the broker of one means harm, the other one's answers have to be right
+    worker   a worker of two brokers: one is hostile, through the other one honest requests run on the same worker
+    client   a program with two clients: the broker of one is hostile, the other one's answers have to be right
 
-Whoever is hit has to live, to take every message in time, and to serve everybody else.
+The target has to live, to take every message in time, and to serve the honest clients.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PAIRS = 2
 
 
 class Peer(Gunner):
-    """A client or worker that joins, and then says what it likes; a worker publishes as well."""
+    """A client or worker that joins and then sends arbitrary messages; a worker publishes as well."""
 
     def __init__(
         self, context: zmq.Context[Any], port: int, seed: str, *, worker: bool, key: PeerKey | None = None
@@ -104,7 +104,7 @@ class Peer(Gunner):
         return plausible.from_client(self.chance, self.alive, MODEL)
 
     def _upstream(self) -> bytes:
-        """Filters that are nobody's, and what is none."""
+        """Filters that belong to no session, and bytes that are no filter."""
         topic = self.chance.choice((b"", self.chance.randbytes(16), self.chance.randbytes(self.chance.randrange(40))))
         return self.chance.choice((b"\1", b"\0", b"\2", b"")) + topic
 
@@ -119,7 +119,7 @@ class Peer(Gunner):
         wait_to_send(self.control, codec.encode(codec.NO_SESSION, [(hello, None)]), "the broker")
         before, until = self.session, time.monotonic() + HANG_S
         while self.session == before:
-            # The hello is heard after all that was said before it: what counts is that something is answered.
+            # The broker reads the hello after all that was sent before it: any answer is progress.
             assert self.control.poll(max(0, int((until - time.monotonic()) * 1_000))), f"no answer within {HANG_S} s"
             self._listen()
             until = time.monotonic() + HANG_S
@@ -181,13 +181,9 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
             gang.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
         try:
             with honest.Honest(mesh.address, key=keys.to_line(own) if own else "") as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [peer.shoot for peer in gang])
-                report.seconds = time.monotonic() - began
-                watched.mark("after")
+                barrage(report, watched, count, [peer.shoot for peer in gang])
                 mesh.run(status(mesh, own), 2 * HANG_S)
-            report.told = watched.told
+            report.tallies = watched.tallies
         finally:
             for peer in gang:
                 peer.close()
@@ -210,12 +206,9 @@ def against_worker(count: int, seed: str) -> Report:
             worker.first_line()
             broker.wait()
             with honest.Honest(mesh.address) as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
-            report.told = watched.told
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
+            report.tallies = watched.tallies
             if not worker.running:
                 report.wrong.append(f"the worker is gone:\n{worker.log()}")
             judge(report, mesh)
@@ -233,12 +226,9 @@ def against_client(count: int, seed: str) -> Report:
         with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), broker="process") as mesh:
             with honest.Honest(mesh.address, broker.address) as watched:
                 broker.wait()
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
-            report.told = watched.told
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
+            report.tallies = watched.tallies
             judge(report, mesh)
     finally:
         broker.close()

@@ -46,7 +46,7 @@ def endless_message(port: int, offset: int, until: float, key: str) -> int:
 
 
 def subscriptions(port: int, offset: int, until: float, key: str) -> int:
-    """Topics that are nobody's, as many as go."""
+    """Topics that belong to no session, as many as can be sent."""
     sent = 0
     with RawPeer(port, key=key_of(key)) as peer:
         peer.join_as_client()
@@ -125,7 +125,7 @@ class Breaker:
 
 
 def questions(port: int, offset: int, until: float, key: str) -> int:
-    """Bundles full of questions whose answers are long, and nobody who reads the answers."""
+    """Bundles full of queries whose answers are long, by a client that does not read them."""
     sent = 0
     with RawPeer(port, key=key_of(key)) as peer:
         peer.join_as_client()

@@ -64,7 +64,7 @@ def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny"
                 chance.choice((0, 50, 5_000)),
                 chance.random() < 0.5,
                 ["tiny"],
-                ["told"],
+                ["event"],
             ),
             None,
         ),

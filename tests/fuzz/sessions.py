@@ -34,7 +34,7 @@ HANDS = 8
 LEFT_OPEN = 100
 #: How long the honest client is watched alone, before and after.
 ALONE_S = 5.0
-#: How long a broker may take to close what nobody uses any more; libzmq gives a handshake five seconds.
+#: How long a broker may take to close connections without a peer; libzmq gives a handshake five seconds.
 SETTLE_S = 20.0
 
 
@@ -47,7 +47,7 @@ class Report:
     idle: int = 0
     descriptors: dict[str, int] = field(default_factory=dict)
     rss_mib: dict[str, float] = field(default_factory=dict)
-    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tallies: dict[str, dict[str, Any]] = field(default_factory=dict)
     alive: bool = False
 
     @property
@@ -158,7 +158,7 @@ def attack(mesh: Mesh, count: int, idlers: int, seed: str, alone_s: float = ALON
         time.sleep(alone_s)
         settle(lambda: descriptors(pid) <= report.descriptors["before"])
         look("after")
-    report.told, report.alive = watched.told, mesh.process.running
+    report.tallies, report.alive = watched.tallies, mesh.process.running
     return report
 
 
@@ -168,7 +168,7 @@ def settle(condition: Callable[[], bool]) -> bool:
     while not condition():
         if time.monotonic() > until:
             return False
-        time.sleep(0.1)  # nothing tells of the descriptors of another process
+        time.sleep(0.1)  # there is no event for the descriptors of another process
     return True
 
 
@@ -187,9 +187,9 @@ def main(count: int, idlers: int, seed: str) -> int:
     print(f"deeds: {dict(sorted(report.deeds.items()))}")
     print(f"cut by the broker, or not let in: {report.refused:,}")
     print(f"descriptors of the broker: {report.descriptors}; RSS in MiB: {report.rss_mib}")
-    print(honest.show(report.told))
+    print(honest.show(report.tallies))
     print(f"the broker {'lives, and answers' if report.alive and answered else 'is gone'}")
-    faults = sum(tally["wrong"] + sum(tally["errors"].values()) for tally in report.told.values())
+    faults = honest.faults_of(report.tallies)
     return int(not (report.alive and answered and report.settled and not faults))
 
 

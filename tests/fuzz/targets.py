@@ -1,7 +1,7 @@
 """Everything that reads what somebody else has written, and what may come of it at the worst.
 
 A target is given frames and either takes them, or refuses them in the one way that its callers expect. Anything else
-that it does is a finding: another exception, something that does not satisfy its schema, an answer nobody can say.
+is a finding: another exception, something that does not satisfy its schema, an answer that cannot be encoded.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _codec(direction: str) -> Target:
 
 
 def _chunks(count: int, logprobs: bool = False) -> Frames:
-    told = samples.LOGPROBS[:1] if logprobs else None
-    return [tokens.encode_chunk(samples.KEY, n, [n], [b"<%d>" % n], 0, told) for n in range(count)]
+    entries = samples.LOGPROBS[:1] if logprobs else None
+    return [tokens.encode_chunk(samples.KEY, n, [n], [b"<%d>" % n], 0, entries) for n in range(count)]
 
 
 def _token_frames() -> Target:
@@ -192,7 +192,9 @@ def _gate() -> Target:
 # --- the engine's pipe -----------------------------------------------------------------------------------------
 
 
-def _pipe(name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker], union: Any) -> Target:
+def _pipe(
+    name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker[Any]], union: Any
+) -> Target:
     """Several messages, fed in two pieces that are cut anywhere."""
     whole = [proto.pack(message) for message in said]
     values = [msgpack.unpackb(frame[4:], strict_map_key=False) for frame in whole]
@@ -241,7 +243,7 @@ def _engine_pipes() -> list[Target]:
 
 
 def _starts() -> Target:
-    """A dispatch whose open part is anything: the worker decodes it, nobody before."""
+    """A dispatch whose open part is anything: only the worker decodes it."""
     good = [
         msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"], "logit_bias": {3: 1.5}, "form": "messages"}),
         msgspec.msgpack.encode(msgspec.to_builtins(tasks.TaskOptions(pooling="mean", special=True))),

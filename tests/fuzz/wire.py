@@ -35,8 +35,8 @@ def command(name: bytes, body: bytes = b"") -> bytes:
 
 def ready(kind: bytes, **more: bytes) -> bytes:
     """The metadata that ends a handshake without keys."""
-    told = {b"Socket-Type": kind, **{name.encode(): value for name, value in more.items()}}
-    return command(b"READY", b"".join(_property(name, value) for name, value in told.items()))
+    properties = {b"Socket-Type": kind, **{name.encode(): value for name, value in more.items()}}
+    return command(b"READY", b"".join(_property(name, value) for name, value in properties.items()))
 
 
 def _property(name: bytes, value: bytes) -> bytes:

@@ -63,9 +63,9 @@ class GatewayProcess:
         """Status, body (decoded if it is JSON) and headers."""
         with self.open(method, path, body, **headers) as response:
             data = response.read()
-            told = {name.lower(): value for name, value in response.getheaders()}
-        found = json.loads(data) if told.get("content-type", "").startswith("application/json") else data
-        return response.status, found, told
+            fields = {name.lower(): value for name, value in response.getheaders()}
+        found = json.loads(data) if fields.get("content-type", "").startswith("application/json") else data
+        return response.status, found, fields
 
     def post(self, path: str, body: Any, **headers: str) -> Any:
         """The body of a reply that has to be a 200."""
@@ -108,7 +108,7 @@ def id_of(event: bytes) -> str:
     return next(line.removeprefix(b"id: ") for line in event.splitlines() if line.startswith(b"id: ")).decode()
 
 
-def text_of(told: list[bytes]) -> str:
+def text_of(received: list[bytes]) -> str:
     """Of a chat's events."""
-    chunks = [data for event in told if (data := data_of(event)) is not None]
+    chunks = [data for event in received if (data := data_of(event)) is not None]
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])

@@ -54,7 +54,7 @@ class Healthy:
         answer = self._stream.answer
         assert answer is not None and (answer.reason, answer.moves) == ("cancelled", 0)
         assert self.ids == truth(self._prompt, self._seed, len(self.ids))
-        # And whoever comes now is served as well
+        # And a new client is served as well
         after = self._client.generate("after", max_tokens=10, seed=2)
         assert (after.ids, after.reason) == (truth("after", 2, 10), "length")
 

@@ -16,15 +16,15 @@ TEMPLATE = (
     "{%- if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
     "{% endif %}{{ '<tools>' }}{% for tool in tools %}{{ '\n' ~ (tool | tojson) }}{% endfor %}"
     "{{ '\n</tools>\nCall them with <tool_call></tool_call>.<|im_end|>\n' }}{% endif %}"
-    "{%- set told = messages[1:] if tools and messages[0].role == 'system' else messages %}"
-    "{% for message in told %}"
+    "{%- set rest = messages[1:] if tools and messages[0].role == 'system' else messages %}"
+    "{% for message in rest %}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content }}"
     "{% for call in message.tool_calls or [] %}"
     "{{ '<tool_call>\n' ~ ({'name': call.function.name, 'arguments': call.function.arguments} | tojson)"
     " ~ '\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-#: Control tokens of SmolLM2 that nobody uses.
+#: Control tokens of SmolLM2 that are not used.
 RENAMED = {b"<gh_stars>": CALL_BEGIN.encode(), b"<empty_output>": CALL_END.encode()}
 #: Bytes of a value, by its type in the file; 8 is text, 9 an array.
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

@@ -56,7 +56,7 @@ mkdir "/sys/fs/cgroup/$GROUP"
 echo 0 > "/sys/fs/cgroup/$GROUP/cgroup.procs"
 exec unshare --cgroup -- sh -c 'umount /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"' sh $THEN
 """
-#: Afterwards, when nobody is in it any more.
+#: Afterwards, when no process is in it any more.
 TIDY = 'mount -t cgroup2 cgroup2 /mnt; find "/mnt/$GROUP" -depth -type d -exec rmdir {} +'
 #: Targets that a user's manager expects, and that are otherwise in its own folder.
 TARGETS = ("default", "basic", "sockets", "timers", "paths", "shutdown", "exit", "network-online")
@@ -213,8 +213,8 @@ class Manager:
     def heard(self, text: str, since: int = 0) -> int:
         return self.wait(lambda entry: text in entry.get("MESSAGE", ""), since)
 
-    def told(self, word: str, units: Sequence[str], since: int = 0) -> tuple[str, int]:
-        """Which of these services has told the manager so, and the number of the entry."""
+    def notified(self, word: str, units: Sequence[str], since: int = 0) -> tuple[str, int]:
+        """Wait until one of these services sends this to the manager. Which one, and the number of the entry."""
         number = self.wait(
             lambda entry: (
                 entry.get("USER_UNIT") in units
@@ -226,7 +226,7 @@ class Manager:
         return self.entries[number]["USER_UNIT"], number
 
     def _listen(self) -> None:
-        """In a thread of its own: nobody is kept waiting while a test does something else."""
+        """In a thread of its own, so that `journalctl` never waits while a test does something else."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             with self._news:

@@ -94,18 +94,18 @@ def test_an_id_that_is_none(raw_client: RawPeer, id: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampling", "told"),
+    ("sampling", "named"),
     [({"temperature": "hot"}, "temperature"), ({"stop": [""]}, "stop"), ({"stop": ["x"] * 17}, "stop"), ([1], "array")],
     ids=repr,
 )
-def test_sampling_that_no_engine_can_do(raw_client: RawPeer, sampling: object, told: str) -> None:
+def test_sampling_that_no_engine_can_do(raw_client: RawPeer, sampling: object, named: str) -> None:
     fields = inference_request(sampling=sampling)
     raw_client.send_map(fields, b"hello")
     end = raw_client.expect(m.End, id=fields["id"])
     assert (end.reason, end.count) == ("error", 0)
     assert end.error is not None
     assert end.error.code is Code.BAD_REQUEST
-    assert told in end.error.text
+    assert named in end.error.text
     raw_client.send_messages(m.EndAck([end.id]))
 
 
@@ -128,7 +128,7 @@ def test_questions_that_cannot_be_answered(raw_client: RawPeer) -> None:
         (m.Query(1, "the weather"), Code.BAD_REQUEST),
         (m.Query(2, "why", "not hex"), Code.BAD_REQUEST),
         (m.Query(3, "why", "abcdef"), Code.UNKNOWN_REQUEST),
-        (m.DrainWorker(4, "nobody"), Code.UNKNOWN_WORKER),
+        (m.DrainWorker(4, "no-such-worker"), Code.UNKNOWN_WORKER),
     ]
     for query, (message, code) in enumerate(asked, 1):
         raw_client.send_messages(message)
@@ -274,7 +274,7 @@ def test_a_worker_that_meddles_with_the_runs_of_another(steady_mesh: Mesh, healt
             m.Page(id, 0, 1, 10**6, [b"Tjunk"], dispatch),
             m.WorkerHeartbeat(seq=2**53, claims={key: 10**6, bytes(24): 5}),
         )
-        # Then it is told to stop, and that is all
+        # Then it gets a CANCEL for each, and nothing else
         peer.expect(m.Cancel, id=id)
         peer.expect(m.Cancel, id=bytes(16))
         peer.send_messages(m.Goodbye())

@@ -1,4 +1,4 @@
-"""Nonsense on the token planes: nobody gets another one's tokens, and no forged token gets to anybody."""
+"""Nonsense on the token planes: no client gets tokens of another, and no forged token reaches a client."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_shifted_grant(steady_mesh: Mesh, healthy: Healthy, monkeypatch: pytes
         assert not _steal(steady_mesh)
     else:
         monkeypatch.setattr(SubscriptionGrants, "admit", _admit_without_guard)
-        # It takes three frames in their order out of three connections, which nobody can tell to be in time.
+        # It takes three frames in their order out of three connections, and that order cannot be forced.
         assert any(_steal(steady_mesh) for _ in range(TRIES))
 
 

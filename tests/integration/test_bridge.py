@@ -16,8 +16,7 @@ import msgpack
 import pytest
 
 from llambo.bridge.connection import ConnectionLimits
-from llambo.bridge.listener import Listener, open_tcp, open_unix
-from llambo.bridge.server import Bridge, BridgeLimits
+from llambo.bridge.server import Bridge, BridgeLimits, Listener, open_tcp, open_unix
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
@@ -114,8 +113,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "b.sock"
 
 
-def test_answers_are_those_of_the_mesh(path: Path) -> None:
-    async def scenario() -> None:
+async def test_answers_are_those_of_the_mesh(path: Path) -> None:
+    with Mesh(1, fake=FakeOptions(utf8_split=True)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer, mesh.client() as client:
             direct = await client.generate("hi", seed=7, max_tokens=40, form="user")
             request = {"prompt": "hi", "seed": 7, "max_tokens": 40}
@@ -128,12 +127,9 @@ def test_answers_are_those_of_the_mesh(path: Path) -> None:
             assert status["model"] == "fake" and status["mesh"]["workers"] == 1
             assert status["bridge"] == {"connections": 1, "answers": 1}
 
-    with Mesh(1, fake=FakeOptions(utf8_split=True)) as mesh:
-        mesh.run(scenario())
-
 
 @pytest.mark.parametrize("tcp", [False, True])
-def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
+async def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
     """All are connected, and have asked, before the first one is read."""
 
     async def one(running: Running, number: int, all_there: asyncio.Barrier) -> str:
@@ -144,7 +140,7 @@ def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
             assert heard[-1]["status"] == "ok", heard[-1]
             return "".join(line["token"] for line in heard)
 
-    async def scenario() -> None:
+    with Mesh(2, fake=FakeOptions(slots=32)) as mesh:
         async with bridge(mesh, None if tcp else path) as running:
             all_there = asyncio.Barrier(CROWD)
             texts = await asyncio.gather(*[one(running, number, all_there) for number in range(CROWD)])
@@ -154,12 +150,9 @@ def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
                     assert texts[number] == direct.text
             assert len(set(texts)) == CROWD
 
-    with Mesh(2, fake=FakeOptions(slots=32)) as mesh:
-        mesh.run(scenario(), 2 * TIMEOUT_S)
 
-
-def test_one_too_many_is_told_so(path: Path) -> None:
-    async def scenario() -> None:
+async def test_one_too_many_is_told_so(path: Path) -> None:
+    with Mesh(0) as mesh:
         async with bridge(mesh, path, connections=1) as running:
             async with running.peer() as first, running.peer() as second:
                 assert (await second.hear())["data"]["code"] == "over_limit"
@@ -170,13 +163,10 @@ def test_one_too_many_is_told_so(path: Path) -> None:
             async with running.peer() as third:
                 assert (await third.ask("PING"))["status"] == "ok"
 
-    with Mesh(0) as mesh:
-        mesh.run(scenario())
-
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None:
-    async def scenario() -> None:
+async def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say(f"INFER{'_STREAM' if streamed else ''} {json.dumps(ENDLESS)}", "PING")
             await mesh.aside(lambda core: core.state.registry.workers and core.state.running, "it runs")
@@ -185,26 +175,27 @@ def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -> None
             assert running.bridge.numbers() == {"connections": 0, "answers": 0}
         assert mesh.counter("cancelled") == 1
 
+
+async def test_who_has_said_all_is_still_answered(path: Path) -> None:
     with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
-        mesh.run(scenario())
-
-
-def test_who_has_said_all_is_still_answered(path: Path) -> None:
-    async def scenario() -> None:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say('INFER {"prompt": "p", "max_tokens": 20}', "PING")
             peer.writer.write_eof()
             assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
             assert await peer.ended()
 
-    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
-        mesh.run(scenario())
+
+def read_all(slow: socket.socket) -> bytes:
+    slow.settimeout(TIMEOUT_S)
+    heard = bytearray()
+    while not heard.endswith(b'"tag":"last"}\n'):
+        heard += slow.recv(2**20)
+    return bytes(heard)
 
 
-def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
+async def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
     """One asks for more than fits between it and the bridge, and reads nothing until all others are done."""
-
-    async def scenario() -> None:
+    with Mesh(2) as mesh:
         async with bridge(mesh, path) as running, running.peer() as other:
             slow = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
@@ -228,19 +219,9 @@ def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
                 assert text == (await client.generate("slow", max_tokens=30_000, seed=1, form="user")).text
             assert heard.count(b"pong") == PINGS + 1
 
-    def read_all(slow: socket.socket) -> bytes:
-        slow.settimeout(TIMEOUT_S)
-        heard = bytearray()
-        while not heard.endswith(b'"tag":"last"}\n'):
-            heard += slow.recv(2**20)
-        return bytes(heard)
 
-    with Mesh(2) as mesh:
-        mesh.run(scenario(), 2 * TIMEOUT_S)
-
-
-def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
-    async def scenario() -> None:
+async def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
+    with Mesh(1) as mesh:
         async with bridge(mesh, path, each=ConnectionLimits(line_bytes=1_000)) as running, running.peer() as peer:
             peer.writer.write(b"\xff\xfe\nINFER \0\nfrob\n" + 5_000 * b"x" + b"\nINFER {\r\n\r\n")
             peer.say('INFER {"prompt": "p", "max_tokens": -1}', 'INFER {"prompt": "p", "top_k": "many"}', "LOAD other")
@@ -248,12 +229,9 @@ def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
             assert codes == 7 * ["bad_request"] + ["unknown_model"]
             assert (await peer.ask("PING"))["message"] == "pong"
 
-    with Mesh(1) as mesh:
-        mesh.run(scenario())
 
-
-def test_programs_speak_msgpack(path: Path) -> None:
-    async def scenario() -> None:
+async def test_programs_speak_msgpack(path: Path) -> None:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=200)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer:
             assert (await peer.ask("BINARY"))["data"] == {"format": "msgpack"}
             asked = [
@@ -271,12 +249,9 @@ def test_programs_speak_msgpack(path: Path) -> None:
                 for n, text in texts.items():
                     assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
 
-    with Mesh(1, fake=FakeOptions(tokens_per_s=200)) as mesh:
-        mesh.run(scenario())
 
-
-def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
-    async def scenario() -> None:
+async def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as idle, running.peer() as busy:
             assert (await idle.ask("PING"))["status"] == "ok"
             busy.say('INFER_STREAM {"prompt": "p", "max_tokens": 30}')
@@ -288,13 +263,10 @@ def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
             await running.task
         assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
 
-    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
-        mesh.run(scenario())
-
 
 @pytest.mark.parametrize("hurried", [False, True])
-def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
-    async def scenario() -> None:
+async def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, path, leave_ms=60_000 if hurried else 1) as running, running.peer() as peer:
             peer.say(f"INFER_STREAM {json.dumps(ENDLESS)}")
             assert not (await peer.hear())["final"]
@@ -306,22 +278,16 @@ def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> None:
             await running.task
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
-        mesh.run(scenario())
 
-
-def test_quit_stops_the_bridge_where_it_may(path: Path) -> None:
-    async def scenario() -> None:
+async def test_quit_stops_the_bridge_where_it_may(path: Path) -> None:
+    with Mesh(0) as mesh:
         async with bridge(mesh, path, each=ConnectionLimits(quit_stops=True)) as running, running.peer() as peer:
             assert (await peer.ask("QUIT"))["message"] == "bye"
             await running.task
 
-    with Mesh(0) as mesh:
-        mesh.run(scenario())
 
-
-def test_a_reset_over_tcp_cancels_too() -> None:
-    async def scenario() -> None:
+async def test_a_reset_over_tcp_cancels_too() -> None:
+    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, None) as running:
             peer = socket.create_connection(running.listener.socket.getsockname())
             peer.sendall(f"INFER {json.dumps(ENDLESS)}\n".encode())
@@ -330,12 +296,9 @@ def test_a_reset_over_tcp_cancels_too() -> None:
             peer.close()
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
-    with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
-        mesh.run(scenario())
 
-
-def test_answers_survive_their_worker(path: Path) -> None:
-    async def scenario() -> None:
+async def test_answers_survive_their_worker(path: Path) -> None:
+    with Mesh(2, fake=FakeOptions(tokens_per_s=100)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say('INFER_STREAM {"prompt": "p", "max_tokens": 60, "seed": 3}')
             heard = [await peer.hear()]
@@ -347,6 +310,3 @@ def test_answers_survive_their_worker(path: Path) -> None:
             async with mesh.client() as client:
                 direct = await client.generate("p", max_tokens=60, seed=3, form="user")
             assert "".join(line["token"] for line in heard) == direct.text
-
-    with Mesh(2, fake=FakeOptions(tokens_per_s=100)) as mesh:
-        mesh.run(scenario())

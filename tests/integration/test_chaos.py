@@ -30,11 +30,11 @@ def test_nothing_is_lost_in_some_seconds_of_chaos(tmp_path: Path) -> None:
     mark = tmp_path.name
     folder = tmp_path / "history"
     done = chaos("--faults", FAULTS, "--minutes", "0.2", "--lease-ms", "1000", "--keep", str(folder), mark=mark)
-    told = done.stdout + done.stderr
-    assert done.returncode == 0, told
-    assert "duplicated 0" in told
-    assert "faults: " in told
-    assert "faults: none" not in told
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert "duplicated 0" in printed
+    assert "faults: " in printed
+    assert "faults: none" not in printed
     assert not marked(MARK, mark), "a process outlived the harness"
     # And the history says the same when it is read once more.
     again = chaos("--read", str(folder))

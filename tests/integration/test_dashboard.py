@@ -1,4 +1,4 @@
-"""What the dashboard is served and told, without a browser: who may, how much, and what becomes of slow viewers."""
+"""What the dashboard is served and sent, without a browser: which roles, how much, and what slow viewers miss."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_nothing_but_the_page_is_served(gateway: GatewayProcess, path: str) -> N
     assert gateway.ask("GET", path)[0] == 404
 
 
-# --- what is told --------------------------------------------------------------------------------------------
+# --- what is sent --------------------------------------------------------------------------------------------
 
 
 def test_a_picture_and_then_what_changes(mesh: Mesh, gateway: GatewayProcess) -> None:
@@ -74,7 +74,7 @@ def test_a_picture_and_then_what_changes(mesh: Mesh, gateway: GatewayProcess) ->
         ended: list[str] = []
         while id not in ended:
             change = data_of(events(response, 1)[0])
-            assert "whole" not in change, "it was told everything again"
+            assert "whole" not in change, "it was sent everything again"
             ended += [row["id"] for row in change.get("ended", [])]
     story = gateway.get(f"/board/requests/{id[:12]}")
     assert [story["id"], story["state"], story["tokens"]] == [id, "ended", 3]
@@ -88,62 +88,53 @@ def test_a_gateway_that_stops_lets_its_viewers_go(mesh: Mesh) -> None:
         assert data_of(events(response)[-1])["over"]["text"] == "the gateway is stopping"
 
 
-def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
+async def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
     asked = 0
+    watches = Watches(lambda: False)
+    async with mesh.client() as client:
 
-    async def scenario() -> None:
-        nonlocal asked
-        watches = Watches(lambda: False)
-        async with mesh.client() as client:
+        async def connect() -> Client:
+            nonlocal asked
+            asked += 1
+            return client
 
-            async def connect() -> Client:
-                nonlocal asked
-                asked += 1
-                return client
-
-            async with (
-                client.stream("news, five times a second", max_tokens=4_000),
-                watches.viewing("", connect) as first,
-                watches.viewing("", connect) as second,
-            ):
-                assert first is second
-                quick, slow = first.events(), second.events()
-                assert told(await anext(slow))["whole"]
-                assert told(await anext(quick))["whole"]
-                for _ in range(3):
-                    assert "whole" not in told(await anext(quick))
-                # It is given all at once, and then it goes on with the changes.
-                assert told(await anext(slow))["whole"]
-                assert "whole" not in told(await anext(slow))
-            rounds = asked
-            assert not first.viewers and watches.viewers == 0
-            # Nobody looks, so nobody asks: nothing is left on the loop that could.
-            assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
-            assert asked == rounds
-
-    mesh.run(scenario())
-
-
-def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "VIEWERS", 3)
-
-    async def scenario() -> None:
-        watches = Watches(lambda: False)
-        async with mesh.client() as client, AsyncExitStack() as stack:
-
-            async def connect() -> Client:
-                return client
-
+        async with (
+            client.stream("news, five times a second", max_tokens=4_000),
+            watches.viewing("", connect) as first,
+            watches.viewing("", connect) as second,
+        ):
+            assert first is second
+            quick, slow = first.events(), second.events()
+            assert content_of(await anext(slow))["whole"]
+            assert content_of(await anext(quick))["whole"]
             for _ in range(3):
-                await stack.enter_async_context(watches.viewing("", connect))
-            with pytest.raises(LlamboError) as refused:
-                await stack.enter_async_context(watches.viewing("other", connect))
-            assert refused.value.code is Code.BUSY
+                assert "whole" not in content_of(await anext(quick))
+            # It is given all at once, and then it goes on with the changes.
+            assert content_of(await anext(slow))["whole"]
+            assert "whole" not in content_of(await anext(slow))
+        rounds = asked
+        assert not first.viewers and watches.viewers == 0
+        # Without a viewer there are no queries: no task that sends them is left on the loop.
+        assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
+        assert asked == rounds
 
-    mesh.run(scenario())
+
+async def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "VIEWERS", 3)
+    watches = Watches(lambda: False)
+    async with mesh.client() as client, AsyncExitStack() as stack:
+
+        async def connect() -> Client:
+            return client
+
+        for _ in range(3):
+            await stack.enter_async_context(watches.viewing("", connect))
+        with pytest.raises(LlamboError) as refused:
+            await stack.enter_async_context(watches.viewing("other", connect))
+        assert refused.value.code is Code.BUSY
 
 
-def told(event: bytes) -> dict[str, Any]:
+def content_of(event: bytes) -> dict[str, Any]:
     return dict(json.loads(event.removeprefix(b"data: ")))
 
 
@@ -155,7 +146,7 @@ def told(event: bytes) -> dict[str, Any]:
     [
         (DRAIN, {"worker": "w0"}, {}, 415),
         (DRAIN, b'{"worker": "w0"}', {"content_type": "text/plain"}, 415),
-        (DRAIN, {"worker": "nobody"}, JSON, 404),
+        (DRAIN, {"worker": "no-such-worker"}, JSON, 404),
         (DRAIN, {"worker": 5}, JSON, 400),
         (DRAIN, {}, JSON, 400),
         (CANCEL, {"id": "zzzz"}, JSON, 400),
@@ -174,9 +165,9 @@ def test_with_keys_only_admins(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "keys")
     folder.begin("tcp://127.0.0.1:7330")
     folder.add(Identity("boss", "admin"), 0)
-    folder.add(Identity("guest", "client"), 0)
+    folder.add(Identity("viewer", "client"), 0)
     folder.add(Identity("gateway", "client"), 0)
-    guest, boss = (f"Bearer {api_tokens.issue(folder, name, 0)}" for name in ("guest", "boss"))
+    viewer, boss = (f"Bearer {api_tokens.issue(folder, name, 0)}" for name in ("viewer", "boss"))
     with (
         Mesh(workers=1, keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
@@ -189,7 +180,7 @@ def test_with_keys_only_admins(tmp_path: Path) -> None:
             ("POST", DRAIN, {"worker": "w0"}),
             ("POST", CANCEL, {"id": "00000000"}),
         ):
-            for token, status in ((wrong, 401), (guest, 403)):
+            for token, status in ((wrong, 401), (viewer, 403)):
                 assert gateway.ask(method, path, body, authorization=token, **JSON)[0] == status
             assert gateway.ask(method, path, body, **JSON)[0] == 401
         assert not mesh.look(lambda core: core.state.registry.drained)

@@ -1,4 +1,4 @@
-"""Who is let in at which of a broker's four ports, tried with sockets that do not ask our library what is allowed."""
+"""Which keys are let in at which of a broker's four ports, tried with sockets that bypass the checks of our library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llambo.testing.mesh import Mesh, key_of
 from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
-#: What libzmq tells of a handshake.
+#: What libzmq reports of a handshake.
 OUTCOMES = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: "let in",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "denied",
@@ -45,8 +45,8 @@ def mesh(folder: Folder) -> Iterator[Mesh]:
         yield mesh
 
 
-def knock(port: int, kind: int, curve: PeerKey | None, timeout_ms: int = 10_000, **options: Any) -> str:
-    """What becomes of a first connection."""
+def handshake(port: int, kind: int, curve: PeerKey | None, timeout_ms: int = 10_000, **options: Any) -> str:
+    """Connect once; the outcome of the handshake."""
     with zmq.Context() as context, sockets.control(context, kind, curve=curve) as socket:
         for name, value in options.items():
             socket.setsockopt(getattr(zmq, name), value)
@@ -73,7 +73,7 @@ def expired(folder: Folder) -> PeerKey:
 
 
 def has_read(mesh: Mesh, folder: Folder) -> None:
-    """The broker knows the keyring as it is: it looks four times a second, and a knock may come between."""
+    """Wait until the broker has the keyring as it is: it reads it four times a second."""
     valid = set(folder.ring().identities(time.time()))
     mesh.until(lambda core: set(core.state.access.identities or ()) == valid, "the broker has read the keyring")
 
@@ -113,42 +113,42 @@ def test_who_is_let_in_where(mesh: Mesh, folder: Folder, key: Any, port: int, ex
     given = key(folder)
     has_read(mesh, folder)
     # An attempt that the broker ends may be seen as a broken connection before its reason is read.
-    seen = {knock(mesh.port + port, KINDS[port], given) for _ in range(3)}
+    seen = {handshake(mesh.port + port, KINDS[port], given) for _ in range(3)}
     print(f"\n{expected} expected, seen: {', '.join(sorted(seen))}")
     assert seen <= ({expected} if expected == "let in" else {expected, "broken off"})
     assert expected in seen
 
 
 def test_a_password_is_no_key(mesh: Mesh) -> None:
-    assert knock(mesh.port, zmq.DEALER, None, PLAIN_USERNAME=b"admin", PLAIN_PASSWORD=b"admin") == "broken off"
+    assert handshake(mesh.port, zmq.DEALER, None, PLAIN_USERNAME=b"admin", PLAIN_PASSWORD=b"admin") == "broken off"
 
 
 def test_nobody_is_let_in_while_the_broker_stands_still(mesh: Mesh, folder: Folder) -> None:
-    """Its loop is what answers. While it is held nobody comes in, and afterwards those who may do."""
+    """Handshakes are answered by its loop. While that is held none succeeds; afterwards a valid key does."""
     key, seen = key_of(folder, "alice"), list[str]()
     with mesh.held():
         for who in (key, stranger(folder)):
-            seen.append(knock(mesh.port, zmq.DEALER, who, timeout_ms=A_MOMENT_MS))
+            seen.append(handshake(mesh.port, zmq.DEALER, who, timeout_ms=A_MOMENT_MS))
     assert seen == ["nothing", "nothing"]
-    assert knock(mesh.port, zmq.DEALER, key) == "let in"
+    assert handshake(mesh.port, zmq.DEALER, key) == "let in"
 
 
 @pytest.mark.parametrize("domain", [CLIENT_DOMAIN, "llambo.nowhere"])
 def test_nobody_is_let_in_where_nobody_answers(domain: str, folder: Folder) -> None:
-    """A door of which no porter knows, or whose porter is dead, is shut."""
-    with lone_door(folder, domain) as port:
-        seen = knock(port, zmq.DEALER, key_of(folder, "alice"), timeout_ms=A_MOMENT_MS)
+    """A socket without a ZAP handler for its domain, or whose handler is dead, lets no peer in."""
+    with socket_without_zap(folder, domain) as port:
+        seen = handshake(port, zmq.DEALER, key_of(folder, "alice"), timeout_ms=A_MOMENT_MS)
     assert seen in ("denied", "broken off", "nothing")
 
 
 def test_without_the_option_that_insists_on_an_answer_that_door_is_open(folder: Folder) -> None:
-    with lone_door(folder, CLIENT_DOMAIN, insist=0) as port:
-        assert knock(port, zmq.DEALER, stranger(folder)) == "let in"
+    with socket_without_zap(folder, CLIENT_DOMAIN, insist=0) as port:
+        assert handshake(port, zmq.DEALER, stranger(folder)) == "let in"
 
 
 @contextmanager
-def lone_door(folder: Folder, domain: str, insist: int = 1) -> Iterator[int]:
-    """A broker's socket in a context of its own, where there is no porter."""
+def socket_without_zap(folder: Folder, domain: str, insist: int = 1) -> Iterator[int]:
+    """A broker's socket in a context of its own, where there is no ZAP handler."""
     door = sockets.CurveServer(folder.broker(), domain)
     with zmq.Context() as context, sockets.control(context, zmq.ROUTER, curve=door) as socket:
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, insist)
@@ -160,4 +160,4 @@ def test_a_stream_goes_on_while_all_sorts_knock(mesh: Mesh, folder: Folder) -> N
         for name, key, port, expected in CASES:
             given = key(folder)
             has_read(mesh, folder)
-            assert (knock(mesh.port + port, KINDS[port], given) == "let in") == (expected == "let in"), name
+            assert (handshake(mesh.port + port, KINDS[port], given) == "let in") == (expected == "let in"), name

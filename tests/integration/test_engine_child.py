@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,8 +25,8 @@ TIMEOUT_S = 10.0
 
 
 @contextmanager
-def engine(knobs: FakeOptions) -> Iterator[EngineProcess]:
-    child = EngineProcess(proto.Configure("fake", "fake", knobs))
+def engine(options: FakeOptions) -> Iterator[EngineProcess]:
+    child = EngineProcess(proto.Configure("fake", "fake", options))
     try:
         yield child
     finally:
@@ -111,8 +112,8 @@ def test_a_stopped_sequence_frees_its_slot_for_the_next_order() -> None:
 def test_a_crash_is_noticed_and_named() -> None:
     with engine(FakeOptions(faults=FakeFaults(crash_at=5))) as child:
         child.order(start())
-        told = [m for m in listen(child) if isinstance(m, proto.Step)]
-        assert sum(len(output.ids) for step in told for output in step.outputs) == 5
+        steps = [m for m in listen(child) if isinstance(m, proto.Step)]
+        assert sum(len(output.ids) for step in steps for output in step.outputs) == 5
         assert child.reap() == ("the engine was ended by SIGSEGV", False)
 
 
@@ -137,7 +138,8 @@ def test_a_hang_is_silent_until_it_is_killed() -> None:
 def test_a_closed_pipe_ends_it() -> None:
     with engine(FakeOptions()) as child:
         assert isinstance(next(listen(child)), proto.Ready)
-        child.close_pipe()
+        with socket.socket(fileno=os.dup(child.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
         wait_until_gone(child.pid, TIMEOUT_S)
 
 

@@ -123,7 +123,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
     llambo(rig, "keys", "export", "me", *keys, "--output", "/run/rig/me.key")
     rig.write(2)
 
-    # A host whose key nobody has looked at is not talked to, and it is told what to do.
+    # A host whose key was never verified is not used, and the error says what to do.
     rig.box.knows(far1)
     away = rig.fleet("plan")["away"]
     assert away.keys() == {"far2"}
@@ -133,10 +133,10 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
     # One without units of llambo gets no worker, and nothing of it is left there.
     far1.install()
     far1.on.systemctl("daemon-reload")
-    told = rig.fleet("apply", fails=True)
-    (failed,) = told["failed"]
+    report = rig.fleet("apply", fails=True)
+    (failed,) = report["failed"]
     assert "did not start on far2: the units of llambo are missing: llambo systemd install" in failed["how"]
-    assert (told["done"], far2.files()) == (2, {})
+    assert (report["done"], far2.files()) == (2, {})
     assert far1.files().keys() == {"worker-tiny-0001.env", "worker-tiny-0001.key"}
 
     # With units it does, and the one that runs is left alone.
@@ -155,7 +155,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
         assert shown == {"MainPID": str(pids[name]), "ActiveState": "active"}
     assert rig.send().strip()
 
-    # Their key came by ssh: nobody else can read it, and no command line or log has it.
+    # Their key came by ssh: no other user can read it, and no command line or log has it.
     key = (rig.box.rig / "keys/issued/tiny.key").read_text()
     for far, name in ((far1, "tiny-0001"), (far2, "tiny-0002")):
         put = far.files()
@@ -166,29 +166,29 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
         assert "llambo-key-1." not in json.dumps(far.on.entries)
 
     # Nothing is to be done, and nothing is.
-    told = rig.fleet("apply")
-    assert (told["steps"], told["done"], told["away"]) == ([], 0, {})
+    report = rig.fleet("apply")
+    assert (report["steps"], report["done"], report["away"]) == ([], 0, {})
     assert rig.pids() == pids
 
-    # A host is switched off: that is told, and what it had is neither forgotten nor begun elsewhere.
+    # A host is switched off: that is reported, and its nodes are neither forgotten nor started elsewhere.
     far2.switch_off()
-    told = rig.fleet("apply")
-    assert (told["steps"], told["failed"], told["away"].keys()) == ([], [], {"far2"}), told
+    report = rig.fleet("apply")
+    assert (report["steps"], report["failed"], report["away"].keys()) == ([], [], {"far2"}), report
     lost = rig.nodes()["tiny-0002"]
     assert (lost["host"], lost["note"]) == ("far2", "far2 is away")
     assert rig.send().strip()
 
-    # Another one goes where there is a host, under a name that nobody has.
+    # A further worker is started where there is a host, under a name that no other has.
     rig.write(3)
     (step,) = rig.fleet("apply")["steps"]
     assert (step["do"], step["name"], step["host"]) == ("spawn", "tiny-0003", "far1")
 
-    # Switched on again, it has its worker back, which nobody has begun but its own manager.
+    # Switched on again, it has its worker back, which only its own manager has started.
     ran = far2.ran()
     far2.switch_on()
-    far2.on.told("READY=1", ["llambo-worker@tiny-0002.service"])
-    told = rig.fleet("apply")
-    assert (told["steps"], told["away"]) == ([], {}), told
+    far2.on.notified("READY=1", ["llambo-worker@tiny-0002.service"])
+    report = rig.fleet("apply")
+    assert (report["steps"], report["away"]) == ([], {}), report
     assert "enable --quiet --now" not in far2.ran().removeprefix(ran)
     after = rig.nodes()
     assert {name: (node["host"], node["state"]) for name, node in after.items()} == {
@@ -204,7 +204,7 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
     far1.switch_on()
     said += heard(orchestrator, "far1 is back")
     for name in ("tiny-0001", "tiny-0003"):
-        far1.on.told("READY=1", [f"llambo-worker@{name}.service"])
+        far1.on.notified("READY=1", [f"llambo-worker@{name}.service"])
     rig.box.manager.run("kill", str(rig.fleet("status")["orchestrator"]["pid"]))
     said += orchestrator.communicate(timeout=PATIENCE_S)[0]
     assert "is ready after" not in said and "has left" not in said, said

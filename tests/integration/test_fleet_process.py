@@ -1,4 +1,4 @@
-"""The provider `process`: nodes outlive whoever began them, are known again, and are never there twice."""
+"""The provider `process`: nodes outlive the process that started them, are found again, and never run twice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from llambo.fleet.model import NodeFailed, NodeRecord
 from llambo.fleet.providers.process import Processes
-from llambo.fleet.world import NodeFailed, NodeRecord
 from llambo.testing.processes import wait_until_gone
 
 BROKER = [sys.executable, "-m", "llambo.cli.services.broker", "--port", "0"]

@@ -91,7 +91,7 @@ def test_workers_are_units_and_only_the_difference_is_changed(services: Services
     # Killed, it is begun again by its manager, and is none of ours to begin.
     since = services.manager.mark()
     services.manager.run("kill", "-9", str(after["tiny-0003"]))
-    services.manager.told("READY=1", ["llambo-worker@tiny-0003.service"], since)
+    services.manager.notified("READY=1", ["llambo-worker@tiny-0003.service"], since)
     assert fleet(services, "plan")["steps"] == []
 
     fleet(services, "down")

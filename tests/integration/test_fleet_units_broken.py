@@ -1,6 +1,6 @@
 """What becomes of a node when ssh breaks off, or the manager refuses, in the middle of something.
 
-In place of both are doubles in PATH. `ssh` runs what it is told here; it fails for as long as there is a file `cut`,
+In place of both are doubles in PATH. `ssh` runs its command here; it fails for as long as there is a file `cut`,
 and if that has text, only for what contains it. It hangs while there is a pipe `hang`. `systemctl` refuses while there
 is a file `refuse`.
 """
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llambo.fleet.model import Fleet, Host
+from llambo.fleet.model import Fleet, Host, NodeFailed, NodeRecord
 from llambo.fleet.providers.providers import Providers
 from llambo.fleet.providers.units import Units
-from llambo.fleet.world import NodeFailed, NodeRecord
 
 SSH = """#!/bin/sh
 for last in "$@"; do :; done
@@ -82,7 +81,7 @@ def test_whoever_was_cut_off_while_it_was_begun_keeps_its_name(far: Far) -> None
     (far.folder / "cut").write_text("enable --quiet --now")
     with pytest.raises(NodeFailed, match=r"tiny-0001 may or may not have started on far: .*No route to host"):
         far.spawn(far.units())
-    # Whoever comes next does not reach the host, and knows of it all the same.
+    # The next command does not reach the host, and has the record all the same.
     (far.folder / "cut").write_text("")
     later = far.units()
     asyncio.run(later.refresh())
@@ -108,26 +107,22 @@ def test_one_that_could_not_be_ended_is_still_there_and_is_ended_the_next_time(f
     assert (far.files(), far.units().records()) == (set(), [])
 
 
-def test_a_host_that_hangs_keeps_nobody_waiting_and_what_it_says_counts_when_it_comes(far: Far) -> None:
-    far.spawn(far.units())
+async def test_a_host_that_hangs_keeps_nobody_waiting_and_what_it_says_counts_when_it_comes(far: Far) -> None:
+    await asyncio.to_thread(far.spawn, far.units())
     host = Host(name="far", provider="systemd", address="far", user=True)
-
-    async def work() -> None:
-        providers = Providers(Fleet(name="rig", hosts={"far": host}), far.folder / "state")
-        await providers.refresh(0)  # the first time all are waited for
-        assert providers.pid("tiny-0001") == 17
-        os.mkfifo(far.folder / "hang")
-        (far.folder / "cut").write_text("")
-        for _ in range(2):
-            await providers.refresh(0.01)
-            assert (providers.pid("tiny-0001"), providers.problems()) == (17, {})
-        async with asyncio.timeout(30):
-            await asyncio.to_thread((far.folder / "hang").write_text, "on\n")
-            await providers.refresh()
-        assert "No route to host" in providers.problems()["far"]
-        assert [record.name for record in providers.records()] == ["tiny-0001"]
-
-    asyncio.run(work())
+    providers = Providers(Fleet(name="rig", hosts={"far": host}), far.folder / "state")
+    await providers.refresh(0)  # the first time all are waited for
+    assert providers.pid("tiny-0001") == 17
+    os.mkfifo(far.folder / "hang")
+    (far.folder / "cut").write_text("")
+    for _ in range(2):
+        await providers.refresh(0.01)
+        assert (providers.pid("tiny-0001"), providers.problems()) == (17, {})
+    async with asyncio.timeout(30):
+        await asyncio.to_thread((far.folder / "hang").write_text, "on\n")
+        await providers.refresh()
+    assert "No route to host" in providers.problems()["far"]
+    assert [record.name for record in providers.records()] == ["tiny-0001"]
 
 
 def test_a_file_that_somebody_has_spoilt_is_told_and_nothing_is_taken_for_gone(far: Far) -> None:

@@ -1,4 +1,4 @@
-"""The gateway in front of a mesh: streams that survive, whoever hangs up, whoever may come in."""
+"""The gateway in front of a mesh: streams that survive, clients that disconnect, and API tokens."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def test_an_answer_whole_and_streamed_is_the_same(gateway: GatewayProcess) -> No
     whole = gateway.post(CHAT, asked)
     with gateway.open("POST", CHAT, {**asked, "stream": True, "stream_options": {"include_usage": True}}) as response:
         assert response.status == 200 and response.getheader("content-type", "").startswith("text/event-stream")
-        told = events(response)
-    assert text_of(told) == whole["choices"][0]["message"]["content"]
-    assert data_of(told[-2])["usage"] == whole["usage"]
+        received = events(response)
+    assert text_of(received) == whole["choices"][0]["message"]["content"]
+    assert data_of(received[-2])["usage"] == whole["usage"]
     assert whole["usage"]["completion_tokens"] == 20
     assert whole["choices"][0]["finish_reason"] == "length"
-    assert told[-1].endswith(b"data: [DONE]\n")
-    assert [data["choices"][0]["finish_reason"] for data in map(data_of, told[:-2])] == [None] * 21 + ["length"]
+    assert received[-1].endswith(b"data: [DONE]\n")
+    assert [data["choices"][0]["finish_reason"] for data in map(data_of, received[:-2])] == [None] * 21 + ["length"]
 
 
 def test_choices_differ_and_can_be_had_again(gateway: GatewayProcess) -> None:
@@ -72,16 +72,16 @@ def test_choices_differ_and_can_be_had_again(gateway: GatewayProcess) -> None:
 
 def test_a_completion_of_several_prompts(gateway: GatewayProcess) -> None:
     asked = {"prompt": ["one", "two"], "n": 2, "max_tokens": 4, "echo": True, "seed": 3, "logprobs": 2}
-    told = gateway.post("/v1/completions", asked)
-    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2, 3]
-    assert [choice["text"][:3] for choice in told["choices"]] == ["one", "one", "two", "two"]
-    assert all(len(choice["logprobs"]["tokens"]) == 4 for choice in told["choices"])
+    reply = gateway.post("/v1/completions", asked)
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"][:3] for choice in reply["choices"]] == ["one", "one", "two", "two"]
+    assert all(len(choice["logprobs"]["tokens"]) == 4 for choice in reply["choices"])
 
 
 def test_embeddings_and_models(gateway: GatewayProcess) -> None:
-    told = gateway.post("/v1/embeddings", {"input": ["a cat", "a kitten"], "model": "fake"})
-    assert [entry["index"] for entry in told["data"]] == [0, 1]
-    assert told["usage"]["prompt_tokens"] > 0
+    reply = gateway.post("/v1/embeddings", {"input": ["a cat", "a kitten"], "model": "fake"})
+    assert [entry["index"] for entry in reply["data"]] == [0, 1]
+    assert reply["usage"]["prompt_tokens"] > 0
     assert [model["id"] for model in gateway.get("/v1/models")["data"]] == ["fake"]
     assert gateway.get("/v1/models/fake")["id"] == "fake"
     assert gateway.ask("GET", "/v1/models/none")[0] == 404
@@ -92,7 +92,7 @@ def test_embeddings_and_models(gateway: GatewayProcess) -> None:
     ("body", "status", "field"),
     [
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "nobody", "content": ""}]}, 400, "messages[0].role"),
+        ({"messages": [{"role": "no-such-role", "content": ""}]}, 400, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content[0]"),
         (chat(temperature="hot"), 400, "temperature"),
         (chat(max_tokens=0), 400, "max_tokens"),
@@ -106,9 +106,9 @@ def test_embeddings_and_models(gateway: GatewayProcess) -> None:
     ],
 )
 def test_what_is_wrong_is_named(gateway: GatewayProcess, body: Any, status: int, field: str | None) -> None:
-    got, told, headers = gateway.ask("POST", CHAT, body)
-    assert (got, told["error"]["param"]) == (status, field)
-    assert told["error"]["message"] and headers["x-request-id"]
+    got, reply, headers = gateway.ask("POST", CHAT, body)
+    assert (got, reply["error"]["param"]) == (status, field)
+    assert reply["error"]["message"] and headers["x-request-id"]
 
 
 def test_what_nobody_knows_is_ignored(gateway: GatewayProcess) -> None:
@@ -130,12 +130,12 @@ def test_a_killed_worker_is_not_seen_in_a_stream() -> None:
             "POST", "/v1/completions", {"prompt": "x", "max_tokens": 60, "seed": 7, "stream": True}
         ) as response,
     ):
-        told = events(response, 20)
+        received = events(response, 20)
         running = mesh.look(lambda core: [request.run.worker.name for request in core.state.requests.values()])  # type: ignore[union-attr]
         (victim,) = [worker for worker in mesh.workers if worker.name in running]
         victim.send(signal.SIGKILL)
-        told += events(response)
-        text = "".join(data["choices"][0]["text"] for event in told if (data := data_of(event)) is not None)
+        received += events(response)
+        text = "".join(data["choices"][0]["text"] for event in received if (data := data_of(event)) is not None)
         whole = gateway.post("/v1/completions", {"prompt": "x", "max_tokens": 60, "seed": 7})
         assert text == whole["choices"][0]["text"]
         assert len(truth("x", 7, 60)) == whole["usage"]["completion_tokens"]
@@ -145,37 +145,37 @@ def test_a_killed_worker_is_not_seen_in_a_stream() -> None:
 def test_a_client_that_was_cut_off_misses_nothing(gateway: GatewayProcess) -> None:
     asked = chat(max_tokens=40, seed=11, stream=True, stream_options={"include_usage": True})
     with gateway.open("POST", CHAT, asked) as response:
-        told = events(response, 15)
-    with gateway.open("POST", CHAT, asked, last_event_id=id_of(told[-1])) as response:
-        told += events(response, 10)
-    with gateway.open("POST", CHAT, asked, last_event_id=id_of(told[-1])) as response:
-        told += events(response)
+        received = events(response, 15)
+    with gateway.open("POST", CHAT, asked, last_event_id=id_of(received[-1])) as response:
+        received += events(response, 10)
+    with gateway.open("POST", CHAT, asked, last_event_id=id_of(received[-1])) as response:
+        received += events(response)
     # The whole once more, after its end: byte for byte the same, from the first event after the one that is named.
-    with gateway.open("POST", CHAT, asked, last_event_id=id_of(told[0])) as response:
-        assert events(response) == told[1:]
+    with gateway.open("POST", CHAT, asked, last_event_id=id_of(received[0])) as response:
+        assert events(response) == received[1:]
     undisturbed = gateway.post(CHAT, chat(max_tokens=40, seed=11))
-    assert text_of(told) == undisturbed["choices"][0]["message"]["content"]
-    assert told[-1].endswith(b"data: [DONE]\n")
+    assert text_of(received) == undisturbed["choices"][0]["message"]["content"]
+    assert received[-1].endswith(b"data: [DONE]\n")
 
 
 def test_another_gateway_takes_over(mesh: Mesh) -> None:
     asked = chat(max_tokens=150, seed=12, stream=True)
     with GatewayProcess(mesh.address) as first, GatewayProcess(mesh.address) as second:
         with first.open("POST", CHAT, asked) as response:
-            told = events(response, 15)
+            received = events(response, 15)
             first.process.send(signal.SIGKILL)
             first.process.end()
-        with second.open("POST", CHAT, asked, last_event_id=id_of(told[-1])) as response:
-            told += events(response)
+        with second.open("POST", CHAT, asked, last_event_id=id_of(received[-1])) as response:
+            received += events(response)
         undisturbed = second.post(CHAT, chat(max_tokens=150, seed=12))
-    assert text_of(told) == undisturbed["choices"][0]["message"]["content"]
+    assert text_of(received) == undisturbed["choices"][0]["message"]["content"]
 
 
 def test_a_stream_is_not_for_another_body(gateway: GatewayProcess) -> None:
     asked = chat(max_tokens=30, seed=11, stream=True)
     with gateway.open("POST", CHAT, asked) as response:
-        told = events(response, 3)
-        status, problem, _ = gateway.ask("POST", CHAT, {**asked, "seed": 12}, last_event_id=id_of(told[-1]))
+        received = events(response, 3)
+        status, problem, _ = gateway.ask("POST", CHAT, {**asked, "seed": 12}, last_event_id=id_of(received[-1]))
         assert status == 400 and "another request body" in problem["error"]["message"]
     assert gateway.ask("POST", CHAT, asked, last_event_id="nonsense")[1]["error"]["param"] == "Last-Event-ID"
     unknown = "0" * 32 + "-0-1"
@@ -226,16 +226,16 @@ def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
     ):
         for headers in ({}, {"authorization": "Bearer sk-llambo-no"}, {"authorization": f"Basic {alice}"}):
-            status, told, more = gateway.ask("POST", CHAT, chat(max_tokens=1), **headers)
-            assert (status, told["error"]["code"]) == (401, "invalid_api_key")
+            status, reply, more = gateway.ask("POST", CHAT, chat(max_tokens=1), **headers)
+            assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
             assert more["www-authenticate"] == "Bearer"
         mine, his = {"authorization": f"Bearer {alice}"}, {"x-api-key": bob}
         with gateway.open("POST", CHAT, chat(max_tokens=60, stream=True), **mine) as response:
-            told = events(response, 3)
-            # Nobody else can have it, nor learns that it is there.
-            place = id_of(told[-1])
+            received = events(response, 3)
+            # No other token can read it, or find out that it exists.
+            place = id_of(received[-1])
             assert gateway.ask("POST", CHAT, chat(max_tokens=60, stream=True), last_event_id=place, **his)[0] == 404
-            told += events(response)
+            received += events(response)
         gateway.post(CHAT, chat(max_tokens=1), **mine)
         status, problem, more = gateway.ask("POST", CHAT, chat(max_tokens=1), **mine)
         assert (status, problem["error"]["code"]) == (429, "over_limit")
@@ -256,8 +256,8 @@ def test_without_tls_it_stays_on_this_machine() -> None:
 def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
     cert, key = tmp_path / "box.pem", tmp_path / "box.key"
     words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key}"
-    told = [*words.split(), "-addext", "subjectAltName=DNS:localhost", "-out", str(cert)]
-    subprocess.run(["openssl", *told], check=True, capture_output=True, timeout=TIMEOUT_S)
+    arguments = [*words.split(), "-addext", "subjectAltName=DNS:localhost", "-out", str(cert)]
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=TIMEOUT_S)
     with GatewayProcess(mesh.address, "--tls-cert", str(cert), "--tls-key", str(key)) as gateway:
         trusting = ssl.create_default_context(cafile=str(cert))
         url = f"https://localhost:{gateway.port}{CHAT}"
@@ -280,20 +280,20 @@ def test_it_leaves_when_its_answers_are_given() -> None:
         GatewayProcess(mesh.address) as gateway,
         gateway.open("POST", CHAT, chat(max_tokens=30, stream=True)) as response,
     ):
-        told = events(response, 3)
+        received = events(response, 3)
         gateway.process.send(signal.SIGTERM)
-        told += events(response)
-        assert told[-1].endswith(b"data: [DONE]\n")
+        received += events(response)
+        assert received[-1].endswith(b"data: [DONE]\n")
         assert gateway.process.end() == 0
 
 
 def test_without_a_broker_it_says_so() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        address = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         with GatewayProcess(address) as gateway:
             assert gateway.get("/healthz") == {"status": "ok"}
-            status, told, headers = gateway.ask("POST", CHAT, chat())
-            assert (status, told["error"]["code"], headers["retry-after"]) == (503, "no_broker", "1")
+            status, reply, headers = gateway.ask("POST", CHAT, chat())
+            assert (status, reply["error"]["code"], headers["retry-after"]) == (503, "no_broker", "1")
             # Anybody may ask this: where the broker is does not concern him.
             assert gateway.ask("GET", "/readyz")[:2] == (503, {"status": "the mesh does not answer: no_broker"})
 
@@ -302,8 +302,8 @@ def test_many_at_once_are_all_answered(gateway: GatewayProcess) -> None:
     found: list[str] = []
 
     def ask(number: int) -> None:
-        told = gateway.post("/v1/completions", {"prompt": f"p{number}", "max_tokens": 10, "seed": 1})
-        found.append(told["choices"][0]["text"])
+        reply = gateway.post("/v1/completions", {"prompt": f"p{number}", "max_tokens": 10, "seed": 1})
+        found.append(reply["choices"][0]["text"])
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
     for thread in threads:

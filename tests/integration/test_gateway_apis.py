@@ -47,14 +47,14 @@ def asked(path: str, **more: Any) -> dict[str, Any]:
     return message(**more) if path == MESSAGES else respond(**more)
 
 
-def text_of(path: str, told: list[bytes]) -> str:
+def text_of(path: str, received: list[bytes]) -> str:
     """What the deltas of a stream add up to."""
-    found = [data for data in map(data_of, told) if data["type"].endswith("delta") and "usage" not in data]
+    found = [data for data in map(data_of, received) if data["type"].endswith("delta") and "usage" not in data]
     return "".join(data["delta"]["text"] if path == MESSAGES else data["delta"] for data in found)
 
 
-def whole_text(path: str, told: dict[str, Any]) -> str:
-    found = told["content"] if path == MESSAGES else told["output"][0]["content"]
+def whole_text(path: str, reply: dict[str, Any]) -> str:
+    found = reply["content"] if path == MESSAGES else reply["output"][0]["content"]
     return str(found[0]["text"])
 
 
@@ -66,9 +66,9 @@ def test_an_answer_whole_and_streamed_is_the_same(gateway: GatewayProcess, path:
     whole = gateway.post(path, asked(path))
     with gateway.open("POST", path, asked(path, stream=True)) as response:
         assert response.status == 200 and response.getheader("content-type", "").startswith("text/event-stream")
-        told = events(response)
-    assert text_of(path, told) == whole_text(path, whole)
-    last = data_of(told[-2 if path == MESSAGES else -1])
+        received = events(response)
+    assert text_of(path, received) == whole_text(path, whole)
+    last = data_of(received[-2 if path == MESSAGES else -1])
     usage = last["usage"] if path == MESSAGES else last["response"]["usage"]
     assert usage == whole["usage"] and usage["output_tokens"] == 20
 
@@ -77,37 +77,37 @@ def test_an_answer_whole_and_streamed_is_the_same(gateway: GatewayProcess, path:
 def test_a_client_that_was_cut_off_misses_nothing(gateway: GatewayProcess, path: str) -> None:
     body = asked(path, stream=True)
     with gateway.open("POST", path, body) as response:
-        told = events(response, 8)
-    with gateway.open("POST", path, body, last_event_id=id_of(told[-1])) as response:
-        told += events(response)
+        received = events(response, 8)
+    with gateway.open("POST", path, body, last_event_id=id_of(received[-1])) as response:
+        received += events(response)
     # The whole once more, after its end: byte for byte the same, from the first event after the one that is named.
-    with gateway.open("POST", path, body, last_event_id=id_of(told[0])) as response:
-        assert events(response) == told[1:]
-    assert text_of(path, told) == whole_text(path, gateway.post(path, asked(path)))
+    with gateway.open("POST", path, body, last_event_id=id_of(received[0])) as response:
+        assert events(response) == received[1:]
+    assert text_of(path, received) == whole_text(path, gateway.post(path, asked(path)))
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 def test_the_same_events_come_over_a_websocket(gateway: GatewayProcess, path: str) -> None:
     with gateway.open("POST", path, asked(path, stream=True)) as response:
-        told = [data_of(event) for event in events(response)]
+        received = [data_of(event) for event in events(response)]
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
         socket.send(json.dumps({"type": "ask", "id": "a", "api": path.removeprefix("/v1/"), "body": asked(path)}))
         said = [json.loads(socket.recv(TIMEOUT_S))]
         while said[-1]["type"] not in ("end", "error"):
             said.append(json.loads(socket.recv(TIMEOUT_S)))
     found = [message["data"] for message in said if message["type"] == "event"]
-    assert [message["name"] for message in said if message["type"] == "event"] == [each["type"] for each in told]
+    assert [message["name"] for message in said if message["type"] == "event"] == [each["type"] for each in received]
     assert [each.get("delta") for each in found if "usage" not in each] == [
-        each.get("delta") for each in told if "usage" not in each
+        each.get("delta") for each in received if "usage" not in each
     ]
 
 
-def test_the_stop_string_that_ended_it_is_told(gateway: GatewayProcess) -> None:
+def test_the_stop_string_that_ended_it_is_reported(gateway: GatewayProcess) -> None:
     text = whole_text(MESSAGES, gateway.post(MESSAGES, message()))
     third = text.split()[2]
-    told = gateway.post(MESSAGES, message(stop_sequences=["no such thing", third]))
-    assert (told["stop_reason"], told["stop_sequence"]) == ("stop_sequence", third)
-    assert told["content"][0]["text"].split() == text.split()[:2]
+    reply = gateway.post(MESSAGES, message(stop_sequences=["no such thing", third]))
+    assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", third)
+    assert reply["content"][0]["text"].split() == text.split()[:2]
     with gateway.open("POST", MESSAGES, message(stop_sequences=["no such thing", third], stream=True)) as response:
         ended = data_of(events(response)[-2])
     assert ended["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": third}
@@ -136,9 +136,9 @@ def test_tokens_are_counted_before_they_are_sent(gateway: GatewayProcess) -> Non
     ],
 )
 def test_errors_of_messages(gateway: GatewayProcess, body: Any, status: int, kind: str, begins: str) -> None:
-    got, told, headers = gateway.ask("POST", MESSAGES, body)
-    assert (got, told["type"], told["error"]["type"]) == (status, "error", kind)
-    assert told["error"]["message"].startswith(begins) and headers["x-request-id"]
+    got, reply, headers = gateway.ask("POST", MESSAGES, body)
+    assert (got, reply["type"], reply["error"]["type"]) == (status, "error", kind)
+    assert reply["error"]["message"].startswith(begins) and headers["x-request-id"]
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,20 @@ def test_errors_of_messages(gateway: GatewayProcess, body: Any, status: int, kin
     ],
 )  # fmt: skip
 def test_errors_of_responses(gateway: GatewayProcess, body: Any, status: int, field: str | None) -> None:
-    got, told, _ = gateway.ask("POST", RESPONSES, body)
-    assert (got, told["error"]["param"]) == (status, field)
-    assert told["error"]["message"]
+    got, reply, _ = gateway.ask("POST", RESPONSES, body)
+    assert (got, reply["error"]["param"]) == (status, field)
+    assert reply["error"]["message"]
 
 
 @pytest.mark.parametrize("path", [MESSAGES, RESPONSES])
 def test_an_error_in_the_middle_is_the_last_event(gateway: GatewayProcess, path: str) -> None:
     with gateway.open("POST", path, asked(path, prompt="poison", stream=True)) as response:
         assert response.status == 200
-        told = events(response)
-    assert text_of(path, told)
-    last = data_of(told[-1])
+        received = events(response)
+    assert text_of(path, received)
+    last = data_of(received[-1])
     if path == MESSAGES:
-        assert told[-1].startswith(b"event: error\n")
+        assert received[-1].startswith(b"event: error\n")
         assert (last["type"], last["error"]["type"]) == ("error", "api_error")
     else:
         assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
@@ -182,17 +182,17 @@ def test_an_error_in_the_middle_is_the_last_event(gateway: GatewayProcess, path:
 def test_a_response_is_fetched_and_forgotten(gateway: GatewayProcess, stream: bool) -> None:
     if stream:
         with gateway.open("POST", RESPONSES, respond(stream=True, metadata={"a": "b"})) as response:
-            told = data_of(events(response)[-1])["response"]
+            completed = data_of(events(response)[-1])["response"]
     else:
-        told = gateway.post(RESPONSES, respond(metadata={"a": "b"}))
-    place = f"{RESPONSES}/{told['id']}"
-    assert gateway.get(place) == told and told["metadata"] == {"a": "b"}
-    following = gateway.post(RESPONSES, respond("and?", previous_response_id=told["id"], store=False))
-    assert following["previous_response_id"] == told["id"]
+        completed = gateway.post(RESPONSES, respond(metadata={"a": "b"}))
+    place = f"{RESPONSES}/{completed['id']}"
+    assert gateway.get(place) == completed and completed["metadata"] == {"a": "b"}
+    following = gateway.post(RESPONSES, respond("and?", previous_response_id=completed["id"], store=False))
+    assert following["previous_response_id"] == completed["id"]
     # A longer conversation is another prompt: the fake engine counts its words.
-    assert following["usage"]["input_tokens"] > told["usage"]["input_tokens"]
+    assert following["usage"]["input_tokens"] > completed["usage"]["input_tokens"]
     assert gateway.ask("GET", f"{RESPONSES}/{following['id']}")[0] == 404
-    assert gateway.ask("DELETE", place)[:2] == (200, {"id": told["id"], "object": "response", "deleted": True})
+    assert gateway.ask("DELETE", place)[:2] == (200, {"id": completed["id"], "object": "response", "deleted": True})
     assert gateway.ask("GET", place)[0] == gateway.ask("DELETE", place)[0] == 404
 
 
@@ -207,13 +207,13 @@ def test_responses_belong_to_who_asked(tmp_path: Path) -> None:
         Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=500), keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,
     ):
-        status, told, _ = gateway.ask("POST", MESSAGES, message())
-        assert (status, told["error"]["type"]) == (401, "authentication_error")
+        status, reply, _ = gateway.ask("POST", MESSAGES, message())
+        assert (status, reply["error"]["type"]) == (401, "authentication_error")
         assert gateway.post(MESSAGES, message(), **alice)["content"]
         mine = gateway.post(RESPONSES, respond(), **alice)
         place = f"{RESPONSES}/{mine['id']}"
         assert gateway.ask("GET", place)[0] == 401
         assert gateway.ask("GET", place, **bob)[0] == gateway.ask("DELETE", place, **bob)[0] == 404
-        status, told, _ = gateway.ask("POST", RESPONSES, respond(previous_response_id=mine["id"]), **bob)
-        assert (status, told["error"]["param"]) == (400, "previous_response_id")
+        status, reply, _ = gateway.ask("POST", RESPONSES, respond(previous_response_id=mine["id"]), **bob)
+        assert (status, reply["error"]["param"]) == (400, "previous_response_id")
         assert gateway.get(place, **alice) == mine

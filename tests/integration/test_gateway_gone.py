@@ -40,7 +40,7 @@ def gauge(gateway: GatewayProcess, name: str) -> float:
 
 
 def nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
-    mesh.until(lambda core: not core.state.requests, "nobody's request is left in the broker")
+    mesh.until(lambda core: not core.state.requests, "no request is left in the broker")
     for name, left in (("answers_open", 0), ("readers", 0), ("websockets_open", 0), ("http_open", 1)):
         deadline = time.monotonic() + TIMEOUT_S
         while (found := gauge(gateway, name)) != left:  # (the one that is open is the one that asks)
@@ -63,7 +63,7 @@ def test_whoever_hangs_up_and_whenever_nothing_is_left(mesh: Mesh, gateway: Gate
     gone += [half("/v1/messages", {**long, "stream": True}), half("/v1/embeddings", embedding)]
     gone += [half("/v1/responses", {"input": "x", "stream": True, "max_output_tokens": 50_000})]
     for connection in gone:
-        connection.close()  # at once: whatever was begun has not been told yet
+        connection.close()  # at once: the gateway has not answered yet
     for _ in range(3):
         with gateway.open("POST", CHAT, {**long, "stream": True}) as response:
             place = id_of(events(response, 3)[-1])
@@ -91,7 +91,7 @@ def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProces
         connection.sendall(head + data)
         connections.append(connection)
     mesh.until(lambda core: core.state.running, "they run")
-    mesh.until(lambda core: not core.state.requests, "they are answered, although nobody reads it")
+    mesh.until(lambda core: not core.state.requests, "they are answered, although no client reads it")
     # He who reads after all is given all of it.
     reply = http.client.HTTPResponse(connections[0])
     reply.begin()

@@ -82,8 +82,8 @@ def test_nothing_is_told_under_a_name_that_is_not_ours(gateway: GatewayProcess, 
 
 
 def test_a_link_to_the_dashboard_may_be_followed(gateway: GatewayProcess) -> None:
-    told = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
-    assert gateway.ask("GET", "/", **told)[0] == 200
+    headers = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
+    assert gateway.ask("GET", "/", **headers)[0] == 200
     assert gateway.ask("GET", "/board/live", sec_fetch_site="cross-site", sec_fetch_mode="no-cors")[0] == 403
 
 
@@ -100,7 +100,7 @@ def test_a_websocket_of_another_page_is_refused(gateway: GatewayProcess) -> None
 
 # --- strangers, where there are keys ---------------------------------------------------------------------------
 
-#: What is for whoever has a token, and what is for admins alone. Beside these there are the page, and what probes ask.
+#: What needs any token, and what needs an admin's. Besides these there are the page, and what probes read.
 FOR_CLIENTS = [
     ("POST", CHAT), ("POST", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/v1/responses"),
     ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("GET", "/v1/models"), ("GET", "/v1/models/fake"),
@@ -158,7 +158,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
 
 
 def said(gateway: GatewayProcess, *parts: bytes) -> bytes:
-    """What is answered until the connection is closed; the parts are sent until somebody minds."""
+    """What is answered until the connection is closed; the parts are sent until the connection breaks."""
     with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
         found = b""
         try:
@@ -199,9 +199,9 @@ def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
 def test_what_two_servers_would_read_differently_is_refused(gateway: GatewayProcess, head: bytes) -> None:
     smuggled = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
     request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
-    told = said(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
-    assert re.match(rb"HTTP/1.1 4\d\d ", told), told[:200]
-    assert told.count(b"HTTP/1.1 ") == 1 and b'"object":"list"' not in told
+    answer = said(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
+    assert re.match(rb"HTTP/1.1 4\d\d ", answer), answer[:200]
+    assert answer.count(b"HTTP/1.1 ") == 1 and b'"object":"list"' not in answer
 
 
 @pytest.mark.parametrize("depth", [60, 300, 900, 1_100, 50_000])
@@ -224,13 +224,13 @@ def test_what_is_nested_deeply_is_an_error_of_the_caller(gateway: GatewayProcess
         ("/v1/embeddings", b'{"input":' + b"[" * depth + b"]" * depth + b"}"),
     ]
     for path, body in bodies:
-        status, told, _ = gateway.ask("POST", path, body)
-        assert status == 200 or 400 <= status < 500, (path, body[:120], status, told)
+        status, reply, _ = gateway.ask("POST", path, body)
+        assert status == 200 or 400 <= status < 500, (path, body[:120], status, reply)
 
 
 def test_a_long_prompt_is_not_answered_many_times(gateway: GatewayProcess) -> None:
-    status, told, _ = gateway.ask("POST", "/v1/completions", {"prompt": "x" * 3_000_000, "n": 128, "max_tokens": 1})
-    assert status == 400 and "128 answers" in told["error"]["message"]
+    status, reply, _ = gateway.ask("POST", "/v1/completions", {"prompt": "x" * 3_000_000, "n": 128, "max_tokens": 1})
+    assert status == 400 and "128 answers" in reply["error"]["message"]
 
 
 def too_much(socket: ClientConnection) -> None:
@@ -257,7 +257,7 @@ def test_websockets_count_as_well(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(
-    ("begins", "told"),
+    ("begins", "status"),
     [
         (b"", b"408"),
         (b"GET / HT", b"408"),
@@ -266,7 +266,9 @@ def test_websockets_count_as_well(mesh: Mesh) -> None:
         (b"POST / HTTP/1.1\r\ncontent-length: 9\r\n\r\nx", b""),
     ],
 )
-def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, begins: bytes, told: bytes) -> None:
+async def test_who_never_comes_to_the_point_is_cut(
+    monkeypatch: pytest.MonkeyPatch, begins: bytes, status: bytes
+) -> None:
     monkeypatch.setattr(gateway_server, "HEAD_S", 0.2)
     monkeypatch.setattr(gateway_server, "BODY_S", 0.2)
 
@@ -277,24 +279,20 @@ def test_who_never_comes_to_the_point_is_cut(monkeypatch: pytest.MonkeyPatch, be
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
 
-    async def cut() -> bytes:
-        config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
-        async with server, asyncio.timeout(TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            found = b""
-            for number, part in enumerate(begins.split(b"|")):
-                if number:
-                    found += await reader.readuntil(b"\r\n\r\n")
-                writer.write(part)
-            with suppress(ConnectionResetError):
-                found += await reader.read()
-            writer.close()
-            return found
-
-    found = asyncio.run(cut())
-    assert found.split(b" ", 2)[1:2] == ([told] if told else []), found
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: TimeoutProtocol(config, ServerState(), {}), "127.0.0.1", 0)
+    async with server, asyncio.timeout(TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        found = b""
+        for number, part in enumerate(begins.split(b"|")):
+            if number:
+                found += await reader.readuntil(b"\r\n\r\n")
+            writer.write(part)
+        with suppress(ConnectionResetError):
+            found += await reader.read()
+        writer.close()
+    assert found.split(b" ", 2)[1:2] == ([status] if status else []), found
 
 
 def test_who_takes_nothing_is_cut_by_the_kernel() -> None:
@@ -308,4 +306,4 @@ def test_who_takes_nothing_is_cut_by_the_kernel() -> None:
                 writer.settimeout(TIMEOUT_S)
                 with pytest.raises(OSError, match="timed out") as cut:
                     writer.sendall(b"x" * 2**26)
-                assert cut.value.errno == errno.ETIMEDOUT, "the test has lost its patience first"
+                assert cut.value.errno == errno.ETIMEDOUT, "the test has timed out first"

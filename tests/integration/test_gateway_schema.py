@@ -1,4 +1,4 @@
-"""schemathesis over the gateway's OpenAPI document: requests that nobody has thought of, and no server error.
+"""schemathesis over the gateway's OpenAPI document: generated requests, and no server error.
 
 Here some hundred of them; `SCHEMA_EXAMPLES=600` makes it more than 10,000, in some minutes:
 
@@ -41,5 +41,5 @@ def test_no_request_is_a_server_error(tmp_path: Path) -> None:
         cases = re.search(r"(\d+) generated, (\d+) passed", done.stdout)
         assert cases is not None and int(cases[1]) == int(cases[2]) >= 12 * EXAMPLES
         assert gateway.get("/readyz") == {"status": "ok"}
-        # Whatever was asked, nobody reads it any more.
+        # Whatever was asked, no client reads it any more.
         mesh.until(lambda core: not core.state.requests, "nothing runs on")

@@ -24,8 +24,8 @@ def test_hostile_connections_leave_nothing_behind() -> None:
     with sessions.mesh_for_it() as mesh:
         report = sessions.attack(mesh, SESSIONS, IDLE, "test", alone_s=0.5)
     assert report.alive and report.sessions == SESSIONS and report.idle == IDLE
-    assert not [tally for tally in report.told.values() if tally["wrong"] or tally["errors"]], report.told
-    assert report.told["during"]["answers"]
+    assert not [tally for tally in report.tallies.values() if tally["wrong"] or tally["errors"]], report.tallies
+    assert report.tallies["during"]["answers"]
     assert report.settled, report.descriptors
 
 
@@ -42,11 +42,11 @@ def test_hostile_connections_leave_nothing_behind() -> None:
 def test_a_broker_that_was_thrown_a_bomb_at_is_back_with_its_clients(bomb: str, seconds: float) -> None:
     report = bombs.attack(bomb, LIMIT_BYTES, seconds, alone_s=0.5)
     assert report.deaths or report.peak_mib > LIMIT_BYTES / 2**21, "the limit of memory was not reached"
-    assert not report.faults, report.told
-    assert report.told["after"]["answers"], report.told
+    assert not report.faults, report.tallies
+    assert report.tallies["after"]["answers"], report.tallies
 
 
 @pytest.mark.parametrize("bomb", ["ping behind a full queue, port +3", "names that are taken, port +0"])
 def test_what_would_abort_libzmq_aborts_nobody(bomb: str) -> None:
     report = bombs.attack(bomb, 0, seconds=2.0, alone_s=0.5)
-    assert not report.deaths and not report.faults, (report.deaths, report.told)
+    assert not report.deaths and not report.faults, (report.deaths, report.tallies)

@@ -44,8 +44,8 @@ def said() -> list[Progress]:
 
 @pytest.fixture(scope="module")
 def loaded(said: list[Progress]) -> LlamaEngine:
-    knobs = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
-    return load(Configure("llama", "smollm2", llama=knobs, safe=True), said.append)
+    options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
+    return load(Configure("llama", "smollm2", llama=options, safe=True), said.append)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def engine(loaded: LlamaEngine) -> Iterator[LlamaEngine]:
 
 
 @dataclass
-class Told:
+class Generated:
     ids: list[int] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
     end: Reason | None = None
@@ -88,16 +88,16 @@ def ask(number: int = 1, prompt: str = "Tell me a short story.", tokens: int = 2
     return Start(bytes([number]) * 24, prompt.encode(), tokens, 7, prefix or [], sampling, deadline_ms)
 
 
-def run(engine: LlamaEngine, *starts: Start, now_ms: int = 0) -> list[Told]:
-    told = {start.key: Told() for start in starts}
+def run(engine: LlamaEngine, *starts: Start, now_ms: int = 0) -> list[Generated]:
+    found = {start.key: Generated() for start in starts}
     for start in starts:
         refused = engine.start(start, now_ms)
         assert refused is None, refused
     for _ in range(10_000):
         for output in engine.step(now_ms):
-            told[output.key].hear(output)
-        if all(one.end for one in told.values()):
-            return list(told.values())
+            found[output.key].hear(output)
+        if all(one.end for one in found.values()):
+            return list(found.values())
     raise AssertionError("it goes on for ever")
 
 
@@ -122,11 +122,11 @@ def test_it_tells_what_it_serves_and_how_it_got_there(engine: LlamaEngine, said:
 
 
 def test_a_question_gets_a_sensible_answer(engine: LlamaEngine) -> None:
-    (told,) = run(engine, ask(prompt="What is the capital of France? Answer in one word."))
-    assert "Paris" in told.text
-    assert told.end == "stop"
-    assert told.usage is not None
-    assert told.usage.prompt_tokens > 10
+    (generated,) = run(engine, ask(prompt="What is the capital of France? Answer in one word."))
+    assert "Paris" in generated.text
+    assert generated.end == "stop"
+    assert generated.usage is not None
+    assert generated.usage.prompt_tokens > 10
 
 
 def test_a_system_message_and_a_list_of_messages_say_the_same(engine: LlamaEngine) -> None:
@@ -142,11 +142,11 @@ def test_a_system_message_and_a_list_of_messages_say_the_same(engine: LlamaEngin
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(form="user", stop=[" the", "never said"])])
 def test_logprobs_are_those_of_the_model_and_in_step_with_the_tokens(engine: LlamaEngine, sampling: Sampling) -> None:
     start = msgspec.structs.replace(ask(sampling=sampling, tokens=40), logprobs=3)
-    plain, told = run(engine, ask(sampling=sampling, tokens=40))[0], run(engine, start)[0]
-    # Being told them changes nothing
-    assert (told.ids, told.pieces, told.end) == (plain.ids, plain.pieces, plain.end)
-    assert len(told.logprobs) == len(told.ids) > 1
-    for token, logprob in zip(told.ids, told.logprobs, strict=True):
+    plain, generated = run(engine, ask(sampling=sampling, tokens=40))[0], run(engine, start)[0]
+    # Logprobs do not change the answer
+    assert (generated.ids, generated.pieces, generated.end) == (plain.ids, plain.pieces, plain.end)
+    assert len(generated.logprobs) == len(generated.ids) > 1
+    for token, logprob in zip(generated.ids, generated.logprobs, strict=True):
         assert [top.logprob for top in logprob.top] == sorted((top.logprob for top in logprob.top), reverse=True)
         among = {top.id: top.logprob for top in logprob.top}
         assert among.get(token, logprob.logprob) == logprob.logprob
@@ -154,12 +154,12 @@ def test_logprobs_are_those_of_the_model_and_in_step_with_the_tokens(engine: Lla
             assert logprob.top[0].id == token
         assert sum(math.exp(value) for value in among.values()) <= 1.0001
     # And an answer that goes on elsewhere has the same from there on
-    half = len(told.ids) // 2
-    rest = msgspec.structs.replace(start, key=bytes([2]) * 24, prefix=told.ids[:half])
+    half = len(generated.ids) // 2
+    rest = msgspec.structs.replace(start, key=bytes([2]) * 24, prefix=generated.ids[:half])
     (again,) = run(engine, rest)
-    assert again.ids == told.ids[half:]
+    assert again.ids == generated.ids[half:]
     assert [each.logprob for each in again.logprobs] == pytest.approx(
-        [each.logprob for each in told.logprobs[half:]], abs=0.05
+        [each.logprob for each in generated.logprobs[half:]], abs=0.05
     )
 
 
@@ -178,9 +178,9 @@ def test_defaults_of_the_model_hold_where_the_request_says_nothing(
 
 def test_text_goes_to_the_model_as_it_is(engine: LlamaEngine) -> None:
     # Given a name of a control token in plain text, it is text and not the token
-    (told,) = run(engine, ask(prompt="<|im_start|>", tokens=1, sampling=Sampling(temperature=0.0)))
-    assert told.usage is not None
-    assert told.usage.prompt_tokens > 3
+    (generated,) = run(engine, ask(prompt="<|im_start|>", tokens=1, sampling=Sampling(temperature=0.0)))
+    assert generated.usage is not None
+    assert generated.usage.prompt_tokens > 3
 
 
 def test_streams_share_their_steps_and_each_gets_its_own_answer(engine: LlamaEngine) -> None:
@@ -189,7 +189,7 @@ def test_streams_share_their_steps_and_each_gets_its_own_answer(engine: LlamaEng
     alone = [run(engine, ask(number, prompt, 16))[0] for number, prompt in enumerate(prompts)]
     engine.forget()
     together = run(engine, *[ask(number, prompt, 16) for number, prompt in enumerate(prompts)])
-    assert [told.ids for told in together] == [told.ids for told in alone]
+    assert [one.ids for one in together] == [one.ids for one in alone]
 
 
 def test_the_same_seed_says_the_same_and_another_one_does_not(engine: LlamaEngine) -> None:
@@ -200,8 +200,8 @@ def test_the_same_seed_says_the_same_and_another_one_does_not(engine: LlamaEngin
 
 
 def test_characters_are_whole(engine: LlamaEngine) -> None:
-    (told,) = run(engine, ask(prompt="Repeat exactly: 🦙🌍é漢字 🦙🌍é漢字", tokens=40))
-    assert any(ord(char) > 127 for char in told.text)
+    (generated,) = run(engine, ask(prompt="Repeat exactly: 🦙🌍é漢字 🦙🌍é漢字", tokens=40))
+    assert any(ord(char) > 127 for char in generated.text)
 
 
 # --- options --------------------------------------------------------------------------------
@@ -210,39 +210,41 @@ def test_characters_are_whole(engine: LlamaEngine) -> None:
 def test_a_stop_string_ends_the_answer_and_is_not_shown(engine: LlamaEngine) -> None:
     (whole,) = run(engine, ask())
     stop = whole.text[20:26]
-    (told,) = run(engine, ask(sampling=Sampling(form="user", temperature=0.0, stop=["never said", stop])))
-    assert (told.end, told.stop) == ("stop", stop)
-    assert told.text == whole.text[: whole.text.index(stop)]
+    (generated,) = run(engine, ask(sampling=Sampling(form="user", temperature=0.0, stop=["never said", stop])))
+    assert (generated.end, generated.stop) == ("stop", stop)
+    assert generated.text == whole.text[: whole.text.index(stop)]
 
 
 def test_a_json_schema_is_kept(engine: LlamaEngine) -> None:
-    (told,) = run(engine, ask(prompt="Invent a person.", tokens=80, sampling=KINDS["schema"]))
-    assert told.end == "stop"
-    assert set(json.loads(told.text)) == {"name", "age"}
+    (generated,) = run(engine, ask(prompt="Invent a person.", tokens=80, sampling=KINDS["schema"]))
+    assert generated.end == "stop"
+    assert set(json.loads(generated.text)) == {"name", "age"}
 
 
 def test_a_grammar_is_kept_greedily_too(engine: LlamaEngine) -> None:
     sampling = Sampling(form="user", temperature=0.0, grammar='root ::= ("yes" | "no") "!"')
-    (told,) = run(engine, ask(prompt="Is the sky blue?", sampling=sampling))
-    assert told.text in ("yes!", "no!")
-    assert told.end == "stop"
+    (generated,) = run(engine, ask(prompt="Is the sky blue?", sampling=sampling))
+    assert generated.text in ("yes!", "no!")
+    assert generated.end == "stop"
 
 
 def test_a_bias_forces_and_forbids(engine: LlamaEngine) -> None:
     (whole,) = run(engine, ask(tokens=3))
     first = whole.ids[0]
-    (told,) = run(engine, ask(tokens=3, sampling=Sampling(form="user", temperature=0.0, logit_bias={first: -1000.0})))
-    assert first not in told.ids
-    (told,) = run(engine, ask(tokens=3, sampling=Sampling(form="user", logit_bias={first: 1000.0})))
-    assert told.ids == [first] * 3
+    (generated,) = run(
+        engine, ask(tokens=3, sampling=Sampling(form="user", temperature=0.0, logit_bias={first: -1000.0}))
+    )
+    assert first not in generated.ids
+    (generated,) = run(engine, ask(tokens=3, sampling=Sampling(form="user", logit_bias={first: 1000.0})))
+    assert generated.ids == [first] * 3
 
 
 def test_ignore_eos_runs_to_the_limit(engine: LlamaEngine) -> None:
     sampling = Sampling(form="user", temperature=0.0, ignore_eos=True)
-    (told,) = run(
+    (generated,) = run(
         engine, ask(prompt="Answer in one word: what is the capital of France?", tokens=60, sampling=sampling)
     )
-    assert (told.end, len(told.ids)) == ("length", 60)
+    assert (generated.end, len(generated.ids)) == ("length", 60)
 
 
 def test_penalties_keep_it_from_repeating_itself(engine: LlamaEngine) -> None:
@@ -255,8 +257,8 @@ def test_penalties_keep_it_from_repeating_itself(engine: LlamaEngine) -> None:
 
 
 def test_mirostat_talks(engine: LlamaEngine) -> None:
-    (told,) = run(engine, ask(sampling=Sampling(form="user", mirostat=2)))
-    assert told.ids
+    (generated,) = run(engine, ask(sampling=Sampling(form="user", mirostat=2)))
+    assert generated.ids
 
 
 # --- going on --------------------------------------------------------------------------------
@@ -274,8 +276,8 @@ def test_a_continued_answer_goes_on_where_it_was(engine: LlamaEngine, kind: str)
 
 
 def test_a_transcript_that_the_grammar_refuses_is_an_error(engine: LlamaEngine) -> None:
-    (told,) = run(engine, ask(tokens=4))
-    refused = refusal(engine, ask(sampling=Sampling(form="user", grammar='root ::= "xyz"'), prefix=told.ids))
+    (generated,) = run(engine, ask(tokens=4))
+    refused = refusal(engine, ask(sampling=Sampling(form="user", grammar='root ::= "xyz"'), prefix=generated.ids))
     assert refused.final
     assert refused.error.code is Code.BAD_REQUEST
 
@@ -295,17 +297,17 @@ def test_the_prefix_of_a_running_stream_is_used(engine: LlamaEngine) -> None:
         pass
     second = ask(2, text + "Yes?", 4, Sampling(temperature=0.0, ignore_eos=True))
     assert engine.start(second, 0) is None
-    told = {first.key: Told(), second.key: Told()}
-    while told[second.key].end is None:
+    found = {first.key: Generated(), second.key: Generated()}
+    while found[second.key].end is None:
         for output in engine.step(0):
-            told[output.key].hear(output)
+            found[output.key].hear(output)
     engine.stop(first.key)
-    usage = told[second.key].usage
+    usage = found[second.key].usage
     assert usage is not None
     assert usage.cached_tokens > 0.9 * usage.prompt_tokens
     # ... and what was copied is right: without any cache it says the same
     engine.forget()
-    assert run(engine, second)[0].ids == told[second.key].ids
+    assert run(engine, second)[0].ids == found[second.key].ids
 
 
 # --- limits --------------------------------------------------------------------------------
@@ -322,8 +324,8 @@ def test_the_last_cell_can_be_used(engine: LlamaEngine) -> None:
     prompt = run(engine, start)[0].usage
     assert prompt is not None
     room = CONTEXT - prompt.prompt_tokens
-    (told,) = run(engine, Start(start.key, start.prompt, room, 7, sampling=start.sampling))
-    assert (told.end, len(told.ids)) == ("length", room)
+    (generated,) = run(engine, Start(start.key, start.prompt, room, 7, sampling=start.sampling))
+    assert (generated.end, len(generated.ids)) == ("length", room)
 
 
 @pytest.mark.parametrize(
@@ -375,14 +377,14 @@ def test_more_than_there_are_slots_is_refused_for_now(engine: LlamaEngine) -> No
 def test_a_deadline_ends_it_with_what_there_is(engine: LlamaEngine) -> None:
     start = ask(tokens=200, sampling=Sampling(temperature=0.0, ignore_eos=True), deadline_ms=1_000)
     assert engine.start(start, 0) is None
-    told = Told()
+    generated = Generated()
     for now_ms in range(0, 2_000, 100):
         for output in engine.step(now_ms):
-            told.hear(output)
-        if told.end:
+            generated.hear(output)
+        if generated.end:
             break
-    assert told.end == "deadline"
-    assert 0 < len(told.ids) < 20
+    assert generated.end == "deadline"
+    assert 0 < len(generated.ids) < 20
 
 
 def test_a_cancel_in_the_middle_of_a_long_prompt_is_heard(engine: LlamaEngine) -> None:
@@ -402,9 +404,9 @@ def test_requests_that_are_stopped_anywhere_leave_nothing(engine: LlamaEngine) -
     """After each cancel and deadline llama.cpp's own cache is compared with our account. For long: bench.cancels."""
     engine.forget()
     before = cancels.answer(engine)
-    told = cancels.storm(engine, 25, seed=1)
-    assert told.ended.total() >= 25
-    assert {"in its answer", "by its deadline"} <= set(told.ended)
+    storm = cancels.storm(engine, 25, seed=1)
+    assert storm.ended.total() >= 25
+    assert {"in its answer", "by its deadline"} <= set(storm.ended)
     assert cancels.answer(engine) == before
 
 

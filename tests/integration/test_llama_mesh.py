@@ -27,8 +27,8 @@ from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine import protocol as proto
 from llambo.worker.models import model_files
 
-KNOBS = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=KNOBS)
+LLAMA = LlamaOptions(slots=8, context=1024, threads=1, batch=128)
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LLAMA)
 SCHEMA = '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}}, "required": ["name"]}'
 #: Eight streams of different kinds.
 MIX: list[Options] = [
@@ -60,14 +60,11 @@ async def answers(client: Client, tokens: int) -> list[Answer]:
     return await asyncio.gather(*[one(number) for number in range(len(MIX))])
 
 
-def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
-    async def scenario() -> Answer:
-        async with mesh.client() as client:
-            return await client.generate(
-                "What is the capital of France? Answer in one word.", form="user", temperature=0.0
-            )
-
-    answer = mesh.run(scenario())
+async def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
+    async with mesh.client() as client:
+        answer = await client.generate(
+            "What is the capital of France? Answer in one word.", form="user", temperature=0.0
+        )
     assert "Paris" in answer.text
     assert answer.reason == "stop"
     assert answer.usage.prompt_tokens > 10
@@ -81,14 +78,11 @@ def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
         ({"form": "messages"}, Code.BAD_REQUEST),
     ],
 )
-def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, options: Options, code: Code) -> None:
-    async def scenario() -> None:
-        async with mesh.client() as client:
-            await client.generate("Hello", **options)
-
+async def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, options: Options, code: Code) -> None:
     moved = mesh.counter("moved")
-    with pytest.raises(LlamboError) as refused:
-        mesh.run(scenario())
+    async with mesh.client() as client:
+        with pytest.raises(LlamboError) as refused:
+            await client.generate("Hello", **options)
     assert refused.value.code is code
     assert mesh.counter("moved") == moved
 
@@ -152,17 +146,17 @@ def kill(mesh: Mesh, turn: int) -> None:
         mesh.spawn(f"turn{turn}")
 
 
-def told(core: BrokerCore) -> int:
+def tokens_so_far(core: BrokerCore) -> int:
     """Tokens of answers that have ended, and of those under way."""
     return core.state.counters.tokens.tokens + sum(r.transcript.next_index for r in core.state.requests.values())
 
 
 async def disturbed(mesh: Mesh, client: Client, other: Client, turn: int) -> list[Answer]:
     asking = [asyncio.create_task(watch(client, other, number, 48)) for number in range(len(MIX))]
-    tokens = mesh.look(told)
+    tokens = mesh.look(tokens_so_far)
     # Anywhere from the first tokens to shortly before the last ones.
     after = random.Random(turn).randrange(1, 260)
-    await mesh.aside(lambda core: told(core) > tokens + after, f"{after} tokens")
+    await mesh.aside(lambda core: tokens_so_far(core) > tokens + after, f"{after} tokens")
     kill(mesh, turn)
     done = [(await task).check() for task in asking]
     await mesh.aside(
@@ -197,7 +191,7 @@ def test_kills_of_engines_and_agents_change_no_text(mesh: Mesh) -> None:
     assert same > 0.5 * asked
 
 
-def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_serves() -> None:
+async def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_serves() -> None:
     """As where the fast instructions of a machine are forbidden: the first engine dies before it is ready."""
     with Mesh(0, worker=WORKER, check=True) as mesh:
         # Given a worker whose engine loads the model
@@ -209,15 +203,12 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE).ready) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
-        async def scenario() -> Answer:
-            async with mesh.client() as client:
-                asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
-                await mesh.aside(lambda core: core.state.queue.count, "a request that waits")
-                os.kill(engine, signal.SIGSEGV)
-                os.kill(engine, signal.SIGCONT)
-                return await asking
-
-        answer = mesh.run(scenario())
+        async with mesh.client() as client:
+            asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
+            await mesh.aside(lambda core: core.state.queue.count, "a request that waits")
+            os.kill(engine, signal.SIGSEGV)
+            os.kill(engine, signal.SIGCONT)
+            answer = await asking
         # Then the next one is careful, and the request that waited is answered
         assert (answer.worker, len(answer.ids)) == ("careful", 4)
         (note,) = mesh.look(lambda core: [w.last.note for w in core.state.registry.workers.values()])
@@ -246,8 +237,8 @@ def test_a_model_that_cannot_be_loaded_is_named_and_ends_the_engine_only(tmp_pat
     path = tmp_path / "x.gguf"
     content = whole_model()
     path.write_bytes({"cut": content[:50_000_000], "empty": b"", "no model": b"x" * 1000}.get(kind, content))
-    knobs = LlamaOptions(context=16 * 2**20) if kind == "no context" else KNOBS
-    child = EngineProcess(proto.Configure("llama", str(path), llama=knobs))
+    llama = LlamaOptions(context=16 * 2**20) if kind == "no context" else LLAMA
+    child = EngineProcess(proto.Configure("llama", str(path), llama=llama))
     try:
         last = listen(child)[-1]
     finally:
@@ -266,7 +257,7 @@ def test_a_damaged_model_ends_the_engine_or_serves(tmp_path: Path, seed: int) ->
         content[chance.randrange(4, 1_700_000)] ^= 1 << chance.randrange(8)
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
-    child = EngineProcess(proto.Configure("llama", str(path), llama=KNOBS))
+    child = EngineProcess(proto.Configure("llama", str(path), llama=LLAMA))
     child.order(proto.Shutdown())
     try:
         said = listen(child)

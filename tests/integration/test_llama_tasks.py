@@ -95,9 +95,9 @@ def test_a_prompt_in_its_template_has_as_many_tokens_as_its_answer_says(engine: 
     found = result(engine, task("tokenize", b"Hello", form="user", system="Be brief."), tasks.TokenizeResult)
     start = ask(prompt="Hello", tokens=1)
     start = msgspec.structs.replace(start, sampling=msgspec.structs.replace(start.sampling, system="Be brief."))
-    (told,) = run(engine, start)
-    assert told.usage is not None
-    assert told.usage.prompt_tokens == len(found.ids)
+    (answer,) = run(engine, start)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(found.ids)
 
 
 def test_embeddings_are_those_of_llama_cpp(engine: LlamaEngine, reference: Any) -> None:
@@ -183,7 +183,7 @@ def test_what_cannot_be_done_is_refused_with_its_numbers(engine: LlamaEngine) ->
 
 
 def test_without_memory_for_embeddings_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda told: None)
+    small = load(Configure("llama", "smollm2", llama=LlamaOptions(slots=1, context=256, threads=1)), lambda _: None)
     monkeypatch.setattr(host, "free_memory_bytes", lambda: 1)
     code, text = refused(small, task("embed", ["hello"]))
     assert code is Code.BUSY and "0 MiB are free" in text and "--ctx" in text

@@ -26,7 +26,7 @@ from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine.protocol import Configure, Start
 from llambo.worker.llama.llama_engine import LlamaEngine, load
 from tests.integration import hermes
-from tests.integration.test_llama_engine import Told, engine, loaded, refusal, run, said
+from tests.integration.test_llama_engine import Generated, engine, loaded, refusal, run, said
 from tests.unit.gateway_bench import Call, collect, read
 
 __all__ = ["engine", "loaded", "said"]  # fixtures
@@ -83,9 +83,9 @@ def offered(
     return submission.prompt, options
 
 
-def calls_of(told: Told | Answer) -> list[Call]:
+def calls_of(generated: Generated | Answer) -> list[Call]:
     """Nothing but calls, each of them valid."""
-    content, calls = collect(told.text, "seed")
+    content, calls = collect(generated.text, "seed")
     assert content == ""
     for call in calls:
         assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments)), call
@@ -97,22 +97,22 @@ def calls_of(told: Told | Answer) -> list[Call]:
 def test_a_call_that_must_come_comes_and_satisfies_its_schema(
     engine: LlamaEngine, choice: Any, temperature: float
 ) -> None:
-    (told,) = run(engine, start(choice, temperature=temperature))
-    (call,) = calls_of(told)
-    assert told.end == "stop"
+    (generated,) = run(engine, start(choice, temperature=temperature))
+    (call,) = calls_of(generated)
+    assert generated.end == "stop"
     assert choice == "required" or call.name == "get_time"
 
 
 def test_several_calls_if_they_are_wanted(engine: LlamaEngine) -> None:
-    (told,) = run(engine, start("required", parallel=True, temperature=0.8))
-    assert told.end == "stop"
-    assert len(calls_of(told)) > 1
+    (generated,) = run(engine, start("required", parallel=True, temperature=0.8))
+    assert generated.end == "stop"
+    assert len(calls_of(generated)) > 1
 
 
 def test_a_call_that_may_come_comes_where_it_fits(engine: LlamaEngine) -> None:
-    (told,) = run(engine, start("auto", SEEN))
-    (call,) = calls_of(told)
-    assert (told.end, json.loads(call.arguments)["city"]) == ("stop", "Oslo")
+    (generated,) = run(engine, start("auto", SEEN))
+    (call,) = calls_of(generated)
+    assert (generated.end, json.loads(call.arguments)["city"]) == ("stop", "Oslo")
 
 
 def test_where_none_fits_the_answer_is_what_it_is_without_the_grammar(engine: LlamaEngine) -> None:
@@ -137,20 +137,20 @@ def test_a_call_that_is_continued_anywhere_goes_on_in_its_grammar(engine: LlamaE
 def test_whoever_has_begun_a_call_must_end_it(engine: LlamaEngine, temperature: float) -> None:
     """The model would not have called here; its first tokens are put into its mouth."""
     begun = engine._model.tokenize(b'Well.\n<tool_call>\n{"na', special=False)
-    (told,) = run(engine, start("auto", prefix=begun, temperature=temperature))
-    content, (call,) = collect('Well.\n<tool_call>\n{"na' + told.text, "seed")
-    assert (content, told.end) == ("Well.\n", "stop")
+    (generated,) = run(engine, start("auto", prefix=begun, temperature=temperature))
+    content, (call,) = collect('Well.\n<tool_call>\n{"na' + generated.text, "seed")
+    assert (content, generated.end) == ("Well.\n", "stop")
     assert jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments))
 
 
 def test_a_call_or_else_json(engine: LlamaEngine) -> None:
     schema = json.dumps({"type": "object", "properties": {"greeting": {"type": "string", "maxLength": 20}},
                          "required": ["greeting"]})  # fmt: skip
-    (told,) = run(engine, start("auto", [{"role": "user", "content": "Say hello."}], json_schema=schema))
-    content, calls = collect(told.text, "seed")
+    (generated,) = run(engine, start("auto", [{"role": "user", "content": "Say hello."}], json_schema=schema))
+    content, calls = collect(generated.text, "seed")
     assert calls or set(json.loads(content)) == {"greeting"}
-    (told,) = run(engine, start("auto", SEEN, json_schema=schema))
-    assert calls_of(told)
+    (generated,) = run(engine, start("auto", SEEN, json_schema=schema))
+    assert calls_of(generated)
 
 
 @pytest.mark.parametrize("prompt", ["Describe Ann, who is 40, as JSON.", "A book as JSON."])
@@ -158,9 +158,9 @@ def test_a_call_or_else_json(engine: LlamaEngine) -> None:
 def test_any_object_of_json_has_no_blanks_without_end(engine: LlamaEngine, prompt: str, temperature: float) -> None:
     """That a small model comes to an end is not ours to promise; that it writes JSON until there is."""
     sampling = Sampling(form="user", temperature=temperature, json_schema='{"type": "object"}')
-    (told,) = run(engine, Start(bytes([1]) * 24, prompt.encode(), 60, 7, [], sampling))
-    assert "  " not in "".join(told.text.split('"')[::2]), told.text
-    assert told.end == "length" or isinstance(json.loads(told.text), dict)
+    (generated,) = run(engine, Start(bytes([1]) * 24, prompt.encode(), 60, 7, [], sampling))
+    assert "  " not in "".join(generated.text.split('"')[::2]), generated.text
+    assert generated.end == "length" or isinstance(json.loads(generated.text), dict)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ def test_tools_that_cannot_be_used_are_refused(engine: LlamaEngine, tools: Any, 
 
 def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
     whole = start("auto", tokens=1)
-    (told,) = run(engine, whole)
+    (generated,) = run(engine, whole)
     count = Start(whole.key, whole.prompt, 64, 0, task="tokenize", options=tasks.TaskOptions(form="chat"))
     assert engine.start(count, 0) is None
     (output,) = engine.step(0)
     found = msgspec.msgpack.decode(b"".join(output.pieces), type=tasks.TokenizeResult)
-    assert told.usage is not None and told.usage.prompt_tokens == len(found.ids) > 200
+    assert generated.usage is not None and generated.usage.prompt_tokens == len(found.ids) > 200
 
 
 # --- a model that was made for it --------------------------------------------------------------------------------
@@ -197,8 +197,8 @@ def test_the_tools_count_as_tokens_of_the_prompt(engine: LlamaEngine) -> None:
 @pytest.fixture(scope="module")
 def made_for_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     path = hermes.make(tmp_path_factory.mktemp("model") / "hermes.gguf")
-    knobs = LlamaOptions(slots=2, context=1024, threads=1, batch=128)
-    yield load(Configure("llama", str(path), llama=knobs, safe=True), lambda progress: None)
+    options = LlamaOptions(slots=2, context=1024, threads=1, batch=128)
+    yield load(Configure("llama", str(path), llama=options, safe=True), lambda progress: None)
     path.unlink()
 
 
@@ -208,15 +208,15 @@ def test_tags_that_are_control_tokens_reach_the_reader_as_text(made_for_tools: L
     (begin,) = model.tokenize(b"<tool_call>", special=True)
     assert (model.piece(begin), model._render(begin, special=False)) == (b"<tool_call>", b"")
     # Given an answer whose first token is the tag (this model would not think of it)
-    (told,) = run(made_for_tools, start(choice, prefix=[begin]))
+    (generated,) = run(made_for_tools, start(choice, prefix=[begin]))
     # Then it is a call to its end, and what ends it is shown
-    calls = collect("<tool_call>" + told.text, "seed")
-    assert (calls[0], told.text.endswith("\n</tool_call>")) == ("", True)
+    calls = collect("<tool_call>" + generated.text, "seed")
+    assert (calls[0], generated.text.endswith("\n</tool_call>")) == ("", True)
     assert [jsonschema_rs.is_valid(SCHEMAS[call.name], json.loads(call.arguments)) for call in calls[1]]
     # ... wherever it is continued
-    for cut in range(0, len(told.ids), 12):
-        (rest,) = run(made_for_tools, start(choice, prefix=[begin, *told.ids[:cut]]))
-        assert told.ids[:cut] + rest.ids == told.ids
+    for cut in range(0, len(generated.ids), 12):
+        (rest,) = run(made_for_tools, start(choice, prefix=[begin, *generated.ids[:cut]]))
+        assert generated.ids[:cut] + rest.ids == generated.ids
 
 
 def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: LlamaEngine) -> None:

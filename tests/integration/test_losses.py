@@ -139,8 +139,8 @@ async def lossy(client: Client, watch: Watch) -> None:
 
 def test_a_million_tokens_most_of_them_dropped() -> None:
     # Given a token plane towards clients that queues next to nothing
-    knobs = FakeOptions(slots=REQUESTS // 2, burst=2)
-    with Mesh(workers=2, fake=knobs, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
+    fake = FakeOptions(slots=REQUESTS // 2, burst=2)
+    with Mesh(workers=2, fake=fake, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
         watch, client = Watch(limits.MAX_TOKENS), mesh.client(token_hwm=HWM)
         # When a reader stalls again and again
@@ -148,7 +148,7 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
             mesh.run(lossy(client, watch), TIMEOUT_S)
             took_s = seconds()
         grown = mesh.broker_rss_bytes() - before[0], rss_bytes(os.getpid()) - before[1]
-    # Then every token is there, most of them by replay, and nobody has swollen
+    # Then every token is there, most of them by replay, and no process has grown
     dropped = 1 - watch.live / watch.total
     print(
         f"\n{watch.total} tokens in {took_s:.1f} s, HWM {HWM}, {watch.stalls} stalls: {dropped:.1%} dropped; "
@@ -163,8 +163,8 @@ def test_a_million_tokens_most_of_them_dropped() -> None:
 
 def test_losses_at_every_end_at_a_time() -> None:
     # Given token planes that queue next to nothing, from the workers and towards the client
-    knobs, worker = FakeOptions(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
-    with Mesh(workers=2, fake=knobs, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
+    fake, worker = FakeOptions(slots=REQUESTS // 2, burst=2), WorkerConfig(token_hwm=HWM)
+    with Mesh(workers=2, fake=fake, worker=worker, config=CONFIG, token_hwm=HWM) as mesh:
         watch, client, at_broker = Watch(limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM), [0]
         count_at_broker(mesh, at_broker)
         mesh.run(lossy(client, watch), TIMEOUT_S)

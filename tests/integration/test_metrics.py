@@ -40,7 +40,7 @@ from tests.integration.gateway_process import GatewayProcess, chat, events, id_o
 from tests.unit.pages import Samples, check_page, value
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
-TOKEN = "a-token-that-nobody-guesses"
+TOKEN = "a-token-that-cannot-be-guessed"
 
 
 async def fetch(port: int, head: bytes = GET) -> tuple[int, str]:
@@ -60,49 +60,46 @@ async def fetch(port: int, head: bytes = GET) -> tuple[int, str]:
 # --- a broker's ----------------------------------------------------------------------------------------
 
 
-def test_a_broker_is_scraped_while_it_streams() -> None:
-    async def scenario(mesh: Mesh, port: int) -> None:
+async def test_a_broker_is_scraped_while_it_streams() -> None:
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
         async with mesh.client(name="reader") as client:
             stream = client.stream("hello", seed=5, max_tokens=60)
             seen = []
             async for piece in stream:
                 seen += piece.ids
                 if piece.index == 30:
-                    status, body = await fetch(port)
+                    status, body = await fetch(metrics.port)
                     assert status == 200
-                    told = check_page(body)
-                    assert 30 <= value(told, "llambo_broker_tokens_total", model="fake", **{"class": "none"}) <= 60
-                    assert value(told, "llambo_broker_requests_running", model="fake", **{"class": "none"}) == 1
+                    page = check_page(body)
+                    assert 30 <= value(page, "llambo_broker_tokens_total", model="fake", **{"class": "none"}) <= 60
+                    assert value(page, "llambo_broker_requests_running", model="fake", **{"class": "none"}) == 1
             assert seen == truth("hello", 5, 60)
-            told = check_page((await fetch(port))[1])
+            page = check_page((await fetch(metrics.port))[1])
             one: dict[str, str] = {"model": "fake", "class": "none"}
-            assert value(told, "llambo_broker_requests_ended_total", model="fake", reason="length") == 1
-            assert value(told, "llambo_broker_tokens_total", **one) == 60
-            assert value(told, "llambo_broker_first_token_seconds_count", **one) == 1
+            assert value(page, "llambo_broker_requests_ended_total", model="fake", reason="length") == 1
+            assert value(page, "llambo_broker_tokens_total", **one) == 60
+            assert value(page, "llambo_broker_first_token_seconds_count", **one) == 1
             # Its chunks come 10 ms apart.
-            paused = value(told, "llambo_broker_inter_token_seconds_sum", **one)
-            assert value(told, "llambo_broker_inter_token_seconds_count", **one) == 59 and paused >= 59 * 0.008
-            assert value(told, "llambo_broker_workers", state="ready", **{"class": "none"}) == 2
-            assert value(told, "process_open_fds") > 10
+            paused = value(page, "llambo_broker_inter_token_seconds_sum", **one)
+            assert value(page, "llambo_broker_inter_token_seconds_count", **one) == 59 and paused >= 59 * 0.008
+            assert value(page, "llambo_broker_workers", state="ready", **{"class": "none"}) == 2
+            assert value(page, "process_open_fds") > 10
             # The same without HTTP, but for what the process says of itself.
             asked = check_page(await client.metrics())
-            assert {name for name in told if not name.startswith("process_")} == set(asked)
-            assert asked["llambo_broker_tokens_total"] == told["llambo_broker_tokens_total"]
-
-    metrics = MetricsServer("127.0.0.1:0")
-    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
-        mesh.run(scenario(mesh, metrics.port))
+            assert {name for name in page if not name.startswith("process_")} == set(asked)
+            assert asked["llambo_broker_tokens_total"] == page["llambo_broker_tokens_total"]
 
 
-def test_who_means_ill_harms_nobody() -> None:
+async def test_who_means_ill_harms_nobody() -> None:
     """Slowloris, garbage, readers that do not read, and 200 at once, before a broker that streams meanwhile."""
-
-    async def scenario(mesh: Mesh, port: int) -> None:
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
         async with mesh.client() as client:
             stream = client.stream("hello", seed=5, max_tokens=150)
             first = await stream.next_piece()
             assert first is not None
-            idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * CONNECTIONS)]
+            idle = [socket.create_connection(("127.0.0.1", metrics.port)) for _ in range(3 * CONNECTIONS)]
             for number, each in enumerate(idle):
                 each.sendall(GET[: 1 + number % len(GET[:-1])])  # never the end of it
             garbage = [
@@ -111,26 +108,24 @@ def test_who_means_ill_harms_nobody() -> None:
                 b"GET /metrics\r\n\r\n",
                 b"\r\n\r\n",
             ]
-            turned_away = [status for status, _ in await asyncio.gather(*[fetch(port, each) for each in garbage])]
+            turned_away = [
+                status for status, _ in await asyncio.gather(*[fetch(metrics.port, each) for each in garbage])
+            ]
             assert turned_away == [400, 431, 400, 400]
-            answers = [status for status, _ in await asyncio.gather(*[fetch(port) for _ in range(200)])]
+            answers = [status for status, _ in await asyncio.gather(*[fetch(metrics.port) for _ in range(200)])]
             print(f"{answers.count(200)} of 200 at once were served")
             # Who was too slow between coming and asking had to make room. Asking again, without a crowd, he is served.
             assert set(answers) <= {0, 200} and answers.count(200) >= 100
-            assert [(await fetch(port))[0] for _ in range(answers.count(0))] == [200] * answers.count(0)
+            assert [(await fetch(metrics.port))[0] for _ in range(answers.count(0))] == [200] * answers.count(0)
             for each in idle:
                 each.close()
-            status, body = await fetch(port)
+            status, body = await fetch(metrics.port)
             assert status == 200
             check_page(body)
             ids = list(first.ids)
             async for piece in stream:
                 ids += piece.ids
             assert ids == truth("hello", 5, 150)
-
-    metrics = MetricsServer("127.0.0.1:0")
-    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
-        mesh.run(scenario(mesh, metrics.port))
         assert mesh.counter("workers_lost") == 0
 
 
@@ -369,9 +364,9 @@ CHAT = "/v1/chat/completions"
 
 
 def page_of(gateway: GatewayProcess, **headers: str) -> Samples:
-    status, body, told = gateway.ask("GET", "/metrics", **headers)
+    status, body, fields = gateway.ask("GET", "/metrics", **headers)
     assert status == 200, body
-    assert told["content-type"] == CONTENT_TYPE
+    assert fields["content-type"] == CONTENT_TYPE
     return check_page(body.decode())
 
 
@@ -384,32 +379,32 @@ def test_a_gateway_counts_what_it_answers() -> None:
         asked = chat(max_tokens=200, stream=True)
         with gateway.open("POST", CHAT, asked) as response:
             place = id_of(events(response, 20)[-1])
-            told = page_of(gateway)
-            assert value(told, "llambo_gateway_answers_open") == value(told, "llambo_gateway_readers") == 1
-            assert value(told, "llambo_gateway_http_open") == 2
-            assert 7 < value(told, "llambo_gateway_tokens_total", model="fake") < 207
+            page = page_of(gateway)
+            assert value(page, "llambo_gateway_answers_open") == value(page, "llambo_gateway_readers") == 1
+            assert value(page, "llambo_gateway_http_open") == 2
+            assert 7 < value(page, "llambo_gateway_tokens_total", model="fake") < 207
         with gateway.open("POST", CHAT, asked, last_event_id=place) as response:
             rest = events(response)
             assert rest[-1].endswith(b"data: [DONE]\n")
-        for number in range(100):  # nothing that somebody invents becomes a label
+        for number in range(100):  # nothing that a client invents becomes a label
             assert gateway.ask("POST", CHAT, chat(model=f"no-model-{number}"))[0] == 404
         assert gateway.ask("GET", "/no/such/place")[0] == 404
         assert gateway.ask("POST", "/v1/messages", {"model": 3})[0] == 400
         assert gateway.ask("MKCOL", "/v1/models")[0] in (404, 405)
-        told = page_of(gateway)
+        page = page_of(gateway)
         chats = {"api": "openai", "route": CHAT, "method": "POST"}
-        assert value(told, "llambo_gateway_http_requests_total", status="2xx", **chats) == 3
-        assert value(told, "llambo_gateway_http_requests_total", status="4xx", **chats) == 100
-        assert value(told, "llambo_gateway_errors_total", api="openai", code="unknown_model") == 100
-        assert value(told, "llambo_gateway_errors_total", api="anthropic", code="bad_request") == 1
-        assert value(told, "llambo_gateway_answers_ended_total", model="fake", reason="length") == 2
-        assert value(told, "llambo_gateway_answers_ended_total", model=OTHER, reason="unknown_model") == 100
-        assert value(told, "llambo_gateway_first_token_seconds_count", model="fake") == 2
-        assert value(told, "llambo_gateway_tokens_total", model="fake") == 207
-        assert value(told, "llambo_gateway_resumed_total") == value(told, "llambo_gateway_disconnects_total") == 1
-        labels = {label for samples in told.values() for key in samples for _, label in key}
+        assert value(page, "llambo_gateway_http_requests_total", status="2xx", **chats) == 3
+        assert value(page, "llambo_gateway_http_requests_total", status="4xx", **chats) == 100
+        assert value(page, "llambo_gateway_errors_total", api="openai", code="unknown_model") == 100
+        assert value(page, "llambo_gateway_errors_total", api="anthropic", code="bad_request") == 1
+        assert value(page, "llambo_gateway_answers_ended_total", model="fake", reason="length") == 2
+        assert value(page, "llambo_gateway_answers_ended_total", model=OTHER, reason="unknown_model") == 100
+        assert value(page, "llambo_gateway_first_token_seconds_count", model="fake") == 2
+        assert value(page, "llambo_gateway_tokens_total", model="fake") == 207
+        assert value(page, "llambo_gateway_resumed_total") == value(page, "llambo_gateway_disconnects_total") == 1
+        labels = {label for samples in page.values() for key in samples for _, label in key}
         assert not [label for label in labels if "no-model" in label or "/no/such" in label or "MKCOL" in label]
-        names = {name.removesuffix("_bucket") for name in told}
+        names = {name.removesuffix("_bucket") for name in page}
         assert {metric.name for metric in TABLE} <= names
 
 
@@ -422,5 +417,5 @@ def test_with_keys_the_gateway_shows_them_to_an_admin_alone(tmp_path: Path) -> N
     with Mesh(workers=0, keys=folder) as mesh, GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway:
         assert gateway.ask("GET", "/metrics")[0] == 401
         assert gateway.ask("GET", "/metrics", authorization=f"Bearer {alice}")[0] == 403
-        told = page_of(gateway, authorization=f"Bearer {root}")
-        assert value(told, "llambo_gateway_errors_total", api="own", code="forbidden") == 1
+        page = page_of(gateway, authorization=f"Bearer {root}")
+        assert value(page, "llambo_gateway_errors_total", api="own", code="forbidden") == 1

@@ -1,4 +1,4 @@
-"""What is said to a service manager arrives, wherever it listens, and nobody waits when it does not."""
+"""What is sent to a service manager arrives, wherever it listens, and no call waits when it does not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Manager, Notifier, manager
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Manager, Notifier, manager
 from tests.integration.mini_journal import parse
 
 READY = Condition("idle", ready=True)
@@ -58,7 +58,7 @@ def test_a_manager_that_is_slow_is_not_waited_for_and_hears_the_last_of_each(tmp
 
 
 def test_a_manager_that_is_gone_is_complained_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    notifier = Notifier(Manager(str(tmp_path / "nobody")))
+    notifier = Notifier(Manager(str(tmp_path / "no-such-socket")))
     for second in range(5):
         notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
     assert [record.message for record in caplog.records] == [
@@ -94,7 +94,7 @@ def test_a_line_reaches_the_journal_with_its_fields_or_else_stderr(
                 "LLAMBO_REQUEST": id,
                 "LLAMBO_LOGGER": "llambo.worker",
             }
-            handler.tell("w1 is ready")
+            handler.show("w1 is ready")
             assert parse(there.recv(65_536))["MESSAGE"] == "w1 is ready"
         assert capsys.readouterr().err == ""
     finally:

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import pytest
 
 from llambo import Client
-from llambo.mesh.service.activation import NAMES
+from llambo.mesh.service.service_manager import NAMES
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from tests.integration.test_broker_restart import KNOBS, STREAMS, one
+from tests.integration.test_broker_restart import FAKE, STREAMS, one
 
 #: As systemd does it: descriptors from 3 on, and the child's own id, which is known only to the child.
 LAUNCH = """
@@ -92,11 +92,11 @@ def _four_in_a_row() -> list[socket.socket]:
 
 @contextlib.contextmanager
 def knocking(port: int) -> Iterator[list[str]]:
-    """Somebody who connects all the time, and what he was told when he could not."""
+    """Connect all the time; the errors of connections that failed."""
     refused: list[str] = []
     over = threading.Event()
 
-    def knock() -> None:
+    def connect() -> None:
         while not over.is_set():
             for number in range(4):
                 try:
@@ -105,7 +105,7 @@ def knocking(port: int) -> Iterator[list[str]]:
                     refused.append(f"port {port + number}: {error}")
             over.wait(0.02)
 
-    thread = threading.Thread(target=knock)
+    thread = threading.Thread(target=connect)
     thread.start()
     try:
         yield refused
@@ -122,16 +122,17 @@ def knocking(port: int) -> Iterator[list[str]]:
     ],
     ids=["terminated, by ports", "killed, by names"],
 )
-def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order: tuple[int, ...], names: str) -> None:
+async def test_a_restart_closes_no_port_and_loses_no_token(
+    how: signal.Signals, order: tuple[int, ...], names: str
+) -> None:
     parent = Parent(order, names)
-    mesh = Mesh(workers=0, fake=KNOBS, broker="process")
+    mesh = Mesh(workers=0, fake=FAKE, broker="process")
     try:
         address = f"tcp://127.0.0.1:{parent.port}"
         workers = [mesh.spawn(f"w{number}", address) for number in range(2)]
         for worker in workers:
             worker.first_line()
-
-        async def scenario() -> tuple[list[float], dict[str, int]]:
+        with knocking(parent.port) as refused:
             async with Client(address) as client, asyncio.TaskGroup() as group:
                 begun = [asyncio.Event() for _ in range(STREAMS)]
                 asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
@@ -139,10 +140,7 @@ def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order:
                     await event.wait()
                 await asyncio.to_thread(parent.restart, how)
                 stalls = [await task for task in asked]
-                return stalls, (await client.status()).counters
-
-        with knocking(parent.port) as refused:
-            stalls, counters = mesh.run(scenario())
+                counters = (await client.status()).counters
         print(f"longest silence {max(stalls) * 1000:.0f} ms, {counters['adopted']} of {STREAMS} adopted")
         assert not refused
         assert counters["adopted"] == STREAMS

@@ -122,12 +122,12 @@ def test_ready_in_order_and_a_request_runs_through_all_of_it(services: Services)
     starting = [manager.heard(f"Starting {unit}") for unit in (BROKER, ONE, TWO)]
     assert started[0] < min(starting[1:]), "a worker was started before its broker could be reached"
     for name, number in (("one", started[1]), ("two", started[2])):
-        # Nobody calls a worker ready before the broker can dispatch to it.
+        # No worker is reported ready before the broker can dispatch to it.
         assert manager.heard(f"worker joined: {name} ") < number
         assert services.said_by(name, "link 0: up") < number
     end = services.begin("--max-tokens", "20", SECRET).end()
     assert (end["tokens"], end["moves"]) == (20, 0)
-    manager.told("STATUS=2 workers, ", (BROKER,))
+    manager.notified("STATUS=2 workers, ", (BROKER,))
 
 
 def test_what_the_units_forbid_is_forbidden_and_the_engine_is_the_first_to_go(services: Services) -> None:
@@ -180,8 +180,8 @@ min = 1
     assert not any("tiny-0001" in entry.get("MESSAGE", "") and "lost" in entry["MESSAGE"]
                    for entry in manager.entries[since:])  # fmt: skip
     assert services.begin("--class", "tiny", "--max-tokens", "3", "hello").end()["worker"] == "tiny-0001"
-    told = json.loads(manager.run(LLAMBO, "workers", "--json"))
-    (pid,) = [worker["pid"] for worker in told if worker["worker"] == "tiny-0001"]
+    workers = json.loads(manager.run(LLAMBO, "workers", "--json"))
+    (pid,) = [worker["pid"] for worker in workers if worker["worker"] == "tiny-0001"]
     manager.run("kill", str(pid))  # the other tests do not count on it
     manager.heard("worker lost: tiny-0001", since)
 
@@ -191,7 +191,7 @@ def test_a_hung_worker_is_restarted_and_its_request_goes_on(services: Services) 
     services.up(BROKER, ONE, TWO)
     since = manager.mark()
     answer = services.begin("--max-tokens", "500", "hang").begun()
-    victim, since = manager.told("STATUS=busy 1/4, ", (ONE, TWO), since)
+    victim, since = manager.notified("STATUS=busy 1/4, ", (ONE, TWO), since)
     manager.systemctl("kill", "--signal=STOP", "--kill-whom=main", victim)
     manager.heard(f"{victim}: Watchdog timeout", since)
     manager.heard("Fatal Python error: Aborted", since)  # and where it hung
@@ -219,9 +219,9 @@ def test_stop_drains(services: Services) -> None:
     services.up(BROKER, ONE, TWO)
     since = manager.mark()
     answer = services.begin("--max-tokens", "300", "drain").begun()
-    busy, since = manager.told("STATUS=busy 1/4, ", (ONE, TWO), since)
+    busy, since = manager.notified("STATUS=busy 1/4, ", (ONE, TWO), since)
     manager.systemctl("stop", "--no-block", busy)
-    manager.told("STATUS=stopping, 1 still running", (busy,), since)
+    manager.notified("STATUS=stopping, 1 still running", (busy,), since)
     end = answer.end()
     assert (f"llambo-worker@{end['worker']}.service", end["moves"], end["tokens"]) == (busy, 0, 300)
     stopping, stopped = manager.heard("stopping: no new work", since), manager.heard("nothing left to do", since)
@@ -238,15 +238,15 @@ def test_without_a_broker_a_worker_is_not_ready_and_is_not_killed_for_it(service
     manager.systemctl("daemon-reload")
     since = manager.mark()
     manager.systemctl("start", "--no-block", late)
-    _, loading = manager.told("STATUS=loading fake: ", (late,), since)
-    _, first = manager.told("EXTEND_TIMEOUT_USEC=", (late,), since)
+    _, loading = manager.notified("STATUS=loading fake: ", (late,), since)
+    _, first = manager.notified("EXTEND_TIMEOUT_USEC=", (late,), since)
     # It asks for more time a second time when what it was given at first is over.
-    _, second = manager.told("EXTEND_TIMEOUT_USEC=", (late,), max(first, loading) + 1)
+    _, second = manager.notified("EXTEND_TIMEOUT_USEC=", (late,), max(first, loading) + 1)
     assert manager.heard("engine: ready", since) < second
-    manager.told("STATUS=looking for a broker at tcp://127.0.0.1:7330", (late,), since)
+    manager.notified("STATUS=looking for a broker at tcp://127.0.0.1:7330", (late,), since)
     assert manager.show(late, "ActiveState") == {"ActiveState": "activating"}
     services.up(BROKER)
-    assert second < manager.told("READY=1", (late,), since)[1]
+    assert second < manager.notified("READY=1", (late,), since)[1]
     manager.heard(f"Started {late}", since)
     assert manager.show(late, "NRestarts", "StatusText") == {"NRestarts": "0", "StatusText": "idle, 4 slots"}
     manager.systemctl("stop", late)
@@ -268,7 +268,7 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
     manager.systemctl("start", "--no-block", "llambo-worker@poor")
     for _ in range(2):
         since = manager.heard("llambo-worker@poor.service: Scheduled restart job", since) + 1
-    manager.told("waits 1 s before it starts", ("llambo-worker@poor.service",), since)
+    manager.notified("waits 1 s before it starts", ("llambo-worker@poor.service",), since)
     manager.systemctl("stop", "llambo-worker@poor")
 
 
@@ -292,7 +292,7 @@ def test_every_line_says_whom_it_is_about_and_none_what_was_asked(services: Serv
     services.up(BROKER, ONE, TWO)
     since = services.manager.mark()
     answer = services.begin("--max-tokens", "300", SECRET).begun()
-    victim, _ = services.manager.told("STATUS=busy 1/4, ", (ONE, TWO), since)
+    victim, _ = services.manager.notified("STATUS=busy 1/4, ", (ONE, TWO), since)
     services.manager.run("kill", "-KILL", str(services.worker_of(victim)[1]))
     lost = services.manager.heard("a request has lost its engine", since)
     id = answer.end()["id"]
@@ -310,7 +310,7 @@ def test_every_line_says_whom_it_is_about_and_none_what_was_asked(services: Serv
 
 
 def test_for_a_user_with_keys(tmp_path: Path) -> None:
-    """The units of `--user`, as they are: nothing is taken out. And nobody is let in without a key."""
+    """The units of `--user`, as they are: nothing is taken out. No peer is let in without a key."""
     install("--user", HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path / "etc"))
     settings = tmp_path / "etc/llambo"
     keys = Folder(settings / "keys")
@@ -348,7 +348,7 @@ def test_check_finds_nothing_and_then_what_is_wrong(tmp_path: Path) -> None:
     bad = check()
     assert bad.returncode == 1
     for said in (
-        "LLAMBO_SLOT is no setting; did you mean LLAMBO_SLOTS",
+        "LLAMBO_SLOT is not a setting; did you mean LLAMBO_SLOTS",
         "llambo.slice: is not what",
         "llambo.slice:2: ",
     ):

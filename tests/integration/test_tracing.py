@@ -47,9 +47,9 @@ class Receiver(BaseHTTPRequestHandler):
         if self.headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
         assert self.path == "/v1/traces"
-        told = ExportTraceServiceRequest.FromString(body)
+        exported = ExportTraceServiceRequest.FromString(body)
         with self.server.came:
-            for each in told.resource_spans:
+            for each in exported.resource_spans:
                 self.server.services |= {
                     a.value.string_value for a in each.resource.attributes if a.key == "service.name"
                 }
@@ -82,8 +82,8 @@ def about(span: Any) -> dict[str, Any]:
 
 
 def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collector) -> None:
-    knobs = FakeOptions(tokens_per_s=100, ttft_ms=50)
-    with Mesh(workers=1, fake=knobs) as mesh, GatewayProcess(mesh.address) as gateway:
+    fake = FakeOptions(tokens_per_s=100, ttft_ms=50)
+    with Mesh(workers=1, fake=fake) as mesh, GatewayProcess(mesh.address) as gateway:
         began = time.time_ns()
         gateway.post(CHAT, chat(max_tokens=10), traceparent=f"00-{TRACE}-{PARENT}-01")
         found = collector.until(f"POST {CHAT}", 1)
@@ -92,9 +92,9 @@ def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collect
         assert {span.trace_id.hex() for span in found} == {TRACE}
         root = next(span for span in found if span.name.startswith("POST"))
         assert root.parent_span_id.hex() == PARENT
-        told = about(root)
-        assert (told["http.route"], told["gen_ai.response.model"]) == (CHAT, "fake")
-        assert told["gen_ai.usage.output_tokens"] == 10 and len(told["llambo.request"]) == 32
+        attributes = about(root)
+        assert (attributes["http.route"], attributes["gen_ai.response.model"]) == (CHAT, "fake")
+        assert attributes["gen_ai.usage.output_tokens"] == 10 and len(attributes["llambo.request"]) == 32
         phases = sorted((span for span in found if span is not root), key=lambda span: span.start_time_unix_nano)
         assert [span.name for span in phases] == ["queue", "dispatch", "prefill", "decode"]
         assert {span.parent_span_id for span in phases} == {root.span_id}
@@ -108,7 +108,7 @@ def test_an_answer_is_one_trace_from_its_caller_to_the_engine(collector: Collect
         # One that is not sampled leaves nothing; one without a parent begins a trace of its own.
         gateway.post(CHAT, chat(max_tokens=1), traceparent=f"00-{'1' * 32}-{PARENT}-00")
         gateway.post(CHAT, chat(max_tokens=1), traceparent="junk")
-        assert gateway.ask("POST", CHAT, chat(model="nobody's"))[0] == 404
+        assert gateway.ask("POST", CHAT, chat(model="no-such-model"))[0] == 404
         found = collector.until(f"POST {CHAT}", 3)
         roots = [span for span in found if span.name.startswith("POST")]
         assert len({span.trace_id for span in roots}) == 3 and "1" * 32 not in {span.trace_id.hex() for span in roots}

@@ -193,7 +193,7 @@ def test_many_tries_to_read_a_stream(mesh: Mesh, folder: Folder, eve: RawPeer) -
 
 
 def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
-    """A peer may choose its routing id. Who takes that of a client that has just gone hears nothing of its answer."""
+    """A peer may choose its routing id. With the id of a client that has just gone, it gets no answer data."""
     id = secrets.token_bytes(16)
     with RawPeer(mesh.port, key=key_of(folder, "alice")) as victim:
         victim.join_as_client()
@@ -263,7 +263,7 @@ def test_a_worker_that_speaks_for_another(mesh: Mesh, folder: Folder, alice: Hea
 
 
 def test_a_key_that_is_revoked_in_session(mesh: Mesh, folder: Folder) -> None:
-    """Out within a moment: told so, no message acted on, no token sent, the next handshake denied."""
+    """Within a moment: it gets an error, no message is acted on, no token is sent, the next handshake is denied."""
     with RawPeer(mesh.port, key=key_of(folder, "mallory")) as peer:
         peer.join_as_client()
         socket = peer.tokens_out()
@@ -282,7 +282,7 @@ def test_a_key_that_is_revoked_in_session(mesh: Mesh, folder: Folder) -> None:
         peer.send_messages(m.ClientHello(), session=bytes(8))
         assert peer.expect(m.Problem).error.code is Code.UNAUTHORIZED
         assert mesh.look(lambda core: id not in core.state.requests)
-    print(f"\nrevoked, and told so after {took_ms:.0f} ms")
+    print(f"\nrevoked, and the error came after {took_ms:.0f} ms")
 
 
 def test_a_worker_whose_key_is_revoked(mesh: Mesh, folder: Folder) -> None:
@@ -295,8 +295,8 @@ def test_a_worker_whose_key_is_revoked(mesh: Mesh, folder: Folder) -> None:
 
 
 def test_a_key_that_expires_in_session(mesh: Mesh, folder: Folder) -> None:
-    folder.add(Identity("guest", "client"), int(time.time()), int(time.time()) + 2)
-    with RawPeer(mesh.port, key=folder.export("guest")) as peer:
+    folder.add(Identity("viewer", "client"), int(time.time()), int(time.time()) + 2)
+    with RawPeer(mesh.port, key=folder.export("viewer")) as peer:
         peer.join_as_client()
         assert peer.expect(m.Problem).error.code is Code.UNAUTHORIZED
 

@@ -18,8 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from llambo.fleet.model import Fleet, NodeClass, Scaling
-from llambo.fleet.world import HostFacts
+from llambo.fleet.model import Fleet, HostFacts, NodeClass, Scaling
 from tests.sim.fleet_world import FleetWorld, Load, Rules, same_hosts
 
 MINUTE = 60_000

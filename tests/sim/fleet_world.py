@@ -17,9 +17,8 @@ from heapq import heappop, heappush
 from llambo.fleet.decide import plan
 from llambo.fleet.decide.autoscale_core import Autoscaler, ClassLoad
 from llambo.fleet.decide.crashes_core import Crashes
-from llambo.fleet.decide.placement import Placement
-from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.world import HostFacts, Node, NodeState, World
+from llambo.fleet.decide.plan import Placement
+from llambo.fleet.model import Fleet, HostFacts, Node, NodeClass, NodeState, World
 
 #: So often everything is looked at.
 STEP_MS = 1_000

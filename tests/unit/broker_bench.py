@@ -1,4 +1,4 @@
-"""A broker core with hand-held peers: tests say what the peers do, and look at what the broker answers."""
+"""A broker core with scripted peers: a test sends what the peers send, and looks at what the broker answers."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def request_id(number: int) -> bytes:
 
 
 class Bench:
-    """Time stands still unless a test moves it. Invariants are checked after every event."""
+    """The clock moves only when a test moves it. Invariants are checked after every event."""
 
     def __init__(self, **config: Any) -> None:
-        config.setdefault("startup_grace_ms", 0)  # what it does not know it refuses at once
+        config.setdefault("startup_grace_ms", 0)  # unknown requests are refused at once
         self.core = BrokerCore(BrokerConfig.of(tokens_in_port=1, tokens_out_port=2, **config), Random(1).randbytes)
         self.state = self.core.state
         self.now_ms = 1_000
         self.actions: list[Any] = []
-        #: What was ordered by the last event.
+        #: The actions of the last event.
         self.last: list[Any] = []
         self.handle(Tick())
 
@@ -52,7 +52,7 @@ class Bench:
         return self.last
 
     def pass_time(self, length_ms: int) -> None:
-        """As the shell does: wake the core whenever it wants to be woken."""
+        """As the shell does: handle a Tick whenever the core asks for one."""
         end = self.now_ms + length_ms
         while (due := self.core.next_wakeup_ms()) <= end:
             self.now_ms = max(self.now_ms, due)
@@ -63,7 +63,7 @@ class Bench:
         self.handle(RouteGone(route, True))
 
     def keys(self, *identities: Identity) -> None:
-        """From now on these are valid and no others; in a test the public key is the name."""
+        """Replaces all keys; in a test the public key is the name."""
         self.handle(KeysChanged({identity.name: identity for identity in identities}))
 
     def worker(
@@ -84,6 +84,12 @@ class Bench:
         return Client(self, route, user)
 
 
+def small_mesh(**config: Any) -> tuple[Bench, Worker, Client]:
+    """A broker with one worker of two slots and one client."""
+    bench = Bench(**config)
+    return bench, bench.worker(), bench.client()
+
+
 class Peer:
     bench: Bench
     route: bytes
@@ -91,12 +97,12 @@ class Peer:
     user: str
 
     def received(self, kind: type[M]) -> list[M]:
-        """Messages of one kind this peer has been sent, ever."""
+        """All messages of one kind that were sent to this peer."""
         mine = (a for a in self.bench.actions if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
 
     def received_last(self, kind: type[M]) -> list[M]:
-        """... by the last event."""
+        """The same, of the last event only."""
         mine = (a for a in self.bench.last if isinstance(a, (ToClient, ToWorker)) and a.route == self.route)
         return [a.message for a in mine if isinstance(a.message, kind)]
 

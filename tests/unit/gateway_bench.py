@@ -1,4 +1,4 @@
-"""An API of the gateway without one: bodies are read as the gateway reads them, and answers are played to renderers."""
+"""The APIs without a gateway: bodies are read as the gateway reads them, and answers are given to the renderers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.tokens import Logprob
 
 T = TypeVar("T")
+FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+#: Answers with and without calls, whole and cut.
+TEXTS = [
+    "",
+    "plain text",
+    f"Let me see. {CALL}\n{CALL}",
+    CALL,
+    f"{CALL} and then",
+    CALL[:50],
+    "<tool_ca",
+    "a < b",
+]
 HEAD = AnswerHead("0123456789abcdef" * 2, 1_700_000_000, "tiny")
 
 
@@ -83,7 +96,7 @@ def tokens_of(*texts: str) -> list[Token]:
 
 
 def cut(text: str, seed: int) -> list[Token]:
-    """In pieces of one to some characters, with empty ones between."""
+    """In pieces of at most eight characters, some of them empty."""
     chance = random.Random(seed)
     texts, at = [], 0
     while at < len(text):
@@ -108,7 +121,7 @@ class Call(NamedTuple):
 
 
 def collect(text: str, seed: str, *, prefix: str = "call_") -> tuple[str, list[Call]]:
-    """The content and the calls of an answer. A call that was cut is there as far as it came."""
+    """The content and the calls of an answer. Of a call that was cut, what arrived."""
     parser = ToolCalls(seed, prefix=prefix)
     content: list[str] = []
     calls: list[Call] = []

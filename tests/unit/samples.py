@@ -34,27 +34,13 @@ CHUNK = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", "\u00e9".encode()[:1]],
 CHUNK_WITH_LOGPROBS = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", b"!"], 0, LOGPROBS)
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
+MODELS = [m.ModelInfo("tiny", "f00d", 2_048)]
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
-    ID,
-    DISPATCH,
-    17,
-    "tiny",
-    99,
-    2**62,
-    [1, 2, 2**31],
-    5,
-    5_000,
-    False,
-    "batch",
-    True,
-    SAMPLING,
-    5,
-    "embed",
-    3,
-    "laptop",
-)
+    ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed",
+    3, "laptop",
+)  # fmt: skip
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
@@ -84,35 +70,8 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Problem(ERROR, ID, 5),
     ],
     "worker": [
-        m.WorkerHello(
-            "w-1",
-            b"incarnat",
-            [m.ModelInfo("tiny", "f00d", 2_048)],
-            8,
-            (1, 2),
-            "0.1.0",
-            "gpu",
-            "host-1",
-            77,
-            "starting",
-        ),
-        m.WorkerHeartbeat(
-            17,
-            41,
-            {KEY: 9},
-            3,
-            "draining",
-            12.5,
-            "loading",
-            2,
-            43,
-            [m.ModelInfo("tiny", "f00d", 2_048)],
-            8,
-            4.25,
-            True,
-            True,
-            True,
-        ),
+        m.WorkerHello("w-1", b"incarnat", MODELS, 8, (1, 2), "0.1.0", "gpu", "host-1", 77, "starting"),
+        m.WorkerHeartbeat(17, 41, {KEY: 9}, 3, "draining", 12.5, "loading", 2, 43, MODELS, 8, 4.25, True, True, True),
         m.Accept(ID, DISPATCH),
         m.Reject(ID, DISPATCH, ERROR, True),
         m.EngineLost([KEY], "signal 11", [9], True),
@@ -147,7 +106,7 @@ def frames_of(sample: m.Message) -> list[bytes]:
 
 
 def plain(value: Any) -> Any:
-    """What an independent msgpack reader sees, as JSON can hold it."""
+    """What an independent msgpack reader decodes, in a form that JSON can hold."""
     match value:
         case bytes():
             return f"0x{value.hex()}"

@@ -1,4 +1,4 @@
-"""What each identity has here: counted on every way a request may take, and refused with a reason and a time."""
+"""What each identity uses: counted through every state of a request, and refused with a reason and a retry time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 BOSS = Identity("boss", "admin")
 GPU = Identity("w", "worker")
-#: What a request of the bench takes: ten tokens, and a prompt of five bytes.
+#: The size of a request of the bench: ten tokens, and a prompt of five bytes.
 SIZE = reservation(10) + 5
 
 
@@ -49,7 +49,7 @@ class Keyed:
         worker.end(10, number=number)
 
     def refused(self) -> ErrorInfo:
-        """By the last event."""
+        """The error of the last event."""
         return self.alice.received_last(m.Problem)[-1].error
 
 
@@ -83,7 +83,7 @@ def test_a_request_that_moves_is_counted_once_and_not_refused() -> None:
     assert [d.id for d in other.dispatches] == [request_id(1), request_id(2)]
 
 
-def test_it_waits_while_its_identity_has_enough_at_work_and_stops_nobody() -> None:
+def test_a_request_over_the_running_limit_waits_and_does_not_stop_other_identities() -> None:
     mesh = Keyed(slots=4, max_in_flight=1)
     bob = mesh.client("bob")
     mesh.alice.submit(1)
@@ -114,7 +114,7 @@ def test_a_higher_limit_lets_go_at_once() -> None:
     assert mesh.counts == (1, 3)
     mesh.allow(max_in_flight=2)
     assert mesh.counts == (2, 2)
-    mesh.allow(max_in_flight=1)  # what is at work stays
+    mesh.allow(max_in_flight=1)  # what runs is kept
     assert mesh.counts == (2, 2)
     mesh.end(mesh.worker, number=0)
     assert mesh.counts == (1, 2)
@@ -141,13 +141,13 @@ def test_too_many_waiting() -> None:
     for number in range(4):
         mesh.alice.submit(number)
     assert mesh.refused() == ErrorInfo(Code.OVER_LIMIT, "alice has 2 requests waiting, at most 2 may", 1_000)
-    mesh.client("bob").submit(9)  # others are not concerned
+    mesh.client("bob").submit(9)  # other identities are not affected
     assert mesh.bench.state.requests.keys() == {request_id(n) for n in (0, 1, 2, 9)}
     assert dict(mesh.account.refused) == {"max_queued": 1}
     assert mesh.bench.state.counters.requests.refused == 1
 
 
-def test_how_long_to_wait_is_told_by_its_own_pace() -> None:
+def test_the_retry_time_comes_from_its_own_pace() -> None:
     mesh = Keyed(slots=1, max_queued=2)
     mesh.bench.pass_time(1_000)
     number = 0
@@ -210,7 +210,7 @@ def test_a_minute_is_not_saved_up_for_longer() -> None:
 
 @pytest.mark.parametrize("per_minute", [1, 7, 59, 1_000, 99_999])
 def test_as_many_as_are_allowed_are_let_in_at_once(per_minute: int) -> None:
-    """Late in a machine's life, where a float has few digits left behind the point."""
+    """Long after the boot, when a float has few digits left behind the point."""
     account = Account("alice", Identity("alice", "client", per_minute=per_minute))
     now_ms, taken = 10**11 + 7, 0
     while taken <= per_minute and account.refusal(1, 1, False, now_ms) is None:
@@ -230,7 +230,7 @@ def test_a_priority_it_may_not_have() -> None:
 
 
 def test_a_model_it_may_not_use_and_whether_it_exists() -> None:
-    """The answer is the same for one that exists and for one that does not."""
+    """The answer is the same whether the request exists or not."""
     mesh = Keyed(models=("tiny*", "m"))
     mesh.bench.worker("w-2", model="secret", user="w")
     texts = []
@@ -284,13 +284,13 @@ def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
     mesh.alice.submit(9)
     assert mesh.refused().text == "alice has 4 requests waiting, at most 1 may"
     mesh.allow(per_minute=2)
-    mesh.alice.submit(9)  # three too many were let in: that is no debt
+    mesh.alice.submit(9)  # three too many were admitted: that is no debt
     assert mesh.refused().text == "alice may begin 2 requests in a minute"
     assert mesh.refused().retry_after_ms <= 30_000
 
 
-def test_its_word_is_not_good_for_any_number_of_bytes() -> None:
-    """Who says of everything that another broker had it gets twice of what it may have, and no more."""
+def test_claimed_requests_get_at_most_twice_its_limit_of_bytes() -> None:
+    """A client that claims every request was on another broker gets at most twice its limits."""
     mesh = Keyed(slots=1, max_bytes=3 * SIZE)
     for number in range(10):
         mesh.alice.submit(number, resume=True)
@@ -298,7 +298,7 @@ def test_its_word_is_not_good_for_any_number_of_bytes() -> None:
     assert mesh.refused().code is Code.OVER_LIMIT
 
 
-def test_its_word_gives_no_rights() -> None:
+def test_a_claim_gives_no_rights() -> None:
     mesh = Keyed(models=("tiny",), priority_max="batch")
     mesh.alice.submit(1, resume=True, model="m", priority="batch")
     assert mesh.refused().code is Code.FORBIDDEN
@@ -315,7 +315,7 @@ def test_a_run_that_comes_home_is_charged_to_its_owner() -> None:
     mesh = Keyed(slots=2, max_queued=1, max_bytes=SIZE, per_minute=1, max_in_flight=1)
     for number in (1, 2):
         mesh.worker.send(orphan(request_id(number), "alice", detached=True), blob=b"hello")
-    assert mesh.counts == (2, 0)  # one more than may be at work
+    assert mesh.counts == (2, 0)  # one more than may run
     assert mesh.account.bytes == 2 * SIZE
     mesh.alice.submit(3, max_tokens=1)
     assert mesh.refused().code is Code.OVER_LIMIT
@@ -379,7 +379,7 @@ def test_a_name_that_is_gone_is_held_to_its_limits_until_nothing_of_it_is_left()
     assert "alice" not in mesh.bench.state.access.accounts.by_name
 
 
-def test_a_young_broker_lets_nobody_fill_its_waiting_list() -> None:
+def test_after_a_restart_no_identity_can_fill_the_waiting_list() -> None:
     bench = Bench(startup_grace_ms=5_000)
     bench.keys(Identity("alice", "client", max_queued=2), Identity("bob", "client"))
     alice, bob = bench.client(b"a", user="alice"), bench.client(b"b", user="bob")
@@ -389,4 +389,4 @@ def test_a_young_broker_lets_nobody_fill_its_waiting_list() -> None:
     (problem,) = alice.problems
     assert (problem.id, problem.error.code, problem.error.retry_after_ms) == (request_id(2), Code.OVER_LIMIT, 1_000)
     assert bob.problems == []
-    assert bench.state.access.accounts.by_name["alice"].queued == 0  # nothing is taken in yet
+    assert bench.state.access.accounts.by_name["alice"].queued == 0  # nothing is adopted yet

@@ -1,4 +1,4 @@
-"""Sockets that were handed over: which is which, and what cannot be used."""
+"""Sockets passed by a service manager: which is which, and what cannot be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llambo.mesh.service.activation import NAMES, inherited
+from llambo.mesh.service.service_manager import NAMES, inherited
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Far from the descriptors of the test itself.
@@ -49,14 +49,14 @@ def four() -> Iterator[Four]:
         try:
             os.close(FIRST + number)
         except OSError:
-            continue  # it was not given
+            continue  # it was not passed
 
 
 def test_nothing_is_there_unless_it_is_meant_for_us(four: Four) -> None:
     assert inherited({}, 7, FIRST) is None
     environ = four.give(0, 1, 2, 3)
     assert inherited(environ, 8, FIRST) is None
-    assert not environ  # a child of ours would believe it
+    assert not environ  # or a child process would take them for its own
 
 
 @pytest.mark.parametrize("names", ["", "broker.socket:broker.socket:broker.socket:broker.socket"])
@@ -79,10 +79,10 @@ def test_names_tell(four: Four) -> None:
     [
         ((0, 1, 2), "", "four ports in a row"),
         ((0, 1, 3, 2), ":".join(NAMES), "four ports in a row"),
-        ((0, 1, 2, 3), "clients:workers:tokens-in:other", "are called clients"),
+        ((0, 1, 2, 3), "clients:workers:tokens-in:other", "have the names clients"),
     ],
 )
-def test_what_does_not_fit_is_said(four: Four, order: tuple[int, ...], names: str, text: str) -> None:
+def test_what_does_not_fit_is_reported(four: Four, order: tuple[int, ...], names: str, text: str) -> None:
     with pytest.raises(LlamboError, match=text) as caught:
         inherited(four.give(*order) | {"LISTEN_FDNAMES": names}, 7, FIRST)
     assert caught.value.code is Code.BAD_SETTING
@@ -92,7 +92,7 @@ def test_only_sockets_that_listen_will_do() -> None:
     with socket.socket() as idle:
         os.dup2(idle.fileno(), FIRST)
     try:
-        with pytest.raises(LlamboError, match="not all TCP sockets that listen"):
+        with pytest.raises(LlamboError, match="not all listening TCP sockets"):
             inherited({"LISTEN_PID": "7", "LISTEN_FDS": "1"}, 7, FIRST)
     finally:
         os.close(FIRST)

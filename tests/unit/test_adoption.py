@@ -1,4 +1,4 @@
-"""A broker that begins without a memory: requests come back from their clients, and from the workers that run them."""
+"""A broker that has just started: requests come back from their clients, and from the workers that run them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def adopted(worker: Worker) -> list[bytes]:
 
 
 @pytest.mark.parametrize("worker_first", [True, False])
-def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
+def test_a_run_goes_on_whether_client_or_worker_comes_first(worker_first: bool) -> None:
     bench = Bench()
     client, worker = bench.client(), bench.worker()
     if worker_first:
@@ -59,7 +59,7 @@ def test_a_run_goes_on_whoever_comes_first(worker_first: bool) -> None:
         announce(worker, 1, [1, 2, 3])
     assert adopted(worker) == [key_of(1)] and worker.dispatches == []
     assert bench.state.counters.requests.adopted == 1
-    # The client gets what it does not have, and what comes now
+    # The client gets the tokens it does not have, and the new ones
     worker.publish(chunk(1, [4], 3))
     assert client.streamed()[-2:] == [3, 4]
     worker.beat(seq=worker.received(m.Adopt)[-1].seq, claims={key_of(1): 4})
@@ -98,7 +98,7 @@ def test_a_run_that_has_less_than_the_client_is_stopped() -> None:
     announce(worker, 1, [1])
     resume(client, 1, [1, 2])
     assert adopted(worker) == []
-    # Unless it has grown since, and its worker says so while there is time.
+    # Unless it has grown since, and its worker reports that in time.
     bench.pass_time(ADOPT_MS + 1)
     assert adopted(worker) == [] and worker.received(m.Cancel)
 
@@ -224,7 +224,7 @@ def attach(client: Client, number: int, ids: list[int]) -> None:
     client.send(m.Attach(request_id(number), len(ids), [chunk(number, ids)]))
 
 
-def test_the_one_who_holds_more_is_heard_while_it_waits() -> None:
+def test_a_client_that_holds_more_is_admitted_while_the_request_waits() -> None:
     bench = Bench()
     worker, owner, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     resume(owner, 1, [1])
@@ -234,7 +234,7 @@ def test_the_one_who_holds_more_is_heard_while_it_waits() -> None:
     assert worker.dispatches[-1].prefix == [1, 2, 3]
 
 
-def test_nobody_is_given_a_continuation_of_something_else() -> None:
+def test_no_client_gets_a_continuation_of_another_answer() -> None:
     bench = Bench()
     bench.worker()
     owner, other = bench.client(b"a"), bench.client(b"b")
@@ -247,17 +247,17 @@ def test_nobody_is_given_a_continuation_of_something_else() -> None:
 # --- a broker that has just begun -----------------------------------------------------------------------
 
 
-def test_a_young_broker_waits_for_workers() -> None:
+def test_after_a_restart_the_broker_waits_for_workers() -> None:
     bench = Bench(startup_grace_ms=5_000)
     client = bench.client()
     client.submit(1)
     assert client.problems == [] and client.received(m.Accepted) == []
-    client.submit(1)  # as clients do that hear nothing
+    client.submit(1)  # as clients do that receive nothing
     worker = bench.worker()
     assert len(client.received(m.Accepted)) == 1 and len(worker.dispatches) == 1
 
 
-def test_a_young_broker_grows_up() -> None:
+def test_the_grace_time_after_a_restart_ends() -> None:
     bench = Bench(startup_grace_ms=3_000)
     client = bench.client()
     client.submit(1)

@@ -12,11 +12,11 @@ import yaml
 
 from llambo.broker.report import metrics_page as broker
 from llambo.gateway import gateway_metrics as gateway
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import host
 from llambo.mesh.service.prometheus import Metric
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *process_metrics.TABLE)}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*broker.TABLE, *gateway.TABLE, *host.PROCESS_METRICS)}
 #: What Prometheus adds to whatever it scrapes.
 ADDED = {"job", "instance"}
 _NAME = re.compile(r"\b(?:llambo_|process_)\w+")
@@ -42,7 +42,7 @@ def expressions() -> list[str]:
 
 
 def metric_of(name: str) -> Metric:
-    """Also by the names that a histogram's lines have."""
+    """Accepts the names of a histogram's series, too."""
     metric = METRICS.get(name) or METRICS.get(re.sub(r"_(bucket|sum|count)$", "", name))
     assert metric is not None, f"there is no metric {name}"
     assert (name != metric.name) == (metric.kind == "histogram"), f"{name} is a {metric.kind}"
@@ -104,5 +104,5 @@ def test_the_dashboard_can_be_imported() -> None:
     for panel in board["panels"]:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not cells & taken and at["x"] + at["w"] <= 24, f"{panel['title']} lies on another"
+        assert not cells & taken and at["x"] + at["w"] <= 24, f"{panel['title']} overlaps another"
         taken |= cells

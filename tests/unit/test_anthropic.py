@@ -11,12 +11,22 @@ from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.anthropic_messages import CountRequest, MessagesRequest, parse
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
-from tests.unit.gateway_bench import HEAD, answer, cut, events, payloads, prompt_of, read, tokens_of
+from tests.unit.gateway_bench import (
+    CALL,
+    FUNCTION,
+    HEAD,
+    TEXTS,
+    answer,
+    cut,
+    events,
+    payloads,
+    prompt_of,
+    read,
+    tokens_of,
+)
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"name": "weather", "description": "of a city", "input_schema": {"type": "object"}}
-FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
 def user(content: Any = "hi") -> dict[str, Any]:
@@ -63,7 +73,7 @@ def test_a_bound_beyond_what_the_mesh_counts_to_is_a_bound_still() -> None:
     assert parse(asked(max_tokens=1_000_000)).submission.options["max_tokens"] == 131_072
 
 
-def test_what_nobody_here_knows_is_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     more = {"metadata": {"user_id": "x"}, "thinking": {"type": "enabled", "budget_tokens": 1024}, "no_such": 1}
     cached = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     assert parse(asked(**more)).submission == parse(asked(messages=[user([cached])])).submission
@@ -282,21 +292,9 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
     }  # fmt: skip
 
 
-TEXTS = [
-    "",
-    "plain text, no more",
-    f"Let me see. {CALL}\n{CALL}",
-    CALL,
-    f"{CALL} and then",
-    CALL[:50],
-    "<tool_ca",
-    "a < b",
-]
-
-
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str, seed: int) -> None:
+def test_a_stream_adds_up_to_the_whole_answer_and_can_be_repeated(text: str, seed: int) -> None:
     request = asked(stream=True, tools=[WEATHER])
     whole = answer(text)
     once, again = [events(parse(request), cut(text, seed), whole) for _ in range(2)]

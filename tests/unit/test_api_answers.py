@@ -1,4 +1,4 @@
-"""What each API answers, streamed and whole, as it was recorded in `golden/api_answers.json`.
+"""The answers of each API, streamed and whole, as recorded in `golden/api_answers.json`.
 
 python -m tests.unit.test_api_answers        record it again, after an intended change
 python -m tests.unit.test_api_answers NAME   print one answer
@@ -21,11 +21,10 @@ from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import HEAD, read, ready
+from tests.unit.gateway_bench import CALL, HEAD, read, ready
 
-#: Digests: the answers themselves are too long to be read in a file.
+#: Digests: the answers themselves would make the file too long to read.
 RECORDED = Path(__file__).parent / "golden" / "api_answers.json"
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 USER = {"role": "user", "content": "hi"}

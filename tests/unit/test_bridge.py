@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.bridge import listener
+from llambo.bridge import server
 from llambo.bridge.connection import WRITE_BYTES, Connection, ConnectionLimits
 from llambo.bridge.protocol import COMMANDS, LIST_PARTS, Command, LineParser, Mistake, ObjectParser, Parser
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -28,14 +28,14 @@ from llambo.mesh.wire.reports import ModelRow
 MODELS = [ModelRow(model="small", workers=2), ModelRow(model="large", workers=1)]
 STATUS = {"broker": "b"}
 NUMBERS = {"connections": 1, "answers": 1}
-#: What an answer says besides its text.
+#: The fields of an answer besides its text.
 ANSWER = {"reason": "stop", "id": "i", "model": "m", "tokens": 2, "prompt_tokens": 1, "worker": "w", "moves": 0,
           "queued_ms": 3}  # fmt: skip
 
 
 @dataclass(eq=False)
 class Question:
-    """What a connection asks of the mesh: "status", "models" or "infer". It waits until the test answers it."""
+    """One call to the mesh ("status", "models" or "infer"), which waits until the test answers it."""
 
     what: str
     prompt: str = ""
@@ -76,7 +76,7 @@ class FakeStream:
 
 
 class FakeMesh:
-    """A client whose questions are answered when the test does it."""
+    """A client whose calls are answered by the test."""
 
     def __init__(self) -> None:
         self.questions: list[Question] = []
@@ -281,7 +281,7 @@ def unpacked(data: bytes) -> list[dict[str, Any]]:
 
 
 def refusal(line: str | bytes, limits: ConnectionLimits | None = None) -> str:
-    """The line is refused, and the connection lives on."""
+    """The line is refused, and the connection stays open."""
     peer = Peer(limits)
     (reply,) = peer.say(line)
     assert reply["status"] == "error"
@@ -486,13 +486,13 @@ def test_a_peer_that_does_not_read_gets_no_more_of_a_stream() -> None:
     peer.do(peer.connection.pause_writing)
     for text in "xyz":
         peer.text(peer.asked[0], text)
-    assert len(objects(peer.written)) == 1, "the one piece that was on its way"
+    assert len(objects(peer.written)) == 1, "the one piece that was in flight"
     peer.do(peer.connection.resume_writing)
     assert "".join(line["token"] for line in objects(peer.written)) == "xyz"
 
 
 def test_many_short_replies_do_not_pile_up() -> None:
-    """Room is looked for before each command, not once for all that came in one read."""
+    """The limit is checked before each command, not once for everything in one read."""
 
     async def scenario() -> None:
         ours, theirs = socket.socketpair()
@@ -727,7 +727,7 @@ def test_an_object_may_be_so_long_and_no_longer() -> None:
 
 
 def test_an_object_that_never_ends_is_not_stored() -> None:
-    """It announces 4 GiB, and is accepted for as long as an object may be."""
+    """It announces 4 GiB, and is read up to the largest allowed object."""
     peer = Peer(ConnectionLimits(line_bytes=100_000))
     peer.say("BINARY")
     peer.send(b"\xc6\xff\xff\xff\xff")
@@ -872,7 +872,7 @@ def test_the_socket_belongs_to_its_user_alone(tmp_path: Path) -> None:
     path = tmp_path / "new" / "b.sock"
     umask = os.umask(0)
     try:
-        opened = listener.open_unix(path)
+        opened = server.open_unix(path)
     finally:
         os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -894,7 +894,7 @@ def test_the_mode_is_there_before_the_name(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(socket, "socket", Watched)
     umask = os.umask(0)
     try:
-        listener.open_unix(tmp_path / "b.sock").close()
+        server.open_unix(tmp_path / "b.sock").close()
     finally:
         os.umask(umask)
     assert seen == [0o600]
@@ -902,10 +902,10 @@ def test_the_mode_is_there_before_the_name(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_dead_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
-    first = listener.open_unix(path)
+    first = server.open_unix(path)
     assert "a bridge is already running at" in refused(path)
     first.socket.close()  # as when it was killed
-    second = listener.open_unix(path)
+    second = server.open_unix(path)
     first.close()
     assert path.exists(), "it is not the first one's any more"
     second.close()
@@ -925,21 +925,21 @@ def test_a_path_may_be_so_long_and_no_longer(tmp_path: Path) -> None:
 
 
 def test_two_that_begin_at_once_do_not_both_get_the_place(tmp_path: Path) -> None:
-    with listener._locked(tmp_path):
+    with server._locked(tmp_path):
         assert "holds the lock" in refused(tmp_path / "b.sock")
-    listener.open_unix(tmp_path / "b.sock").close()
+    server.open_unix(tmp_path / "b.sock").close()
 
 
 def refused(path: Path) -> str:
     with pytest.raises(LlamboError) as caught:
-        listener.open_unix(path)
+        server.open_unix(path)
     assert caught.value.code is Code.BAD_SETTING
     return caught.value.text
 
 
 def test_where_a_socket_is_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert listener.default_path({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/llambo-bridge.sock")
+    assert server.default_path({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/llambo-bridge.sock")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert listener.default_path({}) == Path("/run/llambo-bridge.sock")
+    assert server.default_path({}) == Path("/run/llambo-bridge.sock")
     monkeypatch.setattr(os, "geteuid", lambda: 7)
-    assert listener.default_path({"HOME": "/home/x"}) == Path("/home/x/.local/state/llambo/llambo-bridge.sock")
+    assert server.default_path({"HOME": "/home/x"}) == Path("/home/x/.local/state/llambo/llambo-bridge.sock")

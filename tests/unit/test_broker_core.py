@@ -1,4 +1,4 @@
-"""The rules of the broker, each seen through its one door."""
+"""The rules of the broker core, each tested through `handle`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.identity import ANYONE
 from llambo.worker.engine.fake_model import logprob_of
-from tests.unit.broker_bench import Bench, request_id
+from tests.unit.broker_bench import Bench, request_id, small_mesh
 
 
 def test_a_request_goes_from_submit_to_end() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     # When a request is submitted, it is accepted and dispatched at once
     id = client.submit(1, max_tokens=2)
     assert [a.id for a in client.received(m.Accepted)] == [id]
@@ -42,8 +41,7 @@ def test_a_request_goes_from_submit_to_end() -> None:
 
 
 def test_the_client_learns_which_stop_string_it_was_even_if_the_end_was_there_before_the_tokens() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     worker.end(1, reason="stop", stop="##")
     assert client.ends == []
@@ -60,7 +58,7 @@ def test_the_same_submit_again_attaches() -> None:
     other.submit(1)
     assert len(worker.dispatches) == 1
     assert len(client.received(m.Accepted)) == 2
-    # The one who came late is given what has been before.
+    # The client that came late gets the tokens so far.
     assert other.received(m.Page)[-1].next == 1
     worker.publish(worker.chunk(1, 6))
     assert client.streamed() == [5, 6]
@@ -114,7 +112,7 @@ def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
     assert [p.error.code for p in client.problems] == [Code.BUSY]
     assert client.problems[0].error.retry_after_ms > 0
     assert [a.ahead for a in client.received(m.Accepted)] == [0, 0, 1]
-    # What runs, ends: the next one is dispatched in the same breath.
+    # When the running one ends, the next one is dispatched in the same event.
     worker.end(0)
     assert len(worker.dispatches) == 2
 
@@ -159,8 +157,7 @@ def test_another_worker_continues_from_the_transcript() -> None:
 
 
 def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, flags=tokens.FINAL | tokens.STOPPED))
     worker.send(m.Goodbye())
@@ -168,8 +165,7 @@ def test_a_last_token_that_outlived_its_worker_is_an_end() -> None:
 
 
 def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2), worker.chunk(0, 1, 2), worker.chunk(1, 2, 3))
     assert client.streamed() == [1, 2, 3]
@@ -177,8 +173,7 @@ def test_overlaps_are_trimmed_and_repeats_dropped() -> None:
 
 
 def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
-    bench = Bench(tail_grace_ms=10, resend_ms=500)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(tail_grace_ms=10, resend_ms=500)
     client.submit(1)
     worker.publish(worker.chunk(3, 4, 5), worker.chunk(5, 6))
     assert worker.received(m.Replay) == []
@@ -186,7 +181,7 @@ def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
     assert worker.received(m.Replay) == []
     bench.pass_time(50)
     assert [(r.first, r.until) for r in worker.received(m.Replay)] == [(0, 3)]
-    # The page closes the gap, and what was kept aside follows.
+    # The page closes the gap, and the stashed chunks follow.
     dispatch = worker.dispatches[0]
     worker.send(m.Page(dispatch.id, 0, 3, 6, [worker.chunk(0, 1, 2, 3)], dispatch.dispatch))
     assert client.streamed() == [1, 2, 3, 4, 5, 6]
@@ -195,8 +190,7 @@ def test_a_gap_is_asked_for_once_and_only_what_is_missing() -> None:
 
 
 def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.end(1)
     assert client.ends == []
@@ -207,8 +201,7 @@ def test_an_end_that_overtakes_its_last_token_waits_a_moment() -> None:
 
 
 def test_progress_in_a_beat_shows_a_lost_tail() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     worker.beat(seq=1, claims={worker.key(): 4})
     bench.pass_time(20)
@@ -216,8 +209,7 @@ def test_progress_in_a_beat_shows_a_lost_tail() -> None:
 
 
 def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     seq = worker.dispatches[0].seq
     worker.beat(seq=seq - 1)
@@ -227,7 +219,7 @@ def test_only_a_dispatch_the_worker_must_have_seen_can_be_missing() -> None:
     assert bench.state.counters.requests.moved == 1
 
 
-def test_what_nobody_waits_for_is_cancelled_at_the_worker() -> None:
+def test_a_claimed_run_that_the_broker_does_not_know_is_cancelled() -> None:
     bench = Bench()
     worker = bench.worker()
     worker.beat(claims={b"r" * 16 + b"d" * 8: 3})
@@ -252,8 +244,7 @@ def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() ->
 
 
 def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> None:
-    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(lease_ms=1_000, client_lease_ms=2_000)
     client.submit(1)
     bench.pass_time(900)
     assert worker.session in bench.state.registry.workers
@@ -265,24 +256,8 @@ def test_a_silent_worker_loses_its_lease_and_a_silent_client_its_requests() -> N
     assert not bench.state.registry.clients
 
 
-def test_a_broker_that_stood_still_blames_nobody_for_it() -> None:
-    bench = Bench(lease_ms=1_000, client_lease_ms=2_000)
-    worker, client = bench.worker(), bench.client()
-    client.submit(1)
-    bench.pass_time(500)
-    # Given that the whole machine slept for a minute, with no tick in between
-    bench.now_ms += 60_000
-    bench.handle(Tick())
-    # Then no peer is lost by that, but one that stays silent from now on is.
-    assert worker.session in bench.state.registry.workers
-    assert client.session in bench.state.registry.clients
-    bench.pass_time(700)
-    assert worker.session not in bench.state.registry.workers
-
-
 def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
-    bench = Bench(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(client_lease_ms=1_000, detached_ms=60_000, lease_ms=10**6)
     id = client.submit(1, detached=True)
     client.send(m.Goodbye())
     worker.publish(worker.chunk(0, 1))
@@ -300,9 +275,8 @@ def test_a_detached_request_goes_on_without_its_client_and_is_kept() -> None:
 
 
 def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_after_that_not() -> None:
-    # With what an operator gets who sets nothing.
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    # With the defaults.
+    bench, worker, client = small_mesh()
     id = client.submit(1, detached=True)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)
@@ -319,7 +293,7 @@ def test_a_client_that_comes_back_an_hour_later_has_its_result_and_a_minute_afte
         assert [problem.error.code for problem in back.problems[:1]] == ([code] if code else [])
 
 
-def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
+def test_a_detached_client_receives_nothing_more_and_only_the_last_one_ends_it() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1)
@@ -339,8 +313,7 @@ def test_who_detaches_hears_no_more_and_only_the_last_one_ends_it() -> None:
 
 
 def test_detached_results_are_bounded_the_oldest_go_first() -> None:
-    bench = Bench(detached_bytes=100)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(detached_bytes=100)
     for number in (1, 2):
         client.submit(number, detached=True)
         worker.publish(worker.chunk(0, *range(10)))
@@ -351,8 +324,7 @@ def test_detached_results_are_bounded_the_oldest_go_first() -> None:
 
 
 def test_without_a_stream_the_end_brings_the_first_page() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, stream=False)
     worker.publish(worker.chunk(0, 1, 2))
     assert client.streamed() == []
@@ -360,9 +332,8 @@ def test_without_a_stream_the_end_brings_the_first_page() -> None:
     assert (client.ends[0].count, client.received(m.Page)[0].next) == (2, 2)
 
 
-def test_an_end_is_said_until_it_is_acknowledged() -> None:
-    bench = Bench(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+def test_an_end_is_sent_until_it_is_acknowledged() -> None:
+    bench, worker, client = small_mesh(resend_ms=500, heartbeat_ms=200, lease_ms=10**6)
     id = client.submit(1)
     worker.end(0)
     bench.pass_time(1_500)
@@ -374,8 +345,7 @@ def test_an_end_is_said_until_it_is_acknowledged() -> None:
 
 
 def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1, deadline_ms=300)
     assert worker.dispatches[0].deadline_ms == 300
     bench.pass_time(301)
@@ -385,8 +355,7 @@ def test_a_deadline_stops_the_decode_and_ends_the_request() -> None:
 
 
 def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> None:
-    bench = Bench(hold_ms=5_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(hold_ms=5_000)
     client.submit(1)
     worker.send(m.Goodbye())
     client.submit(2)
@@ -401,8 +370,7 @@ def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> No
 
 
 def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1)
     dispatch = worker.dispatches[0]
     worker.send(m.Reject(dispatch.id, dispatch.dispatch, ErrorInfo(Code.BUSY, "full")))
@@ -428,10 +396,9 @@ def test_a_name_belongs_to_the_living() -> None:
     assert successor.received(m.Welcome)
 
 
-def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
+def test_after_a_suspension_of_the_broker_no_peer_is_given_up() -> None:
     # Given a machine that was suspended for a minute, in the middle of an answer
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     bench.pass_time(500)
     bench.now_ms += 60_000
@@ -445,8 +412,7 @@ def test_a_broker_that_stood_still_gives_up_nobody_for_it() -> None:
 
 
 def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
-    bench = Bench(reconnect_grace_ms=300)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(reconnect_grace_ms=300)
     client.submit(1)
     bench.route_gone(worker.route)
     bench.pass_time(200)
@@ -459,7 +425,7 @@ def test_a_blink_of_the_connection_moves_the_session_and_nothing_else() -> None:
     assert worker.session not in bench.state.registry.workers
 
 
-def test_an_unknown_session_is_told_so_under_its_own_name() -> None:
+def test_an_unknown_session_is_answered_under_its_own_name() -> None:
     bench = Bench()
     client = bench.client()
     client.session = b"forgotte"
@@ -477,9 +443,8 @@ def test_versions_that_do_not_meet_are_refused(versions: tuple[int, int]) -> Non
     assert client.problems[0].error.code is Code.BAD_VERSION
 
 
-def test_junk_on_the_token_plane_is_counted_and_harms_nobody() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+def test_junk_on_the_token_plane_is_counted_and_harmless() -> None:
+    bench, worker, client = small_mesh()
     client.submit(1)
     good = worker.chunk(0, 1)
     forged = tokens.encode_chunk(b"k" * 24, 0, [1], [b"x"])
@@ -498,14 +463,13 @@ DEEP = b"\x93\x91\x01\x91\xc4\x01x" + b"\x91" * 9_000 + b"\xc0"
     ids=["empty", "no msgpack", "no piece", "other count", "deep"],
 )
 def test_a_malformed_chunk_never_enters_a_transcript(body: bytes) -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1)
     bad = worker.chunk(0, 1)[: tokens.HEAD_BYTES] + body
     worker.publish(bad)
     assert client.streamed() == []
     assert bench.state.counters.tokens.malformed_frames == 1
-    # On the token plane it may have been anyone's. In a page it is the worker's own word.
+    # On the token plane any peer may have sent it. In a page it comes from the worker itself.
     dispatch = worker.dispatches[0]
     worker.send(m.Page(dispatch.id, 0, 1, 1, [bad], dispatch.dispatch))
     assert client.ends[0].error is not None
@@ -522,8 +486,7 @@ def test_flags_of_a_later_release_do_not_end_an_answer() -> None:
 
 
 def test_a_worker_that_sends_more_than_was_asked_for_is_stopped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, max_tokens=1)
     piece = b"y" * 2_500
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1], [piece]))
@@ -544,10 +507,10 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
         ids = list(range(first, until))
         return tokens.encode_chunk(worker.key(), first, ids, [b" word"] * len(ids), 0, logprobs[first:until])
 
-    # Given chunks that overlap, of tokens that come one by one: the most that they may cost
+    # Given chunks that overlap, of tokens that come one by one: the worst case for their size
     worker.publish(chunk(0, 3), chunk(1, 5), *[chunk(at, at + 1) for at in range(5, count)])
     worker.send(m.End(dispatch.id, count, "length", dispatch.dispatch))
-    # Then they fit what was set aside for them
+    # Then they fit the reservation
     assert [end.reason for end in client.ends] == ["length"]
     assert client.ends[0].error is None
     # And a client that fetches them later gets all of them
@@ -561,9 +524,8 @@ def test_logprobs_are_kept_trimmed_and_paged_with_their_tokens_and_have_room() -
     assert fetched == logprobs
 
 
-def test_logprobs_that_do_not_add_up_are_dropped_at_the_door() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+def test_malformed_logprobs_are_dropped_on_arrival() -> None:
+    bench, worker, client = small_mesh()
     client.submit(1, logprobs=0)
     worker.publish(tokens.encode_chunk(worker.key(), 0, [1, 2], [b"x", b"y"], 0, [tokens.Logprob(-1.0)]))
     assert client.streamed() == []
@@ -590,8 +552,7 @@ def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
 
 
 def test_a_broker_that_stops_says_so() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     bench.handle(StopAsked("maintenance"))
     assert worker.received(m.Goodbye)[0].reason == client.received(m.Goodbye)[0].reason == "maintenance"
 
@@ -608,8 +569,7 @@ def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.Mo
 
 
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:
-    bench = Bench(engine_failures=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(engine_failures=10**6)
     client.submit(1)
     for _ in range(100):
         worker.send(m.EngineLost([worker.key()], "again", [], True))
@@ -657,7 +617,7 @@ def test_without_tokens_any_worker_with_the_model_will_do() -> None:
     assert client.streamed() == [5]
 
 
-def test_nobody_waits_for_ever_for_the_very_same_model() -> None:
+def test_the_wait_for_the_same_model_is_bounded() -> None:
     bench = Bench(hold_ms=1_000)
     worker, client = bench.worker("a", fingerprint="one"), bench.client()
     client.submit(1)
@@ -724,7 +684,7 @@ def test_what_was_loaded_decides_who_continues_a_stream() -> None:
         other.beat(state="starting")
         same.beat(state="starting")
         client.send(m.ClientHeartbeat())
-    # Then it is still held: either may be the very same
+    # Then it is still held: either may load the same model
     assert client.ends == []
     # And goes on at the one that is
     other.beat(models=[m.ModelInfo("m", "two")], slots=2)

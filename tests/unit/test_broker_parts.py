@@ -1,4 +1,4 @@
-"""Queue, pools, transcripts and the gate of the token plane, each for itself."""
+"""Queue, pools, transcripts and the subscription grants of the token plane, each alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def serve(room: RequestQueue) -> Request:
 # --- queue ---------------------------------------------------------------------------------------------
 
 
-def test_the_most_urgent_goes_first_and_nobody_starves() -> None:
+def test_the_most_urgent_goes_first_and_none_starves() -> None:
     room = RequestQueue(100, 10**6, max_age_ms=1_000)
     room.put(a_request(1), 0)
     room.put(a_request(2, deadline_ms=500), 0)

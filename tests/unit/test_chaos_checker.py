@@ -1,4 +1,4 @@
-"""A checker that cannot fail proves nothing: each thing that may be wrong with a history is put into one here."""
+"""The checker finds every kind of error: each is put into a history here."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_token_of_a_zombie_is_seen_in_wander() -> None:
     assert checker.WRONG in sorts(*lines, style="wander")
 
 
-def test_stalls_are_told_by_whether_a_stream_moved() -> None:
+def test_stalls_are_counted_apart_for_streams_that_moved() -> None:
     streams = judged(submit(), chunk(10, 0, 2), chunk(410, 2, 2, SECOND), chunk(420, 4, 2, SECOND), end(430, moves=1))
     assert checker.stalls(streams) == ([400], [])
 
@@ -200,7 +200,7 @@ def test_after_a_fault_its_victim_has_to_be_back() -> None:
     assert not late(*hurt, view(1_500, "w0"), view(3_000, "w0", "w1"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0"))
     assert late(*hurt, view(1_500, "w0"), view(9_000, "w0", "w1"))
-    # Nothing is owed by a victim that is hit again.
+    # A victim that is hit again has no deadline.
     assert not late(*hurt, fault(2_000, "kill", n=1), view(9_000, "w0"))
 
 
@@ -245,7 +245,7 @@ def test_growth_is_the_slope_of_a_line() -> None:
     assert report.slope([(0, 10), (10, 30), (20, 50)]) == pytest.approx(2.0)
 
 
-def test_a_story_tells_what_happened_to_the_request_and_around_it() -> None:
+def test_a_story_has_the_events_of_the_request_and_around_it() -> None:
     lines = [submit(), chunk(10, 0, 2), chunk(20, 2, 1), fault(30, "kill", n=4), chunk(900, 3, 3, SECOND)]
     wrong = judged(*lines).wrong[0]
     text = "\n".join(report.story(wrong, lines, {"b0": [{"at_ms": 5, "what": "lost", "detail": "w1"}]}))
@@ -257,7 +257,7 @@ def test_a_story_tells_what_happened_to_the_request_and_around_it() -> None:
 # --- leaks -------------------------------------------------------------------------------------------------
 
 
-def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -> None:
+def test_a_log_that_contains_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -> None:
     # Given a history, and a folder of keys
     folder = Folder(tmp_path / "keys")
     folder.begin("tcp://127.0.0.1:7330")
@@ -269,7 +269,7 @@ def test_a_log_that_tells_a_prompt_an_answer_or_a_key_is_found(tmp_path: Path) -
     ]
     (tmp_path / "good.log").write_text("worker w0 joined; request r ended after 10 tokens\n")
     assert leaks.judge(lines, tmp_path, fake=True) == []
-    # When logs say more than they may, Then each is found
+    # When logs contain secrets, Then each is found
     secrets = {
         "a prompt": "got 'tell me a secret'", "an answer's tokens": str(ids), "a key": to_line(key),
         "an answer": b"".join(fake_model.pieces_of(ids)).decode(), "a secret": f"pair {key.pair.secret}",

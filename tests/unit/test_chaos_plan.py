@@ -31,7 +31,7 @@ def test_every_kind_comes_about_as_often_as_it_should() -> None:
         assert 0.5 * rate * 10 <= count <= rate * 10, kind
 
 
-def test_nobody_is_hit_before_he_has_recovered_and_one_worker_is_left_in_peace() -> None:
+def test_no_victim_is_hit_before_it_has_recovered_and_one_worker_is_never_hit() -> None:
     spans = []
     for fault in schedule(EVERYTHING):
         group = TARGETS[fault.kind].split()[-1]
@@ -62,7 +62,7 @@ def test_the_spared_broker_is_spared() -> None:
     assert {fault.victim for fault in schedule(plan)} == {1}
 
 
-#: What each preset has to give by itself, so that its show can be counted.
+#: The faults that each preset must contain, so that their effect can be counted.
 OWED = {"kills": ("kill", 1_000), "broker": ("broker", 100), "two-brokers": ("broker", 50), "freeze": ("stop", 100),
         "hang": ("hang", 50), "links": ("link", 100), "rolling": ("rolling", 25), "move": ("move", 25)}  # fmt: skip
 

@@ -17,7 +17,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-#: One that knows tools, in the way of Hermes and its relatives.
+#: A template with tools, of the Hermes family.
 HERMES = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}"
@@ -136,7 +136,7 @@ def test_without_a_system_message_there_is_one_for_the_tools() -> None:
     assert [message.role for message in without_tools(read_chat(ASKED, tools=[]))] == ["user"]
 
 
-def test_what_was_said_before_a_call_stays_before_it() -> None:
+def test_text_before_a_call_stays_before_it() -> None:
     (message,) = without_tools(read_chat({**CALLED, "content": "I look."}))
     assert str(message.content).startswith("I look.\n<tool_call>\n")
 

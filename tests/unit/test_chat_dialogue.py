@@ -1,4 +1,4 @@
-"""A chat with a scripted mesh: what is sent along with a question, what is saved, how commands and signals work."""
+"""A chat with a scripted mesh: the history sent with a question, what is saved, commands and signals."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from llambo.cli.chat.dialogue import LEAST_ANSWER, AskOptions, Dialogue, Message
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn
-from llambo.mesh.client.answer_stream import Answer, Piece
-from llambo.mesh.client.client_tasks import Tokenized
+from llambo.mesh.client.answer_stream import Answer, Piece, Tokenized
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import MeshStatus, ModelRow
@@ -44,12 +43,12 @@ def words(messages: Messages) -> int:
 
 @dataclass
 class Script:
-    """How the next answer goes."""
+    """The script of the next answer."""
 
     text: str = "Yes."
     reason: Any = "stop"
     error: LlamboError | None = None
-    #: It does not end by itself, and maybe not even when it is cancelled.
+    #: It does not end by itself; perhaps not even when it is cancelled.
     waits: bool = False
     ends_when_cancelled: bool = True
     prompt_tokens: int = 0
@@ -102,7 +101,7 @@ class ScriptedStream:
 
 @dataclass
 class ScriptedMesh:
-    """A token is a word of what is sent."""
+    """Counts a token for each word that is sent."""
 
     context: Any = 0
     script: Script = field(default_factory=Script)
@@ -113,7 +112,7 @@ class ScriptedMesh:
     counted: int = 0
     learned: list[str | None] = field(default_factory=list)
     hangs: bool = False
-    #: Set once the mesh does nothing more by itself.
+    #: Set when the script is at its end.
     waits: asyncio.Event = field(default_factory=asyncio.Event)
     stream_open: ScriptedStream | None = None
 
@@ -150,7 +149,7 @@ def _messages(prompt: str) -> Messages:
 
 
 class _Output:
-    """Where the answer goes."""
+    """Collects the output."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -170,7 +169,7 @@ class _Notices(Screen):
         super().__init__(_Output(), None, colours=False, notices_to_stderr=False)  # type: ignore[arg-type]
         self.lines: list[str] = []
 
-    def say(self, text: str, tone: Any = "plain") -> None:
+    def print(self, text: str, tone: Any = "plain") -> None:
         self.lines.append(text)
 
 
@@ -326,7 +325,7 @@ def test_a_full_context_loses_its_oldest_turns_and_says_so(begin: Chats) -> None
     assert user.mesh.counted <= 7
 
 
-def test_what_is_left_out_is_said_when_it_changes_and_not_each_time(begin: Chats) -> None:
+def test_omitted_turns_are_reported_when_they_change_and_not_each_time(begin: Chats) -> None:
     user = begin(SavedChat("mine", turns=turns(40)), context=60, max_tokens=30)
     user.types("next", "", error=LlamboError(Code.NO_BROKER, "the broker is gone"))
     assert "left out" in user.notices
@@ -527,7 +526,7 @@ def test_system_is_shown_set_and_removed(begin: Chats) -> None:
 def test_save_gives_a_name(begin: Chats, folder: Path) -> None:
     user = begin().types("one").types("/save travel")
     assert user.chat.saved.name == "travel"
-    assert user.notices == f"kept as travel, in {folder}/travel.json"
+    assert user.notices == f"saved as travel, in {folder}/travel.json"
     assert user.types("two").saved.name == "travel"
     assert "not a valid name" in user.types("/save ../../etc/passwd").notices
 

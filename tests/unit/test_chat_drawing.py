@@ -1,4 +1,4 @@
-"""How answers stand on a terminal: what is written is put on the screen of an emulator, and read from there."""
+"""Answers on a terminal: the output is written to an emulator, and its screen is read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rich.console import Console
 from llambo.cli.chat import screen as screen_module
 from llambo.cli.chat.markdown import cut, finished, lines_of, make_parser
 from llambo.cli.chat.screen import BLOCK_CHARS, DrawnAnswer, Painter
-from llambo.cli.kit.stdout import StdoutWriter
+from llambo.cli.kit.answer_views import StdoutWriter
 from llambo.mesh.client.answer_stream import Piece
 from llambo.mesh.wire.errors import printable
 
-#: What a drawn line may have in it beside text: colours and weights.
+#: Escape sequences that a drawn line may contain: colours and weights.
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-#: Pieces of markdown, and of what a terminal would take for orders.
+#: Pieces of markdown and of control sequences.
 SCRAPS = [
     "word ", "two words ", "\n", "\n\n", "# ", "- ", "1. ", "> ", "    ", "**", "_", "`", "```", "~~~", "```python\n",
     "|", "|a|b|\n", "|---|---|\n", "[x](http://a.example)", "![p](q)", "<b>", "</b>", "<!--", "<kbd>", "</kbd>",
@@ -100,14 +100,30 @@ class Terminal:
         return lines
 
 
-def draw(terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> DrawnAnswer:
+class WaitingLine:
+    """A Waiting whose line the test sets."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def line(self) -> str:
+        return self.text
+
+    def on_piece(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def draw(
+    terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch, waiting: WaitingLine | None = None
+) -> DrawnAnswer:
     """Each piece is drawn at once."""
     monkeypatch.setattr(screen_module, "FRAME_S", -1.0)
     monkeypatch.setattr(screen_module, "SHARE", 1.0)
-    view = DrawnAnswer(terminal, console(terminal.size.columns))  # type: ignore[arg-type]
+    view = DrawnAnswer(terminal, console(terminal.size.columns), waiting or WaitingLine())  # type: ignore[arg-type]
     for piece in pieces:
         view.piece(Piece(piece, [1], 0))
-        view.frame("")
+        view.frame()
     return view
 
 
@@ -210,7 +226,7 @@ def test_what_is_nested_too_deeply_is_shown_as_it_was_written(text: str) -> None
 
 def test_a_block_is_done_when_the_next_one_has_begun() -> None:
     assert finished("One.") == finished("One.\n") == finished("One.\n\n") == 0
-    assert finished("One.\n\nT") == 0, "half a line may become anything"
+    assert finished("One.\n\nT") == 0, "half a line is not final"
     assert finished("One.\n\nTwo.\n") == len("One.\n\n")
     assert finished("1. one\n\n2") == finished("1. one\n\n2. two\n") == 0, "a list goes on"
     assert finished("```\na\n\n\nb\n") == 0
@@ -247,7 +263,7 @@ def test_a_block_that_is_too_long_is_cut() -> None:
         max_size=12,
     )
 )
-def test_a_painted_tail_is_what_it_was_told_to_be(steps: list[tuple[list[str], list[str]]]) -> None:
+def test_a_painted_tail_is_on_the_screen_as_drawn(steps: list[tuple[list[str], list[str]]]) -> None:
     screen = pyte.HistoryScreen(20, 10, history=1000)
     stream, painter, above = pyte.Stream(screen), Painter(len), list[str]()
     for done, tail in steps:
@@ -325,14 +341,18 @@ def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.Monkey
 
 def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    view = draw(terminal, [], monkeypatch)
-    view.frame("waiting, 2 ahead")
+    waiting = WaitingLine()
+    view = draw(terminal, [], monkeypatch, waiting)
+    waiting.text = "waiting, 2 ahead"
+    view.frame()
     assert terminal.lines() == ["waiting, 2 ahead"]
 
     view.piece(Piece("Hello", [1], 0))
-    view.frame("")
+    waiting.text = ""
+    view.frame()
     assert terminal.lines() == ["Hello"]
-    view.frame("nothing for 3 s")
+    waiting.text = "nothing for 3 s"
+    view.frame()
     assert terminal.lines() == ["Hello", "nothing for 3 s"]
     view.close()
     assert terminal.lines() == ["Hello"]

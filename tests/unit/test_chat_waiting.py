@@ -1,4 +1,4 @@
-"""The line that explains a wait: what it says, and when."""
+"""The line that explains a wait: its text, and when it is shown."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def play(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Scene, Clock], Any
         try:
             await scenario(scene, clock)
         finally:
-            await scene.waiting.close()
+            scene.waiting.close()
 
-    # The loop has a clock of its own, which must go on.
+    # The event loop has its own clock, which must advance.
     loop_time = time.monotonic
     monkeypatch.setattr(asyncio.BaseEventLoop, "time", lambda self: loop_time())
     asyncio.run(run())
@@ -100,7 +100,7 @@ def test_a_stall_is_shown_with_what_became_of_the_worker(monkeypatch: pytest.Mon
         assert await scene.line() == "nothing for 3 s (no worker has it now)"
         clock.now += 1
         assert await scene.line() == "nothing for 4 s (no worker has it now)"
-        assert scene.broker.asked == 1, "asked anew only after a while"
+        assert scene.broker.asked == 1, "asked again only after a while"
         clock.now += 2
         scene.broker.story = {"state": "running", "worker": "w\x1b2", "moves": 1}
         assert await scene.line() == "nothing for 6 s (its worker is lost, w�2 has it now)"

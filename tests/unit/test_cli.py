@@ -18,9 +18,9 @@ from click.testing import CliRunner, Result
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.requests import summary, timeline
+from llambo.cli.kit.answer_views import StdoutWriter
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
-from llambo.cli.kit.stdout import StdoutWriter
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
@@ -32,7 +32,7 @@ from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
-#: Where nothing listens: port 1 is the tcpmux of another age.
+#: Nothing listens there: port 1 is tcpmux, which is not in use.
 NO_BROKER = "tcp://127.0.0.1:1"
 
 
@@ -436,7 +436,7 @@ def test_a_file_takes_everything(tmp_path: Path) -> None:
     assert (tmp_path / "answer").stat().st_size == 100_000
 
 
-def test_a_temperature_that_nobody_chose_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temperature_that_was_not_chosen_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("llambo.mesh.client.client.Client.stream", lambda self, text, **options: asked.append(options))
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_core import ASK_AGAIN_MS, GATE_MS, ClientCore
+from llambo.mesh.client.client_core import ASK_AGAIN_MS, TOKEN_PLANE_MS, ClientCore
 from llambo.mesh.client.client_requests import CLIENT_STEPS, RequestState
 from llambo.mesh.client.request_life import REPLAY_AGAIN_MS, RESEND_MS, TAIL_GRACE_MS
 from llambo.mesh.link.link_core import LinkState, OpenControl, OpenTokens, Send
@@ -21,7 +21,7 @@ SESSIONS = [b"session1", b"session2", b"session3"]
 
 
 class Bench:
-    """A core with a clock, and what it ordered sorted into what was sent and what was delivered."""
+    """A core with a clock; its actions are sorted into messages to the broker and all others."""
 
     def __init__(self, give_up_ms: int = 0) -> None:
         self.core = ClientCore(give_up_ms=give_up_ms)
@@ -56,7 +56,7 @@ class Bench:
         return self.receive(m.BrokerHeartbeat(self.beat, progress={ID: progress} if progress else {}))
 
     def wait(self, ms: int, *, alive: bool = True) -> list[e.Action]:
-        """Let time pass, waking the core exactly when it wants to be woken. `alive`: the broker keeps beating."""
+        """Let time pass with a Tick whenever the core asks for one. `alive`: the broker keeps sending heartbeats."""
         until, happened = self.now + ms, []
         beat_at = self.now + 200
         for _ in range(10_000):
@@ -71,7 +71,7 @@ class Bench:
             if not alive and self.now >= until:
                 break
         else:
-            pytest.fail("the core asks to be woken again and again")
+            pytest.fail("the core asks for one Tick after another")
         self.now = until
         return happened
 
@@ -91,7 +91,7 @@ class Bench:
         self.handle(e.SubmitAsked(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
 
     def run(self) -> None:
-        """Up to a request that runs."""
+        """Until a request is running."""
         self.up()
         self.submit()
         self.receive(m.Accepted(ID))
@@ -137,13 +137,13 @@ class TestJoining:
         assert bench.core.counters.malformed == 2
 
     def test_beats_that_began_long_ago_do_not_count_as_missing(self, bench: Bench) -> None:
-        # Given a broker that numbers its beats from anywhere
+        # Given a broker whose beats do not begin at 1
         bench.welcome()
         bench.beat = 5_000
-        # When three of them come on control only
+        # When three of them arrive on the control plane only
         for _ in range(3):
             bench.heartbeat(on_tokens=False)
-        # Then the token plane has its time; with the fourth it is mended
+        # Then the token plane is waited for; with the fourth it is reconnected
         assert bench.core.link.state is LinkState.JOINING
         bench.heartbeat(on_tokens=False)
         assert bench.core.link.state is LinkState.MENDING
@@ -171,16 +171,16 @@ class TestSubmitting:
         bench.submit()
         bench.welcome()
         assert bench.sent_since() == []
-        # When the token plane is proved
+        # When the first beat arrives on the token plane
         bench.heartbeat()
-        # Then it goes
+        # Then it is sent
         assert bench.sent_since() == [m.InferenceRequest(ID)]
         assert bench.step() is RequestState.SUBMITTED
 
     def test_goes_without_a_token_plane_after_a_while(self, bench: Bench) -> None:
         bench.submit()
         bench.welcome()
-        bench.wait(GATE_MS - 1, alive=False)
+        bench.wait(TOKEN_PLANE_MS - 1, alive=False)
         assert bench.sent_since() == []
         bench.wait(1, alive=False)
         assert bench.sent_since() == [m.InferenceRequest(ID)]
@@ -191,7 +191,7 @@ class TestSubmitting:
         sent = [action for action in bench.actions if isinstance(action, Send)][-1]
         assert (sent.session, sent.blob) == (bench.session, b"prompt")
 
-    def test_is_said_again_until_it_is_accepted(self, bench: Bench) -> None:
+    def test_is_sent_again_until_it_is_accepted(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         assert len(bench.sent_since()) == 1
@@ -205,7 +205,7 @@ class TestSubmitting:
         bench.wait(10_000)
         assert bench.sent_since() == []
 
-    def test_its_place_in_the_queue_is_told_when_it_changes(self, bench: Bench) -> None:
+    def test_its_place_in_the_queue_is_reported_when_it_changes(self, bench: Bench) -> None:
         bench.up()
         bench.submit()
         bench.receive(m.Accepted(ID, 3, "tiny"))
@@ -243,7 +243,7 @@ class TestSubmitting:
         )
         prompt, held = transfer.unpack(sent.blob or b"", 6)
         assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])
-        # and goes on where it was; what came early on the old link is forgotten, since this broker may go on otherwise
+        # and goes on where it was; what came early on the old link is dropped, since this broker's answer may differ
         bench.receive(m.Accepted(ID))
         assert delivered(bench.tokens(2, 2)) == [3]
 
@@ -281,7 +281,7 @@ class TestSubmitting:
         bench.handle(e.SubmitAsked(m.InferenceRequest(ID, detached=True), b"", follow=False))
         assert bench.receive(m.Accepted(ID, 0, "tiny")) == [e.ReportPlace(ID, 0, "tiny")]
         assert bench.core.requests.live == {}
-        # What comes of it later is not wanted, and its end is acknowledged.
+        # Its tokens are dropped, and its end is acknowledged.
         bench.sent.clear()
         assert bench.tokens(0) == []
         assert bench.receive(m.End(ID, 1, "stop")) == []
@@ -294,7 +294,7 @@ class TestSubmitting:
         bench.receive(m.Accepted(ID))
         assert delivered(bench.tokens(7)) == [7]
 
-    def test_what_was_submitted_from_here_is_submitted_again_where_nobody_knows_it(self, bench: Bench) -> None:
+    def test_what_was_submitted_from_here_is_submitted_again_where_it_is_unknown(self, bench: Bench) -> None:
         bench.up()
         request = m.InferenceRequest(ID, "m", detached=True)
         bench.handle(e.AttachAsked(ID, again=(request, b"prompt")))
@@ -303,7 +303,7 @@ class TestSubmitting:
         unknown = m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "it is not known"), ID)
         assert bench.receive(unknown) == []
         assert bench.sent_since() == [request]
-        # And if that is not taken either, it is over.
+        # And if that is refused too, it fails.
         failed = bench.receive(unknown)
         assert [action.key for action in failed if isinstance(action, e.ReportFailure)] == [ID]
 
@@ -413,14 +413,14 @@ class TestRepair:
         bench.wait(1_000)
         assert bench.sent_since() == []
 
-    def test_without_a_token_plane_nobody_waits_for_it(self, bench: Bench) -> None:
+    def test_a_token_plane_that_is_down_is_not_waited_for(self, bench: Bench) -> None:
         # Given a token plane that went silent
         bench.run()
         for _ in range(4):
             bench.heartbeat(on_tokens=False)
         assert bench.core.link.state is LinkState.MENDING
         bench.sent.clear()
-        # When a beat tells of progress
+        # When a heartbeat reports progress
         bench.heartbeat(progress=3, on_tokens=False)
         # Then it is fetched
         bench.wait(0, alive=False)
@@ -473,7 +473,7 @@ class TestWithoutStream:
 
 
 class TestCancelling:
-    def test_is_said_again_until_the_end(self, bench: Bench) -> None:
+    def test_is_sent_again_until_the_end(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID))
         assert bench.sent_since() == [m.Cancel(ID)]
@@ -504,7 +504,7 @@ class TestCancelling:
         bench.up()
         assert bench.sent_since() == []
 
-    def test_somebody_elses_request(self, bench: Bench) -> None:
+    def test_a_request_of_another_client(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.CancelAsked(ID))
         assert bench.sent_since() == [m.Cancel(ID)]

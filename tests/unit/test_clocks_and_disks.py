@@ -1,4 +1,4 @@
-"""The time of day decides nothing, and a disk that takes nothing stops nothing."""
+"""No decision depends on the time of day, and a full disk stops nothing."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2] / "llambo"
-#: What tells, or depends on, the time of day.
+#: Calls that return or depend on the time of day.
 WALL = {
     "time", "time_ns", "localtime", "gmtime", "ctime", "asctime", "strftime", "mktime", "now", "utcnow", "today",
     "CLOCK_REALTIME", "uuid1", "wall_ms",
 }  # fmt: skip
 CLOCKS = {"time", "datetime", "date", "uuid", "clock"}
-#: Who asks for it all the same, and why.
+#: Files that use it all the same, and why.
 ALLOWED = {
     # A chat template may put today's date into its prompt.
     "worker/llama/prompt.py": {"datetime.now"},
     # Keys are valid until a date.
     "broker/access/zap_handler.py": {"time.time"},
-    "cli/kit/server_keys.py": {"time.time"},
+    "cli/services/service.py": {"time.time"},
     "cli/commands/keys.py": {"time.time", "time.localtime", "time.strftime"},
-    # When something was, for people: conversations, events, processes.
+    # Dates shown to people: of conversations, events, processes.
     "cli/chat/chat.py": {"time.time", "time.strftime"},
     "cli/chat/dialogue.py": {"time.time"},
     "cli/chat/slash_commands.py": {"time.time"},
@@ -75,7 +75,7 @@ print(json.dumps([sums, sorted(p.name for p in cache.parent.iterdir())]))
 
 
 def sums(model: Path, cache: Path, disk: str) -> tuple[list[str], list[str], str]:
-    """In a process of its own: from the limit of its files on there is no way back."""
+    """In a process of its own: a limit on file sizes cannot be raised again."""
     done = subprocess.run(
         [sys.executable, "-c", SUMS, str(model), str(cache), disk],
         capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
@@ -84,7 +84,7 @@ def sums(model: Path, cache: Path, disk: str) -> tuple[list[str], list[str], str
     return found, files, done.stderr
 
 
-def test_a_sum_that_cannot_be_remembered_is_computed_and_said(tmp_path: Path) -> None:
+def test_a_checksum_that_cannot_be_stored_is_computed_and_reported(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF" * 1000)
     good, files, log = sums(model, tmp_path / "good" / "digests.json", "free")

@@ -1,4 +1,4 @@
-"""Messages to bytes and back: golden vectors, an independent reader, and whatever a broken peer may send."""
+"""Messages to bytes and back: golden vectors, an independent reader, and what a broken peer may send."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_junk_never_raises_and_is_never_silent(direction: str) -> None:
             bundle = decoder.decode(frames)
             assert all(isinstance(message, union) for message, _ in bundle.messages)
             assert bundle.messages or bundle.problems or frames[1][:1] in (b"\x90", b"\xdc", b"\xdd"), frames
-            # The answer to junk must itself be sayable.
+            # The answer to junk must itself be valid.
             answer = codec.encode(SESSION, [(problem, None) for problem in bundle.problems])
             assert not codec.to_client.decode(answer).problems
             refused += bool(bundle.problems)

@@ -51,7 +51,7 @@ def test_without_its_broker_it_says_so() -> None:
     condition = of(rig)
     assert condition.status.startswith("looking for a broker at tcp://box:7330 (")
     assert condition.status.endswith("; 1 requests go on without one")
-    assert condition.ready, "that it is of no use just now is no reason to call it new"
+    assert condition.ready, "it stays ready, although it has no broker now"
 
 
 def test_it_is_well_only_while_decoding_goes_on() -> None:
@@ -62,7 +62,7 @@ def test_it_is_well_only_while_decoding_goes_on() -> None:
     # Given an engine that is silent for so long that it is to be killed
     rig.alive(1_100)
     assert rig.take(e.KillEngine)
-    # Then all is not well until it is gone, however long that takes
+    # Then the watchdog is not fed until it is gone, however long that takes
     assert not of(rig).well
     rig.alive(20_000)
     assert not of(rig).well

@@ -1,4 +1,4 @@
-"""Sampling defaults: a request before the model, the model before us."""
+"""Sampling defaults: the request's values, then the model's, then llambo's."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_makes_no_sense_is_left_out_and_reported(tmp_path: Path) -> None:
     assert sorted(complaint.split()[0] for complaint in complaints) == sorted(more.keys() - {"general.sampling.min_p"})
 
 
-def test_what_is_in_force_is_told_at_the_start() -> None:
+def test_the_defaults_in_force_are_reported_at_the_start() -> None:
     text = sampling.describe({"temperature": 0.6, "repeat_penalty": 1.05})
     assert (
         "temperature 0.6 (from the model), top-k 40, top-p 0.95, min-p 0.05, repeat-penalty 1.05 (from the model)"

@@ -1,4 +1,4 @@
-"""Taking work away from a worker: the broker's side of it, and the worker's."""
+"""Draining a worker: the broker's side, and the worker's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
 from llambo.worker.agent import events as e
 from llambo.worker.engine import protocol as proto
-from tests.unit.broker_bench import Bench, Client, Worker, request_id
+from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
 from tests.unit.test_worker_core import dispatch, joined, running
 
 NEVER_LOST = {"lease_ms": 10**6, "client_lease_ms": 10**6}
@@ -32,8 +32,7 @@ def drained(client: Client, worker: str = "w", *, undo: bool = False, move: bool
 
 
 def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh(lease_ms=10**6)
     client.submit(1)
     drained(client)
     client.submit(2)
@@ -48,9 +47,8 @@ def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
     assert client.problems[-1].query == 3
 
 
-def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+def test_an_order_is_sent_again_until_the_worker_confirms_it() -> None:
+    _, worker, client = small_mesh(**NEVER_LOST)
     drained(client)
     worker.beat()  # it may be on its way still
     assert worker.received(m.Drain) == [m.Drain()]
@@ -66,9 +64,8 @@ def test_an_order_that_was_not_heard_is_said_again_until_the_worker_says_so() ->
 
 
 def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
-    # Given a drain and its undo, so close that the worker still says what was before both
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    # Given a drain and its undo, so close that the worker still reports its state before both
+    _, worker, client = small_mesh(**NEVER_LOST)
     beat(worker)
     drained(client)
     drained(client, undo=True)
@@ -80,7 +77,7 @@ def test_a_beat_from_before_the_order_does_not_confirm_it() -> None:
     assert len(worker.received(m.Drain)) == 3
 
 
-def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> None:
+def test_a_drain_by_another_broker_counts() -> None:
     bench = Bench(**NEVER_LOST)
     worker, other, client = bench.worker(slots=1), bench.worker("b", slots=1), bench.client()
     client.submit(1)
@@ -93,7 +90,7 @@ def test_what_a_worker_says_counts_because_another_broker_may_have_told_it() -> 
     assert not bench.state.registry.emptying
 
 
-def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_believed() -> None:
+def test_the_order_is_sent_again_only_to_a_restarted_worker() -> None:
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     drained(client, move=True)
@@ -102,7 +99,7 @@ def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_belie
     again = bench.worker(incarnation=b"2")
     assert again.received(m.Drain) == [m.Drain(move=True)]
     beat(again, drained=True, moving=True)
-    # It comes back under a new session, and meanwhile another broker has let it work.
+    # It comes back under a new session, and meanwhile another broker has undone the drain.
     again.send(m.Goodbye())
     once_more = bench.worker(incarnation=b"2", route=b"elsewhere")
     assert once_more.received(m.Drain) == []
@@ -112,8 +109,7 @@ def test_a_worker_that_was_restarted_is_told_again_and_one_that_was_not_is_belie
 
 
 def test_an_undo_reaches_a_worker_that_is_away() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(**NEVER_LOST)
     drained(client)
     beat(worker, drained=True)
     worker.send(m.Goodbye())
@@ -139,7 +135,7 @@ def test_a_broker_that_was_restarted_learns_from_the_worker_who_was_drained() ->
 
 
 def test_a_worker_that_is_being_stopped_is_no_drained_one() -> None:
-    # Its successor of the same name has work to do.
+    # Its successor of the same name gets work.
     bench = Bench(**NEVER_LOST)
     worker, client = bench.worker(incarnation=b"1"), bench.client()
     bench.pass_time(100)
@@ -208,8 +204,7 @@ def test_an_undo_leaves_everything_where_it_is() -> None:
 
 
 def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
-    bench = Bench(**NEVER_LOST)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(**NEVER_LOST)
     drained(client, move=True)
     drained(client)
     assert worker.received(m.Drain) == [m.Drain(move=True)] * 2
@@ -217,7 +212,7 @@ def test_a_plain_drain_after_a_move_does_not_take_the_move_back() -> None:
 
 
 def test_an_answer_that_is_whole_needs_no_other_worker() -> None:
-    # Its worker's END is still to come: what has ended there is delivered from there.
+    # Its worker's END is still to come: an answer that has ended there is delivered from there.
     bench = Bench(**NEVER_LOST)
     first, client = bench.worker("a"), bench.client()
     id = client.submit(1, max_tokens=2)
@@ -255,7 +250,7 @@ def test_a_request_that_was_moved_to_no_one_else_waits_when_its_worker_leaves() 
 # --- the worker --------------------------------------------------------------------------------------
 
 
-def test_a_worker_tells_every_broker_what_any_of_them_has_ordered() -> None:
+def test_a_worker_reports_an_order_of_one_broker_to_all() -> None:
     rig = joined().receive(m.Drain())
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.drained, beat.moving) == ("draining", True, False)

@@ -1,4 +1,4 @@
-"""Which texts share a step, and what becomes of their rows: without a model."""
+"""Which texts share a step, and which rows they get: without a model."""
 
 from __future__ import annotations
 

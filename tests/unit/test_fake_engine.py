@@ -79,10 +79,10 @@ def test_a_continuation_begins_where_the_prefix_ends(style: str, utf8_split: boo
     # Given the whole answer of a dispatch
     options = FakeOptions(style=style, utf8_split=utf8_split)  # type: ignore[arg-type]
     whole, _, _ = generate(options, start(max_tokens=40))
-    # When an engine is started with any beginning of it
+    # When an engine is started with any prefix of it
     for cut in range(41):
         rest, _, last = generate(options, start(max_tokens=40, prefix=whole[:cut]))
-        # Then it says the rest, and ends at the same total
+        # Then it makes the rest, and ends at the same total
         assert whole[:cut] + rest == whole
         assert last.end == "length"
 
@@ -94,7 +94,7 @@ def test_characters_are_cut_across_tokens_and_the_text_is_whole(style: str) -> N
     alone = [piece_of(i) for i in ids]
     assert any(len(piece.decode(errors="ignore").encode()) != len(piece) for piece in alone), "no character was cut"
     assert "\N{REPLACEMENT CHARACTER}" not in text.decode(errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
-    # A missing token shows.
+    # A missing token is visible.
     middle = next(i for i, piece in enumerate(alone) if piece == b"\x9f\x98")
     with pytest.raises(UnicodeDecodeError):
         b"".join(alone[:middle] + alone[middle + 1 : middle + 2]).decode()

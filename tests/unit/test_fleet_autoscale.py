@@ -1,4 +1,4 @@
-"""The autoscaler: it grows, shrinks, and does not swing."""
+"""The autoscaler: it grows, shrinks, and does not oscillate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEADY = settings(derandomize=True, database=None, deadline=None, max_examples=6
 
 
 class Bench:
-    """One class whose workers are there as soon as they are wanted, and which is looked at every second."""
+    """One class whose workers start at once, decided every second."""
 
     def __init__(self, workers: int = 1, *, least: int = 0, most: int = 1_000, slots: int = 4, **rules: Any) -> None:
         self.kept = NodeClass(name="tiny", slots=slots, min=least, max=most, scaling=Scaling(**rules))
@@ -48,10 +48,10 @@ class Bench:
 
 def test_a_hundred_at_thirty_percent_then_a_spike_then_a_lull() -> None:
     bench = Bench(100, most=600, shrink_by=200)
-    assert bench.looks(120, 3600) == 100, "30 % is well"
+    assert bench.looks(120, 3600) == 100, "30 % is within bounds"
     assert bench.looks(2_000, 60) == 600, "a spike: 500 more"
     assert bench.looks(2_000, 3600) == 600
-    assert bench.looks(400, 3600) == 400, "under 20 %: 200 fewer, and then it is well again"
+    assert bench.looks(400, 3600) == 400, "under 20 %: 200 fewer, and then it is within bounds"
     assert [decision.more for decision in bench.decisions] == [500, -200]
     assert bench.decisions[0].why == "500 % of 400 slots wanted, more than 80 %"
     assert bench.decisions[1].why == "at most 17 % of 2400 slots wanted in 300 s, less than 20 %"
@@ -89,7 +89,7 @@ def test_a_request_that_has_waited_is_proof_enough() -> None:
 
 
 def test_one_that_waits_while_slots_are_free_makes_nothing_grow() -> None:
-    """It waits for something else, as a limit of its identity, and more workers would not help it."""
+    """It waits for something else, such as a limit of its identity; more workers would not help."""
     assert Bench(10).looks(10, 600, waiting=2, waited_ms=60_000) == 10
 
 
@@ -136,7 +136,7 @@ def test_the_file_may_move_the_bounds() -> None:
     assert bench.scaler.counts == {}
 
 
-def test_what_an_operator_has_said_holds_until_the_load_says_otherwise() -> None:
+def test_a_manual_count_holds_until_the_load_requires_another() -> None:
     bench = Bench(3)
     bench.look(6)
     bench.scaler.operator_wants("tiny", 20, bench.now_ms)
@@ -147,7 +147,7 @@ def test_what_an_operator_has_said_holds_until_the_load_says_otherwise() -> None
 # --- zero ----------------------------------------------------------------------------------------------
 
 
-def test_from_zero_whoever_waits_is_the_proof_and_to_zero_it_takes_a_while() -> None:
+def test_from_zero_a_waiting_request_suffices_and_to_zero_it_takes_a_while() -> None:
     bench = Bench(0)
     assert bench.looks(0, 600) == 0
     assert bench.looks(1, 1) == 1
@@ -232,7 +232,7 @@ def test_it_turns_at_most_once_for_each_turn_of_the_load(
         bench.looks(load, seconds)
     levels = [load for load, _ in loads]
     ways = [after > before for before, after in pairwise(levels) if after != before]
-    # And one more, for where it began was not where it should have been.
+    # And one more, since the first value was not the right one.
     turns = 1 + sum(one != other for one, other in pairwise(ways))
     assert turned(bench.decisions) <= turns + (bool(ways)), "\n".join(map(str, bench.decisions))
 
@@ -255,7 +255,7 @@ def test_under_a_load_that_does_not_change_it_goes_one_way_and_comes_to_rest(
 @STEADY
 @given(st.lists(st.integers(0, 60), min_size=200, max_size=500), RULES)
 def test_to_turn_round_the_load_must_really_have_changed(loads: list[int], rules: dict[str, int]) -> None:
-    """Whatever noise there is: after a growth less than low/aim of what was wanted then must be left, all the while;
+    """With any noise: after a growth less than low/aim of what was wanted then must be left, all the while;
     after a shrinking more than high/aim of it must be wanted."""
     bench = Bench(5, slots=1, **rules)
     low, aim, high = rules["low_percent"], rules["aim_percent"], rules["high_percent"]

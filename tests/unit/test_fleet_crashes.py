@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
 from llambo.fleet.decide.crashes_core import LASTED_MS, LOOP, PAUSE_MS, Crashes, log_tail, pause_ms
+from llambo.fleet.decide.plan import PlanStep, StepKind
+from llambo.fleet.model import Fleet
+from llambo.fleet.node_manager import NodeManager
+from llambo.fleet.orchestrator import Orchestrator
+from llambo.mesh.client.client import Client
 
 SECOND = 1_000
 HERE, THERE = ("tiny", "box"), ("tiny", "shed")
 
 
 def fail(crashes: Crashes, times: int, now_ms: int = 0, where: tuple[str, str] = HERE) -> int:
-    """One attempt after the other, each begun as soon as it may be. When the last of them died."""
+    """One attempt after the other, each as soon as allowed. Returns when the last one died."""
     for number in range(times):
         now_ms = max(
             [now_ms, *(at for at in [crashes.next_wakeup_ms(now_ms)] if at and where in crashes.blocked(now_ms))]
@@ -51,7 +61,7 @@ def test_many_that_fail_together_are_not_many_in_a_row() -> None:
     assert text.startswith("2 have failed in a row, tiny-0049")
 
 
-def test_a_loop_is_told_with_its_log_tail() -> None:
+def test_a_loop_is_reported_with_the_end_of_its_log() -> None:
     crashes = Crashes()
     words = "\n".join(f"line {number}" for number in range(9)) + "\n\n"
     now_ms = fail(crashes, LOOP - 1)
@@ -78,7 +88,7 @@ def test_one_that_lasts_ends_the_row() -> None:
     crashes.note_ready("tiny-0007", now_ms + 30 * SECOND)
     assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS - 1) == []
     assert crashes.loops(now_ms)
-    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "it is news that it is well again"
+    assert crashes.recovered({"tiny-0007": HERE}, now_ms + LASTED_MS) == [HERE], "its recovery is reported"
     assert not crashes.loops(now_ms) and not crashes.probing(now_ms + LASTED_MS)
 
 
@@ -108,3 +118,17 @@ def test_an_end_that_was_ordered_is_no_failure_and_an_operator_may_forgive() -> 
     fail(crashes, 5)
     crashes.reset("tiny")
     assert not crashes.loops(0) and crashes.next_wakeup_ms(0) is None
+
+
+@pytest.mark.parametrize("kind", [StepKind.RETIRE, StepKind.REPLACE])
+def test_a_node_stopped_on_purpose_leaves_nothing_to_the_next_of_its_name(kind: StepKind, tmp_path: Path) -> None:
+    """Before, a replacement that could not start was forgiven because the node before it had lasted."""
+    manager = NodeManager(Fleet(), tmp_path, "tcp://127.0.0.1:1", Client, lambda text: None)
+    orchestrator = Orchestrator(SimpleNamespace(), manager, tmp_path, lambda text: None)
+    crashes = orchestrator._crashes
+    crashes.note_ready("tiny-0009", 0)
+    now_ms = fail(crashes, LOOP - 1, 2 * LASTED_MS)
+    manager.begin_step(PlanStep(kind, "tiny-0009", *HERE, "its settings have changed"))
+    assert not crashes.loops(now_ms)
+    crashes.note_failure("tiny-0009", *HERE, "ended with status 1", "", now_ms + PAUSE_MS[1])
+    assert crashes.loops(now_ms)[0].failures == LOOP

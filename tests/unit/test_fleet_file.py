@@ -1,4 +1,4 @@
-"""fleet.toml: what it makes, and messages that say on which line."""
+"""fleet.toml: what is read from it, and errors with their line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llambo.fleet.file import schema
-from llambo.fleet.file.reader import KeyLines, parse
+from llambo.fleet import schema
 from llambo.fleet.model import Fleet, Scaling
+from llambo.fleet.reader import KeyLines, parse
 from llambo.mesh.wire.errors import Code, LlamboError
 
 SMALL = """
@@ -81,7 +81,7 @@ def test_one_class_is_a_file() -> None:
     assert list(fleet.hosts) == ["here"] and fleet.broker is None
     assert (tiny.min, tiny.max, tiny.slots, tiny.memory_bytes, tiny.cores) == (0, 1, 4, 600 << 20, 1)
     assert tiny.hosts == ("here",) and tiny.scaling == Scaling()
-    # It must not take every core of a machine that has other workers.
+    # It must not use every core of a machine with other workers.
     assert tiny.settings == {"worker": {"threads": 1}}
 
 
@@ -99,7 +99,7 @@ def test_a_whole_file() -> None:
     assert (tiny.line, large.line, fleet.hosts["box"].line) == (25, 34, 10)
 
 
-def test_a_fingerprint_changes_with_what_a_worker_is_told_and_with_nothing_else() -> None:
+def test_a_fingerprint_changes_with_the_settings_of_a_worker_only() -> None:
     def mark(text: str, *more: str) -> str:
         return parse(text).classes["tiny"].fingerprint(*more)
 
@@ -166,7 +166,7 @@ def test_what_is_wrong_is_reported_with_its_line(text: str, problem: str) -> Non
     assert any(line.startswith(problem) for line in found), found
 
 
-def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_file() -> None:
+def test_all_errors_are_reported_at_once_in_the_order_of_the_file() -> None:
     found = wrong(
         WHOLE.replace("ctx =", "ctz =").replace("cores = 16", "cores = -1").replace('["gpu"]\nfake', '["x"]\nfake')
     )
@@ -235,7 +235,7 @@ TABLES = st.dictionaries(KEYS, st.recursive(VALUES, lambda inner: st.dictionarie
 
 
 class Writer:
-    """Writes a document in a layout that is drawn, and notes where it puts what."""
+    """Writes a document in a random layout, and notes the line of each value."""
 
     def __init__(self, draw: Any) -> None:
         self.draw = draw
@@ -319,7 +319,7 @@ class Writer:
 def test_lines_of_whatever_layout_hypothesis_writes(data: Any, content: dict[str, Any]) -> None:
     writer = Writer(data.draw)
     writer.document(content)
-    assert tomllib.loads(writer.text) == content, "the writer writes what it is given"
+    assert tomllib.loads(writer.text) == content, "what is written is what was given"
     assert KeyLines(writer.text).all_lines() == writer.noted
 
 

@@ -1,9 +1,9 @@
-"""What is made of what a provider and the mesh say about a node."""
+"""The state of a node, from what its provider and the mesh report."""
 
 from __future__ import annotations
 
-from llambo.fleet.run.node_manager import START_S, node_of
-from llambo.fleet.world import NodeRecord, NodeState
+from llambo.fleet.model import NodeRecord, NodeState
+from llambo.fleet.node_manager import START_S, node_of
 from llambo.mesh.wire.reports import WorkerRow
 
 LONG_AGO, NOW = 0, 10_000_000
@@ -32,6 +32,6 @@ def test_one_that_never_came_has_failed_and_one_that_was_there_a_moment_ago_has_
     assert node_of(RECORD, None, NOW, since_ms=LONG_AGO).state is NodeState.READY
 
 
-def test_of_one_whose_host_is_away_that_is_said() -> None:
+def test_the_note_says_that_a_host_is_away() -> None:
     for workers in (None, {}, row("ready")):
         assert node_of(RECORD, workers, NOW, since_ms=NOW, away="no route").note == "box is away"

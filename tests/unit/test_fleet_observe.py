@@ -1,15 +1,14 @@
-"""What the autoscaler is shown of what the broker tells, and what nodes are begun with."""
+"""What the autoscaler gets of the broker's answers, and the settings nodes are started with."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
+from llambo.fleet import node_manager
 from llambo.fleet.decide.autoscale_core import LoadObserver
-from llambo.fleet.file.reader import parse
-from llambo.fleet.model import Fleet
-from llambo.fleet.run import node_manager
-from llambo.fleet.world import HostFacts, Node, NodeState, World
+from llambo.fleet.model import Fleet, HostFacts, Node, NodeState, World
+from llambo.fleet.reader import parse
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
 TWO = """

@@ -1,4 +1,4 @@
-"""RollingUpdate updates: a few at a time, never past a bad one, and back."""
+"""Rolling updates: a few at a time, never past a bad one, and back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rolling(count: int = 8, *, classes: tuple[str, ...] = ("tiny",), **more: Any
 
 
 def back_of(work: RollingUpdate) -> RollingUpdate:
-    """The other way, for those that are not what they were, the bad one first."""
+    """The way back, for nodes that were changed, the bad one first."""
     changed = sorted(
         (one for one in work.nodes if one.phase is not Phase.OLD), key=lambda one: one.phase is not Phase.BAD
     )
@@ -47,7 +47,7 @@ def back_of(work: RollingUpdate) -> RollingUpdate:
 
 
 class Hosts:
-    """Carries out what is ordered. `bad`: how those go wrong that are begun with which version."""
+    """Carries out the actions. `bad`: how a node fails with a version."""
 
     def __init__(self, work: RollingUpdate, bad: dict[tuple[str, str], str] | None = None) -> None:
         self.work, self.bad = work, bad or {}
@@ -160,7 +160,7 @@ def test_one_that_dies_after_it_was_proved_ends_it_too() -> None:
     assert work.handle(NodeTested("tiny-0001"), 3_100)[-1] == StopNode("tiny-0002")
     work.handle(NodeDied("tiny-0001", "was killed by SIGSEGV"), 3_200)
     assert work.stopped == "tiny-0001: was killed by SIGSEGV" and not work.over
-    # The one that is on its way is seen through.
+    # The one in progress is finished.
     assert work.handle(NodeStopped("tiny-0002"), 3_300) == [StartNode("tiny-0002", "v2")]
 
 

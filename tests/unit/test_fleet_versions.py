@@ -1,4 +1,4 @@
-"""Which settings each class has had, and what it goes back to."""
+"""The versions of each class's settings, and which one it goes back to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from llambo.fleet.file.versions import FILE, Versions, VersionsFile
-from llambo.fleet.model import Fleet, Host, NodeClass
-from llambo.fleet.world import Node, NodeState, World
+from llambo.fleet.model import Fleet, Host, Node, NodeClass, NodeState, World
+from llambo.fleet.versions import FILE, Versions, VersionsFile
 from llambo.mesh.wire.errors import LlamboError
 
 
@@ -45,15 +44,15 @@ def test_it_goes_back_to_what_all_of_them_had_and_worked_with() -> None:
     book.note(fleet(3), world(two, one))
     three = mark(book, fleet(3))
     assert len({one, two, three}) == 3
-    assert book.roll_back("tiny") and book.roll_back("tiny"), "a second time it is so already"
+    assert book.roll_back("tiny") and book.roll_back("tiny"), "a second time nothing changes"
     held = book.note(fleet(3), world(three, one))
     assert ctx(held) == 1 and mark(book, fleet(3)) == one
 
-    # How many there are is no part of it.
+    # The number of workers is not part of it.
     more = replace(fleet(3).classes["tiny"], max=9)
     assert book.in_force(replace(fleet(3), classes={"tiny": more})).classes["tiny"].max == 9
 
-    # Until the file says something else.
+    # Until the file changes.
     assert ctx(book.note(fleet(4), world(one, one))) == 4
     assert not book.of("tiny").refused and book.roll_back("tiny") and ctx(book.in_force(fleet(4))) == 1
 
@@ -86,7 +85,7 @@ def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> Non
     first = mark(book, wanted)
     assert mark(book, wanted) == first
     model.unlink()
-    assert mark(book, wanted) == first, "one that is gone is no other one"
+    assert mark(book, wanted) == first, "a missing file is not another version"
     model.write_bytes(b"other")
     second = mark(book, wanted)
     assert second != first
@@ -94,7 +93,7 @@ def test_another_file_of_the_model_is_another_fingerprint(tmp_path: Path) -> Non
     assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) == second, "the file is still being written"
     os.utime(model, ns=(1, 1))
     assert book.fingerprint(wanted.classes["tiny"], wanted, still_s=3_600) != second
-    # What another machine has under that path is not known here.
+    # The file under that path on another machine is not known here.
     far = replace(wanted, hosts={"here": Host(name="here", address="box")})
     assert mark(book, far) == mark(Versions(), far)
 

@@ -15,7 +15,7 @@ from llambo.worker.models.model_files import Found
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home and a working folder with nothing in them."""
+    """An empty home and an empty working folder."""
     for name in ("home", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -62,7 +62,7 @@ def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert set(listed()) == {"a.gguf", "b.gguf"}
 
 
-def test_a_file_is_listed_once_and_told_of(host: Path) -> None:
+def test_a_file_is_listed_once_with_its_size_and_context(host: Path) -> None:
     path = put(host / "mine/tiny.gguf")
     (host / "work/link.gguf").symlink_to(path)
     (only,) = model_files.on_this_host(str(host / "mine"))
@@ -70,7 +70,7 @@ def test_a_file_is_listed_once_and_told_of(host: Path) -> None:
     assert only == Found(str(path), str(path), "models folder", size, "llama", "F32", tiny_model.CONTEXT)
 
 
-def test_what_cannot_be_loaded_is_said_with_the_reason(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_is_listed_with_the_reason(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(host / "work/junk.gguf", b"x" * 100)
     put(host / "work/empty.gguf", b"")
     put(host / "work/cut.gguf", tiny_model.whole()[:-5000])

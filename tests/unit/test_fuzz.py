@@ -11,12 +11,12 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from tests.fuzz import cores, corpus, strategies, target, targets
 from tests.unit import samples
-from tests.unit.broker_bench import Bench
+from tests.unit.broker_bench import small_mesh
 
 TARGETS = {each.name: each for each in targets.every()}
 MUTANTS = 1_500
 SHOTS = 2_500
-#: The same examples in each run: what is new is looked for by the commands.
+#: The same examples in each run: the commands search for new ones.
 STEADY = settings(
     derandomize=True, database=None, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck)
 )
@@ -99,8 +99,7 @@ def test_a_finding_is_reported() -> None:
 @pytest.mark.parametrize("when", ["unknown", "live", "ended"])
 def test_an_attach_that_holds_no_tokens_but_junk(when: str, held: list[bytes]) -> None:
     # Given a request, a live one or one that has ended, with a token
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     id = client.submit(1, max_tokens=2) if when != "unknown" else bytes(16)
     if when != "unknown":
         worker.publish(worker.chunk(0, 7))
@@ -116,8 +115,7 @@ def test_an_attach_that_holds_no_tokens_but_junk(when: str, held: list[bytes]) -
 
 def test_an_engine_lost_that_names_a_run_twice() -> None:
     # Given a request with all its tokens, whose END has not come
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, max_tokens=1)
     worker.publish(worker.chunk(0, 7, flags=tokens.FINAL))
     # When its engine is lost, and it is named twice

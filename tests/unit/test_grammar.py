@@ -83,7 +83,7 @@ def test_schemas_that_cannot_be_used(schema: str, problem: str) -> None:
         grammar_of(Sampling(json_schema=schema))
 
 
-#: How fast this machine is just now is not what is tried here.
+#: No deadline: the speed of this machine is not under test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KEYS = ["$ref", "type", "enum", "const", "anyOf", "oneOf", "allOf", "properties", "required", "additionalProperties",
         "items", "prefixItems", "minItems", "maxItems", "minLength", "maxLength", "pattern", "format", "minimum",
@@ -163,7 +163,7 @@ def test_how_many_calls() -> None:
 def test_a_call_or_else_what_the_schema_says() -> None:
     either = grammar_of(Sampling(tool_choice="auto", json_schema='{"type": "object"}'), TOOLS)
     assert either.lark.splitlines()[0] == "start: call | answer"
-    # A call is what was asked for: the schema is for another answer
+    # A call was asked for: the schema is for other answers
     assert grammar_of(Sampling(tool_choice="required", json_schema="{}"), TOOLS) == grammar_of(
         Sampling(tool_choice="required"), TOOLS
     )

@@ -1,4 +1,4 @@
-"""What a broker tells of the last minutes: a sample a second, and what has ended."""
+"""A broker's report of the last minutes: a sample a second, and requests that ended."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llambo.broker.config import Bounds
 from llambo.broker.report.history import ENDED_LISTED
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import Identity, Role
-from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.broker_bench import Bench, Client, request_id, small_mesh
 
 
 def recent(client: Client, since: str = "") -> dict[str, Any]:
@@ -31,22 +31,13 @@ def test_a_sample_a_second_says_how_the_mesh_was() -> None:
     ages = [sample["age_ms"] for sample in samples]
     assert {before - after for before, after in pairwise(ages)} == {1_000}
     last = samples[-1]
-    shown = {name: last[name] for name in ("tokens_per_s", "running", "waiting", "busy", "slots", "ready", "workers")}
-    assert shown == {
-        "tokens_per_s": 12.3,
-        "running": 1,
-        "waiting": 1,
-        "busy": 1,
-        "slots": 1,
-        "ready": 1,
-        "workers": 1,
-    }
+    wanted = {"running": 1, "waiting": 1, "busy": 1, "slots": 1, "ready": 1, "workers": 1, "tokens_per_s": 12.3}
+    assert {name: last[name] for name in wanted} == wanted
     assert last["first_ms"] == 0
 
 
 def test_only_what_came_after_a_sample_is_sent() -> None:
-    bench = Bench(client_lease_ms=60_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(client_lease_ms=60_000)
     client.submit(1)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)
@@ -59,7 +50,7 @@ def test_only_what_came_after_a_sample_is_sent() -> None:
     assert again["ended"] == []
 
 
-def test_what_has_ended_is_told_with_its_times() -> None:
+def test_an_ended_request_is_listed_with_its_times() -> None:
     bench = Bench(client_lease_ms=60_000)
     worker, client = bench.worker(slots=1), bench.client()
     client.submit(0)
@@ -73,24 +64,12 @@ def test_what_has_ended_is_told_with_its_times() -> None:
     dispatch = worker.dispatches[-1]
     usage = m.Usage(prompt_tokens=7, prefill_ms=30.4, decode_ms=9.0)
     worker.send(m.End(dispatch.id, 2, "length", dispatch.dispatch, usage))
-    assert recent(client)["ended"][1:] == [
-        {
-            "id": id.hex(),
-            "model": "m",
-            "task": "generate",
-            "worker": "w",
-            "tokens": 2,
-            "prompt_tokens": 7,
-            "moves": 0,
-            "reason": "length",
-            "error": "",
-            "queued_ms": 250,
-            "first_ms": 265,
-            "decode_ms": 9,
-            "total_ms": 305,
-            "age_ms": 0,
-        }
-    ]
+    (ended,) = recent(client)["ended"][1:]
+    assert ended == {
+        "id": id.hex(), "model": "m", "task": "generate", "worker": "w", "tokens": 2, "prompt_tokens": 7, "moves": 0,
+        "reason": "length", "error": "", "queued_ms": 250, "first_ms": 265, "decode_ms": 9, "total_ms": 305,
+        "age_ms": 0,
+    }  # fmt: skip
     bench.pass_time(1_000)
     samples = recent(client)["samples"][-2:]
     assert 265 in [sample["first_ms"] for sample in samples]

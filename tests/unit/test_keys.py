@@ -1,4 +1,4 @@
-"""Keys as text and files, the keyring, who may do what, and the answer to who may come in."""
+"""Keys as text and files, the keyring, roles, and the answers of the ZAP handler."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_secret_half_does_not_show(key: PeerKey) -> None:
 )
 def test_what_is_no_key_is_refused_and_not_repeated(key: PeerKey, spoil: object) -> None:
     line = spoil(keys.to_line(key))  # type: ignore[operator]
-    with pytest.raises(LlamboError, match="no key") as raised:
+    with pytest.raises(LlamboError, match="not a key") as raised:
         keys.from_line(line)
     assert not line or line[len(keys.PREFIX) :][:20] not in raised.value.text or len(line) < 40
 
@@ -66,7 +66,7 @@ def test_what_is_no_key_is_refused_and_not_repeated(key: PeerKey, spoil: object)
 def test_halves_that_do_not_belong_together_are_no_key(key: PeerKey) -> None:
     other = keys.new_pair()
     mixed = PeerKey(key.address, key.broker, key.name, key.role, type(other)(key.pair.public, other.secret))
-    with pytest.raises(LlamboError, match="no key"):
+    with pytest.raises(LlamboError, match="not a key"):
         keys.from_line(keys.to_line(mixed))
 
 
@@ -138,7 +138,7 @@ def test_a_key_is_valid_until_it_expires_or_is_revoked(folder: Folder, key: Peer
     assert set(folder.ring().identities(NOW + 10)) == {key.pair.public}
     assert folder.revoke("alice") == 1
     assert folder.ring().identities(NOW + 10) == {}
-    with pytest.raises(LlamboError, match="no key is called 'alice'"):
+    with pytest.raises(LlamboError, match="no key has the name 'alice'"):
         folder.export("alice")
 
 
@@ -149,14 +149,14 @@ def test_a_rotated_key_has_a_successor_with_the_same_rights_and_some_time_left(f
     assert folder.export("alice") == new
     assert folder.ring().identities(NOW) == {old.pair.public: limited, new.pair.public: limited}
     assert set(folder.ring().identities(NOW + 60)) == {new.pair.public}
-    # And to rotate once more forgets what is over
+    # Rotating once more forgets expired keys
     newest = folder.rotate("alice", NOW + 100, grace_s=0)
     assert set(folder.ring().identities(NOW + 100)) == {newest.pair.public}
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", ".hidden", "-x", "a b", "x" * 65, "a\n"])
 def test_a_name_that_could_not_be_a_files_is_refused(folder: Folder, name: str) -> None:
-    with pytest.raises(LlamboError, match="is no name for a key"):
+    with pytest.raises(LlamboError, match="cannot be the name of a key"):
         folder.add(Identity(name, "client"), NOW)
 
 
@@ -172,8 +172,8 @@ def test_a_keyring_that_was_damaged_is_named(folder: Folder, text: str) -> None:
         folder.ring()
 
 
-def test_the_stamp_tells_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
-    """Files are replaced, so the number of the file differs, whatever the clock says."""
+def test_the_stamp_shows_a_change_within_the_same_moment(folder: Folder, key: PeerKey) -> None:
+    """Files are replaced, so the inode differs, whatever the clock is."""
     before = folder.stamp()
     file = folder.path / RING_FILE
     times = file.stat()
@@ -220,7 +220,7 @@ def ask(public: str, domain: str, mechanism: bytes = b"CURVE", version: bytes = 
 @pytest.mark.parametrize(
     ("domain", "let_in"), [(CLIENT_DOMAIN, "CA"), (WORKER_DOMAIN, "W"), ("llambo.other", ""), ("", "")]
 )
-def test_a_door_is_for_its_roles_alone(domain: str, let_in: str) -> None:
+def test_a_port_admits_its_roles_only(domain: str, let_in: str) -> None:
     for public in ("C", "W", "A", "X", ""):
         expected = (b"200", public.encode()) if public in let_in and public else (b"400", b"")
         assert ask(public, domain) == expected

@@ -1,4 +1,4 @@
-"""Who may import whom, and what a core may know of the world."""
+"""Which layers may import which, and what a core must not use."""
 
 from __future__ import annotations
 
@@ -20,25 +20,14 @@ LAYERS = {
     "fleet": {"mesh"},
     "bridge": {"mesh"},
     "cli": {"mesh", "broker", "worker", "systemd", "gateway", "fleet", "bridge"},
-    # It starts commands as processes: it knows their words, and imports none of their code.
+    # It starts commands as processes: it knows their options, and imports none of their code.
     "testing": {"mesh", "broker", "worker", "systemd", "gateway", "fleet", "bridge"},
 }
-#: The world: sockets, clocks, chance, threads. A core is given what it needs of it.
+#: Sockets, clocks, random numbers, threads. A core gets what it needs of them as arguments.
 WORLD = {
-    "asyncio",
-    "datetime",
-    "multiprocessing",
-    "random",
-    "secrets",
-    "select",
-    "signal",
-    "socket",
-    "subprocess",
-    "threading",
-    "time",
-    "uuid",
-    "zmq",
-}
+    "asyncio", "datetime", "multiprocessing", "random", "secrets", "select", "signal", "socket", "subprocess",
+    "threading", "time", "uuid", "zmq",
+}  # fmt: skip
 #: What it may not reach through others either: a value it is given may know the host's name, not the time.
 FAR_WORLD = {"asyncio", "random", "secrets", "time", "zmq"}
 #: In the broker everything but the shell is core.
@@ -52,7 +41,6 @@ FUNCTION_LINES = 60
 CLASS_FIELDS = 15
 #: What is larger, and why: "file", "file:function" or "file:Class".
 LARGER = {
-    "worker/llama/llama.py": "all of llama.cpp's API that is used, and what was learnt about it, stays in one file",
     "broker/records/state.py:State": "each field is a record of its own; the token path reads the fence in one step",
     "gateway/apis/openai_common.py:OpenAIRequest": "the fields are those of OpenAI's API and llama.cpp's server",
     "gateway/apis/responses.py:ResponsesRequest": "the fields are those of OpenAI's API",

@@ -1,4 +1,4 @@
-"""How likely a token was: against a plain computation, and at the edges."""
+"""The logprob of a token: compared with a plain computation, and at the edges."""
 
 from __future__ import annotations
 

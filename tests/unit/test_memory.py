@@ -9,12 +9,12 @@ from llambo.broker.records.state import State
 from llambo.mesh.wire import messages as m
 from tests.unit.broker_bench import Bench
 
-#: What must not grow may still breathe: lanes and alarms are tidied up now and then.
+#: What must not grow may vary: lanes and alarms are tidied up from time to time.
 SLACK = 1.05
 
 
 def things(value: Any, seen: set[int]) -> Iterator[object]:
-    """Everything that can be reached from here by fields and entries."""
+    """Every object that can be reached from here by fields and entries."""
     if id(value) in seen or isinstance(value, (str, bytes, int, float, type, type(None))) or callable(value):
         return
     seen.add(id(value))
@@ -34,12 +34,12 @@ def things(value: Any, seen: set[int]) -> Iterator[object]:
 
 
 def entries(state: State) -> int:
-    """How many entries all that can be reached has, together."""
+    """The number of entries of all containers that can be reached."""
     return sum(len(thing) if hasattr(thing, "__len__") else 1 for thing in things(state, set()))
 
 
 def a_day(bench: Bench, numbers: range) -> None:
-    """Requests of every fate, workers and clients that come and go, drains, cancels, moves."""
+    """Requests with every outcome, workers and clients that join and leave, drains, cancels, moves."""
     for number in numbers:
         client = bench.client(b"client %d" % number)
         name = f"w{number % 3}"
@@ -71,5 +71,5 @@ def test_a_broker_that_runs_for_long_remembers_no_more_than_one_that_ran_for_a_w
     a_day(bench, range(60))
     before = entries(bench.state)
     a_day(bench, range(60, 240))
-    assert bench.state.counters.requests.ended > 600, "the day was too short to mean anything"
+    assert bench.state.counters.requests.ended > 600, "too little time passed to prove anything"
     assert entries(bench.state) <= SLACK * before

@@ -19,13 +19,13 @@ from llambo.broker.records.registry import CONDITIONS
 from llambo.broker.report import metrics_http
 from llambo.broker.report import metrics_page as broker_metrics
 from llambo.broker.report.metrics_http import MetricsServer
-from llambo.mesh.service import process_metrics
+from llambo.mesh.service import host
 from llambo.mesh.service.prometheus import NONE, OTHER, SERIES, Metric, Names, page
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
-from tests.unit.broker_bench import Bench, Worker
+from tests.unit.broker_bench import Bench, Worker, small_mesh
 from tests.unit.pages import check_page, value
 
 SECONDS = Metric("a_seconds", "histogram", "Waits", ("who",), (0.1, 1.0))
@@ -114,7 +114,7 @@ def samples(bench: Bench) -> dict[str, dict[tuple[tuple[str, str], ...], float]]
     return check_page(broker_metrics.page(bench.state, bench.now_ms))
 
 
-def test_every_counter_is_told_once() -> None:
+def test_every_counter_is_listed_once() -> None:
     slots = set(Counters().flat())
     assert set(broker_metrics.COUNTED) | set(broker_metrics.METERED) == slots
     assert not set(broker_metrics.COUNTED) & set(broker_metrics.METERED)
@@ -165,9 +165,8 @@ def test_a_request_from_its_queue_to_its_end() -> None:
     assert value(seen, "llambo_broker_requests_running", **one) == 1
 
 
-def test_tokens_are_told_while_they_come_and_counted_once() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+def test_tokens_are_counted_while_they_come_and_only_once() -> None:
+    bench, worker, client = small_mesh()
     client.submit(1)
     counts = []
     for index in range(3):
@@ -214,8 +213,7 @@ def test_so_many_streams_are_timed_and_no_more() -> None:
 
 
 def test_results_are_no_tokens() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh()
     client.submit(1, task="embed")
     worker.publish(worker.chunk(0, 7, flags=3))
     worker.end(1, reason="stop")
@@ -265,7 +263,7 @@ def test_what_the_shell_has_counted_is_shown() -> None:
 
 
 def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
-    """10,000 models that do not exist, half of them as if they had, asked for by a hundred identities."""
+    """A hundred identities ask for 10,000 models that do not exist; half of the requests are admitted all the same."""
     bench = Unchecked()
     who = [Identity("admin", "admin"), *(Identity(f"i{number}", "client") for number in range(100))]
     bench.keys(*who)
@@ -275,7 +273,7 @@ def test_labels_are_bounded_whatever_is_asked_and_served() -> None:
         for ask in range(100):
             id = b"%08d" % number + b"%08d" % ask
             client.send(m.InferenceRequest(id, f"no-{number}-{ask}", 10, resume=ask % 2 == 1), blob=b"hello")
-        client.send(m.Goodbye())  # what it wanted has ended
+        client.send(m.Goodbye())  # its request has ended
         lines.append(len(broker_metrics.page(bench.state, bench.now_ms).splitlines()))
     text = broker_metrics.page(bench.state, bench.now_ms)
     seen = check_page(text)
@@ -320,7 +318,7 @@ def test_only_an_admin_may_ask_for_them(role: Any, may: bool) -> None:
 
 
 def test_what_a_process_says_of_itself() -> None:
-    seen = check_page(process_metrics.page())
+    seen = check_page(host.process_metrics_page())
     assert value(seen, "process_resident_memory_bytes") > 2**20
     assert value(seen, "process_open_fds") >= 3
     assert 0 <= time.time() - value(seen, "process_start_time_seconds") < 86_400
@@ -365,7 +363,7 @@ def asked(server: MetricsServer, head: bytes) -> tuple[int, str]:
     with socket.create_connection(("127.0.0.1", server.port), 10) as peer:
         peer.sendall(head)
         reply = b""
-        with suppress(ConnectionResetError):  # it may close with something unread
+        with suppress(ConnectionResetError):  # it may close with unread data
             while part := peer.recv(4096):
                 reply += part
     first, _, body = reply.decode().partition("\r\n\r\n")

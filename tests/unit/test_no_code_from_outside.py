@@ -1,4 +1,4 @@
-"""Nothing that is read is ever run: no pickles, no eval, no shell, and templates only in a sandbox."""
+"""No data is ever executed: no pickles, no eval, no shell, and templates only in a sandbox."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.test_layers import NAMES, tree
 
-#: Reading what these have written runs what it says.
+#: Reading their formats executes code.
 MODULES = {
     "cloudpickle", "code", "codeop", "dbm", "dill", "imp", "joblib", "jsonpickle", "marshal", "multiprocessing",
     "pickle", "pickletools", "runpy", "shelve", "xmlrpc", "yaml",
@@ -27,9 +27,9 @@ METHODS = {
 }
 #: Loaded when they are used: commands, and the parts of `llambo.testing`. The names are those of a table in the file.
 ALLOWED = {"cli/kit/command.py": "importlib.import_module", "testing/__init__.py": "importlib.import_module"}
-#: What must not be asked for, whatever is called.
+#: Keywords that no call may have.
 WORDS = {"allow_pickle": True, "shell": True}
-#: The one file that makes text of templates, and what it may take of the one engine for that.
+#: The one file that renders templates, and what it may import of the template engine.
 TEMPLATES = "worker/llama/prompt.py"
 SANDBOX = {
     "jinja2",
@@ -42,7 +42,7 @@ ENGINES = {"chameleon", "genshi", "jinja2", "mako", "tornado"}
 
 
 def faults(source: ast.AST) -> Iterator[str]:
-    """What is in here that may not be, with its line."""
+    """The forbidden uses in a file, with their lines."""
     for node in ast.walk(source):
         match node:
             case ast.Import(names):
@@ -57,7 +57,7 @@ def faults(source: ast.AST) -> Iterator[str]:
                     yield f"{node.lineno}: {name}"
                 yield from _words(keywords, node.lineno)
             case ast.Call(ast.Attribute(owner, name), _, keywords):
-                # re.compile is another thing, and builtins.eval the same.
+                # re.compile is allowed, builtins.eval is not.
                 if isinstance(owner, ast.Name) and ((owner.id, name) in METHODS or owner.id == "builtins"):
                     yield f"{node.lineno}: {owner.id}.{name}"
                 yield from _words(keywords, node.lineno)

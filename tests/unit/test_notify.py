@@ -12,8 +12,8 @@ from llambo.broker.records.state import State
 from llambo.broker.server import condition as of_broker
 from llambo.cli.services.service import LASTED_MS, Life, Restarts, next_life, pause_ms
 from llambo.mesh.service import journal
-from llambo.mesh.service.notify import Manager, Notifier, manager, message
 from llambo.mesh.service.notify_core import EXTEND_EVERY_MS, LOOK_MS, Condition, NotifyCore
+from llambo.mesh.service.service_manager import Manager, Notifier, manager, message
 from llambo.mesh.wire.timers import NEVER_MS
 
 READY = Condition("idle", ready=True)
@@ -23,11 +23,11 @@ STARTING = Condition("loading")
 # --- the notifier ------------------------------------------------------------------------------------------
 
 
-def test_ready_is_said_once_and_when_it_is_true() -> None:
+def test_ready_is_sent_once_and_when_it_is_true() -> None:
     notifier = NotifyCore()
     assert notifier.update(STARTING, 0) == ["STATUS=loading", "EXTEND_TIMEOUT_USEC=30000000"]
     assert notifier.update(READY, 1_000) == ["READY=1", "STATUS=idle"]
-    assert notifier.update(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is no start"
+    assert notifier.update(STARTING, 2_000) == ["STATUS=loading"], "a model that is loaded again is not a start"
     assert notifier.update(READY, 3_000) == ["STATUS=idle"]
 
 
@@ -55,7 +55,7 @@ def test_the_watchdog_is_fed_four_times_in_its_period_and_only_while_all_is_well
     assert fed == [0, 500, 1_000, 1_500, 2_000]
     sick = Condition("the engine stalled", ready=True, well=False)
     assert not [now for now in range(2_500, 9_000, 100) if "WATCHDOG=1" in notifier.update(sick, now)]
-    assert "WATCHDOG=1" in notifier.update(READY, 10_000), "it is fed again when it is well again"
+    assert "WATCHDOG=1" in notifier.update(READY, 10_000), "it is fed again after recovery"
 
 
 def test_what_is_stuck_is_looked_at_again_and_without_hurry() -> None:
@@ -64,7 +64,7 @@ def test_what_is_stuck_is_looked_at_again_and_without_hurry() -> None:
     assert notifier.next_wakeup_ms() == 5_000 + LOOK_MS
 
 
-def test_leaving_is_said_once_and_asks_for_time() -> None:
+def test_stopping_is_sent_once_and_asks_for_time() -> None:
     notifier = NotifyCore(watchdog_ms=4_000)
     notifier.update(READY, 0)
     leaving = Condition("stopping", ready=True, leaving=True)
@@ -109,7 +109,7 @@ def test_the_variables_are_used_up() -> None:
         ({"NOTIFY_SOCKET": "/"}, None),
     ],
 )
-def test_who_wants_to_hear(environ: dict[str, str], wanted: Manager | None) -> None:
+def test_where_notifications_are_sent(environ: dict[str, str], wanted: Manager | None) -> None:
     assert manager(environ, 7) == wanted
 
 
@@ -155,7 +155,7 @@ def test_failures_are_counted_in_the_runtime_directory(tmp_path: Path) -> None:
     assert Restarts(environ).begin(2_000) == 0
 
 
-def test_without_a_runtime_directory_nobody_counts() -> None:
+def test_without_a_runtime_directory_nothing_is_counted() -> None:
     restarts = Restarts({})
     assert [restarts.begin(now) for now in (0, 1, 2, 3)] == [0, 0, 0, 0]
     restarts.ended_well()

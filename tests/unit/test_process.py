@@ -1,4 +1,4 @@
-"""What a broker asks of the kernel when it begins."""
+"""The limits a broker asks the kernel for at its start."""
 
 from __future__ import annotations
 

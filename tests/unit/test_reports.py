@@ -1,4 +1,4 @@
-"""What a broker answers to queries, as typed rows: old and new versions read each other's."""
+"""A broker's answers to queries as typed rows: old and new versions read each other's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import reports
-from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.broker_bench import Client, request_id, small_mesh
 
 
 def answer(client: Client, what: str, argument: str = "") -> bytes:
@@ -18,8 +18,7 @@ def answer(client: Client, what: str, argument: str = "") -> bytes:
 
 
 def busy_mesh() -> Client:
-    bench = Bench(client_lease_ms=60_000, lease_ms=60_000)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(client_lease_ms=60_000, lease_ms=60_000)
     client.submit(1)
     worker.publish(worker.chunk(0, 5, 6))
     worker.end(2)

@@ -13,12 +13,22 @@ from llambo.gateway.apis.response_store import ResponseStore
 from llambo.mesh.client.request_options import build_request
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
-from tests.unit.gateway_bench import HEAD, answer, cut, events, payloads, prompt_of, ready, tokens_of
+from tests.unit.gateway_bench import (
+    CALL,
+    FUNCTION,
+    HEAD,
+    TEXTS,
+    answer,
+    cut,
+    events,
+    payloads,
+    prompt_of,
+    ready,
+    tokens_of,
+)
 from tests.unit.gateway_bench import whole as whole_body
 
 WEATHER = {"type": "function", "name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 ID = f"resp_{HEAD.id}"
 
 
@@ -53,7 +63,7 @@ def test_everything_that_is_understood_gets_to_the_mesh() -> None:
     assert ready(max_output_tokens=1_000_000).submission.options["max_tokens"] == 131_072
 
 
-def test_what_nobody_here_knows_is_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     more: dict[str, Any] = {
         "reasoning": {"effort": "low"},
         "service_tier": "auto",
@@ -124,7 +134,7 @@ def test_formats() -> None:
     assert json.loads(sampling(text=wanted)["json_schema"]) == schema
     assert json.loads(sampling(text={"format": {"type": "json_object"}})["json_schema"]) == {"type": "object"}
     assert sampling(text={"format": {"type": "text"}, "verbosity": "low"}) == sampling()
-    # and the answer says what was asked
+    # and the answer repeats what was asked
     assert whole_body(ready(text=wanted), answer("{}"))["text"] == wanted
 
 
@@ -296,21 +306,9 @@ def test_log_probabilities_come_with_their_text() -> None:
     assert [each["bytes"] for each in streamed[0]["content"][0]["logprobs"]] == [[0xC3], [0xA9]]
 
 
-TEXTS = [
-    "",
-    "plain text, no more",
-    f"Let me see. {CALL}\n{CALL}",
-    CALL,
-    f"{CALL} and then",
-    CALL[:50],
-    "<tool_ca",
-    "a < b",
-]
-
-
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str, seed: int) -> None:
+def test_a_stream_adds_up_to_the_whole_answer_and_can_be_repeated(text: str, seed: int) -> None:
     whole = answer(text, "stop" if text != CALL[:50] else "length")
     more: dict[str, Any] = {"tools": [WEATHER], "stream": True}
     once, again = [events(ready(**more), cut(text, seed), whole) for _ in range(2)]
@@ -320,7 +318,7 @@ def test_a_stream_comes_to_the_same_as_the_whole_and_can_be_told_again(text: str
     assert found[-1]["response"] == body
     items = [event["item"] for event in found if event["type"] == "response.output_item.done"]
     assert items == body["output"]
-    # What the deltas add up to is what the items say
+    # The sum of the deltas is the text of the items
     texts: dict[str, str] = {}
     for event in found:
         if event["type"].endswith(".delta"):

@@ -1,4 +1,4 @@
-"""Choosing a token, without a model: logits are made up, and what is native is done in numpy."""
+"""Choosing a token without a model: logits are invented, and numpy stands in for native code."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_indices_are_independent_of_each_other() -> None:
 
 
 def test_a_small_difference_of_logits_changes_few_choices() -> None:
-    """Workers that compute in other steps round otherwise; a stream that moves should still say the same."""
+    """Workers whose steps differ round differently; a stream that moves should still give the same tokens."""
     noise = np.random.default_rng(2).normal(0, 1e-4, WORDS).astype(np.float32)
     options = Sampling(temperature=1.0)
     pairs = [(sampler(options, s).choose(logits_of(), 0), sampler(options, s).choose(logits_of() + noise, 0))

@@ -1,4 +1,4 @@
-"""One vocabulary, four places, and errors that name the place."""
+"""One set of names, four sources, and errors that name the source."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("broker", "worker", "client", "gateway", "bridge")
 def load(
     *, file: str | None = None, env: dict[str, str] | None = None, tmp: Path | None = None, **flags: Any
 ) -> settings.Settings:
-    """Settings from these places only, whatever this machine has."""
+    """Settings from these sources only, not from this machine's."""
     places = []
     if file is not None:
         assert tmp is not None
@@ -219,8 +219,8 @@ def test_an_unknown_variable_is_only_a_warning() -> None:
     # Kubernetes, for one, sets LLAMBO_SERVICE_HOST for a service that is called llambo.
     found = load(env={"LLAMBO_SERVICE_HOST": "10.0.0.1", "LLAMBO_QUEUE_BYTE": "1", "LLAMBO_CONFIG": ""})
     assert found.warnings == (
-        "environment LLAMBO_QUEUE_BYTE is no setting; did you mean LLAMBO_QUEUE_BYTES or LLAMBO_QUEUE_MS?",
-        "environment LLAMBO_SERVICE_HOST is no setting",
+        "environment LLAMBO_QUEUE_BYTE is not a setting; did you mean LLAMBO_QUEUE_BYTES or LLAMBO_QUEUE_MS?",
+        "environment LLAMBO_SERVICE_HOST is not a setting",
     )
 
 

@@ -1,4 +1,4 @@
-"""More than one broker: where a client goes, what a worker tells whom, and what a broker makes of those who come."""
+"""Several brokers: which one a client chooses, what a worker reports to each, and clients that come from another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.worker.agent import events as e
-from tests.unit.broker_bench import Bench, Client, request_id
+from tests.unit.broker_bench import Bench, Client, request_id, small_mesh
 from tests.unit.test_worker_core import LATER, SESSION, Rig, dispatch, key_of, loaded
 
 # --- a client's link -----------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_connection_that_blinks_is_stayed_with() -> None:
     assert client.went == [0, 1]
 
 
-def test_silence_is_left_with_a_word_of_goodbye() -> None:
+def test_a_silent_broker_is_left_with_a_goodbye() -> None:
     client = Wanderer(2)
     client.welcome()
     client.wait(SILENT_MS)
@@ -125,7 +125,7 @@ def test_with_one_broker_there_is_nowhere_to_go() -> None:
     assert not any(isinstance(message, m.Goodbye) for message in client.sent)
 
 
-def test_a_young_broker_that_does_not_know_the_session_is_asked_again() -> None:
+def test_a_restarted_broker_that_does_not_know_the_session_is_asked_again() -> None:
     client = Wanderer(2)
     client.welcome()
     unknown = m.Problem(LlamboError(Code.UNKNOWN_SESSION, "say hello first").info())
@@ -159,7 +159,7 @@ def test_a_name_stands_for_all_its_addresses_of_one_family(monkeypatch: pytest.M
         sockets.resolve_all("nowhere")
 
 
-def test_a_lookup_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lookup_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = threading.Event()
     monkeypatch.setattr(sockets, "resolve_all", lambda addresses: [("10.0.0.1", 5)] if slow.wait(30) else [])
     lookup, dropped = Lookup("mesh"), Lookup("mesh")
@@ -219,7 +219,7 @@ def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
     rig = given(linked(), 0, 1)
     rig.actions = []
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
-    assert [(link, orphan.work.id) for link, orphan in sent(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
+    assert [(link, offer.work.id) for link, offer in sent(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
 
 
 def test_only_who_has_a_run_may_end_it() -> None:
@@ -252,11 +252,26 @@ def back(bench: Bench, route: bytes, who: bytes = b"me") -> Client:
 
 
 def held(number: int, ids: list[int], **fields: Any) -> tuple[m.InferenceRequest, bytes]:
-    """What a client says that comes from another broker."""
+    """The submit of a client that comes from another broker."""
     key = request_id(number) + b"\0\0\0\1old!"
     blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))] if ids else [])
     asked = m.InferenceRequest(request_id(number), "m", 10, have=len(ids), resume=True, prompt_bytes=size, **fields)
     return asked, blob
+
+
+def comes_from_another(bench: Bench, route: bytes, ids: list[int]) -> Client:
+    """The client of request 1 again, with the tokens it holds."""
+    client = back(bench, route)
+    asked, blob = held(1, ids)
+    client.send(asked, blob=blob)
+    return client
+
+
+def orphan(ids: list[int], **fields: Any) -> tuple[m.Orphan, bytes]:
+    """What a worker sends of a run of request 1 that another broker has dispatched."""
+    key = request_id(1) + b"\0\0\0\1old!"
+    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
+    return m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, **fields)), blob
 
 
 def test_the_load_that_others_make_counts() -> None:
@@ -274,10 +289,8 @@ def test_a_client_that_was_elsewhere_goes_on_with_what_it_holds() -> None:
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
     worker.publish(worker.chunk(0, 1, 2, 3))
-    # Elsewhere its answer went on in another way.
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2, 9, 9])
-    again.send(asked, blob=blob)
+    # On the other broker its answer continued differently.
+    again = comes_from_another(bench, b"2", [1, 2, 9, 9])
     assert [cancel.dispatch for cancel in worker.received(m.Cancel)] == [worker.dispatches[0].dispatch]
     worker.end(3, reason="cancelled")
     bench.pass_time(150)
@@ -292,9 +305,7 @@ def test_who_follows_another_continuation_here_is_not_disturbed() -> None:
     client.submit(1)
     other.send(m.Attach(request_id(1)))
     worker.publish(worker.chunk(0, 1, 2, 3))
-    asked, blob = held(1, [1, 9])
-    again = back(bench, b"3")
-    again.send(asked, blob=blob)
+    again = comes_from_another(bench, b"3", [1, 9])
     assert [problem.error.code for problem in again.problems] == [Code.EXPIRED]
     assert not worker.received(m.Cancel)
 
@@ -305,9 +316,7 @@ def test_what_was_cancelled_for_want_of_its_client_goes_on_when_that_is_back() -
     client.submit(1)
     client.send(m.Goodbye())
     worker.end(0, reason="cancelled")
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2])
-    again.send(asked, blob=blob)
+    again = comes_from_another(bench, b"2", [1, 2])
     bench.pass_time(150)
     assert not again.ends
     assert worker.dispatches[-1].prefix == [1, 2]
@@ -319,9 +328,7 @@ def test_what_its_user_has_cancelled_stays_cancelled() -> None:
     client = back(bench, b"1")
     client.submit(1)
     client.send(m.Cancel(request_id(1)))
-    again = back(bench, b"2")
-    asked, blob = held(1, [])
-    again.send(asked, blob=blob)
+    again = comes_from_another(bench, b"2", [])
     assert [end.reason for end in again.ends] == ["cancelled"]
 
 
@@ -341,47 +348,38 @@ def test_a_detached_run_of_another_broker_is_taken_in_for_who_attaches() -> None
     worker = bench.worker()
     bench.pass_time(1_500)
     client = bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
-    blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, [1, 2], [b"x", b"x"])])
-    work = m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size, detached=True)
-    worker.send(m.Orphan(work), blob=blob)
+    run, blob = orphan([1, 2], detached=True)
+    worker.send(run, blob=blob)
     assert not worker.received(m.Adopt)
     client.send(m.Attach(request_id(1)))
-    assert [adopt.dispatch for adopt in worker.received(m.Adopt)] == [key[16:]]
+    assert [adopt.dispatch for adopt in worker.received(m.Adopt)] == [run.work.dispatch]
     assert [page.total for page in client.received(m.Page)] == [2]
 
 
-def test_an_orphan_that_is_told_of_twice_is_adopted_and_not_stopped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
+def test_an_orphan_that_is_reported_twice_is_adopted_and_not_stopped() -> None:
+    _, worker, client = small_mesh()
     for ids in ([1, 2], [1, 2, 3, 4]):
-        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.send(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
+        run, blob = orphan(ids)
+        worker.send(run, blob=blob)
         if len(ids) == 2:
             asked, given_back = held(1, [1, 2])
             client.send(asked, blob=given_back)
     assert len(worker.received(m.Adopt)) == 2 and not worker.received(m.Cancel)
 
 
-def test_a_run_that_has_grown_since_it_was_told_of_is_waited_for() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
-    key = request_id(1) + b"\0\0\0\1old!"
-
-    def announce(ids: list[int]) -> None:
-        blob, size = transfer.pack(b"hello", [tokens.encode_chunk(key, 0, ids, [b"x"] * len(ids))])
-        worker.send(m.Orphan(m.Dispatch(request_id(1), key[16:], 5, "m", 10, 7, prompt_bytes=size)), blob=blob)
-
-    announce([1, 2])
+def test_a_run_that_has_grown_since_it_was_reported_is_waited_for() -> None:
+    _, worker, client = small_mesh()
+    run, blob = orphan([1, 2])
+    worker.send(run, blob=blob)
     asked, blob = held(1, [1, 2, 3])
     client.send(asked, blob=blob)
     assert not worker.received(m.Cancel) and not worker.received(m.Adopt)
-    announce([1, 2, 3, 4])
+    run, blob = orphan([1, 2, 3, 4])
+    worker.send(run, blob=blob)
     assert worker.received(m.Adopt) and not worker.received(m.Cancel)
 
 
-def test_link_states_of_a_client_that_wanders_are_legal() -> None:
+def test_link_states_of_a_client_that_changes_brokers_are_legal() -> None:
     client = Wanderer(2)
     for _ in range(5):
         client.welcome()
@@ -397,9 +395,7 @@ def test_an_end_before_the_tokens_that_a_client_holds_is_not_its_end() -> None:
     worker.publish(worker.chunk(0, 1))
     worker.end(1, reason="error")
     client.send(m.EndAck([request_id(1)]))
-    again = back(bench, b"2")
-    asked, blob = held(1, [1, 2, 3])
-    again.send(asked, blob=blob)
+    again = comes_from_another(bench, b"2", [1, 2, 3])
     bench.pass_time(150)
     assert not again.ends and not again.problems
     assert worker.dispatches[-1].prefix == [1, 2, 3]

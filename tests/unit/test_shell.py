@@ -19,7 +19,6 @@ from click.testing import CliRunner, Result
 from llambo.cli import main
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import Exit
-from llambo.cli.kit.shell_session import ShellSession
 from llambo.cli.shell.command_table import (
     TABLE,
     WATCHED,
@@ -30,7 +29,7 @@ from llambo.cli.shell.command_table import (
     settable,
 )
 from llambo.cli.shell.lines import BadLine, CommandCall, ModelPrompt, parse
-from llambo.cli.shell.shell import LINE_BYTES, Shell, stdin_lines
+from llambo.cli.shell.shell import LINE_BYTES, Shell, ShellSession, stdin_lines
 from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, mesh_names
 from llambo.mesh.wire.errors import LlamboError
 
@@ -308,7 +307,7 @@ def test_an_interrupt_ends_what_a_command_waits_for_and_not_the_next_command() -
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(forever(started))
         sender.join()
-        # A command that goes on asking after a Ctrl-C does not get an answer.
+        # A command that asks again after a Ctrl-C gets no answer.
         with pytest.raises(KeyboardInterrupt):
             shell.session.run(seven())
         shell.line("# the next one")
@@ -360,11 +359,11 @@ def test_no_history_is_no_reason_to_have_no_shell(tmp_path: Path, caplog: pytest
         kept = history({"XDG_STATE_HOME": str(tmp_path / "file")})
         kept.append_string("status")
         assert list(kept.get_strings()) == ["status"]
-        assert "no history is kept" in caplog.text
+        assert "no history is stored" in caplog.text
 
     full = history({"XDG_STATE_HOME": str(tmp_path)})
     (tmp_path / "llambo" / HISTORY_FILE).unlink()
     (tmp_path / "llambo" / HISTORY_FILE).mkdir()
     with caplog.at_level(logging.WARNING):
         full.append_string("status")
-    assert caplog.text.count("no history is kept") == 2
+    assert caplog.text.count("no history is stored") == 2

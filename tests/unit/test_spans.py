@@ -85,7 +85,7 @@ def test_a_move_is_seen_and_why() -> None:
     ],
 )
 def test_an_end_in_the_queue(last: tuple[int, str, str], name: str, error: str) -> None:
-    assert list(tracing.phases(story((0, "submitted", ""), last), Usage())) == [Phase(name, 0, 30, {}, error)]
+    assert list(tracing.phases(story((0, "submitted", ""), last), Usage(), error)) == [Phase(name, 0, 30, {}, error)]
 
 
 def test_an_adopted_run_and_a_story_without_its_middle() -> None:
@@ -124,7 +124,7 @@ def test_nothing_is_traced_unless_it_is_asked_for(environ: dict[str, str]) -> No
         {"OTEL_TRACES_EXPORTER": "zipkin"},
     ],
 )
-def test_what_cannot_be_done_is_said(environ: dict[str, str]) -> None:
+def test_what_cannot_be_done_is_reported(environ: dict[str, str]) -> None:
     with pytest.raises(LlamboError, match="OTLP over HTTP only") as refused:
         traces_of(environ)
     assert refused.value.code is Code.BAD_SETTING

@@ -95,7 +95,7 @@ def test_a_very_slow_worker_is_ejected_tried_and_taken_back() -> None:
     kinds = [event.kind for event in bench.state.journal.entries]
     assert "worker slow" in kinds
     assert "9.0 tokens/s" in entry(bench, slow).speed.note
-    # Then it gets nothing, although it alone is free
+    # Then it gets nothing, although only it is free
     for number in range(5):
         client.submit(number)
     assert share(bench, workers) == [2, 2, 0]
@@ -104,14 +104,14 @@ def test_a_very_slow_worker_is_ejected_tried_and_taken_back() -> None:
     assert share(bench, workers) == [2, 2, 1]
     client.submit(5)
     assert share(bench, workers) == [2, 2, 1]
-    # When it is slow still, then it is left alone for twice as long
+    # When it is still slow, then it is ejected for twice as long
     run(bench, {**usual, slow: 9.0}, 3)
     assert entry(bench, slow).speed.ejected
     run(bench, usual, 15)
     assert entry(bench, slow).speed.ejected
     run(bench, usual, 5)
     assert entry(bench, slow).speed.trial
-    # When it is at its pace again, then it is one of them
+    # When it is as fast as the others again, then it gets work as they do
     run(bench, {**usual, slow: 80.0}, 3)
     assert not entry(bench, slow).speed.trial
     assert share(bench, workers) == [2, 2, 2]
@@ -122,7 +122,7 @@ def test_never_more_than_half_are_ejected() -> None:
     bench, workers, _ = mesh(1, 1, 1, 1)
     run(bench, dict(zip(workers, (100.0, 100.0, 5.0, 5.0), strict=True)), 5)
     assert [entry(bench, worker).speed.ejected for worker in workers] == [False, False, True, True]
-    # Those who remain are fewer now, and so one is needed again
+    # Fewer remain now, and so one is needed again
     workers[0].send(m.Goodbye())
     run(bench, {workers[1]: 100.0}, 2)
     assert sum(entry(bench, worker).speed.ejected for worker in workers[1:]) == 1
@@ -211,7 +211,7 @@ def refuse(worker: Worker) -> None:
     worker.beat(seq=10**6, claims={})
 
 
-def test_refusals_have_a_budget_and_then_the_client_is_told_when_to_come_back() -> None:
+def test_refusals_have_a_budget_and_then_the_client_gets_a_retry_time() -> None:
     bench, (worker,), client = mesh(1, retry_reserve=5)
     client.submit(1)
     for _ in range(5):
@@ -224,7 +224,7 @@ def test_refusals_have_a_budget_and_then_the_client_is_told_when_to_come_back() 
     assert end.error.retry_after_ms == 10_000
     assert "full" in end.error.text
     assert bench.state.counters.faults.retries_denied == 1
-    # When some time has passed, then there is something again
+    # When some time has passed, then there is credit again
     bench.now_ms += 3_000
     worker.beat(seq=10**6)
     client.submit(2)

@@ -64,7 +64,7 @@ def test_a_gap_is_named_and_closed_by_what_was_missing() -> None:
     assert stream.seen_index == 7
     # When the missing ones arrive
     assert stream.add(chunk(1, 4))
-    # Then the early one follows by itself
+    # Then the early one follows
     assert stream.take()[0] == [0, 1, 2, 3, 4, 5, 6]
     assert stream.gap is None
     assert stream.stashed == 1
@@ -78,7 +78,7 @@ def test_a_replay_that_reaches_into_the_stash_makes_no_doubles() -> None:
     assert stream.take()[0] == list(range(12))
 
 
-def test_the_final_flag_tells_how_long_the_answer_is() -> None:
+def test_the_final_flag_gives_the_length_of_the_answer() -> None:
     stream = Reassembly()
     stream.add(chunk(1, 1, tokens.FINAL))
     assert stream.final_index is None

@@ -7,7 +7,7 @@ import msgpack
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code
-from tests.unit.broker_bench import Bench, Client, Worker, request_id
+from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
 
 
 def die(worker: Worker, *numbers: int, made: int = 0, outside: bool = False, text: str = "SIGSEGV") -> None:
@@ -162,8 +162,7 @@ def test_a_suspect_whose_worker_is_lost_stays_a_suspect_and_is_not_ended() -> No
 
 
 def test_a_request_is_given_up_after_a_number_of_engine_deaths_from_outside() -> None:
-    bench = Bench(lease_ms=10**6, engine_failures=3)
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh(lease_ms=10**6, engine_failures=3)
     client.submit(1)
     for _ in range(3):
         assert client.ends == []
@@ -188,8 +187,7 @@ def test_a_cancelled_suspect_counts_until_its_slot_is_free() -> None:
 
 
 def test_a_result_clears_a_suspect_when_it_is_there() -> None:
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(lease_ms=10**6)
     client.submit(1, task="model_info", prompt=b"", max_tokens=2)
     client.submit(2)
     die(worker, 1, 2, made=1)
@@ -240,8 +238,7 @@ def test_a_worker_that_tries_a_suspect_of_another_broker_is_given_none() -> None
 
 def test_a_suspect_that_outlives_its_broker_stays_one() -> None:
     # Given a run that was dispatched as a suspect, by a broker that is gone
-    bench = Bench(lease_ms=10**6)
-    worker, client = bench.worker(), bench.client()
+    bench, worker, client = small_mesh(lease_ms=10**6)
     work = m.Dispatch(request_id(1), b"\0\0\0\2dead", 1, "m", 10, 1, prompt_bytes=5, suspect=2)
     worker.send(m.Orphan(work, True), blob=b"hello" + msgpack.packb([]))
     client.send(m.InferenceRequest(request_id(1), "m", 10, resume=True), blob=b"hello")

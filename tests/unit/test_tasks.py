@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh.client.client_tasks import Collector
+from llambo.mesh.client.answer_stream import Collector
 from llambo.mesh.link.link_core import Publish, Send
 from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m
@@ -18,7 +18,7 @@ from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
 from llambo.worker.engine.protocol import Output, Start
-from tests.unit.broker_bench import Bench, Worker, request_id
+from tests.unit.broker_bench import Bench, Worker, request_id, small_mesh
 from tests.unit.test_fake_engine import run
 from tests.unit.test_worker_core import dispatch, joined, key_of, replayed
 
@@ -42,7 +42,7 @@ def page(worker: Worker, first: int, until: int, total: int = 3) -> m.Page:
 def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
-    # Given a client that asks for a stream of it all the same
+    # Given a client that asks for a stream of it nevertheless
     id = client.submit(1, stream=True, **EMBED)
     assert worker.dispatches[0].task == "embed"
     worker.send(page(worker, 0, 2))
@@ -53,7 +53,7 @@ def test_a_result_comes_whole_with_the_end_and_nothing_of_it_before() -> None:
     # When the rest is here
     worker.send(page(worker, 2, 3))
     worker.end(3, reason="stop")
-    # Then it goes to the one who asked, on control
+    # Then it is sent to the client that asked, on the control plane
     assert [(end.count, end.reason) for end in client.ends] == [(3, "stop")]
     assert [piece for frame in client.received(m.Page)[-1].chunks for piece in pieces_in(frame)] == PIECES
     assert client.streamed() == []
@@ -93,8 +93,7 @@ def test_a_result_that_is_here_needs_no_other_worker_if_only_the_end_was_lost() 
 
 @pytest.mark.parametrize("how", ["cancel", "error"])
 def test_of_a_task_that_does_not_end_well_nothing_is_delivered(how: str) -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     id = client.submit(1, **EMBED)
     worker.send(page(worker, 0, 2))
     if how == "cancel":
@@ -107,7 +106,7 @@ def test_of_a_task_that_does_not_end_well_nothing_is_delivered(how: str) -> None
     assert client.received(m.Page) == []
 
 
-def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
+def test_attaching_to_a_task_is_refused_because_it_makes_no_stream() -> None:
     bench = Bench()
     worker, client, other = bench.worker(), bench.client(b"a"), bench.client(b"b")
     id = client.submit(1, detached=True, **EMBED)
@@ -116,15 +115,14 @@ def test_who_only_attaches_to_a_task_is_told_that_it_makes_no_stream() -> None:
     worker.end(3, reason="stop")
     other.send(m.Attach(id))
     assert [(p.error.code, p.id) for p in other.problems] == [(Code.BAD_REQUEST, id)] * 2
-    # While its own client, back on another link, says the same request again and gets it
+    # While its own client, back on another link, sends the same request again and gets it
     back = bench.client(b"c")
     back.submit(1, have=1, **EMBED)
     assert [(p.first, p.next) for p in back.received(m.Page)] == [(1, 3)]
 
 
 def test_room_is_set_aside_for_a_result_and_more_is_refused() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     client.submit(1, task="embed", max_tokens=limits.RESULT_PIECES + 1)
     assert [p.error.code for p in client.problems] == [Code.TOO_LONG]
     client.submit(2, b"", task="model_info", max_tokens=4)
@@ -242,7 +240,7 @@ def test_room_is_asked_for_by_what_goes_in() -> None:
         (m.End(request_id(1), 0, "cancelled"), Code.CANCELLED),
     ],
 )
-def test_who_waits_for_a_result_is_told_why_there_is_none(end: m.End, code: Code) -> None:
+def test_clients_that_wait_for_a_result_get_the_reason_for_its_absence(end: m.End, code: Code) -> None:
     async def wait() -> None:
         collector = Collector()
         collector.deliver([0], [b"part"], ())

@@ -1,4 +1,4 @@
-"""The gate: what may be shown, when."""
+"""The text gate: which text may be delivered, and when."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llambo.worker.llama.text_gate import TextGate, incomplete_bytes
 
 
 def run(stops: list[str], pieces: list[bytes]) -> tuple[list[int], bytes, bool]:
-    """All that comes out of a gate, and whether it stopped."""
+    """The output of a gate, and whether it stopped."""
     gate, ids, text = TextGate(stops), list[int](), b""
     for token, piece in enumerate(pieces):
         out_ids, out_pieces, stopped = gate.push(token, piece)
@@ -51,10 +51,10 @@ def test_a_stop_string_is_never_half_shown() -> None:
     gate = TextGate(["###"])
     assert gate.push(1, b"a#") == ([], [], False)
     assert gate.push(2, b"#") == ([], [], False)
-    # It was none after all: everything that waited goes
+    # It was no stop string: everything that waited is delivered
     assert gate.push(3, b"b") == ([1, 2, 3], [b"a#", b"#", b"b"], False)
     assert gate.push(4, b"c##") == ([], [], False)
-    # It is one: the text before it goes with its token
+    # It is one: the text before it is delivered with its token
     assert gate.push(5, b"#d") == ([4], [b"c"], True)
     assert gate.stop_string == "###"
 

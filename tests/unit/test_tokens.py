@@ -49,7 +49,7 @@ def test_logprobs_are_a_third_element_and_a_fourth_is_ignored() -> None:
         assert found.body.logprobs == [tokens.Logprob(-0.5)]
 
 
-def test_logprobs_come_back_as_they_were_and_nobody_else_pays_for_them() -> None:
+def test_logprobs_come_back_as_they_were_and_cost_other_chunks_nothing() -> None:
     found = tokens.decode_chunk(CHUNK_WITH_LOGPROBS)
     assert found is not None and found.body.logprobs == LOGPROBS
     plain = tokens.decode_chunk(CHUNK)

@@ -1,4 +1,4 @@
-"""Calls in the text of an answer, cut anywhere."""
+"""Tool calls in the text of an answer, cut at any place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, ToolCalls, call_id
 from tests.unit.gateway_bench import collect
 
-#: How fast this machine is just now is not what is tried here.
+#: No deadline: the speed of this machine is not under test.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEED = "00" * 16
 ID = call_id(SEED, 0)
@@ -20,7 +20,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 
 
 def parse(*texts: str) -> list[Delta]:
-    """Neighbours of one kind are joined."""
+    """Adjacent deltas of one kind are joined."""
     parser = ToolCalls(SEED)
     joined: list[Delta] = []
     for delta in [delta for text in texts for delta in parser.feed(text)] + parser.finish():

@@ -216,7 +216,7 @@ def test_each_look_asks_for_what_is_new_and_a_new_broker_for_everything() -> Non
     assert look() == ([], [])
     client.numbers.append(4)
     assert look() == ([4], [4])
-    client.numbers = [1, 2, 3, 4, 5]  # of another broker, which answers what the first one was asked
+    client.numbers = [1, 2, 3, 4, 5]  # of another broker, which answers the query to the first one
     client.meanwhile = gatherer.forget
     assert look() == ([], [])
     client.meanwhile = lambda: None

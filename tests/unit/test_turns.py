@@ -34,7 +34,7 @@ class Room:
         return put
 
     def serve(self) -> Request | None:
-        """As dispatching does."""
+        """Takes the next request, as dispatching does."""
         request = self.room.first(Lane("m"))
         if request is not None:
             request.run.attempt += 1
@@ -101,7 +101,7 @@ def test_who_has_enough_at_work_is_passed_over_and_comes_back_in_its_turn() -> N
     assert room.serve_names(3) == "bab"
 
 
-def test_nobody_goes_when_all_have_enough_at_work() -> None:
+def test_none_is_dispatched_when_all_are_at_their_running_limit() -> None:
     room = Room(a=1, b=1)
     room.put("a", 5)
     room.put("b", 5)

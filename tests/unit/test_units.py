@@ -1,4 +1,4 @@
-"""The units as they are written: for this machine, for a person, and as systemd judges them."""
+"""The systemd units: for a machine, for a user, and checked by systemd-analyze."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_persons_manager_is_not_asked_for_what_it_cannot_do(name: str) -> None
     text = unit(name, USER)
     assert not {key for key, _ in directives(text)} & NOT_FOR_USERS
     assert "multi-user.target" not in text
-    # No comment without what it is about.
+    # No comment without its setting.
     for before, after in zip(text.split("\n"), [*text.split("\n")[1:], ""], strict=True):
         assert not (before.startswith("#") and after == "" and "nothing" in before)
 
@@ -175,7 +175,7 @@ if not hindrance_to_analyze():
             ("llambo/broker.env", "LLAMBO_PROT=1\n", "did you mean LLAMBO_PORT"),
             ("llambo/broker.env", "just words\n", "line 1 is not NAME=value"),
             ("llambo/llambo.toml", "[worker]\nslot = 1\n", "did you mean slots"),
-            ("llambo/worker-a.key", "no key\n", "that is no key"),
+            ("llambo/worker-a.key", "no key\n", "this is not a key"),
             ("llambo/worker-a.env", "LLAMBO_KEY=llambo-key-1.x\n", "others can read it"),
         ],
     )
@@ -191,7 +191,7 @@ if not hindrance_to_analyze():
         assert bad
         assert any(complaint in finding.text for finding in bad), bad
 
-    def test_a_door_without_a_key_is_found(written: tuple[Place, Path]) -> None:
+    def test_a_port_without_a_key_is_found(written: tuple[Place, Path]) -> None:
         place, root = written
         path = root / "etc/systemd/system" / units.LISTEN
         path.parent.mkdir()

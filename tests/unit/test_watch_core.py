@@ -26,13 +26,13 @@ from llambo.gateway.dashboard.watch_core import (
 )
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import reports
-from tests.unit.broker_bench import Bench, Client
+from tests.unit.broker_bench import Bench, Client, small_mesh
 
 NOW = 1_800_000_000_000
 
 
 def answers(client: Client, before: Picture = EMPTY) -> Answers:
-    """What a broker says in one round."""
+    """A broker's answers in one round."""
 
     def ask(what: str, argument: str = "") -> bytes:
         client.send(m.Query(1, what, argument))
@@ -126,8 +126,7 @@ def test_without_changes_nothing_is_sent() -> None:
 
 
 def test_only_what_is_different_of_a_worker_is_sent() -> None:
-    bench = Bench()
-    worker, client = bench.worker(), bench.client()
+    _, worker, client = small_mesh()
     before = picture(EMPTY, answers(client), NOW)
     worker.beat(rate=5.0)
     update = changes(before, picture(before, answers(client, before), NOW), NOW)

@@ -1,4 +1,4 @@
-"""The worker core: facts in, orders out. What is true between events is checked after every one of them."""
+"""The worker core: events in, actions out. The invariants are checked after every event."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Rig:
-    """A core, a clock, and everything it ordered since somebody last asked."""
+    """A core, a clock, and all actions since the last `take`."""
 
     def __init__(self, **config: Any) -> None:
         self.core = WorkerCore(
@@ -46,23 +46,23 @@ class Rig:
         return self.on(e.ControlArrived(0, self.session if session is None else session, [(message, blob)]))
 
     def wait(self, ms: int) -> Rig:
-        """Let time pass, waking the core when it wants to be woken."""
+        """Let time pass with a Tick whenever the core asks for one."""
         until = self.now + ms
         while (wake := self.core.next_wakeup_ms()) <= until:
             self.now = max(self.now, wake)
             self.on(e.Ticked())
-            assert self.core.next_wakeup_ms() > self.now, "the core wants to be woken for ever"
+            assert self.core.next_wakeup_ms() > self.now, "the core asks for one Tick after another"
         self.now = until
         return self
 
     def alive(self, ms: int) -> Rig:
-        """Let time pass with a broker that beats."""
+        """Let time pass with a broker that sends heartbeats."""
         for _ in range(ms // 100):
             self.wait(100).receive(m.BrokerHeartbeat(1, self.core.links[0].beats.number))
         return self
 
     def take(self, kind: type[T]) -> list[T]:
-        """The orders of one kind so far; all others are forgotten."""
+        """The actions of one kind so far; all others are dropped."""
         found: list[T] = [action for action in self.actions if isinstance(action, kind)]
         self.actions = []
         return found
@@ -112,7 +112,7 @@ def chunks(rig: Rig) -> list[dict[str, Any]]:
 # --- joining -----------------------------------------------------------------------------------------
 
 
-def test_hello_is_said_while_the_engine_loads() -> None:
+def test_hello_is_sent_while_the_engine_loads() -> None:
     # Given a worker that starts
     rig = Rig(model="models/tiny.gguf").on(e.Ticked())
     # Then its engine is started and the broker is greeted, with what is known by now
@@ -126,11 +126,11 @@ def test_hello_is_said_while_the_engine_loads() -> None:
     rig.on(proto.Progress("loading tiny: 43 %", percent=43)).alive(300)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent, beat.note) == ("starting", 43, "loading tiny: 43 %")
-    # And nothing can be given to it
+    # And it accepts nothing
     assert rig.receive(dispatch(1), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
-def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
+def test_what_was_loaded_is_in_every_heartbeat_after_a_hello_that_came_too_early() -> None:
     rig = Rig().on(e.Ticked()).receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
     rig.on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
     assert rig.take(e.NotifyReady) == []
@@ -140,7 +140,7 @@ def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_
     assert len(beats) >= 4
     assert {(beat.state, beat.percent, beat.slots) for beat in beats} == {("ready", 0, 3)}
     assert all(beat.models == MODELS for beat in beats)
-    # A later hello knows it
+    # A later hello contains it
     rig.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).wait(200)
     (hello,) = rig.sent(m.WorkerHello)
     assert (hello.models, hello.slots, hello.state) == (MODELS, 3, "ready")
@@ -149,16 +149,16 @@ def test_what_was_loaded_is_told_in_every_heartbeat_after_a_hello_that_came_too_
     assert {len(beat.models) for beat in rig.alive(500).sent(m.WorkerHeartbeat)} == {0}
 
 
-def test_a_hello_that_is_said_again_says_the_same() -> None:
+def test_a_repeated_hello_is_the_same() -> None:
     rig = Rig().on(e.Ticked()).on(proto.Ready(MODELS, 3)).wait(600)
     first, second = rig.sent(m.WorkerHello)
     assert first == second
-    # And the heartbeats say what it could not
+    # And the heartbeats report what the hello could not
     beat = rig.receive(m.Welcome(SESSION, 7332), session=NO_SESSION).sent(m.WorkerHeartbeat)[0]
     assert (beat.models, beat.slots) == (MODELS, 3)
 
 
-def test_an_engine_that_starts_again_is_told_as_loading() -> None:
+def test_an_engine_that_restarts_is_reported_as_loading() -> None:
     rig = joined().on(e.EngineDied("it died")).alive(300).on(proto.Progress("x: 7 %", percent=7)).alive(200)
     beat = rig.sent(m.WorkerHeartbeat)[-1]
     assert (beat.state, beat.percent) == ("starting", 7)
@@ -283,7 +283,7 @@ def test_a_step_is_one_order_with_one_frame_for_each_run() -> None:
     ]
 
 
-def test_the_end_tells_which_stop_string_it_was() -> None:
+def test_the_end_names_the_stop_string() -> None:
     rig = running(1, 2)
     rig.on(proto.Step([Output(key_of(1), [10], [b"a"], "stop", stop="##"), Output(key_of(2), [20], [b"c"], "stop")]))
     assert [(end.reason, end.stop) for end in rig.sent(m.End)] == [("stop", "##"), ("stop", "")]
@@ -303,7 +303,7 @@ def test_a_chunk_longer_than_a_frame_is_cut() -> None:
     assert tokens.ids_of(frames) == list(range(10))
 
 
-def test_end_is_said_until_it_is_acknowledged() -> None:
+def test_end_is_sent_until_it_is_acknowledged() -> None:
     # Given a run that has ended
     rig = running(1).step(key_of(1), [1, 2], "length")
     end = m.End(b"\1" * 16, 2, "length", b"dispatch")
@@ -351,7 +351,7 @@ def test_a_replay_is_one_coalesced_chunk(first: int, until: int, ids: list[int])
     rig.actions = []
     # When a part is asked for
     page = replayed(rig, first, until)
-    # Then it is what we have of it: the prefix is the broker's own
+    # Then only the worker's own tokens are sent: the broker has the prefix
     assert [i for chunk in page.chunks for i in tokens.describe(chunk)["ids"]] == ids
     assert page.total == 6
     assert page.next - page.first == len(ids)
@@ -424,7 +424,7 @@ def test_cancel_stops_the_engine_and_answers_with_end() -> None:
     rig.receive(m.Cancel(b"\1" * 16, b"dispatch"))
     assert e.StopRun(key_of(1)) in rig.actions
     assert rig.sent(m.End) == [m.End(b"\1" * 16, 2, "cancelled", b"dispatch")]
-    # Tokens that were on their way go nowhere, and the slot is free.
+    # Tokens that were in flight are dropped, and the slot is free.
     assert chunks(rig.step(key_of(1), [3])) == []
     assert len(rig.receive(dispatch(2), b"p").take(e.StartRun)) == 1
 
@@ -483,12 +483,12 @@ def test_no_two_suspects_run_together_whichever_broker_sends_them() -> None:
     other = structs.replace(dispatch(2), suspect=0)
     assert rig.receive(other, b"p").sent(m.Reject)[0].error == ErrorInfo(Code.BUSY, "another suspect is running here")
     assert rig.receive(dispatch(3), b"p").sent(m.Accept)
-    # ... until the first one has got past it
+    # ... until the first one is past that token
     rig.step(key_of(1), [3])
     assert rig.receive(other, b"p").sent(m.Accept)
 
 
-def test_an_engine_that_was_killed_by_somebody_else_is_told_so() -> None:
+def test_an_engine_killed_from_outside_is_reported_so() -> None:
     rig = running(1)
     rig.actions = []
     assert rig.on(e.EngineDied("SIGKILL", outside=True)).sent(m.EngineLost)[0].outside
@@ -518,7 +518,7 @@ def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
     rig.alive(1_000)
     assert e.KillEngine() in rig.actions
     assert rig.sent(m.EngineLost)[0].runs == [key_of(1)]
-    # Its death is awaited before another is started.
+    # Another engine is started only after its death.
     rig.alive(5_000)
     assert rig.take(e.SpawnEngine) == []
     rig.on(e.EngineDied("SIGKILL")).alive(300)
@@ -553,7 +553,7 @@ def test_an_engine_that_never_loads_is_killed() -> None:
     assert rig.wait(100).take(e.KillEngine) == [e.KillEngine()]
 
 
-def test_an_engine_that_comes_back_different_is_told_in_the_same_session() -> None:
+def test_an_engine_that_comes_back_different_is_reported_in_the_same_session() -> None:
     rig = joined().on(e.EngineDied("x")).alive(300)
     rig.actions = []
     beat = rig.on(proto.Ready([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
@@ -622,7 +622,7 @@ def test_orphans_take_slots_and_say_so() -> None:
     assert rig.receive(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
 
-def test_what_nobody_adopts_is_stopped() -> None:
+def test_a_run_that_no_broker_adopts_is_stopped() -> None:
     rig = back(lost(1, orphan_ms=700).step(key_of(1), [1]))
     rig.alive(400)
     assert len(rig.core.runs) == 1
@@ -653,7 +653,7 @@ def test_nothing_is_published_or_sent_without_a_session() -> None:
     assert [action for action in rig.actions if isinstance(action, Publish | Send)] == []
 
 
-def test_a_refused_hello_is_told_to_the_operator_and_tried_again() -> None:
+def test_a_refused_hello_is_logged_and_tried_again() -> None:
     rig = loaded()
     rig.actions = []
     rig.receive(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
@@ -679,7 +679,7 @@ def test_stop_drains_and_then_leaves() -> None:
     rig = running(1)
     # When the worker is ordered to stop
     rig.on(e.StopRequested())
-    # Then it says so and takes nothing new
+    # Then it reports that and accepts nothing new
     assert rig.sent(m.WorkerHeartbeat)[-1].state == "draining"
     assert rig.receive(dispatch(2), b"p").sent(m.Reject)[0].error.code is Code.BUSY
     # And leaves when the run was delivered
@@ -732,7 +732,7 @@ def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_s
     logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
     assert rig.take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
     assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
-    # It is careful from then on, and what dies all the same waits as before.
+    # From then on it has safe settings, and a restart waits as before.
     rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died"))
     rig.actions = []
     assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
-from llambo.cli.fleet.site import fleet_options, run, silent, site
+from llambo.cli.fleet.site import fleet_options, no_report, run, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.tables import duration, number, show_json, size, table
+from llambo.cli.kit.tables import NumberText, Row, duration, number, show_json, size, table
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.site import Site
-    from llambo.fleet.file.versions import Versions
     from llambo.fleet.model import NodeClass
-    from llambo.fleet.run.node_manager import NodeManager, Snapshot
+    from llambo.fleet.node_manager import NodeManager, Snapshot
+    from llambo.fleet.orchestrator import OrchestratorState
+    from llambo.fleet.versions import Versions
 
 STATUS_EXAMPLES = """
 llambo fleet status
@@ -34,6 +38,55 @@ CLASS_COLUMNS = ("class", "there", "ready", "starting", "draining", "min", "max"
 #: How many events are shown.
 SHOWN = 10
 NODE_COLUMNS = ("node", "class", "host", "state", "busy", "pid", "up", "note")
+
+
+class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A node, as `--json` prints it."""
+
+    node: str
+    node_class: str = msgspec.field(name="class")
+    host: str
+    #: A state of the world, or `ended`.
+    state: str
+    busy: int = 0
+    slots: int
+    pid: int = 0
+    begun_ms: int
+    #: Its settings are those in force.
+    current: bool = True
+    note: str
+
+
+class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
+    node_class: str = msgspec.field(name="class")
+    there: int
+    ready: int
+    starting: int
+    draining: int
+    ended: int
+    min: int
+    max: int
+    busy: int
+    slots: int
+    memory_bytes: int
+
+
+class UpdateRow(msgspec.Struct, frozen=True):
+    node_class: str = msgspec.field(name="class")
+    note: str
+
+
+class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
+    fleet: str
+    broker: str
+    #: The broker answers.
+    answers: bool
+    state: str
+    orchestrator: OrchestratorState | None
+    updates: list[UpdateRow]
+    classes: list[ClassRow]
+    away: dict[str, str]
+    nodes: list[NodeRow]
 
 
 @click.command(cls=Command, examples=STATUS_EXAMPLES)
@@ -52,24 +105,24 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     ended      it has ended by itself; apply starts another one
     """
     here = site(common, file, state)
-    manager = here.node_manager(silent)
+    manager = here.node_manager(no_report)
     snapshot = run(manager.look())
     found = _found(here, manager, snapshot)
     if as_json:
-        show_json(found)
+        show_json(msgspec.to_builtins(found))
         return
     if snapshot.workers is None:
         click.echo(f"the broker at {manager.address} does not answer: only the processes are shown", err=True)
-    table(CLASS_COLUMNS, [_class_row(row) for row in found["classes"]], nothing="")
+    table(CLASS_COLUMNS, [_class_cells(row) for row in found.classes])
     click.echo()
     nothing = "nothing runs: `llambo fleet apply` starts it"
-    table(NODE_COLUMNS, [_node_row(row) for row in found["nodes"]], nothing=nothing, fixed=2)
-    for row in found["updates"]:
-        click.echo(printable(f"\n{row['class']}: {row['note']}"))
-    for name, why in found["away"].items():
+    table(NODE_COLUMNS, [_node_cells(row) for row in found.nodes], nothing=nothing, fixed=2)
+    for row in found.updates:
+        click.echo(printable(f"\n{row.node_class}: {row.note}"))
+    for name, why in found.away.items():
         click.echo(printable(f"{name} is away: {why}"))
-    if found["orchestrator"]:
-        _show_orchestrator(found["orchestrator"])
+    if found.orchestrator is not None:
+        _show_orchestrator(found.orchestrator)
 
 
 @click.command(cls=Command, examples=LOGS_EXAMPLES)
@@ -81,7 +134,7 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
 def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) -> None:
     """Show the end of the log of a node, also of one that has ended."""
     here = site(common, file, state)
-    text = run(_log_of(here.node_manager(silent), Path(node).name))
+    text = run(_log_of(here.node_manager(no_report), Path(node).name))
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
@@ -98,99 +151,98 @@ async def _log_of(manager: NodeManager, node: str) -> str | None:
         return await manager.providers.fetch_log_tail(node) if known else None
 
 
-def _found(here: Site, manager: NodeManager, snapshot: Snapshot) -> dict[str, Any]:
-    from llambo.fleet.run.orchestrator import read_state
+def _found(here: Site, manager: NodeManager, snapshot: Snapshot) -> FleetStatus:
+    from llambo.fleet.orchestrator import read_state
 
     versions = here.versions().read()
     fingerprints = versions.fingerprints(versions.note(here.fleet, snapshot.world))
     nodes = [
-        {
-            "node": node.name, "class": node.node_class, "host": node.host, "state": node.state.value,
-            "busy": node.busy, "slots": node.slots, "pid": manager.providers.pid(node.name) or 0,
-            "begun_ms": node.begun_ms, "current": fingerprints.get(node.node_class) == node.fingerprint,
-            "note": node.note,
-        }
+        NodeRow(
+            node=node.name, node_class=node.node_class, host=node.host, state=node.state.value, busy=node.busy,
+            slots=node.slots, pid=manager.providers.pid(node.name) or 0, begun_ms=node.begun_ms,
+            current=fingerprints.get(node.node_class) == node.fingerprint, note=node.note,
+        )
         for node in snapshot.world.nodes
     ]  # fmt: skip
     nodes += [
-        {
-            "node": record.name, "class": record.node_class, "host": record.host, "state": "ended", "busy": 0,
-            "slots": record.slots, "pid": 0, "begun_ms": record.begun_ms, "current": True,
-            "note": _last_line(manager.providers.log_tail(record.name)),
-        }
+        NodeRow(
+            node=record.name, node_class=record.node_class, host=record.host, state="ended", slots=record.slots,
+            begun_ms=record.begun_ms, note=_last_line(manager.providers.log_tail(record.name)),
+        )
         for record in snapshot.ended
     ]  # fmt: skip
-    return {
-        "fleet": here.fleet.name,
-        "broker": manager.address,
-        "answers": snapshot.workers is not None,
-        "state": str(here.state),
-        "orchestrator": read_state(here.state) if here.orchestrator() else None,
-        "updates": _updates(versions, fingerprints),
-        "classes": [_class(spec, nodes, snapshot) for spec in here.fleet.all_classes()],
-        "away": snapshot.away(),
-        "nodes": sorted(nodes, key=lambda row: str(row["node"])),
-    }
+    return FleetStatus(
+        fleet=here.fleet.name,
+        broker=manager.address,
+        answers=snapshot.workers is not None,
+        state=str(here.state),
+        orchestrator=read_state(here.state) if here.orchestrator() else None,
+        updates=list(_updates(versions, fingerprints)),
+        classes=[_class(spec, nodes, snapshot) for spec in here.fleet.all_classes()],
+        away=snapshot.away(),
+        nodes=sorted(nodes, key=lambda row: row.node),
+    )
 
 
-def _updates(versions: Versions, fingerprints: dict[str, str]) -> list[dict[str, str]]:
+def _updates(versions: Versions, fingerprints: dict[str, str]) -> Iterator[UpdateRow]:
     """Classes whose workers do not have the settings of the file, and why."""
-    found = []
     for name, fingerprint in fingerprints.items():
         if why := versions.stopped(name, fingerprint):
-            found.append({"class": name, "note": f"its update has stopped: {why}"})
+            yield UpdateRow(name, f"its update has stopped: {why}")
         elif name in versions.classes and versions.classes[name].refused:
-            found.append(
-                {"class": name, "note": "its settings in the file were rolled back; those before are in force"}
-            )
-    return found
+            yield UpdateRow(name, "its settings in the file were rolled back; those before are in force")
 
 
-def _show_orchestrator(state: dict[str, Any]) -> None:
-    click.echo(f"\nan orchestrator runs, pid {state['pid']}")
-    for name, why in state["held"].items():
-        click.echo(f"{name} needs more workers for its load, but {why}")
-    if state.get("update"):
-        click.echo(printable(f"an update is under way, {state['update']}"))
-    for text in state["refused"]:
-        click.echo(printable(text))
+def _show_orchestrator(state: OrchestratorState) -> None:
     now_ms = clock.wall_ms()
-    for loop in state["loops"]:
-        again = duration(max(0, loop["again_ms"] - now_ms))
-        text = f"{loop['class']} keeps failing on {loop['host']}: {loop['failures']} times in a row, again in {again}; "
-        click.echo(printable(f"{text}{loop['node']} {loop['how']}; the end of its log:"))
-        for line in loop["words"].splitlines():
-            click.echo(printable(f"    {line}"))
-    for event in state["events"][-SHOWN:]:
-        click.echo(printable(f"{duration(max(0, now_ms - event['at_ms'])):>8} ago  {event['text']}"))
+    lines = [f"an orchestrator runs, pid {state.pid}"]
+    lines += [f"{name} needs more workers for its load, but {why}" for name, why in state.held.items()]
+    lines += [f"an update is under way, {state.update}"] if state.update else []
+    lines += state.refused
+    for loop in state.loops:
+        often = f"{loop.failures} times in a row, again in {duration(max(0, loop.again_ms - now_ms))}"
+        lines.append(
+            f"{loop.node_class} keeps failing on {loop.host}: {often}; {loop.node} {loop.how}; the end of its log:"
+        )
+        lines += [f"    {line}" for line in loop.log_tail.splitlines()]
+    for event in state.events[-SHOWN:]:
+        lines.append(f"{duration(max(0, now_ms - event.at_ms)):>8} ago  {event.text}")
+    click.echo()
+    for line in lines:
+        click.echo(printable(line))
 
 
-def _class(spec: NodeClass, nodes: list[dict[str, Any]], snapshot: Snapshot) -> dict[str, Any]:
-    own = [row for row in nodes if row["class"] == spec.name]
-    states = {state: sum(row["state"] == state for row in own) for state in ("ready", "starting", "draining", "ended")}
-    return {
-        "class": spec.name,
-        "there": len(own) - states["ended"],
-        **states,
-        "min": spec.min,
-        "max": spec.max,
-        "busy": sum(row["busy"] for row in own),
-        "slots": 0 if spec.is_broker else sum(row["slots"] for row in own if row["state"] == "ready"),
-        "memory_bytes": sum(node.memory_bytes for node in snapshot.world.of(spec.name)),
-    }
+def _class(spec: NodeClass, nodes: list[NodeRow], snapshot: Snapshot) -> ClassRow:
+    own = [row for row in nodes if row.node_class == spec.name]
+    states = Counter(row.state for row in own)
+    return ClassRow(
+        node_class=spec.name,
+        there=len(own) - states["ended"],
+        ready=states["ready"],
+        starting=states["starting"],
+        draining=states["draining"],
+        ended=states["ended"],
+        min=spec.min,
+        max=spec.max,
+        busy=sum(row.busy for row in own),
+        slots=0 if spec.is_broker else sum(row.slots for row in own if row.state == "ready"),
+        memory_bytes=sum(node.memory_bytes for node in snapshot.world.of(spec.name)),
+    )
 
 
-def _class_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    counts = (row["there"], row["ready"], row["starting"], row["draining"], row["min"], row["max"])
-    busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"
-    return (row["class"], *map(number, counts), number(busy), number(size(row["memory_bytes"])))
+def _class_cells(row: ClassRow) -> Row:
+    counts = (row.there, row.ready, row.starting, row.draining, row.min, row.max)
+    return (row.node_class, *map(number, counts), _busy(row), number(size(row.memory_bytes)))
 
 
-def _node_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    note = row["note"] if row["current"] else ", ".join(filter(None, ["old settings", row["note"]]))
-    up = duration(max(0, clock.wall_ms() - row["begun_ms"]))
-    busy = f"{row['busy']}/{row['slots']}" if row["slots"] else "-"
-    return row["node"], row["class"], row["host"], row["state"], number(busy), number(row["pid"]), up, note
+def _node_cells(row: NodeRow) -> Row:
+    note = row.note if row.current else ", ".join(filter(None, ["old settings", row.note]))
+    up = duration(max(0, clock.wall_ms() - row.begun_ms))
+    return row.node, row.node_class, row.host, row.state, _busy(row), number(row.pid), up, note
+
+
+def _busy(row: ClassRow | NodeRow) -> NumberText:
+    return number(f"{row.busy}/{row.slots}" if row.slots else "-")
 
 
 def _last_line(text: str) -> str:

@@ -18,15 +18,14 @@ import click
 
 from llambo.cli.kit.common import Common, address_of, key_of
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.std_streams import tell
+from llambo.cli.kit.std_streams import print_notice
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Wanted
-    from llambo.fleet.file.versions import VersionsFile
-    from llambo.fleet.model import Fleet, NodeClass
-    from llambo.fleet.run.node_manager import NodeManager, Report
-    from llambo.fleet.world import World
+    from llambo.fleet.model import Fleet, NodeClass, World
+    from llambo.fleet.node_manager import NodeManager, Report
+    from llambo.fleet.versions import VersionsFile
     from llambo.mesh.client.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,12 +49,12 @@ def fleet_options(function: F) -> F:
     return file(state(function))
 
 
-def say(text: str) -> None:
-    tell(f"fleet: {printable(text)}", err=False)
+def report(text: str) -> None:
+    print_notice(f"fleet: {printable(text)}", err=False)
 
 
-def silent(text: str) -> None:
-    """Instead of `say`, where progress would be in the way of the output."""
+def no_report(text: str) -> None:
+    """Instead of `report`, where progress would be in the way of the output."""
 
 
 @dataclass(slots=True)
@@ -68,7 +67,7 @@ class Site:
     text: str
 
     def node_manager(self, report: Report) -> NodeManager:
-        from llambo.fleet.run.node_manager import NodeManager
+        from llambo.fleet.node_manager import NodeManager
 
         address = address_of(self.common.settings, key_of(self.common.settings))
         return NodeManager(self.fleet, self.state, address, self.connect, report)
@@ -103,7 +102,7 @@ class Site:
 
     def orchestrator(self) -> int:
         """The pid of the one that runs here; 0: there is none."""
-        from llambo.fleet.run.orchestrator import read_state
+        from llambo.fleet.orchestrator import read_state
 
         state = read_state(self.state)
         if state is None:
@@ -112,7 +111,7 @@ class Site:
             with self.lock():
                 return 0  # it was killed, and its file is still there
         except Failure:
-            return int(state["pid"])
+            return state.pid
 
     # --- how many ----------------------------------------------------------------------------------------
 
@@ -135,7 +134,7 @@ class Site:
         return Wanted(counts=self.counts(), fingerprints=fingerprints)
 
     def versions(self) -> VersionsFile:
-        from llambo.fleet.file.versions import VersionsFile
+        from llambo.fleet.versions import VersionsFile
 
         return VersionsFile(self.state)
 
@@ -162,7 +161,7 @@ class Site:
             return None  # it is just being replaced
         if text == self.text:
             return None
-        from llambo.fleet.file.reader import parse
+        from llambo.fleet.reader import parse
 
         self.text = text
         self.fleet = parse(text, str(self.file))
@@ -190,7 +189,7 @@ class Site:
 
 
 def site(common: Common, file: Path, state: Path | None) -> Site:
-    from llambo.fleet.file.reader import parse
+    from llambo.fleet.reader import parse
 
     try:
         text = file.read_text(encoding="utf-8")

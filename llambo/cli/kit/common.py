@@ -5,7 +5,6 @@ In a shell all commands share one client and one loop (`Session`); elsewhere eac
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -28,7 +27,7 @@ T = TypeVar("T")
 
 
 class Session(Protocol):
-    """What a command uses of the shell it was typed in (`shell_session.py`)."""
+    """What a command uses of the shell it was typed in (`ShellSession`)."""
 
     #: Called at a signal while a stream is followed.
     on_signal: Callable[[int], None] | None
@@ -54,14 +53,14 @@ class Common:
         """Read when a command runs and not before: `--help` works with a broken file too."""
         import logging
 
-        from llambo.cli.kit.logs import set_up
+        from llambo.cli.kit.std_streams import set_up_log
         from llambo.mesh.settings import settings
 
         loaded = settings.load(self.flags, config=self.config)
         if self.session is not None:
             return loaded  # the shell has set up the log and logged the warnings
         levels = (loaded.text("log_level").upper(), "INFO", "DEBUG")
-        set_up(levels[min(self.verbose, 2)])
+        set_up_log(levels[min(self.verbose, 2)])
         for warning in loaded.warnings:
             logging.getLogger("llambo").warning("%s", warning)
         return loaded
@@ -115,6 +114,8 @@ def connected(common: Common) -> AbstractAsyncContextManager[Client]:
 
 def run(common: Common, work: Coroutine[Any, Any, T]) -> T:
     """Run it on a new loop, or in a shell on the loop of the shell."""
+    import asyncio
+
     return asyncio.run(work) if common.session is None else common.session.run(work)
 
 

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, TextView, View, statistics_line
+from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, StdoutWriter, TextView, View, show, statistics_line
 from llambo.cli.kit.command import silence_stdout
 from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
-from llambo.cli.kit.stdout import StdoutWriter
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
         try:
             async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
                 if common.session is None and (common.verbose or sys.stderr.isatty()):
-                    client.on_link = tell_link
+                    client.on_link = report_link
                 interrupts.stream = await opener(client)
                 if common.session is not None:
                     common.session.sent.append(interrupts.stream.id)
@@ -122,7 +121,7 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
     return _exit_code(answer, interrupts)
 
 
-def tell_link(lost: str) -> None:
+def report_link(lost: str) -> None:
     """Explain why the answer does not go on."""
     before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
     text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
@@ -135,26 +134,14 @@ async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
         stream.on_place = view.placed
         async with stream:
             try:
-                shown = await _read(stream, view, out)
-            except LlamboError:
+                shown = await show(stream, view, out)
+            except LlamboError:  # the text so far is printed before the error
                 view.close()
-                await out.flush()  # the text so far is printed before the error
+                await out.flush()
                 raise
+            view.close()
             await out.flush()
             return shown
-
-
-async def _read(stream: Stream, view: View, out: StdoutWriter) -> tuple[Answer, Clock]:
-    clock = Clock()
-    while (piece := await stream.next_piece()) is not None:
-        clock.on_piece(len(piece.ids))
-        view.piece(piece)
-        await out.room()
-    clock.on_end()
-    assert stream.answer is not None, "a stream that was read to its end has an answer"
-    view.end(stream.answer, clock)
-    view.close()
-    return stream.answer, clock
 
 
 def _exit_code(answer: Answer, interrupts: Interrupts) -> int:

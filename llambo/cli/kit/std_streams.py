@@ -1,4 +1,4 @@
-"""The three standard streams, which a process may be started without.
+"""The three standard streams, which a process may be started without; and where its log goes.
 
 A descriptor that is closed is given to whatever is opened next: a socket that became number 2 would be written to
 as if it were stderr. So /dev/null takes each empty place before anything else can.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import click
 
 #: What a write fails with when there is no room for it.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-#: Receives the lines in place of stderr: the journal, if that is where stderr leads.
-TELLERS: list[Callable[[str], None]] = []
+#: Receive the lines of `print_notice` in place of stderr: the journal, if that is where stderr leads.
+NOTICE_SINKS: list[Callable[[str], None]] = []
 
 
 def fill_closed_streams() -> None:
@@ -36,14 +38,14 @@ def fill_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
-def tell(text: str, *, err: bool = True) -> None:
+def print_notice(text: str, *, err: bool = True) -> None:
     """Write a line for the operator of a process whose work goes on whether or not it is read.
 
     The disk may be full, the terminal or the reader of a pipe gone; then the line is lost, and the work goes on.
     """
-    for teller in TELLERS:
-        teller(text)
-    if not TELLERS:
+    for sink in NOTICE_SINKS:
+        sink(text)
+    if not NOTICE_SINKS:
         with contextlib.suppress(OSError):
             click.echo(text, err=err)
 
@@ -72,3 +74,32 @@ def cannot_write(error: OSError, program: str) -> None:
         click.echo(f"{program}: cannot write: {error.strerror}", err=True)
     except OSError:
         silence(sys.stderr.fileno())
+
+
+# --- the log -------------------------------------------------------------------------------------------
+
+#: Fields of each entry in the journal: the name of the worker, once it is known.
+ABOUT: dict[str, str] = {}
+
+
+def set_up_log(level: str, environ: Mapping[str, str] = os.environ) -> None:
+    """For people to stderr; for the journal into its socket, with fields."""
+    from llambo.mesh.service import journal
+
+    root = logging.getLogger()
+    if root.handlers:
+        return  # set up already, as by a test
+    if journal.is_journal(environ, sys.stderr.fileno()):
+        handler: logging.Handler = (entries := journal.JournalHandler(_program(), sys.stderr, ABOUT))
+        NOTICE_SINKS.append(entries.show)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(journal.HumanFormatter())
+    root.addHandler(handler)
+    root.setLevel(level)
+
+
+def _program() -> str:
+    context = click.get_current_context(silent=True)
+    name = context.find_root().info_name if context is not None else None
+    return Path(name or "llambo").name

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.common import Common, connect, pass_common
 from llambo.cli.kit.flags import client_options, settings_options
+from llambo.cli.kit.follow import end_signals
+from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import raise_descriptor_limit
+from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
-    from llambo.bridge.listener import Listener
+    from llambo.bridge.server import Listener
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -67,7 +70,7 @@ def bridge(common: Common, quit_stops: bool) -> None:
 
 
 def _listen(settings: Settings) -> Listener:
-    from llambo.bridge.listener import default_path, open_tcp, open_unix
+    from llambo.bridge.server import default_path, open_tcp, open_unix
 
     if settings.number("bridge_tcp") >= 0:
         return open_tcp(settings.number("bridge_tcp"))
@@ -80,9 +83,6 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
 
     from llambo.bridge.connection import ConnectionLimits
     from llambo.bridge.server import Bridge, BridgeLimits
-    from llambo.cli.kit.common import connect
-    from llambo.cli.kit.follow import end_signals
-    from llambo.cli.kit.std_streams import tell
 
     settings, loop = common.settings, asyncio.get_running_loop()
     of_each = ConnectionLimits(settings.number("bridge_line_bytes"), settings.number("bridge_in_flight"), quit_stops)
@@ -92,12 +92,10 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
         running = Bridge(client, listener, of_each, limits)
         for number in end_signals():
             loop.add_signal_handler(number, running.stop)
-        await running.run(lambda: tell(f"llambo bridge: listening at {listener.where}; try: {listener.hint}"))
-        tell("llambo bridge: stopped")
+        await running.run(lambda: print_notice(f"llambo bridge: listening at {listener.where}; try: {listener.hint}"))
+        print_notice("llambo bridge: stopped")
 
 
 def _report_link(lost: str) -> None:
-    from llambo.cli.kit.std_streams import tell
-    from llambo.mesh.wire.errors import printable
-
-    tell(f"llambo bridge: {f'lost the broker ({printable(lost)}); trying again' if lost else 'the broker is back'}")
+    text = f"lost the broker ({printable(lost)}); trying again" if lost else "the broker is back"
+    print_notice(f"llambo bridge: {text}")

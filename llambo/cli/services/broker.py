@@ -10,14 +10,13 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
-from llambo.cli.kit.server_keys import folder_of
-from llambo.cli.kit.std_streams import tell
-from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
+from llambo.cli.kit.std_streams import print_notice
+from llambo.cli.services.service import child_options, folder_of, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import of_roles
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -57,7 +56,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     from llambo.broker.report.metrics_http import MetricsServer
     from llambo.broker.server import run_broker
     from llambo.mesh.link.sockets import endpoint
-    from llambo.mesh.service.activation import inherited
+    from llambo.mesh.service.service_manager import inherited
 
     config = BrokerConfig.from_settings(settings.values)
     check_name(settings.text("broker_name"), "--name")
@@ -71,9 +70,9 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
         nonlocal started
         started = True
         if not report_ready(notify_fd, str(port)):
-            tell(f"llambo-broker: listening at {endpoint(host, port)}")
+            print_notice(f"llambo-broker: listening at {endpoint(host, port)}")
             if server is not None:
-                tell(f"llambo-broker: metrics at {server.url}")
+                print_notice(f"llambo-broker: metrics at {server.url}")
 
     try:
         return run_broker(

@@ -10,13 +10,12 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
-from llambo.cli.kit.server_keys import gateway_folder, gateway_key
-from llambo.cli.kit.std_streams import tell
-from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
+from llambo.cli.kit.std_streams import print_notice
+from llambo.cli.services.service import child_options, gateway_folder, gateway_key, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import of_roles
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
 
 EXAMPLES = """
@@ -66,6 +65,6 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
 
     def announce(port: int) -> None:
         if not report_ready(notify_fd, str(port)):
-            tell(f"llambo gateway: {scheme}://{host}:{port}/, in front of the mesh at {access.address}")
+            print_notice(f"llambo gateway: {scheme}://{host}:{port}/, in front of the mesh at {access.address}")
 
     return run_gateway(config, access, announce, notifier)

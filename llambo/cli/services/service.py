@@ -4,7 +4,8 @@
   parent need not guess it from a log, or poll. Children of `llambo up` end with it (`--parent`); nodes of a fleet
   outlive the process that started them and hold a lock instead (`--hold`).
 - Limits of the process: no core dumps, as many descriptors as are allowed.
-- `serve`: the service manager is kept informed, and a service that fails again and again pauses before each start.
+- Keys: a broker or a gateway that other hosts can reach does not start without them.
+- `serve`: the service manager is informed, and a service that fails again and again pauses before each start.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.failure import Exit, Failure
 from llambo.mesh.service import clock
 from llambo.mesh.service.host import end_with_parent, stop_signals_wake
-from llambo.mesh.service.notify import Notifier, manager
 from llambo.mesh.service.notify_core import Condition
+from llambo.mesh.service.service_manager import Notifier, manager
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.timers import backoff_ms
+
+if TYPE_CHECKING:
+    from llambo.mesh.security.keyring import Folder
+    from llambo.mesh.settings.settings import Settings
+    from llambo.mesh.wire.identity import PeerKey
 
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -56,8 +62,6 @@ def _hold(context: click.Context, parameter: click.Parameter, path: str | None) 
     if path is None or context.resilient_parsing:
         return
     import fcntl
-
-    from llambo.cli.kit.failure import Failure
 
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -209,3 +213,76 @@ def serve(run: Callable[[Notifier], int]) -> int:
     if code == Exit.OK:
         restarts.ended_well()
     return code
+
+
+# --- The keys of what listens: a broker or a gateway that other hosts can reach does not start without them. ---
+
+#: The name of the key of workers that `llambo up` starts; the workers are named after it.
+WORKERS = "worker"
+#: The name of the gateway's own key.
+GATEWAY = "gateway"
+
+
+def folder_of(settings: Settings, host: str) -> Folder | None:
+    """The broker's keys. Without keys it may only listen on loopback."""
+    from llambo.mesh.link.sockets import is_loopback
+    from llambo.mesh.security.keyring import Folder, default_folder
+
+    if path := settings.text("keys"):
+        return _existing_folder(path)
+    if is_loopback(host):
+        return None
+    there = default_folder(os.environ)
+    begin = "" if Folder(there).exists else "llambo keys init --address tcp://THIS-HOST:7330\n  "
+    raise Failure(
+        f"without keys a broker listens on loopback only, and {host} is not a loopback address",
+        f"{begin}llambo-broker --bind {host} --keys {there}",
+        Exit.USAGE,
+    )
+
+
+def gateway_folder(settings: Settings) -> Folder | None:
+    """Keys and API tokens. A gateway that listens beyond loopback needs them, and TLS."""
+    from llambo.mesh.link.sockets import is_loopback
+    from llambo.mesh.security.keyring import default_folder
+
+    host, path = settings.text("http_bind"), settings.text("http_keys")
+    if not is_loopback(host):
+        if not path:
+            text = f"without keys a gateway listens on loopback only, and {host} is not a loopback address"
+            raise Failure(
+                text, f"llambo gateway --http-bind {host} --http-keys {default_folder(os.environ)}", Exit.USAGE
+            )
+        if not settings.text("tls_cert") and not settings.switch("http_plain"):
+            text = f"on {host} API tokens and answers would be sent unencrypted"
+            hint = "--tls-cert FILE --tls-key FILE, or --http-plain yes if a proxy in front of it has TLS"
+            raise Failure(text, hint, Exit.USAGE)
+    return _existing_folder(path) if path else None
+
+
+def _existing_folder(path: str) -> Folder:
+    from llambo.mesh.security.keyring import Folder
+
+    folder = Folder(Path(path).expanduser())
+    if not folder.exists:
+        raise Failure(f"there are no keys in {folder.path}", f"llambo keys init --keys {folder.path}", Exit.USAGE)
+    return folder
+
+
+def gateway_key(folder: Folder) -> PeerKey:
+    """The gateway's own key, for requests of its own. Created at the first call."""
+    from llambo.mesh.wire.identity import Identity
+
+    if not folder.ring().named(GATEWAY):
+        folder.add(Identity(GATEWAY, "client"), int(time.time()))
+    return folder.export(GATEWAY)
+
+
+def worker_key(folder: Folder) -> Path:
+    """The key file of the workers worker-1, worker-2 and so on. Created at the first call."""
+    from llambo.mesh.security.keyring import ISSUED
+    from llambo.mesh.wire.identity import Identity
+
+    if not folder.ring().named(WORKERS):
+        folder.add(Identity(WORKERS, "worker"), int(time.time()))
+    return folder.path / ISSUED / f"{WORKERS}.key"

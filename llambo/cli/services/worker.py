@@ -10,14 +10,13 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
-from llambo.cli.kit.logs import ABOUT
-from llambo.cli.kit.std_streams import tell
+from llambo.cli.kit.std_streams import ABOUT, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
 if TYPE_CHECKING:
-    from llambo.mesh.service.notify import Notifier
+    from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
 
@@ -64,7 +63,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
 
     def on_ready() -> None:
         if not report_ready(notify_fd, config.name):
-            tell(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
+            print_notice(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
     return run_worker(config, on_ready, notifier)
 

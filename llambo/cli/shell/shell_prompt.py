@@ -19,10 +19,9 @@ import llambo
 from llambo.cli.chat.prompt import open_history
 from llambo.cli.chat.store import state_folder
 from llambo.cli.kit.failure import Failure
-from llambo.cli.kit.follow import tell_link
-from llambo.cli.kit.shell_session import ShellSession
+from llambo.cli.kit.follow import report_link
 from llambo.cli.shell.command_table import MeshNames, completions
-from llambo.cli.shell.shell import LeaveShell, Shell
+from llambo.cli.shell.shell import LeaveShell, Shell, ShellSession
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import LlamboError, printable
 
@@ -49,9 +48,9 @@ def converse(shell: Shell) -> None:
         """On another thread. Above the prompt, if a line is edited."""
         app = prompt.app
         if app.is_running and app.loop is not None:
-            app.loop.call_soon_threadsafe(run_in_terminal, lambda: tell_link(printable(lost)), context=app.context)
+            app.loop.call_soon_threadsafe(run_in_terminal, lambda: report_link(printable(lost)), context=app.context)
         else:
-            tell_link(printable(lost))
+            report_link(printable(lost))
 
     shell.session.on_link = on_link
     _greet(shell.session)
@@ -115,5 +114,5 @@ async def _ask_for_names(client: Client, sent: list[str]) -> MeshNames:
 def history(environ: Mapping[str, str]) -> History:
     """In a file that only its owner can read: prompts are private."""
     return open_history(
-        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is kept: %s", error)
+        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is stored: %s", error)
     )  # fmt: skip

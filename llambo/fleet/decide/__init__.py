@@ -1,1 +1,1 @@
-"""What to do: plan, placement, autoscaling, crashes, rolling updates. Pure functions of values."""
+"""What to do: plan and placement, autoscaling, crashes, rolling updates. Pure functions of values."""

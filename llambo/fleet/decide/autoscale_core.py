@@ -22,9 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from llambo.fleet.decide.placement import Placement
-from llambo.fleet.model import Fleet, NodeClass, Scaling
-from llambo.fleet.world import World
+from llambo.fleet.decide.plan import Placement
+from llambo.fleet.model import Fleet, NodeClass, Scaling, World
 from llambo.mesh.wire.naming import class_of, in_class
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 

@@ -61,7 +61,7 @@ class Crashes:
         self._ready.setdefault(node, now_ms)
 
     def note_stopped(self, node: str) -> None:
-        """It was stopped on purpose."""
+        """It is stopped on purpose. How long it was ready does not count for the next node of its name."""
         self._ready.pop(node, None)
 
     def note_failure(self, node: str, node_class: str, host: str, how: str, log: str, now_ms: int) -> None:

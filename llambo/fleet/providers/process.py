@@ -23,8 +23,8 @@ from pathlib import Path
 
 import msgspec
 
-from llambo.fleet.world import NodeFailed, NodeRecord
-from llambo.mesh.service.child_process import exit_text, ready_line
+from llambo.fleet.model import NodeFailed, NodeRecord
+from llambo.mesh.service.host import exit_text, ready_line
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: A log that is longer is renamed when its node is started, and a new one begins.

@@ -6,10 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from llambo.fleet.model import Fleet
+from llambo.fleet.model import Fleet, NodeRecord
 from llambo.fleet.providers.process import Processes
 from llambo.fleet.providers.units import Units
-from llambo.fleet.world import NodeRecord
 
 
 @dataclass(frozen=True, slots=True)

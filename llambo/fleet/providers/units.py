@@ -27,8 +27,7 @@ from pathlib import Path
 
 import msgspec
 
-from llambo.fleet.model import Host
-from llambo.fleet.world import NodeFailed, NodeRecord
+from llambo.fleet.model import Host, NodeFailed, NodeRecord
 from llambo.mesh.security.keys import KEY_ENV
 from llambo.mesh.wire.errors import Code, LlamboError
 

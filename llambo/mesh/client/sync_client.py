@@ -1,4 +1,4 @@
-"""The same client for programs without an event loop: the asyncio one, on a thread of its own."""
+"""The client for programs without an event loop: the asyncio client on a thread of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
-from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.client.answer_stream import Answer, Embeddings, Piece, Stream, Tokenized
 from llambo.mesh.client.client import Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
-from llambo.mesh.client.client_tasks import Embeddings, TaskCall, Tokenized
-from llambo.mesh.client.request_options import Options
+from llambo.mesh.client.request_options import Options, TaskCall
 from llambo.mesh.wire import reports
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tasks import Form, Pooling
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 class SyncStream:
-    """An answer as it comes. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
+    """An answer as it arrives. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
 
     def __init__(self, stream: Stream, client: SyncClient) -> None:
         self._stream = stream
@@ -95,9 +94,9 @@ class SyncClient:
     # --- connecting --------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Returns when a broker has said welcome."""
+        """Returns when a broker has sent its welcome."""
         self._loop = asyncio.new_event_loop()
-        # A daemon, so that a program that forgets to close is not held up at its end.
+        # A daemon, so that a program that does not call `close` can end.
         self._thread = threading.Thread(target=self._loop.run_forever, name="llambo-client", daemon=True)
         self._thread.start()
         try:
@@ -107,7 +106,7 @@ class SyncClient:
             raise
 
     def close(self) -> None:
-        """Cancel what runs here (but not what is detached) and leave."""
+        """Cancel the requests of this client that are not detached, and disconnect."""
         if self._loop is None:
             return
         try:
@@ -120,7 +119,7 @@ class SyncClient:
         self._loop = self._thread = None
         if loop is None or thread is None:
             return
-        # On its own thread: the caller's may have a loop that runs, in a notebook for one.
+        # On its own thread: the thread of the caller may have a running loop, as in a notebook.
         asyncio.run_coroutine_threadsafe(_wind_up(loop), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -136,7 +135,7 @@ class SyncClient:
         self.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it on the client's loop. A Ctrl-C in the meantime cancels it there, too."""
+        """Run it on the loop of the client. A Ctrl-C meanwhile cancels it there as well."""
         if self._loop is None:
             work.close()
             raise LlamboError(Code.NO_BROKER, "the client is not connected")
@@ -149,15 +148,15 @@ class SyncClient:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> SyncStream:
-        """Submit a request now, and read its answer as it comes."""
+        """Submit a request now, and read its answer as it arrives."""
         return SyncStream(self.run(self._stream(prompt, options)), self)
 
     def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
-        """The whole answer at once."""
+        """Submit a request, and return its whole answer."""
         return self.run(self._client.generate(prompt, **options))
 
     def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
-        """Submit a request and let it run; its id is for `attach`."""
+        """Submit a request without a stream. Returns its id, for `attach`."""
         return self.run(self._client.submit(prompt, detached=detached, **options))
 
     def attach(self, id: str) -> SyncStream:
@@ -165,7 +164,7 @@ class SyncClient:
         return SyncStream(self.run(self._client.attach(id)), self)
 
     def cancel(self, id: str) -> str:
-        """Stop a request, whoever submitted it. Returns the reason it ended for."""
+        """Stop a request of any client. Returns the reason of its end."""
         return self.run(self._client.cancel(id))
 
     # --- tasks -------------------------------------------------------------------------------------------------
@@ -179,7 +178,7 @@ class SyncClient:
         system: str = "",
         **call: Unpack[TaskCall],
     ) -> Tokenized:
-        """The tokens a prompt of this text has."""
+        """The tokens of a prompt with this text."""
         return self.run(self._client.tokenize(text, special=special, form=form, system=system, **call))
 
     def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
@@ -194,11 +193,11 @@ class SyncClient:
         pooling: Pooling = "",
         **call: Unpack[TaskCall],
     ) -> Embeddings:
-        """Vectors for texts."""
+        """Embeddings of texts."""
         return self.run(self._client.embed(texts, normalized=normalized, pooling=pooling, **call))
 
     def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """What a model is, and how it is served."""
+        """Facts about a model, and how it is served."""
         return self.run(self._client.model_info(**call))
 
     async def _stream(self, prompt: str, options: Options) -> Stream:
@@ -207,7 +206,7 @@ class SyncClient:
     # --- questions ---------------------------------------------------------------------------------------------
 
     def query(self, what: str, argument: str = "") -> Any:
-        """The broker's answer as it was sent."""
+        """The answer of the broker as it was sent."""
         return self.run(self._client.query(what, argument))
 
     def status(self) -> reports.MeshStatus:

@@ -1,1 +1,1 @@
-"""What a long-running process owes its host: sd_notify, socket activation, the journal, numbers for Prometheus."""
+"""What a long-running process needs of its host: the service manager, the journal, metrics for Prometheus, facts."""

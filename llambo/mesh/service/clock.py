@@ -6,10 +6,10 @@ import time
 
 
 def now_ms() -> int:
-    """Of the monotonic clock: for timers and timeouts, within one process."""
+    """The monotonic clock: for timers and timeouts, within one process."""
     return time.monotonic_ns() // 1_000_000
 
 
 def wall_ms() -> int:
-    """Since 1970: for what other processes or people read. It jumps when the clock is set."""
+    """The time since 1970: for what other processes or people read. It jumps when the clock is set."""
     return time.time_ns() // 1_000_000

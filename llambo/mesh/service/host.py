@@ -1,4 +1,4 @@
-"""This host and this process: memory and cores that may be used, ending with the parent, signals that ask to stop.
+"""This host and its processes: memory and cores that may be used, parents and children, metrics of this process.
 
 Linux only. Functions that read files take the root of the file system as an argument, for tests.
 """
@@ -9,10 +9,15 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-#: Returned for memory where nothing says how much there is.
+from llambo.mesh.service import prometheus
+from llambo.mesh.service.prometheus import Metric
+
+#: Returned for memory where no limit is known.
 UNLIMITED_BYTES = 2**62
 #: From linux/prctl.h: the signal this process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
@@ -26,7 +31,7 @@ def memory_bytes(root: Path = _ROOT) -> int:
 
 
 def free_memory_bytes(root: Path = _ROOT) -> int:
-    """What can be allocated now without swapping. Limits of control groups count, as MemoryMax of a unit is one."""
+    """Memory that can be allocated now without swapping. Limits of control groups, such as MemoryMax, count."""
     free = min(_meminfo_bytes(root, "MemAvailable"), UNLIMITED_BYTES)
     for group in _control_groups(root):
         used = _number(group / "memory.current")
@@ -54,6 +59,9 @@ def physical_cores() -> int:
     return len(cores)
 
 
+# --- parents and children --------------------------------------------------------------------------------
+
+
 def end_with_parent(parent: int) -> None:
     """Ask the kernel to kill this process when `parent` ends, however it ends."""
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -74,6 +82,69 @@ def stop_signals_wake(fd: int) -> Iterator[None]:
         signal.set_wakeup_fd(fd_before)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_text(code: int) -> str:
+    """How a process ended, for people. `code` is negative for a signal, as in `subprocess`."""
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+async def ready_line(descriptor: int) -> str:
+    """The line that a child process writes to a pipe when it is ready; empty if it ends before. Closes the descriptor.
+
+    So the parent (`llambo up`, a fleet) need not guess from a log, or poll, and it notices a child that fails at once,
+    because the pipe closes with the child. When a child is restarted is decided by each of them
+    (docs/decisions.md, "Three ways to supervise a process").
+    """
+    import asyncio  # noqa: PLC0415  # an engine child imports this module, and has no event loop
+
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb")
+    )
+    try:
+        return (await reader.readline()).decode().strip()
+    finally:
+        transport.close()
+
+
+# --- metrics of this process, under the names that all programs use in Prometheus ------------------------
+
+PROCESS_METRICS = (
+    Metric("process_cpu_seconds_total", "counter", "CPU time of this process, in user and system mode"),
+    Metric("process_resident_memory_bytes", "gauge", "Resident memory of this process"),
+    Metric("process_start_time_seconds", "gauge", "When this process was started, in seconds since 1970"),
+    Metric("process_open_fds", "gauge", "Open files, pipes and sockets of this process"),
+)
+
+
+def process_metrics_page() -> str:
+    families = [metric.scalars() for metric in PROCESS_METRICS]
+    values = (time.process_time(), _resident_bytes(), _started_s(), sum(1 for _ in Path("/proc/self/fd").iterdir()))
+    for family, value in zip(families, values, strict=True):
+        family.one.value = value
+    return prometheus.page(families)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _started_s() -> float:
+    """From the kernel, in ticks after the boot. Read once, because the time of the boot moves when the clock is set."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19])
+    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    booted = next(int(line.split()[1]) for line in lines if line.startswith("btime "))
+    return booted + ticks / os.sysconf("SC_CLK_TCK")
+
+
+# --- files of the kernel -----------------------------------------------------------------------------------
 
 
 def _meminfo_bytes(root: Path, name: str) -> int:

@@ -1,13 +1,13 @@
-"""What a service tells its manager, and when: facts about the service come in, lines for sd_notify come out.
+"""Which lines a service sends to its service manager, and when. The condition of the service in, lines out.
 
-    READY=1              once, the first time that it is true
-    STATUS=              whenever another one is true, at most once in a second
-    WATCHDOG=1           four times in each period that the manager watches, as long as the service is well
-    EXTEND_TIMEOUT_USEC  while it starts or leaves: that takes as long as it takes, as long as its loop turns
-    STOPPING=1           once, when it has begun to leave
+    READY=1              once, when the service is ready for the first time
+    STATUS=              when the status has changed, at most once a second
+    WATCHDOG=1           four times in each watchdog period, as long as the service is well
+    EXTEND_TIMEOUT_USEC  during start and shutdown, which may take any time as long as the loop turns
+    STOPPING=1           once, when the shutdown begins
 
-Whoever owns this calls it from the loop that does the work and from nowhere else. A loop that hangs says nothing, and
-that is what the manager waits for.
+The owner calls it from the loop that does the work and from nowhere else. A loop that hangs sends nothing, which is
+what the watchdog of the manager detects.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dataclasses import dataclass
 
 from llambo.mesh.wire.timers import NEVER_MS
 
-#: At least so long between two looks at the service, unless there is something that cannot wait.
+#: The pause between two looks at the service, unless `update_soon` was called.
 LOOK_MS = 1_000
-#: So often the watchdog is fed in each of its periods: one turn of the loop may be late, and the next one, too.
-FED_IN_A_PERIOD = 4
-#: How much time is asked for while it starts or leaves, and how often: a loop that hangs is noticed after the first.
+#: WATCHDOG=1 is sent so often in each period: one turn of the loop may be late, and the next one too.
+WATCHDOG_SENDS = 4
+#: How much time is asked for during start and shutdown, and how often: a loop that hangs is noticed after the former.
 EXTEND_MS = 30_000
 EXTEND_EVERY_MS = 5_000
-#: Of a status; more is not read in `systemctl status` anyway.
+#: Length of a status; `systemctl status` shows no more.
 STATUS_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """How a service is. `ready`: it can do its work. `well`: what it should be doing goes on."""
+    """The condition of a service. `ready`: it can do its work. `well`: its work makes progress."""
 
     status: str
     ready: bool = False
@@ -39,46 +39,46 @@ class Condition:
 
 class NotifyCore:
     def __init__(self, watchdog_ms: int = 0) -> None:
-        """`watchdog_ms`: after so long without a word the manager kills the service; 0: never."""
+        """`watchdog_ms`: the manager kills the service after this time without WATCHDOG=1; 0: there is no watchdog."""
         self._watchdog_ms = watchdog_ms
-        self._ready_said = False
-        self._stopping_said = False
+        self._ready_sent = False
+        self._stopping_sent = False
         self._status = ""
         self._look_at = 0
-        self._feed_at = 0
+        self._watchdog_at = 0
         self._extend_at = 0
 
     def next_wakeup_ms(self) -> int:
-        """When `tell` is wanted at the latest."""
-        return min(self._look_at, self._feed_at if self._watchdog_ms else NEVER_MS)
+        """When `update` has to be called at the latest."""
+        return min(self._look_at, self._watchdog_at if self._watchdog_ms else NEVER_MS)
 
     def update_soon(self) -> None:
-        """Something has changed that should be known at once."""
+        """The condition has changed in a way that the manager has to know at once."""
         self._look_at = 0
 
     def update(self, condition: Condition, now_ms: int) -> list[str]:
-        words: list[str] = []
-        if condition.ready and not self._ready_said and not condition.leaving:
-            self._ready_said = True
-            words.append("READY=1")
-        if condition.leaving and not self._stopping_said:
-            self._stopping_said, self._extend_at = True, 0
-            words.append("STOPPING=1")
+        lines: list[str] = []
+        if condition.ready and not self._ready_sent and not condition.leaving:
+            self._ready_sent = True
+            lines.append("READY=1")
+        if condition.leaving and not self._stopping_sent:
+            self._stopping_sent, self._extend_at = True, 0
+            lines.append("STOPPING=1")
         if (status := _line(condition.status)) != self._status:
             self._status = status
-            words.append(f"STATUS={status}")
-        if self._watchdog_ms and condition.well and now_ms >= self._feed_at:
-            self._feed_at = now_ms + max(1, self._watchdog_ms // FED_IN_A_PERIOD)
-            words.append("WATCHDOG=1")
+            lines.append(f"STATUS={status}")
+        if self._watchdog_ms and condition.well and now_ms >= self._watchdog_at:
+            self._watchdog_at = now_ms + max(1, self._watchdog_ms // WATCHDOG_SENDS)
+            lines.append("WATCHDOG=1")
         elif not condition.well:
-            self._feed_at = now_ms + LOOK_MS  # it may be well again by then
-        if (condition.leaving or not self._ready_said) and condition.well and now_ms >= self._extend_at:
+            self._watchdog_at = now_ms + LOOK_MS  # it may be well again by then
+        if (condition.leaving or not self._ready_sent) and condition.well and now_ms >= self._extend_at:
             self._extend_at = now_ms + EXTEND_EVERY_MS
-            words.append(f"EXTEND_TIMEOUT_USEC={EXTEND_MS * 1_000}")
+            lines.append(f"EXTEND_TIMEOUT_USEC={EXTEND_MS * 1_000}")
         self._look_at = now_ms + LOOK_MS
-        return words
+        return lines
 
 
 def _line(status: str) -> str:
-    """A status is one line, and a second one would be taken for another word of ours."""
+    """A status is one line: the manager would read a second one as another assignment."""
     return " ".join(status.split())[:STATUS_CHARS]

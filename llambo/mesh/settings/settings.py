@@ -1,9 +1,9 @@
 """Which settings are in force, and where each of them came from.
 
-A flag beats the environment, the environment beats `llambo.toml`, and the file beats the default. Only
-one file is read, the first that exists: whoever edits it need not guess what another one adds to it.
-A wrong value is an error that names its place. So is an unknown key in the file. An unknown variable is
-only a warning, because environments are inherited: a container manager may have put `LLAMBO_…` there.
+A flag takes precedence over the environment, the environment over `llambo.toml`, and the file over the default. Only
+one file is read, the first that exists, so that a single file shows all that files set. A wrong value is an error that
+names its source, and so is an unknown key in the file. An unknown variable is only a warning, because environments are
+inherited: a container manager may have put `LLAMBO_…` there.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FILE_NAME = "llambo.toml"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name, and for each the place it came from."""
+    """Values by name, and the source of each."""
 
     values: Mapping[str, Value]
     sources: Mapping[str, str]
     #: The file that was read, or None.
     file: Path | None
-    #: What looked wrong without being an error; for the log.
+    #: For the log.
     warnings: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Value:
@@ -67,7 +67,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     places: Iterable[Path] | None = None,
 ) -> Settings:
-    """Settings in force. `flags` holds what the command line said, by setting name; None means not given.
+    """Settings in force. `flags` are those of the command line, by setting name; None means that one was not given.
 
     `config` is the value of `--config`; `environ` and `places` are for tests.
     """
@@ -89,22 +89,22 @@ def load(
     for name, raw in (flags or {}).items():
         if raw is not None:
             put(BY_NAME[name], raw, f"flag {BY_NAME[name].flag}")
-    return Settings(values, sources, file, tuple(_strangers(environ)))
+    return Settings(values, sources, file, tuple(_unknown_variables(environ)))
 
 
 def search_path(environ: Mapping[str, str]) -> list[Path]:
-    """Where `llambo.toml` is looked for when nobody names it."""
+    """Where `llambo.toml` is looked for unless the command line or the environment names a file."""
     user = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
     return [Path(FILE_NAME), Path(user, "llambo", FILE_NAME), Path("/etc/llambo", FILE_NAME)]
 
 
 def _find(config: str | None, environ: Mapping[str, str], places: Iterable[Path]) -> Path | None:
-    named, said_by = (config, "--config") if config else (environ.get(CONFIG_ENV), CONFIG_ENV)
+    named, source = (config, "--config") if config else (environ.get(CONFIG_ENV), CONFIG_ENV)
     if named:
         if not os.path.isfile(named):
-            raise LlamboError(Code.BAD_SETTING, f"{said_by} names {named}, and there is no such file")
+            raise LlamboError(Code.BAD_SETTING, f"{source} names {named}, and there is no such file")
         return Path(named)
-    # os.path.isfile, unlike Path.is_file, also says no where we may not even look.
+    # os.path.isfile, unlike Path.is_file, also returns False where we have no permission to look.
     return next((place for place in places if os.path.isfile(place)), None)
 
 
@@ -118,13 +118,13 @@ def _from_file(file: Path) -> list[tuple[Setting, Any]]:
     found: list[tuple[Setting, Any]] = []
     for section, entries in content.items():
         if not isinstance(entries, dict):
-            raise _unknown(file, section, _homes(section))
+            raise _unknown(file, section, _sections_of(section))
         if section not in SECTIONS:
             raise _unknown(file, f"[{section}]", [f"[{name}]" for name in _close(section, SECTIONS)])
         for key, raw in entries.items():
             if key not in SECTIONS[section]:
                 close = [f"{key} in [{section}]" for key in _close(key, SECTIONS[section])]
-                raise _unknown(file, f"{key} in [{section}]", _homes(key) or close)
+                raise _unknown(file, f"{key} in [{section}]", _sections_of(key) or close)
             found.append((SECTIONS[section][key], raw))
     return found
 
@@ -142,8 +142,8 @@ def _unknown(file: Path, what: str, close: list[str]) -> LlamboError:
     return LlamboError(Code.BAD_SETTING, f"{file}: unknown setting {what}{hint}")
 
 
-def _homes(key: str) -> list[str]:
-    """The sections that do have this key: the likeliest mistake is the wrong one."""
+def _sections_of(key: str) -> list[str]:
+    """The sections that have this key: the most likely mistake is the wrong section."""
     return [f"{key} in [{section}]" for section, known in SECTIONS.items() if key in known]
 
 
@@ -151,13 +151,13 @@ def _close(word: str, known: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(word, list(known), n=3)
 
 
-def _strangers(environ: Mapping[str, str]) -> list[str]:
+def _unknown_variables(environ: Mapping[str, str]) -> list[str]:
     texts = []
     for env in sorted(environ):
         if env.startswith(ENV_PREFIX) and env != CONFIG_ENV and env not in BY_ENV:
-            # Without the prefix, which would make them all alike.
+            # Without the prefix, which would make them all similar.
             words = [known.removeprefix(ENV_PREFIX) for known in (*BY_ENV, CONFIG_ENV)]
             close = [ENV_PREFIX + word for word in _close(env.removeprefix(ENV_PREFIX), words)]
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            texts.append(f"environment {env} is no setting{hint}")
+            texts.append(f"environment {env} is not a setting{hint}")
     return texts

@@ -1,16 +1,189 @@
-"""Every setting there is: one table for flags, environment variables and `llambo.toml`.
+"""The table of all settings: one row for each is a flag, an environment variable and a key of `llambo.toml`.
 
-A setting is called the same everywhere: `queue_bytes` under `[broker]` in the file is `--queue-bytes` on
-the command line and `LLAMBO_QUEUE_BYTES` in the environment. The few exceptions say so in their row.
+A setting has the same name everywhere: `queue_bytes` under `[broker]` in the file is `--queue-bytes` on the command
+line and `LLAMBO_QUEUE_BYTES` in the environment. A row whose names differ from that names them.
 """
 
 from __future__ import annotations
 
-from llambo.mesh.settings.setting import KEY_PREFIX, MIB, Kind, Setting, Value
-from llambo.mesh.settings.setting import fake as _fake
-from llambo.mesh.settings.setting import row as _row
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
-__all__ = ["BY_ENV", "BY_NAME", "KEY_PREFIX", "SECTIONS", "TABLE", "Kind", "Setting", "Value", "of_roles"]
+Value = str | int | float | bool
+
+MIB = 1024 * 1024
+#: A value that begins like this is a key itself. It is never shown.
+KEY_PREFIX = "llambo-key-"
+_BYTE_UNITS = {"": 1, "B": 1, "KIB": 1024, "MIB": MIB, "GIB": 1024 * MIB}
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class Kind(Enum):
+    """The type of a value; the text is the placeholder in `--help`."""
+
+    TEXT = "TEXT"
+    NUMBER = "NUMBER"
+    REAL = "REAL"
+    MS = "MS"
+    BYTES = "BYTES"
+    SWITCH = "YES/NO"
+    KEY = "FILE|LINE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One row of the table. `key` is its name in its section of the file."""
+
+    name: str
+    section: str
+    kind: Kind
+    default: Value
+    help: str
+    roles: frozenset[str]
+    key: str
+    flag: str
+    env: str
+    choices: tuple[str, ...] = ()
+    low: float = 0
+    high: float = math.inf
+
+    @property
+    def metavar(self) -> str:
+        return "|".join(self.choices) or self.kind.value
+
+    def parse(self, raw: Any) -> Value:
+        """The value of `raw`, which is typed (from a file) or text. ValueError names what was expected."""
+        value = _PARSERS[self.kind](raw)
+        if self.choices and value not in self.choices:
+            raise ValueError(f"expected one of {', '.join(self.choices)}")
+        if not isinstance(value, str) and not self.low <= value <= self.high:
+            raise ValueError(f"expected {self._range()}")
+        return value
+
+    def show(self, value: Value) -> str:
+        """The value as a person would write it in `llambo.toml`."""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if self.kind is Kind.KEY and str(value).startswith(KEY_PREFIX):
+            return "(a key)"
+        if self.kind is Kind.BYTES and isinstance(value, int):
+            return _show_bytes(value)
+        return str(value)
+
+    def _range(self) -> str:
+        if math.isinf(self.high):
+            return f"at least {self.low:g}"
+        return f"{self.low:g} to {self.high:.12g}"
+
+
+# --- reading values ----------------------------------------------------------------------------------
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError("expected text")
+    return raw
+
+
+def _whole(raw: Any, what: str = "a whole number") -> int:
+    try:
+        if isinstance(raw, str):
+            return int(raw)
+    except ValueError:
+        pass
+    # True is an int in Python, but `port = true` is a mistake.
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    raise ValueError(f"expected {what}")
+
+
+def _real(raw: Any) -> float:
+    try:
+        if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) and math.isfinite(float(raw)):
+            return float(raw)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("expected a number")
+
+
+def _switch(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.lower() in _YES + _NO:
+        return raw.lower() in _YES
+    raise ValueError("expected yes or no")
+
+
+def _bytes(raw: Any) -> int:
+    if isinstance(raw, str):
+        found = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", raw)
+        if found and found[2].upper() in _BYTE_UNITS:
+            return int(found[1]) * _BYTE_UNITS[found[2].upper()]
+    return _whole(raw, "a size such as 65536, 512KiB, 64MiB or 2GiB")
+
+
+def _show_bytes(value: int) -> str:
+    for unit, size in (("GiB", 1024 * MIB), ("MiB", MIB), ("KiB", 1024)):
+        if value and value % size == 0:
+            return f"{value // size}{unit}"
+    return str(value)
+
+
+_PARSERS: dict[Kind, Callable[[Any], Value]] = {
+    Kind.TEXT: _text,
+    Kind.NUMBER: _whole,
+    Kind.REAL: _real,
+    Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
+    Kind.BYTES: _bytes,
+    Kind.SWITCH: _switch,
+    Kind.KEY: _text,
+}
+
+
+# --- writing rows ------------------------------------------------------------------------------------
+
+
+def row(
+    where: str,
+    kind: Kind,
+    default: Value,
+    text: str,
+    *,
+    roles: str = "",
+    name: str = "",
+    env: str = "",
+    flag: str = "",
+    choices: tuple[str, ...] = (),
+    low: float = 0,
+    high: float = math.inf,
+) -> Setting:
+    """`where` is "section.key"; the rest is derived from it unless it is given."""
+    section, key = where.split(".")
+    if section == "fake":
+        # Where there are no sections, its name needs a prefix: it could be one of the llama.cpp engine.
+        name, flag, roles = f"fake_{key}", f"fake_{key}", "worker"
+    name = name or key
+    return Setting(
+        name=name,
+        section=section,
+        kind=kind,
+        default=default,
+        help=text,
+        roles=frozenset((roles or section).split()),
+        key=key,
+        flag="--" + (flag or key).replace("_", "-"),
+        env="LLAMBO_" + (env or name).upper(),
+        choices=choices,
+        low=low,
+        high=high,
+    )
+
+
+# --- the table ---------------------------------------------------------------------------------------
 
 #: Longest duration: about a month, which catches a value given in microseconds.
 _LONGEST_MS = 31 * 86_400_000
@@ -19,139 +192,137 @@ _POLICIES = ("least-loaded", "round-robin", "random")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MESH = (
-    _row(
-        "mesh.broker",
-        Kind.TEXT,
-        "tcp://127.0.0.1:7330",
-        "address of the broker; of several, with commas",
-        roles="worker client gateway",
-    ),
-    _row(
-        "mesh.key",
-        Kind.KEY,
-        "",
-        "the key that a broker wants: a file, or the line itself",
-        roles="worker client gateway",
-    ),
-    _row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
-)
+    row("mesh.broker", Kind.TEXT, "tcp://127.0.0.1:7330", "address of the broker; several are separated by commas",
+        roles="worker client gateway"),
+    row("mesh.key", Kind.KEY, "", "key to show to the broker: a file, or the line itself",
+        roles="worker client gateway"),
+    row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
+)  # fmt: skip
 _BROKER = (
-    _row("broker.name", Kind.TEXT, "broker", "name of this broker", name="broker_name"),
-    _row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
-    _row("broker.keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; empty: everybody is let in"),
-    # Three more ports follow it, so the last usable one is 65532.
-    _row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any that are free", high=65_532),
-    _row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen", choices=_POLICIES),
-    _row("broker.queue_requests", Kind.NUMBER, 1_000, "requests that may wait; more are refused as busy", low=1),
-    _row("broker.queue_bytes", Kind.BYTES, 64 * MIB, "prompts that may wait, together", low=1024),
-    _row("broker.queue_ms", Kind.MS, 600_000, "longest wait in the queue", low=1, high=_LONGEST_MS),
-    _row("broker.transcript_bytes", Kind.BYTES, 256 * MIB, "tokens kept for running requests, together", low=MIB),
-    _row("broker.detached_bytes", Kind.BYTES, 64 * MIB, "finished detached results kept, together"),
-    _row("broker.detached_ms", Kind.MS, 3_600_000, "how long a detached result is kept", high=_LONGEST_MS),
-    _row("broker.hold_ms", Kind.MS, 30_000, "how long a request waits when no worker has its model", high=_LONGEST_MS),
-    _row("broker.slow_factor", Kind.NUMBER, 8, "a worker so many times slower than its peers is left alone; 0: never",
-         high=1_000),
-    _row("broker.heartbeat_ms", Kind.MS, 200, "pause between two heartbeats", low=10, high=60_000),
-    _row("broker.ping_ms", Kind.MS, 100, "pause between two tries to reach a worker", low=10, high=60_000),
-    _row("broker.lease_ms", Kind.MS, 2_000, "a worker silent for so long is given up", low=100, high=_LONGEST_MS),
-    _row("broker.client_lease_ms", Kind.MS, 10_000, "a client silent for so long is gone", low=100, high=_LONGEST_MS),
-    _row("broker.reconnect_grace_ms", Kind.MS, 300, "a worker cut off for so long is given up", high=_LONGEST_MS),
-    _row("broker.adopt_ms", Kind.MS, 1_000, "wait for a worker that still runs what a former broker gave it",
-         high=_LONGEST_MS),
-    _row("broker.young_ms", Kind.MS, 5_000, "after its start it waits so long before it refuses what it does not know",
-         high=_LONGEST_MS),
-    _row("broker.metrics", Kind.TEXT, "", "host:port where Prometheus may ask, such as 127.0.0.1:9330; empty: nowhere"),
-    _row("broker.metrics_token", Kind.TEXT, "", "file with the token that it has to show; needed beyond this machine"),
-    _row("broker.tail_grace_ms", Kind.MS, 10, "wait for late tokens before asking for them again", high=10_000),
+    row("broker.name", Kind.TEXT, "broker", "name of this broker", name="broker_name"),
+    row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
+    row("broker.keys", Kind.TEXT, "", "folder of keys, made by `llambo keys init`; empty: all peers may connect"),
+    # Three more ports follow it, so the highest is 65532.
+    row("broker.port", Kind.NUMBER, 7330, "first of four ports in a row; 0 takes any free ones", high=65_532),
+    row("broker.policy", Kind.TEXT, "least-loaded", "how a worker is chosen for a request", choices=_POLICIES),
+    row("broker.queue_requests", Kind.NUMBER, 1_000, "most requests that wait; more are refused as busy", low=1),
+    row("broker.queue_bytes", Kind.BYTES, 64 * MIB, "memory for the prompts of waiting requests", low=1024),
+    row("broker.queue_ms", Kind.MS, 600_000, "longest wait in the queue", low=1, high=_LONGEST_MS),
+    row("broker.transcript_bytes", Kind.BYTES, 256 * MIB, "memory for the tokens of running requests", low=MIB),
+    row("broker.detached_bytes", Kind.BYTES, 64 * MIB, "memory for the results of detached requests"),
+    row("broker.detached_ms", Kind.MS, 3_600_000, "how long the result of a detached request is stored",
+        high=_LONGEST_MS),
+    row("broker.hold_ms", Kind.MS, 30_000, "how long a request waits when no worker has its model", high=_LONGEST_MS),
+    row("broker.slow_factor", Kind.NUMBER, 8, "a worker so many times slower than its peers gets no new work; 0: never",
+        high=1_000),
+    row("broker.heartbeat_ms", Kind.MS, 200, "interval between two heartbeats", low=10, high=60_000),
+    row("broker.ping_ms", Kind.MS, 100, "interval between two attempts to reach a worker", low=10, high=60_000),
+    row("broker.lease_ms", Kind.MS, 2_000, "a worker that is silent for so long counts as lost", low=100,
+        high=_LONGEST_MS),
+    row("broker.client_lease_ms", Kind.MS, 10_000, "a client that is silent for so long counts as gone", low=100,
+        high=_LONGEST_MS),
+    row("broker.reconnect_grace_ms", Kind.MS, 300, "a worker whose connection is broken for so long counts as lost",
+        high=_LONGEST_MS),
+    row("broker.adopt_ms", Kind.MS, 1_000,
+        "how long requests of a former broker wait for the worker that still runs them",
+        high=_LONGEST_MS),
+    row("broker.young_ms", Kind.MS, 5_000,
+        "after the start of the broker, refusals for unknown requests are deferred so long",
+        high=_LONGEST_MS),
+    row("broker.metrics", Kind.TEXT, "",
+        "host:port for Prometheus, such as 127.0.0.1:9330; empty: no metrics over HTTP"),
+    row("broker.metrics_token", Kind.TEXT, "",
+        "file with the token that Prometheus has to send; needed beyond this machine"),
+    row("broker.tail_grace_ms", Kind.MS, 10, "how long to wait for late tokens before asking for them again",
+        high=10_000),
 )  # fmt: skip
 _WORKER = (
-    _row("worker.name", Kind.TEXT, "", "name of this worker; made from the host's when empty"),
-    _row("worker.slots", Kind.NUMBER, 4, "requests it runs at a time", low=1, high=16_384),
-    _row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
-    _row("worker.engine", Kind.TEXT, "auto", "what makes the tokens: llama, or fake; auto is llama if there is a model",
-         choices=("auto", "llama", "fake")),
-    _row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
-    _row("worker.ctx", Kind.NUMBER, 0, "longest prompt and answer together; 0 is what suits model and machine",
-         high=16 * MIB),
-    _row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0 is one for each core", high=1_024),
-    _row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
-    _row("worker.gpu_layers", Kind.NUMBER, 0, "layers a GPU computes; -1 is all", low=-1, high=100_000),
-    _row("worker.kv_type", Kind.TEXT, "f16", "how the cache keeps its numbers",
-         choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
-    _row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
-    _row("worker.orphan_ms", Kind.MS, 30_000, "how long requests run on without a broker", high=_LONGEST_MS),
-    _row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
-    _row("worker.stall_ms", Kind.MS, 10_000, "an engine without progress for so long is killed", low=1),
+    row("worker.name", Kind.TEXT, "", "name of this worker; empty: derived from the name of the host"),
+    row("worker.slots", Kind.NUMBER, 4, "requests that run at a time", low=1, high=16_384),
+    row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
+    row("worker.engine", Kind.TEXT, "auto", "llama, or fake; auto is llama if there is a model",
+        choices=("auto", "llama", "fake")),
+    row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
+    row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: as model and machine allow",
+        high=16 * MIB),
+    row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0: one for each core", high=1_024),
+    row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
+    row("worker.gpu_layers", Kind.NUMBER, 0, "layers that a GPU computes; -1: all", low=-1, high=100_000),
+    row("worker.kv_type", Kind.TEXT, "f16", "number format of the KV cache",
+        choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
+    row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
+    row("worker.orphan_ms", Kind.MS, 30_000, "how long requests go on without a broker", high=_LONGEST_MS),
+    row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
+    row("worker.stall_ms", Kind.MS, 10_000, "an engine that makes no progress for so long is killed", low=1),
 )  # fmt: skip
 _CLIENT = (
-    _row("client.model", Kind.TEXT, "", "model to ask; the only one when empty", name="client_model", env="model"),
-    _row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
-    _row(
-        "client.temperature",
-        Kind.REAL,
-        0.8,
-        "0 always takes the likeliest token; a model may have a default of its own",
-        high=100,
-    ),
-    _row("client.connect_ms", Kind.MS, 5_000, "how long to look for the broker", low=1, high=_LONGEST_MS),
-    _row("client.models_dir", Kind.TEXT, "", "a folder of GGUF files that `llambo models` lists, too"),
-    _row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0 waits for ever", high=_LONGEST_MS),
-)
+    row("client.model", Kind.TEXT, "", "name of the model; empty: the only one", name="client_model", env="model"),
+    row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
+    row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token; a model may define another default",
+        high=100),
+    row("client.connect_ms", Kind.MS, 5_000, "how long to wait for the broker", low=1, high=_LONGEST_MS),
+    row("client.models_dir", Kind.TEXT, "", "folder of GGUF files for `llambo models` to list as well"),
+    row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0: no limit", high=_LONGEST_MS),
+)  # fmt: skip
 _FAKE = (
-    _fake("style", Kind.TEXT, "plain", "plain: a token follows from the prompt; wander: from the token before it",
-          choices=("plain", "wander")),
-    _fake("ttft_ms", Kind.MS, 0, "time to the first token", high=_LONGEST_MS),
-    _fake("tokens_per_s", Kind.REAL, 0.0, "tokens per second of each stream; 0 is as fast as it can"),
-    _fake("jitter_ms", Kind.MS, 0, "each step takes up to this much longer", high=_LONGEST_MS),
-    _fake("burst", Kind.NUMBER, 1, "tokens in a chunk: 1 to this many", low=1, high=4_096),
-    _fake("utf8_split", Kind.SWITCH, False, "cut characters across tokens now and then"),
-    _fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0 runs to the limit"),
-    _fake("context_tokens", Kind.NUMBER, 0, "longest prompt and answer together; 0 is no limit"),
-    _fake("embedding_size", Kind.NUMBER, 8, "numbers in an embedding", low=1, high=65_536),
-    _fake("crash_at", Kind.NUMBER, 0, "die after this many tokens; 0 never"),
-    _fake("hang_at", Kind.NUMBER, 0, "stop for ever after this many tokens; 0 never"),
-    _fake("slow_at", Kind.NUMBER, 0, "slow down after this many tokens; 0 never"),
-    _fake("slow_factor", Kind.REAL, 10.0, "how many times slower it gets", low=1),
-    _fake("load_ms", Kind.MS, 0, "how long it takes to load", high=_LONGEST_MS),
-    _fake("load_crash", Kind.TEXT, "never", "die while loading: never, always, or careless: unless told to be careful",
-          choices=("never", "careless", "always")),
-    _fake("load_file", Kind.TEXT, "", "load only if there is this file"),
-    _fake("poison", Kind.TEXT, "", "a prompt with this in it kills the engine that runs it"),
+    row("fake.style", Kind.TEXT, "plain",
+        "plain: each token is computed from the prompt; wander: from the previous token",
+        choices=("plain", "wander")),
+    row("fake.ttft_ms", Kind.MS, 0, "time to the first token", high=_LONGEST_MS),
+    row("fake.tokens_per_s", Kind.REAL, 0.0, "tokens per second of each stream; 0: as fast as possible"),
+    row("fake.jitter_ms", Kind.MS, 0, "most random delay of each step", high=_LONGEST_MS),
+    row("fake.burst", Kind.NUMBER, 1, "most tokens in a chunk", low=1, high=4_096),
+    row("fake.utf8_split", Kind.SWITCH, False, "split some characters across tokens"),
+    row("fake.answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0: as long as allowed"),
+    row("fake.context_tokens", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: no limit"),
+    row("fake.embedding_size", Kind.NUMBER, 8, "dimensions of an embedding", low=1, high=65_536),
+    row("fake.crash_at", Kind.NUMBER, 0, "crash after so many tokens; 0: never"),
+    row("fake.hang_at", Kind.NUMBER, 0, "hang after so many tokens; 0: never"),
+    row("fake.slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),
+    row("fake.slow_factor", Kind.REAL, 10.0, "how many times slower than before", low=1),
+    row("fake.load_ms", Kind.MS, 0, "how long loading takes", high=_LONGEST_MS),
+    row("fake.load_crash", Kind.TEXT, "never",
+        "crash while loading: never, always, or careless: unless safe settings are used",
+        choices=("never", "careless", "always")),
+    row("fake.load_file", Kind.TEXT, "", "load only if this file exists"),
+    row("fake.poison", Kind.TEXT, "", "a prompt that contains this text crashes the engine that runs it"),
 )  # fmt: skip
 
 _GATEWAY = (
-    # Their flags and variables say http, because `llambo up` has a broker's beside them.
-    _row("gateway.bind", Kind.TEXT, "127.0.0.1", "address to listen on for HTTP", name="http_bind", flag="http_bind"),
-    _row("gateway.port", Kind.NUMBER, 7340, "port for HTTP; 0 takes any that is free", name="http_port",
-         flag="http_port", high=65_535),
-    _row("gateway.keys", Kind.TEXT, "", "folder of keys, with the API tokens; empty: everybody is let in",
-         name="http_keys", flag="http_keys"),
-    _row("gateway.tls_cert", Kind.TEXT, "", "file with the certificate for HTTPS, and its chain"),
-    _row("gateway.tls_key", Kind.TEXT, "", "file with the certificate's private key"),
-    _row("gateway.plain", Kind.SWITCH, False, "listen without TLS beyond this machine, because a proxy in front has it",
-         name="http_plain", flag="http_plain"),
-    _row("gateway.cors", Kind.TEXT, "", "origins whose pages may ask; with commas between, * is all",
-         name="http_cors", flag="http_cors"),
-    _row("gateway.hosts", Kind.TEXT, "", "names it may be asked by without keys; with commas between",
-         name="http_hosts", flag="http_hosts"),
-    _row("gateway.body_bytes", Kind.BYTES, 8 * MIB, "longest body of a request", low=1024),
-    _row("gateway.answer_tokens", Kind.NUMBER, 2_048, "longest answer for who names no maximum", low=1,
-         high=131_072),
-    _row("gateway.resume_ms", Kind.MS, 5_000, "how long a stream waits for a client that was cut off",
-         high=_LONGEST_MS),
-    _row("gateway.http_requests", Kind.NUMBER, 4_096, "requests that may be open at a time; more are refused", low=1),
-    _row("gateway.leave_ms", Kind.MS, 30_000, "how long open requests get to finish at exit", high=_LONGEST_MS),
+    # Their flags and variables begin with http, because `llambo up` has those of a broker as well.
+    row("gateway.bind", Kind.TEXT, "127.0.0.1", "address to listen on for HTTP", name="http_bind", flag="http_bind"),
+    row("gateway.port", Kind.NUMBER, 7340, "port for HTTP; 0 takes any free one", name="http_port",
+        flag="http_port", high=65_535),
+    row("gateway.keys", Kind.TEXT, "", "folder of keys and API tokens; empty: every client is accepted",
+        name="http_keys", flag="http_keys"),
+    row("gateway.tls_cert", Kind.TEXT, "", "file with the certificate for HTTPS, and its chain"),
+    row("gateway.tls_key", Kind.TEXT, "", "file with the certificate's private key"),
+    row("gateway.plain", Kind.SWITCH, False,
+        "listen without TLS beyond this machine, because a proxy in front provides it",
+        name="http_plain", flag="http_plain"),
+    row("gateway.cors", Kind.TEXT, "", "origins whose pages may send requests, separated by commas; *: all",
+        name="http_cors", flag="http_cors"),
+    row("gateway.hosts", Kind.TEXT, "", "host names to accept without keys, separated by commas",
+        name="http_hosts", flag="http_hosts"),
+    row("gateway.body_bytes", Kind.BYTES, 8 * MIB, "longest body of a request", low=1024),
+    row("gateway.answer_tokens", Kind.NUMBER, 2_048, "longest answer if the request names no maximum", low=1,
+        high=131_072),
+    row("gateway.resume_ms", Kind.MS, 5_000, "how long a stream waits for a client to reconnect",
+        high=_LONGEST_MS),
+    row("gateway.http_requests", Kind.NUMBER, 4_096, "most open requests; more are refused", low=1),
+    row("gateway.leave_ms", Kind.MS, 30_000, "how long open requests get to finish at exit", high=_LONGEST_MS),
 )  # fmt: skip
 _BRIDGE = (
-    _row("bridge.socket", Kind.TEXT, "", "path of the Unix socket; empty: llambo-bridge.sock in the runtime folder",
-         name="bridge_socket"),
-    _row("bridge.tcp", Kind.NUMBER, -1, "TCP port on loopback, in place of the socket; 0 takes any, -1 none",
-         name="bridge_tcp", low=-1, high=65_535),
-    _row("bridge.connections", Kind.NUMBER, 256, "connections at a time", name="bridge_connections", low=1),
-    _row("bridge.in_flight", Kind.NUMBER, 16, "answers under way on one connection", name="bridge_in_flight", low=1),
-    _row("bridge.line_bytes", Kind.BYTES, MIB, "longest line, or msgpack object", name="bridge_line_bytes", low=1024),
-    _row("bridge.leave_ms", Kind.MS, 10_000, "how long answers get to finish at exit", name="bridge_leave_ms",
-         high=_LONGEST_MS),
+    row("bridge.socket", Kind.TEXT, "", "path of the Unix socket; empty: llambo-bridge.sock in the runtime folder",
+        name="bridge_socket"),
+    row("bridge.tcp", Kind.NUMBER, -1, "TCP port on loopback, in place of the socket; 0 takes any free one, -1: none",
+        name="bridge_tcp", low=-1, high=65_535),
+    row("bridge.connections", Kind.NUMBER, 256, "most connections at a time", name="bridge_connections", low=1),
+    row("bridge.in_flight", Kind.NUMBER, 16, "most answers in progress on one connection", name="bridge_in_flight",
+        low=1),
+    row("bridge.line_bytes", Kind.BYTES, MIB, "longest line, or msgpack object", name="bridge_line_bytes", low=1024),
+    row("bridge.leave_ms", Kind.MS, 10_000, "how long answers get to finish at exit", name="bridge_leave_ms",
+        high=_LONGEST_MS),
 )  # fmt: skip
 
 TABLE: tuple[Setting, ...] = _MESH + _BROKER + _WORKER + _CLIENT + _GATEWAY + _BRIDGE + _FAKE
@@ -166,5 +337,5 @@ SECTIONS: dict[str, dict[str, Setting]] = {
 
 
 def of_roles(*roles: str) -> list[Setting]:
-    """The settings that matter to any of these roles, in the order of the table."""
+    """The settings of these roles, in the order of the table."""
     return [setting for setting in TABLE if setting.roles & set(roles)]

@@ -34,7 +34,7 @@ _BLOCKS = {
 
 
 class BadModelFile(Exception):
-    """The file is not a model, or is incomplete; the text says why."""
+    """The file is not a model, or is incomplete; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)

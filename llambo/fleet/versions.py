@@ -16,8 +16,7 @@ from pathlib import Path
 import msgspec
 
 import llambo
-from llambo.fleet.model import Fleet, NodeClass
-from llambo.fleet.world import NodeState, World
+from llambo.fleet.model import Fleet, NodeClass, NodeState, World
 from llambo.mesh.wire.errors import Code, LlamboError
 
 FILE, LOCK = "versions.json", "versions.lock"

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from llambo.fleet.file import schema
-from llambo.fleet.file.schema import Key, by_name
+from llambo.fleet import schema
 from llambo.fleet.model import BROKER, Fleet, Host, NodeClass, Scaling
+from llambo.fleet.schema import Key, by_name
 from llambo.mesh.settings.settings_table import SECTIONS, Value
 from llambo.mesh.wire.errors import Code, LlamboError
 

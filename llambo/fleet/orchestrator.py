@@ -1,4 +1,4 @@
-"""The orchestrator. While it holds the lease (see `leadership`) it looks every second, decides, and starts what was
+"""The orchestrator. While it holds the lease (`Leadership`) it looks every second, decides, and starts what was
 decided, without waiting for it.
 
     look -> what has ended -> crashes ---------+
@@ -12,26 +12,34 @@ changes again or they are rolled back; a worker that has to be started meanwhile
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
+import secrets
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+import msgspec
 
 from llambo.fleet.decide import plan as planning
 from llambo.fleet.decide.autoscale_core import Autoscaler, LoadObserver, promised_models
 from llambo.fleet.decide.crashes_core import LOOP, Crashes
 from llambo.fleet.decide.plan import Plan, PlanStep, StepKind, Wanted
-from llambo.fleet.file.versions import Versions, VersionsFile, as_version
-from llambo.fleet.model import Fleet
-from llambo.fleet.run.leadership import Leadership
-from llambo.fleet.run.node_manager import NodeManager, Report, Snapshot
-from llambo.fleet.run.updates import ClassUpdate, max_unavailable
-from llambo.fleet.world import NodeFailed, NodeState
+from llambo.fleet.model import BROKER, Fleet, NodeFailed, NodeState
+from llambo.fleet.node_manager import NodeManager, Report, Snapshot
+from llambo.fleet.updates import ClassUpdate, max_unavailable
+from llambo.fleet.versions import Versions, VersionsFile, as_version
+from llambo.mesh.client.client import Client
+from llambo.mesh.link import sockets
+from llambo.mesh.link.sockets import endpoint
 from llambo.mesh.service import clock
+from llambo.mesh.wire import limits
+from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.reports import LeaseReply
 
 #: Between two looks.
 LOOK_S = 1.0
@@ -63,35 +71,63 @@ class _Scaling:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-class _StateFile:
+class StateEvent(msgspec.Struct, frozen=True):
+    #: Wall clock.
+    at_ms: int
+    text: str
+
+
+class LoopState(msgspec.Struct, frozen=True, kw_only=True):
+    """A class that keeps failing on a host. `again_ms`: when the next one is tried, by the wall clock."""
+
+    node_class: str = msgspec.field(name="class")
+    host: str
+    failures: int
+    node: str
+    how: str
+    log_tail: str = msgspec.field(name="words")
+    again_ms: int
+
+
+class OrchestratorState(msgspec.Struct, frozen=True, kw_only=True):
     """What `llambo fleet status` shows about an orchestrator that runs."""
 
+    pid: int
+    wanted: dict[str, int] = {}
+    #: Classes whose load needs more workers than they may have, and what limits them.
+    held: dict[str, str] = {}
+    refused: tuple[str, ...] = ()
+    #: The update that is under way; empty: none.
+    update: str = ""
+    loops: list[LoopState] = []
+    events: list[StateEvent] = []
+
+
+class _StateFile:
     def __init__(self, path: Path) -> None:
-        self.events: deque[tuple[int, str]] = deque(maxlen=EVENTS)
+        self.events: deque[StateEvent] = deque(maxlen=EVENTS)
         self.refused: tuple[str, ...] = ()
         self._path = path
-        self._written = ""
+        self._written = b""
 
     def add_event(self, text: str) -> None:
-        self.events.append((clock.wall_ms(), text))
+        self.events.append(StateEvent(clock.wall_ms(), text))
 
     def write(self, autoscaler: Autoscaler, crashes: Crashes, update: str, now_ms: int) -> None:
-        state: dict[str, Any] = {
-            "pid": os.getpid(),
-            "wanted": dict(autoscaler.counts),
-            "held": dict(autoscaler.limited),
-            "refused": list(self.refused),
-            "update": update,
-            "loops": [
-                {"class": one.node_class, "host": one.host, "failures": one.failures, "node": one.node,
-                 "how": one.how, "words": one.log_tail, "again_ms": clock.wall_ms() + one.again_in_ms}
-                for one in crashes.loops(now_ms)
-            ],
-            "events": [{"at_ms": at_ms, "text": text} for at_ms, text in self.events],
-        }  # fmt: skip
-        if (text := json.dumps(state)) != self._written:
+        loops = [
+            LoopState(
+                node_class=one.node_class, host=one.host, failures=one.failures, node=one.node, how=one.how,
+                log_tail=one.log_tail, again_ms=clock.wall_ms() + one.again_in_ms,
+            )
+            for one in crashes.loops(now_ms)
+        ]  # fmt: skip
+        state = OrchestratorState(
+            pid=os.getpid(), wanted=dict(autoscaler.counts), held=dict(autoscaler.limited), refused=self.refused,
+            update=update, loops=loops, events=list(self.events),
+        )  # fmt: skip
+        if (text := msgspec.json.encode(state)) != self._written:
             draft = self._path.with_suffix(".new")
-            draft.write_text(text, encoding="utf-8")
+            draft.write_bytes(text)
             draft.replace(self._path)
             self._written = text
 
@@ -99,12 +135,20 @@ class _StateFile:
         self._path.unlink(missing_ok=True)
 
 
+def read_state(folder: Path) -> OrchestratorState | None:
+    """What an orchestrator has written there; None: none runs. One that was killed leaves its file behind."""
+    try:
+        return msgspec.json.decode((folder / STATE_FILE).read_bytes(), type=OrchestratorState)
+    except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
 class Orchestrator:
     def __init__(self, inputs: Inputs, manager: NodeManager, folder: Path, report: Report) -> None:
         self._inputs = inputs
         self._fleet = fleet = manager.fleet
         self._manager = manager
-        manager.report = self.report
+        manager.report, manager.on_stopping = self.report, self._note_stopping
         self._report = report
         self._state = _StateFile(folder / STATE_FILE)
         self._versions_file = VersionsFile(folder)
@@ -238,6 +282,9 @@ class Orchestrator:
             if self._update is not None:
                 self._update.died(failed)
 
+    def _note_stopping(self, name: str) -> None:
+        self._crashes.note_stopped(name)
+
     def _note_failure(self, failed: NodeFailed, node_class: str, host: str) -> None:
         now_ms = clock.now_ms()
         self._crashes.note_failure(failed.name, node_class, host, failed.how, failed.log_tail, now_ms)
@@ -253,17 +300,17 @@ class Orchestrator:
         for step in map(self._as_before, plan.steps):
             if step.name in self._tasks or step.name in updating:
                 continue
-            if step.kind is StepKind.REPLACE and step.node_class != "broker":
+            if step.kind is StepKind.REPLACE and step.node_class != BROKER:
                 if not self._versions.stopped(step.node_class, step.fingerprint):
                     outdated.append(step)
                 continue
-            if step.node_class != "broker" and "broker" in self._tasks:
+            if step.node_class != BROKER and BROKER in self._tasks:
                 continue
             task = asyncio.create_task(self._carry_out(step), name=f"{step.kind.value} {step.name}")
             self._tasks[step.name] = task
-            if step.node_class == "broker":
+            if step.node_class == BROKER:
                 break
-        if outdated and self._update is None and "broker" not in self._tasks:
+        if outdated and self._update is None and BROKER not in self._tasks:
             self._start_update([step for step in outdated if step.node_class == outdated[0].node_class])
         refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in plan.refusals)
         # The texts contain remaining seconds, so only their number shows that something is new.
@@ -311,10 +358,83 @@ class Orchestrator:
             self._note_failure(failed, step.node_class, step.host)
 
 
-def read_state(folder: Path) -> dict[str, Any] | None:
-    """What an orchestrator has written there; None: none runs. One that was killed leaves its file behind."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return state if isinstance(state, dict) else None
+# --- One orchestrator at a time: the one that holds the lease of every broker that answers. ---
+#
+# Another orchestrator stands by, asks again every second, and takes over when the lease is free. If the broker belongs
+# to the fleet itself and does not run yet, there is none to ask; then the lock on the folder (`Site.lock`) separates
+# two orchestrators of one machine. The orchestrator's events are sent along, into the event feed of the mesh.
+
+#: The name of the lease, and the kind of the events that come with it.
+LEASE = "fleet"
+#: How many events fit into one message, and characters of each.
+LEASE_EVENTS, EVENT_CHARS = 64, 256
+
+
+class Leadership:
+    def __init__(self, connect: Callable[[str], Client]) -> None:
+        self._connect = connect
+        self._holder = secrets.token_bytes(16)
+        self._clients: dict[str, Client] = {}
+        self._until = 0.0
+        self._unsent: list[str] = []
+        #: Why the lease is not ours.
+        self.why = ""
+        #: How many brokers have answered the last time.
+        self.answered = 0
+
+    @property
+    def leads(self) -> bool:
+        """By our own clock, which started the lease before the brokers did."""
+        return time.monotonic() < self._until
+
+    def add_event(self, text: str) -> None:
+        self._unsent = [*self._unsent, text[:EVENT_CHARS]][-LEASE_EVENTS:]
+
+    async def renew(self, address: str, promised: Iterable[str], *, acting: bool) -> None:
+        """Ask every broker of this address. `promised`: models whose workers are started when a request asks for them.
+
+        `acting`: we have acted until now, with a lease, or without one because no broker answered.
+        """
+        began, events = time.monotonic(), self._unsent
+        models = sorted(promised)[: limits.PROMISED_MODELS]
+        lease = m.Lease(0, LEASE, self._holder, limits.LEASE_MS, acting, models, events)
+        answers = []
+        for host, port in sockets.split_all(address):
+            answer = await self._ask(endpoint(host, port), lease)
+            answers += [answer] if answer is not None else []
+        self.answered = len(answers)
+        denied = [answer.by for answer in answers if not answer.granted]
+        if denied:
+            self._until = 0.0
+            self.why = f"{denied[0]} has the lease" if denied[0] else "a broker that has just started grants none yet"
+        elif answers:
+            self._until = began + limits.LEASE_MS / 1_000
+            self._unsent = self._unsent[len(events) :]
+        else:
+            self.why = "no broker answers"
+
+    async def give_back(self) -> None:
+        for client in self._clients.values():
+            # If this fails, the lease expires soon.
+            with contextlib.suppress(LlamboError):
+                await client.lease(m.Lease(0, LEASE, self._holder, 0, events=self._unsent))
+            await client.close()
+        self._clients.clear()
+        self._until = 0.0
+
+    async def _ask(self, address: str, lease: m.Lease) -> LeaseReply | None:
+        """None: that broker does not answer."""
+        client = self._clients.get(address)
+        try:
+            if client is None:
+                client = self._connect(address)
+                await client.connect()
+                self._clients[address] = client
+            return await client.lease(lease)
+        except LlamboError as error:
+            if not error.retryable:
+                raise  # as for a key that is not an admin's
+            lost = self._clients.pop(address, None)
+            if lost is not None:
+                await lost.close()
+            return None

@@ -1,1 +1,0 @@
-"""fleet.toml: its schema, its reader, and the versions of its classes."""

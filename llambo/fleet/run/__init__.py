@@ -1,1 +1,0 @@
-"""Carrying out what was decided: the node manager, updates, the orchestrator and its lease."""
