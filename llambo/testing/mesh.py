@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -230,6 +231,15 @@ class Mesh:
             print(self.thread.story())
         for process in (*self.workers, *([self.process] if self.process else [])):
             print(process.story("it runs" if process.running else "it has ended"))
+
+
+def key_folder(path: Path, **roles: Role) -> Folder:
+    """A new keyring, with a key for each of these names."""
+    folder = Folder(path)
+    folder.begin("tcp://127.0.0.1:7330")
+    for name, role in roles.items():
+        folder.add(Identity(name, role), int(time.time()))
+    return folder
 
 
 def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
