@@ -365,42 +365,33 @@ def answer_error(request: HttpRequest, error: Exception) -> Response[bytes]:
     return Response(reply.body, status_code=reply.status, headers=reply.headers, media_type="application/json")
 
 
+# The OpenAPI document
+
+
+def _fields(*optional: str, **properties: JsonObject) -> JsonObject:
+    """The schema of an object. All of its properties are required except for `optional`."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties}
+
+
 _TEXT = {"type": "string"}
 _OBJECT = {"type": "object"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
+_OPENAI_ERROR = _fields(
+    "hint",
+    message=_TEXT,
+    type=_TEXT,
+    param={**_MAYBE_TEXT, "description": "The field that is wrong"},
+    code=_MAYBE_TEXT,
+    hint={**_TEXT, "description": "What to do about it"},
+)
 ERRORS: dict[Shape, JsonObject] = {
-    "openai": {
-        "title": "An error in the shape of OpenAI's API",
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": _TEXT,
-                    "type": _TEXT,
-                    "param": {**_MAYBE_TEXT, "description": "The field that is wrong"},
-                    "code": _MAYBE_TEXT,
-                    "hint": {**_TEXT, "description": "What to do about it"},
-                },
-            }
-        },
-    },
+    "openai": {"title": "An error in the shape of OpenAI's API", **_fields(error=_OPENAI_ERROR)},
     "anthropic": {
         "title": "An error in the shape of Anthropic's API",
-        "type": "object",
-        "required": ["type", "error"],
-        "properties": {
-            "type": {"const": "error"},
-            "error": {
-                "type": "object",
-                "required": ["type", "message"],
-                "properties": {"type": _TEXT, "message": _TEXT},
-            },
-        },
+        **_fields(type={"const": "error"}, error=_fields(type=_TEXT, message=_TEXT)),
     },
-}  # fmt: skip
+}
 _SOME = {"type": "array", "minItems": 1, "maxItems": 128}
 _IDS = {**_SOME, "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
 #: A text, texts, the token ids of a text, or lists of token ids; msgspec has no such union.

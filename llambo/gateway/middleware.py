@@ -35,6 +35,10 @@ ID_KEY, CALLER_KEY = "llambo.request_id", "llambo.caller"
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: Answered however many requests are open: a supervisor decides by them whether the gateway lives.
 _ALWAYS = ("/healthz", "/readyz", "/metrics")
+ANY = "*"
+FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
+#: The gateway's own page, or no page: an address that was typed, or a bookmark.
+_OWN = ("", "same-origin", "none")
 
 
 class Middleware:
@@ -107,12 +111,6 @@ def _id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         if name == HEADER and _CLIENT_ID.fullmatch(value):
             return value
     return b"req-" + secrets.token_hex(8).encode()
-
-
-ANY = "*"
-FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
-#: The gateway's own page, or no page: an address that was typed, or a bookmark.
-_OWN = ("", "same-origin", "none")
 
 
 class Origins:

@@ -110,7 +110,7 @@ def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
         chat.enter("third question")
         chat.until("tokens/s", after="third question")
         chat.enter("/save travel")
-        chat.until("kept as travel, in ")
+        chat.until("saved as travel, in ")
         chat.enter("/session other")
         chat.until("other: 0 turns so far")
         chat.enter("/frobnicate")

@@ -169,7 +169,7 @@ class _Notices(Screen):
         super().__init__(_Output(), None, colours=False, notices_to_stderr=False)  # type: ignore[arg-type]
         self.lines: list[str] = []
 
-    def say(self, text: str, tone: Any = "plain") -> None:
+    def print(self, text: str, tone: Any = "plain") -> None:
         self.lines.append(text)
 
 
@@ -526,7 +526,7 @@ def test_system_is_shown_set_and_removed(begin: Chats) -> None:
 def test_save_gives_a_name(begin: Chats, folder: Path) -> None:
     user = begin().types("one").types("/save travel")
     assert user.chat.saved.name == "travel"
-    assert user.notices == f"kept as travel, in {folder}/travel.json"
+    assert user.notices == f"saved as travel, in {folder}/travel.json"
     assert user.types("two").saved.name == "travel"
     assert "not a valid name" in user.types("/save ../../etc/passwd").notices
 

@@ -40,8 +40,8 @@ SPARE = ("moves", "priority", "model", "age", "note", "worker")
 def requests(common: Common, as_json: bool) -> None:
     """List the requests that wait or run. The beginning of an id is enough wherever one is asked for.
 
-    They are those of one broker. What other brokers run is seen here only as slots that are busy; how many is said
-    on stderr.
+    They are those of one broker. What other brokers run is seen here only as slots that are busy; their number is
+    printed on stderr.
     """
 
     async def question(client: Client) -> tuple[Any, int]:

@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from llambo.cli.fleet.site import fleet_options, run, say, silent, site
+from llambo.cli.fleet.site import fleet_options, no_report, report, run, site
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Plan, PlanStep
     from llambo.fleet.model import NodeFailed
     from llambo.fleet.updates import Outcome
+    from llambo.mesh.wire.reports import DrainReply
 
 EXAMPLES = """
 llambo fleet plan                        what apply would do, and why
@@ -149,7 +150,7 @@ def spawn(
     here.node_class(node_class)
 
     def wanted() -> dict[str, int]:
-        nodes = run(here.node_manager(say).look()).world.of(node_class)
+        nodes = run(here.node_manager(report).look()).world.of(node_class)
         return {node_class: sum(node.counts for node in nodes) + count}
 
     make_it_so(here, as_json, wanted)
@@ -219,9 +220,9 @@ def drain(common: Common, node: str, undo: bool, file: Path, state: Path | None,
     here = site(common, file, state)
     found = run(_drain(here, node, undo))
     if as_json:
-        show_json(found)
+        show_json(msgspec.structs.asdict(found))
     else:
-        say(f"{node} takes no new work" if found["draining"] else f"{node} works again")
+        report(f"{node} takes no new work" if found.draining else f"{node} works again")
 
 
 @click.command("run", cls=Command, examples=RUN_EXAMPLES)
@@ -251,7 +252,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 
     here = site(common, file, state)
     with here.lock():
-        manager = here.node_manager(silent if as_json else say)
+        manager = here.node_manager(no_report if as_json else report)
         snapshot = run(manager.look())
         nodes = sorted(snapshot.world.nodes, key=lambda node: node.node_class == "broker")
         steps = [PlanStep(StepKind.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
@@ -260,7 +261,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     if as_json:
         show_json({"ended": [step.name for step in steps]})
     else:
-        say(f"{len(steps)} ended" if steps else "nothing ran")
+        report(f"{len(steps)} ended" if steps else "nothing ran")
 
 
 # --- inside --------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 async def _plan(here: Site) -> tuple[Plan, dict[str, str]]:
     from llambo.fleet.decide import plan as planning
 
-    manager = here.node_manager(say)
+    manager = here.node_manager(report)
     snapshot = await manager.look()
     wanted = here.wanted(manager, snapshot.world, write=False)
     return planning.make(manager.fleet, snapshot.world, wanted), snapshot.away()
@@ -281,7 +282,7 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
 
     began = time.monotonic()
     with here.lock():
-        manager = here.node_manager(silent if as_json else say)
+        manager = here.node_manager(no_report if as_json else report)
         if asked := counts():
             here.ask_for(asked)
 
@@ -301,15 +302,15 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
         show_json(result | {name: [_failure(one) for one in nodes] for name, nodes in lists.items()})
     else:
         for one in ended:
-            say(f"{one} by itself before this; the end of its log:{_log(one)}")
+            report(f"{one} by itself before this; the end of its log:{_log(one)}")
         for one in outcome.failed:
-            say(f"{one}; the end of its log:{_log(one)}")
+            report(f"{one}; the end of its log:{_log(one)}")
         for text in outcome.stopped:
-            say(f"the update has stopped, {text}")
+            report(f"the update has stopped, {text}")
         for refusal in found.refusals:
-            say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
+            report(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
         took = time.monotonic() - began
-        say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
+        report(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
     if outcome.failed or outcome.stopped or found.refusals:
         click.get_current_context().exit(Exit.ERROR)
 
@@ -323,16 +324,16 @@ def _apply_or_pass_on(here: Site, as_json: bool) -> None:
 
 
 def _say_passed_on(pid: int) -> None:
-    say(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
+    report(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
 
 
-async def _drain(here: Site, node: str, undo: bool) -> dict[str, Any]:
-    manager = here.node_manager(say)
+async def _drain(here: Site, node: str, undo: bool) -> DrainReply:
+    manager = here.node_manager(report)
     await manager.providers.refresh()
     if not any(record.name == node and record.node_class != "broker" for record in manager.providers.records()):
         raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
     async with manager.mesh() as client:
-        return msgspec.structs.asdict(await client.drain(node, undo, move=not undo))
+        return await client.drain(node, undo, move=not undo)
 
 
 async def _orchestrate(here: Site) -> None:
@@ -342,11 +343,11 @@ async def _orchestrate(here: Site) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in end_signals():
         loop.add_signal_handler(number, stop.set)
-    async with here.node_manager(say) as manager:
-        orchestrator = Orchestrator(here, manager, here.state, say)
-        say(f"runs {here.fleet.name}, as in {here.file}")
+    async with here.node_manager(report) as manager:
+        orchestrator = Orchestrator(here, manager, here.state, report)
+        report(f"runs {here.fleet.name}, as in {here.file}")
         await orchestrator.run(stop)
-    say("stopped; the workers keep running")
+    report("stopped; the workers keep running")
 
 
 def _classes(here: Site, one: str | None) -> list[str]:
@@ -367,7 +368,7 @@ def _rows(found: Plan) -> list[tuple[str, str, str, str]]:
     return [(step.kind.value, step.name, step.host, step.why) for step in found.steps]
 
 
-def _as_json(found: Plan) -> dict[str, Any]:
+def _as_json(found: Plan) -> dict[str, object]:
     return {
         "steps": [
             {"do": step.kind.value, "name": step.name, "class": step.node_class, "host": step.host, "why": step.why}

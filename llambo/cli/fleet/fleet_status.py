@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from llambo.cli.fleet.site import fleet_options, run, silent, site
+from llambo.cli.fleet.site import fleet_options, no_report, run, site
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
@@ -105,7 +105,7 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     ended      it has ended by itself; apply starts another one
     """
     here = site(common, file, state)
-    manager = here.node_manager(silent)
+    manager = here.node_manager(no_report)
     snapshot = run(manager.look())
     found = _found(here, manager, snapshot)
     if as_json:
@@ -134,7 +134,7 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
 def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) -> None:
     """Show the end of the log of a node, also of one that has ended."""
     here = site(common, file, state)
-    text = run(_log_of(here.node_manager(silent), Path(node).name))
+    text = run(_log_of(here.node_manager(no_report), Path(node).name))
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:

@@ -49,12 +49,12 @@ def fleet_options(function: F) -> F:
     return file(state(function))
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     print_notice(f"fleet: {printable(text)}", err=False)
 
 
-def silent(text: str) -> None:
-    """Instead of `say`, where progress would be in the way of the output."""
+def no_report(text: str) -> None:
+    """Instead of `report`, where progress would be in the way of the output."""
 
 
 @dataclass(slots=True)

@@ -114,5 +114,5 @@ async def _ask_for_names(client: Client, sent: list[str]) -> MeshNames:
 def history(environ: Mapping[str, str]) -> History:
     """In a file that only its owner can read: prompts are private."""
     return open_history(
-        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is kept: %s", error)
+        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is stored: %s", error)
     )  # fmt: skip

@@ -42,6 +42,13 @@ _TOKEN_BYTES, _LOGPROB_BYTES = 64, 160
 SUBMITTED_CHARS = 32 * 1024 * 1024
 #: Choices of one HTTP request, over all of its prompts.
 CHOICES = 128
+#: Tasks that close streams; asyncio itself references tasks only weakly.
+_CLOSING: set[asyncio.Task[None]] = set()
+#: Tokens that are rendered at once. Without this limit a slow reader of a long answer would make the gateway hold all
+#: of its events in memory, and delay every other reader while they are made.
+AT_ONCE = 256
+_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
+_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,17 +336,6 @@ def streams_of(client: Client, submission: Submission) -> list[Stream]:
                 options["seed"] = (seed + choice) % 2**63
             streams.append(client.stream(prompt, **options))
     return streams
-
-
-#: Tasks that close streams; asyncio itself references tasks only weakly.
-_CLOSING: set[asyncio.Task[None]] = set()
-
-
-#: Tokens that are rendered at once. Without this limit a slow reader of a long answer would make the gateway hold all
-#: of its events in memory, and delay every other reader while they are made.
-AT_ONCE = 256
-_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
-_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 def parse_event_id(last_event_id: str) -> tuple[str, int, int]:

@@ -51,6 +51,14 @@ UNSUPPORTED = {
     "prompt": "is not supported; use instructions and input",
 }
 T = TypeVar("T")
+#: OpenAI's codes for a response that failed after it had begun; any other error is `server_error`.
+_FAILED_AS = {
+    Code.OVER_LIMIT: "rate_limit_exceeded",
+    Code.BUSY: "rate_limit_exceeded",
+    Code.BAD_REQUEST: "invalid_prompt",
+    Code.TOO_LONG: "invalid_prompt",
+}
+NamedFields = tuple[str, JsonObject]
 
 
 class InputText(msgspec.Struct, tag="input_text"):
@@ -298,17 +306,6 @@ def _echo(body: ResponsesRequest) -> JsonObject:
         "top_p": body.top_p,
         "truncation": "disabled",
     }
-
-
-#: OpenAI's codes for a response that failed after it had begun; any other error is `server_error`.
-_FAILED_AS = {
-    Code.OVER_LIMIT: "rate_limit_exceeded",
-    Code.BUSY: "rate_limit_exceeded",
-    Code.BAD_REQUEST: "invalid_prompt",
-    Code.TOO_LONG: "invalid_prompt",
-}
-
-NamedFields = tuple[str, JsonObject]
 
 
 class ResponsesRenderer:

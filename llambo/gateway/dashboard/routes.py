@@ -52,6 +52,31 @@ ROUND_TIMEOUT_S = 2.0
 QUIET_S = 10.0
 #: Viewers of one gateway.
 VIEWERS = 64
+STATIC = Path(__file__).resolve().parent / "static"
+PAGE = "index.html"
+TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # The browser asks each time, and gets a 304 without a body if nothing has changed.
+    "cache-control": "no-cache",
+}
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+]
+TokenOf = Callable[[Connection], str]
+Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 
 class Watch:
@@ -207,49 +232,6 @@ async def _answers(client: Client, before: Picture) -> Answers:
 def _event(message: Message) -> bytes:
     """On one line: JSON escapes line breaks."""
     return b"data: %s\n\n" % encode(message)
-
-
-STATIC = Path(__file__).resolve().parent / "static"
-PAGE = "index.html"
-TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
-#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self'",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-)
-HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    # The browser asks each time, and gets a 304 without a body if nothing has changed.
-    "cache-control": "no-cache",
-}
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
-]
-
-TokenOf = Callable[[Connection], str]
-Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 
 class DrainBody(msgspec.Struct):

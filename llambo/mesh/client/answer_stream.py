@@ -238,8 +238,8 @@ class Stream:
         read = self._read
         rest = read.finish()
         self.answer = Answer(
-            read.text, read.ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
-            read.logprobs, read.pieces, end.stop,
+            text=read.text, ids=read.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves,
+            id=self.id, queued_ms=end.queued_ms, logprobs=read.logprobs, pieces=read.pieces, stop=end.stop,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)

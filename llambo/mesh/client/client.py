@@ -124,9 +124,14 @@ class Client:
         self._context = self._settings["context"] or zmq.Context()
         self._welcomed = loop.create_future()
         self._shell = ClientShell(
-            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken,
-            self._key,
-        )  # fmt: skip
+            self._core,
+            self.address,
+            self._context,
+            token_hwm=self._settings["token_hwm"],
+            key=self._key,
+            deliver=self._deliver,
+            broken=self._on_broken,
+        )
         self._shell.begin(found)
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):

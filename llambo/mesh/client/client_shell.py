@@ -31,10 +31,11 @@ class ClientShell:
         core: ClientCore,
         address: str,
         context: zmq.Context[zmq.Socket[bytes]],
+        *,
         token_hwm: int,
+        key: PeerKey | None,
         deliver: Callable[[e.Delivery | e.ReportLink], None],
         broken: Callable[[Exception], None],
-        key: PeerKey | None = None,
     ) -> None:
         self._core = core
         self._link = Link(

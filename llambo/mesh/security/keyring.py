@@ -103,22 +103,25 @@ class Folder:
 
     def add(self, identity: Identity, now_s: int, expires: int = 0) -> PeerKey:
         """A new key under a new name."""
-        with self._changed() as (ring, put):
+        with self.locked():
+            ring = self.ring()
             if ring.named(identity.name):
                 raise LlamboError(Code.BAD_SETTING, f"a key with the name {identity.name!r} exists already")
-            return self._issue(ring, put, identity, now_s, expires)
+            return self._issue(ring, identity, now_s, expires)
 
     def revoke(self, name: str) -> int:
         """Remove the keys of this name. Returns their number."""
-        with self._changed() as (ring, put):
+        with self.locked():
+            ring = self.ring()
             gone = self._named(ring, name)
-            put.append(msgspec.structs.replace(ring, entries=[entry for entry in ring.entries if entry not in gone]))
             (self.path / ISSUED / f"{name}.key").unlink(missing_ok=True)
+            self._write(ring, [entry for entry in ring.entries if entry not in gone])
             return len(gone)
 
     def rotate(self, name: str, now_s: int, grace_s: int) -> PeerKey:
         """A new key under the same name. The old ones stay valid for `grace_s`, in which peers get the new one."""
-        with self._changed() as (ring, put):
+        with self.locked():
+            ring = self.ring()
             newest = self._named(ring, name)[-1]
             until = now_s + grace_s
             entries = [
@@ -128,7 +131,7 @@ class Folder:
                 for entry in ring.entries
             ]
             valid = msgspec.structs.replace(ring, entries=[entry for entry in entries if entry.valid(now_s)])
-            return self._issue(valid, put, newest.identity, now_s, newest.expires)
+            return self._issue(valid, newest.identity, now_s, newest.expires)
 
     def export(self, name: str, address: str = "") -> PeerKey:
         """The key of this name, as it was issued; with `address` for brokers at another address."""
@@ -147,15 +150,13 @@ class Folder:
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _issue(self, ring: Ring, put: list[Ring], identity: Identity, now_s: int, expires: int) -> PeerKey:
+    def _issue(self, ring: Ring, identity: Identity, now_s: int, expires: int) -> PeerKey:
         if not NAME.fullmatch(identity.name) or len(identity.name) > limits.NAME_CHARS:
             text = f"{identity.name!r} cannot be the name of a key: use letters, digits, and . _ @ - inside, 64 at most"
             raise LlamboError(Code.BAD_SETTING, text)
         key = PeerKey(ring.address, self.broker().public, identity.name, identity.role, keys.new_pair())
-        put.append(
-            msgspec.structs.replace(ring, entries=[*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
-        )
         keys.write_private(self.path / ISSUED / f"{identity.name}.key", keys.to_line(key) + "\n")
+        self._write(ring, [*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
         return key
 
     def _named(self, ring: Ring, name: str) -> list[KeyEntry]:
@@ -165,14 +166,8 @@ class Folder:
             raise LlamboError(Code.BAD_SETTING, f"no key has the name {name!r}; existing keys: {known}")
         return found
 
-    @contextmanager
-    def _changed(self) -> Iterator[tuple[Ring, list[Ring]]]:
-        """The ring, and a list. A ring that is appended to the list replaces it."""
-        with self.locked():
-            put: list[Ring] = []
-            yield self.ring(), put
-            if put:
-                keys.write_private(self.path / RING_FILE, pretty(put[-1]))
+    def _write(self, ring: Ring, entries: list[KeyEntry]) -> None:
+        keys.write_private(self.path / RING_FILE, pretty(msgspec.structs.replace(ring, entries=entries)))
 
 
 def decoded(path: Path, kind: type[T]) -> T:

@@ -45,6 +45,8 @@ from llambo.worker.agent.engine_life import EngineState
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import protocol as proto
 
+log = logging.getLogger(__name__)
+
 #: The module that the child runs.
 MODULE = "llambo.worker.engine_child"
 #: Bytes taken from the pipe before the sockets get a turn.
@@ -55,6 +57,11 @@ SIGNALS_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SI
 REAP_S = 10.0
 #: Environment variables that contain a key, or the path of one.
 SECRETS = (KEY_ENV, CREDENTIALS_ENV)
+#: The longest sleep: zmq takes milliseconds as an int.
+POLL_MS = 60_000
+POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
+#: The first byte of an XPUB frame that is a subscription.
+SUBSCRIBE = b"\x01"
 
 
 class EngineProcess:
@@ -125,15 +132,6 @@ class EngineProcess:
         if code >= 0:
             return f"the engine exited with status {code}", False
         return f"the engine was ended by {signal.Signals(-code).name}", -code in SIGNALS_FROM_OUTSIDE
-
-
-log = logging.getLogger(__name__)
-
-#: The longest sleep: zmq takes milliseconds as an int.
-POLL_MS = 60_000
-POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
-#: The first byte of an XPUB frame that is a subscription.
-SUBSCRIBE = b"\x01"
 
 
 class Agent:

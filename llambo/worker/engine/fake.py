@@ -67,10 +67,9 @@ class FakeEngine:
 
     def ready(self) -> Ready:
         # Two fake engines can continue each other's answers only if they would produce the same tokens.
-        fingerprint = f"fake-{self._options.style}-{self._options.answer_tokens}-{int(self._options.utf8_split)}"
-        return Ready(
-            [ModelInfo(self._model, fingerprint, self._options.context_tokens)], self._options.slots, "fake engine"
-        )
+        options = self._options
+        fingerprint = f"fake-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
+        return Ready([ModelInfo(self._model, fingerprint, options.context_tokens)], options.slots, "fake engine")
 
     @property
     def running(self) -> int:
@@ -122,8 +121,7 @@ class FakeEngine:
 
     def _refusal(self, start: Start) -> Refused | None:
         if len(self._sequences) >= self._options.slots:
-            error = ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken")
-            return Refused(start.key, error)
+            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken"))
         prompt_tokens, limit = len(start.prompt.split()), self._options.context_tokens
         if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
@@ -184,7 +182,11 @@ class FakeEngine:
         if end is None:
             return Output(key, ids, pieces, logprobs=logprobs)
         del self._sequences[key]
-        usage = _usage(sequence, now_ms)
+        usage = Usage(
+            prompt_tokens=sequence.prompt_tokens,
+            prefill_ms=float(sequence.first_ms - sequence.started_ms),
+            decode_ms=float(now_ms - sequence.first_ms),
+        )
         return Output(key, ids, pieces, end, usage, logprobs=logprobs, stop=stop.decode())
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
@@ -242,11 +244,3 @@ def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], bytes]
             return ids[:count], min(found, key=lambda each: each[0])[1]
         sequence.tail = text[-reach:]
     return ids, b""
-
-
-def _usage(sequence: _Sequence, now_ms: int) -> Usage:
-    return Usage(
-        prompt_tokens=sequence.prompt_tokens,
-        prefill_ms=float(sequence.first_ms - sequence.started_ms),
-        decode_ms=float(now_ms - sequence.first_ms),
-    )

@@ -13,7 +13,6 @@ Cancels and deadlines take effect between steps, and the core keeps steps short.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -51,9 +50,15 @@ from llambo.worker.llama.sampling import (
 from llambo.worker.llama.text_gate import TextGate
 from llambo.worker.models import gguf, model_files
 
+log = logging.getLogger("llambo.engine")
+
 #: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
+#: Characters of the progress bar.
+WIDTH = 30
+#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
+POOLINGS = {1: "mean", 3: "last"}
 
 
 @dataclass(slots=True)
@@ -378,14 +383,6 @@ def _refused(start: Start, code: Code, text: str) -> Refused:
     return Refused(start.key, ErrorInfo(code, text), final=True)
 
 
-log = logging.getLogger("llambo.engine")
-
-#: Characters of the progress bar.
-WIDTH = 30
-#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
-POOLINGS = {1: "mean", 3: "last"}
-
-
 def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     """If the model cannot be loaded, the reason is sent and the process exits."""
     try:
@@ -402,16 +399,17 @@ class ProgressBar:
         self._send = send
         self._drawn = False
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress, percent: int = -1) -> None:
+        """`percent`: how much is done of something that is not the loading of the model."""
         self._send(progress)
         if sys.stderr.isatty():
-            percent = re.search(r"(\d+) %$", progress.note)
-            if percent:
-                done = int(percent[1]) * WIDTH // 100
+            percent = max(percent, progress.percent)
+            if percent >= 0:
+                done = percent * WIDTH // 100
                 sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
             elif self._drawn:
                 sys.stderr.write("\n")
-            self._drawn = bool(percent)
+            self._drawn = percent >= 0
             sys.stderr.flush()
 
 
@@ -422,7 +420,10 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
     bar = ProgressBar(send)
     fingerprint = model_files.fingerprint(
-        file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
+        file,
+        layout.context,
+        options.kv_type,
+        lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
     )
     log.info("%s: %d layers on a GPU, %s", path, options.gpu_layers, layout)
     defaults, unusable = sampling.recommended(file.meta)

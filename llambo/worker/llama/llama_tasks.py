@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,18 @@ from llambo.worker.engine.protocol import (
 )
 from llambo.worker.llama.prompt import BadPrompt, Template, chat_of, prompt_text
 
+if TYPE_CHECKING:  # the queue of embeddings needs no llama.cpp
+    from llambo.worker.llama.llama import Embedder, Model
+
 Rows = NDArray[np.float32]
+#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
+ROWS_BESIDE, ROWS_ALONE = 16, 64
+#: While answers are running, a step of embeddings takes about this share of one of their steps.
+SHARE = 0.5
+#: Weight of the newest measurement.
+NEWEST = 0.25
+#: Upper bounds for the map of a result, and for the token count of each text.
+OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
 
 
 @dataclass(slots=True)
@@ -167,39 +178,8 @@ def normalized(vector: NDArray[np.float64]) -> NDArray[np.float64]:
     return vector / length if length else vector
 
 
-#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
-ROWS_BESIDE, ROWS_ALONE = 16, 64
-#: While answers are running, a step of embeddings takes about this share of one of their steps.
-SHARE = 0.5
-#: Weight of the newest measurement.
-NEWEST = 0.25
-#: Upper bounds for the map of a result, and for the token count of each text.
-OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
-
-
 class NoRoom(Exception):
     """There is not enough memory for a context for embeddings; the text has the numbers."""
-
-
-class Vocabulary(Protocol):
-    """What tasks need of a model."""
-
-    tokens: int
-    embedding_size: int
-
-    def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
-    def piece(self, token: int) -> bytes: ...
-    def piece_or_name(self, token: int) -> bytes: ...
-
-
-class EmbeddingContext(Protocol):
-    """Computes a row of numbers for each token."""
-
-    context: int
-    sequences: int
-
-    def embed(self, tokens: list[int], positions: list[int], sequences: list[int]) -> Rows: ...
-    def cut(self, slot: int, cells: int) -> bool: ...
 
 
 class Tasks:
@@ -207,11 +187,11 @@ class Tasks:
 
     def __init__(
         self,
-        model: Vocabulary,
+        model: Model,
         template: Template | None,
         *,
         context: int,
-        make_embedder: Callable[[], EmbeddingContext],
+        make_embedder: Callable[[], Embedder],
         info: Callable[[], dict[str, Any]],
         pooling: str = "mean",
     ) -> None:
@@ -221,7 +201,7 @@ class Tasks:
         self._make_embedder = make_embedder
         self._info = info
         self._pooling = pooling
-        self._embedder: EmbeddingContext | None = None
+        self._embedder: Embedder | None = None
         self._queue: EmbedQueue | None = None
         self._starts: dict[bytes, tuple[Start, float]] = {}
         #: Finished tasks, until the next step returns their outputs.

@@ -40,6 +40,24 @@ from llambo.worker.engine.protocol import GOLDEN, MASK_64, mix
 
 #: Purposes of a random number: two uses at one index are independent.
 TOKEN, XTC = 1, 2
+Ids = NDArray[np.int32]
+Logits = NDArray[np.float32]
+#: Names in the file and in a request. (The order of samplers, `sequence`, is not read: it is fixed here.)
+KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.xtc_probability": "xtc_probability",
+    "general.sampling.xtc_threshold": "xtc_threshold",
+    "general.sampling.penalty_last_n": "penalty_last_n",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.mirostat": "mirostat",
+    "general.sampling.mirostat_tau": "mirostat_tau",
+    "general.sampling.mirostat_eta": "mirostat_eta",
+}
+Defaults = dict[str, int | float]
+_SHOWN = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
 
 def base(seed: int, index: int, purpose: int) -> int:
@@ -60,10 +78,6 @@ def gumbel(seed: int, index: int, tokens: NDArray[np.int32]) -> NDArray[np.float
     share = ((value >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
     numbers: NDArray[np.float64] = -np.log(-np.log(share))
     return numbers
-
-
-Ids = NDArray[np.int32]
-Logits = NDArray[np.float32]
 
 
 class Grammar(Protocol):
@@ -239,24 +253,6 @@ def logprob_of(logits: Logits, token: int, count: int, piece_of: Callable[[int],
     return Logprob(bounded(float(logits[token])), top)
 
 
-#: Names in the file and in a request. (The order of samplers, `sequence`, is not read: it is fixed here.)
-KEYS = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.xtc_probability": "xtc_probability",
-    "general.sampling.xtc_threshold": "xtc_threshold",
-    "general.sampling.penalty_last_n": "penalty_last_n",
-    "general.sampling.penalty_repeat": "repeat_penalty",
-    "general.sampling.mirostat": "mirostat",
-    "general.sampling.mirostat_tau": "mirostat_tau",
-    "general.sampling.mirostat_eta": "mirostat_eta",
-}
-
-Defaults = dict[str, int | float]
-
-
 def recommended(metadata: Mapping[str, Any]) -> tuple[Defaults, list[str]]:
     """What the model file recommends, and a text about each value that cannot be used."""
     found: Defaults = {}
@@ -302,6 +298,3 @@ def describe(defaults: Defaults) -> str:
         for name in ("temperature", "top_k", "top_p", "min_p", *(name for name in defaults if name not in _SHOWN))
     )
     return f"sampling defaults: {shown}"
-
-
-_SHOWN = frozenset({"temperature", "top_k", "top_p", "min_p"})

@@ -40,6 +40,21 @@ EMBED_WORK_BYTES = 128 * 1024 * 1024
 MIB = 1024 * 1024
 #: Bytes read at a time for a fingerprint.
 READ_BYTES = 64 * MIB
+#: Files that are read at most: a folder with more is not a folder of models.
+FILES = 500
+#: How deep a folder of models is searched. In a Hugging Face cache, files are four levels down.
+DEPTH = 6
+#: Names of `general.file_type`, as in llama.cpp.
+QUANTISATIONS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+#: Architectures of files that accompany a model and do not generate text.
+HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
+#: A model in several files is loaded by the name of the first.
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class NoSuchModel(Exception):
@@ -201,23 +216,6 @@ def _remember(cache: Path, known: dict[str, str]) -> None:
         log.warning("%s: %s: %s", text, cache, error.strerror)
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-#: Files that are read at most: a folder with more is not a folder of models.
-FILES = 500
-#: How deep a folder of models is searched. In a Hugging Face cache, files are four levels down.
-DEPTH = 6
-#: Names of `general.file_type`, as in llama.cpp.
-QUANTISATIONS = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
-    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
-    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
-}  # fmt: skip
-#: Architectures of files that accompany a model and do not generate text.
-HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
-#: A model in several files is loaded by the name of the first.
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True, slots=True)
