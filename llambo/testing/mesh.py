@@ -153,7 +153,7 @@ class Mesh:
         self._start_broker()
 
     def spawn(self, name: str, *addresses: str) -> Process:
-        """Start a worker of this broker, or of the brokers at these addresses; `first_line` returns when it is ready."""
+        """Start a worker of this broker, or of those at these addresses; `first_line` returns when it is ready."""
         key = key_of(self._keys, name, "worker") if self._keys else None
         config = replace(self.worker_config, name=name, brokers=addresses or (self.address,), key=key)
         process = self._node(name, "worker", config)
