@@ -293,7 +293,7 @@ class InferenceRequest(Message, frozen=True):
 class Attach(Message, frozen=True):
     """Follow a request that was submitted earlier, from token index `have` on.
 
-    After a lost link `held` has the tokens of the sender, as chunks from token 0: the answer of another broker may differ.
+    After a lost link `held` has the tokens of the sender, as chunks from token 0: that of another broker may differ.
     """
 
     id: RequestId
