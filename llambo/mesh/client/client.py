@@ -53,7 +53,7 @@ from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 #: The hint if a broker does not know the hello of a client.
-WORKER_PORT = "this is the port of a broker for workers; clients use its first port, which it prints when it starts"
+WORKER_PORT = "this is a broker's port for workers; clients use its first port, which it prints when it starts"
 
 log = logging.getLogger(__name__)
 
