@@ -16,7 +16,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from llambo.testing.commands import LLAMBO, environment
@@ -155,9 +154,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(TIMEOUT_S)
