@@ -513,4 +513,4 @@ WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineL
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that have an extra frame.
-WITH_BLOB = (InferenceRequest, Dispatch, Orphan)
+WITH_BLOB = frozenset({InferenceRequest, Dispatch, Orphan})
