@@ -37,7 +37,7 @@ class Bodies:
 
     def __init__(self, direction: str, session: bytes = samples.SESSION) -> None:
         blob = b"What is AI?"
-        said = [(sample, blob if isinstance(sample, m.WITH_BLOB) else None) for sample in samples.allowed(direction)]
+        said = [(sample, blob if type(sample) in m.WITH_BLOB else None) for sample in samples.allowed(direction)]
         self.seeds = [codec.encode(session, [one]) for one in said]
         #: A bundle of all of them.
         self.seeds.append(codec.encode(session, said))

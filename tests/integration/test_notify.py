@@ -62,7 +62,7 @@ def test_a_manager_that_is_gone_is_complained_of_once(tmp_path: Path, caplog: py
     for second in range(5):
         notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
     assert [record.message for record in caplog.records] == [
-        "the service manager cannot be told how this service is: No such file or directory"
+        "cannot notify the service manager: No such file or directory"
     ]
     notifier.close()
 
