@@ -17,6 +17,9 @@ MINUTES ?=
 SEED ?= 1
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests start some hundred Python processes. Byte code halves the CPU time that each of them takes to start, so it is
+# stored also where the environment (a container, as a rule) forbids it. `make clean` removes it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help dev check lint test sim soak chaos demo bench bench-peers docs format clean

@@ -31,12 +31,43 @@ PARTS: dict[str, type[msgspec.Struct]] = {
 }
 
 
+#: When each error comes.
+WHEN = {
+    "bad_message": "a frame or field is not as described here",
+    "bad_version": "the framing version, or none of the versions in the hello, is spoken by the broker",
+    "unknown_type": "a message type that this end does not know, or that this role may not send",
+    "unknown_session": "the header names no live session",
+    "name_taken": "another live worker has this name",
+    "unauthorized": "the key is not known, not valid any more, or not one for this port",
+    "forbidden": "the key does not allow that: another worker's name, an admin's query, a model, a priority",
+    "over_limit": "the key's limits: too many requests at a time, waiting, or in a minute; too many bytes",
+    "bad_request": "an empty prompt, bad sampling options, an unknown query, an ambiguous id",
+    "too_long": "a prompt over the limit, more tokens than the broker can ever hold, or more than the model's context",
+    "unknown_model": "no worker that was ever here serves it",
+    "model_required": "several models are served and the request names none",
+    "unknown_request": "no request with that id is known here",
+    "unknown_worker": "no worker has that name",
+    "expired": "the request has ended and its tokens are gone",
+    "busy": "the queue is full, the memory for transcripts is reserved, too many clients or workers; from a worker: no "
+    "slot now; in an `end`: workers refuse or fail faster than they answer",
+    "no_worker": "no worker has ever joined, or none has served the model for `hold_ms`",
+    "deadline": "the request's own deadline has passed",
+    "queue_timeout": "it waited for `queue_ms`",
+    "engine_failed": "engines died while they ran it, or a worker sent impossible data",
+    "no_broker": "made by the client library and the commands; never sent",
+    "timeout": "made by the client library and the commands; never sent",
+    "cancelled": "made by the client library and the commands; never sent",
+    "bad_setting": "made by the client library and the commands; never sent",
+    "internal": "an answer that is too long to send; otherwise a bug",
+}
+
+
 def error_table() -> str:
     """Every error code, and what is always true of it."""
-    lines = ["| code | at fault | HTTP | try again? |", "| --- | --- | --- | --- |"]
+    lines = ["| code | at fault | HTTP | try again? | when |", "| --- | --- | --- | --- | --- |"]
     for code, trait in TRAITS.items():
         again = "yes" if trait.retryable else "no"
-        lines.append(f"| `{code.value}` | {trait.fault.value} | {trait.http} | {again} |")
+        lines.append(f"| `{code.value}` | {trait.fault.value} | {trait.http} | {again} | {WHEN[code.value]} |")
     return "\n".join(lines)
 
 

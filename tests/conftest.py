@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import signal
 
 import pytest
 
+from llambo.testing.processes import TIMEOUT_S
 from tests import systemd_here
 
 # Started under nohup, or by a shell in the background, everything would ignore a terminal that is closed and Ctrl-C,
@@ -13,6 +16,24 @@ from tests import systemd_here
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is a coroutine function on an event loop of its own, with a deadline.
+
+    The deadline only ends a test that hangs: each wait in it, and each start of a process, has a shorter one.
+    """
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+
+    async def limited() -> None:
+        async with asyncio.timeout(3 * TIMEOUT_S):
+            await pyfuncitem.obj(**arguments)
+
+    asyncio.run(limited())
+    return True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 import msgspec
@@ -46,7 +46,7 @@ SLICE_BYTES = 64 * 1024
 LIST_PARTS, MAP_PAIRS = 4_096, 2_048
 
 Tag = str | int | None
-Reply = dict[str, Any]
+Reply = dict[str, object]
 Encode = Callable[[Reply], bytes]
 
 
@@ -139,7 +139,7 @@ def _put_messages_into_prompt(given: dict[Any, Any]) -> str:
     return ""
 
 
-def _is_tag(tag: Any) -> bool:
+def _is_tag(tag: object) -> bool:
     if isinstance(tag, str):
         return 0 < len(tag) <= TAG_CHARS and _is_utf8(tag)
     return tag is None or (isinstance(tag, int) and not isinstance(tag, bool) and -TAG_LIMIT <= tag <= TAG_LIMIT)
@@ -154,14 +154,14 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _is_number(key: Any) -> bool:
+def _is_number(key: object) -> bool:
     return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 16
 
 
-def _is_too_deep(value: Any) -> bool:
+def _is_too_deep(value: object) -> bool:
     level = [value]
     for _ in range(DEPTH + 1):
-        inner: list[Any] = []
+        inner: list[object] = []
         for one in level:
             inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
         if not inner:
@@ -170,7 +170,7 @@ def _is_too_deep(value: Any) -> bool:
     return True
 
 
-def _short(word: Any) -> str:
+def _short(word: object) -> str:
     shown = repr(word)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
 
@@ -180,18 +180,12 @@ def _short(word: Any) -> str:
 Parsed = Command | Mistake
 
 
-class Parser(Protocol):
-    def feed(self, data: bytes) -> None: ...
-
-    def next(self) -> Parsed | None:
-        """None: the bytes so far hold no further whole command."""
-
-    def end(self) -> Parsed | None:
-        """No more bytes come: what the last, unfinished piece is."""
-
-
 class LineParser:
-    """One command a line. A CR before the LF is ignored, and so are empty lines."""
+    """One command a line. A CR before the LF is ignored, and so are empty lines.
+
+    `next`: None if the bytes so far hold no further whole command; `end`: no more bytes come, and what the last,
+    unfinished piece is.
+    """
 
     def __init__(self, line_bytes: int) -> None:
         self._limit = line_bytes
@@ -320,13 +314,16 @@ class ObjectParser:
                        "`--line-bytes` is the limit", fatal=True)  # fmt: skip
 
 
-def _parse_object(value: Any) -> Parsed:
+def _parse_object(value: object) -> Parsed:
     if not isinstance(value, dict) or not isinstance(value.get("command"), str):
         return Mistake("a command is a map with the command's name under `command`")
     fields = {key: item for key, item in value.items() if key != "command"}
     if isinstance(fields.get("prompt"), bytes):
         fields["prompt"] = fields["prompt"].decode(errors="surrogateescape")
     return command_of(value["command"], fields)
+
+
+Parser = LineParser | ObjectParser
 
 
 # --- replies ---------------------------------------------------------------------------------------------------
@@ -351,7 +348,7 @@ def encode_line(reply: Reply) -> bytes:
     return line + b"\n"
 
 
-def ok(message: str, data: Any) -> Reply:
+def ok(message: str, data: object) -> Reply:
     return {"status": "ok", "message": message, "data": data}
 
 
@@ -373,7 +370,7 @@ def mistake_reply(mistake: Mistake) -> Reply:
     return _error_reply(mistake.text, mistake.code, mistake.hint, {})
 
 
-def _error_reply(text: str, code: Code, hint: str, more: dict[str, Any]) -> Reply:
+def _error_reply(text: str, code: Code, hint: str, more: Mapping[str, object]) -> Reply:
     # Text quoted from the input may hold lone surrogates, which have no UTF-8.
     shown = printable(text).encode(errors="replace").decode()
     data = {"code": code.value, "hint": hint, "retryable": TRAITS[code].retryable, **more}

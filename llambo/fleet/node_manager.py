@@ -13,7 +13,19 @@ from pathlib import Path
 import msgspec
 
 from llambo.fleet.decide.plan import PlanStep, StepKind
-from llambo.fleet.model import Fleet, HostFacts, Node, NodeClass, NodeFailed, NodeRecord, NodeState, World, facts_of
+from llambo.fleet.decide.rolling_core import START_MS
+from llambo.fleet.model import (
+    BROKER,
+    Fleet,
+    HostFacts,
+    Node,
+    NodeClass,
+    NodeFailed,
+    NodeRecord,
+    NodeState,
+    World,
+    facts_of,
+)
 from llambo.fleet.providers.providers import Launch, Providers
 from llambo.mesh.client.client import Client
 from llambo.mesh.link import sockets
@@ -30,7 +42,7 @@ from llambo.mesh.wire.reports import RequestRow, WorkerRow
 #: Memory of this machine that is left for everything else, in percent.
 RESERVE_PERCENT = 10
 #: A node that is not ready after so long, with its model loaded, has failed.
-START_S = 300.0
+START_S = START_MS / 1_000
 #: How long a repeated look waits for a host. It is short, because a lease has to be renewed meanwhile.
 HOST_WAIT_S = 2.0
 #: How many steps are carried out at a time.
@@ -86,9 +98,9 @@ def node_of(
             state = NodeState.DRAINING
         elif row.state in ("loading", "joining"):
             state = NodeState.STARTING
-    elif workers is not None and record.node_class != "broker":
+    elif workers is not None and record.node_class != BROKER:
         # It runs, and the broker does not know it.
-        late = now_ms - since_ms > START_S * 1000
+        late = now_ms - since_ms > START_MS
         state = NodeState.FAILED if late else NodeState.STARTING
         note = note or (f"it is not in the mesh after {START_S:g} s" if late else "")
     return Node(
@@ -173,7 +185,7 @@ class NodeManager:
     @property
     def address(self) -> str:
         """Where the broker is. The address that a broker of this fleet reported when it was ready comes first."""
-        reported = next((one.address for one in self.providers.records() if one.node_class == "broker"), "")
+        reported = next((one.address for one in self.providers.records() if one.node_class == BROKER), "")
         if reported or self.fleet.broker_address:
             return reported or self.fleet.broker_address
         return self._address if self.fleet.broker is None else _broker_address(self.fleet.broker)
@@ -231,7 +243,7 @@ class NodeManager:
 
     async def _ask(self) -> tuple[dict[str, WorkerRow] | None, list[RequestRow]]:
         if self.fleet.broker is not None and not any(
-            record.node_class == "broker" and self.providers.pid(record.name) for record in self.providers.records()
+            record.node_class == BROKER and self.providers.pid(record.name) for record in self.providers.records()
         ):
             return None, []
         try:
@@ -331,7 +343,7 @@ class NodeManager:
         self.report(f"{step.name} has left: {step.why}")
 
     async def _drain(self, step: PlanStep, *, undo: bool) -> None:
-        if step.node_class == "broker":
+        if step.node_class == BROKER:
             return
         try:
             async with self.mesh() as client:

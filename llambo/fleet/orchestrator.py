@@ -28,7 +28,7 @@ from llambo.fleet.decide import plan as planning
 from llambo.fleet.decide.autoscale_core import Autoscaler, LoadObserver, promised_models
 from llambo.fleet.decide.crashes_core import LOOP, Crashes
 from llambo.fleet.decide.plan import Plan, PlanStep, StepKind, Wanted
-from llambo.fleet.model import Fleet, NodeFailed, NodeState
+from llambo.fleet.model import BROKER, Fleet, NodeFailed, NodeState
 from llambo.fleet.node_manager import NodeManager, Report, Snapshot
 from llambo.fleet.updates import ClassUpdate, max_unavailable
 from llambo.fleet.versions import Versions, VersionsFile, as_version
@@ -300,17 +300,17 @@ class Orchestrator:
         for step in map(self._as_before, plan.steps):
             if step.name in self._tasks or step.name in updating:
                 continue
-            if step.kind is StepKind.REPLACE and step.node_class != "broker":
+            if step.kind is StepKind.REPLACE and step.node_class != BROKER:
                 if not self._versions.stopped(step.node_class, step.fingerprint):
                     outdated.append(step)
                 continue
-            if step.node_class != "broker" and "broker" in self._tasks:
+            if step.node_class != BROKER and BROKER in self._tasks:
                 continue
             task = asyncio.create_task(self._carry_out(step), name=f"{step.kind.value} {step.name}")
             self._tasks[step.name] = task
-            if step.node_class == "broker":
+            if step.node_class == BROKER:
                 break
-        if outdated and self._update is None and "broker" not in self._tasks:
+        if outdated and self._update is None and BROKER not in self._tasks:
             self._start_update([step for step in outdated if step.node_class == outdated[0].node_class])
         refused = tuple(f"{one.count} of {one.node_class} cannot be: {one.why}" for one in plan.refusals)
         # The texts contain remaining seconds, so only their number shows that something is new.

@@ -35,7 +35,7 @@ from llambo.fleet.decide.rolling_core import (
     TimePassed,
     update_of,
 )
-from llambo.fleet.model import NodeFailed, NodeState, World
+from llambo.fleet.model import BROKER, NodeFailed, NodeState, World
 from llambo.fleet.node_manager import NodeManager, Snapshot
 from llambo.fleet.versions import Versions, VersionsFile
 from llambo.mesh.service import clock
@@ -253,7 +253,7 @@ async def apply(manager: NodeManager, plan: Plan, world: World, file: VersionsFi
     outcome = Outcome()
     after, versions = planning.imagine(world, plan.steps, manager.fleet), file.read()
     for kind, node_class, steps in _groups(plan):
-        if kind is StepKind.REPLACE and node_class != "broker":
+        if kind is StepKind.REPLACE and node_class != BROKER:
             failed = {one.name for one in outcome.failed}
             if outcome.stopped or any(step.name in failed and step.node_class == node_class for step in plan.steps):
                 text = f"{len(steps)} {node_class} are left as they were: an earlier step has failed"
@@ -273,7 +273,7 @@ async def apply(manager: NodeManager, plan: Plan, world: World, file: VersionsFi
         bad = [result for result in results if result is not None]
         outcome.failed += bad
         outcome.done += [step for step, result in zip(steps, results, strict=True) if result is None]
-        if bad and node_class == "broker":
+        if bad and node_class == BROKER:
             break
     return outcome
 
@@ -288,7 +288,7 @@ def _groups(plan: Plan) -> list[tuple[StepKind, str, list[PlanStep]]]:
     """Neighbours that are carried out together: of one kind, and replacements of one class. The broker is alone."""
 
     def key(step: PlanStep) -> tuple[StepKind, str]:
-        alone = step.kind is StepKind.REPLACE or step.node_class == "broker"
+        alone = step.kind is StepKind.REPLACE or step.node_class == BROKER
         return step.kind, step.node_class if alone else ""
 
     return [(kind, node_class, list(steps)) for (kind, node_class), steps in groupby(plan.steps, key=key)]

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from litestar import Litestar, Request, Response, Router, WebSocket, delete, get, post, websocket
 from litestar.config.cors import CORSConfig
-from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, InternalServerException, ValidationException
 from litestar.handlers import BaseRouteHandler
@@ -30,7 +29,7 @@ from litestar.types import ASGIApp
 
 import llambo
 from llambo.gateway.access import Access, Caller
-from llambo.gateway.answers.api import Parsed, encode
+from llambo.gateway.answers.api import JsonObject, Parsed, encode
 from llambo.gateway.answers.api_errors import (
     FieldError,
     StatusError,
@@ -39,7 +38,7 @@ from llambo.gateway.answers.api_errors import (
     error_reply,
     shape_of,
 )
-from llambo.gateway.answers.asgi import CODE_KEY, Later, Streaming, Whole
+from llambo.gateway.answers.asgi import CODE_KEY, Connection, HttpRequest, Later, Streaming, Whole
 from llambo.gateway.answers.feed import Arrival, Feeds, parse_event_id
 from llambo.gateway.answers.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
 from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, responses
@@ -54,6 +53,7 @@ from llambo.mesh.client.client import Client
 from llambo.mesh.service import prometheus
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import ModelRow
+from llambo.mesh.wire.tokens import UNDECODABLE
 
 if TYPE_CHECKING:
     from llambo.gateway.tracing import OtelTraces
@@ -63,7 +63,6 @@ from llambo.gateway.answers.api_errors import Shape
 
 log = logging.getLogger(__name__)
 
-Connection = ASGIConnection[Any, Any, Any, Any]
 #: How long the answer of `/readyz` is reused: anybody may ask, at any rate.
 READY_S = 0.25
 
@@ -114,7 +113,7 @@ class Gateway:
             self._traces = traces
             self.feeds.observers.append(traces)
 
-    async def answer(self, request: Request[Any, Any, Any], parsed: Parsed) -> ASGIApp:
+    async def answer(self, request: HttpRequest, parsed: Parsed) -> ASGIApp:
         """Submit the request, or resume its stream."""
         caller, route, submission = caller_of(request), request.url.path, parsed.submission
         digest = hashlib.blake2b(route.encode() + b"\n" + await request.body(), digest_size=16).digest()
@@ -147,7 +146,7 @@ class BodyRequest(Request[Any, Any, State]):
             raise StatusError(400, "the client disconnected before its body was complete") from error
         try:
             return _decoder(field.annotation)(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise decode_error(error) from error
 
 
@@ -183,7 +182,7 @@ def has_token(connection: Connection, handler: BaseRouteHandler) -> None:
     caller_of(connection)
 
 
-async def client_of(request: Request[Any, Any, Any]) -> Client:
+async def client_of(request: HttpRequest) -> Client:
     return await caller_of(request).client()
 
 
@@ -224,17 +223,17 @@ async def one_response(request: BodyRequest, id: str) -> Response[bytes]:
 
 
 @delete("/responses/{id:str}", status_code=200, summary="Delete a stored response")
-async def delete_response(request: BodyRequest, id: str) -> dict[str, Any]:
+async def delete_response(request: BodyRequest, id: str) -> JsonObject:
     return gateway_of(request).responses.delete(caller_of(request).name, id)
 
 
 @get("/models", summary="The models of the mesh")
-async def list_models(request: BodyRequest) -> dict[str, Any]:
+async def list_models(request: BodyRequest) -> JsonObject:
     return {"object": "list", "data": [_model(row) for row in await (await client_of(request)).models()]}
 
 
 @get("/models/{name:path}", summary="One model")
-async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
+async def one_model(request: BodyRequest, name: str) -> JsonObject:
     name = name.lstrip("/")
     for row in await (await client_of(request)).models():
         if row.model == name:
@@ -242,7 +241,7 @@ async def one_model(request: BodyRequest, name: str) -> dict[str, Any]:
     raise LlamboError(Code.UNKNOWN_MODEL, f"no model has the name {name!r}")
 
 
-def _model(row: ModelRow) -> dict[str, Any]:
+def _model(row: ModelRow) -> JsonObject:
     """The mesh does not know when a model was created."""
     mesh = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
     return {"id": row.model, "object": "model", "created": 0, "owned_by": "llambo", "llambo": mesh}
@@ -250,7 +249,7 @@ def _model(row: ModelRow) -> dict[str, Any]:
 
 @websocket("/stream")
 async def stream(socket: WebSocket[Any, Any, Any]) -> None:
-    """Described in `http.websocket`."""
+    """Described in `answers.websocket`."""
     gateway = gateway_of(socket)
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered_protocols(socket) else None)
     limit, caller, token = gateway.config.answer_tokens, caller_of(socket), token_of(socket)
@@ -352,7 +351,7 @@ def make_app(gateway: Gateway) -> Middleware:
     return Middleware(app, config.http_requests, gateway.metrics, origins)
 
 
-def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+def answer_error(request: HttpRequest, error: Exception) -> Response[bytes]:
     """Any error, in the shape of the API that was used."""
     if isinstance(error, ValidationException):  # no route has parameters that could be invalid, so it is the body
         error = FieldError("", "the body is empty")
@@ -366,42 +365,33 @@ def answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[
     return Response(reply.body, status_code=reply.status, headers=reply.headers, media_type="application/json")
 
 
+# The OpenAPI document
+
+
+def _fields(*optional: str, **properties: JsonObject) -> JsonObject:
+    """The schema of an object. All of its properties are required except for `optional`."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties}
+
+
 _TEXT = {"type": "string"}
 _OBJECT = {"type": "object"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
-ERRORS: dict[Shape, dict[str, Any]] = {
-    "openai": {
-        "title": "An error in the shape of OpenAI's API",
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": _TEXT,
-                    "type": _TEXT,
-                    "param": {**_MAYBE_TEXT, "description": "The field that is wrong"},
-                    "code": _MAYBE_TEXT,
-                    "hint": {**_TEXT, "description": "What to do about it"},
-                },
-            }
-        },
-    },
+_OPENAI_ERROR = _fields(
+    "hint",
+    message=_TEXT,
+    type=_TEXT,
+    param={**_MAYBE_TEXT, "description": "The field that is wrong"},
+    code=_MAYBE_TEXT,
+    hint={**_TEXT, "description": "What to do about it"},
+)
+ERRORS: dict[Shape, JsonObject] = {
+    "openai": {"title": "An error in the shape of OpenAI's API", **_fields(error=_OPENAI_ERROR)},
     "anthropic": {
         "title": "An error in the shape of Anthropic's API",
-        "type": "object",
-        "required": ["type", "error"],
-        "properties": {
-            "type": {"const": "error"},
-            "error": {
-                "type": "object",
-                "required": ["type", "message"],
-                "properties": {"type": _TEXT, "message": _TEXT},
-            },
-        },
+        **_fields(type={"const": "error"}, error=_fields(type=_TEXT, message=_TEXT)),
     },
-}  # fmt: skip
+}
 _SOME = {"type": "array", "minItems": 1, "maxItems": 128}
 _IDS = {**_SOME, "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**31}}
 #: A text, texts, the token ids of a text, or lists of token ids; msgspec has no such union.
@@ -411,7 +401,7 @@ TEXTS = {"anyOf": [{**_TEXT, "minLength": 1}, {**_SOME, "items": {**_TEXT, "minL
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
-def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
+def completed(document: JsonObject, *, tokens: bool) -> JsonObject:
     """`tokens`: an API token is required."""
     components = document["components"]
     components["schemas"] |= {_name(shape): schema for shape, schema in ERRORS.items()}
@@ -439,7 +429,7 @@ def completed(document: dict[str, Any], *, tokens: bool) -> dict[str, Any]:
     return document
 
 
-def _error(path: str, what: str) -> dict[str, Any]:
+def _error(path: str, what: str) -> JsonObject:
     schema = {"$ref": f"#/components/schemas/{_name(shape_of(path))}"}
     return {"description": what, "content": {"application/json": {"schema": schema}}}
 

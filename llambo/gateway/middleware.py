@@ -1,10 +1,10 @@
 """What happens to every request before and after anything else: its id, its line in the log, the limit on open ones.
 
-`Origins` decides whether a request may come from the page that a browser says it comes from. Without keys, anybody who
+`Origins` decides whether a request may come from the page that a browser names. Without keys, anybody who
 reaches the gateway may use it. The page of another site, in a browser on this host, does reach it: by a form or a
 script that needs no answer, by a WebSocket, or by a host name of its own that its owner points at this host (DNS
-rebinding). A page cannot control what the browser says about it: `Host` is the name that was used, `Origin` and
-`Sec-Fetch-Site` say where the page is from. Programs other than browsers send only the first.
+rebinding). A page cannot control what the browser sends about it: `Host` is the name that was used, `Origin` and
+`Sec-Fetch-Site` name where the page is from. Programs other than browsers send only the first.
 
 With keys none of this is needed: a browser adds no API token by itself.
 """
@@ -35,6 +35,10 @@ ID_KEY, CALLER_KEY = "llambo.request_id", "llambo.caller"
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: Answered however many requests are open: a supervisor decides by them whether the gateway lives.
 _ALWAYS = ("/healthz", "/readyz", "/metrics")
+ANY = "*"
+FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
+#: The gateway's own page, or no page: an address that was typed, or a bookmark.
+_OWN = ("", "same-origin", "none")
 
 
 class Middleware:
@@ -74,8 +78,8 @@ class Middleware:
             route, code = scope.get("path_template") or "", scope.get(CODE_KEY) or ""
             self._metrics.http_request(str(route), scope["method"], status, took_ms / 1_000, str(code))
             name = getattr(scope.get(CALLER_KEY), "name", "") or "-"
-            path = printable(scope["path"])
-            log.info("%s %s %s %d %.1f ms %s", name, scope["method"], path, status, took_ms, id.decode())
+            request = f"{scope['method']} {printable(scope['path'])}"
+            log.info("%s %s %d %.1f ms %s", name, request, status, took_ms, id.decode())
 
     async def _other(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A WebSocket, or the start and stop of the application."""
@@ -107,12 +111,6 @@ def _id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         if name == HEADER and _CLIENT_ID.fullmatch(value):
             return value
     return b"req-" + secrets.token_hex(8).encode()
-
-
-ANY = "*"
-FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
-#: The gateway's own page, or no page: an address that was typed, or a bookmark.
-_OWN = ("", "same-origin", "none")
 
 
 class Origins:

@@ -28,12 +28,20 @@ from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire.errors import Code, LlamboError
 
+if TYPE_CHECKING:
+    from llambo.gateway.tracing import OtelTraces
+
+log = logging.getLogger(__name__)
+
 #: The line and the headers of a request; also what lies between the parts of a body, and its trailers.
 HEAD_BYTES = 64 * 1024
 #: From the start of a connection, or the first byte of a request, until its head is complete; and then to its end.
 HEAD_S, BODY_S = 20.0, 120.0
 #: A connection that acknowledges nothing of what was sent to it for this long is closed.
 UNACKNOWLEDGED_S = 60.0
+BACKLOG = 2_048
+#: How long a connection without a request stays open.
+IDLE_S = 75
 
 
 class TimeoutProtocol(HttpToolsProtocol):
@@ -121,16 +129,6 @@ def set_tcp_user_timeout(listener: socket.socket, seconds: float = UNACKNOWLEDGE
     """The kernel closes connections that acknowledge nothing. They inherit the option from the listening socket."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1_000))
-
-
-if TYPE_CHECKING:
-    from llambo.gateway.tracing import OtelTraces
-
-log = logging.getLogger(__name__)
-
-BACKLOG = 2_048
-#: How long a connection without a request stays open.
-IDLE_S = 75
 
 
 class _Server(uvicorn.Server):

@@ -46,10 +46,11 @@ _MS = 1_000_000
 
 Value = str | int | float | bool
 
+#: A story has the worker and the attempt in its texts only. From a text of another form a span has fewer attributes.
 _TO = re.compile(r"to (?P<worker>.+), attempt (?P<attempt>\d+), from token (?P<first>\d+)$")
 _FROM = re.compile(r"from (?P<worker>.+), which has ")
-#: The reason of an end that is an error. Its text is left out: it may quote the prompt.
-_REASON = re.compile(r"tokens, (error|deadline|cancelled)\b")
+#: Reasons of an end that are errors. The text of the error is left out: it may quote the prompt.
+_ERRORS = ("error", "deadline", "cancelled")
 #: Steps with which a request leaves its worker and waits again.
 _LEAVES = ("lost", "refused")
 
@@ -64,8 +65,8 @@ class Phase:
     error: str = ""
 
 
-def phases(story: Iterable[StoryStep], usage: Usage) -> Iterator[Phase]:
-    """Also of a story whose middle was dropped: its phases still follow on each other."""
+def phases(story: Iterable[StoryStep], usage: Usage, reason: str = "") -> Iterator[Phase]:
+    """Also of a story whose middle was dropped: its phases still follow on each other. `reason`: why it ended."""
     phase, since = "queue", 0.0
     about: dict[str, Value] = {}
     for step in story:
@@ -89,8 +90,7 @@ def phases(story: Iterable[StoryStep], usage: Usage) -> Iterator[Phase]:
             yield from _done(since, at, about, usage)
             phase = ""
         elif what == "ended" and phase:
-            found = _REASON.search(detail)
-            yield Phase(phase, since, at, about if phase != "queue" else {}, found[1] if found else "")
+            yield Phase(phase, since, at, about if phase != "queue" else {}, reason if reason in _ERRORS else "")
             phase = ""
 
 
@@ -154,16 +154,17 @@ class OtelTraces(Observer):
             for choice, id in enumerate(feed.requests):
                 answer = feed.answers.get(choice)
                 report = await client.why(id)
-                self._phases(span, report.story, answer.usage if answer else Usage(), began, choice if several else -1)
+                found = phases(report.story, answer.usage if answer else Usage(), report.reason)
+                self._add_phases(span, found, began, choice if several else -1)
         except LlamboError as error:
             # It was never accepted, or the broker has dropped its story: its trace has no phases.
             log.debug("no story of %s: %s", feed.id, error.text)
         finally:
             self._close(span, feed, ended)
 
-    def _phases(self, parent: Span, story: list[StoryStep], usage: Usage, began: int, choice: int) -> None:
+    def _add_phases(self, parent: Span, found: Iterable[Phase], began: int, choice: int) -> None:
         context = set_span_in_context(parent)
-        for phase in phases(story, usage):
+        for phase in found:
             attributes = dict(phase.about) | ({"llambo.choice": choice} if choice >= 0 else {})
             span = self._tracer.start_span(
                 phase.name, context, attributes=attributes, start_time=began + round(phase.begin_ms * _MS)

@@ -1,1 +1,1 @@
-"""The bus: what is said, how it is written down, and how a peer stays connected."""
+"""The bus: messages, their encoding, and how a peer stays connected."""

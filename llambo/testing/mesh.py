@@ -1,11 +1,11 @@
-"""A whole mesh on loopback: a broker, worker processes with their engines, and what happened to them.
+"""A whole mesh on loopback: a broker, and worker processes with their engines.
 
     with Mesh(workers=3, fake=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario(mesh))
 
 The broker runs in a thread, where a test can look at its state, or (`broker="process"`) as a process of its own.
-Nothing sleeps: each wait is for an event and has a deadline. When it is missed the story is printed: the events and
-counters of the broker, what happened to the requests that did not end, and what the processes wrote.
+Nothing sleeps: each wait is for an event and has a deadline. After a missed deadline the story is printed: the events
+and counters of the broker, the stories of the requests that did not end, and the output of the processes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ import secrets
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from llambo import Client
+from llambo.broker import invariants
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
+from llambo.broker.report import queries
 from llambo.broker.report.metrics_http import MetricsServer
+from llambo.broker.server import BrokerServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity, PeerKey, Role
-from llambo.testing.broker_thread import BrokerThread
 from llambo.testing.commands import Commands
 from llambo.testing.processes import TIMEOUT_S, Process, marked, rss_bytes, wait_until_gone
 from llambo.worker.config import FakeOptions, WorkerConfig
@@ -39,6 +43,9 @@ from llambo.worker.engine import fake_model
 
 #: In the environment of every process of one mesh, so that a process that outlives it is found.
 MARK = "TESTING_MESH"
+
+#: Events and stories of requests that are printed.
+PRINTED = 40
 
 T = TypeVar("T")
 
@@ -60,7 +67,7 @@ class Mesh:
         keys: Folder | None = None,
         metrics: MetricsServer | None = None,
     ) -> None:
-        """`keys`: each worker gets a key of its own; a client needs `key_of`. `metrics` is for a broker in a thread.
+        """`keys`: each worker gets a key of its own; a client needs `key_of`. `metrics` needs a broker in a thread.
 
         `check`: the invariants of a broker in a thread are checked after each turn.
         """
@@ -68,7 +75,7 @@ class Mesh:
         self.thread: BrokerThread | None = None
         self.process: Process | None = None
         self.mark = secrets.token_hex(8)
-        #: Changes to it are for workers that are started later.
+        #: Changes apply to workers that are started later.
         self.worker_config = replace(worker or WorkerConfig(), fake=fake or FakeOptions(), drain_ms=2_000)
         self._config = config or BrokerConfig()
         self._count = workers
@@ -139,7 +146,7 @@ class Mesh:
         self.port = int(self.process.first_line())
 
     def restart_broker(self, how: signal.Signals) -> None:
-        """End it, and start another one at the same ports. Returns when clients can connect."""
+        """Stop the broker, and start another one at the same ports. Returns when clients can connect."""
         assert self.process is not None, "only a broker that is a process can be restarted"
         self.process.send(how)
         self.process.end()
@@ -147,7 +154,7 @@ class Mesh:
         self._start_broker()
 
     def spawn(self, name: str, *addresses: str) -> Process:
-        """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""
+        """Start a worker of this broker, or of those at these addresses; `first_line` returns when it is ready."""
         key = key_of(self._keys, name, "worker") if self._keys else None
         config = replace(self.worker_config, name=name, brokers=addresses or (self.address,), key=key)
         process = self._node(name, "worker", config)
@@ -201,7 +208,7 @@ class Mesh:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The loop of the broker stands still while the block runs."""
+        """The loop of the broker is blocked while the `with` block runs."""
         held, release = threading.Event(), threading.Event()
 
         def hold(core: BrokerCore) -> None:
@@ -210,7 +217,7 @@ class Mesh:
 
         holder = threading.Thread(target=self.look, args=(hold,))
         holder.start()
-        assert held.wait(TIMEOUT_S), "the broker does not stand still"
+        assert held.wait(TIMEOUT_S), "the loop of the broker was not blocked"
         try:
             yield
         finally:
@@ -218,7 +225,7 @@ class Mesh:
             holder.join(TIMEOUT_S)
 
     async def aside(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float = TIMEOUT_S) -> None:
-        """`until`, for a coroutine: its event loop runs on."""
+        """`until` for a coroutine: the event loop continues meanwhile."""
         await asyncio.to_thread(self.until, condition, what, timeout_s)
 
     def counter(self, name: str) -> int:
@@ -232,8 +239,119 @@ class Mesh:
             print(process.story("it runs" if process.running else "it has ended"))
 
 
+# --- the broker in a thread, so that a test can look at the state of its core, and wait for a change of it -----
+
+
+class WatchedBroker(BrokerServer):
+    """A broker that calls the watches after each turn, in its thread."""
+
+    def __init__(self, config: BrokerConfig, host: str, port: int, *, check: bool, **options: Any) -> None:
+        super().__init__(config, host, port, **options)
+        self._lock = threading.Lock()
+        self._watches: list[Callable[[BrokerCore], bool]] = []
+        self._check = check
+
+    def turn(self, readable: dict[Any, int]) -> None:
+        super().turn(readable)
+        if self._check:
+            invariants.check(self.core)
+        if self._watches:
+            with self._lock:
+                self._watches = [watch for watch in self._watches if not watch(self.core)]
+
+    def watch(self, watch: Callable[[BrokerCore], bool]) -> None:
+        """Call it after each turn (at least every tenth of a second) until it returns True."""
+        with self._lock:
+            self._watches.append(watch)
+
+
+class BrokerThread:
+    def __init__(
+        self, config: BrokerConfig, host: str = "127.0.0.1", port: int = 0, *, check: bool = False, **options: Any
+    ) -> None:
+        """`check`: the invariants are checked after each turn. `options` are those of `BrokerServer`."""
+        self.server = WatchedBroker(config, host, port, check=check, **options)
+        #: What ended the loop, if it was not `close`.
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.server.run()
+        except BaseException as error:  # noqa: BLE001  # raised in the thread of the test
+            self.error = error
+
+    def look(self, question: Callable[[BrokerCore], T]) -> T:
+        """The answer, computed in the thread of the broker between two turns."""
+        answers: list[T] = []
+
+        def watch(core: BrokerCore) -> bool:
+            answers.append(question(core))
+            return True
+
+        self._wait(watch, "a turn of the loop", TIMEOUT_S)
+        return answers[0]
+
+    def until(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float) -> None:
+        self._wait(lambda core: bool(condition(core)), what, timeout_s)
+
+    def _wait(self, condition: Callable[[BrokerCore], bool], what: str, timeout_s: float) -> None:
+        met = threading.Event()
+        errors: list[BaseException] = []
+
+        def watch(core: BrokerCore) -> bool:
+            try:
+                if not condition(core):
+                    return False
+            except Exception as error:  # noqa: BLE001  # the error is the test's, and the broker goes on
+                errors.append(error)
+            met.set()
+            return True
+
+        self.server.watch(watch)
+        came = met.wait(timeout_s)
+        if errors:
+            raise errors[0]
+        if self.error is not None:
+            raise AssertionError(f"the loop of the broker has ended: {self.error!r}") from self.error
+        assert came, f"not within {timeout_s} s: {what}\n{self.story()}"
+
+    def story(self) -> str:
+        """The state of the broker, for people. It is read from another thread, because the loop may have ended."""
+        if self.error is not None:
+            return "".join(traceback.format_exception(self.error))
+        state = self.server.core.state
+        lines = [f"counters: {state.counters}"]
+        lines += [f"{event.at_ms} {event.kind}: {event.text}" for event in list(state.journal.entries)[-PRINTED:]]
+        for id in list(state.requests)[:PRINTED]:
+            lines.append(f"request {id.hex()}")
+            lines += [f"    {at} {what}: {detail}" for at, what, detail in queries.story(state, id)]
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        self.server.stop()
+        self._thread.join(TIMEOUT_S)
+        assert not self._thread.is_alive(), "the loop of the broker does not end"
+        self.server.close()
+        if self.error is not None:
+            raise AssertionError(f"the loop of the broker has ended: {self.error!r}") from self.error
+
+
+# --- helpers for tests -------------------------------------------------------------------------------------------
+
+
+def key_folder(path: Path, **roles: Role) -> Folder:
+    """A new keyring, with a key for each of these names."""
+    folder = Folder(path)
+    folder.begin("tcp://127.0.0.1:7330")
+    for name, role in roles.items():
+        folder.add(Identity(name, role), int(time.time()))
+    return folder
+
+
 def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
-    """The key of this name. It is made if there is none yet."""
+    """The key of this name, which is made if there is none."""
     if not folder.ring().named(name):
         folder.add(Identity(name, role), int(time.time()))
     return folder.export(name)
@@ -247,6 +365,6 @@ def truth(prompt: str, seed: int, count: int) -> list[int]:
 
 @contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Seconds since it began."""
+    """Seconds since the block began."""
     began = time.monotonic()
     yield lambda: time.monotonic() - began

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from llambo.mesh.service import clock, journal
 from llambo.mesh.service.host import end_with_parent
@@ -42,7 +42,7 @@ OOM_SCORE = 500
 class Engine(Protocol):
     """What the loop below drives. Both engines have this interface, and the simulator calls the fake one through it."""
 
-    fault: Any
+    fault: proto.Fault | None
 
     def ready(self) -> proto.Ready: ...
     def start(self, start: proto.Start, now_ms: int) -> proto.Refused | None: ...

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import anthropic
-import openai
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
-from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess, data_of, events
+
+if TYPE_CHECKING:  # importing the packages takes seconds, and each test process collects this file
+    import anthropic
+    import openai
+    from anthropic.types import Message
+    from openai.types.responses import Response
 
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=2, context=1024, threads=1))
 MODEL = "smollm2"
@@ -46,12 +48,16 @@ def gateway() -> Iterator[GatewayProcess]:
 
 @pytest.fixture(scope="module")
 def claude(gateway: GatewayProcess) -> Iterator[anthropic.Anthropic]:
+    import anthropic
+
     with anthropic.Anthropic(base_url=gateway.url, api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def gpt(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
@@ -130,6 +136,8 @@ def test_a_tool_of_claude(claude: anthropic.Anthropic, stream: bool) -> None:
 
 
 def test_errors_of_claude(claude: anthropic.Anthropic) -> None:
+    import anthropic
+
     image: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.content\[0\]\.type") as bad:
         claude.messages.create(**say("", messages=[{"role": "user", "content": [image]}]))
@@ -142,6 +150,8 @@ def test_errors_of_claude(claude: anthropic.Anthropic) -> None:
 
 
 def test_every_event_of_a_message_is_one_that_the_package_knows(gateway: GatewayProcess) -> None:
+    from anthropic.types import Message, RawMessageStreamEvent
+
     adapter: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
     plain = {"model": MODEL, "max_tokens": 16, "messages": [{"role": "user", "content": "Rain in Oslo?"}]}
     called = {**plain, "max_tokens": 60, "tools": [TOOL], "tool_choice": {"type": "any"}}
@@ -224,6 +234,8 @@ def test_a_function_of_gpt(gpt: openai.OpenAI, stream: bool) -> None:
 
 
 def test_a_conversation_by_the_id_of_its_last_response(gpt: openai.OpenAI) -> None:
+    import openai
+
     first = gpt.responses.create(**SHORT, input=CAPITAL)
     assert gpt.responses.retrieve(first.id).output_text == first.output_text
     second = gpt.responses.create(**SHORT, input="And of Italy?", previous_response_id=first.id)
@@ -242,6 +254,8 @@ def test_a_conversation_by_the_id_of_its_last_response(gpt: openai.OpenAI) -> No
 
 
 def test_errors_of_gpt(gpt: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError) as bad:
         gpt.responses.create(**{**SHORT, "temperature": 9.0}, input="x")
     assert bad.value.param == "temperature"
@@ -251,6 +265,8 @@ def test_errors_of_gpt(gpt: openai.OpenAI) -> None:
 
 
 def test_every_event_of_a_response_is_one_that_the_package_knows(gateway: GatewayProcess) -> None:
+    from openai.types.responses import Response, ResponseStreamEvent
+
     adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     logprobs = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
     called = {"tools": [FUNCTION], "tool_choice": "required", "max_output_tokens": 60}

@@ -42,15 +42,15 @@ def nothing_runs(mesh: Commands) -> bool:
 
 def test_an_answer_streams_through_a_broker_and_a_worker_started_by_hand() -> None:
     with by_hand(["--name", "tiny-01"]) as (mesh, broker, [worker]):
-        said = mesh.ok("send", "-v", "--seed", "7", "--max-tokens", "12", "hello")
+        done = mesh.ok("send", "-v", "--seed", "7", "--max-tokens", "12", "hello")
 
-        assert said.out.count(" ") == 12
-        assert said.out.endswith("\n")
-        assert "12 tokens in" in said.err
-        assert "worker tiny-01" in said.err
-        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == said.out
-        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == said.out
-        assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != said.out
+        assert done.out.count(" ") == 12
+        assert done.out.endswith("\n")
+        assert "12 tokens in" in done.err
+        assert "worker tiny-01" in done.err
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == done.out
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == done.out
+        assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != done.out
         worker.send(signal.SIGTERM)
         assert worker.end() == 0, worker.story("SIGTERM")
         broker.send(signal.SIGTERM)
@@ -74,33 +74,32 @@ def test_json_lines_tell_the_whole_story(mesh: Commands) -> None:
     assert end["total_ms"] >= end["first_token_ms"] > 0
 
 
-@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
-def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} send -v --max-tokens 5 hi {closed}",
+def shell(mesh: Commands, words: str) -> subprocess.CompletedProcess[str]:
+    """`llambo WORDS`, by a shell: words may be redirections."""
+    return subprocess.run(
+        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words}",
         shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
+    done = shell(mesh, f"send -v --max-tokens 5 hi {closed}")
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(" ") == 5
 
 
 @pytest.mark.parametrize("words", ["send hi", "status", "workers"])
-def test_nobody_who_listens_is_no_error(mesh: Commands, words: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >&-",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+def test_a_closed_stdout_is_no_error(mesh: Commands, words: str) -> None:
+    done = shell(mesh, f"{words} >&-")
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["send hi", "status"])
 def test_a_full_disk_is_one_line(mesh: Commands, words: str) -> None:
-    done = subprocess.run(
-        f"exec {sys.executable} -m {LLAMBO} --broker {mesh.address} {words} >/dev/full",
-        shell=True, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
+    done = shell(mesh, f"{words} >/dev/full")
 
     assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
@@ -122,7 +121,7 @@ def test_the_port_for_workers_is_recognized(mesh: Commands) -> None:
     assert "port for workers" in done.err
 
 
-def test_a_broker_that_is_lost_is_said_and_so_is_its_return() -> None:
+def test_a_lost_broker_and_its_return_are_printed() -> None:
     with command(BROKER, "--port", "0") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         address = f"tcp://127.0.0.1:{port}"
@@ -161,10 +160,10 @@ def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
     ) as running:  # fmt: skip
         try:
             os.close(theirs)
-            said = b""
-            while b"Ctrl-C stops everything" not in said:
-                assert select.select([screen], [], [], TIMEOUT_S)[0], said
-                said += os.read(screen, 4096)
+            output = b""
+            while b"Ctrl-C stops everything" not in output:
+                assert select.select([screen], [], [], TIMEOUT_S)[0], output
+                output += os.read(screen, 4096)
             pids = family(running.pid)
             os.close(screen)
             running.send_signal(signal.SIGHUP)
@@ -344,7 +343,7 @@ def test_an_unknown_id_has_its_own_exit_code(mesh: Commands, command: str) -> No
     assert "no request ffffffffffff is known" in done.err
 
 
-def test_no_broker_is_said_with_what_to_do() -> None:
+def test_no_broker_is_an_error_with_a_hint() -> None:
     done = Commands("tcp://127.0.0.1:1").llambo("send", "--connect-ms", "200", "hello")
 
     assert done.code == Exit.NO_BROKER, done.story
@@ -381,10 +380,10 @@ def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Pa
         words = ("--broker", mesh.address, "--engine", "llama", "--model", str(path))
         with command(WORKER, *words, *size) as worker:
             assert worker.end() == Exit.ERROR
-        said = " ".join(worker.err)
-        assert f"cannot serve {path}: {path} " in said
+        output = " ".join(worker.err)
+        assert f"cannot serve {path}: {path} " in output
         if kind == "too large":
-            assert "MiB of cache for 64 slots of 16777216 tokens" in said and "would fit" in said
+            assert "MiB of cache for 64 slots of 16777216 tokens" in output and "would fit" in output
         # The mesh has seen it come and go
         assert "cannot serve" in mesh.ok("events").out
 
@@ -446,47 +445,50 @@ def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Commands) -> N
     assert done.code == Exit.UNKNOWN_ID, done.story
 
 
-def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(mesh: Commands) -> None:
+@pytest.fixture
+def busy(mesh: Commands) -> Iterator[tuple[str, str]]:
+    """A request that runs while the test does, and the name of its worker. Nothing is drained afterwards."""
     with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
         id = sending.line(r'"accepted", "id": "(\w+)"')[1]
         sending.line(FIRST_TOKEN)
         name = mesh.ok("why", "--json", id).json()["worker"]
         try:
-            with mesh.start("drain", name) as draining:
-                draining.line("1 request is still running there")
-                assert draining.process.poll() is None, draining.story("it does not wait")
-                assert "1 request is still" in mesh.ok("drain", name, "--no-wait").out
-                # What it cannot finish soon is given away; then the one that waits is done as well.
-                moved = mesh.ok("drain", name, "--move")
-                assert moved.out == f"{name} takes no new work and runs nothing: it can be stopped\n"
-                assert draining.end() == Exit.OK, draining.story("the exit status")
-            why = mesh.ok("why", "--json", id).json()
-            assert why["worker"] != name
-            assert f"{name} is being emptied" in str(why["story"])
+            yield id, name
         finally:
             mesh.ok("drain", name, "--undo")
         sending.send(signal.SIGINT)
         sending.end()
 
 
-def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Commands) -> None:
-    with mesh.start("send", "--json", *ENDLESS, "hello") as sending:
-        id = sending.line(r'"accepted", "id": "(\w+)"')[1]
-        sending.line(FIRST_TOKEN)
-        name = mesh.ok("why", "--json", id).json()["worker"]
-        with mesh.start("drain", name) as draining:
-            draining.line("1 request is still running there")
-            mesh.ok("drain", name, "--undo")
-            assert draining.end() == Exit.ERROR, draining.story("the exit status")
-            assert draining.lines[-1] == f"{name} works again"
-        with mesh.start("drain", name) as draining:
-            draining.line("1 request is still running there")
-            draining.send(signal.SIGINT)
-            assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
-            assert f"`llambo drain {name} --undo` takes it back" in draining.lines[-1]
+def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on_elsewhere(
+    mesh: Commands, busy: tuple[str, str]
+) -> None:
+    id, name = busy
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
+        assert draining.process.poll() is None, draining.story("it does not wait")
+        assert "1 request is still" in mesh.ok("drain", name, "--no-wait").out
+        # What it cannot finish soon is given away; then the one that waits is done as well.
+        moved = mesh.ok("drain", name, "--move")
+        assert moved.out == f"{name} takes no new work and runs nothing: it can be stopped\n"
+        assert draining.end() == Exit.OK, draining.story("the exit status")
+    why = mesh.ok("why", "--json", id).json()
+    assert why["worker"] != name
+    assert f"{name} is being emptied" in str(why["story"])
+
+
+def test_a_drain_that_is_undone_ends_with_status_1(mesh: Commands, busy: tuple[str, str]) -> None:
+    _, name = busy
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
         mesh.ok("drain", name, "--undo")
-        sending.send(signal.SIGINT)
-        sending.end()
+        assert draining.end() == Exit.ERROR, draining.story("the exit status")
+        assert draining.lines[-1] == f"{name} works again"
+    with mesh.start("drain", name) as draining:
+        draining.line("1 request is still running there")
+        draining.send(signal.SIGINT)
+        assert draining.end() == Exit.INTERRUPTED, draining.story("the exit status")
+        assert f"`llambo drain {name} --undo` takes it back" in draining.lines[-1]
 
 
 # --- a whole mesh --------------------------------------------------------------------------------------
@@ -542,7 +544,7 @@ def test_a_killed_up_takes_its_children_with_it() -> None:
             wait_until_gone(pid, TIMEOUT_S)
 
 
-def test_a_port_that_is_taken_is_said_at_once() -> None:
+def test_a_port_that_is_taken_is_an_error_at_once() -> None:
     with by_hand() as (mesh, _, _):
         port = mesh.address.rpartition(":")[2]
         with command(LLAMBO, "up", "--port", port) as second:

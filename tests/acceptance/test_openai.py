@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
-from openai.types.chat import ChatCompletionChunk
 
 from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions, WorkerConfig
 from tests.integration.gateway_process import GatewayProcess
+
+if TYPE_CHECKING:  # importing the package takes a second, and each test process collects this file
+    import openai
+    from openai.types.chat import ChatCompletionChunk
 
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1))
 MODEL = "smollm2"
@@ -43,6 +45,8 @@ def gateway(mesh: Mesh) -> Iterator[GatewayProcess]:
 
 @pytest.fixture(scope="module")
 def gpt(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S) as client:
         yield client
 
@@ -145,6 +149,8 @@ def test_models(gpt: openai.OpenAI) -> None:
 
 
 def test_errors(gpt: openai.OpenAI, gateway: GatewayProcess) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError) as unknown:
         gpt.chat.completions.create(**say("x", model="none"))
     assert unknown.value.code == "model_not_found" and unknown.value.param == "model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -105,13 +106,17 @@ def ends(frames: Frames, decoder: codec.Codec[Any]) -> bool:
     )
 
 
-def barrage(report: Report, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+def barrage(report: Report, watched: honest.Honest, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+    began = time.monotonic()
+    watched.mark("during")
     try:
         while report.sent.total() < count:
             for shoot in guns:
                 shoot(report.sent)
     except AssertionError as error:
         report.wrong.append(str(error))
+    report.seconds = time.monotonic() - began
+    watched.mark("after")
 
 
 async def status(mesh: Mesh, key: PeerKey | None = None) -> Any:

@@ -29,7 +29,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import PeerKey
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
@@ -159,9 +159,7 @@ class Peer(Gunner):
 def against_keyed_broker(count: int, seed: str) -> Report:
     """The same with keys: everybody has a valid one."""
     with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
-        folder = Folder(Path(place, "keys"))
-        folder.begin("tcp://127.0.0.1:7330")
-        return against_broker(count, seed, folder)
+        return against_broker(count, seed, key_folder(Path(place, "keys")))
 
 
 def against_broker(count: int, seed: str, folder: Folder | None = None) -> Report:
@@ -181,11 +179,7 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
             gang.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
         try:
             with honest.Honest(mesh.address, key=keys.to_line(own) if own else "") as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [peer.shoot for peer in gang])
-                report.seconds = time.monotonic() - began
-                watched.mark("after")
+                barrage(report, watched, count, [peer.shoot for peer in gang])
                 mesh.run(status(mesh, own), 2 * HANG_S)
             report.tallies = watched.tallies
         finally:
@@ -210,11 +204,8 @@ def against_worker(count: int, seed: str) -> Report:
             worker.first_line()
             broker.wait()
             with honest.Honest(mesh.address) as watched:
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
             report.tallies = watched.tallies
             if not worker.running:
                 report.wrong.append(f"the worker is gone:\n{worker.log()}")
@@ -233,11 +224,8 @@ def against_client(count: int, seed: str) -> Report:
         with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), broker="process") as mesh:
             with honest.Honest(mesh.address, broker.address) as watched:
                 broker.wait()
-                began = time.monotonic()
-                watched.mark("during")
-                barrage(report, count, [broker.shoot])
-                report.seconds, report.sessions = time.monotonic() - began, broker.sessions
-                watched.mark("after")
+                barrage(report, watched, count, [broker.shoot])
+            report.sessions = broker.sessions
             report.tallies = watched.tallies
             judge(report, mesh)
     finally:

@@ -53,29 +53,21 @@ def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> Non
         mesh.until(lambda core: not core.state.requests, "the end of its request")
         client.send_signal(signal.SIGCONT)
         # Then it gets all of it, and each token once
-        said, _ = client.communicate(timeout=TIMEOUT_S)
-        assert json.loads(said) == [truth("away", 7, TOKENS), "length"]
+        output, _ = client.communicate(timeout=TIMEOUT_S)
+        assert json.loads(output) == [truth("away", 7, TOKENS), "length"]
 
 
-def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on() -> None:
+async def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on() -> None:
     config = BrokerConfig.of(client_lease_ms=600)
     with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), config=config, check=True) as mesh:
-
-        async def submit() -> str:
-            async with mesh.client() as client:
-                return await client.submit("later", max_tokens=TOKENS, seed=3)
-
-        id = mesh.run(submit())
-        with reader(mesh) as client:
-            client.kill()
+        async with mesh.client() as client:
+            id = await client.submit("later", max_tokens=TOKENS, seed=3)
+        with reader(mesh) as gone:
+            gone.kill()
             # Only a request without a reader that is not detached is ended.
             mesh.until(lambda core: core.state.counters.peers.clients_lost == 1, "its lease to be over")
             mesh.until(lambda core: len(core.state.requests) < 2, "the end of its request")
-
-        async def fetch() -> list[int]:
-            async with mesh.client() as later, await later.attach(id) as stream:
-                return (await stream.result()).ids
-
-        assert mesh.run(fetch()) == truth("later", 3, TOKENS)
-        ended = mesh.look(lambda core: {kept.end.reason for kept in core.state.archive.ended.values()})
+        async with mesh.client() as later, await later.attach(id) as stream:
+            assert (await stream.result()).ids == truth("later", 3, TOKENS)
+        ended = mesh.look(lambda core: {record.end.reason for record in core.state.archive.ended.values()})
         assert ended == {"cancelled", "length"}

@@ -15,10 +15,8 @@ from llambo.gateway.dashboard import routes
 from llambo.gateway.dashboard.routes import Watches
 from llambo.mesh.client.client import Client
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 
@@ -88,59 +86,50 @@ def test_a_gateway_that_stops_lets_its_viewers_go(mesh: Mesh) -> None:
         assert data_of(events(response)[-1])["over"]["text"] == "the gateway is stopping"
 
 
-def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
+async def test_viewers_share_one_watch_and_the_slow_ones_miss_only_what_is_old(mesh: Mesh) -> None:
     asked = 0
+    watches = Watches(lambda: False)
+    async with mesh.client() as client:
 
-    async def scenario() -> None:
-        nonlocal asked
-        watches = Watches(lambda: False)
-        async with mesh.client() as client:
+        async def connect() -> Client:
+            nonlocal asked
+            asked += 1
+            return client
 
-            async def connect() -> Client:
-                nonlocal asked
-                asked += 1
-                return client
-
-            async with (
-                client.stream("news, five times a second", max_tokens=4_000),
-                watches.viewing("", connect) as first,
-                watches.viewing("", connect) as second,
-            ):
-                assert first is second
-                quick, slow = first.events(), second.events()
-                assert content_of(await anext(slow))["whole"]
-                assert content_of(await anext(quick))["whole"]
-                for _ in range(3):
-                    assert "whole" not in content_of(await anext(quick))
-                # It is given all at once, and then it goes on with the changes.
-                assert content_of(await anext(slow))["whole"]
-                assert "whole" not in content_of(await anext(slow))
-            rounds = asked
-            assert not first.viewers and watches.viewers == 0
-            # Without a viewer there are no queries: no task that sends them is left on the loop.
-            assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
-            assert asked == rounds
-
-    mesh.run(scenario())
-
-
-def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routes, "VIEWERS", 3)
-
-    async def scenario() -> None:
-        watches = Watches(lambda: False)
-        async with mesh.client() as client, AsyncExitStack() as stack:
-
-            async def connect() -> Client:
-                return client
-
+        async with (
+            client.stream("news, five times a second", max_tokens=4_000),
+            watches.viewing("", connect) as first,
+            watches.viewing("", connect) as second,
+        ):
+            assert first is second
+            quick, slow = first.events(), second.events()
+            assert content_of(await anext(slow))["whole"]
+            assert content_of(await anext(quick))["whole"]
             for _ in range(3):
-                await stack.enter_async_context(watches.viewing("", connect))
-            with pytest.raises(LlamboError) as refused:
-                await stack.enter_async_context(watches.viewing("other", connect))
-            assert refused.value.code is Code.BUSY
+                assert "whole" not in content_of(await anext(quick))
+            # It is given all at once, and then it goes on with the changes.
+            assert content_of(await anext(slow))["whole"]
+            assert "whole" not in content_of(await anext(slow))
+        rounds = asked
+        assert not first.viewers and watches.viewers == 0
+        # Without a viewer there are no queries: no task that sends them is left on the loop.
+        assert [task for task in asyncio.all_tasks() if "_query_loop" in repr(task)] == []
+        assert asked == rounds
 
-    mesh.run(scenario())
+
+async def test_viewers_are_bounded(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "VIEWERS", 3)
+    watches = Watches(lambda: False)
+    async with mesh.client() as client, AsyncExitStack() as stack:
+
+        async def connect() -> Client:
+            return client
+
+        for _ in range(3):
+            await stack.enter_async_context(watches.viewing("", connect))
+        with pytest.raises(LlamboError) as refused:
+            await stack.enter_async_context(watches.viewing("other", connect))
+        assert refused.value.code is Code.BUSY
 
 
 def content_of(event: bytes) -> dict[str, Any]:
@@ -171,11 +160,7 @@ def test_what_is_wrong_is_refused(
 
 
 def test_with_keys_only_admins(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("boss", "admin"), 0)
-    folder.add(Identity("viewer", "client"), 0)
-    folder.add(Identity("gateway", "client"), 0)
+    folder = key_folder(tmp_path / "keys", boss="admin", viewer="client", gateway="client")
     viewer, boss = (f"Bearer {api_tokens.issue(folder, name, 0)}" for name in ("viewer", "boss"))
     with (
         Mesh(workers=1, keys=folder) as mesh,

@@ -60,14 +60,11 @@ async def answers(client: Client, tokens: int) -> list[Answer]:
     return await asyncio.gather(*[one(number) for number in range(len(MIX))])
 
 
-def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
-    async def scenario() -> Answer:
-        async with mesh.client() as client:
-            return await client.generate(
-                "What is the capital of France? Answer in one word.", form="user", temperature=0.0
-            )
-
-    answer = mesh.run(scenario())
+async def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
+    async with mesh.client() as client:
+        answer = await client.generate(
+            "What is the capital of France? Answer in one word.", form="user", temperature=0.0
+        )
     assert "Paris" in answer.text
     assert answer.reason == "stop"
     assert answer.usage.prompt_tokens > 10
@@ -81,14 +78,11 @@ def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
         ({"form": "messages"}, Code.BAD_REQUEST),
     ],
 )
-def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, options: Options, code: Code) -> None:
-    async def scenario() -> None:
-        async with mesh.client() as client:
-            await client.generate("Hello", **options)
-
+async def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, options: Options, code: Code) -> None:
     moved = mesh.counter("moved")
-    with pytest.raises(LlamboError) as refused:
-        mesh.run(scenario())
+    async with mesh.client() as client:
+        with pytest.raises(LlamboError) as refused:
+            await client.generate("Hello", **options)
     assert refused.value.code is code
     assert mesh.counter("moved") == moved
 
@@ -197,7 +191,7 @@ def test_kills_of_engines_and_agents_change_no_text(mesh: Mesh) -> None:
     assert same > 0.5 * asked
 
 
-def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_serves() -> None:
+async def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_serves() -> None:
     """As where the fast instructions of a machine are forbidden: the first engine dies before it is ready."""
     with Mesh(0, worker=WORKER, check=True) as mesh:
         # Given a worker whose engine loads the model
@@ -209,15 +203,12 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
         assert mesh.look(lambda core: queries.status(core.state, "", 0, ANYONE).ready) == 0
 
         # When a request comes, and the engine dies of a segmentation fault
-        async def scenario() -> Answer:
-            async with mesh.client() as client:
-                asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
-                await mesh.aside(lambda core: core.state.queue.count, "a request that waits")
-                os.kill(engine, signal.SIGSEGV)
-                os.kill(engine, signal.SIGCONT)
-                return await asking
-
-        answer = mesh.run(scenario())
+        async with mesh.client() as client:
+            asking = asyncio.create_task(client.generate("Hello", model="smollm2", max_tokens=4))
+            await mesh.aside(lambda core: core.state.queue.count, "a request that waits")
+            os.kill(engine, signal.SIGSEGV)
+            os.kill(engine, signal.SIGCONT)
+            answer = await asking
         # Then the next one is careful, and the request that waited is answered
         assert (answer.worker, len(answer.ids)) == ("careful", 4)
         (note,) = mesh.look(lambda core: [w.last.note for w in core.state.registry.workers.values()])
@@ -226,15 +217,15 @@ def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_and_se
 
 
 def listen(child: EngineProcess) -> list[proto.ToAgent]:
-    said: list[proto.ToAgent] = []
+    received: list[proto.ToAgent] = []
     while True:
         child.push()
         readable, _, _ = select.select([child], [], [], TIMEOUT_S)
-        assert readable, f"nothing within {TIMEOUT_S} s after {said[-3:]}"
+        assert readable, f"nothing within {TIMEOUT_S} s after {received[-3:]}"
         messages = child.read()
         if messages is None:
-            return said
-        said += messages
+            return received
+        received += messages
 
 
 def whole_model() -> bytes:
@@ -269,7 +260,7 @@ def test_a_damaged_model_ends_the_engine_or_serves(tmp_path: Path, seed: int) ->
     child = EngineProcess(proto.Configure("llama", str(path), llama=LLAMA))
     child.order(proto.Shutdown())
     try:
-        said = listen(child)
+        received = listen(child)
     finally:
         child.reap()
-    assert said
+    assert received

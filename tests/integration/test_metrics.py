@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from llambo.broker.access.scrapers import token_in
 from llambo.broker.report import metrics_http
 from llambo.broker.report.metrics_http import (
     CONNECTION_S,
@@ -26,14 +25,13 @@ from llambo.broker.report.metrics_http import (
     PAGE_SHARE,
     MetricsServer,
     Snapshot,
+    token_in,
 )
 from llambo.gateway.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, truth
+from llambo.testing.mesh import Mesh, key_folder, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
@@ -60,21 +58,22 @@ async def fetch(port: int, head: bytes = GET) -> tuple[int, str]:
 # --- a broker's ----------------------------------------------------------------------------------------
 
 
-def test_a_broker_is_scraped_while_it_streams() -> None:
-    async def scenario(mesh: Mesh, port: int) -> None:
+async def test_a_broker_is_scraped_while_it_streams() -> None:
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
         async with mesh.client(name="reader") as client:
             stream = client.stream("hello", seed=5, max_tokens=60)
             seen = []
             async for piece in stream:
                 seen += piece.ids
                 if piece.index == 30:
-                    status, body = await fetch(port)
+                    status, body = await fetch(metrics.port)
                     assert status == 200
                     page = check_page(body)
                     assert 30 <= value(page, "llambo_broker_tokens_total", model="fake", **{"class": "none"}) <= 60
                     assert value(page, "llambo_broker_requests_running", model="fake", **{"class": "none"}) == 1
             assert seen == truth("hello", 5, 60)
-            page = check_page((await fetch(port))[1])
+            page = check_page((await fetch(metrics.port))[1])
             one: dict[str, str] = {"model": "fake", "class": "none"}
             assert value(page, "llambo_broker_requests_ended_total", model="fake", reason="length") == 1
             assert value(page, "llambo_broker_tokens_total", **one) == 60
@@ -89,20 +88,16 @@ def test_a_broker_is_scraped_while_it_streams() -> None:
             assert {name for name in page if not name.startswith("process_")} == set(asked)
             assert asked["llambo_broker_tokens_total"] == page["llambo_broker_tokens_total"]
 
-    metrics = MetricsServer("127.0.0.1:0")
-    with Mesh(workers=2, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
-        mesh.run(scenario(mesh, metrics.port))
 
-
-def test_who_means_ill_harms_nobody() -> None:
+async def test_hostile_scrapers_disturb_no_stream() -> None:
     """Slowloris, garbage, readers that do not read, and 200 at once, before a broker that streams meanwhile."""
-
-    async def scenario(mesh: Mesh, port: int) -> None:
+    metrics = MetricsServer("127.0.0.1:0")
+    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
         async with mesh.client() as client:
             stream = client.stream("hello", seed=5, max_tokens=150)
             first = await stream.next_piece()
             assert first is not None
-            idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * CONNECTIONS)]
+            idle = [socket.create_connection(("127.0.0.1", metrics.port)) for _ in range(3 * CONNECTIONS)]
             for number, each in enumerate(idle):
                 each.sendall(GET[: 1 + number % len(GET[:-1])])  # never the end of it
             garbage = [
@@ -111,26 +106,24 @@ def test_who_means_ill_harms_nobody() -> None:
                 b"GET /metrics\r\n\r\n",
                 b"\r\n\r\n",
             ]
-            turned_away = [status for status, _ in await asyncio.gather(*[fetch(port, each) for each in garbage])]
+            turned_away = [
+                status for status, _ in await asyncio.gather(*[fetch(metrics.port, each) for each in garbage])
+            ]
             assert turned_away == [400, 431, 400, 400]
-            answers = [status for status, _ in await asyncio.gather(*[fetch(port) for _ in range(200)])]
+            answers = [status for status, _ in await asyncio.gather(*[fetch(metrics.port) for _ in range(200)])]
             print(f"{answers.count(200)} of 200 at once were served")
             # Who was too slow between coming and asking had to make room. Asking again, without a crowd, he is served.
             assert set(answers) <= {0, 200} and answers.count(200) >= 100
-            assert [(await fetch(port))[0] for _ in range(answers.count(0))] == [200] * answers.count(0)
+            assert [(await fetch(metrics.port))[0] for _ in range(answers.count(0))] == [200] * answers.count(0)
             for each in idle:
                 each.close()
-            status, body = await fetch(port)
+            status, body = await fetch(metrics.port)
             assert status == 200
             check_page(body)
             ids = list(first.ids)
             async for piece in stream:
                 ids += piece.ids
             assert ids == truth("hello", 5, 150)
-
-    metrics = MetricsServer("127.0.0.1:0")
-    with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
-        mesh.run(scenario(mesh, metrics.port))
         assert mesh.counter("workers_lost") == 0
 
 
@@ -414,10 +407,7 @@ def test_a_gateway_counts_what_it_answers() -> None:
 
 
 def test_with_keys_the_gateway_shows_them_to_an_admin_alone(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:1")
-    for name, role in (("alice", "client"), ("root", "admin"), ("gateway", "client")):
-        folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
+    folder = key_folder(tmp_path / "keys", alice="client", root="admin", gateway="client")
     alice, root = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "root")]
     with Mesh(workers=0, keys=folder) as mesh, GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway:
         assert gateway.ask("GET", "/metrics")[0] == 401

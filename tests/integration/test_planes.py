@@ -32,8 +32,15 @@ class Reader:
 
 @pytest.mark.parametrize("fault", ["cut", "hold", "refuse"])
 @pytest.mark.parametrize("plane", get_args(Plane))
-def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
-    async def scenario() -> list[int]:
+async def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
+    # Given a worker and a client that reach the broker through a proxy
+    with (
+        Mesh(workers=0, fake=FakeOptions(tokens_per_s=TOKENS_PER_S), check=True) as mesh,
+        ThreadedProxy(mesh.port) as proxy,
+    ):
+        mesh.spawn("w0", proxy.address).first_line()
+        client = Client(proxy.address)
+        # When one plane fails in the middle of a stream, and later works again
         async with client, client.stream("hello", max_tokens=TOKENS, seed=7) as stream:
             reader = Reader(stream)
             await reader.until(BEFORE)
@@ -44,17 +51,7 @@ def test_a_stream_goes_on(plane: Plane, fault: str) -> None:
                 await mesh.aside(lambda core: core.state.counters.peers.workers_lost, "the worker given up")
             proxy.heal(plane)
             await reader.until(TOKENS + 1)
-            return reader.ids
-
-    # Given a worker and a client that reach the broker through a proxy
-    with (
-        Mesh(workers=0, fake=FakeOptions(tokens_per_s=TOKENS_PER_S), check=True) as mesh,
-        ThreadedProxy(mesh.port) as proxy,
-    ):
-        mesh.spawn("w0", proxy.address).first_line()
-        client = Client(proxy.address)
-        # When one plane fails in the middle of a stream, and later works again
-        ids = mesh.run(scenario())
+            ids = reader.ids
         # Then nothing is missing, and nothing came twice
         assert ids == truth("hello", 7, TOKENS)
         assert proxy.connections(plane) > (fault == "cut")

@@ -1,4 +1,4 @@
-"""A broker whose sockets belong to somebody else: it is restarted, and its ports never close."""
+"""A broker whose sockets belong to another process: it is restarted, and its ports never close."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def knocking(port: int) -> Iterator[list[str]]:
     ],
     ids=["terminated, by ports", "killed, by names"],
 )
-def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order: tuple[int, ...], names: str) -> None:
+async def test_a_restart_closes_no_port_and_loses_no_token(
+    how: signal.Signals, order: tuple[int, ...], names: str
+) -> None:
     parent = Parent(order, names)
     mesh = Mesh(workers=0, fake=FAKE, broker="process")
     try:
@@ -130,8 +132,7 @@ def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order:
         workers = [mesh.spawn(f"w{number}", address) for number in range(2)]
         for worker in workers:
             worker.first_line()
-
-        async def scenario() -> tuple[list[float], dict[str, int]]:
+        with knocking(parent.port) as refused:
             async with Client(address) as client, asyncio.TaskGroup() as group:
                 begun = [asyncio.Event() for _ in range(STREAMS)]
                 asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
@@ -139,10 +140,7 @@ def test_a_restart_closes_no_port_and_loses_no_token(how: signal.Signals, order:
                     await event.wait()
                 await asyncio.to_thread(parent.restart, how)
                 stalls = [await task for task in asked]
-                return stalls, (await client.status()).counters
-
-        with knocking(parent.port) as refused:
-            stalls, counters = mesh.run(scenario())
+                counters = (await client.status()).counters
         print(f"longest silence {max(stalls) * 1000:.0f} ms, {counters['adopted']} of {STREAMS} adopted")
         assert not refused
         assert counters["adopted"] == STREAMS

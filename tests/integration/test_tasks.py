@@ -9,8 +9,6 @@ import signal
 import msgspec
 import pytest
 
-from llambo import Client
-from llambo.mesh.client.client_tasks import Embeddings
 from llambo.mesh.client.sync_client import SyncClient
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -30,22 +28,19 @@ def truth(texts: list[str]) -> list[list[float]]:
     return tasks.vectors_of(embeddings(b"", start, FAKE))
 
 
-def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
-    async def scenario() -> None:
-        async with steady_mesh.client() as client:
-            result = await client.tokenize("Grüße")
-            assert result.ids == list("Grüße".encode())
-            assert await client.detokenize(result.ids) == "Grüße"
-            assert await client.tokenize("") == type(result)([], [])
-            long = "x" * 120_000
-            assert b"".join((await client.tokenize(long)).pieces).decode() == long
-            found = await client.embed("one")
-            assert (len(found.vectors), found.tokens, found.pooling) == (1, [3], "mean")
-            assert (await client.model_info())["model"] == "fake"
-            many = await asyncio.gather(*[client.tokenize(f"number {number}") for number in range(50)])
-            assert [b"".join(one.pieces) for one in many] == [b"number %d" % number for number in range(50)]
-
-    steady_mesh.run(scenario())
+async def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
+    async with steady_mesh.client() as client:
+        result = await client.tokenize("Grüße")
+        assert result.ids == list("Grüße".encode())
+        assert await client.detokenize(result.ids) == "Grüße"
+        assert await client.tokenize("") == type(result)([], [])
+        long = "x" * 120_000
+        assert b"".join((await client.tokenize(long)).pieces).decode() == long
+        found = await client.embed("one")
+        assert (len(found.vectors), found.tokens, found.pooling) == (1, [3], "mean")
+        assert (await client.model_info())["model"] == "fake"
+        many = await asyncio.gather(*[client.tokenize(f"number {number}") for number in range(50)])
+        assert [b"".join(one.pieces) for one in many] == [b"number %d" % number for number in range(50)]
     with SyncClient(steady_mesh.address) as sync:
         assert sync.detokenize(sync.tokenize("abc").ids) == "abc"
         assert sync.embed(["a", "b"]).tokens == [1, 1]
@@ -53,66 +48,59 @@ def test_results_of_all_sizes_are_whole(steady_mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize("victim", ["agent", "engine"])
-def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
+async def test_a_worker_that_dies_costs_a_task_only_time(victim: str) -> None:
     with Mesh(workers=2, fake=FAKE, check=True) as mesh:
-
-        async def scenario() -> list[Embeddings]:
-            async with mesh.client() as client:
-                asked = [asyncio.create_task(client.embed(TEXTS)) for _ in range(4)]
-                await mesh.aside(
-                    lambda core: (
-                        len(core.state.requests) == 4
-                        and all(request.transcript.next_index > 5 for request in core.state.requests.values())
-                    ),
-                    "parts of all results are at the broker",
-                )
-                if victim == "agent":
-                    mesh.workers[0].send(signal.SIGKILL)
-                else:
-                    os.kill(mesh.workers[0].children()[0], signal.SIGKILL)
-                return await asyncio.gather(*asked)
-
+        async with mesh.client() as client:
+            asked = [asyncio.create_task(client.embed(TEXTS)) for _ in range(4)]
+            await mesh.aside(
+                lambda core: (
+                    len(core.state.requests) == 4
+                    and all(request.transcript.next_index > 5 for request in core.state.requests.values())
+                ),
+                "parts of all results are at the broker",
+            )
+            if victim == "agent":
+                mesh.workers[0].send(signal.SIGKILL)
+            else:
+                os.kill(mesh.workers[0].children()[0], signal.SIGKILL)
+            all_found = await asyncio.gather(*asked)
         wanted = truth(TEXTS)
-        for found in mesh.run(scenario()):
+        for found in all_found:
             assert found.vectors == wanted
             assert found.tokens == [len(text) for text in TEXTS]
         assert mesh.counter("moved") == 2
         mesh.until(lambda core: not core.state.archive.owed_bytes and not core.state.reserved, "nothing is left")
 
 
-def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
+async def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
     with Mesh(workers=1, fake=FAKE, check=True) as mesh:
-
-        async def scenario() -> None:
-            async with mesh.client() as client, mesh.client() as other:
-                with pytest.raises(LlamboError) as late:
-                    await client.embed(TEXTS, deadline_ms=100)
-                assert late.value.code is Code.DEADLINE
-                # Somebody else cancels it
-                asked = asyncio.create_task(client.embed(TEXTS))
-                await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
-                (request,) = await other.requests()
-                assert request.task == "embed"
-                with pytest.raises(LlamboError) as no_stream:
-                    await (await other.attach(request.id)).result()
-                assert no_stream.value.code is Code.BAD_REQUEST
-                assert await other.cancel(request.id) == "cancelled"
-                with pytest.raises(LlamboError) as cancelled:
-                    await asked
-                assert cancelled.value.code is Code.CANCELLED
-                # And who waits no longer cancels it, too
-                asked = asyncio.create_task(client.embed(TEXTS))
-                await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
-                asked.cancel()
-                await mesh.aside(lambda core: not core.state.requests, "it is cancelled")
-                mesh_free = await client.tokenize("and goes on")
-                assert len(mesh_free.ids) == 11
-
-        mesh.run(scenario())
+        async with mesh.client() as client, mesh.client() as other:
+            with pytest.raises(LlamboError) as late:
+                await client.embed(TEXTS, deadline_ms=100)
+            assert late.value.code is Code.DEADLINE
+            # Somebody else cancels it
+            asked = asyncio.create_task(client.embed(TEXTS))
+            await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
+            (request,) = await other.requests()
+            assert request.task == "embed"
+            with pytest.raises(LlamboError) as no_stream:
+                await (await other.attach(request.id)).result()
+            assert no_stream.value.code is Code.BAD_REQUEST
+            assert await other.cancel(request.id) == "cancelled"
+            with pytest.raises(LlamboError) as cancelled:
+                await asked
+            assert cancelled.value.code is Code.CANCELLED
+            # And who waits no longer cancels it, too
+            asked = asyncio.create_task(client.embed(TEXTS))
+            await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
+            asked.cancel()
+            await mesh.aside(lambda core: not core.state.requests, "it is cancelled")
+            mesh_free = await client.tokenize("and goes on")
+            assert len(mesh_free.ids) == 11
 
 
-def test_what_makes_no_sense_is_told_before_or_after_the_way(steady_mesh: Mesh) -> None:
-    async def scenario(client: Client) -> None:
+async def test_what_makes_no_sense_is_refused_by_client_or_worker(steady_mesh: Mesh) -> None:
+    async with steady_mesh.client() as client:
         for wrong in (
             client.embed([]),
             client.embed(["x"] * (limits.EMBED_INPUTS + 1)),
@@ -132,9 +120,3 @@ def test_what_makes_no_sense_is_told_before_or_after_the_way(steady_mesh: Mesh) 
             await client.tokenize("x" * 3_000_000)
         assert long.value.code is Code.TOO_LONG
         assert str(limits.RESULT_BYTES) in long.value.text
-
-    async def main() -> None:
-        async with steady_mesh.client() as client:
-            await scenario(client)
-
-    steady_mesh.run(main())

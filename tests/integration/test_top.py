@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.cli.top import top_app
 from llambo.cli.top.top_app import Top
 from llambo.cli.top.top_widgets import ConfirmScreen, StoryScreen, TextScreen
-from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 
@@ -65,7 +63,7 @@ class Watching:
         await self.pilot.press(*keys)
         await self.pilot.pause()
 
-    def said(self) -> list[str]:
+    def notes(self) -> list[str]:
         """The texts of its notifications."""
         return [note.message for note in self.app._notifications]
 
@@ -97,24 +95,23 @@ async def endless(client: Client, count: int) -> list[str]:
     return [await client.submit(f"prompt {number}", max_tokens=100_000) for number in range(count)]
 
 
-def run(mesh: Mesh, scenario: Callable[[Watching], Coroutine[Any, Any, None]], size: tuple[int, int] = SMALL) -> None:
-    async def whole() -> None:
-        async with watching(mesh, size) as shown:
-            try:
-                await scenario(shown)
-            finally:
-                for request in await shown.client.requests():
-                    await shown.client.cancel(request.id)
-
-    mesh.run(whole())
+@asynccontextmanager
+async def shared(mesh: Mesh, size: tuple[int, int] = SMALL) -> AsyncIterator[Watching]:
+    """On the mesh of all these tests: no request is left behind."""
+    async with watching(mesh, size) as shown:
+        try:
+            yield shown
+        finally:
+            for request in await shown.client.requests():
+                await shown.client.cancel(request.id)
 
 
 # --- looking -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
-def test_workers_requests_and_events_are_on_the_screen(mesh: Mesh, size: tuple[int, int]) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_workers_requests_and_events_are_on_the_screen(mesh: Mesh, size: tuple[int, int]) -> None:
+    async with shared(mesh, size) as shown:
         ids = await endless(shown.client, 5)
         await shown.until(lambda: len(shown.app.requests_pane.keys) == 5, "five requests")
         assert shown.app.workers_pane.keys == ["w0", "w1"]
@@ -124,11 +121,9 @@ def test_workers_requests_and_events_are_on_the_screen(mesh: Mesh, size: tuple[i
                      "drain", "cancel", "filter", "leave", *(id[:8] for id in ids if size == LARGE)):  # fmt: skip
             await shown.until(lambda text=text: text in shown.screen(), f"{text!r}")  # type: ignore[misc]
 
-    run(mesh, scenario, size)
 
-
-def test_it_follows_what_changes(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_it_follows_what_changes(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         [id] = await endless(shown.client, 1)
         await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
         pane = shown.app.requests_pane
@@ -142,47 +137,36 @@ def test_it_follows_what_changes(mesh: Mesh) -> None:
         await shown.until(lambda: pane.keys == [], "no row")
         assert pane.chosen is None
 
-    run(mesh, scenario)
 
-
-def test_no_text_of_others_is_read_as_markup() -> None:
+async def test_no_text_of_others_is_read_as_markup() -> None:
     name = "[red]w[/red] [bold"
     with Mesh(workers=0) as mesh:
         mesh.spawn(name).first_line()
-
-        async def scenario(shown: Watching) -> None:
+        async with shared(mesh, LARGE) as shown:
             await shown.until(lambda: shown.app.workers_pane.keys == [name], "the worker")
             assert name in shown.screen()
             await shown.press("d")
             assert f"Drain {name}?" in shown.screen()
             await shown.press("d")
-            await shown.until(lambda: any(name in said for said in shown.said()), "that it is drained")
+            await shown.until(lambda: any(name in note for note in shown.notes()), "that it is drained")
             assert name in shown.screen()
 
-        run(mesh, scenario, LARGE)
 
-
-def test_without_an_admin_s_key_there_are_no_events_and_no_draining(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("viewer", "client"), 0)
+async def test_without_an_admin_s_key_there_are_no_events_and_no_draining(tmp_path: Path) -> None:
+    folder = key_folder(tmp_path, viewer="client")
     with Mesh(workers=1, keys=folder) as mesh:
-
-        async def scenario() -> None:
-            async with watching(mesh, key=key_of(folder, "viewer")) as shown:
-                await shown.until(lambda: shown.app.snapshot and shown.app.snapshot.no_events, "why there are none")
-                assert "admin" in shown.events()
-                await shown.press("d", "d")
-                await shown.until(lambda: any("admin" in said for said in shown.said()), "that it may not")
-
-        mesh.run(scenario())
+        async with watching(mesh, key=key_of(folder, "viewer")) as shown:
+            await shown.until(lambda: shown.app.snapshot and shown.app.snapshot.no_events, "why there are none")
+            assert "admin" in shown.events()
+            await shown.press("d", "d")
+            await shown.until(lambda: any("admin" in note for note in shown.notes()), "that it may not")
 
 
 # --- keys ----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         app = shown.app
 
         def state() -> str:
@@ -193,10 +177,10 @@ def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
         await shown.press("n")
         await shown.press("d", "escape", "u", "n")
         assert not isinstance(app.screen, ConfirmScreen)
-        assert shown.said() == []
+        assert shown.notes() == []
         await shown.press("d", "d")
         await shown.until(lambda: state() == "drained", "w1 is drained")
-        assert any("w1 takes no new work" in said for said in shown.said())
+        assert any("w1 takes no new work" in note for note in shown.notes())
         await shown.press("u", "y")
         await shown.until(lambda: state() == "ready", "w1 works again")
         await endless(shown.client, 2)
@@ -206,13 +190,11 @@ def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) -> None:
         await shown.press("u", "y")
         await shown.until(lambda: state() == "ready", "w1 works again")
 
-    run(mesh, scenario)
 
-
-def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         await shown.press("c")
-        assert shown.said() == ["there is no request here"]
+        assert shown.notes() == ["there is no request here"]
         await endless(shown.client, 2)
         await shown.until(lambda: len(shown.app.requests_pane.keys) == 2, "two requests")
         await shown.press("2", "down", "c")
@@ -220,15 +202,13 @@ def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
         assert f"Cancel {second}?" in shown.screen()
         await shown.press("escape", "c", "y")
         await shown.until(lambda: shown.app.requests_pane.keys == [first], "the other one is left")
-        await shown.until(lambda: f"{second[:8]} has ended: cancelled" in shown.said(), "how it ended")
+        await shown.until(lambda: f"{second[:8]} has ended: cancelled" in shown.notes(), "how it ended")
         assert shown.app.requests_pane.chosen == first
-
-    run(mesh, scenario)
 
 
 @pytest.mark.parametrize("key", ["w", "enter"])
-def test_the_story_of_a_request_is_told_and_goes_on(mesh: Mesh, key: str) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_the_story_of_a_request_is_shown_and_goes_on(mesh: Mesh, key: str) -> None:
+    async with shared(mesh) as shown:
         [id] = await endless(shown.client, 1)
         await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
         await shown.press("2", key)
@@ -240,11 +220,9 @@ def test_the_story_of_a_request_is_told_and_goes_on(mesh: Mesh, key: str) -> Non
         await shown.press("escape")
         assert shown.app.screen is not story
 
-    run(mesh, scenario)
 
-
-def test_rows_are_filtered_as_one_types(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_rows_are_filtered_as_one_types(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         app = shown.app
         await shown.press("1", "slash", *"w1")
         await shown.until(lambda: app.workers_pane.keys == ["w1"], "only w1")
@@ -260,11 +238,9 @@ def test_rows_are_filtered_as_one_types(mesh: Mesh) -> None:
         await shown.press("slash", *"w0", "enter", "escape")
         assert app.workers_pane.keys == ["w0", "w1"]
 
-    run(mesh, scenario)
 
-
-def test_rows_are_sorted_by_any_column_and_the_cursor_stays_with_its_row(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_rows_are_sorted_by_any_column_and_the_cursor_stays_with_its_row(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         pane = shown.app.workers_pane
         await shown.press("1", "down")
         assert pane.chosen == "w1"
@@ -277,11 +253,9 @@ def test_rows_are_sorted_by_any_column_and_the_cursor_stays_with_its_row(mesh: M
         assert "worker▲" in shown.screen()
         assert pane.keys == ["w0", "w1"]
 
-    run(mesh, scenario)
 
-
-def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh: Mesh) -> None:
-    async def scenario(shown: Watching) -> None:
+async def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh: Mesh) -> None:
+    async with shared(mesh) as shown:
         app = shown.app
         focused = []
         for key in ("1", "2", "3", "tab", "tab"):
@@ -303,69 +277,51 @@ def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh: Mesh)
         await shown.press("q")
         assert not app.is_running
 
-    run(mesh, scenario)
 
-
-def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_colour_everything_is_shown_in_words(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-
-    async def scenario(shown: Watching) -> None:
+    async with shared(mesh) as shown:
         assert shown.app.no_color and shown.app.native_ansi_color and shown.app.has_class("plain")
         cursor = shown.app.workers_pane.get_component_styles("datatable--cursor")
         assert cursor.text_style.reverse
         assert "ready" in shown.screen()
 
-    run(mesh, scenario)
-
 
 # --- without a broker ----------------------------------------------------------------------------------
 
 
-def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
+async def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
     config = BrokerConfig.of(client_lease_ms=1_000)
     with Mesh(workers=1, broker="process", config=config) as mesh:
-
-        async def scenario() -> None:
-            async with watching(mesh) as shown:
-                app = shown.app
-                await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker")
-                assert mesh.process is not None
-                mesh.process.send(signal.SIGKILL)
-                await shown.until(lambda: "the broker is lost" in shown.head(), "that it is lost")
-                assert app.query_one("#panes").has_class("stale") and app.workers_pane.keys == ["w0"]
-                await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
-                seen = app.snapshot
-                await shown.until(lambda: not app.lost and app.snapshot is not seen, "that it is back")
-                await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker is back")
-                await shown.until(lambda: "workers ready" in shown.head(), "the head of a broker that answers")
-                await shown.until(lambda: not app.query_one("#panes").has_class("stale"), "bright tables")
-                # Those of the new broker, and of it alone.
-                await shown.until(lambda: shown.events().count("worker joined") == 1, "its events")
-
-        mesh.run(scenario())
+        async with watching(mesh) as shown:
+            app = shown.app
+            await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker")
+            assert mesh.process is not None
+            mesh.process.send(signal.SIGKILL)
+            await shown.until(lambda: "the broker is lost" in shown.head(), "that it is lost")
+            assert app.query_one("#panes").has_class("stale") and app.workers_pane.keys == ["w0"]
+            await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+            seen = app.snapshot
+            await shown.until(lambda: not app.lost and app.snapshot is not seen, "that it is back")
+            await shown.until(lambda: app.workers_pane.keys == ["w0"], "the worker is back")
+            await shown.until(lambda: "workers ready" in shown.head(), "the head of a broker that answers")
+            await shown.until(lambda: not app.query_one("#panes").has_class("stale"), "bright tables")
+            # Those of the new broker, and of it alone.
+            await shown.until(lambda: shown.events().count("worker joined") == 1, "its events")
 
 
-def test_a_broker_that_stands_still_is_said_to_owe_an_answer(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broker_that_is_suspended_is_shown_as_silent(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_app, "SILENT_S", 0.5)
-
-    async def scenario(shown: Watching) -> None:
+    async with shared(mesh) as shown:
         with mesh.held():
             await shown.until(lambda: "the broker has not answered for" in shown.head(), "that it does not answer")
         await shown.until(lambda: "workers ready" in shown.head(), "that it goes on")
 
-    run(mesh, scenario)
 
-
-def test_a_key_that_is_taken_back_is_said(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("viewer", "client"), 0)
+async def test_a_key_that_is_revoked_is_shown(tmp_path: Path) -> None:
+    folder = key_folder(tmp_path, viewer="client")
     with Mesh(workers=0, keys=folder) as mesh:
-
-        async def scenario() -> None:
-            async with watching(mesh, key=key_of(folder, "viewer")) as shown:
-                folder.revoke("viewer")
-                await shown.until(lambda: "the broker is lost (" in shown.head(), "that it is out")
-                assert "key" in shown.head()
-
-        mesh.run(scenario())
+        async with watching(mesh, key=key_of(folder, "viewer")) as shown:
+            folder.revoke("viewer")
+            await shown.until(lambda: "the broker is lost (" in shown.head(), "that it is out")
+            assert "key" in shown.head()

@@ -6,7 +6,6 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -49,28 +48,24 @@ async def settled_on(brokers: Brokers, broker: int) -> Client:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
-def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
+async def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
     """Killed, stopped by SIGTERM, or frozen: the broker is away, and no request waits until it is back."""
     with two_brokers(2, FAKE) as brokers:
-
-        async def scenario() -> tuple[list[float], dict[str, int]]:
-            await both_know(brokers, 2)
-            client = await settled_on(brokers, 0)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    begun = [asyncio.Event() for _ in range(STREAMS)]
-                    asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
-                    for event in begun:
-                        await event.wait()
-                    assert brokers[0].process is not None
-                    brokers[0].process.send(how)
-                    stalls = [await task for task in asked]
-                async with brokers[1].client() as there:
-                    return stalls, (await there.status()).counters
-            finally:
-                await client.close()
-
-        stalls, counters = brokers[0].run(scenario())
+        await both_know(brokers, 2)
+        client = await settled_on(brokers, 0)
+        try:
+            async with asyncio.TaskGroup() as group:
+                begun = [asyncio.Event() for _ in range(STREAMS)]
+                asked = [group.create_task(one(client, number, event)) for number, event in enumerate(begun)]
+                for event in begun:
+                    await event.wait()
+                assert brokers[0].process is not None
+                brokers[0].process.send(how)
+                stalls = [await task for task in asked]
+            async with brokers[1].client() as there:
+                counters = (await there.status()).counters
+        finally:
+            await client.close()
         print(f"longest silence {max(stalls) * 1000:.0f} ms, {counters['adopted']} of {STREAMS} adopted")
         assert counters["submitted"] == STREAMS
         if how is not signal.SIGSTOP:  # workers know at once that it is gone; of a frozen one they learn by its silence
@@ -78,7 +73,7 @@ def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
             assert counters["dispatched"] == 0
 
 
-def test_a_slot_is_sold_once_whoever_sells_it() -> None:
+async def test_a_slot_is_leased_once_by_whichever_broker() -> None:
     """More than all workers can take, from both brokers at once: what is refused is done elsewhere, or later."""
     fake = FakeOptions(slots=2, tokens_per_s=400)
     asked, tokens = 12, 20
@@ -99,20 +94,16 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
                     seen.append((status.busy, status.busy_elsewhere))
             return seen
 
-        async def scenario() -> tuple[list[list[list[int]]], list[tuple[int, int]], list[dict[str, Any]]]:
-            await both_know(brokers, 3)
-            over = asyncio.Event()
-            watching = asyncio.create_task(watch(over))
-            found = await asyncio.gather(*(answers(mesh, half) for half, mesh in enumerate(brokers)))
-            over.set()
-            seen = await watching
-            counters = []
-            for mesh in brokers:
-                async with mesh.client() as client:
-                    counters.append((await client.status()).counters)
-            return found, seen, counters
-
-        found, seen, counters = brokers[0].run(scenario())
+        await both_know(brokers, 3)
+        over = asyncio.Event()
+        watching = asyncio.create_task(watch(over))
+        found = await asyncio.gather(*(answers(mesh, half) for half, mesh in enumerate(brokers)))
+        over.set()
+        seen = await watching
+        counters = []
+        for mesh in brokers:
+            async with mesh.client() as client:
+                counters.append((await client.status()).counters)
         for half, ids in enumerate(found):
             assert ids == [truth(f"q {n}", n, tokens) for n in (2 * number + half for number in range(asked))]
         assert [(c["failed"], c["moved"], c["ended"]) for c in counters] == [(0, 0, asked), (0, 0, asked)]
@@ -121,29 +112,21 @@ def test_a_slot_is_sold_once_whoever_sells_it() -> None:
         print("dispatched", [c["dispatched"] for c in counters], "most busy", max(seen))
 
 
-def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> None:
+async def test_a_drain_through_one_is_known_to_the_other_and_undone_by_either() -> None:
     with two_brokers(1, FAKE) as brokers:
-
-        async def scenario() -> None:
-            await both_know(brokers, 1)
-            async with brokers[0].client() as here, brokers[1].client() as there:
-                await here.drain("w0")
-                while (await there.workers())[0].state != "drained":
-                    pass
-                await there.drain("w0", undo=True)
-                while (await here.workers())[0].state != "ready":
-                    pass
-                assert (await here.generate("hello", max_tokens=5, seed=1)).ids == truth("hello", 1, 5)
-
-        brokers[0].run(scenario())
+        await both_know(brokers, 1)
+        async with brokers[0].client() as here, brokers[1].client() as there:
+            await here.drain("w0")
+            while (await there.workers())[0].state != "drained":
+                pass
+            await there.drain("w0", undo=True)
+            while (await here.workers())[0].state != "ready":
+                pass
+            assert (await here.generate("hello", max_tokens=5, seed=1)).ids == truth("hello", 1, 5)
 
 
-def test_a_client_finds_a_broker_that_lives() -> None:
+async def test_a_client_finds_a_broker_that_lives() -> None:
     with Mesh(workers=1, fake=FAKE) as mesh:
-
-        async def scenario() -> list[int]:
-            # The discard port of this host: no process listens there.
-            async with Client(f"tcp://127.0.0.1:9,{mesh.address},tcp://127.0.0.1:13") as client:
-                return (await client.generate("hello", max_tokens=TOKENS, seed=3)).ids
-
-        assert mesh.run(scenario()) == truth("hello", 3, TOKENS)
+        # The discard port of this host: no process listens there.
+        async with Client(f"tcp://127.0.0.1:9,{mesh.address},tcp://127.0.0.1:13") as client:
+            assert (await client.generate("hello", max_tokens=TOKENS, seed=3)).ids == truth("hello", 3, TOKENS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,22 +13,12 @@ import pytest
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.testing.processes import children, wait_until_gone
+from llambo.testing.processes import Process, wait_until_gone
 from llambo.worker.config import WorkerConfig, fake_options
 from llambo.worker.engine.fake_model import plain_token
 from tests.integration.double_broker import TIMEOUT_S, DoubleBroker
 
-AGENT = """
-import logging, sys
-import msgspec
-from llambo.worker.agent.agent import run_worker
-from llambo.worker.config import WorkerConfig
-
-logging.basicConfig(level=logging.INFO)
-sys.exit(run_worker(msgspec.json.decode(sys.argv[1], type=WorkerConfig), lambda: print("ready", flush=True)))
-"""
-
-StartWorker = Callable[..., subprocess.Popen[bytes]]
+StartWorker = Callable[..., Process]
 
 
 @pytest.fixture
@@ -43,21 +31,18 @@ def broker() -> Iterator[DoubleBroker]:
 @pytest.fixture
 def start_worker(broker: DoubleBroker) -> Iterator[StartWorker]:
     """Starts worker processes, and at the end makes sure that nothing of them is left."""
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Process] = []
 
-    def start(stall_ms: int = 10_000, **fake: Any) -> subprocess.Popen[bytes]:
+    def start(stall_ms: int = 10_000, **fake: Any) -> Process:
         config = WorkerConfig((broker.address,), name="w", fake=fake_options(**fake), stall_ms=stall_ms)
-        command = [sys.executable, "-c", AGENT, msgspec.json.encode(config).decode()]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
+        options = msgspec.json.encode(config).decode()
+        started.append(Process("-m", "llambo.testing.node", "worker", options, name="w"))
         return started[-1]
 
     yield start
     for process in started:
-        engines = children(process.pid) if process.poll() is None else []
+        engines = process.children()
         process.kill()
-        process.wait(TIMEOUT_S)
-        assert process.stdout is not None
-        process.stdout.close()
         for engine in engines:
             wait_until_gone(engine, TIMEOUT_S)
 
@@ -71,8 +56,7 @@ def test_the_life_of_a_dispatch(broker: DoubleBroker, start_worker: StartWorker)
     worker = start_worker(slots=2, utf8_split=True)
     hello = broker.welcome()
     assert (hello.name, hello.slots, hello.pid) == ("w", 2, worker.pid)
-    assert worker.stdout is not None
-    assert worker.stdout.readline() == b"ready\n"
+    assert worker.first_line() == "ready"
     # When a request is dispatched
     key = broker.dispatch(1)
     assert broker.expect(m.Accept).id == key[:16]
@@ -122,7 +106,7 @@ def test_cancel_ends_a_long_answer(broker: DoubleBroker, start_worker: StartWork
     broker.until(lambda: len(broker.ids(other)) == 3, "the tokens of the next request in the only slot")
 
 
-def test_bad_input_harms_nobody(broker: DoubleBroker, start_worker: StartWorker) -> None:
+def test_bad_input_changes_no_run(broker: DoubleBroker, start_worker: StartWorker) -> None:
     start_worker(context_tokens=100, slots=9)
     broker.welcome()
     broker.send_frames([b"junk"])
@@ -165,7 +149,7 @@ def test_an_engine_that_is_lost_is_reported_and_replaced(
     keys = [broker.dispatch(number, max_tokens=10**6) for number in range(2)]
     broker.until(lambda: all(len(broker.ids(key)) > 3 for key in keys), "some tokens of both")
     # When it dies or hangs
-    (engine,) = children(worker.pid)
+    (engine,) = worker.children()
     if fault == "kill":
         os.kill(engine, signal.SIGKILL)
     # Then the broker receives which runs are lost, and a new engine takes the next
@@ -176,7 +160,7 @@ def test_an_engine_that_is_lost_is_reported_and_replaced(
     wait_until_gone(engine, TIMEOUT_S)
     again = broker.dispatch(3)
     broker.until(lambda: len(broker.ids(again)) == 20, "tokens of the new engine")
-    assert worker.poll() is None
+    assert worker.running
 
 
 def test_a_deaf_engine_does_not_stop_the_beats(broker: DoubleBroker, start_worker: StartWorker) -> None:
@@ -198,9 +182,9 @@ def test_sigterm_drains_first(broker: DoubleBroker, start_worker: StartWorker) -
     broker.welcome()
     key = broker.dispatch(1, max_tokens=40)
     broker.until(lambda: bool(broker.ids(key)), "a token")
-    (engine,) = children(worker.pid)
+    (engine,) = worker.children()
     # When it gets SIGTERM
-    worker.send_signal(signal.SIGTERM)
+    worker.send(signal.SIGTERM)
     # Then it finishes what runs, takes nothing new, and leaves
     broker.expect(m.WorkerHeartbeat, state="draining")
     broker.dispatch(2)
@@ -208,7 +192,7 @@ def test_sigterm_drains_first(broker: DoubleBroker, start_worker: StartWorker) -
     assert broker.expect(m.End).count == 40
     broker.send(m.EndAck([key]))
     broker.expect(m.Goodbye)
-    assert worker.wait(TIMEOUT_S) == 0
+    assert worker.end(TIMEOUT_S) == 0
     wait_until_gone(engine, TIMEOUT_S)
     assert broker.ids(key) == truth(40)
 
@@ -218,11 +202,11 @@ def test_a_second_signal_does_not_wait(broker: DoubleBroker, start_worker: Start
     broker.welcome()
     broker.dispatch(1, max_tokens=10**6)
     broker.expect(m.Accept)
-    worker.send_signal(signal.SIGINT)
+    worker.send(signal.SIGINT)
     broker.expect(m.WorkerHeartbeat, state="draining")
-    worker.send_signal(signal.SIGINT)
+    worker.send(signal.SIGINT)
     broker.expect(m.Goodbye)
-    assert worker.wait(TIMEOUT_S) == 0
+    assert worker.end(TIMEOUT_S) == 0
 
 
 def test_a_killed_agent_leaves_no_engine(broker: DoubleBroker, start_worker: StartWorker) -> None:
@@ -230,13 +214,13 @@ def test_a_killed_agent_leaves_no_engine(broker: DoubleBroker, start_worker: Sta
     broker.welcome()
     broker.dispatch(1, max_tokens=10**6)
     broker.expect(m.Accept)
-    (engine,) = children(worker.pid)
-    worker.kill()
+    (engine,) = worker.children()
+    worker.send(signal.SIGKILL)
     wait_until_gone(engine, TIMEOUT_S)
 
 
 def test_without_a_broker_it_waits_and_a_signal_ends_it(broker: DoubleBroker, start_worker: StartWorker) -> None:
     worker = start_worker()
     broker.expect(m.WorkerHello)
-    worker.send_signal(signal.SIGTERM)
-    assert worker.wait(TIMEOUT_S) == 0
+    worker.send(signal.SIGTERM)
+    assert worker.end(TIMEOUT_S) == 0

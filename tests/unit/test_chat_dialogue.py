@@ -17,8 +17,7 @@ from llambo.cli.chat.dialogue import LEAST_ANSWER, AskOptions, Dialogue, Message
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, enter
 from llambo.cli.chat.store import SavedChat, Store, Turn
-from llambo.mesh.client.answer_stream import Answer, Piece
-from llambo.mesh.client.client_tasks import Tokenized
+from llambo.mesh.client.answer_stream import Answer, Piece, Tokenized
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import MeshStatus, ModelRow
@@ -170,7 +169,7 @@ class _Notices(Screen):
         super().__init__(_Output(), None, colours=False, notices_to_stderr=False)  # type: ignore[arg-type]
         self.lines: list[str] = []
 
-    def say(self, text: str, tone: Any = "plain") -> None:
+    def print(self, text: str, tone: Any = "plain") -> None:
         self.lines.append(text)
 
 
@@ -502,7 +501,7 @@ def test_system_is_shown_set_and_removed(begin: Chats) -> None:
 def test_save_gives_a_name(begin: Chats, folder: Path) -> None:
     user = begin().types("one").types("/save travel")
     assert user.chat.saved.name == "travel"
-    assert user.notices == f"kept as travel, in {folder}/travel.json"
+    assert user.notices == f"saved as travel, in {folder}/travel.json"
     assert user.types("two").saved.name == "travel"
     assert "not a valid name" in user.types("/save ../../etc/passwd").notices
 

@@ -100,14 +100,30 @@ class Terminal:
         return lines
 
 
-def draw(terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> DrawnAnswer:
+class WaitingLine:
+    """A Waiting whose line the test sets."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def line(self) -> str:
+        return self.text
+
+    def on_piece(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def draw(
+    terminal: Terminal, pieces: list[str], monkeypatch: pytest.MonkeyPatch, waiting: WaitingLine | None = None
+) -> DrawnAnswer:
     """Each piece is drawn at once."""
     monkeypatch.setattr(screen_module, "FRAME_S", -1.0)
     monkeypatch.setattr(screen_module, "SHARE", 1.0)
-    view = DrawnAnswer(terminal, console(terminal.size.columns))  # type: ignore[arg-type]
+    view = DrawnAnswer(terminal, console(terminal.size.columns), waiting or WaitingLine())  # type: ignore[arg-type]
     for piece in pieces:
         view.piece(Piece(piece, [1], 0))
-        view.frame("")
+        view.frame()
     return view
 
 
@@ -316,13 +332,17 @@ def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.Monkey
 
 def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    view = draw(terminal, [], monkeypatch)
-    view.frame("waiting, 2 ahead")
+    waiting = WaitingLine()
+    view = draw(terminal, [], monkeypatch, waiting)
+    waiting.text = "waiting, 2 ahead"
+    view.frame()
     assert terminal.lines() == ["waiting, 2 ahead"]
     view.piece(Piece("Hello", [1], 0))
-    view.frame("")
+    waiting.text = ""
+    view.frame()
     assert terminal.lines() == ["Hello"]
-    view.frame("nothing for 3 s")
+    waiting.text = "nothing for 3 s"
+    view.frame()
     assert terminal.lines() == ["Hello", "nothing for 3 s"]
     view.close()
     assert terminal.lines() == ["Hello"]

@@ -58,7 +58,7 @@ def play(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[Scene, Clock], Any
         try:
             await scenario(scene, clock)
         finally:
-            await scene.waiting.close()
+            scene.waiting.close()
 
     # The event loop has its own clock, which must advance.
     loop_time = time.monotonic

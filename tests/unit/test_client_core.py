@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_core import ASK_AGAIN_MS, GATE_MS, ClientCore
+from llambo.mesh.client.client_core import ASK_AGAIN_MS, TOKEN_PLANE_MS, ClientCore
 from llambo.mesh.client.client_requests import CLIENT_STEPS, RequestState
 from llambo.mesh.client.request_life import REPLAY_AGAIN_MS, RESEND_MS, TAIL_GRACE_MS
 from llambo.mesh.link.link_core import LinkState, OpenControl, OpenTokens, Send
@@ -180,7 +180,7 @@ class TestSubmitting:
     def test_goes_without_a_token_plane_after_a_while(self, bench: Bench) -> None:
         bench.submit()
         bench.welcome()
-        bench.wait(GATE_MS - 1, alive=False)
+        bench.wait(TOKEN_PLANE_MS - 1, alive=False)
         assert bench.sent_since() == []
         bench.wait(1, alive=False)
         assert bench.sent_since() == [m.InferenceRequest(ID)]

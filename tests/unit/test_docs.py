@@ -55,7 +55,7 @@ def test_every_message_has_prose_and_fields(message: type[m.Message]) -> None:
 
 
 def test_every_error_code_is_explained() -> None:
-    rows = text_of("docs/protocol-reference.md").split("When they come:")[1]
+    rows = text_of("docs/protocol-reference.md").split("\n## Errors\n")[1].split("\n## ")[0]
     assert not [code.value for code in Code if f"`{code.value}`" not in rows]
 
 

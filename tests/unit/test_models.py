@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker.config import LlamaOptions
+from llambo.worker.config import LlamaOptions, mesh_name
 from llambo.worker.models import gguf, model_files
 from llambo.worker.models.gguf import BadModelFile
 
@@ -136,5 +136,5 @@ def test_another_template_or_context_is_another_model(tmp_path: Path, monkeypatc
 
 
 def test_names() -> None:
-    assert model_files.name_of("smollm2") == "smollm2"
-    assert model_files.name_of("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"
+    assert mesh_name("smollm2") == "smollm2"
+    assert mesh_name("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"

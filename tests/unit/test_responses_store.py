@@ -58,7 +58,7 @@ def body_of(number: int, size: int = 0) -> dict[str, Any]:
 def test_the_oldest_go_first() -> None:
     store = ResponseStore(responses=3)
     for number in range(5):
-        store.keep("alice", body_of(number), [])
+        store.put("alice", body_of(number), [])
     assert len(store) == 3
     for number in range(2):
         with pytest.raises(LlamboError) as error:
@@ -70,23 +70,23 @@ def test_the_oldest_go_first() -> None:
 def test_bytes_are_bounded_for_each_and_for_all() -> None:
     store = ResponseStore(bytes=1_000, all_bytes=1_500)
     for number in range(10):
-        store.keep("alice", body_of(number, 300), [])
+        store.put("alice", body_of(number, 300), [])
     assert 600 < store.size <= 1_000
     mine = len(store)
     for number in range(10):
-        store.keep("bob", body_of(number, 300), [])
+        store.put("bob", body_of(number, 300), [])
     # Bob evicts the oldest response of the largest user, and not all of alice's.
     assert store.size <= 1_500
     assert mine > 1 and store.body("alice", "resp_9") and store.body("bob", "resp_9")
     # A response that is too large by itself evicts nothing.
     before = len(store)
-    store.keep("bob", body_of(11, 2_000), [])
+    store.put("bob", body_of(11, 2_000), [])
     assert len(store) == before
 
 
 def test_what_is_deleted_is_gone_and_only_for_its_owner() -> None:
     store = ResponseStore()
-    store.keep("alice", body_of(1), [])
+    store.put("alice", body_of(1), [])
     with pytest.raises(LlamboError):
         store.delete("bob", "resp_1")
     assert store.delete("alice", "resp_1") == {"id": "resp_1", "object": "response", "deleted": True}

@@ -339,10 +339,10 @@ def test_no_history_is_no_reason_to_have_no_shell(tmp_path: Path, caplog: pytest
         kept = history({"XDG_STATE_HOME": str(tmp_path / "file")})
         kept.append_string("status")
         assert list(kept.get_strings()) == ["status"]
-        assert "no history is kept" in caplog.text
+        assert "no history is stored" in caplog.text
     full = history({"XDG_STATE_HOME": str(tmp_path)})
     (tmp_path / "llambo" / HISTORY_FILE).unlink()
     (tmp_path / "llambo" / HISTORY_FILE).mkdir()
     with caplog.at_level(logging.WARNING):
         full.append_string("status")
-    assert caplog.text.count("no history is kept") == 2
+    assert caplog.text.count("no history is stored") == 2

@@ -85,7 +85,7 @@ def test_a_move_is_seen_and_why() -> None:
     ],
 )
 def test_an_end_in_the_queue(last: tuple[int, str, str], name: str, error: str) -> None:
-    assert list(tracing.phases(story((0, "submitted", ""), last), Usage())) == [Phase(name, 0, 30, {}, error)]
+    assert list(tracing.phases(story((0, "submitted", ""), last), Usage(), error)) == [Phase(name, 0, 30, {}, error)]
 
 
 def test_an_adopted_run_and_a_story_without_its_middle() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llambo.mesh.client.client_tasks import Collector
+from llambo.mesh.client.answer_stream import Collector
 from llambo.mesh.link.link_core import Publish, Send
 from llambo.mesh.wire import limits, tasks, tokens
 from llambo.mesh.wire import messages as m

@@ -175,7 +175,7 @@ if not hindrance_to_analyze():
             ("llambo/broker.env", "LLAMBO_PROT=1\n", "did you mean LLAMBO_PORT"),
             ("llambo/broker.env", "just words\n", "line 1 is not NAME=value"),
             ("llambo/llambo.toml", "[worker]\nslot = 1\n", "did you mean slots"),
-            ("llambo/worker-a.key", "no key\n", "that is no key"),
+            ("llambo/worker-a.key", "no key\n", "this is not a key"),
             ("llambo/worker-a.env", "LLAMBO_KEY=llambo-key-1.x\n", "others can read it"),
         ],
     )

@@ -69,7 +69,7 @@ class ZapHandler:
         self._look_at, self._log_again_at = 0, 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.linger = 0
-        self.socket.bind(sockets.ASK_AT)
+        self.socket.bind(sockets.ZAP_ENDPOINT)
 
     def door(self, domain: str) -> sockets.CurveServer:
         return sockets.CurveServer(self.pair, domain)

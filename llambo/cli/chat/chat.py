@@ -8,7 +8,9 @@ import os
 import sys
 import termios
 import time
+import tty
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,22 +19,20 @@ import msgspec
 from llambo.cli.chat.dialogue import CHAT_TOKENS, TURNS, AskOptions, Dialogue, Signals
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
-from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
+from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.answer_views import StdoutWriter, statistics_line
 from llambo.cli.kit.command import Command, silence_stdout
-from llambo.cli.kit.common import Common, connect, pass_common
+from llambo.cli.kit.common import Common, connect, pass_common, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
 from llambo.cli.kit.follow import report_link
-from llambo.cli.kit.tables import duration, number, show_json, table
+from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
-    from llambo.cli.chat.dialogue import Dialogue, Signals
     from llambo.cli.chat.prompt import ChatPrompt
-    from llambo.cli.chat.screen import Screen
 
 HISTORY_FILE = "chat_history"
 STOPPED = "stopped before there was an answer"
@@ -47,6 +47,21 @@ llambo chat --list                         the saved chats
 llambo chat --search "night train"         in all of them
 llambo chat --json --search train | jq -r '.[].session'
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFlags:
+    session: str | None
+    private: bool
+    turns: int
+    system: str | None
+    seed: int | None
+    no_color: bool
+    as_json: bool
+
+    @property
+    def colours(self) -> bool:
+        return not (self.no_color or os.environ.get("NO_COLOR"))
 
 
 @click.command(cls=Command, examples=EXAMPLES, exit_codes=True)
@@ -82,12 +97,13 @@ def chat(
     model is full, the oldest turns are left out, and a notice says so. The longest answer is at most half of the
     context.
 
-    Ctrl-C stops an answer and keeps what there is of it. PROMPT and stdin together are one question. With --json a
+    Ctrl-C stops an answer and leaves what there is of it. PROMPT and stdin together are one question. With --json a
     single answer has the lines of `llambo send --json`.
     """
     if sum([listed, search is not None, delete is not None, bool(prompt)]) > 1:
         raise click.UsageError("--list, --search, --delete and a PROMPT: one at a time")
-    if chosen["private"] and chosen["session"]:
+    flags = ChatFlags(as_json=as_json, **chosen)
+    if flags.private and flags.session:
         raise click.UsageError("--private saves nothing, so there is no --session")
     if listed:
         _list(_store(), as_json)
@@ -96,11 +112,11 @@ def chat(
     elif delete is not None:
         _delete(_store(), delete)
     else:
-        _talk(common, _question(prompt), as_json, chosen)
+        _talk(common, _question(prompt), flags)
 
 
 def _store() -> Store:
-    return Store(state_folder(os.environ) / "chats")
+    return Store(state_folder(os.environ, "chats"))
 
 
 # --- saved chats ---------------------------------------------------------------------------------------
@@ -170,21 +186,21 @@ def _question(arguments: tuple[str, ...]) -> str | None:
     return "\n\n".join(part for part in (words, read_stdin()) if part)
 
 
-def _talk(common: Common, question: str | None, as_json: bool, chosen: dict[str, Any]) -> None:
+def _talk(common: Common, question: str | None, flags: ChatFlags) -> None:
     if question is None:
-        if as_json:
+        if flags.as_json:
             raise click.UsageError("--json is for a single answer, --list and --search")
         if not sys.stdout.isatty():
             raise click.UsageError("a conversation needs a terminal; give a PROMPT for a single answer")
     elif not question.strip():
         raise LlamboError(Code.BAD_REQUEST, "the prompt is empty", hint="give a prompt, as an argument or on stdin")
-    if len(chosen["system"] or "") > limits.SYSTEM_CHARS:
+    if len(flags.system or "") > limits.SYSTEM_CHARS:
         raise click.UsageError(f"--system may have {limits.SYSTEM_CHARS} characters")
     store = _store()
-    saves = bool(chosen["session"]) or (question is None and not chosen["private"])
+    saves = bool(flags.session) or (question is None and not flags.private)
     try:
-        saved = _saved_chat(common, store, saves, chosen)
-        code = asyncio.run(_run(common, store if saves else None, saved, question, as_json, chosen))
+        saved = _saved_chat(common, store, saves, flags)
+        code = asyncio.run(_run(common, store if saves else None, saved, question, flags))
     except BrokenPipeError:
         silence_stdout()
         code = Exit.OK
@@ -193,11 +209,11 @@ def _talk(common: Common, question: str | None, as_json: bool, chosen: dict[str,
     click.get_current_context().exit(code)
 
 
-def _saved_chat(common: Common, store: Store, saves: bool, chosen: dict[str, Any]) -> SavedChat:
+def _saved_chat(common: Common, store: Store, saves: bool, flags: ChatFlags) -> SavedChat:
     """The chat to continue, or a new one, locked if it is saved."""
     now_s, changes, settings = int(time.time()), dict[str, str](), common.settings
-    if chosen["session"]:
-        saved = store.open(chosen["session"], now_s)
+    if flags.session:
+        saved = store.open(flags.session, now_s)
     else:
         saved = SavedChat(_generated_name(store), created=now_s, used=now_s, unnamed=True)
         if saves:
@@ -205,8 +221,8 @@ def _saved_chat(common: Common, store: Store, saves: bool, chosen: dict[str, Any
     model = settings.text("client_model")
     if model and (not saved.model or "client_model" in common.flags):
         changes["model"] = model
-    if chosen["system"] is not None:
-        changes["system"] = chosen["system"]
+    if flags.system is not None:
+        changes["system"] = flags.system
     return msgspec.structs.replace(saved, **changes)
 
 
@@ -219,36 +235,34 @@ def _generated_name(store: Store) -> str:
     return name
 
 
-async def _run(
-    common: Common, store: Store | None, saved: SavedChat, question: str | None, as_json: bool, chosen: dict[str, Any]
-) -> int:
+async def _run(common: Common, store: Store | None, saved: SavedChat, question: str | None, flags: ChatFlags) -> int:
     """The exit code."""
     settings = common.settings
     given = settings.sources
     options = AskOptions(
         max_tokens=CHAT_TOKENS if given["max_tokens"] == "default" else settings.number("max_tokens"),
-        turns=chosen["turns"],
+        turns=flags.turns,
         temperature=settings.real("temperature") if given["temperature"] != "default" else None,
-        seed=chosen["seed"],
+        seed=flags.seed,
     )
     async with connect(common) as client:
         with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
-            screen, signals = _screen(out, question, as_json, chosen), Signals()
+            screen, signals = _screen(out, question, flags), Signals()
             dialogue = Dialogue(client, saved, store, screen, signals, options)
             with signals.installed():
                 if question is None:
-                    return await _converse(dialogue, signals, _prompt(dialogue, chosen))
+                    return await _converse(dialogue, signals, _prompt(dialogue, flags))
                 return await _answer_once(dialogue, signals, question, common)
 
 
-def _screen(out: StdoutWriter, question: str | None, as_json: bool, chosen: dict[str, Any]) -> Screen:
-    colours = not (chosen["no_color"] or os.environ.get("NO_COLOR"))
+def _screen(out: StdoutWriter, question: str | None, flags: ChatFlags) -> Screen:
     console = None
-    if not as_json and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+    if not flags.as_json and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         from rich.console import Console
 
-        console = Console(no_color=not colours, highlight=False)
-    return Screen(out, console, colours=colours, notices_to_stderr=question is not None, as_json=as_json)
+        console = Console(no_color=not flags.colours, highlight=False)
+    to_stderr = question is not None
+    return Screen(out, console, colours=flags.colours, notices_to_stderr=to_stderr, as_json=flags.as_json)
 
 
 async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: Common) -> int:
@@ -260,7 +274,7 @@ async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: 
         if not signals.interrupted:
             raise
     if signals.interrupted and chat.ending is None:
-        chat.screen.say(STOPPED, "quiet")
+        chat.screen.print(STOPPED, "quiet")
     if common.verbose and chat.answered is not None:
         click.echo(statistics_line(*chat.answered), err=True)
     if signals.interrupted:
@@ -269,51 +283,48 @@ async def _answer_once(chat: Dialogue, signals: Signals, question: str, common: 
 
 
 async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int:
-    say, turns = chat.screen.say, chat.saved.turns
+    show, turns = chat.screen.print, chat.saved.turns
     with _no_echo():
         await signals.run(chat.find_models())
-        say(f"llambo chat at {chat.client.address}; /help tells what can be typed", "quiet")
+        show(f"llambo chat at {chat.client.address}; /help lists the commands", "quiet")
         if turns:
-            say(f"{turn_count(len(turns))} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
+            show(f"{plural(len(turns), 'turn')} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         while not signals.ended_by:
             try:
                 line = await signals.run(prompt.line())
                 if line is None:
                     if not signals.ended_by:
-                        say("/exit or Ctrl-D leaves", "quiet")
+                        show("/exit or Ctrl-D leaves", "quiet")
                     continue
                 stays = await signals.run(enter(chat, line))
             except EOFError:
                 break
             except LlamboError as error:
                 failure = Failure.of(error)
-                say(f"{failure.message}\n  {failure.hint}" if failure.hint else failure.message, "error")
+                show(f"{failure.message}\n  {failure.hint}" if failure.hint else failure.message, "error")
                 continue
             if stays is None:
-                say(STOPPED, "quiet")
+                show(STOPPED, "quiet")
             elif not stays:
                 break
     if chat.store is not None and chat.saved.turns:
-        say(f"saved; `llambo chat --session {chat.saved.name}` goes on with it", "quiet")
+        show(f"saved; `llambo chat --session {chat.saved.name}` goes on with it", "quiet")
     return 128 + signals.ended_by if signals.ended_by else Exit.OK
 
 
-def _prompt(chat: Dialogue, chosen: dict[str, Any]) -> ChatPrompt:
+def _prompt(chat: Dialogue, flags: ChatFlags) -> ChatPrompt:
     from llambo.cli.chat.prompt import ChatCompleter, ChatPrompt, open_history
 
-    path = None if chosen["private"] else state_folder(os.environ) / HISTORY_FILE
+    path = None if flags.private else state_folder(os.environ, HISTORY_FILE)
     history = open_history(
-        path, lambda error: chat.screen.say(f"lines are not remembered: {path}: {error.strerror}", "warning")
+        path, lambda error: chat.screen.print(f"lines are not remembered: {path}: {error.strerror}", "warning")
     )
     names = chat.store.names if chat.store is not None else list
     completer = ChatCompleter(
         {command.name: command.help for command in COMMANDS},
         {"model": lambda: chat.models, "session": names, "save": names},
     )
-    prompt = ChatPrompt(
-        history, completer, lambda: "no broker answers" if chat.lost else "",
-        colours=not (chosen["no_color"] or os.environ.get("NO_COLOR")),
-    )  # fmt: skip
+    prompt = ChatPrompt(history, completer, lambda: "no broker answers" if chat.lost else "", colours=flags.colours)
 
     def on_link(lost: str) -> None:
         chat.lost = lost
@@ -331,9 +342,7 @@ def _no_echo() -> Iterator[None]:
     """
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
-    quiet = termios.tcgetattr(descriptor)
-    quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(descriptor, termios.TCSANOW, quiet)
+    tty.setcbreak(descriptor, termios.TCSANOW)
     try:
         yield
     finally:

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from llambo.cli.chat.screen import Screen, Waiting, show
+from llambo.cli.chat.screen import Screen, Waiting
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
-from llambo.cli.kit.answer_views import Clock
+from llambo.cli.kit.answer_views import Clock, show
 from llambo.cli.kit.follow import Interrupts, end_signals
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -122,18 +122,18 @@ class Dialogue:
             self.change(turns=[*before, turn], used=asked_at)
         await self.screen.out.flush()
         if stays:
-            self.screen.say("the earlier answer stays", "quiet")
+            self.screen.print("the earlier answer stays", "quiet")
         if error is not None:
             raise error
         match self.ending:
             case "length":
-                self.screen.say(f"cut after {tokens} tokens; --max-tokens allows more", "quiet")
+                self.screen.print(f"cut after {tokens} tokens; --max-tokens allows more", "quiet")
             case "stopped":
-                self.screen.say("stopped", "quiet")
+                self.screen.print("stopped", "quiet")
             case "cancelled":
-                self.screen.say("another client cancelled it", "warning")
+                self.screen.print("another client cancelled it", "warning")
             case "deadline":
-                self.screen.say("out of time", "warning")
+                self.screen.print("out of time", "warning")
 
     async def _fitted(self, question: str, earlier: list[Turn]) -> tuple[Messages, int]:
         """The messages to send, and the longest answer there is room for."""
@@ -160,7 +160,7 @@ class Dialogue:
                 if most < LEAST_ANSWER:
                     text = f"this message has {tokens} tokens, and the context of the model {context}"
                     raise LlamboError(Code.TOO_LONG, f"{text}; it was not sent")
-                self.screen.say(f"this message is long: {most} tokens are left for the answer", "warning")
+                self.screen.print(f"this message is long: {most} tokens are left for the answer", "warning")
         self._report_left_out(earlier, fits)
         return messages(fits), most
 
@@ -174,7 +174,7 @@ class Dialogue:
             why = f"--turns {self._options.turns}" if by_number else f"its context has {self.context.tokens} tokens"
             begin = one_line(earlier[-sent].question, EXCERPT_CHARS) if sent else ""
             seen = f"what it sees begins at {begin!r}" if sent else "it sees only this"
-            self.screen.say(f"the {first} left out of what the model sees ({why}); {seen}", "warning")
+            self.screen.print(f"the {first} left out of what the model sees ({why}); {seen}", "warning")
 
     async def _answer(self, messages: Messages, max_tokens: int) -> tuple[str, Stream, LlamboError | None]:
         """What there is of the answer, its stream, and the error it failed with."""
@@ -188,17 +188,17 @@ class Dialogue:
         )  # fmt: skip
         with Interrupts(cancels=True, session=self._signals) as interrupts:
             interrupts.stream = stream
-            waiting = Waiting(self.client, stream, lambda: self.lost)
+            view = self.screen.answer_view(stream, Waiting(self.client, stream, lambda: self.lost))
             try:
                 async with stream:
-                    self.answered = await show(
-                        stream, self.screen.answer_view(stream), self.screen.out, waiting, texts
-                    )  # fmt: skip
+                    self.answered = await show(stream, view, self.screen.out, texts)
             except LlamboError as failed:
                 error = failed
             except asyncio.CancelledError:
                 if not self._signals.interrupted:
                     raise
+            finally:
+                view.close()
         return "".join(texts), stream, error
 
     # --- what is saved ---------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ An answer is text in a pipe, markdown drawn on a terminal, or JSON lines.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import textwrap
 import time
@@ -18,7 +17,7 @@ import click
 
 from llambo.cli.chat.store import Turn
 from llambo.cli.kit.answer_views import Clock, JsonView, StdoutWriter, TextView, View
-from llambo.cli.kit.tables import duration
+from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class Screen:
         self._to_stderr = notices_to_stderr
         self._as_json = as_json
 
-    def say(self, text: str, tone: Tone = "plain") -> None:
+    def print(self, text: str, tone: Tone = "plain") -> None:
         text = printable(text)
         if self._to_stderr:
             click.echo(f"llambo: {text}", err=True)
@@ -83,46 +82,19 @@ class Screen:
         click.echo(click.style(text, **style) if style else text)
 
     def show_turn(self, number: int, turn: Turn) -> None:
-        self.say(f"{number}  you: {turn.question}", "quiet")
+        self.print(f"{number}  you: {turn.question}", "quiet")
         click.echo("\n".join(_drawn(self._console, turn.answer)) if self._console else printable(turn.answer))
         if turn.mark:
-            self.say(f"({turn.mark})", "quiet")
+            self.print(f"({turn.mark})", "quiet")
 
-    def answer_view(self, stream: Stream) -> View:
+    def answer_view(self, stream: Stream, waiting: Waiting) -> View:
         if self._as_json:
             view = JsonView(self.out, stream)
             stream.on_place = view.placed
             return view
-        return DrawnAnswer(self.out, self._console) if self._console is not None else TextView(self.out, stream)
-
-
-async def show(
-    stream: Stream, view: View, out: StdoutWriter, waiting: Waiting, texts: list[str]
-) -> tuple[Answer, Clock]:
-    """Show the stream to its end, and append each piece of text to `texts` before it is shown."""
-    clock = Clock()
-    try:
-        while True:
-            due = view.frame(waiting.line()) if isinstance(view, DrawnAnswer) else math.inf
-            try:
-                async with asyncio.timeout_at(min(due, asyncio.get_running_loop().time() + TICK_S)):
-                    piece = await stream.next_piece()
-            except TimeoutError:
-                continue
-            if piece is None:
-                break
-            clock.on_piece(len(piece.ids))
-            waiting.on_piece()
-            texts.append(piece.text)
-            view.piece(piece)
-            await out.room()
-        clock.on_end()
-        assert stream.answer is not None, "a stream that was read to its end has an answer"
-        view.end(stream.answer, clock)
-        return stream.answer, clock
-    finally:
-        await waiting.close()
-        view.close()
+        if self._console is None:
+            return TextView(self.out, stream)
+        return DrawnAnswer(self.out, self._console, waiting)
 
 
 class Waiting:
@@ -156,11 +128,9 @@ class Waiting:
         reason = f" ({self._reason})" if self._reason else ""
         return f"{'nothing' if self._begun else 'waiting'} for {quiet_s:.0f} s{reason}"
 
-    async def close(self) -> None:
+    def close(self) -> None:
         if self._query is not None:
             self._query.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._query
 
     async def _find_reason(self) -> None:
         """An error only costs the explanation: the answer does not depend on it."""
@@ -174,15 +144,16 @@ class Waiting:
                 self._reason = f"its worker is lost, {worker} has it now" if found.moves else f"{worker} has it"
 
 
-class DrawnAnswer:
+class DrawnAnswer(View):
     """Markdown on a terminal. Finished blocks are drawn once, the last one again for each frame."""
 
-    def __init__(self, out: StdoutWriter, console: Console) -> None:
+    def __init__(self, out: StdoutWriter, console: Console, waiting: Waiting) -> None:
         from rich.cells import cell_len
         from rich.text import Text
 
         self._out = out
         self._console = console
+        self._waiting = waiting
         self._painter = Painter(lambda line: cell_len(Text.from_ansi(line).plain))
         self._tail = ""
         #: There is something above the tail.
@@ -192,29 +163,28 @@ class DrawnAnswer:
         self._next = 0.0
         self._pace: list[str] = []
 
-    def placed(self) -> None:
-        pass
-
     def piece(self, piece: Piece) -> None:
+        self._waiting.on_piece()
         # The line ends of Windows are line ends. Half of one may be visible as a sign for one frame.
         self._tail = (self._tail + piece.text).replace("\r\n", "\n")
         self._changed = self._changed or bool(piece.text)
 
-    def frame(self, status: str) -> float:
-        """Draw what is new, and `status` as a line below. Returns when to draw again."""
-        began = time.monotonic()
+    def frame(self) -> float:
+        """Draw what is new, and the waiting line below."""
+        began, status = time.monotonic(), self._waiting.line()
         if began < self._next and status == self._status:
-            return self._next
+            return min(self._next, began + TICK_S)
         if self._changed or status != self._status:
             self._draw(status)
             now = time.monotonic()
             self._next = max(began + FRAME_S, now + (now - began) * (1 / SHARE - 1))
-        return math.inf
+        return began + TICK_S
 
     def end(self, answer: Answer, clock: Clock) -> None:
         self._pace = [_dim(pace(answer, clock))]
 
     def close(self) -> None:
+        self._waiting.close()
         self._paint([*self._separated(self._lines(self._tail)), *self._pace], [])
 
     def _draw(self, status: str) -> None:
@@ -291,10 +261,10 @@ def _drawn(console: Console, text: str) -> list[str]:
 
 def pace(answer: Answer, clock: Clock) -> str:
     tokens, moves = len(answer.ids), answer.moves
-    parts = [f"{tokens} token{'s' if tokens != 1 else ''}", f"{clock.rate(tokens):.1f} tokens/s"]
+    parts = [plural(tokens, "token"), f"{clock.rate(tokens):.1f} tokens/s"]
     parts.append(f"first after {duration(clock.first_ms)}")
     if moves:
-        parts.append(f"moved {moves} time{'s' if moves != 1 else ''}, now {printable(answer.worker)}")
+        parts.append(f"moved {plural(moves, 'time')}, now {printable(answer.worker)}")
     return ", ".join(parts)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from llambo.cli.chat.dialogue import EXCERPT_CHARS, Dialogue, ModelContext
-from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line, turn_count
+from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line
 from llambo.cli.commands.status import mesh_facts
-from llambo.cli.kit.tables import facts
+from llambo.cli.kit.tables import facts, plural
 from llambo.mesh.wire import limits
 
 #: /history alone shows this many turns.
@@ -28,7 +28,7 @@ async def enter(chat: Dialogue, text: str) -> bool:
         word, _, argument = text[1:].rstrip().partition(" ")
         command = BY_NAME.get(word.lower())
         if command is None:
-            chat.screen.say(f"there is no command /{one_line(word, EXCERPT_CHARS)}; /help lists them", "warning")
+            chat.screen.print(f"there is no command /{one_line(word, EXCERPT_CHARS)}; /help lists them", "warning")
         elif command.run is None:
             return False
         else:
@@ -46,24 +46,24 @@ def clean(text: str) -> str:
 async def _help(chat: Dialogue, argument: str) -> None:
     rows = [(f"/{command.name} {command.argument}".rstrip(), command.help) for command in COMMANDS]
     width = max(len(typed) for typed, _ in rows)
-    chat.screen.say("\n".join([*(f"{typed:<{width}}  {text}" for typed, text in rows), "", KEYS]))
+    chat.screen.print("\n".join([*(f"{typed:<{width}}  {text}" for typed, text in rows), "", KEYS]))
 
 
 async def _history(chat: Dialogue, argument: str) -> None:
-    turns, say = chat.saved.turns, chat.screen.say
+    turns, show = chat.saved.turns, chat.screen.print
     if argument.startswith("#"):
         number = int(argument[1:]) if argument[1:].isdecimal() else 0
         if 1 <= number <= len(turns):
             chat.screen.show_turn(number, turns[number - 1])
         else:
-            say(f"there is no turn {argument}; there are {len(turns)}", "warning")
+            show(f"there is no turn {argument}; there are {len(turns)}", "warning")
         return
     if argument:
         lines = [f"{number:>4}  {found}" for number, found in matches(turns, argument)]
-        say("\n".join(lines) or f"no turn contains {argument!r}")
+        show("\n".join(lines) or f"no turn contains {argument!r}")
         return
     first = max(0, len(turns) - LISTED)
-    lines = [f"      ({turn_count(first)} before these; /history TEXT finds them)"] if first else []
+    lines = [f"      ({plural(first, 'turn')} before these; /history TEXT finds them)"] if first else []
     for number, turn in enumerate(turns[first:], first + 1):
         if number == chat.saved.context_from + 1 > 1:
             lines.append("      -- begun anew --")
@@ -72,13 +72,13 @@ async def _history(chat: Dialogue, argument: str) -> None:
             f"{number:>4}  you: {one_line(turn.question, EXCERPT_CHARS)}",
             f"      model: {one_line(turn.answer, EXCERPT_CHARS)}{mark}",
         ]
-    say("\n".join(lines) or "nothing was asked yet")
+    show("\n".join(lines) or "nothing was asked yet")
 
 
 async def _clear(chat: Dialogue, argument: str) -> None:
     chat.change(context_from=len(chat.saved.turns))
     chat.context.left_out = chat.context.used = 0
-    chat.screen.say("the model begins anew; /history still has the earlier turns", "quiet")
+    chat.screen.print("the model begins anew; /history still has the earlier turns", "quiet")
 
 
 async def _status(chat: Dialogue, argument: str) -> None:
@@ -103,53 +103,53 @@ async def _model(chat: Dialogue, wanted: str) -> None:
     asked = chat.saved.model or (names[0] if len(names) == 1 else "")
     if not wanted:
         lines = [f"{'*' if name == asked else ' '} {name}" for name in names]
-        chat.screen.say("\n".join(lines) or "no model is served now", "plain" if lines else "warning")
+        chat.screen.print("\n".join(lines) or "no model is served now", "plain" if lines else "warning")
     elif wanted not in names:
-        chat.screen.say(f"no worker serves {wanted}; there is: {', '.join(names) or 'nothing'}", "warning")
+        chat.screen.print(f"no worker serves {wanted}; there is: {', '.join(names) or 'nothing'}", "warning")
     else:
         if wanted != asked:
             chat.context = ModelContext()
         chat.change(model=wanted)
-        chat.screen.say(f"{wanted} is asked from now on", "quiet")
+        chat.screen.print(f"{wanted} is asked from now on", "quiet")
 
 
 async def _system(chat: Dialogue, text: str) -> None:
     if not text:
-        chat.screen.say(chat.saved.system or "there is no system message; /system TEXT sets one")
+        chat.screen.print(chat.saved.system or "there is no system message; /system TEXT sets one")
     elif len(text) > limits.SYSTEM_CHARS:
-        chat.screen.say(f"at most {limits.SYSTEM_CHARS} characters", "warning")
+        chat.screen.print(f"at most {limits.SYSTEM_CHARS} characters", "warning")
     else:
         chat.change(system="" if text == "-" else text)
-        chat.screen.say("there is no system message any more" if text == "-" else "from now on", "quiet")
+        chat.screen.print("there is no system message any more" if text == "-" else "from now on", "quiet")
 
 
 async def _save(chat: Dialogue, name: str) -> None:
     if chat.store is None:
-        chat.screen.say("this chat is not saved: it was begun with --private", "warning")
+        chat.screen.print("this chat is not saved: it was begun with --private", "warning")
     elif name and not is_name(name):
-        chat.screen.say(f"{name!r} is not a valid name: {NAME_RULE}", "warning")
+        chat.screen.print(f"{name!r} is not a valid name: {NAME_RULE}", "warning")
     else:
         chat.saved, path = chat.store.save_as(chat.saved, name or chat.saved.name)
-        chat.screen.say(f"kept as {chat.saved.name}, in {path}")
+        chat.screen.print(f"saved as {chat.saved.name}, in {path}")
 
 
 async def _session(chat: Dialogue, name: str) -> None:
     before = chat.saved.name
     if not name:
-        chat.screen.say(f"this is {before}; `llambo chat --list` shows the others")
+        chat.screen.print(f"this is {before}; `llambo chat --list` shows the others")
     elif chat.store is None:
-        chat.screen.say("this chat is not saved, so it cannot change to another one", "warning")
+        chat.screen.print("this chat is not saved, so it cannot change to another one", "warning")
     elif not is_name(name):
-        chat.screen.say(f"{name!r} is not a valid name: {NAME_RULE}", "warning")
+        chat.screen.print(f"{name!r} is not a valid name: {NAME_RULE}", "warning")
     elif name != before:
         chat.open(chat.store.open(name, int(time.time())))
         chat.store.unlock(before)
-        chat.screen.say(f"{name}: {turn_count(len(chat.saved.turns))} so far", "quiet")
+        chat.screen.print(f"{name}: {plural(len(chat.saved.turns), 'turn')} so far", "quiet")
 
 
 async def _retry(chat: Dialogue, argument: str) -> None:
     if not chat.saved.current:
-        chat.screen.say("nothing was asked yet", "warning")
+        chat.screen.print("nothing was asked yet", "warning")
     else:
         await chat.ask(chat.saved.current[-1].question, again=True)
 

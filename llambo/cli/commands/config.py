@@ -1,4 +1,4 @@
-"""`llambo config`: what is in force, and who said so."""
+"""`llambo config`: the settings in force, and where each value comes from."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -14,7 +14,7 @@ from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, json_option, settings_options
-from llambo.cli.kit.tables import show_json, table
+from llambo.cli.kit.tables import plural, show_json, table
 
 if TYPE_CHECKING:
     from llambo.mesh.security.keyring import Folder, KeyEntry
@@ -63,7 +63,7 @@ GRACE = "1d"
 
 
 class Span(click.ParamType):  # type: ignore[type-arg]
-    """A time as people say it, in whole seconds."""
+    """A time such as 90d or 12h, in whole seconds."""
 
     name = "TIME"
 
@@ -79,14 +79,14 @@ class Span(click.ParamType):  # type: ignore[type-arg]
 def _folder(common: Common) -> Folder:
     from llambo.mesh.security.keyring import Folder, default_folder
 
-    said = common.settings.text("keys")
-    return Folder(Path(said).expanduser() if said else default_folder(os.environ))
+    path = common.settings.text("keys")
+    return Folder(Path(path).expanduser() if path else default_folder(os.environ))
 
 
 def _where(common: Common) -> str:
     """The option that the next command needs as well."""
-    said = common.settings.sources["keys"].startswith("flag")
-    return f" --keys {_folder(common).path}" if said else ""
+    given = common.settings.sources["keys"].startswith("flag")
+    return f" --keys {_folder(common).path}" if given else ""
 
 
 @click.group(
@@ -98,8 +98,8 @@ def _where(common: Common) -> str:
 def keys() -> None:
     """Who may come in: keys for clients, workers and admins.
 
-    They are kept in a folder on the broker's host (--keys), for root /etc/llambo/keys if none is said, for others
-    one in their home. A broker that runs with this folder sees a change within half a second.
+    They are stored in a folder on the broker's host (--keys). The default is /etc/llambo/keys for root, and a folder
+    in their home for others. A broker that runs with this folder sees a change within half a second.
     """
 
 
@@ -133,7 +133,7 @@ def init(common: Common, address: str | None) -> None:
 @click.option("--per-minute", type=click.IntRange(0), default=0, help="Its new requests in a minute.")
 @click.option("--priority-max", type=click.Choice(["interactive", "normal", "batch"]), default="interactive",
               show_default=True, help="The best priority it may ask for.")  # fmt: skip
-@click.option("--models", metavar="PATTERN", multiple=True, help="Models it may use; all if none is said.")
+@click.option("--models", metavar="PATTERN", multiple=True, help="Models it may use.  [default: all]")
 @click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
 @settings_options(["keys"])
 @config_option()
@@ -156,18 +156,24 @@ def add(common: Common, /, name: str, expires: int | None, models: tuple[str, ..
 def list_keys(common: Common, as_json: bool) -> None:
     """Show whose keys there are, and what they may do. Nothing secret is shown."""
     now = time.time()
-    entries = _folder(common).ring().entries
+    found = [_row_of(entry, now) for entry in _folder(common).ring().entries]
     if as_json:
-        show_json([_row_of(entry, now) for entry in entries])
+        show_json([row._asdict() for row in found])
         return
-    rows = [
-        (row["name"], row["role"], row["limits"] or "none", row["expires"] or "never", row["public"][:8])
-        for row in (_row_of(entry, now) for entry in entries)
-    ]
+    rows = [(row.name, row.role, row.limits or "none", row.expires or "never", row.public[:8]) for row in found]
     table(["name", "role", "limits", "valid until", "public"], rows, nothing="there are no keys")
 
 
-def _row_of(entry: KeyEntry, now: float) -> dict[str, Any]:
+class _KeyRow(NamedTuple):
+    name: str
+    role: str
+    limits: str
+    expires: str
+    valid: bool
+    public: str
+
+
+def _row_of(entry: KeyEntry, now: float) -> _KeyRow:
     who = entry.identity
     limits = {
         "in flight": who.max_in_flight,
@@ -178,14 +184,9 @@ def _row_of(entry: KeyEntry, now: float) -> dict[str, Any]:
         "models": ",".join(who.models),
     }
     until = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.expires)) if entry.expires else ""
-    return {
-        "name": who.name,
-        "role": who.role,
-        "limits": ", ".join(f"{what} {value}" for what, value in limits.items() if value),
-        "expires": until if entry.valid(now) else f"{until} (over)",
-        "valid": entry.valid(now),
-        "public": entry.public,
-    }
+    valid = entry.valid(now)
+    listed = ", ".join(f"{what} {value}" for what, value in limits.items() if value)
+    return _KeyRow(who.name, who.role, listed, until if valid else f"{until} (over)", valid, entry.public)
 
 
 @click.command(cls=Command, examples=REVOKE_EXAMPLES)
@@ -200,7 +201,7 @@ def revoke(common: Common, name: str) -> None:
     folder = _folder(common)
     count = folder.revoke(name)
     api_tokens.withdraw(folder, name)
-    click.echo(f"{count} {'key' if count == 1 else 'keys'} of {name} revoked")
+    click.echo(f"{plural(count, 'key')} of {name} revoked")
 
 
 @click.command(cls=Command, examples=ROTATE_EXAMPLES)
@@ -259,6 +260,6 @@ def token(common: Common, name: str, expires: int | None, withdraw: bool) -> Non
     folder, now = _folder(common), int(time.time())
     if withdraw:
         count = api_tokens.withdraw(folder, name)
-        click.echo(f"{count} {'token' if count == 1 else 'tokens'} of {name} withdrawn")
+        click.echo(f"{plural(count, 'token')} of {name} withdrawn")
         return
     click.echo(api_tokens.issue(folder, name, now, now + expires if expires else 0))

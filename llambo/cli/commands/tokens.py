@@ -54,8 +54,8 @@ def tokens(
         found = ask(common, lambda client: client.detokenize(ids, special=special, model=model))
         show_json({"text": found}) if as_json else click.echo(found)
         return
-    said, form = prompt_of(text), "user" if chat else "text"
-    result = ask(common, lambda client: client.tokenize(said, special=special, form=form, model=model))  # type: ignore[arg-type]
+    prompt, form = prompt_of(text), "user" if chat else "text"
+    result = ask(common, lambda client: client.tokenize(prompt, special=special, form=form, model=model))  # type: ignore[arg-type]
     pieces = [piece.decode(errors="replace") for piece in result.pieces]
     if count:
         show_json({"count": len(result.ids)}) if as_json else click.echo(len(result.ids))

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from llambo.cli.fleet.site import fleet_options, run, say, silent, site
+from llambo.cli.fleet.site import no_report, pass_site, report, run
 from llambo.cli.kit.command import Command, Group
-from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import show_json
 from llambo.mesh.wire.errors import printable
 
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Plan, PlanStep
     from llambo.fleet.model import NodeFailed
     from llambo.fleet.updates import Outcome
+    from llambo.mesh.wire.reports import DrainReply
 
 EXAMPLES = """
 llambo fleet plan                        what apply would do, and why
@@ -83,16 +81,12 @@ def fleet() -> None:
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def plan(here: Site, as_json: bool) -> None:
     """Show the difference between the file and what runs: what `apply` would do, and why.
 
     The exit status is 0 also if there is something to do.
     """
-    here = site(common, file, state)
     found, away = run(_plan(here))
     if as_json:
         show_json(_as_json(found) | {"away": away})
@@ -103,29 +97,22 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 
 
 @click.command(cls=Command, examples=APPLY_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def apply(here: Site, as_json: bool) -> None:
     """Carry out the plan. What runs already is left as it is; a second `apply` does nothing.
 
     Workers that have to end are drained first, and their requests move to others. Those with old settings are
     replaced one after the other; the first bad one stops that, and `rollback` takes it back. A Ctrl-C leaves what is
     done as it is; the next `apply` goes on.
     """
-    make_it_so(site(common, file, state), as_json)
+    make_it_so(here, as_json)
 
 
 @click.command(cls=Command, examples=SCALE_EXAMPLES)
 @click.argument("counts", metavar="CLASS=COUNT...", nargs=-1, required=True)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def scale(here: Site, counts: tuple[str, ...], as_json: bool) -> None:
     """Set the number of workers of a class, within its `min` and `max`. A later `apply` does not change it."""
-    here = site(common, file, state)
     wanted = dict(_count(word) for word in counts)
     if pid := here.orchestrator():
         here.ask_for(wanted)
@@ -137,19 +124,13 @@ def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | Non
 @click.command(cls=Command, examples=SPAWN_EXAMPLES)
 @click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="How many more.")
 @click.option("--class", "node_class", metavar="CLASS", required=True, help="Of which class.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def spawn(
-    common: Common, count: int, node_class: str, file: Path, state: Path | None, as_json: bool
-) -> None:  # fmt: skip
+@pass_site()
+def spawn(here: Site, count: int, node_class: str, as_json: bool) -> None:
     """Start more workers of a class than there are."""
-    here = site(common, file, state)
     here.node_class(node_class)
 
     def wanted() -> dict[str, int]:
-        nodes = run(here.node_manager(say).look()).world.of(node_class)
+        nodes = run(here.node_manager(report).look()).world.of(node_class)
         return {node_class: sum(node.counts for node in nodes) + count}
 
     make_it_so(here, as_json, wanted)
@@ -160,19 +141,13 @@ def spawn(
 @click.option(
     "--max-unavailable", metavar="NUMBER", type=click.IntRange(1), help="At a time.  [default: as the file says]"
 )
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def rolling_restart(
-    common: Common, node_class: str | None, max_unavailable: int | None, file: Path, state: Path | None, as_json: bool
-) -> None:
+@pass_site()
+def rolling_restart(here: Site, node_class: str | None, max_unavailable: int | None, as_json: bool) -> None:
     """Restart all workers, a few at a time, one class after the other.
 
     Their requests move to other workers. The next worker is restarted when the one before it works and has answered;
     the first bad one stops it. After a Ctrl-C the next `apply` goes on.
     """
-    here = site(common, file, state)
     with here.versions().changing() as versions:
         for name in _classes(here, node_class):
             versions.restart(name, max_unavailable or 0)
@@ -182,18 +157,12 @@ def rolling_restart(
 @click.command(cls=Command, examples=ROLLBACK_EXAMPLES)
 @click.option("--class", "node_class", metavar="CLASS", help="Only this one.  [default: all]")
 @click.option("--undo", is_flag=True, help="Use the settings of the file again.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def rollback(
-    common: Common, node_class: str | None, undo: bool, file: Path, state: Path | None, as_json: bool
-) -> None:  # fmt: skip
+@pass_site()
+def rollback(here: Site, node_class: str | None, undo: bool, as_json: bool) -> None:
     """Go back to the settings that were in force before the last update.
 
     The file stays as it is; its settings for the class are not used until they change.
     """
-    here = site(common, file, state)
     names = _classes(here, node_class)
     with here.versions().changing() as versions:
         if undo:
@@ -207,51 +176,40 @@ def rollback(
 @click.command(cls=Command, examples=DRAIN_EXAMPLES)
 @click.argument("node", metavar="NODE")
 @click.option("--undo", is_flag=True, help="Let it work again.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def drain(common: Common, node: str, undo: bool, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def drain(here: Site, node: str, undo: bool, as_json: bool) -> None:
     """Give a node no new work; its running requests move to others. It keeps running until the next `apply`.
 
     `llambo drain` waits until it runs nothing.
     """
-    here = site(common, file, state)
     found = run(_drain(here, node, undo))
     if as_json:
-        show_json(found)
+        show_json(msgspec.structs.asdict(found))
     else:
-        say(f"{node} takes no new work" if found["draining"] else f"{node} works again")
+        report(f"{node} takes no new work" if found.draining else f"{node} works again")
 
 
 @click.command("run", cls=Command, examples=RUN_EXAMPLES)
-@fleet_options
-@client_options
-@pass_common
-def run_orchestrator(common: Common, file: Path, state: Path | None) -> None:
+@pass_site(with_json=False)
+def run_orchestrator(here: Site) -> None:
     """Keep the fleet as the file says, and scale it with its load, until Ctrl-C.
 
     Workers that die are started again; a class that keeps failing is tried less and less often. The workers outlive
     this process, and the next one takes them over.
     """
-    here = site(common, file, state)
     with here.lock():
         asyncio.run(_orchestrate(here))
 
 
 @click.command(cls=Command, examples=DOWN_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def down(here: Site, as_json: bool) -> None:
     """End everything of this fleet: first the workers, then the broker. Their running requests are lost."""
     from llambo.fleet.decide.plan import Plan, PlanStep, StepKind
     from llambo.fleet.updates import apply as carry_out
 
-    here = site(common, file, state)
     with here.lock():
-        manager = here.node_manager(silent if as_json else say)
+        manager = here.node_manager(no_report if as_json else report)
         snapshot = run(manager.look())
         nodes = sorted(snapshot.world.nodes, key=lambda node: node.node_class == "broker")
         steps = [PlanStep(StepKind.RETIRE, node.name, node.node_class, node.host, "all of it ends") for node in nodes]
@@ -260,7 +218,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
     if as_json:
         show_json({"ended": [step.name for step in steps]})
     else:
-        say(f"{len(steps)} ended" if steps else "nothing ran")
+        report(f"{len(steps)} ended" if steps else "nothing ran")
 
 
 # --- inside --------------------------------------------------------------------------------------------
@@ -269,7 +227,7 @@ def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 async def _plan(here: Site) -> tuple[Plan, dict[str, str]]:
     from llambo.fleet.decide import plan as planning
 
-    manager = here.node_manager(say)
+    manager = here.node_manager(report)
     snapshot = await manager.look()
     wanted = here.wanted(manager, snapshot.world, write=False)
     return planning.make(manager.fleet, snapshot.world, wanted), snapshot.away()
@@ -281,7 +239,7 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
 
     began = time.monotonic()
     with here.lock():
-        manager = here.node_manager(silent if as_json else say)
+        manager = here.node_manager(no_report if as_json else report)
         if asked := counts():
             here.ask_for(asked)
 
@@ -301,15 +259,15 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
         show_json(result | {name: [_failure(one) for one in nodes] for name, nodes in lists.items()})
     else:
         for one in ended:
-            say(f"{one} by itself before this; the end of its log:{_log(one)}")
+            report(f"{one} by itself before this; the end of its log:{_log(one)}")
         for one in outcome.failed:
-            say(f"{one}; the end of its log:{_log(one)}")
+            report(f"{one}; the end of its log:{_log(one)}")
         for text in outcome.stopped:
-            say(f"the update has stopped, {text}")
+            report(f"the update has stopped, {text}")
         for refusal in found.refusals:
-            say(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
+            report(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
         took = time.monotonic() - began
-        say(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
+        report(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
     if outcome.failed or outcome.stopped or found.refusals:
         click.get_current_context().exit(Exit.ERROR)
 
@@ -323,16 +281,16 @@ def _apply_or_pass_on(here: Site, as_json: bool) -> None:
 
 
 def _say_passed_on(pid: int) -> None:
-    say(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
+    report(f"passed on to the orchestrator, pid {pid}: `llambo fleet status` shows the progress")
 
 
-async def _drain(here: Site, node: str, undo: bool) -> dict[str, Any]:
-    manager = here.node_manager(say)
+async def _drain(here: Site, node: str, undo: bool) -> DrainReply:
+    manager = here.node_manager(report)
     await manager.providers.refresh()
     if not any(record.name == node and record.node_class != "broker" for record in manager.providers.records()):
         raise Failure(f"there is no worker {node!r} in this fleet", "`llambo fleet status` lists them", Exit.ERROR)
     async with manager.mesh() as client:
-        return msgspec.structs.asdict(await client.drain(node, undo, move=not undo))
+        return await client.drain(node, undo, move=not undo)
 
 
 async def _orchestrate(here: Site) -> None:
@@ -342,11 +300,11 @@ async def _orchestrate(here: Site) -> None:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in end_signals():
         loop.add_signal_handler(number, stop.set)
-    async with here.node_manager(say) as manager:
-        orchestrator = Orchestrator(here, manager, here.state, say)
-        say(f"runs {here.fleet.name}, as in {here.file}")
+    async with here.node_manager(report) as manager:
+        orchestrator = Orchestrator(here, manager, here.state, report)
+        report(f"runs {here.fleet.name}, as in {here.file}")
         await orchestrator.run(stop)
-    say("stopped; the workers keep running")
+    report("stopped; the workers keep running")
 
 
 def _classes(here: Site, one: str | None) -> list[str]:
@@ -367,7 +325,7 @@ def _rows(found: Plan) -> list[tuple[str, str, str, str]]:
     return [(step.kind.value, step.name, step.host, step.why) for step in found.steps]
 
 
-def _as_json(found: Plan) -> dict[str, Any]:
+def _as_json(found: Plan) -> dict[str, object]:
     return {
         "steps": [
             {"do": step.kind.value, "name": step.name, "class": step.node_class, "host": step.host, "why": step.why}

@@ -11,11 +11,11 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.kit.tables import duration
+from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
@@ -28,10 +28,19 @@ MEASURABLE_MS = 5.0
 CLEAR_LINE = "\r\x1b[K"
 
 
-class View(Protocol):
-    def placed(self) -> None: ...
+class View:
+    """How an answer is shown. A method that a view does not need does nothing."""
+
+    def placed(self) -> None:
+        """The place in the queue has changed."""
+
     def piece(self, piece: Piece) -> None: ...
+
+    def frame(self) -> float | None:
+        """Draw what is new. Returns when to draw again if no piece comes, in the time of the loop."""
+
     def end(self, answer: Answer, clock: Clock) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -62,7 +71,7 @@ class Clock:
         return (time.monotonic() - self._start) * 1_000
 
 
-class TextView:
+class TextView(View):
     """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
 
     def __init__(self, out: StdoutWriter, stream: Stream) -> None:
@@ -85,9 +94,6 @@ class TextView:
             self._out.put(piece.text)
             self._last = piece.text[-1]
 
-    def end(self, answer: Answer, clock: Clock) -> None:
-        pass
-
     def close(self) -> None:
         self._clear()
         if self._last != "\n":
@@ -100,7 +106,7 @@ class TextView:
             self._waiting = False
 
 
-class JsonView:
+class JsonView(View):
     def __init__(self, out: StdoutWriter, stream: Stream) -> None:
         self._out = out
         self._stream = stream
@@ -114,7 +120,7 @@ class JsonView:
 
     def piece(self, piece: Piece) -> None:
         self._accept()
-        line = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
+        line: dict[str, object] = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
         if piece.logprobs:
             line["logprobs"] = [each and _logprob(each) for each in piece.logprobs]
         self._put(line)
@@ -123,9 +129,6 @@ class JsonView:
         self._accept()
         self._put({"type": "end"} | statistics(answer, clock))
 
-    def close(self) -> None:
-        pass
-
     def _accept(self) -> None:
         """Always the first line, also of a request that was over when it was attached to."""
         if not self._accepted:
@@ -133,16 +136,38 @@ class JsonView:
             stream = self._stream
             self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
-    def _put(self, line: dict[str, Any]) -> None:
+    def _put(self, line: dict[str, object]) -> None:
         self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _logprob(token: Logprob) -> dict[str, Any]:
+async def show(stream: Stream, view: View, out: StdoutWriter, texts: list[str] | None = None) -> tuple[Answer, Clock]:
+    """Show the stream to its end. Each piece of text is appended to `texts` before it is shown."""
+    clock = Clock()
+    while True:
+        try:
+            async with asyncio.timeout_at(view.frame()):
+                piece = await stream.next_piece()
+        except TimeoutError:
+            continue
+        if piece is None:
+            break
+        clock.on_piece(len(piece.ids))
+        if texts is not None:
+            texts.append(piece.text)
+        view.piece(piece)
+        await out.room()
+    clock.on_end()
+    assert stream.answer is not None, "a stream that was read to its end has an answer"
+    view.end(stream.answer, clock)
+    return stream.answer, clock
+
+
+def _logprob(token: Logprob) -> dict[str, object]:
     top = [{"id": t.id, "text": t.piece.decode(errors="replace"), "logprob": t.logprob} for t in token.top]
     return {"logprob": token.logprob, "top": top}
 
 
-def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
+def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
     return {
         "id": answer.id,
         "reason": answer.reason,
@@ -158,14 +183,12 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, Any]:
 
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
-    figures = statistics(answer, clock)
-    moves = (
-        f"moved {figures['moves']} time{'s' if figures['moves'] != 1 else ''}" if figures["moves"] else "never moved"
-    )
+    tokens = len(answer.ids)
+    moves = f"moved {plural(answer.moves, 'time')}" if answer.moves else "never moved"
     return (
-        f"{figures['tokens']} tokens in {duration(clock.total_ms)} ({figures['tokens_per_s']:.1f} tokens/s), "
+        f"{tokens} tokens in {duration(clock.total_ms)} ({clock.rate(tokens):.1f} tokens/s), "
         f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
-        f"worker {figures['worker'] or '?'}, {moves}, {figures['reason']}, id {figures['id']}"
+        f"worker {answer.worker or '?'}, {moves}, {answer.reason}, id {answer.id}"
     )
 
 

@@ -76,7 +76,7 @@ def exit_of(code: Code) -> Exit:
 class Failure(click.ClickException):
     """Two lines on stderr. With `as_json` also an object on stdout, for programs."""
 
-    def __init__(self, what: str, hint: str = "", code: int = Exit.ERROR, *, as_json: dict[str, Any] | None = None):
+    def __init__(self, what: str, hint: str = "", code: int = Exit.ERROR, *, as_json: dict[str, object] | None = None):
         super().__init__(what)
         self.hint = hint
         self.exit_code = int(code)  # type: ignore[misc]  # click declares a class variable, and reads the attribute
@@ -89,7 +89,7 @@ class Failure(click.ClickException):
         text = error.text.removesuffix(f"; {hint}")
         if error.retry_after_ms:
             text = f"{text}; try again in {error.retry_after_ms / 1000:g} s"
-        fields: dict[str, Any] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
+        fields: dict[str, object] = {"type": "error", "code": error.code.value, "text": text, "hint": hint}
         if error.retry_after_ms:
             fields["retry_after_ms"] = error.retry_after_ms
         fields |= {"retryable": error.retryable, "exit": int(code)}

@@ -47,7 +47,7 @@ class SettingOption(click.Option):
         self.heading = heading
 
     @staticmethod
-    def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    def _remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
         # None means that the flag was not given: the environment, the file or the default decides then.
         if value is not None and parameter.name is not None:
             context.ensure_object(Common).flags[parameter.name] = value

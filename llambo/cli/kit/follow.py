@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, StdoutWriter, TextView, View, statistics_line
+from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, StdoutWriter, TextView, View, show, statistics_line
 from llambo.cli.kit.command import silence_stdout
 from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
@@ -134,26 +134,14 @@ async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
         stream.on_place = view.placed
         async with stream:
             try:
-                shown = await _read(stream, view, out)
-            except LlamboError:
+                shown = await show(stream, view, out)
+            except LlamboError:  # the text so far is printed before the error
                 view.close()
-                await out.flush()  # the text so far is printed before the error
+                await out.flush()
                 raise
+            view.close()
             await out.flush()
             return shown
-
-
-async def _read(stream: Stream, view: View, out: StdoutWriter) -> tuple[Answer, Clock]:
-    clock = Clock()
-    while (piece := await stream.next_piece()) is not None:
-        clock.on_piece(len(piece.ids))
-        view.piece(piece)
-        await out.room()
-    clock.on_end()
-    assert stream.answer is not None, "a stream that was read to its end has an answer"
-    view.end(stream.answer, clock)
-    view.close()
-    return stream.answer, clock
 
 
 def _exit_code(answer: Answer, interrupts: Interrupts) -> int:

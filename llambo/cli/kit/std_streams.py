@@ -91,7 +91,7 @@ def set_up_log(level: str, environ: Mapping[str, str] = os.environ) -> None:
         return  # set up already, as by a test
     if journal.is_journal(environ, sys.stderr.fileno()):
         handler: logging.Handler = (entries := journal.JournalHandler(_program(), sys.stderr, ABOUT))
-        NOTICE_SINKS.append(entries.tell)
+        NOTICE_SINKS.append(entries.show)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(journal.HumanFormatter())

@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
-Row = Sequence[Any]
+Row = Sequence[object]
 
 #: A last column that is wider than this is folded before others are left out.
 FOLDED = 24
 
 
-def show_json(value: Any) -> None:
+def show_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def table(
     columns: Sequence[str], rows: Sequence[Row], *, nothing: str = "", fixed: int = 0, spare: Sequence[str] = ()
 ) -> None:
-    """`nothing` is said on stderr when there are no rows, so that a script reads an empty list.
+    """`nothing` is printed on stderr when there are no rows, so that a script reads an empty list.
 
     On a terminal the first `fixed` columns are never folded; where it is narrow, those that are `spare` are left out,
     the first of them first.
@@ -40,7 +40,7 @@ def table(
         _plain_table(columns, texts, rows)
 
 
-def facts(pairs: Sequence[tuple[str, Any]]) -> None:
+def facts(pairs: Sequence[tuple[str, object]]) -> None:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
@@ -70,13 +70,13 @@ def _rich_table(
     from rich.table import Table
 
     console, shown = Console(), Table(box=box.SIMPLE_HEAD, header_style="bold")
-    kept = _fitting(columns, texts, spare, console.width)
+    chosen = _fitting(columns, texts, spare, console.width)
     numeric = _numeric(rows)
-    for at in kept:
+    for at in chosen:
         justify: Literal["left", "right"] = "right" if numeric[at] else "left"
         shown.add_column(columns[at], justify=justify, overflow="fold", no_wrap=at < fixed)
     for row in texts:
-        shown.add_row(*[escape(row[at]) for at in kept])
+        shown.add_row(*[escape(row[at]) for at in chosen])
     console.print(shown)
 
 
@@ -84,15 +84,15 @@ def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str
     """Which columns a terminal of this width has room for. Required columns are always shown."""
     from rich.cells import cell_len
 
-    kept = list(range(len(columns)))
+    chosen = list(range(len(columns)))
     # The box of a column takes three more, and the last one, a text, may well be folded.
-    widths = [3 + max(cell_len(line[at]) for line in (columns, *texts)) for at in kept]
+    widths = [3 + max(cell_len(line[at]) for line in (columns, *texts)) for at in chosen]
     widths[-1] = min(widths[-1], FOLDED)
     for title in spare:
-        if sum(widths[at] for at in kept) + 1 <= width:
+        if sum(widths[at] for at in chosen) + 1 <= width:
             break
-        kept.remove(columns.index(title))
-    return kept
+        chosen.remove(columns.index(title))
+    return chosen
 
 
 def _numeric(rows: Sequence[Row]) -> list[bool]:
@@ -105,8 +105,12 @@ class NumberText(str):
     __slots__ = ()
 
 
-def number(value: Any, unit: str = "") -> NumberText:
+def number(value: object, unit: str = "") -> NumberText:
     return NumberText(f"{value}{unit}")
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def duration(ms: float) -> NumberText:

@@ -5,7 +5,7 @@
   outlive the process that started them and hold a lock instead (`--hold`).
 - Limits of the process: no core dumps, as many descriptors as are allowed.
 - Keys: a broker or a gateway that other hosts can reach does not start without them.
-- `serve`: the service manager is kept informed, and a service that fails again and again pauses before each start.
+- `serve`: the service manager is informed, and a service that fails again and again pauses before each start.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Child:
                 return code
             failures = 2 if (loop.time() - began) * 1_000 > PAUSE_MS[1] else failures + 1
             pause_s = backoff_ms(failures, *PAUSE_MS) / 1_000
-            say(f"{self.name} {exit_text(code)}; it starts again in {pause_s:g} s")
+            report(f"{self.name} {exit_text(code)}; it starts again in {pause_s:g} s")
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self.stopping.wait()
@@ -194,7 +194,7 @@ class Child:
                     await self.process.wait()
                     return
             except TimeoutError:
-                say(f"{self.name} has not ended yet; it gets another signal")
+                report(f"{self.name} has not ended yet; it gets another signal")
             except ProcessLookupError:
                 return
 
@@ -223,7 +223,7 @@ class Child:
     async def _wait_ready(self, descriptor: int) -> None:
         line = await ready_line(descriptor)
         if line and self.started.done():
-            say(f"{self.name} is ready again, pid {self.pid}")
+            report(f"{self.name} is ready again, pid {self.pid}")
         elif line:
             self.started.set_result(line)
 
@@ -254,7 +254,7 @@ async def run(made: MeshCommands) -> int:
     try:
         await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
         if stop.is_set():
-            say("stopping")
+            report("stopping")
             # From here on a Ctrl-C kills.
             for number in numbers:
                 loop.add_signal_handler(number, mesh.kill)
@@ -267,7 +267,7 @@ async def run(made: MeshCommands) -> int:
         await work
     if not stop.is_set() and mesh.failure is not None:
         raise mesh.failure
-    say("stopped")
+    report("stopped")
     return Exit.OK
 
 
@@ -287,7 +287,7 @@ class LocalMesh:
             return
         self._broker.add_arguments("--port", port)  # workers and clients look for its successor there
         address = local_endpoint(self._commands.host, int(port))
-        say(f"broker at {address}, pid {self._broker.pid}")
+        report(f"broker at {address}, pid {self._broker.pid}")
         self._workers = [Child(name, [*command, "--broker", address]) for name, command in self._commands.workers]
         if self._commands.gateway is not None:
             self._gateway = Child("gateway", [*self._commands.gateway, "--broker", address])
@@ -298,13 +298,13 @@ class LocalMesh:
             return
         show_first_commands(address, len(self._workers), url)
         if self._commands.gateway_note:
-            say(self._commands.gateway_note)
+            report(self._commands.gateway_note)
         await asyncio.wait(self._supervising)
 
     async def _start_worker(self, worker: Child) -> str | None:
         name = await self._start(worker)
         if name is not None:
-            say(f"{name} is ready, pid {worker.pid}")
+            report(f"{name} is ready, pid {worker.pid}")
         return name
 
     async def _start_gateway(self, gateway: Child | None) -> str | None:
@@ -321,7 +321,7 @@ class LocalMesh:
         """Its readiness line. None, with `failure` set, if it ended before that."""
         supervising = asyncio.create_task(child.supervise())
         self._supervising.add(supervising)
-        first: list[asyncio.Future[Any]] = [supervising, child.started]
+        first: list[asyncio.Future[int] | asyncio.Future[str]] = [supervising, child.started]
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if child.started.done():
             return child.started.result()
@@ -351,14 +351,14 @@ class LocalMesh:
 
 def show_first_commands(address: str, workers: int, url: str) -> None:
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
-    say(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
+    report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     for words in ('send "What is AI?"', "status", "workers"):
         print_notice(f"    llambo{flag} {words}", err=False)
     if url:
         print_notice(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
-        say(f"the dashboard is at {url}/")
-    say("Ctrl-C stops everything")
+        report(f"the dashboard is at {url}/")
+    report("Ctrl-C stops everything")
 
 
-def say(text: str) -> None:
+def report(text: str) -> None:
     print_notice(f"llambo up: {text}", err=False)

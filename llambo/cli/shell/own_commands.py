@@ -99,7 +99,7 @@ def _settable(name: str) -> click.Option:
 
 
 def _value(option: click.Option, words: tuple[str, ...], context: click.Context) -> Any:
-    """Checked by the option itself, as if it stood behind `send`."""
+    """Checked by the option itself, as if it was given to `send`."""
     if option.is_flag or option.count:
         return click.BOOL.convert(" ".join(words), option, context)
     texts = list(words) if option.multiple else [" ".join(words)]

@@ -31,7 +31,7 @@ T = TypeVar("T")
 WIDE = 150
 #: From this height in lines on, every pane has room enough.
 HIGH = 40
-#: Events that are kept for the screen.
+#: Events that are stored for the screen.
 EVENTS = 200
 #: An answer takes milliseconds. After this time without one the head says so; that the broker is gone is certain only
 #: when its lease has expired.

@@ -18,6 +18,9 @@ from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.tokens import Logprob
 
+#: An object of JSON, with any values.
+JsonObject = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Submission:
@@ -35,7 +38,7 @@ class StreamEvent:
     """One event of a stream. `name` is for APIs that name theirs."""
 
     #: Encoded as JSON; a text is sent as it is.
-    data: dict[str, Any] | str
+    data: JsonObject | str
     name: str = ""
 
 
@@ -81,7 +84,7 @@ class Renderer(Protocol):
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         """An error after the first token; nothing follows."""
 
-    def body(self, answers: list[Answer]) -> Any:
+    def body(self, answers: list[Answer]) -> JsonObject:
         """All events so far as one body, for a caller who wants no stream. Called after `done`."""
 
 

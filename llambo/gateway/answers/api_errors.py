@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
-from llambo.gateway.answers.api import encode
+from llambo.gateway.answers.api import JsonObject, encode
 from llambo.mesh.wire.errors import Code, LlamboError, printable
 
 Shape = Literal["openai", "anthropic"]
 
-#: How msgspec says where a wrong value is. Its exceptions have no attribute for the path.
+#: How msgspec reports where a wrong value is. Its exceptions have no attribute for the path.
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*?)`$")
 #: Seconds after which to try again, where the mesh names no time.
 RETRY_S = 1
@@ -91,7 +91,7 @@ def error_reply(error: LlamboError, shape: Shape) -> ErrorReply:
     return ErrorReply(status, encode(error_body(error, shape)), headers)
 
 
-def error_body(error: LlamboError, shape: Shape) -> dict[str, Any]:
+def error_body(error: LlamboError, shape: Shape) -> JsonObject:
     status, text = status_of(error), printable(error.text)
     if shape == "anthropic":
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")

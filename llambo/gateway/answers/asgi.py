@@ -11,6 +11,8 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from litestar import Request
+from litestar.connection import ASGIConnection
 from litestar.types import Receive, Scope, Send
 
 from llambo.gateway.answers.api import Renderer, encode
@@ -19,6 +21,8 @@ from llambo.gateway.answers.feed import Feed, Feeds, Rendering, comment
 from llambo.mesh.wire.errors import LlamboError
 
 T = TypeVar("T")
+Connection = ASGIConnection[Any, Any, Any, Any]
+HttpRequest = Request[Any, Any, Any]
 
 #: An answer that begins or fails within this time has a status of its own; after it the stream begins with comments.
 HOLD_S = 1.0
@@ -164,12 +168,12 @@ class Whole(_Reader):
 class Later:
     """Work whose result is the body: embeddings, counts. Cancelled when the client closes its connection."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, object]) -> None:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = encode(await _unless_disconnected(self._work, receive))
+            body = encode(await unless_disconnected(self._work, receive))
         except Disconnected:
             return
         except LlamboError as error:
@@ -178,7 +182,8 @@ class Later:
         await reply(send, 200, body)
 
 
-async def _unless_disconnected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+async def unless_disconnected(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """The result of the work. Raises Disconnected, and cancels the work, when the client closes its connection."""
     task, listener = asyncio.ensure_future(work), asyncio.ensure_future(disconnect(receive))
     try:
         await asyncio.wait([task, listener], return_when=asyncio.FIRST_COMPLETED)

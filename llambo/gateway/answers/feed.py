@@ -19,10 +19,9 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from llambo.gateway.access import Caller
-from llambo.gateway.answers.api import AnswerHead, Renderer, StreamEvent, Submission, Token, encode
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Renderer, StreamEvent, Submission, Token, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client import Client
@@ -42,6 +41,13 @@ _TOKEN_BYTES, _LOGPROB_BYTES = 64, 160
 SUBMITTED_CHARS = 32 * 1024 * 1024
 #: Choices of one HTTP request, over all of its prompts.
 CHOICES = 128
+#: Tasks that close streams; asyncio itself references tasks only weakly.
+_CLOSING: set[asyncio.Task[None]] = set()
+#: Tokens that are rendered at once. Without this limit a slow reader of a long answer would make the gateway hold all
+#: of its events in memory, and delay every other reader while they are made.
+AT_ONCE = 256
+_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
+_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,17 +337,6 @@ def streams_of(client: Client, submission: Submission) -> list[Stream]:
     return streams
 
 
-#: Tasks that close streams; asyncio itself references tasks only weakly.
-_CLOSING: set[asyncio.Task[None]] = set()
-
-
-#: Tokens that are rendered at once. Without this limit a slow reader of a long answer would make the gateway hold all
-#: of its events in memory, and delay every other reader while they are made.
-AT_ONCE = 256
-_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
-_decoder = codecs.getincrementaldecoder("utf-8")
-
-
 def parse_event_id(last_event_id: str) -> tuple[str, int, int]:
     """The feed, when it was created, and how many events the reader has seen."""
     found = _ID.fullmatch(last_event_id.strip())
@@ -398,7 +393,7 @@ class Rendering:
                 self._put(out, self._renderer.done(feed.all_answers()))
         return out
 
-    def body(self) -> Any:
+    def body(self) -> JsonObject:
         """The whole answer, after the last event."""
         return self._renderer.body(self._feed.all_answers())
 

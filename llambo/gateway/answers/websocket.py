@@ -20,15 +20,17 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar.connection import ASGIConnection, WebSocket
+from litestar.connection import WebSocket
 from litestar.exceptions import WebSocketDisconnect
 from msgspec import Meta
 
 from llambo.gateway.access import Caller
-from llambo.gateway.answers.api import Parsed, encode
+from llambo.gateway.answers.api import JsonObject, Parsed, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error, error_body
+from llambo.gateway.answers.asgi import Connection
 from llambo.gateway.answers.feed import Arrival, Feed, Feeds, Rendering, parse_event_id
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.tokens import UNDECODABLE
 
 #: Open requests of one connection.
 OPEN = 64
@@ -48,11 +50,11 @@ _decode = msgspec.json.Decoder(SocketMessage).decode
 Apis = dict[str, Callable[[bytes], Parsed]]
 
 
-def offered_protocols(connection: ASGIConnection[Any, Any, Any, Any]) -> list[str]:
+def offered_protocols(connection: Connection) -> list[str]:
     return [each.strip() for each in connection.headers.get("sec-websocket-protocol", "").split(",")]
 
 
-def offered_token(connection: ASGIConnection[Any, Any, Any, Any]) -> str:
+def offered_token(connection: Connection) -> str:
     """The subprotocol that is a token."""
     return next((each for each in offered_protocols(connection) if each not in ("", PROTOCOL)), "")
 
@@ -97,7 +99,7 @@ class SocketSession:
                 raise FieldError("api", f"{message.api[:40]!r} is not one of {', '.join(self._apis)}")
             task = self._open[id] = asyncio.create_task(self._answer(message, api))
             task.add_done_callback(lambda _: self._open.pop(id, None))
-        except (LlamboError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (LlamboError, *UNDECODABLE) as error:
             await self._send_error(id, error)
 
     async def _answer(self, message: SocketMessage, api: Callable[[bytes], Parsed]) -> None:
@@ -112,7 +114,7 @@ class SocketSession:
                 arrival = Arrival(f"WebSocket {message.api}", "/v1/stream", self._socket.headers)
                 feed = await self._feeds.begin(caller, parsed.submission, arrival, digest)
             await self._stream(message.id, feed, Rendering(feed, parsed.renderer, skip))
-        except (LlamboError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (LlamboError, *UNDECODABLE) as error:
             await self._send_error(message.id, error)
 
     async def _stream(self, id: str, feed: Feed, rendering: Rendering) -> None:
@@ -148,6 +150,6 @@ class SocketSession:
     async def _send_error(self, id: str, error: Exception) -> None:
         await self._send({"type": "error", "id": id, **error_body(as_llambo_error(error), "openai")})
 
-    async def _send(self, message: dict[str, Any]) -> None:
+    async def _send(self, message: JsonObject) -> None:
         with suppress(WebSocketDisconnect):
             await self._socket.send_data(encode(message).decode(), mode="text")

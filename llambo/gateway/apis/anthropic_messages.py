@@ -17,14 +17,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import AnswerHead, Parsed, StreamEvent, Submission, Token, encode
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token, encode
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.openai_common import Share, Stop, llambo_fields
 from llambo.gateway.apis.prompts import (
     ChatPrompt,
     Conversation,
+    GivenId,
     LlamboFields,
     ToolChoice,
+    ToolName,
     bounded_schema,
     chat_prompt,
     check_depth,
@@ -34,11 +36,8 @@ from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import MESSAGES, TOOL_NAME, Function, Tool
+from llambo.mesh.wire.conversation import MESSAGES, Function, Tool
 from llambo.mesh.wire.errors import LlamboError
-
-Name = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
-Id = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class TextBlock(msgspec.Struct, tag="text"):
@@ -46,13 +45,13 @@ class TextBlock(msgspec.Struct, tag="text"):
 
 
 class ToolUseBlock(msgspec.Struct, tag="tool_use"):
-    id: Id
-    name: Name
-    input: dict[str, Any] = {}
+    id: GivenId
+    name: ToolName
+    input: JsonObject = {}
 
 
 class ToolResultBlock(msgspec.Struct, tag="tool_result"):
-    tool_use_id: Id
+    tool_use_id: GivenId
     content: str | list[TextBlock] | None = None
     is_error: bool | None = None
 
@@ -65,8 +64,8 @@ class AnthropicMessage(msgspec.Struct):
 class AnthropicTool(msgspec.Struct):
     """`type` is checked first: a tool that Anthropic itself would run has other fields."""
 
-    name: Name = ""
-    input_schema: dict[str, Any] | None = None
+    name: ToolName = ""
+    input_schema: JsonObject | None = None
     description: str | None = None
     type: str | None = None
 
@@ -79,7 +78,7 @@ class AnthropicToolChoice(msgspec.Struct):
 
 class OutputFormat(msgspec.Struct):
     type: Literal["json_schema"]
-    schema: dict[str, Any]
+    schema: JsonObject
 
 
 class OutputConfig(msgspec.Struct):
@@ -125,7 +124,7 @@ async def count(client: Client, body: CountRequest) -> dict[str, int]:
 
 def _options(body: MessagesRequest, prompt: ChatPrompt) -> Options:
     """`max_tokens` is only an upper bound here: the context need not have room for so many (`fit`)."""
-    sampling: dict[str, Any] = {"fit": True, **prompt.tool_options}
+    sampling: JsonObject = {"fit": True, **prompt.tool_options}
     if body.top_p is not None:
         sampling["top_p"] = body.top_p
     if body.top_k is not None:
@@ -226,10 +225,10 @@ class MessagesRenderer:
 
     def __init__(self, *, tools: bool, max_tokens: int) -> None:
         self._tools, self._max_tokens = tools, max_tokens
-        self._head: dict[str, Any] = {}
+        self._head: JsonObject = {}
         self._parser: Parser = parser_of(False, "", "")
         #: The blocks so far. The last one is open while `_parts` of it are collected.
-        self._blocks: list[dict[str, Any]] = []
+        self._blocks: list[JsonObject] = []
         self._parts: list[str] | None = None
 
     def begin(self, head: AnswerHead) -> Iterable[StreamEvent]:
@@ -253,7 +252,7 @@ class MessagesRenderer:
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         return [StreamEvent(error_body(error, "anthropic"), "error")]
 
-    def body(self, answers: list[Answer]) -> dict[str, Any]:
+    def body(self, answers: list[Answer]) -> JsonObject:
         end = self._ending(answers[0])
         return {
             **self._head, "content": self._blocks, **end, "usage": _usage(answers[0]), "llambo": llambo_fields(answers),
@@ -275,13 +274,13 @@ class MessagesRenderer:
                     events += self._close(whole=whole)
         return events
 
-    def _open(self, block: dict[str, Any]) -> list[StreamEvent]:
+    def _open(self, block: JsonObject) -> list[StreamEvent]:
         self._blocks.append(dict(block))
         self._parts = []
         begun = _event("content_block_start", index=len(self._blocks) - 1, content_block=block)
         return [begun, _event("ping")] if len(self._blocks) == 1 else [begun]
 
-    def _delta(self, text: str, delta: dict[str, Any]) -> StreamEvent:
+    def _delta(self, text: str, delta: JsonObject) -> StreamEvent:
         assert self._parts is not None, "a block is open"
         self._parts.append(text)
         return _event("content_block_delta", index=len(self._blocks) - 1, delta=delta)
@@ -297,7 +296,7 @@ class MessagesRenderer:
             block["input"] = _object(text)
         return [_event("content_block_stop", index=len(self._blocks) - 1)]
 
-    def _ending(self, answer: Answer) -> dict[str, Any]:
+    def _ending(self, answer: Answer) -> JsonObject:
         """This API has no deadlines: an answer that ran out of time was cut like one that ran out of tokens."""
         if answer.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop}
@@ -322,10 +321,10 @@ def _usage(answer: Answer) -> dict[str, int]:
     }
 
 
-def _object(text: str) -> dict[str, Any]:
+def _object(text: str) -> JsonObject:
     """The arguments of a call. If the model wrote invalid JSON, it is shown as text."""
     try:
-        return msgspec.json.decode(text, type=dict[str, Any])
+        return msgspec.json.decode(text, type=JsonObject)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return {"_unreadable": text}
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from llambo.gateway.answers.api import JsonObject
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.openai_common import texts_or_ids
 from llambo.mesh.client.client import Client
@@ -23,7 +24,7 @@ class EmbeddingRequest(msgspec.Struct):
     user: str | None = None
 
 
-async def answer(client: Client, body: EmbeddingRequest) -> dict[str, Any]:
+async def answer(client: Client, body: EmbeddingRequest) -> JsonObject:
     texts = [await _text(client, body.model, each) for each in texts_or_ids(body.input, "input", limits.EMBED_INPUTS)]
     found = await client.embed(texts, model=body.model or None)
     size = len(found.vectors[0])

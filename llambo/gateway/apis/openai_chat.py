@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import AnswerHead, Parsed, StreamEvent, Submission, Token
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis import openai_common as common
-from llambo.gateway.apis.prompts import ToolChoice, chat_prompt, field_error
+from llambo.gateway.apis.prompts import ANY_OBJECT, ToolChoice, chat_prompt, field_error
 from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
@@ -27,7 +27,7 @@ class RoleMessage(ChatMessage, frozen=True, kw_only=True):
 
 
 class JsonSchema(msgspec.Struct):
-    schema: dict[str, Any]
+    schema: JsonObject
     name: str = ""
     description: str = ""
     strict: bool | None = None
@@ -115,14 +115,14 @@ def _tool_choice(body: ChatRequest) -> ToolChoice:
             return ToolChoice(mode or "auto", (), parallel)
 
 
-def _format(body: ChatRequest) -> dict[str, Any]:
+def _format(body: ChatRequest) -> JsonObject:
     wanted = body.response_format
     if wanted is None or wanted.type == "text":
         return {}
     if body.grammar or body.json_schema:
         raise FieldError("response_format", "cannot be combined with grammar or json_schema")
     if wanted.type == "json_object":
-        return {"json_schema": '{"type":"object"}'}
+        return {"json_schema": ANY_OBJECT}
     if wanted.json_schema is None:
         raise FieldError("response_format.json_schema", "is missing")
     return {"json_schema": common.schema_text(wanted.json_schema.schema)}
@@ -138,7 +138,7 @@ class _Choice:
     calls: list[tuple[CallBegun, list[str]]] = field(default_factory=list)
     finish: str = ""
 
-    def add(self, delta: Delta) -> dict[str, Any] | None:
+    def add(self, delta: Delta) -> JsonObject | None:
         """The delta as a chunk has it."""
         match delta:
             case Content(text):
@@ -153,14 +153,14 @@ class _Choice:
             case CallEnded():
                 return None
 
-    def message(self, answer: Answer) -> dict[str, Any]:
+    def message(self, answer: Answer) -> JsonObject:
         if not self.calls:
             return {"role": "assistant", "content": answer.text, "refusal": None}
         calls = [_call(begun, "".join(parts)) for begun, parts in self.calls]
         return {"role": "assistant", "content": "".join(self.content) or None, "refusal": None, "tool_calls": calls}
 
 
-def _call(begun: CallBegun, arguments: str) -> dict[str, Any]:
+def _call(begun: CallBegun, arguments: str) -> JsonObject:
     return {"id": begun.id, "type": "function", "function": {"name": begun.name, "arguments": arguments}}
 
 
@@ -204,7 +204,7 @@ class ChatRenderer:
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         return [StreamEvent(error_body(error, "openai"))]
 
-    def body(self, answers: list[Answer]) -> dict[str, Any]:
+    def body(self, answers: list[Answer]) -> JsonObject:
         choices = [
             {
                 "index": number,
@@ -228,12 +228,12 @@ class ChatRenderer:
                 yield self._chunk(choice, change)
 
     def _chunk(
-        self, choice: int, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None, finish: str | None = None
+        self, choice: int, delta: JsonObject, *, logprobs: JsonObject | None = None, finish: str | None = None
     ) -> StreamEvent:
         one = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return StreamEvent({**self._chunk_head(), "choices": [one]})
 
-    def _chunk_head(self) -> dict[str, Any]:
+    def _chunk_head(self) -> JsonObject:
         head = self._head
         return {
             "id": f"chatcmpl-{head.id}",

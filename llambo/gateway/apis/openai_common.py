@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from llambo.gateway.answers.api import JsonObject
 from llambo.gateway.answers.api_errors import FieldError
+from llambo.gateway.apis.prompts import LlamboFields
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.messages import Priority, Sampling
+from llambo.mesh.wire.messages import Sampling
 from llambo.mesh.wire.tokens import Logprob
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
@@ -24,7 +26,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class OpenAIRequest(msgspec.Struct, kw_only=True):
+class OpenAIRequest(LlamboFields, kw_only=True):
     """The fields that chat and completions share."""
 
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
@@ -35,7 +37,6 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     top_p: Share | None = None
     n: Choices | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=limits.STOP_STRINGS)] | None = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-100.0, le=100.0)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-100.0, le=100.0)] | None = None
     logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100.0, le=100.0)]],
@@ -58,10 +59,7 @@ class OpenAIRequest(msgspec.Struct, kw_only=True):
     mirostat_eta: Share | None = None
     ignore_eos: bool | None = None
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] | None = None
-    json_schema: dict[str, Any] | None = None
-    # llambo's own.
-    priority: Priority | None = None
-    deadline_ms: Annotated[int, Meta(ge=1, le=2**31)] | None = None
+    json_schema: JsonObject | None = None
 
 
 #: Fields that have the same name in the mesh.
@@ -70,7 +68,7 @@ _SAME = frozenset(OpenAIRequest.__struct_fields__) & frozenset(Sampling.__struct
 
 def options_of(body: OpenAIRequest, answer_tokens: int) -> Options:
     """`answer_tokens`: the longest answer if the caller sets no limit."""
-    sampling: dict[str, Any] = {
+    sampling: JsonObject = {
         name: value for name in sorted(_SAME) if (value := getattr(body, name)) is not None and name != "json_schema"
     }
     if body.repeat_last_n is not None:
@@ -79,21 +77,17 @@ def options_of(body: OpenAIRequest, answer_tokens: int) -> Options:
         sampling["json_schema"] = schema_text(body.json_schema)
     if body.logit_bias:
         sampling["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
-    options: Options = {
+    return {
+        **body.options(),
         "model": body.model or None,
         "max_tokens": body.max_tokens or answer_tokens,
         "temperature": body.temperature,
-        # The mesh takes no negative seed.
-        "seed": None if body.seed is None else body.seed % 2**63,
         "stop": body.stop,
-        "priority": body.priority,
-        "deadline_ms": body.deadline_ms,
         "sampling": sampling,
     }
-    return options
 
 
-def schema_text(schema: dict[str, Any]) -> str:
+def schema_text(schema: JsonObject) -> str:
     return msgspec.json.encode(schema).decode()
 
 
@@ -133,12 +127,12 @@ def finish_reason(answer: Answer) -> str:
     return "stop" if answer.reason == "stop" else "length"
 
 
-def totals(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
+def totals(answers: list[Answer], prompts: int = 1) -> JsonObject:
     """What follows the choices of a body, and is in the last chunk of a stream."""
     return {"usage": usage(answers, prompts), "llambo": llambo_fields(answers)}
 
 
-def usage(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
+def usage(answers: list[Answer], prompts: int = 1) -> JsonObject:
     """A prompt counts once, however many choices are made of it."""
     each = max(1, len(answers) // max(1, prompts))
     prompt = sum(answer.usage.prompt_tokens for answer in answers[::each])
@@ -152,7 +146,7 @@ def usage(answers: list[Answer], prompts: int = 1) -> dict[str, Any]:
     }
 
 
-def llambo_fields(answers: list[Answer]) -> dict[str, Any]:
+def llambo_fields(answers: list[Answer]) -> JsonObject:
     """What the mesh adds: which workers made the answers, how often they moved, and how long each phase took."""
     return {
         "requests": [answer.id for answer in answers],
@@ -164,15 +158,15 @@ def llambo_fields(answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def logprob_of(piece: bytes, logprob: Logprob) -> dict[str, Any]:
+def logprob_of(piece: bytes, logprob: Logprob) -> JsonObject:
     top = [_token_logprob(each.piece, each.logprob) for each in logprob.top]
     return {**_token_logprob(piece, logprob.logprob), "top_logprobs": top}
 
 
-def _token_logprob(piece: bytes, logprob: float) -> dict[str, Any]:
+def _token_logprob(piece: bytes, logprob: float) -> JsonObject:
     return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
 
 
-def logprobs_of(answer: Answer) -> list[dict[str, Any]]:
+def logprobs_of(answer: Answer) -> list[JsonObject]:
     pairs = zip(answer.pieces, answer.logprobs, strict=True)
     return [logprob_of(piece, logprob) for piece, logprob in pairs if logprob is not None]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from llambo.gateway.answers.api import AnswerHead, Parsed, StreamEvent, Submission, Token
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis import openai_common as common
 from llambo.mesh.client.answer_stream import Answer
@@ -55,7 +55,7 @@ class CompletionRenderer:
 
     def __init__(self, echoed: list[str], prompts: int, *, usage: bool) -> None:
         self._echoed, self._prompts, self._usage = echoed, prompts, usage
-        self._head: dict[str, Any] = {}
+        self._head: JsonObject = {}
         self._offsets: dict[int, int] = {}
 
     def begin(self, head: AnswerHead) -> Iterable[StreamEvent]:
@@ -85,7 +85,7 @@ class CompletionRenderer:
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         return [StreamEvent(error_body(error, "openai"))]
 
-    def body(self, answers: list[Answer]) -> dict[str, Any]:
+    def body(self, answers: list[Answer]) -> JsonObject:
         """Made of the answers: all that a stream adds to them is where it was cut."""
         choices = []
         for number, answer in enumerate(answers):
@@ -95,16 +95,16 @@ class CompletionRenderer:
         return {**self._head, "choices": choices, **common.totals(answers, self._prompts)}
 
     def _chunk(
-        self, choice: int, text: str, *, logprobs: dict[str, Any] | None = None, finish: str | None = None
+        self, choice: int, text: str, *, logprobs: JsonObject | None = None, finish: str | None = None
     ) -> StreamEvent:
         return StreamEvent({**self._head, "choices": [_choice(choice, text, logprobs, finish)]})
 
 
-def _choice(number: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+def _choice(number: int, text: str, logprobs: JsonObject | None, finish: str | None) -> JsonObject:
     return {"index": number, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _logprobs(pieces: Sequence[bytes], logprobs: Sequence[Logprob | None], at: int = 0) -> dict[str, Any]:
+def _logprobs(pieces: Sequence[bytes], logprobs: Sequence[Logprob | None], at: int = 0) -> JsonObject:
     """`at`: where in the text of the answer the first token begins."""
     texts = [piece.decode(errors="replace") for piece in pieces]
     offsets = []

@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from llambo.gateway.answers.api import JsonObject
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.conversation import (
+    TOOL_NAME,
     BadConversation,
     CalledFunction,
     Chat,
@@ -26,10 +28,15 @@ from llambo.mesh.wire.messages import Priority
 
 #: Between two texts that become one.
 BETWEEN = "\n\n"
+#: The schema of any object of JSON.
+ANY_OBJECT = '{"type":"object"}'
+ToolName = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
+#: Of a call, or of a response.
+GivenId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class LlamboFields(msgspec.Struct, kw_only=True):
-    """Fields of a request that no public API has: they are llambo's own."""
+    """Fields of a request that llambo adds to an API (OpenAI's chat has a seed itself)."""
 
     #: The same seed gives the same choices of tokens.
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
@@ -61,7 +68,7 @@ class ChatPrompt:
     form: Literal["messages", "chat"]
     text: str
     #: Sampling options. Empty: no tool may be called, and the answer is plain text.
-    tool_options: dict[str, Any]
+    tool_options: JsonObject
 
 
 def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> ChatPrompt:
@@ -74,7 +81,7 @@ def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoi
     return ChatPrompt(form, prompt.decode(), options)
 
 
-def _tool_options(tools: list[Tool], choice: ToolChoice) -> dict[str, Any]:
+def _tool_options(tools: list[Tool], choice: ToolChoice) -> JsonObject:
     try:
         check_tools(tools)
     except BadConversation as error:
@@ -87,7 +94,7 @@ def _tool_options(tools: list[Tool], choice: ToolChoice) -> dict[str, Any]:
         if choice.mode == "required":
             raise FieldError("tool_choice", "there are no tools to choose from")
         return {}
-    options: dict[str, Any] = {"tool_choice": choice.mode}
+    options: JsonObject = {"tool_choice": choice.mode}
     if choice.only:
         options["tool_names"] = list(choice.only)
     if choice.parallel is not None:
@@ -129,7 +136,7 @@ class Conversation:
         self.messages.append(ChatMessage("tool", text, tool_call_id=id))
 
 
-def check_depth(value: dict[str, Any], field: str) -> dict[str, Any]:
+def check_depth(value: JsonObject, field: str) -> JsonObject:
     """Raises FieldError. The worker reads and writes it again, with less room on its stack."""
     waiting: list[tuple[Any, int]] = [(value, 1)]
     while waiting:
@@ -141,7 +148,7 @@ def check_depth(value: dict[str, Any], field: str) -> dict[str, Any]:
     return value
 
 
-def bounded_schema(schema: dict[str, Any], field: str) -> str:
+def bounded_schema(schema: JsonObject, field: str) -> str:
     """A JSON schema for the answer, as a sampling option has it. Raises FieldError."""
     text = msgspec.json.encode(check_depth(schema, field)).decode()
     if len(text) > limits.GRAMMAR_CHARS:

@@ -7,11 +7,10 @@ together is bounded; the oldest responses are dropped first.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
-from llambo.gateway.answers.api import encode
+from llambo.gateway.answers.api import JsonObject, encode
 from llambo.mesh.wire.conversation import ChatMessage
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -67,7 +66,7 @@ class ResponseStore:
     def size(self) -> int:
         return sum(theirs.size for theirs in self._by_owner.values())
 
-    def keep(self, owner: str, body: dict[str, Any], conversation: list[ChatMessage]) -> None:
+    def put(self, owner: str, body: JsonObject, conversation: list[ChatMessage]) -> None:
         """A response that is larger than the limits is not stored; then it is as unknown as one that was dropped."""
         stored = StoredResponse(encode(body), encode(conversation))
         if stored.size > min(self._bytes, self._all_bytes):
@@ -85,7 +84,7 @@ class ResponseStore:
     def conversation(self, owner: str, id: str) -> list[ChatMessage]:
         return msgspec.json.decode(self._get(owner, id).conversation, type=list[ChatMessage])
 
-    def delete(self, owner: str, id: str) -> dict[str, Any]:
+    def delete(self, owner: str, id: str) -> JsonObject:
         self._get(owner, id)
         theirs = self._by_owner[owner]
         theirs.take(id)

@@ -19,15 +19,18 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import AnswerHead, Parsed, StreamEvent, Submission, Token
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token
 from llambo.gateway.answers.api_errors import FieldError, decode_error
 from llambo.gateway.apis import openai_common as common
 from llambo.gateway.apis.openai_common import Share
 from llambo.gateway.apis.prompts import (
+    ANY_OBJECT,
     ChatPrompt,
     Conversation,
+    GivenId,
     LlamboFields,
     ToolChoice,
+    ToolName,
     bounded_schema,
     chat_prompt,
     check_depth,
@@ -37,12 +40,10 @@ from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, 
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import TOOL_NAME, ChatMessage, Function, Tool
+from llambo.mesh.wire.conversation import ChatMessage, Function, Tool
 from llambo.mesh.wire.errors import Code, LlamboError
 
 ITEMS = 4_096
-Name = Annotated[str, Meta(pattern=f"^{TOOL_NAME.pattern}$")]
-Id = Annotated[str, Meta(min_length=1, max_length=256)]
 #: Fields that are not supported unless they are absent, null or false; and what to use instead.
 UNSUPPORTED = {
     "background": "is not supported; answers are sent at once",
@@ -50,6 +51,14 @@ UNSUPPORTED = {
     "prompt": "is not supported; use instructions and input",
 }
 T = TypeVar("T")
+#: OpenAI's codes for a response that failed after it had begun; any other error is `server_error`.
+_FAILED_AS = {
+    Code.OVER_LIMIT: "rate_limit_exceeded",
+    Code.BUSY: "rate_limit_exceeded",
+    Code.BAD_REQUEST: "invalid_prompt",
+    Code.TOO_LONG: "invalid_prompt",
+}
+NamedFields = tuple[str, JsonObject]
 
 
 class InputText(msgspec.Struct, tag="input_text"):
@@ -72,13 +81,13 @@ class InputMessage(msgspec.Struct):
 
 
 class FunctionCall(msgspec.Struct):
-    call_id: Id
-    name: Name
+    call_id: GivenId
+    name: ToolName
     arguments: str
 
 
 class FunctionCallOutput(msgspec.Struct):
-    call_id: Id
+    call_id: GivenId
     output: str | list[InputText]
 
 
@@ -86,19 +95,19 @@ class ResponsesTool(msgspec.Struct):
     """`type` is checked first: other tools have other fields."""
 
     type: str
-    name: Name = ""
-    parameters: dict[str, Any] | None = None
+    name: ToolName = ""
+    parameters: JsonObject | None = None
     description: str | None = None
     strict: bool | None = None
 
 
 class AllowedTool(msgspec.Struct):
-    name: Name
+    name: ToolName
     type: Literal["function"] = "function"
 
 
 class NamedTool(msgspec.Struct, tag="function"):
-    name: Name
+    name: ToolName
 
 
 class AllowedToolList(msgspec.Struct, tag="allowed_tools"):
@@ -116,7 +125,7 @@ class ObjectFormat(msgspec.Struct, tag="json_object"):
 
 class SchemaFormat(msgspec.Struct, tag="json_schema", omit_defaults=True):
     name: str
-    schema: dict[str, Any]
+    schema: JsonObject
     description: str | None = None
     strict: bool | None = None
 
@@ -126,7 +135,7 @@ class TextConfig(msgspec.Struct):
 
 
 class ResponsesRequest(LlamboFields, kw_only=True):
-    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1, max_length=ITEMS)]
+    input: str | Annotated[list[JsonObject], Meta(min_length=1, max_length=ITEMS)]
     model: Annotated[str, Meta(max_length=limits.NAME_CHARS)] = ""
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=2**31)] | None = None
@@ -140,7 +149,7 @@ class ResponsesRequest(LlamboFields, kw_only=True):
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     store: bool | None = None
-    previous_response_id: Id | None = None
+    previous_response_id: GivenId | None = None
     metadata: Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
                         Meta(max_length=16)] | None = None  # fmt: skip
     background: bool | None = None
@@ -159,11 +168,11 @@ def parse(body: ResponsesRequest, answer_tokens: int, store: ResponseStore, owne
     tools = [_tool(tool, f"tools[{number}]") for number, tool in enumerate(body.tools or ())]
     prompt = chat_prompt([*instructions, *conversation.messages], tools, _tool_choice(body))
 
-    def keep(response: dict[str, Any]) -> None:
+    def store_it(response: JsonObject) -> None:
         if body.store is not False:
-            store.keep(owner, response, _continued(conversation.messages, response["output"]))
+            store.put(owner, response, _continued(conversation.messages, response["output"]))
 
-    renderer = ResponsesRenderer(_echo(body), keep, tools=bool(prompt.tool_options))
+    renderer = ResponsesRenderer(_echo(body), store_it, tools=bool(prompt.tool_options))
     return Parsed(Submission(prompt.text, _options(body, answer_tokens, prompt)), renderer, bool(body.stream))
 
 
@@ -186,7 +195,7 @@ def _conversation(body: ResponsesRequest, before: list[ChatMessage]) -> Conversa
     return conversation
 
 
-def _continued(before: list[ChatMessage], output: list[dict[str, Any]]) -> list[ChatMessage]:
+def _continued(before: list[ChatMessage], output: list[JsonObject]) -> list[ChatMessage]:
     """The conversation up to the end of this response, for the one that follows it."""
     conversation = Conversation(before)
     for item in output:
@@ -200,7 +209,7 @@ def _continued(before: list[ChatMessage], output: list[dict[str, Any]]) -> list[
 
 def _options(body: ResponsesRequest, answer_tokens: int, prompt: ChatPrompt) -> Options:
     """The limit on tokens is only an upper bound: the context need not have room for so many (`fit`)."""
-    sampling: dict[str, Any] = {"fit": True, **prompt.tool_options, **_format(body.text)}
+    sampling: JsonObject = {"fit": True, **prompt.tool_options, **_format(body.text)}
     if body.top_p is not None:
         sampling["top_p"] = body.top_p
     logprobs = "message.output_text.logprobs" in (body.include or ())
@@ -238,16 +247,16 @@ def _tool(tool: ResponsesTool, field: str) -> Tool:
     return Tool(Function(tool.name, tool.description or "", parameters))
 
 
-def _format(text: TextConfig | None) -> dict[str, Any]:
+def _format(text: TextConfig | None) -> JsonObject:
     match text.format if text is not None else None:
         case SchemaFormat() as wanted:
             return {"json_schema": bounded_schema(wanted.schema, "text.format.schema")}
         case ObjectFormat():
-            return {"json_schema": '{"type":"object"}'}
+            return {"json_schema": ANY_OBJECT}
     return {}
 
 
-def _add(conversation: Conversation, item: dict[str, Any], field: str) -> None:
+def _add(conversation: Conversation, item: JsonObject, field: str) -> None:
     match item.get("type", "message"):
         case "message":
             message = _decode(item, InputMessage, field)
@@ -272,14 +281,14 @@ def _text(content: str | Sequence[InputText | OutputText | Refusal]) -> str:
     return "".join(part.refusal if isinstance(part, Refusal) else part.text for part in content)
 
 
-def _decode(item: dict[str, Any], kind: type[T], field: str) -> T:
+def _decode(item: JsonObject, kind: type[T], field: str) -> T:
     try:
         return msgspec.convert(item, kind)
     except msgspec.ValidationError as error:
         raise decode_error(error, field) from error
 
 
-def _echo(body: ResponsesRequest) -> dict[str, Any]:
+def _echo(body: ResponsesRequest) -> JsonObject:
     """The fields of a response that repeat the request."""
     text = body.text.format if body.text is not None and body.text.format is not None else TextFormat()
     return {
@@ -299,30 +308,19 @@ def _echo(body: ResponsesRequest) -> dict[str, Any]:
     }
 
 
-#: OpenAI's codes for a response that failed after it had begun; any other error is `server_error`.
-_FAILED_AS = {
-    Code.OVER_LIMIT: "rate_limit_exceeded",
-    Code.BUSY: "rate_limit_exceeded",
-    Code.BAD_REQUEST: "invalid_prompt",
-    Code.TOO_LONG: "invalid_prompt",
-}
-
-NamedFields = tuple[str, dict[str, Any]]
-
-
 class ResponsesRenderer:
-    """`echo`: the fields of a response that repeat the request. `keep` is called with the complete response.
+    """`echo`: the fields of a response that repeat the request. `store` is called with the complete response.
 
     `tools`: the answer may contain calls.
     """
 
-    def __init__(self, echo: dict[str, Any], keep: Callable[[dict[str, Any]], None], *, tools: bool) -> None:
-        self._echo, self._keep, self._tools = echo, keep, tools
+    def __init__(self, echo: JsonObject, store: Callable[[JsonObject], None], *, tools: bool) -> None:
+        self._echo, self._store, self._tools = echo, store, tools
         self._head = AnswerHead("", 0, "")
         self._parser: Parser = parser_of(False, "", "")
         self._items = Items("")
         self._number = 0
-        self._response: dict[str, Any] = {}
+        self._response: JsonObject = {}
 
     def begin(self, head: AnswerHead) -> Iterable[StreamEvent]:
         self._head = head
@@ -345,13 +343,13 @@ class ResponsesRenderer:
     def done(self, answers: list[Answer]) -> Iterable[StreamEvent]:
         status = _status(answers[0])
         self._response = self._response_now(status, answer=answers[0])
-        self._keep(self._response)
+        self._store(self._response)
         return self._events([(f"response.{status}", {"response": self._response})])
 
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         return self._events([("response.failed", {"response": self._response_now("failed", error=error)})])
 
-    def body(self, answers: list[Answer]) -> dict[str, Any]:
+    def body(self, answers: list[Answer]) -> JsonObject:
         return self._response
 
     def _events(self, named: Iterable[NamedFields]) -> list[StreamEvent]:
@@ -363,8 +361,8 @@ class ResponsesRenderer:
 
     def _response_now(
         self, status: str, *, answer: Answer | None = None, error: LlamboError | None = None
-    ) -> dict[str, Any]:
-        cost: dict[str, Any] = {"usage": None}
+    ) -> JsonObject:
+        cost: JsonObject = {"usage": None}
         if answer is not None:
             cost = {"usage": _usage(answer), "llambo": common.llambo_fields([answer])}
         return {
@@ -387,12 +385,12 @@ class Items:
 
     def __init__(self, id: str) -> None:
         self._id = id
-        self.done: list[dict[str, Any]] = []
-        self._item: dict[str, Any] = {}
+        self.done: list[JsonObject] = []
+        self._item: JsonObject = {}
         self._parts: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
+        self._logprobs: list[JsonObject] = []
 
-    def add(self, deltas: list[Delta], logprobs: list[dict[str, Any]]) -> Iterator[NamedFields]:
+    def add(self, deltas: list[Delta], logprobs: list[JsonObject]) -> Iterator[NamedFields]:
         """`logprobs` belong to the text in them."""
         for delta in deltas:
             match delta:
@@ -427,7 +425,7 @@ class Items:
         self.done.append(item)
         self._item, self._parts, self._logprobs = {}, [], []
 
-    def _text(self, text: str, logprobs: list[dict[str, Any]]) -> Iterator[NamedFields]:
+    def _text(self, text: str, logprobs: list[JsonObject]) -> Iterator[NamedFields]:
         if not self._item:
             id = f"msg_{self._id}_{len(self.done)}"
             yield self._begin({"id": id, "type": "message", "role": "assistant", "content": []})
@@ -442,12 +440,12 @@ class Items:
         call = {"call_id": begun.id, "name": begun.name, "arguments": ""}
         yield self._begin({"id": id, "type": "function_call", **call})
 
-    def _begin(self, item: dict[str, Any]) -> NamedFields:
+    def _begin(self, item: JsonObject) -> NamedFields:
         self._item = item
         added = {**item, "status": "in_progress"}
         return "response.output_item.added", {"output_index": len(self.done), "item": added}
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         return {"item_id": self._item["id"], "output_index": len(self.done)}
 
 
@@ -455,7 +453,7 @@ def _status(answer: Answer) -> str:
     return "completed" if answer.reason == "stop" else "incomplete"
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: Answer) -> JsonObject:
     usage = common.usage([answer])
     return {
         "input_tokens": usage["prompt_tokens"],
@@ -471,9 +469,9 @@ def _why(answer: Answer) -> str | None:
     return "max_output_tokens" if answer.reason in ("length", "deadline") else None
 
 
-def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+def _part(text: str, logprobs: list[JsonObject]) -> JsonObject:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _error(error: LlamboError) -> dict[str, Any]:
+def _error(error: LlamboError) -> JsonObject:
     return {"code": _FAILED_AS.get(error.code, "server_error"), "message": error.text}

@@ -19,11 +19,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from litestar import Request, Response, Router, get, post
-from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.types import ASGIApp, Receive, Scope, Send
 from msgspec import Meta
@@ -31,7 +30,7 @@ from msgspec import Meta
 from llambo.gateway.access import Access, Caller
 from llambo.gateway.answers.api import encode
 from llambo.gateway.answers.api_errors import StatusError, status_of
-from llambo.gateway.answers.asgi import disconnect, reply_error
+from llambo.gateway.answers.asgi import Connection, Disconnected, HttpRequest, reply_error, unless_disconnected
 from llambo.gateway.dashboard import watch_core
 from llambo.gateway.dashboard.watch_core import Answers, Message, Picture
 from llambo.gateway.middleware import CALLER_KEY
@@ -53,6 +52,31 @@ ROUND_TIMEOUT_S = 2.0
 QUIET_S = 10.0
 #: Viewers of one gateway.
 VIEWERS = 64
+STATIC = Path(__file__).resolve().parent / "static"
+PAGE = "index.html"
+TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # The browser asks each time, and gets a 304 without a body if nothing has changed.
+    "cache-control": "no-cache",
+}
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store, no-transform"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+]
+TokenOf = Callable[[Connection], str]
+Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
 
 
 class Watch:
@@ -210,51 +234,6 @@ def _event(message: Message) -> bytes:
     return b"data: %s\n\n" % encode(message)
 
 
-STATIC = Path(__file__).resolve().parent / "static"
-PAGE = "index.html"
-TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
-#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
-POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self'",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-        "trusted-types 'none'",
-    )
-)
-HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    # The browser asks each time, and gets a 304 without a body if nothing has changed.
-    "cache-control": "no-cache",
-}
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store, no-transform"),
-    (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
-]
-
-Connection = ASGIConnection[Any, Any, Any, Any]
-BoardRequest = Request[Any, Any, Any]
-TokenOf = Callable[[Connection], str]
-Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
-
-
 class DrainBody(msgspec.Struct):
     worker: Name
     undo: bool = False
@@ -302,7 +281,7 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         ):
             raise StatusError(415, "send application/json")
 
-    def file(request: BoardRequest, name: str) -> Response[bytes]:
+    def file(request: HttpRequest, name: str) -> Response[bytes]:
         asset = files.get(name)
         if asset is None:
             raise StatusError(404, f"there is no file {name[:80]!r}")
@@ -312,29 +291,29 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         return Response(asset.body, headers=headers, media_type=asset.type)
 
     @get("/")
-    async def page(request: BoardRequest) -> Response[bytes]:
+    async def page(request: HttpRequest) -> Response[bytes]:
         return file(request, PAGE)
 
     @get("/board/{name:str}")
-    async def part(request: BoardRequest, name: str) -> Response[bytes]:
+    async def part(request: HttpRequest, name: str) -> Response[bytes]:
         return file(request, name)
 
     @get("/board/live")
-    async def live(request: BoardRequest) -> ASGIApp:
+    async def live(request: HttpRequest) -> ASGIApp:
         token = token_of(request)
         # Checked again at each event: a token that was revoked shows nothing more.
         return Live(watches, lambda: admin(token))
 
     @get("/board/requests/{id:str}")
-    async def story(request: BoardRequest, id: str) -> RequestStory:
+    async def story(request: HttpRequest, id: str) -> RequestStory:
         return await (await _client(request)).why(id)
 
     @post("/board/drain", status_code=200)
-    async def drain(request: BoardRequest, data: DrainBody) -> DrainReply:
+    async def drain(request: HttpRequest, data: DrainBody) -> DrainReply:
         return await (await _client(request)).drain(data.worker, data.undo, move=data.move)
 
     @post("/board/cancel", status_code=200)
-    async def cancel(request: BoardRequest, data: CancelBody) -> dict[str, str]:
+    async def cancel(request: HttpRequest, data: CancelBody) -> dict[str, str]:
         return {"reason": await (await _client(request)).cancel(data.id)}
 
     return [
@@ -343,7 +322,7 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
     ]
 
 
-async def _client(request: BoardRequest) -> Client:
+async def _client(request: HttpRequest) -> Client:
     caller: Caller = request.scope[CALLER_KEY]  # type: ignore[literal-required]
     return await caller.client()
 
@@ -376,16 +355,9 @@ class Live:
 
     async def _serve(self, first: bytes, events: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        sending = asyncio.create_task(self._send(first, events, send))
-        listening = asyncio.create_task(disconnect(receive))
-        try:
-            await asyncio.wait([sending, listening], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, listening):
-                task.cancel()
-            # A viewer that disconnects is no error; uvicorn raises an OSError when we write to it.
-            with suppress(asyncio.CancelledError, OSError):
-                await sending
+        # A viewer that disconnects is no error; uvicorn raises an OSError when we write to it.
+        with suppress(Disconnected, OSError):
+            await unless_disconnected(self._send(first, events, send), receive)
 
     async def _send(self, first: bytes, events: AsyncIterator[bytes], send: Send) -> None:
         try:

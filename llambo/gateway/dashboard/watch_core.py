@@ -207,13 +207,13 @@ def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
     )  # fmt: skip
     ended = _latest(before.ended, recent.ended, lambda row: row.id, MEASURED, EndedView, now_ms)
     return Picture(
-        mesh,
-        {row.worker: _worker(row, before.workers.get(row.worker), now_ms) for row in answers.workers},
-        {row.id: _request(row, before.requests.get(row.id), now_ms) for row in _first(answers.requests)},
-        ended,
-        _latest(before.events, answers.events, lambda row: row.number, EVENTS_SHOWN, EventView, now_ms),
-        _latest(before.samples, recent.samples, lambda row: row.number, SAMPLES_SHOWN, SampleView, now_ms),
-        latency(ended.values()),
+        mesh=mesh,
+        workers={row.worker: _worker(row, before.workers.get(row.worker), now_ms) for row in answers.workers},
+        requests={row.id: _request(row, before.requests.get(row.id), now_ms) for row in _first(answers.requests)},
+        ended=ended,
+        events=_latest(before.events, answers.events, lambda row: row.number, EVENTS_SHOWN, EventView, now_ms),
+        samples=_latest(before.samples, recent.samples, lambda row: row.number, SAMPLES_SHOWN, SampleView, now_ms),
+        latency=latency(ended.values()),
     )
 
 

@@ -1,1 +1,1 @@
-"""The client: what a program calls to use a mesh. Gateway, bridge, fleet and commands use it too."""
+"""The client: what a program calls to use a mesh. Gateway, bridge, fleet and commands use it as well."""

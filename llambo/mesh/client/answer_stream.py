@@ -1,61 +1,66 @@
-"""What a caller holds: a stream of pieces, and the answer it adds up to."""
+"""What callers receive: streams of pieces, whole answers, results of tasks; and how a client reaches its callers."""
 
 from __future__ import annotations
 
 import asyncio
 import codecs
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from typing import Protocol, TypeVar
+
+import msgspec
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.tokens import Logprob
 
-#: What may wait for a slow reader. Then no more is taken: the broker has the transcript, it can be fetched later.
+T = TypeVar("T")
+#: Tokens that wait for a slow reader. Beyond that no more are accepted: the broker has the transcript, and they are
+#: fetched later.
 BUFFER_TOKENS = 65_536
 BUFFER_BYTES = 4 * 1024 * 1024
-#: What a token that is told beside another one counts there.
+#: The size of an alternative token in that sum.
 TOP_TOKEN_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that came together. `text` never ends within a character: the rest comes with the next piece."""
+    """Tokens that arrived together. `text` never ends within a character: the rest comes with the next piece."""
 
     text: str
     ids: list[int]
-    #: The position of the first of them in the answer.
+    #: The index of the first of them in the answer.
     index: int
-    #: How likely the model held each of them, if that was asked for.
+    #: The log-probability of each of them, if requested.
     logprobs: list[Logprob | None] = field(default_factory=list)
-    #: The bytes of each token, as they came: one may have none, and `text` may have a part of the last ones only later.
+    #: The bytes of each token: a token may have none, and the last bytes may be part of the `text` of the next piece.
     pieces: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. `reason` tells why it ended: stop, length, cancelled, deadline or error."""
+    """A whole answer. `reason`, why it ended, is stop, length, cancelled, deadline or error."""
 
     text: str
     ids: list[int]
     reason: m.Reason
     usage: m.Usage
     worker: str
-    #: How often the request moved to another worker.
+    #: How many times the request moved to another worker.
     moves: int
     id: str
     queued_ms: int
-    #: How likely the model held each token, if that was asked for; and then the bytes of each, too.
+    #: If requested, the log-probability of each token, and then its bytes as well.
     logprobs: list[Logprob | None] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
-    #: With reason `stop`: the stop string that ended it, if one did.
+    #: With the reason `stop`: the stop string that ended it, if one did.
     stop: str = ""
 
 
 class _Buffer:
-    """Tokens that have arrived and were not read yet."""
+    """Tokens that have arrived and have not been read yet."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -77,7 +82,7 @@ class _Buffer:
 
 
 class _Transcript:
-    """Everything that was read, as tokens and as text."""
+    """Everything that has been read, as tokens and as text."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -97,7 +102,7 @@ class _Transcript:
         return piece
 
     def finish(self) -> str:
-        """The rest of the text: a character of which some bytes never came is replaced."""
+        """The rest of the text: an incomplete character is replaced."""
         rest = self._decoder.decode(b"", final=True)
         self._texts.append(rest)
         return rest
@@ -108,27 +113,27 @@ class _Transcript:
 
 
 class Stream:
-    """An answer as it comes. Iterate it; leaving the loop early cancels the request.
+    """An answer as it arrives. Iterate it; leaving the loop early cancels the request.
 
-    One that is not iterated to its end is closed with `async with` or `aclose`. Closing an attached one only
-    stops following it: it belongs to whoever submitted it.
+    If it is not iterated to its end, close it with `async with` or `aclose`. Closing the stream of a request of another
+    client (`attach`) stops following it, and does not cancel it.
     """
 
     def __init__(self, id: bytes, handle: Callable[[e.Event], None], *, mine: bool) -> None:
         self.id = id.hex()
-        #: How many wait before it; None until the broker has accepted it.
+        #: How many requests wait before it; None until the broker has accepted it.
         self.ahead: int | None = None
         self.model = ""
-        #: The whole answer, once the end was read.
+        #: The whole answer, once its end has been read.
         self.answer: Answer | None = None
-        #: Called when `ahead` has changed, for whoever shows it. Must not block.
+        #: Called when `ahead` has changed. Must not block.
         self.on_place: Callable[[], None] | None = None
         self._key = id
         self._handle = handle
         self._mine = mine
         self._buffer = _Buffer()
         self._read = _Transcript()
-        self._held = False
+        self._behind = False
         self._end: m.End | None = None
         self._error: LlamboError | None = None
         self._closed = False
@@ -144,7 +149,7 @@ class Stream:
             await self.aclose()
 
     async def next_piece(self) -> Piece | None:
-        """What has come since the last time; waits if that is nothing. None after the end."""
+        """What has arrived since the last call; waits if that is nothing. None after the end."""
         while not self._buffer.pieces:
             if self.answer is not None or self._closed:
                 return None
@@ -157,7 +162,7 @@ class Stream:
         return self._take()
 
     async def result(self) -> Answer:
-        """Read to the end, and return the whole."""
+        """Read to the end, and return the whole answer."""
         while await self.next_piece() is not None:
             pass
         if self.answer is None:
@@ -165,12 +170,12 @@ class Stream:
         return self.answer
 
     async def cancel(self) -> None:
-        """Stop the request. The stream then ends, with what it has and the reason `cancelled`."""
+        """Stop the request. The stream then ends with the tokens it has and the reason `cancelled`."""
         if not self.over:
             self._handle(e.CancelAsked(self._key))
 
     async def aclose(self) -> None:
-        """Nobody reads on: cancel the request if it is mine, and let go of it."""
+        """Stop reading. Cancels the request, unless this stream only follows it."""
         if not self.over and not self._closed:
             self._handle(e.CancelAsked(self._key, drop=True) if self._mine else e.ReaderLeft(self._key))
         self._closed = True
@@ -179,24 +184,22 @@ class Stream:
     async def __aenter__(self) -> Stream:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    # --- what the client brings ----------------------------------------------------------------------------------
+    # --- what the client delivers ----------------------------------------------------------------------------------
 
     @property
     def over(self) -> bool:
-        """Nothing more will arrive; there may still be something to read."""
+        """Nothing more will arrive. There may still be something to read."""
         return self._end is not None or self._error is not None
 
     def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         if self._closed:
             return
         self._buffer.add(ids, pieces, logprobs)
-        if self._buffer.full and not self._held:
-            self._held = True
+        if self._buffer.full and not self._behind:
+            self._behind = True
             self._handle(e.ReaderBehind(self._key))
         self._wake()
 
@@ -222,20 +225,162 @@ class Stream:
     def _take(self) -> Piece:
         buffer, self._buffer = self._buffer, _Buffer()
         piece = self._read.read(buffer)
-        if self._held:
-            self._held = False
+        if self._behind:
+            self._behind = False
             self._handle(e.ReaderCaughtUp(self._key))
         return piece
 
     def _finish(self, end: m.End) -> Piece | None:
-        """The end was read. It may bring the rest of a character that never became whole."""
+        """The end has been read. It returns a piece if the text ends with an incomplete character."""
         read = self._read
         rest = read.finish()
         self.answer = Answer(
-            read.text, read.ids, end.reason, end.usage, end.worker, end.moves, self.id, end.queued_ms,
-            read.logprobs, read.pieces, end.stop,
+            text=read.text, ids=read.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves,
+            id=self.id, queued_ms=end.queued_ms, logprobs=read.logprobs, pieces=read.pieces, stop=end.stop,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
             raise self._error
         return Piece(rest, [], len(read.ids)) if rest else None
+
+
+# --- results of tasks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Token ids, and the text of each as bytes, because a character may be split across tokens."""
+
+    ids: list[int]
+    pieces: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """One vector for each text, in the same order."""
+
+    vectors: list[list[float]]
+    #: The number of tokens of each text.
+    tokens: list[int]
+    #: How the vectors of the tokens of a text were combined: "mean" or "last".
+    pooling: str
+
+
+class Collector:
+    """The pieces of the result of a task, and the whole result when it has ended."""
+
+    def __init__(self) -> None:
+        self.result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._pieces: list[bytes] = []
+
+    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
+        self._pieces += pieces
+
+    def place(self, ahead: int, model: str) -> None:
+        """Its place in the queue is not shown."""
+
+    def end(self, end: m.End) -> None:
+        if end.reason == "stop":
+            self._settle(lambda: self.result.set_result(b"".join(self._pieces)))
+        elif end.error is not None:
+            self.fail(LlamboError.of(end.error))
+        else:
+            self.fail(LlamboError(Code.CANCELLED, f"request {end.id.hex()} was cancelled"))
+
+    def fail(self, error: LlamboError) -> None:
+        self._settle(lambda: self.result.set_exception(error))
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        if not self.result.done():
+            settle()
+
+
+def decoded(data: bytes, kind: type[T], what: str) -> T:
+    """A result of a worker or broker, checked: it may have sent anything."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise LlamboError(Code.BAD_MESSAGE, f"{what} cannot be read: {error}") from error
+
+
+# --- all callers of one client -------------------------------------------------------------------------------
+
+#: Submitted requests that a client stores.
+SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
+
+
+class RequestReader(Protocol):
+    """The receiver of what arrives for a request: a stream, or the collector of a result."""
+
+    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
+    def place(self, ahead: int, model: str) -> None: ...
+    def end(self, end: m.End) -> None: ...
+    def fail(self, error: LlamboError) -> None: ...
+
+
+class Waiters:
+    """Callers that wait for this client: streams, submits, cancels and queries."""
+
+    def __init__(self, error_of: Callable[[ErrorInfo], LlamboError]) -> None:
+        self.streams: dict[bytes, RequestReader] = {}
+        #: Callers that do not read a request: submits wait until it is accepted, cancels until it has ended.
+        self.submits: dict[bytes, asyncio.Future[None]] = {}
+        self.cancels: dict[bytes, asyncio.Future[m.End]] = {}
+        self.questions: dict[int, asyncio.Future[bytes]] = {}
+        #: Requests that were submitted without a stream, in case this client attaches to one. The oldest are removed.
+        self.submitted: OrderedDict[bytes, tuple[m.InferenceRequest, bytes]] = OrderedDict()
+        self._submitted_bytes = 0
+        self._error_of = error_of
+
+    def remember(self, request: m.InferenceRequest, prompt: bytes) -> None:
+        self.submitted[request.id] = request, prompt
+        self._submitted_bytes += len(prompt)
+        while len(self.submitted) > SUBMITTED or self._submitted_bytes > SUBMITTED_BYTES:
+            _, (_, oldest) = self.submitted.popitem(last=False)
+            self._submitted_bytes -= len(oldest)
+
+    def deliver(
+        self, delivery: e.DeliverTokens | e.ReportPlace | e.ReportEnd | e.ReportFailure | e.DeliverResult
+    ) -> None:
+        match delivery:
+            case e.DeliverTokens(id, ids, pieces, logprobs):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.deliver(ids, pieces, logprobs)
+            case e.ReportPlace(id, ahead, model):
+                if (stream := self.streams.get(id)) is not None:
+                    stream.place(ahead, model)
+                resolve(self.submits.get(id), None)
+            case e.ReportEnd(id, end):
+                if (stream := self.streams.pop(id, None)) is not None:
+                    stream.end(end)
+                resolve(self.submits.get(id), None)
+                resolve(self.cancels.pop(id, None), end)
+            case e.ReportFailure(key, info):
+                self.fail(key, self._error_of(info))
+            case e.DeliverResult(query, data):
+                resolve(self.questions.get(query), data)
+
+    def fail(self, key: bytes | int, error: LlamboError) -> None:
+        if isinstance(key, int):
+            reject(self.questions.get(key), error)
+            return
+        if (stream := self.streams.pop(key, None)) is not None:
+            stream.fail(error)
+        reject(self.submits.get(key), error)
+        reject(self.cancels.pop(key, None), error)
+
+    def fail_all(self, error: LlamboError) -> None:
+        for id in {*self.streams, *self.submits, *self.cancels}:
+            self.fail(id, error)
+        for query in list(self.questions):
+            self.fail(query, error)
+
+
+def resolve(future: asyncio.Future[T] | None, value: T) -> None:
+    if future is not None and not future.done():
+        future.set_result(value)
+
+
+def reject(future: asyncio.Future[T] | None, error: LlamboError) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)

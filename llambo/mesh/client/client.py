@@ -1,14 +1,14 @@
-"""The asyncio client, the public door to a mesh.
+"""The asyncio client: the public interface to a mesh.
 
     async with Client("tcp://127.0.0.1:7330") as client:
         async for piece in client.stream("What is AI?"):
             print(piece.text, end="", flush=True)
 
-The address may be a list, `tcp://a:7330,tcp://b:7330`, or a name with several addresses: then one of these brokers is
-taken, and another one when that is gone.
+The address may be a list, `tcp://a:7330,tcp://b:7330`, or a name with several IP addresses: the client then uses one of
+these brokers, and another one when that is lost.
 
-It runs on the caller's event loop and starts no thread of its own (libzmq has one for its sockets, and names are looked
-up in one). Whatever goes wrong is raised as `LlamboError`.
+The client runs on the event loop of its caller. It has no thread of its own, except while it looks up a name; libzmq
+has one for its sockets. Errors are raised as `LlamboError`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import msgspec
 import zmq
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.client.answer_stream import (
+    Answer,
+    Collector,
+    Embeddings,
+    Piece,
+    Stream,
+    Tokenized,
+    Waiters,
+    decoded,
+    reject,
+    resolve,
+)
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
-from llambo.mesh.client.client_tasks import (
-    Collector,
-    Embeddings,
-    TaskCall,
-    Tokenized,
-    decoded,
-    task_input,
-    task_request,
-)
-from llambo.mesh.client.request_options import Options, build_request, encode_prompt
-from llambo.mesh.client.waiters import Waiters, reject, resolve
+from llambo.mesh.client.request_options import Options, TaskCall, build_request, encode_prompt, task_input, task_request
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link_core import LinkProblem
 from llambo.mesh.security import keys
@@ -51,8 +51,8 @@ from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
-#: Why a broker does not know the hello of a client.
-WORKER_PORT = "that is a broker's port for workers; clients use the first of its ports, which it prints at its start"
+#: The hint if a broker does not know the hello of a client.
+WORKER_PORT = "this is a broker's port for workers; clients use its first port, which it prints when it starts"
 
 log = logging.getLogger(__name__)
 
@@ -62,21 +62,21 @@ Context = zmq.Context[zmq.Socket[bytes]]
 
 
 class ClientSettings(TypedDict, total=False):
-    """How a client behaves; every one has a default."""
+    """Settings of a client. Each has a default."""
 
-    #: How the broker's log calls this client.
+    #: The name of this client in the log of the broker.
     name: str
     #: How long to wait for the first answer of a broker.
     connect_ms: int
-    #: How long to wait for the answer to a question.
+    #: How long to wait for the answer to a query.
     query_ms: int
-    #: How long requests survive without any broker, once there was one.
+    #: How long requests wait for a new connection after the broker was lost.
     lost_ms: int
-    #: Token frames queued for a reader that is busy; more are dropped, and repaired by replay.
+    #: Token frames queued while this process is busy; more are dropped, and repaired by replay.
     token_hwm: int
-    #: The key: itself, its line, or a file that holds it. "" is none; None is LLAMBO_KEY, or systemd's credential.
+    #: A key, its line, or the path of its file. "": no key; None: LLAMBO_KEY, or systemd's credential.
     key: PeerKey | str | None
-    #: Share this context instead of making one.
+    #: Use this context instead of creating one.
     context: Context | None
 
 
@@ -95,7 +95,7 @@ class Client:
     """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
-        """Without an address: the one in the key, or the broker of this machine."""
+        """Without an address: the one in the key, or that of a broker on this machine."""
         self._settings: ClientSettings = {**_DEFAULTS, **settings}
         self._key = keys.wanted(self._settings["key"], os.environ)
         self.address = address or (self._key.address if self._key else DEFAULT_ADDRESS)
@@ -108,24 +108,29 @@ class Client:
         self._welcomed: asyncio.Future[None] | None = None
         self._waiters = Waiters(self._error)
         self._numbers = count(1)
-        #: Called with why the broker was lost, and with "" when one answers again.
+        #: Called with the cause when the broker is lost, and with "" when a broker answers again.
         self.on_link: Callable[[str], None] | None = None
         self._lost = ""
 
     # --- connecting --------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Returns when a broker has said welcome."""
+        """Returns when a broker has sent its welcome."""
         if self._welcomed is not None:
-            raise LlamboError(Code.BAD_REQUEST, "this client was connected before")
+            raise LlamboError(Code.BAD_REQUEST, "a client connects only once; create another one")
         loop = asyncio.get_running_loop()
         found = await loop.run_in_executor(None, sockets.resolve_all, self.address)
         self._context = self._settings["context"] or zmq.Context()
         self._welcomed = loop.create_future()
         self._shell = ClientShell(
-            self._core, self.address, self._context, self._settings["token_hwm"], self._deliver, self._on_broken,
-            self._key,
-        )  # fmt: skip
+            self._core,
+            self.address,
+            self._context,
+            token_hwm=self._settings["token_hwm"],
+            key=self._key,
+            deliver=self._deliver,
+            broken=self._on_broken,
+        )
         self._shell.begin(found)
         try:
             async with asyncio.timeout(self._settings["connect_ms"] / 1_000):
@@ -138,7 +143,7 @@ class Client:
             raise
 
     async def close(self) -> None:
-        """Cancel what runs here (but not what is detached) and leave."""
+        """Cancel the requests of this client that are not detached, and disconnect."""
         shell, self._shell = self._shell, None
         if shell is None:
             return
@@ -146,43 +151,41 @@ class Client:
         shell.close()
         self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed"))
         if self._context is not None and self._settings["context"] is None:
-            # It waits for what was just said to leave, a moment at the most.
+            # It waits until the last messages are sent, for LINGER_MS at most.
             await asyncio.get_running_loop().run_in_executor(None, self._context.term)
 
     async def __aenter__(self) -> Client:
         await self.connect()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     # --- requests ----------------------------------------------------------------------------------------------
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Stream:
-        """Submit a request now, and read its answer as it comes."""
+        """Submit a request now, and read its answer as it arrives."""
         request, encoded = self._build(prompt, False, options)
         stream = self._follow(request.id, mine=True)
         self._handle(e.SubmitAsked(request, encoded))
         return stream
 
     async def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
-        """The whole answer at once."""
+        """Submit a request, and return its whole answer."""
         if options.get("stream") is None:
             options["stream"] = False
         async with self.stream(prompt, **options) as stream:
             return await stream.result()
 
     async def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
-        """Submit a request and let it run; its id is for `attach`. Without `detached` it ends when this client does."""
+        """Submit a request without a stream. Returns its id, for `attach`. Not `detached`, it ends with this client."""
         request, encoded = self._build(prompt, detached, options)
         accepted = self._waiters.submits[request.id] = asyncio.get_running_loop().create_future()
         try:
             self._handle(e.SubmitAsked(request, encoded, follow=False))
             await accepted
         except asyncio.CancelledError:
-            # Nobody will know its id.
+            # The caller will never know its id.
             self._handle(e.CancelAsked(request.id, drop=True))
             raise
         finally:
@@ -191,16 +194,16 @@ class Client:
         return request.id.hex()
 
     async def attach(self, id: str) -> Stream:
-        """Follow a request that was submitted earlier, from its first token. A unique prefix of the id will do."""
+        """Follow a request that was submitted earlier, from its first token. A unique prefix of the id is enough."""
         key = await self._find(id)
         if key in self._waiters.streams:
-            raise LlamboError(Code.BAD_REQUEST, f"this client follows request {key.hex()} already")
+            raise LlamboError(Code.BAD_REQUEST, f"this client already follows request {key.hex()}")
         stream = self._follow(key, mine=False)
         self._handle(e.AttachAsked(key, again=self._waiters.submitted.get(key)))
         return stream
 
     async def cancel(self, id: str) -> str:
-        """Stop a request, whoever submitted it. Returns the reason it ended for: `cancelled`, if that came in time."""
+        """Stop a request of any client. Returns the reason of its end: `cancelled`, unless it had ended before."""
         key = await self._find(id)
         cancels = self._waiters.cancels
         ended = cancels.get(key)
@@ -221,9 +224,9 @@ class Client:
         system: str = "",
         **call: Unpack[TaskCall],
     ) -> Tokenized:
-        """The tokens a prompt of this text has. With `form` "user" or "messages": put into the model's template.
+        """The tokens of a prompt with this text. With `form` "user" or "messages" the chat template is applied.
 
-        `special`: names of control tokens in the text mean those tokens.
+        `special`: names of control tokens in the text are read as those tokens.
         """
         data = encode_prompt(text)
         options = tasks.TaskOptions(form=form, system=system, special=special)
@@ -231,7 +234,7 @@ class Client:
         return Tokenized(found.ids, found.pieces)
 
     async def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
-        """The text of these tokens. `special`: control tokens are shown by their names and not left out."""
+        """The text of these tokens. `special`: control tokens appear by their names; otherwise they are left out."""
         options = tasks.TaskOptions(special=special)
         found = await self._task("detokenize", task_input(list(ids)), len(ids), options, call, tasks.DetokenizeResult)
         return found.text.decode(errors="replace")
@@ -244,13 +247,13 @@ class Client:
         pooling: tasks.Pooling = "",
         **call: Unpack[TaskCall],
     ) -> Embeddings:
-        """Vectors for texts: what a model makes of each, as numbers to compare. Many at once cost less than one by one.
+        """Embeddings of texts. Many at once cost less than one by one.
 
-        `pooling`: "mean" or "last"; left out, as the model was made for, or the mean.
+        `pooling`: "mean" or "last"; left out: the one that the model was trained for, or the mean.
         """
         given = [texts] if isinstance(texts, str) else list(texts)
         if not 0 < len(given) <= limits.EMBED_INPUTS:
-            raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} may be")
+            raise LlamboError(Code.BAD_REQUEST, f"{len(given)} texts to embed, 1 to {limits.EMBED_INPUTS} are allowed")
         options = tasks.TaskOptions(normalized=normalized, pooling=pooling)
         found = await self._task("embed", task_input(given), len(given), options, call, tasks.EmbedResult)
         try:
@@ -259,21 +262,21 @@ class Client:
             raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
 
     async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """What a model is, how it is served, and what a request gets that leaves its sampling open."""
+        """Facts about a model, how it is served, and the sampling of requests that set none."""
         return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
 
     # --- queries and commands ----------------------------------------------------------------------------------
 
     async def query(self, what: str, argument: str = "") -> Any:
-        """The broker's answer as it was sent, with fields that this version does not know."""
+        """The answer of the broker as it was sent, including fields that this version does not know."""
         return await self._ask(what, argument, Any)
 
     async def status(self) -> reports.MeshStatus:
-        """The mesh in numbers."""
+        """Figures of the mesh."""
         return await self._ask("status", "", reports.MeshStatus)
 
     async def workers(self, name: str = "") -> list[reports.WorkerRow]:
-        """All workers; with `name`, that one if it is connected."""
+        """All workers, or only the one with this name, if it is connected."""
         return await self._ask("workers", name, list[reports.WorkerRow])
 
     async def models(self) -> list[reports.ModelRow]:
@@ -288,11 +291,11 @@ class Client:
         return await self._ask("events", str(since), list[reports.EventRow])
 
     async def recent(self, since: int = 0) -> reports.Recent:
-        """A sample of each second after sample number `since`, of at most five minutes, and what ended in that time."""
+        """One sample for each second after sample number `since`, and what ended meanwhile; five minutes at most."""
         return await self._ask("recent", str(since), reports.Recent)
 
     async def metrics(self) -> str:
-        """The broker's page for Prometheus. With keys only an admin may read it."""
+        """The broker's page for Prometheus. With keys only an admin can read it."""
         return (await self._ask("metrics", "", reports.MetricsPage)).page
 
     async def why(self, id: str) -> reports.RequestStory:
@@ -300,20 +303,20 @@ class Client:
         return await self._ask("why", id, reports.RequestStory)
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        """Give a worker no new work (or, with `undo`, work again). `move`: its running requests go to other workers."""
+        """Give a worker no new work, or with `undo` work again. `move`: its running requests move to other workers."""
         return await self._question(
             lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
         )
 
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
-        """Ask for a lease, of which there is one holder at a time. The client chooses its `query`."""
+        """Ask for a lease, which has one holder at a time. The client sets its `query`."""
         return await self._question(
             lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
         )
 
     @property
     def counters(self) -> Counters:
-        """What this client had to put up with so far."""
+        """Counters of frames, resends and repairs of this client."""
         return self._core.counters
 
     # --- inside: asking ----------------------------------------------------------------------------------------
@@ -321,7 +324,7 @@ class Client:
     async def _task(
         self, task: m.Task, data: bytes, inputs: int, options: tasks.TaskOptions, call: TaskCall, kind: type[T]
     ) -> T:
-        """Run it, and read its result. Cancelling the wait cancels the task."""
+        """Run a task, and return its result. If the caller is cancelled, so is the task."""
         request = task_request(task, inputs, len(data), options, call)
         collector = self._waiters.streams[request.id] = Collector()
         self._handle(e.SubmitAsked(request, data))
@@ -356,7 +359,7 @@ class Client:
             raise LlamboError(Code.TIMEOUT, f"{text} within {self._settings['query_ms']} ms") from error
 
     async def _find(self, id: str) -> bytes:
-        """A whole id is taken as it is; for the beginning of one the broker is asked."""
+        """A complete id is used as it is. The broker completes the beginning of an id."""
         if len(id) == 2 * limits.REQUEST_ID_BYTES:
             with suppress(ValueError):
                 return bytes.fromhex(id)
@@ -380,7 +383,7 @@ class Client:
         self._shell.handle(event)
 
     def _handle_for_stream(self, event: e.Event) -> None:
-        """A stream may outlive its client; then there is nobody left to tell."""
+        """A stream may outlive its client. Then its events are dropped."""
         match event:
             case e.ReaderLeft(bytes() as id) | e.CancelAsked(id, True):
                 self._waiters.streams.pop(id, None)
@@ -391,7 +394,7 @@ class Client:
         if self._shell is not None:
             self._shell.handle(e.ReaderLeft(key))
 
-    # --- inside: what comes back -------------------------------------------------------------------------------
+    # --- inside: deliveries -------------------------------------------------------------------------------
 
     def _deliver(self, action: e.Delivery | e.ReportLink) -> None:
         if not isinstance(action, e.ReportLink):
@@ -401,25 +404,25 @@ class Client:
         log.debug("link %s%s", action.state.value, f": {problem.text}" if problem else "")
         if self._core.link.welcomed:
             resolve(self._welcomed, None)
-            self._tell_link("")
+            self._report_link("")
         elif problem is not None and self._welcomed is not None and self._welcomed.done():
-            self._tell_link(problem.text or LinkProblem.NO_ANSWER.value)
+            self._report_link(problem.text or LinkProblem.NO_ANSWER.value)
         elif problem is not None and not (error := self._error(problem)).retryable:
             if error.code is Code.UNKNOWN_TYPE:  # of the hello
                 error = LlamboError(error.code, error.text, hint=WORKER_PORT)
             reject(self._welcomed, error)
 
-    def _tell_link(self, lost: str) -> None:
-        """Only what is news: each try to connect anew changes the link as well."""
+    def _report_link(self, lost: str) -> None:
+        """Report only changes: each attempt to connect changes the link as well."""
         if bool(lost) != bool(self._lost):
             self._lost = lost
             if self.on_link is not None:
                 self.on_link(lost)
 
     def _on_broken(self, error: Exception) -> None:
-        told = LlamboError(Code.INTERNAL, f"the client is broken: {error!r}")
-        reject(self._welcomed, told)
-        self._waiters.fail_all(told)
+        broken = LlamboError(Code.INTERNAL, f"the client is broken: {error!r}")
+        reject(self._welcomed, broken)
+        self._waiters.fail_all(broken)
 
     def _error(self, info: ErrorInfo) -> LlamboError:
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)

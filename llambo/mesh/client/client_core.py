@@ -1,36 +1,57 @@
-"""The client as a value: wishes and arrivals in, orders and deliveries out. No sockets, clock or chance.
+"""The core of the client: events in, actions out. No sockets, clock or chance.
 
-What it owes its user: every token of a request exactly once and in order, then one end, whatever is lost on
-the way. What it does for that:
+It promises its user every token of a request exactly once and in order, then one end, whatever is lost on the way:
 
-    the broker may not have heard it   say it again, with a back-off, until the answer is here
-    a token frame is missing           wait a moment, it may be late; then ask for a replay, page by page
-    the tail is missing                beats and End carry counts, so a silent loss is noticed as well
-    the link is lost                   submit again on the next one, with the number of tokens held
+    a message may be lost      send it again, with a back-off, until the answer is here
+    a token frame is missing   wait a moment, because it may be late; then ask for a replay, page by page
+    the last ones are missing  heartbeats and END carry counts, so a loss is noticed without a later token
+    the link is lost           submit again on the next one, with the number of tokens that are here
 
-This file is the door and the link. `client_life` has the life of a request, `client_repair` the replays,
-`client_questions` the queries.
+This file has the entry point, the link and the queries. `request_life` has the life of a request and its repair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import assert_never
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import OpenQuery, ReaderWishes, Request
+from llambo.mesh.client.client_requests import ReaderWishes, Request
 from llambo.mesh.client.request_life import Requests
 from llambo.mesh.link.link_core import LinkCore, LinkState
+from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.stream import Reassembly
 from llambo.mesh.wire.timers import NEVER_MS, Timers
 
-# --- Queries of a client: sent again every second until the answer is whole. Asking twice harms nobody. ---
+# --- Queries of a client: sent again every second until the answer is complete. Brokers may answer one twice. ---
 
-#: A query without an answer is asked again after this.
+#: A query without an answer is sent again after this time.
 ASK_AGAIN_MS = 1_000
+
+
+@dataclass(slots=True)
+class OpenQuery:
+    """A query, which is sent again until all pages of one answer have arrived in order."""
+
+    message: m.Query | m.DrainWorker | m.Lease
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, result: m.Result) -> bytes | None:
+        """The whole answer, if this is its last page.
+
+        Pages of two answers never mix: an answer begins with page 0, and pages out of order are dropped.
+        """
+        if result.page == 0:
+            self.parts, self.size = [], 0
+        if result.page != len(self.parts) or self.size + len(result.data) > limits.RESULT_BYTES:
+            return None
+        self.parts.append(result.data)
+        self.size += len(result.data)
+        return b"".join(self.parts) if len(self.parts) >= result.pages else None
 
 
 class Queries:
@@ -45,10 +66,10 @@ class Queries:
     def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
         self._open[message.query] = OpenQuery(message)
         if welcomed:
-            self._say(message.query, now_ms)
+            self._send_query(message.query, now_ms)
 
     def on_result(self, result: m.Result) -> bytes | None:
-        """The whole answer, once it is here."""
+        """The whole answer, once it has arrived."""
         question = self._open.get(result.query)
         data = None if question is None else question.add(result)
         if data is not None:
@@ -68,50 +89,51 @@ class Queries:
     def on_lost(self) -> None:
         self._timers = Timers()
 
-    def say_all(self, now_ms: int) -> None:
+    def send_all(self, now_ms: int) -> None:
         for query in self._open:
-            self._say(query, now_ms)
+            self._send_query(query, now_ms)
 
     def on_time(self, now_ms: int) -> None:
         for query in self._timers.due(now_ms):
-            self._say(query, now_ms)
+            self._send_query(query, now_ms)
 
     def next_wakeup_ms(self) -> int:
         return self._timers.next_wakeup_ms()
 
-    def _say(self, query: int, now_ms: int) -> None:
+    def _send_query(self, query: int, now_ms: int) -> None:
         self._send(self._open[query].message)
         self._timers.set(query, now_ms + ASK_AGAIN_MS)
 
 
-#: How long requests wait for the token plane once the control plane works. Then they go anyway: there is REPLAY.
-GATE_MS = 250
+#: How long requests wait for the token plane once the control plane works. Then they are sent without it, and served by
+#: replay.
+TOKEN_PLANE_MS = 250
 
 
 #: Problems that end a session.
-_OVER = (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED)
+_SESSION_ENDS = (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED)
 
 
 class ClientCore:
-    """One client. `handle` is the only door; `next_wakeup_ms` says when it wants a Tick at the latest.
+    """One client. `handle` is the only entry point; `next_wakeup_ms` says when it needs a Tick at the latest.
 
-    After `give_up_ms` without a broker everything pending fails; 0: it waits for ever.
+    After `give_up_ms` without a broker all requests and queries fail; 0: they wait without limit.
     """
 
     def __init__(self, hello: m.ClientHello | None = None, *, give_up_ms: int = 0) -> None:
         greeting = hello or m.ClientHello()
         self._out: list[e.Action] = []
-        # The link appends to the same list, so that all actions keep their order.
+        # The link appends to the same list, so that all actions stay in order.
         self.link = LinkCore(0, lambda: greeting, self._out.append)
         self.requests = Requests(self.link, self._out)
         self.counters = self.requests.counters
-        #: Why there is no link, while there is none.
+        #: Why there is no link; None while there is one.
         self.problem: ErrorInfo | None = None
         self._queries = Queries(self.link.send)
         self._give_up_ms = give_up_ms
-        self._told = self.link.state
+        self._reported = self.link.state
         self._sessions = 0
-        self._gate_at = NEVER_MS
+        self._submit_at = NEVER_MS
         self._alone_since: int | None = None
         self._first_beat = 0
 
@@ -139,12 +161,12 @@ class ClientCore:
     def next_wakeup_ms(self) -> int:
         wakeup = min(self.link.next_wakeup_ms(), self.requests.next_wakeup_ms(), self._queries.next_wakeup_ms())
         if self.requests.waiting and self.link.welcomed:
-            wakeup = min(wakeup, self._gate_at)
+            wakeup = min(wakeup, self._submit_at)
         if self._give_up_ms and self._alone_since is not None and (self.requests.live or self._queries):
             wakeup = min(wakeup, self._alone_since + self._give_up_ms)
         return wakeup
 
-    # --- what the user asks --------------------------------------------------------------------------------------
+    # --- events of the user --------------------------------------------------------------------------------------
 
     def _on_user(self, event: e.UserEvent, now_ms: int) -> None:
         match event:
@@ -169,7 +191,7 @@ class ClientCore:
             case e.ReaderCaughtUp(id):
                 self.requests.release(id, now_ms)
             case _:
-                assert_never(event)  # type: ignore[arg-type]  # mypy does not see that Forget is done
+                assert_never(event)  # type: ignore[arg-type]  # mypy does not see that both kinds of ReaderLeft are handled
 
     def _leave(self, reason: str, now_ms: int) -> None:
         if self.link.welcomed:
@@ -181,14 +203,14 @@ class ClientCore:
     def _on_time(self, now_ms: int) -> None:
         if now_ms >= self.link.next_wakeup_ms() and self.link.tick(now_ms):
             self.link.send(m.ClientHeartbeat(self.link.beats.number))
-        if self.link.state is not self._told:
+        if self.link.state is not self._reported:
             self._on_link_changed(now_ms)
         if not self.link.welcomed:
             self._maybe_give_up(now_ms)
             return
         self.requests.on_time(now_ms)
         self._queries.on_time(now_ms)
-        if self.requests.waiting and (self.link.up or now_ms >= self._gate_at):
+        if self.requests.waiting and (self.link.up or now_ms >= self._submit_at):
             self.requests.introduce_waiting(now_ms)
         self.requests.acknowledge()
 
@@ -207,12 +229,12 @@ class ClientCore:
     # --- the link ----------------------------------------------------------------------------------------------
 
     def _on_link_changed(self, now_ms: int) -> None:
-        self._told = self.link.state
+        self._reported = self.link.state
         if self.link.sessions != self._sessions:
             self._sessions = self.link.sessions
             self.problem = self._alone_since = None
-            self._gate_at = now_ms + GATE_MS
-            self._queries.say_all(now_ms)
+            self._submit_at = now_ms + TOKEN_PLANE_MS
+            self._queries.send_all(now_ms)
         if not self.link.welcomed and self._alone_since is None:
             self._alone_since = now_ms
             self.requests.on_lost()
@@ -228,7 +250,7 @@ class ClientCore:
         if self.link.state not in (LinkState.DOWN, LinkState.CLOSED):
             self.problem = error
             if error.code is Code.UNAUTHORIZED:
-                self._fail_all(error)  # with this key there is no broker for them
+                self._fail_all(error)  # no broker accepts this key
             self.link.on_refused(error.text, now_ms, again=error.code is Code.UNKNOWN_SESSION)
 
     # --- arrivals ----------------------------------------------------------------------------------------------
@@ -265,7 +287,7 @@ class ClientCore:
                 self.counters.problems += 1
 
     def _on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
-        # Beats may be numbered from anywhere: only those since this session began can be missing.
+        # Beats may begin at any number: only those since the start of this session can be missing.
         self._first_beat = self._first_beat or beat.number
         self.link.on_missing(beat.number - max(self.link.beats.number, self._first_beat - 1), now_ms)
         self.requests.on_heartbeat(beat, now_ms)
@@ -276,7 +298,7 @@ class ClientCore:
             self.requests.on_problem(problem, now_ms)
         elif problem.query and self._queries.forget(problem.query):
             self._out.append(e.ReportFailure(problem.query, problem.error))
-        elif problem.error.code in _OVER or self.link.state is LinkState.GREETING:
+        elif problem.error.code in _SESSION_ENDS or self.link.state is LinkState.GREETING:
             self._refused(problem.error, now_ms)
 
     def _on_tokens(self, frames: list[bytes], now_ms: int) -> None:
@@ -299,4 +321,4 @@ class ClientCore:
             was_up, self.link.beats.number = self.link.up, number
             self.link.on_proof(number, now_ms)
             if self.link.up and not was_up:
-                self.link.beats.now()  # the broker wants to know that its grant works
+                self.link.beats.now()  # so that the broker learns at once that the grant works

@@ -1,5 +1,4 @@
-"""What happens to a client core, and what it orders: facts in the past tense or wishes of the user in,
-orders to the sockets and deliveries to the user out."""
+"""The client core: its events (calls of the user, arrivals) and actions (messages, deliveries to the user)."""
 
 from __future__ import annotations
 
@@ -12,12 +11,12 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
 
-# --- the user wishes -----------------------------------------------------------------------------------
+# --- calls of the user -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitAsked:
-    """Run this request. Without `follow` it is forgotten here as soon as it is accepted."""
+    """Run this request. Without `follow` this client drops it as soon as it is accepted."""
 
     request: m.InferenceRequest
     prompt: bytes
@@ -26,17 +25,17 @@ class SubmitAsked:
 
 @dataclass(frozen=True, slots=True)
 class AttachAsked:
-    """Follow a request that somebody submitted earlier, from token index `have` on."""
+    """Follow a request that was submitted earlier, from token index `have` on."""
 
     id: bytes
     have: int = 0
-    #: How it was submitted, if that was from here: a broker that never knew it, or has lost it, is asked anew.
+    #: The request, if this client submitted it: it is submitted again to a broker that does not know it.
     again: tuple[m.InferenceRequest, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CancelAsked:
-    """Stop a request, mine or not. With `drop` its remaining tokens are not wanted either."""
+    """Stop a request of this or another client. With `drop` its remaining tokens are not delivered."""
 
     id: bytes
     drop: bool = False
@@ -51,21 +50,21 @@ class QueryAsked:
 
 @dataclass(frozen=True, slots=True)
 class CommandAsked:
-    """A wish that is no question, but is answered like one; its `query` is the number of the answer."""
+    """A command that is answered as a query is; its `query` is the number of the answer."""
 
     message: m.DrainWorker | m.Lease
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderLeft:
-    """Nobody waits for this request or query any more; it goes on without us."""
+    """The caller no longer waits for this request or query. A request goes on without this client."""
 
     key: bytes | int
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderBehind:
-    """The reader of this request is too far behind: take no more tokens for it."""
+    """The reader of this request is too far behind: leave out its tokens for now."""
 
     id: bytes
 
@@ -82,7 +81,7 @@ class LeaveAsked:
     reason: str = ""
 
 
-# --- the world reports -----------------------------------------------------------------------------------
+# --- arrivals and time -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +104,21 @@ class TokensArrived:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionChanged:
-    """The control connection is there, is broken, or cannot be had."""
+    """The control connection was made, was lost, or could not be made."""
 
     change: ConnectionChange
 
 
 @dataclass(frozen=True, slots=True)
 class BrokersFound:
-    """The names were looked up: there are so many brokers to choose from."""
+    """The names were looked up: the client can use so many brokers."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The time that was asked for has come."""
+    """The time of `next_wakeup_ms` has come."""
 
 
 UserEvent = (
@@ -137,13 +136,13 @@ class DeliverTokens:
     id: bytes
     ids: list[int]
     pieces: list[bytes]
-    #: Of each token, if they were asked for.
+    #: Of each token, if they were requested.
     logprobs: Sequence[Logprob | None] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ReportPlace:
-    """The request is in, for this model; `ahead` others wait before it."""
+    """The request is accepted, for this model; `ahead` others wait before it."""
 
     id: bytes
     ahead: int
@@ -152,7 +151,7 @@ class ReportPlace:
 
 @dataclass(frozen=True, slots=True)
 class ReportEnd:
-    """The request is over and all its tokens were delivered (unless they were not wanted)."""
+    """The request has ended, and all its tokens were delivered, unless they were not wanted."""
 
     id: bytes
     end: m.End
@@ -160,7 +159,7 @@ class ReportEnd:
 
 @dataclass(frozen=True, slots=True)
 class ReportFailure:
-    """The request (bytes) or query (int) could not be done."""
+    """The request (bytes) or query (int) has failed."""
 
     key: bytes | int
     error: ErrorInfo
@@ -181,6 +180,6 @@ class ReportLink:
     link: int = 0
 
 
-#: What is about one request or query.
+#: Deliveries for one request or query.
 Delivery = DeliverTokens | ReportPlace | ReportEnd | ReportFailure | DeliverResult
 Action = LinkAction | Delivery | ReportLink

@@ -1,4 +1,4 @@
-"""What a client knows about one request or query of its own."""
+"""What a client knows about one request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RequestState(enum.Enum):
     DONE = "done"
 
 
-#: Every legal step of a request in its client. The diagram in ARCHITECTURE.md is drawn from this table.
+#: Every legal step of a request in its client. The diagram in ARCHITECTURE.md is generated from this table.
 CLIENT_STEPS: dict[RequestState, dict[RequestState, str]] = {
     RequestState.WAITING: {
         RequestState.SUBMITTED: "link ready",
@@ -55,19 +55,19 @@ CLIENT_STEPS: dict[RequestState, dict[RequestState, str]] = {
 
 @dataclass(slots=True)
 class ReaderWishes:
-    """What the reader of a request, in this client, wants of it."""
+    """What the reader of a request, in this client, needs of it."""
 
-    #: False when its tokens will not be read. Then an End is enough.
+    #: False if its tokens will not be read. Then an END is enough.
     wanted: bool = True
-    #: False: the request is forgotten as soon as it is accepted.
+    #: False: the request is dropped here as soon as it is accepted.
     follow: bool = True
-    #: The reader is too far behind: tokens are left out, and fetched later.
+    #: The reader is too far behind: tokens are left out now, and fetched later.
     held: bool = False
 
 
 @dataclass(slots=True)
 class QueuePlace:
-    """What the broker has said about an accepted request."""
+    """What the broker has reported about an accepted request."""
 
     ahead: int = -1
     model: str = ""
@@ -76,13 +76,16 @@ class QueuePlace:
 
 @dataclass(slots=True)
 class RepairState:
-    """Which tokens are known to exist, and which were asked for. 0: no alarm is set, nothing was asked for.
+    """Which tokens are known to exist, and which have been requested again.
 
-    If fewer than `target` tokens are here when the alarm rings, a replay of [asked_first, asked_until) is asked for.
+    If fewer than `target` tokens are here when the alarm of the request fires, a replay is requested.
     """
 
+    #: The index after the last token that is known to exist.
     owed: int = 0
+    #: 0: no alarm is set.
     target: int = 0
+    #: The replay that was requested last; 0, 0: none.
     asked_first: int = 0
     asked_until: int = 0
 
@@ -92,30 +95,30 @@ class RepairState:
 
 @dataclass(slots=True)
 class Request:
-    """One request as its client sees it. `message` is None for one that is only cancelled from here."""
+    """One request in its client. `message` is None if this client only cancels it."""
 
     id: bytes
     message: m.InferenceRequest | m.Attach | None
     prompt: bytes | None = None
-    #: 0: none.
+    #: 0: no deadline.
     deadline_at: int = 0
     reader: ReaderWishes = field(default_factory=ReaderWishes)
     state: RequestState = RequestState.WAITING
-    #: How often it was sent on this link without an answer.
+    #: How many times it was sent on this link without an answer.
     tries: int = 0
-    #: It was sent at least once, on any link.
+    #: It was sent at least once, on this or an earlier link.
     sent: bool = False
     cancelled: bool = False
     place: QueuePlace = field(default_factory=QueuePlace)
     end: m.End | None = None
     tokens: Reassembly = field(default_factory=Reassembly)
-    #: What to submit if the broker does not know the request that this client attaches to.
+    #: What to submit if the broker does not know a request to attach to.
     again: tuple[m.InferenceRequest, bytes] | None = None
     repair: RepairState = field(default_factory=RepairState)
 
     @property
     def mine(self) -> bool:
-        """Submitted from here, and not only attached to or cancelled."""
+        """This client has submitted it, and does not only follow or cancel it."""
         return isinstance(self.message, m.InferenceRequest)
 
     @property
@@ -124,7 +127,7 @@ class Request:
 
     @property
     def whole(self) -> bool:
-        """A result: of no use in parts, since the rest may come from another worker, which need not agree with it."""
+        """A result of a task. Parts are useless: the rest may come from another worker, whose result may differ."""
         return isinstance(self.message, m.InferenceRequest) and self.message.task != "generate"
 
     @property
@@ -133,14 +136,14 @@ class Request:
 
     @property
     def repairable(self) -> bool:
-        """A replay would help: the broker knows the request, and there is a reader for what it sends."""
+        """A replay would help: the broker knows the request, and a reader wants its tokens."""
         if self.reader.held or not self.reader.wanted:
             return False
         return self.state is RequestState.ENDING or (self.state is RequestState.RUNNING and self.streams)
 
     @property
     def missing_until(self) -> int:
-        """The end of the first hole; 0 if nothing is known to be missing."""
+        """The end of the first gap; 0 if no token is known to be missing."""
         gap = self.tokens.gap
         if gap is not None:
             return gap[1]
@@ -155,19 +158,19 @@ class Request:
         self.state = state
 
     def introduction(self, now_ms: int) -> tuple[m.InferenceRequest | m.Attach | None, bytes | None]:
-        """The message that makes a broker know this request, and its extra frame.
+        """The message that introduces this request to a broker, and its extra frame.
 
-        A broker may have been restarted, or be another one: it gets what is held of the answer as well.
+        A broker may have been restarted, or be another one: it gets the tokens of the answer that are here as well.
         """
         have = self.tokens.next_index
         if not isinstance(self.message, m.InferenceRequest):
             if self.message is None:
                 return None, None
-            return m.Attach(self.id, have, self._held(), bool(self.place.model)), None
+            return m.Attach(self.id, have, self._sent_chunks(), bool(self.place.model)), None
         left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
         if not self.place.model and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
-        # A broker has accepted it once.
+        # A broker had accepted it.
         blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.chunks)
         message = msgspec.structs.replace(
             self.message,
@@ -180,39 +183,17 @@ class Request:
         )
         return message, blob
 
-    def _held(self) -> list[bytes]:
-        """What was given to us, if that is all from the first token on and not too much to be said."""
-        kept = self.tokens.chunks
-        if not kept or self.tokens.base or sum(map(len, kept)) > limits.CONTROL_BODY_BYTES // 2:
+    def _sent_chunks(self) -> list[bytes]:
+        """The chunks that are here, if they begin with the first token and fit into a message."""
+        chunks = self.tokens.chunks
+        if not chunks or self.tokens.base or sum(map(len, chunks)) > limits.CONTROL_BODY_BYTES // 2:
             return []
-        return transfer.merge(kept)
-
-
-@dataclass(slots=True)
-class OpenQuery:
-    """A query, sent again until all pages of one answer have come in a row."""
-
-    message: m.Query | m.DrainWorker | m.Lease
-    parts: list[bytes] = field(default_factory=list)
-    size: int = 0
-
-    def add(self, result: m.Result) -> bytes | None:
-        """The whole answer when this was its last page.
-
-        Pages of two answers never mix: an answer begins with page 0 and what is out of turn is dropped.
-        """
-        if result.page == 0:
-            self.parts, self.size = [], 0
-        if result.page != len(self.parts) or self.size + len(result.data) > limits.RESULT_BYTES:
-            return None
-        self.parts.append(result.data)
-        self.size += len(result.data)
-        return b"".join(self.parts) if len(self.parts) >= result.pages else None
+        return transfer.merge(chunks)
 
 
 @dataclass(slots=True)
 class Counters:
-    """What a client had to put up with; for tests and for people who wonder."""
+    """For tests, and for people who look for the cause of a delay."""
 
     frames: int = 0
     stray_frames: int = 0

@@ -1,7 +1,7 @@
 """The sockets and the clock of an asyncio client: translate, handle, perform. Belongs to one event loop.
 
-ZeroMQ signals its descriptors on edges only, and a send can swallow the edge of an arrival. So after anything
-was sent or received the sockets are looked at once more, until a look finds nothing; then an edge will come.
+ZeroMQ signals its descriptors on edges only, and a send can consume the edge of an arrival. So after every send and
+receive the sockets are read once more, until nothing is found; then the next arrival causes an edge.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class ClientShell:
         core: ClientCore,
         address: str,
         context: zmq.Context[zmq.Socket[bytes]],
+        *,
         token_hwm: int,
+        key: PeerKey | None,
         deliver: Callable[[e.Delivery | e.ReportLink], None],
         broken: Callable[[Exception], None],
-        key: PeerKey | None = None,
     ) -> None:
         self._core = core
         self._link = Link(
@@ -59,9 +60,9 @@ class ClientShell:
         self.closed = False
 
     def handle(self, event: e.Event) -> None:
-        """Hand an event to the core. What it says leaves with the next pump: what is said at once travels as one.
+        """Pass an event to the core. Its messages are sent by the next pump, as one bundle for each round.
 
-        A delivery may cause another event: that one waits for its turn.
+        A delivery may cause another event, which is handled after this one.
         """
         if self.closed:
             return
@@ -83,7 +84,7 @@ class ClientShell:
         self.handle(e.BrokersFound(len(found)))
 
     def close(self) -> None:
-        """After `Leave`: the sockets are closed, nothing will be heard of this any more."""
+        """After `LeaveAsked`: close the sockets. Nothing is delivered from then on."""
         self.closed = True
         self._unwatch()
         self._link.flush()
@@ -91,14 +92,14 @@ class ClientShell:
         if self._timer is not None:
             self._timer.cancel()
 
-    # --- orders ------------------------------------------------------------------------------------------------
+    # --- actions ------------------------------------------------------------------------------------------------
 
     def _perform(self, action: e.Action) -> None:
         match action:
             case Send() | Publish():
                 self._link.perform(action)
             case OpenControl() | OpenTokens() | CloseLink():
-                # A descriptor must not be watched any more when its number may be given to another socket.
+                # A descriptor must not be watched when another socket may get its number.
                 self._unwatch()
                 self._link.perform(action)
                 self._watch()
@@ -132,7 +133,7 @@ class ClientShell:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """One look at everything. If it found or sent something there will be another one; tasks get a turn between."""
+        """Read all sockets once. If something was received or sent, another pump follows; tasks run in between."""
         self._pump_due = False
         if self.closed:
             return
@@ -140,7 +141,7 @@ class ClientShell:
             self._turn()
             self._set_timer()
         except Exception as error:
-            # A fault of ours. Whoever waits for an answer must hear of it, or waits for ever.
+            # A bug of the client. Callers must get an error, or they would wait without end.
             log.exception("the client is broken")
             self.close()
             self._broken(error)
@@ -152,25 +153,25 @@ class ClientShell:
             self._watch()
             self.handle(e.BrokersFound(len(self._link.brokers.found)))
         self._link.flush()
-        # Tokens first: an End then finds its last token in place.
+        # Tokens first: then the last token is in place when its END is handled.
         frames = self._link.receive_tokens()
         if frames:
             self.handle(e.TokensArrived([frame[limits.TOPIC_BYTES :] for frame in frames]))
         for bundle in self._link.receive_control():
             self.handle(e.ControlArrived(bundle.session, bundle.messages, bundle.problems))
-        # After what was said: the last words of a broker that leaves come before its connection breaks.
+        # After the messages: the goodbye of a broker arrives before its connection breaks.
         for change in self._link.receive_changes():
             self.handle(e.ConnectionChanged(change))
         held_back = self._link.wants_to_write
         if held_back:
-            # A send without a connection fails at once and looks for no news; a receive does. So only now the
-            # socket may know that it is connected, and the edge that said so is used up.
+            # A send without a connection fails at once without looking for commands of the I/O thread; a receive looks.
+            # So the socket may have learned only now that it is connected, and the edge of that is consumed.
             self._link.push()
             if not self._link.wants_to_write:
                 self._pump_soon()
 
     def _set_timer(self) -> None:
-        """A timer that is set too early does no harm: the core finds nothing to do."""
+        """A timer that fires too early does no harm: the core finds nothing to do."""
         wakeup = self._core.next_wakeup_ms()
         if self._timer is not None:
             if self._timer_at <= wakeup:

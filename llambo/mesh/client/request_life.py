@@ -1,7 +1,7 @@
-"""The life of a client's requests, from the wish to the end: the steps of CLIENT_STEPS.
+"""The life of a request in its client, from submit to end: the steps of CLIENT_STEPS.
 
-One alarm per request is enough: while it is submitted it means "say it again", while it runs or ends "look for
-what is missing", while it is being cancelled "say cancel again".
+One alarm for each request is enough. While the request is submitted it means "send it again", while it runs or ends
+"look for missing tokens", while it is being cancelled "send the cancel again".
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.stream import Reassembly
 from llambo.mesh.wire.timers import Timers
 
-# --- When a client asks for tokens to be sent again, and which. ---
+# --- When a client requests tokens again, and which. ---
 #
-# That a token exists is known from a later one (a gap), from a beat (progress), from a page (total) or from End
-# (count). If it is not here a moment later, the broker is asked for the first hole. Asking less often and for
-# exactly what is missing keeps the duplicates down: un-coalesced replays were four frames for each token.
+# A token is known to exist from a later one (a gap), from a heartbeat (progress), from a page (total) or from END
+# (count). If it has not arrived a moment later, a replay of the first gap is requested. To request seldom, and exactly
+# what is missing, avoids duplicates: with separate replays for each gap they were four frames for each token.
 
-#: Frames overtake each other by a fraction of a millisecond; a hole older than this will not close by itself.
+#: Frames overtake each other by a fraction of a millisecond; a gap older than this will not close by itself.
 TAIL_GRACE_MS = 10
-#: After this a replay that was asked for is asked for again.
+#: A replay that was requested is requested again after this time.
 REPLAY_AGAIN_MS = 500
 
 
@@ -36,15 +36,15 @@ class Repair:
         self._counters = counters
 
     def owe(self, request: Request, until: int, now_ms: int) -> None:
-        """Tokens before `until` exist. If they are not here in a moment, ask for them."""
+        """Tokens before `until` exist. If they have not arrived in a moment, request them."""
         request.repair.owed = max(request.repair.owed, until)
         if not request.repair.target and request.repairable and request.missing_until:
             request.repair.target = request.repair.owed
-            # Without a token plane there is nothing to wait for.
+            # Without a token plane none are on their way.
             self._timers.set(request.id, now_ms + (TAIL_GRACE_MS if self._link.up else 0))
 
     def expect(self, request: Request, until: int, now_ms: int) -> None:
-        """As if a replay had been asked for just now: look again when it should have come."""
+        """As if a replay had been requested just now: look again when it should have arrived."""
         request.repair.owed = max(request.repair.owed, until)
         request.repair.target = request.repair.asked_until = until
         request.repair.asked_first = request.tokens.next_index
@@ -63,33 +63,33 @@ class Repair:
         if late:
             self.ask(request, now_ms)
         else:
-            self.owe(request, 0, now_ms)  # that came by itself; newer ones may be missing
+            self.owe(request, 0, now_ms)  # they arrived by themselves; later ones may be missing
 
     def on_page(self, request: Request, page: m.Page, now_ms: int) -> None:
-        """A page was taken in: go on with the rest of what was asked for."""
+        """A page has been added: go on with the rest of the replay."""
         asked_first, asked_until = request.repair.asked_first, request.repair.asked_until
         request.repair.forget()
         if not request.repairable or not request.missing_until:
             return
         if request.tokens.next_index == asked_first:
-            self.expect(request, request.repair.owed, now_ms)  # it brought nothing: the broker waits for it, too
+            self.expect(request, request.repair.owed, now_ms)  # it was empty: the broker waits for these tokens as well
         elif page.next < asked_until:
             self.ask(request, now_ms)
         else:
             self.owe(request, 0, now_ms)
 
 
-#: How long what was said may stay unanswered before it is said again; doubles for submits, up to the second.
+#: The pause before a message without an answer is sent again; for submits it doubles, from the first to the second.
 RESEND_MS = (500, 4_000)
 
-#: Of a request that asked for none, which is nearly every one.
+#: For requests without logprobs, which are nearly all.
 NO_LOGPROBS: Sequence[tokens.Logprob | None] = ()
 
 _ID_END = 1 + limits.REQUEST_ID_BYTES
 
 
 class Requests:
-    """Those that are alive, by id. Orders go to the link, deliveries to `out`."""
+    """The live requests by id. Messages go to the link, deliveries to `out`."""
 
     def __init__(self, link: LinkCore, out: list[e.Action]) -> None:
         self.live: dict[bytes, Request] = {}
@@ -117,19 +117,19 @@ class Requests:
                 self._introduce(request, now_ms)
             case RequestState.CANCELLING:
                 self.counters.resends += 1
-                self._say_cancel(request, now_ms)
+                self._send_cancel(request, now_ms)
             case _:
                 self._repair.on_alarm(request, now_ms)
 
     def on_lost(self) -> None:
-        """Nothing that was said on the old link counts; all of it is said again on the next."""
+        """The link is lost: everything is sent again on the next one."""
         self._acks.clear()
         for request in self.live.values():
             if request.state is not RequestState.WAITING:
                 request.enter(RequestState.WAITING)
             request.end, request.tries = None, 0
             request.repair.forget()
-            # The next broker may not know this answer, and go on with it in another way.
+            # The next broker may not know this answer, and continue it in another way.
             request.repair.owed = 0
             request.tokens.forget_stash()
             if request.whole:
@@ -143,7 +143,7 @@ class Requests:
             self._introduce(request, now_ms)
 
     def acknowledge(self) -> None:
-        """What ended in this round, all at once."""
+        """Acknowledge all ENDs of this round together."""
         for start in range(0, len(self._acks), limits.PAGE_CHUNKS):
             self._link.send(m.EndAck(self._acks[start : start + limits.PAGE_CHUNKS]))
         self.counters.end_acks += len(self._acks)
@@ -153,10 +153,10 @@ class Requests:
         for request in list(self.live.values()):
             self._fail(request, error)
 
-    # --- what the user wishes ----------------------------------------------------------------------------------
+    # --- calls of the user ----------------------------------------------------------------------------------
 
     def begin(self, request: Request) -> None:
-        assert request.id not in self.live, "this client follows that request already"
+        assert request.id not in self.live, "this client already follows that request"
         self.live[request.id] = self.waiting[request.id] = request
 
     def cancel(self, id: bytes, drop: bool, now_ms: int) -> None:
@@ -170,7 +170,7 @@ class Requests:
             case RequestState.WAITING if not request.sent and request.mine:
                 self._finish(request, m.End(id, request.tokens.next_index, "cancelled"))
             case RequestState.SUBMITTED | RequestState.RUNNING:
-                self._say_cancel(request, now_ms)
+                self._send_cancel(request, now_ms)
             case _:
                 self._settle(request, now_ms)
 
@@ -189,12 +189,12 @@ class Requests:
             self._repair.ask(request, now_ms)
 
     def cancel_mine(self) -> None:
-        """Before leaving for good: nobody will read these."""
+        """Before the client disconnects: its answers will not be read."""
         for request in self.live.values():
             if request.mine and not request.detached and request.state is not RequestState.WAITING:
                 self._link.send(m.Cancel(request.id))
 
-    # --- what the broker says ----------------------------------------------------------------------------------
+    # --- messages of the broker ----------------------------------------------------------------------------------
 
     def on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
         for id, next_index in beat.progress.items():
@@ -223,14 +223,14 @@ class Requests:
     def on_end(self, end: m.End, now_ms: int) -> None:
         request = self.live.get(end.id)
         if request is None:
-            # Finished here, or nobody is interested any more: the broker need not say it again.
+            # It has ended here, or was dropped: the broker need not send the END again.
             self._acks.append(end.id)
             return
         if request.state is RequestState.WAITING:
-            return  # it was not said on this link yet; then the broker answers again
+            return  # it has not been sent on this link yet; when it is, the broker answers again
         request.end = end
         if request.complete:
-            self._settle(request, now_ms)  # of a result nothing has been handed over yet
+            self._settle(request, now_ms)  # of a result nothing has been delivered yet
             return
         if request.state is not RequestState.ENDING:
             request.enter(RequestState.ENDING)
@@ -242,7 +242,7 @@ class Requests:
             request.repair.owed = max(request.repair.owed, end.count)
             self._repair.ask(request, now_ms)
         elif not request.repair.target and not request.reader.held:
-            # Its first page is on its way, just behind this.
+            # Its first page follows this message.
             self._repair.expect(request, end.count, now_ms)
 
     def on_page(self, page: m.Page, now_ms: int) -> None:
@@ -265,17 +265,17 @@ class Requests:
     def on_problem(self, problem: m.Problem, now_ms: int) -> None:
         request = self.live[problem.id]
         if request.state is RequestState.CANCELLING and request.mine and problem.error.code is Code.UNKNOWN_REQUEST:
-            # The submit was lost and the cancel was not: it never ran.
+            # The submit was lost and the cancel arrived: the request never ran.
             self._finish(request, m.End(request.id, request.tokens.next_index, "cancelled"))
         elif request.again and request.state is RequestState.SUBMITTED and problem.error.code is Code.UNKNOWN_REQUEST:
-            # It waited, or had ended, at a broker that is gone. Who has submitted it can do so again.
+            # It waited, or had ended, at a broker that is gone. This client has submitted it, and does so again.
             (request.message, request.prompt), request.again = request.again, None
             self._introduce(request, now_ms)
         else:
             self._fail(request, problem.error)
 
     def on_chunks(self, frames: list[bytes], now_ms: int) -> None:
-        """The hot path: sort the chunks of one drain to their requests, then deliver once for each."""
+        """The hot path: add the chunks of one read to their requests, then deliver once for each request."""
         live, waiting = self.live, RequestState.WAITING
         touched: dict[bytes, Request] = {}
         for frame in frames:
@@ -284,7 +284,7 @@ class Requests:
             if request is None:
                 self.counters.stray_frames += 1
             elif request.state is waiting:
-                self.counters.stray_frames += 1  # of a link that is gone: the next may go on otherwise
+                self.counters.stray_frames += 1  # of a lost link: the answer may continue in another way on the next
             elif request.reader.held:
                 self._leave_out(request, frame)
             else:
@@ -296,7 +296,7 @@ class Requests:
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _introduce(self, request: Request, now_ms: int) -> None:
-        """Make the broker know the request; say its cancel too if that is what has become of it."""
+        """Introduce the request to the broker, and send its cancel as well if it is cancelled."""
         if request.state is RequestState.WAITING:
             request.enter(RequestState.SUBMITTED)
         request.sent = True
@@ -306,9 +306,9 @@ class Requests:
             self._timers.set(request.id, now_ms + min(RESEND_MS[0] << request.tries, RESEND_MS[1]))
             request.tries = min(request.tries + 1, 8)
         if request.cancelled:
-            self._say_cancel(request, now_ms)
+            self._send_cancel(request, now_ms)
 
-    def _say_cancel(self, request: Request, now_ms: int) -> None:
+    def _send_cancel(self, request: Request, now_ms: int) -> None:
         if request.state is not RequestState.CANCELLING:
             request.enter(RequestState.CANCELLING)
             request.repair.forget()
@@ -327,7 +327,7 @@ class Requests:
             request.repair.owed = max(request.repair.owed, first + count)
 
     def _settle(self, request: Request, now_ms: int) -> None:
-        """Hand over what is in order; then the request is over, or something is missing, or all is well."""
+        """Deliver the tokens that are in order. Then end the request if it is complete, or look after a gap."""
         ids, pieces = request.tokens.take() if request.complete or not request.whole else ([], [])
         if ids and request.reader.wanted:
             logprobs = request.tokens.take_logprobs(len(ids)) if request.tokens.logprobs else NO_LOGPROBS
@@ -348,7 +348,7 @@ class Requests:
         self._out.append(e.ReportFailure(request.id, error))
 
     def _detach(self, request: Request) -> None:
-        """It goes on without us. If this is lost, its tokens come here for nothing, and its END is acknowledged."""
+        """Stop following. If this message is lost, tokens still arrive and are ignored, and the END is acknowledged."""
         if request.sent and self._link.welcomed:
             self._link.send(m.Detach(request.id))
         self._drop(request)

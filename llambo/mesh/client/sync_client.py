@@ -1,27 +1,25 @@
-"""The same client for programs without an event loop: the asyncio one, on a thread of its own."""
+"""The client for programs without an event loop: the asyncio client on a thread of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client import Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
-from llambo.mesh.client.client_tasks import Embeddings, TaskCall, Tokenized
 from llambo.mesh.client.request_options import Options
-from llambo.mesh.wire import reports
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.tasks import Form, Pooling
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class SyncStream:
-    """An answer as it comes. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
+    """An answer as it arrives. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
 
     def __init__(self, stream: Stream, client: SyncClient) -> None:
         self._stream = stream
@@ -66,10 +64,20 @@ class SyncStream:
     def __enter__(self) -> SyncStream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _blocking(
+    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[SyncClient, P], T]:
+    """The method of `SyncClient` that waits for this method of `Client`."""
+
+    @functools.wraps(method)
+    def call(client: SyncClient, /, *args: P.args, **options: P.kwargs) -> T:
+        return client.run(method(client._client, *args, **options))
+
+    return call
 
 
 class SyncClient:
@@ -95,9 +103,9 @@ class SyncClient:
     # --- connecting --------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Returns when a broker has said welcome."""
+        """Returns when a broker has sent its welcome."""
         self._loop = asyncio.new_event_loop()
-        # A daemon, so that a program that forgets to close is not held up at its end.
+        # A daemon, so that a program that does not call `close` can end.
         self._thread = threading.Thread(target=self._loop.run_forever, name="llambo-client", daemon=True)
         self._thread.start()
         try:
@@ -107,7 +115,7 @@ class SyncClient:
             raise
 
     def close(self) -> None:
-        """Cancel what runs here (but not what is detached) and leave."""
+        """Cancel the requests of this client that are not detached, and disconnect."""
         if self._loop is None:
             return
         try:
@@ -120,7 +128,7 @@ class SyncClient:
         self._loop = self._thread = None
         if loop is None or thread is None:
             return
-        # On its own thread: the caller's may have a loop that runs, in a notebook for one.
+        # On its own thread: the thread of the caller may have a running loop, as in a notebook.
         asyncio.run_coroutine_threadsafe(_wind_up(loop), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
@@ -130,13 +138,11 @@ class SyncClient:
         self.connect()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it on the client's loop. A Ctrl-C in the meantime cancels it there, too."""
+        """Run it on the loop of the client. A Ctrl-C meanwhile cancels it there as well."""
         if self._loop is None:
             work.close()
             raise LlamboError(Code.NO_BROKER, "the client is not connected")
@@ -149,93 +155,36 @@ class SyncClient:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> SyncStream:
-        """Submit a request now, and read its answer as it comes."""
+        """Submit a request now, and read its answer as it arrives."""
         return SyncStream(self.run(self._stream(prompt, options)), self)
 
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
-        """The whole answer at once."""
-        return self.run(self._client.generate(prompt, **options))
-
-    def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
-        """Submit a request and let it run; its id is for `attach`."""
-        return self.run(self._client.submit(prompt, detached=detached, **options))
+    generate = _blocking(Client.generate)
+    submit = _blocking(Client.submit)
+    cancel = _blocking(Client.cancel)
 
     def attach(self, id: str) -> SyncStream:
         """Follow a request that was submitted earlier, from its first token."""
         return SyncStream(self.run(self._client.attach(id)), self)
 
-    def cancel(self, id: str) -> str:
-        """Stop a request, whoever submitted it. Returns the reason it ended for."""
-        return self.run(self._client.cancel(id))
-
-    # --- tasks -------------------------------------------------------------------------------------------------
-
-    def tokenize(
-        self,
-        text: str,
-        *,
-        special: bool = False,
-        form: Form = "text",
-        system: str = "",
-        **call: Unpack[TaskCall],
-    ) -> Tokenized:
-        """The tokens a prompt of this text has."""
-        return self.run(self._client.tokenize(text, special=special, form=form, system=system, **call))
-
-    def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
-        """The text of these tokens."""
-        return self.run(self._client.detokenize(ids, special=special, **call))
-
-    def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        normalized: bool = True,
-        pooling: Pooling = "",
-        **call: Unpack[TaskCall],
-    ) -> Embeddings:
-        """Vectors for texts."""
-        return self.run(self._client.embed(texts, normalized=normalized, pooling=pooling, **call))
-
-    def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """What a model is, and how it is served."""
-        return self.run(self._client.model_info(**call))
-
     async def _stream(self, prompt: str, options: Options) -> Stream:
         return self._client.stream(prompt, **options)
 
-    # --- questions ---------------------------------------------------------------------------------------------
+    # --- tasks, queries and commands ---------------------------------------------------------------------------
 
-    def query(self, what: str, argument: str = "") -> Any:
-        """The broker's answer as it was sent."""
-        return self.run(self._client.query(what, argument))
-
-    def status(self) -> reports.MeshStatus:
-        return self.run(self._client.status())
-
-    def workers(self, name: str = "") -> list[reports.WorkerRow]:
-        return self.run(self._client.workers(name))
-
-    def models(self) -> list[reports.ModelRow]:
-        return self.run(self._client.models())
-
-    def requests(self) -> list[reports.RequestRow]:
-        return self.run(self._client.requests())
-
-    def events(self, since: int = 0) -> list[reports.EventRow]:
-        return self.run(self._client.events(since))
-
-    def recent(self, since: int = 0) -> reports.Recent:
-        return self.run(self._client.recent(since))
-
-    def metrics(self) -> str:
-        return self.run(self._client.metrics())
-
-    def why(self, id: str) -> reports.RequestStory:
-        return self.run(self._client.why(id))
-
-    def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        return self.run(self._client.drain(worker, undo, move=move))
+    tokenize = _blocking(Client.tokenize)
+    detokenize = _blocking(Client.detokenize)
+    embed = _blocking(Client.embed)
+    model_info = _blocking(Client.model_info)
+    query = _blocking(Client.query)
+    status = _blocking(Client.status)
+    workers = _blocking(Client.workers)
+    models = _blocking(Client.models)
+    requests = _blocking(Client.requests)
+    events = _blocking(Client.events)
+    recent = _blocking(Client.recent)
+    metrics = _blocking(Client.metrics)
+    why = _blocking(Client.why)
+    drain = _blocking(Client.drain)
 
 
 async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,1 +1,1 @@
-"""How a peer stays connected to a broker: the sockets, and the link that worker and client share."""
+"""How a peer stays connected to a broker: its sockets, and the link that worker and client share."""

@@ -1,4 +1,4 @@
-"""The sockets of one link, as its core orders them. Belongs to the thread that polls it."""
+"""The sockets of one link, which performs the actions of its core. Used by one thread only, which polls it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import PeerKey
 
-# --- Looking up the names of brokers, which may take seconds, without holding up whoever waits for it. ---
+# --- The names of brokers are looked up in a thread, because that may take seconds. ---
 
 
 class Lookup:
-    """One question to the resolver, in a thread. Its descriptor becomes readable when the answer is there."""
+    """One call of the resolver, in a thread. Its descriptor becomes readable when the call has returned."""
 
     def __init__(self, addresses: str) -> None:
         self.done = False
-        #: Why there is no answer.
+        #: Why the lookup failed; empty if it did not.
         self.problem = ""
         self.found: list[tuple[str, int]] = []
         self._addresses = addresses
@@ -40,7 +40,7 @@ class Lookup:
         return self._reader
 
     def close(self) -> None:
-        """A resolver cannot be interrupted: if it is still at it, nobody will hear its answer."""
+        """A resolver cannot be interrupted. If it still runs, its result will be ignored."""
         os.close(self._reader)
 
     def _run(self) -> None:
@@ -49,44 +49,44 @@ class Lookup:
         except LlamboError as error:
             self.problem = error.text
         self.done = True
-        with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+        with contextlib.suppress(BrokenPipeError):  # the lookup was closed
             os.write(self._writer, b"\0")
         os.close(self._writer)
 
 
 log = logging.getLogger(__name__)
 
-#: Control messages held back while the connection is being made or blips; then the oldest go first.
+#: Control messages that wait while there is no connection. If there are more, the oldest are dropped.
 PENDING_MESSAGES = 1_024
-#: Messages taken from one socket before the others get a turn.
+#: Messages read from one socket before the others are read.
 DRAIN_MESSAGES = 1_000
 #: Messages of one bundle.
 BUNDLED_MESSAGES = 64
-#: What libzmq is asked to tell of the control connection: a number and a value.
+#: Events of the control connection that libzmq reports, each as a number and a value.
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _FAILED
 _EVENT = struct.Struct("=HI")
 
 
 class Brokers:
-    """The brokers that an address stands for, in the order in which this peer tries them.
+    """The brokers of an address, in the order in which this peer tries them.
 
-    With `spread` each peer has an order of its own, so that the peers of several brokers are spread over them; without
-    it only the first broker is used.
+    With `spread` each peer has a random order, so that the peers are spread over the brokers; without it only the first
+    broker is used.
     """
 
     def __init__(self, address: str, *, spread: bool) -> None:
         self.address = address
         self.found: list[tuple[str, int]] = []
-        #: The number of the one to connect to, counted round and round.
+        #: The number of the current broker, modulo the number of brokers.
         self.target = 0
-        #: No name has to be looked up.
+        #: True if there is no name to look up.
         self.literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
         self._spread = spread
         self._shares: dict[tuple[str, int], float] = {}
 
     def take(self, found: list[tuple[str, int]]) -> None:
-        """What a lookup has found. A broker that was known keeps its place in the order."""
+        """Use the results of a lookup. Known brokers stay in the same order."""
         if not self._spread:
             self.found = found[:1]
             return
@@ -100,7 +100,7 @@ class Brokers:
 
 
 class Outbox:
-    """Control messages on their way to the socket: those of one round are sent as one bundle."""
+    """Control messages before they reach the socket. Those of one round are sent as one bundle."""
 
     def __init__(self) -> None:
         self.pending: deque[list[bytes]] = deque(maxlen=PENDING_MESSAGES)
@@ -108,7 +108,7 @@ class Outbox:
         self._session = codec.NO_SESSION
 
     def add(self, session: bytes, message: m.Message, blob: bytes | None) -> bool:
-        """False: what is in the outbox has to be flushed first."""
+        """False if the outbox has to be flushed first."""
         if session != self._session or len(self._messages) >= BUNDLED_MESSAGES:
             if self._messages:
                 return False
@@ -129,8 +129,8 @@ class Outbox:
 class Link:
     """DEALER for control, and SUB (client) or XPUB (worker) for tokens.
 
-    `address` may be a list, and a name may stand for several: `OpenControl` says which of those that were found is
-    meant. With `spread` everybody has them in an order of his own; without it only the first one is meant.
+    `address` may be a list, and a name may have several IP addresses: see `Brokers`. `OpenControl` has the number of
+    the broker to connect to.
     """
 
     def __init__(
@@ -147,9 +147,9 @@ class Link:
     ) -> None:
         self.control: zmq.Socket[bytes] | None = None
         self.tokens: zmq.Socket[bytes] | None = None
-        #: What libzmq has to say of the control connection.
+        #: Reports events of the control connection.
         self.monitor: zmq.Socket[bytes] | None = None
-        #: The name is being looked up: when this is done, `answered` goes on.
+        #: A lookup in progress. When it is done, call `answered`.
         self.lookup: Lookup | None = None
         self.brokers = Brokers(address, spread=spread)
         self.dropped_frames = 0
@@ -163,10 +163,10 @@ class Link:
         self._connected = False
         self._outbox = Outbox()
 
-    # --- orders --------------------------------------------------------------------------------------
+    # --- actions --------------------------------------------------------------------------------------
 
-    def perform(self, order: LinkAction) -> None:
-        match order:
+    def perform(self, action: LinkAction) -> None:
+        match action:
             case Send(_, session, message, blob):
                 if not self._outbox.add(session, message, blob):
                     self.flush()
@@ -182,12 +182,12 @@ class Link:
                 self.close()
 
     def flush(self) -> None:
-        """Send what was ordered since the last flush, as one bundle."""
+        """Send the messages since the last flush as one bundle."""
         self._outbox.bundle()
         self.push()
 
     def push(self) -> None:
-        """Hand pending messages to the socket, as far as it takes them."""
+        """Pass pending messages to the socket until it is full."""
         pending = self._outbox.pending
         while pending and self.control is not None:
             try:
@@ -207,13 +207,13 @@ class Link:
             if self.control is None:
                 return
             try:
-                frames = self.control.recv_multipart(zmq.DONTWAIT)
+                frames = [frame.bytes for frame in sockets.receive(self.control)]
             except zmq.Again:
                 return
             yield self._decoder.decode(frames)
 
     def receive_changes(self) -> Iterator[ConnectionChange]:
-        """What became of the control connection."""
+        """Changes of the control connection since the last call."""
         while self.monitor is not None:
             try:
                 event, value = _EVENT.unpack(self.monitor.recv_multipart(zmq.DONTWAIT)[0])
@@ -232,7 +232,7 @@ class Link:
                 yield ConnectionChange.LOST if connected else ConnectionChange.REFUSED
 
     def receive_tokens(self) -> list[bytes]:
-        """Frames from the token plane. Each is checked for itself, so it does not matter how they were sent."""
+        """Frames from the token plane. Each is checked by itself, so multipart messages need no treatment."""
         frames: list[bytes] = []
         if self.tokens is None:
             return frames
@@ -261,13 +261,13 @@ class Link:
         if self.brokers.literal:
             self.brokers.take(sockets.resolve_all(self.brokers.address))
         elif not self.brokers.found or target == 0:
-            # Once a round: the brokers of a name may be others by now.
+            # Once in each round over all brokers: the name may have other addresses now.
             self.lookup = Lookup(self.brokers.address)
             return
         self._connect()
 
     def answered(self) -> None:
-        """The name was looked up. If in vain, the core sees a greeting without an answer and tries again later."""
+        """The lookup is done. If it failed, the hello of the core gets no answer, and the core tries again later."""
         lookup, self.lookup = self.lookup, None
         if lookup is None:
             return

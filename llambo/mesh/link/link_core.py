@@ -1,25 +1,25 @@
-"""How a peer joins a broker and stays joined: the core that worker and client share.
+"""How a peer joins a broker and stays connected: the core that worker and client share.
 
-A link is one control socket and one token socket to one broker, and each may fail alone. So beats go out on both
-planes, and what comes back shows which of them works.
+A link is one control socket and one token socket to one broker, and each may fail alone. So beats are sent on both
+planes, and their echoes show which of them works.
 
     worker   publishes beat n on the token plane; the broker echoes the last one it received, on control
     client   receives beat n on control and on the token plane, and echoes the latter on control
 
-The first beat that comes back through the token plane makes the link UP. When three are missing it is MENDING: the
-token socket is replaced, and until that helps everything is served by REPLAY over control. A silent control plane or
-an unknown session takes the link DOWN, and a new one is opened on fresh sockets.
+The first beat that passed the token plane makes the link UP. When three are missing it is MENDING: the token socket is
+replaced, and until that helps all tokens are sent by replay over control. With a silent control plane or an unknown
+session the link is DOWN, and a new one is opened on new sockets.
 
-A link with an alternative does not wait for a lease: a connection that breaks and cannot be made again at once means
-that the broker is gone. A client with several brokers then goes to the next one. A worker with several brokers
-(`hasty`) has one link to each: it tries the same one again, and meanwhile offers its runs to the others.
+If there is an alternative, a link does not wait for its lease: a connection that breaks and cannot be made again at
+once means that the broker is gone. A client with several brokers then connects to the next one. A worker with several
+brokers (`hasty`) has a link to each: it tries the same one again, and meanwhile offers its runs to the others.
 
                                      one broker      hasty           several brokers
-    a silent broker is given up      after the lease after the lease after `SILENT_MS`, or ten beats
-    and is sent a goodbye            no              no              yes
+    a silent broker counts as lost   after the lease after the lease after `SILENT_MS`, or ten beats
+    and gets a goodbye               no              no              yes
     a hello without an answer        `GREETING_MS`   `GREETING_MS`   `TRY_MS`, doubled with each round
     a refused connection             wait            wait            try the next one at once
-    a connection that was lost       wait            down after `CUT_MS`, or when a try to have it back fails
+    a connection that was lost       wait            down after `CUT_MS`, or when an attempt to reconnect fails
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from llambo.mesh.wire import tokens
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.timers import NEVER_MS
 
-# --- What a link orders its shell to do. ---
+# --- The actions of a link. ---
 
 
 @dataclass(frozen=True, slots=True)
 class OpenControl:
-    """Close the sockets of this link, then connect a new control socket to broker number `target` of those it knows."""
+    """Close the sockets of this link, then connect a new control socket to broker number `target` of its address."""
 
     link: int
     target: int = 0
@@ -55,14 +55,14 @@ class OpenTokens:
 
 @dataclass(frozen=True, slots=True)
 class CloseLink:
-    """Close both sockets. What was just sent may still leave."""
+    """Close both sockets. The last messages may still be sent."""
 
     link: int
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send on control, under this session id. What is sent in one round travels as one bundle."""
+    """Send on control, with this session id. The messages of one round form one bundle."""
 
     link: int
     session: bytes
@@ -119,17 +119,17 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
 
 #: Token-plane beats that may be missing before the plane counts as down.
 MISSING_BEATS = 3
-#: How long a hello may stay unanswered before it is sent again, and before the sockets are replaced.
+#: How long a hello waits for its answer before it is sent again, and before the sockets are replaced.
 HELLO_AGAIN_MS = 500
 GREETING_MS = 5_000
-#: The pause before a new try: doubles from the first to the last.
+#: The pause before another attempt: doubles from the first to the last.
 BACKOFF_MS = (100, 2_000)
-#: With an alternative: how long a connection may be broken, how long a broker may be silent, and how long a hello may
-#: stay unanswered in the first round. See the table above.
+#: If there is an alternative: how long a connection may be broken, how long a broker may be silent, and how long a
+#: hello waits for its answer in the first round. See the table above.
 CUT_MS = 300
 SILENT_MS = 2_000
 TRY_MS = 1_000
-#: The shortest time between two beats, however many changes there are to report.
+#: The shortest time between two beats, even if there are many changes to report.
 SOON_MS = 20
 
 
@@ -137,9 +137,9 @@ class ConnectionChange(enum.Enum):
     """What the socket monitor reports of the control connection."""
 
     CONNECTED = "connected"
-    LOST = "lost"  # it was there, and is not any more; the socket tries to make it again
-    REFUSED = "refused"  # such a try has failed: nothing listens there
-    HANDSHAKE_FAILED = "handshake failed"  # something listens there, and breaks off the handshake
+    LOST = "lost"  # it broke; the socket tries to connect again
+    REFUSED = "refused"  # such an attempt has failed: nothing listens there
+    HANDSHAKE_FAILED = "handshake failed"  # something listens there, and ends the handshake
     KEY_DENIED = "key denied"
     KEY_MISMATCH = "key mismatch"  # one end has keys, and the other has not
 
@@ -149,9 +149,9 @@ class LinkProblem(enum.Enum):
 
     NO_ANSWER = "no answer"
     NOT_LISTENING = "nothing listens there"
-    #: With keys it looks like this when the other end is the first to see that they do not match.
+    #: With keys it looks like this if the other end is the first to notice that they do not match.
     NO_HANDSHAKE = "the handshake fails: what listens there is no broker, or it wants a key, or another key"
-    KEY_DENIED = "the broker does not take this key: it is unknown there, has expired, or is for another role"
+    KEY_DENIED = "the broker does not accept this key: it is unknown there, has expired, or is for another role"
     KEY_MISMATCH = "the broker wants a key and none was given, or one was given and the broker has no keys"
     LOST = "the connection to the broker is lost"
     SILENT = "the broker is silent"
@@ -167,12 +167,12 @@ _DENIALS = {
 
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
-    """What the broker's welcome says about the session. They remain readable when the session is over."""
+    """The fields of the welcome. They remain readable when the session is over."""
 
     broker: str = ""
     heartbeat_ms: int = 200
     lease_ms: int = 2_000
-    #: The broker sends no page that it was not asked for.
+    #: The broker sends pages on request only.
     pull: bool = False
     token_port: int = 0
     topic: bytes = b""
@@ -187,17 +187,17 @@ class SessionTerms:
 
 @dataclass(slots=True)
 class Attempts:
-    """Which broker to greet, and when."""
+    """Which broker to send a hello to, and when."""
 
-    #: How many brokers there are to choose from, and the number of the current one.
+    #: The number of known brokers, and which of them is the current one.
     choices: int = 1
     target: int = 0
-    #: Tries so far. A hello that is sent again within one of them has to be the same.
+    #: Attempts so far. Within one of them a hello that is sent again has to be the same.
     greetings: int = 0
     hello_at: int = 0
-    #: This try has failed for want of the right key: another one with the same key will, too.
+    #: This attempt has failed because of the key: another one with the same key will fail as well.
     denied: bool = False
-    #: Since the last welcome.
+    #: Failed attempts since the last welcome.
     failed: int = 0
     retry_at: int = 0
     pause_ms: int = BACKOFF_MS[0]
@@ -216,12 +216,12 @@ class Attempts:
         self.failed, self.pause_ms = 0, BACKOFF_MS[0]
 
     def fail(self, now_ms: int, *, again: bool) -> None:
-        """`again`: the broker is there and wants another hello, so the next one is no alternative."""
+        """`again`: the broker lives and wants another hello, so the next broker is not tried."""
         if not again:
             self.target = (self.target + 1) % self.choices
             self.failed += 1
         if self.failed % self.choices and not again:
-            self.retry_at = now_ms  # a broker that was not tried in this round
+            self.retry_at = now_ms  # the next broker was not tried in this round
         else:
             self.retry_at = now_ms + self.pause_ms
             self.pause_ms = min(self.pause_ms * 2, BACKOFF_MS[1])
@@ -231,9 +231,9 @@ class Attempts:
 class Beats:
     """Beats of one session, on both planes."""
 
-    #: In a worker the last number it has published, in a client the last one it has received.
+    #: In a worker the last number it published, in a client the last one it received.
     number: int = 0
-    #: Only a beat after this one proves that the token socket works: earlier ones went through the one before.
+    #: Only a later beat proves that the token socket works: earlier ones passed the previous socket.
     proof_after: int = 0
     next_at: int = 0
     sent_at: int = 0
@@ -246,32 +246,32 @@ class Beats:
         self.next_at, self.sent_at = now_ms + interval_ms, now_ms
 
     def now(self) -> None:
-        """Something changed that the broker should know before the next regular beat."""
+        """Send the next beat at once, because something changed."""
         self.next_at = 0
 
     def soon(self, now_ms: int) -> None:
-        """The same for what changes often: not more than one beat in `SOON_MS`."""
+        """The same for frequent changes: at most one beat in `SOON_MS`."""
         self.next_at = min(self.next_at, max(now_ms, self.sent_at + SOON_MS))
 
 
 class LinkCore:
-    """One link. Its owner passes on what arrives and calls `tick`; actions are handed to `emit`."""
+    """One link. Its owner passes arrivals to it and calls `tick`; actions are passed to `emit`."""
 
     def __init__(
         self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, hasty: bool = False
     ) -> None:
-        """`hasty`: the loss of the broker has to be noticed at once, because the owner can do something about it."""
+        """`hasty`: notice the loss of the broker at once, because the owner can use other brokers."""
         self.link = link
         self.state = LinkState.DOWN
         self.session = NO_SESSION
-        #: Sessions so far.
+        #: The number of sessions so far.
         self.sessions = 0
         self.terms = SessionTerms()
         self.attempts = Attempts()
         self.beats = Beats()
-        #: When the last control message of this session came.
+        #: When the last control message of this session arrived.
         self.heard_ms = 0
-        #: Why the link is, or was last, down: for programs, and as text.
+        #: Why the link is down, or was down last: for programs, and as text.
         self.cause: LinkProblem | None = None
         self.problem = ""
         self._hello = hello
@@ -282,7 +282,7 @@ class LinkCore:
 
     @property
     def welcomed(self) -> bool:
-        """The control plane works: requests can be made, if need be served by REPLAY."""
+        """True if the control plane works: requests can be sent, and tokens can be replayed."""
         return self.state in (LinkState.JOINING, LinkState.UP, LinkState.MENDING)
 
     @property
@@ -299,7 +299,7 @@ class LinkCore:
     # --- what arrives ------------------------------------------------------------------------------
 
     def on_found(self, choices: int) -> None:
-        """Names were looked up: there are so many brokers to choose from."""
+        """The names were looked up: the address has so many brokers."""
         self.attempts.choices = max(1, choices)
 
     def on_connection(self, change: ConnectionChange, now_ms: int) -> None:
@@ -321,9 +321,9 @@ class LinkCore:
                 self._fail(LinkProblem.LOST, now_ms)
 
     def on_welcome(self, welcome: m.Welcome, now_ms: int) -> bool:
-        """True if it opened a new session."""
+        """True if it begins a new session."""
         if self.state is not LinkState.GREETING:
-            return False  # an answer to a hello that was sent twice
+            return False  # the second answer to a hello that was sent twice
         self._step(LinkState.JOINING, now_ms)
         self.session, self.terms = welcome.session, SessionTerms.of(welcome)
         self.heard_ms = now_ms
@@ -357,13 +357,13 @@ class LinkCore:
             self._replace_tokens(now_ms)
 
     def on_refused(self, text: str, now_ms: int, *, again: bool = False) -> None:
-        """The broker refuses this peer, or (`again`) has been restarted and does not know this session."""
+        """The broker refuses this peer, or (`again`) was restarted and does not know this session."""
         self._fail(LinkProblem.REFUSED, now_ms, text, again=again)
 
     # --- time --------------------------------------------------------------------------------------
 
     def tick(self, now_ms: int) -> bool:
-        """True when a heartbeat is due. The owner composes it, because only the owner knows what it carries."""
+        """True if a heartbeat is due. The owner sends it, because the content is known to the owner only."""
         match self.state:
             case LinkState.DOWN if now_ms >= self.attempts.retry_at:
                 self._step(LinkState.GREETING, now_ms)
@@ -384,7 +384,7 @@ class LinkCore:
         if now_ms - self.heard_ms >= self._silence_ms:
             text = f"the broker was silent for {self._silence_ms} ms"
             if self.attempts.choices > 1:
-                # This peer will not be back soon. A broker that can read this need not wait for the lease.
+                # This peer will not return soon. A broker that can read this need not wait for the lease.
                 self.send(m.Goodbye(text))
             self._fail(LinkProblem.SILENT, now_ms, text)
         elif now_ms - self._lost_at >= CUT_MS:
@@ -411,12 +411,12 @@ class LinkCore:
         self._emit(Send(self.link, self.session, message, blob))
 
     def publish_beat(self) -> None:
-        """Workers: put the next beat on the token plane."""
+        """In a worker: publish the next beat on the token plane."""
         self.beats.number += 1
         self._emit(Publish(self.link, [tokens.encode_beat(self.beats.number, self.session)]))
 
     def leave(self, reason: str, now_ms: int) -> None:
-        """Send a goodbye, and close for good."""
+        """Send a goodbye and close the link. It is not opened again."""
         if self.state is LinkState.CLOSED:
             return
         if self.welcomed:

@@ -1,7 +1,7 @@
-"""The only place where sockets are made. Every option that matters is set here, on purpose.
+"""The only place where sockets are created, with every option that matters.
 
-Left to its defaults libzmq queues for peers that are gone, lingers for ever at exit, accepts messages of
-any size and does not notice a cut cable.
+With its defaults libzmq queues messages for peers that are gone, waits without limit at exit, accepts messages of any
+size and does not notice a cut cable.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket as pysocket
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import zmq
@@ -20,35 +21,36 @@ from llambo.mesh.wire.identity import Pair, PeerKey
 #: Messages a socket queues for one peer, by plane.
 CONTROL_HWM = 10_000
 TOKEN_HWM = 100_000
-#: The kernel notices a cut cable: it asks a silent host after so many seconds, and gives up one that acknowledges
-#: nothing for so long. That proves a host, not a process; leases are there for processes. ZeroMQ's own heartbeats stay
-#: off: libzmq aborts when one is due on a connection that died while its reader was behind (docs/decisions.md).
-ASK_AFTER_S = 1
+#: The kernel notices a cut cable: it probes a silent host after so many seconds, and closes a connection on which
+#: nothing is acknowledged for so long. That checks the host and not the process, which has a lease. ZeroMQ's own
+#: heartbeats are off: libzmq aborts when one is due on a connection that died while its reader was behind
+#: (docs/decisions.md).
+KEEPALIVE_S = 1
 UNACKNOWLEDGED_MS = 2_000
 RECONNECT_MS = (20, 1_000)
-#: How long a closing socket may take to hand over its last messages.
+#: How long a closing socket may take to send its last messages.
 LINGER_MS = 200
-#: How long a peer may take to shake hands.
+#: How long a handshake may take.
 HANDSHAKE_MS = 5_000
 
 DEFAULT_PORT = 7330
-#: Where the other three sockets of a broker are, counted from its client port.
+#: The ports of the other three sockets of a broker, relative to its client port.
 WORKER_OFFSET, TOKENS_IN_OFFSET, TOKENS_OUT_OFFSET = 1, 2, 3
 
 
-#: Who is asked whether a key is valid (ZAP).
-ASK_AT = "inproc://zeromq.zap.01"
+#: The address of the ZAP handler, which decides whether a key is accepted.
+ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 
 @dataclass(frozen=True, slots=True)
 class CurveServer:
-    """A broker's end: it shows its key, and whoever asks is let in by the keyring's word on this domain."""
+    """The end of a broker: its key, and the ZAP domain, by which the ZAP handler decides about peers."""
 
     pair: Pair
     domain: str
 
 
-#: How a socket proves itself; None: not at all.
+#: The keys of a socket; None: it has none.
 Curve = CurveServer | PeerKey | None
 
 
@@ -62,8 +64,8 @@ def make(
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, ASK_AFTER_S)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, ASK_AFTER_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S)
     socket.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
@@ -72,7 +74,7 @@ def make(
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, curve.pair.secret.encode())
         socket.setsockopt(zmq.ZAP_DOMAIN, curve.domain.encode())
-        # Without it everybody is let in as long as nobody answers.
+        # Without it all peers are accepted while there is no ZAP handler.
         socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     elif curve is not None:
         socket.setsockopt(zmq.CURVE_SERVERKEY, curve.broker.encode())
@@ -82,10 +84,10 @@ def make(
         # Without it a message for a peer that is gone disappears silently.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     if kind == zmq.XPUB:
-        # A repeated subscription is news too: it means that a peer came back.
+        # A repeated subscription is reported as well: it means that a peer has reconnected.
         socket.setsockopt(zmq.XPUB_VERBOSER, 1)
-        # It takes in at once whatever is subscribed, so a limit limits nothing; and without one its queue is never
-        # full, which is what a peer needs to abort us by a PING (docs/decisions.md).
+        # An XPUB processes subscriptions at once, so a limit would have no effect. Without one its queue is never full,
+        # and with a full queue a PING of a peer makes libzmq abort this process (docs/decisions.md).
         socket.rcvhwm = 0
     return socket
 
@@ -99,10 +101,23 @@ def control(
 def token(
     context: zmq.Context[zmq.Socket[bytes]], kind: int, hwm: int = TOKEN_HWM, *, curve: Curve = None
 ) -> zmq.Socket[bytes]:
-    """What comes towards an XPUB is subscriptions, so only those have room there, and what shakes hands."""
+    """An XPUB receives subscriptions and handshakes only, so its frames may not be longer than those."""
     subscriptions = limits.SUBSCRIPTION_FRAME_BYTES
     max_frame = subscriptions if kind == zmq.XPUB else limits.TOKEN_FRAME_BYTES + limits.TOPIC_BYTES
     return make(context, kind, hwm=hwm, max_frame=max_frame, curve=curve)
+
+
+def receive(socket: zmq.Socket[Any]) -> list[zmq.Frame]:
+    """All frames of the next message; raises zmq.Again if there is none.
+
+    A frame knows whether it is the last one. pyzmq's own function asks the socket after each, which takes longer than
+    to receive it.
+    """
+    take = socket.recv
+    frames = [take(zmq.DONTWAIT, copy=False)]
+    while frames[-1].more:
+        frames.append(take(zmq.DONTWAIT, copy=False))
+    return frames
 
 
 def split(address: str) -> tuple[str, int]:
@@ -124,7 +139,7 @@ def split_all(addresses: str) -> list[tuple[str, int]]:
 
 
 def literal(host: str) -> bool:
-    """Whether it is an IP address, for which nobody has to be asked."""
+    """True if it is an IP address, which need not be looked up."""
     try:
         ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -133,10 +148,10 @@ def literal(host: str) -> bool:
 
 
 def resolve(host: str) -> list[str]:
-    """The IP addresses of a name, which are taken for a broker each.
+    """The IP addresses of a name. Each counts as a broker.
 
-    Of one family only: a name of a host with IPv4 and IPv6 is one broker and not two. Two sockets of one link must
-    not reach two hosts, so a link resolves its name once, for all its sockets.
+    They are of one family: a host with IPv4 and IPv6 is one broker and not two. The sockets of one link must not reach
+    two hosts, so a link resolves its name once, for all its sockets.
     """
     if literal(host):
         return [host]
@@ -148,7 +163,7 @@ def resolve(host: str) -> list[str]:
 
 
 def resolve_all(addresses: str) -> list[tuple[str, int]]:
-    """Where the brokers of this list are. A name that cannot be resolved is left out, if that leaves any."""
+    """The brokers of a list of addresses. A name that cannot be resolved is left out, unless there is no other."""
     found: dict[tuple[str, int], None] = {}
     failed: LlamboError | None = None
     for host, port in split_all(addresses):
@@ -162,19 +177,19 @@ def resolve_all(addresses: str) -> list[tuple[str, int]]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there. A name other than localhost may be anything."""
+    """True if only this machine can connect to this address. A name other than localhost may be any host."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-#: A socket that is bound to all addresses of a host is reached at this one from the same host.
+#: How the same host reaches a socket that is bound to all addresses.
 _LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - only compared with
 
 
 def local_endpoint(bound_to: str, port: int) -> str:
-    """Where a process on this host reaches a socket that is bound to `bound_to`."""
+    """The address at which this host reaches a socket that is bound to `bound_to`."""
     return endpoint(_LOOPBACK_OF.get(bound_to, bound_to), port)
 
 

@@ -1,1 +1,1 @@
-"""Keys and API tokens: the files they are in, and what they allow."""
+"""Keys and API tokens: the files they are in, and the limits of an identity."""

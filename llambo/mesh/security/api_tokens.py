@@ -1,6 +1,6 @@
-"""API tokens: what a program that speaks HTTP shows in place of a key.
+"""API tokens, which HTTP clients send in place of a key.
 
-Each stands for a name of the keyring, whose rights and limits are then its own. Only hashes are kept, in
+Each belongs to a name of the keyring and has the rights and limits of that name. Only hashes are stored, in
 `tokens.json` beside the keyring; the token itself is shown once, when it is made.
 """
 
@@ -14,25 +14,24 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from llambo.mesh.security import keys
+from llambo.mesh.security import keyring, keys
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, LlamboError
 
 PREFIX = "sk-llambo-"
 FILE = "tokens.json"
 _RANDOM_BYTES = 32
-#: More is none of ours, and not worth a hash.
+#: A longer text is not one of our tokens, and is not hashed.
 _LONGEST = 128
 
 
 class ApiToken(msgspec.Struct, frozen=True, omit_defaults=True):
     sha256: Annotated[str, Meta(min_length=64, max_length=64)]
-    #: Of the keyring.
+    #: A name of the keyring.
     name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
     #: Seconds since 1970.
     made: Annotated[int, Meta(ge=0)] = 0
-    #: Not valid from then on; 0: for ever.
+    #: From then on it is not valid, in seconds since 1970; 0: no expiry.
     expires: Annotated[int, Meta(ge=0)] = 0
 
     def valid(self, now_s: float) -> bool:
@@ -45,40 +44,34 @@ class _File(msgspec.Struct, frozen=True):
 
 
 def sha256_of(token: str) -> str:
-    """The hash by which it is known; none for what cannot be one. A token is random and long: no salt is needed."""
+    """The hash that is stored; empty if it cannot be a token. Tokens are long and random, so no salt is needed."""
     return hashlib.sha256(token.encode(errors="replace")).hexdigest() if len(token) <= _LONGEST else ""
 
 
 def issue(folder: Folder, name: str, now_s: int, expires: int = 0) -> str:
     """A new token for a name that has a key."""
-    folder.export(name)  # says what is wrong if it has none, or if its key is not here
+    folder.export(name)  # raises an error if the name has no key here
     token = PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     with folder.locked():
-        kept = [each for each in read(folder) if each.valid(now_s)]
-        _write(folder.path, [*kept, ApiToken(sha256_of(token), name, now_s, expires)])
+        valid = [each for each in read(folder) if each.valid(now_s)]
+        _write(folder.path, [*valid, ApiToken(sha256_of(token), name, now_s, expires)])
     return token
 
 
 def withdraw(folder: Folder, name: str) -> int:
-    """All tokens of a name: how many there were."""
+    """Remove all tokens of a name. Returns their number."""
     with folder.locked():
-        there = read(folder)
-        kept = [each for each in there if each.name != name]
-        if len(kept) != len(there):
-            _write(folder.path, kept)
-        return len(there) - len(kept)
+        found = read(folder)
+        others = [each for each in found if each.name != name]
+        if len(others) != len(found):
+            _write(folder.path, others)
+        return len(found) - len(others)
 
 
 def read(folder: Folder) -> list[ApiToken]:
     path = folder.path / FILE
-    if not path.exists():
-        return []
-    try:
-        return msgspec.json.decode(keys.read_private(path), type=_File).tokens
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise LlamboError(Code.BAD_SETTING, f"{path} is not what `llambo keys` has written: {error}") from error
+    return keyring.decoded(path, _File).tokens if path.exists() else []
 
 
 def _write(path: Path, tokens: list[ApiToken]) -> None:
-    text = msgspec.json.format(msgspec.json.encode(_File(1, tokens)), indent=2).decode()
-    keys.write_private(path / FILE, text + "\n")
+    keys.write_private(path / FILE, keyring.pretty(_File(1, tokens)))

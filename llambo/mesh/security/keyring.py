@@ -1,10 +1,10 @@
-"""The keys a broker knows: a folder that `llambo keys` keeps.
+"""The keyring: a folder with the keys that a broker accepts, which `llambo keys` maintains.
 
     broker.key      the broker's own key pair; brokers of one mesh share it
-    keyring.json    public keys, with name, role, limits, and until when they are valid
-    issued/NAME.key the keys themselves, for `llambo keys export`; no broker needs them
+    keyring.json    public keys, each with name, role, limits and expiry
+    issued/NAME.key the keys of the peers, for `llambo keys export`; no broker needs them
 
-The files are 0600, and refused otherwise. They are replaced whole, so a broker that looks never sees half of one.
+The files have mode 0600; others are refused. They are replaced as a whole, so a broker never reads half of one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from llambo.mesh.wire.identity import Identity, Pair, PeerKey
 
 BROKER_FILE, RING_FILE, ISSUED = "broker.key", "keyring.json", "issued"
 T = TypeVar("T")
-#: What the name of a key may be: it is a file's and a worker's name too.
+#: Valid names of keys: they are names of files and of workers too.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class KeyEntry(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One public key. A name may have two of them while it is rotated."""
+    """One public key. During a rotation a name has two of them."""
 
     public: keys.Z85
     identity: Identity
     #: Seconds since 1970.
     made: Annotated[int, Meta(ge=0)] = 0
-    #: Not valid from then on; 0: for ever.
+    #: From then on it is not valid, in seconds since 1970; 0: no expiry.
     expires: Annotated[int, Meta(ge=0)] = 0
 
     def valid(self, now_s: float) -> bool:
@@ -47,12 +47,12 @@ class KeyEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class Ring(msgspec.Struct, frozen=True):
     format: Annotated[int, Meta(ge=1, le=1)]
-    #: Where the brokers are, as an exported key tells it.
+    #: The address of the brokers, for exported keys.
     address: Annotated[str, Meta(max_length=1_024)]
     entries: list[KeyEntry] = []
 
     def identities(self, now_s: float) -> dict[str, Identity]:
-        """Of the keys that are valid at this time, by public key."""
+        """The identities of the keys that are valid at this time, by public key."""
         return {entry.public: entry.identity for entry in self.entries if entry.valid(now_s)}
 
     def named(self, name: str) -> list[KeyEntry]:
@@ -65,14 +65,14 @@ class _BrokerFile(msgspec.Struct, frozen=True):
 
 
 def default_folder(environ: Mapping[str, str]) -> Path:
-    """Of root the machine's, of everybody else his own."""
+    """For root that of the machine, for other users their own."""
     if os.geteuid() == 0:
         return Path("/etc/llambo/keys")
     return Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/"), ".config"), "llambo", "keys")
 
 
 class Folder:
-    """Reads and changes one such folder. Each change is read, made and written under a lock."""
+    """One such folder. A lock is held while it is read, changed and written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,42 +83,45 @@ class Folder:
 
     def broker(self) -> Pair:
         path = self.path / BROKER_FILE
-        told = _decoded(path, _BrokerFile)
-        return Pair(told.public, told.secret)
+        found = decoded(path, _BrokerFile)
+        return Pair(found.public, found.secret)
 
     def ring(self) -> Ring:
-        return _decoded(self.path / RING_FILE, Ring)
+        return decoded(self.path / RING_FILE, Ring)
 
     def stamp(self) -> tuple[int, int, int]:
-        """Differs when the keyring was replaced."""
-        there = (self.path / RING_FILE).stat()
-        return there.st_mtime_ns, there.st_ino, there.st_size
+        """Changes when the keyring is replaced."""
+        found = (self.path / RING_FILE).stat()
+        return found.st_mtime_ns, found.st_ino, found.st_size
 
     def begin(self, address: str) -> None:
         if self.exists:
-            raise LlamboError(Code.BAD_SETTING, f"there are keys in {self.path} already")
+            raise LlamboError(Code.BAD_SETTING, f"{self.path} already has keys")
         pair = keys.new_pair()
-        keys.write_private(self.path / RING_FILE, _pretty(Ring(1, address)))
-        keys.write_private(self.path / BROKER_FILE, _pretty(_BrokerFile(pair.public, pair.secret)))
+        keys.write_private(self.path / RING_FILE, pretty(Ring(1, address)))
+        keys.write_private(self.path / BROKER_FILE, pretty(_BrokerFile(pair.public, pair.secret)))
 
     def add(self, identity: Identity, now_s: int, expires: int = 0) -> PeerKey:
         """A new key under a new name."""
-        with self._changed() as (ring, put):
+        with self.locked():
+            ring = self.ring()
             if ring.named(identity.name):
-                raise LlamboError(Code.BAD_SETTING, f"there is a key called {identity.name!r} already")
-            return self._issue(ring, put, identity, now_s, expires)
+                raise LlamboError(Code.BAD_SETTING, f"a key with the name {identity.name!r} exists already")
+            return self._issue(ring, identity, now_s, expires)
 
     def revoke(self, name: str) -> int:
-        """How many keys of this name there were."""
-        with self._changed() as (ring, put):
+        """Remove the keys of this name. Returns their number."""
+        with self.locked():
+            ring = self.ring()
             gone = self._named(ring, name)
-            put.append(msgspec.structs.replace(ring, entries=[entry for entry in ring.entries if entry not in gone]))
             (self.path / ISSUED / f"{name}.key").unlink(missing_ok=True)
+            self._write(ring, [entry for entry in ring.entries if entry not in gone])
             return len(gone)
 
     def rotate(self, name: str, now_s: int, grace_s: int) -> PeerKey:
-        """A new key under the same name. The old ones are valid for a while yet, so that peers can be told."""
-        with self._changed() as (ring, put):
+        """A new key under the same name. The old ones stay valid for `grace_s`, in which peers get the new one."""
+        with self.locked():
+            ring = self.ring()
             newest = self._named(ring, name)[-1]
             until = now_s + grace_s
             entries = [
@@ -127,60 +130,52 @@ class Folder:
                 else entry
                 for entry in ring.entries
             ]
-            kept = msgspec.structs.replace(ring, entries=[entry for entry in entries if entry.valid(now_s)])
-            return self._issue(kept, put, newest.identity, now_s, newest.expires)
+            valid = msgspec.structs.replace(ring, entries=[entry for entry in entries if entry.valid(now_s)])
+            return self._issue(valid, newest.identity, now_s, newest.expires)
 
     def export(self, name: str, address: str = "") -> PeerKey:
-        """The key of this name, as it was issued here; for another address if that is wanted."""
+        """The key of this name, as it was issued; with `address` for brokers at another address."""
         self._named(self.ring(), name)
         key = keys.read(self.path / ISSUED / f"{name}.key")
         return PeerKey(address or key.address, key.broker, key.name, key.role, key.pair)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else changes the folder meanwhile."""
+        """No other process changes the folder meanwhile."""
         if not self.exists:
-            raise LlamboError(Code.BAD_SETTING, f"there are no keys in {self.path}: llambo keys init")
+            raise LlamboError(Code.BAD_SETTING, f"{self.path} has no keys; `llambo keys init` makes them")
         with (self.path / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _issue(self, ring: Ring, put: list[Ring], identity: Identity, now_s: int, expires: int) -> PeerKey:
+    def _issue(self, ring: Ring, identity: Identity, now_s: int, expires: int) -> PeerKey:
         if not NAME.fullmatch(identity.name) or len(identity.name) > limits.NAME_CHARS:
-            text = f"{identity.name!r} is no name for a key: letters, digits, and . _ @ - inside, 64 at most"
+            text = f"{identity.name!r} cannot be the name of a key: use letters, digits, and . _ @ - inside, 64 at most"
             raise LlamboError(Code.BAD_SETTING, text)
         key = PeerKey(ring.address, self.broker().public, identity.name, identity.role, keys.new_pair())
-        put.append(
-            msgspec.structs.replace(ring, entries=[*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
-        )
         keys.write_private(self.path / ISSUED / f"{identity.name}.key", keys.to_line(key) + "\n")
+        self._write(ring, [*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
         return key
 
     def _named(self, ring: Ring, name: str) -> list[KeyEntry]:
         found = ring.named(name)
         if not found:
             known = ", ".join(dict.fromkeys(entry.identity.name for entry in ring.entries)) or "none"
-            raise LlamboError(Code.BAD_SETTING, f"no key is called {name!r}; there is: {known}")
+            raise LlamboError(Code.BAD_SETTING, f"no key has the name {name!r}; existing keys: {known}")
         return found
 
-    @contextmanager
-    def _changed(self) -> Iterator[tuple[Ring, list[Ring]]]:
-        """The ring as it is, and a list to put the one in that takes its place."""
-        with self.locked():
-            put: list[Ring] = []
-            yield self.ring(), put
-            if put:
-                keys.write_private(self.path / RING_FILE, _pretty(put[-1]))
+    def _write(self, ring: Ring, entries: list[KeyEntry]) -> None:
+        keys.write_private(self.path / RING_FILE, pretty(msgspec.structs.replace(ring, entries=entries)))
 
 
-def _decoded(path: Path, kind: type[T]) -> T:
+def decoded(path: Path, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(keys.read_private(path), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise LlamboError(Code.BAD_SETTING, f"{path} is not what `llambo keys` has written: {error}") from error
+        raise LlamboError(Code.BAD_SETTING, f"{path} was not written by `llambo keys`: {error}") from error
 
 
-def _pretty(value: msgspec.Struct) -> str:
+def pretty(value: msgspec.Struct) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"

@@ -2,8 +2,8 @@
 
     llambo-key-1.<base64 of: the broker's address, its public key, and the peer's name, role and key pair>
 
-It is given as itself or as a file that holds it: `--key`, `LLAMBO_KEY`, or systemd's credential `llambo.key`. A file
-that others could read is refused.
+A setting (`--key`, `LLAMBO_KEY`) is the line itself, or the path of a file that contains it; systemd passes it as the
+credential `llambo.key`. A file that others can read is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from llambo.mesh.wire.identity import Pair, PeerKey, Role
 PREFIX = "llambo-key-1."
 #: A public or secret key as ZeroMQ writes it (z85).
 Z85_CHARS = 40
-#: Where systemd puts credentials, and what ours is called.
+#: Where systemd puts credentials, and the name of ours.
 CREDENTIALS_ENV, CREDENTIAL = "CREDENTIALS_DIRECTORY", "llambo.key"
 KEY_ENV = "LLAMBO_KEY"
-#: More is no key; and a path is never so long either.
+#: A longer text is not a key.
 _LONGEST = 4_096
 
 Z85 = Annotated[str, Meta(min_length=Z85_CHARS, max_length=Z85_CHARS)]
@@ -53,8 +53,8 @@ def new_pair() -> Pair:
 
 
 def to_line(key: PeerKey) -> str:
-    told = _Line(key.address, key.broker, key.name, key.role, key.pair.public, key.pair.secret)
-    return PREFIX + base64.urlsafe_b64encode(msgspec.json.encode(told)).decode().rstrip("=")
+    line = _Line(key.address, key.broker, key.name, key.role, key.pair.public, key.pair.secret)
+    return PREFIX + base64.urlsafe_b64encode(msgspec.json.encode(line)).decode().rstrip("=")
 
 
 def from_line(text: str) -> PeerKey:
@@ -62,17 +62,17 @@ def from_line(text: str) -> PeerKey:
     try:
         if not text.strip().startswith(PREFIX) or len(packed) > _LONGEST:
             raise ValueError
-        told = msgspec.json.decode(base64.b64decode(packed + "=" * (-len(packed) % 4), b"-_", True), type=_Line)
-        if zmq.curve_public(told.secret.encode()).decode() != told.public:
+        line = msgspec.json.decode(base64.b64decode(packed + "=" * (-len(packed) % 4), b"-_", True), type=_Line)
+        if zmq.curve_public(line.secret.encode()).decode() != line.public:
             raise ValueError
-        z85.decode(told.broker.encode())
-    # z85 has two more ways to say that it is none.
+        z85.decode(line.broker.encode())
+    # KeyError and struct.error are raised by z85.
     except (ValueError, KeyError, struct.error, binascii.Error, msgspec.MsgspecError, zmq.ZMQError) as error:
-        # What was there is not repeated: it may be most of a key.
+        # The text is not repeated in the error: it may be most of a key.
         raise LlamboError(
-            Code.BAD_SETTING, f"that is no key: one begins with {PREFIX!r} and is a single line"
+            Code.BAD_SETTING, f"this is not a key: a key begins with {PREFIX!r} and is a single line"
         ) from error
-    return PeerKey(told.address, told.broker, told.name, told.role, Pair(told.public, told.secret))
+    return PeerKey(line.address, line.broker, line.name, line.role, Pair(line.public, line.secret))
 
 
 def read(path: Path) -> PeerKey:
@@ -84,7 +84,7 @@ def read(path: Path) -> PeerKey:
 
 
 def read_private(path: Path) -> str:
-    """The text of a file that only its owner can read."""
+    """The text of a file. It is refused unless its owner is the only one who can read it."""
     try:
         with path.open(encoding="utf-8") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -98,13 +98,13 @@ def read_private(path: Path) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Whole or not at all, and never readable by others, not for a moment."""
+    """Replace the file as a whole. It is never readable by others, not even for a moment."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     owner = path.parent.stat()
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         if os.geteuid() == 0:
-            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # root writes it for the user the broker runs as
+            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # root writes it for the user that the broker runs as
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -112,7 +112,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def find(setting: str, environ: Mapping[str, str]) -> PeerKey | None:
-    """The key that is meant: the setting's, or systemd's credential if there is one. None: there is none."""
+    """The key of the setting, or else systemd's credential; None if there is neither."""
     if setting.strip().startswith(PREFIX):
         return from_line(setting)
     if setting:
@@ -121,13 +121,13 @@ def find(setting: str, environ: Mapping[str, str]) -> PeerKey | None:
     path = Path(folder, CREDENTIAL) if folder else None
     if path is None or not path.exists():
         return None
-    # Whom it is for is told by its access list, which looks like a group that can read.
+    # `read_private` would refuse it: systemd grants access by an access list, which looks like a readable group.
     text = path.read_text(encoding="utf-8")
-    return from_line(text) if text.strip() else None  # an empty one is how a unit says that there are no keys
+    return from_line(text) if text.strip() else None  # a unit without keys passes an empty credential
 
 
 def wanted(given: PeerKey | str | None, environ: Mapping[str, str]) -> PeerKey | None:
-    """For programs: what they give, "" being none; and what their environment gives if they say nothing."""
+    """For programs: the key that they pass, "" for no key; None: the key of the environment."""
     if isinstance(given, PeerKey):
         return given
     if given == "":

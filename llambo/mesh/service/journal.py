@@ -1,9 +1,9 @@
 """Log lines for systemd's journal, in its own protocol, and for people.
 
-The journal is asked for by its socket and not by writing to stderr, because a line then keeps its fields: who filters
-with `journalctl LLAMBO_REQUEST=3f2a…` gets all of one request from all workers of a host. `<4>` before a line on
-stderr would give the priority and nothing else. If the socket takes nothing (the journal is being restarted, its queue
-is full), the line goes to stderr in that form: the journal reads that as well.
+Lines are sent to the socket of the journal and not written to stderr, because then they have fields:
+`journalctl LLAMBO_REQUEST=3f2a…` shows the lines of one request from all workers of a host. `<4>` before a line on
+stderr would give it a priority and nothing else. If the socket does not take a line (the journal restarts, its queue
+is full), the line goes to stderr in that form, which the journal reads as well.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import TextIO
 from llambo.mesh.wire.errors import printable
 
 SOCKET = "/run/systemd/journal/socket"
-#: A datagram may not be much longer. What is longer is cut: a line of a log is to be read.
+#: A longer line is cut: a datagram cannot be much longer, and people read these lines.
 LINE_CHARS = 16_384
-#: What a line may be about, as an attribute of its record and as a field.
+#: What a line can refer to: the attribute of its record, and the field in the journal.
 FIELDS = {"worker": "LLAMBO_WORKER", "request": "LLAMBO_REQUEST"}
 _LENGTH = struct.Struct("<Q")
 
 
 def priority(level: int) -> int:
-    """syslog's number for it."""
+    """The number in syslog."""
     for least, number in ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6)):
         if level >= least:
             return number
@@ -34,7 +34,7 @@ def priority(level: int) -> int:
 
 
 def encode(fields: Mapping[str, str]) -> bytes:
-    """One entry. A value with a line break in it is told by its length, or it would end there."""
+    """One entry. A value with a line break is preceded by its length, or it would end there."""
     parts = []
     for name, text in fields.items():
         value = text.encode("utf-8", "replace")
@@ -46,17 +46,17 @@ def encode(fields: Mapping[str, str]) -> bytes:
 
 
 def is_journal(environ: Mapping[str, str], descriptor: int) -> bool:
-    """Whether this descriptor leads to the journal: whoever redirects stderr inherits the variable all the same."""
+    """Whether this descriptor leads to the journal. The variable alone does not tell: stderr may be redirected."""
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
     try:
-        there = os.fstat(descriptor)
+        found = os.fstat(descriptor)
     except OSError:
         return False
-    return (device, inode) == (str(there.st_dev), str(there.st_ino))
+    return (device, inode) == (str(found.st_dev), str(found.st_ino))
 
 
 class JournalHandler(logging.Handler):
-    """`about`: what every line of this process is about, by the names of FIELDS."""
+    """`about`: the ids that every line of this process gets, by the names of FIELDS."""
 
     def __init__(self, program: str, stream: TextIO, about: dict[str, str], path: str = SOCKET) -> None:
         super().__init__()
@@ -77,11 +77,11 @@ class JournalHandler(logging.Handler):
             except OSError:
                 self._stream.write("".join(f"<{number}>{line}\n" for line in with_ids(text, fields).splitlines()))
                 self._stream.flush()
-        except Exception:  # noqa: BLE001  # whatever it is, logging says so on stderr, and the work goes on
+        except Exception:  # noqa: BLE001  # logging prints any error to stderr, and the work goes on
             self.handleError(record)
 
-    def tell(self, text: str) -> None:
-        """What is no line of a log, and would be told to a person."""
+    def show(self, text: str) -> None:
+        """A text for people, such as the first line of a service, which is not a log line elsewhere."""
         self.handle(logging.makeLogRecord({"name": __name__, "msg": text, "levelno": logging.INFO}))
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class JournalHandler(logging.Handler):
 
 
 class HumanFormatter(logging.Formatter):
-    """One line, with the ids that it is about and does not name itself."""
+    """One line, and the ids that it refers to without naming them."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -100,9 +100,9 @@ class HumanFormatter(logging.Formatter):
 
 
 def about(record: logging.LogRecord, always: Mapping[str, str]) -> dict[str, str]:
-    """What a line is about; what is empty is left out."""
-    said = {name: getattr(record, name, "") or always.get(name, "") for name in FIELDS}
-    return {name: str(value) for name, value in said.items() if value}
+    """The ids that a line refers to, by the names of FIELDS; empty ones are left out."""
+    ids = {name: getattr(record, name, "") or always.get(name, "") for name in FIELDS}
+    return {name: str(value) for name, value in ids.items() if value}
 
 
 def with_ids(text: str, ids: Mapping[str, str]) -> str:
@@ -110,7 +110,7 @@ def with_ids(text: str, ids: Mapping[str, str]) -> str:
     missing = []
     for name, field in FIELDS.items():
         value = ids.get(name) or ids.get(field) or ""
-        # A request is mostly named by the beginning of its id.
+        # Most texts name a request by the beginning of its id.
         if value and value not in text and (name != "request" or value[:8] not in text):
             missing.append(f"{name} {value}")
     return f"{text} ({', '.join(missing)})" if missing else text

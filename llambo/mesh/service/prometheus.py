@@ -1,12 +1,12 @@
-"""Numbers for Prometheus: counters, gauges and histograms, and the text they are read as.
+"""Metrics for Prometheus: counters, gauges and histograms, and their text format.
 
-    Metric      what is measured: name with its unit, kind, help, labels. A table of them is what docs are made from
+    Metric      what is measured: name with its unit, kind, help, labels. Documents are generated from tables of them
     Family      the values of one metric, by their labels
     Names       the values that a label may have
 
-Whoever asks us for things must not be able to make us count under names of his choice: every label has values from a
-closed list, or from `Names`, which is told them by those who serve. A family has a bound of its own besides. What is
-beyond a bound is counted all the same, as "other".
+Clients must not be able to create label values: each label has values from a closed list, or from `Names`, which learns
+them from workers and operators only. A family has a bound of its own as well. What is beyond a bound is counted as
+"other".
 
 There is no clock in here and no socket. The text is version 0.0.4 of Prometheus' own format.
 """
@@ -24,11 +24,11 @@ from llambo.mesh.wire.errors import printable
 MEDIA_TYPE = "text/plain; version=0.0.4"
 CONTENT_TYPE = f"{MEDIA_TYPE}; charset=utf-8"
 OTHER = "other"
-#: What stands for an empty name: to Prometheus an empty label is none.
+#: In place of an empty name: Prometheus treats an empty label as no label.
 NONE = "none"
-#: Label sets of one metric. A histogram's count for as many lines as it has buckets.
+#: Label sets of one metric. A histogram has fewer, because each has a line for every bucket.
 SERIES = {"counter": 500, "gauge": 500, "histogram": 200}
-#: Bounds for what somebody waits for, and for the pause between two tokens, in seconds.
+#: Bounds of buckets for waits, and for the pause between two tokens, in seconds.
 WAITS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 PAUSES_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -44,7 +44,7 @@ class Metric:
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
-    #: Upper bounds of the buckets, ascending, without the last one, which has none.
+    #: Upper bounds of the buckets, ascending. The last bucket has no bound, and is not listed.
     bounds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -64,11 +64,11 @@ class Metric:
 
 class Series(Protocol):
     def lines(self, name: str, labels: str) -> list[str]:
-        """Of the page."""
+        """Its lines of the page."""
 
 
 class Scalar:
-    """One counter or gauge: `value` is public, because to add to it is all there is."""
+    """One counter or gauge. Its owner adds to `value`, or sets it."""
 
     __slots__ = ("value",)
 
@@ -80,13 +80,11 @@ class Scalar:
 
 
 class Histogram:
-    """One histogram."""
-
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
-        #: How many fell into each bucket; not yet added up.
+        #: Observations in each bucket; not cumulative yet.
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
@@ -111,7 +109,7 @@ class Histogram:
 
 
 class Family(Generic[C]):
-    """All values of one metric. Without labels there is one, from the beginning."""
+    """All values of one metric. A metric without labels has one value from the start."""
 
     def __init__(self, metric: Metric, make: Callable[[], C]) -> None:
         self.metric = metric
@@ -122,7 +120,7 @@ class Family(Generic[C]):
             self._series[()] = make()
 
     def at(self, *values: str) -> C:
-        """The one of these labels; of too many it is that of all the others."""
+        """The value with these labels. Beyond the bound it is the one that all others share."""
         series = self._series.get(values)
         if series is None:
             assert len(values) == len(self.metric.labels), f"{self.metric.name} has labels {self.metric.labels}"
@@ -133,11 +131,11 @@ class Family(Generic[C]):
 
     @property
     def one(self) -> C:
-        """The only one of a metric without labels."""
+        """The only value of a metric without labels."""
         return self._series[()]
 
     def clear(self) -> None:
-        """Of a gauge that is taken anew."""
+        """For a gauge whose values are computed anew."""
         self._series.clear()
 
     def items(self) -> Iterable[tuple[tuple[str, ...], C]]:
@@ -151,7 +149,7 @@ class Family(Generic[C]):
 
 
 class Names:
-    """What a label may say: names that were learned from those who may tell, up to so many."""
+    """The values of a label: names from trusted sources, up to `most` of them."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -175,7 +173,7 @@ class Names:
 
 
 def page(families: Iterable[Family[Any]]) -> str:
-    """All of them, in this order, as Prometheus reads them."""
+    """The values of all families, in this order."""
     lines: list[str] = []
     for family in families:
         metric = family.metric
@@ -200,7 +198,7 @@ def _number(value: float) -> str:
 
 
 def table(metrics: Iterable[Metric]) -> str:
-    """For the documentation."""
+    """A table of metrics for the documentation."""
     lines = ["| name | kind | labels | |", "| --- | --- | --- | --- |"]
     for metric in metrics:
         labels = ", ".join(f"`{label}`" for label in metric.labels)

@@ -6,10 +6,9 @@ sent with the next ones.
 
 **Socket activation**: listening sockets that the manager has opened, and keeps open while the service restarts. It
 passes descriptors from 3 on, their number in LISTEN_FDS, the process they are for in LISTEN_PID, and their names in
-LISTEN_FDNAMES. A broker needs four, at four ports in a row. They are told apart by their names
-(`FileDescriptorName=clients`, `workers`, `tokens-in`, `tokens-out`), or, if they have no such names because one unit
-has all of them, by the order of their ports. Connections that are made while no broker runs wait in the kernel: none
-is refused.
+LISTEN_FDNAMES. A broker needs four, at four ports in a row. Their names (`FileDescriptorName=clients`, `workers`,
+`tokens-in`, `tokens-out`) show which is which, or, if one unit has all of them and they have no such names, the order
+of their ports. Connections that are made while no broker runs wait in the kernel: none is refused.
 """
 
 from __future__ import annotations

@@ -163,6 +163,9 @@ def row(
 ) -> Setting:
     """`where` is "section.key"; the rest is derived from it unless it is given."""
     section, key = where.split(".")
+    if section == "fake":
+        # Where there are no sections, its name needs a prefix: it could be one of the llama.cpp engine.
+        name, flag, roles = f"fake_{key}", f"fake_{key}", "worker"
     name = name or key
     return Setting(
         name=name,
@@ -180,22 +183,6 @@ def row(
     )
 
 
-def fake(
-    key: str,
-    kind: Kind,
-    default: Value,
-    text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = 0,
-    high: float = math.inf,
-) -> Setting:
-    """An option of the fake engine. Where there are no sections its name has a prefix: it could be one of llama.cpp."""
-    name = f"fake_{key}"
-    where = f"fake.{key}"
-    return row(where, kind, default, text, roles="worker", name=name, flag=name, choices=choices, low=low, high=high)
-
-
 # --- the table ---------------------------------------------------------------------------------------
 
 #: Longest duration: about a month, which catches a value given in microseconds.
@@ -205,22 +192,12 @@ _POLICIES = ("least-loaded", "round-robin", "random")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _MESH = (
-    row(
-        "mesh.broker",
-        Kind.TEXT,
-        "tcp://127.0.0.1:7330",
-        "address of the broker; several are separated by commas",
-        roles="worker client gateway",
-    ),
-    row(
-        "mesh.key",
-        Kind.KEY,
-        "",
-        "key to show to the broker: a file, or the line itself",
-        roles="worker client gateway",
-    ),
+    row("mesh.broker", Kind.TEXT, "tcp://127.0.0.1:7330", "address of the broker; several are separated by commas",
+        roles="worker client gateway"),
+    row("mesh.key", Kind.KEY, "", "key to show to the broker: a file, or the line itself",
+        roles="worker client gateway"),
     row("mesh.log_level", Kind.TEXT, "warning", "how much to log", roles=_ALL, choices=_LOG_LEVELS),
-)
+)  # fmt: skip
 _BROKER = (
     row("broker.name", Kind.TEXT, "broker", "name of this broker", name="broker_name"),
     row("broker.bind", Kind.TEXT, "127.0.0.1", "address to listen on"),
@@ -281,38 +258,34 @@ _WORKER = (
 _CLIENT = (
     row("client.model", Kind.TEXT, "", "name of the model; empty: the only one", name="client_model", env="model"),
     row("client.max_tokens", Kind.NUMBER, 256, "longest answer, in tokens", low=1, high=131_072),
-    row(
-        "client.temperature",
-        Kind.REAL,
-        0.8,
-        "0 always takes the likeliest token; a model may define another default",
-        high=100,
-    ),
+    row("client.temperature", Kind.REAL, 0.8, "0 always takes the likeliest token; a model may define another default",
+        high=100),
     row("client.connect_ms", Kind.MS, 5_000, "how long to wait for the broker", low=1, high=_LONGEST_MS),
     row("client.models_dir", Kind.TEXT, "", "folder of GGUF files for `llambo models` to list as well"),
     row("client.timeout_ms", Kind.MS, 0, "longest wait for a whole answer; 0: no limit", high=_LONGEST_MS),
-)
+)  # fmt: skip
 _FAKE = (
-    fake("style", Kind.TEXT, "plain", "plain: each token is computed from the prompt; wander: from the previous token",
-         choices=("plain", "wander")),
-    fake("ttft_ms", Kind.MS, 0, "time to the first token", high=_LONGEST_MS),
-    fake("tokens_per_s", Kind.REAL, 0.0, "tokens per second of each stream; 0: as fast as possible"),
-    fake("jitter_ms", Kind.MS, 0, "most random delay of each step", high=_LONGEST_MS),
-    fake("burst", Kind.NUMBER, 1, "most tokens in a chunk", low=1, high=4_096),
-    fake("utf8_split", Kind.SWITCH, False, "split some characters across tokens"),
-    fake("answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0: as long as allowed"),
-    fake("context_tokens", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: no limit"),
-    fake("embedding_size", Kind.NUMBER, 8, "dimensions of an embedding", low=1, high=65_536),
-    fake("crash_at", Kind.NUMBER, 0, "crash after so many tokens; 0: never"),
-    fake("hang_at", Kind.NUMBER, 0, "hang after so many tokens; 0: never"),
-    fake("slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),
-    fake("slow_factor", Kind.REAL, 10.0, "how many times slower than before", low=1),
-    fake("load_ms", Kind.MS, 0, "how long loading takes", high=_LONGEST_MS),
-    fake("load_crash", Kind.TEXT, "never",
-         "crash while loading: never, always, or careless: unless safe settings are used",
-         choices=("never", "careless", "always")),
-    fake("load_file", Kind.TEXT, "", "load only if this file exists"),
-    fake("poison", Kind.TEXT, "", "a prompt that contains this text crashes the engine that runs it"),
+    row("fake.style", Kind.TEXT, "plain",
+        "plain: each token is computed from the prompt; wander: from the previous token",
+        choices=("plain", "wander")),
+    row("fake.ttft_ms", Kind.MS, 0, "time to the first token", high=_LONGEST_MS),
+    row("fake.tokens_per_s", Kind.REAL, 0.0, "tokens per second of each stream; 0: as fast as possible"),
+    row("fake.jitter_ms", Kind.MS, 0, "most random delay of each step", high=_LONGEST_MS),
+    row("fake.burst", Kind.NUMBER, 1, "most tokens in a chunk", low=1, high=4_096),
+    row("fake.utf8_split", Kind.SWITCH, False, "split some characters across tokens"),
+    row("fake.answer_tokens", Kind.NUMBER, 0, "mean length of an answer; 0: as long as allowed"),
+    row("fake.context_tokens", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: no limit"),
+    row("fake.embedding_size", Kind.NUMBER, 8, "dimensions of an embedding", low=1, high=65_536),
+    row("fake.crash_at", Kind.NUMBER, 0, "crash after so many tokens; 0: never"),
+    row("fake.hang_at", Kind.NUMBER, 0, "hang after so many tokens; 0: never"),
+    row("fake.slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),
+    row("fake.slow_factor", Kind.REAL, 10.0, "how many times slower than before", low=1),
+    row("fake.load_ms", Kind.MS, 0, "how long loading takes", high=_LONGEST_MS),
+    row("fake.load_crash", Kind.TEXT, "never",
+        "crash while loading: never, always, or careless: unless safe settings are used",
+        choices=("never", "careless", "always")),
+    row("fake.load_file", Kind.TEXT, "", "load only if this file exists"),
+    row("fake.poison", Kind.TEXT, "", "a prompt that contains this text crashes the engine that runs it"),
 )  # fmt: skip
 
 _GATEWAY = (

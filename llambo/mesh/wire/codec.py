@@ -4,16 +4,16 @@ A control message is a header frame, a body frame and extra frames:
 
     header   b"llb", framing version (u8), session id (8 bytes, zero before the welcome)
     body     a msgpack array of 1 to 256 messages
-    extra    one frame for each message that brings one (the prompt), in the order of the messages
+    extra    one frame for each message that has one (the prompt), in the order of the messages
 
-Decoding is typed: what comes out satisfies the schema. A bundle is decoded at once; only when that
-fails is it taken apart, so that one bad message costs its neighbours nothing.
+Decoding is typed: its result satisfies the schema. A bundle is decoded at once. Only if that fails are its messages
+decoded one by one, so that a bad message does not affect the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
 
@@ -31,15 +31,19 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Bundle(msgspec.Struct, Generic[T]):
-    """What one control message said. `problems` holds what was wrong with the parts that are not here."""
+    """The content of one control message. `problems` has an entry for each message that could not be decoded."""
 
     session: bytes
     messages: list[tuple[T, bytes]]
     problems: list[m.Problem]
 
 
+class _Typed(msgspec.Struct):
+    type: str | None = None
+
+
 class _Named(msgspec.Struct):
-    """What can be said about a bad message: whose it is, so that the answer finds its request."""
+    """The fields of a bad message that assign the error to its request or query."""
 
     id: bytes = b""
     query: int = 0
@@ -53,7 +57,7 @@ def encode(session: bytes, messages: Sequence[tuple[m.Message, bytes | None]]) -
 
 
 def encode_all(session: bytes, messages: Sequence[tuple[m.Message, bytes | None]]) -> list[list[bytes]]:
-    """As many control messages as it takes to keep each within the limits."""
+    """As many control messages as needed to stay within the limits."""
     if len(messages) <= limits.BUNDLE_MESSAGES:
         frames = encode(session, messages)
         if len(frames[1]) <= limits.CONTROL_BODY_BYTES or len(messages) == 1:
@@ -63,15 +67,16 @@ def encode_all(session: bytes, messages: Sequence[tuple[m.Message, bytes | None]
 
 
 class Codec(Generic[T]):
-    """Decodes what one kind of peer may say."""
+    """Decodes the messages of one kind of peer."""
 
     def __init__(self, union: Any) -> None:
         self._bundle = msgspec.msgpack.Decoder(list[union]).decode
         self._one = msgspec.msgpack.Decoder(union).decode
+        self._types = {kind.__struct_config__.tag for kind in get_args(union)}
         self._parts = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 
     def decode(self, frames: Sequence[bytes]) -> Bundle[T]:
-        """Never raises: whatever is wrong becomes a problem."""
+        """Does not raise: every error becomes a problem."""
         wrong = _frame_error(frames)
         if wrong:
             return Bundle(NO_SESSION, [], [wrong])
@@ -96,13 +101,19 @@ class Codec(Generic[T]):
             try:
                 messages.append(self._one(part))
             except msgspec.ValidationError as error:
-                text = str(error)[:1_000]
-                unknown = text.startswith("Invalid value") and "$.type" in text
-                code = Code.UNKNOWN_TYPE if unknown else Code.BAD_MESSAGE
-                problems.append(_about(part, ErrorInfo(code, text)))
+                code = Code.UNKNOWN_TYPE if self._is_unknown(part) else Code.BAD_MESSAGE
+                problems.append(_about(part, ErrorInfo(code, str(error)[:1_000])))
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 problems.append(_bad(str(error)[:1_000]))
         return messages
+
+    def _is_unknown(self, part: msgspec.Raw) -> bool:
+        """True if it has a type, which these peers do not send."""
+        try:
+            kind = msgspec.msgpack.decode(part, type=_Typed).type
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return False
+        return kind is not None and kind not in self._types
 
 
 def _bad(text: str) -> m.Problem:
@@ -124,7 +135,7 @@ def _frame_error(frames: Sequence[bytes]) -> m.Problem | None:
     if len(header) != HEADER_BYTES or header[:3] != MAGIC[:3]:
         return _bad("the header frame is not llambo's")
     if header[3] != MAGIC[3]:
-        text = f"framing version {header[3]} is not spoken here, {MAGIC[3]} is"
+        text = f"framing version {header[3]} is not supported, {MAGIC[3]} is"
         return m.Problem(ErrorInfo(Code.BAD_VERSION, text))
     if len(frames[1]) > limits.CONTROL_BODY_BYTES:
         return _bad(f"a body of {len(frames[1])} bytes, {limits.CONTROL_BODY_BYTES} are allowed")
@@ -132,17 +143,17 @@ def _frame_error(frames: Sequence[bytes]) -> m.Problem | None:
 
 
 def _with_blobs(session: bytes, messages: list[T], frames: Sequence[bytes], problems: list[m.Problem]) -> Bundle[T]:
-    """Give each message its extra frame. If they do not add up nobody can tell whose is whose: all are refused."""
-    wanted = sum(isinstance(message, m.WITH_BLOB) for message in messages)
+    """Pair each message with its extra frame. If the numbers differ they cannot be assigned: all are refused."""
+    wanted = [type(message) in m.WITH_BLOB for message in messages].count(True)
     if len(frames) - 2 != wanted:
         if not problems or wanted:
-            problems.append(_bad(f"{len(frames) - 2} extra frames for {wanted} messages that bring one"))
-        messages = [message for message in messages if not isinstance(message, m.WITH_BLOB)]
+            problems.append(_bad(f"{len(frames) - 2} extra frames for {wanted} messages that have one"))
+        messages = [message for message in messages if type(message) not in m.WITH_BLOB]
         return Bundle(session, [(message, b"") for message in messages], problems)
     if not wanted:
         return Bundle(session, [(message, b"") for message in messages], problems)
     blobs = iter(frames[2:])
-    paired = [(message, next(blobs) if isinstance(message, m.WITH_BLOB) else b"") for message in messages]
+    paired = [(message, next(blobs) if type(message) in m.WITH_BLOB else b"") for message in messages]
     return Bundle(session, paired, problems)
 
 

@@ -1,4 +1,4 @@
-"""A conversation: messages, the tools a model may call, and how its calls stand in the text of an answer.
+"""A conversation: messages, the tools that a model may call, and the form of its calls in the text of an answer.
 
 This is the JSON in the prompt of a request. With the form `messages` it is a list of messages, with the form `chat` an
 object with `messages` and `tools`. The fields are those of OpenAI's chat API. Gateways write it, workers read it.
@@ -7,7 +7,7 @@ Reading is lenient, because other clients write it by hand: content may be text 
 message with calls needs no content, arguments may be an object or its JSON text, `developer` means `system`.
 What `read` returns has one form only: every content is text and every role is one that chat templates know.
 
-A call stands in the text of an answer in the form that Hermes models were the first to learn:
+A call in the text of an answer has the form that was introduced with the Hermes models:
 
     <tool_call>
     {"name": "weather", "arguments": {"city": "Oslo"}}

@@ -1,8 +1,7 @@
 """One small error tree, translated once at each edge.
 
-An error knows whose fault it is, its code on the wire, the HTTP status a gateway answers with, whether
-trying again can help, and what the person reading it can do. Cores return `ErrorInfo`; only shells and
-the client raise.
+An error has a code on the wire. From it follow whose fault it is, the HTTP status of a gateway, whether another try can
+help, and a hint for the reader. Cores return `ErrorInfo`; only shells and the client raise.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from msgspec import Meta
 
 
 class Fault(enum.Enum):
-    """Whose fault an error is, which decides who has to act."""
+    """Whose fault an error is, and so who has to act."""
 
     CALLER = "caller"  # the request is wrong; sending it again changes nothing
-    MESH = "mesh"  # the mesh cannot do it now; trying again may help
-    PEER = "peer"  # the other end broke the protocol
+    MESH = "mesh"  # the mesh cannot do it now; another try may help
+    PEER = "peer"  # the other end violated the protocol
 
 
 class Code(enum.StrEnum):
@@ -27,7 +26,7 @@ class Code(enum.StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Code:
-        """A newer release may know more codes. An error is still an error, and its text says which."""
+        """A code of a newer release. Its text still explains the error."""
         return cls.INTERNAL
 
     BAD_MESSAGE = "bad_message"
@@ -58,7 +57,7 @@ class Code(enum.StrEnum):
 
 
 class Trait(msgspec.Struct, frozen=True):
-    """What is always true of one error code."""
+    """The properties of one error code."""
 
     fault: Fault
     http: int
@@ -67,49 +66,49 @@ class Trait(msgspec.Struct, frozen=True):
 
 
 TRAITS: dict[Code, Trait] = {
-    Code.BAD_MESSAGE: Trait(Fault.PEER, 400, False, "the sender broke the protocol; see docs/protocol.md"),
+    Code.BAD_MESSAGE: Trait(Fault.PEER, 400, False, "the sender violated the protocol; see docs/protocol.md"),
     Code.BAD_VERSION: Trait(Fault.PEER, 400, False, "install the same llambo release on both ends"),
     Code.UNKNOWN_TYPE: Trait(Fault.PEER, 400, False, "the other end is older; update it"),
-    Code.UNKNOWN_SESSION: Trait(Fault.PEER, 409, True, "say hello again; the client library does so by itself"),
+    Code.UNKNOWN_SESSION: Trait(Fault.PEER, 409, True, "send a new hello; the client library does so by itself"),
     Code.NAME_TAKEN: Trait(Fault.CALLER, 409, False, "choose another --name"),
-    Code.UNAUTHORIZED: Trait(Fault.CALLER, 401, False, "ask whoever runs the broker for a key: `llambo keys add NAME`"),
+    Code.UNAUTHORIZED: Trait(Fault.CALLER, 401, False, "ask the broker's operator for a key: `llambo keys add NAME`"),
     Code.FORBIDDEN: Trait(Fault.CALLER, 403, False, "use a key with that right; `llambo keys list` shows them"),
     Code.OVER_LIMIT: Trait(Fault.CALLER, 429, True, "try again after the time given, or ask for a higher limit"),
-    Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "mend the field that is named"),
+    Code.BAD_REQUEST: Trait(Fault.CALLER, 400, False, "correct the field that is named"),
     Code.TOO_LONG: Trait(Fault.CALLER, 400, False, "shorten the prompt or lower max_tokens"),
     Code.UNKNOWN_MODEL: Trait(Fault.CALLER, 404, False, "choose one of the models that are listed"),
     Code.MODEL_REQUIRED: Trait(Fault.CALLER, 400, False, "name one with --model"),
-    Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo requests` lists what runs"),
+    Code.UNKNOWN_REQUEST: Trait(Fault.CALLER, 404, False, "check the id; `llambo requests` lists the live ones"),
     Code.UNKNOWN_WORKER: Trait(Fault.CALLER, 404, False, "`llambo workers` lists the names"),
-    Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was kept for its time and is gone; send again"),
+    Code.EXPIRED: Trait(Fault.CALLER, 410, False, "the result was deleted after its time; send the request again"),
     Code.BUSY: Trait(Fault.MESH, 429, True, "try again after the time given, or add workers"),
     Code.NO_WORKER: Trait(Fault.MESH, 503, True, "start one with `llambo-worker`"),
     Code.DEADLINE: Trait(Fault.MESH, 504, True, "allow more time or ask for fewer tokens"),
     Code.QUEUE_TIMEOUT: Trait(Fault.MESH, 503, True, "try again later, or add workers"),
-    Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` tells what happened"),
+    Code.ENGINE_FAILED: Trait(Fault.MESH, 502, False, "look at the worker's log; `llambo why ID` shows what happened"),
     Code.NO_BROKER: Trait(Fault.MESH, 503, True, "start one with `llambo-broker` or `llambo up`"),
     Code.TIMEOUT: Trait(Fault.MESH, 504, True, "try again"),
-    Code.CANCELLED: Trait(Fault.CALLER, 409, True, "send again; `llambo why ID` tells who cancelled it"),
-    Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "mend the setting that is named"),
+    Code.CANCELLED: Trait(Fault.CALLER, 409, True, "send it again; `llambo why ID` shows who cancelled it"),
+    Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "correct the setting that is named"),
     Code.INTERNAL: Trait(Fault.MESH, 500, False, "this is a bug in llambo; please report it"),
 }
 
 
-#: Characters of an error's text. Error texts end up in stories and in the events feed.
+#: Characters of an error text. Stories and events contain error texts.
 TEXT_CHARS = 2_000
 
 
-#: What moves a cursor, colours a terminal, or turns the direction of writing round. Line breaks and tabs are harmless.
-_UNSEEN = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)), "�")
+#: Characters that move a cursor, colour a terminal, or reverse the direction of text, but not line breaks and tabs.
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)), "�")
 
 
 def printable(text: str) -> str:
-    """What somebody else has said, fit for a terminal and a log."""
-    return text.translate(_UNSEEN)
+    """A text of another peer, made safe for terminals and logs."""
+    return text.translate(_CONTROLS)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An error as it travels."""
+    """An error in a message."""
 
     code: Code
     text: Annotated[str, Meta(max_length=TEXT_CHARS)]
@@ -117,14 +116,14 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class LlamboError(Exception):
-    """Anything llambo reports. `code` says what it is, `hint` what to do about it."""
+    """Every error that llambo raises. `code` is its kind, `hint` what to do about it."""
 
     def __init__(self, code: Code, text: str, retry_after_ms: int = 0, *, hint: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
         self.retry_after_ms = retry_after_ms
-        #: In place of the hint of the code, where more is known. It is not sent.
+        #: Replaces the hint of the code where more is known. It is not sent.
         self._hint = hint
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Who somebody is, and what that allows.
+"""The identity of a peer, and what it may do.
 
-With keys each connection proves one, and its identity is what the keyring says of it. Without keys everybody who
-reaches the ports is `ANYONE`, and may do everything.
+With keys each connection proves that it has one, and the keyring has its identity. Without keys every peer that reaches
+the ports is `ANYONE`, and may do everything.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from llambo.mesh.wire.messages import Priority
 
 Role = Literal["client", "worker", "admin", "anyone"]
 
-#: The two doors of a broker, as ZeroMQ calls them when it asks whether to let somebody in (ZAP domains).
+#: The ZAP domains of a broker: ZeroMQ passes one when it asks whether to accept a connection.
 CLIENT_DOMAIN, WORKER_DOMAIN = "llambo.client", "llambo.worker"
-#: What comes first, first: an identity may be kept from what is before its `priority_max`.
+#: Highest first. An identity may not use those before its `priority_max`.
 PRIORITIES: tuple[Priority, ...] = ("interactive", "normal", "batch")
 
 
 class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the keyring says of one key. A limit of 0 is none."""
+    """The entry of one key in the keyring. A limit of 0 means that there is none."""
 
     name: Annotated[str, Meta(max_length=limits.NAME_CHARS)]
     role: Role
-    #: Requests with a worker at a time, and waiting at a time.
+    #: Requests on workers at a time.
     max_in_flight: Annotated[int, Meta(ge=0)] = 0
+    #: Requests in the queue at a time.
     max_queued: Annotated[int, Meta(ge=0)] = 0
-    #: Bytes of prompts and answers held for it at a time.
+    #: Bytes of prompts and answers in memory at a time.
     max_bytes: Annotated[int, Meta(ge=0)] = 0
     #: New requests in a minute.
     per_minute: Annotated[int, Meta(ge=0)] = 0
     priority_max: Priority = "interactive"
-    #: Patterns; with none it may use all.
+    #: Patterns for the models it may use; empty: all.
     models: tuple[str, ...] = ()
 
     @property
@@ -50,15 +51,15 @@ class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def may_manage(self) -> bool:
-        """Drain workers, and see and cancel what others have asked."""
+        """May drain workers, and see and cancel the requests of others."""
         return self.role in ("admin", "anyone")
 
     def owns(self, owner: str) -> bool:
-        """Whether what belongs to `owner` is for its eyes."""
+        """True if it may see what belongs to `owner`."""
         return self.may_manage or owner == self.name
 
     def may_be_called(self, worker: str) -> bool:
-        """A worker's name belongs to its key: its own name, or that and more after a dash."""
+        """True if it may run a worker with this name: the name of its key, or that name and more after a dash."""
         return self.role == "anyone" or worker == self.name or worker.startswith(self.name + "-")
 
     def may_use(self, model: str) -> bool:
@@ -73,7 +74,7 @@ ANYONE = Identity("", "anyone")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A key pair. The secret half does not show up in logs or tracebacks."""
+    """A key pair. The secret half is not shown in logs or tracebacks."""
 
     public: str
     secret: str = field(repr=False)
@@ -81,10 +82,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class PeerKey:
-    """What a client or a worker holds."""
+    """The key of a client or worker."""
 
     address: str
-    #: The broker's public key: whoever answers has to have its secret half.
+    #: The public key of the broker, which proves that it has the secret half.
     broker: str
     name: str
     role: Role

@@ -1,4 +1,4 @@
-"""What a broker answers to a query, as typed rows.
+"""The answers of a broker to queries, as typed rows.
 
 On the wire each is a map by field names. Fields may be added and none changes its meaning: a reader ignores fields it
 does not know, and a field that an older broker does not send has its default here.
@@ -56,7 +56,7 @@ class MeshStatus(_Row, frozen=True, kw_only=True):
     loading: dict[str, int] = {}
     slots: int = 0
     busy: int = 0
-    #: Slots that requests of other brokers take.
+    #: Slots taken by requests of other brokers.
     busy_elsewhere: int = 0
     clients: int = 0
     running: int = 0
@@ -71,7 +71,7 @@ class MeshStatus(_Row, frozen=True, kw_only=True):
     policy: str = ""
     models: list[ModelRow] = []
     identities: list[AccountRow] = []
-    #: Since the broker started, by name.
+    #: By name, since the broker started.
     counters: dict[str, int] = {}
 
     @property
@@ -91,7 +91,7 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     models: list[str] = []
     slots: int = 0
     busy: int = 0
-    #: Slots that requests of other brokers take.
+    #: Slots taken by requests of other brokers.
     busy_elsewhere: int = 0
     tokens_per_s: float = 0.0
     #: Tokens per second of one request.
@@ -100,10 +100,10 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     #: Requests it has completed.
     done: int = 0
     engine_restarts: int = 0
-    #: Since its last message.
+    #: Time since its last message.
     heard_ms: int = 0
     up_ms: int = 0
-    #: How far its engine has loaded the model.
+    #: How much of the model its engine has loaded.
     percent: int = 0
     note: str = ""
     #: Why it counts as slow; empty if it does not.
@@ -137,7 +137,7 @@ class RequestRow(_Row, frozen=True, kw_only=True):
 class StoryStep(_Row, frozen=True, kw_only=True):
     """One thing that happened to a request."""
 
-    #: Since the request was submitted.
+    #: Time since the request was submitted.
     at_ms: int = 0
     what: str = ""
     detail: str = ""
@@ -148,13 +148,13 @@ class RequestStory(RequestRow, frozen=True, kw_only=True):
 
     reason: str = ""
     error: str = ""
-    #: Whether the broker still has its tokens.
+    #: True if the broker still has its tokens.
     kept: bool = False
     story: list[StoryStep] = []
 
 
 class EventRow(_Row, frozen=True, kw_only=True):
-    """One line of the broker's feed of events."""
+    """One event of the broker."""
 
     number: int = 0
     age_ms: int = 0
@@ -164,7 +164,7 @@ class EventRow(_Row, frozen=True, kw_only=True):
 
 
 class SampleRow(_Row, frozen=True, kw_only=True):
-    """How the mesh was at one moment. There is one sample a second."""
+    """Figures of the mesh at one moment. There is one sample a second."""
 
     number: int = 0
     tokens_per_s: float = 0.0
@@ -204,14 +204,14 @@ class EndedRow(_Row, frozen=True, kw_only=True):
 
 
 class Recent(_Row, frozen=True, kw_only=True):
-    """The answer to `recent`: the samples asked for, and what has ended in their time. The latest is last in both."""
+    """The answer to `recent`: samples, and the requests that ended in their time. The latest is last in both."""
 
     samples: list[SampleRow] = []
     ended: list[EndedRow] = []
 
 
 class FoundRequest(_Row, frozen=True, kw_only=True):
-    """The answer to `find`: the full id of the only request whose id begins as asked."""
+    """The answer to `find`: the full id of the only request whose id has the given beginning."""
 
     id: str
 
@@ -223,18 +223,18 @@ class MetricsPage(_Row, frozen=True, kw_only=True):
 
 
 class DrainReply(_Row, frozen=True, kw_only=True):
-    """What the broker does about a worker that an operator wants drained, or no longer drained."""
+    """The answer to `DrainWorker`: the state of the worker."""
 
     worker: str = ""
     draining: bool = False
     #: Its running requests are moved to other workers.
     moving: bool = False
-    #: Requests that still run on it, also those of other brokers.
+    #: Requests that still run on it, including those of other brokers.
     running: int = 0
 
 
 class LeaseReply(_Row, frozen=True, kw_only=True):
-    """Whether a lease was granted, and who holds it now."""
+    """The answer to `Lease`: whether it was granted, and who holds it now."""
 
     granted: bool = False
     by: str = ""

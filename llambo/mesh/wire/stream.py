@@ -1,16 +1,16 @@
 """From chunk frames in any order to tokens in order, each index exactly once.
 
-The token plane may lose, repeat and reorder frames. A frame that continues the stream is the usual case
-and must stay cheap: one unpack, one compare, one decode. Everything else is sorted out beside it:
+The token plane may lose, repeat and reorder frames. The usual frame continues the stream, and must stay cheap: one
+unpack, one compare, one decode. All other frames are handled separately:
 
-    older than what is held      dropped
-    overlaps what is held        trimmed
+    older than the stream        dropped
+    overlaps the stream          trimmed
     later, with a gap before it  stashed, until a replay fills the gap
 
-The gap is what the owner asks to have sent again; what did not fit into the stash is simply asked for too.
+The owner requests a replay of the gap, and of frames that did not fit into the stash.
 
-`Chunks` is that order. The broker's transcript is one, which stores and forwards frames; a client's `Reassembly` is
-one, which also reads them.
+`Chunks` has this logic. The transcript of a broker is one, which stores and forwards frames; the `Reassembly` of a
+client is one, which also decodes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llambo.mesh.wire.tokens import CHUNK, FINAL, HEAD_BYTES, KEY_END, Logprob, 
 
 
 class Stash:
-    """Chunks that arrived before their turn. Bounded: when it is full the nearest stay."""
+    """Chunks that arrived too early. Bounded: when it is full, those with the lowest indexes stay."""
 
     __slots__ = ("_entries", "_limit", "refused")
 
@@ -38,16 +38,16 @@ class Stash:
 
     @property
     def first_index(self) -> int:
-        """The lowest index that is held; only meaningful while there is one."""
+        """The lowest index in the stash, which must not be empty."""
         return self._entries[0][0]
 
     @property
     def end_index(self) -> int:
-        """The index after the last token that is held; 0 when there is none."""
+        """The index after the last token in the stash; 0 if it is empty."""
         return max((first + count for first, count, _ in self._entries), default=0)
 
     def put(self, first: int, count: int, frame: bytes) -> bool:
-        """False if this frame was known already or found no room."""
+        """False if the stash has these tokens already, or has no room for them."""
         if any(f <= first and first + count <= f + c for f, c, _ in self._entries):
             return False
         if len(self._entries) >= self._limit:
@@ -59,7 +59,7 @@ class Stash:
         return True
 
     def pop_next(self, next_index: int) -> bytes | None:
-        """The frame that holds `next_index`; it may begin before it. Older ones are dropped on the way."""
+        """The frame with the token `next_index`, which may begin before it. Older frames are dropped."""
         entries = self._entries
         while entries and entries[0][0] <= next_index:
             first, count, frame = entries.pop(0)
@@ -69,23 +69,23 @@ class Stash:
 
 
 class Fit(enum.Enum):
-    """How a chunk fits to what is held."""
+    """How a chunk relates to the tokens so far."""
 
-    IMPOSSIBLE = "no chunk has such indexes"
-    OLD = "all of it is held"
-    NEXT = "it goes on from here, or overlaps"
-    EARLY = "something before it is missing"
+    IMPOSSIBLE = "its indexes are invalid"
+    OLD = "all its tokens are known"
+    NEXT = "it continues the stream, or overlaps"
+    EARLY = "there is a gap before it"
 
 
 class Chunks:
-    """Chunks in order, each index once. The owner appends: to `chunks`, moving `next_index`."""
+    """Chunks in order, each index once. The owner appends to `chunks`, and advances `next_index`."""
 
     __slots__ = ("chunks", "next_index", "stash")
 
     def __init__(self, next_index: int = 0) -> None:
         self.chunks: list[bytes] = []
         self.next_index = next_index
-        #: What arrived before its turn; None while that is nothing.
+        #: Chunks that arrived too early; None while there are none.
         self.stash: Stash | None = None
 
     def fit(self, first: int, count: int) -> Fit:
@@ -96,18 +96,18 @@ class Chunks:
         return Fit.NEXT if first + count > self.next_index else Fit.OLD
 
     def put_aside(self, first: int, count: int, frame: bytes) -> bool:
-        """False if it was there already or found no room."""
+        """False if the stash has these tokens already, or has no room for them."""
         if self.stash is None:
             self.stash = Stash()
         return self.stash.put(first, count, frame)
 
     def trimmed(self, frame: bytes) -> bytes | None:
-        """What of a frame that fits is new; None if it is malformed."""
+        """The new part of a frame that fits NEXT; None if it is malformed."""
         first, _, _ = head(frame, KEY_END)
         return frame if first >= self.next_index else trim_chunk(frame, self.next_index)
 
     def released(self) -> Iterator[bytes]:
-        """Frames of the stash whose turn has come. Each is to be appended before the next is asked for."""
+        """Frames of the stash that now continue the stream. Append each before taking the next one."""
         while self.stash:
             frame = self.stash.pop_next(self.next_index)
             if frame is None:
@@ -118,7 +118,7 @@ class Chunks:
 
 
 class Reassembly(Chunks):
-    """One stream, in its client. `add` frames as they come, then `take` what is in order since the last time."""
+    """One stream in its client. `add` frames as they arrive, then `take` the tokens that are in order now."""
 
     __slots__ = (
         "_ids",
@@ -133,29 +133,29 @@ class Reassembly(Chunks):
     )
 
     def __init__(self, next_index: int = 0) -> None:
-        # `chunks` stays whole, to be shown to a broker that does not know this answer.
+        # `chunks` stays complete, for a broker that does not know this answer.
         super().__init__(next_index)
         self.base = next_index
-        #: The number of tokens of the whole answer, once the chunk that says so was taken.
+        #: The number of tokens of the whole answer, once the chunk with the flag FINAL was added.
         self.final_index: int | None = None
         self.old = self.overlaps = self.stashed = self.malformed = 0
         self._ids: list[int] = []
         self._pieces: list[bytes] = []
-        #: Of the tokens that are taken next, if there are any: see `take_logprobs`.
+        #: Logprobs of the tokens that are taken next, if there are any: see `take_logprobs`.
         self.logprobs: list[Logprob | None] = []
 
     @property
     def gap(self) -> tuple[int, int] | None:
-        """The first missing index and the first one held after it."""
+        """The first missing index, and the first index after the gap."""
         return (self.next_index, self.stash.first_index) if self.stash else None
 
     @property
     def seen_index(self) -> int:
-        """The index after the furthest token that is held, in order or not."""
+        """The index after the last token that is here, in order or not."""
         return max(self.next_index, self.stash.end_index) if self.stash else self.next_index
 
     def add(self, frame: bytes) -> bool:
-        """True if there is more to take than before. The caller has checked whose frame it is."""
+        """True if there are new tokens to take. The caller has checked the request id of the frame."""
         if len(frame) <= HEAD_BYTES or frame[:1] != CHUNK:
             self.malformed += 1
             return False
@@ -172,14 +172,14 @@ class Reassembly(Chunks):
         self.stash = None
 
     def take(self) -> tuple[list[int], list[bytes]]:
-        """The token ids and their bytes that have come into order since the last take."""
+        """The token ids and their bytes that are in order since the last call."""
         ids, pieces = self._ids, self._pieces
         if ids:
             self._ids, self._pieces = [], []
         return ids, pieces
 
     def take_logprobs(self, count: int) -> list[Logprob | None]:
-        """Those of the tokens that were just taken, if `logprobs` has any."""
+        """The logprobs of the tokens that were just taken, if `logprobs` has any."""
         logprobs, self.logprobs = self.logprobs, []
         return logprobs + [None] * (count - len(logprobs))
 
@@ -189,7 +189,7 @@ class Reassembly(Chunks):
             self.malformed += 1
             return False
         if body.logprobs is not None:
-            # In step with the ids, should earlier chunks have left some out.
+            # Aligned with the ids, if earlier chunks had none.
             self.logprobs += [None] * (len(self._ids) - len(self.logprobs))
             self.logprobs += body.logprobs
         self._ids += body.ids

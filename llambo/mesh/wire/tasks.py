@@ -1,8 +1,9 @@
-"""What a worker does beside generating: inputs and results, as they travel.
+"""Tasks: what a worker does besides generating. Their inputs and results in messages.
 
 A task is a request like any other: admitted, queued, dispatched, moved when its worker dies, cancelled, ended. Its
-prompt frame holds the input, and its result, one msgpack map, comes where an answer has its tokens: in pieces of
-RESULT_PIECE_BYTES, each with a token id of 0, kept in a transcript and delivered with the END. It is whole or nothing.
+prompt frame has the input. Its result, one msgpack map, takes the place of the tokens of an answer: pieces of
+RESULT_PIECE_BYTES, each with a token id of 0, stored in a transcript and delivered with the END. A result is complete
+or useless.
 
     task         input (the prompt frame)         result
     tokenize     the text                         TokenizeResult
@@ -27,27 +28,27 @@ Form = Literal["text", "user", "messages", "chat"]
 Pooling = Literal["", "mean", "last"]
 
 Id = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-#: More would not fit into a prompt frame anyway.
+#: More do not fit into a prompt frame.
 Ids = Annotated[list[Id], Meta(max_length=limits.PROMPT_BYTES)]
 Texts = Annotated[list[str], Meta(min_length=1, max_length=limits.EMBED_INPUTS)]
 
 
 class TaskOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What stands in `sampling` when the request is no answer."""
+    """The `sampling` of a task."""
 
-    #: tokenize: as in `Sampling`, to count what a prompt would be.
+    #: tokenize: as in `Sampling`, to count the tokens of a prompt.
     form: Form = "text"
     system: Annotated[str, Meta(max_length=limits.SYSTEM_CHARS)] = ""
-    #: Names of control tokens mean those tokens (tokenize), and are shown (detokenize).
+    #: Names of control tokens are read as those tokens (tokenize), or appear in the text (detokenize).
     special: bool = False
-    #: embed: how a text becomes one vector; empty: as the model was made for, or the mean.
+    #: embed: how the vectors of the tokens are combined; empty: as the model was trained for, or the mean.
     pooling: Pooling = ""
-    #: embed: of length 1.
+    #: embed: vectors have the length 1.
     normalized: bool = True
 
 
 class TokenizeResult(msgspec.Struct, frozen=True):
-    """Token ids, and what each stands for; control tokens by their names."""
+    """Token ids, and the text of each; control tokens by their names."""
 
     ids: list[int]
     pieces: list[bytes]
@@ -63,19 +64,19 @@ class EmbedResult(msgspec.Struct, frozen=True):
     size: int
     pooling: str
     normalized: bool
-    #: Of each input.
+    #: The number of tokens of each input.
     tokens: list[int]
     data: bytes
 
 
 def pieces_of(result: bytes) -> list[bytes]:
-    """A result as it travels."""
+    """The pieces of a result."""
     size = limits.RESULT_PIECE_BYTES
     return [result[at : at + size] for at in range(0, len(result), size)]
 
 
 def data_of(numbers: array[float]) -> bytes:
-    """Floats of 4 bytes each, as they travel."""
+    """Floats of 4 bytes each, as in `EmbedResult.data`."""
     if sys.byteorder == "big":
         numbers = array("f", numbers)
         numbers.byteswap()
@@ -83,7 +84,7 @@ def data_of(numbers: array[float]) -> bytes:
 
 
 def vectors_of(found: EmbedResult) -> list[list[float]]:
-    """Raises ValueError if they do not add up."""
+    """Raises ValueError if the sizes do not match."""
     numbers = array("f")
     numbers.frombytes(found.data)
     if sys.byteorder == "big":
@@ -94,7 +95,7 @@ def vectors_of(found: EmbedResult) -> list[list[float]]:
 
 
 def most_pieces(task: Task, inputs: int, input_bytes: int) -> int:
-    """How many pieces to have room for: enough for any model of today, and no more than there may be."""
+    """How many pieces to reserve memory for: enough for any model of today, within the limit."""
     each, some = {"tokenize": (16, input_bytes), "detokenize": (1024, inputs), "embed": (32 * 1024, inputs)}.get(
         task, (limits.RESULT_PIECE_BYTES * 16, 1)
     )

@@ -1,4 +1,4 @@
-"""One alarm for each key, for cores that have many: setting one is cheap and the next one is known."""
+"""Alarms for cores that have many: one for each key. To set one is cheap, and the next one is known."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Timers(Generic[K]):
-    """A heap with lazy deletion: an entry counts only while it is what the key was last set to."""
+    """A heap with lazy deletion: an entry is valid only if the key was last set to its time."""
 
     def __init__(self) -> None:
         self._at: dict[K, int] = {}
         self._heap: list[tuple[int, int, K]] = []
         self._order = 0  # breaks ties, so that equal times fire in the order they were set
+
+    def __len__(self) -> int:
+        return len(self._at)
 
     def set(self, key: K, at_ms: int) -> None:
         if self._at.get(key) == at_ms:
@@ -34,7 +37,7 @@ class Timers(Generic[K]):
         self._at.pop(key, None)
 
     def due(self, now_ms: int) -> list[K]:
-        """The keys whose time has come; their alarms are off now."""
+        """The keys whose time has come. Their alarms are cleared."""
         keys = []
         while self._heap and self._heap[0][0] <= now_ms:
             at_ms, _, key = heappop(self._heap)
@@ -50,5 +53,5 @@ class Timers(Generic[K]):
 
 
 def backoff_ms(failures: int, first_ms: int, longest_ms: int) -> int:
-    """The pause after so many failures in a row: none after the first, then `first_ms`, doubled each time."""
+    """The pause after so many failures in a row: 0 after the first, then `first_ms`, then twice as long each time."""
     return 0 if failures < 2 else min(first_ms << min(failures - 2, 16), longest_ms)

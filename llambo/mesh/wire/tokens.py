@@ -1,12 +1,11 @@
-"""The token planes: one frame a message, so that a broker can forward 10^5 of them a second.
+"""The token planes. A message is one frame, so that a broker can forward 10^5 of them a second.
 
     chunk   "T", request id (16), dispatch id (8), first index (u32), count (u16), flags (u8), body
     beat    "B", number (u64), session id (8)
 
-The body of a chunk is a msgpack array `[ids, pieces]`: token ids, and the bytes each adds to the text. A request
-with logprobs has them as a third entry; the others do not pay for them. Towards a client every frame is preceded by its
-session's topic.
-All integers are big-endian.
+The body of a chunk is a msgpack array `[ids, pieces]`: token ids, and the bytes that each adds to the text. Chunks of a
+request with logprobs have a third entry. To a client every frame is preceded by the topic of its session. All integers
+are big-endian.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from llambo.mesh.wire import limits
 
 CHUNK = b"T"
 BEAT = b"B"
-#: The chunk carries the last token of its request.
+#: The chunk has the last token of its request.
 FINAL = 1
-#: ... and the answer came to its own end; without it, it ran to `max_tokens`.
+#: With FINAL: the answer ended by itself. Without it: it ended at `max_tokens`.
 STOPPED = 2
 
 _HEAD = Struct(">IHB")
 _BEAT = Struct(">cQ8s")
-#: Where the request id + dispatch id end and the index begins.
+#: Where request id and dispatch id end and the index begins.
 KEY_END = 1 + limits.REQUEST_ID_BYTES + limits.DISPATCH_ID_BYTES
 HEAD_BYTES = KEY_END + _HEAD.size
 BEAT_BYTES = _BEAT.size
@@ -41,13 +40,13 @@ head = _HEAD.unpack_from
 Token = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
-#: The natural logarithm of a probability. What the model rules out altogether is told as the lowest.
+#: For a token that the model rules out. Logprobs are natural logarithms.
 LOWEST_LOGPROB = -9999.0
 LogNumber = Annotated[float, Meta(ge=LOWEST_LOGPROB, le=0.0)]
 
 
 class TopToken(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """A token that might have stood there."""
+    """An alternative token."""
 
     id: Token
     piece: Annotated[bytes, Meta(max_length=limits.LOGPROB_PIECE_BYTES)]
@@ -55,18 +54,18 @@ class TopToken(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Logprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """How likely the model held a token of the answer, and what else it held likely, the likeliest first."""
+    """The logprob of a token of the answer, and alternative tokens, the likeliest first."""
 
     logprob: LogNumber
     top: Annotated[list[TopToken], Meta(max_length=limits.TOP_LOGPROBS)] = []
 
 
 class Body(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):
-    """What a chunk carries."""
+    """The body of a chunk."""
 
     ids: list[Token]
     pieces: list[bytes]
-    #: One for each token, or none at all.
+    #: One for each token, or None.
     logprobs: list[Logprob] | None = None
 
 
@@ -101,7 +100,7 @@ class _FullBody(msgspec.Struct, array_like=True, frozen=True, gc=False):
 _encode = msgspec.msgpack.Encoder().encode
 #: The body of a chunk, `frame[HEAD_BYTES:]`; raises one of UNDECODABLE.
 decode_body = msgspec.msgpack.Decoder(Body).decode
-#: What a decoder raises for bytes that are not what they should be.
+#: What a decoder raises for invalid bytes.
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -113,21 +112,21 @@ def encode_chunk(
     flags: int = 0,
     logprobs: Sequence[Logprob | msgspec.Raw] | None = None,
 ) -> bytes:
-    """`key` is request id + dispatch id; logprobs may be encoded already."""
+    """`key` is request id and dispatch id; logprobs may be encoded already."""
     body = _PlainBody(ids, pieces) if logprobs is None else _FullBody(ids, pieces, logprobs)
     return CHUNK + key + _HEAD.pack(first, len(ids), flags) + _encode(body)
 
 
-#: One logprob, as `encode_chunk` takes it and as it is kept.
+#: One logprob, encoded for `encode_chunk`.
 encode_logprob = _encode
 
 
-#: Looked up once: the token path asks for it with each chunk.
+#: A name of this module, because the token path needs it for each chunk.
 _CHUNK_TOKENS = limits.CHUNK_TOKENS
 
 
 def read_body(frame: bytes, count: int) -> Body | None:
-    """The body of a chunk; None if it is malformed, or not what a header with this count promises."""
+    """The body of a chunk; None if it is malformed, or does not match a header with this count."""
     try:
         body = decode_body(frame[HEAD_BYTES:])
     except UNDECODABLE:
@@ -144,7 +143,7 @@ def read_body(frame: bytes, count: int) -> Body | None:
 
 
 def decode_chunk(frame: bytes) -> TokenChunk | None:
-    """None for anything that is not a well-formed chunk."""
+    """None if the frame is not a well-formed chunk."""
     if not HEAD_BYTES < len(frame) <= limits.TOKEN_FRAME_BYTES or frame[:1] != CHUNK:
         return None
     first, count, flags = head(frame, KEY_END)
@@ -153,7 +152,7 @@ def decode_chunk(frame: bytes) -> TokenChunk | None:
 
 
 def trim_chunk(frame: bytes, first: int) -> bytes | None:
-    """The part of a chunk from token index `first` on; None if it is malformed or has no such part."""
+    """The part of a chunk from token index `first` on; None if it is malformed, or has no such part."""
     chunk = decode_chunk(frame)
     if chunk is None:
         return None
@@ -161,12 +160,12 @@ def trim_chunk(frame: bytes, first: int) -> bytes | None:
     if not 0 <= skip < len(chunk.body.ids):
         return None
     ids, pieces, logprobs = chunk.body.ids, chunk.body.pieces, chunk.body.logprobs
-    kept = None if logprobs is None else logprobs[skip:]
-    return encode_chunk(chunk.key, first, ids[skip:], pieces[skip:], chunk.flags, kept)
+    rest = None if logprobs is None else logprobs[skip:]
+    return encode_chunk(chunk.key, first, ids[skip:], pieces[skip:], chunk.flags, rest)
 
 
 def final_flags(reason: str | None) -> int:
-    """What the last chunk of an answer says about it, should the END be lost together with its worker."""
+    """The flags of the last chunk of an answer, in case the END is lost together with the worker."""
     return {"stop": FINAL | STOPPED, "length": FINAL}.get(reason or "", 0)
 
 
@@ -182,7 +181,7 @@ def decode_beat(frame: bytes) -> tuple[int, bytes] | None:
 
 
 def ids_of(frames: Sequence[bytes]) -> list[int]:
-    """The token ids of chunks that were checked when they came in."""
+    """The token ids of chunks that were checked when they arrived."""
     ids: list[int] = []
     for frame in frames:
         ids += decode_body(frame[HEAD_BYTES:]).ids

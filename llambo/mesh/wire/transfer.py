@@ -1,8 +1,8 @@
-"""A prompt and the tokens that follow it, in one frame: how an answer travels when those who keep it change.
+"""A prompt and the tokens that follow it, in one frame: how an answer is moved to another peer.
 
-A worker that continues gets them from its broker (`Dispatch`), a broker that was restarted gets them back from its
-workers (`Orphan`) and from its clients (`InferenceRequest` with `resume`). The frame is the prompt, and after
-`prompt_bytes` of it a msgpack array of chunks, in order from token 0. Zero `prompt_bytes`: all of it is prompt.
+A worker that continues an answer gets it from its broker (`Dispatch`); a broker that was restarted gets it from workers
+(`Orphan`) and from clients (`InferenceRequest` with `resume`). The first `prompt_bytes` of the frame are the prompt,
+the rest is a msgpack array of chunks, in order from token 0. If `prompt_bytes` is 0, all of it is the prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from llambo.mesh.wire import limits, tokens
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[bytes]).decode
-#: Msgpack's share of one token: its id, and the header of its piece.
+#: Bytes of msgpack for one token: its id, and the header of its piece.
 TOKEN_OVERHEAD_BYTES = 10
 
 
 def pack(prompt: bytes, chunks: Sequence[bytes]) -> tuple[bytes, int]:
-    """The frame and `prompt_bytes`. What would be too long for a frame goes without its tokens."""
+    """The frame and `prompt_bytes`. If the frame would be too long, the tokens are left out."""
     if not chunks:
         return prompt, 0
     blob = prompt + _encode(merge(chunks))
@@ -28,18 +28,18 @@ def pack(prompt: bytes, chunks: Sequence[bytes]) -> tuple[bytes, int]:
 
 
 def unpack(blob: bytes, prompt_bytes: int) -> tuple[bytes, list[bytes]]:
-    """Prompt and chunks, checked: well-formed, without a hole, from token 0. `ValueError` says what is wrong."""
+    """The prompt and the chunks, checked: well-formed, from token 0, without a gap. Raises ValueError."""
     if not prompt_bytes:
         return blob, []
     try:
         chunks = _decode(blob[prompt_bytes:])
     except tokens.UNDECODABLE as error:
-        raise ValueError(f"what follows the prompt is no array of chunks: {error}") from error
+        raise ValueError(f"the bytes after the prompt are not an array of chunks: {error}") from error
     return blob[:prompt_bytes], check(chunks)
 
 
 def check(chunks: list[bytes]) -> list[bytes]:
-    """The same chunks, if they are well-formed and without a hole from token 0 on."""
+    """The same chunks, if they are well-formed and without a gap from token 0 on. Raises ValueError."""
     index = 0
     for frame in chunks:
         chunk = tokens.decode_chunk(frame)
@@ -50,7 +50,7 @@ def check(chunks: list[bytes]) -> list[bytes]:
 
 
 def merge(chunks: Sequence[bytes]) -> list[bytes]:
-    """The same tokens in few chunks: most came one by one, each with a head. Those with logprobs stay as they are."""
+    """The same tokens in fewer chunks. Most chunks have one token and a head of their own; those with logprobs stay."""
     merged: list[bytes] = []
     ids: list[int] = []
     pieces: list[bytes] = []
@@ -84,7 +84,7 @@ def merge(chunks: Sequence[bytes]) -> list[bytes]:
 
 
 def count(chunks: Sequence[bytes]) -> int:
-    """The index after the last token of chunks without a hole."""
+    """The index after the last token of chunks without a gap."""
     if not chunks:
         return 0
     first, tokens_in_it, _ = tokens.head(chunks[-1], tokens.KEY_END)

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
-from typing import Any, assert_never
+from typing import assert_never
 
 import zmq
 
@@ -45,6 +45,8 @@ from llambo.worker.agent.engine_life import EngineState
 from llambo.worker.config import WorkerConfig
 from llambo.worker.engine import protocol as proto
 
+log = logging.getLogger(__name__)
+
 #: The module that the child runs.
 MODULE = "llambo.worker.engine_child"
 #: Bytes taken from the pipe before the sockets get a turn.
@@ -53,8 +55,13 @@ READ_BYTES = 64 * 1024
 SIGNALS_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 #: How long a process that was killed, or closed its pipe, may take to be gone.
 REAP_S = 10.0
-#: Environment variables that hold a key, or say where one is.
+#: Environment variables that contain a key, or the path of one.
 SECRETS = (KEY_ENV, CREDENTIALS_ENV)
+#: The longest sleep: zmq takes milliseconds as an int.
+POLL_MS = 60_000
+POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
+#: The first byte of an XPUB frame that is a subscription.
+SUBSCRIBE = b"\x01"
 
 
 class EngineProcess:
@@ -100,7 +107,7 @@ class EngineProcess:
         except OSError:
             self._pending.clear()
 
-    def read(self) -> list[Any] | None:
+    def read(self) -> list[proto.ToAgent] | None:
         """The messages that have arrived; None: the engine is gone. Raises BadFrame."""
         try:
             data = self._pipe.recv(READ_BYTES)
@@ -114,10 +121,6 @@ class EngineProcess:
         """Safe until it was reaped: until then no other process can have its id."""
         self._process.kill()
 
-    def close_pipe(self) -> None:
-        """The child exits when its pipe is closed."""
-        self._pipe.close()
-
     def reap(self) -> tuple[str, bool]:
         """Wait until it is gone. Returns how it ended, for people, and whether it was ended from outside.
 
@@ -129,15 +132,6 @@ class EngineProcess:
         if code >= 0:
             return f"the engine exited with status {code}", False
         return f"the engine was ended by {signal.Signals(-code).name}", -code in SIGNALS_FROM_OUTSIDE
-
-
-log = logging.getLogger(__name__)
-
-#: The longest sleep: zmq takes milliseconds as an int.
-POLL_MS = 60_000
-POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
-#: The first byte of an XPUB frame that is a subscription.
-SUBSCRIBE = b"\x01"
 
 
 class Agent:
@@ -223,7 +217,7 @@ class Agent:
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""
-        polled: list[tuple[Any, int]] = [(self._wake.fileno(), zmq.POLLIN)]
+        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wake.fileno(), zmq.POLLIN)]
         for link in self._links.values():
             if link.control is not None:
                 polled.append((link.control, POLL_BOTH if link.wants_to_write else zmq.POLLIN))

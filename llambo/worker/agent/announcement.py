@@ -1,4 +1,4 @@
-"""What a worker tells brokers about itself: who it is, which models it serves, whether it takes new work.
+"""What a worker reports to brokers about itself: who it is, which models it serves, whether it takes new work.
 
 A worker says hello while its engine is still loading, so that brokers know it and requests for its model wait for it.
 At that time only the name of the model is known. Until the next hello, which has all of it, heartbeats carry what the
@@ -35,19 +35,13 @@ class Serving:
     slots: int
 
 
-@dataclass(frozen=True, slots=True)
-class _SentHello:
-    greeting: int
-    serving: Serving
-    state: m.WorkerState
-
-
 class Announcement:
     def __init__(self, config: WorkerConfig, identity: ProcessIdentity, engine: EngineLife) -> None:
         self._config = config
         self._identity = identity
         self._engine = engine
-        self._sent: dict[int, _SentHello] = {}
+        #: The last hello on each link, by the greeting that it belongs to.
+        self._sent: dict[int, tuple[int, m.WorkerHello]] = {}
 
     def serving(self) -> Serving:
         ready = self._engine.ready
@@ -65,27 +59,29 @@ class Announcement:
         return any(model == each.name for each in self.serving().models)
 
     def update_for(self, link: int) -> Serving | None:
-        """What is served, if the hello on this link said something else."""
-        serving, sent = self.serving(), self._sent.get(link)
-        return None if sent is not None and sent.serving == serving else serving
+        """What is served, if the hello on this link had other contents."""
+        serving, (_, hello) = self.serving(), self._sent.get(link, (0, None))
+        same = hello is not None and serving == Serving(hello.models, hello.slots)
+        return None if same else serving
 
     def hello(self, link: int, greeting: int, state: m.WorkerState) -> m.WorkerHello:
-        sent = self._sent.get(link)
-        if sent is None or sent.greeting != greeting:
-            # A repeated hello has the same content: a broker reads only the first that arrives.
-            sent = self._sent[link] = _SentHello(greeting, self.serving(), state)
-        identity = self._identity
-        return m.WorkerHello(
-            name=self._config.name,
-            incarnation=identity.incarnation,
-            models=sent.serving.models,
-            slots=sent.serving.slots,
-            software=identity.software,
-            node_class=self._config.node_class,
-            host=identity.host,
-            pid=identity.pid,
-            state=sent.state,
-        )
+        """A repeated hello has the same content: a broker reads only the first that arrives."""
+        number, hello = self._sent.get(link, (0, None))
+        if hello is None or number != greeting:
+            serving, identity = self.serving(), self._identity
+            hello = m.WorkerHello(
+                name=self._config.name,
+                incarnation=identity.incarnation,
+                models=serving.models,
+                slots=serving.slots,
+                software=identity.software,
+                node_class=self._config.node_class,
+                host=identity.host,
+                pid=identity.pid,
+                state=state,
+            )
+            self._sent[link] = greeting, hello
+        return hello
 
 
 class DrainState:

@@ -1,6 +1,6 @@
 """The worker core: all decisions of an agent.
 
-A worker stands between brokers and its engine child. Brokers send it dispatches over links; it hands each to the engine
+A worker connects brokers with its engine child. Brokers send it dispatches over links; it hands each to the engine
 as a run, publishes what the engine produces, and stores those tokens until the broker has acknowledged the END, so that
 any part can be asked for again. Three rules are essential:
 
@@ -10,7 +10,7 @@ any part can be asked for again. Three rules are essential:
     a fence   outputs of a run that was cancelled, dropped or lost with its engine are discarded
 
 The engine may die at any moment: its active runs are then reported as lost, and the broker continues them elsewhere;
-runs that had ended are still here. A broker may die as well: its runs go on, and are offered to others (orphans.py).
+runs that had ended are still here. A broker may die as well: its runs go on, and are offered to others (`Orphans`).
 
 Events come in through `handle`, which returns actions. There is no clock, socket or randomness in here.
 """
@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import assert_never
 
-import msgspec
-
 from llambo.mesh.link.link_core import LinkCore, LinkProblem, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import transfer
 from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.wire.timers import NEVER_MS
+from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.agent import events as e
 from llambo.worker.agent.announcement import Announcement, DrainState, ProcessIdentity
 from llambo.worker.agent.delivery import Delivery, Orphans, TokenRate
@@ -249,7 +248,7 @@ class WorkerCore:
             return ErrorInfo(Code.UNKNOWN_MODEL, f"this worker has no model {dispatch.model!r}")
         try:
             return start_of(dispatch, prompt)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             return ErrorInfo(Code.BAD_REQUEST, f"sampling options: {error}")
 
     def _reject(self, number: int, request: bytes, dispatch: bytes, error: ErrorInfo, final: bool) -> None:
@@ -272,7 +271,7 @@ class WorkerCore:
     # Stopping.
 
     def _announce_change(self, text: str) -> None:
-        """Log it and tell every broker at once; empty if nothing has changed."""
+        """Log it and notify every broker at once; empty if nothing has changed."""
         if text:
             self._out.append(Log(text))
             for link in self.links.values():

@@ -66,16 +66,12 @@ class EngineLife:
         self._spawn_at = 0
         self._backoff = min(BACKOFF_MS, config.backoff_ms)
         self._ready_ms = 0
-        self._last_alive_ms = 0
+        #: When it last sent something, or got its first run after being idle; later if this agent was suspended.
+        self.last_alive_ms = 0
 
     @property
     def is_ready(self) -> bool:
         return self.state is EngineState.READY
-
-    @property
-    def last_alive_ms(self) -> int:
-        """When it last sent something, or got its first run after being idle; later if this agent was suspended."""
-        return self._last_alive_ms
 
     def is_responsive(self, now_ms: int, busy: bool) -> bool:
         """False: it is stalled, or it was killed and is not gone yet."""
@@ -85,15 +81,15 @@ class EngineLife:
 
     def on_alive(self, now_ms: int) -> None:
         """It has sent something, or it was idle and gets its first run: it may be silent for `stall_ms` from now."""
-        self._last_alive_ms = now_ms
+        self.last_alive_ms = now_ms
 
     def on_late_wakeup(self, late_ms: int) -> None:
         """This agent was suspended and could not read what the engine sent: that time does not count as silence."""
         if late_ms >= SUSPENDED_MS:
-            self._last_alive_ms += late_ms
+            self.last_alive_ms += late_ms
 
     def on_progress(self, progress: Progress, now_ms: int) -> None:
-        self._last_alive_ms = now_ms
+        self.last_alive_ms = now_ms
         if self.state is EngineState.LOADING:
             self.note, self._problem = progress.note, progress.problem
             self.percent = min(progress.percent, 100) if progress.percent >= 0 else self.percent
@@ -104,7 +100,7 @@ class EngineLife:
             return False
         self._step(EngineState.READY)
         self.ready, self.note = ready, ready.note
-        self._last_alive_ms = self._ready_ms = now_ms
+        self.last_alive_ms = self._ready_ms = now_ms
         return True
 
     def on_died(self, text: str, now_ms: int) -> str:
@@ -145,7 +141,7 @@ class EngineLife:
         """True when a stalled engine was just killed."""
         if self.state is EngineState.DOWN and now_ms >= self._spawn_at:
             self._step(EngineState.LOADING)
-            self._last_alive_ms = now_ms
+            self.last_alive_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
             self._problem, self._stalled, self.percent = "", False, 0
             settings = ", with safe settings" if self._safe else ""
@@ -153,7 +149,7 @@ class EngineLife:
             self._out.append(SpawnEngine(self._safe))
         elif now_ms >= self._stalled_at(busy):
             doing = "loading" if self.state is EngineState.LOADING else "decoding"
-            self.note = f"the engine stalled: silent for {now_ms - self._last_alive_ms} ms while {doing}"
+            self.note = f"the engine stalled: silent for {now_ms - self.last_alive_ms} ms while {doing}"
             self._out.append(Log(self.note, warning=True))
             self._stalled = True
             self.kill()
@@ -165,9 +161,9 @@ class EngineLife:
 
     def _stalled_at(self, busy: bool) -> int:
         if self.state is EngineState.LOADING:
-            return self._last_alive_ms + self._config.load_ms
+            return self.last_alive_ms + self._config.load_ms
         if self.is_ready and busy:
-            return self._last_alive_ms + self._config.stall_ms
+            return self.last_alive_ms + self._config.stall_ms
         return NEVER_MS
 
     def _step(self, state: EngineState) -> None:

@@ -7,9 +7,9 @@ The actions of a link are in `mesh.link.link_core`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llambo.mesh.link.link_core import ConnectionChange, LinkAction
+from llambo.mesh.wire import messages as m
 from llambo.worker.engine.protocol import Progress, Ready, Refused, Start, Step
 
 
@@ -24,7 +24,7 @@ class ControlArrived:
 
     link: int
     session: bytes
-    messages: list[tuple[Any, bytes]]
+    messages: list[tuple[m.Message, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class ConnectionChanged:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    """The engine process is gone, by itself or because it was killed; `text` says how.
+    """The engine process is gone, by itself or because it was killed; `text` describes how.
 
     `outside`: by a signal that neither the engine nor this worker has sent.
     """

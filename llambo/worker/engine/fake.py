@@ -1,7 +1,7 @@
 """An engine without a model: its tokens are hashes, its pace and its faults are options.
 
 It proves what a model cannot: see `fake_model`. It is a core: `step(now_ms)` returns the outputs that are due,
-`next_wakeup_ms` says when to call it again, and after each step `fault` says whether the process has to crash or hang
+`next_wakeup_ms` is when to call it again, and after each step `fault` is set if the process has to crash or hang
 now. The engine child does that, the simulator imitates it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
@@ -18,7 +17,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
 from llambo.worker.engine.fake_model import START, piece_of, pieces_of
-from llambo.worker.engine.protocol import ALIVE_MS, Output, Ready, Refused, Start
+from llambo.worker.engine.protocol import ALIVE_MS, Fault, Output, Ready, Refused, Start, TaskRefused
 
 #: An unpaced engine takes this long per token once `slow_factor` has something to multiply.
 UNPACED_MS = 1.0
@@ -56,7 +55,7 @@ class FakeEngine:
     """Times are whole milliseconds of any clock."""
 
     def __init__(self, options: FakeOptions, model: str = "fake") -> None:
-        self.fault: Literal["crash", "hang"] | None = None
+        self.fault: Fault | None = None
         #: The key of the poisonous sequence that has killed it.
         self.poisoned = b""
         self.tokens = 0
@@ -68,14 +67,9 @@ class FakeEngine:
 
     def ready(self) -> Ready:
         # Two fake engines can continue each other's answers only if they would produce the same tokens.
-        fingerprint = f"fake-{self._options.style}-{self._options.answer_tokens}-{int(self._options.utf8_split)}"
-        return Ready(
-            [ModelInfo(self._model, fingerprint, self._options.context_tokens)], self._options.slots, "fake engine"
-        )
-
-    @property
-    def running(self) -> int:
-        return len(self._sequences)
+        options = self._options
+        fingerprint = f"fake-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
+        return Ready([ModelInfo(self._model, fingerprint, options.context_tokens)], options.slots, "fake engine")
 
     @property
     def running_keys(self) -> list[bytes]:
@@ -89,7 +83,7 @@ class FakeEngine:
         if start.task != "generate":
             try:
                 sequence.result = fake_model.result_of(start, self._options, self._model)
-            except fake_model.BadTask as error:
+            except TaskRefused as error:
                 return Refused(start.key, error.info, final=True)
             sequence.limit, sequence.reason = len(sequence.result), "stop"
         if not self._sequences:
@@ -123,8 +117,7 @@ class FakeEngine:
 
     def _refusal(self, start: Start) -> Refused | None:
         if len(self._sequences) >= self._options.slots:
-            error = ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken")
-            return Refused(start.key, error)
+            return Refused(start.key, ErrorInfo(Code.BUSY, f"all {self._options.slots} slots of this engine are taken"))
         prompt_tokens, limit = len(start.prompt.split()), self._options.context_tokens
         if start.task == "generate" and limit and prompt_tokens + start.max_tokens > limit:
             text = f"{prompt_tokens} prompt tokens + max_tokens {start.max_tokens} exceed the context of {limit}"
@@ -185,7 +178,11 @@ class FakeEngine:
         if end is None:
             return Output(key, ids, pieces, logprobs=logprobs)
         del self._sequences[key]
-        usage = _usage(sequence, now_ms)
+        usage = Usage(
+            prompt_tokens=sequence.prompt_tokens,
+            prefill_ms=float(sequence.first_ms - sequence.started_ms),
+            decode_ms=float(now_ms - sequence.first_ms),
+        )
         return Output(key, ids, pieces, end, usage, logprobs=logprobs, stop=stop.decode())
 
     def _chunk_tokens(self, sequence: _Sequence) -> int:
@@ -243,11 +240,3 @@ def _cut_at_stop(sequence: _Sequence, ids: list[int]) -> tuple[list[int], bytes]
             return ids[:count], min(found, key=lambda each: each[0])[1]
         sequence.tail = text[-reach:]
     return ids, b""
-
-
-def _usage(sequence: _Sequence, now_ms: int) -> Usage:
-    return Usage(
-        prompt_tokens=sequence.prompt_tokens,
-        prefill_ms=float(sequence.first_ms - sequence.started_ms),
-        decode_ms=float(now_ms - sequence.first_ms),
-    )

@@ -19,17 +19,23 @@ from __future__ import annotations
 import math
 from array import array
 from hashlib import blake2b, shake_128
-from typing import Any
-
-import msgspec
 
 from llambo.mesh.wire import limits, tasks
-from llambo.mesh.wire.errors import Code, ErrorInfo
-from llambo.mesh.wire.tokens import Logprob, TopToken
+from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.tokens import UNDECODABLE, Logprob, TopToken
 from llambo.worker.config import FakeOptions
-from llambo.worker.engine.protocol import Start
-
-_MASK = 2**64 - 1
+from llambo.worker.engine.protocol import (
+    GOLDEN,
+    MASK_64,
+    Start,
+    TaskRefused,
+    TaskResult,
+    decode_ids,
+    decode_texts,
+    mix,
+    result_pieces,
+    unreadable,
+)
 
 #: The "previous token" of the first token.
 START = -1
@@ -42,11 +48,8 @@ _WANDER_OPENS = 5
 
 
 def _mix(value: int) -> int:
-    """splitmix64: every bit of the result depends on every bit of the value."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    """splitmix64."""
+    return mix((value + GOLDEN) & MASK_64)
 
 
 def base_of(key: bytes, prompt: bytes) -> int:
@@ -63,7 +66,7 @@ def plain_next(base: int, index: int, utf8_split: bool = False) -> int:
 
 
 def wander_next(base: int, previous: int, utf8_split: bool = False) -> int:
-    value = _mix(base ^ ((previous + 2) * 0xD1342543DE82EF95 & _MASK))
+    value = _mix(base ^ ((previous + 2) * 0xD1342543DE82EF95 & MASK_64))
     role = WORD
     if utf8_split and previous != START:
         before = previous & 3
@@ -83,7 +86,7 @@ def wander_token(dispatch: bytes, prompt: bytes, previous: int, utf8_split: bool
 
 def decide(base: int, index: int, choices: int) -> int:
     """A number below `choices` for a purpose other than a token: chunk sizes, jitter, length."""
-    return _mix(~(base + index) & _MASK) % choices
+    return _mix(~(base + index) & MASK_64) % choices
 
 
 def bits(base: int, text: bytes, count: int) -> bytes:
@@ -126,42 +129,27 @@ def pieces_of(ids: list[int]) -> list[bytes]:
     return [table[token_id & 0x3FFF] for token_id in ids]
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
-_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
 #: The bytes of a hash as numbers from -1 to 1.
 _NUMBERS = [(byte - 127.5) / 127.5 for byte in range(256)]
 BYTE_TOKENS = 256
 
 
-class BadTask(Exception):
-    """The task cannot be done, on any worker."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.info = ErrorInfo(code, text)
-
-
 def result_of(start: Start, options: FakeOptions, model: str) -> list[bytes]:
-    """The pieces of the result. Raises BadTask."""
+    """The pieces of the result. Raises TaskRefused."""
     try:
-        result = _encode(_result(start, options, model))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadTask(Code.BAD_REQUEST, f"the input of {start.task} cannot be read: {error}") from error
-    most = start.max_tokens * limits.RESULT_PIECE_BYTES
-    if len(result) > most:
-        raise BadTask(Code.TOO_LONG, f"a result of {len(result)} bytes, {most} are allowed")
-    return tasks.pieces_of(result)
+        return result_pieces(start, _result(start, options, model))
+    except UNDECODABLE as error:
+        raise unreadable(start, error) from error
 
 
-def _result(start: Start, options: FakeOptions, model: str) -> Any:
+def _result(start: Start, options: FakeOptions, model: str) -> TaskResult:
     match start.task:
         case "tokenize":
             return tasks.TokenizeResult(
                 list(start.prompt), [start.prompt[at : at + 1] for at in range(len(start.prompt))]
             )
         case "detokenize":
-            return tasks.DetokenizeResult(b"".join(map(_piece, _ids(start.prompt))))
+            return tasks.DetokenizeResult(b"".join(map(_piece, decode_ids(start.prompt))))
         case "embed":
             return embeddings(start.key[-limits.DISPATCH_ID_BYTES :], start, options)
         case _:
@@ -175,11 +163,11 @@ def _piece(id: int) -> bytes:
 def embeddings(dispatch: bytes, start: Start, options: FakeOptions) -> tasks.EmbedResult:
     base = base_of(dispatch, b"embed") if options.style == "wander" else 0
     numbers, counts = array("f"), []
-    for number, text in enumerate(_texts(start.prompt)):
+    for number, text in enumerate(decode_texts(start.prompt)):
         tokens = len(text.encode())
         if options.context_tokens and tokens > options.context_tokens:
             text = f"input {number} has {tokens} tokens, the context has {options.context_tokens}"
-            raise BadTask(Code.TOO_LONG, text)
+            raise TaskRefused(Code.TOO_LONG, text)
         counts.append(tokens)
         vector = [_NUMBERS[byte] for byte in bits(base, text.encode(), options.embedding_size)]
         length = math.hypot(*vector) if start.options.normalized else 1.0

@@ -3,7 +3,7 @@
     agent -> engine   configure, start, stop, shutdown
     engine -> agent   progress, ready, step, refused
 
-A message is a msgpack map (its `type` says which) after its length as u32. Both ends are of one release, so
+A message is a msgpack map (its `type` is its name) after its length as u32. Both ends are of one release, so
 nothing is negotiated. The engine sends one `Step` per decoding step for all sequences together. While it has
 sequences but no token it sends an empty one every ALIVE_MS: an engine that is silent for longer is stalled.
 """
@@ -11,16 +11,16 @@ sequences but no token it sends an empty one every ALIVE_MS: an engine that is s
 from __future__ import annotations
 
 from struct import Struct
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import ErrorInfo
+from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
-from llambo.mesh.wire.tokens import Logprob
+from llambo.mesh.wire.tokens import UNDECODABLE, Logprob
 from llambo.worker.config import FakeOptions, LlamaOptions
 
 #: One message: the longest prompt and the longest prefix fit.
@@ -135,6 +135,7 @@ class Refused(EngineMessage, frozen=True):
 
 ToEngine = Configure | Start | Stop | Shutdown
 ToAgent = Progress | Ready | Step | Refused
+M = TypeVar("M", bound=EngineMessage)
 
 
 class BadFrame(Exception):
@@ -149,14 +150,14 @@ def pack(message: EngineMessage) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-class Unpacker:
+class Unpacker(Generic[M]):
     """From the bytes of the pipe to messages."""
 
-    def __init__(self, union: Any) -> None:
-        self._decode = msgspec.msgpack.Decoder(union).decode
+    def __init__(self, decoder: msgspec.msgpack.Decoder[M]) -> None:
+        self._decode = decoder.decode
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[Any]:
+    def feed(self, data: bytes) -> list[M]:
         """Returns the messages that are complete now. Raises BadFrame."""
         self._buffer += data
         messages, at = [], 0
@@ -173,21 +174,21 @@ class Unpacker:
         del self._buffer[:at]
         return messages
 
-    def _message(self, body: memoryview) -> Any:
+    def _message(self, body: memoryview) -> M:
         try:
             return self._decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             raise BadFrame(f"an invalid message on the engine pipe: {error}") from error
         finally:
             body.release()
 
 
-def from_agent() -> Unpacker:
-    return Unpacker(ToEngine)
+def from_agent() -> Unpacker[ToEngine]:
+    return Unpacker(msgspec.msgpack.Decoder(ToEngine))
 
 
-def from_engine() -> Unpacker:
-    return Unpacker(ToAgent)
+def from_engine() -> Unpacker[ToAgent]:
+    return Unpacker(msgspec.msgpack.Decoder(ToAgent))
 
 
 _decode_sampling = msgspec.msgpack.Decoder(Sampling).decode
@@ -212,3 +213,53 @@ def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
         task=dispatch.task,
         options=TaskOptions() if generates else _decode_options(dispatch.sampling),
     )
+
+
+# What both engines share.
+
+#: What a fake engine asks of its process after a step.
+Fault = Literal["crash", "hang"]
+
+
+#: The last is that of `model_info`.
+TaskResult = tasks.TokenizeResult | tasks.DetokenizeResult | tasks.EmbedResult | dict[str, Any]
+
+
+class TaskRefused(Exception):
+    """The task cannot be done, on any worker; `info` gives the reason."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.info = ErrorInfo(code, text)
+
+
+def unreadable(start: Start, error: Exception) -> TaskRefused:
+    return TaskRefused(Code.BAD_REQUEST, f"the input of {start.task} cannot be read: {error}")
+
+
+def result_pieces(start: Start, result: TaskResult) -> list[bytes]:
+    """The result of a task as it travels. Raises TaskRefused if it is too long."""
+    data = _encode(result)
+    check_size(start, len(data), f"the result of {start.task}")
+    return tasks.pieces_of(data)
+
+
+def check_size(start: Start, size: int, what: str) -> None:
+    most = start.max_tokens * limits.RESULT_PIECE_BYTES
+    if size > most:
+        raise TaskRefused(Code.TOO_LONG, f"{what} would be {size} bytes; {most} are allowed")
+
+
+decode_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
+decode_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
+
+#: The increment of splitmix64.
+GOLDEN = 0x9E3779B97F4A7C15
+MASK_64 = 2**64 - 1
+
+
+def mix(value: int) -> int:
+    """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return value ^ (value >> 31)

@@ -108,10 +108,6 @@ class Batcher:
         """Cells in use by running requests. All others are cache, which may be dropped at any time."""
         return sum(slot.cells for slot in self._by_key.values())
 
-    @property
-    def cached_cells(self) -> int:
-        return sum(slot.cells for slot in self.slots if slot.key is None)
-
     def place(self, key: bytes, tokens: list[int]) -> Placed | None:
         """A slot for this request; None: all are taken. At least one token is left to decode, for its output."""
         free = [slot for slot in self.slots if slot.key is None]
@@ -152,9 +148,6 @@ class Batcher:
             slot.tokens.clear()
             slot.cells = 0
         return [slot.number for slot in free]
-
-    def slot_of(self, key: bytes) -> int:
-        return self._by_key[key].number
 
     def _choose(self, free: list[Slot], tokens: list[int]) -> Placed:
         shared = [common_prefix(slot.tokens[: slot.cells], tokens[:-1]) for slot in self.slots]

@@ -30,7 +30,7 @@ CHECKED = 256
 #: The keys that require them.
 REPETITION_KEYS = ("minLength", "maxLength", "minItems", "maxItems")
 #: How llguidance compiles a schema. Keywords it does not know are ignored, and so is the difference between `oneOf`
-#: and `anyOf`. At most one blank stands between two tokens of JSON: without that bound an answer may end in blanks.
+#: and `anyOf`. At most one blank is between two tokens of JSON: without that bound an answer may end in blanks.
 #: Characters are written as they are and not as `\u0061`, which would let a key stand twice under two spellings.
 JSON_OPTIONS = {
     "lenient": True,
@@ -41,7 +41,7 @@ JSON_OPTIONS = {
 
 
 class GrammarError(Exception):
-    """The grammar or schema cannot be used; the text says why."""
+    """The grammar or schema cannot be used; the text gives the reason."""
 
 
 class AnswerGrammar(NamedTuple):
@@ -54,7 +54,7 @@ class AnswerGrammar(NamedTuple):
 
 
 def grammar_of(options: Sampling, tools: Sequence[Tool] = (), *, parallel: bool = False) -> AnswerGrammar:
-    """`parallel`: several calls in one answer, if the request does not say. Raises GrammarError."""
+    """`parallel`: several calls in one answer, if the request does not specify it. Raises GrammarError."""
     if options.grammar and (options.json_schema or options.tool_choice != "none"):
         raise GrammarError("a grammar excludes a JSON schema and tools")
     if options.tool_choice != "none":
@@ -92,7 +92,7 @@ def _calls(options: Sampling, tools: Sequence[Tool], most: int) -> str:
     rules[1] = f'body: ({" | ".join(bodies)}) "\\n{end}"'
     if options.tool_choice == "required":
         rules.insert(0, f"start: call{more}")
-    elif options.json_schema:  # from the first token on: a call, or else what the schema says
+    elif options.json_schema:  # from the first token on: a call, or else what the schema describes
         rules.insert(0, f"start: call{more} | answer")
         rules.append(_schema_rule("answer", options.json_schema, "the JSON schema"))
     else:
@@ -106,7 +106,7 @@ def _calls(options: Sampling, tools: Sequence[Tool], most: int) -> str:
 
 
 def _arguments_rule(rule: str, name: str, parameters: dict[str, Any] | None) -> str:
-    """The arguments are an object, whatever the schema says or leaves open."""
+    """The arguments are an object, whatever the schema specifies or leaves open."""
     what = f"the schema of tool {name!r}"
     schema = parameters or {"properties": {}}
     length = len(msgspec.json.encode(schema))
@@ -161,8 +161,8 @@ def _check(schema: Any, what: str) -> None:
 
 
 def _closed(schema: Any) -> Any:
-    """`properties` mean an object that has no others, unless the schema says more: that is what people intend, and a
-    model would go on inventing keys. With `allOf` nothing is closed, because its parts would exclude each other.
+    """`properties` mean an object that has no others, unless the schema specifies more: people intend that, and a model
+    would go on inventing keys. With `allOf` nothing is closed, because its parts would exclude each other.
 
     `nullable` is a word of OpenAPI's for `null` beside a type.
     """
@@ -184,7 +184,7 @@ def _closing(value: Any, *, close: bool) -> Any:
     return made
 
 
-#: Keywords by which a schema says itself what else an object may have.
+#: Keywords by which a schema itself specifies what else an object may have.
 _OPENING = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 
 

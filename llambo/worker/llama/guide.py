@@ -22,7 +22,7 @@ COMPILED = 8
 
 
 class _Vocabulary:
-    """The attributes that llguidance reads of a tokenizer. A control token never stands for text: a byte that is not
+    """The attributes that llguidance reads of a tokenizer. A control token is never text: a byte that is not
     UTF-8 marks its name. The tags of calls are text, also where a model has a token for each."""
 
     bos_token_id = None

@@ -21,7 +21,6 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 from llambo.mesh.wire import conversation
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama.sampling import Grammar, Ids, Logits
+from llambo.worker.models.model_files import Layout
 
 #: Its types change with every release. What is used here is tested with a real model.
 lib: Any = llama_cpp
@@ -57,20 +57,7 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 
 
 class LoadError(Exception):
-    """The model cannot be served; the text says why, for people."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """How a context is laid out."""
-
-    slots: int
-    #: Per slot.
-    context: int
-    batch: int
-    threads: int
-    kv_type: str = "f16"
-    flash_attn: str = "auto"
+    """The model cannot be served; the text gives the reason, for people."""
 
 
 class _Log:
@@ -137,9 +124,6 @@ class Model:
         self.endings = [token for token in range(self.tokens) if lib.llama_vocab_is_eog(self.vocab, token)]
         self._endings = frozenset(self.endings)
 
-    def close(self) -> None:
-        lib.llama_model_free(self.handle)
-
     @property
     def parameters(self) -> int:
         return int(lib.llama_model_n_params(self.handle))
@@ -165,13 +149,10 @@ class Model:
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
         """`special`: names of control tokens in the text become those tokens, which a chat template needs."""
-        most = len(text) + 8
-        buffer = (ctypes.c_int32 * most)()
-        count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
-        if count < 0:
-            most = -count
-            buffer = (ctypes.c_int32 * most)()
-            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, most, True, special)
+        count = -(len(text) + 8)
+        while count < 0:  # more than there was room for
+            buffer = (ctypes.c_int32 * -count)()
+            count = lib.llama_tokenize(self.vocab, text, len(text), buffer, -count, True, special)
         return list(buffer[:count])
 
     def piece(self, token: int) -> bytes:
@@ -213,33 +194,24 @@ class Model:
         return self._buffer.raw[:size] if size > 0 else b""
 
 
-class Decoder:
-    """A context: `slots` sequences, each with cells of its own."""
+class _Context:
+    """Sequences of tokens with their cells, and one batch for all steps. `params` are those of llama.cpp."""
 
-    def __init__(self, model: Model, shape: Shape) -> None:
+    def __init__(self, model: Model, layout: Layout, what: str, batch: int, **params: Any) -> None:
         log = _start_library()
-        params = lib.llama_context_default_params()
-        params.n_ctx = shape.slots * shape.context
-        params.n_seq_max = shape.slots
-        params.n_batch = params.n_ubatch = shape.batch
-        params.n_threads = params.n_threads_batch = shape.threads
-        params.n_outputs_max = shape.slots
-        # A cache for each sequence was measured to be faster than one for all.
-        params.kv_unified = False
-        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
-        params.flash_attn_type = FLASH[shape.flash_attn]
-        params.offload_kqv = True
-        params.no_perf = True
-        self.handle = lib.llama_init_from_model(model.handle, params)
+        settings = lib.llama_context_default_params()
+        settings.n_batch = settings.n_ubatch = batch
+        settings.n_threads = settings.n_threads_batch = layout.threads
+        settings.type_k = settings.type_v = KV_TYPES[layout.kv_type]
+        settings.flash_attn_type = FLASH[layout.flash_attn]
+        settings.offload_kqv = settings.no_perf = True
+        for name, value in params.items():
+            setattr(settings, name, value)
+        self.handle = lib.llama_init_from_model(model.handle, settings)
         if not self.handle:
-            raise LoadError(f"no context of {shape.slots} x {shape.context} tokens: {log.reason()}")
+            raise LoadError(f"no context of {what}: {log.reason()}")
         self._memory = lib.llama_get_memory(self.handle)
-        self._vocab = model.tokens
-        self.context = int(lib.llama_n_ctx_seq(self.handle))
-        self._make_batch(shape.batch)
-
-    def close(self) -> None:
-        lib.llama_free(self.handle)
+        self._make_batch(batch)
 
     def _make_batch(self, size: int) -> None:
         self._tokens = np.zeros(size, np.int32)
@@ -264,25 +236,24 @@ class Decoder:
             logits=pointer(self._wanted, "logits"),
         )
 
-    def decode(
-        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
-    ) -> NDArray[np.float32]:
-        """One step. Returns a row of logits for each row of `outputs`, in that order, valid until the next step."""
+    def _step(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        outputs: Sequence[int] | slice,
+    ) -> None:
+        """Decode these rows. `outputs`: the rows whose output is wanted."""
         count = len(tokens)
         self._tokens[:count] = tokens
         self._positions[:count] = positions
-        self._sequences[:count] = slots
+        self._sequences[:count] = sequences
         self._wanted[:count] = 0
         self._wanted[outputs] = 1
         self._batch.n_tokens = count
         code = lib.llama_decode(self.handle, self._batch)
         if code != 0:
             raise RuntimeError(f"llama_decode gave {code} for a step of {count} tokens")
-        if not outputs:
-            return np.empty((0, self._vocab), np.float32)
-        # llama.cpp returns them in the order of the batch, and `outputs` is sorted.
-        logits = lib.llama_get_logits(self.handle)
-        return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
 
     def cut(self, slot: int, cells: int) -> bool:
         """Keep only the first cells of a slot. False: this kind of cache cannot be cut, and the slot is empty now."""
@@ -290,6 +261,31 @@ class Decoder:
             return True
         lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
         return False
+
+
+class Decoder(_Context):
+    """The context of answers: each slot has cells of its own."""
+
+    def __init__(self, model: Model, layout: Layout) -> None:
+        slots, context = layout.slots, layout.context
+        # A cache for each sequence was measured to be faster than one for all.
+        super().__init__(
+            model, layout, f"{slots} x {context} tokens", layout.batch,
+            n_ctx=slots * context, n_seq_max=slots, n_outputs_max=slots, kv_unified=False,
+        )  # fmt: skip
+        self._vocab = model.tokens
+        self.context = int(lib.llama_n_ctx_seq(self.handle))
+
+    def decode(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], outputs: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """One step. Returns a row of logits for each row of `outputs`, in that order, valid until the next step."""
+        self._step(tokens, positions, slots, outputs)
+        if not outputs:
+            return np.empty((0, self._vocab), np.float32)
+        # llama.cpp returns them in the order of the batch, and `outputs` is sorted.
+        logits = lib.llama_get_logits(self.handle)
+        return np.ctypeslib.as_array(logits, shape=(len(outputs), self._vocab))
 
     def copy(self, source: int, slot: int, cells: int) -> bool:
         """Copy the first cells of another slot. Between caches only all cells can be copied, then the copy is cut."""
@@ -301,46 +297,25 @@ class Decoder:
         return int(lib.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
 
-class Embedder(Decoder):
+class Embedder(_Context):
     """All texts share `context` cells. Pooling is done by the caller, so that a long text can take several steps."""
 
     sequences = EMBED_SEQUENCES
 
-    def __init__(self, model: Model, shape: Shape) -> None:
-        log = _start_library()
-        params = lib.llama_context_default_params()
-        params.n_ctx = shape.context
-        params.n_seq_max = EMBED_SEQUENCES
-        params.n_batch = params.n_ubatch = EMBED_ROWS
-        params.n_threads = params.n_threads_batch = shape.threads
-        params.kv_unified = True
-        params.type_k = params.type_v = KV_TYPES[shape.kv_type]
-        params.flash_attn_type = FLASH[shape.flash_attn]
-        params.offload_kqv = True
-        params.no_perf = True
-        params.embeddings = True
-        params.pooling_type = 0  # no pooling: a row for each token
-        self.handle = lib.llama_init_from_model(model.handle, params)
-        if not self.handle:
-            raise LoadError(f"no context of {shape.context} tokens for embeddings: {log.reason()}")
-        self._memory = lib.llama_get_memory(self.handle)
+    def __init__(self, model: Model, layout: Layout, context: int) -> None:
+        # pooling_type 0: no pooling, but a row for each token.
+        super().__init__(
+            model, layout, f"{context} tokens for embeddings", EMBED_ROWS,
+            n_ctx=context, n_seq_max=EMBED_SEQUENCES, kv_unified=True, embeddings=True, pooling_type=0,
+        )  # fmt: skip
         self._size = model.embedding_size
-        self.context = shape.context
-        self._make_batch(EMBED_ROWS)
+        self.context = context
 
     def embed(self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int]) -> NDArray[np.float32]:
         """One step. Returns a row for each token, in the same order, valid until the next step."""
-        count = len(tokens)
-        self._tokens[:count] = tokens
-        self._positions[:count] = positions
-        self._sequences[:count] = sequences
-        self._wanted[:count] = 1
-        self._batch.n_tokens = count
-        code = lib.llama_decode(self.handle, self._batch)
-        if code != 0:
-            raise RuntimeError(f"llama_decode gave {code} for {count} tokens to embed")
+        self._step(tokens, positions, sequences, slice(len(tokens)))
         rows = lib.llama_get_embeddings(self.handle)
-        return np.ctypeslib.as_array(rows, shape=(count, self._size))
+        return np.ctypeslib.as_array(rows, shape=(len(tokens), self._size))
 
 
 class Gbnf:

@@ -13,11 +13,10 @@ Cancels and deadlines take effect between steps, and the core keeps steps short.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -30,7 +29,8 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Output, Progress, Ready, Refused, Start
+from llambo.worker.config import mesh_name
+from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
 from llambo.worker.llama import llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
@@ -50,9 +50,15 @@ from llambo.worker.llama.sampling import (
 from llambo.worker.llama.text_gate import TextGate
 from llambo.worker.models import gguf, model_files
 
+log = logging.getLogger("llambo.engine")
+
 #: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
+#: Characters of the progress bar.
+WIDTH = 30
+#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
+POOLINGS = {1: "mean", 3: "last"}
 
 
 @dataclass(slots=True)
@@ -88,7 +94,7 @@ class Setup:
     #: The model's name in the mesh.
     name: str
     path: str
-    shape: llama.Shape
+    layout: model_files.Layout
     gpu_layers: int = 0
     #: Without what may not work on this machine.
     safe: bool = False
@@ -103,10 +109,10 @@ class Setup:
 class LlamaEngine:
     """Loads and tests the model when it is created. `send` gets progress meanwhile."""
 
-    fault = None
+    fault: Fault | None = None
 
     def __init__(self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None) -> None:
-        name, shape = setup.name, setup.shape
+        name, layout = setup.name, setup.layout
         percent = -1
 
         def on_progress(share: float) -> None:
@@ -117,8 +123,8 @@ class LlamaEngine:
 
         self._setup = setup
         self._model = llama.Model(setup.path, gpu_layers=setup.gpu_layers, safe=setup.safe, on_progress=on_progress)
-        self._decoder = llama.Decoder(self._model, shape)
-        self.batcher = Batcher(shape.slots, self._decoder.context, shape.batch)
+        self._decoder = llama.Decoder(self._model, layout)
+        self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
         self._shared = llama.shared_candidates(self._model)
         self._guides = Guides(self._model)
         self._streams: dict[bytes, Stream] = {}
@@ -137,10 +143,10 @@ class LlamaEngine:
         self._test()
 
     def ready(self) -> Ready:
-        note = f"{self._model.describe()}, {self._setup.shape.slots} x {self._decoder.context} tokens"
+        note = f"{self._model.describe()}, {self._setup.layout.slots} x {self._decoder.context} tokens"
         note += ", safe settings" if self._setup.safe else ""
         info = ModelInfo(self._setup.name, self._setup.fingerprint, self._decoder.context)
-        return Ready([info], self._setup.shape.slots, note)
+        return Ready([info], self._setup.layout.slots, note)
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         if start.task != "generate":
@@ -162,7 +168,7 @@ class LlamaEngine:
         if len(prompt) + limit > context:
             text = f"{len(prompt)} prompt tokens + max_tokens {limit} exceed the context of {context}"
             return _refused(start, Code.TOO_LONG, text)
-        if self.batcher.running >= (slots := self._setup.shape.slots):
+        if self.batcher.running >= (slots := self._setup.layout.slots):
             return Refused(start.key, ErrorInfo(Code.BUSY, f"all {slots} slots of this engine are taken"))
         try:
             sampler = self._sampler(start, prompt, chat)
@@ -223,7 +229,7 @@ class LlamaEngine:
                 f"embeddings need {need} MiB beside the model, {free} MiB are free; a smaller --ctx needs less"
             )
         try:
-            return llama.Embedder(self._model, replace(self._setup.shape, context=self._decoder.context))
+            return llama.Embedder(self._model, self._setup.layout, self._decoder.context)
         except llama.LoadError as error:
             raise NoRoom(str(error)) from error
 
@@ -240,8 +246,8 @@ class LlamaEngine:
             "embedding_size": model.embedding_size,
             "trained_context": model.trained_context,
             "context_tokens": self._decoder.context,
-            "slots": self._setup.shape.slots,
-            "kv_type": self._setup.shape.kv_type,
+            "slots": self._setup.layout.slots,
+            "kv_type": self._setup.layout.kv_type,
             "safe": self._setup.safe,
             "bos": model.bos,
             "eos": model.eos,
@@ -377,14 +383,6 @@ def _refused(start: Start, code: Code, text: str) -> Refused:
     return Refused(start.key, ErrorInfo(code, text), final=True)
 
 
-log = logging.getLogger("llambo.engine")
-
-#: Characters of the progress bar.
-WIDTH = 30
-#: By the number in the file of an embedding model. Other numbers are treated as `mean`.
-POOLINGS = {1: "mean", 3: "last"}
-
-
 def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     """If the model cannot be loaded, the reason is sent and the process exits."""
     try:
@@ -401,16 +399,17 @@ class ProgressBar:
         self._send = send
         self._drawn = False
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: Progress, percent: int = -1) -> None:
+        """`percent`: how much is done of something that is not the loading of the model."""
         self._send(progress)
         if sys.stderr.isatty():
-            percent = re.search(r"(\d+) %$", progress.note)
-            if percent:
-                done = int(percent[1]) * WIDTH // 100
+            percent = max(percent, progress.percent)
+            if percent >= 0:
+                done = percent * WIDTH // 100
                 sys.stderr.write(f"\r[{'#' * done}{'.' * (WIDTH - done)}] {progress.note}")
             elif self._drawn:
                 sys.stderr.write("\n")
-            self._drawn = bool(percent)
+            self._drawn = percent >= 0
             sys.stderr.flush()
 
 
@@ -421,30 +420,20 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
     bar = ProgressBar(send)
     fingerprint = model_files.fingerprint(
-        file, layout.context, options.kv_type, lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"))
+        file,
+        layout.context,
+        options.kv_type,
+        lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
     )
-    log.info(
-        "%s: %d slots of %d tokens, %d threads, %d tokens in a step, %s cache, flash attention %s, %d layers on a GPU; "
-        "needs %d MiB of %d",
-        path, layout.slots, layout.context, layout.threads, layout.batch, options.kv_type, options.flash_attn,
-        options.gpu_layers, layout.need_bytes // model_files.MIB, layout.free_bytes // model_files.MIB,
-    )  # fmt: skip
+    log.info("%s: %d layers on a GPU, %s", path, options.gpu_layers, layout)
     defaults, unusable = sampling.recommended(file.meta)
     log.info("%s", sampling.describe(defaults))
     for text in unusable:
         log.info("ignored in the model file: %s", text)
-    shape = llama.Shape(
-        slots=layout.slots,
-        context=layout.context,
-        batch=layout.batch,
-        threads=layout.threads,
-        kv_type=options.kv_type,
-        flash_attn=options.flash_attn,
-    )
     setup = Setup(
-        name=model_files.name_of(configure.model),
+        name=mesh_name(configure.model),
         path=path,
-        shape=shape,
+        layout=layout,
         gpu_layers=options.gpu_layers,
         safe=configure.safe,
         fingerprint=fingerprint,

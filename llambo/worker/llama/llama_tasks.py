@@ -13,20 +13,42 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire import tasks
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Sampling, Usage
 from llambo.mesh.wire.timers import NEVER_MS
-from llambo.worker.engine.protocol import Output, Refused, Start
+from llambo.mesh.wire.tokens import UNDECODABLE
+from llambo.worker.engine.protocol import (
+    Output,
+    Refused,
+    Start,
+    TaskRefused,
+    TaskResult,
+    check_size,
+    decode_ids,
+    decode_texts,
+    result_pieces,
+    unreadable,
+)
 from llambo.worker.llama.prompt import BadPrompt, Template, chat_of, prompt_text
 
+if TYPE_CHECKING:  # the queue of embeddings needs no llama.cpp
+    from llambo.worker.llama.llama import Embedder, Model
+
 Rows = NDArray[np.float32]
+#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
+ROWS_BESIDE, ROWS_ALONE = 16, 64
+#: While answers are running, a step of embeddings takes about this share of one of their steps.
+SHARE = 0.5
+#: Weight of the newest measurement.
+NEWEST = 0.25
+#: Upper bounds for the map of a result, and for the token count of each text.
+OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
 
 
 @dataclass(slots=True)
@@ -157,51 +179,8 @@ def normalized(vector: NDArray[np.float64]) -> NDArray[np.float64]:
     return vector / length if length else vector
 
 
-#: Rows of a step while answers are running, and while none are. A step has to be short in both cases.
-ROWS_BESIDE, ROWS_ALONE = 16, 64
-#: While answers are running, a step of embeddings takes about this share of one of their steps.
-SHARE = 0.5
-#: Weight of the newest measurement.
-NEWEST = 0.25
-#: Upper bounds for the map of a result, and for the token count of each text.
-OVERHEAD_BYTES, PER_TEXT_BYTES = 256, 8
-
-_encode = msgspec.msgpack.Encoder().encode
-_ids = msgspec.msgpack.Decoder(tasks.Ids).decode
-_texts = msgspec.msgpack.Decoder(tasks.Texts).decode
-
-
 class NoRoom(Exception):
     """There is not enough memory for a context for embeddings; the text has the numbers."""
-
-
-class Vocabulary(Protocol):
-    """What tasks need of a model."""
-
-    tokens: int
-    embedding_size: int
-
-    def tokenize(self, text: bytes, *, special: bool) -> list[int]: ...
-    def piece(self, token: int) -> bytes: ...
-    def piece_or_name(self, token: int) -> bytes: ...
-
-
-class EmbeddingContext(Protocol):
-    """Computes a row of numbers for each token."""
-
-    context: int
-    sequences: int
-
-    def embed(self, tokens: list[int], positions: list[int], sequences: list[int]) -> Rows: ...
-    def cut(self, slot: int, cells: int) -> bool: ...
-
-
-class Refusal(Exception):
-    """A task that cannot be done; `info` says why."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.info = ErrorInfo(code, text)
 
 
 class Tasks:
@@ -209,11 +188,11 @@ class Tasks:
 
     def __init__(
         self,
-        model: Vocabulary,
+        model: Model,
         template: Template | None,
         *,
         context: int,
-        make_embedder: Callable[[], EmbeddingContext],
+        make_embedder: Callable[[], Embedder],
         info: Callable[[], dict[str, Any]],
         pooling: str = "mean",
     ) -> None:
@@ -223,7 +202,7 @@ class Tasks:
         self._make_embedder = make_embedder
         self._info = info
         self._pooling = pooling
-        self._embedder: EmbeddingContext | None = None
+        self._embedder: Embedder | None = None
         self._queue: EmbedQueue | None = None
         self._starts: dict[bytes, tuple[Start, float]] = {}
         #: Finished tasks, until the next step returns their outputs.
@@ -241,11 +220,10 @@ class Tasks:
                 self._begin(start, now_ms, began)
             else:
                 self._ready[start.key] = _whole(start, self._at_once(start), began)
-        except Refusal as refusal:
+        except TaskRefused as refusal:
             return Refused(start.key, refusal.info, final=True)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            text = f"the input of {start.task} cannot be read: {error}"
-            return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, text), final=True)
+        except UNDECODABLE as error:
+            return Refused(start.key, unreadable(start, error).info, final=True)
         except BadPrompt as error:
             return Refused(start.key, ErrorInfo(Code.BAD_REQUEST, str(error)), final=True)
         return None
@@ -267,7 +245,7 @@ class Tasks:
             outputs += self._embed(self._rows(beside_ms))
         return outputs
 
-    def _at_once(self, start: Start) -> Any:
+    def _at_once(self, start: Start) -> TaskResult:
         options = start.options
         match start.task:
             case "tokenize":
@@ -277,25 +255,25 @@ class Tasks:
                 return tasks.TokenizeResult(ids, [self._model.piece_or_name(id) for id in ids])
             case "detokenize":
                 piece = self._model.piece_or_name if options.special else self._model.piece
-                return tasks.DetokenizeResult(b"".join(piece(self._known(id)) for id in _ids(start.prompt)))
+                return tasks.DetokenizeResult(b"".join(piece(self._known(id)) for id in decode_ids(start.prompt)))
             case _:
                 return self._info()
 
     def _known(self, id: int) -> int:
         if id >= self._model.tokens:
-            raise Refusal(Code.BAD_REQUEST, f"there is no token {id}: the model has {self._model.tokens}")
+            raise TaskRefused(Code.BAD_REQUEST, f"there is no token {id}: the model has {self._model.tokens}")
         return id
 
     def _begin(self, start: Start, now_ms: int, began: float) -> None:
-        texts = [self._model.tokenize(text.encode(), special=False) for text in _texts(start.prompt)]
+        texts = [self._model.tokenize(text.encode(), special=False) for text in decode_texts(start.prompt)]
         for number, text in enumerate(texts):
             if not text:
-                raise Refusal(Code.BAD_REQUEST, f"text {number} is empty")
+                raise TaskRefused(Code.BAD_REQUEST, f"text {number} is empty")
             if len(text) > self._context:
                 problem = f"text {number} has {len(text)} tokens; the context has {self._context}"
-                raise Refusal(Code.TOO_LONG, problem)
+                raise TaskRefused(Code.TOO_LONG, problem)
         size = OVERHEAD_BYTES + len(texts) * (4 * self._model.embedding_size + PER_TEXT_BYTES)
-        _fitting(start, size, f"{len(texts)} embeddings of {self._model.embedding_size} numbers")
+        check_size(start, size, f"{len(texts)} embeddings of {self._model.embedding_size} numbers")
         deadline_ms = now_ms + start.deadline_ms if start.deadline_ms else NEVER_MS
         job = Job(start.key, texts, start.options.pooling or self._pooling, deadline_ms)
         self._ready_queue().add(job)
@@ -307,7 +285,7 @@ class Tasks:
                 self._embedder = self._make_embedder()
             except NoRoom as error:
                 # Refused for good: another worker may have room, but each one that is tried refuses work for a while.
-                raise Refusal(Code.BUSY, str(error)) from error
+                raise TaskRefused(Code.BUSY, str(error)) from error
             self._queue = EmbedQueue(self._embedder.context, self._embedder.sequences)
         return self._queue
 
@@ -348,17 +326,9 @@ class Tasks:
                 self._embedder.cut(sequence, 0)
 
 
-def _whole(start: Start, result: Any, began: float, tokens: int = 0) -> Output:
-    data = _encode(result)
-    _fitting(start, len(data), f"the result of {start.task}")
-    pieces = tasks.pieces_of(data)
+def _whole(start: Start, result: TaskResult, began: float, tokens: int = 0) -> Output:
+    pieces = result_pieces(start, result)
     return Output(start.key, [0] * len(pieces), pieces, "stop", _usage(tokens, began))
-
-
-def _fitting(start: Start, size: int, what: str) -> None:
-    most = start.max_tokens * limits.RESULT_PIECE_BYTES
-    if size > most:
-        raise Refusal(Code.TOO_LONG, f"{what} would be {size} bytes; {most} are allowed")
 
 
 def _usage(tokens: int, began: float) -> Usage:

@@ -42,10 +42,19 @@ MAX_BITS = 100_000
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4,}|\*)")
 #: The memory that a template may use in addition to that of the process.
 RENDER_BYTES = 256 * 1024 * 1024
+_TOOL_INSTRUCTIONS = f"""You can use tools. Each is described here as JSON, in a line of its own:
+<tools>
+%s
+</tools>
+To use a tool, write its name and its arguments as JSON between tags, and nothing behind them:
+{CALL_BEGIN}
+{{"name": "the name", "arguments": {{"an argument": "its value"}}}}
+{CALL_END}
+Then you are given what came of it, between <tool_response> and </tool_response>."""
 
 
 class BadPrompt(Exception):
-    """The prompt or the model's template cannot be used; the text says why."""
+    """The prompt or the model's template cannot be used; the text gives the reason."""
 
 
 class TooLong(BadPrompt):
@@ -152,17 +161,6 @@ def memory_limit(more_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-_TOOL_INSTRUCTIONS = f"""You can use tools. Each is described here as JSON, in a line of its own:
-<tools>
-%s
-</tools>
-To use a tool, write its name and its arguments as JSON between tags, and nothing behind them:
-{CALL_BEGIN}
-{{"name": "the name", "arguments": {{"an argument": "its value"}}}}
-{CALL_END}
-Then you are given what came of it, between <tool_response> and </tool_response>."""
 
 
 class PromptText(NamedTuple):

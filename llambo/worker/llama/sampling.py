@@ -36,22 +36,32 @@ from numpy.typing import NDArray
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.messages import Sampling
 from llambo.mesh.wire.tokens import LOWEST_LOGPROB, Logprob, TopToken
+from llambo.worker.engine.protocol import GOLDEN, MASK_64, mix
 
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
 #: Purposes of a random number: two uses at one index are independent.
 TOKEN, XTC = 1, 2
-
-
-def _mix(value: int) -> int:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of the value."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+Ids = NDArray[np.int32]
+Logits = NDArray[np.float32]
+#: Names in the file and in a request. (The order of samplers, `sequence`, is not read: it is fixed here.)
+KEYS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.xtc_probability": "xtc_probability",
+    "general.sampling.xtc_threshold": "xtc_threshold",
+    "general.sampling.penalty_last_n": "penalty_last_n",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.mirostat": "mirostat",
+    "general.sampling.mirostat_tau": "mirostat_tau",
+    "general.sampling.mirostat_eta": "mirostat_eta",
+}
+Defaults = dict[str, int | float]
+_SHOWN = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
 
 def base(seed: int, index: int, purpose: int) -> int:
-    return _mix((_mix((seed + _GOLDEN) & _MASK) + index * _GOLDEN + purpose) & _MASK)
+    return mix((mix((seed + GOLDEN) & MASK_64) + index * GOLDEN + purpose) & MASK_64)
 
 
 def uniform(seed: int, index: int, purpose: int) -> float:
@@ -60,18 +70,14 @@ def uniform(seed: int, index: int, purpose: int) -> float:
 
 
 def gumbel(seed: int, index: int, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
-    """One number for each token."""
-    value = tokens.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(base(seed, index, TOKEN))
+    """One number for each token: `mix` as above, for a whole array."""
+    value = tokens.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(base(seed, index, TOKEN))
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     value ^= value >> np.uint64(31)
     share = ((value >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
     numbers: NDArray[np.float64] = -np.log(-np.log(share))
     return numbers
-
-
-Ids = NDArray[np.int32]
-Logits = NDArray[np.float32]
 
 
 class Grammar(Protocol):
@@ -247,24 +253,6 @@ def logprob_of(logits: Logits, token: int, count: int, piece_of: Callable[[int],
     return Logprob(bounded(float(logits[token])), top)
 
 
-#: Names in the file and in a request. (The order of samplers, `sequence`, is not read: it is fixed here.)
-KEYS = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.xtc_probability": "xtc_probability",
-    "general.sampling.xtc_threshold": "xtc_threshold",
-    "general.sampling.penalty_last_n": "penalty_last_n",
-    "general.sampling.penalty_repeat": "repeat_penalty",
-    "general.sampling.mirostat": "mirostat",
-    "general.sampling.mirostat_tau": "mirostat_tau",
-    "general.sampling.mirostat_eta": "mirostat_eta",
-}
-
-Defaults = dict[str, int | float]
-
-
 def recommended(metadata: Mapping[str, Any]) -> tuple[Defaults, list[str]]:
     """What the model file recommends, and a text about each value that cannot be used."""
     found: Defaults = {}
@@ -310,6 +298,3 @@ def describe(defaults: Defaults) -> str:
         for name in ("temperature", "top_k", "top_p", "min_p", *(name for name in defaults if name not in _SHOWN))
     )
     return f"sampling defaults: {shown}"
-
-
-_SHOWN = frozenset({"temperature", "top_k", "top_p", "min_p"})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -17,9 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from llambo.mesh.service import host
 from llambo.mesh.wire import limits
-from llambo.worker.config import LlamaOptions, mesh_name
+from llambo.mesh.wire.tokens import UNDECODABLE
+from llambo.worker.config import LlamaOptions
 from llambo.worker.models import gguf
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 
@@ -38,10 +40,25 @@ EMBED_WORK_BYTES = 128 * 1024 * 1024
 MIB = 1024 * 1024
 #: Bytes read at a time for a fingerprint.
 READ_BYTES = 64 * MIB
+#: Files that are read at most: a folder with more is not a folder of models.
+FILES = 500
+#: How deep a folder of models is searched. In a Hugging Face cache, files are four levels down.
+DEPTH = 6
+#: Names of `general.file_type`, as in llama.cpp.
+QUANTISATIONS = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
+    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
+    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
+    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
+}  # fmt: skip
+#: Architectures of files that accompany a model and do not generate text.
+HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
+#: A model in several files is loaded by the name of the first.
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class NoSuchModel(Exception):
-    """The name is neither a file nor an installed model; the text says what was searched."""
+    """The name is neither a file nor an installed model; the text lists what was searched."""
 
 
 def find(model: str) -> Path:
@@ -67,11 +84,6 @@ def packaged(model: str) -> Path | None:
     return None
 
 
-def name_of(model: str) -> str:
-    """The name of the model in the mesh."""
-    return mesh_name(model)
-
-
 def installed() -> bool:
     """Whether llama.cpp is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
@@ -80,11 +92,22 @@ def installed() -> bool:
 @dataclass(frozen=True, slots=True)
 class Layout:
     slots: int
+    #: Tokens per slot.
     context: int
     batch: int
     threads: int
+    kv_type: str
+    flash_attn: str
     need_bytes: int
     free_bytes: int
+
+    def __str__(self) -> str:
+        """For the log."""
+        return (
+            f"{self.slots} slots of {self.context} tokens, {self.threads} threads, {self.batch} tokens in a step, "
+            f"{self.kv_type} cache, flash attention {self.flash_attn}; "
+            f"needs {self.need_bytes // MIB} MiB of {self.free_bytes // MIB}"
+        )
 
 
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
@@ -96,7 +119,16 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     if need > free_bytes and not options.gpu_layers:
         raise BadModelFile(_too_large(options, file, context, free_bytes))
     batch = max(options.batch, options.slots)
-    return Layout(options.slots, context, batch, options.threads or cores, need, free_bytes)
+    return Layout(
+        slots=options.slots,
+        context=context,
+        batch=batch,
+        threads=options.threads or cores,
+        kv_type=options.kv_type,
+        flash_attn=options.flash_attn,
+        need_bytes=need,
+        free_bytes=free_bytes,
+    )
 
 
 def _cache(options: LlamaOptions, file: ModelFile, context: int) -> int:
@@ -130,12 +162,8 @@ def fingerprint(
 ) -> str:
     """Equal only for workers that can continue each other's answers: same weights, template and context."""
     template = hashlib.sha256(file.template.encode()).hexdigest()[:8]
-    quant = file.meta.get("general.file_type", "?")
-    return (
-        f"{file.architecture}-{quant}-{context}-{kv_type}-{digest(file.path, on_progress=on_progress)[:32]}-{template}"[
-            : limits.NAME_CHARS
-        ]
-    )
+    quant, weights = file.meta.get("general.file_type", "?"), digest(file.path, on_progress=on_progress)[:32]
+    return f"{file.architecture}-{quant}-{context}-{kv_type}-{weights}-{template}"[: limits.NAME_CHARS]
 
 
 def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
@@ -171,11 +199,9 @@ def _cache_file() -> Path:
 
 def _known(cache: Path) -> dict[str, str]:
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return msgspec.json.decode(cache.read_bytes(), type=dict[str, str])
+    except (OSError, *UNDECODABLE):
         return {}
-    good = isinstance(known, dict) and all(isinstance(value, str) for value in known.values())
-    return known if good else {}
 
 
 def _remember(cache: Path, known: dict[str, str]) -> None:
@@ -183,33 +209,13 @@ def _remember(cache: Path, known: dict[str, str]) -> None:
     part = cache.with_suffix(f".{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known), encoding="utf-8")
+        part.write_bytes(msgspec.json.encode(known))
         part.replace(cache)
     except OSError as error:
-        log.warning(
-            "the digest of the model is not cached, and is computed again at the next start: %s: %s",
-            cache,
-            error.strerror,
-        )
+        text = "the digest of the model is not cached, and is computed again at the next start"
+        log.warning("%s: %s: %s", text, cache, error.strerror)
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-
-
-#: Files that are read at most: a folder with more is not a folder of models.
-FILES = 500
-#: How deep a folder of models is searched. In a Hugging Face cache, files are four levels down.
-DEPTH = 6
-#: Names of `general.file_type`, as in llama.cpp.
-QUANTISATIONS = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-    13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 19: "IQ2_XXS", 20: "IQ2_XS",
-    21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL", 26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S",
-    29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4",
-}  # fmt: skip
-#: Architectures of files that accompany a model and do not generate text.
-HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
-#: A model in several files is loaded by the name of the first.
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +259,8 @@ def look_at(model: str, path: Path, where: str, options: LlamaOptions, free_byte
     except BadModelFile as error:
         problem = problem or _without_path(str(error), str(path))
     return Found(
-        model, str(path), where, _all_parts(path, file), file.architecture, _quantisation(file), file.trained_context,
-        problem,
+        model, str(path), where, _all_parts(path, file), file.architecture,
+        quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem,
     )  # fmt: skip
 
 

@@ -84,9 +84,9 @@ function fill(request) {
   Object.values(facts).forEach((value, at) => setText(list.children[at].lastChild, value));
   const lines = $("story-list");
   // The middle of a long story may have been dropped, so its lines cannot be identified by their position.
-  const kept = request.story.map((each) => `${each.at_ms} ${each.what} ${each.detail}`).join("\n");
-  if (lines.kept === kept && lines.childElementCount) return;
-  lines.kept = kept;
+  const drawn = request.story.map((each) => `${each.at_ms} ${each.what} ${each.detail}`).join("\n");
+  if (lines.drawn === drawn && lines.childElementCount) return;
+  lines.drawn = drawn;
   lines.replaceChildren(...request.story.map(step));
 }
 
