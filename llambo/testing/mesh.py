@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -338,6 +339,15 @@ class BrokerThread:
 
 
 # --- helpers for tests -------------------------------------------------------------------------------------------
+
+
+def key_folder(path: Path, **roles: Role) -> Folder:
+    """A new keyring, with a key for each of these names."""
+    folder = Folder(path)
+    folder.begin("tcp://127.0.0.1:7330")
+    for name, role in roles.items():
+        folder.add(Identity(name, role), int(time.time()))
+    return folder
 
 
 def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:

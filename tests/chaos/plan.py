@@ -29,14 +29,14 @@ TARGETS: dict[str, str] = {
     "client": "client",  # kill -9 of a client, and another one in its place
     "poison": "fleet",  # a request that kills whatever engine runs it, among others that do not
 }
-#: How often a minute, where nothing is said.
+#: How often a minute, unless set.
 RATES: dict[str, float] = {
     "kill": 6, "stop": 3, "hang": 2, "link": 2, "cut": 2, "hold": 1, "halfopen": 1, "delay": 1, "throttle": 1,
     "broker": 1, "drain": 1, "move": 1, "rolling": 0.25, "client": 1, "poison": 0.5,
 }  # fmt: skip
 #: What one more fault on the same victim has to wait for after the last one is over.
 RECOVERY_MS: dict[str, int] = {"worker": 4_000, "broker": 5_000, "client": 1_000, "fleet": 2_000}
-#: Nothing happens before everybody has work, and nothing in the last moments.
+#: No fault begins before all workers have work, and none in the last moments.
 QUIET_MS = 2_000
 KINDS = ("agent", "engine", "both")
 
@@ -92,7 +92,7 @@ class Plan:
 
 
 class _Calendar:
-    """Who is hit until when."""
+    """Which targets are under a fault, and until when."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -177,7 +177,7 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
             return replace(fault, what=random.choice(KINDS))
         case "stop":
             # Past the lease, so that it wakes up as a zombie: its connections are still there (its kernel has answered
-            # for it), and what it says at first is heard, and refused.
+            # for it), and its first messages are received, and refused.
             return replace(fault, length_ms=plan.lease_ms + random.randint(200, 700))
         case "hang":
             return replace(fault, length_ms=plan.stall_ms)

@@ -1,4 +1,4 @@
-"""Bombs of those who have joined, by libzmq's own means: with a valid key where keys are needed."""
+"""Attacks by peers that have joined through libzmq, with a valid key where keys are needed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Breaker:
 
     def _pass_on(self) -> None:
         with suppress(OSError):
-            self._listener.settimeout(wire.PATIENCE_S)
+            self._listener.settimeout(wire.LIMIT_S)
             near, _ = self._listener.accept()
             with near:
                 far = wire.connect(self._target)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.integration.manager import PATIENCE_S, Manager
+from tests.integration.manager import LIMIT_S, Manager
 from tests.integration.test_systemd import install
 from tests.systemd_here import SSHD
 
-#: Where the box is for everybody.
+#: The address of the box, on each of the hosts.
 BOX = "10.78.255.1"
 UNITS = "/run/rig/etc/systemd/user"
 SSH_SERVICE = f"""
@@ -63,7 +63,7 @@ Host far2
 def make_key(path: Path) -> str:
     """The public one."""
     words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)]
-    subprocess.run(words, check=True, capture_output=True, timeout=PATIENCE_S)
+    subprocess.run(words, check=True, capture_output=True, timeout=LIMIT_S)
     return path.with_suffix(".pub").read_text()
 
 
@@ -79,7 +79,7 @@ class Box:
         self.manager.run("ip", "addr", "add", f"{BOX}/32", "dev", "lo")
 
     def knows(self, far: Far) -> None:
-        """As an operator does it who has looked at the fingerprint."""
+        """Add its host key, as an operator does after comparing the fingerprint."""
         with (self.ssh / "known_hosts").open("a") as known:
             known.write(f"10.78.{far.number}.2 {far.public}")
 
@@ -123,7 +123,7 @@ class Far:
             f"addr add {near}/24 dev {cable}",
             f"link set {cable} up",
         ):
-            subprocess.run([*on_box, *words.split()], check=True, capture_output=True, timeout=PATIENCE_S)
+            subprocess.run([*on_box, *words.split()], check=True, capture_output=True, timeout=LIMIT_S)
         for words in (f"addr add 10.78.{self.number}.2/24 dev eth0", "link set eth0 up", f"route add {BOX} via {near}"):
             self.manager.run("ip", *words.split())
         self.manager.systemctl("is-active", "ssh.service")

@@ -89,7 +89,7 @@ async def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, o
 
 @dataclass
 class Watched:
-    """One stream of the mix, as two readers saw it: who asked, and another client that came later."""
+    """One stream of the mix, as two readers saw it: the client that submitted it, and another that attached later."""
 
     number: int
     pieces: list[str] = field(default_factory=list)
@@ -133,7 +133,7 @@ async def follow(client: Client, id: str) -> Answer:
 
 
 def kill(mesh: Mesh, turn: int) -> None:
-    """The worker with the most streams loses its engine, or its life: by turns."""
+    """Kill the worker with the most streams, or, in odd turns, its engine."""
     busy = mesh.look(lambda core: {w.name: len(w.claims) for w in core.state.registry.workers.values()})
     victim = max((worker for worker in mesh.workers if worker.running), key=lambda worker: busy.get(worker.name, 0))
     if turn % 2:
@@ -217,15 +217,15 @@ async def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_
 
 
 def listen(child: EngineProcess) -> list[proto.ToAgent]:
-    said: list[proto.ToAgent] = []
+    received: list[proto.ToAgent] = []
     while True:
         child.push()
         readable, _, _ = select.select([child], [], [], TIMEOUT_S)
-        assert readable, f"nothing within {TIMEOUT_S} s after {said[-3:]}"
+        assert readable, f"nothing within {TIMEOUT_S} s after {received[-3:]}"
         messages = child.read()
         if messages is None:
-            return said
-        said += messages
+            return received
+        received += messages
 
 
 def whole_model() -> bytes:
@@ -260,7 +260,7 @@ def test_a_damaged_model_ends_the_engine_or_serves(tmp_path: Path, seed: int) ->
     child = EngineProcess(proto.Configure("llama", str(path), llama=LLAMA))
     child.order(proto.Shutdown())
     try:
-        said = listen(child)
+        received = listen(child)
     finally:
         child.reap()
-    assert said
+    assert received

@@ -35,7 +35,7 @@ async def both_know(brokers: Brokers, workers: int) -> None:
 
 
 async def settled_on(brokers: Brokers, broker: int) -> Client:
-    """A client that knows both brokers and has, by its own choice, taken this one."""
+    """A client that has the addresses of both brokers, and is connected to this one."""
     addresses = [mesh.address for mesh in brokers]
     while True:
         client = Client(",".join(addresses), name="wanderer")
@@ -73,7 +73,7 @@ async def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
             assert counters["dispatched"] == 0
 
 
-async def test_a_slot_is_sold_once_whoever_sells_it() -> None:
+async def test_a_slot_is_leased_once_by_whichever_broker() -> None:
     """More than all workers can take, from both brokers at once: what is refused is done elsewhere, or later."""
     fake = FakeOptions(slots=2, tokens_per_s=400)
     asked, tokens = 12, 20
