@@ -1,4 +1,4 @@
-"""llambo: a worker mesh for llama.cpp. `from llambo import Client` is the door.
+"""llambo: a worker mesh for llama.cpp. Its public interface is `from llambo import Client`.
 
 What is named here is public; it is loaded when it is first used, so that importing llambo costs nothing.
 """

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgpack
 import msgspec
@@ -180,18 +180,12 @@ def _short(word: object) -> str:
 Parsed = Command | Mistake
 
 
-class Parser(Protocol):
-    def feed(self, data: bytes) -> None: ...
-
-    def next(self) -> Parsed | None:
-        """None: the bytes so far hold no further whole command."""
-
-    def end(self) -> Parsed | None:
-        """No more bytes come: what the last, unfinished piece is."""
-
-
 class LineParser:
-    """One command a line. A CR before the LF is ignored, and so are empty lines."""
+    """One command a line. A CR before the LF is ignored, and so are empty lines.
+
+    `next`: None if the bytes so far hold no further whole command; `end`: no more bytes come, and what the last,
+    unfinished piece is.
+    """
 
     def __init__(self, line_bytes: int) -> None:
         self._limit = line_bytes
@@ -327,6 +321,9 @@ def _parse_object(value: object) -> Parsed:
     if isinstance(fields.get("prompt"), bytes):
         fields["prompt"] = fields["prompt"].decode(errors="surrogateescape")
     return command_of(value["command"], fields)
+
+
+Parser = LineParser | ObjectParser
 
 
 # --- replies ---------------------------------------------------------------------------------------------------

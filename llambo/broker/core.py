@@ -33,7 +33,7 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
-from llambo.broker.records.registry import Sessions
+from llambo.broker.records.registry import P, Sessions
 from llambo.broker.records.request import Request
 from llambo.broker.records.state import Alarm, RandomBytes, State
 from llambo.broker.report import queries
@@ -89,8 +89,10 @@ class BrokerCore:
         match event:
             case TokensArrived(frames):
                 delivery.tokens_arrived(state, frames, now_ms)
-            case ClientSaid() | WorkerSaid():
-                self._said(event, now_ms)
+            case ClientSaid():
+                self._client_said(event, now_ms)
+            case WorkerSaid():
+                self._worker_said(event, now_ms)
             case Tick():
                 self._tick(now_ms)
             case Subscribed(topic):
@@ -113,30 +115,45 @@ class BrokerCore:
         """When `Tick` is wanted at the latest."""
         return self.state.wakeups.next_wakeup_ms()
 
-    def _said(self, said: ClientSaid | WorkerSaid, now_ms: int) -> None:
-        state, registry = self.state, self.state.registry
-        from_client = isinstance(said, ClientSaid)
-        sessions: Sessions[Any] = registry.clients if from_client else registry.workers
-        rules, to = (CLIENT_RULES, ToClient) if from_client else (WORKER_RULES, ToWorker)
-        peer = _sender(sessions, said, now_ms)
-        if peer is not None and from_client:
+    def _client_said(self, said: ClientSaid, now_ms: int) -> None:
+        state, clients = self.state, self.state.registry.clients
+        client = _sender(clients, said, now_ms)
+        if client is not None:
             state.access.speaker = said.session
         for message, blob in said.messages:
-            if isinstance(message, m.ClientHello):
+            rule = CLIENT_RULES.get(type(message))
+            if rule is not None and client is not None and clients.get(said.session) is client:
+                error = permissions.refusal(state, client, message)
+                if error is None:
+                    rule(state, client, message, blob, now_ms)
+                else:
+                    permissions.refuse(state, client, message, error)
+            elif isinstance(message, m.ClientHello):
                 membership.client_hello(state, said.route, message, said.user, now_ms)
+            else:
+                state.counters.peers.unknown_sessions += 1
+                state.out.append(ToClient(said.route, said.session, _UNKNOWN))
+                break
+        if said.problems:
+            state.counters.peers.problems += len(said.problems)
+            state.out += [ToClient(said.route, said.session, problem) for problem in said.problems]
+
+    def _worker_said(self, said: WorkerSaid, now_ms: int) -> None:
+        state, workers = self.state, self.state.registry.workers
+        worker = _sender(workers, said, now_ms)
+        for message, blob in said.messages:
+            rule = WORKER_RULES.get(type(message))
+            if rule is not None and worker is not None and workers.get(said.session) is worker:
+                rule(state, worker, message, blob, now_ms)
             elif isinstance(message, m.WorkerHello):
                 membership.worker_hello(state, said.route, message, said.user, now_ms)
-            elif peer is None or peer.session not in sessions:
-                # Under the session that was named, so that a peer can tell an old link's answer from its own.
-                state.counters.peers.unknown_sessions += 1
-                state.out.append(to(said.route, said.session, _UNKNOWN))
-                break
-            elif from_client and (error := permissions.refusal(state, peer, message)) is not None:
-                permissions.refuse(state, peer, message, error)
             else:
-                rules[type(message)](state, peer, message, blob, now_ms)
-        state.counters.peers.problems += len(said.problems)
-        state.out += [to(said.route, said.session, problem) for problem in said.problems]
+                state.counters.peers.unknown_sessions += 1
+                state.out.append(ToWorker(said.route, said.session, _UNKNOWN))
+                break
+        if said.problems:
+            state.counters.peers.problems += len(said.problems)
+            state.out += [ToWorker(said.route, said.session, problem) for problem in said.problems]
 
     def _tick(self, now_ms: int) -> None:
         state, wakeups = self.state, self.state.wakeups
@@ -158,7 +175,7 @@ class BrokerCore:
             housekeeping.sweep(state, now_ms)
 
 
-def _sender(sessions: Sessions[Any], said: ClientSaid | WorkerSaid, now_ms: int) -> Any | None:
+def _sender(sessions: Sessions[P], said: ClientSaid | WorkerSaid, now_ms: int) -> P | None:
     """The peer whose session it is. To know a session is of no use under another key."""
     peer = sessions.get(said.session)
     if peer is None or peer.link.user != said.user:

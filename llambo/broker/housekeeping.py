@@ -56,7 +56,7 @@ def _give_up(state: State, request: Request, lane: Lane, now_ms: int) -> None:
 
 def _may_serve(worker: WorkerEntry, lane: Lane) -> bool:
     """It has this very model; or one of that name is being loaded, which may turn out to be the same."""
-    if lane._replace(isolated=False) in worker.serving.continuing:
+    if Lane(lane.model, lane.fingerprint) in worker.serving.continuing:
         return True
     loading = worker.state == "starting"
     return loading and any(info.name == lane.model and not info.fingerprint for info in worker.serving.infos)

@@ -6,6 +6,7 @@ it to the core, and performs the core's actions. Messages to the same peer leave
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -148,6 +149,9 @@ class BrokerServer:
             poller.register(self._zap.socket, zmq.POLLIN)
         if self._metrics:
             self._metrics.start()
+        # What is there now stays until the end, so the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         while not self._stopping:
             wait = min(self._next_wakeup_ms(), self._notifier.next_wakeup_ms()) - clock.now_ms()
             readable = dict(poller.poll(max(0, min(wait, SLEEP_MS))))
@@ -256,20 +260,18 @@ class BrokerServer:
         self, socket: Socket, decoder: codec.Codec[Any]
     ) -> Iterable[tuple[bytes, str, codec.Bundle[Any]]]:
         """Route, public key and content of each."""
-        receive, decode, user, proved = socket.recv_multipart, decoder.decode, "", self._zap is not None
+        receive, decode, user, proved = sockets.receive, decoder.decode, "", self._zap is not None
         until = clock.now_ms() + DRAIN_MS
         for _ in range(DRAIN_MESSAGES):
             if clock.now_ms() > until:
                 return
             try:
-                if proved:
-                    parts = receive(zmq.DONTWAIT, copy=False)
-                    user, frames = key_of(parts[0]), [part.bytes for part in parts]
-                else:
-                    frames = receive(zmq.DONTWAIT)
+                parts = receive(socket)
             except zmq.Again:
                 return
-            yield frames[0], user, decode(frames[1:])
+            if proved:
+                user = key_of(parts[0])
+            yield parts[0].bytes, user, decode([part.bytes for part in parts[1:]])
 
     def _drain_subscriptions(self, now: int) -> list[Action]:
         """A grant goes to the sender of the event read last, so it is given before the next one is read."""

@@ -249,7 +249,7 @@ def _model(row: ModelRow) -> JsonObject:
 
 @websocket("/stream")
 async def stream(socket: WebSocket[Any, Any, Any]) -> None:
-    """Described in `http.websocket`."""
+    """Described in `answers.websocket`."""
     gateway = gateway_of(socket)
     await socket.accept(subprotocols=PROTOCOL if PROTOCOL in offered_protocols(socket) else None)
     limit, caller, token = gateway.config.answer_tokens, caller_of(socket), token_of(socket)

@@ -1,4 +1,4 @@
-"""The commands of llambo as real processes, with settings of their own: those of the test are not theirs."""
+"""The commands of llambo as real processes. They do not inherit the settings of the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LLAMBO, BROKER, WORKER = "llambo.cli", "llambo.cli.services.broker", "llambo.cli
 
 
 def environment() -> dict[str, str]:
-    """Ours without the settings of llambo, so that a test sees the defaults, save for the engine: it needs no model."""
+    """The environment of this process without settings of llambo. The engine is the fake one, which needs no model."""
     others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
     return {
         **others,
@@ -52,7 +52,7 @@ class Done:
 
 
 class Commands:
-    """The commands of llambo with the mesh at one address."""
+    """The commands of llambo for the mesh at one address."""
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -1,11 +1,11 @@
-"""A whole mesh on loopback: a broker, worker processes with their engines, and what happened to them.
+"""A whole mesh on loopback: a broker, and worker processes with their engines.
 
     with Mesh(workers=3, fake=FakeOptions(tokens_per_s=100)) as mesh:
         mesh.run(scenario(mesh))
 
 The broker runs in a thread, where a test can look at its state, or (`broker="process"`) as a process of its own.
-Nothing sleeps: each wait is for an event and has a deadline. When it is missed the story is printed: the events and
-counters of the broker, what happened to the requests that did not end, and what the processes wrote.
+Nothing sleeps: each wait is for an event and has a deadline. After a missed deadline the story is printed: the events
+and counters of the broker, the stories of the requests that did not end, and the output of the processes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -66,7 +67,7 @@ class Mesh:
         keys: Folder | None = None,
         metrics: MetricsServer | None = None,
     ) -> None:
-        """`keys`: each worker gets a key of its own; a client needs `key_of`. `metrics` is for a broker in a thread.
+        """`keys`: each worker gets a key of its own; a client needs `key_of`. `metrics` needs a broker in a thread.
 
         `check`: the invariants of a broker in a thread are checked after each turn.
         """
@@ -74,7 +75,7 @@ class Mesh:
         self.thread: BrokerThread | None = None
         self.process: Process | None = None
         self.mark = secrets.token_hex(8)
-        #: Changes to it are for workers that are started later.
+        #: Changes apply to workers that are started later.
         self.worker_config = replace(worker or WorkerConfig(), fake=fake or FakeOptions(), drain_ms=2_000)
         self._config = config or BrokerConfig()
         self._count = workers
@@ -145,7 +146,7 @@ class Mesh:
         self.port = int(self.process.first_line())
 
     def restart_broker(self, how: signal.Signals) -> None:
-        """End it, and start another one at the same ports. Returns when clients can connect."""
+        """Stop the broker, and start another one at the same ports. Returns when clients can connect."""
         assert self.process is not None, "only a broker that is a process can be restarted"
         self.process.send(how)
         self.process.end()
@@ -153,7 +154,7 @@ class Mesh:
         self._start_broker()
 
     def spawn(self, name: str, *addresses: str) -> Process:
-        """Start a worker, of this broker or of those that are given; `first_line` returns when it is ready."""
+        """Start a worker of this broker, or of those at these addresses; `first_line` returns when it is ready."""
         key = key_of(self._keys, name, "worker") if self._keys else None
         config = replace(self.worker_config, name=name, brokers=addresses or (self.address,), key=key)
         process = self._node(name, "worker", config)
@@ -207,7 +208,7 @@ class Mesh:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The loop of the broker stands still while the block runs."""
+        """The loop of the broker is blocked while the `with` block runs."""
         held, release = threading.Event(), threading.Event()
 
         def hold(core: BrokerCore) -> None:
@@ -216,7 +217,7 @@ class Mesh:
 
         holder = threading.Thread(target=self.look, args=(hold,))
         holder.start()
-        assert held.wait(TIMEOUT_S), "the broker does not stand still"
+        assert held.wait(TIMEOUT_S), "the loop of the broker was not blocked"
         try:
             yield
         finally:
@@ -224,7 +225,7 @@ class Mesh:
             holder.join(TIMEOUT_S)
 
     async def aside(self, condition: Callable[[BrokerCore], Any], what: str, timeout_s: float = TIMEOUT_S) -> None:
-        """`until`, for a coroutine: its event loop runs on."""
+        """`until` for a coroutine: the event loop continues meanwhile."""
         await asyncio.to_thread(self.until, condition, what, timeout_s)
 
     def counter(self, name: str) -> int:
@@ -242,7 +243,7 @@ class Mesh:
 
 
 class WatchedBroker(BrokerServer):
-    """After each turn it asks the watches, in the thread of the broker."""
+    """A broker that calls the watches after each turn, in its thread."""
 
     def __init__(self, config: BrokerConfig, host: str, port: int, *, check: bool, **options: Any) -> None:
         super().__init__(config, host, port, **options)
@@ -259,7 +260,7 @@ class WatchedBroker(BrokerServer):
                 self._watches = [watch for watch in self._watches if not watch(self.core)]
 
     def watch(self, watch: Callable[[BrokerCore], bool]) -> None:
-        """It is called after each turn (at most a tenth of a second apart) until it returns True."""
+        """Call it after each turn (at least every tenth of a second) until it returns True."""
         with self._lock:
             self._watches.append(watch)
 
@@ -317,7 +318,7 @@ class BrokerThread:
         assert came, f"not within {timeout_s} s: {what}\n{self.story()}"
 
     def story(self) -> str:
-        """What the broker knows. It is read from another thread: it is for people, and the loop may have ended."""
+        """The state of the broker, for people. It is read from another thread, because the loop may have ended."""
         if self.error is not None:
             return "".join(traceback.format_exception(self.error))
         state = self.server.core.state
@@ -337,11 +338,20 @@ class BrokerThread:
             raise AssertionError(f"the loop of the broker has ended: {self.error!r}") from self.error
 
 
-# --- what tests need besides -----------------------------------------------------------------------------------
+# --- helpers for tests -------------------------------------------------------------------------------------------
+
+
+def key_folder(path: Path, **roles: Role) -> Folder:
+    """A new keyring, with a key for each of these names."""
+    folder = Folder(path)
+    folder.begin("tcp://127.0.0.1:7330")
+    for name, role in roles.items():
+        folder.add(Identity(name, role), int(time.time()))
+    return folder
 
 
 def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
-    """The key of this name. It is made if there is none yet."""
+    """The key of this name, which is made if there is none."""
     if not folder.ring().named(name):
         folder.add(Identity(name, role), int(time.time()))
     return folder.export(name)
@@ -355,6 +365,6 @@ def truth(prompt: str, seed: int, count: int) -> list[int]:
 
 @contextmanager
 def timed() -> Iterator[Callable[[], float]]:
-    """Seconds since it began."""
+    """Seconds since the block began."""
     began = time.monotonic()
     yield lambda: time.monotonic() - began

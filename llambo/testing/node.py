@@ -24,7 +24,7 @@ class BrokerOptions(msgspec.Struct):
 
 
 def run_broker_node(text: str) -> int:
-    from llambo.broker import server  # a worker does not pay for the broker
+    from llambo.broker import server  # a worker need not load the broker
     from llambo.broker.config import BrokerConfig
     from llambo.mesh.link import sockets
     from llambo.mesh.security.keyring import Folder
@@ -41,7 +41,7 @@ def run_broker_node(text: str) -> int:
 
 
 def run_worker_node(text: str) -> int:
-    from llambo.worker.agent.agent import run_worker  # a broker does not pay for the worker
+    from llambo.worker.agent.agent import run_worker  # a broker need not load the worker
     from llambo.worker.config import WorkerConfig
 
     return run_worker(msgspec.json.decode(text, type=WorkerConfig), lambda: print("ready", flush=True))

@@ -1,6 +1,6 @@
-"""Processes that a test starts: their output as it comes, what they use, and whether they have ended.
+"""Processes that a test starts: their output as it arrives, what they use, and whether they have ended.
 
-Every wait is for an event and has a deadline. A missed deadline fails with everything that the process wrote.
+Every wait is for an event and has a deadline. A missed deadline fails with the output of the process.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 #: No wait takes longer, however busy the machine is.
 TIMEOUT_S = 30.0
-#: How long a process may take to end when it is asked to.
+#: How long a process may take to end after SIGTERM.
 STOP_S = 5.0
 
 
 class Process:
-    """`python WORDS...`. The lines of its stdout and stderr are collected as they come."""
+    """`python WORDS...`. The lines of its stdout and stderr are collected as they arrive."""
 
     def __init__(
         self,
@@ -72,7 +71,7 @@ class Process:
     # --- waiting -------------------------------------------------------------------------------------
 
     def follow(self, start: int = 0, timeout_s: float = TIMEOUT_S, what: str = "another line") -> Iterator[str]:
-        """The lines of stdout and stderr from this one on, each as it comes. It fails at the deadline or the end."""
+        """The lines of stdout and stderr from this one on, as they arrive. It fails at the deadline or the end."""
         deadline = time.monotonic() + timeout_s
         while True:
             with self._changed:
@@ -132,7 +131,7 @@ class Process:
         return rss_bytes(self.pid)
 
     def log(self) -> str:
-        """All that it wrote to stderr."""
+        """Its stderr so far."""
         return "\n".join(self.err)
 
     def story(self, what: str) -> str:
@@ -144,7 +143,7 @@ class Process:
         self.process.send_signal(number)
 
     def close(self) -> None:
-        """Ask it to end, and kill it if it does not."""
+        """Send SIGTERM, and kill it if it does not end."""
         if self.running:
             self.send(signal.SIGCONT)
             self.send(signal.SIGTERM)
@@ -164,9 +163,7 @@ class Process:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
 
 
@@ -179,13 +176,13 @@ def children(pid: int) -> list[int]:
 
 
 def family(pid: int) -> list[int]:
-    """All that this process has started, and what those have."""
+    """The descendants of this process."""
     found = children(pid)
     return found + [one for child in found for one in family(child)]
 
 
 def has_ended(pid: int, timeout_s: float = TIMEOUT_S) -> bool:
-    """Whether a process ends in time. It need not be a child of ours; a zombie has ended."""
+    """True if a process ends in time. It need not be a child of this process; a zombie has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -201,7 +198,7 @@ def wait_until_gone(pid: int, timeout_s: float = TIMEOUT_S) -> None:
 
 
 def marked(name: str, value: str) -> list[int]:
-    """Processes that run with this in their environment. A zombie has none."""
+    """Processes with this variable in their environment. A zombie has no environment."""
     wanted = f"{name}={value}".encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -216,7 +213,7 @@ def marked(name: str, value: str) -> list[int]:
 
 
 def line_of(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> str:
-    """The next line on its stdout, read byte by byte: what follows stays for another reader."""
+    """The next line of its stdout, read byte by byte, so that the rest is left to another reader."""
     assert process.stdout is not None
     descriptor, line, deadline = process.stdout.fileno(), b"", time.monotonic() + timeout_s
     while not line.endswith(b"\n"):
@@ -233,7 +230,7 @@ def rss_bytes(pid: int) -> int:
 
 
 def thread_cpu_s(task: Path) -> float:
-    """Processor time of one thread: in nanoseconds where the kernel counts them, else in clock ticks."""
+    """CPU time of one thread: from nanoseconds if the kernel counts them, or else from clock ticks."""
     try:
         return int((task / "schedstat").read_text().split()[0]) / 1e9
     except OSError:
@@ -242,5 +239,5 @@ def thread_cpu_s(task: Path) -> float:
 
 
 def cpu_s(pid: int) -> float:
-    """Processor time of all its threads."""
+    """CPU time of all its threads."""
     return sum(thread_cpu_s(task) for task in Path(f"/proc/{pid}/task").iterdir())

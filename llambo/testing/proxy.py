@@ -5,10 +5,10 @@ host that it reached, so everything it does goes through here. `Proxy` runs on t
 `ThreadedProxy` on a thread.
 
     cut         connections are reset; new ones are accepted
-    refuse      connections are reset, and each new one
-    hold        nothing passes, in neither direction; connections stay: a cable that was pulled
+    refuse      connections are reset, and so is each new one
+    hold        nothing passes in either direction, and connections stay open: a pulled cable
     halfopen    nothing passes towards the broker
-    delay       everything passes later, by so many milliseconds
+    delay       all data is delayed by so many milliseconds
     throttle    so many bytes a second
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Iterable
-from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from llambo.mesh.link import sockets
@@ -32,7 +31,7 @@ OFFSETS: dict[Plane, int] = {
 #: Any address of 127/8 is this machine.
 PROXY_HOST, BROKER_HOST = "127.0.0.2", "127.0.0.1"
 READ_BYTES = 16 * 1024
-#: What may wait inside for one direction of one connection. Then TCP itself pushes back, as a full network would.
+#: Reads that are queued for one direction of one connection. Beyond that TCP applies backpressure, as a network does.
 QUEUED_READS = 64
 ANSWER_S = 10.0
 
@@ -47,7 +46,7 @@ class Gate:
         self.refusing = False
         self.delay_ms = 0
         self.bytes_per_s = 0
-        #: How many were made so far, and those that are open.
+        #: How many connections were made so far, and those that are open.
         self.count = 0
         self.connections: set[asyncio.StreamWriter] = set()
         self.heal()
@@ -117,7 +116,7 @@ class Proxy:
             self._gates[plane].heal()
 
     def connections(self, plane: Plane) -> int:
-        """How many were made through it so far."""
+        """How many connections were made so far."""
         return self._gates[plane].count
 
     async def close(self) -> None:
@@ -137,12 +136,12 @@ class Proxy:
             return
         try:
             far, forth = await asyncio.open_connection(self._broker, port, limit=READ_BYTES)
-        except OSError:  # the broker is away
+        except OSError:  # there is no broker
             back.transport.abort()
             return
         gate.connections |= {back, forth}
         try:
-            # If one end is reset, both directions end: half a connection is of no use to ZeroMQ.
+            # If one end is reset, both directions end, because ZeroMQ cannot use half a connection.
             tasks = [
                 asyncio.create_task(_pump(gate, "up", near, forth)),
                 asyncio.create_task(_pump(gate, "down", far, back)),
@@ -158,7 +157,7 @@ class Proxy:
 
 
 async def _pump(gate: Gate, direction: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Reading goes on while what was read waits for its time, or a delay would be a throttle too."""
+    """Reading continues while data waits for its time, or a delay would limit the rate as well."""
     queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(QUEUED_READS)
     read = asyncio.create_task(_fill(gate, queue, reader))
     loop = asyncio.get_running_loop()
@@ -206,9 +205,7 @@ class ThreadedProxy:
         self._run(self._proxy.start())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._run(self._proxy.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(ANSWER_S)

@@ -1,4 +1,4 @@
-"""A peer made of bare sockets, which sends any bytes and any messages: to see what a broker does with them."""
+"""A peer of bare sockets, which sends any bytes and any messages, to test how a broker handles them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _from_broker: codec.Codec[Any] = codec.Codec(m.BrokerToClient | m.BrokerToWorker
 
 
 class RawPeer:
-    """A DEALER to one of the control sockets, and whatever other sockets it is asked for."""
+    """A DEALER to one of the control sockets, and other sockets on request."""
 
     def __init__(
         self, port: int, offset: int = 0, key: PeerKey | None = None, context: zmq.Context[Any] | None = None
@@ -69,11 +69,11 @@ class RawPeer:
         self.send(codec.MAGIC + (self.session if session is None else session), body, *(blobs or []))
 
     def send_map(self, fields: dict[str, Any], *blobs: bytes) -> None:
-        """A message that has no type."""
+        """Send a map, which need not be a valid message."""
         self.send(codec.MAGIC + self.session, msgspec.msgpack.encode([fields]), *blobs)
 
     def expect(self, kind: type[T], **fields: Any) -> T:
-        """The next message of this kind with these values. Others stay for later calls."""
+        """The next message of this kind with these values. Other messages are left to later calls."""
         deadline = time.monotonic() + TIMEOUT_S
         seen = 0
         while True:
@@ -108,9 +108,9 @@ class RawPeer:
         return welcome
 
     def disconnected_by(self, *frames: bytes, on: zmq.Socket[bytes] | None = None) -> None:
-        """Send what the broker does not accept, and wait until it has disconnected and the socket has connected again.
+        """Send invalid frames, and wait until the broker has disconnected and the socket has connected again.
 
-        What is sent between the two may be lost with the old connection.
+        Messages that are sent in between may be lost with the old connection.
         """
         socket = on or self.control
         with self._events(socket, zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_SUCCEEDED):
@@ -118,7 +118,7 @@ class RawPeer:
 
     @contextmanager
     def _events(self, socket: zmq.Socket[bytes], *events: int) -> Iterator[None]:
-        """The block causes these events of the socket, one after the other."""
+        """Wait at the end of the block for these events of the socket, in this order."""
         monitor = socket.get_monitor_socket(sum(events), f"inproc://{secrets.token_hex(8)}")
         try:
             yield
@@ -138,7 +138,7 @@ class RawPeer:
         return self._connected(zmq.XSUB, sockets.TOKENS_OUT_OFFSET)
 
     def tokens_in(self) -> zmq.Socket[bytes]:
-        """Connected, and the broker has subscribed: nothing that is published is lost."""
+        """An XPUB to which the broker has subscribed, so that nothing that it publishes is lost."""
         socket = self._connected(zmq.XPUB, sockets.TOKENS_IN_OFFSET)
         for _ in range(2):  # to chunks and to beats
             assert socket.poll(int(TIMEOUT_S * 1_000)), "the broker does not subscribe"

@@ -1,7 +1,7 @@
-"""A command on a terminal of its own: typed into, and read from what it writes or from the screen of an emulator.
+"""A command on a terminal of its own. A test types into it, and reads its output or the screen of an emulator.
 
-Every wait is for output or for the end of the command, and has a deadline. A missed one fails with the screen, all
-that scrolled off it, and what was written last. Reading the screen needs `pyte`, of the developers' requirements.
+Every wait is for output or for the end of the command, and has a deadline. A missed deadline fails with the screen,
+all that has scrolled off it, and the last output. To read the screen, `pyte` is required (for developers only).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from llambo.testing.commands import LLAMBO, environment
@@ -24,11 +23,11 @@ from llambo.testing.processes import TIMEOUT_S
 
 COLUMNS, ROWS = 100, 40
 CTRL_C, CTRL_D, CTRL_R, TAB, ENTER, ALT_ENTER = "\x03", "\x04", "\x12", "\t", "\r", "\x1b\r"
-#: What a terminal puts around text that is pasted.
+#: Pasted text, as a terminal sends it.
 PASTE = "\x1b[200~{}\x1b[201~"
-#: What moves a cursor, chooses a colour, or sets the title of a window.
+#: Control sequences: for the cursor, colours, and the title of the window.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>()][0-9A-Z]?|\x1b\][^\x07]*\x07")
-#: The command becomes a session of its own, whose terminal this is: Ctrl-C reaches it as SIGINT.
+#: The command gets a session of its own with this terminal, so that Ctrl-C reaches it as SIGINT.
 START = (
     "import fcntl, os, runpy, sys, termios; os.setsid(); fcntl.ioctl(2, termios.TIOCSCTTY, 0); "
     "sys.argv.pop(0); runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
@@ -48,7 +47,7 @@ class Terminal:
         columns: int = COLUMNS,
     ) -> None:
         """`env` is added to the environment of the command; None removes a name."""
-        #: All that it wrote to the terminal, and to the pipe once `end` has returned.
+        #: Its output to the terminal, and to the pipe once `end` has returned.
         self.raw = ""
         self.out = ""
         self._words = words
@@ -72,7 +71,7 @@ class Terminal:
         except ImportError:
             return None, lambda data: None
         screen: Any = pyte.HistoryScreen(self._size[1], self._size[0], history=5_000)
-        # A program may ask where the cursor is, and waits for the answer.
+        # A program may query the position of the cursor, and waits for the answer.
         screen.write_process_input = self.press
         return screen, pyte.ByteStream(screen).feed
 
@@ -105,7 +104,7 @@ class Terminal:
             self._wait(condition if isinstance(condition, str) else "what was waited for", deadline)
 
     def expect(self, pattern: str, timeout_s: float = TIMEOUT_S) -> re.Match[str]:
-        """The next match in what was written, without control sequences, behind the last match."""
+        """The next match in its output without control sequences, after the last match."""
         deadline = time.monotonic() + timeout_s
         while True:
             if found := re.compile(pattern).search(CONTROL.sub("", self.raw), self._seen):
@@ -130,7 +129,7 @@ class Terminal:
             return True
         try:
             data = os.read(self._ours, 65_536)
-        except OSError:  # EIO: no process has the terminal open any more
+        except OSError:  # EIO: no process has the terminal open
             return False
         self.raw += data.decode(errors="replace")
         self._feed(data)
@@ -155,9 +154,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(TIMEOUT_S)

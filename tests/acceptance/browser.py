@@ -55,7 +55,7 @@ class Look:
         self.context: BrowserContext = browser.new_context(**options)
         self.context.set_default_timeout(TIMEOUT_MS)
         self.page: Page = self.context.new_page()
-        self.page.on("console", lambda said: self._heard(said.type, said.text))
+        self.page.on("console", lambda message: self._heard(message.type, message.text))
         self.page.on("pageerror", lambda error: self._heard("error", str(error)))
         self.page.on("dialog", self._dialog)
         self.page.goto(url)

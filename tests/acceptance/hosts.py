@@ -97,7 +97,7 @@ def play(folder: Path) -> dict[str, object]:
     worker = start(folder / "worker.log", *hosts["gpu"].prefix, str(BIN / "llambo-worker"), "--engine", "fake",
                    "--key", str(folder / "gpu.key"))  # fmt: skip
     try:
-        said = llambo("send", PROMPT, "--max-tokens", "40", "--seed", "3", prefix=hosts["laptop"].prefix,
+        answer = llambo("send", PROMPT, "--max-tokens", "40", "--seed", "3", prefix=hosts["laptop"].prefix,
                       env={"LLAMBO_KEY": line})  # fmt: skip
         stranger = subprocess.run(
             [*hosts["laptop"].prefix, str(BIN / "llambo"), "--broker", f"tcp://{box}:7330", "send", PROMPT],
@@ -110,11 +110,11 @@ def play(folder: Path) -> dict[str, object]:
         seen = capture.close()
         for host in hosts.values():
             host.close()
-    words = [word for word in said.split() if len(word) > 3]
-    texts = {"the prompt": PROMPT, "the answer": " ".join(said.split()[:4]), "a message": "inference_request",
+    words = [word for word in answer.split() if len(word) > 3]
+    texts = {"the prompt": PROMPT, "the answer": " ".join(answer.split()[:4]), "a message": "inference_request",
             "another": "worker_hello", "a word of the prompt": "canary"}  # fmt: skip
     return {
-        "answer": said.strip(), "words": len(words), "captured": len(seen),
+        "answer": answer.strip(), "words": len(words), "captured": len(seen),
         "plaintext": [what for what, text in texts.items() if text.encode() in seen],
         "curve": b"CURVE" in seen, "stranger": [stranger.returncode, stranger.stderr.strip()],
     }  # fmt: skip

@@ -30,5 +30,5 @@ def test_a_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_an_unknown_benchmark_is_answered_with_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["faster"]) == 2
-    said = capsys.readouterr().out
-    assert all(name in said for name in NAMES + WITH_MODEL)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES + WITH_MODEL)

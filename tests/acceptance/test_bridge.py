@@ -34,9 +34,9 @@ def bridge(mesh: Commands, *words: str) -> Iterator[Process]:
         yield running
 
 
-def netcat(*words: str, said: str) -> str:
+def netcat(*words: str, text: str) -> str:
     """What it prints until the bridge has closed."""
-    done = subprocess.run(["nc", "-N", *words], input=said.encode(), capture_output=True, timeout=TIMEOUT_S, check=True)
+    done = subprocess.run(["nc", "-N", *words], input=text.encode(), capture_output=True, timeout=TIMEOUT_S, check=True)
     return done.stdout.decode()
 
 
@@ -51,25 +51,25 @@ def session() -> list[tuple[str, str]]:
 
 def shown(lines: list[str]) -> list[str]:
     """Without what is another time otherwise: ids, moments, and which tokens came together."""
-    kept: list[str] = []
+    shortened: list[str] = []
     text = ""
     for line in lines:
         if line.endswith('"final":false}'):
             text += json.loads(line)["token"]
             continue
         if text:
-            kept.append(text)
+            shortened.append(text)
             text = ""
-        kept.append(re.sub(r'("id":)"\w{32}"|("queued_ms":)\d+', r"\1\2_", line))
-    return kept
+        shortened.append(re.sub(r'("id":)"\w{32}"|("queued_ms":)\d+', r"\1\2_", line))
+    return shortened
 
 
 def test_the_session_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
-    said = "".join(f"{text}\n" for side, text in session() if side == ">")
+    sent = "".join(f"{text}\n" for side, text in session() if side == ">")
     expected = shown([text for side, text in session() if side == "<"])
     with bridge(mesh, "--socket", str(path)):
-        answered = shown(netcat("-U", str(path), said=said).splitlines())
+        answered = shown(netcat("-U", str(path), text=sent).splitlines())
     assert len(answered) == len(expected) > 10
     for line, wanted in zip(answered, expected, strict=True):
         begin, cut, _ = wanted.partition("...")
@@ -107,7 +107,7 @@ def test_many_netcats_at_once(mesh: Commands, tmp_path: Path) -> None:
                 each.stdin.flush()
             for each in crowd:
                 assert each.stdout is not None and b"pong" in each.stdout.readline()
-            assert "connections are open" in netcat("-U", path, said="")
+            assert "connections are open" in netcat("-U", path, text="")
             for number, each in enumerate(crowd):
                 request = json.dumps({"prompt": "hi", "seed": number, "max_tokens": 5})
                 assert each.stdin is not None
@@ -128,7 +128,7 @@ def test_lines_that_mean_nothing_are_answered(mesh: Commands, tmp_path: Path) ->
     path = str(tmp_path / "b.sock")
     lines = ["frob", "PING x", "INFER", "INFER {", 'INFER {"prompt": 1}', "LOAD nope", "INFER " + 2_000 * "x", "\0"]
     with bridge(mesh, "--socket", path, "--line-bytes", "1024"):
-        answered = [json.loads(line) for line in netcat("-U", path, said="\r\n".join([*lines, "PING"])).splitlines()]
+        answered = [json.loads(line) for line in netcat("-U", path, text="\r\n".join([*lines, "PING"])).splitlines()]
     assert [line["status"] for line in answered] == len(lines) * ["error"] + ["ok"]
     assert all(line["message"] and line["data"]["hint"] for line in answered[:-1])
 
@@ -136,8 +136,8 @@ def test_lines_that_mean_nothing_are_answered(mesh: Commands, tmp_path: Path) ->
 def test_tcp_and_quit(mesh: Commands) -> None:
     with mesh.start("bridge", "--tcp", "0", "--quit-stops") as running:
         port = running.line(r"listening at 127\.0\.0\.1 (\d+); try: nc 127")[1]
-        assert "pong" in netcat("127.0.0.1", port, said="PING\n")
-        assert "bye" in netcat("127.0.0.1", port, said="QUIT\n")
+        assert "pong" in netcat("127.0.0.1", port, text="PING\n")
+        assert "bye" in netcat("127.0.0.1", port, text="QUIT\n")
         assert running.end() == 0
 
 
@@ -161,7 +161,7 @@ def test_what_a_killed_bridge_has_left_is_replaced(mesh: Commands, tmp_path: Pat
         running.end()
     assert path.is_socket()
     with bridge(mesh, "--socket", str(path)):
-        assert "pong" in netcat("-U", str(path), said="PING\n")
+        assert "pong" in netcat("-U", str(path), text="PING\n")
 
 
 def test_without_a_broker_it_does_not_begin(tmp_path: Path) -> None:

@@ -121,15 +121,15 @@ def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
         assert chat.end() == Exit.OK, chat.story("/exit")
         assert "llambo chat --session travel" in chat.text
 
-    kept = home.session("travel")
-    assert (kept["model"], kept["system"], kept["context_from"]) == ("fake", "Be brief.", 2)
-    one, two, three = kept["turns"]
+    saved = home.session("travel")
+    assert (saved["model"], saved["system"], saved["context_from"]) == ("fake", "Be brief.", 2)
+    one, two, three = saved["turns"]
     assert one["answer"] == truth(mesh, [("user", "first question")], 7, 6)
     system, earlier = ("system", "Be brief."), [("user", "first question"), ("assistant", one["answer"])]
     # Asked again, with the next seed and a system prompt.
     assert two["answer"] == truth(mesh, [system, *earlier, ("user", "second question")], 8, 6)
     assert three["answer"] == truth(mesh, [system, ("user", "third question")], 7, 6)
-    assert [turn["ending"] for turn in kept["turns"]] == ["length"] * 3
+    assert [turn["ending"] for turn in saved["turns"]] == ["length"] * 3
     # `mine` was a name of choice, so it stays.
     assert len(home.session("mine")["turns"]) == 3
 
@@ -287,7 +287,7 @@ def test_an_answer_that_is_ended_with_the_program_is_kept(mesh: Commands, home: 
 # --- what goes wrong on the way --------------------------------------------------------------------------------
 
 
-def test_what_has_no_room_is_left_out_and_that_is_said(home: Home) -> None:
+def test_what_has_no_room_is_left_out_with_a_notice(home: Home) -> None:
     with up("--workers", "1", "--fake-context-tokens", "600", "--fake-tokens-per-s", "1000") as (mesh, _):
         # A byte is a token of the fake engine; each turn has about 150 of them, with what stands around.
         Store(home.path / "llambo" / "chats").save(
@@ -332,7 +332,7 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
         assert turn["answer"] == truth(mesh, [("user", "hello")], 3, 100)
 
 
-def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> None:
+def test_a_broker_that_goes_away_is_shown_and_the_answer_goes_on(home: Home) -> None:
     with command(BROKER, "--port", "0") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         mesh = Commands(f"tcp://127.0.0.1:{port}")
@@ -361,7 +361,7 @@ def test_a_broker_that_goes_away_is_told_and_the_answer_goes_on(home: Home) -> N
                     assert chat.end() == Exit.OK
 
 
-def test_a_damaged_session_is_told_and_left_alone(mesh: Commands, home: Home) -> None:
+def test_a_damaged_session_is_reported_and_left_alone(mesh: Commands, home: Home) -> None:
     folder = home.path / "llambo" / "chats"
     folder.mkdir(parents=True)
     (folder / "mine.json").write_text('{"turns": [{"ques')
@@ -377,9 +377,9 @@ def test_without_a_place_to_keep_it_an_answer_is_an_answer(mesh: Commands, home:
     (home.path / "llambo").write_text("a file in the way")
 
     assert home.run(mesh, "--max-tokens", "3", "hello").code == Exit.OK
-    kept = home.run(mesh, "--session", "mine", "--max-tokens", "3", "hello")
-    assert kept.code == Exit.USAGE, kept.story
-    assert "cannot be used" in kept.err
+    refused = home.run(mesh, "--session", "mine", "--max-tokens", "3", "hello")
+    assert refused.code == Exit.USAGE, refused.story
+    assert "cannot be used" in refused.err
 
 
 # --- a single answer -----------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def test_a_question_from_arguments_a_pipe_or_both(mesh: Commands, home: Home) ->
     assert home.run(mesh, *words, "--system", "Be brief.", "x").out.strip() == truth(
         mesh, [("system", "Be brief."), ("user", "x")], 7, 9
     ).strip()  # fmt: skip
-    assert not (home.path / "llambo").exists(), "a single answer is kept only if it is asked for"
+    assert not (home.path / "llambo").exists(), "a single answer is saved only with an option"
 
 
 def test_a_single_answer_as_json_lines(mesh: Commands, home: Home) -> None:
@@ -411,7 +411,7 @@ def test_a_single_answer_as_json_lines(mesh: Commands, home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "problem"),
     [
         (["--model", "gpt-9", "hi"], Exit.REFUSED, "there is: fake"),
         (["--connect-ms", "200", "--broker", "tcp://127.0.0.1:1", "hi"], Exit.NO_BROKER, "no broker answers"),
@@ -419,11 +419,11 @@ def test_a_single_answer_as_json_lines(mesh: Commands, home: Home) -> None:
         ([""], Exit.REFUSED, "the prompt is empty"),
     ],
 )
-def test_what_is_wrong_has_its_exit_code(mesh: Commands, home: Home, words: list[str], code: int, said: str) -> None:
+def test_what_is_wrong_has_its_exit_code(mesh: Commands, home: Home, words: list[str], code: int, problem: str) -> None:
     done = home.run(mesh, *words)
 
     assert (done.code, done.out) == (code, ""), done.story
-    assert said in done.err
+    assert problem in done.err
 
 
 def test_an_interrupted_answer_is_cancelled_and_what_there_is_of_it_stays(mesh: Commands, home: Home) -> None:
@@ -453,7 +453,7 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands, home: Home) -> Non
 # --- a real model --------------------------------------------------------------------------------------------
 
 
-def test_smollm2_remembers_what_was_said_and_its_tokens_are_counted(home: Home) -> None:
+def test_smollm2_remembers_the_conversation_and_its_tokens_are_counted(home: Home) -> None:
     with up("--workers", "1", "--engine", "llama", "--model", "smollm2", "--ctx", "256", "--slots", "2") as (mesh, _):
         with home.chat(mesh, "--session", "mine", "--temperature", "0", "--max-tokens", "24", "--seed", "1") as chat:
             chat.until("\n>")

@@ -42,15 +42,15 @@ def nothing_runs(mesh: Commands) -> bool:
 
 def test_an_answer_streams_through_a_broker_and_a_worker_started_by_hand() -> None:
     with by_hand(["--name", "tiny-01"]) as (mesh, broker, [worker]):
-        said = mesh.ok("send", "-v", "--seed", "7", "--max-tokens", "12", "hello")
+        done = mesh.ok("send", "-v", "--seed", "7", "--max-tokens", "12", "hello")
 
-        assert said.out.count(" ") == 12
-        assert said.out.endswith("\n")
-        assert "12 tokens in" in said.err
-        assert "worker tiny-01" in said.err
-        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == said.out
-        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == said.out
-        assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != said.out
+        assert done.out.count(" ") == 12
+        assert done.out.endswith("\n")
+        assert "12 tokens in" in done.err
+        assert "worker tiny-01" in done.err
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", "-", stdin="hello\n").out == done.out
+        assert mesh.ok("send", "--seed", "7", "--max-tokens", "12", stdin="hello").out == done.out
+        assert mesh.ok("send", "--seed", "8", "--max-tokens", "12", "hello").out != done.out
         worker.send(signal.SIGTERM)
         assert worker.end() == 0, worker.story("SIGTERM")
         broker.send(signal.SIGTERM)
@@ -91,7 +91,7 @@ def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, clo
 
 
 @pytest.mark.parametrize("words", ["send hi", "status", "workers"])
-def test_nobody_who_listens_is_no_error(mesh: Commands, words: str) -> None:
+def test_a_closed_stdout_is_no_error(mesh: Commands, words: str) -> None:
     done = shell(mesh, f"{words} >&-")
 
     assert (done.returncode, done.stderr) == (0, "")
@@ -121,7 +121,7 @@ def test_the_port_for_workers_is_recognized(mesh: Commands) -> None:
     assert "port for workers" in done.err
 
 
-def test_a_broker_that_is_lost_is_said_and_so_is_its_return() -> None:
+def test_a_lost_broker_and_its_return_are_printed() -> None:
     with command(BROKER, "--port", "0") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         address = f"tcp://127.0.0.1:{port}"
@@ -160,10 +160,10 @@ def test_a_mesh_whose_terminal_is_closed_leaves_no_process() -> None:
     ) as running:  # fmt: skip
         try:
             os.close(theirs)
-            said = b""
-            while b"Ctrl-C stops everything" not in said:
-                assert select.select([screen], [], [], TIMEOUT_S)[0], said
-                said += os.read(screen, 4096)
+            output = b""
+            while b"Ctrl-C stops everything" not in output:
+                assert select.select([screen], [], [], TIMEOUT_S)[0], output
+                output += os.read(screen, 4096)
             pids = family(running.pid)
             os.close(screen)
             running.send_signal(signal.SIGHUP)
@@ -343,7 +343,7 @@ def test_an_unknown_id_has_its_own_exit_code(mesh: Commands, command: str) -> No
     assert "no request ffffffffffff is known" in done.err
 
 
-def test_no_broker_is_said_with_what_to_do() -> None:
+def test_no_broker_is_an_error_with_a_hint() -> None:
     done = Commands("tcp://127.0.0.1:1").llambo("send", "--connect-ms", "200", "hello")
 
     assert done.code == Exit.NO_BROKER, done.story
@@ -380,10 +380,10 @@ def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Pa
         words = ("--broker", mesh.address, "--engine", "llama", "--model", str(path))
         with command(WORKER, *words, *size) as worker:
             assert worker.end() == Exit.ERROR
-        said = " ".join(worker.err)
-        assert f"cannot serve {path}: {path} " in said
+        output = " ".join(worker.err)
+        assert f"cannot serve {path}: {path} " in output
         if kind == "too large":
-            assert "MiB of cache for 64 slots of 16777216 tokens" in said and "would fit" in said
+            assert "MiB of cache for 64 slots of 16777216 tokens" in output and "would fit" in output
         # The mesh has seen it come and go
         assert "cannot serve" in mesh.ok("events").out
 
@@ -477,7 +477,7 @@ def test_a_drain_waits_until_the_worker_is_empty_and_with_move_its_streams_go_on
     assert f"{name} is being emptied" in str(why["story"])
 
 
-def test_a_drain_that_somebody_takes_back_ends_with_status_1(mesh: Commands, busy: tuple[str, str]) -> None:
+def test_a_drain_that_is_undone_ends_with_status_1(mesh: Commands, busy: tuple[str, str]) -> None:
     _, name = busy
     with mesh.start("drain", name) as draining:
         draining.line("1 request is still running there")
@@ -544,7 +544,7 @@ def test_a_killed_up_takes_its_children_with_it() -> None:
             wait_until_gone(pid, TIMEOUT_S)
 
 
-def test_a_port_that_is_taken_is_said_at_once() -> None:
+def test_a_port_that_is_taken_is_an_error_at_once() -> None:
     with by_hand() as (mesh, _, _):
         port = mesh.address.rpartition(":")[2]
         with command(LLAMBO, "up", "--port", port) as second:

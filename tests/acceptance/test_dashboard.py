@@ -14,8 +14,7 @@ import pytest
 
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions, WorkerConfig
 from tests.acceptance import browser
@@ -151,7 +150,7 @@ def test_a_death_and_a_recovery_are_on_the_page(mesh: Mesh, look: Look) -> None:
     look.page.locator("#activity li", has_text="victim left").wait_for()
 
 
-def test_a_broker_that_is_gone_is_said_and_another_one_is_shown(chromium: Any) -> None:
+def test_a_broker_that_is_gone_and_its_successor_are_shown(chromium: Any) -> None:
     with (
         Mesh(workers=1, fake=FAKE, broker="process") as mesh,
         GatewayProcess(mesh.address) as gateway,
@@ -186,7 +185,7 @@ def test_the_playground_streams_by_keyboard(look: Look) -> None:
     assert [steps.first.inner_text(), steps.last.inner_text()] == ["submitted", "ended"]
 
 
-def test_the_playground_stops_when_it_is_told_to(mesh: Mesh, look: Look) -> None:
+def test_the_playground_stops_on_its_button(mesh: Mesh, look: Look) -> None:
     look.page.fill("#max-tokens", "4000")
     look.page.click("#ask-send")
     look.until("() => document.querySelector('#answer').textContent.length > 20")
@@ -195,7 +194,7 @@ def test_the_playground_stops_when_it_is_told_to(mesh: Mesh, look: Look) -> None
     mesh.until(lambda core: not core.state.running, "the answer was cancelled")
 
 
-def test_what_is_refused_is_said(look: Look) -> None:
+def test_a_refusal_is_shown(look: Look) -> None:
     look.allowed = ("status of 400",)
     look.page.fill("#prompt", "x")
     look.ask("document.querySelector('#temperature').value = -5")
@@ -302,11 +301,7 @@ def test_even_a_hole_in_the_page_would_let_nothing_in(look: Look) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
-    for name, role in (("boss", "admin"), ("viewer", "client"), ("gateway", "client")):
-        folder.add(Identity(name, role), 0)  # type: ignore[arg-type]
-    return folder
+    return key_folder(tmp_path / "keys", boss="admin", viewer="client", gateway="client")
 
 
 def test_with_keys_it_is_for_admins(chromium: Any, folder: Folder) -> None:

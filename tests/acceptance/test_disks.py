@@ -42,7 +42,7 @@ def without_output(how: str, commands: Sequence[list[str]]) -> Iterator[list[sub
 
 
 @pytest.mark.parametrize("how", ["full", "gone"])
-def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
+def test_a_broker_and_a_worker_without_output_work_on(how: str) -> None:
     mesh = Commands(f"tcp://127.0.0.1:{(port := free_port(21_000))}")
     commands = [
         [BROKER, "-v", "--port", str(port)],
@@ -57,7 +57,7 @@ def test_a_broker_and_a_worker_that_nobody_hears_work_on(how: str) -> None:
             assert process.wait(TIMEOUT_S) == 0
 
 
-def test_a_whole_mesh_that_nobody_hears_works_on() -> None:
+def test_a_whole_mesh_without_output_works_on() -> None:
     mesh = Commands(f"tcp://127.0.0.1:{(port := free_port(22_000))}")
     with without_output("full", [[LLAMBO, "up", "--workers", "1", "--port", str(port)]]) as (running,):
         assert mesh.ok("send", "--max-tokens", "5", "hello").out.count(" ") == 5

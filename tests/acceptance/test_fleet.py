@@ -127,7 +127,7 @@ def test_from_nothing_to_a_mesh_and_only_the_difference_after_that(site: Site) -
     assert {name for name in before if before[name]["pid"] != after[name]["pid"]} == {"medium-0001"}
     assert after["medium-0001"]["slots"] == 3 and after["medium-0001"]["state"] == "ready"
 
-    # How many can be said, within bounds, and is kept to
+    # A wanted number, within bounds, is set and stays in force
     assert did(site.ok("scale", "--json", "tiny=5")) == [("spawn", "tiny-0004"), ("spawn", "tiny-0005")]
     assert did(site.ok("spawn", "--json", "--class", "tiny")) == [("spawn", "tiny-0006")]
     refused = site.fleet("scale", "tiny=7")

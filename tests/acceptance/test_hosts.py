@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0
 
 
-def test_an_answer_over_three_hosts_that_nobody_in_between_can_read(tmp_path: Path) -> None:
+def test_an_answer_over_three_hosts_is_unreadable_in_between(tmp_path: Path) -> None:
     way = way_in()
     if way is None:
         pytest.skip("this machine allows no networks of our own")

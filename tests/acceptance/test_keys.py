@@ -78,7 +78,7 @@ def test_a_key_is_never_shown_by_the_settings(place: str) -> None:
     assert line not in done.stdout + done.stderr
 
 
-def test_what_is_no_key_is_told_without_repeating_it() -> None:
+def test_what_is_no_key_is_refused_without_repeating_it() -> None:
     done = run("status", "--key", "llambo-key-1.c2VjcmV0")
     assert done.returncode == 2
     assert "this is not a key" in done.stderr

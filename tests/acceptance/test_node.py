@@ -1,6 +1,6 @@
 """The official `openai` package for Node against a gateway with SmolLM2 behind it: tests/acceptance/node.
 
-Its packages are kept under `build/node`, and are fetched when package.json has changed.
+Its packages are stored under `build/node`, and are fetched when package.json has changed.
 """
 
 from __future__ import annotations

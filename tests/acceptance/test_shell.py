@@ -43,7 +43,7 @@ def test_every_command_at_the_prompt(mesh: Commands, tmp_path: Path) -> None:
     with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
         shell.expect("2 of 2 workers ready.*`help` lists the commands")
         shell.expect(PROMPT)
-        for line, said in (
+        for line, shown in (
             ("help", "watch +Keep on screen"),
             ("help infer", "Usage: infer "),
             ("status", "workers +2 ready of 2"),
@@ -66,10 +66,10 @@ def test_every_command_at_the_prompt(mesh: Commands, tmp_path: Path) -> None:
             ("why ffff", "no request ffff is known"),
         ):
             shell.enter(line)
-            shell.expect(said)
+            shell.expect(shown)
         shell.enter("send --detach --max-tokens 20000 long")
         id = shell.expect(ID)[1]
-        for line, said in (
+        for line, shown in (
             (f"why {id[:8]}", "dispatched"),
             ("queue", f"{id} +running"),
             (f"cancel {id[:8]}", f"cancelled {id} after"),
@@ -77,7 +77,7 @@ def test_every_command_at_the_prompt(mesh: Commands, tmp_path: Path) -> None:
             (f"why {id}", r"ended \(cancelled\)"),
         ):
             shell.enter(line)
-            shell.expect(said)
+            shell.expect(shown)
         shell.expect(PROMPT)
         shell.enter("exit")
         assert shell.end() == Exit.OK
@@ -147,7 +147,7 @@ def test_tab_completes_commands_workers_and_requests(mesh: Commands) -> None:
         assert shell.end() == Exit.OK
 
 
-def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Commands, tmp_path: Path) -> None:
+def test_lines_are_stored_for_the_next_shell_of_the_same_user(mesh: Commands, tmp_path: Path) -> None:
     for typed in ("set seed 4711\r", "\x1b[A\x1b[A\r"):
         with at_terminal(mesh, XDG_STATE_HOME=str(tmp_path)) as shell:
             shell.expect(PROMPT)
@@ -162,12 +162,12 @@ def test_lines_are_remembered_for_the_next_shell_and_for_nobody_else(mesh: Comma
             shell.expect(PROMPT)
             shell.enter("exit")
             assert shell.end() == Exit.OK
-    kept = tmp_path / "llambo" / "shell_history"
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
-    assert "set seed 4711" in kept.read_text()
+    stored = tmp_path / "llambo" / "shell_history"
+    assert stat.S_IMODE(stored.stat().st_mode) == 0o600
+    assert "set seed 4711" in stored.read_text()
 
 
-def test_a_broker_that_is_lost_is_said_above_the_prompt_and_so_is_its_return() -> None:
+def test_a_lost_broker_and_its_return_are_printed_above_the_prompt() -> None:
     with command(BROKER, "--port", "0", "--client-lease-ms", "1000") as broker:
         port = broker.line(r"listening at tcp://\S+:(\d+)")[1]
         with Terminal("--broker", f"tcp://127.0.0.1:{port}", "shell") as shell:
@@ -198,7 +198,7 @@ def test_without_a_broker_there_is_a_shell_all_the_same() -> None:
         assert shell.end() == Exit.OK
 
 
-def test_a_shell_that_is_told_to_end_leaves_the_mesh_tidily(mesh: Commands) -> None:
+def test_a_shell_that_gets_a_signal_leaves_the_mesh(mesh: Commands) -> None:
     with at_terminal(mesh) as shell:
         shell.expect(PROMPT)
         shell.enter("send --max-tokens 20000 hello")
@@ -215,7 +215,7 @@ def test_sigterm_at_the_prompt_ends_the_shell(mesh: Commands) -> None:
         shell.send(signal.SIGTERM)
         assert shell.end() == 128 + signal.SIGTERM
         assert "Traceback" not in shell.text
-        assert mesh.ok("status", "--json").json()["clients"] == before - 1, "it has said goodbye"
+        assert mesh.ok("status", "--json").json()["clients"] == before - 1, "it has sent GOODBYE"
 
 
 # --- in scripts ----------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_remarks_and_exit_in_a_script(mesh: Commands) -> None:
 
 
 def test_each_line_of_a_script_is_done_as_soon_as_it_is_there(mesh: Commands) -> None:
-    """Who writes the next one may have to read first what the last one said."""
+    """The next command may depend on the output of the last one."""
     with subprocess.Popen(
         [sys.executable, "-m", LLAMBO, "--broker", mesh.address, "shell"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),

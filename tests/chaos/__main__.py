@@ -9,8 +9,8 @@ the exit status is 1.
     python -m tests.chaos --preset links --plan             the schedule, without doing it
 
 With `--totals FILE` the numbers of a run are added to a file, and `--sum FILE` prints them all together: runs of
-different seeds may share a count. The history (kept with `--keep FOLDER`) is one line of JSON for each thing that
-somebody saw; `--read FOLDER` judges it once more.
+different seeds may share a count. The history (kept with `--keep FOLDER`) is one line of JSON for each
+observation; `--read FOLDER` judges it once more.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--preset", choices=PRESETS, help="what is set where nothing else is said")
+    made.add_argument("--preset", choices=PRESETS, help="settings that other options override")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--minutes", type=float, default=None, help="how long faults go on")
     made.add_argument("--faults", metavar="KIND[=PER-MINUTE],...", help="only these")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the history and the logs there")
     made.add_argument("--totals", type=Path, metavar="FILE", help="add this run's numbers to a file")
     made.add_argument("--sum", type=Path, metavar="FILE", help="run nothing; print all that is in such a file")
-    made.add_argument("--read", type=Path, metavar="FOLDER", help="run nothing; judge a history that was kept")
+    made.add_argument("--read", type=Path, metavar="FOLDER", help="run nothing; judge a stored history")
     made.add_argument("--plan", action="store_true", help="run nothing; print the schedule")
     made.add_argument("--list", action="store_true", help="run nothing; print faults and presets")
     made.add_argument("--story", action="store_true", help="print the story also where nothing is wrong with an answer")

@@ -21,9 +21,9 @@ def judge(lines: Iterable[Line], folder: Path, *, fake: bool) -> list[Wrong]:
     secrets = list(_secrets(list(lines), folder, fake=fake))
     wrong: list[Wrong] = []
     for log in sorted(folder.rglob("*.log")):
-        said = log.read_bytes()
+        log_bytes = log.read_bytes()
         for what in dict.fromkeys(what for what, _ in secrets):
-            found = next((secret for name, secret in secrets if name == what and secret in said), None)
+            found = next((secret for name, secret in secrets if name == what and secret in log_bytes), None)
             if found is not None:
                 wrong.append(Wrong(LEAK, f"{log.name} tells {what}: {found[:60]!r}", 0))
     return wrong

@@ -28,7 +28,7 @@ class Node:
         """`command` gets the number of this start. `says`: the process writes to a pipe when it is ready."""
         self.name = name
         self.process: Process | None = None
-        #: Set while it is there and has said that it is ready.
+        #: Set while it runs and has reported that it is ready.
         self.ready = asyncio.Event()
         #: True until the run ends: a process that ends before that is started again.
         self.wanted = True

@@ -29,7 +29,7 @@ TARGETS: dict[str, str] = {
     "client": "client",  # kill -9 of a client, and another one in its place
     "poison": "fleet",  # a request that kills whatever engine runs it, among others that do not
 }
-#: How often a minute, where nothing is said.
+#: How often a minute, unless set.
 RATES: dict[str, float] = {
     "kill": 6, "stop": 3, "hang": 2, "link": 2, "cut": 2, "hold": 1, "halfopen": 1, "delay": 1, "throttle": 1,
     "broker": 1, "drain": 1, "move": 1, "rolling": 0.25, "client": 1, "poison": 0.5,
@@ -177,7 +177,7 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
             return replace(fault, what=random.choice(KINDS))
         case "stop":
             # Past the lease, so that it wakes up as a zombie: its connections are still there (its kernel has answered
-            # for it), and what it says at first is heard, and refused.
+            # for it), and its first messages are received, and refused.
             return replace(fault, length_ms=plan.lease_ms + random.randint(200, 700))
         case "hang":
             return replace(fault, length_ms=plan.stall_ms)

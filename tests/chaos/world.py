@@ -64,7 +64,7 @@ class World:
         self.clients = [self._client(number) for number in range(plan.clients)]
         #: Workers under a fault now, and how many: no promise holds for them.
         self.under_fault: dict[str, int] = {}
-        #: What the brokers said last: broker to worker to its line.
+        #: The latest rows of the brokers: broker to worker to its row.
         self.views: dict[str, dict[str, WorkerRow]] = {}
         self.seen = asyncio.Condition()
         #: Engine children and whose they are, to see that none is left.

@@ -27,7 +27,7 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, members, wire
@@ -297,9 +297,7 @@ def main(names: list[str], limit_mib: int, seconds: float, *, keyed: bool) -> in
     faults = 0
     print(f"RLIMIT_AS {limit_mib} MiB, {seconds:g} s each, {'with' if keyed else 'without'} keys\n{HEAD}", flush=True)
     with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
-        folder = Folder(Path(place, "keys")) if keyed else None
-        if folder:
-            folder.begin("tcp://127.0.0.1:7330")
+        folder = key_folder(Path(place, "keys")) if keyed else None
         for name in names or BOMBS:
             report = attack(name, limit_mib * 2**20, seconds, folder=folder)
             faults += report.faults

@@ -1,4 +1,4 @@
-"""Well-formed messages that mean harm, and half-formed ones beside them, said to the cores themselves.
+"""Hostile well-formed messages, and half-formed ones beside them, given to the cores directly.
 
 A decoder lets through whatever satisfies its schema. So the three cores are given, by peers that have joined them,
 mutated messages with ids, sessions and keys in them that are alive; and what is always true of a core is checked.
@@ -178,7 +178,7 @@ class Broker(UnderFire):
             beat = tokens.encode_beat(chance.choice((1, 2**53 + 1, 2**64 - 1)), self.sessions[b"w1"])
             self.handle(be.TokensArrived([beat]))
         elif what < 0.95 and self.keyed:
-            # Somebody's key is revoked, or somebody's is another one now.
+            # A key is revoked, or replaced by another.
             left = {key: who for key, who in KEYS.items() if chance.random() < 0.9}
             self.handle(be.KeysChanged(left))
         else:
@@ -242,8 +242,8 @@ class Worker(UnderFire):
             frames = self.message("to_worker", self.session, lambda: plausible.to_worker(chance, keys, seq))
             bundle = codec.to_worker.decode(frames)
             # A worker that is drained takes nothing more, and the run would end: most of these are left out here.
-            heard = [each for each in bundle.messages if not isinstance(each[0], m.Drain) or chance.random() < 0.01]
-            self.handle(we.ControlArrived(0, bundle.session, heard))
+            messages = [each for each in bundle.messages if not isinstance(each[0], m.Drain) or chance.random() < 0.01]
+            self.handle(we.ControlArrived(0, bundle.session, messages))
         elif what < 0.9 and self.keys:
             self.handle(
                 proto.Step([Output(key, [1], [b"x"], chance.choice((None, None, "stop"))) for key in self.keys])

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "inputs"
-#: More frames than anybody's message has.
+#: More frames than any message has.
 MOST_FRAMES = 16
 
 

@@ -61,7 +61,7 @@ def covering(target: Target, inputs: Iterable[list[bytes]]) -> list[list[bytes]]
             new.add(step)
         return trace
 
-    kept = []
+    reached = []
     for frames in inputs:
         sys.settrace(trace)
         try:
@@ -69,11 +69,11 @@ def covering(target: Target, inputs: Iterable[list[bytes]]) -> list[list[bytes]]
         finally:
             sys.settrace(None)
         if new:
-            kept.append(frames)
+            reached.append(frames)
             steps |= new
         new.clear()
         last.clear()
-    return kept
+    return reached
 
 
 def _run(name: str, *options: str) -> int:

@@ -123,7 +123,7 @@ def gguf_files() -> Target:
 
 
 def grammars() -> Target:
-    """Grammars, schemas and messages, as the engine looks at them before anybody else does."""
+    """Grammars, schemas and messages, as the engine reads them first."""
     good = [b'{"type":"object","properties":{"a":{"type":"string","maxLength":9}}}', b'root ::= ("a" | [^b\\]]*) # x\n',
             b'[{"role":"user","content":"hello"},{"role":"assistant","content":"x"}]',
             b'{"messages":[{"role":"user","content":[{"type":"text","text":"hi"}]},{"role":"tool","content":"1"}],"tools":[]}',

@@ -184,7 +184,7 @@ class Honest:
         assert self._process.stdout is not None
         readable, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if readable else b""
-        assert line, f"the honest client said nothing for {timeout_s} s"
+        assert line, f"the honest client wrote nothing for {timeout_s} s"
         return bytes(line)
 
     def mark(self, name: str) -> None:

@@ -29,7 +29,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import PeerKey
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, plausible
 from tests.fuzz.gunner import (
@@ -159,9 +159,7 @@ class Peer(Gunner):
 def against_keyed_broker(count: int, seed: str) -> Report:
     """The same with keys: everybody has a valid one."""
     with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
-        folder = Folder(Path(place, "keys"))
-        folder.begin("tcp://127.0.0.1:7330")
-        return against_broker(count, seed, folder)
+        return against_broker(count, seed, key_folder(Path(place, "keys")))
 
 
 def against_broker(count: int, seed: str, folder: Folder | None = None) -> Report:

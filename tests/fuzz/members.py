@@ -97,7 +97,7 @@ class Breaker:
 
     def _pass_on(self) -> None:
         with suppress(OSError):
-            self._listener.settimeout(wire.PATIENCE_S)
+            self._listener.settimeout(wire.LIMIT_S)
             near, _ = self._listener.accept()
             with near:
                 far = wire.connect(self._target)

@@ -1,4 +1,4 @@
-"""Messages that are almost right: made from good ones, by somebody who knows what they are made of.
+"""Messages that are almost right: made from good ones, with knowledge of their structure.
 
     values    a good msgpack value, with some of its parts exchanged for others, left out, doubled or renamed
     bytes     a good frame with some of its bytes changed, added, left out or repeated
@@ -34,7 +34,7 @@ OTHERS: list[Any] = [
 KEYS: list[Any] = [*TEXTS, *BYTES, 0, 1, 2**64 - 1, -1, 0.5, None, True]
 #: msgpack's headers of maps, arrays, text, bytes, nil and the byte that means nothing.
 HEADERS = b"\x80\x8f\x90\x9f\xa0\xbf\xc0\xc1\xc2\xc4\xc5\xc6\xc7\xca\xcb\xcf\xd3\xd6\xd9\xda\xdb\xdc\xdd\xde\xdf\xff"
-#: How deep somebody nests a value who wants to exhaust a stack.
+#: How deep a value is nested to exhaust a stack.
 TOWER = 2_000
 #: At most so many bytes are inserted or repeated at once.
 SPLICE_BYTES = 64
@@ -102,7 +102,7 @@ class Mutator:
         return changed
 
     def _other(self, value: Any) -> Any:
-        """Something else: half of the time of the same kind, where only a limit stands between it and good."""
+        """Something else: half of the time of the same kind, where only a limit makes it bad."""
         chance = self.chance
         if chance.random() < 0.5:
             return self.any_value()

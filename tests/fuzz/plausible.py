@@ -152,9 +152,9 @@ def to_worker(chance: random.Random, keys: Sequence[bytes], seq: int, model: str
     return chance.choice(made)
 
 
-def frames(mutator: Mutator, session: bytes, said: Sequence[Said]) -> list[bytes]:
-    """As it is said, in one bundle; half of the time with one thing in it changed."""
-    made = codec.encode(session, said)
+def frames(mutator: Mutator, session: bytes, messages: Sequence[Said]) -> list[bytes]:
+    """These messages in one bundle; half of the time with one thing in it changed."""
+    made = codec.encode(session, messages)
     if mutator.chance.random() < 0.5:
         made[1] = pack(mutator.value(unpack(made[1]), 1))
     return made

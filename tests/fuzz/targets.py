@@ -1,4 +1,4 @@
-"""Everything that reads what somebody else has written, and what may come of it at the worst.
+"""Everything that reads input of others, and the worst that may come of it.
 
 A target is given frames and either takes them, or refuses them in the one way that its callers expect. Anything else
 is a finding: another exception, something that does not satisfy its schema, an answer that cannot be encoded.
@@ -37,10 +37,10 @@ class Bodies:
 
     def __init__(self, direction: str, session: bytes = samples.SESSION) -> None:
         blob = b"What is AI?"
-        said = [(sample, blob if isinstance(sample, m.WITH_BLOB) else None) for sample in samples.allowed(direction)]
-        self.seeds = [codec.encode(session, [one]) for one in said]
+        sent = [(sample, blob if type(sample) in m.WITH_BLOB else None) for sample in samples.allowed(direction)]
+        self.seeds = [codec.encode(session, [one]) for one in sent]
         #: A bundle of all of them.
-        self.seeds.append(codec.encode(session, said))
+        self.seeds.append(codec.encode(session, sent))
         self.others = [frame for frames in self.seeds for frame in frames]
         self._values: dict[bytes, Any] = {
             frames[1]: msgpack.unpackb(frames[1], strict_map_key=False) for frames in self.seeds
@@ -61,15 +61,15 @@ def _codec(direction: str) -> Target:
         turn += 1
         bundle = decoder.decode(frames)
         for message, blob in bundle.messages:
-            assert isinstance(message, union), f"{message!r} may not be said here"
+            assert isinstance(message, union), f"{message!r} may not be sent here"
             assert isinstance(blob, bytes), "an extra frame that is none"
         silent = not bundle.messages and not bundle.problems
         assert not silent or frames[1][:1] in (b"\x90", b"\xdc", b"\xdd"), "neither understood nor refused"
         if turn % SELDOM == 0:
             answer = codec.encode(samples.SESSION, [(problem, None) for problem in bundle.problems[:100]])
-            assert not codec.to_client.decode(answer).problems, "the answer to it cannot be said"
+            assert not codec.to_client.decode(answer).problems, "the answer to it cannot be encoded"
             again = codec.encode(samples.SESSION, [(message, None) for message, _ in bundle.messages[:100]])
-            assert len(again) == 2, "what was understood cannot be said"
+            assert len(again) == 2, "what was decoded cannot be encoded"
 
     return Target(f"codec-{direction}", bodies.seeds, run, bodies.mutate)
 
@@ -122,7 +122,7 @@ def _stream() -> Target:
             assert len(stream.take_logprobs(len(ids))) == len(ids)
             before = stream.next_index
         assert transfer.count(transfer.merge(stream.chunks)) == stream.next_index
-        assert transfer.check(list(stream.chunks)) == stream.chunks, "what was kept could not be shown to anybody"
+        assert transfer.check(list(stream.chunks)) == stream.chunks, "what was stored could not be sent"
 
     def mutate(mutator: Mutator, frames: Frames) -> Frames:
         changed = list(frames)
@@ -193,10 +193,10 @@ def _gate() -> Target:
 
 
 def _pipe(
-    name: str, said: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker[Any]], union: Any
+    name: str, sent: Sequence[proto.EngineMessage], unpacker: Callable[[], proto.Unpacker[Any]], union: Any
 ) -> Target:
     """Several messages, fed in two pieces that are cut anywhere."""
-    whole = [proto.pack(message) for message in said]
+    whole = [proto.pack(message) for message in sent]
     values = [msgpack.unpackb(frame[4:], strict_map_key=False) for frame in whole]
 
     def run(frames: Frames) -> None:

@@ -1,4 +1,4 @@
-"""ZMTP 3.1 by hand, and whatever is none: what only somebody writes who does not use libzmq.
+"""ZMTP 3.1 by hand, and bytes that are none: what a peer sends that does not use libzmq.
 
 A peer that uses libzmq cannot say half a greeting, announce a frame of 2^63 bytes or break off in the middle of one.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 HOST = "127.0.0.1"
 #: How long a hostile peer waits for anything.
-PATIENCE_S = 5.0
+LIMIT_S = 5.0
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
 #: The broker's sockets by their distance from the base port, and who may talk to them.
@@ -44,7 +44,7 @@ def _property(name: bytes, value: bytes) -> bytes:
 
 
 def connect(port: int) -> socket.socket:
-    raw = socket.create_connection((HOST, port), timeout=PATIENCE_S)
+    raw = socket.create_connection((HOST, port), timeout=LIMIT_S)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return raw
 

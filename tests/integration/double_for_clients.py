@@ -60,7 +60,7 @@ class Peer:
 
 
 class DoubleBroker:
-    """Use it with `with`. `story` tells everything it heard, for tests that fail."""
+    """Use it with `with`. `story` lists all that it received, for tests that fail."""
 
     def __init__(self, heartbeat_ms: int = 50) -> None:
         self.heartbeat_ms = heartbeat_ms
@@ -75,7 +75,7 @@ class DoubleBroker:
         self.cancelled = threading.Event()
         self.acknowledged = threading.Event()
         self.forget_sessions = threading.Event()
-        self.heard: list[Any] = []
+        self.received: list[Any] = []
         self._frames = 0
         self._sessions = 0
         self._context: zmq.Context[Any] = zmq.Context()
@@ -134,7 +134,7 @@ class DoubleBroker:
         for message, blob in bundle.messages:
             if not isinstance(message, m.ClientHeartbeat):
                 self.story.append(repr(message)[:200])
-                self.heard.append(message)
+                self.received.append(message)
             if isinstance(message, m.ClientHello):
                 self._welcome(route)
             elif peer is None:

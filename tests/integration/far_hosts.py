@@ -13,7 +13,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.integration.manager import PATIENCE_S, Manager
+from tests.integration.manager import LIMIT_S, Manager
 from tests.integration.test_systemd import install
 from tests.systemd_here import SSHD
 
@@ -63,7 +63,7 @@ Host far2
 def make_key(path: Path) -> str:
     """The public one."""
     words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path)]
-    subprocess.run(words, check=True, capture_output=True, timeout=PATIENCE_S)
+    subprocess.run(words, check=True, capture_output=True, timeout=LIMIT_S)
     return path.with_suffix(".pub").read_text()
 
 
@@ -123,7 +123,7 @@ class Far:
             f"addr add {near}/24 dev {cable}",
             f"link set {cable} up",
         ):
-            subprocess.run([*on_box, *words.split()], check=True, capture_output=True, timeout=PATIENCE_S)
+            subprocess.run([*on_box, *words.split()], check=True, capture_output=True, timeout=LIMIT_S)
         for words in (f"addr add 10.78.{self.number}.2/24 dev eth0", "link set eth0 up", f"route add {BOX} via {near}"):
             self.manager.run("ip", *words.split())
         self.manager.systemctl("is-active", "ssh.service")

@@ -10,7 +10,7 @@ from llambo.mesh.wire.identity import PeerKey
 from llambo.testing.mesh import Mesh, truth
 from llambo.testing.processes import TIMEOUT_S
 
-#: More than anybody reads: it goes on until it is cancelled.
+#: More than is ever read: it goes on until it is cancelled.
 TOKENS = 100_000
 #: What has to be read before and after.
 MARGIN = 20

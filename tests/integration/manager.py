@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEMD = "/lib/systemd/systemd"
 TRY_S = 20
 #: No wait takes longer, however busy the machine is.
-PATIENCE_S = 60.0
+LIMIT_S = 60.0
 #: What is new, from what it is made, and that it ends with us.
 UNSHARE = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "--propagation", "private", "--"]
 #: $1: our folder, seen as /run/rig inside. $2...: folders that have to be seen, though they are below /tmp. $GROUP: a
@@ -103,7 +103,7 @@ class Manager:
     """`rig` is a folder of ours; inside it is /run/rig, and also where settings are (`/run/rig/etc`)."""
 
     def __init__(self, rig: Path, units: str, booted: str = "Startup finished") -> None:
-        """`units`: where they are, as seen from inside. `booted`: what is said when it can be used."""
+        """`units`: where they are, as seen from inside. `booted`: the line that is logged when it can be used."""
         self.entries: list[Entry] = []
         self._rig = rig
         self._news = threading.Condition()
@@ -152,14 +152,14 @@ class Manager:
     def close(self) -> None:
         """The first process of its namespace is killed, and so all of them."""
         self._process.kill()
-        self._process.wait(PATIENCE_S)
-        self._listener.join(PATIENCE_S)
+        self._process.wait(LIMIT_S)
+        self._listener.join(LIMIT_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
         if hasattr(self, "first"):
-            wait_until_gone(self.first, PATIENCE_S)
+            wait_until_gone(self.first, LIMIT_S)
         if hasattr(self, "_systemd"):
-            self._systemd.wait(PATIENCE_S)
+            self._systemd.wait(LIMIT_S)
         _tidy(self._environ)
 
     # --- what is done inside -------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Manager:
         """What it printed. It has to end well, or, with `fails`, not well."""
         process = self.begin(*command, **environ)
         try:
-            out, err = process.communicate(timeout=PATIENCE_S)
+            out, err = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
@@ -200,7 +200,7 @@ class Manager:
 
     def wait(self, wanted: Callable[[Entry], bool], since: int = 0) -> int:
         """The number of the first entry that is wanted."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + LIMIT_S
         with self._news:
             while True:
                 for number in range(since, len(self.entries)):
@@ -210,7 +210,7 @@ class Manager:
                 came = self._news.wait(deadline - time.monotonic())
                 assert came and not self._over, f"it did not come\n{self.story()}"
 
-    def heard(self, text: str, since: int = 0) -> int:
+    def logged(self, text: str, since: int = 0) -> int:
         return self.wait(lambda entry: text in entry.get("MESSAGE", ""), since)
 
     def notified(self, word: str, units: Sequence[str], since: int = 0) -> tuple[str, int]:

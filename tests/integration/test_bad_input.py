@@ -118,7 +118,7 @@ def test_sampling_options_of_a_megabyte(raw_client: RawPeer) -> None:
     [m.Attach(ID), m.Cancel(ID), m.Replay(ID, 0)],
     ids=lambda message: type(message).__name__,
 )
-def test_a_request_that_nobody_knows(raw_client: RawPeer, message: m.Message) -> None:
+def test_a_request_that_is_unknown(raw_client: RawPeer, message: m.Message) -> None:
     raw_client.send_messages(message)
     assert raw_client.expect(m.Problem, id=ID).error.code is Code.UNKNOWN_REQUEST
 
@@ -190,9 +190,7 @@ def test_good_messages_beside_a_bad_one_are_heard(raw_client: RawPeer) -> None:
 
 @pytest.mark.parametrize("versions", [[2, 3], [0, 0]], ids=repr)
 @pytest.mark.parametrize("role", ["client", "worker"])
-def test_a_hello_in_a_language_nobody_speaks(
-    steady_mesh: Mesh, healthy: Healthy, role: str, versions: list[int]
-) -> None:
+def test_a_hello_of_an_unknown_version(steady_mesh: Mesh, healthy: Healthy, role: str, versions: list[int]) -> None:
     worker = {"name": "v", "incarnation": b"i", "models": [], "slots": 1} if role == "worker" else {}
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET if role == "worker" else 0) as peer:
         peer.send_map({"type": f"{role}_hello", "versions": versions, **worker})
@@ -202,7 +200,7 @@ def test_a_hello_in_a_language_nobody_speaks(
 
 
 @pytest.mark.parametrize("offset", [0, sockets.WORKER_OFFSET], ids=["client", "worker"])
-def test_a_session_that_nobody_has_is_told_so_under_its_name(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
+def test_an_unknown_session_gets_its_error_under_its_id(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
     unknown = steady_mesh.counter("unknown_sessions")
     with RawPeer(steady_mesh.port, offset) as peer:
         peer.send_messages(m.WorkerHeartbeat() if offset else m.ClientHeartbeat(), session=b"whoisit?")
@@ -262,7 +260,7 @@ def test_a_worker_that_meddles_with_the_runs_of_another(steady_mesh: Mesh, healt
     key = steady_mesh.look(lambda core: next(iter(core.state.running)))
     id, dispatch = key[:16], key[16:]
     with RawPeer(steady_mesh.port, sockets.WORKER_OFFSET) as peer:
-        # Given another worker that knows somebody's dispatch, which it should not
+        # Given another worker that knows a foreign dispatch, which it should not
         peer.join_as_worker()
         # When it says all that could end, move or change it
         peer.send_messages(

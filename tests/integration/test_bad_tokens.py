@@ -46,7 +46,7 @@ def gate(mesh: Mesh) -> SubscriptionGrants:
 
 
 def test_short_long_and_foreign_filters_get_nothing(steady_mesh: Mesh, raw_client: RawPeer) -> None:
-    # Given somebody who knows of a victim's topic only a part, or thinks that more will do
+    # Given a peer that knows only a part of a victim's topic, or appends to it
     topic, refused = victims_topic(steady_mesh), gate(steady_mesh).refused
     socket = raw_client.tokens_out()
     filters = [
@@ -156,7 +156,7 @@ def _admit_without_guard(self: SubscriptionGrants, frame: bytes, user: str = "")
 
 
 def chunks_of_others(mesh: Mesh) -> list[bytes]:
-    """All that somebody could forge who knows the ids of requests, and yet not the dispatch."""
+    """All that can be forged with the ids of requests, and without their dispatches."""
     key = mesh.look(lambda core: next(iter(core.state.running)))
     forged = [key[:16] + bytes(8), key[:16] + key[16:20] + bytes(4), bytes(24), secrets.token_bytes(24)]
     return [
@@ -210,7 +210,7 @@ def test_tokens_on_a_control_socket_and_control_on_a_token_socket(steady_mesh: M
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-def test_somebody_who_does_not_even_speak_zmtp(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
+def test_a_peer_that_does_not_speak_zmtp(steady_mesh: Mesh, healthy: Healthy, offset: int) -> None:
     with zmq.Context() as context, context.socket(zmq.STREAM) as socket:
         socket.linger = 0
         socket.connect(sockets.endpoint("127.0.0.1", steady_mesh.port + offset))

@@ -37,22 +37,22 @@ class Peer:
     def say(self, *lines: str) -> None:
         self.writer.write("".join(f"{line}\n" for line in lines).encode())
 
-    async def hear(self) -> dict[str, Any]:
+    async def receive(self) -> dict[str, Any]:
         line = await self.reader.readline()
         assert line.endswith(b"\n"), f"the connection ended within a line: {line!r}"
-        heard: dict[str, Any] = json.loads(line)
-        return heard
+        received: dict[str, Any] = json.loads(line)
+        return received
 
     async def ask(self, line: str) -> dict[str, Any]:
         self.say(line)
-        return await self.hear()
+        return await self.receive()
 
     async def stream(self, **request: Any) -> list[dict[str, Any]]:
         self.say(f"INFER_STREAM {json.dumps(request)}")
-        heard = [await self.hear()]
-        while not heard[-1]["final"]:
-            heard.append(await self.hear())
-        return heard
+        received = [await self.receive()]
+        while not received[-1]["final"]:
+            received.append(await self.receive())
+        return received
 
     async def ended(self) -> bool:
         return await self.reader.read() == b""
@@ -136,9 +136,9 @@ async def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
         async with running.peer() as peer:
             assert (await peer.ask("PING"))["message"] == "pong"
             await all_there.wait()
-            heard = await peer.stream(prompt=f"{number}", seed=number, max_tokens=20)
-            assert heard[-1]["status"] == "ok", heard[-1]
-            return "".join(line["token"] for line in heard)
+            received = await peer.stream(prompt=f"{number}", seed=number, max_tokens=20)
+            assert received[-1]["status"] == "ok", received[-1]
+            return "".join(line["token"] for line in received)
 
     with Mesh(2, fake=FakeOptions(slots=32)) as mesh:
         async with bridge(mesh, None if tcp else path) as running:
@@ -151,15 +151,15 @@ async def test_a_crowd_is_served_at_once(path: Path, tcp: bool) -> None:
             assert len(set(texts)) == CROWD
 
 
-async def test_one_too_many_is_told_so(path: Path) -> None:
+async def test_one_connection_too_many_gets_an_error(path: Path) -> None:
     with Mesh(0) as mesh:
         async with bridge(mesh, path, connections=1) as running:
             async with running.peer() as first, running.peer() as second:
-                assert (await second.hear())["data"]["code"] == "over_limit"
+                assert (await second.receive())["data"]["code"] == "over_limit"
                 assert await second.ended()
                 assert (await first.ask("PING"))["status"] == "ok"
                 first.say("QUIT")
-                assert (await first.hear())["message"] == "bye" and await first.ended()
+                assert (await first.receive())["message"] == "bye" and await first.ended()
             async with running.peer() as third:
                 assert (await third.ask("PING"))["status"] == "ok"
 
@@ -176,24 +176,24 @@ async def test_who_goes_away_cancels_what_it_asked(path: Path, streamed: bool) -
         assert mesh.counter("cancelled") == 1
 
 
-async def test_who_has_said_all_is_still_answered(path: Path) -> None:
+async def test_a_half_closed_connection_is_still_answered(path: Path) -> None:
     with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say('INFER {"prompt": "p", "max_tokens": 20}', "PING")
             peer.writer.write_eof()
-            assert [(await peer.hear())["message"] for _ in range(2)] == ["length", "pong"]
+            assert [(await peer.receive())["message"] for _ in range(2)] == ["length", "pong"]
             assert await peer.ended()
 
 
 def read_all(slow: socket.socket) -> bytes:
     slow.settimeout(TIMEOUT_S)
-    heard = bytearray()
-    while not heard.endswith(b'"tag":"last"}\n'):
-        heard += slow.recv(2**20)
-    return bytes(heard)
+    received = bytearray()
+    while not received.endswith(b'"tag":"last"}\n'):
+        received += slow.recv(2**20)
+    return bytes(received)
 
 
-async def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
+async def test_a_slow_reader_delays_no_other(path: Path) -> None:
     """One asks for more than fits between it and the bridge, and reads nothing until all others are done."""
     with Mesh(2) as mesh:
         async with bridge(mesh, path) as running, running.peer() as other:
@@ -202,30 +202,30 @@ async def test_a_slow_reader_holds_up_nobody_else(path: Path) -> None:
             slow.connect(str(path))
             with slow:
                 # More than fits between the two: it ends when the answer is being read.
-                said = (
+                requests = (
                     b'INFER_STREAM {"prompt": "slow", "max_tokens": 30000, "seed": 1}\n'
                     + PINGS * b"PING\n"
                     + b'PING {"tag": "last"}\n'
                 )
-                saying = asyncio.create_task(asyncio.to_thread(slow.sendall, said))
+                saying = asyncio.create_task(asyncio.to_thread(slow.sendall, requests))
                 for number in range(20):
                     assert (await other.stream(prompt=f"{number}", max_tokens=50))[-1]["status"] == "ok"
                 assert not saying.done()
-                heard = await asyncio.to_thread(read_all, slow)
+                received = await asyncio.to_thread(read_all, slow)
                 await saying
-            tokens = heard[: heard.index(b"pong")].splitlines()[:-1]
+            tokens = received[: received.index(b"pong")].splitlines()[:-1]
             text = "".join(json.loads(line)["token"] for line in tokens)
             async with mesh.client() as client:
                 assert text == (await client.generate("slow", max_tokens=30_000, seed=1, form="user")).text
-            assert heard.count(b"pong") == PINGS + 1
+            assert received.count(b"pong") == PINGS + 1
 
 
-async def test_lines_that_mean_nothing_hurt_nobody(path: Path) -> None:
+async def test_lines_that_mean_nothing_get_errors(path: Path) -> None:
     with Mesh(1) as mesh:
         async with bridge(mesh, path, each=ConnectionLimits(line_bytes=1_000)) as running, running.peer() as peer:
             peer.writer.write(b"\xff\xfe\nINFER \0\nfrob\n" + 5_000 * b"x" + b"\nINFER {\r\n\r\n")
             peer.say('INFER {"prompt": "p", "max_tokens": -1}', 'INFER {"prompt": "p", "top_k": "many"}', "LOAD other")
-            codes = [(await peer.hear())["data"]["code"] for _ in range(8)]
+            codes = [(await peer.receive())["data"]["code"] for _ in range(8)]
             assert codes == 7 * ["bad_request"] + ["unknown_model"]
             assert (await peer.ask("PING"))["message"] == "pong"
 
@@ -241,10 +241,10 @@ async def test_programs_speak_msgpack(path: Path) -> None:
             unpacker, texts, ended = msgpack.Unpacker(), {1: "", 2: ""}, 0
             while ended < 2:
                 unpacker.feed(await peer.reader.read(7))
-                for said in unpacker:
-                    if "tag" in said:
-                        texts[said["tag"]] += said["token"]
-                        ended += said["final"]
+                for reply in unpacker:
+                    if "tag" in reply:
+                        texts[reply["tag"]] += reply["token"]
+                        ended += reply["final"]
             async with mesh.client() as client:
                 for n, text in texts.items():
                     assert text == (await client.generate(f"{n}", max_tokens=30, seed=n, form="user")).text
@@ -255,11 +255,11 @@ async def test_a_bridge_that_stops_lets_answers_finish(path: Path) -> None:
         async with bridge(mesh, path) as running, running.peer() as idle, running.peer() as busy:
             assert (await idle.ask("PING"))["status"] == "ok"
             busy.say('INFER_STREAM {"prompt": "p", "max_tokens": 30}')
-            assert not (await busy.hear())["final"]
+            assert not (await busy.receive())["final"]
             running.bridge.stop()
             assert await idle.ended()
-            heard = (await busy.reader.read()).splitlines()
-            assert json.loads(heard[-1])["message"] == "length"
+            received = (await busy.reader.read()).splitlines()
+            assert json.loads(received[-1])["message"] == "length"
             await running.task
         assert not path.exists()  # noqa: ASYNC240 - nothing else is going on here
 
@@ -269,12 +269,12 @@ async def test_what_takes_too_long_is_cut_short(path: Path, hurried: bool) -> No
     with Mesh(1, fake=FakeOptions(tokens_per_s=50)) as mesh:
         async with bridge(mesh, path, leave_ms=60_000 if hurried else 1) as running, running.peer() as peer:
             peer.say(f"INFER_STREAM {json.dumps(ENDLESS)}")
-            assert not (await peer.hear())["final"]
+            assert not (await peer.receive())["final"]
             running.bridge.stop()
             if hurried:
                 running.bridge.stop()
-            heard = (await peer.reader.read()).splitlines()
-            assert json.loads(heard[-1])["data"]["code"] == "cancelled"
+            received = (await peer.reader.read()).splitlines()
+            assert json.loads(received[-1])["data"]["code"] == "cancelled"
             await running.task
             await mesh.aside(lambda core: not core.state.running, "it does not run any more")
 
@@ -301,12 +301,12 @@ async def test_answers_survive_their_worker(path: Path) -> None:
     with Mesh(2, fake=FakeOptions(tokens_per_s=100)) as mesh:
         async with bridge(mesh, path) as running, running.peer() as peer:
             peer.say('INFER_STREAM {"prompt": "p", "max_tokens": 60, "seed": 3}')
-            heard = [await peer.hear()]
+            received = [await peer.receive()]
             (name,) = mesh.look(lambda core: [r.run.worker.name for r in core.state.running.values() if r.run.worker])
             next(worker for worker in mesh.workers if worker.name == name).send(signal.SIGKILL)
-            while not heard[-1]["final"]:
-                heard.append(await peer.hear())
-            assert heard[-1]["data"]["moves"] == 1
+            while not received[-1]["final"]:
+                received.append(await peer.receive())
+            assert received[-1]["data"]["moves"] == 1
             async with mesh.client() as client:
                 direct = await client.generate("p", max_tokens=60, seed=3, form="user")
-            assert "".join(line["token"] for line in heard) == direct.text
+            assert "".join(line["token"] for line in received) == direct.text

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-#: Longer than any heartbeat of ZeroMQ that somebody may want to switch on.
+#: Longer than any heartbeat of ZeroMQ that may be switched on.
 QUIET_S = 1.5
 #: Shorter than the time after which it would give up a reader that does not answer.
 FULL_S = 0.3
@@ -49,7 +49,7 @@ def publish_until_it_is_full(port: int) -> None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def test_a_connection_that_breaks_while_its_reader_is_behind_ends_nobody() -> None:
+def test_a_connection_that_breaks_while_its_reader_is_behind_ends_no_process() -> None:
     # Given a reader that does not read, and a connection as full as it can be
     command = [sys.executable, "-c", READER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:

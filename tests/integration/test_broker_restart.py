@@ -26,12 +26,12 @@ TOKENS = 300
 async def one(client: Client, number: int, begun: asyncio.Event) -> float:
     """The longest silence of a stream whose every token is right, once and in order."""
     ids: list[int] = []
-    longest, heard = 0.0, time.monotonic()
+    longest, last_at = 0.0, time.monotonic()
     async with client.stream(f"stream {number}", max_tokens=TOKENS, seed=number) as stream:
         while (piece := await stream.next_piece()) is not None:
             assert piece.index == len(ids), "a token is missing, or came twice"
             ids += piece.ids
-            longest, heard = max(longest, time.monotonic() - heard), time.monotonic()
+            longest, last_at = max(longest, time.monotonic() - last_at), time.monotonic()
             if len(ids) > 20:
                 begun.set()
     assert ids == truth(f"stream {number}", number, TOKENS)

@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def broker() -> Iterator[DoubleBroker]:
     with DoubleBroker() as double:
         yield double
-        print("the double heard:", *double.story, sep="\n  ")
+        print("the double received:", *double.story, sep="\n  ")
 
 
 def wait_for(event: Any, what: str) -> None:
@@ -96,7 +96,7 @@ class TestLoss:
             answer = await client.generate("count: 5000", stream=True)
             assert answer.ids == list(range(5_000))
 
-    async def test_a_broker_that_forgot_the_session_is_told_again(self, broker: DoubleBroker) -> None:
+    async def test_a_broker_that_forgot_the_session_gets_the_request_again(self, broker: DoubleBroker) -> None:
         # Given a stream that has begun
         async with Client(broker.address) as client:
             stream = client.stream("endless:")
@@ -111,7 +111,7 @@ class TestLoss:
             # Then the rest arrives, and nothing twice
             answer = await stream.result()
         assert answer.text == "and on and "
-        requests = [said for said in broker.heard if isinstance(said, m.InferenceRequest)]
+        requests = [message for message in broker.received if isinstance(message, m.InferenceRequest)]
         assert [request.have for request in requests] in ([0, 1], [0])
 
     async def test_a_reader_that_stalls_costs_no_memory_and_loses_nothing(
@@ -208,7 +208,7 @@ class TestDetached:
 
 
 class TestErrors:
-    async def test_nobody_answers(self) -> None:
+    async def test_no_broker_answers(self) -> None:
         # Given a port that takes connections and says nothing
         context: zmq.Context[Any] = zmq.Context()
         control, out, port = bind_both(context)
@@ -327,13 +327,13 @@ class TestSync:
             os.kill(os.getpid(), signal.SIGINT)
 
         broker.on_request = interrupt
-        # When somebody presses Ctrl-C
+        # When Ctrl-C is pressed
         with pytest.raises(KeyboardInterrupt), SyncClient(broker.address) as client:
             client.generate("endless:")
         # Then the request is cancelled, and nothing hangs
         wait_for(broker.cancelled, "the cancel")
 
-    def test_nobody_answers(self) -> None:
+    def test_no_broker_answers(self) -> None:
         context: zmq.Context[Any] = zmq.Context()
         _control, _out, port = bind_both(context)
         with pytest.raises(LlamboError), SyncClient(f"tcp://127.0.0.1:{port}", connect_ms=50):

@@ -53,8 +53,8 @@ def test_a_client_that_is_frozen_beyond_its_lease_gets_the_whole_answer() -> Non
         mesh.until(lambda core: not core.state.requests, "the end of its request")
         client.send_signal(signal.SIGCONT)
         # Then it gets all of it, and each token once
-        said, _ = client.communicate(timeout=TIMEOUT_S)
-        assert json.loads(said) == [truth("away", 7, TOKENS), "length"]
+        output, _ = client.communicate(timeout=TIMEOUT_S)
+        assert json.loads(output) == [truth("away", 7, TOKENS), "length"]
 
 
 async def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_goes_on() -> None:
@@ -69,5 +69,5 @@ async def test_what_runs_for_a_client_that_vanishes_ends_and_what_is_detached_go
             mesh.until(lambda core: len(core.state.requests) < 2, "the end of its request")
         async with mesh.client() as later, await later.attach(id) as stream:
             assert (await stream.result()).ids == truth("later", 3, TOKENS)
-        ended = mesh.look(lambda core: {kept.end.reason for kept in core.state.archive.ended.values()})
+        ended = mesh.look(lambda core: {record.end.reason for record in core.state.archive.ended.values()})
         assert ended == {"cancelled", "length"}

@@ -15,10 +15,8 @@ from llambo.gateway.dashboard import routes
 from llambo.gateway.dashboard.routes import Watches
 from llambo.mesh.client.client import Client
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events
 
@@ -162,11 +160,7 @@ def test_what_is_wrong_is_refused(
 
 
 def test_with_keys_only_admins(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("boss", "admin"), 0)
-    folder.add(Identity("viewer", "client"), 0)
-    folder.add(Identity("gateway", "client"), 0)
+    folder = key_folder(tmp_path / "keys", boss="admin", viewer="client", gateway="client")
     viewer, boss = (f"Bearer {api_tokens.issue(folder, name, 0)}" for name in ("viewer", "boss"))
     with (
         Mesh(workers=1, keys=folder) as mesh,

@@ -15,7 +15,7 @@ from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import new_pair
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
@@ -34,9 +34,7 @@ A_MOMENT_MS = 400
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = Folder(tmp_path_factory.mktemp("mesh") / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
-    return folder
+    return key_folder(tmp_path_factory.mktemp("mesh") / "keys")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +121,7 @@ def test_a_password_is_no_key(mesh: Mesh) -> None:
     assert handshake(mesh.port, zmq.DEALER, None, PLAIN_USERNAME=b"admin", PLAIN_PASSWORD=b"admin") == "broken off"
 
 
-def test_nobody_is_let_in_while_the_broker_stands_still(mesh: Mesh, folder: Folder) -> None:
+def test_no_peer_is_let_in_while_the_broker_is_suspended(mesh: Mesh, folder: Folder) -> None:
     """Handshakes are answered by its loop. While that is held none succeeds; afterwards a valid key does."""
     key, seen = key_of(folder, "alice"), list[str]()
     with mesh.held():
@@ -134,7 +132,7 @@ def test_nobody_is_let_in_while_the_broker_stands_still(mesh: Mesh, folder: Fold
 
 
 @pytest.mark.parametrize("domain", [CLIENT_DOMAIN, "llambo.nowhere"])
-def test_nobody_is_let_in_where_nobody_answers(domain: str, folder: Folder) -> None:
+def test_no_peer_is_let_in_without_a_zap_handler(domain: str, folder: Folder) -> None:
     """A socket without a ZAP handler for its domain, or whose handler is dead, lets no peer in."""
     with socket_without_zap(folder, domain) as port:
         seen = handshake(port, zmq.DEALER, key_of(folder, "alice"), timeout_ms=A_MOMENT_MS)

@@ -116,7 +116,7 @@ async def test_a_broker_that_is_stopped_says_so() -> None:
             mesh.process.send(signal.SIGTERM)
             assert await asyncio.to_thread(mesh.process.end) == 0
             assert "the broker left: it was stopped" in (await reports.get())
-        # and the worker, that looks for another one now, leaves without waiting for anybody.
+        # And the worker, which looks for another broker now, leaves without waiting.
         mesh.workers[0].send(signal.SIGTERM)
         assert mesh.workers[0].end() == 0
 

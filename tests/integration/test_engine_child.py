@@ -42,10 +42,10 @@ def listen(child: EngineProcess) -> Iterator[proto.EngineMessage]:
         want = [child] if child.wants_to_write else []
         readable, _, _ = select.select([child], want, [], max(0.0, deadline - time.monotonic()))
         assert readable or time.monotonic() < deadline, f"nothing within {TIMEOUT_S} s after {story[-5:]}"
-        said = child.read() if readable else []
-        if said is None:
+        messages = child.read() if readable else []
+        if messages is None:
             return
-        for message in said:
+        for message in messages:
             story.append(message)
             yield message
 
@@ -88,8 +88,8 @@ def test_the_key_of_its_worker_is_not_in_its_environment(monkeypatch: pytest.Mon
 def test_it_says_what_it_serves_first_and_refuses_what_it_cannot() -> None:
     with engine(FakeOptions(slots=2, context_tokens=10)) as child:
         child.order(start(max_tokens=10))
-        said = listen(child)
-        ready, refused = next(said), next(said)
+        messages = listen(child)
+        ready, refused = next(messages), next(messages)
         assert isinstance(ready, proto.Ready)
         assert (ready.slots, ready.models[0].name) == (2, "fake")
         assert isinstance(refused, proto.Refused)
@@ -103,10 +103,10 @@ def test_a_stopped_sequence_frees_its_slot_for_the_next_order() -> None:
         child.order(start(2, max_tokens=0))
         child.order(proto.Stop(start(2).key))
         child.order(start(3))
-        said = listen(child)
-        assert isinstance(next(said), proto.Ready)
+        messages = listen(child)
+        assert isinstance(next(messages), proto.Ready)
         # An empty step is a sign of life of the third; a refusal would have come before it.
-        assert next(said) == proto.Step()
+        assert next(messages) == proto.Step()
 
 
 def test_a_crash_is_noticed_and_named() -> None:
@@ -145,12 +145,12 @@ def test_a_closed_pipe_ends_it() -> None:
 
 def test_signals_for_the_group_do_not_end_it() -> None:
     with engine(FakeOptions(tokens_per_s=1_000)) as child:
-        said = listen(child)
-        next(said)
+        messages = listen(child)
+        next(messages)
         os.kill(child.pid, signal.SIGINT)
         os.kill(child.pid, signal.SIGTERM)
         child.order(start())
-        assert isinstance(next(said), proto.Step)
+        assert isinstance(next(messages), proto.Step)
 
 
 AGENT = """

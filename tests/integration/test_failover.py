@@ -194,7 +194,7 @@ async def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
             await mesh.aside(lambda core: mesh_ready(core) == 2, "the drained one back")
 
 
-async def test_a_worker_told_to_stop_finishes_what_it_has() -> None:
+async def test_a_worker_that_gets_sigterm_finishes_what_it_has() -> None:
     with Mesh(workers=2, fake=FAKE, check=True) as mesh:
 
         async def stop() -> None:
@@ -244,7 +244,7 @@ async def test_a_detached_request_is_fetched_later_by_another_client() -> None:
 
 
 @pytest.mark.parametrize("how", ["leaves", "closes its stream", "vanishes"])
-async def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> None:
+async def test_a_request_without_a_reader_is_cancelled_on_the_worker(how: str) -> None:
     with Mesh(workers=1, fake=FAKE, config=BrokerConfig.of(client_lease_ms=700), check=True) as mesh:
         client = mesh.client()
         await client.connect()
@@ -253,7 +253,7 @@ async def test_what_nobody_waits_for_is_cancelled_on_the_worker(how: str) -> Non
         if how == "closes its stream":
             await stream.aclose()
         elif how == "vanishes":
-            # As after kill -9: its sockets are closed and nothing is said.
+            # As after kill -9: its sockets are closed without a GOODBYE.
             assert client._shell is not None
             client._shell.close()
         else:

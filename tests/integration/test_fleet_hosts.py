@@ -13,7 +13,7 @@ import pytest
 
 from llambo.testing.processes import line_of
 from tests.integration.far_hosts import BOX, Box, Far
-from tests.integration.manager import PATIENCE_S
+from tests.integration.manager import LIMIT_S
 from tests.integration.test_systemd import LLAMBO
 
 FILE = f"""
@@ -76,8 +76,8 @@ class Rig:
 
     def fleet(self, command: str, fails: bool = False) -> Any:
         """What it says as JSON."""
-        said = self.box.manager.run(LLAMBO, "fleet", command, *PLACE, "--json", fails=fails)
-        return json.loads(said)
+        output = self.box.manager.run(LLAMBO, "fleet", command, *PLACE, "--json", fails=fails)
+        return json.loads(output)
 
     def nodes(self) -> dict[str, dict[str, Any]]:
         return {node["node"]: node for node in self.fleet("status")["nodes"] if node["class"] == "tiny"}
@@ -100,15 +100,15 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
         made.close()
 
 
-def heard(process: subprocess.Popen[str], text: str) -> str:
+def output_until(process: subprocess.Popen[str], text: str) -> str:
     """All that it says until then."""
-    said = ""
-    while text not in said:
+    output = ""
+    while text not in output:
         try:
-            said += line_of(process, PATIENCE_S)
+            output += line_of(process, LIMIT_S)
         except AssertionError as error:
-            raise AssertionError(f"nothing of {text!r}: {error}\n{said}") from error
-    return said
+            raise AssertionError(f"nothing of {text!r}: {error}\n{output}") from error
+    return output
 
 
 def llambo(rig: Rig, *words: str) -> None:
@@ -198,16 +198,16 @@ def test_workers_on_other_hosts_come_by_ssh_and_one_that_is_switched_off_is_wait
 
     # The orchestrator tells the same, and begins nothing either.
     orchestrator = rig.box.manager.begin(LLAMBO, "fleet", "run", *PLACE)
-    said = heard(orchestrator, "runs rig")
+    output = output_until(orchestrator, "runs rig")
     far1.switch_off()
-    said += heard(orchestrator, "far1 is away: it cannot be asked: ")
+    output += output_until(orchestrator, "far1 is away: it cannot be asked: ")
     far1.switch_on()
-    said += heard(orchestrator, "far1 is back")
+    output += output_until(orchestrator, "far1 is back")
     for name in ("tiny-0001", "tiny-0003"):
         far1.on.notified("READY=1", [f"llambo-worker@{name}.service"])
     rig.box.manager.run("kill", str(rig.fleet("status")["orchestrator"]["pid"]))
-    said += orchestrator.communicate(timeout=PATIENCE_S)[0]
-    assert "is ready after" not in said and "has left" not in said, said
+    output += orchestrator.communicate(timeout=LIMIT_S)[0]
+    assert "is ready after" not in output and "has left" not in output, output
     assert rig.nodes().keys() == after.keys()
 
     assert sorted(rig.fleet("down")["ended"]) == ["broker", "tiny-0001", "tiny-0002", "tiny-0003"]

@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @in_a_loop
-async def test_a_node_is_known_again_by_somebody_else_and_ended(folder: Path) -> None:
+async def test_a_node_is_found_again_by_another_process_and_ended(folder: Path) -> None:
     first = Processes(folder)
     assert int(await first.spawn(a_record(), BROKER, 30)) > 0
     pid = first.pid("broker")
@@ -67,8 +67,8 @@ async def test_a_node_whose_lock_is_taken_ends_at_once(folder: Path) -> None:
     twin = await asyncio.create_subprocess_exec(
         *BROKER, "--hold", lock, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    _, said = await asyncio.wait_for(twin.communicate(), 30)
-    assert twin.returncode == 1 and b"this node is already running" in said
+    _, output = await asyncio.wait_for(twin.communicate(), 30)
+    assert twin.returncode == 1 and b"this node is already running" in output
     await processes.end("broker", 30)
 
 

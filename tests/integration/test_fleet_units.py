@@ -52,9 +52,9 @@ def services(tmp_path: Path) -> Iterator[Services]:
 
 
 def fleet(services: Services, *words: str) -> Any:
-    said = services.manager.run(LLAMBO, "fleet", *words, "--file", "/run/rig/fleet.toml", "--state", "/run/rig/state",
+    output = services.manager.run(LLAMBO, "fleet", *words, "--file", "/run/rig/fleet.toml", "--state", "/run/rig/state",
                                 "--json")  # fmt: skip
-    return json.loads(said)
+    return json.loads(output)
 
 
 def write(services: Services, count: int, slots: int) -> None:
@@ -74,8 +74,8 @@ def test_workers_are_units_and_only_the_difference_is_changed(services: Services
         shown = services.manager.show(f"llambo-worker@{name}.service", "MainPID", "ActiveState", "CPUWeight")
         assert shown == {"MainPID": str(pid), "ActiveState": "active", "CPUWeight": "50"}
         assert (services.rig / f"etc/llambo/worker-{name}.env").stat().st_mode & 0o077 == 0
-    said = services.manager.run(LLAMBO, "send", "--class", "tiny", "--max-tokens", "3", "hello")
-    assert said.strip()
+    output = services.manager.run(LLAMBO, "send", "--class", "tiny", "--max-tokens", "3", "hello")
+    assert output.strip()
 
     # Nothing is to be done, and nothing is.
     assert fleet(services, "plan")["steps"] == []

@@ -68,7 +68,7 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Far:
     return Far(tmp_path)
 
 
-def test_a_worker_of_a_user_is_told_where_its_key_is(far: Far) -> None:
+def test_a_worker_of_a_user_gets_the_path_of_its_key(far: Far) -> None:
     far.spawn(far.units())
     assert far.files() == {"worker-tiny-0001.env", "worker-tiny-0001.key"}
     text = (far.folder / "etc/llambo/worker-tiny-0001.env").read_text()
@@ -77,7 +77,7 @@ def test_a_worker_of_a_user_is_told_where_its_key_is(far: Far) -> None:
     assert not list((far.folder / "state").rglob("*.key"))
 
 
-def test_whoever_was_cut_off_while_it_was_begun_keeps_its_name(far: Far) -> None:
+def test_a_node_whose_start_was_cut_off_keeps_its_name(far: Far) -> None:
     (far.folder / "cut").write_text("enable --quiet --now")
     with pytest.raises(NodeFailed, match=r"tiny-0001 may or may not have started on far: .*No route to host"):
         far.spawn(far.units())
@@ -107,7 +107,7 @@ def test_one_that_could_not_be_ended_is_still_there_and_is_ended_the_next_time(f
     assert (far.files(), far.units().records()) == (set(), [])
 
 
-async def test_a_host_that_hangs_keeps_nobody_waiting_and_what_it_says_counts_when_it_comes(far: Far) -> None:
+async def test_a_host_that_hangs_delays_no_refresh_and_its_answer_counts_when_it_comes(far: Far) -> None:
     await asyncio.to_thread(far.spawn, far.units())
     host = Host(name="far", provider="systemd", address="far", user=True)
     providers = Providers(Fleet(name="rig", hosts={"far": host}), far.folder / "state")
@@ -125,7 +125,7 @@ async def test_a_host_that_hangs_keeps_nobody_waiting_and_what_it_says_counts_wh
     assert [record.name for record in providers.records()] == ["tiny-0001"]
 
 
-def test_a_file_that_somebody_has_spoilt_is_told_and_nothing_is_taken_for_gone(far: Far) -> None:
+def test_a_damaged_file_is_reported_and_nothing_is_taken_for_gone(far: Far) -> None:
     far.spawn(far.units())
     (far.folder / "etc/llambo/worker-tiny-0001.env").write_text("# llambo fleet rig: {spoilt\n")
     units = far.units()

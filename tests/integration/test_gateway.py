@@ -24,7 +24,7 @@ from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.commands import LLAMBO, command
-from llambo.testing.mesh import Mesh, truth
+from llambo.testing.mesh import Mesh, key_folder, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, data_of, events, id_of, text_of
@@ -111,7 +111,7 @@ def test_what_is_wrong_is_named(gateway: GatewayProcess, body: Any, status: int,
     assert reply["error"]["message"] and headers["x-request-id"]
 
 
-def test_what_nobody_knows_is_ignored(gateway: GatewayProcess) -> None:
+def test_unknown_fields_are_ignored(gateway: GatewayProcess) -> None:
     gateway.post(CHAT, chat(max_tokens=1, reasoning_effort="low", metadata={"a": "b"}))
 
 
@@ -195,7 +195,7 @@ def test_who_hangs_up_for_good_is_cancelled(mesh: Mesh, gateway: GatewayProcess,
     mesh.until(lambda core: not core.state.requests, "nothing is left")
 
 
-def test_who_waits_is_told_so() -> None:
+def test_a_request_that_waits_gets_its_place_in_the_queue() -> None:
     with (
         Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=50)) as mesh,
         GatewayProcess(mesh.address) as gateway,
@@ -212,8 +212,7 @@ def test_who_waits_is_told_so() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:1")
+    folder = key_folder(tmp_path / "keys")
     for name, per_minute in (("alice", 2), ("bob", 0), ("gateway", 0)):
         folder.add(Identity(name, "client", per_minute=per_minute), int(time.time()))
     return folder
@@ -253,7 +252,7 @@ def test_without_tls_it_stays_on_this_machine() -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")
-def test_with_tls_nobody_reads_along(mesh: Mesh, tmp_path: Path) -> None:
+def test_with_tls_there_is_no_plaintext(mesh: Mesh, tmp_path: Path) -> None:
     cert, key = tmp_path / "box.pem", tmp_path / "box.key"
     words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key}"
     arguments = [*words.split(), "-addext", "subjectAltName=DNS:localhost", "-out", str(cert)]
@@ -316,8 +315,8 @@ def test_many_at_once_are_all_answered(gateway: GatewayProcess) -> None:
 # --- the WebSocket door ----------------------------------------------------------------------------------------
 
 
-def told_until(socket: ClientConnection, id: str, kind: str) -> list[dict[str, Any]]:
-    """What is said of one request, up to the first message of this kind."""
+def messages_until(socket: ClientConnection, id: str, kind: str) -> list[dict[str, Any]]:
+    """The messages of one request, up to the first of this kind."""
     found: list[dict[str, Any]] = []
     while not found or found[-1]["type"] != kind:
         message = json.loads(socket.recv(TIMEOUT_S))
@@ -337,20 +336,20 @@ def test_many_requests_over_one_socket(mesh: Mesh, gateway: GatewayProcess) -> N
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
         for id, seed in (("a", 1), ("b", 2)):
             socket.send(json.dumps({"type": "ask", "id": id, "body": chat(max_tokens=10, seed=seed)}))
-        said: list[dict[str, Any]] = []
-        while sum(message["type"] == "end" for message in said) < 2:
-            said.append(json.loads(socket.recv(TIMEOUT_S)))
+        received: list[dict[str, Any]] = []
+        while sum(message["type"] == "end" for message in received) < 2:
+            received.append(json.loads(socket.recv(TIMEOUT_S)))
         for id, seed in (("a", 1), ("b", 2)):
-            mine = [message for message in said if message["id"] == id]
+            mine = [message for message in received if message["id"] == id]
             undisturbed = gateway.post(CHAT, chat(max_tokens=10, seed=seed))
             assert content(mine) == undisturbed["choices"][0]["message"]["content"]
         for wrong in ("{", json.dumps({"type": "ask", "id": "c", "body": {}}), json.dumps({"type": "ask", "api": "x"})):
             socket.send(wrong)
             assert json.loads(socket.recv(TIMEOUT_S))["type"] == "error"
         socket.send(json.dumps({"type": "ask", "id": "d", "body": chat(max_tokens=10_000)}))
-        told_until(socket, "d", "event")
+        messages_until(socket, "d", "event")
         socket.send(json.dumps({"type": "cancel", "id": "d"}))
-        told_until(socket, "d", "end")
+        messages_until(socket, "d", "end")
     mesh.until(lambda core: core.state.counters.requests.cancelled == cancelled + 1, "it is cancelled")
 
 
@@ -359,8 +358,8 @@ def test_a_socket_that_broke_is_made_anew_and_misses_nothing(gateway: GatewayPro
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream", subprotocols=[Subprotocol("llambo")]) as socket:
         assert socket.subprotocol == "llambo"
         socket.send(json.dumps(asked))
-        said = [json.loads(socket.recv(TIMEOUT_S)) for _ in range(8)]
+        received = [json.loads(socket.recv(TIMEOUT_S)) for _ in range(8)]
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
-        socket.send(json.dumps({**asked, "last_event_id": said[-1]["event_id"]}))
-        said += told_until(socket, "a", "end")
-    assert content(said) == gateway.post(CHAT, chat(max_tokens=40, seed=21))["choices"][0]["message"]["content"]
+        socket.send(json.dumps({**asked, "last_event_id": received[-1]["event_id"]}))
+        received += messages_until(socket, "a", "end")
+    assert content(received) == gateway.post(CHAT, chat(max_tokens=40, seed=21))["choices"][0]["message"]["content"]

@@ -13,9 +13,7 @@ import pytest
 from websockets.sync.client import connect
 
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeFaults, FakeOptions
 from tests.integration.gateway_process import GatewayProcess, data_of, events, id_of
@@ -92,11 +90,11 @@ def test_the_same_events_come_over_a_websocket(gateway: GatewayProcess, path: st
         received = [data_of(event) for event in events(response)]
     with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as socket:
         socket.send(json.dumps({"type": "ask", "id": "a", "api": path.removeprefix("/v1/"), "body": asked(path)}))
-        said = [json.loads(socket.recv(TIMEOUT_S))]
-        while said[-1]["type"] not in ("end", "error"):
-            said.append(json.loads(socket.recv(TIMEOUT_S)))
-    found = [message["data"] for message in said if message["type"] == "event"]
-    assert [message["name"] for message in said if message["type"] == "event"] == [each["type"] for each in received]
+        got = [json.loads(socket.recv(TIMEOUT_S))]
+        while got[-1]["type"] not in ("end", "error"):
+            got.append(json.loads(socket.recv(TIMEOUT_S)))
+    found = [message["data"] for message in got if message["type"] == "event"]
+    assert [message["name"] for message in got if message["type"] == "event"] == [each["type"] for each in received]
     assert [each.get("delta") for each in found if "usage" not in each] == [
         each.get("delta") for each in received if "usage" not in each
     ]
@@ -197,12 +195,8 @@ def test_a_response_is_fetched_and_forgotten(gateway: GatewayProcess, stream: bo
 
 
 def test_responses_belong_to_who_asked(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:1")
-    now = int(time.time())
-    for name in ("alice", "bob", "gateway"):
-        folder.add(Identity(name, "client"), now)
-    alice, bob = [{"x-api-key": api_tokens.issue(folder, name, now)} for name in ("alice", "bob")]
+    folder = key_folder(tmp_path / "keys", alice="client", bob="client", gateway="client")
+    alice, bob = [{"x-api-key": api_tokens.issue(folder, name, int(time.time()))} for name in ("alice", "bob")]
     with (
         Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=500), keys=folder) as mesh,
         GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway,

@@ -48,7 +48,7 @@ def nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
             time.sleep(0.02)
 
 
-def test_whoever_hangs_up_and_whenever_nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
+def test_after_any_disconnect_nothing_is_left(mesh: Mesh, gateway: GatewayProcess) -> None:
     def half(path: str, body: dict[str, Any], *, of: float = 1.0) -> socket.socket:
         data = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode()

@@ -22,9 +22,7 @@ from websockets.typing import Origin, Subprotocol
 from llambo.gateway import server as gateway_server
 from llambo.gateway.server import TimeoutProtocol, listen, set_tcp_user_timeout
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh
+from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
@@ -77,7 +75,7 @@ def test_a_page_of_another_site_cannot_ask(
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/readyz", "/", "/board/live", "/v1/models", "/openapi.json"])
-def test_nothing_is_told_under_a_name_that_is_not_ours(gateway: GatewayProcess, path: str) -> None:
+def test_no_answer_under_a_host_name_that_is_not_ours(gateway: GatewayProcess, path: str) -> None:
     assert gateway.ask("GET", path, host="attacker.example")[0] == 403
 
 
@@ -113,10 +111,7 @@ FOR_ADMINS = [
 
 
 def test_every_door_wants_its_token(tmp_path: Any) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:1")
-    for name, role in (("alice", "client"), ("bob", "client"), ("root", "admin"), ("gateway", "client")):
-        folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
+    folder = key_folder(tmp_path / "keys", alice="client", bob="client", root="admin", gateway="client")
     alice, bob = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "bob")]
     with (
         Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
@@ -130,9 +125,9 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
                 assert gateway.ask(method, path, b"{", **headers)[0] == 401, (method, path)
         for method, path in FOR_ADMINS:
             assert gateway.ask(method, path, b"{", authorization=f"Bearer {alice}")[0] == 403, (method, path)
-        kept = gateway.post("/v1/responses", {"input": "x", "max_output_tokens": 1}, authorization=f"Bearer {alice}")
+        stored = gateway.post("/v1/responses", {"input": "x", "max_output_tokens": 1}, authorization=f"Bearer {alice}")
         for method in ("GET", "DELETE"):
-            path = f"/v1/responses/{kept['id']}"
+            path = f"/v1/responses/{stored['id']}"
             assert gateway.ask(method, path, authorization=f"Bearer {bob}")[0] == 404
         url = f"ws://127.0.0.1:{gateway.port}/v1/stream"
         for words in (["llambo"], ["llambo", "sk-llambo-no"]):
@@ -157,7 +152,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
 # --- too much, too slowly, too cleverly ------------------------------------------------------------------------
 
 
-def said(gateway: GatewayProcess, *parts: bytes) -> bytes:
+def reply_to(gateway: GatewayProcess, *parts: bytes) -> bytes:
     """What is answered until the connection is closed; the parts are sent until the connection breaks."""
     with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
         found = b""
@@ -174,11 +169,11 @@ def said(gateway: GatewayProcess, *parts: bytes) -> bytes:
 def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
     before = gateway.process.rss_bytes()
     begin = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
-    said(gateway, begin + b"x: ", *[b"y" * 60_000] * 500)
-    said(gateway, begin, *[b"".join(b"x%d: y\r\n" % each for each in range(5_000))] * 500)
-    said(gateway, b"GET /", *[b"y" * 60_000] * 500)
+    reply_to(gateway, begin + b"x: ", *[b"y" * 60_000] * 500)
+    reply_to(gateway, begin, *[b"".join(b"x%d: y\r\n" % each for each in range(5_000))] * 500)
+    reply_to(gateway, b"GET /", *[b"y" * 60_000] * 500)
     chunked = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n0\r\nx: ".encode()
-    said(gateway, chunked, *[b"y" * 60_000] * 500)
+    reply_to(gateway, chunked, *[b"y" * 60_000] * 500)
     assert gateway.process.rss_bytes() - before < 16 * 2**20, "30 MB were sent four times"
     assert gateway.get("/healthz") == {"status": "ok"}
 
@@ -199,7 +194,7 @@ def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
 def test_what_two_servers_would_read_differently_is_refused(gateway: GatewayProcess, head: bytes) -> None:
     smuggled = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
     request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
-    answer = said(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
+    answer = reply_to(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
     assert re.match(rb"HTTP/1.1 4\d\d ", answer), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1 and b'"object":"list"' not in answer
 

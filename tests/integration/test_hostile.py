@@ -47,6 +47,6 @@ def test_a_broker_that_was_thrown_a_bomb_at_is_back_with_its_clients(bomb: str, 
 
 
 @pytest.mark.parametrize("bomb", ["ping behind a full queue, port +3", "names that are taken, port +0"])
-def test_what_would_abort_libzmq_aborts_nobody(bomb: str) -> None:
+def test_what_would_abort_libzmq_aborts_no_broker(bomb: str) -> None:
     report = bombs.attack(bomb, 0, seconds=2.0, alone_s=0.5)
     assert not report.deaths and not report.faults, (report.deaths, report.tallies)

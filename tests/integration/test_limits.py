@@ -15,7 +15,7 @@ from llambo.mesh.client.answer_stream import Answer, Stream
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, key_of, truth
+from llambo.testing.mesh import Mesh, key_folder, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 
@@ -28,12 +28,10 @@ LIMITED = Identity("alice", "client", max_in_flight=2, max_queued=3, priority_ma
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
+    folder = key_folder(tmp_path / "keys", boss="admin")
     folder.add(LIMITED, int(time.time()))
     folder.add(Identity("slow", "client", per_minute=1), int(time.time()))
     folder.add(Identity("stranger", "client", models=("other*",)), int(time.time()))
-    key_of(folder, "boss", "admin")
     return folder
 
 

@@ -38,14 +38,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def said() -> list[Progress]:
+def reported() -> list[Progress]:
     return []
 
 
 @pytest.fixture(scope="module")
-def loaded(said: list[Progress]) -> LlamaEngine:
+def loaded(reported: list[Progress]) -> LlamaEngine:
     options = LlamaOptions(slots=SLOTS, context=CONTEXT, threads=1, batch=128)
-    return load(Configure("llama", "smollm2", llama=options, safe=True), said.append)
+    return load(Configure("llama", "smollm2", llama=options, safe=True), reported.append)
 
 
 @pytest.fixture
@@ -110,13 +110,13 @@ def refusal(engine: LlamaEngine, start: Start) -> Refused:
 # --- answers --------------------------------------------------------------------------------
 
 
-def test_it_tells_what_it_serves_and_how_it_got_there(engine: LlamaEngine, said: list[Progress]) -> None:
+def test_it_tells_what_it_serves_and_how_it_got_there(engine: LlamaEngine, reported: list[Progress]) -> None:
     ready = engine.ready()
     assert ready.slots == SLOTS
     assert [(model.name, model.context_tokens) for model in ready.models] == [("smollm2", CONTEXT)]
     assert ready.models[0].fingerprint.startswith("llama-")
     assert "safe settings" in ready.note
-    notes = [progress.note for progress in said]
+    notes = [progress.note for progress in reported]
     assert "loading smollm2: 100 %" in notes
     assert notes[-1] == "testing smollm2"
 

@@ -217,15 +217,15 @@ async def test_an_engine_that_dies_while_it_loads_is_started_with_safe_settings_
 
 
 def listen(child: EngineProcess) -> list[proto.ToAgent]:
-    said: list[proto.ToAgent] = []
+    received: list[proto.ToAgent] = []
     while True:
         child.push()
         readable, _, _ = select.select([child], [], [], TIMEOUT_S)
-        assert readable, f"nothing within {TIMEOUT_S} s after {said[-3:]}"
+        assert readable, f"nothing within {TIMEOUT_S} s after {received[-3:]}"
         messages = child.read()
         if messages is None:
-            return said
-        said += messages
+            return received
+        received += messages
 
 
 def whole_model() -> bytes:
@@ -260,7 +260,7 @@ def test_a_damaged_model_ends_the_engine_or_serves(tmp_path: Path, seed: int) ->
     child = EngineProcess(proto.Configure("llama", str(path), llama=LLAMA))
     child.order(proto.Shutdown())
     try:
-        said = listen(child)
+        received = listen(child)
     finally:
         child.reap()
-    assert said
+    assert received

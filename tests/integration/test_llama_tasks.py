@@ -17,9 +17,9 @@ from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
 from llambo.worker.llama.llama_engine import LlamaEngine, load
 from llambo.worker.models import model_files
-from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, run, said
+from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, reported, run
 
-__all__ = ["engine", "loaded", "said"]  # fixtures
+__all__ = ["engine", "loaded", "reported"]  # fixtures
 TEXTS = [
     "The cat sits on the mat.",
     "A kitten rests on a rug.",

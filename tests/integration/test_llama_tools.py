@@ -26,10 +26,10 @@ from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine.protocol import Configure, Start
 from llambo.worker.llama.llama_engine import LlamaEngine, load
 from tests.integration import hermes
-from tests.integration.test_llama_engine import Generated, engine, loaded, refusal, run, said
+from tests.integration.test_llama_engine import Generated, engine, loaded, refusal, reported, run
 from tests.unit.gateway_bench import Call, collect, read
 
-__all__ = ["engine", "loaded", "said"]  # fixtures
+__all__ = ["engine", "loaded", "reported"]  # fixtures
 
 PARAMETERS: dict[str, Any] = {
     "type": "object",
@@ -134,7 +134,7 @@ def test_a_call_that_is_continued_anywhere_goes_on_in_its_grammar(engine: LlamaE
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_whoever_has_begun_a_call_must_end_it(engine: LlamaEngine, temperature: float) -> None:
+def test_a_call_that_has_begun_must_end(engine: LlamaEngine, temperature: float) -> None:
     """The model would not have called here; its first tokens are put into its mouth."""
     begun = engine._model.tokenize(b'Well.\n<tool_call>\n{"na', special=False)
     (generated,) = run(engine, start("auto", prefix=begun, temperature=temperature))
@@ -236,7 +236,7 @@ def test_its_template_is_given_tools_and_calls_as_they_are(made_for_tools: Llama
 WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1, batch=128))
 
 
-#: A call of it takes a while: somebody has to die within it.
+#: A call of it takes a while: an engine is killed within it.
 NOTE = {"type": "function", "function": {"name": "write_note", "parameters": {
     "type": "object", "properties": {"text": {"type": "string", "minLength": 200, "maxLength": 240}},
     "required": ["text"]}}}  # fmt: skip

@@ -32,7 +32,7 @@ REQUESTS = 8
 READ_TOKENS = 25_000
 STALL_TOKENS = 400_000
 STALL_S = 30.0
-#: ... which a client's lease has to allow, for its whole loop stands still.
+#: ... which a client's lease has to allow, since its whole loop is blocked.
 CONFIG = BrokerConfig.of(client_lease_ms=60_000)
 TIMEOUT_S = 180.0
 #: What the broker and the client may grow by while this goes through them: the answers themselves are 50 MB.
@@ -56,7 +56,7 @@ class Watch:
         return REQUESTS * self.each
 
     def on_client(self, link: Link) -> None:
-        """Count what the link receives before anybody else sees it."""
+        """Count what the link receives, before all other code."""
         receive = link.receive_tokens
 
         def receive_and_count() -> list[bytes]:
@@ -86,7 +86,7 @@ def count_tokens(frames: list[bytes], at: int) -> int:
 
 
 class Observer:
-    """Asks the broker how far it is, from a thread of its own: the reader's whole loop stands still meanwhile."""
+    """Asks the broker how far it is, from a thread of its own: the reader's whole loop is blocked meanwhile."""
 
     def __init__(self, address: str, total: int) -> None:
         self._address = address

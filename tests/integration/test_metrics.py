@@ -29,11 +29,9 @@ from llambo.broker.report.metrics_http import (
 )
 from llambo.gateway.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens
-from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service.prometheus import CONTENT_TYPE, OTHER
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, truth
+from llambo.testing.mesh import Mesh, key_folder, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess, chat, events, id_of
@@ -91,7 +89,7 @@ async def test_a_broker_is_scraped_while_it_streams() -> None:
             assert asked["llambo_broker_tokens_total"] == page["llambo_broker_tokens_total"]
 
 
-async def test_who_means_ill_harms_nobody() -> None:
+async def test_hostile_scrapers_disturb_no_stream() -> None:
     """Slowloris, garbage, readers that do not read, and 200 at once, before a broker that streams meanwhile."""
     metrics = MetricsServer("127.0.0.1:0")
     with Mesh(workers=1, fake=FakeOptions(tokens_per_s=100), metrics=metrics) as mesh:
@@ -409,10 +407,7 @@ def test_a_gateway_counts_what_it_answers() -> None:
 
 
 def test_with_keys_the_gateway_shows_them_to_an_admin_alone(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "keys")
-    folder.begin("tcp://127.0.0.1:1")
-    for name, role in (("alice", "client"), ("root", "admin"), ("gateway", "client")):
-        folder.add(Identity(name, role), int(time.time()))  # type: ignore[arg-type]
+    folder = key_folder(tmp_path / "keys", alice="client", root="admin", gateway="client")
     alice, root = [api_tokens.issue(folder, name, int(time.time())) for name in ("alice", "root")]
     with Mesh(workers=0, keys=folder) as mesh, GatewayProcess(mesh.address, "--http-keys", str(folder.path)) as gateway:
         assert gateway.ask("GET", "/metrics")[0] == 401

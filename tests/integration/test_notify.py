@@ -44,14 +44,14 @@ def test_a_manager_that_is_slow_is_not_waited_for_and_hears_the_last_of_each(tmp
         for second in range(1, 10_000):  # far more than its queue takes
             notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
         there.setblocking(False)
-        heard = []
+        datagrams = []
         while True:
             try:
-                heard.append(there.recv(4_096).decode())
+                datagrams.append(there.recv(4_096).decode())
             except BlockingIOError:
                 break
-        assert len(heard) < 9_000, "it was waited for"
-        assert heard[0] == "READY=1\nSTATUS=idle\nWATCHDOG=1"
+        assert len(datagrams) < 9_000, "it was waited for"
+        assert datagrams[0] == "READY=1\nSTATUS=idle\nWATCHDOG=1"
         notifier.update(Condition("idle again", ready=True), 10_000_000)
         assert sorted(there.recv(4_096).decode().split("\n")) == ["STATUS=idle again", "WATCHDOG=1"]
         notifier.close()
@@ -62,7 +62,7 @@ def test_a_manager_that_is_gone_is_complained_of_once(tmp_path: Path, caplog: py
     for second in range(5):
         notifier.update(Condition(f"busy {second}", ready=True), second * 1_000)
     assert [record.message for record in caplog.records] == [
-        "the service manager cannot be told how this service is: No such file or directory"
+        "cannot notify the service manager: No such file or directory"
     ]
     notifier.close()
 

@@ -53,7 +53,7 @@ async def test_poison_among_seven_innocents() -> None:
         assert {worker.state for worker in back} == {"ready"}
 
 
-async def test_engines_that_are_killed_from_outside_are_charged_to_nobody() -> None:
+async def test_engines_that_are_killed_from_outside_are_charged_to_no_request() -> None:
     with Mesh(workers=2, fake=FAKE, check=True) as mesh:
         async with mesh.client() as client:
             begun = [asyncio.Event() for _ in range(4)]

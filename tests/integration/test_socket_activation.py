@@ -1,4 +1,4 @@
-"""A broker whose sockets belong to somebody else: it is restarted, and its ports never close."""
+"""A broker whose sockets belong to another process: it is restarted, and its ports never close."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from llambo.mesh.wire.identity import Identity
 from llambo.testing.processes import line_of
 from llambo.worker.engine_child import OOM_SCORE
 from llambo.worker.models import model_files
-from tests.integration.manager import PATIENCE_S, Manager
+from tests.integration.manager import LIMIT_S, Manager
 
 LLAMBO = str(Path(sys.executable).parent / "llambo")
 BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"
@@ -41,9 +41,9 @@ SECRET = "aardvark-canary"
 
 
 def install(*words: str, **environ: str) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
-    subprocess.run([LLAMBO, "systemd", "install", *words], check=True, timeout=PATIENCE_S, capture_output=True,
-                   env={**kept, **environ})  # fmt: skip
+    others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
+    subprocess.run([LLAMBO, "systemd", "install", *words], check=True, timeout=LIMIT_S, capture_output=True,
+                   env={**others, **environ})  # fmt: skip
 
 
 class Services:
@@ -94,12 +94,12 @@ class Answer:
 
     def begun(self) -> Answer:
         """Its first token is here."""
-        while json.loads(line_of(self._process, PATIENCE_S))["type"] != "token":
+        while json.loads(line_of(self._process, LIMIT_S))["type"] != "token":
             pass
         return self
 
     def end(self) -> dict[str, Any]:
-        out, err = self._process.communicate(timeout=PATIENCE_S)
+        out, err = self._process.communicate(timeout=LIMIT_S)
         assert self._process.returncode == 0, out + err
         last = json.loads(out.splitlines()[-1])
         assert last["type"] == "end", last
@@ -118,12 +118,12 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 def test_ready_in_order_and_a_request_runs_through_all_of_it(services: Services) -> None:
     manager = services.manager
     services.up(BROKER, ONE, TWO)
-    started = [manager.heard(f"Started {unit}") for unit in (BROKER, ONE, TWO)]
-    starting = [manager.heard(f"Starting {unit}") for unit in (BROKER, ONE, TWO)]
+    started = [manager.logged(f"Started {unit}") for unit in (BROKER, ONE, TWO)]
+    starting = [manager.logged(f"Starting {unit}") for unit in (BROKER, ONE, TWO)]
     assert started[0] < min(starting[1:]), "a worker was started before its broker could be reached"
     for name, number in (("one", started[1]), ("two", started[2])):
         # No worker is reported ready before the broker can dispatch to it.
-        assert manager.heard(f"worker joined: {name} ") < number
+        assert manager.logged(f"worker joined: {name} ") < number
         assert services.said_by(name, "link 0: up") < number
     end = services.begin("--max-tokens", "20", SECRET).end()
     assert (end["tokens"], end["moves"]) == (20, 0)
@@ -145,7 +145,7 @@ def test_the_gateway_answers_under_its_filters(services: Services) -> None:
     services.up(BROKER, ONE, "llambo-gateway.service")
     asked = f"""
 import urllib.request as r
-print(r.urlopen("http://127.0.0.1:7340/v1/completions", b'{{"prompt": "x", "max_tokens": 3}}', {PATIENCE_S}).read())
+print(r.urlopen("http://127.0.0.1:7340/v1/completions", b'{{"prompt": "x", "max_tokens": 3}}', {LIMIT_S}).read())
 """
     assert '"completion_tokens":3' in services.manager.run(sys.executable, "-c", asked)
     pid = int(services.manager.show("llambo-gateway.service", "MainPID")["MainPID"])
@@ -171,11 +171,11 @@ min = 1
     manager = services.manager
     since = manager.mark()
     services.up("llambo-fleet.service")
-    manager.heard("worker joined: tiny-0001", since)
+    manager.logged("worker joined: tiny-0001", since)
     since = manager.mark()
     manager.systemctl("stop", "llambo-fleet.service")
     services.up("llambo-fleet.service")
-    manager.heard("leads from now on", since)
+    manager.logged("leads from now on", since)
     manager.systemctl("stop", "llambo-fleet.service")
     assert not any("tiny-0001" in entry.get("MESSAGE", "") and "lost" in entry["MESSAGE"]
                    for entry in manager.entries[since:])  # fmt: skip
@@ -183,7 +183,7 @@ min = 1
     workers = json.loads(manager.run(LLAMBO, "workers", "--json"))
     (pid,) = [worker["pid"] for worker in workers if worker["worker"] == "tiny-0001"]
     manager.run("kill", str(pid))  # the other tests do not count on it
-    manager.heard("worker lost: tiny-0001", since)
+    manager.logged("worker lost: tiny-0001", since)
 
 
 def test_a_hung_worker_is_restarted_and_its_request_goes_on(services: Services) -> None:
@@ -193,9 +193,9 @@ def test_a_hung_worker_is_restarted_and_its_request_goes_on(services: Services) 
     answer = services.begin("--max-tokens", "500", "hang").begun()
     victim, since = manager.notified("STATUS=busy 1/4, ", (ONE, TWO), since)
     manager.systemctl("kill", "--signal=STOP", "--kill-whom=main", victim)
-    manager.heard(f"{victim}: Watchdog timeout", since)
-    manager.heard("Fatal Python error: Aborted", since)  # and where it hung
-    manager.heard(f"Started {victim}", since)
+    manager.logged(f"{victim}: Watchdog timeout", since)
+    manager.logged("Fatal Python error: Aborted", since)  # and where it hung
+    manager.logged(f"Started {victim}", since)
     assert manager.show(victim, "ActiveState", "NRestarts") == {"ActiveState": "active", "NRestarts": "1"}
     end = answer.end()
     assert (f"llambo-worker@{end['worker']}.service", end["moves"], end["tokens"]) == (
@@ -208,7 +208,7 @@ def test_a_killed_worker_returns(services: Services) -> None:
     services.up(BROKER, ONE)
     since = manager.mark()
     manager.systemctl("kill", "--signal=KILL", "--kill-whom=main", ONE)
-    manager.heard(f"Started {ONE}", since)
+    manager.logged(f"Started {ONE}", since)
     lost = manager.wait(lambda entry: entry.get("LLAMBO_WORKER") == "one" and "worker lost" in entry["MESSAGE"], since)
     assert manager.entries[lost]["SYSLOG_IDENTIFIER"] == "llambo-broker"
     assert manager.entries[lost]["PRIORITY"] == "4"
@@ -224,8 +224,8 @@ def test_stop_drains(services: Services) -> None:
     manager.notified("STATUS=stopping, 1 still running", (busy,), since)
     end = answer.end()
     assert (f"llambo-worker@{end['worker']}.service", end["moves"], end["tokens"]) == (busy, 0, 300)
-    stopping, stopped = manager.heard("stopping: no new work", since), manager.heard("nothing left to do", since)
-    assert since <= stopping < stopped < manager.heard(f"Stopped {busy}", since)
+    stopping, stopped = manager.logged("stopping: no new work", since), manager.logged("nothing left to do", since)
+    assert since <= stopping < stopped < manager.logged(f"Stopped {busy}", since)
     assert manager.show(busy, "Result", "ActiveState") == {"Result": "success", "ActiveState": "inactive"}
 
 
@@ -242,12 +242,12 @@ def test_without_a_broker_a_worker_is_not_ready_and_is_not_killed_for_it(service
     _, first = manager.notified("EXTEND_TIMEOUT_USEC=", (late,), since)
     # It asks for more time a second time when what it was given at first is over.
     _, second = manager.notified("EXTEND_TIMEOUT_USEC=", (late,), max(first, loading) + 1)
-    assert manager.heard("engine: ready", since) < second
+    assert manager.logged("engine: ready", since) < second
     manager.notified("STATUS=looking for a broker at tcp://127.0.0.1:7330", (late,), since)
     assert manager.show(late, "ActiveState") == {"ActiveState": "activating"}
     services.up(BROKER)
     assert second < manager.notified("READY=1", (late,), since)[1]
-    manager.heard(f"Started {late}", since)
+    manager.logged(f"Started {late}", since)
     assert manager.show(late, "NRestarts", "StatusText") == {"NRestarts": "0", "StatusText": "idle, 4 slots"}
     manager.systemctl("stop", late)
 
@@ -267,7 +267,7 @@ def test_what_fails_again_and_again_waits_longer(services: Services) -> None:
     since = manager.mark()
     manager.systemctl("start", "--no-block", "llambo-worker@poor")
     for _ in range(2):
-        since = manager.heard("llambo-worker@poor.service: Scheduled restart job", since) + 1
+        since = manager.logged("llambo-worker@poor.service: Scheduled restart job", since) + 1
     manager.notified("waits 1 s before it starts", ("llambo-worker@poor.service",), since)
     manager.systemctl("stop", "llambo-worker@poor")
 
@@ -281,8 +281,8 @@ def test_the_model_runs_under_the_filters(services: Services) -> None:
     asked = ("--model", "smollm2", "--max-tokens", "8", "--temperature", "0", "What is AI?")
     end = services.begin(*asked).end()
     assert (end["worker"], end["tokens"]) == ("real", 8)
-    said = services.said_by("real", "engine: /")
-    assert "1 slots" in services.manager.entries[said]["MESSAGE"], "the engine's own words are marked, too"
+    entry = services.said_by("real", "engine: /")
+    assert "1 slots" in services.manager.entries[entry]["MESSAGE"], "the engine's own words are marked, too"
     assert not [entry for entry in services.manager.entries if "is not remembered" in entry.get("MESSAGE", "")]
     assert list(services.rig.glob("cache/llambo-worker/llambo/*")), "the sum of the model has its place"
     services.manager.systemctl("stop", "llambo-worker@real")
@@ -294,7 +294,7 @@ def test_every_line_says_whom_it_is_about_and_none_what_was_asked(services: Serv
     answer = services.begin("--max-tokens", "300", SECRET).begun()
     victim, _ = services.manager.notified("STATUS=busy 1/4, ", (ONE, TWO), since)
     services.manager.run("kill", "-KILL", str(services.worker_of(victim)[1]))
-    lost = services.manager.heard("a request has lost its engine", since)
+    lost = services.manager.logged("a request has lost its engine", since)
     id = answer.end()["id"]
     assert services.manager.entries[lost]["LLAMBO_REQUEST"] == id
     assert victim == f"llambo-worker@{services.manager.entries[lost]['LLAMBO_WORKER']}.service"
@@ -325,10 +325,10 @@ def test_for_a_user_with_keys(tmp_path: Path) -> None:
         manager.systemctl("start", BROKER, ONE)
         ask = [LLAMBO, "send", "--json", "--raw", "--max-tokens", "5", "hello"]
         assert Answer(manager.begin(*ask, LLAMBO_KEY="/run/rig/etc/llambo/me.key")).end()["worker"] == "one"
-        assert "it wants a key" in (said := manager.run(*ask, fails=True)) or '"unauthorized"' in said
+        assert "it wants a key" in (answer := manager.run(*ask, fails=True)) or '"unauthorized"' in answer
         since = manager.mark()
         manager.systemctl("stop", "llambo.target")  # which passes it on
-        assert manager.heard(f"Stopped {ONE}", since) < manager.heard(f"Stopped {BROKER}", since)
+        assert manager.logged(f"Stopped {ONE}", since) < manager.logged(f"Stopped {BROKER}", since)
         assert manager.show(ONE, "Result", "ActiveState") == {"Result": "success", "ActiveState": "inactive"}
     finally:
         manager.close()
@@ -337,7 +337,7 @@ def test_for_a_user_with_keys(tmp_path: Path) -> None:
 def test_check_finds_nothing_and_then_what_is_wrong(tmp_path: Path) -> None:
     def check() -> subprocess.CompletedProcess[str]:
         words = [LLAMBO, "systemd", "check", "--root", str(tmp_path)]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=LIMIT_S)
 
     install("--root", str(tmp_path))
     good = check()
@@ -347,12 +347,12 @@ def test_check_finds_nothing_and_then_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "etc/systemd/system/llambo.slice").write_text("[Slice]\nCPUWeight=much\n")
     bad = check()
     assert bad.returncode == 1
-    for said in (
+    for line in (
         "LLAMBO_SLOT is not a setting; did you mean LLAMBO_SLOTS",
         "llambo.slice: is not what",
         "llambo.slice:2: ",
     ):
-        assert said in bad.stdout
+        assert line in bad.stdout
 
 
 def test_the_users_and_folders_come_into_being(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_the_users_and_folders_come_into_being(tmp_path: Path) -> None:
     for words in (["systemd-sysusers"], ["systemd-tmpfiles", "--create"]):
         done = subprocess.run(
             [*words, f"--root={tmp_path}", *([] if len(words) == 1 else ["--prefix=/etc/llambo", "--prefix=/var/lib"])],
-            capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+            capture_output=True, text=True, check=False, timeout=LIMIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     users = [line.split(":")[0] for line in (tmp_path / "etc/passwd").read_text().splitlines()]

@@ -99,7 +99,7 @@ async def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
             assert len(mesh_free.ids) == 11
 
 
-async def test_what_makes_no_sense_is_told_before_or_after_the_way(steady_mesh: Mesh) -> None:
+async def test_what_makes_no_sense_is_refused_by_client_or_worker(steady_mesh: Mesh) -> None:
     async with steady_mesh.client() as client:
         for wrong in (
             client.embed([]),

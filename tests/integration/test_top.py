@@ -18,9 +18,7 @@ from llambo.broker.config import BrokerConfig
 from llambo.cli.top import top_app
 from llambo.cli.top.top_app import Top
 from llambo.cli.top.top_widgets import ConfirmScreen, StoryScreen, TextScreen
-from llambo.mesh.security.keyring import Folder
-from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, key_of
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 
@@ -65,7 +63,7 @@ class Watching:
         await self.pilot.press(*keys)
         await self.pilot.pause()
 
-    def said(self) -> list[str]:
+    def notes(self) -> list[str]:
         """The texts of its notifications."""
         return [note.message for note in self.app._notifications]
 
@@ -150,20 +148,18 @@ async def test_no_text_of_others_is_read_as_markup() -> None:
             await shown.press("d")
             assert f"Drain {name}?" in shown.screen()
             await shown.press("d")
-            await shown.until(lambda: any(name in said for said in shown.said()), "that it is drained")
+            await shown.until(lambda: any(name in note for note in shown.notes()), "that it is drained")
             assert name in shown.screen()
 
 
 async def test_without_an_admin_s_key_there_are_no_events_and_no_draining(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("viewer", "client"), 0)
+    folder = key_folder(tmp_path, viewer="client")
     with Mesh(workers=1, keys=folder) as mesh:
         async with watching(mesh, key=key_of(folder, "viewer")) as shown:
             await shown.until(lambda: shown.app.snapshot and shown.app.snapshot.no_events, "why there are none")
             assert "admin" in shown.events()
             await shown.press("d", "d")
-            await shown.until(lambda: any("admin" in said for said in shown.said()), "that it may not")
+            await shown.until(lambda: any("admin" in note for note in shown.notes()), "that it may not")
 
 
 # --- keys ----------------------------------------------------------------------------------------------
@@ -181,10 +177,10 @@ async def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) ->
         await shown.press("n")
         await shown.press("d", "escape", "u", "n")
         assert not isinstance(app.screen, ConfirmScreen)
-        assert shown.said() == []
+        assert shown.notes() == []
         await shown.press("d", "d")
         await shown.until(lambda: state() == "drained", "w1 is drained")
-        assert any("w1 takes no new work" in said for said in shown.said())
+        assert any("w1 takes no new work" in note for note in shown.notes())
         await shown.press("u", "y")
         await shown.until(lambda: state() == "ready", "w1 works again")
         await endless(shown.client, 2)
@@ -198,7 +194,7 @@ async def test_a_worker_is_drained_and_undrained_after_a_question(mesh: Mesh) ->
 async def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
     async with shared(mesh) as shown:
         await shown.press("c")
-        assert shown.said() == ["there is no request here"]
+        assert shown.notes() == ["there is no request here"]
         await endless(shown.client, 2)
         await shown.until(lambda: len(shown.app.requests_pane.keys) == 2, "two requests")
         await shown.press("2", "down", "c")
@@ -206,12 +202,12 @@ async def test_a_request_is_cancelled_after_a_question(mesh: Mesh) -> None:
         assert f"Cancel {second}?" in shown.screen()
         await shown.press("escape", "c", "y")
         await shown.until(lambda: shown.app.requests_pane.keys == [first], "the other one is left")
-        await shown.until(lambda: f"{second[:8]} has ended: cancelled" in shown.said(), "how it ended")
+        await shown.until(lambda: f"{second[:8]} has ended: cancelled" in shown.notes(), "how it ended")
         assert shown.app.requests_pane.chosen == first
 
 
 @pytest.mark.parametrize("key", ["w", "enter"])
-async def test_the_story_of_a_request_is_told_and_goes_on(mesh: Mesh, key: str) -> None:
+async def test_the_story_of_a_request_is_shown_and_goes_on(mesh: Mesh, key: str) -> None:
     async with shared(mesh) as shown:
         [id] = await endless(shown.client, 1)
         await shown.until(lambda: shown.app.requests_pane.keys == [id], "the request")
@@ -282,7 +278,7 @@ async def test_panes_are_switched_and_it_stands_still_and_helps_and_leaves(mesh:
         assert not app.is_running
 
 
-async def test_without_colour_everything_is_said_in_words(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_colour_everything_is_shown_in_words(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     async with shared(mesh) as shown:
         assert shown.app.no_color and shown.app.native_ansi_color and shown.app.has_class("plain")
@@ -314,7 +310,7 @@ async def test_a_broker_that_is_lost_is_shown_and_so_is_its_return() -> None:
             await shown.until(lambda: shown.events().count("worker joined") == 1, "its events")
 
 
-async def test_a_broker_that_stands_still_is_said_to_owe_an_answer(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broker_that_is_suspended_is_shown_as_silent(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(top_app, "SILENT_S", 0.5)
     async with shared(mesh) as shown:
         with mesh.held():
@@ -322,10 +318,8 @@ async def test_a_broker_that_stands_still_is_said_to_owe_an_answer(mesh: Mesh, m
         await shown.until(lambda: "workers ready" in shown.head(), "that it goes on")
 
 
-async def test_a_key_that_is_taken_back_is_said(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.begin("tcp://127.0.0.1:7330")
-    folder.add(Identity("viewer", "client"), 0)
+async def test_a_key_that_is_revoked_is_shown(tmp_path: Path) -> None:
+    folder = key_folder(tmp_path, viewer="client")
     with Mesh(workers=0, keys=folder) as mesh:
         async with watching(mesh, key=key_of(folder, "viewer")) as shown:
             folder.revoke("viewer")

@@ -131,7 +131,7 @@ def test_a_move_is_in_the_trace(collector: Collector) -> None:
         assert [about(span)["llambo.worker"] for span in found if span.name == "decode"] == ["w1"]
 
 
-def test_a_collector_that_is_not_there_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collector_that_is_away_delays_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     with Mesh(workers=1, fake=FakeOptions()) as mesh, GatewayProcess(mesh.address) as gateway:
         assert gateway.post(CHAT, chat(max_tokens=5))["usage"]["completion_tokens"] == 5

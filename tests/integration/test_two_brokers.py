@@ -73,7 +73,7 @@ async def test_streams_go_on_at_the_other_broker(how: signal.Signals) -> None:
             assert counters["dispatched"] == 0
 
 
-async def test_a_slot_is_sold_once_whoever_sells_it() -> None:
+async def test_a_slot_is_leased_once_by_whichever_broker() -> None:
     """More than all workers can take, from both brokers at once: what is refused is done elsewhere, or later."""
     fake = FakeOptions(slots=2, tokens_per_s=400)
     asked, tokens = 12, 20

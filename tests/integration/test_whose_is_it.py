@@ -1,4 +1,4 @@
-"""With a key of one's own and somebody else's ids, sessions, topics, names and routes: nothing comes of it.
+"""With a valid key and the ids, sessions, topics, names and routes of others: nothing comes of it.
 
 The victim's stream runs through all of this and is compared with the truth. The attacker's sockets are raw.
 """
@@ -21,13 +21,13 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
-from llambo.testing.mesh import Mesh, key_of, truth
+from llambo.testing.mesh import Mesh, key_folder, key_of, truth
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.raw_peer import RawPeer
 from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
 
-#: How often reading somebody's stream is tried, in each of two ways.
+#: How often reading a foreign stream is tried, in each of two ways.
 ATTEMPTS = int(os.environ.get("ATTEMPTS", "40"))
 #: Time for three beats: what a subscription brings has come by then.
 BEATS_MS = 600
@@ -35,12 +35,7 @@ BEATS_MS = 600
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = Folder(tmp_path_factory.mktemp("mesh") / "keys")
-    folder.begin("tcp://127.0.0.1:7330")
-    for name in ("alice", "eve"):
-        key_of(folder, name)
-    key_of(folder, "boss", "admin")
-    return folder
+    return key_folder(tmp_path_factory.mktemp("mesh") / "keys", alice="client", eve="client", boss="admin")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +93,7 @@ def test_a_foreign_request(mesh: Mesh, eve: RawPeer, say: object, code: Code) ->
     message = say(alices(mesh)[0])  # type: ignore[operator]
     eve.send_messages(message, blobs=[b"prompt"] if isinstance(message, m.InferenceRequest) else [])
     assert eve.expect(m.Problem, id=message.id).error.code is code
-    assert not [said for _, said in eve.received if isinstance(said, m.Page | m.End | m.Accepted)]
+    assert not [message for _, message in eve.received if isinstance(message, m.Page | m.End | m.Accepted)]
 
 
 def test_a_foreign_request_is_as_unknown_as_none(mesh: Mesh, eve: RawPeer) -> None:
@@ -188,11 +183,11 @@ def test_many_tries_to_read_a_stream(mesh: Mesh, folder: Folder, eve: RawPeer) -
             finally:
                 for socket in (sub, junk, thief):
                     socket.close(linger=0)
-    print(f"\n{2 * ATTEMPTS} tries with a valid key of somebody else: {stolen} foreign bytes")
+    print(f"\n{2 * ATTEMPTS} tries with a valid key of another client: {stolen} foreign bytes")
     assert stolen == 0
 
 
-def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
+def test_a_route_that_was_another_peers(mesh: Mesh, folder: Folder) -> None:
     """A peer may choose its routing id. With the id of a client that has just gone, it gets no answer data."""
     id = secrets.token_bytes(16)
     with RawPeer(mesh.port, key=key_of(folder, "alice")) as victim:
@@ -205,15 +200,15 @@ def test_a_route_that_was_somebody_elses(mesh: Mesh, folder: Folder) -> None:
         thief.connect(f"tcp://127.0.0.1:{mesh.port}")
         # When the answer is there, while the broker still takes the thief for its client
         mesh.until(lambda core: core.state.archive.get(id), "the answer is there")
-        said: list[m.Message] = []
-        while thief.poll(BEATS_MS) and len(said) < 100:
-            said += [message for message, _ in codec.to_client.decode(thief.recv_multipart()).messages]
-            if any(isinstance(message, m.End) for message in said):
+        received: list[m.Message] = []
+        while thief.poll(BEATS_MS) and len(received) < 100:
+            received += [message for message, _ in codec.to_client.decode(thief.recv_multipart()).messages]
+            if any(isinstance(message, m.End) for message in received):
                 break
         # Then it may hear that there is one, and not what it says
-        assert any(isinstance(message, m.End | m.BrokerHeartbeat) for message in said), "it did not get that route"
-        assert not [message for message in said if isinstance(message, m.Page | m.Result | m.Welcome)]
-        # And to join from there is to be somebody else
+        assert any(isinstance(message, m.End | m.BrokerHeartbeat) for message in received), "it did not get that route"
+        assert not [message for message in received if isinstance(message, m.Page | m.Result | m.Welcome)]
+        # And to join from there gives a new session
         thief.send_multipart([codec.MAGIC + codec.NO_SESSION, msgspec.msgpack.encode([m.ClientHello()])])
         mesh.until(lambda core: core.state.registry.clients.by_route[route].identity.name == "eve", "it has joined")
         mesh.until(lambda core: victim.session not in core.state.registry.clients, "the victim's session is over")
@@ -256,7 +251,7 @@ def test_a_worker_that_speaks_for_another(mesh: Mesh, folder: Folder, alice: Hea
         liar.send_messages(m.EngineLost([key], "boom", [0]))
         liar.send_messages(m.Reject(key[:16], key[16:], LlamboError(Code.BAD_REQUEST, "no").info(), True))
         liar.send_messages(m.Goodbye())
-        mesh.until(lambda core: "liar" not in core.state.registry.worker_names, "it has said all that")
+        mesh.until(lambda core: "liar" not in core.state.registry.worker_names, "all of that is read")
 
 
 # --- keys that end -------------------------------------------------------------------------------------------
@@ -291,7 +286,7 @@ def test_a_worker_whose_key_is_revoked(mesh: Mesh, folder: Folder) -> None:
         folder.revoke("turncoat")
         mesh.until(lambda core: "turncoat" not in core.state.registry.worker_names, "it is gone")
         peer.send_messages(m.WorkerHeartbeat(beat=1))
-        mesh.until(lambda core: core.state.counters.peers.unknown_sessions, "it was not heard")
+        mesh.until(lambda core: core.state.counters.peers.unknown_sessions, "its message was not accepted")
 
 
 def test_a_key_that_expires_in_session(mesh: Mesh, folder: Folder) -> None:

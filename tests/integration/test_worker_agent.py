@@ -106,7 +106,7 @@ def test_cancel_ends_a_long_answer(broker: DoubleBroker, start_worker: StartWork
     broker.until(lambda: len(broker.ids(other)) == 3, "the tokens of the next request in the only slot")
 
 
-def test_bad_input_harms_nobody(broker: DoubleBroker, start_worker: StartWorker) -> None:
+def test_bad_input_changes_no_run(broker: DoubleBroker, start_worker: StartWorker) -> None:
     start_worker(context_tokens=100, slots=9)
     broker.welcome()
     broker.send_frames([b"junk"])

@@ -101,7 +101,7 @@ def allowed(direction: str) -> list[m.Message]:
 
 
 def frames_of(sample: m.Message) -> list[bytes]:
-    blob = b"What is AI?" if isinstance(sample, m.WITH_BLOB) else None
+    blob = b"What is AI?" if type(sample) in m.WITH_BLOB else None
     return codec.encode(SESSION, [(sample, blob)])
 
 

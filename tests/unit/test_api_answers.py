@@ -74,6 +74,10 @@ FEEDS: dict[str, tuple[list[list[bytes]], m.Reason, str]] = {
 }  # fmt: skip
 
 
+#: As when the answers were recorded: the hint of a code may be reworded.
+HINT = "look at the worker's log; `llambo why ID` tells what happened"
+
+
 class ScriptedFeed:
     """What a rendering needs of a feed."""
 
@@ -152,7 +156,7 @@ def answers() -> dict[str, dict[str, str]]:
                     "whole": whole(parsed(api, body), feed),
                 }
             broken = ScriptedFeed([[b"Hel"]], "stop", "", logprobs=False)
-            broken.error = LlamboError(Code.ENGINE_FAILED, "it died")
+            broken.error = LlamboError(Code.ENGINE_FAILED, "it died", hint=HINT)
             found[f"{api}, {name}: broken"] = {"stream": streamed(parsed(api, body), broken)}
     return found
 

@@ -12,7 +12,7 @@ from llambo.broker.records.pools import Pool
 from llambo.broker.records.queue import RequestQueue
 from llambo.broker.records.registry import ClientEntry, Session, WorkerEntry
 from llambo.broker.records.request import REQUEST_STEPS, Lane, Request, RequestState
-from llambo.broker.records.schedule import POLICIES, choose
+from llambo.broker.records.schedule import POLICIES
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -115,17 +115,17 @@ def test_every_policy_uses_all_slots_and_never_more(policy: str) -> None:
     for worker in workers:
         pool.update(worker)
     for turn in range(sum(worker.slots for worker in workers)):
-        chosen = choose(POLICIES[policy], a_request(turn * 7919), pool)
+        chosen = POLICIES[policy](a_request(turn * 7919), pool)
         assert chosen is not None
         chosen.turn = turn + 1
         chosen.claims[request_id(turn)] = 1
         pool.update(chosen)
     assert all(worker.free == 0 for worker in workers)
-    assert choose(POLICIES[policy], a_request(1), pool) is None
+    assert POLICIES[policy](a_request(1), pool) is None
     # One becomes free: it is found again.
     workers[2].claims.popitem()
     pool.update(workers[2])
-    assert choose(POLICIES[policy], a_request(1), pool) is workers[2]
+    assert POLICIES[policy](a_request(1), pool) is workers[2]
 
 
 def test_least_loaded_is_by_share_of_slots_and_takes_turns_among_equals() -> None:

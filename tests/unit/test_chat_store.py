@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llambo.cli import main
-from llambo.cli.chat.store import FILE_BYTES, SavedChat, Store, Turn, is_name, matches, state_folder
+from llambo.cli.chat.store import FILE_BYTES, SavedChat, Store, Turn, is_name, matches
+from llambo.cli.kit.common import state_folder
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.wire.errors import Code, LlamboError
 

@@ -8,15 +8,15 @@ stay for its retention time, within a bound of bytes, oldest out first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+
+import msgspec
 
 from llambo.broker.records.request import Request
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import messages as m
 
 
-@dataclass(slots=True)
-class EndedRequest:
+class EndedRequest(msgspec.Struct):
     """What is left of a request."""
 
     end: m.End
@@ -29,7 +29,7 @@ class EndedRequest:
     #: None: its tokens are dropped.
     transcript: Transcript | None
     #: Sessions that have not acknowledged the END yet.
-    owed: set[bytes] = field(default_factory=set)
+    owed: set[bytes] = msgspec.field(default_factory=set)
     #: It was ended because its client was gone. If the client comes back, it has not ended.
     abandoned: bool = False
     owner: str = ""
@@ -53,17 +53,17 @@ class Archive:
     def add(self, request: Request, end: m.End, now_ms: int) -> EndedRequest:
         transcript = request.transcript
         ended = EndedRequest(
-            end=end,
-            model=request.model,
-            stream=request.stream,
-            detached=request.asked.detached,
-            ended_at=now_ms,
-            story=request.story,
+            end,
+            request.model,
+            request.stream,
+            request.asked.detached,
+            now_ms,
+            request.story,
             task=request.task,
             transcript=transcript,
             owed=set(request.followers),
             abandoned=request.followers.abandoned,
-            owner=request.owner,
+            owner=request.account.name,
             first_ms=request.measured.first_ms,
         )
         self.ended[request.id] = ended

@@ -42,39 +42,36 @@ class OrphanRuns:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._runs: dict[bytes, dict[bytes, OrphanRun]] = {}
+        self.by_request: dict[bytes, dict[bytes, OrphanRun]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._runs.values()))
-
-    def __contains__(self, id: bytes) -> bool:
-        return id in self._runs
+        return sum(map(len, self.by_request.values()))
 
     def __iter__(self) -> Iterator[OrphanRun]:
-        for runs in self._runs.values():
+        for runs in self.by_request.values():
             yield from runs.values()
 
     def owners(self, id: bytes) -> list[str]:
-        return [orphan.work.owner for orphan in self._runs.get(id, {}).values()]
+        return [orphan.work.owner for orphan in self.by_request.get(id, {}).values()]
 
     def add(self, orphan: OrphanRun) -> None:
         self.remove(orphan.key)
-        self._runs.setdefault(orphan.work.id, {})[orphan.key] = orphan
+        self.by_request.setdefault(orphan.work.id, {})[orphan.key] = orphan
         self.bytes += orphan.size
 
     def take(self, id: bytes) -> list[OrphanRun]:
         """All of this request, the latest attempt first."""
-        runs = self._runs.pop(id, {})
+        runs = self.by_request.pop(id, {})
         self.bytes -= sum(orphan.size for orphan in runs.values())
         return sorted(runs.values(), key=lambda orphan: orphan.attempt, reverse=True)
 
     def remove(self, key: bytes) -> None:
         id = key[: limits.REQUEST_ID_BYTES]
-        runs = self._runs.get(id, {})
+        runs = self.by_request.get(id, {})
         if key in runs:
             self.bytes -= runs.pop(key).size
             if not runs:
-                del self._runs[id]
+                del self.by_request[id]
 
     def forget_worker(self, worker: WorkerEntry) -> None:
         for orphan in [orphan for orphan in self if orphan.worker is worker]:

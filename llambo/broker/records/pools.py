@@ -101,15 +101,18 @@ class Pools(dict[Lane, Pool]):
             if serves(worker, pool.lane):
                 pool.update(worker)
 
-    def open(self, lane: Lane, workers: Iterable[WorkerEntry]) -> None:
+    def open(self, lane: Lane, workers: Iterable[WorkerEntry]) -> Pool:
         """A request moves: from now on there is a pool of those who may continue it. Most lanes never need one."""
-        if lane not in self:
-            pool = self[lane] = Pool(lane)
-            if lane.isolated:
-                self._isolated.append(pool)
-            for worker in workers:
-                if serves(worker, lane):
-                    pool.update(worker)
+        pool = self.get(lane)
+        if pool is not None:
+            return pool
+        pool = self[lane] = Pool(lane)
+        if lane.isolated:
+            self._isolated.append(pool)
+        for worker in workers:
+            if serves(worker, lane):
+                pool.update(worker)
+        return pool
 
     def close(self, lane: Lane) -> None:
         pool = self.pop(lane, None)
@@ -125,4 +128,4 @@ class Pools(dict[Lane, Pool]):
 
 
 def serves(worker: WorkerEntry, lane: Lane) -> bool:
-    return lane._replace(isolated=False) in worker.serving.lanes
+    return Lane(lane.model, lane.fingerprint) in worker.serving.lanes

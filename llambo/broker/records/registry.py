@@ -125,6 +125,7 @@ class WorkerEntry:
         "position",
         "refusing",
         "serving",
+        "session",
         "speed",
         "state",
         "suspect",
@@ -134,6 +135,7 @@ class WorkerEntry:
     def __init__(self, hello: m.WorkerHello, link: Session) -> None:
         self.hello = hello
         self.link = link
+        self.session = link.welcome.session
         self.beats = Beats()
         self.serving = Serving(hello.models, hello.slots)
         self.speed = Speed(hello.slots)
@@ -156,10 +158,6 @@ class WorkerEntry:
     @property
     def name(self) -> str:
         return self.hello.name
-
-    @property
-    def session(self) -> bytes:
-        return self.link.welcome.session
 
     @property
     def slots(self) -> int:
@@ -215,23 +213,17 @@ class WorkerEntry:
 class ClientEntry:
     """A client's session: its topic, what it follows, and the ENDs it has not acknowledged."""
 
-    __slots__ = ("beats", "following", "hello", "link", "unacked")
+    __slots__ = ("beats", "following", "hello", "link", "session", "topic", "unacked")
 
     def __init__(self, hello: m.ClientHello, link: Session) -> None:
         self.hello = hello
         self.link = link
+        self.session = link.welcome.session
+        self.topic = link.welcome.topic
         self.beats = Beats()
         self.following: dict[bytes, None] = {}
         #: Request id to the time its END was sent last, oldest first.
         self.unacked: dict[bytes, int] = {}
-
-    @property
-    def session(self) -> bytes:
-        return self.link.welcome.session
-
-    @property
-    def topic(self) -> bytes:
-        return self.link.welcome.topic
 
     @property
     def identity(self) -> Identity:
@@ -246,9 +238,7 @@ class ClientEntry:
 
 class _Peer(Protocol):
     link: Session
-
-    @property
-    def session(self) -> bytes: ...
+    session: bytes
 
 
 P = TypeVar("P", bound=_Peer)

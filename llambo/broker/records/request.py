@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from llambo.broker.records.fair_share import Share
     from llambo.broker.records.meter import Pace
     from llambo.broker.records.registry import ClientEntry, WorkerEntry
+
+
+#: Looked up once: each step of a request is noted.
+_STORY_ENTRIES = limits.STORY_ENTRIES
 
 
 class RequestState(enum.Enum):
@@ -54,7 +58,7 @@ REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
 }
 
 
-class Lane(NamedTuple):
+class Lane(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Requests that the same workers can take, and the pool of these workers."""
 
     model: str
@@ -74,7 +78,6 @@ class Followers(dict[bytes, None]):
     __slots__ = ("abandoned", "topics")
 
     def __init__(self) -> None:
-        super().__init__()
         #: Of those that want a stream.
         self.topics: tuple[bytes, ...] = ()
         #: The request is ended only because no client follows it.
@@ -127,8 +130,7 @@ class Run:
         return self.key[limits.REQUEST_ID_BYTES :]
 
 
-@dataclass(slots=True)
-class Repair:
+class Repair(msgspec.Struct, gc=False):
     """Kept by delivery.py: tokens that its worker has and the transcript has not."""
 
     #: The worker is known to have tokens up to here.
@@ -138,8 +140,7 @@ class Repair:
     asked: bool = False
 
 
-@dataclass(slots=True)
-class Suspicion:
+class Suspicion(msgspec.Struct, gc=False):
     """Kept by suspicion.py."""
 
     #: Deaths of engines that ran it, whatever caused them.
@@ -165,39 +166,57 @@ class Measured:
     timed_at: int = -1
 
 
-@dataclass(slots=True, eq=False)
 class Request:
     """Everything about a live request. Its transcript outlives it in the archive."""
 
-    asked: m.InferenceRequest
-    #: The model that is meant by the name that was asked for.
-    model: str
-    prompt: bytes
-    submitted_at: int
-    #: Of the identity that has submitted it.
-    account: Account
-    state: RequestState = RequestState.WAITING
-    #: Each of its chunks has a consequence: see `watch`.
-    watched: bool = False
-    transcript: Transcript = field(init=False)
-    place: Place = field(init=False)
-    run: Run = field(init=False)
-    followers: Followers = field(default_factory=Followers)
-    repair: Repair = field(default_factory=Repair)
-    suspicion: Suspicion = field(default_factory=Suspicion)
-    measured: Measured = field(default_factory=Measured)
-    story: list[tuple[int, str, str]] = field(default_factory=list)
+    __slots__ = (
+        "account",
+        "asked",
+        "followers",
+        "id",
+        "measured",
+        "model",
+        "place",
+        "prompt",
+        "repair",
+        "run",
+        "state",
+        "story",
+        "stream",
+        "submitted_at",
+        "suspicion",
+        "task",
+        "transcript",
+        "watched",
+    )
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, asked: m.InferenceRequest, model: str, prompt: bytes, submitted_at: int, account: Account
+    ) -> None:
         # A copy: what was decoded is a view of the whole bundle, which would live as long as the request.
-        msgspec.structs.force_setattr(self.asked, "sampling", self.asked.sampling.copy())
-        self.transcript = Transcript(self.asked.max_tokens, self.asked.logprobs, self.asked.task)
-        self.place = Place(self.submitted_at)
-        self.run = Run(self.asked.fingerprint)
-
-    @property
-    def id(self) -> bytes:
-        return self.asked.id
+        msgspec.structs.force_setattr(asked, "sampling", asked.sampling.copy())
+        self.asked = asked
+        self.id = asked.id
+        self.task = asked.task
+        #: A result is whole or nothing; it comes with the END.
+        self.stream = asked.stream and asked.task == "generate"
+        #: The model that is meant by the name that was asked for.
+        self.model = model
+        self.prompt = prompt
+        self.submitted_at = submitted_at
+        #: Of the identity that has submitted it.
+        self.account = account
+        self.state = RequestState.WAITING
+        #: Each of its chunks has a consequence: see `watch`.
+        self.watched = False
+        self.transcript = Transcript(asked.max_tokens, asked.logprobs, asked.task)
+        self.place = Place(submitted_at)
+        self.run = Run(asked.fingerprint)
+        self.followers = Followers()
+        self.repair = Repair()
+        self.suspicion = Suspicion()
+        self.measured = Measured()
+        self.story: list[tuple[int, str, str]] = []
 
     @property
     def deadline_at(self) -> int:
@@ -206,15 +225,6 @@ class Request:
     @property
     def owner(self) -> str:
         return self.account.name
-
-    @property
-    def task(self) -> m.Task:
-        return self.asked.task
-
-    @property
-    def stream(self) -> bool:
-        # A result is whole or nothing; it comes with the END.
-        return self.asked.stream and self.asked.task == "generate"
 
     @property
     def seed(self) -> int:
@@ -239,9 +249,10 @@ class Request:
 
     def note(self, now_ms: int, what: str, detail: str = "") -> None:
         """Add a step to the story. Of a long one the middle is left out: begin and end explain most."""
-        if len(self.story) >= limits.STORY_ENTRIES:
-            del self.story[limits.STORY_ENTRIES // 2]
-        self.story.append((now_ms, what, detail))
+        story = self.story
+        if len(story) >= _STORY_ENTRIES:
+            del story[_STORY_ENTRIES // 2]
+        story.append((now_ms, what, detail))
 
     def watch(self) -> None:
         """Find out whether a chunk may close a gap, clear a suspect, complete the answer, or has to be timed."""

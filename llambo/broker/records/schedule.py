@@ -36,8 +36,3 @@ def random(request: Request, pool: Pool) -> WorkerEntry | None:
 
 
 POLICIES: dict[str, Policy] = {"least-loaded": least_loaded, "round-robin": round_robin, "random": random}
-
-
-def choose(policy: Policy, request: Request, pool: Pool | None) -> WorkerEntry | None:
-    """The worker for this request, or None if it has to wait."""
-    return policy(request, pool) if pool is not None else None

@@ -18,7 +18,7 @@ from llambo.broker.records.counters import Counters
 from llambo.broker.records.journal import Journal
 from llambo.broker.records.measurements import Measurements
 from llambo.broker.records.orphans import Recovery
-from llambo.broker.records.pools import Pools
+from llambo.broker.records.pools import Pool, Pools
 from llambo.broker.records.queue import RequestQueue
 from llambo.broker.records.registry import ClientEntry, Registry, WorkerEntry
 from llambo.broker.records.request import Lane, Request
@@ -144,11 +144,13 @@ class State:
         self.wakeups.alarms.set((kind, request.id), at_ms)
 
     def clear_alarms(self, request: Request) -> None:
-        for kind in ALARMS:
-            self.wakeups.alarms.clear((kind, request.id))
+        alarms = self.wakeups.alarms
+        if alarms:  # mostly there is none at all
+            for kind in ALARMS:
+                alarms.clear((kind, request.id))
 
-    def open_lane(self, lane: Lane) -> None:
-        self.pools.open(lane, self.registry.workers.values())
+    def open_lane(self, lane: Lane) -> Pool:
+        return self.pools.open(lane, self.registry.workers.values())
 
     @property
     def held_bytes(self) -> int:

@@ -24,20 +24,21 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
     except ValueError as wrong:
         refusals.refuse(state, client, asked.id, Code.BAD_REQUEST, str(wrong))
         return
-    recovery.forget_outdated(state, client, asked, held, now_ms)
-    if asked.id in state.requests or state.archive.get(asked.id):
+    known = asked.id in state.requests or asked.id in state.archive.ended
+    if known and not recovery.forget_outdated(state, client, asked, held, now_ms):
         state.counters.requests.attached += 1
         following.follow_from(state, client, m.Attach(asked.id, asked.have, held), now_ms)
         return
+    identity = client.link.identity
     if state.access.identities is not None:
-        forbidden = permissions.not_allowed(state, client.identity, asked)
+        forbidden = permissions.not_allowed(state, identity, asked)
         if forbidden is not None:
             refusals.turn_down(state, client, asked.id, *forbidden)
             return
-    model, error = model_names.resolve(state, client.identity, asked, now_ms)
+    model, error = model_names.resolve(state, identity, asked, now_ms)
     if error is not None and recovery.defer(state, client, asked, blob, now_ms):
         return
-    account = state.access.accounts.of(client.identity.name)
+    account = state.access.accounts.of(identity.name)
     refused = (
         refusals.limit_reached(state, account, asked, prompt, held, now_ms) if error is None else (error.code, error)
     )
@@ -56,15 +57,16 @@ def _admit(state: State, client: ClientEntry, request: Request, held: list[bytes
     following.follow(request, client)
     what = f"at most {asked.max_tokens} tokens" if asked.task == "generate" else asked.task
     request.note(now_ms, "submitted", f"model {request.model}, {what}, {asked.priority}")
-    if request.deadline_at:
+    if asked.deadline_ms:
         state.set_alarm(request, "deadline", request.deadline_at)
-    if asked.resume or asked.id in state.recovery.orphans:
+    if asked.resume or asked.id in state.recovery.orphans.by_request:
         request.transcript.restore([tokens.CHUNK + asked.id + chunk[1 + limits.REQUEST_ID_BYTES :] for chunk in held])
         recovery.resume(state, request, now_ms)
     else:
         dispatching.enqueue(state, request, now_ms)
     following.send_accepted(state, client, request)
-    retry_deferred(state, now_ms)
+    if state.recovery.deferred:
+        retry_deferred(state, now_ms)
 
 
 def orphan_announced(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Lane, Repair, Request, RequestState
-from llambo.broker.records.schedule import choose
 from llambo.broker.records.state import State
 from llambo.broker.requests import ending
 from llambo.mesh.wire import messages as m
@@ -24,10 +23,9 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
     One that comes back from a worker is not held back by the limit of its identity: it was dispatched once.
     """
     lane = request.lane
-    if lane not in state.pools:
-        state.open_lane(lane)
+    pool = state.pools.get(lane) or state.open_lane(lane)
     if lane not in state.queue.lines and (not request.account.full or request.run.attempt):
-        worker = choose(state.policy, request, state.pools.get(lane))
+        worker = state.policy(request, pool)
         if worker is not None:
             request.place.queued_at = now_ms
             _dispatch(state, request, worker, now_ms)
@@ -39,7 +37,8 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
 def pump(state: State, lane: Lane, now_ms: int) -> None:
     """Dispatch all that can be dispatched in this lane."""
     while (request := state.queue.first(lane)) is not None:
-        worker = choose(state.policy, request, state.pools.get(lane))
+        pool = state.pools.get(lane)
+        worker = state.policy(request, pool) if pool is not None else None
         if worker is None:
             return
         _dispatch(state, request, worker, now_ms)
@@ -64,12 +63,13 @@ def settle(state: State, now_ms: int) -> None:
 
 def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) -> None:
     prefix = request.transcript.ids() if request.transcript.chunks else []
-    run, asked = request.run, request.asked
+    run, asked, id, name = request.run, request.asked, request.id, worker.hello.name
     request.step(RequestState.DISPATCHED)
     request.place.queued_ms += now_ms - request.place.queued_at
     run.attempt += 1
-    run.key = request.id + run.attempt.to_bytes(4, "big") + state.random_bytes(4)
-    run.worker, run.worker_name = worker, worker.name
+    dispatch = run.attempt.to_bytes(4, "big") + state.random_bytes(4)
+    run.key = id + dispatch
+    run.worker, run.worker_name = worker, name
     if not prefix:  # otherwise it is the one its tokens are from, and stays
         run.fingerprint = worker.serving.fingerprints.get(request.model, "")
     state.mark_running(request)
@@ -82,19 +82,20 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     state.pools.refresh(worker)
     state.counters.requests.dispatched += 1
     state.measured.meter.dispatched(request, worker.hello.node_class, now_ms)
-    request.note(now_ms, "dispatched", f"to {worker.name}, attempt {run.attempt}, from token {len(prefix)}")
+    request.note(now_ms, "dispatched", f"to {name}, attempt {run.attempt}, from token {len(prefix)}")
     # The worker gets what exists with its text, so that it can give back all of it should this broker be gone.
     blob, prompt_bytes = transfer.pack(request.prompt, request.transcript.chunks) if prefix else (request.prompt, 0)
+    # (Python passes more than 30 words in a dict of their own, which costs as much as the rest of this function.)
     message = m.Dispatch(
-        id=request.id,
-        dispatch=run.dispatch,
-        seq=worker.beats.seq,
-        model=request.model,
-        max_tokens=asked.max_tokens,
-        seed=request.seed,
+        id,
+        dispatch,
+        worker.beats.seq,
+        request.model,
+        asked.max_tokens,
+        request.seed,
         prefix=prefix,
         prompt_bytes=prompt_bytes,
-        deadline_ms=max(1, request.deadline_at - now_ms) if request.deadline_at else 0,
+        deadline_ms=max(1, request.deadline_at - now_ms) if asked.deadline_ms else 0,
         stream=request.stream,
         priority=asked.priority,
         detached=asked.detached,
@@ -102,7 +103,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         logprobs=asked.logprobs,
         task=asked.task,
         suspect=suspect,
-        owner=request.owner,
+        owner=request.account.name,
     )
     state.to_worker(worker, message, blob)
 

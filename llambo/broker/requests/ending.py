@@ -17,7 +17,7 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
     assert worker is not None, "only a dispatched request is completed"
     worker.claims.pop(request.run.key, None)
     worker.done += 1
-    acknowledge(state, worker, request.run.key)
+    state.to_worker(worker, m.EndAck([request.run.key]))
     error = end.error
     if error is None:
         state.models.retries.earn(request.model, request.run.refusals)
@@ -62,7 +62,7 @@ def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:
 
 def _followers(state: State, request: Request) -> list[ClientEntry]:
     clients = state.registry.clients
-    return [clients[session] for session in request.followers if session in clients]
+    return [client for session in request.followers if (client := clients.get(session)) is not None]
 
 
 def _cancel_run(state: State, request: Request) -> None:
@@ -110,12 +110,12 @@ def _close(
         request.account.tokens += transcript.next_index
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
-        id=request.id,
-        count=transcript.next_index,
-        reason=reason,
+        request.id,
+        transcript.next_index,
+        reason,
         usage=usage,
-        error=error,
         worker=run.worker_name,
+        error=error,
         moves=run.moves,
         queued_ms=request.place.queued_ms,
         stop=stop,

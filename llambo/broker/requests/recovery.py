@@ -100,7 +100,7 @@ def resume(state: State, request: Request, now_ms: int) -> None:
 def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
     """A client wants to follow it. Adopt a detached run of it, which does not need its own client for that."""
     orphans = state.recovery.orphans
-    if asked.id not in orphans or asked.id in state.requests or state.archive.get(asked.id):
+    if asked.id not in orphans.by_request or asked.id in state.requests or state.archive.get(asked.id):
         return
     given = tokens.ids_of(asked.held)
     found = orphans.take(asked.id)
@@ -254,15 +254,17 @@ def _with_key(chunk: bytes, work: m.Dispatch) -> bytes:
 
 def forget_outdated(
     state: State, client: ClientEntry, asked: m.InferenceRequest, held: list[bytes], now_ms: int
-) -> None:
+) -> bool:
     """Before a submit is handled: forget what is known of its request, if that is of no use to its client."""
-    request = state.requests.get(asked.id)
-    ended = state.archive.get(asked.id)
+    request, ended = state.requests.get(asked.id), state.archive.ended.get(asked.id)
     if request is not None and held and not agrees(request, held):
         if _no_other_client(state, client, request.followers):
             ending.forget(state, request, now_ms)
+            return True
     elif ended is not None and not _serves(ended, asked, held) and _no_other_client(state, client, ended.owed):
         state.archive.forget(asked.id)
+        return True
+    return False
 
 
 def fits(ended: EndedRequest, held: list[bytes]) -> bool:

@@ -17,7 +17,7 @@ def limit_reached(
     """What is wrong with it; or it is too much for its identity, or for this broker."""
     bounds = state.config.bounds
     wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
-    if asked.have != transfer.count(held):
+    if (held or asked.have) and asked.have != transfer.count(held):
         # Its tokens came from a broker that is gone, and without them another run would not continue them.
         return _no(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
     if held and asked.task != "generate":

@@ -19,15 +19,15 @@ import msgspec
 from llambo.cli.chat.dialogue import CHAT_TOKENS, TURNS, AskOptions, Dialogue, Signals
 from llambo.cli.chat.screen import Screen
 from llambo.cli.chat.slash_commands import COMMANDS, clean, enter
-from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line, state_folder, turn_count
+from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.answer_views import StdoutWriter, statistics_line
 from llambo.cli.kit.command import Command, silence_stdout
-from llambo.cli.kit.common import Common, connect, pass_common
+from llambo.cli.kit.common import Common, connect, pass_common, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
 from llambo.cli.kit.follow import report_link
-from llambo.cli.kit.tables import duration, number, show_json, table
+from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -116,7 +116,7 @@ def chat(
 
 
 def _store() -> Store:
-    return Store(state_folder(os.environ) / "chats")
+    return Store(state_folder(os.environ, "chats"))
 
 
 # --- saved chats ---------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
         await signals.run(chat.find_models())
         show(f"llambo chat at {chat.client.address}; /help lists the commands", "quiet")
         if turns:
-            show(f"{turn_count(len(turns))} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
+            show(f"{plural(len(turns), 'turn')} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         while not signals.ended_by:
             try:
                 line = await signals.run(prompt.line())
@@ -315,7 +315,7 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
 def _prompt(chat: Dialogue, flags: ChatFlags) -> ChatPrompt:
     from llambo.cli.chat.prompt import ChatCompleter, ChatPrompt, open_history
 
-    path = None if flags.private else state_folder(os.environ) / HISTORY_FILE
+    path = None if flags.private else state_folder(os.environ, HISTORY_FILE)
     history = open_history(
         path, lambda error: chat.screen.print(f"lines are not remembered: {path}: {error.strerror}", "warning")
     )

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from llambo.cli.chat.dialogue import EXCERPT_CHARS, Dialogue, ModelContext
-from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line, turn_count
+from llambo.cli.chat.store import NAME_RULE, is_name, matches, one_line
 from llambo.cli.commands.status import mesh_facts
-from llambo.cli.kit.tables import facts
+from llambo.cli.kit.tables import facts, plural
 from llambo.mesh.wire import limits
 
 #: /history alone shows this many turns.
@@ -63,7 +63,7 @@ async def _history(chat: Dialogue, argument: str) -> None:
         show("\n".join(lines) or f"no turn contains {argument!r}")
         return
     first = max(0, len(turns) - LISTED)
-    lines = [f"      ({turn_count(first)} before these; /history TEXT finds them)"] if first else []
+    lines = [f"      ({plural(first, 'turn')} before these; /history TEXT finds them)"] if first else []
     for number, turn in enumerate(turns[first:], first + 1):
         if number == chat.saved.context_from + 1 > 1:
             lines.append("      -- begun anew --")
@@ -144,7 +144,7 @@ async def _session(chat: Dialogue, name: str) -> None:
     elif name != before:
         chat.open(chat.store.open(name, int(time.time())))
         chat.store.unlock(before)
-        chat.screen.print(f"{name}: {turn_count(len(chat.saved.turns))} so far", "quiet")
+        chat.screen.print(f"{name}: {plural(len(chat.saved.turns), 'turn')} so far", "quiet")
 
 
 async def _retry(chat: Dialogue, argument: str) -> None:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +91,6 @@ def matches(turns: list[Turn], text: str) -> Iterator[tuple[int, str]]:
                 yield number, f"{role}: {before}{one_line(content[first:last])}{after}"
 
 
-def turn_count(number: int) -> str:
-    return f"{number} turn{'s' if number != 1 else ''}"
-
-
 def one_line(text: str, most: int = 0) -> str:
     line = " ".join(text.split())
     return f"{line[: most - 1]}…" if most and len(line) > most else line
@@ -107,11 +103,6 @@ class ChatFile:
     name: str
     chat: SavedChat | None = None
     problem: str = ""
-
-
-def state_folder(environ: Mapping[str, str]) -> Path:
-    home = environ.get("XDG_STATE_HOME") or os.path.join(environ.get("HOME", "/"), ".local", "state")
-    return Path(home, "llambo")
 
 
 class Store:

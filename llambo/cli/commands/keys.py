@@ -14,7 +14,7 @@ from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, json_option, settings_options
-from llambo.cli.kit.tables import show_json, table
+from llambo.cli.kit.tables import plural, show_json, table
 
 if TYPE_CHECKING:
     from llambo.mesh.security.keyring import Folder, KeyEntry
@@ -201,7 +201,7 @@ def revoke(common: Common, name: str) -> None:
     folder = _folder(common)
     count = folder.revoke(name)
     api_tokens.withdraw(folder, name)
-    click.echo(f"{count} {'key' if count == 1 else 'keys'} of {name} revoked")
+    click.echo(f"{plural(count, 'key')} of {name} revoked")
 
 
 @click.command(cls=Command, examples=ROTATE_EXAMPLES)
@@ -260,6 +260,6 @@ def token(common: Common, name: str, expires: int | None, withdraw: bool) -> Non
     folder, now = _folder(common), int(time.time())
     if withdraw:
         count = api_tokens.withdraw(folder, name)
-        click.echo(f"{count} {'token' if count == 1 else 'tokens'} of {name} withdrawn")
+        click.echo(f"{plural(count, 'token')} of {name} withdrawn")
         return
     click.echo(api_tokens.issue(folder, name, now, now + expires if expires else 0))

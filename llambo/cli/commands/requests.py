@@ -10,7 +10,7 @@ import click
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.tables import Row, duration, number, request_note, show_json, table
+from llambo.cli.kit.tables import Row, duration, number, plural, request_note, show_json, table
 from llambo.mesh.wire.reports import RequestRow, RequestStory, StoryStep
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def summary(found: RequestStory) -> str:
     if found.worker:
         parts.append(f"on {found.worker}")
     if found.moves:
-        parts.append(f"after {found.moves} move" + ("s" if found.moves != 1 else ""))
+        parts.append(f"after {plural(found.moves, 'move')}")
     return " ".join(parts) + (f"\nerror: {found.error}" if found.error else "")
 
 

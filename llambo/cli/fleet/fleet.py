@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from llambo.cli.fleet.site import fleet_options, no_report, report, run, site
+from llambo.cli.fleet.site import no_report, pass_site, report, run
 from llambo.cli.kit.command import Command, Group
-from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import show_json
 from llambo.mesh.wire.errors import printable
 
@@ -84,16 +81,12 @@ def fleet() -> None:
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def plan(here: Site, as_json: bool) -> None:
     """Show the difference between the file and what runs: what `apply` would do, and why.
 
     The exit status is 0 also if there is something to do.
     """
-    here = site(common, file, state)
     found, away = run(_plan(here))
     if as_json:
         show_json(_as_json(found) | {"away": away})
@@ -104,29 +97,22 @@ def plan(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
 
 
 @click.command(cls=Command, examples=APPLY_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def apply(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def apply(here: Site, as_json: bool) -> None:
     """Carry out the plan. What runs already is left as it is; a second `apply` does nothing.
 
     Workers that have to end are drained first, and their requests move to others. Those with old settings are
     replaced one after the other; the first bad one stops that, and `rollback` takes it back. A Ctrl-C leaves what is
     done as it is; the next `apply` goes on.
     """
-    make_it_so(site(common, file, state), as_json)
+    make_it_so(here, as_json)
 
 
 @click.command(cls=Command, examples=SCALE_EXAMPLES)
 @click.argument("counts", metavar="CLASS=COUNT...", nargs=-1, required=True)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def scale(here: Site, counts: tuple[str, ...], as_json: bool) -> None:
     """Set the number of workers of a class, within its `min` and `max`. A later `apply` does not change it."""
-    here = site(common, file, state)
     wanted = dict(_count(word) for word in counts)
     if pid := here.orchestrator():
         here.ask_for(wanted)
@@ -138,15 +124,9 @@ def scale(common: Common, counts: tuple[str, ...], file: Path, state: Path | Non
 @click.command(cls=Command, examples=SPAWN_EXAMPLES)
 @click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="How many more.")
 @click.option("--class", "node_class", metavar="CLASS", required=True, help="Of which class.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def spawn(
-    common: Common, count: int, node_class: str, file: Path, state: Path | None, as_json: bool
-) -> None:  # fmt: skip
+@pass_site()
+def spawn(here: Site, count: int, node_class: str, as_json: bool) -> None:
     """Start more workers of a class than there are."""
-    here = site(common, file, state)
     here.node_class(node_class)
 
     def wanted() -> dict[str, int]:
@@ -161,19 +141,13 @@ def spawn(
 @click.option(
     "--max-unavailable", metavar="NUMBER", type=click.IntRange(1), help="At a time.  [default: as the file says]"
 )
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def rolling_restart(
-    common: Common, node_class: str | None, max_unavailable: int | None, file: Path, state: Path | None, as_json: bool
-) -> None:
+@pass_site()
+def rolling_restart(here: Site, node_class: str | None, max_unavailable: int | None, as_json: bool) -> None:
     """Restart all workers, a few at a time, one class after the other.
 
     Their requests move to other workers. The next worker is restarted when the one before it works and has answered;
     the first bad one stops it. After a Ctrl-C the next `apply` goes on.
     """
-    here = site(common, file, state)
     with here.versions().changing() as versions:
         for name in _classes(here, node_class):
             versions.restart(name, max_unavailable or 0)
@@ -183,18 +157,12 @@ def rolling_restart(
 @click.command(cls=Command, examples=ROLLBACK_EXAMPLES)
 @click.option("--class", "node_class", metavar="CLASS", help="Only this one.  [default: all]")
 @click.option("--undo", is_flag=True, help="Use the settings of the file again.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def rollback(
-    common: Common, node_class: str | None, undo: bool, file: Path, state: Path | None, as_json: bool
-) -> None:  # fmt: skip
+@pass_site()
+def rollback(here: Site, node_class: str | None, undo: bool, as_json: bool) -> None:
     """Go back to the settings that were in force before the last update.
 
     The file stays as it is; its settings for the class are not used until they change.
     """
-    here = site(common, file, state)
     names = _classes(here, node_class)
     with here.versions().changing() as versions:
         if undo:
@@ -208,16 +176,12 @@ def rollback(
 @click.command(cls=Command, examples=DRAIN_EXAMPLES)
 @click.argument("node", metavar="NODE")
 @click.option("--undo", is_flag=True, help="Let it work again.")
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def drain(common: Common, node: str, undo: bool, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def drain(here: Site, node: str, undo: bool, as_json: bool) -> None:
     """Give a node no new work; its running requests move to others. It keeps running until the next `apply`.
 
     `llambo drain` waits until it runs nothing.
     """
-    here = site(common, file, state)
     found = run(_drain(here, node, undo))
     if as_json:
         show_json(msgspec.structs.asdict(found))
@@ -226,31 +190,24 @@ def drain(common: Common, node: str, undo: bool, file: Path, state: Path | None,
 
 
 @click.command("run", cls=Command, examples=RUN_EXAMPLES)
-@fleet_options
-@client_options
-@pass_common
-def run_orchestrator(common: Common, file: Path, state: Path | None) -> None:
+@pass_site(with_json=False)
+def run_orchestrator(here: Site) -> None:
     """Keep the fleet as the file says, and scale it with its load, until Ctrl-C.
 
     Workers that die are started again; a class that keeps failing is tried less and less often. The workers outlive
     this process, and the next one takes them over.
     """
-    here = site(common, file, state)
     with here.lock():
         asyncio.run(_orchestrate(here))
 
 
 @click.command(cls=Command, examples=DOWN_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def down(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def down(here: Site, as_json: bool) -> None:
     """End everything of this fleet: first the workers, then the broker. Their running requests are lost."""
     from llambo.fleet.decide.plan import Plan, PlanStep, StepKind
     from llambo.fleet.updates import apply as carry_out
 
-    here = site(common, file, state)
     with here.lock():
         manager = here.node_manager(no_report if as_json else report)
         snapshot = run(manager.look())

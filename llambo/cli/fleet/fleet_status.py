@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from llambo.cli.fleet.site import fleet_options, no_report, run, site
+from llambo.cli.fleet.site import no_report, pass_site, run
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import NumberText, Row, duration, number, show_json, size, table
 from llambo.mesh.service import clock
 from llambo.mesh.wire.errors import printable
@@ -90,11 +88,8 @@ class FleetStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @click.command(cls=Command, examples=STATUS_EXAMPLES)
-@fleet_options
-@json_option
-@client_options
-@pass_common
-def status(common: Common, file: Path, state: Path | None, as_json: bool) -> None:
+@pass_site()
+def status(here: Site, as_json: bool) -> None:
     """Show how many there are of each class, and each node.
 
     \b
@@ -104,7 +99,6 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
     failed     it runs and has never joined the mesh; apply ends it
     ended      it has ended by itself; apply starts another one
     """
-    here = site(common, file, state)
     manager = here.node_manager(no_report)
     snapshot = run(manager.look())
     found = _found(here, manager, snapshot)
@@ -128,12 +122,9 @@ def status(common: Common, file: Path, state: Path | None, as_json: bool) -> Non
 @click.command(cls=Command, examples=LOGS_EXAMPLES)
 @click.argument("node", metavar="NODE")
 @click.option("--lines", metavar="NUMBER", type=click.IntRange(1), default=50, show_default=True, help="How many.")
-@fleet_options
-@client_options
-@pass_common
-def logs(common: Common, node: str, lines: int, file: Path, state: Path | None) -> None:
+@pass_site(with_json=False)
+def logs(here: Site, node: str, lines: int) -> None:
     """Show the end of the log of a node, also of one that has ended."""
-    here = site(common, file, state)
     text = run(_log_of(here.node_manager(no_report), Path(node).name))
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import getpass
 import json
 import os
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from llambo.cli.kit.common import Common, address_of, key_of
+from llambo.cli.kit.common import Common, address_of, key_of, pass_common, state_folder
 from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.std_streams import print_notice
 from llambo.mesh.wire.errors import printable
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from llambo.fleet.versions import VersionsFile
     from llambo.mesh.client.client import Client
 
-F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 #: Held by a command while it changes what runs.
@@ -37,16 +38,28 @@ LOCK = "lock"
 COUNTS = "counts.json"
 
 
-def fleet_options(function: F) -> F:
-    file = click.option(
-        "-f", "--file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=Path("fleet.toml"),
-        show_default=True, help="What the fleet shall be.",
-    )  # fmt: skip
-    state = click.option(
-        "--state", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
-        help="Where it is stored what runs.  [default: ~/.local/state/llambo/NAME]",
-    )  # fmt: skip
-    return file(state(function))
+FILE_OPTION = click.option(
+    "-f", "--file", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), default=Path("fleet.toml"),
+    show_default=True, help="What the fleet shall be.",
+)  # fmt: skip
+STATE_OPTION = click.option(
+    "--state", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="Where it is stored what runs.  [default: ~/.local/state/llambo/NAME]",
+)  # fmt: skip
+
+
+def pass_site(*, with_json: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of every command of `llambo fleet`. The function gets the `Site` that they name."""
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(common: Common, /, file: Path, state: Path | None, **options: Any) -> None:
+            function(site(common, file, state), **options)
+
+        taken = client_options(pass_common(command))
+        return FILE_OPTION(STATE_OPTION(json_option(taken) if with_json else taken))
+
+    return decorate
 
 
 def report(text: str) -> None:
@@ -199,13 +212,8 @@ def site(common: Common, file: Path, state: Path | None) -> Site:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{file} cannot be read: {error}", "", Exit.USAGE) from error
     fleet = parse(text, str(file))
-    return Site(fleet, file, (state or _default(fleet.name)).expanduser().absolute(), common, text)
+    return Site(fleet, file, (state or state_folder(os.environ, fleet.name)).expanduser().absolute(), common, text)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
-
-
-def _default(name: str) -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.environ.get("HOME", "/"), ".local", "state")
-    return Path(base, "llambo", name)

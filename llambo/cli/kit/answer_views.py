@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llambo.cli.kit.tables import duration
+from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
@@ -182,13 +182,9 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
     }
 
 
-def times(count: int) -> str:
-    return f"{count} time{'s' if count != 1 else ''}"
-
-
 def statistics_line(answer: Answer, clock: Clock) -> str:
     tokens = len(answer.ids)
-    moves = f"moved {times(answer.moves)}" if answer.moves else "never moved"
+    moves = f"moved {plural(answer.moves, 'time')}" if answer.moves else "never moved"
     return (
         f"{tokens} tokens in {duration(clock.total_ms)} ({clock.rate(tokens):.1f} tokens/s), "
         f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "

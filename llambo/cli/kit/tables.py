@@ -109,6 +109,10 @@ def number(value: object, unit: str = "") -> NumberText:
     return NumberText(f"{value}{unit}")
 
 
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def duration(ms: float) -> NumberText:
     """A time in the unit a person would choose."""
     if ms < 1_000:

@@ -17,7 +17,7 @@ from prompt_toolkit.output import create_output
 
 import llambo
 from llambo.cli.chat.prompt import open_history
-from llambo.cli.chat.store import state_folder
+from llambo.cli.kit.common import state_folder
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.follow import report_link
 from llambo.cli.shell.command_table import MeshNames, completions
@@ -114,5 +114,5 @@ async def _ask_for_names(client: Client, sent: list[str]) -> MeshNames:
 def history(environ: Mapping[str, str]) -> History:
     """In a file that only its owner can read: prompts are private."""
     return open_history(
-        state_folder(environ) / HISTORY_FILE, lambda error: log.warning("no history is stored: %s", error)
+        state_folder(environ, HISTORY_FILE), lambda error: log.warning("no history is stored: %s", error)
     )  # fmt: skip

@@ -37,7 +37,7 @@ class _Row:
     log_tail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CrashLoop:
     node_class: str
     host: str
@@ -106,10 +106,13 @@ class Crashes:
 
     def loops(self, now_ms: int) -> list[CrashLoop]:
         return [
-            CrashLoop(*where, row.failures, row.node, row.how, row.log_tail, max(0, row.paused_until_ms - now_ms))
-            for where, row in sorted(self._rows.items())
+            CrashLoop(
+                node_class=node_class, host=host, failures=row.failures, node=row.node, how=row.how,
+                log_tail=row.log_tail, again_in_ms=max(0, row.paused_until_ms - now_ms),
+            )
+            for (node_class, host), row in sorted(self._rows.items())
             if row.failures >= LOOP
-        ]
+        ]  # fmt: skip
 
     def reset(self, node_class: str) -> None:
         """Its settings have changed."""

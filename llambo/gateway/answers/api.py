@@ -84,7 +84,7 @@ class Renderer(Protocol):
     def failed(self, error: LlamboError) -> Iterable[StreamEvent]:
         """An error after the first token; nothing follows."""
 
-    def body(self, answers: list[Answer]) -> Any:
+    def body(self, answers: list[Answer]) -> JsonObject:
         """All events so far as one body, for a caller who wants no stream. Called after `done`."""
 
 

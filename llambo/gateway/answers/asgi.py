@@ -168,7 +168,7 @@ class Whole(_Reader):
 class Later:
     """Work whose result is the body: embeddings, counts. Cancelled when the client closes its connection."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, object]) -> None:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,10 +19,9 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from llambo.gateway.access import Caller
-from llambo.gateway.answers.api import AnswerHead, Renderer, StreamEvent, Submission, Token, encode
+from llambo.gateway.answers.api import AnswerHead, JsonObject, Renderer, StreamEvent, Submission, Token, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client import Client
@@ -394,7 +393,7 @@ class Rendering:
                 self._put(out, self._renderer.done(feed.all_answers()))
         return out
 
-    def body(self) -> Any:
+    def body(self) -> JsonObject:
         """The whole answer, after the last event."""
         return self._renderer.body(self._feed.all_answers())
 

@@ -20,7 +20,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from types import TracebackType
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import msgspec
@@ -53,7 +52,7 @@ from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 #: The hint if a broker does not know the hello of a client.
-WORKER_PORT = "this is the port of a broker for workers; clients use its first port, which it prints when it starts"
+WORKER_PORT = "this is a broker's port for workers; clients use its first port, which it prints when it starts"
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +158,7 @@ class Client:
         await self.connect()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     # --- requests ----------------------------------------------------------------------------------------------

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from types import TracebackType
-from typing import Any, TypeVar, Unpack
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
-from llambo.mesh.client.answer_stream import Answer, Embeddings, Piece, Stream, Tokenized
+from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client import Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
-from llambo.mesh.client.request_options import Options, TaskCall
-from llambo.mesh.wire import reports
+from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire.errors import Code, LlamboError
-from llambo.mesh.wire.tasks import Form, Pooling
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class SyncStream:
@@ -65,10 +64,20 @@ class SyncStream:
     def __enter__(self) -> SyncStream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _blocking(
+    method: Callable[Concatenate[Client, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[SyncClient, P], T]:
+    """The method of `SyncClient` that waits for this method of `Client`."""
+
+    @functools.wraps(method)
+    def call(client: SyncClient, /, *args: P.args, **options: P.kwargs) -> T:
+        return client.run(method(client._client, *args, **options))
+
+    return call
 
 
 class SyncClient:
@@ -129,9 +138,7 @@ class SyncClient:
         self.connect()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -151,90 +158,33 @@ class SyncClient:
         """Submit a request now, and read its answer as it arrives."""
         return SyncStream(self.run(self._stream(prompt, options)), self)
 
-    def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
-        """Submit a request, and return its whole answer."""
-        return self.run(self._client.generate(prompt, **options))
-
-    def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
-        """Submit a request without a stream. Returns its id, for `attach`."""
-        return self.run(self._client.submit(prompt, detached=detached, **options))
+    generate = _blocking(Client.generate)
+    submit = _blocking(Client.submit)
+    cancel = _blocking(Client.cancel)
 
     def attach(self, id: str) -> SyncStream:
         """Follow a request that was submitted earlier, from its first token."""
         return SyncStream(self.run(self._client.attach(id)), self)
 
-    def cancel(self, id: str) -> str:
-        """Stop a request of any client. Returns the reason of its end."""
-        return self.run(self._client.cancel(id))
-
-    # --- tasks -------------------------------------------------------------------------------------------------
-
-    def tokenize(
-        self,
-        text: str,
-        *,
-        special: bool = False,
-        form: Form = "text",
-        system: str = "",
-        **call: Unpack[TaskCall],
-    ) -> Tokenized:
-        """The tokens of a prompt with this text."""
-        return self.run(self._client.tokenize(text, special=special, form=form, system=system, **call))
-
-    def detokenize(self, ids: Sequence[int], *, special: bool = False, **call: Unpack[TaskCall]) -> str:
-        """The text of these tokens."""
-        return self.run(self._client.detokenize(ids, special=special, **call))
-
-    def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        normalized: bool = True,
-        pooling: Pooling = "",
-        **call: Unpack[TaskCall],
-    ) -> Embeddings:
-        """Embeddings of texts."""
-        return self.run(self._client.embed(texts, normalized=normalized, pooling=pooling, **call))
-
-    def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """Facts about a model, and how it is served."""
-        return self.run(self._client.model_info(**call))
-
     async def _stream(self, prompt: str, options: Options) -> Stream:
         return self._client.stream(prompt, **options)
 
-    # --- questions ---------------------------------------------------------------------------------------------
+    # --- tasks, queries and commands ---------------------------------------------------------------------------
 
-    def query(self, what: str, argument: str = "") -> Any:
-        """The answer of the broker as it was sent."""
-        return self.run(self._client.query(what, argument))
-
-    def status(self) -> reports.MeshStatus:
-        return self.run(self._client.status())
-
-    def workers(self, name: str = "") -> list[reports.WorkerRow]:
-        return self.run(self._client.workers(name))
-
-    def models(self) -> list[reports.ModelRow]:
-        return self.run(self._client.models())
-
-    def requests(self) -> list[reports.RequestRow]:
-        return self.run(self._client.requests())
-
-    def events(self, since: int = 0) -> list[reports.EventRow]:
-        return self.run(self._client.events(since))
-
-    def recent(self, since: int = 0) -> reports.Recent:
-        return self.run(self._client.recent(since))
-
-    def metrics(self) -> str:
-        return self.run(self._client.metrics())
-
-    def why(self, id: str) -> reports.RequestStory:
-        return self.run(self._client.why(id))
-
-    def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        return self.run(self._client.drain(worker, undo, move=move))
+    tokenize = _blocking(Client.tokenize)
+    detokenize = _blocking(Client.detokenize)
+    embed = _blocking(Client.embed)
+    model_info = _blocking(Client.model_info)
+    query = _blocking(Client.query)
+    status = _blocking(Client.status)
+    workers = _blocking(Client.workers)
+    models = _blocking(Client.models)
+    requests = _blocking(Client.requests)
+    events = _blocking(Client.events)
+    recent = _blocking(Client.recent)
+    metrics = _blocking(Client.metrics)
+    why = _blocking(Client.why)
+    drain = _blocking(Client.drain)
 
 
 async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:

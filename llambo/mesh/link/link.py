@@ -207,7 +207,7 @@ class Link:
             if self.control is None:
                 return
             try:
-                frames = self.control.recv_multipart(zmq.DONTWAIT)
+                frames = [frame.bytes for frame in sockets.receive(self.control)]
             except zmq.Again:
                 return
             yield self._decoder.decode(frames)

@@ -144,16 +144,16 @@ def _frame_error(frames: Sequence[bytes]) -> m.Problem | None:
 
 def _with_blobs(session: bytes, messages: list[T], frames: Sequence[bytes], problems: list[m.Problem]) -> Bundle[T]:
     """Pair each message with its extra frame. If the numbers differ they cannot be assigned: all are refused."""
-    wanted = sum(isinstance(message, m.WITH_BLOB) for message in messages)
+    wanted = [type(message) in m.WITH_BLOB for message in messages].count(True)
     if len(frames) - 2 != wanted:
         if not problems or wanted:
             problems.append(_bad(f"{len(frames) - 2} extra frames for {wanted} messages that have one"))
-        messages = [message for message in messages if not isinstance(message, m.WITH_BLOB)]
+        messages = [message for message in messages if type(message) not in m.WITH_BLOB]
         return Bundle(session, [(message, b"") for message in messages], problems)
     if not wanted:
         return Bundle(session, [(message, b"") for message in messages], problems)
     blobs = iter(frames[2:])
-    paired = [(message, next(blobs) if isinstance(message, m.WITH_BLOB) else b"") for message in messages]
+    paired = [(message, next(blobs) if type(message) in m.WITH_BLOB else b"") for message in messages]
     return Bundle(session, paired, problems)
 
 

@@ -293,7 +293,7 @@ class InferenceRequest(Message, frozen=True):
 class Attach(Message, frozen=True):
     """Follow a request that was submitted earlier, from token index `have` on.
 
-    After a lost link `held` has the tokens of the sender, as chunks from token 0: the answer continues from them.
+    After a lost link `held` has the tokens of the sender, as chunks from token 0: that of another broker may differ.
     """
 
     id: RequestId
@@ -479,7 +479,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ] = {}
     #: Do not end before `max_tokens`.
     ignore_eos: bool = False
-    #: If the context has no room for `max_tokens` after the prompt, the answer ends where the context is full.
+    #: True: if the context has no room for `max_tokens` after the prompt, the answer ends where the context is full.
     fit: bool = False
     #: A grammar in GBNF, or a JSON schema as JSON text: at most one of the two.
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
@@ -513,4 +513,4 @@ WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineL
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that have an extra frame.
-WITH_BLOB = (InferenceRequest, Dispatch, Orphan)
+WITH_BLOB = frozenset({InferenceRequest, Dispatch, Orphan})

@@ -20,6 +20,9 @@ class Timers(Generic[K]):
         self._heap: list[tuple[int, int, K]] = []
         self._order = 0  # breaks ties, so that equal times fire in the order they were set
 
+    def __len__(self) -> int:
+        return len(self._at)
+
     def set(self, key: K, at_ms: int) -> None:
         if self._at.get(key) == at_ms:
             return

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
-from typing import Any, assert_never
+from typing import assert_never
 
 import zmq
 
@@ -217,7 +217,7 @@ class Agent:
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""
-        polled: list[tuple[Any, int]] = [(self._wake.fileno(), zmq.POLLIN)]
+        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wake.fileno(), zmq.POLLIN)]
         for link in self._links.values():
             if link.control is not None:
                 polled.append((link.control, POLL_BOTH if link.wants_to_write else zmq.POLLIN))

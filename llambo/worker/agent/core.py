@@ -10,7 +10,7 @@ any part can be asked for again. Three rules are essential:
     a fence   outputs of a run that was cancelled, dropped or lost with its engine are discarded
 
 The engine may die at any moment: its active runs are then reported as lost, and the broker continues them elsewhere;
-runs that had ended are still here. A broker may die as well: its runs go on, and are offered to others (orphans.py).
+runs that had ended are still here. A broker may die as well: its runs go on, and are offered to others (`Orphans`).
 
 Events come in through `handle`, which returns actions. There is no clock, socket or randomness in here.
 """

@@ -72,10 +72,6 @@ class FakeEngine:
         return Ready([ModelInfo(self._model, fingerprint, options.context_tokens)], options.slots, "fake engine")
 
     @property
-    def running(self) -> int:
-        return len(self._sequences)
-
-    @property
     def running_keys(self) -> list[bytes]:
         return list(self._sequences)
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from array import array
 from hashlib import blake2b, shake_128
-from typing import Any
 
 from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
@@ -30,6 +29,7 @@ from llambo.worker.engine.protocol import (
     MASK_64,
     Start,
     TaskRefused,
+    TaskResult,
     decode_ids,
     decode_texts,
     mix,
@@ -142,7 +142,7 @@ def result_of(start: Start, options: FakeOptions, model: str) -> list[bytes]:
         raise unreadable(start, error) from error
 
 
-def _result(start: Start, options: FakeOptions, model: str) -> Any:
+def _result(start: Start, options: FakeOptions, model: str) -> TaskResult:
     match start.task:
         case "tokenize":
             return tasks.TokenizeResult(

@@ -221,6 +221,10 @@ def start_of(dispatch: Dispatch, prompt: bytes) -> Start:
 Fault = Literal["crash", "hang"]
 
 
+#: The last is that of `model_info`.
+TaskResult = tasks.TokenizeResult | tasks.DetokenizeResult | tasks.EmbedResult | dict[str, Any]
+
+
 class TaskRefused(Exception):
     """The task cannot be done, on any worker; `info` gives the reason."""
 
@@ -233,7 +237,7 @@ def unreadable(start: Start, error: Exception) -> TaskRefused:
     return TaskRefused(Code.BAD_REQUEST, f"the input of {start.task} cannot be read: {error}")
 
 
-def result_pieces(start: Start, result: Any) -> list[bytes]:
+def result_pieces(start: Start, result: TaskResult) -> list[bytes]:
     """The result of a task as it travels. Raises TaskRefused if it is too long."""
     data = _encode(result)
     check_size(start, len(data), f"the result of {start.task}")

@@ -28,6 +28,7 @@ from llambo.worker.engine.protocol import (
     Refused,
     Start,
     TaskRefused,
+    TaskResult,
     check_size,
     decode_ids,
     decode_texts,
@@ -244,7 +245,7 @@ class Tasks:
             outputs += self._embed(self._rows(beside_ms))
         return outputs
 
-    def _at_once(self, start: Start) -> Any:
+    def _at_once(self, start: Start) -> TaskResult:
         options = start.options
         match start.task:
             case "tokenize":
@@ -325,7 +326,7 @@ class Tasks:
                 self._embedder.cut(sequence, 0)
 
 
-def _whole(start: Start, result: Any, began: float, tokens: int = 0) -> Output:
+def _whole(start: Start, result: TaskResult, began: float, tokens: int = 0) -> Output:
     pieces = result_pieces(start, result)
     return Output(start.key, [0] * len(pieces), pieces, "stop", _usage(tokens, began))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 from struct import error as struct_error
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,6 +33,10 @@ _BLOCKS = {
 }  # fmt: skip
 
 
+#: What the header has under a key.
+MetaValue = bool | int | float | str | list["MetaValue"]
+
+
 class BadModelFile(Exception):
     """The file is not a model, or is incomplete; the text gives the reason."""
 
@@ -43,7 +47,7 @@ class ModelFile:
 
     path: str
     size_bytes: int
-    meta: dict[str, Any]
+    meta: dict[str, MetaValue]
     tensors: int
 
     @property
@@ -98,7 +102,7 @@ class _Reader:
         tensors, entries = self._u64(), self._u64()
         if tensors > MAX_TENSORS or entries > MAX_ENTRIES:
             raise BadModelFile(f"{self._path} is damaged: {tensors} tensors, {entries} entries")
-        meta: dict[str, Any] = {}
+        meta: dict[str, MetaValue] = {}
         for _ in range(entries):
             key = self._string(MAX_KEY_BYTES)
             meta[key] = self._value(self._u32(), 0)
@@ -107,7 +111,7 @@ class _Reader:
             raise BadModelFile(f"{self._path} is cut off: {self._size} bytes of at least {end}")
         return ModelFile(self._path, self._size, meta, tensors)
 
-    def _tensors(self, count: int, meta: dict[str, Any]) -> int:
+    def _tensors(self, count: int, meta: dict[str, MetaValue]) -> int:
         """The least size that the file can have."""
         end = 0
         for _ in range(count):
@@ -127,7 +131,7 @@ class _Reader:
         start = -(-self._file.tell() // alignment) * alignment
         return start + end if count else 0
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def _value(self, kind: int, depth: int) -> MetaValue:
         if kind in _STRUCTS:
             return self._unpack(_STRUCTS[kind])
         if kind == _STRING:
@@ -182,8 +186,9 @@ class _Reader:
             raise EOFError("unexpected end of file")
         return data
 
-    def _unpack(self, form: Struct) -> Any:
-        return form.unpack(self._bytes(form.size))[0]
+    def _unpack(self, form: Struct) -> bool | int | float:
+        value: bool | int | float = form.unpack(self._bytes(form.size))[0]
+        return value
 
     def _u32(self) -> int:
         return int(self._unpack(_U32))
