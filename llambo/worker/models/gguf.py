@@ -160,7 +160,7 @@ class _Reader:
         return self._bytes(length).decode(errors="replace")
 
     def _first_strings(self, count: int) -> list[str]:
-        """Those that are read of a vocabulary. It has 100,000 strings or more, and a worker that starts waits for it."""
+        """Those that are read of a vocabulary. It has 100,000 strings or more: each costs start-up time."""
         values = [self._string(self._size) for _ in range(ARRAY_VALUES)]
         left = self._size - self._file.tell()
         read, unpack, head = self._file.read, _U64.unpack, _U64.size
