@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from llambo.broker.access.scrapers import token_in
 from llambo.broker.report import metrics_http
 from llambo.broker.report.metrics_http import (
     CONNECTION_S,
@@ -26,6 +25,7 @@ from llambo.broker.report.metrics_http import (
     PAGE_SHARE,
     MetricsServer,
     Snapshot,
+    token_in,
 )
 from llambo.gateway.gateway_metrics import TABLE
 from llambo.mesh.security import api_tokens

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from llambo.broker.events import Counted, Event
-from llambo.broker.records.counters import Counters
+from llambo.broker.records.measurements import Counters
 from llambo.broker.records.meter import CLASSES, MODELS, TIMED
 from llambo.broker.records.registry import CONDITIONS
 from llambo.broker.report import metrics_http
