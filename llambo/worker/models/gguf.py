@@ -159,9 +159,9 @@ class _Reader:
         self._in_file(length)
         return self._bytes(length).decode(errors="replace")
 
-    def _first_strings(self, count: int) -> list[str]:
+    def _first_strings(self, count: int) -> list[MetaValue]:
         """Those that are read of a vocabulary. It has 100,000 strings or more: each costs start-up time."""
-        values = [self._string(self._size) for _ in range(ARRAY_VALUES)]
+        values: list[MetaValue] = [self._string(self._size) for _ in range(ARRAY_VALUES)]
         left = self._size - self._file.tell()
         read, unpack, head = self._file.read, _U64.unpack, _U64.size
         for _ in range(count - ARRAY_VALUES):
