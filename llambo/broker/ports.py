@@ -1,17 +1,22 @@
-"""The broker's four sockets: how they are made and bound. With keys, each has its own ZAP domain."""
+"""The broker's four sockets: how they are made and bound, and who may subscribe to what.
+
+With keys, each has its own ZAP domain.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import zmq
 
 from llambo.broker.access.zap_handler import ZapHandler
+from llambo.broker.records.registry import ClientEntry
 from llambo.mesh.link import sockets
 from llambo.mesh.service.service_manager import Inherited
-from llambo.mesh.wire import tokens
+from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, WORKER_DOMAIN
 
@@ -91,3 +96,42 @@ def _bind(ports: Ports, host: str, port: int, inherited: Inherited | None) -> in
     ports.tokens_in.bind(sockets.endpoint(host, port + sockets.TOKENS_IN_OFFSET))
     ports.tokens_out.bind(sockets.endpoint(host, port + sockets.TOKENS_OUT_OFFSET))
     return port
+
+
+#: The first byte of what arrives at an XPUB socket.
+SUBSCRIBE, UNSUBSCRIBE = 1, 0
+
+
+class SubscriptionGrants:
+    """Decides on each upstream frame of the XPUB socket, in the order they are read.
+
+    libzmq gives a grant to the pipe of the last event it handed out. A frame sent upstream that is no subscription at
+    all makes it lose step, and a grant given then would go to the pipe of another peer. So after any such frame every
+    grant is refused until the socket has been drained: then it is in step again. Refused clients subscribe again when
+    their token plane turns out to be silent.
+    """
+
+    def __init__(self, topics: Mapping[bytes, ClientEntry]) -> None:
+        self.refused = 0
+        self.junk = 0
+        self._topics = topics
+        self._out_of_step = False
+
+    def admit(self, frame: bytes, user: str = "") -> bytes | None:
+        """The topic to grant to the sender of this frame, whose key is `user`, or None."""
+        if not frame or frame[0] not in (SUBSCRIBE, UNSUBSCRIBE):
+            self.junk += 1
+            self._out_of_step = True
+            return None
+        if frame[0] == UNSUBSCRIBE:
+            return None
+        topic = frame[1:]
+        client = self._topics.get(topic)
+        if self._out_of_step or len(topic) != limits.TOPIC_BYTES or client is None or client.link.user != user:
+            self.refused += 1
+            return None
+        return topic
+
+    def drained(self) -> None:
+        """The socket had nothing more to read."""
+        self._out_of_step = False

@@ -19,7 +19,6 @@ from typing import Any
 import zmq
 
 from llambo.broker import ports
-from llambo.broker.access.grants import SubscriptionGrants
 from llambo.broker.access.zap_handler import ZapHandler, key_of
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
@@ -37,6 +36,7 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
+from llambo.broker.ports import SubscriptionGrants
 from llambo.broker.records.journal import LogLine
 from llambo.broker.records.state import State
 from llambo.broker.report import metrics_page

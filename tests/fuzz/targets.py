@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import msgspec
 
-from llambo.broker.access.grants import SubscriptionGrants
+from llambo.broker.ports import SubscriptionGrants
 from llambo.broker.records.transcript import Transcript
 from llambo.mesh.wire import codec, limits, tasks, tokens, transfer
 from llambo.mesh.wire import messages as m

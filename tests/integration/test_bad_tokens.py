@@ -10,7 +10,7 @@ import time
 import pytest
 import zmq
 
-from llambo.broker.access.grants import SubscriptionGrants
+from llambo.broker.ports import SubscriptionGrants
 from llambo.mesh.link import sockets
 from llambo.mesh.wire import limits, messages, tokens
 from llambo.testing.mesh import Mesh

@@ -12,7 +12,7 @@ from llambo.broker.core import BrokerCore
 from llambo.broker.events import Publish as BrokerPublish
 from llambo.broker.events import ToWorker
 from llambo.broker.invariants import check
-from llambo.broker.records.counters import Counters
+from llambo.broker.records.measurements import Counters
 from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.link import link_core as lc

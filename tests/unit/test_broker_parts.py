@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from llambo.broker.access.grants import SubscriptionGrants
+from llambo.broker.ports import SubscriptionGrants
 from llambo.broker.records.accounts import Account
 from llambo.broker.records.pools import Pool
 from llambo.broker.records.queue import RequestQueue

@@ -20,7 +20,7 @@ SUFFIXES = {".css", ".html", ".js", ".md", ".py", ".service", ".socket", ".toml"
 MEANT = {
     ("tests/unit/test_tidy.py", "*"),
     ("docs/protocol-reference.md", "wary"),
-    ("llambo/broker/records/counters.py", "convicted"),
+    ("llambo/broker/records/measurements.py", "convicted"),
     # A counter of the broker.
     ("tests/sim/world.py", "convicted"),
     ("llambo/broker/records/registry.py", "wary"),

@@ -1,1 +1,1 @@
-"""Who may connect, subscribe and ask: the answers to ZeroMQ, and the permissions of a role."""
+"""Who may connect and ask: the answers to ZeroMQ, and the permissions of a role."""

@@ -1,13 +1,74 @@
-"""What is measured besides the counters: times for the metrics, a sample a second, the rate of ends."""
+"""What is counted and measured: numbers since the start, times for the metrics, a sample a second, the rate of ends."""
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from llambo.broker.events import Counted
 from llambo.broker.records.accounts import EndRate
 from llambo.broker.records.meter import Meter
+
+_SHOWN = {"killers": "convicted"}
+
+
+@dataclass(slots=True)
+class RequestCounters:
+    submitted: int = 0
+    attached: int = 0
+    refused: int = 0
+    dispatched: int = 0
+    ended: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    moved: int = 0
+    adopted: int = 0
+
+
+@dataclass(slots=True)
+class TokenCounters:
+    tokens: int = 0
+    chunks: int = 0
+    stale_chunks: int = 0
+    duplicate_chunks: int = 0
+    malformed_frames: int = 0
+    gaps: int = 0
+    repaired: int = 0
+    replays_asked: int = 0
+    replays_served: int = 0
+
+
+@dataclass(slots=True)
+class FaultCounters:
+    engine_deaths: int = 0
+    suspected: int = 0
+    #: Requests that were proved to kill engines. Shown as "convicted", its older name.
+    killers: int = 0
+    ejected: int = 0
+    retries_denied: int = 0
+
+
+@dataclass(slots=True)
+class PeerCounters:
+    workers_lost: int = 0
+    clients_lost: int = 0
+    problems: int = 0
+    unknown_sessions: int = 0
+    forbidden: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    requests: RequestCounters = field(default_factory=RequestCounters)
+    tokens: TokenCounters = field(default_factory=TokenCounters)
+    faults: FaultCounters = field(default_factory=FaultCounters)
+    peers: PeerCounters = field(default_factory=PeerCounters)
+
+    def flat(self) -> dict[str, int]:
+        parts = (getattr(self, part.name) for part in fields(self))
+        values = {one.name: getattr(part, one.name) for part in parts for one in fields(part)}
+        return {_SHOWN.get(name, name): value for name, value in values.items()}
 
 
 class Sample(NamedTuple):

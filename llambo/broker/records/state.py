@@ -14,9 +14,8 @@ from llambo.broker.config import BrokerConfig
 from llambo.broker.events import Action, ToClient, ToWorker
 from llambo.broker.records.accounts import Accounts
 from llambo.broker.records.archive import Archive
-from llambo.broker.records.counters import Counters
 from llambo.broker.records.journal import Journal
-from llambo.broker.records.measurements import Measurements
+from llambo.broker.records.measurements import Counters, Measurements
 from llambo.broker.records.orphans import Recovery
 from llambo.broker.records.pools import Pool, Pools
 from llambo.broker.records.queue import RequestQueue

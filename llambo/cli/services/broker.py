@@ -51,9 +51,8 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int:
     import os
 
-    from llambo.broker.access.scrapers import token_in
     from llambo.broker.config import BrokerConfig
-    from llambo.broker.report.metrics_http import MetricsServer
+    from llambo.broker.report.metrics_http import MetricsServer, token_in
     from llambo.broker.server import run_broker
     from llambo.mesh.link.sockets import endpoint
     from llambo.mesh.service.service_manager import inherited
