@@ -397,7 +397,7 @@ class Leadership:
         """
         began, events = time.monotonic(), self._unsent
         models = sorted(promised)[: limits.PROMISED_MODELS]
-        lease = m.Lease(0, LEASE, self._holder, limits.LEASE_MS, acting, models, events)
+        lease = m.Lease(0, LEASE, self._holder, limits.LEASE_MS, renewal=acting, promised=models, events=events)
         answers = []
         for host, port in sockets.split_all(address):
             answer = await self._ask(endpoint(host, port), lease)

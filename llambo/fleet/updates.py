@@ -9,6 +9,7 @@ completed a request of another client. A bad worker is ended, so that it gets no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -63,7 +64,9 @@ class ClassUpdate:
         self._manager = manager
         self._wanted = wanted
         self._steps = {step.name: step for step in steps}
-        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        #: What a task of ours raised.
+        self._error: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle_since_ms = clock.now_ms()
 
@@ -99,18 +102,15 @@ class ClassUpdate:
 
     async def _next_events(self) -> list[Event]:
         """Those of the next `LOOK_S`. Raises what a task of ours raised."""
-        found: list[Event | BaseException] = []
-        try:
+        found: list[Event] = []
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):
                 found.append(await self._events.get())
-        except TimeoutError:
-            pass
         while not self._events.empty():
             found.append(self._events.get_nowait())
-        for event in found:
-            if isinstance(event, BaseException):
-                raise event
-        return [event for event in found if not isinstance(event, BaseException)]
+        if self._error is not None:
+            raise self._error
+        return found
 
     def _compare(self, snapshot: Snapshot) -> None:
         running = self._manager.providers.fingerprints()
@@ -182,7 +182,8 @@ class ClassUpdate:
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._events.put_nowait(error)
+            self._error = self._error or error
+            self._events.put_nowait(TimePassed())
 
     async def _stop(self, name: str) -> None:
         try:

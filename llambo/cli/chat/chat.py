@@ -23,7 +23,7 @@ from llambo.cli.chat.store import SavedChat, Store, Turn, matches, one_line
 from llambo.cli.commands.send import read_stdin
 from llambo.cli.kit.answer_views import StdoutWriter, statistics_line
 from llambo.cli.kit.command import Command, silence_stdout
-from llambo.cli.kit.common import Common, connect, pass_common, state_folder
+from llambo.cli.kit.common import Common, connect, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
 from llambo.cli.kit.follow import report_link
@@ -85,7 +85,6 @@ class ChatFlags:
 @setting_option("max_tokens", default=str(CHAT_TOKENS))
 @settings_options(["client_model", "temperature", "connect_ms"])
 @client_options
-@pass_common
 def chat(
     common: Common, /, prompt: tuple[str, ...], as_json: bool, listed: bool, search: str | None, delete: str | None,
     **chosen: Any,

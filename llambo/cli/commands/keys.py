@@ -13,7 +13,7 @@ import click
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import config_option, json_option, settings_options
+from llambo.cli.kit.flags import Function, config_option, json_option, settings_options
 from llambo.cli.kit.tables import plural, show_json, table
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class Span(click.ParamType):  # type: ignore[type-arg]
         return int(text[:-1]) * _UNITS[text[-1]]
 
 
+def keys_options(function: Function) -> Function:
+    return settings_options(["keys"])(config_option()(pass_common(function)))
+
+
 def _folder(common: Common) -> Folder:
     from llambo.mesh.security.keyring import Folder, default_folder
 
@@ -105,9 +109,7 @@ def keys() -> None:
 
 @click.command(cls=Command, examples=INIT_EXAMPLES)
 @click.option("--address", metavar="ADDRESS", help="Where brokers are, as others reach them; with commas between.")
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def init(common: Common, address: str | None) -> None:
     """Make a mesh: the broker's key pair, and an admin's key."""
     from llambo.mesh.link.sockets import DEFAULT_PORT, split_all
@@ -135,9 +137,7 @@ def init(common: Common, address: str | None) -> None:
               show_default=True, help="The best priority it may ask for.")  # fmt: skip
 @click.option("--models", metavar="PATTERN", multiple=True, help="Models it may use.  [default: all]")
 @click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def add(common: Common, /, name: str, expires: int | None, models: tuple[str, ...], **limits: Any) -> None:
     """Make a key. Limits are for clients; 0 is none."""
     from llambo.mesh.wire.identity import Identity
@@ -150,9 +150,7 @@ def add(common: Common, /, name: str, expires: int | None, models: tuple[str, ..
 
 @click.command("list", cls=Command, examples=LIST_EXAMPLES)
 @json_option
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def list_keys(common: Common, as_json: bool) -> None:
     """Show whose keys there are, and what they may do. Nothing secret is shown."""
     now = time.time()
@@ -191,9 +189,7 @@ def _row_of(entry: KeyEntry, now: float) -> _KeyRow:
 
 @click.command(cls=Command, examples=REVOKE_EXAMPLES)
 @click.argument("name")
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def revoke(common: Common, name: str) -> None:
     """Take back all keys of this name. Who is connected with one is out within half a second."""
     from llambo.mesh.security import api_tokens
@@ -208,9 +204,7 @@ def revoke(common: Common, name: str) -> None:
 @click.argument("name")
 @click.option("--grace", type=Span(), metavar="TIME", default=GRACE, show_default=True,
               help="How long the old key is still valid.")  # fmt: skip
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def rotate(common: Common, name: str, grace: int) -> None:
     """Make a new key under the same name, with the same rights."""
     _folder(common).rotate(name, int(time.time()), grace)
@@ -221,9 +215,7 @@ def rotate(common: Common, name: str, grace: int) -> None:
 @click.argument("name")
 @click.option("--address", metavar="ADDRESS", help="Where the broker is for this one, if elsewhere than for others.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write this file (0600), not stdout.")
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def export(common: Common, name: str, address: str | None, output: Path | None) -> None:
     """Print the key: one line, for --key, LLAMBO_KEY or a file. It admits anybody who has it."""
     from llambo.mesh.link.sockets import split_all
@@ -246,9 +238,7 @@ def export(common: Common, name: str, address: str | None, output: Path | None) 
 @click.argument("name")
 @click.option("--expires", type=Span(), metavar="TIME", help="Valid for so long: 90d, 12h.")
 @click.option("--withdraw", is_flag=True, help="Take back every token of this name; its keys stay.")
-@settings_options(["keys"])
-@config_option()
-@pass_common
+@keys_options
 def token(common: Common, name: str, expires: int | None, withdraw: bool) -> None:
     """Print a new API token of NAME: what the gateway wants from programs that speak HTTP.
 

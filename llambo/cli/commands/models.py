@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
+from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -38,7 +38,6 @@ NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 @json_option
 @settings_options(["models_dir", "connect_ms"])
 @client_options
-@pass_common
 def models(common: Common, name: str | None, as_json: bool) -> None:
     """List the models found on this host, and those that are served; or tell what the served model NAME is.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
+from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import Row, duration, number, plural, request_note, show_json, table
 from llambo.mesh.wire.reports import RequestRow, RequestStory, StoryStep
@@ -36,7 +36,6 @@ SPARE = ("moves", "priority", "model", "age", "note", "worker")
 @click.command(cls=Command, examples=REQUESTS_EXAMPLES)
 @json_option
 @client_options
-@pass_common
 def requests(common: Common, as_json: bool) -> None:
     """List the requests that wait or run. The beginning of an id is enough wherever one is asked for.
 
@@ -75,7 +74,6 @@ def _row(row: RequestRow) -> Row:
 @click.argument("id", metavar="ID")
 @json_option
 @client_options
-@pass_common
 def why(common: Common, id: str, as_json: bool) -> None:
     """Show the story of the request ID: each step with its time and reason. The beginning of the id is enough."""
     answer = query(common, "why", id)
@@ -115,7 +113,6 @@ def timeline(story: Sequence[StoryStep]) -> list[str]:
 @click.argument("id", metavar="ID")
 @json_option
 @client_options
-@pass_common
 def cancel(common: Common, id: str, as_json: bool) -> None:
     """Stop the request ID, of any client. The beginning of the id is enough. One that has ended stays as it is."""
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.flags import Duration, F, Seed, StopText, client_options, json_option, settings_options
+from llambo.cli.kit.common import Common
+from llambo.cli.kit.flags import Duration, Function, Seed, StopText, client_options, json_option, settings_options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.naming import MARK
@@ -39,7 +39,7 @@ llambo attach 3f2a --json
 SETTINGS = ("client_model", "max_tokens", "temperature", "connect_ms", "timeout_ms")
 
 
-def _client_options(function: F) -> F:
+def _client_options(function: Function) -> Function:
     return client_options(function, verbose="Statistics and the log to stderr; twice for more.")
 
 
@@ -63,7 +63,6 @@ def _client_options(function: F) -> F:
 @json_option
 @settings_options(SETTINGS)
 @_client_options
-@pass_common
 def send(
     common: Common, /, prompt: tuple[str, ...], detach: bool, as_json: bool, no_stream: bool, **chosen: Any
 ) -> None:
@@ -166,7 +165,6 @@ def _detach(common: Common, text: str, options: Options, as_json: bool) -> None:
 @json_option
 @settings_options(["connect_ms", "timeout_ms"])
 @_client_options
-@pass_common
 def attach(common: Common, id: str, as_json: bool) -> None:
     """Show the answer to the request ID from its first token on, and follow it to its end.
 

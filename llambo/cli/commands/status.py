@@ -8,7 +8,7 @@ import click
 
 from llambo.cli.commands.models import show_models
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of, where
+from llambo.cli.kit.common import Common, ask, query, rows_of, where
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import duration, facts, number, show_json, size, table
 from llambo.mesh.wire.reports import AccountRow, EventRow, MeshStatus
@@ -37,7 +37,6 @@ SHOWN = 4
 @click.command(cls=Command, examples=STATUS_EXAMPLES)
 @json_option
 @client_options
-@pass_common
 def status(common: Common, as_json: bool) -> None:
     """Show the mesh in numbers: workers, slots, queue, speed, models, and what each identity has of that.
 
@@ -117,7 +116,6 @@ def _ready(found: MeshStatus) -> str:
 @click.option("--since", type=click.IntRange(min=0), default=0, metavar="NUMBER", help="Only what came after this one.")
 @json_option
 @client_options
-@pass_common
 def events(common: Common, since: int, as_json: bool) -> None:
     """Show what happened in the mesh: workers that joined or were lost, engines that died. The latest comes last."""
     answer = query(common, "events", str(since))
@@ -133,7 +131,6 @@ def events(common: Common, since: int, as_json: bool) -> None:
 
 @click.command(cls=Command, examples=METRICS_EXAMPLES)
 @client_options
-@pass_common
 def metrics(common: Common) -> None:
     """Print the broker's metrics as Prometheus reads them.
 

@@ -10,7 +10,7 @@ import click
 
 from llambo.cli.commands.send import prompt_of
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common
+from llambo.cli.kit.common import Common, ask
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import number, show_json, table
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -37,7 +37,6 @@ llambo embed --compare "a cat" "a kitten" "a bond"   how near they are
 @json_option
 @settings_options(["client_model"])
 @client_options
-@pass_common
 def tokens(
     common: Common, /, text: tuple[str, ...], count: bool, chat: bool, special: bool, back: bool, as_json: bool,
     **_: Any,
@@ -83,7 +82,6 @@ def _ids(text: str) -> list[int]:
 @json_option
 @settings_options(["client_model"])
 @client_options
-@pass_common
 def embed(
     common: Common, /, text: tuple[str, ...], lines: bool, compare: bool, pooling: str | None, as_json: bool, **_: Any
 ) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from llambo.cli.kit.answer_views import CLEAR_LINE
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, ask, pass_common, query, rows_of
+from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import client_options, json_option
 from llambo.cli.kit.tables import Row, busy_text, duration, number, show_json, table, worker_note
@@ -46,7 +46,6 @@ GONE_S = 3.0
 @click.command(cls=Command, examples=WORKERS_EXAMPLES)
 @json_option
 @client_options
-@pass_common
 def workers(common: Common, as_json: bool) -> None:
     """List the workers. A narrow terminal has no room for every column; a pipe and --json have.
 
@@ -95,7 +94,6 @@ def _row(row: WorkerRow) -> Row:
 @click.option("--undo", is_flag=True, help="Let it work again.")
 @json_option
 @client_options
-@pass_common
 def drain(common: Common, worker: str, move: bool, no_wait: bool, undo: bool, as_json: bool) -> None:
     """Give WORKER no new work, and wait until it runs nothing. It stays in the mesh until it is stopped.
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from llambo.cli.kit.common import Common, address_of, key_of, pass_common, state_folder
+from llambo.cli.kit.common import Common, address_of, key_of, state_folder
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import client_options, json_option
+from llambo.cli.kit.flags import Function, client_options, json_option
 from llambo.cli.kit.std_streams import print_notice
 from llambo.mesh.wire.errors import printable
 
@@ -48,15 +48,15 @@ STATE_OPTION = click.option(
 )  # fmt: skip
 
 
-def pass_site(*, with_json: bool = True) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def pass_site(*, with_json: bool = True) -> Callable[[Function], Function]:
     """The options of every command of `llambo fleet`. The function gets the `Site` that they name."""
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def command(common: Common, /, file: Path, state: Path | None, **options: Any) -> None:
             function(site(common, file, state), **options)
 
-        taken = client_options(pass_common(command))
+        taken = client_options(command)
         return FILE_OPTION(STATE_OPTION(json_option(taken) if with_json else taken))
 
     return decorate

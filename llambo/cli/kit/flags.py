@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import click
 
-from llambo.cli.kit.common import Common
+from llambo.cli.kit.common import Common, pass_common
 from llambo.mesh.settings.settings_table import BY_NAME, Setting
 from llambo.mesh.wire import limits
 
 F = TypeVar("F", bound=Callable[..., Any])
+Function = Callable[..., None]
 
 
 class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
@@ -115,9 +116,12 @@ def config_option() -> Callable[[F], F]:
     )
 
 
-def client_options(function: F, *, verbose: str = "Log to stderr; twice for more.") -> F:
-    """The options of every command that asks the mesh. `llambo` takes them too, before the command."""
-    return settings_options(["broker", "key"])(config_option()(verbosity(verbose)(function)))
+def client_options(function: Function, *, verbose: str = "Log to stderr; twice for more.") -> Function:
+    """The options of every command that asks the mesh, which gets `Common` as its first argument.
+
+    `llambo` takes them too, before the command.
+    """
+    return settings_options(["broker", "key"])(config_option()(verbosity(verbose)(pass_common(function))))
 
 
 def json_option(function: F) -> F:

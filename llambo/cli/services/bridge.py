@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, connect, pass_common
+from llambo.cli.kit.common import Common, connect
 from llambo.cli.kit.flags import client_options, settings_options
 from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
@@ -43,7 +43,6 @@ SETTINGS = (
 @click.option("--quit-stops", is_flag=True, help="QUIT ends the bridge, and not just its connection.")
 @settings_options(SETTINGS)
 @client_options
-@pass_common
 def bridge(common: Common, quit_stops: bool) -> None:
     """Listen on a Unix socket for commands, one a line, and answer each in a line of JSON.
 

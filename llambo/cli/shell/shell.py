@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, connect, pass_common, where
+from llambo.cli.kit.common import Common, connect, where
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.follow import end_signals
@@ -56,7 +56,6 @@ SENTENCE_WORDS = 3
 @json_option
 @settings_options(SETTINGS)
 @client_options
-@pass_common
 def shell(common: Common, text: str | None, keep_going: bool, as_json: bool) -> None:
     """Type commands and prompts, over one connection to the mesh.
 

@@ -9,7 +9,7 @@ import sys
 import click
 
 from llambo.cli.kit.command import Command
-from llambo.cli.kit.common import Common, connect, pass_common
+from llambo.cli.kit.common import Common, connect
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Duration, client_options, settings_options
 
@@ -31,7 +31,6 @@ llambo --broker tcp://box:7330 top
 )
 @settings_options(["connect_ms"])
 @client_options
-@pass_common
 def top(common: Common, every_ms: int) -> None:
     """Watch workers, requests, queue and throughput, and drain or cancel with a key.
 
