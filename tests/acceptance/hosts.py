@@ -77,7 +77,7 @@ def start(log: Path, *command: str) -> subprocess.Popen[bytes]:
 
 def play(folder: Path) -> dict[str, object]:
     places.settle()
-    hosts = {name: places.Keeper(number) for number, name in enumerate(("box", "gpu", "laptop"))}
+    hosts = {name: places.Namespace(number) for number, name in enumerate(("box", "gpu", "laptop"))}
     box = "10.77.0.2"
     # The hosts reach each other through this network: that is where the packets are captured.
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")

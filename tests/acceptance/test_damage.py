@@ -1,4 +1,4 @@
-"""Models, templates and grammars that mean harm: no agent dies of them, nothing hangs, and others are not disturbed.
+"""Hostile models, templates and grammars: no agent ends by them, nothing hangs, and other requests are not disturbed.
 
 The long version, with 500 models, is `python -m bench.damage`.
 """

@@ -237,7 +237,7 @@ def test_workers_are_found_by_what_is_known_of_them(look: Look) -> None:
     assert look.page.locator("#workers-table tbody tr").count() == 3
 
 
-# --- who may, and what may not -------------------------------------------------------------------------------
+# --- permissions, and content that must not run --------------------------------------------------------------
 
 
 def test_what_the_mesh_says_is_text(chromium: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reads the history of a run and says what is wrong with its answers. It knows nothing of how the mesh works.
+"""Reads the history of a run and reports what is wrong with its answers. It does not depend on how the mesh works.
 
 Of each answer: every index once and in order; each token is the one that has to be there; one END, with the right
 count, and nothing after it; no dispatch speaks again once another one has spoken (that would be a zombie's token);

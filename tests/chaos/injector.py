@@ -1,4 +1,4 @@
-"""Does to the mesh what the schedule says, and writes down what it did and when that was over."""
+"""Injects the faults of the schedule, and records each with its begin and its end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.chaos.world import WORKER_PLANES, World, gone
 
 #: How long workers may take to be back, and a drained one to be empty, before that is given up and reported.
 BACK_S, EMPTY_S = 15.0, 60.0
-#: How often a broker that came back is asked who is there.
+#: How often a broker that came back is asked for its workers.
 ASK_S = 0.05
 
 
@@ -95,7 +95,7 @@ class Injector:
         if not await gone(engine, BACK_S):
             self._world.journal.write("orphan", pid=engine, whom=worker.name)
         if fault.what != "engine":
-            await worker.reborn(starts)
+            await worker.restarted(starts)
         self._say("healed", fault)
 
     async def _stop(self, fault: Fault, worker: Node) -> None:
@@ -122,14 +122,14 @@ class Injector:
         self._say("healed", fault)
 
     async def _link(self, fault: Fault, worker: Node) -> None:
-        keeper = self._world.keepers.get(fault.victim)
-        if keeper is None:
+        namespace = self._world.namespaces.get(fault.victim)
+        if namespace is None:
             self._say("skipped", fault, why="it has no network of its own")
             return
         self._begin(fault, worker.name)
-        await asyncio.to_thread(keeper.link, False)
+        await asyncio.to_thread(namespace.link, False)
         await asyncio.sleep(fault.length_ms / 1000)
-        await asyncio.to_thread(keeper.link, True)
+        await asyncio.to_thread(namespace.link, True)
         self._say("healed", fault)
 
     async def _network(self, fault: Fault, worker: Node) -> None:
@@ -198,7 +198,7 @@ class Injector:
         starts = broker.starts
         broker.pause_s = fault.length_ms / 1000
         broker.send(signal.SIGTERM if fault.what == "term" else signal.SIGKILL)
-        if not await broker.reborn(starts):
+        if not await broker.restarted(starts):
             self._world.journal.write("broken", whom=broker.name, text="it did not come back")
             return
         self._say("healed", fault)
@@ -224,7 +224,7 @@ class Injector:
         starts = client.starts
         self._world.journal.write("killed", whom=self._world.client_name(fault.victim))
         client.send(signal.SIGKILL)
-        await client.reborn(starts)
+        await client.restarted(starts)
         self._say("healed", fault)
 
     async def _rolling(self, fault: Fault) -> None:
@@ -238,7 +238,7 @@ class Injector:
                 worker.send(signal.SIGTERM)
                 code = await process.wait()
                 self._world.journal.write("emptied", whom=worker.name, how="rolling", ms=now_ms() - began, code=code)
-                await worker.reborn(starts)
+                await worker.restarted(starts)
         self._say("healed", fault)
 
     async def _poison(self, fault: Fault) -> None:

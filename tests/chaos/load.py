@@ -68,7 +68,7 @@ class Spans:
         Reassembly._append = watched  # type: ignore[method-assign, assignment]
 
     def take(self, id: str, first: int, count: int) -> list[tuple[str, int]]:
-        """Those of the tokens from `first` on; what lies before is forgotten."""
+        """Those of the tokens from `first` on; earlier ones are dropped."""
         spans, found = self._by_id[bytes.fromhex(id)], []
         until = first + count
         while spans and spans[0][0] < until:

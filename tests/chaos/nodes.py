@@ -87,7 +87,7 @@ class Node:
             self.ready.set()
             self._changed.notify_all()
 
-    async def reborn(self, starts: int, within_s: float = READY_S) -> bool:
+    async def restarted(self, starts: int, within_s: float = READY_S) -> bool:
         """Whether one that was started after the first `starts` is ready, or becomes it in time."""
         try:
             async with asyncio.timeout(within_s), self._changed:

@@ -1,8 +1,8 @@
-"""Networks of our own, where the machine allows: one for the whole harness, and one for each worker that wants it.
+"""Networks of our own, where the machine allows: one for the whole harness, and one for each worker that needs it.
 
 None of them has a name. A network namespace without a name lives as long as a process in it, and with it go its
 interfaces: nothing can be left behind, however a run ends, and nothing can leave the machine. The harness starts
-itself again inside the first one (`enter`). A `Keeper` holds one for a worker and is joined to the harness's by a
+itself again inside the first one (`enter`). A `Namespace` holds one for a worker and is joined to the harness's by a
 pair of virtual interfaces, whose one end can be taken down.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from contextlib import suppress
 
-#: Where brokers listen inside. One address that everybody can reach leaves the others, at the same ports, to proxies.
+#: Where brokers listen inside. One address that all can reach leaves the others, at the same ports, to proxies.
 BROKERS = "10.77.255.1"
 #: In the environment of a harness that is inside already.
 INSIDE = "CHAOS_INSIDE"
@@ -56,7 +56,7 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=TRY_S)
 
 
-class Keeper:
+class Namespace:
     """A network for one worker. `cat` keeps it: it ends when our end of its pipe is closed, by us or by our death."""
 
     def __init__(self, number: int) -> None:

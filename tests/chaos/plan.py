@@ -36,7 +36,7 @@ RATES: dict[str, float] = {
 }  # fmt: skip
 #: What one more fault on the same victim has to wait for after the last one is over.
 RECOVERY_MS: dict[str, int] = {"worker": 4_000, "broker": 5_000, "client": 1_000, "fleet": 2_000}
-#: Nothing happens before everybody has work, and nothing in the last moments.
+#: No fault begins before all workers have work, and none in the last moments.
 QUIET_MS = 2_000
 KINDS = ("agent", "engine", "both")
 
@@ -92,7 +92,7 @@ class Plan:
 
 
 class _Calendar:
-    """Who is hit until when."""
+    """Which targets are under a fault, and until when."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan

@@ -11,7 +11,7 @@ from tests.chaos.history import Line
 
 #: What a machine that is full of processes may add to each time, before the promise counts as broken.
 SLACK_MS = 700
-#: A worker is of use again so long after its link is whole, and so long after its broker is back.
+#: A worker is ready again so long after its link is whole, and so long after its broker is back.
 HEALED_MS = 5_000
 BACK_MS = 3_000
 #: Faults after which a worker has to be back among the ready within `HEALED_MS`.
@@ -68,7 +68,7 @@ def _count(times: Times, faults: list[Line], skipped: list[Line]) -> None:
 
 
 def _until_next(fault: Line, faults: list[Line]) -> int:
-    """When its victim, or the broker that would have to notice, is hit again."""
+    """When the next fault of its victim, or of the broker that would have to notice, begins."""
     later = [
         other["t"]
         for other in faults

@@ -1,4 +1,4 @@
-"""One run: everybody starts, faults come, faults end, everything is finished, and then the history is read."""
+"""One run: the processes start, faults begin and end, all requests are finished, and then the history is read."""
 
 from __future__ import annotations
 

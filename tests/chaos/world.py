@@ -23,7 +23,7 @@ from tests.chaos.plan import Plan
 
 #: The first broker's port in a network of its own, and how far apart the ports of two brokers are.
 BASE_PORT, APART = 7330, 10
-#: How often a broker is asked who is there, and every how many times for its counters.
+#: How often a broker is asked for its workers, and every how many times for its counters.
 LOOK_S, COUNTERS_EVERY = 0.25, 4
 SIZES_S = 2.0
 #: How long clients may take to finish their requests, once the faults are over.
@@ -57,7 +57,7 @@ class World:
         for _ in range(plan.brokers):
             self.ports.append(free_port(self.ports[-1] + APART if self.ports else BASE_PORT if self.inside else 20_000))
         self.keys = self._made_keys()
-        self.keepers: dict[int, places.Keeper] = {}
+        self.namespaces: dict[int, places.Namespace] = {}
         self.proxies: dict[int, Proxy] = {}
         self.brokers = [self._broker(number) for number in range(plan.brokers)]
         self.workers: list[nodes.Node] = []
@@ -82,7 +82,7 @@ class World:
         os.environ[KEY_ENV] = to_line(folder.export("harness"))
         return folder
 
-    # --- who they are --------------------------------------------------------------------------------
+    # --- names and commands --------------------------------------------------------------------------
 
     def address(self, broker: int, host: str = "") -> str:
         return f"tcp://{host or self.host}:{self.ports[broker]}"
@@ -102,8 +102,8 @@ class World:
         prefix: list[str] = []
         match plan.place(number):
             case "far":
-                keeper = self.keepers[number] = places.Keeper(number)
-                prefix = keeper.prefix
+                namespace = self.namespaces[number] = places.Namespace(number)
+                prefix = namespace.prefix
             case "near":
                 proxy = self.proxies[number] = Proxy(f"127.0.1.{number + 1}", self.host, self.ports, WORKER_PLANES)
                 await proxy.start()
@@ -155,7 +155,7 @@ class World:
             self._supervised(client)
         for number in range(self.plan.brokers):
             self._looking.append(asyncio.create_task(self._watch(number)))
-        self._looking.append(asyncio.create_task(self._weigh()))
+        self._looking.append(asyncio.create_task(self._measure_sizes()))
 
     def _supervised(self, node: nodes.Node) -> None:
         self._keeping.append(asyncio.create_task(self._supervise(node)))
@@ -215,8 +215,8 @@ class World:
         await asyncio.gather(*self._looking, *self._keeping, return_exceptions=True)
         for proxy in self.proxies.values():
             await proxy.close()
-        for keeper in self.keepers.values():
-            keeper.close()
+        for namespace in self.namespaces.values():
+            namespace.close()
         for pid, (whom, began) in self.engines.items():
             # A number may be another process's by now.
             if nodes.began(pid) == began and not await gone(pid, 2.0):
@@ -272,7 +272,7 @@ class World:
             turn += 1
             await asyncio.sleep(LOOK_S)
 
-    async def _weigh(self) -> None:
+    async def _measure_sizes(self) -> None:
         while True:
             for node in self.everybody():
                 size = node.size()

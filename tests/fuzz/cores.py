@@ -44,7 +44,7 @@ LIFE = 2_000
 REMEMBERED = 64
 #: Requests of a broker that is gone: clients ask for them, workers claim to run them.
 FOREIGN = [bytes([number]) * 16 for number in range(1, 4)]
-#: Those whom a broker with keys knows, by key; names of workers begin with those of their keys.
+#: The identities of a broker with keys, by key; names of workers begin with those of their keys.
 KEYS = {
     "c1": Identity("c1", "client", max_in_flight=3, max_queued=5, max_bytes=100_000, per_minute=50, models=("ti*",)),
     "c2": Identity("c2", "admin"),
@@ -69,7 +69,7 @@ class UnderFire(ABC):
         del self.mutator.pool[:-REMEMBERED]
 
     def message(self, direction: str, session: bytes, say: Callable[[], plausible.Said]) -> Frames:
-        """A mutant, mostly under a session that is alive; or what one could `say`, as it is or changed a little."""
+        """A mutant, mostly under a live session; or a plausible message of `say`, as it is or changed a little."""
         bodies, chance = self.bodies[direction], self.chance
         if chance.random() < 0.7:
             return plausible.frames(self.mutator, session, [say() for _ in range(chance.choice((1, 1, 1, 2, 5)))])
@@ -89,14 +89,14 @@ class UnderFire(ABC):
         self.now_ms += self.chance.choice(PAUSES_MS)
 
     @abstractmethod
-    def shoot(self) -> None: ...
+    def send_one(self) -> None: ...
 
     @abstractmethod
     def check(self) -> None: ...
 
 
 class Broker(UnderFire):
-    """Two clients and two workers that have joined, and mean harm. Half of the brokers have keys, and so have they."""
+    """Two hostile clients and two hostile workers that have joined. Half of the brokers have keys, and so have they."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
@@ -151,7 +151,7 @@ class Broker(UnderFire):
             case _:
                 pass
 
-    def shoot(self) -> None:
+    def send_one(self) -> None:
         chance = self.chance
         self.pass_time()
         if chance.random() < 0.03:
@@ -200,7 +200,7 @@ class Broker(UnderFire):
 
 
 class Worker(UnderFire):
-    """One worker whose broker means harm, and whose engine is an honest fake."""
+    """One worker with a hostile broker, whose engine is an honest fake."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
@@ -228,7 +228,7 @@ class Worker(UnderFire):
                 case _:
                     pass
 
-    def shoot(self) -> None:
+    def send_one(self) -> None:
         chance = self.chance
         self.pass_time()
         if self.welcomes:
@@ -265,7 +265,7 @@ class Worker(UnderFire):
 
 
 class Client(UnderFire):
-    """One client with requests, whose broker means harm."""
+    """One client with requests and a hostile broker."""
 
     def __init__(self, chance: random.Random) -> None:
         super().__init__(chance)
@@ -294,7 +294,7 @@ class Client(UnderFire):
                 case _:
                     pass
 
-    def shoot(self) -> None:
+    def send_one(self) -> None:
         chance = self.chance
         self.pass_time()
         if self.welcomes and chance.random() < 0.9:
@@ -345,7 +345,7 @@ def fire(name: str, seed: str, count: int) -> tuple[int, str]:
         try:
             if core is None or number % LIFE == 0:
                 core = CORES[name](chance)
-            core.shoot()
+            core.send_one()
             if number % CHECKED_EVERY == 0:
                 core.check()
         except Exception as error:  # noqa: BLE001  # whatever it is, it is the finding

@@ -13,11 +13,11 @@ from llambo.mesh.link import sockets
 from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 from tests.fuzz import plausible
-from tests.fuzz.gunner import ENDS_IT, HANG_S, LISTEN_EVERY, Gunner, Said, ends
+from tests.fuzz.hostile_peer import ENDS_IT, HANG_S, LISTEN_EVERY, HostilePeer, Said, ends
 from tests.fuzz.target import Frames
 
 
-class HostileBroker(Gunner):
+class HostileBroker(HostilePeer):
     """Attacks a worker, or with `client` a client."""
 
     def __init__(self, context: zmq.Context[Any], seed: str, *, client: bool) -> None:
@@ -53,7 +53,7 @@ class HostileBroker(Gunner):
             assert left_ms > 0 and self.control.poll(left_ms), f"no hello for {HANG_S} s"
             self._listen()
 
-    def shoot(self, sent: Counter[str]) -> None:
+    def send_one(self, sent: Counter[str]) -> None:
         if sent.total() % LISTEN_EVERY == 0:
             self._listen()
         if not self._route:
@@ -85,7 +85,7 @@ class HostileBroker(Gunner):
         return plausible.to_worker(self.chance, self.alive, self._seq, "fake")
 
     def _free(self) -> None:
-        """The honest broker's requests want a slot as well."""
+        """Free the slots, so that the honest broker's requests run as well."""
         for key in self.alive:
             self._send(codec.encode(self.session, [(m.Cancel(key[:16], key[16:]), None), (m.EndAck([key]), None)]))
 

@@ -32,22 +32,22 @@ from llambo.mesh.wire.identity import PeerKey
 from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, plausible
-from tests.fuzz.gunner import (
+from tests.fuzz.hostile_broker import HostileBroker
+from tests.fuzz.hostile_peer import (
     ANEW_EVERY,
     ENDS_IT,
     HANG_S,
     LISTEN_EVERY,
     MODEL,
-    Gunner,
+    HostilePeer,
     Report,
     Said,
-    barrage,
     ends,
     judge,
+    send_all,
     status,
     wait_to_send,
 )
-from tests.fuzz.hostile_broker import HostileBroker
 
 # --- against a broker ------------------------------------------------------------------------------------------
 
@@ -56,7 +56,7 @@ from tests.fuzz.hostile_broker import HostileBroker
 PAIRS = 2
 
 
-class Peer(Gunner):
+class Peer(HostilePeer):
     """A client or worker that joins and then sends arbitrary messages; a worker publishes as well."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Peer(Gunner):
         self.control.close(linger=0)
         self.tokens.close(linger=0)
 
-    def shoot(self, sent: Counter[str]) -> None:
+    def send_one(self, sent: Counter[str]) -> None:
         self._since += 1
         if self._since >= ANEW_EVERY:
             self._join()
@@ -157,7 +157,7 @@ class Peer(Gunner):
 
 
 def against_keyed_broker(count: int, seed: str) -> Report:
-    """The same with keys: everybody has a valid one."""
+    """The same with keys: each peer has a valid one."""
     with tempfile.TemporaryDirectory(prefix="llambo-fuzz-") as place:
         return against_broker(count, seed, key_folder(Path(place, "keys")))
 
@@ -172,21 +172,21 @@ def against_broker(count: int, seed: str, folder: Folder | None = None) -> Repor
     own = key_of(folder, "honest") if folder else None
     with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), config=config, broker="process", keys=folder) as mesh:
         assert mesh.process is not None
-        gang = []
+        peers = []
         for number in range(2 * PAIRS):
             worker = bool(number % 2)
             key = key_of(folder, f"mallory{number}", "worker" if worker else "client") if folder else None
-            gang.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
+            peers.append(Peer(context, mesh.port, f"{seed}/{number}", worker=worker, key=key))
         try:
             with honest.Honest(mesh.address, key=keys.to_line(own) if own else "") as watched:
-                barrage(report, watched, count, [peer.shoot for peer in gang])
+                send_all(report, watched, count, [peer.send_one for peer in peers])
                 mesh.run(status(mesh, own), 2 * HANG_S)
             report.tallies = watched.tallies
         finally:
-            for peer in gang:
+            for peer in peers:
                 peer.close()
             context.term()
-        report.sessions = sum(peer.sessions for peer in gang)
+        report.sessions = sum(peer.sessions for peer in peers)
         if not mesh.process.running:
             report.wrong.append("the broker is gone")
         judge(report, mesh)
@@ -204,7 +204,7 @@ def against_worker(count: int, seed: str) -> Report:
             worker.first_line()
             broker.wait()
             with honest.Honest(mesh.address) as watched:
-                barrage(report, watched, count, [broker.shoot])
+                send_all(report, watched, count, [broker.send_one])
             report.sessions = broker.sessions
             report.tallies = watched.tallies
             if not worker.running:
@@ -224,7 +224,7 @@ def against_client(count: int, seed: str) -> Report:
         with Mesh(1, fake=FakeOptions(slots=8, tokens_per_s=2_000), broker="process") as mesh:
             with honest.Honest(mesh.address, broker.address) as watched:
                 broker.wait()
-                barrage(report, watched, count, [broker.shoot])
+                send_all(report, watched, count, [broker.send_one])
             report.sessions = broker.sessions
             report.tallies = watched.tallies
             judge(report, mesh)

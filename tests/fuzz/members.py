@@ -1,4 +1,4 @@
-"""Bombs of those who have joined, by libzmq's own means: with a valid key where keys are needed."""
+"""Attacks by peers that have joined through libzmq, with a valid key where keys are needed."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def unpack(data: bytes) -> Any:
 
 
 class Mutator:
-    """`pool`: values that mean something where the messages go, such as ids that are alive."""
+    """`pool`: values that the receiver knows, such as live ids."""
 
     def __init__(self, chance: random.Random, pool: Sequence[Any] = ()) -> None:
         self.chance = chance
@@ -168,7 +168,7 @@ class Mutator:
     # --- frames ----------------------------------------------------------------------------------------
 
     def frames(self, original: Sequence[bytes], body: Callable[[], bytes], others: Sequence[bytes]) -> list[bytes]:
-        """Mostly the body (frame 1) is hit, where the schema is; now and then the rest. `others`: frames of others."""
+        """Mostly the body (frame 1) is changed, where the schema is; now and then the rest. `others`: other frames."""
         chance = self.chance
         frames = list(original)
         what = chance.randrange(40)

@@ -1,4 +1,4 @@
-"""Messages that a peer with bad intentions, and with ids that are alive, could well say.
+"""Messages that a hostile peer with the ids of live requests could send.
 
 The samples show every field once; what they name is not there. These name what is.
 """
@@ -28,7 +28,7 @@ def chunks(key: bytes, count: int, flags: int = 0) -> list[bytes]:
 
 
 def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny") -> Said:
-    """`ids`: requests that are alive. There may be none."""
+    """`ids`: live requests. There may be none."""
     id = chance.choice(ids) if ids and chance.random() < 0.8 else chance.randbytes(16)
     held = chunks(id + samples.DISPATCH, chance.choice((0, 1, 3)), chance.choice((0, 1, 3)))
     prompt, prompt_bytes = transfer.pack(b"hello", held)
@@ -74,7 +74,7 @@ def from_client(chance: random.Random, ids: Sequence[bytes], model: str = "tiny"
 
 
 def from_worker(chance: random.Random, keys: Sequence[bytes], model: str = "tiny") -> Said:
-    """`keys`: request id + dispatch id, of runs that are alive."""
+    """`keys`: request id + dispatch id, of live runs."""
     key = chance.choice(keys) if keys and chance.random() < 0.9 else chance.randbytes(24)
     id, dispatch = key[:16], key[16:]
     count = chance.choice((0, 1, 2, 5))

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz sessions --count 10000 --idle 1000
 
-Each opens a connection to one of the four sockets, does one of the deeds of `wire`, and ends in one of the ways there
+Each opens a connection to one of the four sockets, does one of the actions of `wire`, and ends in one of the ways there
 are: closed, reset, or left open until a hundred others are. Beside them so many are idle for all of the time, half of
 them without a word, the others after a handshake.
 """
@@ -29,7 +29,7 @@ from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, wire
 
 #: Connections that are made at a time.
-HANDS = 8
+THREADS = 8
 #: Those that are neither closed nor reset stay, and the oldest goes when there are more.
 LEFT_OPEN = 100
 #: How long the honest client is watched alone, before and after.
@@ -42,7 +42,7 @@ SETTLE_S = 20.0
 class Report:
     sessions: int = 0
     seconds: float = 0.0
-    deeds: Counter[str] = field(default_factory=Counter)
+    actions: Counter[str] = field(default_factory=Counter)
     refused: int = 0
     idle: int = 0
     descriptors: dict[str, int] = field(default_factory=dict)
@@ -83,16 +83,16 @@ def raise_descriptor_limit(wanted: int) -> None:
 
 
 def one(port: int, seed: str, crowd: Crowd) -> tuple[str, bool]:
-    """One session. The name of its deed, and whether the broker hung up before it was done."""
+    """One session. The name of its action, and whether the broker hung up before it was done."""
     chance = random.Random(seed)
-    offset, deed = chance.randrange(4), chance.choice(wire.DEEDS)
+    offset, action = chance.randrange(4), chance.choice(wire.ACTIONS)
     try:
         raw = wire.connect(port + offset)
     except OSError:
         return "no connection", True
     cut = False
     try:
-        deed(chance, raw, offset)
+        action(chance, raw, offset)
         if chance.random() < 0.2:
             raw.settimeout(0.05)
             raw.recv(4_096)
@@ -105,7 +105,7 @@ def one(port: int, seed: str, crowd: Crowd) -> tuple[str, bool]:
         raw.close()
     else:
         crowd.leave(raw)
-    return deed.__name__, cut
+    return action.__name__, cut
 
 
 def idle(port: int, count: int, crowd: Crowd) -> int:
@@ -145,12 +145,12 @@ def attack(mesh: Mesh, count: int, idlers: int, seed: str, alone_s: float = ALON
         report.idle = idle(mesh.port, idlers, idle_crowd)
         look("idle")
         seeds = (f"{seed}/{number}" for number in range(count))
-        with ThreadPoolExecutor(HANDS) as hands:
+        with ThreadPoolExecutor(THREADS) as threads:
             while batch := list(islice(seeds, 500)):
-                for deed, cut in hands.map(lambda each: one(mesh.port, each, crowd), batch):
-                    report.deeds[deed] += 1
+                for action, cut in threads.map(lambda each: one(mesh.port, each, crowd), batch):
+                    report.actions[action] += 1
                     report.refused += cut
-        report.sessions, report.seconds = report.deeds.total(), time.monotonic() - began
+        report.sessions, report.seconds = report.actions.total(), time.monotonic() - began
         look("during")
         crowd.close()
         idle_crowd.close()
@@ -184,7 +184,7 @@ def main(count: int, idlers: int, seed: str) -> int:
         report = attack(mesh, count, idlers, seed)
         answered = mesh.run(_ask(mesh))
     print(f"{report.sessions:,} hostile sessions in {report.seconds:.0f} s beside {report.idle:,} idle connections")
-    print(f"deeds: {dict(sorted(report.deeds.items()))}")
+    print(f"actions: {dict(sorted(report.actions.items()))}")
     print(f"cut by the broker, or not let in: {report.refused:,}")
     print(f"descriptors of the broker: {report.descriptors}; RSS in MiB: {report.rss_mib}")
     print(honest.show(report.tallies))

@@ -1,4 +1,4 @@
-"""Messages as hypothesis makes them, which knows how to make the ones that fail small.
+"""Messages made by hypothesis, which reduces those that fail.
 
 Where `mutator` begins with good messages, these begin with nothing: any value that msgpack can hold, maps with a known
 `type` and known fields that hold anything, and frames in any number.

@@ -15,7 +15,7 @@ HOST = "127.0.0.1"
 LIMIT_S = 5.0
 MORE, LONG, COMMAND = 1, 2, 4
 GREETING_BYTES = 64
-#: The broker's sockets by their distance from the base port, and who may talk to them.
+#: The broker's sockets by their distance from the base port, and the socket types that connect to them.
 PARTNERS = (b"DEALER", b"DEALER", b"PUB", b"SUB")
 
 
@@ -210,7 +210,7 @@ def a_hello_and_gone(chance: random.Random, raw: socket.socket, offset: int) -> 
     raw.sendall(frame(b"llb\x01" + bytes(8), MORE) + frame(hello))
 
 
-DEEDS: tuple[Deed, ...] = (
+ACTIONS: tuple[Deed, ...] = (
     garbage, another_protocol, half_a_greeting, slowly, other_mechanism, other_version, zmtp_1, other_metadata,
     broken_metadata, two_handshakes, huge_length, wild_frames, wild_commands, short_pings, deadly_pings, subscriptions,
     endless_message, half_a_message, nothing, a_hello_and_gone,

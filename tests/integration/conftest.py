@@ -1,4 +1,4 @@
-"""What several of these tests begin with."""
+"""Fixtures of several of these tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if systemd_here.hindrance_to_reach():
 
 @pytest.fixture(scope="module")
 def steady_mesh() -> Iterator[Mesh]:
-    """One broker, whose invariants are checked after each turn, and one worker with time for everybody."""
+    """One broker, whose invariants are checked after each turn, and one worker with free slots."""
     with Mesh(workers=1, fake=FakeOptions(slots=8, tokens_per_s=500), check=True) as mesh:
         yield mesh
 

@@ -1,4 +1,4 @@
-"""A test double of a broker: two raw sockets and no mind. It says what a test tells it to, and beats.
+"""A test double of a broker: two raw sockets without logic. It sends what a test sends, and heartbeats.
 
 It is here so that the worker agent can be tested alone, down to the bytes; the real broker is in `broker/`.
 """

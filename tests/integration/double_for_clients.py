@@ -1,4 +1,4 @@
-"""A test double of a broker: raw sockets on a thread, and just enough sense to answer one client after a script.
+"""A test double of a broker: raw sockets on a thread, which answers clients by a script.
 
 It has no queue, no worker and no memory limits. What it does to a request is written in the prompt:
 
@@ -38,7 +38,7 @@ class Run:
     pieces: list[bytes]
     reason: m.Reason | None
     error: ErrorInfo | None = None
-    #: The sessions that still want to know how it ended.
+    #: The sessions that have not acknowledged its end.
     followers: set[bytes] = field(default_factory=set)
 
     def end(self) -> m.End | None:

@@ -17,7 +17,7 @@ from tests.integration.manager import LIMIT_S, Manager
 from tests.integration.test_systemd import install
 from tests.systemd_here import SSHD
 
-#: Where the box is for everybody.
+#: The address of the box, on each of the hosts.
 BOX = "10.78.255.1"
 UNITS = "/run/rig/etc/systemd/user"
 SSH_SERVICE = f"""
@@ -79,7 +79,7 @@ class Box:
         self.manager.run("ip", "addr", "add", f"{BOX}/32", "dev", "lo")
 
     def knows(self, far: Far) -> None:
-        """As an operator does it who has looked at the fingerprint."""
+        """Add its host key, as an operator does after comparing the fingerprint."""
         with (self.ssh / "known_hosts").open("a") as known:
             known.write(f"10.78.{far.number}.2 {far.public}")
 

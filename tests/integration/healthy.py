@@ -1,4 +1,4 @@
-"""A stream that is read in the background while something else happens, to see that it does not mind."""
+"""A stream that is read in the background while something else happens, and must not be disturbed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ ENDLESS = {"prompt": "p", "max_tokens": 100_000}
 
 
 class Peer:
-    """One end of a connection that speaks lines."""
+    """The client end of a connection with lines."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer

@@ -103,7 +103,7 @@ class TestLoss:
             first = await stream.next_piece()
             assert first is not None
             assert first.ids == [0]
-            # When the broker forgets everybody, and the answer goes on meanwhile
+            # When the broker forgets all sessions, and the answer goes on meanwhile
             found = broker.runs[bytes.fromhex(stream.id)]
             broker.forget_sessions.set()
             found.pieces += [b"on ", b"and "]

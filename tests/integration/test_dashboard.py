@@ -136,7 +136,7 @@ def content_of(event: bytes) -> dict[str, Any]:
     return dict(json.loads(event.removeprefix(b"data: ")))
 
 
-# --- who may do what -----------------------------------------------------------------------------------------
+# --- permissions ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ async def test_killed_in_the_middle_of_its_streams(victim: str) -> None:
         assert {answer.reason for answer in answers} == {"length"}
         assert sum(answer.moves for answer in answers) == 2
         assert mesh.counter("failed") == 0
-        # And nothing is left of the dead
+        # And nothing is left of the killed processes
         wait_until_gone(engine, 10)
         assert worker.running == (victim == "engine")
         if victim == "engine":
@@ -175,7 +175,7 @@ def test_the_same_name_from_two_processes() -> None:
         assert second.first_line() == "ready"
 
 
-# --- workers that do not want ----------------------------------------------------------------------------------
+# --- workers that take no work ---------------------------------------------------------------------------------
 
 
 async def test_a_drained_worker_finishes_and_gets_nothing_new() -> None:
@@ -207,7 +207,7 @@ async def test_a_worker_that_gets_sigterm_finishes_what_it_has() -> None:
 
 
 async def test_a_worker_that_is_busy_for_another_broker_gets_nothing_and_another_worker_does_it() -> None:
-    """Two brokers share a worker: of what one has given it the other knows the slots that it takes."""
+    """Two brokers share a worker: each counts the slots that the other uses."""
     with Mesh(workers=1, fake=FakeOptions(slots=1, tokens_per_s=200), check=True) as mesh, Mesh(workers=0) as other:
         both = mesh.spawn("both", mesh.address, other.address)
         both.first_line()

@@ -45,7 +45,7 @@ class Far:
             (folder / name).chmod(0o755)
 
     def units(self) -> Units:
-        """As the next command has them, which knows what is in its folder."""
+        """A provider as the next command makes it, with the records of its folder."""
         host = Host(name="far", provider="systemd", address="far", user=True)
         return Units("rig", host, self.folder / "state")
 

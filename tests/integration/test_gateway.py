@@ -207,7 +207,7 @@ def test_a_request_that_waits_gets_its_place_in_the_queue() -> None:
             assert second.readline() == b": waiting, you are next\n"
 
 
-# --- who may -------------------------------------------------------------------------------------------------
+# --- API tokens ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

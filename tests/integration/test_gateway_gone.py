@@ -1,4 +1,4 @@
-"""Those who hang up, stop reading or hold on: nothing is left of them, in the gateway or in the broker."""
+"""Clients that disconnect, stop reading or stay connected: nothing is left of them in the gateway or the broker."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProces
         connections.append(connection)
     mesh.until(lambda core: core.state.running, "they run")
     mesh.until(lambda core: not core.state.requests, "they are answered, although no client reads it")
-    # He who reads after all is given all of it.
+    # A reader that continues later gets all of it.
     reply = http.client.HTTPResponse(connections[0])
     reply.begin()
     assert events(reply)[-1].endswith(b"data: [DONE]\n")

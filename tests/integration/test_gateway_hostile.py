@@ -1,4 +1,4 @@
-"""Those who mean the gateway no good: pages in a browser, strangers, who says too much, and who takes nothing."""
+"""Hostile HTTP clients: pages in a browser, strangers, requests that are too large, and readers that do not read."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_a_websocket_takes_no_longer_message_than_a_body(gateway: GatewayProcess
         assert not socket.protocol.extensions, "what is compressed may grow to anything"
         with pytest.raises(ConnectionClosed) as closed:
             too_much(socket)
-        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009  # (none: it was sent to who still wrote)
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009  # (none: the client still wrote)
 
 
 def test_websockets_count_as_well(mesh: Mesh) -> None:

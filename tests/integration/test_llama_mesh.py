@@ -89,7 +89,7 @@ async def test_what_the_engine_refuses_for_good_is_not_tried_again(mesh: Mesh, o
 
 @dataclass
 class Watched:
-    """One stream of the mix, as two readers saw it: who asked, and another client that came later."""
+    """One stream of the mix, as two readers saw it: the client that submitted it, and another that attached later."""
 
     number: int
     pieces: list[str] = field(default_factory=list)
@@ -133,7 +133,7 @@ async def follow(client: Client, id: str) -> Answer:
 
 
 def kill(mesh: Mesh, turn: int) -> None:
-    """The worker with the most streams loses its engine, or its life: by turns."""
+    """Kill the worker with the most streams, or, in odd turns, its engine."""
     busy = mesh.look(lambda core: {w.name: len(w.claims) for w in core.state.registry.workers.values()})
     victim = max((worker for worker in mesh.workers if worker.running), key=lambda worker: busy.get(worker.name, 0))
     if turn % 2:

@@ -244,7 +244,7 @@ SCHEMAS["write_note"] = NOTE["function"]["parameters"]  # type: ignore[index]
 
 
 def in_a_call(core: BrokerCore) -> str:
-    """Who has come as far as the arguments with one; the frame before them has some twenty tokens."""
+    """Whether a worker has generated a call up to its arguments; the frame before them has some twenty tokens."""
     far = (
         each for each in core.state.requests.values() if each.run.worker is not None and each.transcript.next_index > 24
     )

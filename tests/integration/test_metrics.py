@@ -1,4 +1,4 @@
-"""Where Prometheus looks in: a real broker's page, and everybody who means ill standing before it."""
+"""The metrics page of a real broker and gateway, with hostile clients at the same port."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_hostile_scrapers_disturb_no_stream() -> None:
             assert turned_away == [400, 431, 400, 400]
             answers = [status for status, _ in await asyncio.gather(*[fetch(metrics.port) for _ in range(200)])]
             print(f"{answers.count(200)} of 200 at once were served")
-            # Who was too slow between coming and asking had to make room. Asking again, without a crowd, he is served.
+            # A connection without a request may be closed to make room. A second request, without the crowd, is served.
             assert set(answers) <= {0, 200} and answers.count(200) >= 100
             assert [(await fetch(metrics.port))[0] for _ in range(answers.count(0))] == [200] * answers.count(0)
             for each in idle:
@@ -311,7 +311,7 @@ def test_without_descriptors_it_pauses(
     assert accepted[1] - accepted[0] >= FULL_PAUSE_S
 
 
-# --- who may ---
+# --- permissions ---
 
 
 def test_beyond_this_machine_it_wants_a_token() -> None:

@@ -45,7 +45,7 @@ async def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
 
 
 async def answer(client: Client, number: int) -> str:
-    """Who made it."""
+    """The worker that made it."""
     done = await client.generate(f"prompt {number}", max_tokens=TOKENS, seed=number)
     assert done.ids == truth(f"prompt {number}", number, TOKENS)
     return done.worker

@@ -28,7 +28,7 @@ LLAMBO = str(Path(sys.executable).parent / "llambo")
 BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"
 ONE, TWO = "llambo-worker@one.service", "llambo-worker@two.service"
 UNITS = "/run/rig/etc/systemd/system"
-#: For a test a watchdog that bites soon, and an engine that is given up sooner still.
+#: For a test a short watchdog, and a stall time of the engine that is shorter still.
 WATCHDOG_S, STALL_MS = 3, 1_400
 REAL = {
     "llambo-broker.service.d/rig.conf": "[Service]\nUser=\n",

@@ -78,7 +78,7 @@ async def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
             with pytest.raises(LlamboError) as late:
                 await client.embed(TEXTS, deadline_ms=100)
             assert late.value.code is Code.DEADLINE
-            # Somebody else cancels it
+            # Another client cancels it
             asked = asyncio.create_task(client.embed(TEXTS))
             await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
             (request,) = await other.requests()
@@ -90,7 +90,7 @@ async def test_cancels_and_deadlines_end_a_task_with_a_reason() -> None:
             with pytest.raises(LlamboError) as cancelled:
                 await asked
             assert cancelled.value.code is Code.CANCELLED
-            # And who waits no longer cancels it, too
+            # A cancelled call cancels its task, too
             asked = asyncio.create_task(client.embed(TEXTS))
             await mesh.aside(lambda core: len(core.state.requests) == 1, "it runs")
             asked.cancel()

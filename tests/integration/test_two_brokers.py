@@ -35,7 +35,7 @@ async def both_know(brokers: Brokers, workers: int) -> None:
 
 
 async def settled_on(brokers: Brokers, broker: int) -> Client:
-    """A client that knows both brokers and has, by its own choice, taken this one."""
+    """A client that has the addresses of both brokers, and is connected to this one."""
     addresses = [mesh.address for mesh in brokers]
     while True:
         client = Client(",".join(addresses), name="wanderer")

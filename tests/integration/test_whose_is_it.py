@@ -237,7 +237,7 @@ def test_a_name_that_two_keys_may_have_is_the_first_ones(mesh: Mesh, folder: Fol
 
 
 def test_a_worker_that_speaks_for_another(mesh: Mesh, folder: Folder, alice: Healthy) -> None:
-    """It has a valid key and knows the run of a neighbour: its END, its page and its chunks change nothing."""
+    """It has a valid key and the ids of another's run: its END, its page and its chunks change nothing."""
 
     def run(core: object) -> bytes:
         return bytes(next(iter(core.state.running)))  # type: ignore[attr-defined]

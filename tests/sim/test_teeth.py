@@ -37,6 +37,7 @@ NOTICED_BY = {
     "abandoned is not ended": 92,
     "poison is ended": 20,
     "one suspect on an engine": 62,
+    "one suspect of all brokers": 698,
     "progress clears a suspect": 20,
     "kills from outside are not charged": 1,
     "running limit in the queue": 25,

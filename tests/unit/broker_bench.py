@@ -84,10 +84,10 @@ class Bench:
         return Client(self, route, user)
 
 
-def small_mesh(**config: Any) -> tuple[Bench, Worker, Client]:
-    """A broker with one worker of two slots and one client."""
+def small_mesh(slots: int = 2, **config: Any) -> tuple[Bench, Worker, Client]:
+    """A broker with one worker and one client."""
     bench = Bench(**config)
-    return bench, bench.worker(), bench.client()
+    return bench, bench.worker(slots=slots), bench.client()
 
 
 class Peer:

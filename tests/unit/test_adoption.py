@@ -10,7 +10,7 @@ import pytest
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.errors import Code
-from tests.unit.broker_bench import Bench, Client, Worker, request_id
+from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
 
 ADOPT_MS = 1_000
 
@@ -49,8 +49,7 @@ def adopted(worker: Worker) -> list[bytes]:
 
 @pytest.mark.parametrize("worker_first", [True, False])
 def test_a_run_goes_on_whether_client_or_worker_comes_first(worker_first: bool) -> None:
-    bench = Bench()
-    client, worker = bench.client(), bench.worker()
+    bench, worker, client = small_mesh()
     if worker_first:
         announce(worker, 1, [1, 2, 3])
         resume(client, 1, [1, 2])
@@ -68,8 +67,7 @@ def test_a_run_goes_on_whether_client_or_worker_comes_first(worker_first: bool) 
 
 
 def test_without_its_worker_it_goes_on_elsewhere_after_a_moment() -> None:
-    bench = Bench()
-    client, worker = bench.client(), bench.worker()
+    bench, worker, client = small_mesh()
     resume(client, 1, [1, 2])
     bench.pass_time(ADOPT_MS - 50)
     assert worker.dispatches == []
@@ -84,8 +82,7 @@ def test_without_its_worker_it_goes_on_elsewhere_after_a_moment() -> None:
 
 
 def test_a_run_that_says_other_tokens_than_the_client_holds_is_stopped() -> None:
-    bench = Bench()
-    client, worker = bench.client(), bench.worker()
+    _, worker, client = small_mesh()
     announce(worker, 1, [1, 9, 9])
     resume(client, 1, [1, 2])
     assert adopted(worker) == []
@@ -93,8 +90,7 @@ def test_a_run_that_says_other_tokens_than_the_client_holds_is_stopped() -> None
 
 
 def test_a_run_that_has_less_than_the_client_is_stopped() -> None:
-    bench = Bench()
-    client, worker = bench.client(), bench.worker()
+    bench, worker, client = small_mesh()
     announce(worker, 1, [1])
     resume(client, 1, [1, 2])
     assert adopted(worker) == []
@@ -167,8 +163,7 @@ def test_an_adopted_run_that_dies_moves_with_its_prompt() -> None:
 
 
 def test_an_adopt_that_was_lost_is_noticed() -> None:
-    bench = Bench()
-    client, worker = bench.client(), bench.worker()
+    _, worker, client = small_mesh()
     announce(worker, 1, [1, 2])
     resume(client, 1, [1])
     seq = worker.received(m.Adopt)[-1].seq
@@ -202,17 +197,13 @@ def test_an_orphan_that_is_malformed_is_stopped(blob: bytes) -> None:
 
 
 def test_a_resume_that_is_malformed_is_refused() -> None:
-    bench = Bench()
-    bench.worker()
-    client = bench.client()
+    _, _, client = small_mesh()
     client.send(m.InferenceRequest(request_id(1), "m", have=2, resume=True, prompt_bytes=5), blob=b"hello\xc1")
     assert client.problems[-1].error.code is Code.BAD_REQUEST
 
 
 def test_tokens_that_are_claimed_but_not_shown_cannot_be_continued() -> None:
-    bench = Bench()
-    bench.worker()
-    client = bench.client()
+    _, _, client = small_mesh()
     client.send(m.InferenceRequest(request_id(1), "m", have=2, resume=True), blob=b"hello")
     assert client.problems[-1].error.code is Code.UNKNOWN_REQUEST
 

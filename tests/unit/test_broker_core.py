@@ -83,9 +83,7 @@ def test_without_any_worker_ever_there_is_nothing_to_wait_for() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(fields: dict[str, object], prompt: bytes, code: Code) -> None:
-    bench = Bench()
-    bench.worker()
-    client = bench.client()
+    bench, _, client = small_mesh()
     client.submit(1, prompt, **fields)
     assert [p.error.code for p in client.problems] == [code]
     assert client.problems[0].id == request_id(1)
@@ -105,8 +103,7 @@ def test_with_several_models_one_has_to_be_named() -> None:
 
 
 def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
-    bench = Bench(queue_requests=2)
-    worker, client = bench.worker(slots=1), bench.client()
+    _, worker, client = small_mesh(slots=1, queue_requests=2)
     for number in range(4):
         client.submit(number)
     assert [p.error.code for p in client.problems] == [Code.BUSY]
@@ -118,9 +115,7 @@ def test_a_full_queue_is_busy_at_once_and_says_when_to_come_back() -> None:
 
 
 def test_transcripts_are_reserved_when_a_request_is_admitted() -> None:
-    bench = Bench(transcript_bytes=reservation(10) + 5)
-    bench.worker()
-    client = bench.client()
+    _, _, client = small_mesh(transcript_bytes=reservation(10) + 5)
     client.submit(1)
     client.submit(2)
     client.submit(3, max_tokens=100_000)
@@ -227,8 +222,7 @@ def test_a_claimed_run_that_the_broker_does_not_know_is_cancelled() -> None:
 
 
 def test_cancel_ends_at_once_and_frees_the_slot_when_the_worker_has_stopped() -> None:
-    bench = Bench()
-    worker, client = bench.worker(slots=1), bench.client()
+    _, worker, client = small_mesh(slots=1)
     id = client.submit(1)
     client.submit(2)
     client.send(m.Cancel(id))
@@ -533,9 +527,7 @@ def test_malformed_logprobs_are_dropped_on_arrival() -> None:
 
 
 def test_queries_answer_in_pages_and_name_what_they_do_not_know() -> None:
-    bench = Bench()
-    bench.worker()
-    client = bench.client()
+    _, _, client = small_mesh()
     id = client.submit(1)
     for number, (what, argument) in enumerate(
         [("status", ""), ("workers", ""), ("models", ""), ("requests", ""), ("events", "0"), ("why", id.hex())]

@@ -261,7 +261,6 @@ def begin(folder: Path) -> Chats:
 
 def test_a_question_is_sent_with_the_earlier_turns_and_saved_with_its_answer(begin: Chats) -> None:
     user = begin(SavedChat("mine", system="Be brief."), max_tokens=99).types("Is it day?").types("And now?", "No.")
-
     assert user.asked.messages == (
         ("system", "Be brief."), ("user", "Is it day?"), ("assistant", "Yes."), ("user", "And now?")
     )  # fmt: skip
@@ -279,14 +278,12 @@ def test_the_size_of_the_context_is_asked_for_once(begin: Chats) -> None:
 @pytest.mark.parametrize("size", [-1, "many", None])
 def test_a_worker_that_reports_nonsense_as_its_context_is_an_error(begin: Chats, size: Any) -> None:
     user = begin(context=size).types("one")
-
     assert user.error is not None and user.error.code is Code.BAD_MESSAGE
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n\n"])
 def test_an_empty_line_does_nothing(begin: Chats, text: str) -> None:
     user = begin().types(text)
-
     assert (user.mesh.asked, user.screen.lines, user.turns) == ([], [], [])
 
 
@@ -296,7 +293,6 @@ def test_two_slashes_begin_a_message_with_one(begin: Chats) -> None:
 
 def test_half_a_character_from_a_terminal_can_be_sent_all_the_same(begin: Chats) -> None:
     ((_, content),) = begin().types("a\udcffb").asked.messages
-
     assert content == "a?b"
 
 
@@ -305,7 +301,6 @@ def test_half_a_character_from_a_terminal_can_be_sent_all_the_same(begin: Chats)
 
 def test_the_last_fifty_turns_are_sent_along(begin: Chats) -> None:
     user = begin(SavedChat("mine", turns=turns(60))).types("next")
-
     assert len(user.asked.messages) == 2 * 50 + 1
     assert user.asked.messages[0] == ("user", "question 11")
     assert "the first 10 turns are left out" in user.notices
@@ -316,7 +311,6 @@ def test_the_last_fifty_turns_are_sent_along(begin: Chats) -> None:
 def test_a_full_context_loses_its_oldest_turns_and_says_so(begin: Chats) -> None:
     # 4 words a turn and 1 for the question; 30 of 60 remain if the answer has its half.
     user = begin(SavedChat("mine", turns=turns(40)), context=60, max_tokens=1000).types("next")
-
     assert words(user.asked.messages) == 29
     assert user.asked.messages[0] == ("user", "question 34")
     assert user.asked.max_tokens == 30
@@ -329,7 +323,6 @@ def test_omitted_turns_are_reported_when_they_change_and_not_each_time(begin: Ch
     user = begin(SavedChat("mine", turns=turns(40)), context=60, max_tokens=30)
     user.types("next", "", error=LlamboError(Code.NO_BROKER, "the broker is gone"))
     assert "left out" in user.notices
-
     # A turn without an answer is not sent, so the same turns are left out.
     assert user.types("next", "a b c").screen.lines == []
     assert "the first 34 turns" in user.types("next").notices
@@ -339,7 +332,6 @@ def test_a_long_question_takes_the_room_of_its_answer_and_a_longer_one_is_not_se
     long = begin(context=100, max_tokens=50).types("word " * 80)
     assert long.asked.max_tokens == 20
     assert "20 tokens are left" in long.notices
-
     longer = begin(context=100, max_tokens=50).types("word " * (100 - LEAST_ANSWER + 1))
     assert longer.error is not None and longer.error.code is Code.TOO_LONG
     assert (longer.mesh.asked, longer.turns) == ([], [])
@@ -359,7 +351,6 @@ def test_as_many_turns_are_sent_as_fit_and_not_one_less(count: int, room: int) -
         return 12 * number + 3
 
     found, tokens = asyncio.run(most_that_fit(count, room, count_tokens))
-
     fit = [number for number in range(count + 1) if 12 * number + 3 <= room]
     assert found == (fit[-1] if fit else -1)
     assert tokens == 12 * max(found, 0) + 3
@@ -368,7 +359,6 @@ def test_as_many_turns_are_sent_as_fit_and_not_one_less(count: int, room: int) -
 
 def test_turns_without_an_answer_are_saved_and_not_sent(begin: Chats) -> None:
     user = begin().interrupts("one", signal.SIGINT, text="").types("two")
-
     assert user.asked.messages == (("user", "two"),)
     assert [turn.mark for turn in user.turns] == ["stopped", ""]
 
@@ -383,7 +373,6 @@ def test_turns_without_an_answer_are_saved_and_not_sent(begin: Chats) -> None:
 )  # fmt: skip
 def test_an_answer_that_is_not_whole_is_marked(begin: Chats, reason: str, mark: str, notice: str) -> None:
     user = begin().types("one", "Half of", reason)
-
     assert notice in user.notices
     assert f"Half of ({mark})" in user.types("/history").notices
     assert user.types("two").asked.messages[1] == ("assistant", "Half of")
@@ -394,7 +383,6 @@ def test_a_failure_keeps_what_there_is_and_the_chat_goes_on(begin: Chats) -> Non
     user = begin().types("one", "Half", error=failed)
     assert user.error is failed
     assert user.saved.turns[0].mark == "failed"
-
     assert user.types("two").asked.messages[1] == ("assistant", "Half")
 
 
@@ -402,7 +390,6 @@ def test_a_question_that_was_never_sent_leaves_no_turn(begin: Chats) -> None:
     user = begin()
     user.mesh.down = LlamboError(Code.NO_BROKER, "no broker answers")
     assert user.types("one").error is user.mesh.down
-
     user.mesh.hangs = True
     user.interrupts("two", signal.SIGINT)
     assert (user.stays, user.mesh.asked, user.turns) == (None, [], [])
@@ -413,7 +400,6 @@ def test_a_question_that_was_never_sent_leaves_no_turn(begin: Chats) -> None:
 
 def test_ctrl_c_cancels_the_answer_and_keeps_what_there_is(begin: Chats) -> None:
     user = begin().interrupts("one", signal.SIGINT, text="Half of")
-
     assert user.mesh.stream_open is not None and user.mesh.stream_open.cancels == 1
     assert (user.stays, user.notices, user.signals.ended_by) == (True, "stopped", 0)
     assert [(turn.answer, turn.mark) for turn in user.saved.turns] == [("Half of", "stopped")]
@@ -422,13 +408,11 @@ def test_ctrl_c_cancels_the_answer_and_keeps_what_there_is(begin: Chats) -> None
 
 def test_a_second_ctrl_c_does_not_wait_for_the_end(begin: Chats) -> None:
     user = begin().interrupts("one", signal.SIGINT, signal.SIGINT, text="Half of", ends_when_cancelled=False)
-
     assert [(turn.answer, turn.mark) for turn in user.saved.turns] == [("Half of", "stopped")]
 
 
 def test_an_end_that_does_not_come_is_not_waited_for(begin: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llambo.cli.kit.follow.END_WAIT_S", 0.01)
-
     assert (
         begin().interrupts("one", signal.SIGINT, text="Half", ends_when_cancelled=False).saved.turns[0].mark
         == "stopped"
@@ -437,7 +421,6 @@ def test_an_end_that_does_not_come_is_not_waited_for(begin: Chats, monkeypatch: 
 
 def test_sigterm_keeps_the_answer_and_ends_the_chat(begin: Chats) -> None:
     user = begin().interrupts("one", signal.SIGTERM, text="Half of")
-
     assert user.signals.ended_by == signal.SIGTERM
     assert user.saved.turns[0].mark == "stopped"
 
@@ -447,21 +430,18 @@ def test_sigterm_keeps_the_answer_and_ends_the_chat(begin: Chats) -> None:
 
 def test_help_names_every_command(begin: Chats) -> None:
     shown = begin().types("/help").notices
-
     assert all(f"/{command.name}" in shown and command.help in shown for command in COMMANDS)
     assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_an_unknown_command_is_reported_and_not_sent(begin: Chats) -> None:
     user = begin().types("/frobnicate now")
-
     assert "no command /frobnicate" in user.notices
     assert user.mesh.asked == []
 
 
 def test_history_lists_finds_and_shows(begin: Chats, capsys: pytest.CaptureFixture[str]) -> None:
     user = begin(SavedChat("mine", turns=turns(12), context_from=10))
-
     assert user.types("/history").screen.lines[0].splitlines()[-5:] == [
         "      -- begun anew --",
         "  11  you: question 11", "      model: answer 11",
@@ -477,7 +457,6 @@ def test_history_lists_finds_and_shows(begin: Chats, capsys: pytest.CaptureFixtu
 
 def test_a_long_history_is_shown_from_its_end(begin: Chats) -> None:
     lines = begin(SavedChat("mine", turns=turns(60))).types("/history").screen.lines[0].splitlines()
-
     assert lines[0] == "      (10 turns before these; /history TEXT finds them)"
     assert lines[1] == "  11  you: question 11"
     assert lines[-1] == "      model: answer 60"
@@ -486,14 +465,12 @@ def test_a_long_history_is_shown_from_its_end(begin: Chats) -> None:
 def test_clear_makes_the_model_forget_and_keeps_the_history(begin: Chats) -> None:
     user = begin().types("one").types("/clear")
     assert user.saved.context_from == 1
-
     assert user.types("two").asked.messages == (("user", "two"),)
     assert "one" in user.types("/history").notices
 
 
 def test_status_has_the_chat_and_the_mesh(begin: Chats, capsys: pytest.CaptureFixture[str]) -> None:
     begin(context=1000).types("one", prompt_tokens=11).types("/status")
-
     shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert shown["session"] == "mine"
     assert shown["context"] == "1000 tokens, the last answer ended at 12"
@@ -505,7 +482,6 @@ def test_model_lists_and_chooses(begin: Chats) -> None:
     user = begin(context=1000).types("one")
     assert user.types("/model").screen.lines == ["  large\n  tiny"]
     assert "no worker serves huge; there is: large, tiny" in user.types("/model huge").notices
-
     assert user.types("/model tiny").saved.model == "tiny"
     assert user.types("/model").screen.lines == ["  large\n* tiny"]
     assert user.types("two").asked.model == "tiny"
@@ -515,7 +491,6 @@ def test_model_lists_and_chooses(begin: Chats) -> None:
 def test_system_is_shown_set_and_removed(begin: Chats) -> None:
     user = begin().types("one")
     assert "no system message" in user.types("/system").notices
-
     assert user.types("/system Be brief.").saved.system == "Be brief."
     assert user.types("/system").notices == "Be brief."
     assert user.types("two").asked.messages[0] == ("system", "Be brief.")
@@ -534,7 +509,6 @@ def test_save_gives_a_name(begin: Chats, folder: Path) -> None:
 def test_session_changes_to_another_chat(begin: Chats, folder: Path) -> None:
     Store(folder).save(SavedChat("other", turns=turns(2)))
     user = begin().types("one").types("/session other")
-
     assert user.chat.saved.name == "other"
     assert "other: 2 turns so far" in user.notices
     assert user.types("two").asked.messages[0] == ("user", "question 1")
@@ -544,7 +518,6 @@ def test_retry_asks_again_without_the_answer_and_replaces_it(begin: Chats) -> No
     user = begin(seed=7).types("one").types("two", "Wrong.").types("/retry", "Right.")
     assert [content for _, content in user.asked.messages] == ["one", "Yes.", "two"]
     assert user.asked.seed == 8, "another try must not give the same again"
-
     assert [turn.answer for turn in user.turns] == ["Yes.", "Right."]
     assert user.types("/retry").asked.seed == 9
     assert user.types("three").asked.seed == 7
@@ -553,7 +526,6 @@ def test_retry_asks_again_without_the_answer_and_replaces_it(begin: Chats) -> No
 
 def test_a_retry_that_gives_nothing_keeps_the_earlier_answer(begin: Chats) -> None:
     user = begin().types("one", "Good.").interrupts("/retry", signal.SIGINT, text="")
-
     assert [turn.answer for turn in user.turns] == ["Good."]
     assert "the earlier answer stays" in user.notices
 
@@ -570,7 +542,6 @@ def test_exit_leaves(begin: Chats, typed: str) -> None:
 
 def test_a_private_chat_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     user = User(None).types("one")
-
     for typed in ("/save travel", "/session travel"):
         assert "not saved" in user.types(typed).notices
     user.types("/status")

@@ -158,7 +158,6 @@ def test_markdown_becomes_lines() -> None:
 
 def test_without_colours_there_is_none_and_the_text_is_the_same() -> None:
     coloured, bare = lines_of(console(), TALK, 59), lines_of(console(no_color=True), TALK, 59)
-
     assert plain(bare) == plain(coloured)
     codes = {code for found in re.findall(r"\x1b\[([0-9;]*)m", "".join(bare)) for code in found.split(";")}
     assert codes <= {"0", "1", "2", "3", "4", "9", "49", "39"}, "weights, and the terminal's own colours"
@@ -167,7 +166,6 @@ def test_without_colours_there_is_none_and_the_text_is_the_same() -> None:
 
 def test_where_a_link_leads_is_shown() -> None:
     (line,) = plain(lines_of(console(), "[the bank](http://evil.example/)", 59))
-
     assert line == "the bank (http://evil.example/)"
 
 
@@ -186,7 +184,6 @@ def test_where_a_link_leads_is_shown() -> None:
 )
 def test_words_around_an_image_and_its_name_are_shown(text: str, width: int) -> None:
     shown = " ".join(plain(lines_of(console(width + 1), text, width)))
-
     assert all(word in shown for word in ("w0w", "w1w", "w2w", "picture") if word in text), shown
 
 
@@ -206,7 +203,6 @@ def test_no_word_is_lost(scraps: list[str]) -> None:
     text = printable("".join(f"w{number}w {scrap}" for number, scrap in enumerate(scraps)))
     shown = "".join(plain(lines_of(console(200), text, 200)))
     hidden = re.findall(r"(?:```|~~~)[^\n]*|\n *\[[^\n]*", text)
-
     for number in range(len(scraps)):
         word = f"w{number}w"
         assert word in shown.replace(" ", "") or any(word in line for line in hidden), (word, text)
@@ -281,7 +277,6 @@ def test_what_has_left_the_screen_is_not_written_a_second_time() -> None:
     stream = pyte.Stream(screen)
     for count in range(1, 31):
         stream.feed(painter.paint([], [f"head {count}", *(f"line {number}" for number in range(count))], 20, 10))
-
     above = ["".join(line[at].data for at in range(20)).rstrip() for line in screen.history.top]
     shown = [line.rstrip() for line in screen.display if line.strip()]
     assert [*above, *shown] == ["head 9", *(f"line {number}" for number in range(30))]
@@ -290,7 +285,6 @@ def test_what_has_left_the_screen_is_not_written_a_second_time() -> None:
 def test_only_what_differs_is_written() -> None:
     painter = Painter(len)
     painter.paint([], ["one", "two", "thr"], 80, 24)
-
     grown = painter.paint([], ["one", "two", "three"], 80, 24)
     assert "one" not in grown and "two" not in grown and "three" in grown
     assert painter.paint([], ["one", "two", "three"], 80, 24) == ""
@@ -305,9 +299,7 @@ def test_a_terminal_that_became_narrower_is_painted_anew() -> None:
     # What a terminal makes of it that has 20 columns now: the line takes two rows.
     screen.reset()
     stream.feed("above\r\n" + "x" * 20 + "\r\n" + "x" * 10 + "\r\n")
-
     stream.feed(painter.paint([], ["x" * 19, "x" * 11], 20, 10))
-
     assert [line.rstrip() for line in screen.display[:4]] == ["above", "x" * 19, "x" * 11, ""]
 
 
@@ -333,7 +325,6 @@ def test_blocks_that_are_done_are_never_written_again(monkeypatch: pytest.Monkey
     terminal = Terminal(monkeypatch)
     view = draw(terminal, ["First.\n\n", "Second.\n", "\n", *["more "] * 50], monkeypatch)
     view.close()
-
     assert sum("First" in write for write in terminal.writes) == 1
     assert sum("Second" in write for write in terminal.writes) == 1
     assert all(write.startswith("\x1b[?2026h") and write.endswith("\x1b[?2026l") for write in terminal.writes)
@@ -346,7 +337,6 @@ def test_the_waiting_line_goes_when_the_answer_comes(monkeypatch: pytest.MonkeyP
     waiting.text = "waiting, 2 ahead"
     view.frame()
     assert terminal.lines() == ["waiting, 2 ahead"]
-
     view.piece(Piece("Hello", [1], 0))
     waiting.text = ""
     view.frame()
@@ -365,7 +355,6 @@ def test_a_block_without_an_end_is_drawn_in_parts(monkeypatch: pytest.MonkeyPatc
         terminal, ["```python\n", *["".join(code[at : at + 400]) for at in range(0, len(code), 400)]], monkeypatch
     )
     view.close()
-
     assert [line.strip() for line in terminal.lines() if line.strip()] == [line.strip() for line in code]
     assert max(map(len, terminal.writes)) < 20 * BLOCK_CHARS
 
@@ -378,7 +367,6 @@ def test_nothing_a_model_says_leaves_its_place(pieces: list[str]) -> None:
         terminal.stream.feed("above\r\n")
         view = draw(terminal, pieces, monkeypatch)
         view.close()
-
         assert terminal.lines()[0].startswith("above")
         assert terminal.screen.title == ""
         for write in terminal.writes:

@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,11 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 
+pytestmark = pytest.mark.usefixtures("nothing_inherited")
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [context for name, command in docs.COMMANDS.items() for context in docs.contexts(name, command)]
 #: Nothing listens there: port 1 is tcpmux, which is not in use.
 NO_BROKER = "tcp://127.0.0.1:1"
-
-
-@pytest.fixture(autouse=True)
-def nothing_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith("LLAMBO_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
 
 
 def llambo(*words: str, stdin: str | bytes = "") -> Result:
@@ -55,7 +48,6 @@ def llambo(*words: str, stdin: str | bytes = "") -> Result:
 @pytest.mark.parametrize("context", ALL, ids=lambda context: context.command_path.replace(" ", "-"))
 def test_every_help_ends_in_examples_and_fits_the_terminal(context: click.Context) -> None:
     text = context.get_help()
-
     assert "\nExamples:\n" in text
     assert "Examples:" in text.split("\n\n")[-1]
     assert max(map(len, text.splitlines())) <= docs.COLUMNS
@@ -63,7 +55,6 @@ def test_every_help_ends_in_examples_and_fits_the_terminal(context: click.Contex
 
 def test_the_group_lists_every_command_with_its_first_sentence() -> None:
     shown = llambo("--help").stdout
-
     assert all(f"\n  {name} " in shown for name in (*main.COMMANDS, *main.LOCAL))
     assert all(f"{code.value:>3}  {text}" in shown for code, text in MEANING.items())
 
@@ -76,19 +67,22 @@ def test_docs_cli_md_is_what_help_says() -> None:
 
 def test_the_version_is_shown() -> None:
     shown = llambo("--version")
-
     assert shown.exit_code == Exit.OK
     assert shown.stdout.startswith("llambo ")
 
 
-def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
-    script = (
-        "import sys, llambo.cli.main, llambo.cli.commands.send, llambo.cli.kit.follow, llambo.mesh.client.client\n"
-        "print(*{name.partition('.')[0] for name in sys.modules} & {'rich', 'prompt_toolkit', 'pygments'})"
-    )
+@pytest.mark.parametrize(
+    ("needed", "others"),
+    [
+        ("llambo.cli.commands.send, llambo.cli.kit.follow, llambo.mesh.client.client", set[str]()),
+        ("llambo.cli.chat.chat, llambo.cli.chat.store", {"zmq"}),
+    ],
+    ids=["send", "list chats"],
+)
+def test_a_command_does_not_import_what_it_does_not_use(needed: str, others: set[str]) -> None:
+    script = f"import sys, llambo.cli.main, {needed}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
-
-    assert done.stdout.split() == []
+    assert not {"rich", "prompt_toolkit", "pygments", *others} & set(done.stdout.split())
 
 
 # --- usage ---------------------------------------------------------------------------------------------
@@ -111,11 +105,16 @@ def test_sending_does_not_wait_for_what_it_does_not_use() -> None:
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
         (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
         (["--broker", "ftp://box", "status"], "is not an address"),
+        (["chat", "--list", "hello"], "one at a time"),
+        (["chat", "--list", "--search", "x"], "one at a time"),
+        (["chat", "--private", "--session", "x", "hello"], "saves nothing"),
+        (["chat", "--turns", "-1", "hello"], "--turns"),
+        (["chat", "--search", " "], "nothing to look for"),
+        (["chat", "--system", "x" * 20_000, "hello"], "--system"),
     ],
 )
 def test_wrong_usage_is_reported_and_has_its_exit_code(words: list[str], problem: str) -> None:
     result = llambo(*words)
-
     assert result.exit_code == Exit.USAGE
     assert problem in result.stderr
 
@@ -144,9 +143,7 @@ def test_every_error_code_has_an_exit_code_that_is_explained(code: Code) -> None
 
 def test_an_error_says_what_and_what_to_do_once() -> None:
     error = LlamboError(Code.NO_BROKER, "no broker answers at x; start one with `llambo-broker` or `llambo up`")
-
     failure = Failure.of(error, as_json=True)
-
     assert failure.message == "no broker answers at x"
     assert failure.hint == "start one with `llambo-broker` or `llambo up`"
     assert failure.as_json is not None
@@ -156,7 +153,6 @@ def test_an_error_says_what_and_what_to_do_once() -> None:
 
 def test_an_error_says_when_to_try_again() -> None:
     failure = Failure.of(LlamboError(Code.BUSY, "the queue is full", 1_200), as_json=True)
-
     assert failure.message == "the queue is full; try again in 1.2 s"
     assert failure.as_json is not None
     assert failure.as_json["retry_after_ms"] == 1_200
@@ -168,9 +164,7 @@ def test_without_a_broker_every_command_says_how_to_start_one(
 ) -> None:
     monkeypatch.setenv("LLAMBO_BROKER", NO_BROKER)
     monkeypatch.setenv("LLAMBO_CONNECT_MS", "50")
-
     result = llambo(*words, "--json")
-
     assert result.exit_code == Exit.NO_BROKER
     assert result.stderr == (
         f"llambo: no broker answers at {NO_BROKER}\n  start one with `llambo-broker` or `llambo up`\n"
@@ -178,11 +172,21 @@ def test_without_a_broker_every_command_says_how_to_start_one(
     assert json.loads(result.stdout)["code"] == "no_broker"
 
 
-def test_a_prompt_that_is_no_text_is_refused() -> None:
-    result = llambo("send", "-", stdin=b"\xff\xfe")
-
-    assert result.exit_code == Exit.REFUSED
-    assert "not UTF-8 text" in result.stderr
+@pytest.mark.parametrize(
+    ("words", "stdin", "code", "problem"),
+    [
+        (["send", "-"], b"\xff\xfe", Exit.REFUSED, "not UTF-8 text"),
+        (["send"], b"x" * (limits.PROMPT_BYTES + 3), Exit.REFUSED, f"longer than the {limits.PROMPT_BYTES} bytes"),
+        (["send", ""], b"", Exit.REFUSED, "give a prompt"),
+        (["send", "--logprobs", "2", "hello"], b"", Exit.USAGE, "--json"),
+        (["chat", "--session", "../evil", "hello"], b"", Exit.REFUSED, "not a valid name of a session"),
+    ],
+    ids=["no text", "too long", "empty", "logprobs without json", "session"],
+)
+def test_what_cannot_be_sent_is_refused(words: list[str], stdin: bytes, code: Exit, problem: str) -> None:
+    result = llambo("--broker", NO_BROKER, *words, stdin=stdin)
+    assert result.exit_code == code
+    assert problem in result.stderr
 
 
 # --- settings ------------------------------------------------------------------------------------------
@@ -192,9 +196,7 @@ def test_config_says_where_each_value_came_from(tmp_path: Path, monkeypatch: pyt
     file = tmp_path / "llambo.toml"
     file.write_text('[broker]\nqueue_requests = 7\nport = 9000\n[mesh]\nbroker = "tcp://file:1"\n')
     monkeypatch.setenv("LLAMBO_PORT", "9001")
-
     result = llambo("--broker", "tcp://flag:1", "config", "--json")
-
     shown = json.loads(result.stdout)
     assert shown["file"] == "llambo.toml"
     assert shown["settings"]["mesh.broker"] == {"value": "tcp://flag:1", "source": "flag --broker"}
@@ -205,9 +207,7 @@ def test_config_says_where_each_value_came_from(tmp_path: Path, monkeypatch: pyt
 
 def test_config_can_show_only_what_was_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMBO_PORT", "9001")
-
     shown = llambo("config", "--changed").stdout
-
     assert shown.splitlines()[1:] == [
         "SETTING      VALUE  FROM",
         "broker.port  9001   environment LLAMBO_PORT",
@@ -216,16 +216,13 @@ def test_config_can_show_only_what_was_changed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_wrong_value_in_the_file_names_its_place(tmp_path: Path) -> None:
     (tmp_path / "llambo.toml").write_text("[broker]\nprt = 1\n")
-
     result = llambo("config")
-
     assert result.exit_code == Exit.USAGE
     assert "did you mean port in [broker]" in result.stderr
 
 
 def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
     shown = llambo("--broker", "tcp://first:1", "config", "--changed", "--broker", "tcp://second:1").stdout
-
     assert "tcp://second:1" in shown
     assert "first" not in shown
 
@@ -237,7 +234,6 @@ def test_up_hands_its_flags_on_to_those_they_concern() -> None:
         Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}),
         2,
     )
-
     assert made.broker[2:] == ["llambo.cli.services.broker", "--port", "9000"]
     name, command = made.workers[1]
     assert name == "worker-2"
@@ -257,13 +253,11 @@ def test_worker_settings_become_a_worker_config() -> None:
     config = worker.worker_config(
         settings.load({"engine": "fake", "slots": 2, "fake_burst": 8, "name": "tiny-01"}, environ={}, places=[])
     )
-
     assert (config.name, config.model, config.fake.slots, config.fake.burst) == ("tiny-01", "fake", 2, 8)
 
 
 def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:
     result = CliRunner().invoke(broker.main, ["--lease-ms", "100", "--port", "0"])
-
     assert result.exit_code == Exit.USAGE
     assert "lease_ms is 100, expected at least 600" in result.stderr
 
@@ -271,23 +265,8 @@ def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:
 @pytest.mark.parametrize("main", [broker.main, worker.main])
 def test_a_name_of_control_characters_is_refused(main: click.Command) -> None:
     result = CliRunner().invoke(main, ["--name", "a\x1b[2Jb"])
-
     assert result.exit_code == Exit.USAGE
     assert "no control characters" in result.stderr
-
-
-def test_no_more_of_stdin_is_read_than_a_prompt_may_have() -> None:
-    result = llambo("send", "--broker", NO_BROKER, stdin=b"x" * (limits.PROMPT_BYTES + 3))
-
-    assert result.exit_code == Exit.REFUSED
-    assert f"longer than the {limits.PROMPT_BYTES} bytes" in result.stderr
-
-
-def test_an_empty_prompt_is_refused_with_what_to_do() -> None:
-    result = llambo("send", "--broker", NO_BROKER, "")
-
-    assert result.exit_code == Exit.REFUSED
-    assert "give a prompt" in result.stderr
 
 
 def test_a_full_disk_is_one_line() -> None:
@@ -296,7 +275,6 @@ def test_a_full_disk_is_one_line() -> None:
             done = subprocess.run(
                 [sys.executable, "-m", "llambo.cli", words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
             )
-
         assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
 
@@ -305,7 +283,6 @@ def test_a_full_disk_is_one_line() -> None:
 
 def test_in_a_pipe_a_table_is_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
     table(["worker", "state", "done", "note"], [("tiny-1", "ready", number(7), ""), ("b", "mending", number(120), "x")])
-
     assert capsys.readouterr().out.splitlines() == [
         "WORKER  STATE    DONE  NOTE",
         "tiny-1  ready       7  -",
@@ -313,41 +290,31 @@ def test_in_a_pipe_a_table_is_aligned_text(capsys: pytest.CaptureFixture[str]) -
     ]
 
 
-def test_on_a_terminal_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, print_it: Callable[[], None]) -> str:
     ours, theirs = os.openpty()
-    monkeypatch.setenv("NO_COLOR", "1")
     with open(theirs, "w", encoding="utf-8") as terminal:  # noqa: PTH123 - a descriptor has no path
         monkeypatch.setattr("sys.stdout", terminal)
-        table(["worker"], [("[red]tiny[/red]",)])
+        print_it()
         terminal.flush()
-        shown = os.read(ours, 4096).decode()
+        shown = os.read(ours, 8192).decode()
     os.close(ours)
+    return shown
 
+
+def test_on_a_terminal_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = on_a_terminal(monkeypatch, lambda: table(["worker"], [("[red]tiny[/red]",)]))
     assert "[red]tiny[/red]" in shown
     assert "\x1b[3" not in shown
 
 
 def test_on_a_narrow_terminal_names_are_whole_and_columns_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = os.openpty()
     monkeypatch.setenv("COLUMNS", "80")
     name, host = "rack-07-gpu-machine-03", "a-host-with-a-name.of.some.length"
-    row = (
-        name,
-        "draining",
-        "llama-3-8b",
-        *["1234567"] * 6,
-        host,
-        "4194304",
-        "a note of more words than there is room for",
-    )
-    with open(theirs, "w", encoding="utf-8") as terminal:  # noqa: PTH123 - a descriptor has no path
-        monkeypatch.setattr("sys.stdout", terminal)
-        columns = [*workers.COLUMNS[:3], "more", *workers.COLUMNS[3:]]
-        table(columns, [row], fixed=2, spare=workers.SPARE)
-        terminal.flush()
-        shown = os.read(ours, 8192).decode()
-    os.close(ours)
-
+    note = "a note of more words than there is room for"
+    row = (name, "draining", "llama-3-8b", *["1234567"] * 6, host, "4194304", note)
+    columns = [*workers.COLUMNS[:3], "more", *workers.COLUMNS[3:]]
+    shown = on_a_terminal(monkeypatch, lambda: table(columns, [row], fixed=2, spare=workers.SPARE))
     assert name in shown
     assert "draining" in shown
     assert host not in shown
@@ -355,7 +322,6 @@ def test_on_a_narrow_terminal_names_are_whole_and_columns_are_left_out(monkeypat
 
 def test_an_empty_table_leaves_stdout_empty(capsys: pytest.CaptureFixture[str]) -> None:
     table(["worker"], [], nothing="no worker has joined")
-
     assert capsys.readouterr() == ("", "no worker has joined\n")
 
 
@@ -380,7 +346,6 @@ def test_a_story_is_a_timeline() -> None:
         StoryStep(at_ms=1_250, what="worker lost", detail="tiny-01"),
     ]
     found = RequestStory(id="ab", state="ended", reason="length", tokens=9, model="fake", worker="w", moves=1)
-
     assert summary(found) == "request ab: ended (length) after 9 tokens of model fake on w after 1 move"
     assert timeline(story) == ["  0.000 s  submitted    model fake", "  1.250 s  worker lost  tiny-01"]
 
@@ -448,12 +413,6 @@ def test_a_temperature_that_was_not_chosen_is_left_to_the_model(monkeypatch: pyt
     monkeypatch.setenv("LLAMBO_TEMPERATURE", "0.5")
     llambo("send", "hello")
     assert [options["temperature"] for options in asked] == [None, 0.8, 0.5]
-
-
-def test_logprobs_are_for_programs() -> None:
-    result = llambo("send", "--logprobs", "2", "hello")
-    assert result.exit_code == Exit.USAGE
-    assert "--json" in result.stderr
 
 
 @pytest.mark.parametrize("evil", ["\x1b[2J\x1b[31mred", "\rover", "a\x9b1mb", "\u202egnp.exe", "bell\x07"])

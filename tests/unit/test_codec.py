@@ -126,6 +126,13 @@ def test_an_unknown_type_is_named_as_such_and_answered_to_its_request() -> None:
     assert (bundle.problems[0].id, bundle.problems[0].query) == (ID, 9)
 
 
+def test_a_type_that_is_missing_malformed_or_nested_is_not_an_unknown_one() -> None:
+    malformed = [{"reason": "no type"}, {"type": 5}, {"type": None}, 7]
+    assert codes(codec.from_client.decode(raw_frames(malformed))) == [Code.BAD_MESSAGE] * 4
+    nested = {"type": "orphan", "work": {"type": "summon", "id": ID}}
+    assert codes(codec.from_worker.decode(raw_frames([nested]))) == [Code.BAD_MESSAGE]
+
+
 def test_what_only_the_other_role_may_say_is_unknown() -> None:
     assert codes(codec.from_client.decode(frames_of(m.Drain()))) == [Code.UNKNOWN_TYPE]
 

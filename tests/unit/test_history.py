@@ -20,8 +20,7 @@ def recent(client: Client, since: str = "") -> dict[str, Any]:
 
 
 def test_a_sample_a_second_says_how_the_mesh_was() -> None:
-    bench = Bench(lease_ms=60_000, client_lease_ms=60_000)
-    worker, client = bench.worker(slots=1), bench.client()
+    bench, worker, client = small_mesh(slots=1, lease_ms=60_000, client_lease_ms=60_000)
     worker.beat(rate=12.34)
     client.submit(1)
     client.submit(2)
@@ -51,8 +50,7 @@ def test_only_what_came_after_a_sample_is_sent() -> None:
 
 
 def test_an_ended_request_is_listed_with_its_times() -> None:
-    bench = Bench(client_lease_ms=60_000)
-    worker, client = bench.worker(slots=1), bench.client()
+    bench, worker, client = small_mesh(slots=1, client_lease_ms=60_000)
     client.submit(0)
     id = client.submit(1)
     bench.now_ms += 250
@@ -76,9 +74,7 @@ def test_an_ended_request_is_listed_with_its_times() -> None:
 
 
 def test_it_is_bounded_and_the_latest_comes_last() -> None:
-    bench = Bench(client_lease_ms=10_000_000)
-    bench.worker()
-    client = bench.client()
+    bench, _, client = small_mesh(client_lease_ms=10_000_000)
     for number in range(ENDED_LISTED + 5):
         client.submit(number)
         client.send(m.Cancel(request_id(number)))

@@ -1,7 +1,10 @@
-"""Facts of the host: memory under the limits of control groups, and cores."""
+"""Facts of the host (memory under the limits of control groups, cores), and the limits a broker asks the kernel for."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,20 @@ def test_free_memory_is_what_the_narrowest_group_above_us_leaves(root: Path) -> 
     assert host.free_memory_bytes(root) == 650
     limit(root, "llambo.slice", current="1200")
     assert host.free_memory_bytes(root) == 0
+
+
+PREPARED = """
+import json, resource
+from llambo.cli.services.service import disable_core_dumps, raise_descriptor_limit
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard}))
+disable_core_dumps()
+raise_descriptor_limit()
+print(json.dumps([resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(resource.RLIMIT_NOFILE)]))
+"""
+
+
+@pytest.mark.parametrize("hard", [64, 200])
+def test_no_cores_and_as_many_connections_as_there_may_be(hard: int) -> None:
+    out = subprocess.run([sys.executable, "-c", PREPARED.format(hard=hard)], capture_output=True, check=True)
+    assert json.loads(out.stdout) == [[0, 0], [hard, hard]]

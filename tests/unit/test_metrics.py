@@ -198,8 +198,7 @@ def test_a_move_is_counted_and_its_pause_is_taken() -> None:
 
 
 def test_so_many_streams_are_timed_and_no_more() -> None:
-    bench = Bench()
-    worker, client = bench.worker(slots=100), bench.client()
+    bench, worker, client = small_mesh(slots=100)
     for number in range(4 * TIMED):
         client.submit(number)
         worker.publish(worker.chunk(0, 7))

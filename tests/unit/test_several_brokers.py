@@ -179,8 +179,7 @@ def linked(*, slots: int = 4) -> Rig:
     rig = loaded(slots, brokers=("tcp://a:1", "tcp://b:1"))
     for link, session in ((0, SESSION), (1, LATER)):
         rig.on(e.ControlArrived(link, NO_SESSION, [(m.Welcome(session, 7332), b"")]))
-    rig.wait(200)
-    rig.actions = []
+    rig.wait(200).clear()
     return rig
 
 
@@ -200,8 +199,7 @@ def test_each_broker_learns_at_once_what_the_other_has_given() -> None:
 
 
 def test_a_slot_is_not_sold_twice_and_the_refusal_comes_with_the_load() -> None:
-    rig = given(linked(slots=1), 0, 1).wait(SOON_MS)
-    rig.actions = []
+    rig = given(linked(slots=1), 0, 1).wait(SOON_MS).clear()
     given(rig, 1, 2).wait(SOON_MS)
     found = [(send.link, type(send.message).__name__) for send in rig.actions if isinstance(send, Send)]
     assert found == [(1, "Reject"), (1, "WorkerHeartbeat")]
@@ -216,15 +214,13 @@ def test_the_same_request_from_two_brokers_is_two_runs() -> None:
 
 
 def test_a_broken_connection_offers_the_runs_to_the_other_broker() -> None:
-    rig = given(linked(), 0, 1)
-    rig.actions = []
+    rig = given(linked(), 0, 1).clear()
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
     assert [(link, offer.work.id) for link, offer in sent(rig, m.Orphan)] == [(1, bytes([1]) * 16)]
 
 
 def test_only_who_has_a_run_may_end_it() -> None:
-    rig = given(linked(), 0, 1)
-    rig.actions = []
+    rig = given(linked(), 0, 1).clear()
     rig.on(e.ControlArrived(1, LATER, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
     assert [(link, end.count, end.reason) for link, end in sent(rig, m.End)] == [(1, 0, "cancelled")]
     rig.step(key_of(1), [5], "length")
@@ -234,8 +230,9 @@ def test_only_who_has_a_run_may_end_it() -> None:
 
 
 def test_a_cancelled_run_is_offered_to_no_broker() -> None:
-    rig = given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")]))
-    rig.actions = []
+    rig = (
+        given(linked(), 0, 1).on(e.ControlArrived(0, SESSION, [(m.Cancel(bytes([1]) * 16, b"dispatch"), b"")])).clear()
+    )
     rig.on(e.ConnectionChanged(0, ConnectionChange.LOST)).on(e.ConnectionChanged(0, ConnectionChange.REFUSED))
     assert sent(rig, m.Orphan) == []
     assert len(rig.core.runs) == 0

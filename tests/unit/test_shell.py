@@ -36,18 +36,10 @@ from llambo.cli.shell.shell import LINE_BYTES, Shell, ShellSession, stdin_lines
 from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, mesh_names
 from llambo.mesh.wire.errors import LlamboError
 
-#: Where nothing listens.
+pytestmark = pytest.mark.usefixtures("nothing_inherited")
+#: Nothing listens there.
 NOWHERE = "tcp://127.0.0.1:1"
 WORKERS, MODELS, IDS = ("tiny-01", "tiny-02", "large"), ("smollm2", "tiny"), ("3f2a11", "9c0d22")
-
-
-@pytest.fixture(autouse=True)
-def nothing_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith("LLAMBO_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
 
 
 def shell(*words: str, stdin: str = "") -> Result:
@@ -104,7 +96,6 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
 def test_a_bad_line_says_why(line: str, problem: str) -> None:
     with pytest.raises(BadLine) as caught:
         parse(line, TABLE)
-
     assert problem in str(caught.value)
 
 
@@ -159,7 +150,6 @@ def test_tab_completes_names(line: str, words: list[str]) -> None:
 
 def test_without_a_broker_the_commands_are_completed_all_the_same(session: ShellSession) -> None:
     session.sent.extend(["3f2a11", "9c0d22"])
-
     assert completions("ev", mesh_names(session)) == ["events"]
     assert completions("why ", mesh_names(session)) == ["9c0d22", "3f2a11"]
 
@@ -169,7 +159,6 @@ def test_without_a_broker_the_commands_are_completed_all_the_same(session: Shell
 
 def test_what_can_be_set_are_the_options_of_send() -> None:
     flags = {flag for option in options_of(command_of("send")) for flag in option.opts}
-
     assert {"model", "max_tokens", "temperature", "seed", "stop", "system", "deadline", "stats"} <= set(settable())
     assert {f"--{name.replace('_', '-')}" for name in settable()} - {"--stats"} <= flags
 
@@ -178,7 +167,6 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
     lines = ["set model tiny", "set stop A B", "set system Be brief.", "set raw yes", "set max_tokens 7",
              "unset max_tokens"]  # fmt: skip
     shown = json.loads(shell("--max-tokens", "50", "-c", "; ".join([*lines, "set --json"])).stdout)
-
     assert shown["model"] == {"value": "tiny", "source": "set"}
     assert shown["stop"] == {"value": "A B", "source": "set"}
     assert shown["system"] == {"value": "Be brief.", "source": "set"}
@@ -201,7 +189,6 @@ def test_set_shows_what_is_in_force_and_where_it_comes_from() -> None:
 )
 def test_what_is_no_value_is_refused_at_once(line: str, problem: str) -> None:
     done = shell("-c", line)
-
     assert done.exit_code == Exit.USAGE
     assert problem in done.stderr
 
@@ -227,7 +214,6 @@ def test_what_is_no_value_is_refused_at_once(line: str, problem: str) -> None:
 )
 def test_the_exit_code_is_that_of_the_first_failure(flags: tuple[str, ...], text: str, code: int, helped: int) -> None:
     done = shell(*flags, "-c", text)
-
     assert done.exit_code == code, done.stderr
     assert done.stdout.count("This list, or what one command does.") == helped
 
@@ -239,7 +225,6 @@ def test_a_sentence_that_begins_like_a_command_is_shown_the_way_to_the_model() -
 
 def test_with_json_an_error_is_an_object_too() -> None:
     shown = json.loads(shell("--json", "-c", "status").stdout)
-
     assert (shown["type"], shown["code"], shown["exit"]) == ("error", "no_broker", Exit.NO_BROKER)
 
 
@@ -257,7 +242,6 @@ def lines_of(monkeypatch: pytest.MonkeyPatch, data: bytes) -> Iterator[str]:
 
 def test_lines_of_a_pipe_and_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert list(lines_of(monkeypatch, b"a\nbc\r\n\nd")) == ["a", "bc", "", "d"]
-
     (tmp_path / "script").write_text("status\nnodes\n")
     with (tmp_path / "script").open() as file:
         monkeypatch.setattr("sys.stdin", file)
@@ -267,7 +251,6 @@ def test_lines_of_a_pipe_and_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_line_that_is_no_text_or_has_no_end_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(LlamboError, match="not UTF-8"):
         list(lines_of(monkeypatch, b"\xff\n"))
-
     for size, end in ((LINE_BYTES, b"\n"), (LINE_BYTES + 1, b"\n"), (LINE_BYTES + 1, b""), (LINE_BYTES * 2, b"")):
         (tmp_path / "long").write_bytes(b"a" * size + end)
         with (tmp_path / "long").open() as file:
@@ -326,7 +309,6 @@ def test_sigterm_ends_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
             shell.lines(["status; nodes", "queue"])
         sender.join()
         assert ended.value.code == 128 + signal.SIGTERM
-
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)  # while nothing runs
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -345,9 +327,7 @@ def test_a_command_that_only_runs_in_a_shell_needs_no_connection() -> None:
 def test_the_history_is_kept_where_only_its_owner_can_read_it(tmp_path: Path) -> None:
     environ = {"XDG_STATE_HOME": str(tmp_path / "state")}
     path = tmp_path / "state" / "llambo" / HISTORY_FILE
-
     history(environ).append_string("send a secret")
-
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(history(environ).load_history_strings()) == ["send a secret"]
     history({"HOME": str(tmp_path)})
@@ -363,7 +343,6 @@ def test_no_history_is_no_reason_to_have_no_shell(tmp_path: Path, caplog: pytest
         kept.append_string("status")
         assert list(kept.get_strings()) == ["status"]
         assert "no history is stored" in caplog.text
-
     full = history({"XDG_STATE_HOME": str(tmp_path)})
     (tmp_path / "llambo" / HISTORY_FILE).unlink()
     (tmp_path / "llambo" / HISTORY_FILE).mkdir()

@@ -1,3 +1,5 @@
+"""Alarms: each once, in order, and bounded."""
+
 from __future__ import annotations
 
 from llambo.mesh.wire.timers import NEVER_MS, Timers

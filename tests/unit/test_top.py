@@ -66,7 +66,6 @@ def texts(rows: list[Any], column: int) -> list[str]:
 
 def test_each_worker_is_a_row_of_what_the_broker_says_of_it() -> None:
     rows = arranged(map(worker_row, asked(busy_bench(), "workers", list[WorkerRow])), "", SortOrder())
-
     assert [row.key for row in rows] == texts(rows, 0) == ["w-a", "w-b"]
     assert all(len(row.cells) == len(WORKER_COLUMNS) for row in rows)
     assert texts(rows, WORKER_COLUMNS.index("busy")) == ["1/1", "1/1"]
@@ -76,7 +75,6 @@ def test_each_request_is_a_row_known_by_its_whole_id() -> None:
     bench = busy_bench()
     found = asked(bench, "requests", list[RequestRow])
     rows = [request_row(row) for row in found]
-
     assert [row.key for row in rows] == [request.id for request in found]
     assert all(len(row.cells) == len(REQUEST_COLUMNS) and row.key.startswith(row.cells[0].text) for row in rows)
     assert sorted(texts(rows, 1)) == ["dispatched", "dispatched", "waiting", "waiting"]
@@ -92,7 +90,6 @@ def test_what_a_worker_has_to_say_is_in_its_row() -> None:
     row = worker_row(worker(state="loading", percent=40, busy_elsewhere=2, slow="12 of 60 tokens/s", node_class="gpu",
                             note="n", engine_restarts=3))  # fmt: skip
     shown = dict(zip(WORKER_COLUMNS, row.cells, strict=True))
-
     assert (shown["state"].text, shown["state"].colour) == ("loading 40 %", "yellow")
     assert (shown["busy"].text, shown["busy"].sort_key) == ("0+2/4", 2)
     assert shown["note"].text == "gpu, slow: 12 of 60 tokens/s, n, engine restarted 3 times"
@@ -100,7 +97,6 @@ def test_what_a_worker_has_to_say_is_in_its_row() -> None:
 
 def test_no_text_of_others_gives_orders_or_takes_a_second_line() -> None:
     row = worker_row(worker(worker="w\x1b[2J", host="a\nb", note="\x9b31m [red]x[/red]"))
-
     assert row.key == "w\x1b[2J"  # by this name it is drained
     assert "\x1b" not in row.cells[0].text
     assert row.cells[WORKER_COLUMNS.index("host")].text == "a b"
@@ -115,14 +111,12 @@ def test_no_text_of_others_gives_orders_or_takes_a_second_line() -> None:
 def test_a_filter_keeps_rows_that_have_all_its_words(wanted: str, kept: list[str]) -> None:
     workers = [worker(worker="c", note="gpu", state="slow"), worker(worker="b"), worker(worker="a", host="GPU")]
     rows = [worker_row(each) for each in workers]
-
     assert [row.key for row in arranged(rows, wanted, SortOrder())] == kept
 
 
 def test_numbers_are_sorted_as_numbers_and_equals_by_name() -> None:
     rows = [worker_row(worker(worker=name, done=count)) for name, count in (("b", 9), ("c", 10), ("a", 9))]
     done = WORKER_COLUMNS.index("done")
-
     assert [row.key for row in arranged(rows, "", SortOrder(done))] == ["a", "b", "c"]
     assert [row.key for row in arranged(rows, "", SortOrder(done, descending=True))] == ["c", "a", "b"]
 
@@ -156,7 +150,6 @@ def test_a_curve_is_bars(values: list[float], width: int, top: float, drawn: str
 def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
     status, curves = asked(busy_bench(), "status", MeshStatus), Curves()
     curves.samples.extend(SampleRow(tokens_per_s=9.5, waiting=2, busy=at % 3) for at in range(1_000))
-
     for width in (80, 200):
         lines = curves.gauges(status, width)
         assert max(map(len, lines)) == width
@@ -172,7 +165,6 @@ def test_gauges_fit_the_width_and_end_in_the_value_of_now() -> None:
 
 def test_an_event_has_the_time_at_which_it_happened() -> None:
     event = shown_event(EventRow(number=7, age_ms=1_500, kind="worker\x1blost", text="w\n1"), now_s=100.0)
-
     assert event == (7, 98.5, "worker\ufffdlost", "w 1")
 
 
@@ -231,7 +223,6 @@ def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
-
     assert done.exit_code == Exit.ERROR
     assert done.stderr == (
         "llambo: llambo top needs Textual, which is not installed\n  pip install 'llambo[top]'\n"
@@ -241,6 +232,5 @@ def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
 def test_without_a_terminal_it_says_what_else_there_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
-
     assert done.exit_code == Exit.USAGE
     assert "`llambo status`" in done.stderr

@@ -116,9 +116,7 @@ def test_who_follows_sees_what_is_there(steps: list[str]) -> None:
 
 
 def test_without_changes_nothing_is_sent() -> None:
-    bench = Bench()
-    bench.worker()
-    client = bench.client()
+    bench, _, client = small_mesh()
     before = picture(EMPTY, answers(client), NOW)
     bench.now_ms += 3
     # The same moment, reported a little later.

@@ -67,6 +67,10 @@ class Rig:
         self.actions = []
         return found
 
+    def clear(self) -> Rig:
+        self.actions = []
+        return self
+
     def sent(self, kind: type[T]) -> list[T]:
         return [send.message for send in self.take(Send) if isinstance(send.message, kind)]
 
@@ -166,8 +170,7 @@ def test_an_engine_that_restarts_is_reported_as_loading() -> None:
 
 
 def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
-    rig = loaded()
-    rig.actions = []
+    rig = loaded().clear()
     rig.receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
     kinds = [type(action) for action in rig.actions]
     assert kinds[:3] == [OpenTokens, Publish, Send]
@@ -176,8 +179,7 @@ def test_a_welcome_opens_the_token_plane_and_beats_on_both_planes() -> None:
 
 
 def test_a_subscription_is_answered_by_a_beat_at_once() -> None:
-    rig = loaded().receive(m.Welcome(SESSION, 7332), session=NO_SESSION)
-    rig.actions = []
+    rig = loaded().receive(m.Welcome(SESSION, 7332), session=NO_SESSION).clear()
     rig.on(e.Subscribed(0))
     (publish,) = [action for action in rig.actions if isinstance(action, Publish)]
     assert tokens.decode_beat(publish.frames[0]) == (2, SESSION)
@@ -363,8 +365,7 @@ def test_a_long_run_is_replayed_in_pages() -> None:
     count = 60_000
     for first in range(0, count, 1_000):
         rig.step(key_of(1), list(range(first, first + 1_000)))
-    rig.step(key_of(1), [count], "length")
-    rig.actions = []
+    rig.step(key_of(1), [count], "length").clear()
     at, frames = 0, []
     while at <= count:
         page = replayed(rig, at)
@@ -419,8 +420,7 @@ def test_a_replay_of_an_unknown_run_is_ignored() -> None:
 
 
 def test_cancel_stops_the_engine_and_answers_with_end() -> None:
-    rig = running(1, slots=1).step(key_of(1), [1, 2])
-    rig.actions = []
+    rig = running(1, slots=1).step(key_of(1), [1, 2]).clear()
     rig.receive(m.Cancel(b"\1" * 16, b"dispatch"))
     assert e.StopRun(key_of(1)) in rig.actions
     assert rig.sent(m.End) == [m.End(b"\1" * 16, 2, "cancelled", b"dispatch")]
@@ -446,8 +446,7 @@ def test_cancel_of_an_unknown_run_is_answered_once() -> None:
 
 def test_engine_death_loses_what_runs_and_keeps_what_ended() -> None:
     # Given one run that has ended and two that go on
-    rig = running(1, 2, 3).step(key_of(1), [1], "stop").step(key_of(2), [1])
-    rig.actions = []
+    rig = running(1, 2, 3).step(key_of(1), [1], "stop").step(key_of(2), [1]).clear()
     # When the engine dies
     rig.on(e.EngineDied("SIGSEGV"))
     # Then the broker receives which are lost, and that there is no engine
@@ -465,8 +464,7 @@ def test_what_a_hung_engine_has_never_read_is_not_laid_to_its_charge() -> None:
     rig = running(1).step(key_of(1), [1]).alive(500)
     # When it is given something else, and is killed for its silence
     rig.receive(dispatch(2), b"p")
-    rig.actions = []
-    rig.alive(500)
+    rig.clear().alive(500)
     # Then only what it was doing is named; the other is simply not claimed
     sent = [send.message for send in rig.take(Send)]
     at = sent.index(m.EngineLost([key_of(1)], rig.core.engine.note, [1]))
@@ -489,8 +487,7 @@ def test_no_two_suspects_run_together_whichever_broker_sends_them() -> None:
 
 
 def test_an_engine_killed_from_outside_is_reported_so() -> None:
-    rig = running(1)
-    rig.actions = []
+    rig = running(1).clear()
     assert rig.on(e.EngineDied("SIGKILL", outside=True)).sent(m.EngineLost)[0].outside
 
 
@@ -505,16 +502,14 @@ def test_the_engine_is_started_again_with_back_off_that_forgets() -> None:
         pauses.append(rig.now - before)
         rig.on(proto.Ready(MODELS, 4))
     assert pauses == [300, 500, 1_000, 2_000, 4_000, 8_000, 10_000, 10_000]
-    rig.alive(30_000).on(e.EngineDied("it died"))
-    rig.actions = []
+    rig.alive(30_000).on(e.EngineDied("it died")).clear()
     assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine()]
     rig.on(proto.Ready(MODELS, 4))
     assert rig.sent(m.WorkerHeartbeat)[-1].engine_restarts == 9
 
 
 def test_a_stalled_engine_is_killed_and_its_runs_are_reported_at_once() -> None:
-    rig = running(1).step(key_of(1), [1])
-    rig.actions = []
+    rig = running(1).step(key_of(1), [1]).clear()
     rig.alive(1_000)
     assert e.KillEngine() in rig.actions
     assert rig.sent(m.EngineLost)[0].runs == [key_of(1)]
@@ -533,8 +528,7 @@ def test_an_agent_that_stood_still_does_not_take_its_engine_for_hung() -> None:
     rig.on(e.Ticked()).on(e.Ticked()).on(e.Ticked())
     assert e.KillEngine() not in rig.actions
     # Then an engine that really hangs is found in its time
-    rig.actions = []
-    rig.wait(799)
+    rig.clear().wait(799)
     assert e.KillEngine() not in rig.actions
     rig.wait(1)
     assert e.KillEngine() in rig.actions
@@ -554,8 +548,7 @@ def test_an_engine_that_never_loads_is_killed() -> None:
 
 
 def test_an_engine_that_comes_back_different_is_reported_in_the_same_session() -> None:
-    rig = joined().on(e.EngineDied("x")).alive(300)
-    rig.actions = []
+    rig = joined().on(e.EngineDied("x")).alive(300).clear()
     beat = rig.on(proto.Ready([m.ModelInfo("fake", "other")], 2)).sent(m.WorkerHeartbeat)[-1]
     assert (beat.models, beat.slots) == ([m.ModelInfo("fake", "other")], 2)
     assert rig.core.links[0].up
@@ -566,9 +559,7 @@ def test_an_engine_that_comes_back_different_is_reported_in_the_same_session() -
 
 def lost(*numbers: int, **config: Any) -> Rig:
     """Its broker is gone while these run."""
-    rig = running(*numbers, **config).receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?")))
-    rig.actions = []
-    return rig
+    return running(*numbers, **config).receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))).clear()
 
 
 def back(rig: Rig) -> Rig:
@@ -606,8 +597,7 @@ def test_runs_survive_their_broker_and_are_announced_to_the_next() -> None:
 
 
 def test_a_run_that_ended_without_a_broker_says_its_end_to_the_one_that_adopts_it() -> None:
-    rig = back(lost(1).step(key_of(1), [1], "stop"))
-    rig.actions = []
+    rig = back(lost(1).step(key_of(1), [1], "stop")).clear()
     rig.alive(1_000)
     assert rig.sent(m.End) == []
     rig.receive(m.Adopt(dispatch(1).id, dispatch(1).dispatch, 3))
@@ -616,8 +606,7 @@ def test_a_run_that_ended_without_a_broker_says_its_end_to_the_one_that_adopts_i
 
 
 def test_orphans_take_slots_and_say_so() -> None:
-    rig = back(lost(1, 2, slots=2))
-    rig.actions = []
+    rig = back(lost(1, 2, slots=2)).clear()
     assert rig.alive(300).sent(m.WorkerHeartbeat)[-1].busy == 2
     assert rig.receive(dispatch(3), b"p").sent(m.Reject)[0].error.code is Code.BUSY
 
@@ -635,8 +624,7 @@ def test_a_run_that_no_broker_adopts_is_stopped() -> None:
 
 
 def test_a_broker_that_knows_better_cancels_an_orphan() -> None:
-    rig = back(lost(1))
-    rig.actions = []
+    rig = back(lost(1)).clear()
     rig.receive(m.Cancel(dispatch(1).id, dispatch(1).dispatch))
     assert [end.reason for end in rig.sent(m.End)] == ["cancelled"]
 
@@ -647,15 +635,13 @@ def test_a_run_without_the_text_of_its_prefix_cannot_be_given_back() -> None:
 
 
 def test_nothing_is_published_or_sent_without_a_session() -> None:
-    rig = running(1).receive(m.Goodbye("restart"))
-    rig.actions = []
+    rig = running(1).receive(m.Goodbye("restart")).clear()
     rig.step(key_of(1), [1], "stop")
     assert [action for action in rig.actions if isinstance(action, Publish | Send)] == []
 
 
 def test_a_refused_hello_is_logged_and_tried_again() -> None:
-    rig = loaded()
-    rig.actions = []
+    rig = loaded().clear()
     rig.receive(m.Problem(ErrorInfo(Code.NAME_TAKEN, "'w' is taken")), session=NO_SESSION)
     assert any("'w' is taken" in log.text for log in rig.take(e.Log))
     assert len(rig.wait(300).sent(m.WorkerHello)) == 1
@@ -727,14 +713,12 @@ def test_the_rate_is_that_of_the_last_second() -> None:
 def test_an_engine_that_dies_while_it_loads_is_started_again_at_once_with_safe_settings() -> None:
     rig = Rig().on(e.Ticked())
     assert rig.take(e.SpawnEngine) == [e.SpawnEngine()]
-    rig.actions = []
-    rig.on(proto.Progress("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
+    rig.clear().on(proto.Progress("testing")).on(e.EngineDied("the engine was ended by SIGSEGV"))
     logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
     assert rig.take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
     assert "SIGSEGV while loading; trying again with safe settings" in logged[0]
     # From then on it has safe settings, and a restart waits as before.
-    rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died"))
-    rig.actions = []
+    rig.on(proto.Ready(MODELS, 4)).on(e.EngineDied("it died")).clear()
     assert rig.wait(250).take(e.SpawnEngine) == [e.SpawnEngine(safe=True)]
 
 
@@ -761,8 +745,7 @@ def test_a_first_load_that_fails_for_good_ends_the_worker_with_the_reason(kind: 
 
 
 def test_an_engine_that_once_was_ready_and_cannot_load_any_more_is_tried_again() -> None:
-    rig = joined().on(e.EngineDied("it died")).alive(300)
-    rig.actions = []
+    rig = joined().on(e.EngineDied("it died")).alive(300).clear()
     rig.on(proto.Progress("", "x.gguf is cut off")).on(e.EngineDied("the engine exited with status 3"))
     logged = [action.text for action in rig.actions if isinstance(action, e.Log)]
     assert "x.gguf is cut off; a new engine in 500 ms" in logged[0]

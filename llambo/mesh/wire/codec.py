@@ -108,7 +108,7 @@ class Codec(Generic[T]):
         return messages
 
     def _is_unknown(self, part: msgspec.Raw) -> bool:
-        """True if it has a type, which these peers do not send."""
+        """True if it has a type, and it is not one of the messages of these peers."""
         try:
             kind = msgspec.msgpack.decode(part, type=_Typed).type
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

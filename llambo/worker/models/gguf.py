@@ -143,6 +143,8 @@ class _Reader:
         if inner in _STRUCTS and count > ARRAY_VALUES:
             self._skip(count * _STRUCTS[inner].size)
             return []
+        if inner == _STRING and count > ARRAY_VALUES:
+            return self._first_strings(count)
         values = []
         for number in range(count):
             value = self._value(inner, depth + 1)
@@ -156,6 +158,19 @@ class _Reader:
             raise BadModelFile(f"{self._path} is damaged: a text of {length} bytes")
         self._in_file(length)
         return self._bytes(length).decode(errors="replace")
+
+    def _first_strings(self, count: int) -> list[MetaValue]:
+        """Those that are read of a vocabulary. It has 100,000 strings or more: each costs start-up time."""
+        values: list[MetaValue] = [self._string(self._size) for _ in range(ARRAY_VALUES)]
+        left = self._size - self._file.tell()
+        read, unpack, head = self._file.read, _U64.unpack, _U64.size
+        for _ in range(count - ARRAY_VALUES):
+            (length,) = unpack(read(head))
+            left -= head + length
+            if left < 0:
+                raise BadModelFile(f"{self._path} is damaged: something of length {length} does not fit into the file")
+            read(length)
+        return values
 
     def _in_file(self, count: int) -> None:
         if count > self._size - self._file.tell():

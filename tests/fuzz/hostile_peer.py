@@ -59,8 +59,8 @@ class Report:
         return "\n".join(lines)
 
 
-class Gunner:
-    """What all hostile peers have: a seed, what is alive, and messages that are almost right."""
+class HostilePeer:
+    """What hostile peers have in common: a seed, live ids, and messages that are almost right."""
 
     def __init__(self, seed: str) -> None:
         self.chance = random.Random(seed)
@@ -106,13 +106,15 @@ def ends(frames: Frames, decoder: codec.Codec[Any]) -> bool:
     )
 
 
-def barrage(report: Report, watched: honest.Honest, count: int, guns: Sequence[Callable[[Counter[str]], None]]) -> None:
+def send_all(
+    report: Report, watched: honest.Honest, count: int, senders: Sequence[Callable[[Counter[str]], None]]
+) -> None:
     began = time.monotonic()
     watched.mark("during")
     try:
         while report.sent.total() < count:
-            for shoot in guns:
-                shoot(report.sent)
+            for send_one in senders:
+                send_one(report.sent)
     except AssertionError as error:
         report.wrong.append(str(error))
     report.seconds = time.monotonic() - began
