@@ -78,7 +78,7 @@ def truth(mesh: Commands, messages: list[tuple[str, str]], seed: int, tokens: in
 
 def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", "--seed", "7", "--max-tokens", "6") as chat:
-        chat.until("/help tells what can be typed")
+        chat.until("/help lists the commands")
         chat.enter("/help")
         chat.until("Alt-Enter begins a new line")
         chat.enter("first question")
