@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -40,7 +40,6 @@ from llambo.broker.ports import SubscriptionGrants
 from llambo.broker.records.journal import LogLine
 from llambo.broker.records.state import State
 from llambo.broker.report import metrics_page
-from llambo.broker.report.metrics_http import MetricsServer
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock
@@ -49,6 +48,9 @@ from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Inherited, Notifier
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
+
+if TYPE_CHECKING:
+    from llambo.broker.report.metrics_http import MetricsServer  # http.server takes 3 MiB
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -25,11 +26,11 @@ def tokens(count: int, start: int = 0) -> list[int]:
     return list(range(start, start + count))
 
 
-def step(batcher: Batcher, took_ms: float = 10.0) -> Plan:
+def step(batcher: Batcher, took_ms: float | Callable[[Plan], float] = 10.0) -> Plan:
     """Decode, and give every output row a next token."""
     plan = batcher.plan()
     assert plan is not None
-    batcher.done(plan, took_ms)
+    batcher.done(plan, took_ms(plan) if callable(took_ms) else took_ms)
     for _, key in plan.outputs:
         batcher.push(key, 1_000)
     return plan
@@ -78,14 +79,9 @@ def test_a_long_prompt_stretches_the_steps_of_others_only_so_far() -> None:
     batcher.place(B, tokens(10_000, start=50_000))
     worst, steps = 0.0, 0
     while True:
-        plan = batcher.plan()
-        assert plan is not None
-        took_ms = 10.0 + 0.5 * plan.prefill
-        batcher.done(plan, took_ms)
+        plan = step(batcher, lambda plan: 10.0 + 0.5 * plan.prefill)
         # When the first steps have been measured
-        worst, steps = max(worst, took_ms if steps else 0.0), steps + 1
-        for _, key in plan.outputs:
-            batcher.push(key, 1)
+        worst, steps = max(worst, 10.0 + 0.5 * plan.prefill if steps else 0.0), steps + 1
         if any(key == B for _, key in plan.outputs):
             break
     # Then none is much longer than allowed, and the prompt makes progress
@@ -129,14 +125,9 @@ def test_prompts_keep_their_pace_when_more_streams_run_than_ever_before() -> Non
         batcher.place(key, tokens(300, start=1_000 * n))
     steps = 0
     while waiting:
-        plan = batcher.plan()
-        assert plan is not None
-        streams = len(plan.tokens) - plan.prefill
-        batcher.done(plan, 6.0 + 3.2 * streams + 1.0 * plan.prefill)
+        plan = step(batcher, lambda plan: 6.0 + 3.2 * (len(plan.tokens) - plan.prefill) + 1.0 * plan.prefill)
         waiting -= {key for _, key in plan.outputs}
         steps += 1
-        for _, key in plan.outputs:
-            batcher.push(key, 1)
     # 4,500 tokens: at 1.5 times what a step of so many streams takes, some 15 to 80 of them in a step
     assert steps < 150
 
@@ -161,15 +152,10 @@ def test_bursts_are_saved_up_for() -> None:
         batcher.place(key, tokens(50, start=100 * n + 1_000))
         done = False
         while not done:
-            plan = batcher.plan()
-            assert plan is not None
-            took_ms = 10.0 + plan.prefill
-            batcher.done(plan, took_ms)
-            total_ms += took_ms
-            stretched_ms += max(0.0, took_ms - 10.0 * STRETCH)
+            plan = step(batcher, lambda plan: 10.0 + plan.prefill)
+            total_ms += 10.0 + plan.prefill
+            stretched_ms += max(0.0, 10.0 + plan.prefill - 10.0 * STRETCH)
             done = any(output == key for _, output in plan.outputs)
-            for _, output in plan.outputs:
-                batcher.push(output, 1)
         batcher.finish(key)
     assert stretched_ms <= BURST_MS + 0.1 * total_ms
 

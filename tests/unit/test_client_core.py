@@ -81,19 +81,24 @@ class Bench:
         welcome = m.Welcome(self.session, 7333, b"t" * 16, lease_ms=1_000)
         return self.handle(e.ControlArrived(NO_SESSION, [(welcome, b"")], []))
 
-    def up(self, number: int = 0) -> None:
+    def up(self, number: int = 0) -> Bench:
         self.welcome(number)
         self.heartbeat()
         assert self.core.link.state is LinkState.UP
         self.sent.clear()
+        return self
+
+    def lose(self) -> None:
+        """The broker leaves, and for half a second there is none."""
+        self.receive(m.Goodbye("restart"))
+        self.wait(500, alive=False)
 
     def submit(self, **fields: object) -> None:
         self.handle(e.SubmitAsked(m.InferenceRequest(ID, **fields), b"prompt"))  # type: ignore[arg-type]
 
     def run(self) -> None:
         """Until a request is running."""
-        self.up()
-        self.submit()
+        self.up().submit()
         self.receive(m.Accepted(ID))
         self.sent.clear()
 
@@ -186,14 +191,12 @@ class TestSubmitting:
         assert bench.sent_since() == [m.InferenceRequest(ID)]
 
     def test_brings_its_prompt(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         sent = [action for action in bench.actions if isinstance(action, Send)][-1]
         assert (sent.session, sent.blob) == (bench.session, b"prompt")
 
     def test_is_sent_again_until_it_is_accepted(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         assert len(bench.sent_since()) == 1
         bench.wait(RESEND_MS[0])
         assert len(bench.sent_since()) == 1
@@ -206,15 +209,13 @@ class TestSubmitting:
         assert bench.sent_since() == []
 
     def test_its_place_in_the_queue_is_reported_when_it_changes(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         bench.receive(m.Accepted(ID, 3, "tiny"))
         assert bench.receive(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
         assert bench.receive(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
 
     def test_a_problem_ends_it(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         error = ErrorInfo(Code.BUSY, "full", 100)
         assert bench.receive(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
         bench.wait(5_000)
@@ -222,8 +223,7 @@ class TestSubmitting:
 
     def test_a_lost_link_means_submitting_again_with_what_is_held_and_the_time_left(self, bench: Bench) -> None:
         # Given a stream with three tokens
-        bench.up()
-        bench.submit(deadline_ms=60_000)
+        bench.up().submit(deadline_ms=60_000)
         bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))
         bench.tokens(0, 3)
         bench.tokens(4, 1)
@@ -258,8 +258,7 @@ class TestSubmitting:
         bench.handle(e.AttachAsked(ID))
         bench.receive(m.Accepted(ID))
         bench.tokens(0, 2)
-        bench.receive(m.Goodbye("restart"))
-        bench.wait(500, alive=False)
+        bench.lose()
         bench.sent.clear()
         bench.up(1)
         (attach,) = [
@@ -270,8 +269,7 @@ class TestSubmitting:
         assert attach.have == 2 and tokens.ids_of(attach.held) == [0, 1]
 
     def test_words_of_an_earlier_session_do_not_count(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         bench.session = b"earlier!"
         assert bench.receive(m.Accepted(ID)) == []
         assert bench.core.counters.stale_messages == 1
@@ -428,8 +426,7 @@ class TestRepair:
         assert delivered(bench.receive(page(0, 3, 3))) == [0, 1, 2]
 
     def test_nothing_is_asked_of_a_broker_that_may_not_know_the_request(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         bench.sent.clear()
         bench.tokens(5)
         bench.wait(RESEND_MS[0] - 1)
@@ -447,8 +444,7 @@ class TestRepair:
 class TestWithoutStream:
     def test_the_answer_follows_its_end(self, bench: Bench) -> None:
         # Given a request that wants no stream
-        bench.up()
-        bench.submit(stream=False)
+        bench.up().submit(stream=False)
         bench.receive(m.Accepted(ID))
         bench.sent.clear()
         bench.heartbeat(progress=10)
@@ -464,8 +460,7 @@ class TestWithoutStream:
         assert isinstance(bench.receive(page(20, 30, 30))[-1], e.ReportEnd)
 
     def test_a_lost_first_page_is_asked_for(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit(stream=False)
+        bench.up().submit(stream=False)
         bench.receive(m.Accepted(ID), m.End(ID, 3, "stop"))
         bench.sent.clear()
         bench.wait(REPLAY_AGAIN_MS)
@@ -518,8 +513,7 @@ class TestCancelling:
         assert bench.receive(m.Problem(error, ID)) == [e.ReportFailure(ID, error)]
 
     def test_when_only_the_cancel_arrived_it_never_ran(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit()
+        bench.up().submit()
         bench.handle(e.CancelAsked(ID))
         happened = bench.receive(m.Problem(ErrorInfo(Code.UNKNOWN_REQUEST, "?"), ID))
         assert happened == [e.ReportEnd(ID, m.End(ID, 0, "cancelled"))]
@@ -527,8 +521,7 @@ class TestCancelling:
     def test_survives_the_link(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.CancelAsked(ID))
-        bench.receive(m.Goodbye("restart"))
-        bench.wait(500, alive=False)
+        bench.lose()
         bench.welcome(1)
         bench.sent.clear()
         bench.heartbeat()
@@ -598,8 +591,7 @@ class TestQuestions:
     def test_is_asked_on_the_next_link(self, bench: Bench) -> None:
         bench.up()
         bench.handle(e.QueryAsked(1, "status"))
-        bench.receive(m.Goodbye())
-        bench.wait(500, alive=False)
+        bench.lose()
         bench.sent.clear()
         bench.welcome(1)
         assert bench.sent_since() == [m.Query(1, "status")]
@@ -620,8 +612,7 @@ class TestTasks:
         return m.Page(ID, first, after, total, [frame])
 
     def run(self, bench: Bench) -> None:
-        bench.up()
-        bench.submit(task="embed", stream=False)
+        bench.up().submit(task="embed", stream=False)
         bench.receive(m.Accepted(ID, model="fake"))
         bench.sent.clear()
 

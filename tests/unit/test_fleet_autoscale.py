@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,19 +58,18 @@ def test_a_hundred_at_thirty_percent_then_a_spike_then_a_lull() -> None:
     assert bench.decisions[1].why == "at most 17 % of 2400 slots wanted in 300 s, less than 20 %"
 
 
-def test_a_peak_that_is_shorter_than_the_proof_does_nothing() -> None:
-    bench = Bench(10)
-    for _ in range(100):
-        bench.looks(8, 10)
-        bench.looks(39, 5)
-    assert not bench.decisions
-
-
-def test_a_dip_that_is_shorter_than_the_proof_does_nothing() -> None:
-    bench = Bench(10)
-    for _ in range(10):
-        bench.looks(1, 280)
-        bench.looks(20, 1)
+@pytest.mark.parametrize(
+    ("workers", "times", "usual", "exception"),
+    [(10, 100, (8, 10), (39, 5)), (10, 10, (1, 280), (20, 1)), (1, 20, (0, 500), (1, 1))],
+    ids=["a peak", "a dip", "the last worker has something to do from time to time"],
+)
+def test_what_is_shorter_than_the_proof_does_nothing(
+    workers: int, times: int, usual: tuple[int, int], exception: tuple[int, int]
+) -> None:
+    bench = Bench(workers)
+    for _ in range(times):
+        bench.looks(*usual)
+        bench.looks(*exception)
     assert not bench.decisions
 
 
@@ -163,14 +163,6 @@ def test_the_last_worker_stays_if_one_is_the_least() -> None:
     assert Bench(1, least=1).looks(0, 7_200) == 1
 
 
-def test_the_last_worker_stays_as_long_as_there_is_something_to_do_now_and_then() -> None:
-    bench = Bench(1)
-    for _ in range(20):
-        bench.looks(0, 500)
-        bench.looks(1, 1)
-    assert not bench.decisions
-
-
 # --- what piles up ---------------------------------------------------------------------------------------
 
 
@@ -202,7 +194,7 @@ def test_workers_that_start_are_counted_so_that_a_lack_is_not_made_good_twice() 
     assert [decision.wanted for decision in bench.decisions] == [6]
 
 
-# --- it does not swing -----------------------------------------------------------------------------------
+# --- it does not oscillate -----------------------------------------------------------------------------------
 
 LOADS = st.lists(st.tuples(st.integers(0, 400), st.integers(1, 400)), min_size=2, max_size=12)
 RULES = st.fixed_dictionaries(

@@ -19,16 +19,19 @@ from click.testing import CliRunner, Result
 from llambo.cli import main
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import Exit
-from llambo.cli.shell.command_table import (
+from llambo.cli.shell.language import (
     TABLE,
     WATCHED,
+    BadLine,
+    CommandCall,
     MeshNames,
+    ModelPrompt,
     command_of,
     completions,
     options_of,
+    parse,
     settable,
 )
-from llambo.cli.shell.lines import BadLine, CommandCall, ModelPrompt, parse
 from llambo.cli.shell.shell import LINE_BYTES, Shell, ShellSession, stdin_lines
 from llambo.cli.shell.shell_prompt import HISTORY_FILE, history, mesh_names
 from llambo.mesh.wire.errors import LlamboError

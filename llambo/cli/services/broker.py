@@ -52,7 +52,6 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     import os
 
     from llambo.broker.config import BrokerConfig
-    from llambo.broker.report.metrics_http import MetricsServer, token_in
     from llambo.broker.server import run_broker
     from llambo.mesh.link.sockets import endpoint
     from llambo.mesh.service.service_manager import inherited
@@ -63,7 +62,11 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     host, started = given.host if given else settings.text("bind"), False
     folder = folder_of(settings, host)
     metrics_at = settings.text("metrics")
-    server = MetricsServer(metrics_at, token_in(settings.text("metrics_token"))) if metrics_at else None
+    server = None
+    if metrics_at:
+        from llambo.broker.report.metrics_http import MetricsServer, token_in
+
+        server = MetricsServer(metrics_at, token_in(settings.text("metrics_token")))
 
     def announce(port: int) -> None:
         nonlocal started

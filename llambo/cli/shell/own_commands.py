@@ -14,8 +14,7 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.flags import Duration, SettingOption, json_option
 from llambo.cli.kit.tables import show_json, table
-from llambo.cli.shell.command_table import TABLE, WATCHED, command_of, settable
-from llambo.cli.shell.lines import TO_MODEL
+from llambo.cli.shell.language import TABLE, TO_MODEL, WATCHED, command_of, settable
 from llambo.cli.shell.shell import LeaveShell, Shell
 from llambo.mesh.settings.settings_table import BY_NAME
 

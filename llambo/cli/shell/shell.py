@@ -23,8 +23,7 @@ from llambo.cli.kit.common import Common, connect, where
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.follow import end_signals
-from llambo.cli.shell.command_table import TABLE, command_of, settable
-from llambo.cli.shell.lines import TO_MODEL, BadLine, CommandCall, parse
+from llambo.cli.shell.language import TABLE, TO_MODEL, BadLine, CommandCall, command_of, parse, settable
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 

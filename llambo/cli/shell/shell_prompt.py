@@ -20,7 +20,7 @@ from llambo.cli.chat.prompt import open_history
 from llambo.cli.kit.common import state_folder
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.follow import report_link
-from llambo.cli.shell.command_table import MeshNames, completions
+from llambo.cli.shell.language import MeshNames, completions
 from llambo.cli.shell.shell import LeaveShell, Shell, ShellSession
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import LlamboError, printable

@@ -280,7 +280,7 @@ class Room:
     of_class: Counter[str] = field(default_factory=Counter)
 
     def fits(self, wanted: NodeClass) -> bool:
-        return not self.facts.away and not self._short(wanted)
+        return not self.facts.away and not self._short(wanted, "")
 
     def take(self, node_class: str, memory_bytes: int, cores: float, sign: int = 1) -> None:
         self.memory_bytes += sign * memory_bytes
@@ -293,15 +293,16 @@ class Room:
         return max(memory, cores), self.of_class[wanted.name]
 
     def refusal(self, wanted: NodeClass, host: str) -> str:
-        return f"{host} is away: {self.facts.away}" if self.facts.away else self._short(wanted).format(host=host)
+        return f"{host} is away: {self.facts.away}" if self.facts.away else self._short(wanted, host)
 
-    def _short(self, wanted: NodeClass) -> str:
+    def _short(self, wanted: NodeClass, host: str) -> str:
+        """What it has too little of; empty: it has room."""
         left = self.facts.memory_bytes - self.memory_bytes
         if wanted.memory_bytes > left:
-            return f"{{host}} has {size(max(left, 0))} left of {size(self.facts.memory_bytes)}"
+            return f"{host} has {size(max(left, 0))} left of {size(self.facts.memory_bytes)}"
         cores = self.facts.cores - self.cores
         if wanted.cores and wanted.cores > cores + _SLACK:
-            return f"{{host}} has {max(cores, 0.0):.3g} cores left of {self.facts.cores:g}"
+            return f"{host} has {max(cores, 0.0):.3g} cores left of {self.facts.cores:g}"
         return ""
 
 

@@ -15,7 +15,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
 
 from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME
 
@@ -233,12 +232,6 @@ def call_id(seed: str, index: int, prefix: str = "call_") -> str:
     return prefix + sha256(f"{seed}:{index}".encode()).hexdigest()[:24]
 
 
-class Parser(Protocol):
-    def feed(self, text: str) -> list[Delta]: ...
-
-    def finish(self) -> list[Delta]: ...
-
-
 class PlainText:
     """The parser for an answer without tools: nothing in it is a call."""
 
@@ -247,6 +240,9 @@ class PlainText:
 
     def finish(self) -> list[Delta]:
         return []
+
+
+Parser = ToolCalls | PlainText
 
 
 def parser_of(tools: bool, seed: str, prefix: str) -> Parser:
