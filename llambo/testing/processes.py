@@ -185,8 +185,8 @@ def has_ended(pid: int, timeout_s: float = TIMEOUT_S) -> bool:
     """True if a process ends in time. It need not be a child of this process; a zombie has ended."""
     try:
         descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
+    except (ProcessLookupError, FileNotFoundError):
+        return True  # or the number is a thread's by now
     try:
         return bool(select.select([descriptor], [], [], timeout_s)[0])
     finally:

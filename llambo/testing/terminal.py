@@ -103,6 +103,11 @@ class Terminal:
                 return text
             self._wait(condition if isinstance(condition, str) else "what was waited for", deadline)
 
+    def ask(self, line: str, answer: str | Callable[[str], bool], after: str = "") -> str:
+        """Enter a line, and wait until its answer is on the screen."""
+        self.enter(line)
+        return self.until(answer, after)
+
     def expect(self, pattern: str, timeout_s: float = TIMEOUT_S) -> re.Match[str]:
         """The next match in its output without control sequences, after the last match."""
         deadline = time.monotonic() + timeout_s

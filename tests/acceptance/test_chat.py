@@ -79,44 +79,26 @@ def truth(mesh: Commands, messages: list[tuple[str, str]], seed: int, tokens: in
 def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", "--seed", "7", "--max-tokens", "6") as chat:
         chat.until("/help lists the commands")
-        chat.enter("/help")
-        chat.until("Alt-Enter begins a new line")
-        chat.enter("first question")
-        chat.until("tokens/s", after="first question")
-        chat.enter("/history")
-        chat.until("1  you: first question")
-        chat.enter("second question")
-        chat.until("tokens/s", after="second question")
-        chat.enter("/history SECOND")
-        chat.until("   2  you: second question")
-        chat.enter("/history #1")
-        chat.until("1  you: first question", after="/history #1")
-        chat.enter("/status")
-        shown = chat.until("policy", after="> /status")
+        chat.ask("/help", "Alt-Enter begins a new line")
+        chat.ask("first question", "tokens/s", after="first question")
+        chat.ask("/history", "1  you: first question")
+        chat.ask("second question", "tokens/s", after="second question")
+        chat.ask("/history SECOND", "   2  you: second question")
+        chat.ask("/history #1", "1  you: first question", after="/history #1")
+        shown = chat.ask("/status", "policy", after="> /status")
         assert "mine" in shown and "2, 2 since the model began" in shown and "30000 tokens" in shown
         assert "2 ready of 2" in shown
-        chat.enter("/model")
-        chat.until("* fake")
-        chat.enter("/model gpt-9")
-        chat.until("no worker serves gpt-9; there is: fake")
-        chat.enter("/model fake")
-        chat.until("fake is asked from now on")
-        chat.enter("/system Be brief.")
-        chat.until("from now on", after="/system Be brief.")
-        chat.enter("/retry")
-        chat.until("tokens/s", after="> /retry")
-        chat.enter("/clear")
-        chat.until("the model begins anew")
-        chat.enter("third question")
-        chat.until("tokens/s", after="third question")
-        chat.enter("/save travel")
-        chat.until("saved as travel, in ")
-        chat.enter("/session other")
-        chat.until("other: 0 turns so far")
-        chat.enter("/frobnicate")
-        chat.until("there is no command /frobnicate")
-        chat.enter("/session travel")
-        chat.until("travel: 3 turns so far")
+        chat.ask("/model", "* fake")
+        chat.ask("/model gpt-9", "no worker serves gpt-9; there is: fake")
+        chat.ask("/model fake", "fake is asked from now on")
+        chat.ask("/system Be brief.", "from now on", after="/system Be brief.")
+        chat.ask("/retry", "tokens/s", after="> /retry")
+        chat.ask("/clear", "the model begins anew")
+        chat.ask("third question", "tokens/s", after="third question")
+        chat.ask("/save travel", "saved as travel, in ")
+        chat.ask("/session other", "other: 0 turns so far")
+        chat.ask("/frobnicate", "there is no command /frobnicate")
+        chat.ask("/session travel", "travel: 3 turns so far")
         chat.enter("/exit")
         assert chat.end() == Exit.OK, chat.story("/exit")
         assert "llambo chat --session travel" in chat.text
@@ -137,8 +119,7 @@ def test_every_command_of_a_conversation(mesh: Commands, home: Home) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", *ENDLESS) as chat:
         chat.until("\n>")
-        chat.enter("talk on")
-        chat.until(lambda text: len(text.split()) > 20, after="> talk on")
+        chat.ask("talk on", lambda text: len(text.split()) > 20, after="> talk on")
         chat.press(CTRL_C)
         stopped = chat.until("stopped", after="> talk on")
         assert "tokens/s" in stopped
@@ -147,8 +128,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(mesh: Commands, home: Home)
         chat.until("half a line", after="stopped")
         chat.press(CTRL_C)
         chat.until("/exit or Ctrl-D leaves")
-        chat.enter("/history")
-        chat.until("(stopped)")
+        chat.ask("/history", "(stopped)")
         chat.press(CTRL_D)
         assert chat.end() == Exit.OK, chat.story("Ctrl-D")
 
@@ -162,8 +142,7 @@ def test_a_session_goes_on_where_it_was(mesh: Commands, home: Home) -> None:
     words = ("--session", "mine", "--max-tokens", "4")
     with home.chat(mesh, *words, "--seed", "1", "--system", "Be kind.") as chat:
         chat.until("\n>")
-        chat.enter("first")
-        chat.until("tokens/s")
+        chat.ask("first", "tokens/s")
         # No second process may write into it meanwhile.
         second = home.run(mesh, *words, "hello")
         assert second.code == Exit.USAGE, second.story
@@ -173,8 +152,7 @@ def test_a_session_goes_on_where_it_was(mesh: Commands, home: Home) -> None:
 
     with home.chat(mesh, *words, "--seed", "2") as chat:
         chat.until("1 turn so far, the last: first")
-        chat.enter("second")
-        chat.until("tokens/s", after="> second")
+        chat.ask("second", "tokens/s", after="> second")
         chat.enter("/exit")
         chat.end()
 
@@ -231,10 +209,8 @@ def test_typing_several_lines_completion_and_lines_of_another_day(mesh: Commands
 def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--session", "mine", "--max-tokens", "60") as chat:
         chat.until("\n>")
-        chat.enter("first")
-        chat.until(lambda text: len(text.split()) > 5, after="> first")
-        chat.enter("second")
-        chat.until("tokens/s", after="> second")
+        chat.ask("first", lambda text: len(text.split()) > 5, after="> first")
+        chat.ask("second", "tokens/s", after="> second")
         chat.press(CTRL_D)
         chat.end()
 
@@ -244,8 +220,7 @@ def test_what_is_typed_while_an_answer_comes_is_the_next_line(mesh: Commands, ho
 def test_a_private_chat_leaves_nothing_behind(mesh: Commands, home: Home) -> None:
     with home.chat(mesh, "--private", "--max-tokens", "2") as chat:
         chat.until("\n>")
-        chat.enter("a secret")
-        chat.until("tokens/s")
+        chat.ask("a secret", "tokens/s")
         chat.press(CTRL_D)
         assert chat.end() == Exit.OK
 
@@ -257,10 +232,8 @@ def test_colours_can_be_switched_off(mesh: Commands, home: Home, how: str) -> No
     words = ["--no-color"] if how == "flag" else []
     with home.chat(mesh, "--max-tokens", "3", *words, NO_COLOR="1" if how == "variable" else None) as chat:
         chat.until("\n>")
-        chat.enter("/model gpt-9")  # a warning is yellow
-        chat.until("there is: fake")
-        chat.enter("hello")
-        chat.until("tokens/s")
+        chat.ask("/model gpt-9", "there is: fake")  # a warning is yellow
+        chat.ask("hello", "tokens/s")
         chat.press(CTRL_D)
         chat.end()
 
@@ -271,8 +244,7 @@ def test_colours_can_be_switched_off(mesh: Commands, home: Home, how: str) -> No
 def test_an_answer_that_is_ended_with_the_program_is_kept(mesh: Commands, home: Home, number: signal.Signals) -> None:
     with home.chat(mesh, "--session", "mine", *ENDLESS) as chat:
         chat.until("\n>")
-        chat.enter("talk on")
-        chat.until(lambda text: len(text.split()) > 10, after="> talk on")
+        chat.ask("talk on", lambda text: len(text.split()) > 10, after="> talk on")
         chat.send(number)
         assert chat.end() == 128 + number, chat.story("the exit status")
     assert home.session("mine")["turns"][0]["ending"] == "stopped"
@@ -297,10 +269,8 @@ def test_what_has_no_room_is_left_out_with_a_notice(home: Home) -> None:
         )
         with home.chat(mesh, "--session", "mine", "--max-tokens", "200", "--seed", "5") as chat:
             chat.until("6 turns so far")
-            chat.enter("and now?")
-            screen = chat.until("tokens/s", after="> and now?")
-            chat.enter("y" * 700)
-            chat.until("it was not sent")
+            screen = chat.ask("and now?", "tokens/s", after="> and now?")
+            chat.ask("y" * 700, "it was not sent")
             chat.press(CTRL_D)
             chat.end()
 
@@ -320,8 +290,7 @@ def test_a_worker_that_dies_is_a_stall_and_nothing_more(home: Home) -> None:
     with up("--workers", "2", "--fake-tokens-per-s", "100") as (mesh, running), SyncClient(mesh.address) as client:
         with home.chat(mesh, "--session", "mine", "--seed", "3", "--max-tokens", "100") as chat:
             chat.until("\n>")
-            chat.enter("hello")
-            chat.until(lambda text: len(text.split()) > 20, after="> hello")
+            chat.ask("hello", lambda text: len(text.split()) > 20, after="> hello")
             (request,) = client.requests()
             os.kill(int(running.line(rf"{request.worker} is ready, pid (\d+)")[1]), signal.SIGKILL)
             chat.until("moved 1 time")
@@ -342,8 +311,7 @@ def test_a_broker_that_goes_away_is_shown_and_the_answer_goes_on(home: Home) -> 
             both = Commands(f"{mesh.address},tcp://127.0.0.1:1")
             with home.chat(both, "--session", "mine", "--seed", "3", "--max-tokens", "60") as chat:
                 chat.until("\n>")
-                chat.enter("hello")
-                chat.until(lambda text: len(text.split()) > 5, after="> hello")
+                chat.ask("hello", lambda text: len(text.split()) > 5, after="> hello")
                 broker.send(signal.SIGKILL)
                 broker.end()
                 chat.until("lost the broker")
@@ -454,17 +422,17 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands, home: Home) -> Non
 
 
 def test_smollm2_remembers_the_conversation_and_its_tokens_are_counted(home: Home) -> None:
-    with up("--workers", "1", "--engine", "llama", "--model", "smollm2", "--ctx", "256", "--slots", "2") as (mesh, _):
+    with up(
+        "--workers", "1", "--engine", "llama", "--model", "smollm2", "--ctx", "256", "--slots", "2", "--threads", "1"
+    ) as (mesh, _):
         with home.chat(mesh, "--session", "mine", "--temperature", "0", "--max-tokens", "24", "--seed", "1") as chat:
             chat.until("\n>")
-            chat.enter("What is the capital of France? Answer in one word.")
-            chat.until("Paris")
+            chat.ask("What is the capital of France? Answer in one word.", "Paris")
             chat.until("tokens/s")
             for number in range(1, 8):
-                chat.enter(f"Question {number}: what is the capital of another country in Europe?")
-                chat.until("tokens/s", after=f"Question {number}:")
-            chat.enter("/status")
-            chat.until("256 tokens, the last answer ended at")
+                question = f"Question {number}: what is the capital of another country in Europe?"
+                chat.ask(question, "tokens/s", after=f"Question {number}:")
+            chat.ask("/status", "256 tokens, the last answer ended at")
             chat.press(CTRL_D)
             assert chat.end() == Exit.OK
 

@@ -16,6 +16,7 @@ from llambo.mesh.security.keyring import ISSUED
 from llambo.mesh.security.keys import KEY_ENV, to_line
 from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import MeshStatus, WorkerRow
+from llambo.testing.processes import has_ended
 from llambo.testing.proxy import Plane, Proxy
 from tests.chaos import nodes, places
 from tests.chaos.history import Journal, now_ms
@@ -293,19 +294,4 @@ class World:
 
 
 async def gone(pid: int, within_s: float) -> bool:
-    """Whether a process ends in time. It need not be a child of ours."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except (ProcessLookupError, FileNotFoundError):
-        return True  # or the number is a thread's by now
-    loop, over = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(descriptor, over.set)
-    try:
-        async with asyncio.timeout(within_s):
-            await over.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-    return True
+    return await asyncio.to_thread(has_ended, pid, within_s)

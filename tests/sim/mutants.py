@@ -24,6 +24,10 @@ class Guard(NamedTuple):
     #: Noticed soon only where there are so many brokers; 0: in any world.
     brokers: int = 0
 
+    @property
+    def path(self) -> Path:
+        return ROOT / (self.module.replace(".", "/") + ".py")
+
 
 _DELIVERY, _ENDING, _MEMBERSHIP = (
     "llambo.broker.requests.delivery",
@@ -54,7 +58,9 @@ GUARDS: dict[str, Guard] = {
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
     "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
     "dedup of submits": Guard(
-        "llambo.broker.requests.admission", "if asked.id in state.requests or state.archive.get(asked.id):", "if False:"
+        "llambo.broker.requests.admission",
+        "known = asked.id in state.requests or asked.id in state.archive.ended",
+        "known = False",
     ),
     "transcript in the re-dispatch": Guard(
         "llambo.broker.requests.dispatching",
@@ -72,7 +78,9 @@ GUARDS: dict[str, Guard] = {
         "llambo.broker.requests.dispatching", "        request.transcript.clear()\n", "        pass\n"
     ),
     "newer state of the client": Guard(
-        "llambo.broker.requests.admission", "    recovery.forget_outdated(state, client, asked, held, now_ms)\n", ""
+        "llambo.broker.requests.admission",
+        "if known and not recovery.forget_outdated(state, client, asked, held, now_ms):",
+        "if known:",
     ),
     "abandoned is not ended": Guard(
         "llambo.broker.requests.recovery", "    if ended.abandoned:\n        return False\n", ""
@@ -112,7 +120,7 @@ GUARDS: dict[str, Guard] = {
 class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        self.path = ROOT / (guard.module.replace(".", "/") + ".py")
+        self.path = guard.path
 
     def find_spec(
         self, name: str, path: object = None, target: ModuleType | None = None

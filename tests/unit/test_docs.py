@@ -59,9 +59,11 @@ def test_every_error_code_is_explained() -> None:
     assert not [code.value for code in Code if f"`{code.value}`" not in rows]
 
 
-def test_every_guard_of_the_simulator_is_explained() -> None:
+def test_every_guard_of_the_simulator_is_explained_and_found_in_the_source() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|", text_of("docs/simulation.md").split("## Teeth")[1], re.MULTILINE)
     assert rows == list(GUARDS)
+    moved = [name for name, guard in GUARDS.items() if guard.path.read_text(encoding="utf-8").count(guard.with_it) != 1]
+    assert moved == [], "their lines have changed: change tests/sim/mutants.py, too"
 
 
 # --- references ----------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ class JournalEntry:
     at_ms: int
     kind: str
     text: str
-    worker: str = ""
+    worker: str
+    warning: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,5 +42,5 @@ class Journal:
         self, now_ms: int, kind: str, text: str, *, warning: bool = False, worker: str = "", request: bytes = b""
     ) -> None:
         self._count += 1
-        self.entries.append(JournalEntry(self._count, now_ms, kind, text, worker))
+        self.entries.append(JournalEntry(self._count, now_ms, kind, text, worker, warning))
         self.log.append(LogLine(f"{kind}: {text}", warning, worker, request))

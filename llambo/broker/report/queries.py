@@ -259,6 +259,7 @@ def events(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
             kind=event.kind,
             text=event.text,
             worker=event.worker,
+            warning=event.warning,
         )
         for event in state.journal.entries
         if event.number > since

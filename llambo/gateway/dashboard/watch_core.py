@@ -115,6 +115,7 @@ class EventView(View, frozen=True, kw_only=True):
     kind: str
     text: str
     worker: str
+    warning: bool
     at: int
 
 

@@ -82,7 +82,7 @@ class RepairState:
     """
 
     #: The index after the last token that is known to exist.
-    owed: int = 0
+    known: int = 0
     #: 0: no alarm is set.
     target: int = 0
     #: The replay that was requested last; 0, 0: none.
@@ -147,7 +147,7 @@ class Request:
         gap = self.tokens.gap
         if gap is not None:
             return gap[1]
-        return self.repair.owed if self.repair.owed > self.tokens.next_index else 0
+        return self.repair.known if self.repair.known > self.tokens.next_index else 0
 
     @property
     def complete(self) -> bool:

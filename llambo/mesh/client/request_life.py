@@ -35,35 +35,36 @@ class Repair:
         self._timers = timers
         self._counters = counters
 
-    def owe(self, request: Request, until: int, now_ms: int) -> None:
+    def wait_for(self, request: Request, until: int, now_ms: int) -> None:
         """Tokens before `until` exist. If they have not arrived in a moment, request them."""
-        request.repair.owed = max(request.repair.owed, until)
+        request.repair.known = max(request.repair.known, until)
         if not request.repair.target and request.repairable and request.missing_until:
-            request.repair.target = request.repair.owed
+            request.repair.target = request.repair.known
             # Without a token plane none are on their way.
             self._timers.set(request.id, now_ms + (TAIL_GRACE_MS if self._link.up else 0))
 
-    def expect(self, request: Request, until: int, now_ms: int) -> None:
+    def wait_for_replay(self, request: Request, until: int, now_ms: int) -> None:
         """As if a replay had been requested just now: look again when it should have arrived."""
-        request.repair.owed = max(request.repair.owed, until)
+        request.repair.known = max(request.repair.known, until)
         request.repair.target = request.repair.asked_until = until
         request.repair.asked_first = request.tokens.next_index
         self._timers.set(request.id, now_ms + REPLAY_AGAIN_MS)
 
-    def ask(self, request: Request, now_ms: int) -> None:
+    def request_replay(self, request: Request, now_ms: int) -> None:
         if not request.repairable or not request.missing_until:
             return
         self._counters.replays += 1
         self._link.send(m.Replay(request.id, request.tokens.next_index, request.missing_until))
-        self.expect(request, request.missing_until, now_ms)
+        self.wait_for_replay(request, request.missing_until, now_ms)
 
     def on_alarm(self, request: Request, now_ms: int) -> None:
         late = request.tokens.next_index < request.repair.target
         request.repair.forget()
         if late:
-            self.ask(request, now_ms)
+            self.request_replay(request, now_ms)
         else:
-            self.owe(request, 0, now_ms)  # they arrived by themselves; later ones may be missing
+            # They arrived by themselves; later ones may be missing.
+            self.wait_for(request, 0, now_ms)
 
     def on_page(self, request: Request, page: m.Page, now_ms: int) -> None:
         """A page has been added: go on with the rest of the replay."""
@@ -72,11 +73,12 @@ class Repair:
         if not request.repairable or not request.missing_until:
             return
         if request.tokens.next_index == asked_first:
-            self.expect(request, request.repair.owed, now_ms)  # it was empty: the broker waits for these tokens as well
+            # The page was empty: the broker waits for these tokens as well.
+            self.wait_for_replay(request, request.repair.known, now_ms)
         elif page.next < asked_until:
-            self.ask(request, now_ms)
+            self.request_replay(request, now_ms)
         else:
-            self.owe(request, 0, now_ms)
+            self.wait_for(request, 0, now_ms)
 
 
 #: The pause before a message without an answer is sent again; for submits it doubles, from the first to the second.
@@ -130,7 +132,7 @@ class Requests:
             request.end, request.tries = None, 0
             request.repair.forget()
             # The next broker may not know this answer, and continue it in another way.
-            request.repair.owed = 0
+            request.repair.known = 0
             request.tokens.forget_stash()
             if request.whole:
                 request.tokens = Reassembly()
@@ -186,7 +188,7 @@ class Requests:
     def release(self, id: bytes, now_ms: int) -> None:
         if (request := self.live.get(id)) is not None and request.reader.held:
             request.reader.held = False
-            self._repair.ask(request, now_ms)
+            self._repair.request_replay(request, now_ms)
 
     def cancel_mine(self) -> None:
         """Before the client disconnects: its answers will not be read."""
@@ -199,7 +201,7 @@ class Requests:
     def on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
         for id, next_index in beat.progress.items():
             if (request := self.live.get(id)) is not None and next_index > request.tokens.next_index:
-                self._repair.owe(request, next_index, now_ms)
+                self._repair.wait_for(request, next_index, now_ms)
         for id, ahead in beat.waiting.items():
             if (request := self.live.get(id)) is not None:
                 self._place(request, ahead)
@@ -218,7 +220,7 @@ class Requests:
             return
         request.enter(RequestState.RUNNING)
         self._timers.clear(request.id)
-        self._repair.owe(request, request.tokens.seen_index, now_ms)
+        self._repair.wait_for(request, request.tokens.seen_index, now_ms)
 
     def on_end(self, end: m.End, now_ms: int) -> None:
         request = self.live.get(end.id)
@@ -237,20 +239,20 @@ class Requests:
             request.repair.forget()
             self._timers.clear(end.id)
         if request.streams:
-            self._repair.owe(request, end.count, now_ms)
+            self._repair.wait_for(request, end.count, now_ms)
         elif self._link.terms.pull and not request.repair.target and not request.reader.held:
-            request.repair.owed = max(request.repair.owed, end.count)
-            self._repair.ask(request, now_ms)
+            request.repair.known = max(request.repair.known, end.count)
+            self._repair.request_replay(request, now_ms)
         elif not request.repair.target and not request.reader.held:
             # Its first page follows this message.
-            self._repair.expect(request, end.count, now_ms)
+            self._repair.wait_for_replay(request, end.count, now_ms)
 
     def on_page(self, page: m.Page, now_ms: int) -> None:
         request = self.live.get(page.id)
         if request is None:
             return
         self.counters.pages += 1
-        request.repair.owed = max(request.repair.owed, page.total)
+        request.repair.known = max(request.repair.known, page.total)
         if request.reader.held:
             return
         for chunk in page.chunks:
@@ -324,7 +326,7 @@ class Requests:
         self.counters.held_frames += 1
         if len(frame) > tokens.HEAD_BYTES:
             first, count, _ = tokens.head(frame, tokens.KEY_END)
-            request.repair.owed = max(request.repair.owed, first + count)
+            request.repair.known = max(request.repair.known, first + count)
 
     def _settle(self, request: Request, now_ms: int) -> None:
         """Deliver the tokens that are in order. Then end the request if it is complete, or look after a gap."""
@@ -335,7 +337,7 @@ class Requests:
         if request.end is not None and request.complete:
             self._finish(request, request.end)
         elif request.tokens.stash:
-            self._repair.owe(request, request.tokens.seen_index, now_ms)
+            self._repair.wait_for(request, request.tokens.seen_index, now_ms)
 
     def _finish(self, request: Request, end: m.End) -> None:
         if request.end is not None:

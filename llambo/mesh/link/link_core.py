@@ -12,9 +12,9 @@ session the link is DOWN, and a new one is opened on new sockets.
 
 If there is an alternative, a link does not wait for its lease: a connection that breaks and cannot be made again at
 once means that the broker is gone. A client with several brokers then connects to the next one. A worker with several
-brokers (`hasty`) has a link to each: it tries the same one again, and meanwhile offers its runs to the others.
+brokers (`redundant`) has a link to each: it tries the same one again, and meanwhile offers its runs to the others.
 
-                                     one broker      hasty           several brokers
+                                     one broker      redundant       several brokers
     a silent broker counts as lost   after the lease after the lease after `SILENT_MS`, or ten beats
     and gets a goodbye               no              no              yes
     a hello without an answer        `GREETING_MS`   `GREETING_MS`   `TRY_MS`, doubled with each round
@@ -258,9 +258,9 @@ class LinkCore:
     """One link. Its owner passes arrivals to it and calls `tick`; actions are passed to `emit`."""
 
     def __init__(
-        self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, hasty: bool = False
+        self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, redundant: bool = False
     ) -> None:
-        """`hasty`: notice the loss of the broker at once, because the owner can use other brokers."""
+        """`redundant`: notice the loss of the broker at once, because the owner can use other brokers."""
         self.link = link
         self.state = LinkState.DOWN
         self.session = NO_SESSION
@@ -276,7 +276,7 @@ class LinkCore:
         self.problem = ""
         self._hello = hello
         self._emit = emit
-        self._hasty = hasty
+        self._redundant = redundant
         self._lost_at = NEVER_MS
         self._since = 0
 
@@ -314,7 +314,7 @@ class LinkCore:
                 self._explain(LinkProblem.NO_HANDSHAKE)
             elif change is ConnectionChange.REFUSED and several:
                 self._fail(LinkProblem.NOT_LISTENING, now_ms)
-        elif self.welcomed and (self._hasty or several):
+        elif self.welcomed and (self._redundant or several):
             if change is ConnectionChange.LOST:
                 self._lost_at = min(self._lost_at, now_ms)
             elif self._lost_at != NEVER_MS:

@@ -161,6 +161,8 @@ class EventRow(_Row, frozen=True, kw_only=True):
     kind: str = ""
     text: str = ""
     worker: str = ""
+    #: An operator should look at it. An older broker does not say so.
+    warning: bool = True
 
 
 class SampleRow(_Row, frozen=True, kw_only=True):

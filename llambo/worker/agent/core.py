@@ -60,7 +60,7 @@ class WorkerCore:
         self.engine = EngineLife(config, self._out)
         self._announcement = Announcement(config, identity, self.engine)
         self.links = {
-            number: LinkCore(number, partial(self._hello, number), self._out.append, hasty=len(config.brokers) > 1)
+            number: LinkCore(number, partial(self._hello, number), self._out.append, redundant=len(config.brokers) > 1)
             for number in range(len(config.brokers))
         }
         #: The last result of `next_wakeup_ms`.

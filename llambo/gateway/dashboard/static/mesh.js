@@ -102,9 +102,9 @@ function phrase(event, lost) {
     case "worker joined":
       return { verb: lost.has(event.worker) ? "recovered" : "joined", tone: "good", detail: rest };
     case "worker lost":
-      return rest.startsWith("left: ")
-        ? { verb: "left", tone: "calm", detail: rest.slice(6) }
-        : { verb: "was lost", tone: "bad", detail: rest };
+      return event.warning
+        ? { verb: "was lost", tone: "bad", detail: rest }
+        : { verb: "left", tone: "calm", detail: rest.replace(/^left: /, "") };
     case "worker serves":
       return { verb: "has loaded", tone: "good", detail: rest };
     case "worker slow":
