@@ -50,9 +50,10 @@ lint: $(STAMP)
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/python -m llambo.cli.docs --check
 
-# A file at a time, in their order: those that take long are begun first, and the many short ones fill the end.
+# A file at a time, in the order of tests/conftest.py: the longest begin first, and the many short ones fill the end.
+# Half of the time tests wait for other processes, so that four at a time keep two cores busy.
 test: $(STAMP) ## every test: unit, simulation, integration, acceptance
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 
 sim: $(STAMP) ## 1,000 simulated runs with every fault there is
 	$(BIN)/python -m tests.sim --seeds 1000 $(ARGS)

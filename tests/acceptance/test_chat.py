@@ -422,7 +422,9 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands, home: Home) -> Non
 
 
 def test_smollm2_remembers_the_conversation_and_its_tokens_are_counted(home: Home) -> None:
-    with up("--workers", "1", "--engine", "llama", "--model", "smollm2", "--ctx", "256", "--slots", "2") as (mesh, _):
+    with up(
+        "--workers", "1", "--engine", "llama", "--model", "smollm2", "--ctx", "256", "--slots", "2", "--threads", "1"
+    ) as (mesh, _):
         with home.chat(mesh, "--session", "mine", "--temperature", "0", "--max-tokens", "24", "--seed", "1") as chat:
             chat.until("\n>")
             chat.ask("What is the capital of France? Answer in one word.", "Paris")

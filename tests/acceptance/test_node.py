@@ -17,7 +17,7 @@ from tests.integration.gateway_process import GatewayProcess
 
 HERE = Path(__file__).resolve().parent / "node"
 PLACE = Path(__file__).resolve().parents[2] / "build" / "node"
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=2))
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1))
 #: A registry may be slow.
 FETCH_S, RUN_S = 300.0, 120.0
 
