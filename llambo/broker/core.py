@@ -73,7 +73,7 @@ WORKER_RULES: dict[type[m.Message], Rule] = {
 #: What a request asked to be looked at for.
 ALARM_RULES: dict[Alarm, Callable[[State, Request, int], None]] = {
     "deadline": ending.deadline_passed,
-    "repair": delivery.ask_again,
+    "repair": delivery.request_replay,
     "adopt": recovery.dispatch_instead,
 }
 _UNKNOWN = m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "say hello first"))

@@ -70,8 +70,8 @@ GUARDS: dict[str, Guard] = {
     "drain is sent again": Guard(
         _DRAINING, "            _send(state, worker, order)\n            return", "            return"
     ),
-    "fence closed when it moves": Guard(
-        "llambo.broker.requests.dispatching", "    state.close_fence(request)\n    request.note", "    request.note"
+    "fence left when it moves": Guard(
+        "llambo.broker.requests.dispatching", "    state.leave_fence(request)\n    request.note", "    request.note"
     ),
     "moved requests go first": Guard("llambo.broker.core", "        draining.empty(state, now_ms)\n", ""),
     "whole results": Guard(

@@ -30,7 +30,7 @@ NOTICED_BY = {
     "dedup of submits": 22,
     "transcript in the re-dispatch": 1,
     "drain is sent again": 78,
-    "fence closed when it moves": 1,
+    "fence left when it moves": 1,
     "moved requests go first": 20,
     "whole results": 20,
     "newer state of the client": 92,

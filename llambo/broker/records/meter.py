@@ -133,7 +133,7 @@ class Meter:
             if self.timed < TIMED:
                 self.timed += 1
                 measured.timed_index, measured.timed_at = have, now_ms
-            request.watch()
+            request.update_watched()
         elif have > measured.timed_index:
             more = have - measured.timed_index
             measured.pace.pause.observe((now_ms - measured.timed_at) / 1000 / more, more)

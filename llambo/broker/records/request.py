@@ -207,7 +207,7 @@ class Request:
         #: Of the identity that has submitted it.
         self.account = account
         self.state = RequestState.WAITING
-        #: Each of its chunks has a consequence: see `watch`.
+        #: Each of its chunks has a consequence: see `update_watched`.
         self.watched = False
         self.transcript = Transcript(asked.max_tokens, asked.logprobs, asked.task)
         self.place = Place(submitted_at)
@@ -254,7 +254,7 @@ class Request:
             del story[_STORY_ENTRIES // 2]
         story.append((now_ms, what, detail))
 
-    def watch(self) -> None:
+    def update_watched(self) -> None:
         """Find out whether a chunk may close a gap, clear a suspect, complete the answer, or has to be timed."""
         self.watched = (
             self.run.end is not None

@@ -123,7 +123,7 @@ class State:
         self.running[request.run.key] = request
         request.account.in_flight += 1
 
-    def close_fence(self, request: Request) -> None:
+    def leave_fence(self, request: Request) -> None:
         """It is not with a worker any more, if it was."""
         if self.running.pop(request.run.key, None) is not None:
             account = request.account
@@ -133,7 +133,7 @@ class State:
 
     def release(self, request: Request) -> None:
         """It has ended."""
-        self.close_fence(request)
+        self.leave_fence(request)
         del self.requests[request.id]
         size = request.transcript.reserved + len(request.prompt)
         self.reserved -= size

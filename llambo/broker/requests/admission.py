@@ -70,7 +70,7 @@ def _admit(state: State, client: ClientEntry, request: Request, held: list[bytes
 
 
 def orphan_announced(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
-    recovery.orphan_announced(state, worker, orphaned, blob, now_ms)
+    recovery.place_orphan(state, worker, orphaned, blob, now_ms)
     retry_deferred(state, now_ms)
 
 

@@ -132,7 +132,7 @@ def _settle(state: State, request: Request, out: list[bytes], now_ms: int) -> No
     if transcript.stash is not None:
         for later in transcript.released():
             _append(state, request, later, out)
-        request.watch()
+        request.update_watched()
     if request.measured.first_awaited or request.measured.timed_at >= 0:
         state.measured.meter.chunk_arrived(request, now_ms)
     if 0 <= request.suspicion.token < transcript.next_index:
@@ -156,7 +156,7 @@ def repair_until(state: State, request: Request, until: int, now_ms: int) -> Non
         state.set_alarm(request, "repair", repair.due)
 
 
-def ask_again(state: State, request: Request, now_ms: int) -> None:
+def request_replay(state: State, request: Request, now_ms: int) -> None:
     """Ask once for all that is missing, and again if no answer comes."""
     repair, worker = request.repair, request.run.worker
     if not repair.due or now_ms < repair.due:
@@ -193,7 +193,7 @@ def page_arrived(state: State, worker: WorkerEntry, page: m.Page, blob: bytes, n
     repair_until(state, request, page.total, now_ms)
     if request.incomplete and request.transcript.next_index > before:
         request.repair.due = now_ms
-        ask_again(state, request, now_ms)
+        request_replay(state, request, now_ms)
     elif not request.incomplete:
         request.repair.due = 0
 

@@ -110,13 +110,13 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
 
 def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
     """Its worker will not finish it: close the fence, and let another one continue."""
-    state.close_fence(request)
+    state.leave_fence(request)
     request.note(now_ms, what, why)
     run = request.run
     run.worker, run.key, run.end = None, b"", None
     request.repair = Repair(asked=request.repair.asked)
     request.transcript.stash = None
-    request.watch()
+    request.update_watched()
     state.measured.meter.count(request)
     if request.task != "generate" and not request.transcript.final:
         # A result is not continued: two workers need not agree in the last digit. No client has seen a part of it.

@@ -43,7 +43,7 @@ from llambo.mesh.wire.identity import Identity
 # --- A worker announces a run without a broker. ---
 
 
-def orphan_announced(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
+def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
     """Its broker is gone; it may have been this one before a restart."""
     work, orphans = orphaned.work, state.recovery.orphans
     try:

@@ -87,7 +87,7 @@ def clear(state: State, request: Request, now_ms: int) -> None:
     """It has got past the token at which the engine died: it was not the cause."""
     request.note(now_ms, "cleared", f"it has token {request.suspicion.token}")
     request.suspicion.token = -1
-    request.watch()
+    request.update_watched()
     if request.run.worker is not None:
         state.pools.touch(request.run.worker)
 
