@@ -137,7 +137,7 @@ def ask_and_kill(address: str) -> tuple[str, str]:
                 id = request.id
                 pids = {worker.worker: worker.pid for worker in client.workers()}
                 pid = pids[request.worker]
-                print(f"\n\n    >>> kill -9 {pid}: that was {request['worker']}, which writes this <<<\n", flush=True)
+                print(f"\n\n    >>> kill -9 {pid}: that was {request.worker}, which writes this <<<\n", flush=True)
                 os.kill(pid, signal.SIGKILL)
     return answer_of(output), id
 

@@ -26,7 +26,7 @@ from llambo.cli.kit.command import Command, silence_stdout
 from llambo.cli.kit.common import Common, connect, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Seed, client_options, json_option, setting_option, settings_options
-from llambo.cli.kit.follow import report_link
+from llambo.cli.kit.follow import on_end_signals, report_link
 from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -248,7 +248,7 @@ async def _run(common: Common, store: Store | None, saved: SavedChat, question: 
         with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
             screen, signals = _screen(out, question, flags), Signals()
             dialogue = Dialogue(client, saved, store, screen, signals, options)
-            with signals.installed():
+            with on_end_signals(signals.receive):
                 if question is None:
                     return await _converse(dialogue, signals, _prompt(dialogue, flags))
                 return await _answer_once(dialogue, signals, question, common)

@@ -15,8 +15,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +24,7 @@ import msgspec
 from llambo.cli.chat.screen import Screen, Waiting
 from llambo.cli.chat.store import Ending, SavedChat, Store, Turn, one_line
 from llambo.cli.kit.answer_views import Clock, show
-from llambo.cli.kit.follow import Interrupts, end_signals
+from llambo.cli.kit.follow import Interrupts
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ class Dialogue:
             _encoded(messages), form="messages", model=self.saved.model or None, max_tokens=max_tokens, seed=seed,
             temperature=self._options.temperature,
         )  # fmt: skip
-        with Interrupts(cancels=True, session=self._signals) as interrupts:
+        with Interrupts(cancels=True, session=self._signals).installed() as interrupts:
             interrupts.stream = stream
             view = self.screen.answer_view(stream, Waiting(self.client, stream, lambda: self.lost))
             try:
@@ -245,17 +244,6 @@ class Signals:
         #: Called at a signal while an answer arrives; otherwise the work is cancelled.
         self.on_signal: Callable[[int], None] | None = None
         self._work: asyncio.Future[Any] | None = None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        loop, numbers = asyncio.get_running_loop(), end_signals()
-        for number in numbers:
-            loop.add_signal_handler(number, self.receive, number)
-        try:
-            yield
-        finally:
-            for number in numbers:
-                loop.remove_signal_handler(number)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`, which runs as a task of its own. None: a signal has cancelled it."""

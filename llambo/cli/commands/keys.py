@@ -1,4 +1,4 @@
-"""`llambo keys`: who may come in. Works on a folder of the broker's host; a running broker sees each change at once."""
+"""`llambo keys`: who may connect. Works on a folder of the broker's host; a running broker sees each change at once."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _where(common: Common) -> str:
     examples=EXAMPLES,
 )
 def keys() -> None:
-    """Who may come in: keys for clients, workers and admins.
+    """Who may connect: keys for clients, workers and admins.
 
     They are stored in a folder on the broker's host (--keys). The default is /etc/llambo/keys for root, and a folder
     in their home for others. A broker that runs with this folder sees a change within half a second.
@@ -217,7 +217,7 @@ def rotate(common: Common, name: str, grace: int) -> None:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write this file (0600), not stdout.")
 @keys_options
 def export(common: Common, name: str, address: str | None, output: Path | None) -> None:
-    """Print the key: one line, for --key, LLAMBO_KEY or a file. It admits anybody who has it."""
+    """Print the key: one line, for --key, LLAMBO_KEY or a file. Every program that has it is admitted."""
     from llambo.mesh.link.sockets import split_all
     from llambo.mesh.security.keys import to_line, write_private
 
@@ -242,7 +242,7 @@ def export(common: Common, name: str, address: str | None, output: Path | None) 
 def token(common: Common, name: str, expires: int | None, withdraw: bool) -> None:
     """Print a new API token of NAME: what the gateway wants from programs that speak HTTP.
 
-    It stands for the key of that name, with its role and limits, and is shown this one time. A gateway that runs with
+    It has the role and the limits of the key of that name, and is shown only once. A gateway that runs with
     this folder (--http-keys) knows it at once.
     """
     from llambo.mesh.security import api_tokens

@@ -41,7 +41,7 @@ def status(common: Common, as_json: bool) -> None:
     """Show the mesh in numbers: workers, slots, queue, speed, models, and what each identity has of that.
 
     Of several brokers any will do for workers, slots and speed. Clients, requests and the counters are those of
-    the broker that is asked; `--broker` says which. With keys an admin sees all identities, everybody else his own.
+    the broker that is asked; `--broker` says which. With keys an admin sees all identities, and others see their own.
     """
     answer = query(common, "status")
     if as_json:

@@ -1,4 +1,4 @@
-"""The commands' common behaviour: help with headings and examples, errors in one form, quiet ends."""
+"""The commands' common behaviour: help with headings and examples, errors in one form, closed pipes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Help(click.Command):
         self.exit_codes = exit_codes
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """The whole process: its streams before anything else, and a last word if they take nothing more."""
+        """The whole process. Closed standard streams are opened first; if a disk is full, one line says so."""
         fill_closed_streams()
         try:
             return super().main(*args, **kwargs)

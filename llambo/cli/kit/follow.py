@@ -12,8 +12,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import click
@@ -40,6 +39,19 @@ def end_signals() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, *hang_up]
 
 
+@contextlib.contextmanager
+def on_end_signals(handler: Callable[[int], None]) -> Iterator[None]:
+    """Within it the running loop calls `handler` with the number of each signal that ends a command."""
+    loop, numbers = asyncio.get_running_loop(), end_signals()
+    for number in numbers:
+        loop.add_signal_handler(number, handler, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
 class SignalSource(Protocol):
     """A shell or a chat, which receives the signals and passes them on to what runs in it."""
 
@@ -54,25 +66,21 @@ class Interrupts:
         self.stream: Stream | None = None
         self._cancels = cancels
         self._session = session
-        self._numbers = end_signals() if session is None else []
         self._loop = asyncio.get_running_loop()
         self._work = asyncio.current_task()
         self._tasks: list[asyncio.Task[None]] = []
 
-    def __enter__(self) -> Interrupts:
-        if self._session is not None:
-            self._session.on_signal = self._on_signal
-        for number in self._numbers:
-            self._loop.add_signal_handler(number, self._on_signal, number)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._session is not None:
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[Interrupts]:
+        if self._session is None:
+            with on_end_signals(self._on_signal):
+                yield self
+            return
+        self._session.on_signal = self._on_signal
+        try:
+            yield self
+        finally:
             self._session.on_signal = None
-        for number in self._numbers:
-            self._loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
         if self.signal and self._session is None:
@@ -101,7 +109,7 @@ def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
 
 async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
     timeout_ms = common.settings.number("timeout_ms")
-    with Interrupts(cancels=mine, session=common.session) as interrupts:
+    with Interrupts(cancels=mine, session=common.session).installed() as interrupts:
         try:
             async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
                 if common.session is None and (common.verbose or sys.stderr.isatty()):

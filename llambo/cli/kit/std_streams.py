@@ -51,7 +51,7 @@ def print_notice(text: str, *, err: bool = True) -> None:
 
 
 def flush_or_silence() -> None:
-    """At the end: what could not be written is tried once more, and then given up."""
+    """At the end: what could not be written is tried once more, and then dropped."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -60,14 +60,14 @@ def flush_or_silence() -> None:
 
 
 def silence(descriptor: int) -> None:
-    """What Python flushes at its exit would meet the same trouble again, and complain."""
+    """Send it to /dev/null. Otherwise the flush at the exit of Python fails again, and prints a traceback."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def cannot_write(error: OSError, program: str) -> None:
-    """One line about a full disk, if there is still a place to say it."""
+    """One line about a full disk, if stderr can still be written."""
     with contextlib.suppress(OSError, ValueError):
         silence(sys.stdout.fileno())
     try:

@@ -100,7 +100,7 @@ def _numeric(rows: Sequence[Row]) -> list[bool]:
 
 
 class NumberText(str):
-    """A text that stands to the right, because it is read as a number."""
+    """A text that is aligned to the right, because it is read as a number."""
 
     __slots__ = ()
 

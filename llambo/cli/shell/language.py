@@ -149,7 +149,7 @@ TABLE: dict[str, ShellCommand] = {
 }
 #: What can be repeated: these commands change nothing.
 WATCHED = ("status", "nodes", "models", "queue", "why", "events", "workers", "requests")
-#: Options of `send` that `set` does not have: they say where the shell is connected, or make sense only once.
+#: Options of `send` that `set` does not have: they choose where the shell is connected, or make sense only once.
 NOT_SET = {"--help", "--json", "--broker", "--key", "--config", "--connect-ms", "--detach", "--logprobs"}
 
 

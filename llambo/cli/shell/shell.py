@@ -208,6 +208,10 @@ def stdin_lines() -> Iterator[str]:
 REMEMBERED = 50
 
 
+#: A signal that arrives just before the main thread begins to wait is handled when the wait ends: it takes no longer.
+SIGNALS_S = 0.25
+
+
 class ShellSession:
     def __init__(self, common: Common) -> None:
         self._common = common
@@ -234,7 +238,10 @@ class ShellSession:
         """The result of `work`, which runs on the loop; raises KeyboardInterrupt after a Ctrl-C."""
         self.waiting = True
         try:
-            return self.submit(self._interruptible(work)).result()
+            future = self.submit(self._interruptible(work))
+            while not concurrent.futures.wait([future], SIGNALS_S).done:
+                pass
+            return future.result()
         except concurrent.futures.CancelledError:
             raise KeyboardInterrupt from None
         finally:
