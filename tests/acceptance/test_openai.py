@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # importing the package takes a second, and each test process
     import openai
     from openai.types.chat import ChatCompletionChunk
 
-WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=1024, threads=1))
+CONTEXT = 512
+WORKER = WorkerConfig(engine="llama", model="smollm2", llama=LlamaOptions(slots=4, context=CONTEXT, threads=1))
 MODEL = "smollm2"
 TOOLS: Any = [
     {"type": "function", "function": {"name": name, "description": text, "parameters": {
@@ -167,11 +168,11 @@ def test_errors(gpt: openai.OpenAI, gateway: GatewayProcess) -> None:
 
 
 def test_without_a_maximum_the_context_is_the_limit(gpt: openai.OpenAI) -> None:
-    asked = say("word " * 960, extra_body={"ignore_eos": True})
+    asked = say("word " * (CONTEXT - 64), extra_body={"ignore_eos": True})
     del asked["max_tokens"]
     found = gpt.chat.completions.create(**asked)
     assert found.usage is not None and found.choices[0].finish_reason == "length"
-    assert found.usage.total_tokens == 1024
+    assert found.usage.total_tokens == CONTEXT
 
 
 def test_a_worker_killed_in_the_middle_of_a_stream(mesh: Mesh, gpt: openai.OpenAI) -> None:

@@ -42,8 +42,8 @@ _CLAIMED = "if seq <= beat.seq and key not in beat.claims]"
 GUARDS: dict[str, Guard] = {
     "fence": Guard(
         _DELIVERY,
-        "request = running.get(frame[1:_KEY_END])",
-        "request = running.get(frame[1:_KEY_END]) or state.requests.get(frame[1:17])",
+        "request = running.get(key)",
+        "request = running.get(key) or state.requests.get(key[:16])",
     ),
     "index": Guard(_DELIVERY, "if first != transcript.next_index:", "if False:"),
     "trim": Guard(_DELIVERY, "new = transcript.trimmed(frame)", "new: bytes | None = frame"),

@@ -248,6 +248,17 @@ def test_after_a_restart_the_broker_waits_for_workers() -> None:
     assert len(client.received(m.Accepted)) == 1 and len(worker.dispatches) == 1
 
 
+def test_a_request_that_waits_for_workers_is_forgotten_when_its_client_cancels_it() -> None:
+    for leave in (m.Cancel, m.Detach):
+        bench = Bench(startup_grace_ms=5_000)
+        client = bench.client()
+        id = client.submit(1)
+        client.send(leave(id))
+        assert [p.error.code for p in client.problems] == [Code.UNKNOWN_REQUEST] * (leave is m.Cancel)
+        worker = bench.worker()
+        assert worker.dispatches == [] and client.received(m.Accepted) == []
+
+
 def test_the_grace_time_after_a_restart_ends() -> None:
     bench = Bench(startup_grace_ms=3_000)
     client = bench.client()

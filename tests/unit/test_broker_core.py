@@ -695,3 +695,22 @@ def test_a_worker_that_turns_out_to_serve_another_model_is_moved_there() -> None
     # One slot is what it has now
     client.submit(2)
     assert len(worker.dispatches) == 1
+
+
+def test_a_client_learns_of_each_model_file_that_its_request_goes_to() -> None:
+    bench = Bench()
+    first, client = bench.worker("a", fingerprint="one"), bench.client()
+    client.submit(1)
+    bench.worker("b", fingerprint="two")
+    first.send(m.Goodbye())
+    assert [accepted.fingerprint for accepted in client.received(m.Accepted)] == ["one", "two"]
+
+
+def test_a_frame_with_a_valid_key_that_is_no_chunk_is_dropped() -> None:
+    bench, worker, client = small_mesh()
+    client.submit(1)
+    chunk = worker.chunk(0, 7)
+    worker.publish(b"X" + chunk[1:], b"B" + chunk[1:])
+    assert client.streamed() == [] and bench.state.counters.tokens.malformed_frames == 2
+    worker.publish(chunk)
+    assert client.streamed() == [7]

@@ -21,7 +21,9 @@ from llambo.mesh.wire import tokens
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.stream import Fit
 
+_CHUNK = tokens.CHUNK
 _HEAD = tokens.head
+_open_chunk = tokens.open_chunk
 _KEY_END = tokens.KEY_END
 _HEAD_BYTES = tokens.HEAD_BYTES
 _FINAL_FLAGS = tokens.FINAL | tokens.STOPPED
@@ -36,11 +38,14 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
     running = state.running
     out: list[bytes] = []
     for frame in frames:
-        request = running.get(frame[1:_KEY_END])
-        if request is None or len(frame) <= _HEAD_BYTES:
+        if len(frame) <= _HEAD_BYTES:
             _not_running(state, frame)
             continue
-        first, count, flags = _HEAD(frame, _KEY_END)
+        kind, key, first, count, flags = _open_chunk(frame)
+        request = running.get(key)
+        if request is None or kind != _CHUNK:
+            _not_running(state, frame)
+            continue
         if _read_body(frame, count) is None:
             state.counters.tokens.malformed_frames += 1
             continue

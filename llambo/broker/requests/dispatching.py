@@ -27,8 +27,10 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
     if lane not in state.queue.lines and (not request.account.full or request.run.attempt):
         worker = state.policy(request, pool)
         if worker is not None:
-            request.place.queued_at = now_ms
+            request.place.queued_at, before = now_ms, request.run.fingerprint
             _dispatch(state, request, worker, now_ms)
+            if request.run.attempt > 1 and request.run.fingerprint != before:
+                ending.announce_model(state, request)  # a first run is announced by the answer to the submit
             return
     state.queue.put(request, now_ms)
     pump(state, lane, now_ms)

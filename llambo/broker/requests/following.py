@@ -66,7 +66,8 @@ def send_accepted(state: State, client: ClientEntry, request: Request) -> None:
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_ms: int) -> None:
-    """Idempotent, and always answered by the END, also when it came too late."""
+    """Idempotent. The answer is the END, also when it came too late, or a Problem if the request is not known here."""
+    recovery.forget_deferred(state, client, asked.id)
     request = state.requests.get(asked.id)
     if request is not None:
         follow(request, client)
@@ -109,6 +110,7 @@ def follow(request: Request, client: ClientEntry) -> None:
 
 def detach(state: State, client: ClientEntry, asked: m.Detach, blob: bytes, now_ms: int) -> None:
     """It is not answered. A client ignores what is on its way already."""
+    recovery.forget_deferred(state, client, asked.id)
     if client.unacked.pop(asked.id, None) is not None:
         state.archive.acknowledged(asked.id, client.session)
     if asked.id in client.following:

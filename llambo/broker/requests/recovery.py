@@ -170,7 +170,7 @@ def _continues(request: Request, orphan: OrphanRun) -> bool:
 def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> None:
     """As if it had been dispatched to that worker just now, except that it runs already."""
     worker, key, work, run = orphan.worker, orphan.key, orphan.work, request.run
-    held = request.transcript.next_index
+    held, before = request.transcript.next_index, run.fingerprint
     request.step(RequestState.DISPATCHED)
     state.queue.left(request)
     request.place.awaiting_run = False
@@ -192,6 +192,8 @@ def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> No
     count = transfer.count(orphan.chunks)
     request.note(now_ms, "adopted", f"from {worker.name}, which has {count} tokens; {held} held")
     _send_adopt(state, orphan)
+    if run.fingerprint != before:
+        ending.announce_model(state, request)
     delivery.tokens_arrived(state, orphan.chunks, now_ms)
     state.measured.meter.adopted(request, worker.hello.node_class)
 
@@ -314,6 +316,11 @@ def defer(state: State, client: ClientEntry, message: m.InferenceRequest | m.Att
     else:
         state.recovery.deferred[key] = Deferred(client, message, blob, due)
     return True
+
+
+def forget_deferred(state: State, client: ClientEntry, id: bytes) -> None:
+    """The client wants nothing of it any more, so it is not tried again."""
+    state.recovery.deferred.pop((client.session, id), None)
 
 
 def _too_many(state: State, who: Identity, message: m.InferenceRequest | m.Attach) -> Code | None:

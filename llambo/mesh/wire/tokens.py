@@ -35,6 +35,8 @@ BEAT_BYTES = _BEAT.size
 
 #: (first index, count, flags) of a chunk: `head(frame, KEY_END)`.
 head = _HEAD.unpack_from
+#: (first byte, key, first index, count, flags) of a frame that is longer than HEAD_BYTES.
+open_chunk = Struct(f">c{KEY_END - 1}sIHB").unpack_from
 
 
 Token = Annotated[int, Meta(ge=0, lt=2**32)]
@@ -131,13 +133,9 @@ def read_body(frame: bytes, count: int) -> Body | None:
         body = decode_body(frame[HEAD_BYTES:])
     except UNDECODABLE:
         return None
-    logprobs = body.logprobs
-    if (
-        len(body.ids) != count
-        or len(body.pieces) != count
-        or not 0 < count <= _CHUNK_TOKENS
-        or (logprobs is not None and len(logprobs) != count)
-    ):
+    if not 0 < count == len(body.ids) == len(body.pieces) <= _CHUNK_TOKENS:
+        return None
+    if body.logprobs is not None and len(body.logprobs) != count:
         return None
     return body
 
