@@ -1,7 +1,7 @@
 """The broker's one door: `handle(event, now_ms)` changes the state and returns what the shell has to do.
 
-No clock, no sockets, no randomness in here or in any rule it calls: the same events at the same times give
-the same actions, which is what lets the simulator run years of faults against this very code.
+No clock and no sockets in here or in any rule it calls, and chance comes from `random_bytes`, an argument: the same
+events at the same times give the same actions, which lets the simulator run years of faults against this very code.
 
     ClientSaid, WorkerSaid   are opened here: session checked, each message given to its rule
     TokensArrived            a whole drained batch for delivery.py

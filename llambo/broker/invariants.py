@@ -29,7 +29,7 @@ def _requests(state: State) -> None:
         if request.state is RequestState.WAITING:
             assert request.run.worker is None and not request.run.key, "a waiting request has a worker"
         else:
-            assert state.running.get(request.run.key) is request, "a dispatched request is not behind the fence"
+            assert state.running.get(request.run.key) is request, "the key of a dispatched request is not in the fence"
             assert request.run.worker is not None
             assert request.run.worker.session in state.registry.workers, "dispatched to a worker that is gone"
             assert request.run.key in request.run.worker.claims, "its worker was not given it"

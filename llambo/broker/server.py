@@ -301,7 +301,11 @@ class BrokerServer:
             self._perform(self.core.handle(event, clock.now_ms()))
 
     def _deliver(self, actions: list[Action]) -> list[RouteGone]:
-        """Returns the routes without a peer: it has disconnected."""
+        """Returns the routes without a peer: it has disconnected.
+
+        Tokens are published before control messages are sent, whatever the order of the actions. So they are mostly at
+        the client before the END; a client relies on the END's count and not on that.
+        """
         clients: Outbox = {}
         workers: Outbox = {}
         for action in actions:

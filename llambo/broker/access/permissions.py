@@ -5,7 +5,8 @@ clients.
 
 With keys, each message comes with the key that its connection has proved (libzmq's User-Id). A session belongs to the
 key that opened it, a request to the identity that submitted it, a worker's name to its key. A request of another
-identity is unknown: the answer is the same as if it did not exist. Without keys every peer is `ANYONE`.
+identity is unknown: the answer is the same as if it did not exist. (A submit is the exception: its id is taken.)
+Without keys every peer is `ANYONE`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ sessions. What is counted follows a request on its whole way, so it holds whatev
     in flight    it is with a worker
     bytes        its prompt and the room set aside for its answer, from its admission to its end
 
-Limits refuse what is new. What was admitted once is counted and never refused: not when it moves, not when a worker
-gives it back to a broker that was restarted. `max_in_flight` refuses nothing at all; see queue.py.
+Limits refuse what is new. What this broker has admitted is counted and not refused when it moves. What comes from
+another broker, or from before a restart, is refused only for bytes: a client's resumed request over `max_bytes` (see
+ELSEWHERE), and anything for which this broker has no room. `max_in_flight` refuses nothing at all; see queue.py.
 """
 
 from __future__ import annotations

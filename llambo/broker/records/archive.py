@@ -1,8 +1,11 @@
 """Requests that have ended: their END, should a client ask again, and their tokens for as long as promised.
 
-A tombstone (the END) stays until newer ones push it out, so that a late CANCEL or a repeated submit gets
-the same answer. The tokens stay until every follower has acknowledged them; those of a detached request
-stay for its retention time, within a bound of bytes, oldest out first.
+A tombstone (the END) stays until newer ones push it out, and takes tokens that are still here with it. While it is
+here a late CANCEL gets it. So does a repeated submit, as long as the tokens are here or if the request failed or was
+cancelled; otherwise that submit is run again (`recovery.forget_outdated`).
+
+The tokens stay until every follower has acknowledged them. A client that is gone counts as one that has. Those of a
+detached request stay for its retention time, within a bound of bytes, oldest out first.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class EndedRequest(msgspec.Struct):
     transcript: Transcript | None
     #: Sessions that have not acknowledged the END yet.
     owed: set[bytes] = msgspec.field(default_factory=set)
-    #: It was ended because its client was gone. If the client comes back, it has not ended.
+    #: It was ended because its client was gone. If the client submits it again, it has not ended; an attach gets the
+    #: END, or EXPIRED.
     abandoned: bool = False
     owner: str = ""
     first_ms: int = -1
@@ -78,7 +82,7 @@ class Archive:
         return ended
 
     def acknowledged(self, id: bytes, session: bytes) -> None:
-        """This session has the whole answer, or is gone and never will."""
+        """This session needs nothing more of it: it has the whole answer, has detached, or is gone."""
         ended = self.ended.get(id)
         if ended is None:
             return

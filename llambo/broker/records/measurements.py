@@ -29,6 +29,7 @@ class RequestCounters:
 @dataclass(slots=True)
 class TokenCounters:
     tokens: int = 0
+    #: All frames that came as tokens, from the token plane and in pages: beats, stale and malformed ones as well.
     chunks: int = 0
     stale_chunks: int = 0
     duplicate_chunks: int = 0

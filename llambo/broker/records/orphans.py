@@ -1,6 +1,6 @@
 """What a broker remembers for the time after a restart: runs without a broker, and requests that it cannot place yet.
 
-The rules are in requests/recovery.py.
+It is `State.recovery`. The rules are in requests/recovery.py.
 """
 
 from __future__ import annotations

@@ -1,12 +1,15 @@
-"""Requests that wait for a slot: bounded in count and bytes, in order of class, identity and deadline.
+"""Requests that wait for a slot: new ones bounded in count and bytes, in order of class, identity and deadline.
 
 Between classes turns are shared by weight, so that a flood of interactive requests slows batch work down but does not
 stop it. Within a class the identities that wait take turns (fair_share.py), so that the first request of one does not
 wait for the thousandth of another. Within an identity the most urgent goes first: a request without a deadline of its
 own has the one that the queue's age limit gives it, so nothing starves.
 
-An identity with as many running requests as it may have is passed over until one of them is done. A request that lost
-its worker goes before all others and is exempt from the bounds: it has been admitted once.
+An identity with as many running requests as it may have is passed over until one of them is done. A request that was
+dispatched before (its worker was lost, or refused it) goes before all others of its lane and is exempt from the bounds:
+it has been admitted once. So is one that its client resumes, by the client's word (refusals.py).
+
+A line is found by the request's lane, so nothing that the lane follows from may change while the request waits.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ class Line:
 
     def __init__(self) -> None:
         self.count = 0
-        #: Those that have lost a worker, of all identities.
+        #: Those that were dispatched before, of all identities.
         self._front = Share(self)
         self._circles = {name: Circle() for name in WEIGHTS}
         self._now = 0.0
@@ -123,7 +126,7 @@ class RequestQueue:
         line.put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
-        """Call it after the request has made its step out of WAITING."""
+        """It waits in this line no more. If its state is DISPATCHED by now, its class and identity have had a turn."""
         request.account.queued -= 1
         self.count -= 1
         self.bytes -= len(request.prompt)
@@ -151,6 +154,6 @@ class RequestQueue:
         return request.place.share.line.ahead(request)
 
     def expired(self, now_ms: int) -> list[Request]:
-        """Those that have waited for too long, also in their second line after losing a worker."""
+        """Those that have waited for too long this time. A request that loses its worker begins a new wait."""
         limit = now_ms - self._max_age_ms
         return [r for line in self.lines.values() for r in line if r.place.queued_at <= limit]

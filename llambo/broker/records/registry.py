@@ -36,9 +36,9 @@ class Beats:
 
     #: Sent by us on control.
     number: int = 0
-    #: Sent by the peer on the token plane, as it says on control; and the last one that arrived there. A client says it
-    #: of ours.
+    #: The last token-plane beat that a worker is known to have sent. (Not used for a client.)
     beat: int = 0
+    #: The last token-plane beat that arrived: of a worker's, here; of ours, at the client, as its heartbeats say.
     echo: int = 0
     #: Control sequence number of the last message to it that has one.
     seq: int = 0
@@ -61,7 +61,7 @@ class Serving:
 
 
 class Speed:
-    """Kept by speed.py."""
+    """Mainly changed by speed.py; a new model or a dead engine begins it anew."""
 
     __slots__ = (
         "ejected",
@@ -151,8 +151,9 @@ class WorkerEntry:
         self.refusing = False
         self.last = m.WorkerHeartbeat()
         self.done = 0
-        #: Kept by schedule.py: where it stands in each pool, and when it was chosen last.
+        #: Its index in `Pool.free` of each pool that has it: pools.py.
         self.position: dict[object, int] = {}
+        #: Rises with each dispatch of the broker: when it was chosen last.
         self.turn = 0
 
     @property

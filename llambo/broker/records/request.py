@@ -39,21 +39,29 @@ class RequestState(enum.Enum):
 
 
 _S = RequestState
-#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table.
+#: Every legal step. The diagram in ARCHITECTURE.md is drawn from this table. "complete": all tokens are here, and the
+#: worker or broker is lost that would have sent the END; "failed": refused for good, or more deaths of engines or bytes
+#: than are allowed; "forgotten": its client comes from another broker with other tokens, and it begins anew.
 REQUEST_STEPS: dict[RequestState, dict[RequestState, str]] = {
-    _S.WAITING: {_S.DISPATCHED: "a worker was chosen", _S.ENDED: "cancelled, too late, or no worker for it"},
+    _S.WAITING: {
+        _S.DISPATCHED: "a worker was chosen, or its run was adopted",
+        _S.ENDED: "cancelled, too late, no worker for it, complete, or forgotten",
+    },
     _S.DISPATCHED: {
         _S.RUNNING: "accept",
         _S.COMPLETING: "worker's END, tokens missing",
-        _S.WAITING: "refused, or worker lost or emptied",
-        _S.ENDED: "END, cancelled or too late",
+        _S.WAITING: "refused, not claimed, engine or worker lost, or emptied",
+        _S.ENDED: "END, cancelled, too late, failed, complete, or forgotten",
     },
     _S.RUNNING: {
         _S.COMPLETING: "worker's END, tokens missing",
-        _S.WAITING: "worker lost or emptied",
-        _S.ENDED: "END, cancelled or too late",
+        _S.WAITING: "refused, not claimed, engine or worker lost, or emptied",
+        _S.ENDED: "END, cancelled, too late, failed, complete, or forgotten",
     },
-    _S.COMPLETING: {_S.WAITING: "worker lost", _S.ENDED: "last token repaired, cancelled or too late"},
+    _S.COMPLETING: {
+        _S.WAITING: "not claimed, or worker lost",
+        _S.ENDED: "last token repaired, cancelled, too late, failed, or forgotten",
+    },
     _S.ENDED: {},
 }
 
@@ -78,7 +86,7 @@ class Followers(dict[bytes, None]):
     __slots__ = ("abandoned", "topics")
 
     def __init__(self) -> None:
-        #: Of those that want a stream.
+        #: Of all of them, if the request streams; otherwise of none.
         self.topics: tuple[bytes, ...] = ()
         #: The request is ended only because no client follows it.
         self.abandoned = False
@@ -95,7 +103,7 @@ class Followers(dict[bytes, None]):
 
 @dataclass(slots=True)
 class Place:
-    """Kept by queue.py: where it waits, or has waited last."""
+    """Where it waits, or has waited last. Mainly changed by queue.py; a rule that ends a wait adds to `queued_ms`."""
 
     queued_at: int
     #: All its waits that are over, together.
@@ -104,18 +112,20 @@ class Place:
     #: Of all requests that were ever queued, and of those of its share.
     ticket: int = 0
     number: int = 0
-    #: Its broker is gone; for a moment it waits for a worker that still runs it.
+    #: It comes from another broker. For `adopt_ms` it waits for a worker that still runs it.
     awaiting_run: bool = False
 
 
 @dataclass(slots=True)
 class Run:
-    """Kept by dispatching.py: the current dispatch, and what became of those before it."""
+    """The current dispatch, and what became of those before it. Mainly changed by dispatching.py; also by an adoption
+    (recovery.py), a worker's END (delivery.py) and the end of the request (ending.py).
+    """
 
     #: Of the model that its tokens are from.
     fingerprint: str
     attempt: int = 0
-    #: Request id + dispatch id: what the fence compares.
+    #: Request id + dispatch id. It is in the fence while the request is with a worker.
     key: bytes = b""
     worker: WorkerEntry | None = None
     #: The last worker that had it.
@@ -131,17 +141,18 @@ class Run:
 
 
 class Repair(msgspec.Struct, gc=False):
-    """Kept by delivery.py: tokens that its worker has and the transcript has not."""
+    """Tokens that its worker has and the transcript has not. Mainly changed by delivery.py; a move begins a new one."""
 
     #: The worker is known to have tokens up to here.
     wanted: int = 0
-    #: When they are asked for, also again; 0: not at all.
+    #: When a replay of them is requested, for the first time or again; 0: not planned.
     due: int = 0
+    #: One was requested before, which is noted in the story once.
     asked: bool = False
 
 
 class Suspicion(msgspec.Struct, gc=False):
-    """Kept by suspicion.py."""
+    """Mainly changed by suspicion.py; an adopted run brings its own."""
 
     #: Deaths of engines that ran it, whatever caused them.
     failures: int = 0
@@ -158,8 +169,9 @@ class Measured:
     pace: Pace | None = None
     #: How many of its tokens are counted.
     counted: int = 0
-    #: Its first token is to be timed; how long it took; -1: there is none, or it came elsewhere.
+    #: Its first token is to be timed.
     first_awaited: bool = False
+    #: How long the first token took; -1: there is none yet, or another broker received it.
     first_ms: int = -1
     #: Up to which token its pauses are taken, and when that came; -1: they are not taken.
     timed_index: int = 0
@@ -193,7 +205,8 @@ class Request:
     def __init__(
         self, asked: m.InferenceRequest, model: str, prompt: bytes, submitted_at: int, account: Account
     ) -> None:
-        # A copy: what was decoded is a view of the whole bundle, which would live as long as the request.
+        # A copy: what was decoded is a view of the whole bundle, which would live as long as the request. The message
+        # is frozen, so it is changed by force; it was decoded for this request alone.
         msgspec.structs.force_setattr(asked, "sampling", asked.sampling.copy())
         self.asked = asked
         self.id = asked.id
@@ -233,7 +246,7 @@ class Request:
 
     @property
     def lane(self) -> Lane:
-        """Any worker with its model, or, once it has tokens, one with the very same model."""
+        """Any worker with a model of that name; once it has tokens, only one with the model file that they are from."""
         if self.place.awaiting_run:
             return AWAITING_RUN
         return Lane(self.model, self.run.fingerprint if self.transcript.next_index else "", self.suspicion.token >= 0)
@@ -255,7 +268,7 @@ class Request:
         story.append((now_ms, what, detail))
 
     def update_watched(self) -> None:
-        """Find out whether a chunk may close a gap, clear a suspect, complete the answer, or has to be timed."""
+        """Set `watched`: whether a chunk may close a gap, clear a suspect, complete the answer, or has to be timed."""
         self.watched = (
             self.run.end is not None
             or self.suspicion.token >= 0

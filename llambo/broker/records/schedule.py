@@ -1,4 +1,4 @@
-"""Which worker gets a request. Choosing is a pure function of the request and the pool of its lane.
+"""Which worker gets a request. It follows from the request and the pool of its lane, and changes only that pool.
 
 A pool holds the workers that could start something now: `pool.free`, any of them in O(1), and the least loaded one.
 """

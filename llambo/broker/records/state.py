@@ -82,7 +82,8 @@ class State:
         self.pools = Pools()
         self.models = Models(RetryBudgets(faults.retry_reserve, faults.retry_percent))
         self.requests: dict[bytes, Request] = {}
-        #: The fence: tokens count only under the key of a current dispatch.
+        #: The fence: the keys of current dispatches, of requests that are DISPATCHED, RUNNING or COMPLETING. A key is
+        #: in it or not; tokens count only under one that is.
         self.running: dict[bytes, Request] = {}
         self.archive = Archive(bounds.tombstones, bounds.detached_bytes, bounds.detached_ms)
         #: Bytes set aside for live requests, transcripts and prompts.
@@ -103,7 +104,8 @@ class State:
         """Whether answer data may be sent to this client now.
 
         A routing id can be taken over by another peer once its owner has left. So with keys an answer is sent on
-        control only as a reply to a message that has just arrived on that route.
+        control only as a reply to a message that has just arrived on that route. Accepted and END are not withheld:
+        they go to the route that the client had last. They have no tokens, but an END has the text of its error.
         """
         return self.access.identities is None or self.access.speaker == client.session
 
@@ -119,12 +121,12 @@ class State:
         request.account.submitted += 1
 
     def mark_running(self, request: Request) -> None:
-        """It is with a worker, under its key."""
+        """It is with a worker: its key is in the fence from now on."""
         self.running[request.run.key] = request
         request.account.in_flight += 1
 
     def leave_fence(self, request: Request) -> None:
-        """It is not with a worker any more, if it was."""
+        """It is not with a worker any more, if it was: its key is not in the fence."""
         if self.running.pop(request.run.key, None) is not None:
             account = request.account
             account.in_flight -= 1

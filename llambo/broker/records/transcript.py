@@ -2,7 +2,9 @@
 
 Everything that makes an answer survive comes from here: repairing a gap at a client, continuing on another
 worker, letting a client attach again. So a chunk is appended before it is forwarded, and the bytes it may
-need are reserved when the request is admitted.
+need are reserved when the request is admitted. Bytes are checked, tokens are not counted: a worker that sends more than
+`max_tokens` is noticed when they take more than is reserved. What a client brings with a resumed request counts too,
+although the error then names the worker.
 """
 
 from __future__ import annotations
@@ -39,14 +41,19 @@ class Transcript(Chunks):
         super().__init__()
         self.reserved = reservation(max_tokens, logprobs, task)
         self.size = 0
-        #: The flags of the last chunk, once it is here.
+        #: FINAL and STOPPED, if the last chunk is here and has them. They end nothing: an END does; or, if the worker
+        #: or broker is lost that would have sent it, `dispatching.finish_complete`.
         self.final = 0
 
     def clear(self) -> None:
         self.restore([])
 
     def restore(self, chunks: list[bytes]) -> None:
-        """Begin with these, which were checked: what a client has of this answer already."""
+        """Begin with these: what a client has of this answer already.
+
+        `transfer.check` has checked their form and order. Not checked are the request id in them, and that they fit
+        into what is reserved.
+        """
         self.chunks = list(chunks)
         self.next_index, self.stash, self.final = 0, None, 0
         self.size = sum(map(len, chunks))

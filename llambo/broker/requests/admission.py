@@ -70,6 +70,7 @@ def _admit(state: State, client: ClientEntry, request: Request, held: list[bytes
 
 
 def orphan_announced(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
+    """Here and not in recovery.py, because a deferred submit may be answered with it."""
     recovery.place_orphan(state, worker, orphaned, blob, now_ms)
     retry_deferred(state, now_ms)
 

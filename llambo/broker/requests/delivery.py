@@ -82,7 +82,10 @@ def _not_running(state: State, frame: bytes) -> None:
 
 
 def _token_beat(state: State, worker: WorkerEntry, number: int) -> None:
-    """Its token plane works. The first time it is answered at once: the worker waits for this to be ready."""
+    """Its token plane works. The first time it is answered at once: the worker waits for this to be ready.
+
+    Beats of workers are handled here and not in membership.py, because they come among the chunks.
+    """
     was_up, beats = worker.tokens_up, worker.beats
     beats.echo = max(beats.echo, number)
     beats.beat = max(beats.beat, number)
@@ -132,7 +135,9 @@ def _append(state: State, request: Request, frame: bytes, out: list[bytes]) -> N
 
 
 def _settle(state: State, request: Request, out: list[bytes], now_ms: int) -> None:
-    """After an append that has consequences: is a gap closed, is it timed, complete, too much, a suspect cleared?"""
+    """After an append that may have consequences, in this order: chunks of the stash continue it; its pauses are timed;
+    a suspect is cleared; it is ended because it has too many bytes, or because it is complete.
+    """
     transcript = request.transcript
     if transcript.stash is not None:
         for later in transcript.released():
@@ -162,7 +167,7 @@ def repair_until(state: State, request: Request, until: int, now_ms: int) -> Non
 
 
 def request_replay(state: State, request: Request, now_ms: int) -> None:
-    """Ask once for all that is missing, and again if no answer comes."""
+    """Ask the worker for the first gap (without a stash: for all that follows), and again if no answer comes."""
     repair, worker = request.repair, request.run.worker
     if not repair.due or now_ms < repair.due:
         return
@@ -204,7 +209,10 @@ def page_arrived(state: State, worker: WorkerEntry, page: m.Page, blob: bytes, n
 
 
 def end_arrived(state: State, worker: WorkerEntry, end: m.End, blob: bytes, now_ms: int) -> None:
-    """A worker is done. It holds the tokens until the broker acknowledges that all of them are here."""
+    """A worker is done. It holds the tokens until the broker acknowledges that all of them are here.
+
+    An END under a key that is not in the fence is only acknowledged, so that the worker stops sending it.
+    """
     key = end.id + end.dispatch
     request = state.running.get(key)
     if request is None or request.run.worker is not worker:

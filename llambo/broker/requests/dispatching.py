@@ -1,7 +1,10 @@
 """From the queue to a worker, and back to the queue when the worker is lost.
 
 A request that moves goes with its prompt and the tokens it has, so that the next worker continues it. Every
-dispatch has a fresh id: what the last worker still sends under the old one does not count.
+dispatch has a fresh id: what the last worker still sends under the old one does not count. Only an adoption puts a key
+into the fence again: the worker is back while the request waits, and the same run goes on (recovery.py).
+
+Nothing bounds how often a request moves because workers are lost. Refusals and deaths of engines are bounded.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from llambo.broker.requests import ending
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
 
-#: A request that this many workers have refused is given up.
+#: A request that is refused more often than this in its life, by any workers, is given up.
 MAX_REFUSALS = 100
 
 
@@ -111,7 +114,11 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
 
 
 def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
-    """Its worker will not finish it: close the fence, and let another one continue."""
+    """Its worker will not finish it: its key leaves the fence, and another worker continues, at once if one is free.
+
+    An END of that worker whose tokens are not all here is forgotten, an error in it as well. If the last token is here,
+    the request ends instead.
+    """
     state.leave_fence(request)
     request.note(now_ms, what, why)
     run = request.run
@@ -134,7 +141,10 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str 
 
 
 def finish_complete(state: State, request: Request, now_ms: int) -> bool:
-    """The last token is here; only the END was lost, with the worker or the broker that would have sent it."""
+    """The last token is here; only the END was lost, with the worker or the broker that would have sent it.
+
+    What only that END said is lost: usage, and which stop string it was.
+    """
     done = request.transcript
     if not done.final and (done.next_index < request.asked.max_tokens or request.task != "generate"):
         return False

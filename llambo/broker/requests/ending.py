@@ -12,7 +12,11 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 
 
 def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
-    """The worker is done and every token is here: now it may drop them."""
+    """The worker is done and every token is here: now it may drop them.
+
+    Here means in this broker's memory; clients may not have them yet. Those that they have not are made again if this
+    broker is lost now. An END with an error is final as well: it is not tried elsewhere, as a refusal would be.
+    """
     worker = request.run.worker
     assert worker is not None, "only a dispatched request is completed"
     worker.claims.pop(request.run.key, None)
@@ -111,7 +115,7 @@ def _close(
     request.note(now_ms, "ended", f"{transcript.next_index} tokens, {reason}{': ' + error.text if error else ''}")
     end = m.End(
         request.id,
-        transcript.next_index,
+        transcript.next_index,  # what clients can get, which may differ from what the worker's END says
         reason,
         usage=usage,
         worker=run.worker_name,

@@ -21,6 +21,9 @@ worker has the prompt and all tokens, and goes on making more. Both come to the 
 In either case what a client was given never changes. Of several runs that fit, the latest attempt is adopted. A run
 that was meant to go on without its client (detached) is adopted by itself, or when a client attaches to it.
 
+A worker that this broker had given up announces its runs in the same way when it is back. If the request still waits
+for a worker, its run is adopted under the key it had, which so gets into the fence again.
+
 After a restart refusals are deferred: the worker that serves the model, or the one that has the run, may be on its way.
 Each time something new is known, deferred messages are tried again (`admission.retry_deferred`).
 """
@@ -44,7 +47,9 @@ from llambo.mesh.wire.identity import Identity
 
 
 def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: bytes, now_ms: int) -> None:
-    """Its broker is gone; it may have been this one before a restart."""
+    """Adopt it, store it, or stop it. Its broker is gone; that may have been this one before a restart, or this one
+    itself, which has given the worker up.
+    """
     work, orphans = orphaned.work, state.recovery.orphans
     try:
         prompt, chunks = transfer.unpack(blob, work.prompt_bytes)
@@ -126,7 +131,11 @@ def dispatch_instead(state: State, request: Request, now_ms: int) -> None:
 
 
 def agrees(request: Request, held: list[bytes]) -> bool:
-    """Whether the tokens of this client are those of the others. A request that awaits its run may learn from it."""
+    """Whether the tokens of this client are those of the others. A request that awaits its run may learn from it.
+
+    It then has the chunks as the client sent them. That they carry this request's id is not checked: clients that were
+    sent others would drop them. (`admission._admit` writes it into those of a submit.)
+    """
     ours, theirs = request.transcript.ids(), tokens.ids_of(held)
     if len(theirs) > len(ours) and request.place.awaiting_run and theirs[: len(ours)] == ours:
         request.transcript.restore(held)
@@ -241,7 +250,7 @@ def _stop(state: State, worker: WorkerEntry, work: m.Dispatch) -> None:
 
 
 def _with_key(chunk: bytes, work: m.Dispatch) -> bytes:
-    """Chunks of earlier attempts have other keys; the fence lets in those with the current one."""
+    """Chunks of earlier attempts have other keys, which are not in the fence."""
     return tokens.CHUNK + work.id + work.dispatch + chunk[tokens.KEY_END :]
 
 
@@ -257,7 +266,10 @@ def _with_key(chunk: bytes, work: m.Dispatch) -> bytes:
 def forget_outdated(
     state: State, client: ClientEntry, asked: m.InferenceRequest, held: list[bytes], now_ms: int
 ) -> bool:
-    """Before a submit is handled: forget what is known of its request, if that is of no use to its client."""
+    """Before a submit is handled: forget what is known of its request, if that is of no use to its client.
+
+    True: the submit is a new one now, with an END of its own.
+    """
     request, ended = state.requests.get(asked.id), state.archive.ended.get(asked.id)
     if request is not None and held and not agrees(request, held):
         if _no_other_client(state, client, request.followers):
@@ -301,7 +313,10 @@ def _no_other_client(state: State, client: ClientEntry, sessions: Iterable[bytes
 
 
 def defer(state: State, client: ClientEntry, message: m.InferenceRequest | m.Attach, blob: bytes, now_ms: int) -> bool:
-    """False: the broker has run for long enough to refuse it."""
+    """True: it is handled: deferred, or refused because too many are. False: the broker is old enough to refuse it.
+
+    How many are deferred is bounded, and for how long; their bytes are not.
+    """
     key = (client.session, message.id)
     waiting = state.recovery.deferred.get(key)
     began = state.wakeups.started_at if state.wakeups.started_at >= 0 else now_ms

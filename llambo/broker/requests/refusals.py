@@ -17,9 +17,11 @@ def limit_reached(
     """What is wrong with it; or it is too much for its identity, or for this broker."""
     bounds = state.config.bounds
     wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
-    if (held or asked.have) and asked.have != transfer.count(held):
-        # Its tokens came from a broker that is gone, and without them another run would not continue them.
-        return _no(Code.UNKNOWN_REQUEST, "this broker does not know the request; it has been restarted")
+    if (held or asked.have) and asked.have != (count := transfer.count(held)):
+        # Without its tokens another run would not continue them. They are missing if prompt and tokens do not fit into
+        # a frame (`transfer.pack`).
+        text = f"the client holds {asked.have} tokens and sent {count}, and this broker does not know the others"
+        return _no(Code.UNKNOWN_REQUEST, text)
     if held and asked.task != "generate":
         # Two workers need not agree in the last digit, so one does not continue the result of the other.
         return _no(Code.UNKNOWN_REQUEST, "a part of a result is held, and the broker that had the rest is gone")

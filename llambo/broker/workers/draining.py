@@ -8,8 +8,8 @@ yet, and sends them again; and it remembers the names of drained workers, for a 
     moving      what it runs goes on elsewhere as soon as there is a free slot, before anything that waits; what finds
                 none stays and runs on, so that no client waits longer than it must
 
-A move is what happens when a worker is lost, only that this worker gets a message: the fence is closed, the run is
-cancelled, and the request is dispatched with the tokens it has.
+A move is what happens when a worker is lost, only that this worker gets a message: the run's key leaves the fence, the
+run is cancelled, and the request is dispatched with the tokens it has.
 """
 
 from __future__ import annotations

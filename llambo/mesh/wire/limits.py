@@ -8,9 +8,9 @@ from __future__ import annotations
 
 #: A request id. Random, chosen by the client, so that other clients cannot guess it.
 REQUEST_ID_BYTES = 16
-#: A dispatch id: attempt number (u32) and four random bytes. It is the fence.
+#: A dispatch id: attempt number (u32) and four random bytes.
 DISPATCH_ID_BYTES = 8
-#: Both together: one run of one request.
+#: Both together: one run of one request. Tokens count while this key is in the broker's fence.
 RUN_KEY_BYTES = REQUEST_ID_BYTES + DISPATCH_ID_BYTES
 #: A session id. It proves that a control message belongs to a session.
 SESSION_ID_BYTES = 8

@@ -7,7 +7,7 @@ any part can be asked for again. Three rules are essential:
     claims    every heartbeat names every run this worker holds, running or ended, with its next token index. A
               dispatch the broker sent at or before `seq` and that is not claimed was lost on the way.
     the END   is sent on control every half second until it is acknowledged; nothing else frees a run
-    a fence   outputs of a run that was cancelled, dropped or lost with its engine are discarded
+    outputs   of a run that was cancelled, dropped or lost with its engine are discarded
 
 The engine may die at any moment: its active runs are then reported as lost, and the broker continues them elsewhere;
 runs that had ended are still here. A broker may die as well: its runs go on, and are offered to others (`Orphans`).
