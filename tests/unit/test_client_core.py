@@ -214,6 +214,17 @@ class TestSubmitting:
         assert bench.receive(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
         assert bench.receive(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
 
+    def test_a_request_that_a_heartbeat_lists_was_admitted_and_is_resumed_elsewhere(self, bench: Bench) -> None:
+        # Given a request whose acceptance is lost with the link, after a heartbeat has listed it
+        bench.up().submit()
+        bench.receive(m.BrokerHeartbeat(2, waiting={ID: 3}))
+        bench.lose()
+        # Then the next broker does not judge it as new
+        bench.up(1)
+        bench.handle(e.Tick())
+        again = [a.message for a in bench.actions if isinstance(a, Send) and isinstance(a.message, m.InferenceRequest)]
+        assert [message.resume for message in again][-1] is True
+
     def test_a_problem_ends_it(self, bench: Bench) -> None:
         bench.up().submit()
         error = ErrorInfo(Code.BUSY, "full", 100)

@@ -73,6 +73,11 @@ class QueuePlace:
     model: str = ""
     fingerprint: str = ""
 
+    @property
+    def admitted(self) -> bool:
+        """A broker has admitted it. A heartbeat may say so before the answer to the submit does."""
+        return self.ahead >= 0
+
 
 @dataclass(slots=True)
 class RepairState:
@@ -166,9 +171,9 @@ class Request:
         if not isinstance(self.message, m.InferenceRequest):
             if self.message is None:
                 return None, None
-            return m.Attach(self.id, have, self._sent_chunks(), bool(self.place.model)), None
+            return m.Attach(self.id, have, self._sent_chunks(), self.place.admitted), None
         left = max(1, self.deadline_at - now_ms) if self.deadline_at else 0
-        if not self.place.model and not have:
+        if not self.place.admitted and not have:
             return msgspec.structs.replace(self.message, have=have, deadline_ms=left), self.prompt
         # A broker had accepted it.
         blob, prompt_bytes = transfer.pack(self.prompt or b"", self.tokens.chunks)
