@@ -536,7 +536,7 @@ class TestCancelling:
         bench.welcome(1)
         bench.sent.clear()
         bench.heartbeat()
-        assert bench.sent_since() == [m.InferenceRequest(ID), m.Cancel(ID)]
+        assert bench.sent_since() == [m.InferenceRequest(ID, resume=True), m.Cancel(ID)]
 
 
 class TestSlowReader:
