@@ -1,4 +1,4 @@
-"""Once a second: old queue entries, expired results, models that are gone, rates, a sample for the history."""
+"""Once a second: requests that wait too long (`queue_ms`, `hold_ms`), expired results, models that are gone, rates, a sample for the history."""
 
 from __future__ import annotations
 

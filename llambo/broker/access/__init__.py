@@ -1,1 +1,1 @@
-"""Who may connect and ask: the answers to ZeroMQ, and the permissions of a role."""
+"""Who may connect, by key and role (zap_handler), and what an identity may ask once it has joined (permissions)."""

@@ -1,1 +1,1 @@
-"""What the broker tells about itself: queries, history, metrics. Reads the state and changes none of it."""
+"""What the broker reports: queries, history, metrics over HTTP and who may read them. It changes none of the state."""

@@ -1,1 +1,1 @@
-"""The life of a request: admission, dispatch, delivery, end, and how it survives a broker that is restarted."""
+"""The life of a request: admission and its refusals, dispatch, delivery, end, who follows it, and a broker that was lost."""

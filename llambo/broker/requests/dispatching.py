@@ -113,7 +113,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     state.to_worker(worker, message, blob)
 
 
-def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str = "lost") -> None:
+def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str) -> None:
     """Its worker will not finish it: its key leaves the fence, and another worker continues, at once if one is free.
 
     An END of that worker whose tokens are not all here is forgotten, an error in it as well. If the last token is here,

@@ -3,6 +3,7 @@
 An engine that dies ends its whole batch, and one request of that batch may be the cause. Which one?
 
     suspected   an engine died while it ran it. It goes on elsewhere, but no engine is given two suspects at a time
+                (`records/pools.py:takes`)
     cleared     it has got past the token at which that engine died
     proved      another engine died before that, and it was the only suspect there: it is ended
 
@@ -64,7 +65,7 @@ def engine_lost(state: State, worker: WorkerEntry, lost: m.EngineLost, blob: byt
         else:
             if charged:
                 _suspect(state, request, worker, lost, made.get(request.run.key, 0), now_ms)
-            dispatching.requeue(state, request, f"the engine of {worker.name} died", now_ms)
+            dispatching.requeue(state, request, f"the engine of {worker.name} died", now_ms, what="lost")
 
 
 def _spend(state: State, model: str, now_ms: int) -> bool:

@@ -148,7 +148,7 @@ def _requeue_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbea
     for key in gone:
         request = state.running.get(key)
         if request is not None and request.run.worker is worker:
-            dispatching.requeue(state, request, f"{worker.name} does not run it", now_ms)
+            dispatching.requeue(state, request, f"{worker.name} does not run it", now_ms, what="lost")
 
 
 def worker_left(state: State, worker: WorkerEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
@@ -171,7 +171,7 @@ def lose_worker(state: State, worker: WorkerEntry, loss: Loss, now_ms: int, deta
     for key in keys:
         request = state.running.get(key)
         if request is not None and request.run.worker is worker:
-            dispatching.requeue(state, request, f"worker {worker.name}: {why}", now_ms)
+            dispatching.requeue(state, request, f"worker {worker.name}: {why}", now_ms, what="lost")
 
 
 def route_gone(state: State, route: bytes, to_worker: bool, now_ms: int) -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp, as much of it as the engine needs. The only file that imports its bindings.
+"""llama.cpp, as much of it as the engine needs. The only file that imports its bindings, and sets their parameters.
 
     Model       weights and vocabulary: tokens of a text, text of a token, metadata
     Decoder     a context with a separate cache for each slot; one call decodes one step of all of them
