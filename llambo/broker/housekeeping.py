@@ -1,4 +1,7 @@
-"""Once a second: requests that wait too long (`queue_ms`, `hold_ms`), expired results, models that are gone, rates, a sample for the history."""
+"""Once a second: requests that have waited too long, results that expire, models that are gone, rates, a sample.
+
+`queue_ms` and `hold_ms` take effect here.
+"""
 
 from __future__ import annotations
 

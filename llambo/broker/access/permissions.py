@@ -1,5 +1,6 @@
-"""Which identity may do what: the one place where a message is refused because of its sender,
-except that `core.py` checks for each message that its session belongs to its key.
+"""Which identity may do what: the one place where a message is refused because of its sender.
+
+(That its session belongs to its key is checked for each message in `core.py`.)
 
 Which role may open which socket is decided earlier, in `zap_handler.py`: a worker's key never reaches the port of
 clients.

@@ -9,7 +9,8 @@ sessions. What is counted follows a request on its whole way, so it holds whatev
 
 Limits refuse what is new. What this broker has admitted is counted and not refused when it moves. What comes from
 another broker, or from before a restart, is refused only for bytes: a client's resumed request over `max_bytes` (see
-ELSEWHERE), and anything for which this broker has no room. `max_in_flight` refuses nothing at all: its requests are passed over (fair_share.py).
+ELSEWHERE), and anything for which this broker has no room. `max_in_flight` refuses nothing at all: requests above it
+are passed over (fair_share.py).
 """
 
 from __future__ import annotations
