@@ -27,7 +27,9 @@ _open_chunk = tokens.open_chunk
 _KEY_END = tokens.KEY_END
 _HEAD_BYTES = tokens.HEAD_BYTES
 _FINAL_FLAGS = tokens.FINAL | tokens.STOPPED
-_read_body = tokens.read_body
+_decode_body = tokens.decode_body
+_UNDECODABLE = tokens.UNDECODABLE
+_fits = tokens.fits
 
 
 def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
@@ -46,7 +48,13 @@ def tokens_arrived(state: State, frames: list[bytes], now_ms: int) -> None:
         if request is None or kind != _CHUNK:
             _not_running(state, frame)
             continue
-        if _read_body(frame, count) is None:
+        try:
+            body = _decode_body(frame[_HEAD_BYTES:])
+        except _UNDECODABLE:
+            state.counters.tokens.malformed_frames += 1
+            continue
+        # Most chunks are one token without logprobs: for these the check is written out.
+        if not (count == 1 == len(body.ids) == len(body.pieces) and body.logprobs is None) and not _fits(body, count):
             state.counters.tokens.malformed_frames += 1
             continue
         transcript = request.transcript

@@ -133,11 +133,14 @@ def read_body(frame: bytes, count: int) -> Body | None:
         body = decode_body(frame[HEAD_BYTES:])
     except UNDECODABLE:
         return None
+    return body if fits(body, count) else None
+
+
+def fits(body: Body, count: int) -> bool:
+    """Whether a body is what a header with this count promises."""
     if not 0 < count == len(body.ids) == len(body.pieces) <= _CHUNK_TOKENS:
-        return None
-    if body.logprobs is not None and len(body.logprobs) != count:
-        return None
-    return body
+        return False
+    return body.logprobs is None or len(body.logprobs) == count
 
 
 def decode_chunk(frame: bytes) -> TokenChunk | None:
