@@ -243,7 +243,8 @@ _WORKER = (
     row("worker.engine", Kind.TEXT, "auto", "llama, or fake; auto is llama if there is a model",
         choices=("auto", "llama", "fake")),
     row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
-    row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, halved until it fits the memory",
+    row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "
+        "halved until it fits the memory",
         high=16 * MIB),
     row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0: one for each physical core", high=1_024),
     row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
