@@ -1,1 +1,1 @@
-"""Who may connect, by key and role (zap_handler), and what an identity may ask once it has joined (permissions)."""
+"""Who may connect, by key and role (zap_handler), and what an identity may ask (permissions; sessions: core)."""

@@ -1,5 +1,7 @@
 """Turns of identities: of those that wait in one class, each gets a turn before one of them gets its second.
 
+One that has as many requests running as it may (`max_in_flight`) is passed over.
+
 Share    what one identity has waiting
 Circle   the shares of one class, in the order of their turns
 """

@@ -1,1 +1,1 @@
-"""The life of a request: admission, refusals, dispatch, delivery, end, who follows it, a broker that was lost."""
+"""The life of a request: admission, refusals, dispatch, delivery, end, who follows or cancels it, a lost broker."""

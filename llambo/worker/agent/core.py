@@ -28,8 +28,9 @@ from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.agent import events as e
-from llambo.worker.agent.announcement import Announcement, DrainState, ProcessIdentity
+from llambo.worker.agent.announcement import Announcement, ProcessIdentity
 from llambo.worker.agent.delivery import Delivery, Orphans, TokenRate
+from llambo.worker.agent.drain import DrainState
 from llambo.worker.agent.engine_life import EngineLife
 from llambo.worker.agent.events import Action, Exit, Log, NotifyReady, StartRun
 from llambo.worker.agent.runs import Run, RunState, RunTable, RunTokens
