@@ -62,6 +62,9 @@ class Heard:
     pieces: list[bytes] = field(default_factory=list)
     logprobs: list[Logprob | None] = field(default_factory=list)
     placed: bool = False
+    #: It was cancelled once more after its end, as by `llambo cancel`; and that was answered.
+    late: bool = False
+    answered: bool = False
     end: m.End | None = None
     error: ErrorInfo | None = None
     after_end: int = 0
@@ -109,11 +112,17 @@ class History:
 
     def ended(self, client: str, id: bytes, end: m.End, now_ms: int) -> None:
         heard = self._of(client, id)
+        if heard.late and not heard.answered:
+            heard.answered = True
+            return
         heard.end = end
         heard.ends += 1
 
     def failed(self, client: str, id: bytes, error: ErrorInfo, now_ms: int) -> None:
         heard = self._of(client, id)
+        if heard.late and not heard.answered:
+            heard.answered = True
+            return
         heard.error = error
         heard.ends += 1
 
@@ -136,7 +145,11 @@ class History:
 
     def waiting(self, gone: set[str]) -> bool:
         """True while a client that is alive still waits for an end."""
-        return any(not heard.ends for (client, _), heard in self.heard.items() if client not in gone)
+        return any(
+            not heard.ends or heard.late > heard.answered
+            for (client, _), heard in self.heard.items()
+            if client not in gone
+        )
 
     # --- judging -------------------------------------------------------------------------------------
 
@@ -169,6 +182,8 @@ class History:
             wrong.append("wrong: the logprobs do not belong to the tokens")
         if gone:
             return wrong
+        if heard.late and not heard.answered:
+            wrong.append("stuck: a cancel after the end was not answered")
         if heard.end is not None:
             return wrong + self._judge_end(id, wanted, heard, heard.end)
         return wrong + self._judge_failure(wanted, heard)

@@ -59,6 +59,7 @@ class Wire:
         self.on_sign: Callable[[ConnectionChange], None] = lambda sign: None
         self._ready_up = 0
         self._ready_down = 0
+        self._held: list[Bundle] = []
         hub.wires.append(self)
 
     # --- the peer's orders ---------------------------------------------------------------------------
@@ -76,17 +77,20 @@ class Wire:
 
     def close(self) -> None:
         self.epoch += 1
+        self._held = []
         self.token_epoch += 1
         self.open = self.tokens_open = False
         self.hub.routes.pop(self.route, None)
 
     def say(self, bundle: Bundle) -> None:
         """Peer to broker on control, in order."""
-        if not self.open or self.route not in self.hub.routes:
-            # The socket holds it back until it is connected again.
+        if self._held or self.route not in self.hub.routes:
+            # The socket holds it back until it is connected again, and what comes after it as well.
             if self.open:
-                epoch = self.epoch
-                self.network.clock.after(RECONNECT_MS[1] + 10, lambda: self._say_later(bundle, epoch))
+                self._held.append(bundle)
+                if len(self._held) == 1:
+                    epoch = self.epoch
+                    self.network.clock.after(RECONNECT_MS[1] + 10, lambda: self._say_held(epoch))
             return
         self._ready_up = max(self._ready_up, self.network.clock.now_ms + self.network.delay())
         epoch, route = self.epoch, self.route
@@ -112,6 +116,7 @@ class Wire:
     def cut(self, *, comes_back: bool = True) -> None:
         """The connection breaks, and both ends see it. What was in flight is lost."""
         self.epoch += 1
+        self._held = []
         self.hub.routes.pop(self.route, None)
         if comes_back:
             epoch = self.epoch
@@ -159,9 +164,11 @@ class Wire:
         if self.tokens_open and self.token_epoch == epoch and not self.partitioned and not self.hub.down:
             self.on_subscribed()
 
-    def _say_later(self, bundle: Bundle, epoch: int) -> None:
+    def _say_held(self, epoch: int) -> None:
         if self.open and self.epoch == epoch:
-            self.say(bundle)
+            held, self._held = self._held, []
+            for bundle in held:
+                self.say(bundle)
 
     def _arrive_up(self, bundle: Bundle, epoch: int, route: bytes) -> None:
         if self.epoch == epoch and not self.partitioned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -10,7 +11,7 @@ from llambo.broker import events as b
 from llambo.broker.config import BrokerConfig
 from llambo.broker.core import BrokerCore
 from llambo.broker.events import Publish as BrokerPublish
-from llambo.broker.events import ToWorker
+from llambo.broker.events import ToClient, ToWorker
 from llambo.broker.invariants import check
 from llambo.broker.records.measurements import Counters
 from llambo.mesh.client import client_events as c
@@ -177,13 +178,23 @@ class BrokerNode(Node):
         self.happen(said(route, bundle[0], bundle[1], user=user))
 
     def handle(self, event: Any) -> list[Any]:
+        ended = self.core.state.counters.requests.ended
         actions = self.core.handle(event, self.now_ms)
+        self._check_ends(actions, self.core.state.counters.requests.ended - ended)
         self._events += 1
         if self._events % self.check_every == 0:
             check(self.core)
         if self._identities is not None:
             self.shares.judge(self.core.state, actions)
         return actions
+
+    def _check_ends(self, actions: list[Any], count: int) -> None:
+        """An END leaves in the step in which the request ends, and not only when it is due to be sent again."""
+        state = self.core.state
+        sent = {(a.session, a.message.id) for a in actions if isinstance(a, ToClient) and isinstance(a.message, m.End)}
+        for id in islice(reversed(state.archive.ended), count):
+            missing = [session for session in state.archive.ended[id].owed if (session, id) not in sent]
+            assert not any(session in state.registry.clients for session in missing), "an END was not sent"
 
     def perform(self, actions: list[Any]) -> None:
         bundles: dict[tuple[bytes, bytes, bool], list[tuple[Any, bytes]]] = {}

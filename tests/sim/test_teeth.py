@@ -22,7 +22,7 @@ NOTICED_BY = {
     "index": 4,
     "trim": 2,
     "append before forward": 119,
-    "end on control": 288,
+    "end on control": 0,
     "end acknowledgement": 2,
     "claimed-set requeue": 41,
     "control sequence": 55,

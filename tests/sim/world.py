@@ -187,8 +187,11 @@ class World:
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
         heard = self.history.heard.get((client.name, message.id))
-        if client.alive and not client.frozen and heard is not None and not heard.ends:
-            self.history.wanted[message.id].cancelled = True
+        if client.alive and not client.frozen and heard is not None:
+            if heard.ends:
+                heard.late = True
+            else:
+                self.history.wanted[message.id].cancelled = True
             client.happen(c.CancelAsked(message.id))
 
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:

@@ -581,6 +581,19 @@ class TestQuestions:
         happened = bench.receive(m.Result(1, 0, 3, b"A"), m.Result(1, 1, 3, b"B"), m.Result(1, 2, 3, b"C"))
         assert happened == [e.DeliverResult(1, b"ABC")]
 
+    def test_orders_for_a_worker_arrive_in_the_order_they_were_given(self, bench: Bench) -> None:
+        # Given a drain that is lost, and its end
+        bench.up()
+        drain, undo, other = m.DrainWorker(1, "w1"), m.DrainWorker(2, "w1", undo=True), m.DrainWorker(3, "w2")
+        for order in (drain, undo, other):
+            bench.handle(e.CommandAsked(order))
+        # Then the end is sent after the answer to the drain, and an order for another worker waits for neither
+        assert bench.sent_since() == [drain, other]
+        bench.wait(ASK_AGAIN_MS)
+        assert bench.sent_since() == [drain, other]
+        bench.receive(m.Result(1, 0, 1, b""))
+        assert bench.sent_since() == [undo]
+
     def test_is_asked_again_until_it_is_answered(self, bench: Bench) -> None:
         bench.handle(e.QueryAsked(1, "why", "ab"))
         bench.up()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import assert_never
 
 from llambo.mesh.client import client_events as e
@@ -55,10 +56,17 @@ class OpenQuery:
 
 
 class Queries:
+    """An order for a worker waits for the answer to the one before it, which may have to be sent again.
+
+    Otherwise a drain that was lost once would arrive after the order that ends it.
+    """
+
     def __init__(self, send: Callable[[m.Message], None]) -> None:
         self._send = send
         self._open: dict[int, OpenQuery] = {}
         self._timers: Timers[int] = Timers()
+        #: Orders that wait for another one.
+        self._held: list[int] = []
 
     def __len__(self) -> int:
         return len(self._open)
@@ -66,7 +74,7 @@ class Queries:
     def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
         self._open[message.query] = OpenQuery(message)
         if welcomed:
-            self._send_query(message.query, now_ms)
+            self._send_or_hold(message.query, now_ms)
 
     def on_result(self, result: m.Result) -> bytes | None:
         """The whole answer, once it has arrived."""
@@ -90,15 +98,34 @@ class Queries:
         self._timers = Timers()
 
     def send_all(self, now_ms: int) -> None:
+        self._held = []
         for query in self._open:
-            self._send_query(query, now_ms)
+            self._send_or_hold(query, now_ms)
 
     def on_time(self, now_ms: int) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            for query in held:
+                if query in self._open:
+                    self._send_or_hold(query, now_ms)
         for query in self._timers.due(now_ms):
             self._send_query(query, now_ms)
 
     def next_wakeup_ms(self) -> int:
         return self._timers.next_wakeup_ms()
+
+    def _send_or_hold(self, query: int, now_ms: int) -> None:
+        if self._comes_after_another(query):
+            self._held.append(query)
+        else:
+            self._send_query(query, now_ms)
+
+    def _comes_after_another(self, query: int) -> bool:
+        order = self._open[query].message
+        if not isinstance(order, m.DrainWorker):
+            return False
+        earlier = (self._open[other].message for other in takewhile(lambda other: other != query, self._open))
+        return any(isinstance(other, m.DrainWorker) and other.worker == order.worker for other in earlier)
 
     def _send_query(self, query: int, now_ms: int) -> None:
         self._send(self._open[query].message)
