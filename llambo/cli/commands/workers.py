@@ -55,7 +55,7 @@ def workers(common: Common, as_json: bool) -> None:
     joining    its token plane has not been proved yet
     slow       much slower than its peers: finishes what it runs, gets nothing new
     trial      was slow: one request at a time until its pace is known
-    mending    its token plane is down; its tokens are fetched by replay, and it gets no new work
+    mending    its token plane is down: tokens come by replay, no new work
     draining   finishes what it runs and takes nothing new
     drained    runs nothing, and takes nothing new
 
