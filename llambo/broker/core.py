@@ -131,6 +131,7 @@ class BrokerCore:
             elif isinstance(message, m.ClientHello):
                 membership.client_hello(state, said.route, message, said.user, now_ms)
             else:
+                # Under the session that was named, so that a peer can tell an old link's answer from its own.
                 state.counters.peers.unknown_sessions += 1
                 state.out.append(ToClient(said.route, said.session, _UNKNOWN))
                 break

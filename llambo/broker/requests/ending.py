@@ -21,7 +21,7 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
     assert worker is not None, "only a dispatched request is completed"
     worker.claims.pop(request.run.key, None)
     worker.done += 1
-    state.to_worker(worker, m.EndAck([request.run.key]))
+    acknowledge(state, worker, request.run.key)
     error = end.error
     if error is None:
         state.models.retries.earn(request.model, request.run.refusals)
