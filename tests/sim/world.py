@@ -291,10 +291,10 @@ class World:
         """Sends the order again if a broker or a client died before the worker had it, as a person would."""
         worker = next(worker for worker in self.workers if worker.config.name == drain.worker)
         # Of two brokers one may have taken the order and not have got through for a while.
-        again = self.plan.brokers > 1 and worker.core.drain.drained
-        if again or lives != self._broker_lives or not operator.alive:
+        lost = self.plan.brokers > 1 or lives != self._broker_lives or not operator.alive
+        if lost and worker.core.drain.drained:
             self._undo(operator, m.DrainWorker(drain.query + 1_000, drain.worker))
-        elif self.plan.brokers > 1 and self.clock.now_ms < 2 * faults.FAULTS_END_MS:
+        elif self.clock.now_ms < 2 * faults.FAULTS_END_MS:  # a frozen worker reads it when it wakes
             self.clock.after(2_000, lambda: self._see_to_it(operator, drain, lives))
 
     @property
