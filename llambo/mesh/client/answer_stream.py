@@ -57,6 +57,8 @@ class Answer:
     pieces: list[bytes] = field(default_factory=list)
     #: With the reason `stop`: the stop string that ended it, if one did.
     stop: str = ""
+    #: A fake engine made its words up. False as well if the broker did not report which model it was.
+    fake: bool = False
 
 
 class _Buffer:
@@ -124,6 +126,8 @@ class Stream:
         #: How many requests wait before it; None until the broker has accepted it.
         self.ahead: int | None = None
         self.model = ""
+        #: A fake engine makes its words up. Known at the latest when the first piece arrives.
+        self.fake = False
         #: The whole answer, once its end has been read.
         self.answer: Answer | None = None
         #: Called when `ahead` has changed. Must not block.
@@ -203,8 +207,8 @@ class Stream:
             self._handle(e.ReaderBehind(self._key))
         self._wake()
 
-    def place(self, ahead: int, model: str) -> None:
-        self.ahead, self.model = ahead, model or self.model
+    def place(self, ahead: int, model: str, *, fake: bool) -> None:
+        self.ahead, self.model, self.fake = ahead, model or self.model, fake
         if self.on_place is not None:
             self.on_place()
 
@@ -237,6 +241,7 @@ class Stream:
         self.answer = Answer(
             text=read.text, ids=read.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves,
             id=self.id, queued_ms=end.queued_ms, logprobs=read.logprobs, pieces=read.pieces, stop=end.stop,
+            fake=self.fake,
         )  # fmt: skip
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
@@ -276,7 +281,7 @@ class Collector:
     def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         self._pieces += pieces
 
-    def place(self, ahead: int, model: str) -> None:
+    def place(self, ahead: int, model: str, *, fake: bool) -> None:
         """Its place in the queue is not shown."""
 
     def end(self, end: m.End) -> None:
@@ -313,7 +318,7 @@ class RequestReader(Protocol):
     """The receiver of what arrives for a request: a stream, or the collector of a result."""
 
     def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
-    def place(self, ahead: int, model: str) -> None: ...
+    def place(self, ahead: int, model: str, *, fake: bool) -> None: ...
     def end(self, end: m.End) -> None: ...
     def fail(self, error: LlamboError) -> None: ...
 
@@ -346,9 +351,9 @@ class Waiters:
             case e.DeliverTokens(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
                     stream.deliver(ids, pieces, logprobs)
-            case e.ReportPlace(id, ahead, model):
+            case e.ReportPlace(id, ahead, model, fake):
                 if (stream := self.streams.get(id)) is not None:
-                    stream.place(ahead, model)
+                    stream.place(ahead, model, fake=fake)
                 resolve(self.submits.get(id), None)
             case e.ReportEnd(id, end):
                 if (stream := self.streams.pop(id, None)) is not None:
