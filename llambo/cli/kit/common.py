@@ -62,7 +62,9 @@ class Common:
             return loaded  # the shell has set up the log and logged the warnings
         wanted = loaded.text("log_level").upper()
         # The more verbose of the two: the gateway's unit has `-v`, and its .env file may say `debug`.
-        level = min(wanted, (wanted, "INFO", "DEBUG")[min(self.verbose, 2)], key=logging.getLevelNamesMapping().get)
+        level = min(
+            wanted, (wanted, "INFO", "DEBUG")[min(self.verbose, 2)], key=logging.getLevelNamesMapping().__getitem__
+        )
         set_up_log(level)
         for warning in loaded.warnings:
             logging.getLogger("llambo").warning("%s", warning)
