@@ -18,7 +18,7 @@ from llambo.mesh.wire.conversation import (
     CalledFunction,
     Chat,
     ChatMessage,
-    ChatPrompt,
+    EncodedChat,
     Tool,
     ToolCall,
     ToolChoice,
@@ -52,7 +52,7 @@ class LlamboFields(msgspec.Struct, kw_only=True):
         }
 
 
-def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> ChatPrompt:
+def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> EncodedChat:
     """Raises FieldError."""
     try:
         return prompt_with_tools(Chat(messages, tools), choice)

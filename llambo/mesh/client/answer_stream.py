@@ -102,9 +102,10 @@ class _Buffer:
 
 
 class _Transcript:
-    """Everything that has been read, as tokens and as text."""
+    """Everything that has been read, as tokens and as text. `tools`: the text may have calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: bool) -> None:
+        self._tools = tools
         self.ids: list[int] = []
         self.logprobs: list[Logprob | None] = []
         self.pieces: list[bytes] = []
@@ -127,9 +128,13 @@ class _Transcript:
         self._texts.append(rest)
         return rest
 
-    @property
-    def text(self) -> str:
-        return "".join(self._texts)
+    def answer(self, end: m.End) -> Answer:
+        text, id = "".join(self._texts), end.id.hex()
+        return Answer(
+            text=text, ids=self.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves, id=id,
+            queued_ms=end.queued_ms, logprobs=self.logprobs, pieces=self.pieces, stop=end.stop,
+            tool_calls=split_calls(text, id)[1] if self._tools else [],
+        )  # fmt: skip
 
 
 class Stream:
@@ -153,9 +158,8 @@ class Stream:
         self._key = id
         self._handle = handle
         self._mine = mine
-        self._tools = tools
         self._buffer = _Buffer()
-        self._read = _Transcript()
+        self._read = _Transcript(tools)
         self._behind = False
         self._end: m.End | None = None
         self._error: LlamboError | None = None
@@ -257,12 +261,7 @@ class Stream:
         """The end has been read. It returns a piece if the text ends with an incomplete character."""
         read = self._read
         rest = read.finish()
-        text = read.text
-        self.answer = Answer(
-            text=text, ids=read.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves,
-            id=self.id, queued_ms=end.queued_ms, logprobs=read.logprobs, pieces=read.pieces, stop=end.stop,
-            tool_calls=split_calls(text, self.id)[1] if self._tools else [],
-        )  # fmt: skip
+        self.answer = read.answer(end)
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
             raise self._error

@@ -13,7 +13,7 @@ import msgspec
 
 from llambo.mesh.wire import conversation, limits, tasks
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.conversation import BadConversation, ChatPrompt, ToolChoice
+from llambo.mesh.wire.conversation import BadConversation, EncodedChat, ToolChoice
 from llambo.mesh.wire.errors import Code, LlamboError
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -116,7 +116,7 @@ def refuse_text(messages: object) -> None:
         raise LlamboError(Code.BAD_REQUEST, "chat takes a list of messages, not a text", hint="use generate for a text")
 
 
-def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> ChatPrompt:
+def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> EncodedChat:
     """The conversation as the prompt of a request. `sampling` may have options for tools."""
     options = sampling or {}
     for name, hint in (("form", "leave it out"), ("system", "begin the list with a message of the role system")):

@@ -139,18 +139,18 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatPrompt:
+class EncodedChat:
     form: Literal["messages", "chat"]
     text: str
     #: Sampling options. Empty: no tool may be called, and the answer is plain text.
     tool_options: dict[str, Any]
 
 
-def prompt_with_tools(chat: Chat, choice: ToolChoice) -> ChatPrompt:
+def prompt_with_tools(chat: Chat, choice: ToolChoice) -> EncodedChat:
     """Tools that may not be called are left out of the prompt. Raises BadConversation."""
     options = _tool_options(chat.tools, choice)
     form, prompt = write(chat if options else Chat(chat.messages))
-    return ChatPrompt(form, prompt.decode(), options)
+    return EncodedChat(form, prompt.decode(), options)
 
 
 def _tool_options(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]:
