@@ -133,7 +133,7 @@ def made(folder: Path, library: Functions, package: str = "", version: str = "")
 @x86
 @pytest.mark.parametrize("interface", INTERFACES, ids=lambda interface: interface.name)
 def test_each_known_interface_is_recognised(tmp_path: Path, interface: Interface) -> None:
-    # Also in a release that nobody has looked at.
+    # Also in a release that is not listed.
     assert binding.load(made(tmp_path, honest(interface))).interface is interface
     for package, version in interface.releases:
         assert binding.load(made(tmp_path, honest(interface), package, version)).interface is interface
