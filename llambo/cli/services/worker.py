@@ -8,7 +8,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
-from llambo.cli.kit.failure import Exit, Failure, check_name, missing
+from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
@@ -91,6 +91,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
             gpu_layers=settings.number("gpu_layers"),
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
+            library=settings.text("llama_lib"),
         ),
         node_class=settings.text("node_class"),
         orphan_ms=settings.number("orphan_ms"),
@@ -122,14 +123,15 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
 
     Whether the model's file is valid is checked later, by the engine. `program`: the command for its hints.
     """
+    from llambo.worker.llama import binding
     from llambo.worker.models import model_files
 
     engine, model = settings.text("engine"), settings.text("model")
     if engine == "fake":
         return engine, model or "fake"
     without = f"{program} --engine fake   makes words up, to try the mesh without a model"
-    if not model_files.installed():
-        raise missing("llama.cpp", "llama", f"\n  {without}")
+    if problem := binding.missing(settings.text("llama_lib")):
+        raise Failure(problem, without, Exit.USAGE)
     try:
         model_files.find(model or DEFAULT_MODEL)
     except model_files.NoSuchModel as error:
