@@ -31,7 +31,7 @@ def sweep(state: State, now_ms: int) -> None:
     state.recovery.orphans.expire(now_ms)
     _close_lanes(state)
     state.archive.expire(now_ms)
-    _forget_models(state)
+    _forget_models(state, now_ms)
     state.measured.end_rate.measure(state.counters.requests.ended, now_ms)
     history.take(state, now_ms)
 
@@ -82,12 +82,16 @@ def _close_lanes(state: State) -> None:
         pools.close(lane)
 
 
-def _forget_models(state: State) -> None:
-    """Names that no worker ever served; and of too many names, those that are gone for longest."""
+def _forget_models(state: State, now_ms: int) -> None:
+    """Names that no worker ever served; and of too many names, those that are gone for longest.
+
+    (A name whose only worker left while it loaded was forgotten then: membership.py.)
+    """
     known, served = state.models.unserved_since, state.models.served
     gone = [(since, model) for model, since in known.items() if membership.is_forgettable(state, model)]
-    never = [model for _, model in gone if model not in served]
+    hold_ms = state.config.bounds.hold_ms
+    never = [model for since, model in gone if model not in served and now_ms - since >= hold_ms]
     excess = len(known) - len(never) - MODELS_KNOWN
-    oldest = sorted(pair for pair in gone if pair[1] in served)[: max(0, excess)]
+    oldest = sorted(pair for pair in gone if pair[1] not in never)[: max(0, excess)]
     for model in [*never, *(model for _, model in oldest)]:
         membership.forget_model(state, model)

@@ -122,7 +122,7 @@ class State:
     def is_held(self, model: str, now_ms: int) -> bool:
         """A request for it may wait: it has a worker, had one a moment ago, or gets one when it is asked for."""
         since = self.models.unserved_since.get(model, -1)
-        return since == 0 or (0 < since and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
+        return since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
 
     def models_shown(self, now_ms: int) -> list[str]:
         """Without those that are gone, unless requests wait for them."""
