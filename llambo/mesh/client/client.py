@@ -63,10 +63,13 @@ from llambo.mesh.wire.identity import PeerKey
 T = TypeVar("T")
 #: The hint if a broker does not know the hello of a client.
 WORKER_PORT = "this is a broker's port for workers; clients use its first port, which it prints when it starts"
+#: The hint if a client is used before it is connected, or after it was closed.
+NOT_CONNECTED = "use a client in its `with` block, or call connect() first; after close() create another one"
 
 log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = f"tcp://127.0.0.1:{sockets.DEFAULT_PORT}"
+ADDRESS_ENV = "LLAMBO_BROKER"
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
@@ -76,17 +79,17 @@ class ClientSettings(TypedDict, total=False):
 
     #: The name of this client in the log of the broker.
     name: str
-    #: How long to wait for the first answer of a broker.
+    #: How long `connect` waits for the first answer of a broker.
     connect_ms: int
-    #: How long to wait for the answer to a query.
+    #: How long to wait for the answer to a query (`status`, `workers`, ..., also `cancel`).
     query_ms: int
-    #: How long requests wait for a new connection after the broker was lost.
+    #: How long requests wait for a new connection after the broker was lost; then they fail. 0: no limit.
     lost_ms: int
-    #: Token frames queued while this process is busy; more are dropped, and repaired by replay.
+    #: Token frames queued while this process is busy; more are dropped, and fetched again.
     token_hwm: int
-    #: A key, its line, or the path of its file. "": no key; None: LLAMBO_KEY, or systemd's credential.
+    #: The path of a key's file, or the line in it. "": no key; None: `LLAMBO_KEY`, or the credential of systemd.
     key: PeerKey | str | None
-    #: Use this context instead of creating one.
+    #: A pyzmq context to use instead of one of its own. It is not closed.
     context: Context | None
 
 
@@ -102,13 +105,22 @@ _DEFAULTS: ClientSettings = {
 
 
 class Client:
-    """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
+    """A connection to a mesh, for asyncio. Use it with `async with`, or call `connect` and `close`.
+
+    Any number of requests may run on it at a time. It belongs to the event loop on which it was connected.
+    """
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
-        """Without an address: the one in the key, or that of a broker on this machine."""
+        """Without an address: `LLAMBO_BROKER`, or the one in the key, or that of a broker on this machine."""
+        unknown = sorted(settings.keys() - ClientSettings.__optional_keys__)
+        if unknown:
+            raise LlamboError(Code.BAD_SETTING, f"a client has no setting {unknown[0]!r}")
         self._settings: ClientSettings = {**_DEFAULTS, **settings}
         self._key = keys.wanted(self._settings["key"], os.environ)
-        self.address = address or (self._key.address if self._key else DEFAULT_ADDRESS)
+        #: The address of the broker, or of several, with commas between them.
+        self.address: str = (
+            address or os.environ.get(ADDRESS_ENV) or (self._key.address if self._key else DEFAULT_ADDRESS)
+        )
         sockets.split_all(self.address)
         name = self._settings["name"][: limits.NAME_CHARS]
         hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
@@ -118,14 +130,14 @@ class Client:
         self._welcomed: asyncio.Future[None] | None = None
         self._waiters = Waiters(self._error)
         self._numbers = count(1)
-        #: Called with the cause when the broker is lost, and with "" when a broker answers again.
+        #: A function of yours, called with the cause when the broker is lost, and with "" when one answers again.
         self.on_link: Callable[[str], None] | None = None
         self._lost = ""
 
     # --- connecting --------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Returns when a broker has sent its welcome."""
+        """Connect to a broker. A client connects once; what is lost later is connected again without a call."""
         if self._welcomed is not None:
             raise LlamboError(Code.BAD_REQUEST, "a client connects only once; create another one")
         loop = asyncio.get_running_loop()
@@ -295,13 +307,19 @@ class Client:
             raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
 
     async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """Facts about a model, how it is served, and the sampling of requests that set none."""
+        """Facts about a model, how it is served, and the sampling of requests that set none.
+
+        The names are those of `llambo models NAME --json`.
+        """
         return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
 
     # --- queries and commands ----------------------------------------------------------------------------------
 
     async def query(self, what: str, argument: str = "") -> Any:
-        """The answer of the broker as it was sent, including fields that this version does not know."""
+        """The answer to a query as it was sent, including fields that this version does not know.
+
+        `what` is status, workers, models, requests, events, recent or why; for each there is a method with types.
+        """
         return await self._ask(what, argument, Any)
 
     async def status(self) -> reports.MeshStatus:
@@ -313,6 +331,7 @@ class Client:
         return await self._ask("workers", name, list[reports.WorkerRow])
 
     async def models(self) -> list[reports.ModelRow]:
+        """The models that can be asked for, by name."""
         return await self._ask("models", "", list[reports.ModelRow])
 
     async def requests(self) -> list[reports.RequestRow]:
@@ -336,20 +355,23 @@ class Client:
         return await self._ask("why", id, reports.RequestStory)
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        """Give a worker no new work, or with `undo` work again. `move`: its running requests move to other workers."""
+        """Give a worker no new work, or with `undo` work again. `move`: its running requests move to other workers.
+
+        With keys only an admin can do it.
+        """
         return await self._question(
             lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
         )
 
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
-        """Ask for a lease, which has one holder at a time. The client sets its `query`."""
+        """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`."""
         return await self._question(
             lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
         )
 
     @property
     def counters(self) -> Counters:
-        """Counters of frames, resends and repairs of this client."""
+        """What this client has received, sent again and repaired, since it was created."""
         return self._core.counters
 
     # --- inside: asking ----------------------------------------------------------------------------------------
@@ -412,7 +434,7 @@ class Client:
 
     def _handle(self, event: e.Event) -> None:
         if self._shell is None or self._shell.closed:
-            raise LlamboError(Code.NO_BROKER, "the client is not connected")
+            raise LlamboError(Code.NO_BROKER, "the client is not connected", hint=NOT_CONNECTED)
         self._shell.handle(event)
 
     def _handle_for_stream(self, event: e.Event) -> None:
