@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Embeddings, Piece, Stream, Tokenized
-    from llambo.mesh.client.client import Client, ClientSettings
+    from llambo.mesh.client.client import Client
     from llambo.mesh.client.client_requests import Counters
-    from llambo.mesh.client.request_options import Messages, Options, TaskCall
+    from llambo.mesh.client.request_options import ClientSettings, Messages, Options, TaskCall
     from llambo.mesh.client.sync_client import SyncClient, SyncStream
     from llambo.mesh.wire.conversation import CalledFunction, ToolCall
     from llambo.mesh.wire.errors import Code, LlamboError
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 #: The names of each file.
 _NAMES = {
     "llambo.mesh.client.answer_stream": "Answer Embeddings Piece Stream Tokenized",
-    "llambo.mesh.client.client": "Client ClientSettings",
+    "llambo.mesh.client.client": "Client",
     "llambo.mesh.client.client_requests": "Counters",
-    "llambo.mesh.client.request_options": "Messages Options TaskCall",
+    "llambo.mesh.client.request_options": "ClientSettings Messages Options TaskCall",
     "llambo.mesh.client.sync_client": "SyncClient SyncStream",
     "llambo.mesh.wire.conversation": "CalledFunction ToolCall",
     "llambo.mesh.wire.errors": "Code LlamboError",

@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import msgspec
 import zmq
@@ -42,6 +42,9 @@ from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
 from llambo.mesh.client.request_options import (
+    CLIENT_DEFAULTS,
+    ClientSettings,
+    Context,
     Messages,
     Options,
     TaskCall,
@@ -58,7 +61,6 @@ from llambo.mesh.security import keys
 from llambo.mesh.wire import limits, reports, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
-from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 #: The hint if a broker does not know the hello of a client.
@@ -70,38 +72,6 @@ log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = f"tcp://127.0.0.1:{sockets.DEFAULT_PORT}"
 ADDRESS_ENV = "LLAMBO_BROKER"
-
-Context = zmq.Context[zmq.Socket[bytes]]
-
-
-class ClientSettings(TypedDict, total=False):
-    """Settings of a client. Each has a default."""
-
-    #: The name of this client in the log of the broker.
-    name: str
-    #: How long `connect` waits for the first answer of a broker.
-    connect_ms: int
-    #: How long to wait for the answer to a query (`status`, `workers`, ..., also `cancel`).
-    query_ms: int
-    #: How long requests wait for a new connection after the broker was lost; then they fail. 0: no limit.
-    lost_ms: int
-    #: Token frames queued while this process is busy; more are dropped, and fetched again.
-    token_hwm: int
-    #: The path of a key's file, or the line in it. "": no key; None: `LLAMBO_KEY`, or the credential of systemd.
-    key: PeerKey | str | None
-    #: A pyzmq context to use instead of one of its own. It is not closed.
-    context: Context | None
-
-
-_DEFAULTS: ClientSettings = {
-    "name": "",
-    "connect_ms": 5_000,
-    "query_ms": 10_000,
-    "lost_ms": 30_000,
-    "token_hwm": sockets.TOKEN_HWM,
-    "key": None,
-    "context": None,
-}
 
 
 class Client:
@@ -115,7 +85,7 @@ class Client:
         unknown = sorted(settings.keys() - ClientSettings.__optional_keys__)
         if unknown:
             raise LlamboError(Code.BAD_SETTING, f"a client has no setting {unknown[0]!r}")
-        self._settings: ClientSettings = {**_DEFAULTS, **settings}
+        self._settings: ClientSettings = {**CLIENT_DEFAULTS, **settings}
         self._key = keys.wanted(self._settings["key"], os.environ)
         #: The address of the broker, or of several, with commas between them.
         self.address: str = (
@@ -235,7 +205,8 @@ class Client:
     async def attach(self, id: str, *, tools: bool = False) -> Stream:
         """Follow a request that was submitted earlier, also by another client, from its first token.
 
-        A unique prefix of the id is enough. `tools`: it was submitted with tools, so its answer may have calls.
+        The first digits of the id are enough, at least four. `tools`: it was submitted with tools, so that its answer
+        may have calls.
         """
         key = await self._find(id)
         if key in self._waiters.streams:
@@ -245,7 +216,10 @@ class Client:
         return stream
 
     async def cancel(self, id: str) -> str:
-        """Stop a request of any client. Returns the reason of its end: `cancelled`, unless it had ended before."""
+        """Stop a request. Returns the reason of its end: `cancelled`, unless it had ended before.
+
+        With keys only an admin can stop those of other names.
+        """
         key = await self._find(id)
         cancels = self._waiters.cancels
         ended = cancels.get(key)
@@ -335,7 +309,7 @@ class Client:
         return await self._ask("models", "", list[reports.ModelRow])
 
     async def requests(self) -> list[reports.RequestRow]:
-        """The requests that wait or run."""
+        """The requests that wait or run; with keys those of the own name, or for an admin all."""
         return await self._ask("requests", "", list[reports.RequestRow])
 
     async def events(self, since: int = 0) -> list[reports.EventRow]:
@@ -351,7 +325,7 @@ class Client:
         return (await self._ask("metrics", "", reports.MetricsPage)).page
 
     async def why(self, id: str) -> reports.RequestStory:
-        """The story of one request. A unique prefix of its id is enough."""
+        """The story of one request. The first digits of its id are enough, at least four."""
         return await self._ask("why", id, reports.RequestStory)
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
