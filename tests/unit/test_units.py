@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
-from llambo.cli.services.systemd import EXPOSURE, Finding, everything, variables
+from llambo.cli.services.systemd import EXPOSURE, Checked, everything, variables
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.settings.settings_table import BY_NAME
 from llambo.systemd import units
@@ -154,7 +154,7 @@ if not hindrance_to_analyze():
         place, root = written
         findings = list(everything(place, root))
         assert not [finding for finding in findings if not finding.good]
-        assert Finding(True, "systemd-analyze verify") in findings
+        assert Checked(True, "systemd-analyze verify") in findings
 
     @pytest.mark.parametrize("name", SERVICES)
     def test_no_service_is_exposed_more_than_it_may_be(written: tuple[Place, Path], name: str) -> None:
