@@ -1,8 +1,7 @@
-"""`llambo doctor` as a user runs it: on this machine, on one that lacks something, and in front of a broker with keys."""
+"""`llambo doctor` as a user runs it: on this machine, on one that lacks something, in front of a broker with keys."""
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import subprocess
@@ -139,7 +138,7 @@ def test_a_machine_without_library_and_model(tmp_path: Path) -> None:
         for path in metadata.distribution(name).files or []:
             link = links / path.parts[0]
             if path.parts[0] not in ("..", "llambo") and not link.exists():
-                link.symlink_to(metadata.distribution(name).locate_file(path.parts[0]))
+                link.symlink_to(str(metadata.distribution(name).locate_file(path.parts[0])))
     base = str(Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}"))
     done = doctor(home, "library", "models", "extras", "--json", python=base, path=f"{ROOT}:{links}")
     shown = [(each["check"], each["level"], each["text"], each["command"]) for each in done.json()["findings"]]
