@@ -75,7 +75,7 @@ NEEDS = (
     Need("systemd", "test", "tests of the units, under a manager of their own",
          program("systemctl", "systemd-analyze", "systemd-sysusers", "systemd-tmpfiles"),
          ("systemd", "systemd", "systemd")),
-    Need("namespaces", "test", "tests in networks of their own", program("unshare", "nsenter", "mount", "ip"),
+    Need("ip", "test", "tests in networks of their own", program("unshare", "nsenter", "mount", "ip"),
          ("util-linux iproute2", "util-linux iproute", "util-linux iproute2")),
     Need("sshd", "test", "tests of fleets over ssh", program("sshd", "ssh", "ssh-keygen"),
          ("openssh-server openssh-client", "openssh-server openssh-clients", "openssh")),
