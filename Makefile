@@ -51,7 +51,7 @@ python:
 # Made anew when pyproject.toml changes, and otherwise not touched: no network is needed then.
 $(RUN): pyproject.toml | python
 	@$(PYTHON) -m tools.needs run,$(LLAMA) $(NEEDS)
-	@$(PYTHON) -m tools.install $(VENV) 'gateway,$(LLAMA)' --model '$(MODEL)'
+	@$(PYTHON) -m tools.install $(VENV) 'gateway,$(LLAMA),top' --model '$(MODEL)'
 	@touch $@
 
 $(DEV): pyproject.toml | python
