@@ -414,7 +414,7 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Commands) -> N
     assert mesh.ok("status", "--json").json()["ready"] == 2
     assert [row["worker"] for row in mesh.ok("workers", "--json").json()] == ["worker-1", "worker-2"]
     listed = mesh.ok("models", "--json").json()
-    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0}]
+    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0, "fake": True}]
     assert listed["problem"] == ""
     last = mesh.ok("events", "--json").json()[-1]["number"]
     assert mesh.ok("events", "--since", str(last), "--json").json() == []
