@@ -25,11 +25,10 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from ctypes import c_bool, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -43,6 +42,7 @@ from llambo.worker.llama.c_api import (
     ModelParams,
     TokenData,
     TokenDataArray,
+    c_name,
     functions,
 )
 
@@ -70,8 +70,19 @@ PATTERNS = (0xAA, 0x55, 0x33, 0xCC)
 EXAMINE_S = 60.0
 
 
+#: Why there is no library to use, for programs: none is installed; the configured file is missing; it needs a shared
+#: library that is missing; it is not one for this machine; its interface is not known; it ended the process that loaded
+#: it; it took too long.
+Cause = Literal["", "not installed", "no file", "needs", "not loaded", "unknown", "ended", "slow"]
+
+
 class LibraryError(Exception):
-    """llama.cpp cannot be used; the text says why, and what to do."""
+    """llama.cpp cannot be used; the text says why, and what to do. `needs`: the shared library that is missing."""
+
+    def __init__(self, cause: Cause, reason: str, advice: str, needs: str = "") -> None:
+        super().__init__(f"{reason}: {advice}")
+        self.cause: Cause = cause
+        self.reason, self.needs = reason, needs
 
 
 # --- Which library. ---
@@ -88,19 +99,24 @@ class LibraryFile:
         return f"{self.package} {self.version}".strip() if self.package else self.path
 
 
+def _place(file: LibraryFile) -> str:
+    return f"{file} ({file.path})" if file.package else file.path
+
+
 def find(configured: str = "") -> LibraryFile:
     """The library that is used: `configured` (a file, or a folder with libllama.so), else that of a package."""
-    installed = list(_installed())
+    here = installed()
     if not configured:
-        if not installed:
-            raise LibraryError(f"llama.cpp is not installed: {INSTALL}")
-        return installed[0]
+        if not here:
+            raise LibraryError("not installed", "llama.cpp is not installed", INSTALL)
+        return here[0]
     path = Path(configured).expanduser()
     path = path / "libllama.so" if path.is_dir() else path
     if not path.is_file():
-        raise LibraryError(f"--llama-lib: there is no file {path}; name the libllama.so of a build of llama.cpp")
+        text = f"--llama-lib: there is no file {path}"
+        raise LibraryError("no file", text, "name the libllama.so of a build of llama.cpp")
     real = os.path.realpath(path)
-    return next((file for file in installed if os.path.realpath(file.path) == real), LibraryFile(real))
+    return next((file for file in here if os.path.realpath(file.path) == real), LibraryFile(real))
 
 
 def missing(configured: str = "") -> str:
@@ -112,15 +128,18 @@ def missing(configured: str = "") -> str:
     return ""
 
 
-def _installed() -> Iterator[LibraryFile]:
+def installed() -> list[LibraryFile]:
+    """Those of Python packages, the preferred one first."""
+    found = []
     for distribution, package, patterns in PACKAGES:
         # A top-level package is found without importing it.
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             paths = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
             if paths:
-                yield LibraryFile(str(paths[0]), distribution, _version_of(distribution))
+                found.append(LibraryFile(str(paths[0]), distribution, _version_of(distribution)))
                 break
+    return found
 
 
 def _version_of(distribution: str) -> str:
@@ -135,31 +154,31 @@ def _version_of(distribution: str) -> str:
 
 def check(native: ctypes.CDLL, file: LibraryFile) -> Interface:
     """The interface of this library. Raises LibraryError before any struct has been passed to it."""
-    wanted = [each for each in INTERFACES if (file.package, file.version) in each.releases]
-    reasons = {each.name: _mismatch(native, each) for each in wanted or INTERFACES}
-    fitting = [each for each in wanted or INTERFACES if not reasons[each.name]]
-    if len(fitting) == 1 and (wanted or SHOWS_WRITES):
-        if not wanted:
+    listed = [each for each in INTERFACES if (file.package, file.version) in each.releases]
+    reasons = {each.name: _mismatch(native, each) for each in listed or INTERFACES}
+    fitting = [each for each in listed or INTERFACES if not reasons[each.name]]
+    if len(fitting) == 1 and (listed or SHOWS_WRITES):
+        if not listed:
             log.info("%s: this release is not known; its structs are those of %s", file, fitting[0].name)
         return fitting[0]
     why = "; ".join(f"as {name}: {reason}" for name, reason in reasons.items() if reason)
-    why = why or "this release is not known, and this processor does not let its structs be checked"
+    if fitting:
+        why = "this release is not known, and on this processor its structs cannot be checked"
     known = " or ".join(f"{package} {version}" for each in INTERFACES for package, version in sorted(each.releases))
-    raise LibraryError(
-        f"{file} ({file.path}) has an interface that llambo does not know ({why}); llambo knows {known}: {INSTALL}"
-    )
+    text = f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}"
+    raise LibraryError("unknown", text, INSTALL)
 
 
 def _mismatch(native: ctypes.CDLL, interface: Interface) -> str:
-    """Why the library does not have this interface; empty if it has. The order matters: by value comes last."""
+    """Why the library does not have this interface; empty if it has. No struct is passed by value here."""
     if missing := [name for name in functions(interface) if not hasattr(native, name)]:
         return f"it has no {', '.join(missing)}"
     return (
         _wrong_defaults(native, "llama_model_default_params", ModelParams, MODEL_DEFAULTS)
         or _wrong_defaults(native, "llama_context_default_params", interface.context_params, CONTEXT_DEFAULTS)
         or _wrong_chain(native)
-        or _wrong_candidates(native)
         or _wrong_batch(native)
+        or _wrong_candidates(native)
     )
 
 
@@ -191,9 +210,9 @@ def _wrong_size(struct: type[ctypes.Structure], written: frozenset[int] | None) 
         return ""
     for name, field in _places(struct):
         if not written.issuperset(range(field.offset, field.offset + field.size)):
-            return f"{struct.__name__}.{name} is not written"
+            return f"{c_name(struct)}.{name} is not written"
     size = ctypes.sizeof(struct)
-    return f"{struct.__name__} is longer than {size} bytes" if written and max(written) >= size else ""
+    return f"{c_name(struct)} is longer than {size} bytes" if written and max(written) >= size else ""
 
 
 def _places(struct: type[ctypes.Structure]) -> list[tuple[str, Any]]:
@@ -213,7 +232,7 @@ def _wrong_defaults(native: ctypes.CDLL, name: str, struct: type[ctypes.Structur
             fits = kind in (c_int, c_int32, c_uint32, c_float, c_size_t) or raw == bytes(place.size)
             fits = fits or (kind is c_bool and raw == b"\1")
         if not fits:
-            return f"{struct.__name__}.{field} is {raw.hex()} by default"
+            return f"{c_name(struct)}.{field} is {raw.hex()} by default"
     return ""
 
 
@@ -325,26 +344,27 @@ def load(file: LibraryFile) -> Library:
     try:
         native = ctypes.CDLL(file.path)
     except OSError as error:
-        raise LibraryError(_why_not_loaded(file, str(error))) from error
+        raise _not_loaded(file, str(error)) from error
     return Library(native, file, check(native, file))
 
 
-def _why_not_loaded(file: LibraryFile, error: str) -> str:
+def _not_loaded(file: LibraryFile, error: str) -> LibraryError:
     missing = re.match(r"(\S+): cannot open shared object file", error)
     if missing and missing[1] != file.path:
         package = DEBIAN.get(missing[1])
         how = (
             f"apt install {package}" if package else "install what it belongs to, or put its folder in LD_LIBRARY_PATH"
         )
-        return f"{file} needs {missing[1]}, which this machine has not: {how}"
-    return f"{file} cannot be loaded as a library: {error}; --llama-lib names another, or: {INSTALL}"
+        return LibraryError("needs", f"{file} needs {missing[1]}, which this machine has not", how, missing[1])
+    text = f"{file} cannot be loaded as a library: {error}"
+    return LibraryError("not loaded", text, f"--llama-lib names another, or: {INSTALL}")
 
 
 # --- From any process. ---
 
 
 class LibraryReport(msgspec.Struct, frozen=True):
-    """What a child process found. With a `problem` only the fields before it are known, as far as they are set."""
+    """What a child process found. With a `problem` only the fields before it are known, and the last three."""
 
     path: str = ""
     package: str = ""
@@ -357,6 +377,15 @@ class LibraryReport(msgspec.Struct, frozen=True):
     supports_gpu: bool = False
     system_info: str = ""
     devices: list[Device] = []
+    #: Of the problem: its kind, its text without what to do, and the shared library that is missing.
+    cause: Cause = ""
+    reason: str = ""
+    needs: str = ""
+
+
+def _report_of(error: LibraryError, file: LibraryFile | None = None) -> LibraryReport:
+    place = (file.path, file.package, file.version) if file else ("", "", "")
+    return LibraryReport(*place, problem=str(error), cause=error.cause, reason=error.reason, needs=error.needs)
 
 
 def examine(configured: str = "") -> LibraryReport:
@@ -364,17 +393,19 @@ def examine(configured: str = "") -> LibraryReport:
     try:
         file = find(configured)
     except LibraryError as error:
-        return LibraryReport(problem=str(error))
+        return _report_of(error)
     command = [sys.executable, "-m", __name__, file.path]
+    cause: Cause = "ended"
     try:
         child = subprocess.run(command, capture_output=True, timeout=EXAMINE_S, check=False)
         return msgspec.json.decode(child.stdout, type=LibraryReport)
     except subprocess.TimeoutExpired:
-        problem = f"{file} ({file.path}) was not loaded within {EXAMINE_S:g} s"
+        cause, reason = "slow", f"{_place(file)} was not loaded within {EXAMINE_S:g} s"
     except msgspec.DecodeError:
         last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        problem = f"{file} ({file.path}) ended the process that loaded it, which {exit_text(child.returncode)}: {last}"
-    return LibraryReport(file.path, file.package, file.version, f"{problem}; --llama-lib names another")
+        reason = f"{_place(file)} ended the process that loaded it, which {exit_text(child.returncode)}"
+        reason += f": {last}" if last else ""
+    return _report_of(LibraryError(cause, reason, "--llama-lib names another"), file)
 
 
 def _report(configured: str = "") -> LibraryReport:
@@ -382,7 +413,7 @@ def _report(configured: str = "") -> LibraryReport:
     try:
         library = load(file)
     except LibraryError as error:
-        return LibraryReport(file.path, file.package, file.version, str(error))
+        return _report_of(error, file)
     return LibraryReport(
         file.path,
         file.package,
