@@ -150,7 +150,7 @@ def dashboard(url: str) -> set[str]:
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as reply:  # noqa: S310 - on loopback
+    with urllib.request.urlopen(url, timeout=30) as reply:
         return str(reply.read().decode())
 
 
