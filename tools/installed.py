@@ -99,7 +99,7 @@ def install(way: str, requirement: str, model: bool, tools: Path, away: Path) ->
 @contextmanager
 def mesh(programs: Path, environ: dict[str, str], cwd: Path, engine: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """`llambo up`: the addresses of its broker and of its gateway. At the end, Ctrl-C."""
-    words = [programs / "llambo", "up", "--port", "0", "--http-port", "0", *engine]
+    words = [str(programs / "llambo"), "up", "--port", "0", "--http-port", "0", *engine]
     process = subprocess.Popen(words, env=environ, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     # It ends also when it hangs, so that reading its output has an end.
     overdue = threading.Timer(READY_S, process.kill)
@@ -127,7 +127,7 @@ def mesh(programs: Path, environ: dict[str, str], cwd: Path, engine: tuple[str, 
 
 def use_mesh(programs: Path, environ: dict[str, str], cwd: Path, engine: tuple[str, ...]) -> str:
     with mesh(programs, environ, cwd, engine) as (broker, http):
-        llambo = [programs / "llambo", "--broker", broker]
+        llambo = [str(programs / "llambo"), "--broker", broker]
         answer = run(*llambo, "send", "--max-tokens", "24", "--seed", "1", "What is AI?", environ=environ, cwd=cwd)
         if not answer.strip():
             raise Wrong("the answer is empty")
