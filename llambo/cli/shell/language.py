@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import click
 
-from llambo.cli.kit.command import load
+from llambo.cli.kit.command import SIMILAR, load
 from llambo.cli.main import PLACES
 
 # --- lines ---------------------------------------------------------------------------------------------
@@ -26,8 +26,6 @@ from llambo.cli.main import PLACES
 #: Begins a prompt to the model, whatever its first word is.
 TO_MODEL = ">"
 REMARK = "#"
-#: How similar to a command a single word must be to count as a typing mistake.
-SIMILAR = 0.8
 
 _FIRST_WORD = re.compile(r"[^\s;]+")
 
