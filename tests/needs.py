@@ -9,7 +9,7 @@ test that is skipped is an error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
 
@@ -32,7 +32,7 @@ def _native() -> str:
 
 
 #: What is no program: why it cannot be had; empty, it can.
-CONDITIONS = {"llama-native": _native, "manager": hindrance, "networks": _networks}
+CONDITIONS: dict[str, Callable[[], str]] = {"llama-native": _native, "manager": hindrance, "networks": _networks}
 
 
 def skip_without(item: pytest.Item) -> None:
