@@ -439,7 +439,8 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     )
     log.info("%s: %d layers on a GPU, %s", path, options.gpu_layers, layout)
     defaults, unusable = sampling.recommended(file.meta)
-    log.info("%s", sampling.describe(defaults))
+    if defaults:
+        log.info("%s", sampling.describe(defaults))
     for text in unusable:
         log.info("ignored in the model file: %s", text)
     setup = Setup(
