@@ -45,7 +45,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
     elif not identity.may_be_called(hello.name):
         own = identity.name
-        problem = ErrorInfo(Code.FORBIDDEN, f"this key is for a worker called {own!r} or {own + '-...'!r}")
+        text = f"this key is for workers called {own!r} or {own + '-...'!r}, as in --name {own}-{hello.name}"
+        problem = ErrorInfo(Code.FORBIDDEN, text)
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
@@ -55,7 +56,9 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
             state.out.append(ToWorker(route, NO_SESSION, there.link.welcome))
             return
         if not same and _is_alive(state, there, now_ms):
-            problem = ErrorInfo(Code.NAME_TAKEN, f"another worker is called {hello.name!r}, from {there.hello.host}")
+            text = f"another worker is called {hello.name!r}, from {there.hello.host}"
+            form = "" if state.access.identities is None else f"; with this key as in --name {identity.name}-2"
+            problem = ErrorInfo(Code.NAME_TAKEN, f"{text}{form}")
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))

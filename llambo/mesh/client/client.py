@@ -457,9 +457,10 @@ class Client:
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
+        where = ",".join(sockets.endpoint(*place) for place in sockets.split_all(self.address))  # with the ports
         if self._core.link.cause is LinkProblem.NO_HANDSHAKE:
-            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {LinkProblem.NO_HANDSHAKE.value}")
-        text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {where}: {LinkProblem.NO_HANDSHAKE.value}")
+        text = f"no broker answers at {where}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 
 
