@@ -19,7 +19,9 @@ from click.testing import CliRunner, Result
 from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.requests import summary, timeline
+from llambo.cli.kit import std_streams
 from llambo.cli.kit.answer_views import StdoutWriter
+from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.tables import duration, facts, number, size, table
@@ -227,9 +229,21 @@ def test_a_flag_behind_the_command_beats_the_one_before_it() -> None:
     assert "first" not in shown
 
 
-def test_up_hands_its_flags_on_to_those_they_concern() -> None:
-    from llambo.cli.kit.common import Common
+@pytest.mark.parametrize(
+    ("setting", "verbose", "level"),
+    [("warning", 0, "WARNING"), ("warning", 1, "INFO"), ("debug", 1, "DEBUG"), ("error", 0, "ERROR"),
+     ("info", 2, "DEBUG")],
+)  # fmt: skip
+def test_the_more_verbose_of_flag_and_setting_counts(
+    setting: str, verbose: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels: list[str] = []
+    monkeypatch.setattr(std_streams, "set_up_log", levels.append)
+    assert Common({"log_level": setting}, verbose=verbose).settings.text("log_level") == setting
+    assert levels == [level]
 
+
+def test_up_hands_its_flags_on_to_those_they_concern() -> None:
     made = commands(
         Common(flags={"port": 9000, "engine": "fake", "fake_tokens_per_s": 40.0, "fake_utf8_split": True, "slots": 2}),
         2,

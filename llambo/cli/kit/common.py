@@ -60,8 +60,12 @@ class Common:
         loaded = settings.load(self.flags, config=self.config)
         if self.session is not None:
             return loaded  # the shell has set up the log and logged the warnings
-        levels = (loaded.text("log_level").upper(), "INFO", "DEBUG")
-        set_up_log(levels[min(self.verbose, 2)])
+        wanted = loaded.text("log_level").upper()
+        # The more verbose of the two: the gateway's unit has `-v`, and its .env file may say `debug`.
+        level = min(
+            wanted, (wanted, "INFO", "DEBUG")[min(self.verbose, 2)], key=logging.getLevelNamesMapping().__getitem__
+        )
+        set_up_log(level)
         for warning in loaded.warnings:
             logging.getLogger("llambo").warning("%s", warning)
         return loaded
