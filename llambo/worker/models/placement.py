@@ -39,7 +39,11 @@ Q8_SHARE = 34 / 64
 
 
 class DoesNotFit(Exception):
-    """The text has the numbers, and what would fit."""
+    """The text has the numbers, and what would fit. `host`: it is the memory of the host that is too small."""
+
+    def __init__(self, text: str, *, host: bool) -> None:
+        super().__init__(text)
+        self.host = host
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,12 @@ class Placement:
     def layers(self) -> int:
         return sum(share.layers for share in self.shares)
 
+    def same_place(self, other: Placement) -> bool:
+        """Whether the same layers are in the same places. The sizes may be others."""
+        places = [[(share.name, share.layers) for share in each.shares] for each in (self, other)]
+        rest = [(each.slots, each.host_experts) for each in (self, other)]
+        return places[0] == places[1] and rest[0] == rest[1]
+
     def __str__(self) -> str:
         """`CUDA0: 31/31 layers, 1.2 of 24 GiB`."""
         if not self.shares:
@@ -233,14 +243,14 @@ def choose(wish: Wish, devices: Sequence[Device], sizes: Sizes, work: Work) -> P
         if placement.layers == wanted and chooser.host_fits(placement):
             return replace(placement, why=chooser.why(placement))
     if wish.layers is not None:
-        raise DoesNotFit(chooser.refusal(wanted))
+        raise chooser.refusal(wanted)
     if sizes.has_experts and (found := chooser.with_experts_on_host(wanted)):
         return replace(found, why=chooser.why(found))
     for slots in _slot_counts(wish):
         placement = chooser.fill(slots, wanted)
         if chooser.host_fits(placement):
             return replace(placement, why=chooser.why(placement))
-    raise DoesNotFit(chooser.host_refusal(placement))
+    raise chooser.host_refusal(placement)
 
 
 def _slot_counts(wish: Wish) -> Iterator[int]:
@@ -343,7 +353,7 @@ class _Chooser:
             return ""
         return f"; --kv-type q8_0, on every worker of this model, makes room for {more.layers - placement.layers} more"
 
-    def refusal(self, wanted: int) -> str:
+    def refusal(self, wanted: int) -> DoesNotFit:
         slots = list(_slot_counts(self._wish))[-1]
         best = self.fill(slots, wanted)
         if best.layers == wanted:
@@ -355,12 +365,15 @@ class _Chooser:
             f"{_mib(sum(costs) - cache)} of weights, {_mib(cache)} of cache for {slots} slots, "
             f"{_mib(self._work.device)} to work in; {self._room_text()}"
         )
-        return f"{text}; --gpu-layers {best.layers} would fit, --gpu-layers auto chooses by itself"
+        return DoesNotFit(
+            f"{text}; --gpu-layers {best.layers} would fit, --gpu-layers auto chooses by itself", host=False
+        )
 
-    def host_refusal(self, placement: Placement) -> str:
+    def host_refusal(self, placement: Placement) -> DoesNotFit:
         need, free = _mib(placement.host_bytes), _mib(self._wish.host_free)
         where = f"with {placement.layers} of {placement.all_layers} layers on devices, " if placement.shares else ""
-        return f"{where}{need} of the host's memory are needed for {placement.slots} slots, and {free} are free"
+        text = f"{where}{need} of the host's memory are needed for {placement.slots} slots, and {free} are free"
+        return DoesNotFit(f"{text}; a smaller --ctx, fewer --slots or a smaller model may fit", host=True)
 
 
 def _mib(size: int) -> str:
