@@ -34,7 +34,8 @@ while count is None or shown < count:
             if frame[:1] == b"T":
                 keep(frame)
             elif not beat:  # "B", number (u64), session: the first beat proves the subscription, so submit
-                send({"type": "inference_request", "id": request, "max_tokens": 64}, prompt.encode())
+                form = {"form": "user"}  # the message of a user, for the chat template of the model
+                send({"type": "inference_request", "id": request, "sampling": form, "max_tokens": 64}, prompt.encode())
             beat = struct.unpack_from(">Q", frame, 1)[0] if frame[:1] == b"B" else beat
             continue
         for message in msgpack.unpackb(socket.recv_multipart()[1]):

@@ -35,7 +35,7 @@ COMMANDS = {
 #: Fields that are passed to the sampler.
 SAMPLING = frozenset(Sampling.__struct_fields__)
 #: Options of a request. How the answer is returned follows from the command.
-OPTIONS = (Options.__optional_keys__ - {"sampling", "stream", "logprobs"}) | SAMPLING
+OPTIONS = (Options.__optional_keys__ - {"sampling", "stream", "logprobs", "tools"}) | SAMPLING
 #: No command has a use for deeper nesting.
 DEPTH = 16
 TAG_CHARS = 128

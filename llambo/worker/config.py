@@ -92,6 +92,8 @@ class LlamaOptions:
     gpu_bytes: int = 0
     kv_type: Literal["f16", "q8_0", "q4_0", "f32", "bf16"] = "f16"
     flash_attn: Literal["auto", "on", "off"] = "auto"
+    #: The library of llama.cpp, or its folder; empty: that of an installed package.
+    library: str = ""
 
 
 def default_name() -> str:

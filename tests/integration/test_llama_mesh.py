@@ -62,12 +62,25 @@ async def answers(client: Client, tokens: int) -> list[Answer]:
 
 async def test_a_chat_gets_a_sensible_answer(mesh: Mesh) -> None:
     async with mesh.client() as client:
-        answer = await client.generate(
-            "What is the capital of France? Answer in one word.", form="user", temperature=0.0
-        )
+        answer = await client.generate("What is the capital of France? Answer in one word.", temperature=0.0)
     assert "Paris" in answer.text
     assert answer.reason == "stop"
     assert answer.usage.prompt_tokens > 10
+
+
+async def test_a_prompt_and_a_conversation_go_through_the_chat_template(mesh: Mesh) -> None:
+    prompt, messages = "Write a poem about the sea.", [{"role": "user", "content": "Write a poem about the sea."}]
+    async with mesh.client() as client:
+        found = [await client.generate(asked, temperature=0.0, max_tokens=8) for asked in (prompt, messages)]
+        found.append(await client.chat(messages, temperature=0.0, max_tokens=8))
+        templated = await client.tokenize(messages)
+        plain = await client.generate(prompt, temperature=0.0, max_tokens=8, form="text")
+        # Without the template the model ends 15 of these at once.
+        tried = await asyncio.gather(*[client.generate(prompt, seed=seed, max_tokens=1) for seed in range(25)])
+    assert {answer.text for answer in found} == {found[0].text}
+    assert {answer.usage.prompt_tokens for answer in found} == {len(templated.ids)}
+    assert plain.usage.prompt_tokens < len(templated.ids)
+    assert [answer.text for answer in tried if not answer.text] == []
 
 
 @pytest.mark.parametrize(

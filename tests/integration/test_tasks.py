@@ -108,7 +108,7 @@ async def test_what_makes_no_sense_is_refused_by_client_or_worker(steady_mesh: M
             client.detokenize([2**40]),
             client.embed("x", pooling="max"),  # type: ignore[arg-type]
             client.tokenize("x", form="messages?"),  # type: ignore[arg-type]
-            client.tokenize("x", priority="high"),
+            client.tokenize("x", priority="high"),  # type: ignore[arg-type]
         ):
             with pytest.raises(LlamboError) as refused:
                 await wrong

@@ -14,10 +14,10 @@ from llambo.gateway.answers.api_errors import decode_error
 from llambo.gateway.apis import responses
 from llambo.gateway.apis.response_store import ResponseStore
 from llambo.gateway.apis.responses import ResponsesRequest
-from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, Content, ToolCalls
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.tokens import Logprob
+from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, Content, ToolCalls
 
 T = TypeVar("T")
 FUNCTION = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}

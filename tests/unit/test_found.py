@@ -9,6 +9,7 @@ import pytest
 from bench import tiny_model
 from llambo.mesh.service import host as host_facts
 from llambo.worker.config import LlamaOptions
+from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 from llambo.worker.models.model_files import Found
 
@@ -89,8 +90,9 @@ def test_what_cannot_be_loaded_is_listed_with_the_reason(host: Path, monkeypatch
 
 def test_without_llama_cpp_nothing_can_be_loaded(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(host / "work/a.gguf")
-    monkeypatch.setattr(model_files, "installed", lambda: False)
-    assert "llama.cpp is not installed" in listed()["a.gguf"].problem
+    monkeypatch.setattr(binding, "PACKAGES", (("no-llama", "no_such_package", ("*.so",)),))
+    (only,) = model_files.on_this_host(missing=binding.missing())
+    assert only.problem.startswith("llama.cpp is not installed: pip install")
 
 
 def test_a_model_in_parts_is_one(host: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, ToolCalls, call_id
+from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, ToolCalls, call_id
 from tests.unit.gateway_bench import collect
 
 #: No deadline: the speed of this machine is not under test.

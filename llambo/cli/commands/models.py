@@ -50,9 +50,12 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         show_json(info) if as_json else show_model(info)
         return
 
+    from llambo.worker.llama import binding
     from llambo.worker.models import model_files
 
-    host = model_files.on_this_host(common.settings.text("models_dir"))
+    settings = common.settings
+    missing = binding.missing(settings.text("llama_lib"))
+    host = model_files.on_this_host(settings.text("models_dir"), missing=missing)
     if not as_json:
         show_host(host)
         click.echo()

@@ -89,6 +89,7 @@ def worker_config(settings: Settings) -> WorkerConfig:
             gpu_layers=settings.number("gpu_layers"),
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
+            library=settings.text("llama_lib"),
         ),
         node_class=settings.text("node_class"),
         orphan_ms=settings.number("orphan_ms"),
@@ -117,16 +118,17 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
 
 def engine_and_model(settings: Settings) -> tuple[str, str]:
     """Resolves `auto`. Whether the model's file is valid is checked later, by the engine."""
+    from llambo.worker.llama import binding
     from llambo.worker.models import model_files
 
     engine, model = settings.text("engine"), settings.text("model")
     if engine == "auto":
-        here = model_files.installed() and model_files.packaged("smollm2") is not None
+        here = not binding.missing(settings.text("llama_lib")) and model_files.packaged("smollm2") is not None
         engine = "llama" if model or here else "fake"
     if engine == "fake":
         return engine, model or "fake"
-    if not model_files.installed():
-        raise Failure("llama.cpp is not installed", "pip install 'llambo[llama]', or use --engine fake", Exit.ERROR)
+    if missing := binding.missing(settings.text("llama_lib")):
+        raise Failure(missing, "or use --engine fake, which needs no llama.cpp", Exit.ERROR)
     try:
         model_files.find(model or "smollm2")
     except model_files.NoSuchModel as error:

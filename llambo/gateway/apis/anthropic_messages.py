@@ -21,23 +21,21 @@ from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEve
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis.openai_common import Share, Stop, llambo_fields
 from llambo.gateway.apis.prompts import (
-    ChatPrompt,
     Conversation,
     GivenId,
     LlamboFields,
-    ToolChoice,
     ToolName,
     bounded_schema,
     chat_prompt,
     check_depth,
 )
-from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import MESSAGES, Function, Tool
+from llambo.mesh.wire.conversation import MESSAGES, EncodedChat, Function, Tool, ToolChoice
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 
 
 class TextBlock(msgspec.Struct, tag="text"):
@@ -122,7 +120,7 @@ async def count(client: Client, body: CountRequest) -> dict[str, int]:
     return {"input_tokens": len(found.ids)}
 
 
-def _options(body: MessagesRequest, prompt: ChatPrompt) -> Options:
+def _options(body: MessagesRequest, prompt: EncodedChat) -> Options:
     """`max_tokens` is only an upper bound here: the context need not have room for so many (`fit`)."""
     sampling: JsonObject = {"fit": True, **prompt.tool_options}
     if body.top_p is not None:
@@ -142,7 +140,7 @@ def _options(body: MessagesRequest, prompt: ChatPrompt) -> Options:
     }
 
 
-def _prompt(body: CountRequest) -> ChatPrompt:
+def _prompt(body: CountRequest) -> EncodedChat:
     conversation = Conversation(joined=True)
     if system := _joined(body.system):
         conversation.add("system", system)

@@ -12,12 +12,12 @@ from msgspec import Meta
 from llambo.gateway.answers.api import AnswerHead, JsonObject, Parsed, StreamEvent, Submission, Token
 from llambo.gateway.answers.api_errors import FieldError, error_body
 from llambo.gateway.apis import openai_common as common
-from llambo.gateway.apis.prompts import ANY_OBJECT, ToolChoice, chat_prompt, field_error
-from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
+from llambo.gateway.apis.prompts import ANY_OBJECT, chat_prompt, field_error
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import MESSAGES, BadConversation, ChatMessage, Tool, joined
+from llambo.mesh.wire.conversation import MESSAGES, BadConversation, ChatMessage, Tool, ToolChoice, joined
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 
 
 class RoleMessage(ChatMessage, frozen=True, kw_only=True):

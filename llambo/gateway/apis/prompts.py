@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -19,10 +18,11 @@ from llambo.mesh.wire.conversation import (
     CalledFunction,
     Chat,
     ChatMessage,
+    EncodedChat,
     Tool,
     ToolCall,
-    check_tools,
-    write,
+    ToolChoice,
+    prompt_with_tools,
 )
 from llambo.mesh.wire.messages import Priority
 
@@ -52,54 +52,12 @@ class LlamboFields(msgspec.Struct, kw_only=True):
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    """Whether the model may or must call tools."""
-
-    mode: Literal["none", "auto", "required"] = "auto"
-    #: The names it is limited to. Empty: all.
-    only: Sequence[str] = ()
-    #: Whether one answer may have several calls. None: the worker's default.
-    parallel: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ChatPrompt:
-    form: Literal["messages", "chat"]
-    text: str
-    #: Sampling options. Empty: no tool may be called, and the answer is plain text.
-    tool_options: JsonObject
-
-
-def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> ChatPrompt:
-    """Tools that may not be called are left out of the prompt. Raises FieldError."""
-    options = _tool_options(tools, choice)
+def chat_prompt(messages: list[ChatMessage], tools: list[Tool], choice: ToolChoice) -> EncodedChat:
+    """Raises FieldError."""
     try:
-        form, prompt = write(Chat(messages, tools if options else []))
+        return prompt_with_tools(Chat(messages, tools), choice)
     except BadConversation as error:
         raise field_error(error) from error
-    return ChatPrompt(form, prompt.decode(), options)
-
-
-def _tool_options(tools: list[Tool], choice: ToolChoice) -> JsonObject:
-    try:
-        check_tools(tools)
-    except BadConversation as error:
-        raise field_error(error) from error
-    names = {tool.function.name for tool in tools}
-    for name in choice.only:
-        if name not in names:
-            raise FieldError("tool_choice", f"no tool has the name {name!r}")
-    if choice.mode == "none" or not names:
-        if choice.mode == "required":
-            raise FieldError("tool_choice", "there are no tools to choose from")
-        return {}
-    options: JsonObject = {"tool_choice": choice.mode}
-    if choice.only:
-        options["tool_names"] = list(choice.only)
-    if choice.parallel is not None:
-        options["parallel_tool_calls"] = choice.parallel
-    return options
 
 
 def field_error(error: BadConversation) -> FieldError:

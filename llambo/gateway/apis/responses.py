@@ -25,23 +25,21 @@ from llambo.gateway.apis import openai_common as common
 from llambo.gateway.apis.openai_common import Share
 from llambo.gateway.apis.prompts import (
     ANY_OBJECT,
-    ChatPrompt,
     Conversation,
     GivenId,
     LlamboFields,
-    ToolChoice,
     ToolName,
     bounded_schema,
     chat_prompt,
     check_depth,
 )
 from llambo.gateway.apis.response_store import ResponseStore
-from llambo.gateway.apis.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.conversation import ChatMessage, Function, Tool
+from llambo.mesh.wire.conversation import ChatMessage, EncodedChat, Function, Tool, ToolChoice
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.tool_calls import CallArguments, CallBegun, CallEnded, Content, Delta, Parser, parser_of
 
 ITEMS = 4_096
 #: Fields that are not supported unless they are absent, null or false; and what to use instead.
@@ -207,7 +205,7 @@ def _continued(before: list[ChatMessage], output: list[JsonObject]) -> list[Chat
     return conversation.messages
 
 
-def _options(body: ResponsesRequest, answer_tokens: int, prompt: ChatPrompt) -> Options:
+def _options(body: ResponsesRequest, answer_tokens: int, prompt: EncodedChat) -> Options:
     """The limit on tokens is only an upper bound: the context need not have room for so many (`fit`)."""
     sampling: JsonObject = {"fit": True, **prompt.tool_options, **_format(body.text)}
     if body.top_p is not None:

@@ -7,14 +7,16 @@ import codecs
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.conversation import ToolCall
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.tokens import Logprob
+from llambo.mesh.wire.tool_calls import split_calls
 
 T = TypeVar("T")
 #: Tokens that wait for a slow reader. Beyond that no more are accepted: the broker has the transcript, and they are
@@ -27,8 +29,9 @@ TOP_TOKEN_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that arrived together. `text` never ends within a character: the rest comes with the next piece."""
+    """Tokens that arrived together."""
 
+    #: It never ends within a character: the rest comes with the next piece.
     text: str
     ids: list[int]
     #: The index of the first of them in the answer.
@@ -41,22 +44,39 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer. `reason`, why it ended, is stop, length, cancelled, deadline or error."""
+    """A whole answer."""
 
+    #: All of it. With tools the calls are part of it, as the model wrote them.
     text: str
     ids: list[int]
+    #: Why it ended: "stop" (the model ended it, or a stop string did), "length" (`max_tokens`, or the context is full),
+    #: "cancelled" or "deadline". For "error" the client raises the error instead.
     reason: m.Reason
     usage: m.Usage
+    #: The worker that finished it.
     worker: str
     #: How many times the request moved to another worker.
     moves: int
+    #: The id of the request.
     id: str
+    #: How long it waited for a worker.
     queued_ms: int
     #: If requested, the log-probability of each token, and then its bytes as well.
     logprobs: list[Logprob | None] = field(default_factory=list)
     pieces: list[bytes] = field(default_factory=list)
-    #: With the reason `stop`: the stop string that ended it, if one did.
+    #: With the reason "stop": the stop string that ended it, if one did.
     stop: str = ""
+    #: The calls in it, if the request had tools. The arguments are JSON; if `reason` is not "stop", those of the last
+    #: call may be cut off.
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as a message, to add to the conversation."""
+        if not self.tool_calls:
+            return {"role": "assistant", "content": self.text}
+        content, _ = split_calls(self.text, self.id)
+        return {"role": "assistant", "content": content, "tool_calls": msgspec.to_builtins(self.tool_calls)}
 
 
 class _Buffer:
@@ -82,9 +102,10 @@ class _Buffer:
 
 
 class _Transcript:
-    """Everything that has been read, as tokens and as text."""
+    """Everything that has been read, as tokens and as text. `tools`: the text may have calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, tools: bool) -> None:
+        self._tools = tools
         self.ids: list[int] = []
         self.logprobs: list[Logprob | None] = []
         self.pieces: list[bytes] = []
@@ -107,9 +128,13 @@ class _Transcript:
         self._texts.append(rest)
         return rest
 
-    @property
-    def text(self) -> str:
-        return "".join(self._texts)
+    def answer(self, end: m.End) -> Answer:
+        text, id = "".join(self._texts), end.id.hex()
+        return Answer(
+            text=text, ids=self.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves, id=id,
+            queued_ms=end.queued_ms, logprobs=self.logprobs, pieces=self.pieces, stop=end.stop,
+            tool_calls=split_calls(text, id)[1] if self._tools else [],
+        )  # fmt: skip
 
 
 class Stream:
@@ -119,11 +144,13 @@ class Stream:
     client (`attach`) stops following it, and does not cancel it.
     """
 
-    def __init__(self, id: bytes, handle: Callable[[e.Event], None], *, mine: bool) -> None:
-        self.id = id.hex()
+    def __init__(self, id: bytes, handle: Callable[[e.Event], None], *, mine: bool, tools: bool = False) -> None:
+        #: The id of the request, for `attach`, `cancel` and `why`.
+        self.id: str = id.hex()
         #: How many requests wait before it; None until the broker has accepted it.
         self.ahead: int | None = None
-        self.model = ""
+        #: The model that answers; empty until the broker has accepted the request.
+        self.model: str = ""
         #: The whole answer, once its end has been read.
         self.answer: Answer | None = None
         #: Called when `ahead` has changed. Must not block.
@@ -132,7 +159,7 @@ class Stream:
         self._handle = handle
         self._mine = mine
         self._buffer = _Buffer()
-        self._read = _Transcript()
+        self._read = _Transcript(tools)
         self._behind = False
         self._end: m.End | None = None
         self._error: LlamboError | None = None
@@ -234,10 +261,7 @@ class Stream:
         """The end has been read. It returns a piece if the text ends with an incomplete character."""
         read = self._read
         rest = read.finish()
-        self.answer = Answer(
-            text=read.text, ids=read.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves,
-            id=self.id, queued_ms=end.queued_ms, logprobs=read.logprobs, pieces=read.pieces, stop=end.stop,
-        )  # fmt: skip
+        self.answer = read.answer(end)
         if end.reason == "error" and end.error is not None:
             self._error = LlamboError.of(end.error)
             raise self._error

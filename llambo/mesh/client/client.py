@@ -41,7 +41,17 @@ from llambo.mesh.client.answer_stream import (
 from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
-from llambo.mesh.client.request_options import Options, TaskCall, build_request, encode_prompt, task_input, task_request
+from llambo.mesh.client.request_options import (
+    Messages,
+    Options,
+    TaskCall,
+    build_request,
+    chat_prompt,
+    encode_prompt,
+    refuse_text,
+    task_input,
+    task_request,
+)
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link_core import LinkProblem
 from llambo.mesh.security import keys
@@ -163,22 +173,39 @@ class Client:
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> Stream:
-        """Submit a request now, and read its answer as it arrives."""
+    def stream(self, prompt: str | Messages, **options: Unpack[Options]) -> Stream:
+        """Submit a request now, and read its answer as it arrives.
+
+        A text is the message of a user, put into the chat template of the model as `llambo send` does; with
+        `form="text"` the model continues it as it is. A list of messages is a conversation, as for `chat`.
+        """
         request, encoded = self._build(prompt, False, options)
-        stream = self._follow(request.id, mine=True)
+        stream = self._follow(request.id, mine=True, tools=bool(options.get("tools")))
         self._handle(e.SubmitAsked(request, encoded))
         return stream
 
-    async def generate(self, prompt: str, **options: Unpack[Options]) -> Answer:
-        """Submit a request, and return its whole answer."""
+    async def generate(self, prompt: str | Messages, **options: Unpack[Options]) -> Answer:
+        """Submit a request as `stream` does, and return its whole answer. If the caller is cancelled, so is it."""
         if options.get("stream") is None:
             options["stream"] = False
         async with self.stream(prompt, **options) as stream:
             return await stream.result()
 
-    async def submit(self, prompt: str, *, detached: bool = True, **options: Unpack[Options]) -> str:
-        """Submit a request without a stream. Returns its id, for `attach`. Not `detached`, it ends with this client."""
+    async def chat(self, messages: Messages, **options: Unpack[Options]) -> Answer:
+        """The answer to a conversation: a list of messages with `role` and `content`, as in OpenAI's chat API.
+
+        The roles are system, user, assistant and tool. `answer.message` is the message to add before the next question.
+        `stream` and `submit` accept a list of messages as well.
+        """
+        refuse_text(messages)
+        return await self.generate(messages, **options)
+
+    async def submit(self, prompt: str | Messages, *, detached: bool = True, **options: Unpack[Options]) -> str:
+        """Submit a request as `stream` does, without reading its answer. Returns its id, for `attach`.
+
+        A detached request runs on when this client leaves, and its answer is stored for a while. With `detached=False`
+        it ends with this client.
+        """
         request, encoded = self._build(prompt, detached, options)
         accepted = self._waiters.submits[request.id] = asyncio.get_running_loop().create_future()
         try:
@@ -193,12 +220,15 @@ class Client:
         self._waiters.remember(request, encoded)
         return request.id.hex()
 
-    async def attach(self, id: str) -> Stream:
-        """Follow a request that was submitted earlier, from its first token. A unique prefix of the id is enough."""
+    async def attach(self, id: str, *, tools: bool = False) -> Stream:
+        """Follow a request that was submitted earlier, also by another client, from its first token.
+
+        A unique prefix of the id is enough. `tools`: it was submitted with tools, so its answer may have calls.
+        """
         key = await self._find(id)
         if key in self._waiters.streams:
             raise LlamboError(Code.BAD_REQUEST, f"this client already follows request {key.hex()}")
-        stream = self._follow(key, mine=False)
+        stream = self._follow(key, mine=False, tools=tools)
         self._handle(e.AttachAsked(key, again=self._waiters.submitted.get(key)))
         return stream
 
@@ -217,17 +247,20 @@ class Client:
 
     async def tokenize(
         self,
-        text: str,
+        text: str | Messages,
         *,
         special: bool = False,
         form: tasks.Form = "text",
         system: str = "",
         **call: Unpack[TaskCall],
     ) -> Tokenized:
-        """The tokens of a prompt with this text. With `form` "user" or "messages" the chat template is applied.
+        """The tokens of a text as it is; with `form="user"`, or of a list of messages, with the chat template.
 
         `special`: names of control tokens in the text are read as those tokens.
         """
+        if not isinstance(text, str):
+            chat = chat_prompt(text, sampling={"system": system} if system else {})
+            text, form = chat.text, chat.form
         data = encode_prompt(text)
         options = tasks.TaskOptions(form=form, system=system, special=special)
         found = await self._task("tokenize", data, 1, options, call, tasks.TokenizeResult)
@@ -369,12 +402,12 @@ class Client:
         except ValueError as error:
             raise LlamboError(Code.BAD_MESSAGE, f"the broker answered a query for {id!r} with {found.id!r}") from error
 
-    def _build(self, prompt: str, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
+    def _build(self, prompt: str | Messages, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
         id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
         return build_request(id, secrets.randbits(63), prompt, detached, options)
 
-    def _follow(self, id: bytes, *, mine: bool) -> Stream:
-        stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine)
+    def _follow(self, id: bytes, *, mine: bool, tools: bool = False) -> Stream:
+        stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine, tools=tools)
         return stream
 
     def _handle(self, event: e.Event) -> None:

@@ -1,4 +1,4 @@
-"""The options of requests and tasks, and the messages that are built from them.
+"""Prompts, conversations and the options of requests and tasks, and the messages that are built from them.
 
 A task (tokenize, detokenize, embed, model_info) is a request like any other, see `wire/tasks.py`.
 """
@@ -6,25 +6,36 @@ A task (tokenize, detokenize, embed, model_info) is a request like any other, se
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import msgspec
 
-from llambo.mesh.wire import limits, tasks
+from llambo.mesh.wire import conversation, limits, tasks
 from llambo.mesh.wire import messages as m
+from llambo.mesh.wire.conversation import BadConversation, EncodedChat, ToolChoice
 from llambo.mesh.wire.errors import Code, LlamboError
 
 _encode = msgspec.msgpack.Encoder().encode
 _checked = msgspec.msgpack.Decoder(m.InferenceRequest).decode
 _checked_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
+#: Options of a request that are fields of its `sampling`.
+_SAMPLING_OPTIONS = ("temperature", "stop", "form", "system", "tool_choice")
+_MODES = ("auto", "required", "none")
+_ROLES = ", ".join(conversation.ROLES)
+_TOOL_OPTIONS = ("tool_choice", "tool_names", "parallel_tool_calls")
+_EXAMPLE = '[{"role": "user", "content": "Hello"}]'
+
+#: The messages of a conversation, the oldest first, as in OpenAI's chat API: {"role": "user", "content": "Hello"}.
+Messages = Sequence[Mapping[str, Any]]
 
 
 class Options(TypedDict, total=False):
     """Options of one request. An option that is left out, or None, has its default."""
 
-    #: Required only if the mesh serves several models.
+    #: Required only if the mesh serves several models. "MODEL@CLASS": on a worker of that class.
     model: str | None
+    #: The answer ends after so many tokens. Left out: 256.
     max_tokens: int | None
     #: 0: always the likeliest token. Left out: the default of the model, or else 0.8. Likewise for other sampling.
     temperature: float | None
@@ -32,17 +43,22 @@ class Options(TypedDict, total=False):
     seed: int | None
     #: The answer ends before any of these strings.
     stop: str | Sequence[str] | None
-    #: "text": the prompt as it is; "user": put into the model's chat template; "messages": a JSON list of them;
-    #: "chat": a JSON object with "messages" and "tools".
-    form: str | None
-    #: With "user": the system message.
+    #: The system message before a prompt. In a conversation it is the first message.
     system: str | None
+    #: What the prompt is. "user", the default: the message of a user, put into the chat template of the model. "text":
+    #: the model continues it as it is. "messages", "chat": the JSON of a conversation, without and with tools.
+    form: tasks.Form | None
+    #: Tools that the model may call, as in OpenAI's chat API. They need a conversation.
+    tools: Sequence[Mapping[str, Any]] | None
+    #: "auto", the default: the model may call tools; "required": it must; "none": it cannot; or the name of the tool
+    #: that it must call.
+    tool_choice: str | None
     #: Return the log-probability of each token, and of so many of the likeliest tokens with it: 0 to 20.
     logprobs: int | None
     #: Other fields of `llambo.mesh.wire.messages.Sampling`: top_k, min_p, grammar, ...
     sampling: dict[str, Any] | None
-    #: "interactive", "normal" or "batch".
-    priority: str | None
+    #: The class in the queue: "interactive", "normal" (the default) or "batch".
+    priority: m.Priority | None
     #: The request ends after this time, with the tokens it has by then. 0: no limit.
     deadline_ms: int | None
     #: False: all tokens arrive together, at the end.
@@ -54,24 +70,33 @@ class TaskCall(TypedDict, total=False):
 
     #: Required only if the mesh serves several models.
     model: str | None
-    #: "interactive", "normal" or "batch".
-    priority: str | None
+    #: The class in the queue: "interactive", "normal" (the default) or "batch".
+    priority: m.Priority | None
     #: The task fails after this time. 0: no limit.
     deadline_ms: int | None
 
 
 def build_request(
-    id: bytes, seed: int, prompt: str, detached: bool, options: Options
+    id: bytes, seed: int, prompt: str | Messages, detached: bool, options: Options
 ) -> tuple[m.InferenceRequest, bytes]:
     """The request and its prompt. They are checked here, so that a mistake raises an error at once."""
     given = {name: value for name, value in options.items() if value is not None}
     unknown = sorted(given.keys() - Options.__optional_keys__)
     if unknown:
         raise LlamboError(Code.BAD_REQUEST, f"there is no option {unknown[0]!r}")
+    tools = given.pop("tools", ())
     sampling: dict[str, Any] = {**_known_sampling(given.pop("sampling", {}))}
-    sampling |= {name: given.pop(name) for name in ("temperature", "stop", "form", "system") if name in given}
+    sampling |= {name: given.pop(name) for name in _SAMPLING_OPTIONS if name in given}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
+    if not isinstance(prompt, str):
+        chat = chat_prompt(prompt, tools, sampling)
+        plain = {name: value for name, value in sampling.items() if name not in _TOOL_OPTIONS}
+        prompt, sampling = chat.text, {**plain, "form": chat.form, **chat.tool_options}
+    elif tools:
+        raise LlamboError(Code.BAD_REQUEST, "tools need a conversation: pass a list of messages, not a text")
+    # The default of the wire is "text", and stays so for older clients.
+    sampling.setdefault("form", "user")
     fields = {"seed": seed, **given, "id": id, "detached": detached}
     try:
         body = _encode(sampling)
@@ -84,6 +109,33 @@ def build_request(
             Code.BAD_REQUEST, f"{len(body)} bytes of sampling options, {limits.SAMPLING_BYTES} are allowed"
         )
     return request, encode_prompt(prompt)
+
+
+def refuse_text(messages: object) -> None:
+    if isinstance(messages, str):
+        raise LlamboError(Code.BAD_REQUEST, "chat takes a list of messages, not a text", hint="use generate for a text")
+
+
+def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> EncodedChat:
+    """The conversation as the prompt of a request. `sampling` may have options for tools."""
+    options = sampling or {}
+    for name, hint in (("form", "leave it out"), ("system", "begin the list with a message of the role system")):
+        if name in options:
+            raise LlamboError(Code.BAD_REQUEST, f"{name} cannot be combined with a list of messages", hint=hint)
+    mode: Any
+    choice = options.get("tool_choice", "auto")
+    mode, only = (choice, options.get("tool_names", ())) if choice in _MODES else ("required", [choice])
+    try:
+        chat = conversation.read(msgspec.json.encode({"messages": messages, "tools": tools}), "chat")
+        for at, message in enumerate(chat.messages):
+            if message.role not in conversation.ROLES:
+                raise BadConversation(f"{message.role!r} is not one of {_ROLES}", f"messages[{at}].role")
+        return conversation.prompt_with_tools(chat, ToolChoice(mode, only, options.get("parallel_tool_calls")))
+    except BadConversation as error:
+        raise LlamboError(Code.BAD_REQUEST, str(error), hint=f"messages are like {_EXAMPLE}") from error
+    except (msgspec.MsgspecError, UnicodeError, TypeError, OverflowError, ValueError, RecursionError) as error:
+        text = f"the messages or the tools cannot be written as JSON: {error}"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=f"messages are like {_EXAMPLE}") from error
 
 
 def checked_request(fields: dict[str, Any]) -> m.InferenceRequest:

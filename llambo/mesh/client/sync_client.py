@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
 from llambo.mesh.client.client import Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
-from llambo.mesh.client.request_options import Options
+from llambo.mesh.client.request_options import Messages, Options
 from llambo.mesh.wire.errors import Code, LlamboError
 
 T = TypeVar("T")
@@ -154,19 +154,19 @@ class SyncClient:
 
     # --- requests ----------------------------------------------------------------------------------------------
 
-    def stream(self, prompt: str, **options: Unpack[Options]) -> SyncStream:
+    def stream(self, prompt: str | Messages, **options: Unpack[Options]) -> SyncStream:
         """Submit a request now, and read its answer as it arrives."""
         return SyncStream(self.run(self._stream(prompt, options)), self)
 
     generate = _blocking(Client.generate)
+    chat = _blocking(Client.chat)
     submit = _blocking(Client.submit)
     cancel = _blocking(Client.cancel)
 
-    def attach(self, id: str) -> SyncStream:
-        """Follow a request that was submitted earlier, from its first token."""
-        return SyncStream(self.run(self._client.attach(id)), self)
+    def attach(self, id: str, *, tools: bool = False) -> SyncStream:
+        return SyncStream(self.run(self._client.attach(id, tools=tools)), self)
 
-    async def _stream(self, prompt: str, options: Options) -> Stream:
+    async def _stream(self, prompt: str | Messages, options: Options) -> Stream:
         return self._client.stream(prompt, **options)
 
     # --- tasks, queries and commands ---------------------------------------------------------------------------

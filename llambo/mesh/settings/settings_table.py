@@ -260,6 +260,8 @@ _WORKER = (
     row("worker.kv_type", Kind.TEXT, "f16", "number format of the KV cache",
         choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
     row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),
+    row("worker.llama_lib", Kind.TEXT, "", "libllama.so of your own build of llama.cpp, or its folder; empty: that of "
+        "llama-cpp-python, else that of xllamacpp"),
     row("worker.orphan_ms", Kind.MS, 30_000, "how long requests go on without a broker", high=_LONGEST_MS),
     row("worker.drain_ms", Kind.MS, 30_000, "how long running requests get to finish at exit", high=_LONGEST_MS),
     row("worker.stall_ms", Kind.MS, 10_000, "an engine that makes no progress for so long is killed", low=1),

@@ -13,13 +13,14 @@ A call in the text of an answer has the form that was introduced with the Hermes
     {"name": "weather", "arguments": {"city": "Oslo"}}
     </tool_call>
 
-It is the only form, whatever the model: the worker's grammar enforces it, so a gateway needs one parser.
+It is the only form, whatever the model: the worker's grammar enforces it, so one parser is enough (`tool_calls`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -32,6 +33,8 @@ MESSAGES = 4096
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 #: The names that tools may have. No character needs an escape in JSON or in a grammar.
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class BadConversation(ValueError):
@@ -122,6 +125,50 @@ def write(chat: Chat) -> tuple[Literal["messages", "chat"], bytes]:
     if chat.tools or any(message.role == "tool" or message.tool_calls for message in chat.messages):
         return "chat", _written(chat)
     return "messages", _written(chat.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may or must call tools."""
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    #: The names it is limited to. Empty: all.
+    only: Sequence[str] = ()
+    #: Whether one answer may have several calls. None: the worker's default.
+    parallel: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    form: Literal["messages", "chat"]
+    text: str
+    #: Sampling options. Empty: no tool may be called, and the answer is plain text.
+    tool_options: dict[str, Any]
+
+
+def prompt_with_tools(chat: Chat, choice: ToolChoice) -> EncodedChat:
+    """Tools that may not be called are left out of the prompt. Raises BadConversation."""
+    options = _tool_options(chat.tools, choice)
+    form, prompt = write(chat if options else Chat(chat.messages))
+    return EncodedChat(form, prompt.decode(), options)
+
+
+def _tool_options(tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any]:
+    check_tools(tools)
+    names = {tool.function.name for tool in tools}
+    for name in choice.only:
+        if name not in names:
+            raise BadConversation(f"no tool has the name {name!r}", "tool_choice")
+    if choice.mode == "none" or not names:
+        if choice.mode == "required":
+            raise BadConversation("there are no tools to choose from", "tool_choice")
+        return {}
+    options: dict[str, Any] = {"tool_choice": choice.mode}
+    if choice.only:
+        options["tool_names"] = list(choice.only)
+    if choice.parallel is not None:
+        options["parallel_tool_calls"] = choice.parallel
+    return options
 
 
 def _written(value: Chat | list[ChatMessage]) -> bytes:

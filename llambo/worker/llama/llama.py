@@ -1,4 +1,4 @@
-"""llama.cpp, as much of it as the engine needs. The only file that imports its bindings, and sets their parameters.
+"""llama.cpp, as much of it as the engine needs: the functions of `c_api.py`, called with our parameters.
 
     Model       weights and vocabulary: tokens of a text, text of a token, metadata
     Decoder     a context with a separate cache for each slot; one call decodes one step of all of them
@@ -24,17 +24,17 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
 from llambo.mesh.wire import conversation
 from llambo.mesh.wire.messages import Sampling
+from llambo.worker.llama import binding, c_api
 from llambo.worker.llama.sampling import Grammar, Ids, Logits
 from llambo.worker.models.model_files import Layout
 
-#: Its types change with every release. What is used here is tested with a real model.
-lib: Any = llama_cpp
+#: The functions of llama.cpp, once `open_library` has loaded it. A process has one library.
+lib: Any = None
 
 KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2, "f32": 0, "bf16": 30}
 FLASH = {"auto": -1, "off": 0, "on": 1}
@@ -53,6 +53,7 @@ LOG_WARNING, LOG_ERROR = 3, 4
 
 _TAGS = frozenset([conversation.CALL_BEGIN.encode(), conversation.CALL_END.encode()])
 
+_CANDIDATES = ctypes.POINTER(c_api.TokenData)
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -67,7 +68,7 @@ class _Log:
         self.lines: list[str] = []
         self._level = 0
         # This reference has to live as long as the process.
-        self._callback = lib.llama_log_callback(self._on_line)
+        self._callback = c_api.LogCallback(self._on_line)
         lib.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _on_line(self, level: int, text: bytes, _: Any) -> None:
@@ -79,11 +80,23 @@ class _Log:
         return "; ".join(line for line in self.lines if line) or "llama.cpp gave no reason"
 
 
+def open_library(configured: str = "") -> binding.Library:
+    """Load it, once. Raises LibraryError. `configured`: the setting `llama_lib`."""
+    global lib  # noqa: PLW0603  # two builds of llama.cpp in one process would share symbols
+    if lib is None:
+        lib = binding.load(binding.find(configured))
+    library: binding.Library = lib
+    if configured and binding.find(configured) != library.file:
+        raise binding.LibraryError(f"this process has loaded {library.file.path} already")
+    return library
+
+
 _log: _Log | None = None
 
 
 def _start_library() -> _Log:
     global _log  # noqa: PLW0603  # the library has one log per process as well
+    open_library()
     if _log is None:
         _log = _Log()
         lib.llama_backend_init()
@@ -105,7 +118,7 @@ class Model:
         params = lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.use_extra_bufts = not safe
-        callback = lib.llama_progress_callback(_progress(on_progress))
+        callback = c_api.ProgressCallback(_progress(on_progress))
         params.progress_callback = callback
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         del callback
@@ -221,12 +234,13 @@ class _Context:
         self._wanted = np.zeros(size, np.int8)
         # Each row refers to its sequences by address. Here each row has one, and all are in one array.
         self._addresses = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
-        fields = dict(lib.llama_batch._fields_)
+        kinds = {name: kind for name, kind, *_ in c_api.LlamaBatch._fields_}
 
         def pointer(array: NDArray[Any], name: str) -> Any:
-            return ctypes.cast(array.ctypes.data, fields[name])
+            kind: Any = kinds[name]
+            return ctypes.cast(array.ctypes.data, kind)
 
-        self._batch = lib.llama_batch(
+        self._batch = c_api.LlamaBatch(
             n_tokens=0,
             token=pointer(self._tokens, "token"),
             embd=None,
@@ -468,8 +482,8 @@ def shared_candidates(model: Model) -> NDArray[Any]:
 
 
 def _array(candidates: NDArray[Any]) -> Any:
-    data = ctypes.cast(candidates.ctypes.data, lib.llama_token_data_p)
-    return lib.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+    data = ctypes.cast(candidates.ctypes.data, _CANDIDATES)
+    return c_api.TokenDataArray(data=data, size=len(candidates), selected=-1, sorted=False)
 
 
 def _columns(array: Any) -> tuple[Ids, Logits]:

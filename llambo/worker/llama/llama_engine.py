@@ -31,7 +31,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import mesh_name
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
-from llambo.worker.llama import llama, sampling
+from llambo.worker.llama import binding, llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.llama.guide import Guides
@@ -55,6 +55,10 @@ log = logging.getLogger("llambo.engine")
 #: The prompt of the self-test has more than one token, because only then forbidden instructions are used.
 SELF_TEST = b"The quick brown fox jumps over the lazy dog. " * 4
 SELF_TEST_TOKENS = 8
+#: What a user can mend: its text says how.
+UNUSABLE = (
+    binding.LibraryError, model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError
+)  # fmt: skip
 #: Characters of the progress bar.
 WIDTH = 30
 #: By the number in the file of an embedding model. Other numbers are treated as `mean`.
@@ -387,7 +391,14 @@ def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     """If the model cannot be loaded, the reason is sent and the process exits."""
     try:
         return _load(configure, send)
-    except (model_files.NoSuchModel, gguf.BadModelFile, llama.LoadError, BadPrompt, OSError) as error:
+    except (
+        binding.LibraryError,
+        model_files.NoSuchModel,
+        gguf.BadModelFile,
+        llama.LoadError,
+        BadPrompt,
+        OSError,
+    ) as error:
         send(Progress(problem=str(error)[:1000]))
         sys.exit(CANNOT_LOAD)
 
@@ -415,6 +426,7 @@ class ProgressBar:
 
 def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     options, path = configure.llama, str(model_files.find(configure.model))
+    log.info("llama.cpp is %s", llama.open_library(options.library))
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
     layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())

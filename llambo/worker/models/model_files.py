@@ -84,11 +84,6 @@ def packaged(model: str) -> Path | None:
     return None
 
 
-def installed() -> bool:
-    """Whether llama.cpp is installed."""
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     slots: int
@@ -241,8 +236,8 @@ class Found:
     problem: str = ""
 
 
-def on_this_host(folder: str = "", options: LlamaOptions | None = None) -> list[Found]:
-    """Each file once, even if it is reachable in several ways."""
+def on_this_host(folder: str = "", options: LlamaOptions | None = None, missing: str = "") -> list[Found]:
+    """Each file once, even if it is reachable in several ways. `missing`: why none can be loaded, if that is so."""
     seen: set[str] = set()
     found = []
     free_bytes, cores = host.free_memory_bytes(), host.physical_cores()
@@ -250,19 +245,20 @@ def on_this_host(folder: str = "", options: LlamaOptions | None = None) -> list[
         real = os.path.realpath(path)
         if real not in seen and len(seen) < FILES:
             seen.add(real)
-            found.append(look_at(model, path, where, options or LlamaOptions(), free_bytes, cores))
+            found.append(look_at(model, path, where, options or LlamaOptions(), free_bytes, cores, missing))
     return found
 
 
-def look_at(model: str, path: Path, where: str, options: LlamaOptions, free_bytes: int, cores: int) -> Found:
+def look_at(
+    model: str, path: Path, where: str, options: LlamaOptions, free_bytes: int, cores: int, missing: str = ""
+) -> Found:
     size = 0
     try:
         size = path.stat().st_size
         file = gguf.read(str(path))
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without_path(str(error), str(path)))
-    problem = "" if installed() else "llama.cpp is not installed: pip install 'llambo[llama]'"
-    problem = problem or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
+    problem = missing or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
     try:
         layout(options, file, free_bytes, cores)
     except BadModelFile as error:

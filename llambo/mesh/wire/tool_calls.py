@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME
+from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME, CalledFunction, ToolCall
 
 #: Longer text around name and arguments is not a frame.
 FRAME_CHARS = 1024
@@ -247,3 +247,20 @@ Parser = ToolCalls | PlainText
 
 def parser_of(tools: bool, seed: str, prefix: str) -> Parser:
     return ToolCalls(seed, prefix=prefix) if tools else PlainText()
+
+
+def split_calls(text: str, seed: str) -> tuple[str, list[ToolCall]]:
+    """A whole answer: the text beside its calls, and the calls. The arguments of the last may have been cut."""
+    parser = ToolCalls(seed)
+    content: list[str] = []
+    calls: list[tuple[CallBegun, list[str]]] = []
+    for delta in [*parser.feed(text), *parser.finish()]:
+        match delta:
+            case Content(part):
+                content.append(part)
+            case CallBegun():
+                calls.append((delta, []))
+            case CallArguments(index, part):
+                calls[index][1].append(part)
+    found = [ToolCall(CalledFunction(begun.name, "".join(parts)), begun.id) for begun, parts in calls]
+    return "".join(content), found
