@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from llambo.worker.models.gguf import ModelFile
+from llambo.worker.models.gguf import MetaValue, ModelFile
 from llambo.worker.models.placement import (
     GIB,
     HOST_BYTES,
     MIB,
-    Device,
+    ComputeDevice,
     DoesNotFit,
     Layer,
     Placement,
@@ -36,15 +36,15 @@ ALL = BLOCKS + 1
 MIXTURE = Sizes(tuple([Layer(50 * MIB, 600 * MIB, 16 * MIB)] * 16), 300 * MIB, 300 * MIB, 300 * MIB)
 
 
-def card(free: float, total: float = 0, name: str = "CUDA0", **more: Any) -> Device:
-    return Device(name, "a card", int(free * GIB), int((total or free) * GIB), **more)
+def card(free: float, total: float = 0, name: str = "CUDA0", **more: Any) -> ComputeDevice:
+    return ComputeDevice(name, "a card", int(free * GIB), int((total or free) * GIB), **more)
 
 
 def auto(slots: int = 4, **more: Any) -> Wish:
     return Wish(**{"layers": None, "slots": slots, "fewer_slots": True, "host_free": 64 * GIB, **more})
 
 
-def place(*devices: Device, wish: Wish | None = None, sizes: Sizes = MODEL, work: Work = WORK) -> Placement:
+def place(*devices: ComputeDevice, wish: Wish | None = None, sizes: Sizes = MODEL, work: Work = WORK) -> Placement:
     return choose(wish or auto(), devices, sizes, work)
 
 
@@ -240,7 +240,8 @@ def check_one(chance: random.Random) -> str:
     )
     sizes = Sizes(layers, *(chance.randrange(900) * MIB for _ in range(3)))
     devices = [
-        Device(f"CUDA{number}", "", chance.randrange(40) * GIB // 2, 20 * GIB) for number in range(chance.randrange(4))
+        ComputeDevice(f"CUDA{number}", "", chance.randrange(40) * GIB // 2, 20 * GIB)
+        for number in range(chance.randrange(4))
     ]
     wish = auto(
         slots=chance.randrange(1, 9), fewer_slots=chance.random() < 0.5,
@@ -276,7 +277,7 @@ def test_sizes_are_those_of_the_tensors() -> None:
         ("blk.0.ffn_gate_inp.weight", 1), ("blk.1.attn_q.weight", 20), ("blk.1.ffn_down_exps.weight", 60),
         ("blk.1.ffn_gate_up_exps.weight", 7), ("blk.1.ffn_up_chexps.weight", 3), ("blk.7.attn_q.weight", 1000),
     ]  # fmt: skip
-    meta = {"general.architecture": "llama", "llama.block_count": 2}
+    meta: dict[str, MetaValue] = {"general.architecture": "llama", "llama.block_count": 2}
     first = ModelFile("a", 0, meta, 0, tuple(tensors[:5]))
     second = ModelFile("b", 0, {}, 0, tuple(tensors[5:]))
     sizes = sizes_of([first, second])
@@ -287,7 +288,7 @@ def test_sizes_are_those_of_the_tensors() -> None:
 
 
 def test_an_output_that_shares_the_weights_of_the_input_is_copied_to_a_device() -> None:
-    meta = {"general.architecture": "llama", "llama.block_count": 1}
+    meta: dict[str, MetaValue] = {"general.architecture": "llama", "llama.block_count": 1}
     tensors = (("token_embd.weight", 100), ("output_norm.weight", 1), ("blk.0.x", 3))
     sizes = sizes_of([ModelFile("a", 0, meta, 0, tensors)])
     assert (sizes.input, sizes.output, sizes.host_output, sizes.weights) == (100, 101, 1, 104)

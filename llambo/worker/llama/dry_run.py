@@ -1,7 +1,7 @@
 """What a model needs on the devices of this machine, measured by llama.cpp itself, and the placement that follows.
 
-    find_placement    in the engine child: asks a child process and returns its answer
-    main              that child: `python -m llambo.worker.llama.dry_run`, a question on stdin, the answer on stdout
+    prepare    in the engine child: layout and placement; `find_placement` asks a child process for the latter
+    main       that child: `python -m llambo.worker.llama.dry_run`, a question on stdin, the answer on stdout
 
 With `no_alloc` llama.cpp goes through the whole loading of a model and of a context without allocating them, and logs
 the sizes of the KV cache and of the buffers of a step. They are in no function of its C interface, so the log is read;
@@ -12,31 +12,38 @@ and because a driver keeps memory for a process that has looked at its devices.
 
 from __future__ import annotations
 
-import re
+import errno
+import logging
+import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from llambo.mesh.service import host
 from llambo.worker.config import LlamaOptions
+from llambo.worker.engine.protocol import Progress
 from llambo.worker.llama import binding, llama
-from llambo.worker.models import gguf, model_files, placement
-from llambo.worker.models.placement import Device, DoesNotFit, Placement, Share, Sizes, Wish, Work
+from llambo.worker.llama.llama_log import Measured, read_log
+from llambo.worker.models import gguf, gpus, model_files, placement
+from llambo.worker.models.model_files import Layout
+from llambo.worker.models.placement import ComputeDevice, DoesNotFit, Placement, Share, Sizes, Wish, Work
 
+log = logging.getLogger("llambo.engine")
+
+#: The name of the socket that the engine has whose turn it is; how often and how many times the others wait for it.
+TURN, WAIT_S, WAITS = "\0llambo-gpu-loading", 10.0, 60
 #: Placements that are measured at most: buffers differ a little from one to the next.
 ROUNDS = 4
 #: How long the child may take. A header is read from a slow disk, and a driver may have to start.
 CHILD_S = 100.0
 #: The part of the weights by which the header of the file and llama.cpp may differ: alignment.
 TOLERANCE = 0.02
-
-_LAYER = re.compile(r"layer +(\d+): dev = ")
-_CACHE = re.compile(r"(?<!buffer )size = +([\d.]+) MiB")
-_BUFFER = re.compile(r"(\S+) +(?:compute|output) buffer size = +([\d.]+) MiB")
 
 
 class DryRunError(Exception):
@@ -56,16 +63,72 @@ class Answer(msgspec.Struct, frozen=True):
     placement: Placement | None = None
     #: Tokens of a slot.
     context: int = 0
-    backends: list[str] = []
+
+
+def prepare(
+    path: str, file: gguf.ModelFile, options: LlamaOptions, library: binding.Library
+) -> tuple[Layout, Placement, str]:
+    """How the model is loaded on this machine, and what to say about a GPU that is not used.
+
+    Raises LoadError and BadModelFile if it does not fit.
+    """
+    wanted, warning = options.gpu_layers, ""
+    if wanted != 0 and library.supports_gpu:
+        try:
+            found = find_placement(path, options)
+        except DryRunError as error:
+            if wanted != "auto":
+                raise llama.LoadError(f"{error}; --gpu-layers 0 uses the CPU alone") from error
+            found, warning = Answer(), f"no GPU is used, because {error}; --gpu-layers NUMBER insists on one"
+        if found.problem:
+            raise llama.LoadError(found.problem)
+        if found.placement is not None:
+            layout = model_files.unchecked_layout(options, file, host.free_memory_bytes(), host.physical_cores())
+            slots, need = found.placement.slots, found.placement.host_bytes
+            return replace(layout, slots=slots, context=found.context, need_bytes=need), found.placement, warning
+    if wanted != 0 and not warning:
+        warning = gpus.advice(gpus.gpus(), library.backends())
+        if wanted != "auto":
+            raise llama.LoadError(gpus.without_devices(wanted, gpus.gpus(), library.backends()))
+    layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
+    return layout, placement.CPU, warning
+
+
+@contextmanager
+def taking_turns(send: Callable[[Progress], None]) -> Iterator[None]:
+    """One engine of this machine at a time. The others measure what is free when this one has allocated its part.
+
+    A name of an abstract socket belongs to one process, and is free when that process closes it or ends.
+    """
+    with socket.socket(socket.AF_UNIX) as mine:
+        for _ in range(WAITS):
+            try:
+                mine.bind(TURN)
+                mine.listen()
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    log.warning("other workers may load at the same time: %s", error)
+                    break
+            send(Progress("waiting for another worker of this machine, which is loading its model"))
+            # The connection is never accepted. It ends when its other end does.
+            with socket.socket(socket.AF_UNIX) as other, suppress(OSError):
+                other.settimeout(WAIT_S)
+                other.connect(TURN)
+                other.recv(1)
+        else:
+            log.warning("another worker of this machine is loading its model for a long time; no longer waiting for it")
+        yield
 
 
 def find_placement(path: str, options: LlamaOptions) -> Answer:
     """Raises DryRunError."""
-    command = [sys.executable, "-m", __name__]
+    command = [sys.executable, "-m", __name__, str(os.getpid())]
     question = msgspec.json.encode(Question(path, options))
     try:
         child = subprocess.run(command, input=question, capture_output=True, timeout=CHILD_S, check=False)
-        return msgspec.json.decode(child.stdout, type=Answer)
+        # The answer is the last line: a driver may have written to stdout as well.
+        return msgspec.json.decode(child.stdout.rpartition(b"\n")[2], type=Answer)
     except subprocess.TimeoutExpired as error:
         raise DryRunError(f"the dry run took more than {CHILD_S:g} s") from error
     except msgspec.DecodeError as error:
@@ -76,52 +139,12 @@ def find_placement(path: str, options: LlamaOptions) -> Answer:
 # --- in the child ---
 
 
-@dataclass(slots=True)
-class Measured:
-    """What the log of one dry run says. Bytes."""
-
-    #: By layer, for all slots.
-    cache: dict[int, int] = field(default_factory=dict)
-    #: By buffer type: `CPU`, `CUDA0`, `CUDA_Host`.
-    buffers: dict[str, int] = field(default_factory=dict)
-
-    def work(self, devices: Iterable[str]) -> Work:
-        """A buffer type belongs to the device whose name it has; all others are in the memory of the host."""
-        names = set(devices)
-        on_devices = [size for name, size in self.buffers.items() if name in names]
-        return Work(max(on_devices, default=0), sum(self.buffers.values()) - sum(on_devices))
-
-
-def read_log(lines: Iterable[str], blocks: int) -> Measured:
-    """Raises DryRunError if it has no sizes."""
-    measured = Measured()
-    layers: list[int] = []
-    for line in lines:
-        if found := _LAYER.search(line):
-            layers.append(int(found[1]))
-        elif found := _BUFFER.search(line):
-            measured.buffers[found[1]] = measured.buffers.get(found[1], 0) + _bytes(found[2])
-        elif found := _CACHE.search(line):
-            # A model may have several caches. Each lists its layers, which are alike, and then its size.
-            layers = layers or list(range(blocks))
-            for layer in layers:
-                measured.cache[layer] = measured.cache.get(layer, 0) + _bytes(found[1]) // len(layers)
-            layers = []
-    if not measured.buffers:
-        raise DryRunError("the log of llama.cpp does not say how large its buffers are")
-    return measured
-
-
-def _bytes(mib: str) -> int:
-    return int(float(mib) * placement.MIB)
-
-
 def answer(question: Question) -> Answer:
     options = question.options
     library = llama.open_library(options.library)
     devices = placement.usable(_devices(library))
     if not devices:
-        return Answer(backends=library.backends())
+        return Answer()
     parts = [gguf.read(str(part)) for part in model_files.parts(Path(question.path))]
     sizes = placement.sizes_of(parts)
     layout = model_files.unchecked_layout(options, parts[0], host.free_memory_bytes(), host.physical_cores())
@@ -139,15 +162,15 @@ def answer(question: Question) -> Answer:
             return Answer(placement=found, context=layout.context)
 
 
-def _devices(library: binding.Library) -> list[Device]:
+def _devices(library: binding.Library) -> list[ComputeDevice]:
     return [
-        Device(each.name, each.description, each.free_bytes, each.total_bytes, each.kind == "igpu", each.address)
+        ComputeDevice(each.name, each.description, each.free_bytes, each.total_bytes, each.kind == "igpu", each.address)
         for each in library.devices()
         if each.kind in ("gpu", "igpu")
     ]
 
 
-def _place(question: Question, layout: model_files.Layout, devices: list[Device], sizes: Sizes) -> Placement:
+def _place(question: Question, layout: Layout, devices: list[ComputeDevice], sizes: Sizes) -> Placement:
     options = question.options
     wish = Wish(
         layers=None if options.gpu_layers == "auto" else options.gpu_layers,
@@ -170,26 +193,26 @@ def _place(question: Question, layout: model_files.Layout, devices: list[Device]
     return plan
 
 
-def _measure(path: str, layout: model_files.Layout, plan: Placement, sizes: Sizes) -> Measured:
-    with llama.logged() as lines:
-        model = llama.Model(path, plan, safe=False, dry=True)
-        decoder = llama.Decoder(model, layout)
-        decoder.close()
-        size = model.weight_bytes
-        model.close()
+def _measure(path: str, layout: Layout, plan: Placement, sizes: Sizes) -> Measured:
+    lines = llama.start_library().everything = []
+    model = llama.Model(path, plan, dry=True)
+    decoder = llama.Decoder(model, layout)
+    size = int(llama.lib.llama_model_size(model.handle))
+    llama.lib.llama_free(decoder.handle)
+    llama.lib.llama_model_free(model.handle)
     if abs(size - sizes.weights) > TOLERANCE * size:
         raise DryRunError(f"by its header the model has {sizes.weights} bytes of weights, by llama.cpp {size}")
     return read_log(lines, len(sizes.layers))
 
 
 def main() -> None:
-    host.end_with_parent_now()
+    host.end_with_parent(int(sys.argv[1]))
     question = msgspec.json.decode(sys.stdin.buffer.read(), type=Question)
     try:
         result = answer(question)
     except (llama.LoadError, binding.LibraryError, gguf.BadModelFile, OSError) as error:
         result = Answer(str(error))
-    sys.stdout.buffer.write(msgspec.json.encode(result))
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(result))
 
 
 if __name__ == "__main__":

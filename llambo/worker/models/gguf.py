@@ -133,8 +133,9 @@ class _Reader:
         if count and start + end > self._size:
             raise BadModelFile(f"{self._path} is cut off: {self._size} bytes of at least {start + end}")
         places.sort()
-        ends = [offset for offset, _ in places[1:]] + [self._size - start]
-        return tuple((name, after - offset) for (offset, name), after in zip(places, ends, strict=True))
+        ends = [*(offset for offset, _ in places[1:]), max(self._size - start, 0)]
+        # Without tensors there is one end and no place.
+        return tuple((name, after - offset) for (offset, name), after in zip(places, ends, strict=False))
 
     def _value(self, kind: int, depth: int) -> MetaValue:
         if kind in _STRUCTS:

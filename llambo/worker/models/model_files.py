@@ -112,11 +112,14 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     """
     found = unchecked_layout(options, file, free_bytes, cores)
     context = found.context
+    # Answers move between workers with other numbers of slots, but not between other contexts.
+    while options.fewer_slots and options.slots > 1 and _need(options, file, context) > free_bytes:
+        options = replace(options, slots=options.slots // 2)
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
     if (need := _need(options, file, context)) > free_bytes:
         raise BadModelFile(_too_large(options, file, context, free_bytes))
-    return replace(found, context=context, need_bytes=need)
+    return replace(found, slots=options.slots, context=context, need_bytes=need)
 
 
 def unchecked_layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:

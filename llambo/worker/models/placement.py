@@ -47,7 +47,7 @@ class DoesNotFit(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class ComputeDevice:
     """What the library lists. `integrated`: its memory is that of the host."""
 
     name: str
@@ -171,6 +171,10 @@ class Placement:
         return ", ".join(texts)
 
 
+#: No layers on a device.
+CPU = Placement()
+
+
 def gib(size: int) -> str:
     """In GiB, with one decimal where there is one."""
     return f"{size / GIB:.1f}".removesuffix(".0")
@@ -211,12 +215,12 @@ def _is_expert(name: str) -> bool:
 # --- The choice. ---
 
 
-def usable(devices: Sequence[Device]) -> list[Device]:
+def usable(devices: Sequence[ComputeDevice]) -> list[ComputeDevice]:
     """Those that llama.cpp itself would use: each card once, and integrated ones only if there is no other.
 
     Of integrated ones only those of the first one's backend, because two backends may list the same.
     """
-    found: list[Device] = []
+    found: list[ComputeDevice] = []
     for device in devices:
         if not device.address or all(device.address != other.address for other in found):
             found.append(device)
@@ -227,14 +231,14 @@ def usable(devices: Sequence[Device]) -> list[Device]:
     return [device for device in found if device.name.rstrip("0123456789") == backend]
 
 
-def room(device: Device, wish: Wish) -> int:
+def room(device: ComputeDevice, wish: Wish) -> int:
     """Bytes of this device that the model may use."""
     free = min(device.free_bytes, wish.host_free) if device.integrated else device.free_bytes
     left = free - max(MARGIN_BYTES, int(free * MARGIN_SHARE))
     return max(0, min(left, wish.device_limit) if wish.device_limit else left)
 
 
-def choose(wish: Wish, devices: Sequence[Device], sizes: Sizes, work: Work) -> Placement:
+def choose(wish: Wish, devices: Sequence[ComputeDevice], sizes: Sizes, work: Work) -> Placement:
     """The first way that fits, in the order above. Raises DoesNotFit. `devices`: the usable ones."""
     wanted = sizes.all_layers if wish.layers is None or wish.layers < 0 else min(wish.layers, sizes.all_layers)
     chooser = _Chooser(wish, sorted(devices, key=lambda device: -room(device, wish)), sizes, work)
@@ -264,7 +268,7 @@ def _slot_counts(wish: Wish) -> Iterator[int]:
 class _Chooser:
     """The numbers of one choice. `devices`: the one with the most room comes first, and gets the output."""
 
-    def __init__(self, wish: Wish, devices: Sequence[Device], sizes: Sizes, work: Work) -> None:
+    def __init__(self, wish: Wish, devices: Sequence[ComputeDevice], sizes: Sizes, work: Work) -> None:
         self._wish, self._devices, self._sizes, self._work = wish, devices, sizes, work
 
     def fill(self, slots: int, wanted: int, host_experts: int = 0) -> Placement:

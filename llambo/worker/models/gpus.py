@@ -97,8 +97,11 @@ def without_devices(layers: int, found: Sequence[Gpu], backends: Sequence[str]) 
     if known:
         checks = " or ".join(f"`{CHECKS[name]}`" for name in known)
         return f"{text}: it has {' and '.join(known)}, but this machine shows no GPU; see what {checks} says ({DOCS})"
-    builds = "; ".join(f"{vendor}: {command(vendor)}" for vendor in BUILDS)
-    return f"{text}, because it is built for the CPU only. Compile it for {builds} ({DOCS}); or use --gpu-layers 0"
+    others = ", ".join(f"{flag} for {vendor}" for vendor, (flag, _) in BUILDS.items() if vendor != "NVIDIA")
+    return (
+        f"{text}, because it is built for the CPU only. Compile it for your GPU: {command('NVIDIA')}, or with "
+        f"{others} ({DOCS}); or use --gpu-layers 0"
+    )
 
 
 # --- one device ---
