@@ -35,9 +35,12 @@ LOCAL = {
     "gateway": "services.gateway",
     "keys": "commands.keys",
     "systemd": "services.systemd",
+    "completion": "commands.completion",
+    "help": "commands.help",
 }
 #: Where each command is, for `load`.
 PLACES = {name: f"llambo.cli.{module}:{name}" for name, module in (COMMANDS | LOCAL).items()}
+PLACES["help"] += "_"  # the builtin has the name without it
 
 EXAMPLES = """
 llambo up --engine fake --workers 3      a mesh on this machine

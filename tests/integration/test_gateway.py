@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import signal
 import socket
 import ssl
@@ -251,7 +250,7 @@ def test_without_tls_it_stays_on_this_machine() -> None:
         assert "without keys a gateway listens on loopback only" in refused.story("")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")
+@pytest.mark.needs("openssl")
 def test_with_tls_there_is_no_plaintext(mesh: Mesh, tmp_path: Path) -> None:
     cert, key = tmp_path / "box.pem", tmp_path / "box.key"
     words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key}"

@@ -554,6 +554,19 @@ def test_an_engine_that_comes_back_different_is_reported_in_the_same_session() -
     assert rig.core.links[0].up
 
 
+def test_the_library_is_reported_with_the_models_once_it_is_loaded() -> None:
+    rig = Rig().on(e.Ticked())
+    assert rig.sent(m.WorkerHello)[-1].library == ""
+    rig = joined().on(e.EngineDied("x")).alive(300).clear()
+    ready = proto.Ready(MODELS, 4, library="llama.cpp 5 " * 20)
+    beat = rig.on(ready).sent(m.WorkerHeartbeat)[-1]
+    assert (beat.models, beat.library) == (MODELS, ready.library[:128])
+    # The next session begins with it, and its beats need not repeat it.
+    rig = back(rig.receive(m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "who?"))))
+    assert rig.sent(m.WorkerHello)[-1].library == ready.library[:128]
+    assert rig.clear().alive(1_000).sent(m.WorkerHeartbeat)[-1].library == ""
+
+
 # --- sessions ----------------------------------------------------------------------------------------
 
 

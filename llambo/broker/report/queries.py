@@ -161,6 +161,7 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> reports.WorkerRo
         percent=worker.last.percent,
         note=worker.last.note,
         slow=worker.speed.note,
+        library=worker.last.library or worker.hello.library,
     )
 
 

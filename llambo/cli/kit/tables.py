@@ -142,7 +142,7 @@ def busy_text(row: WorkerRow) -> str:
 def worker_note(row: WorkerRow) -> str:
     slow = f"slow: {row.slow}" if row.slow else ""
     restarts = f"engine restarted {row.engine_restarts} times" if row.engine_restarts else ""
-    return ", ".join(filter(None, (row.node_class, slow, row.note, restarts)))
+    return ", ".join(filter(None, (row.node_class, slow, row.note, row.library, restarts)))
 
 
 def request_note(row: RequestRow) -> str:

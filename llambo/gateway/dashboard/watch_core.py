@@ -73,6 +73,7 @@ class WorkerView(View, frozen=True, kw_only=True):
     percent: int
     note: str
     slow: str
+    library: str
     since: int
     silent_s: int
 

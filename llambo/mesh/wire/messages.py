@@ -79,6 +79,8 @@ class WorkerHello(Message, frozen=True):
     host: Name = ""
     pid: Count = 0
     state: WorkerState = "ready"
+    #: The library that computes, with its version, for people. Unknown until it is loaded.
+    library: Name = ""
 
 
 class WorkerHeartbeat(Message, frozen=True):
@@ -110,6 +112,8 @@ class WorkerHeartbeat(Message, frozen=True):
     moving: bool = False
     #: It runs a suspect of another broker, or of one that is gone, so it must not get one from this broker.
     wary: bool = False
+    #: Beside `models`: the library that computes.
+    library: Name = ""
 
 
 class Accept(Message, frozen=True):

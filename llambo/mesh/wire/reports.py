@@ -108,6 +108,8 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     note: str = ""
     #: Why it counts as slow; empty if it does not.
     slow: str = ""
+    #: The library of llama.cpp that computes, with its version.
+    library: str = ""
 
     @property
     def busy_slots(self) -> int:

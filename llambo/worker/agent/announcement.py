@@ -32,6 +32,7 @@ class ProcessIdentity:
 class Serving:
     models: list[m.ModelInfo]
     slots: int
+    library: str = ""
 
 
 class Announcement:
@@ -46,7 +47,7 @@ class Announcement:
         ready = self._engine.ready
         if ready is None:
             return Serving(self._with_class([m.ModelInfo(self._config.model_name)]), self._config.slots)
-        return Serving(self._with_class(ready.models), ready.slots)
+        return Serving(self._with_class(ready.models), ready.slots, ready.library[: limits.NAME_CHARS])
 
     def _with_class(self, models: list[m.ModelInfo]) -> list[m.ModelInfo]:
         """Each model under its own name and under the name of our class."""
@@ -60,7 +61,7 @@ class Announcement:
     def update_for(self, link: int) -> Serving | None:
         """What is served, if the hello on this link had other contents."""
         serving, (_, hello) = self.serving(), self._sent.get(link, (0, None))
-        same = hello is not None and serving == Serving(hello.models, hello.slots)
+        same = hello is not None and serving == Serving(hello.models, hello.slots, hello.library)
         return None if same else serving
 
     def hello(self, link: int, greeting: int, state: m.WorkerState) -> m.WorkerHello:
@@ -78,6 +79,7 @@ class Announcement:
                 host=identity.host,
                 pid=identity.pid,
                 state=state,
+                library=serving.library,
             )
             self._sent[link] = greeting, hello
         return hello

@@ -336,6 +336,7 @@ class WorkerCore:
                 percent=self.engine.percent if self.state == "starting" else 0,
                 models=update.models if update else [],
                 slots=update.slots if update else 0,
+                library=update.library if update else "",
                 drained=self.drain.drained,
                 moving=self.drain.moving,
             )

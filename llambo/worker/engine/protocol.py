@@ -104,6 +104,8 @@ class Ready(EngineMessage, frozen=True):
     models: list[ModelInfo]
     slots: int
     note: str = ""
+    #: The library that computes, with its version.
+    library: str = ""
 
 
 class Output(msgspec.Struct, array_like=True, frozen=True, gc=False, omit_defaults=True):

@@ -25,7 +25,6 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from ctypes import c_bool, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from llambo.worker.llama.c_api import (
     ModelParams,
     TokenData,
     TokenDataArray,
+    c_name,
     functions,
 )
 
@@ -89,19 +89,23 @@ class LibraryFile:
         return f"{self.package} {self.version}".strip() if self.package else self.path
 
 
+def _place(file: LibraryFile) -> str:
+    return f"{file} ({file.path})" if file.package else file.path
+
+
 def find(configured: str = "") -> LibraryFile:
     """The library that is used: `configured` (a file, or a folder with libllama.so), else that of a package."""
-    installed = list(_installed())
+    here = installed()
     if not configured:
-        if not installed:
+        if not here:
             raise LibraryError(f"llama.cpp is not installed: {INSTALL}")
-        return installed[0]
+        return here[0]
     path = Path(configured).expanduser()
     path = path / "libllama.so" if path.is_dir() else path
     if not path.is_file():
         raise LibraryError(f"--llama-lib: there is no file {path}; name the libllama.so of a build of llama.cpp")
     real = os.path.realpath(path)
-    return next((file for file in installed if os.path.realpath(file.path) == real), LibraryFile(real))
+    return next((file for file in here if os.path.realpath(file.path) == real), LibraryFile(real))
 
 
 def missing(configured: str = "") -> str:
@@ -113,15 +117,18 @@ def missing(configured: str = "") -> str:
     return ""
 
 
-def _installed() -> Iterator[LibraryFile]:
+def installed() -> list[LibraryFile]:
+    """Those of Python packages, the preferred one first."""
+    found = []
     for distribution, package, patterns in PACKAGES:
         # A top-level package is found without importing it.
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             paths = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
             if paths:
-                yield LibraryFile(str(paths[0]), distribution, _version_of(distribution))
+                found.append(LibraryFile(str(paths[0]), distribution, _version_of(distribution)))
                 break
+    return found
 
 
 def _version_of(distribution: str) -> str:
@@ -136,31 +143,32 @@ def _version_of(distribution: str) -> str:
 
 def check(native: ctypes.CDLL, file: LibraryFile) -> Interface:
     """The interface of this library. Raises LibraryError before any struct has been passed to it."""
-    wanted = [each for each in INTERFACES if (file.package, file.version) in each.releases]
-    reasons = {each.name: _mismatch(native, each) for each in wanted or INTERFACES}
-    fitting = [each for each in wanted or INTERFACES if not reasons[each.name]]
-    if len(fitting) == 1 and (wanted or SHOWS_WRITES):
-        if not wanted:
+    listed = [each for each in INTERFACES if (file.package, file.version) in each.releases]
+    reasons = {each.name: _mismatch(native, each) for each in listed or INTERFACES}
+    fitting = [each for each in listed or INTERFACES if not reasons[each.name]]
+    if len(fitting) == 1 and (listed or SHOWS_WRITES):
+        if not listed:
             log.info("%s: this release is not known; its structs are those of %s", file, fitting[0].name)
         return fitting[0]
     why = "; ".join(f"as {name}: {reason}" for name, reason in reasons.items() if reason)
-    why = why or "this release is not known, and this processor does not let its structs be checked"
+    if fitting:
+        why = "this release is not known, and on this processor its structs cannot be checked"
     known = " or ".join(f"{package} {version}" for each in INTERFACES for package, version in sorted(each.releases))
     raise LibraryError(
-        f"{file} ({file.path}) has an interface that llambo does not know ({why}); llambo knows {known}: {INSTALL}"
+        f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}: {INSTALL}"
     )
 
 
 def _mismatch(native: ctypes.CDLL, interface: Interface) -> str:
-    """Why the library does not have this interface; empty if it has. The order matters: by value comes last."""
+    """Why the library does not have this interface; empty if it has. No struct is passed by value here."""
     if missing := [name for name in functions(interface) if not hasattr(native, name)]:
         return f"it has no {', '.join(missing)}"
     return (
         _wrong_defaults(native, "llama_model_default_params", ModelParams, MODEL_DEFAULTS)
         or _wrong_defaults(native, "llama_context_default_params", interface.context_params, CONTEXT_DEFAULTS)
         or _wrong_chain(native)
-        or _wrong_candidates(native)
         or _wrong_batch(native)
+        or _wrong_candidates(native)
     )
 
 
@@ -192,9 +200,9 @@ def _wrong_size(struct: type[ctypes.Structure], written: frozenset[int] | None) 
         return ""
     for name, field in _places(struct):
         if not written.issuperset(range(field.offset, field.offset + field.size)):
-            return f"{struct.__name__}.{name} is not written"
+            return f"{c_name(struct)}.{name} is not written"
     size = ctypes.sizeof(struct)
-    return f"{struct.__name__} is longer than {size} bytes" if written and max(written) >= size else ""
+    return f"{c_name(struct)} is longer than {size} bytes" if written and max(written) >= size else ""
 
 
 def _places(struct: type[ctypes.Structure]) -> list[tuple[str, Any]]:
@@ -214,7 +222,7 @@ def _wrong_defaults(native: ctypes.CDLL, name: str, struct: type[ctypes.Structur
             fits = kind in (c_int, c_int32, c_uint32, c_float, c_size_t) or raw == bytes(place.size)
             fits = fits or (kind is c_bool and raw == b"\1")
         if not fits:
-            return f"{struct.__name__}.{field} is {raw.hex()} by default"
+            return f"{c_name(struct)}.{field} is {raw.hex()} by default"
     return ""
 
 
@@ -387,10 +395,10 @@ def examine(configured: str = "") -> LibraryReport:
         child = subprocess.run(command, capture_output=True, timeout=EXAMINE_S, check=False)
         return msgspec.json.decode(child.stdout, type=LibraryReport)
     except subprocess.TimeoutExpired:
-        problem = f"{file} ({file.path}) was not loaded within {EXAMINE_S:g} s"
+        problem = f"{_place(file)} was not loaded within {EXAMINE_S:g} s"
     except msgspec.DecodeError:
         last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        problem = f"{file} ({file.path}) ended the process that loaded it, which {exit_text(child.returncode)}: {last}"
+        problem = f"{_place(file)} ended the process that loaded it, which {exit_text(child.returncode)}: {last}"
     return LibraryReport(file.path, file.package, file.version, f"{problem}; --llama-lib names another")
 
 

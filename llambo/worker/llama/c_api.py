@@ -8,6 +8,7 @@ header was compared with these fields, and a test compares them with those that 
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -203,6 +204,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_get_props": (None, [_PTR, POINTER(DeviceProps)]),
     "ggml_backend_dev_memory": (None, [_PTR, POINTER(c_size_t), POINTER(c_size_t)]),
 }
+
+
+def c_name(struct: type[ctypes.Structure]) -> str:
+    return "llama" + re.sub(r"(?=[A-Z])", "_", struct.__name__.removeprefix("Llama")).lower()
 
 
 def functions(interface: Interface) -> dict[str, tuple[Any, list[Any]]]:

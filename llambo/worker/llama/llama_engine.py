@@ -155,7 +155,7 @@ class LlamaEngine:
         note += f", {self._setup.device_note}" if self._setup.device_note else ""
         note += ", safe settings" if self._setup.safe else ""
         info = ModelInfo(self._setup.name, self._setup.fingerprint, self._decoder.context)
-        return Ready([info], self._setup.layout.slots, note)
+        return Ready([info], self._setup.layout.slots, note, str(llama.open_library()))
 
     def start(self, start: Start, now_ms: int) -> Refused | None:
         if start.task != "generate":

@@ -129,7 +129,7 @@ function noteOf(row) {
   const silent = row.silent_s ? `silent for ${row.silent_s} s` : "";
   const slow = row.slow ? `slow: ${row.slow}` : "";
   const restarts = row.engine_restarts ? `engine restarted ${many(row.engine_restarts, "time")}` : "";
-  return [silent, slow, row.note, restarts].filter(Boolean).join(" · ");
+  return [silent, slow, row.note, row.library, restarts].filter(Boolean).join(" · ");
 }
 
 /** A box for each slot, filled if it is busy; a bar if there are many slots. */
