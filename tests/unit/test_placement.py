@@ -75,7 +75,7 @@ def test_slots_that_the_user_has_set_stay() -> None:
     placement = place(card(12), wish=auto(fewer_slots=False))
     assert placement.slots == 4
     assert 0 < placement.layers < ALL
-    assert "10.8 of 12 GiB that are free on CUDA0 may be used" in placement.why
+    assert "11059 MiB of 12288 MiB that are free on CUDA0 may be used" in placement.why
     assert "--kv-type q8_0, on every worker of this model, makes room for" in placement.why
 
 
@@ -121,7 +121,7 @@ def test_two_cards_share_what_is_too_large_for_one() -> None:
 def test_gpu_bytes_limits_each_device() -> None:
     placement = place(card(23, 24), wish=auto(device_limit=2 * GIB))
     assert placement.shares[0].used_bytes <= 2 * GIB
-    assert "gpu_bytes is 2 GiB" in placement.why
+    assert "gpu_bytes is 2048 MiB" in placement.why
 
 
 def test_the_margin_is_a_gibibyte_or_a_tenth() -> None:
@@ -199,9 +199,14 @@ def test_a_number_that_is_too_large_is_refused_with_what_fits() -> None:
     fitting = place(card(4), wish=auto(fewer_slots=False)).layers
     assert f"20 of 33 layers need {300 + 410 + 19 * (140 + 4 * 64)} MiB: " in text
     assert f"{410 + 19 * 140} MiB of weights, {19 * 4 * 64} MiB of cache for 4 slots, 300 MiB to work in" in text
-    assert "3 of 4 GiB that are free on CUDA0 may be used" in text
+    assert "3072 MiB of 4096 MiB that are free on CUDA0 may be used" in text
     assert f"--gpu-layers {fitting} would fit, --gpu-layers auto chooses by itself" in text
     assert place(card(4), wish=auto(layers=fitting, fewer_slots=False)).layers == fitting
+
+
+def test_a_card_that_is_too_small_for_one_layer_is_refused() -> None:
+    with pytest.raises(DoesNotFit, match="; no layer would fit, --gpu-layers auto chooses by itself"):
+        place(card(1), wish=auto(layers=1))
 
 
 def test_a_number_keeps_experts_where_they_are() -> None:

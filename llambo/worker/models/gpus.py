@@ -1,7 +1,7 @@
 """GPUs of this machine, as the kernel shows them, and what to do if llama.cpp does not use them.
 
 No library is needed: the PCI devices, the drivers' files and the device files are looked at. So a machine whose
-llama.cpp was built for CPUs, or whose service may not open the devices, is told about the GPU that stays unused.
+llama.cpp was built for CPUs, or whose service may not open the devices, gets advice about a GPU that stays unused.
 """
 
 from __future__ import annotations

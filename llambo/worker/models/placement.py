@@ -341,10 +341,10 @@ class _Chooser:
 
     def _room_text(self) -> str:
         texts = [
-            f"{gib(room(device, self._wish))} of {gib(device.free_bytes)} GiB that are free on {device.name}"
+            f"{_mib(room(device, self._wish))} of {_mib(device.free_bytes)} that are free on {device.name}"
             for device in self._devices
         ]
-        limit = f", and gpu_bytes is {gib(self._wish.device_limit)} GiB" if self._wish.device_limit else ""
+        limit = f", and gpu_bytes is {_mib(self._wish.device_limit)}" if self._wish.device_limit else ""
         return f"{', '.join(texts)} may be used{limit}"
 
     def hint(self, placement: Placement) -> str:
@@ -369,9 +369,8 @@ class _Chooser:
             f"{_mib(sum(costs) - cache)} of weights, {_mib(cache)} of cache for {slots} slots, "
             f"{_mib(self._work.device)} to work in; {self._room_text()}"
         )
-        return DoesNotFit(
-            f"{text}; --gpu-layers {best.layers} would fit, --gpu-layers auto chooses by itself", host=False
-        )
+        fitting = f"--gpu-layers {best.layers} would fit" if best.layers else "no layer would fit"
+        return DoesNotFit(f"{text}; {fitting}, --gpu-layers auto chooses by itself", host=False)
 
     def host_refusal(self, placement: Placement) -> DoesNotFit:
         need, free = _mib(placement.host_bytes), _mib(self._wish.host_free)
