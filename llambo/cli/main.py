@@ -29,6 +29,7 @@ COMMANDS = {
 }
 #: Those that work on this machine.
 LOCAL = {
+    "doctor": "doctor.doctor",
     "config": "commands.config",
     "up": "services.up",
     "fleet": "fleet.fleet",

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -39,11 +38,11 @@ with dry_run.taking_turns(print):
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The free bytes of the CPU as a device."""
     found = [20 * GIB]
     monkeypatch.setattr(dry_run, "_devices", lambda library: [ComputeDevice("CPU", "", found[0], 20 * GIB)])
-    yield found
+    return found
 
 
 def ask(options: LlamaOptions) -> dry_run.Answer:

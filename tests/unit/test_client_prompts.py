@@ -165,8 +165,8 @@ class TestTools:
 
 async def answered(text: str, *, tools: bool) -> Answer:
     stream = Stream(b"i" * 16, lambda event: None, mine=True, tools=tools)
-    stream.deliver([1], [text.encode()], ())
-    stream.end(m.End(b"i" * 16, 1, "stop"))
+    stream._deliver([1], [text.encode()], ())
+    stream._set_end(m.End(b"i" * 16, 1, "stop"))
     return await stream.result()
 
 

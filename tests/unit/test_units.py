@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
-from llambo.cli.services.systemd import EXPOSURE, Finding, everything, variables
+from llambo.cli.services.systemd import EXPOSURE, Checked, everything, variables
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.settings.settings_table import BY_NAME
 from llambo.systemd import units
@@ -155,7 +155,7 @@ def test_systemd_has_nothing_to_say_against_them(written: tuple[Place, Path]) ->
     place, root = written
     findings = list(everything(place, root))
     assert not [finding for finding in findings if not finding.good]
-    assert Finding(True, "systemd-analyze verify") in findings
+    assert Checked(True, "systemd-analyze verify") in findings
 
 
 @pytest.mark.parametrize("name", SERVICES)

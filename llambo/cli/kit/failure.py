@@ -23,6 +23,7 @@ class Exit(IntEnum):
     ENGINE = 7
     UNKNOWN_ID = 8
     DENIED = 9
+    PROBLEM = 10
     INTERRUPTED = 130
 
 
@@ -37,6 +38,7 @@ MEANING: dict[Exit, str] = {
     Exit.ENGINE: "the engine failed",
     Exit.UNKNOWN_ID: "unknown or expired request id, or unknown worker",
     Exit.DENIED: "the key is not valid, or may not do that",
+    Exit.PROBLEM: "`llambo doctor` has found a problem",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
 }
 

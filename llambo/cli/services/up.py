@@ -326,7 +326,7 @@ class LocalMesh:
         if child.started.done():
             return child.started.result()
         code = supervising.result()
-        hint = "the reason is in its last lines above"
+        hint = "the reason is in its last lines above; `llambo doctor` looks for more"
         if child is self._gateway:
             hint += "; --http-port 0 takes any free port, --no-http does without it"
         self.failure = Failure(f"{child.name} {exit_text(code)} before it was ready", hint, max(code, Exit.ERROR))

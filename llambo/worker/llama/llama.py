@@ -71,7 +71,8 @@ def open_library(configured: str = "") -> binding.Library:
         lib = binding.load(binding.find(configured))
     library: binding.Library = lib
     if configured and binding.find(configured) != library.file:
-        raise binding.LibraryError(f"this process has loaded {library.file.path} already")
+        text = f"this process has loaded {library.file.path} already"
+        raise binding.LibraryError("not loaded", text, "a process uses one library")
     return library
 
 
