@@ -19,7 +19,7 @@ from llambo.testing.commands import WORKER, command
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Progress, Start
-from llambo.worker.llama import dry_run, llama
+from llambo.worker.llama import binding, dry_run
 from llambo.worker.llama.llama_engine import LlamaEngine, Setup
 from llambo.worker.models import gguf, model_files, placement
 from llambo.worker.models.placement import GIB, MIB, ComputeDevice, Placement
@@ -163,5 +163,5 @@ def test_engines_of_a_machine_load_in_turns(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_library_is_that_of_the_options() -> None:
-    with pytest.raises(llama.binding.LibraryError):
+    with pytest.raises(binding.LibraryError):
         dry_run.answer(dry_run.Question(PATH, LlamaOptions(library="/nonexistent/libllama.so")))
