@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help dev needs python check lint test sim soak chaos gpu-check demo bare bench bench-peers docs format clean
+.PHONY: help dev needs python check lint test sim soak chaos gpu-check demo bare bench bench-peers wheel docs format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -97,6 +97,9 @@ bench: $(DEV) ## the mesh beside bare sockets
 
 bench-peers: $(DEV) ## the mesh on SmolLM2 beside llama-server, which is built first, and llama-cpp-python's server
 	$(BIN)/python -m bench beside --profile $(ARGS)
+
+wheel: ## build the wheel into dist/, install it into an empty environment, and use it: make wheel ARGS="--with uv"
+	$(PYTHON) -m tools.installed $(ARGS)
 
 docs: $(DEV) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py
