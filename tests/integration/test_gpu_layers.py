@@ -97,14 +97,14 @@ def test_an_offloaded_model_answers_as_before() -> None:
     """With the CPU as the device of some layers, and of none."""
     layout = model_files.layout(OPTIONS, gguf.read(PATH), 2**40, 1)
     share = placement.Share("CPU", 12, 0, 0)
-    made, said = [], []
+    made, answers = [], []
     for place in (placement.CPU, Placement((share,), LAYERS, 1, why="as asked for")):
         engine = LlamaEngine(Setup("smollm2", PATH, layout, place, str(place), safe=True))
         made.append(engine._info())
-        said.append(greedy(engine))
+        answers.append(greedy(engine))
         assert engine.ready().note.endswith(f"{place}, safe settings")
-    assert said[0] == said[1]
-    assert len(said[0]) > 8
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 8
     assert [info["devices"] for info in made] == ["CPU", "CPU: 12/31 layers, 0 of 0 GiB, CPU: 19 layers"]
     assert [info["placement"] for info in made] == ["", "as asked for"]
 
@@ -158,7 +158,7 @@ def test_engines_of_a_machine_load_in_turns(monkeypatch: pytest.MonkeyPatch) -> 
         holder.communicate()
     assert mine.wait(TIMEOUT_S)
     thread.join(TIMEOUT_S)
-    with dry_run.taking_turns(lambda progress: pytest.fail(f"it is nobody's turn, but {progress.note}")):
+    with dry_run.taking_turns(lambda progress: pytest.fail(f"it is free, but {progress.note}")):
         pass
 
 
