@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from llambo.cli import main
+from llambo.cli.kit.command import aside_help
 from llambo.cli.services import broker, worker
 
 #: As wide on every machine.
@@ -40,7 +41,7 @@ _OPTION = re.compile(r"  (-\S.*)")
 
 def document() -> str:
     helps = {
-        context.command_path: context.get_help().split("\n\n")
+        context.command_path: "\n\n".join(filter(None, (context.get_help(), aside_help(context)))).split("\n\n")
         for name, command in COMMANDS.items()
         for context in contexts(name, command)
     }

@@ -102,5 +102,9 @@ def show_model(info: dict[str, Any]) -> None:
 
 
 def show_models(found: Sequence[ModelRow]) -> None:
-    rows = [(row.model, number(row.workers), number(row.slots), number(row.waiting)) for row in found]
+    names = [f"{row.model} (fake engine)" if row.fake else row.model for row in found]
+    rows = [
+        (name, number(row.workers), number(row.slots), number(row.waiting))
+        for name, row in zip(names, found, strict=True)
+    ]
     table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

@@ -37,14 +37,7 @@ class _Help(click.Command):
             flush_or_silence()
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                sections.setdefault(getattr(parameter, "heading", "") or "Options", []).append(record)
-        for heading, records in sections.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+        _write_options(self, ctx, formatter, aside=False)
         if isinstance(self, click.Group):
             self.format_commands(ctx, formatter)
 
@@ -54,6 +47,25 @@ class _Help(click.Command):
                 with formatter.section(heading):
                     for line in text.splitlines():
                         formatter.write(f"{'':>{formatter.current_indent}}{line}\n" if line else "\n")
+
+
+def _write_options(command: click.Command, ctx: click.Context, formatter: click.HelpFormatter, *, aside: bool) -> None:
+    """Under their headings: those for everybody, or those that are set aside."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is not None and isinstance(parameter, click.Option) and getattr(parameter, "aside", False) == aside:
+            sections.setdefault(getattr(parameter, "heading", "") or "Options", []).append(record)
+    for heading, records in sections.items():
+        with formatter.section(heading):
+            formatter.write_dl(records)
+
+
+def aside_help(ctx: click.Context) -> str:
+    """The options that `--help` leaves out; empty if there are none."""
+    formatter = ctx.make_formatter()
+    _write_options(ctx.command, ctx, formatter, aside=True)
+    return formatter.getvalue().strip("\n")
 
 
 class Command(_Help):

