@@ -95,7 +95,7 @@ bare: ## make demo and make test in a minimal Debian, as root: make bare ARGS="-
 bench: $(DEV) ## the mesh beside bare sockets
 	$(BIN)/python -m bench $(ARGS)
 
-bench-peers: $(DEV) ## the mesh on SmolLM2 beside llama-server, which is built first, and llama-cpp-python's server
+bench-peers: $(DEV) ## the mesh on SmolLM2 beside llama-server; with LLAMA=llama-native both are compiled
 	$(BIN)/python -m bench beside --profile $(ARGS)
 
 wheel: ## build the wheel into dist/, install it into an empty environment, and use it: make wheel ARGS="--with uv"

@@ -200,11 +200,12 @@ class Stream:
         return self._take()
 
     async def result(self) -> Answer:
-        """Read to the end, and return the whole answer."""
+        """Read to the end, and return the whole answer, also what was read before."""
         while await self.next_piece() is not None:
             pass
         if self.answer is None:
-            raise asyncio.CancelledError(f"stream {self.id} was closed")
+            hint = "read a stream before its `with` block or its loop ends"
+            raise LlamboError(Code.CANCELLED, f"the stream of request {self.id} was closed before its end", hint=hint)
         return self.answer
 
     async def cancel(self) -> None:

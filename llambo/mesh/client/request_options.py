@@ -97,7 +97,7 @@ class Options(TypedDict, total=False):
     priority: m.Priority | None
     #: The request ends after this time, with the tokens it has by then. 0: no limit.
     deadline_ms: int | None
-    #: False: all tokens arrive together, at the end.
+    #: False: all tokens arrive together, at the end. That is the default of `generate` and `chat`.
     stream: bool | None
 
 
@@ -152,9 +152,16 @@ def refuse_text(messages: object) -> None:
         raise LlamboError(Code.BAD_REQUEST, "chat takes a list of messages, not a text", hint="use generate for a text")
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, bytes | str)
+
+
 def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> EncodedChat:
     """The conversation as the prompt of a request. `sampling` may have options for tools."""
     options = sampling or {}
+    if not _is_list(messages):
+        text = f"a prompt is a text or a list of messages, not {type(messages).__name__}"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=f"messages are like {_EXAMPLE}")
     for name, hint in (("form", "leave it out"), ("system", "begin the list with a message of the role system")):
         if name in options:
             raise LlamboError(Code.BAD_REQUEST, f"{name} cannot be combined with a list of messages", hint=hint)
