@@ -86,10 +86,12 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
         llama=LlamaOptions(
             slots=settings.number("slots"),
+            fewer_slots=settings.sources["slots"] == "default",
             context=settings.number("ctx"),
             threads=settings.number("threads"),
             batch=settings.number("batch"),
-            gpu_layers=settings.number("gpu_layers"),
+            gpu_layers=settings["gpu_layers"],  # type: ignore[arg-type]
+            gpu_bytes=settings.number("gpu_bytes"),
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
             library=settings.text("llama_lib"),
