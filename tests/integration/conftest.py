@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,15 @@ from tests.integration.healthy import Healthy
 collect_ignore = ["test_fleet_units.py", "test_systemd.py"] if systemd_here.hindrance_to_run() else []
 if systemd_here.hindrance_to_reach():
     collect_ignore.append("test_fleet_hosts.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library() -> None:
+    """The setting holds for engines in this process, too: test_llama_libraries.py runs some of these tests with it."""
+    if configured := os.environ.get("LLAMBO_LLAMA_LIB"):
+        from llambo.worker.llama import llama
+
+        llama.open_library(configured)
 
 
 @pytest.fixture(scope="module")

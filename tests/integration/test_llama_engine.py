@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from llambo.mesh.wire.messages import Reason, Sampling, Usage
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
+from llambo.worker.llama import binding
 from llambo.worker.llama.llama_engine import LlamaEngine, load
 from llambo.worker.models import model_files
 
@@ -120,6 +122,7 @@ def test_it_tells_what_it_serves_and_how_it_got_there(engine: LlamaEngine, repor
     assert [(model.name, model.context_tokens) for model in ready.models] == [("smollm2", CONTEXT)]
     assert ready.models[0].fingerprint.startswith("llama-")
     assert "safe settings" in ready.note
+    assert ready.library == str(binding.find(os.environ.get("LLAMBO_LLAMA_LIB", "")))
     notes = [progress.note for progress in reported]
     assert "loading smollm2: 100 %" in notes
     assert notes[-1] == "testing smollm2"
