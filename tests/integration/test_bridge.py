@@ -238,9 +238,7 @@ async def test_lines_that_mean_nothing_get_errors(path: Path) -> None:
 async def test_programs_speak_msgpack(mesh: Mesh, path: Path) -> None:
     async with bridge(mesh, path) as running, running.peer() as peer:
         assert (await peer.ask("BINARY"))["data"] == {"format": "msgpack"}
-        asked = [
-            {"command": "INFER_STREAM", "prompt": f"{n}", "max_tokens": 30, "seed": n, "tag": n} for n in (1, 2)
-        ]
+        asked = [{"command": "INFER_STREAM", "prompt": f"{n}", "max_tokens": 30, "seed": n, "tag": n} for n in (1, 2)]
         peer.writer.write(b"".join(map(msgpack.packb, [*asked, {"command": "PING"}])))
         unpacker, texts, ended = msgpack.Unpacker(), {1: "", 2: ""}, 0
         while ended < 2:
