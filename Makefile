@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help dev needs python check lint test sim soak chaos demo bare bench bench-peers docs format clean
+.PHONY: help dev needs python check lint test sim soak chaos gpu-check demo bare bench bench-peers wheel docs format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -84,6 +84,9 @@ soak: $(DEV) ## 100,000 simulated runs; takes a while
 chaos: $(DEV) ## real processes, every fault, a checker: make chaos MINUTES=30 SEED=7
 	$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) --seed $(SEED) $(ARGS)
 
+gpu-check: $(DEV) ## workers on a software GPU; compiles llama.cpp with Vulkan first, for half an hour
+	$(BIN)/python -m tests.gpu.lavapipe $(ARGS)
+
 demo: $(RUN) ## a broker, two workers and a streamed answer
 	@$(BIN)/python examples/demo.py $(ARGS)
 
@@ -93,8 +96,11 @@ bare: ## make demo and make test in a minimal Debian, as root: make bare ARGS="-
 bench: $(DEV) ## the mesh beside bare sockets
 	$(BIN)/python -m bench $(ARGS)
 
-bench-peers: $(DEV) ## the mesh on SmolLM2 beside llama-server, which is built first, and llama-cpp-python's server
+bench-peers: $(DEV) ## the mesh on SmolLM2 beside llama-server; with LLAMA=llama-native both are compiled
 	$(BIN)/python -m bench beside --profile $(ARGS)
+
+wheel: ## build the wheel into dist/, install it into an empty environment, and use it: make wheel ARGS="--with uv"
+	$(PYTHON) -m tools.installed $(ARGS)
 
 docs: $(DEV) ## write the generated parts of the documentation
 	$(BIN)/python docs/generate.py

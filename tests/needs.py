@@ -9,8 +9,9 @@ test that is skipped is an error.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -26,8 +27,12 @@ def _networks() -> str:
     return "" if way_in() else "this machine allows no networks of our own"
 
 
+def _native() -> str:
+    return "" if find_spec("llama_cpp") else "the extra llama-native is not installed"
+
+
 #: What is no program: why it cannot be had; empty, it can.
-CONDITIONS = {"manager": hindrance, "networks": _networks}
+CONDITIONS: dict[str, Callable[[], str]] = {"llama-native": _native, "manager": hindrance, "networks": _networks}
 
 
 def skip_without(item: pytest.Item) -> None:

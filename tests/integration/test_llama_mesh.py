@@ -85,6 +85,20 @@ async def test_a_prompt_and_a_conversation_go_through_the_chat_template(mesh: Me
     assert [answer.text for answer in tried if not answer.text] == []
 
 
+async def test_a_tool_is_called(mesh: Mesh) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 16}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": city}}]
+    messages = [{"role": "user", "content": "Is it raining in Oslo?"}]
+    async with mesh.client() as client:
+        answer = await client.chat(messages, tools=tools, tool_choice="weather", temperature=0.0, max_tokens=64)
+        (call,) = answer.tool_calls
+        assert call.function.name == "weather"
+        assert isinstance(call.function.arguments, str) and set(json.loads(call.function.arguments)) == {"city"}
+        result = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
+        again = await client.chat([*messages, answer.message, result], tools=tools, tool_choice="none", max_tokens=8)
+    assert again.text and again.tool_calls == []
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

@@ -281,11 +281,13 @@ def test_a_clock_that_is_not_synchronised_is_a_note() -> None:
 
 
 def test_units() -> None:
-    units = UnitFacts("the service manager", "llambo systemd check", 12, ("x is missing", "y is old"))
+    units = UnitFacts("the service manager", "llambo systemd check", 12, bad=("x is missing", "y is old"))
     text, command = bad("systemd", systemd=(units,))
     assert "x is missing; 1 more" in text and command == "llambo systemd check"
-    failed = UnitFacts("your service manager", "llambo systemd check --user", 12, (), ("llambo-worker@a.service",))
+    failed = UnitFacts("your service manager", "llambo systemd check --user", 12, failed=("llambo-worker@a.service",))
     assert bad("systemd", systemd=(failed,))[1] == "journalctl --user -n 30 -u llambo-worker@a.service"
+    hidden = UnitFacts("the service manager", "sudo llambo systemd check", unreadable=True)
+    assert [each.level for each in findings("systemd", systemd=(hidden,))] == [Level.NOTE]
 
 
 def test_extras_that_are_missing_are_one_command() -> None:
@@ -373,6 +375,21 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     (seen_key,) = probes.look_at_keys(place(key=str(path), keys=str(tmp_path / "empty")))[:1]
     assert seen_key.error.startswith("this is not a key") and "keys export" in seen_key.command
     assert bad("keys", keys=(KeyFile("a", "b", error="c", command="d"),)) == ("a: c", "d")
+
+
+@pytest.mark.needs("systemd")
+def test_units_that_are_installed(tmp_path: Path) -> None:
+    def seen() -> list[UnitFacts]:
+        return [each for each in probes.look_at_systemd(place()) if each.command.endswith("--user")]
+
+    assert seen() == []
+    done = CliRunner().invoke(main.main, ["systemd", "install", "--user"])
+    assert done.exit_code == 0, done.output
+    (good,) = seen()
+    assert good.checked > 8 and not good.bad and not good.unreadable
+    (tmp_path / "systemd/user/llambo.slice").write_text("[Slice]\n")
+    (changed,) = seen()
+    assert len(changed.bad) == 1 and "llambo.slice" in changed.bad[0]
 
 
 # --- the command ---------------------------------------------------------------------------------------

@@ -111,7 +111,9 @@ def show(findings: list[Finding], problems: int) -> None:
         before = finding.check
         text = printable(_SECRET.sub(r"\1...", finding.text))
         lines = textwrap.wrap(text, columns - INDENT, break_on_hyphens=False) if columns > 2 * INDENT else [text]
-        level = click.style(f"{finding.level:<9}", fg=COLOURS[finding.level], bold=finding.level is Level.PROBLEM)
+        level = click.style(
+            f"{finding.level:<9}", fg=COLOURS[finding.level], bold=finding.level is Level.PROBLEM or None
+        )
         click.echo(f"{level}{name:<{INDENT - 9}}" + f"\n{margin}".join(lines))
         if finding.command:
             # In one line, so that it can be copied.

@@ -392,7 +392,9 @@ def of_systemd(seen: tuple[UnitFacts, ...], facts: Facts) -> Conclusions:
         for unit in each.failed:
             scope = " --user" if each.command.endswith("--user") else ""
             yield problem(f"{unit} has failed", f"journalctl{scope} -n 30 -u {unit}")
-        if not each.bad and not each.failed:
+        if each.unreadable:
+            yield note(f"{each.what}: another user has to look at its settings", each.command)
+        elif not each.bad and not each.failed:
             yield ok(f"{each.what}: {each.checked} files and units are as they should be")
     if not seen:
         yield ok("no units of llambo are installed")

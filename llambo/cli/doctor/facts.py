@@ -143,6 +143,8 @@ class UnitFacts:
     what: str
     command: str
     checked: int = 0
+    #: This user may not read their settings.
+    unreadable: bool = False
     bad: tuple[str, ...] = ()
     #: Units that have failed.
     failed: tuple[str, ...] = ()

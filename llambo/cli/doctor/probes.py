@@ -358,11 +358,15 @@ def look_at_systemd(place: Place) -> tuple[UnitFacts, ...]:
             continue  # not an environment that units can run programs of
         if not any(Path(where.units, name).exists() for name in units.UNITS):
             continue
+        what = "your service manager" if user else "the service manager"
+        command = "llambo systemd check --user" if user else "sudo llambo systemd check"
+        folder = Path(where.settings)
+        if not all(os.access(path, os.R_OK) for path in (folder, *folder.glob("*"))):
+            found.append(UnitFacts(what, command, unreadable=True, failed=_failed_units(user)))
+            continue
         checks = list(systemd.everything(where, Path("/")))
         bad = tuple(f"{each.what} {each.text}" for each in checks if not each.good)
-        flag = " --user" if user else ""
-        what = "your service manager" if user else "the service manager"
-        found.append(UnitFacts(what, f"llambo systemd check{flag}", len(checks), bad, _failed_units(user)))
+        found.append(UnitFacts(what, command, len(checks), bad=bad, failed=_failed_units(user)))
     return tuple(found)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import http.client
 import os
 import pwd
 import shlex
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +71,31 @@ def _port(role: str, host: str, port: int, command: str, owners: _Owners) -> Por
         problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
             owner, pid, ours = owners.of(port)
+            ours = ours or (role == "gateway" and pid == 0 and is_gateway(host, port))
     return PortFacts(role, host, port, problem, owner, pid > 0, ours, command)
+
+
+#: The dashboard, which every gateway serves.
+GATEWAY_PAGE = b"<title>llambo</title>"
+
+
+def is_gateway(host: str, port: int) -> bool:
+    """Whether a gateway answers there: one of another user, whose process cannot be seen."""
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    local = sockets.split(sockets.local_endpoint(host, port))[0]
+    for connection in (
+        http.client.HTTPConnection(local, port, timeout=CONNECT_S),
+        http.client.HTTPSConnection(local, port, timeout=CONNECT_S, context=unverified),
+    ):
+        try:
+            connection.request("GET", "/")
+            return GATEWAY_PAGE in connection.getresponse().read(64 * 1024)
+        except (OSError, http.client.HTTPException):
+            continue
+        finally:
+            connection.close()
+    return False
 
 
 class _Owners:

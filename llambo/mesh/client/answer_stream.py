@@ -73,6 +73,8 @@ class Answer:
     #: The calls in it, if the request had tools. The arguments are JSON; if `reason` is not "stop", those of the last
     #: call may be cut off.
     tool_calls: list[ToolCall] = field(default_factory=list)
+    #: A fake engine made its words up. False as well if the broker did not report which model it was.
+    fake: bool = False
 
     @property
     def message(self) -> dict[str, Any]:
@@ -110,6 +112,8 @@ class _Transcript:
 
     def __init__(self, tools: bool) -> None:
         self._tools = tools
+        #: Its words are made up.
+        self.fake = False
         self.ids: list[int] = []
         self.logprobs: list[Logprob | None] = []
         self.pieces: list[bytes] = []
@@ -137,7 +141,7 @@ class _Transcript:
         return Answer(
             text=text, ids=self.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves, id=id,
             queued_ms=end.queued_ms, logprobs=self.logprobs, pieces=self.pieces, stop=end.stop,
-            tool_calls=split_calls(text, id)[1] if self._tools else [],
+            tool_calls=split_calls(text, id)[1] if self._tools else [], fake=self.fake,
         )  # fmt: skip
 
 
@@ -196,11 +200,12 @@ class Stream:
         return self._take()
 
     async def result(self) -> Answer:
-        """Read to the end, and return the whole answer."""
+        """Read to the end, and return the whole answer, also what was read before."""
         while await self.next_piece() is not None:
             pass
         if self.answer is None:
-            raise asyncio.CancelledError(f"stream {self.id} was closed")
+            hint = "read a stream before its `with` block or its loop ends"
+            raise LlamboError(Code.CANCELLED, f"the stream of request {self.id} was closed before its end", hint=hint)
         return self.answer
 
     async def cancel(self) -> None:
@@ -224,6 +229,11 @@ class Stream:
     # --- what the client delivers ----------------------------------------------------------------------------------
 
     @property
+    def fake(self) -> bool:
+        """A fake engine makes its words up. Known at the latest when the first piece arrives."""
+        return self._read.fake
+
+    @property
     def over(self) -> bool:
         """True if nothing more will arrive. There may still be something to read."""
         return self._end is not None or self._error is not None
@@ -237,8 +247,8 @@ class Stream:
             self._handle(e.ReaderBehind(self._key))
         self._wake()
 
-    def _set_place(self, ahead: int, model: str) -> None:
-        self.ahead, self.model = ahead, model or self.model
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
+        self.ahead, self.model, self._read.fake = ahead, model or self.model, fake
         if self.on_place is not None:
             self.on_place()
 
@@ -310,7 +320,7 @@ class Collector:
     def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         self._pieces += pieces
 
-    def _set_place(self, ahead: int, model: str) -> None:
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
         """Its place in the queue is not shown."""
 
     def _set_end(self, end: m.End) -> None:
@@ -347,7 +357,7 @@ class RequestReader(Protocol):
     """The receiver of what arrives for a request: a stream, or the collector of a result."""
 
     def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
-    def _set_place(self, ahead: int, model: str) -> None: ...
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None: ...
     def _set_end(self, end: m.End) -> None: ...
     def _set_error(self, error: LlamboError) -> None: ...
 
@@ -380,9 +390,9 @@ class Waiters:
             case e.DeliverTokens(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
                     stream._deliver(ids, pieces, logprobs)
-            case e.ReportPlace(id, ahead, model):
+            case e.ReportPlace(id, ahead, model, fake):
                 if (stream := self.streams.get(id)) is not None:
-                    stream._set_place(ahead, model)
+                    stream._set_place(ahead, model, fake=fake)
                 resolve(self.submits.get(id), None)
             case e.ReportEnd(id, end):
                 if (stream := self.streams.pop(id, None)) is not None:

@@ -59,6 +59,8 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     slots: int = 0
     #: Requests in its queue.
     waiting: int = 0
+    #: A fake engine serves it: its words are made up.
+    fake: bool = False
 
 
 class MeshStatus(_Row, frozen=True, kw_only=True):
@@ -235,6 +237,11 @@ class EventRow(_Row, frozen=True, kw_only=True):
     worker: str = ""
     #: An operator should look at it. An older broker does not say so.
     warning: bool = True
+
+    @property
+    def matters(self) -> bool:
+        """A short pause of the broker does not: its leases allow for it."""
+        return self.warning or self.kind != "stood still"
 
 
 class SampleRow(_Row, frozen=True, kw_only=True):

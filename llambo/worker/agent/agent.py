@@ -145,6 +145,7 @@ class Agent:
         )
         self.core = WorkerCore(config, identity)
         self.engine: EngineProcess | None = None
+        self._first = True
         self._config = config
         self._on_ready = on_ready
         self._notifier = notifier or Notifier()
@@ -284,8 +285,9 @@ class Agent:
             case e.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(
-                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe
+                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first
                 )
+                self._first = False
                 self.engine = EngineProcess(configure, config.name)
             case e.KillEngine():
                 if self.engine is not None:

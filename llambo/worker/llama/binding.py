@@ -37,6 +37,7 @@ from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
     INTERFACES,
     MODEL_DEFAULTS,
+    DeviceProps,
     Interface,
     LlamaBatch,
     ModelParams,
@@ -287,6 +288,8 @@ class Device(msgspec.Struct, frozen=True):
     kind: str
     free_bytes: int
     total_bytes: int
+    #: On the PCI bus, if it is known: two backends may list the same card.
+    address: str = ""
 
 
 class Library:
@@ -313,7 +316,7 @@ class Library:
     @property
     def versions(self) -> str:
         parts = (self.llama_version(), b"ggml", self.ggml_version(), self.ggml_commit())
-        return b" ".join(parts).decode(errors="replace")
+        return b" ".join(part for part in parts if part != b"unknown").decode(errors="replace")
 
     @property
     def supports_gpu(self) -> bool:
@@ -336,7 +339,21 @@ class Library:
             DEVICE_KINDS.get(self.ggml_backend_dev_type(handle), "other"),
             free.value,
             total.value,
+            self._address(handle),
         )
+
+    def _address(self, handle: int) -> str:
+        """Of a library that is not known, the struct may have other fields."""
+        if (self.file.package, self.file.version) not in self.interface.releases:
+            return ""
+        props = DeviceProps()
+        self.ggml_backend_dev_get_props(handle, ctypes.byref(props))
+        return (props.device_id or b"").decode(errors="replace")
+
+    def backends(self) -> list[str]:
+        """What it was built for, also without a device: CUDA, ROCm, Vulkan, BLAS, CPU."""
+        handles = [self.ggml_backend_reg_get(at) for at in range(self.ggml_backend_reg_count())]
+        return [self.ggml_backend_reg_name(handle).decode(errors="replace") for handle in handles]
 
 
 def load(file: LibraryFile) -> Library:
