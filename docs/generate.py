@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Run as a script, Python looks for modules in docs/ and not beside it.
 sys.path.insert(0, str(ROOT))
 
-from docs import protocol_parts  # noqa: E402
+from docs import protocol_parts, python_parts  # noqa: E402
 
 _PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 
@@ -186,6 +186,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "run-states": run_states,
     "settings": settings,
     **protocol_parts.GENERATORS,
+    **python_parts.GENERATORS,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llambo.testing.processes import TIMEOUT_S
-from tests import systemd_here
+from tests import needs
 
 # Started under nohup, or by a shell in the background, everything would ignore a terminal that is closed and Ctrl-C,
 # and so would the programs that tests start.
@@ -77,5 +77,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
-def pytest_report_header() -> list[str]:
-    return systemd_here.report()
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", f"{needs.MARK}(*names): skipped where one of these cannot be had; tests/needs.py"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before its fixtures are made."""
+    needs.skip_without(item)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of all. A process of xdist has no reporter."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and (line := needs.count(reporter.stats.get("skipped", []))):
+        reporter.write_line(line)

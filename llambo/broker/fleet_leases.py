@@ -69,3 +69,13 @@ def expire(state: State, now_ms: int) -> None:
         if now_ms >= lease.until:
             del state.registry.leases[name]
             state.journal.add(now_ms, "lease", f"{name}: {lease.holder_name} has it no more", warning=True)
+        else:
+            _renew_wait(state, lease, now_ms)
+
+
+def _renew_wait(state: State, lease: HeldLease, now_ms: int) -> None:
+    """If the promise ends, the wait for these models begins then: another orchestrator may be about to renew it."""
+    known = state.models.unserved_since
+    for model in lease.promised:
+        if known.get(model):
+            known[model] = now_ms

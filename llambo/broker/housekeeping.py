@@ -11,7 +11,7 @@ from llambo.broker.records.request import AWAITING_RUN, Lane, Request
 from llambo.broker.records.state import State
 from llambo.broker.report import history
 from llambo.broker.requests import admission, ending
-from llambo.broker.workers import speed
+from llambo.broker.workers import membership, speed
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
 SWEEP_MS = 1_000
@@ -31,7 +31,7 @@ def sweep(state: State, now_ms: int) -> None:
     state.recovery.orphans.expire(now_ms)
     _close_lanes(state)
     state.archive.expire(now_ms)
-    _forget_models(state)
+    _forget_models(state, now_ms)
     state.measured.end_rate.measure(state.counters.requests.ended, now_ms)
     history.take(state, now_ms)
 
@@ -47,13 +47,23 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
                 continue
             since = 1  # others have the model, but not the very same: what counts is how long the request waits
         for request in list(line) if since else ():
-            if now_ms - max(since, request.place.queued_at) >= state.config.bounds.hold_ms:
-                _give_up(state, request, lane, now_ms)
+            waited_ms = now_ms - _missing_since(request, lane, since)
+            if waited_ms >= state.config.bounds.hold_ms:
+                _give_up(state, request, lane, waited_ms, now_ms)
 
 
-def _give_up(state: State, request: Request, lane: Lane, now_ms: int) -> None:
+def _missing_since(request: Request, lane: Lane, since: int) -> int:
+    """When the wait for a worker began. A new request joins the wait that goes on already, and does not begin another.
+
+    One that was dispatched before, or that had a broker before, gets the whole time.
+    """
+    begun = lane.fingerprint or request.run.attempt or request.asked.resume
+    return max(since, request.place.queued_at) if begun else since
+
+
+def _give_up(state: State, request: Request, lane: Lane, waited_ms: int, now_ms: int) -> None:
     which = "the very same model" if lane.fingerprint else "it"
-    text = f"no worker serves {lane.model!r}: {which} was missing for {now_ms - request.place.queued_at} ms"
+    text = f"no worker serves {lane.model!r}: {which} was missing for {waited_ms} ms"
     ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
 
 
@@ -72,17 +82,16 @@ def _close_lanes(state: State) -> None:
         pools.close(lane)
 
 
-def _forget_models(state: State) -> None:
-    """Of too many names, forget those that no worker serves and no request waits for, the longest gone first."""
-    known = state.models.unserved_since
-    excess = len(known) - MODELS_KNOWN
-    if excess <= 0:
-        return
-    gone = [
-        (since, model)
-        for model, since in known.items()
-        if since and Lane(model) not in state.queue.lines and not state.is_promised(model)
-    ]
-    for _, model in sorted(gone)[:excess]:
-        del known[model]
-        state.pools.close(Lane(model))
+def _forget_models(state: State, now_ms: int) -> None:
+    """Names that no worker ever served; and of too many names, those that are gone for longest.
+
+    (A name whose only worker left while it loaded was forgotten then: membership.py.)
+    """
+    known, served = state.models.unserved_since, state.models.served
+    gone = [(since, model) for model, since in known.items() if membership.is_forgettable(state, model)]
+    hold_ms = state.config.bounds.hold_ms
+    never = [model for since, model in gone if model not in served and now_ms - since >= hold_ms]
+    excess = len(known) - len(never) - MODELS_KNOWN
+    oldest = sorted(pair for pair in gone if pair[1] not in never)[: max(0, excess)]
+    for model in [*never, *(model for _, model in oldest)]:
+        membership.forget_model(state, model)

@@ -51,6 +51,7 @@ from llambo.gateway.gateway_metrics import GatewayMetrics
 from llambo.gateway.middleware import CALLER_KEY, Middleware, Origins
 from llambo.mesh.client.client import Client
 from llambo.mesh.service import prometheus
+from llambo.mesh.wire import naming
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import ModelRow
 from llambo.mesh.wire.tokens import UNDECODABLE
@@ -229,21 +230,27 @@ async def delete_response(request: BodyRequest, id: str) -> JsonObject:
 
 @get("/models", summary="The models of the mesh")
 async def list_models(request: BodyRequest) -> JsonObject:
-    return {"object": "list", "data": [_model(row) for row in await (await client_of(request)).models()]}
+    """smollm2@tiny is not another model than smollm2, so it is one of the classes of that."""
+    rows = await (await client_of(request)).models()
+    names = {row.model for row in rows}
+    return {"object": "list", "data": [_model(row, rows) for row in rows if not naming.is_in_class(row.model, names)]}
 
 
 @get("/models/{name:path}", summary="One model")
 async def one_model(request: BodyRequest, name: str) -> JsonObject:
     name = name.lstrip("/")
-    for row in await (await client_of(request)).models():
+    rows = await (await client_of(request)).models()
+    for row in rows:
         if row.model == name:
-            return _model(row)
+            return _model(row, rows)
     raise LlamboError(Code.UNKNOWN_MODEL, f"no model has the name {name!r}")
 
 
-def _model(row: ModelRow) -> JsonObject:
+def _model(row: ModelRow, rows: list[ModelRow]) -> JsonObject:
     """The mesh does not know when a model was created."""
-    mesh = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
+    classes = [naming.class_of(each.model) for each in rows if naming.is_in_class(each.model, {row.model})]
+    mesh: JsonObject = {"workers": row.workers, "loading": row.loading, "slots": row.slots, "waiting": row.waiting}
+    mesh |= ({"classes": classes} if classes else {}) | ({"fake": True} if row.fake else {})
     return {"id": row.model, "object": "model", "created": 0, "owned_by": "llambo", "llambo": mesh}
 
 

@@ -220,7 +220,7 @@ def run_gateway(
     set_tcp_user_timeout(listener)
     port = int(listener.getsockname()[1])
     # Its debug messages contain the headers of WebSockets, and those contain tokens.
-    logging.getLogger("uvicorn.error").setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(max(logging.INFO, logging.getLogger().level))
     gateway = Gateway(config, access)
     gateway.add_traces(traces_of(os.environ))
     settings = uvicorn.Config(

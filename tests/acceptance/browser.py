@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from tools import needs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
 #: No wait of a test takes longer, however busy the machine is.
 TIMEOUT_MS = 30_000.0
-#: What is looked for; the variable goes first.
-VARIABLE, NAMES = "CHROMIUM", ("chromium", "chromium-browser", "google-chrome")
-PACKAGES = ("playwright", "axe_playwright_python")
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-
-
-def program() -> str | None:
-    return os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
-
-
-def hindrance() -> str:
-    """Why no page can be tested here; empty: it can."""
-    if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        return f"no {', '.join(missing)}: install the extra 'dev'"
-    return "" if program() else f"no browser: install Debian's chromium, or name one in {VARIABLE}"
 
 
 @contextmanager
@@ -38,7 +24,7 @@ def browsing() -> Iterator[Browser]:
     # As root there is no sandbox to be had, and the pages are our own.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program(), args=arguments, timeout=TIMEOUT_MS)
+        browser = playwright.chromium.launch(executable_path=needs.browser(), args=arguments, timeout=TIMEOUT_MS)
         try:
             yield browser
         finally:

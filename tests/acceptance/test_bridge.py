@@ -1,4 +1,4 @@
-"""`llambo bridge` by netcat, as docs/bridge.md shows it."""
+"""`llambo bridge` as docs/bridge.md shows it: by a socket of our own, and once by netcat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,23 @@ def bridge(mesh: Commands, *words: str) -> Iterator[Process]:
         yield running
 
 
-def netcat(*words: str, text: str) -> str:
-    """What it prints until the bridge has closed."""
-    done = subprocess.run(["nc", "-N", *words], input=text.encode(), capture_output=True, timeout=TIMEOUT_S, check=True)
-    return done.stdout.decode()
+@contextmanager
+def connected(address: str | int) -> Iterator[socket.socket]:
+    """To a Unix socket, or to a port of loopback."""
+    family, where = (socket.AF_UNIX, address) if isinstance(address, str) else (socket.AF_INET, ("127.0.0.1", address))
+    with socket.socket(family) as peer:
+        peer.settimeout(TIMEOUT_S)
+        peer.connect(where)
+        yield peer
+
+
+def ask(address: str | int, text: str) -> str:
+    """Send this, end our direction as `nc -N` does, and read until the bridge has closed."""
+    with connected(address) as peer:
+        peer.sendall(text.encode())
+        peer.shutdown(socket.SHUT_WR)
+        with peer.makefile("rb") as answers:
+            return answers.read().decode()
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -69,7 +82,7 @@ def test_the_session_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     sent = "".join(f"{text}\n" for side, text in session() if side == ">")
     expected = shown([text for side, text in session() if side == "<"])
     with bridge(mesh, "--socket", str(path)):
-        answered = shown(netcat("-U", str(path), text=sent).splitlines())
+        answered = shown(ask(str(path), sent).splitlines())
     assert len(answered) == len(expected) > 10
     for line, wanted in zip(answered, expected, strict=True):
         begin, cut, _ = wanted.partition("...")
@@ -88,38 +101,35 @@ def test_the_program_of_the_page(mesh: Commands, tmp_path: Path) -> None:
     assert len(done.stdout.split()) == 20
 
 
-# --- netcat --------------------------------------------------------------------------------------------------
+# --- other peers ---------------------------------------------------------------------------------------------
 
 
-def test_many_netcats_at_once(mesh: Commands, tmp_path: Path) -> None:
+@pytest.mark.needs("nc")
+def test_netcat_gets_its_answers(mesh: Commands, tmp_path: Path) -> None:
+    path = str(tmp_path / "b.sock")
+    with bridge(mesh, "--socket", path):
+        done = subprocess.run(
+            ["nc", "-N", "-U", path], input=b"PING\nINFER hi\n", capture_output=True, timeout=TIMEOUT_S, check=True
+        )
+    pong, answer = map(json.loads, done.stdout.splitlines())
+    assert (pong["message"], answer["status"]) == ("pong", "ok")
+
+
+def test_many_connections_at_once(mesh: Commands, tmp_path: Path) -> None:
     """All of them are connected when the first one asks."""
     path = str(tmp_path / "b.sock")
-    with bridge(mesh, "--socket", path, "--connections", str(CROWD)):
-        crowd = [
-            subprocess.Popen(["nc", "-N", "-U", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for _ in range(CROWD)
-        ]
-        try:
-            answers = []
-            for each in crowd:
-                assert each.stdin is not None and each.stdout is not None
-                each.stdin.write(b"PING\n")
-                each.stdin.flush()
-            for each in crowd:
-                assert each.stdout is not None and b"pong" in each.stdout.readline()
-            assert "connections are open" in netcat("-U", path, text="")
-            for number, each in enumerate(crowd):
-                request = json.dumps({"prompt": "hi", "seed": number, "max_tokens": 5})
-                assert each.stdin is not None
-                each.stdin.write(f"INFER {request}\n".encode())
-                each.stdin.close()
-                each.stdin = None
-            for each in crowd:
-                answers.append(json.loads(each.communicate(timeout=TIMEOUT_S)[0])["data"])
-        finally:
-            for each in crowd:
-                each.kill()
-                each.wait(TIMEOUT_S)
+    with bridge(mesh, "--socket", path, "--connections", str(CROWD)), ExitStack() as open_ones:
+        crowd = [open_ones.enter_context(connected(path)) for _ in range(CROWD)]
+        for peer in crowd:
+            peer.sendall(b"PING\n")
+        replies = [open_ones.enter_context(peer.makefile("rb")) for peer in crowd]
+        assert all(b"pong" in reply.readline() for reply in replies)
+        assert "connections are open" in ask(path, "")
+        for number, peer in enumerate(crowd):
+            request = json.dumps({"prompt": "hi", "seed": number, "max_tokens": 5})
+            peer.sendall(f"INFER {request}\n".encode())
+            peer.shutdown(socket.SHUT_WR)
+        answers = [json.loads(reply.read())["data"] for reply in replies]
     assert len({answer["text"] for answer in answers}) == CROWD
     assert {answer["tokens"] for answer in answers} == {5}
 
@@ -128,16 +138,16 @@ def test_lines_that_mean_nothing_are_answered(mesh: Commands, tmp_path: Path) ->
     path = str(tmp_path / "b.sock")
     lines = ["frob", "PING x", "INFER", "INFER {", 'INFER {"prompt": 1}', "LOAD nope", "INFER " + 2_000 * "x", "\0"]
     with bridge(mesh, "--socket", path, "--line-bytes", "1024"):
-        answered = [json.loads(line) for line in netcat("-U", path, text="\r\n".join([*lines, "PING"])).splitlines()]
+        answered = [json.loads(line) for line in ask(path, "\r\n".join([*lines, "PING"])).splitlines()]
     assert [line["status"] for line in answered] == len(lines) * ["error"] + ["ok"]
     assert all(line["message"] and line["data"]["hint"] for line in answered[:-1])
 
 
 def test_tcp_and_quit(mesh: Commands) -> None:
     with mesh.start("bridge", "--tcp", "0", "--quit-stops") as running:
-        port = running.line(r"listening at 127\.0\.0\.1 (\d+); try: nc 127")[1]
-        assert "pong" in netcat("127.0.0.1", port, text="PING\n")
-        assert "bye" in netcat("127.0.0.1", port, text="QUIT\n")
+        port = int(running.line(r"listening at 127\.0\.0\.1 (\d+); try: nc 127")[1])
+        assert "pong" in ask(port, "PING\n")
+        assert "bye" in ask(port, "QUIT\n")
         assert running.end() == 0
 
 
@@ -161,7 +171,7 @@ def test_what_a_killed_bridge_has_left_is_replaced(mesh: Commands, tmp_path: Pat
         running.end()
     assert path.is_socket()
     with bridge(mesh, "--socket", str(path)):
-        assert "pong" in netcat("-U", str(path), text="PING\n")
+        assert "pong" in ask(str(path), "PING\n")
 
 
 def test_without_a_broker_it_does_not_begin(tmp_path: Path) -> None:

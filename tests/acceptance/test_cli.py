@@ -16,6 +16,7 @@ import pytest
 
 from bench import tiny_model
 from llambo import SyncClient
+from llambo.cli.kit.answer_views import FAKE
 from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import BROKER, LLAMBO, ROOT, WORKER, Commands, by_hand, command, environment, up
 from llambo.testing.processes import TIMEOUT_S, children, family, wait_until_gone
@@ -24,6 +25,9 @@ from llambo.testing.terminal import Terminal
 #: Far more tokens than any of these tests waits for.
 ENDLESS = ("--max-tokens", "20000")
 FIRST_TOKEN = r'"type": "token"'
+
+#: What `send` says on stderr of the answers of these workers.
+SAID_FAKE = f"llambo: {FAKE}\n"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,12 @@ def shell(mesh: Commands, words: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def test_the_fake_engine_says_that_it_is_one(mesh: Commands) -> None:
+    assert mesh.ok("send", "--max-tokens", "5", "hi").err == SAID_FAKE
+    assert mesh.ok("send", "--json", "--max-tokens", "5", "hi").lines()[-1]["fake"] is True
+    assert "fake (fake engine)" in mesh.ok("status").out
+
+
 @pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
 def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, closed: str) -> None:
     done = shell(mesh, f"send -v --max-tokens 5 hi {closed}")
@@ -94,14 +104,15 @@ def test_a_stream_that_is_closed_costs_nothing_of_the_answer(mesh: Commands, clo
 def test_a_closed_stdout_is_no_error(mesh: Commands, words: str) -> None:
     done = shell(mesh, f"{words} >&-")
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.replace(SAID_FAKE, "")) == (0, "")
 
 
 @pytest.mark.parametrize("words", ["send hi", "status"])
 def test_a_full_disk_is_one_line(mesh: Commands, words: str) -> None:
     done = shell(mesh, f"{words} >/dev/full")
 
-    assert (done.returncode, done.stderr) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
+    said = done.stderr.replace(SAID_FAKE, "")
+    assert (done.returncode, said) == (Exit.ERROR, "llambo: cannot write: No space left on device\n")
 
 
 def test_a_terminal_that_is_closed_cancels(mesh: Commands) -> None:
@@ -414,7 +425,7 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Commands) -> N
     assert mesh.ok("status", "--json").json()["ready"] == 2
     assert [row["worker"] for row in mesh.ok("workers", "--json").json()] == ["worker-1", "worker-2"]
     listed = mesh.ok("models", "--json").json()
-    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0}]
+    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0, "fake": True}]
     assert listed["problem"] == ""
     last = mesh.ok("events", "--json").json()[-1]["number"]
     assert mesh.ok("events", "--since", str(last), "--json").json() == []

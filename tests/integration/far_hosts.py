@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tests.integration.manager import LIMIT_S, Manager
 from tests.integration.test_systemd import install
-from tests.systemd_here import SSHD
 
+SSHD = "/usr/sbin/sshd"
 #: The address of the box, on each of the hosts.
 BOX = "10.78.255.1"
 UNITS = "/run/rig/etc/systemd/user"

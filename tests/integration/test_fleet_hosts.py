@@ -16,6 +16,8 @@ from tests.integration.far_hosts import BOX, Box, Far
 from tests.integration.manager import LIMIT_S
 from tests.integration.test_systemd import LLAMBO
 
+pytestmark = pytest.mark.needs("systemd", "ip", "sshd", "manager")
+
 FILE = f"""
 [fleet]
 name = "rig"

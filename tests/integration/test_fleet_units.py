@@ -11,6 +11,8 @@ import pytest
 
 from tests.integration.test_systemd import LLAMBO, Services
 
+pytestmark = pytest.mark.needs("systemd", "ip", "manager")
+
 FILE = """
 [fleet]
 name = "rig"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import signal
 import socket
 import ssl
@@ -20,6 +19,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
+from llambo.cli.doctor.reach import is_gateway
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity
@@ -251,7 +251,7 @@ def test_without_tls_it_stays_on_this_machine() -> None:
         assert "without keys a gateway listens on loopback only" in refused.story("")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate with")
+@pytest.mark.needs("openssl")
 def test_with_tls_there_is_no_plaintext(mesh: Mesh, tmp_path: Path) -> None:
     cert, key = tmp_path / "box.pem", tmp_path / "box.key"
     words = f"req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost -keyout {key}"
@@ -265,9 +265,15 @@ def test_with_tls_there_is_no_plaintext(mesh: Mesh, tmp_path: Path) -> None:
             assert json.load(reply)["choices"][0]["message"]["content"]
         with pytest.raises((OSError, http.client.HTTPException)):
             gateway.get("/healthz")
+        assert is_gateway("127.0.0.1", gateway.port)
     with command(LLAMBO, "gateway", "--http-port", "0", "--tls-cert", str(key)) as refused:
         assert refused.end() != 0
         assert "cannot be used for TLS" in refused.story("")
+
+
+def test_a_gateway_of_another_user_is_recognised(gateway: GatewayProcess) -> None:
+    assert is_gateway("0.0.0.0", gateway.port)
+    assert not is_gateway("127.0.0.1", 1)
 
 
 # --- the end -------------------------------------------------------------------------------------------------

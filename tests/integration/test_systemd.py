@@ -24,6 +24,7 @@ from llambo.worker.engine_child import OOM_SCORE
 from llambo.worker.models import model_files
 from tests.integration.manager import LIMIT_S, Manager
 
+pytestmark = pytest.mark.needs("systemd", "ip", "manager")
 LLAMBO = str(Path(sys.executable).parent / "llambo")
 BROKER, SOCKET = "llambo-broker.service", "llambo-broker.socket"
 ONE, TWO = "llambo-worker@one.service", "llambo-worker@two.service"

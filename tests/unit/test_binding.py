@@ -76,7 +76,7 @@ def test_a_path_that_is_wrong_is_refused_with_what_to_do(tmp_path: Path) -> None
     assert "there is no file" in binding.missing(str(tmp_path / "no.so"))
     assert "libllama.so" in binding.missing(str(tmp_path))
     text = put(tmp_path / "text.so", b"no library at all, but some text")
-    with pytest.raises(LibraryError, match=r"text.so cannot be loaded as a library: .*; --llama-lib names another"):
+    with pytest.raises(LibraryError, match=r"text.so cannot be loaded as a library: .*: --llama-lib names another"):
         binding.load(binding.find(str(text)))
     assert "cannot be loaded as a library" in binding.examine(str(text)).problem
 
@@ -255,8 +255,10 @@ def members(struct: type[ctypes.Structure]) -> list[tuple[str, Any, Any]]:
     return [(name, field, getattr(struct, name)) for name, field, *_ in struct._fields_]
 
 
+@pytest.mark.needs("llama-native")
 def test_structs_and_functions_are_those_of_llama_cpp_python() -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="the extra llama-native is not installed")
+    import llama_cpp
+
     ours, compared = functions(OLD), 0
     for name, (result, arguments) in ours.items():
         theirs = getattr(llama_cpp, name, None)

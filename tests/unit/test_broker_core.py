@@ -363,6 +363,67 @@ def test_requests_are_held_when_the_last_worker_is_gone_and_not_for_ever() -> No
     assert {e.error.code for e in client.ends if e.error} == {Code.NO_WORKER}
 
 
+def shown(bench: Bench) -> list[str]:
+    return [row.model for row in queries.models(bench.state, "", bench.now_ms, ANYONE)]
+
+
+def test_a_name_that_never_served_is_forgotten_with_its_worker() -> None:
+    bench = Bench(startup_grace_ms=0, hold_ms=3_000)
+    client, junk = bench.client(), bench.worker("j", model="junk", state="starting")
+    junk.beat(state="starting")
+    client.submit(1, model="junk")
+    assert shown(bench) == ["junk"] and client.problems == []
+    # When its worker cannot load it: what waits already is held, as the worker may be started again
+    junk.send(m.Goodbye("junk is no GGUF file"))
+    assert client.ends == []
+    bench.pass_time(5_000)
+    client.send(m.ClientHeartbeat())
+    assert {end.error.code for end in client.ends if end.error} == {Code.NO_WORKER}
+    # Then nothing lists it, and a request for it is refused at once
+    assert shown(bench) == []
+    bench.worker("w", model="m")
+    client.submit(2, model="junk")
+    assert [problem.error.code for problem in client.problems] == [Code.UNKNOWN_MODEL]
+    # Without a request in its queue it is gone at once
+    other = bench.worker("k", model="other", state="starting")
+    other.send(m.Goodbye("other is no GGUF file"))
+    assert shown(bench) == ["m"]
+
+
+def test_a_model_that_is_gone_holds_no_request_and_is_not_listed() -> None:
+    bench, worker, client = small_mesh(hold_ms=5_000)
+    worker.send(m.Goodbye())
+    bench.pass_time(4_000)
+    client.send(m.ClientHeartbeat())
+    # A moment later it is still waited for: its worker may be restarting. The wait is that of the mesh, not another one
+    client.submit(1)
+    assert shown(bench) == ["m"] and client.problems == []
+    bench.pass_time(2_000)
+    client.send(m.ClientHeartbeat())
+    assert [end.error and end.error.code for end in client.ends[:1]] == [Code.NO_WORKER]
+    assert shown(bench) == []
+    for model in ("m", ""):
+        client.submit(2, model=model)
+    assert [problem.error.code for problem in client.problems] == [Code.NO_WORKER, Code.NO_WORKER]
+    assert "the last one left 6 s ago" in client.problems[0].error.text and client.problems[0].error.retry_after_ms
+    # And when it is back, all is as before
+    back = bench.worker(incarnation=b"j")
+    client.submit(3)
+    assert shown(bench) == ["m"] and [dispatch.id for dispatch in back.dispatches] == [request_id(3)]
+
+
+def test_what_had_a_broker_or_a_worker_before_is_held_for_the_whole_time() -> None:
+    bench, worker, client = small_mesh(hold_ms=5_000)
+    client.submit(1)
+    worker.send(m.Goodbye())
+    bench.pass_time(4_000)
+    client.send(m.ClientHeartbeat())
+    client.submit(2, resume=True)
+    bench.pass_time(3_000)
+    client.send(m.ClientHeartbeat())
+    assert {end.id for end in client.ends} == {request_id(1)}
+
+
 def test_a_refusal_closes_a_worker_until_its_next_beat() -> None:
     _, worker, client = small_mesh()
     client.submit(1)
@@ -558,6 +619,24 @@ def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.Mo
     bench.worker("w", model="m0")
     bench.pass_time(2_000)
     assert sorted(bench.state.models.unserved_since) == ["m0", "m4", "m5"]
+
+
+def test_a_story_tells_when_the_first_token_came_and_what_prompt_and_answer_took() -> None:
+    bench, worker, client = small_mesh()
+    client.submit(1)
+    key = worker.dispatches[0]
+    worker.send(m.Accept(key.id, key.dispatch))
+    bench.pass_time(300)
+    worker.publish(worker.chunk(0, 5, 6))
+    usage = m.Usage(prompt_tokens=812, cached_tokens=12, prefill_ms=290.4, decode_ms=20)
+    worker.send(m.End(key.id, 2, "length", key.dispatch, usage=usage))
+    story = queries.why(bench.state, request_id(1).hex(), bench.now_ms, ANYONE)["story"]
+    assert [(step["what"], step["detail"]) for step in story[2:5]] == [
+        ("accepted", ""),
+        ("first token", "from w"),
+        ("worker done", "2 tokens, length; prompt of 812 tokens, 12 cached, prefill 0.290 s, decode 0.020 s"),
+    ]
+    assert story[3]["at_ms"] == 300
 
 
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:

@@ -64,7 +64,7 @@ class AskedFor:
 
 class ScriptedStream:
     def __init__(self, script: Script, model: str, waits: asyncio.Event) -> None:
-        self.id, self.ahead, self.model = "ab" * 16, None, model
+        self.id, self.ahead, self.model, self.fake = "ab" * 16, None, model, False
         self.answer: Answer | None = None
         self.cancels = 0
         self._script = script

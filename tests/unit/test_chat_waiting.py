@@ -82,9 +82,9 @@ def test_there_is_no_line_while_tokens_come(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_place_in_the_queue_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(scene: Scene, clock: Clock) -> None:
-        scene.stream.place(3, "tiny")
+        scene.stream._set_place(3, "tiny", fake=False)
         assert scene.waiting.line() == "waiting, 3 ahead"
-        scene.stream.place(0, "tiny")
+        scene.stream._set_place(0, "tiny", fake=False)
         assert scene.waiting.line() == ""
         clock.now += FIRST_S + 3
         assert await scene.line() == "waiting for 4 s (w1 has it)"

@@ -109,6 +109,21 @@ def test_a_request_for_a_promised_model_waits_until_its_worker_comes(bench: Benc
     assert [dispatch.id for dispatch in worker.dispatches] == [(2).to_bytes(16, "big")]
 
 
+def test_when_a_promise_ends_what_waits_is_held_for_another_orchestrator(bench: Bench) -> None:
+    client = bench.client()
+    for _ in range(25):
+        asked(client, ME, promised=["m"], renewal=True)
+        bench.pass_time(2_000)
+        client.send(m.ClientHeartbeat())
+    client.submit(2, model="m")
+    for _ in range(8):  # longer than the lease, and not as long as a model may be missing
+        bench.pass_time(2_000)
+        client.send(m.ClientHeartbeat())
+    assert not bench.state.is_promised("m") and not client.ends
+    worker = bench.worker(model="m")
+    assert [dispatch.id for dispatch in worker.dispatches] == [(2).to_bytes(16, "big")]
+
+
 def test_a_promise_ends_with_the_lease(bench: Bench) -> None:
     client = bench.client()
     asked(client, ME, promised=["m"])

@@ -227,7 +227,7 @@ def test_a_piece_has_the_bytes_of_each_token_also_where_a_character_is_cut() -> 
     async def read() -> list[tuple[str, list[int], list[bytes]]]:
         found = []
         for ids, pieces in [([1, 2, 3], [b"a", b"", b" \xf0"]), ([4, 5], [b"\x9f\x98", b"\x80!"])]:
-            stream.deliver(ids, pieces, [])
+            stream._deliver(ids, pieces, [])
             piece = await stream.next_piece()
             assert piece is not None
             found.append((piece.text, piece.ids, piece.pieces))

@@ -243,8 +243,8 @@ def test_room_is_asked_for_by_what_goes_in() -> None:
 def test_clients_that_wait_for_a_result_get_the_reason_for_its_absence(end: m.End, code: Code) -> None:
     async def wait() -> None:
         collector = Collector()
-        collector.deliver([0], [b"part"], ())
-        collector.end(end)
+        collector._deliver([0], [b"part"], ())
+        collector._set_end(end)
         await collector.result
 
     with pytest.raises(LlamboError) as failed:

@@ -39,7 +39,7 @@ def pages() -> list[str]:
         ROOT / name
         for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md", "Makefile")
     ]
-    for folder in ("llambo", "bench", "docs", "examples", "tests"):
+    for folder in ("llambo", "bench", "docs", "examples", "tests", "tools"):
         found += [path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     return sorted(str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts)
 

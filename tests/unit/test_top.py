@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
@@ -223,9 +224,9 @@ def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
-    assert done.exit_code == Exit.ERROR
+    assert done.exit_code == Exit.USAGE
     assert done.stderr == (
-        "llambo: llambo top needs Textual, which is not installed\n  pip install 'llambo[top]'\n"
+        f"llambo: Textual, which llambo top needs, is not installed\n  {install_command('llambo[top]')}\n"
     )  # fmt: skip
 
 

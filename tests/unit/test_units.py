@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli.main import main
-from llambo.cli.services.systemd import EXPOSURE, Finding, everything, variables
+from llambo.cli.services.systemd import EXPOSURE, Checked, everything, variables
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.settings.settings_table import BY_NAME
 from llambo.systemd import units
@@ -26,7 +26,6 @@ from llambo.systemd.units import (
     hidden_folders,
     unit,
 )
-from tests.systemd_here import hindrance_to_analyze
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "llambo" / "systemd"
@@ -148,59 +147,67 @@ def written(tmp_path: Path) -> tuple[Place, Path]:
     return place, tmp_path
 
 
-if not hindrance_to_analyze():
+by_systemd = pytest.mark.needs("systemd")
 
-    def test_systemd_has_nothing_to_say_against_them(written: tuple[Place, Path]) -> None:
-        place, root = written
-        findings = list(everything(place, root))
-        assert not [finding for finding in findings if not finding.good]
-        assert Finding(True, "systemd-analyze verify") in findings
 
-    @pytest.mark.parametrize("name", SERVICES)
-    def test_no_service_is_exposed_more_than_it_may_be(written: tuple[Place, Path], name: str) -> None:
-        path = written[1] / "etc/systemd/system" / name
-        done = subprocess.run(
-            ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE * 10:.0f}", str(path)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
+@by_systemd
+def test_systemd_has_nothing_to_say_against_them(written: tuple[Place, Path]) -> None:
+    place, root = written
+    findings = list(everything(place, root))
+    assert not [finding for finding in findings if not finding.good]
+    assert Checked(True, "systemd-analyze verify") in findings
 
-    @pytest.mark.parametrize(
-        ("name", "text", "complaint"),
-        [
-            ("systemd/system/llambo.target", None, "is missing"),
-            ("systemd/system/llambo-broker.service", "[Service]\nType=maybe\n", "Failed to parse service type"),
-            ("llambo/worker-a.env", "LLAMBO_SLOTS=0\n", "slots"),
-            ("llambo/worker-a.env", "LLAMBO_STALL_MS=15000\n", "less than half of WatchdogSec"),
-            ("llambo/broker.env", "LLAMBO_PROT=1\n", "did you mean LLAMBO_PORT"),
-            ("llambo/broker.env", "just words\n", "line 1 is not NAME=value"),
-            ("llambo/llambo.toml", "[worker]\nslot = 1\n", "did you mean slots"),
-            ("llambo/worker-a.key", "no key\n", "this is not a key"),
-            ("llambo/worker-a.env", "LLAMBO_KEY=llambo-key-1.x\n", "others can read it"),
-        ],
-    )
-    def test_what_is_wrong_is_found(written: tuple[Place, Path], name: str, text: str | None, complaint: str) -> None:
-        place, root = written
-        path = root / "etc" / name
-        if text is None:
-            path.unlink()
-        else:
-            path.write_text(text)
-            path.chmod(0o600 if name.endswith(".key") else 0o644)
-        bad = [finding for finding in everything(place, root) if not finding.good]
-        assert bad
-        assert any(complaint in finding.text for finding in bad), bad
 
-    def test_a_port_without_a_key_is_found(written: tuple[Place, Path]) -> None:
-        place, root = written
-        path = root / "etc/systemd/system" / units.LISTEN
-        path.parent.mkdir()
-        path.write_text(units.listen(place, "0.0.0.0", 7330).text)
-        (bad,) = [finding for finding in everything(place, root) if not finding.good]
-        assert bad.what == "llambo-broker.socket"
-        assert "0.0.0.0" in bad.text and "LLAMBO_KEYS=/etc/llambo/keys" in bad.text
-        (root / "etc/llambo/broker.env").write_text("LLAMBO_KEYS=/etc/llambo/keys\n")
-        (bad,) = [finding for finding in everything(place, root) if not finding.good]
-        assert "llambo keys init --keys /etc/llambo/keys" in bad.text
-        Folder(root / "etc/llambo/keys").begin("tcp://box:7330")
-        assert not [finding for finding in everything(place, root) if not finding.good]
+@pytest.mark.parametrize("name", SERVICES)
+@by_systemd
+def test_no_service_is_exposed_more_than_it_may_be(written: tuple[Place, Path], name: str) -> None:
+    path = written[1] / "etc/systemd/system" / name
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE * 10:.0f}", str(path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("systemd/system/llambo.target", None, "is missing"),
+        ("systemd/system/llambo-broker.service", "[Service]\nType=maybe\n", "Failed to parse service type"),
+        ("llambo/worker-a.env", "LLAMBO_SLOTS=0\n", "slots"),
+        ("llambo/worker-a.env", "LLAMBO_STALL_MS=15000\n", "less than half of WatchdogSec"),
+        ("llambo/broker.env", "LLAMBO_PROT=1\n", "did you mean LLAMBO_PORT"),
+        ("llambo/broker.env", "just words\n", "line 1 is not NAME=value"),
+        ("llambo/llambo.toml", "[worker]\nslot = 1\n", "did you mean slots"),
+        ("llambo/worker-a.key", "no key\n", "this is not a key"),
+        ("llambo/worker-a.env", "LLAMBO_KEY=llambo-key-1.x\n", "others can read it"),
+    ],
+)
+@by_systemd
+def test_what_is_wrong_is_found(written: tuple[Place, Path], name: str, text: str | None, complaint: str) -> None:
+    place, root = written
+    path = root / "etc" / name
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+        path.chmod(0o600 if name.endswith(".key") else 0o644)
+    bad = [finding for finding in everything(place, root) if not finding.good]
+    assert bad
+    assert any(complaint in finding.text for finding in bad), bad
+
+
+@by_systemd
+def test_a_port_without_a_key_is_found(written: tuple[Place, Path]) -> None:
+    place, root = written
+    path = root / "etc/systemd/system" / units.LISTEN
+    path.parent.mkdir()
+    path.write_text(units.listen(place, "0.0.0.0", 7330).text)
+    (bad,) = [finding for finding in everything(place, root) if not finding.good]
+    assert bad.what == "llambo-broker.socket"
+    assert "0.0.0.0" in bad.text and "LLAMBO_KEYS=/etc/llambo/keys" in bad.text
+    (root / "etc/llambo/broker.env").write_text("LLAMBO_KEYS=/etc/llambo/keys\n")
+    (bad,) = [finding for finding in everything(place, root) if not finding.good]
+    assert "llambo keys init --keys /etc/llambo/keys" in bad.text
+    Folder(root / "etc/llambo/keys").begin("tcp://box:7330")
+    assert not [finding for finding in everything(place, root) if not finding.good]

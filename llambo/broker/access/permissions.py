@@ -50,21 +50,21 @@ def _is_own(state: State, client: ClientEntry, id: bytes) -> bool:
     return all(client.identity.owns(owner) for owner in owners)
 
 
-def not_allowed(state: State, who: Identity, asked: m.InferenceRequest) -> Refusal | None:
+def not_allowed(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> Refusal | None:
     """Why this identity may not have this, even if the mesh is idle. No answer names a model that it may not use."""
     if not who.may_come_as(asked.priority):
         text = f"{who.name} may not ask for priority {asked.priority!r}; the best it may have is {who.priority_max!r}"
         return "priority_max", ErrorInfo(Code.FORBIDDEN, text)
     if asked.model and not who.may_use(asked.model):
-        listed = ", ".join(models(state, who)[:20]) or "none of those that are served"
+        listed = ", ".join(models(state, who, now_ms)[:20]) or "none of those that are served"
         text = f"{who.name} may not use the model {asked.model!r}; it may use: {listed}"
         return "models", ErrorInfo(Code.FORBIDDEN, text)
     return None
 
 
-def models(state: State, who: Identity) -> list[str]:
-    """Those it may use and choose from: without those that are not served any more, while there are others."""
-    known = sorted(model for model in state.models.unserved_since if who.may_use(model))
+def models(state: State, who: Identity, now_ms: int) -> list[str]:
+    """Those it may use and choose from: those with a worker; without any, those that get one or had one until now."""
+    known = [model for model in state.models_shown(now_ms) if who.may_use(model)]
     there = [model for model in known if not state.models.unserved_since[model]] or known
     # The same models again, under the names of their classes, are for requests that name a class.
     return [model for model in there if not class_of(model)] or there

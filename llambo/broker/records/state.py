@@ -49,12 +49,18 @@ class Access:
 
 
 class Models:
-    """What is known of the models that are, or were, served."""
+    """What is known of the models that are, were, or are to be served."""
 
     def __init__(self, retries: RetryBudgets) -> None:
-        #: Model to when its last worker went away; 0 while it has one. A model stays known once seen.
+        #: Model to when its last worker went away; 0 while it has one.
         self.unserved_since: dict[str, int] = {}
+        #: Those that a worker was ready with. The name of a file that never loads is not among them.
+        self.served: set[str] = set()
         self.retries = retries
+
+    def forget(self, model: str) -> None:
+        del self.unserved_since[model]
+        self.served.discard(model)
 
 
 class Wakeups:
@@ -112,6 +118,16 @@ class State:
     def is_promised(self, model: str) -> bool:
         """An orchestrator has announced that it starts workers of this model when they are asked for."""
         return any(model in lease.promised for lease in self.registry.leases.values())
+
+    def is_held(self, model: str, now_ms: int) -> bool:
+        """A request for it may wait: it has a worker, had one a moment ago, or gets one when it is asked for."""
+        since = self.models.unserved_since.get(model, -1)
+        return since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
+
+    def models_shown(self, now_ms: int) -> list[str]:
+        """Without those that are gone, unless requests wait for them."""
+        known = self.models.unserved_since
+        return sorted(model for model in known if self.is_held(model, now_ms) or Lane(model) in self.queue.lines)
 
     def admit(self, request: Request) -> None:
         self.requests[request.id] = request

@@ -72,7 +72,7 @@ PLAIN = {
     "transcripts_limit": _gauge("transcript_bytes_limit", "Bytes that may be set aside"),
     "detached": _gauge("detached_bytes", "Finished detached results"),
     "clients": _gauge("clients", "Sessions of clients"),
-    "models": _gauge("models", "Models that are served, or were"),
+    "models": _gauge("models", "Models that are served, or are waited for"),
     "up": _gauge("up_seconds", "How long this broker has been running"),
 }
 _GAUGES = (WORKERS, READY, SERVING, SLOTS, BUSY, ELSEWHERE, RATE, RUNNING, WAITING, *PLAIN.values())
@@ -157,6 +157,6 @@ def _plain(state: State, now_ms: int) -> dict[str, float]:
         "transcripts_limit": bounds.transcript_bytes,
         "detached": state.archive.detached_bytes,
         "clients": len(state.registry.clients),
-        "models": len(state.models.unserved_since),
+        "models": len(state.models_shown(now_ms)),
         "up": (now_ms - state.wakeups.started_at) / 1000 if state.wakeups.started_at >= 0 else 0.0,
     }

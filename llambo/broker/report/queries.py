@@ -25,6 +25,7 @@ from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.naming import is_fake
 
 #: Bytes of an answer in one message.
 RESULT_PAGE_BYTES = 512 * 1024
@@ -118,7 +119,7 @@ def _identity(account: Account) -> reports.AccountRow:
 
 def models(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.ModelRow]:
     listed = []
-    for model in sorted(filter(who.may_use, state.models.unserved_since))[:LISTED]:
+    for model in list(filter(who.may_use, state.models_shown(now_ms)))[:LISTED]:
         serving = [worker for worker in state.registry.workers.values() if model in worker.serving.models]
         line = state.queue.lines.get(Lane(model))
         listed.append(
@@ -128,6 +129,7 @@ def models(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
                 loading=sum(worker.state == "starting" for worker in serving),
                 slots=sum(worker.slots for worker in serving),
                 waiting=line.count if line else 0,
+                fake=any(is_fake(worker.serving.fingerprints.get(model, "")) for worker in serving),
             )
         )
     return listed

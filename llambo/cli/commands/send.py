@@ -79,8 +79,9 @@ def send(
     token     index, ids, text         tokens that came together; index is
                                        that of the first; logprobs if asked for
     end       id, reason, tokens, prompt_tokens, worker, moves, queued_ms,
-              first_token_ms, total_ms, tokens_per_s
-                                       reason: stop, length, cancelled, deadline
+              first_token_ms, total_ms, tokens_per_s, fake
+                                       reason: stop, length, cancelled, deadline;
+                                       fake: the fake engine made it up
     error     code, text, hint, retryable, exit
                                        the last line, when it failed
     """

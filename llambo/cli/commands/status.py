@@ -125,6 +125,7 @@ def events(common: Common, since: int, as_json: bool) -> None:
     rows = [
         (number(event.number), number(duration(event.age_ms), " ago"), event.kind, event.text)
         for event in rows_of(answer, list[EventRow])
+        if event.matters
     ]
     table(["number", "when", "what", "detail"], rows, nothing="nothing has happened" + (" since" if since else ""))
 

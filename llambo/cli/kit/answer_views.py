@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: What is shorter says nothing about a rate.
 MEASURABLE_MS = 5.0
+#: What a user reads with an answer that no model made.
+FAKE = "the fake engine answers: its words are made up"
 #: To the first column, and erase what is there.
 CLEAR_LINE = "\r\x1b[K"
 
@@ -78,7 +80,7 @@ class TextView(View):
         self._out = out
         self._stream = stream
         self._last = "\n"
-        self._waiting = False
+        self._waiting = self._begun = False
 
     def placed(self) -> None:
         # A request that starts at once reports 0 as well; the place is shown only after a wait.
@@ -90,6 +92,9 @@ class TextView(View):
 
     def piece(self, piece: Piece) -> None:
         self._clear()
+        if not self._begun and self._stream.fake:
+            click.echo(f"llambo: {FAKE}", err=True)
+        self._begun = True
         if piece.text:
             self._out.put(piece.text)
             self._last = piece.text[-1]
@@ -179,17 +184,28 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
         "first_token_ms": round(clock.first_ms, 1),
         "total_ms": round(clock.total_ms, 1),
         "tokens_per_s": clock.rate(len(answer.ids)),
+        "fake": answer.fake,
     }
 
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
-    tokens = len(answer.ids)
     moves = f"moved {plural(answer.moves, 'time')}" if answer.moves else "never moved"
+    pace = ", ".join(pace_of(answer, clock, f" in {duration(clock.total_ms)}"))
     return (
-        f"{tokens} tokens in {duration(clock.total_ms)} ({clock.rate(tokens):.1f} tokens/s), "
-        f"first after {duration(clock.first_ms)}, queued {duration(answer.queued_ms)}, "
-        f"worker {answer.worker or '?'}, {moves}, {answer.reason}, id {answer.id}"
+        f"{pace}, queued {duration(answer.queued_ms)}, worker {answer.worker or '?'}, {moves}, {answer.reason}, "
+        f"id {answer.id}"
     )
+
+
+def pace_of(answer: Answer, clock: Clock, within: str = "") -> list[str]:
+    """How much came and how fast, in parts of a sentence. Without a token there is no speed."""
+    tokens = len(answer.ids)
+    if not tokens:
+        return [f"no tokens{within}"]
+    return [
+        f"{plural(tokens, 'token')}{within}", f"{clock.rate(tokens):.1f} tokens/s",
+        f"first after {duration(clock.first_ms)}",
+    ]  # fmt: skip
 
 
 # --- Writing an answer to stdout as it comes, without ever blocking the event loop. ---

@@ -23,13 +23,14 @@ class Exit(IntEnum):
     ENGINE = 7
     UNKNOWN_ID = 8
     DENIED = 9
+    PROBLEM = 10
     INTERRUPTED = 130
 
 
 MEANING: dict[Exit, str] = {
     Exit.OK: "done",
     Exit.ERROR: "another error; the message names it",
-    Exit.USAGE: "wrong usage or a wrong setting",
+    Exit.USAGE: "wrong usage, a wrong setting, or a part of llambo that is not installed",
     Exit.NO_BROKER: "no broker answers",
     Exit.REFUSED: "the request is wrong: a bad option, too long, an unknown model",
     Exit.BUSY: "the mesh is full or has no worker now; retrying can help",
@@ -37,6 +38,7 @@ MEANING: dict[Exit, str] = {
     Exit.ENGINE: "the engine failed",
     Exit.UNKNOWN_ID: "unknown or expired request id, or unknown worker",
     Exit.DENIED: "the key is not valid, or may not do that",
+    Exit.PROBLEM: "`llambo doctor` has found a problem",
     Exit.INTERRUPTED: "interrupted by Ctrl-C",
 }
 
@@ -101,6 +103,13 @@ class Failure(click.ClickException):
         click.echo(f"llambo: {self.message}", err=True)
         if self.hint:
             click.echo(f"  {self.hint}", err=True)
+
+
+def missing(what: str, extra: str, more: str = "") -> Failure:
+    """A part of llambo that is not installed. A service does not start again by itself: that would not help."""
+    from llambo.cli.kit.extras import install_command
+
+    return Failure(f"{what} is not installed", f"{install_command(f'llambo[{extra}]')}{more}", Exit.USAGE)
 
 
 def check_name(name: str, flag: str) -> str:

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import click
 
+from llambo.cli.kit.command import aside_help
 from llambo.cli.kit.common import Common, pass_common
-from llambo.mesh.settings.settings_table import BY_NAME, Setting
+from llambo.mesh.settings.settings_table import BY_NAME, SECTIONS, Setting
 from llambo.mesh.wire import limits
 
 F = TypeVar("F", bound=Callable[..., Any])
+FAKE_HEADING = "The fake engine"
 Function = Callable[..., None]
 
 
@@ -33,8 +35,8 @@ class SettingType(click.ParamType):  # type: ignore[type-arg]  # generic from cl
 class SettingOption(click.Option):
     """An option with a heading in the help. Its value is stored in `Common` and not passed to the function."""
 
-    def __init__(self, setting: Setting, heading: str = "", default: str = "") -> None:
-        """`default`: the command's own default, if it differs from the setting's."""
+    def __init__(self, setting: Setting, heading: str = "", default: str = "", *, aside: bool = False) -> None:
+        """`default`: the command's own default, if it differs from the setting's. `aside`: not shown by --help."""
         shown = default or setting.show(setting.default)
         default = f"  [default: {shown}]" if shown else ""
         super().__init__(
@@ -46,6 +48,7 @@ class SettingOption(click.Option):
             callback=self._remember,
         )
         self.heading = heading
+        self.aside = aside
 
     @staticmethod
     def _remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
@@ -69,6 +72,22 @@ def settings_options(settings: Iterable[Setting | str], heading: str = "") -> Ca
         return function
 
     return decorate
+
+
+def fake_options(function: F) -> F:
+    """The options of the fake engine. They are for tests, so --help leaves them to --help-fake."""
+
+    def show(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing:
+            click.echo(aside_help(context))
+            context.exit()
+
+    for setting in reversed(SECTIONS["fake"].values()):
+        _attach(function, SettingOption(setting, FAKE_HEADING, aside=True))
+    return click.option(
+        "--help-fake", is_flag=True, is_eager=True, expose_value=False, callback=show,
+        help="Show the options of the fake engine, and exit.",
+    )(function)  # fmt: skip
 
 
 def setting_option(name: str, *, default: str) -> Callable[[F], F]:

@@ -8,7 +8,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
-from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.failure import missing
 from llambo.cli.kit.flags import config_option, settings_options, verbosity
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import child_options, gateway_folder, gateway_key, prepare_process, report_ready, serve
@@ -24,7 +24,6 @@ llambo gateway --http-keys /etc/llambo/keys --http-bind 0.0.0.0 \\
     --tls-cert box.pem --tls-key box.key          for the network
 curl http://127.0.0.1:7340/v1/models
 """
-INSTALL = "pip install 'llambo[gateway]'"
 
 
 @click.command(cls=Command, examples=EXAMPLES)
@@ -48,9 +47,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     try:
         from llambo.gateway.server import run_gateway
     except ImportError as error:
-        raise Failure(
-            f"the gateway needs a package that is not installed: {error.name}", INSTALL, Exit.USAGE
-        ) from error
+        raise missing(f"{error.name}, which the gateway needs,", "gateway") from error
     from llambo.gateway.access import Access
     from llambo.gateway.config import GatewayConfig
 

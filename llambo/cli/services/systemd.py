@@ -73,7 +73,7 @@ def install(user: bool, root: Path, bind: str | None, port: int | None) -> None:
     Units are overwritten each time: put your changes into drop-ins (`systemctl edit`). Settings belong to you and are
     not overwritten.
     """
-    place = _place(user)
+    place = place_of(user)
     files = units.to_write(place)
     if bind is not None or port is not None:
         files.append(units.listen(place, bind or units.HOST, port or units.PORT))
@@ -88,7 +88,7 @@ def install(user: bool, root: Path, bind: str | None, port: int | None) -> None:
 def check(user: bool, root: Path) -> None:
     """Verify units, settings and keys: whether they are up to date, and whether systemd and llambo understand them."""
     bad = 0
-    for finding in everything(_place(user), root):
+    for finding in everything(place_of(user), root):
         bad += not finding.good
         click.echo(f"{'ok ' if finding.good else 'BAD'}  {finding.what}{f': {finding.text}' if finding.text else ''}")
     if bad:
@@ -98,7 +98,7 @@ def check(user: bool, root: Path) -> None:
 # --- install --------------------------------------------------------------------------------------------
 
 
-def _place(user: bool) -> Place:
+def place_of(user: bool) -> Place:
     # Not resolved: the python of a virtual environment is a link to one that does not find llambo.
     programs = Path(sys.executable).absolute().parent
     for name in ("llambo-broker", "llambo-worker"):
@@ -156,13 +156,13 @@ def _next(user: bool, root: Path) -> list[str]:
 # --- check ----------------------------------------------------------------------------------------------
 
 
-class Finding(NamedTuple):
+class Checked(NamedTuple):
     good: bool
     what: str
     text: str = ""
 
 
-def everything(place: Place, root: Path) -> Iterator[Finding]:
+def everything(place: Place, root: Path) -> Iterator[Checked]:
     yield from _up_to_date(place, root)
     folder = _below(root, place.units)
     if all((folder / name).is_file() for name in units.UNITS):
@@ -173,24 +173,24 @@ def everything(place: Place, root: Path) -> Iterator[Finding]:
     yield from _listening_without_keys(place, root)
 
 
-def _up_to_date(place: Place, root: Path) -> Iterator[Finding]:
+def _up_to_date(place: Place, root: Path) -> Iterator[Checked]:
     again = "llambo systemd install" + (" --user" if place.user else "")
     for file in units.to_write(place):
         path = _below(root, file.path)
         if file.example:
             continue
         if not path.is_file():
-            yield Finding(False, str(path), f"is missing: {again}")
+            yield Checked(False, str(path), f"is missing: {again}")
         elif path.read_text(encoding="utf-8") != file.text:
-            yield Finding(False, str(path), f"is not what this version writes here: {again}")
+            yield Checked(False, str(path), f"is not what this version writes here: {again}")
         else:
-            yield Finding(True, str(path))
+            yield Checked(True, str(path))
 
 
 # What systemd itself finds.
 
 
-def _verified(place: Place, folder: Path) -> Iterator[Finding]:
+def _verified(place: Place, folder: Path) -> Iterator[Checked]:
     names = [name.replace("@.", "@check.") for name in units.UNITS]
     with tempfile.TemporaryDirectory() as runtime:
         output = _analyze(
@@ -199,23 +199,23 @@ def _verified(place: Place, folder: Path) -> Iterator[Finding]:
             {"SYSTEMD_UNIT_PATH": f"{folder}:", "XDG_RUNTIME_DIR": os.environ.get("XDG_RUNTIME_DIR", runtime)},
         )
     if output is None:
-        yield Finding(False, "systemd-analyze verify", "there is no systemd-analyze here, so nothing was verified")
+        yield Checked(False, "systemd-analyze verify", "there is no systemd-analyze here, so nothing was verified")
         return
     ours = [line for line in output.splitlines() if "llambo" in line]
-    yield from (Finding(False, "systemd-analyze verify", line) for line in ours)
+    yield from (Checked(False, "systemd-analyze verify", line) for line in ours)
     if not ours:
-        yield Finding(True, "systemd-analyze verify")
+        yield Checked(True, "systemd-analyze verify")
 
 
-def _exposed(folder: Path) -> Iterator[Finding]:
+def _exposed(folder: Path) -> Iterator[Checked]:
     for name in units.SERVICES:
         output = _analyze(["security", "--offline=true", "--no-pager", str(folder / name)], {})
         found = _EXPOSURE.search(output or "")
         if found is None:
-            yield Finding(False, f"systemd-analyze security {name}", "its output names no exposure level")
+            yield Checked(False, f"systemd-analyze security {name}", "its output names no exposure level")
         else:
             text = f"exposure {found[1]}, at most {EXPOSURE} is wanted"
-            yield Finding(float(found[1]) <= EXPOSURE, f"systemd-analyze security {name}", text)
+            yield Checked(float(found[1]) <= EXPOSURE, f"systemd-analyze security {name}", text)
 
 
 def _analyze(arguments: list[str], environ: dict[str, str]) -> str | None:
@@ -232,7 +232,7 @@ def _analyze(arguments: list[str], environ: dict[str, str]) -> str | None:
 # What llambo finds in settings and keys.
 
 
-def _settings(place: Place, folder: Path) -> Iterator[Finding]:
+def _settings(place: Place, folder: Path) -> Iterator[Checked]:
     from llambo.mesh.security import keys
     from llambo.mesh.settings import settings
 
@@ -240,17 +240,17 @@ def _settings(place: Place, folder: Path) -> Iterator[Finding]:
     for path in [toml, *sorted(folder.glob("*.env"))]:
         if path.is_file():
             problems = [*_problems(path, toml, place)]
-            yield from (Finding(False, str(path), problem) for problem in problems)
+            yield from (Checked(False, str(path), problem) for problem in problems)
             if not problems:
-                yield Finding(True, str(path))
+                yield Checked(True, str(path))
     for path in sorted(folder.glob("worker*.key")):
         try:
             key = keys.read(path)
         except LlamboError as error:
-            yield Finding(False, str(path), error.text)
+            yield Checked(False, str(path), error.text)
         else:
             good = key.role == "worker"
-            yield Finding(good, str(path), f"the key of {key.name}" + ("" if good else f", which is a {key.role}"))
+            yield Checked(good, str(path), f"the key of {key.name}" + ("" if good else f", which is a {key.role}"))
 
 
 def _problems(path: Path, toml: Path, place: Place) -> Iterator[str]:
@@ -280,7 +280,7 @@ def _problems(path: Path, toml: Path, place: Place) -> Iterator[str]:
         )
 
 
-def _listening_without_keys(place: Place, root: Path) -> Iterator[Finding]:
+def _listening_without_keys(place: Place, root: Path) -> Iterator[Checked]:
     """A broker without keys refuses to listen on an address that other machines reach."""
     from llambo.mesh.link.sockets import is_loopback, split
     from llambo.mesh.security.keyring import Folder
@@ -296,12 +296,12 @@ def _listening_without_keys(place: Place, root: Path) -> Iterator[Finding]:
     key_folder = loaded.text("keys")
     if key_folder:
         found = Folder(_below(root, str(Path(key_folder).expanduser()))).exists
-        yield Finding(found, key_folder, "" if found else f"there are no keys: llambo keys init --keys {key_folder}")
+        yield Checked(found, key_folder, "" if found else f"there are no keys: llambo keys init --keys {key_folder}")
     elif others := sorted({host for host in hosts if not is_loopback(host)}):
         text = (
             f"without keys it will not listen at {', '.join(others)}: LLAMBO_KEYS={place.settings}/keys in broker.env"
         )
-        yield Finding(False, "llambo-broker.socket", text)
+        yield Checked(False, "llambo-broker.socket", text)
 
 
 def _listen_streams(folder: Path) -> list[str]:

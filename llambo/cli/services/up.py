@@ -24,28 +24,28 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure
-from llambo.cli.kit.flags import config_option, settings_options, verbosity
+from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
-from llambo.cli.services.worker import FAKE_HEADING, FAKE_SETTINGS, engine_and_model, worker_config
+from llambo.cli.services.worker import engine_and_model, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
 from llambo.mesh.service.host import exit_text, ready_line
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
 from llambo.mesh.wire.timers import backoff_ms
 
 EXAMPLES = """
-llambo up                                     a broker and two workers
-llambo up --workers 1 --model ~/models/x.gguf
-llambo up --workers 3 --engine fake
-llambo up --port 0                            on any free ports
-llambo up --engine fake --fake-tokens-per-s 40  slow enough to watch
+llambo up                                with SmolLM2, if it is installed
+llambo up --model ~/models/x.gguf
+llambo up --workers 3 --engine fake      without a model: words are made up
+llambo up --port 0                       on any free ports
 """
 
-BROKER_SETTINGS = ("bind", "port", "keys", "metrics")
-NO_HTTP = "no HTTP: pip install 'llambo[gateway]' brings it"
-WORKER_SETTINGS = ("engine", "model", "slots", "ctx", "threads")
+BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
+FAKE = "the engine is the fake one: no model runs, and its words are made up"
+WORKER_SETTINGS = ("model", "engine", "node_class", "slots", "ctx", "threads", "gpu_layers")
 #: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
 #: failures starts over.
 PAUSE_MS = (500, 8_000)
@@ -59,11 +59,12 @@ CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
 
 @click.command(cls=Command, examples=EXAMPLES)
 @click.option(
-    "--workers", type=click.IntRange(1, 64), metavar="NUMBER", default=2, show_default=True, help="How many workers."
-)
+    "--workers", type=click.IntRange(1, 64), metavar="NUMBER", default=1, show_default=True,
+    help="How many workers. Each has the model in memory.",
+)  # fmt: skip
 @settings_options([*WORKER_SETTINGS, *BROKER_SETTINGS, "http_port"])
 @click.option("--no-http", is_flag=True, help="Without the gateway.")
-@settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
+@fake_options
 @config_option()
 @verbosity("Log to stderr; twice for more.")
 @pass_common
@@ -73,7 +74,7 @@ def up(common: Common, workers: int, no_http: bool) -> None:
     A process that dies is restarted. Ctrl-C gives the workers a moment to finish; a second one kills everything.
     """
     # A wrong setting is reported here once, and not by each child.
-    worker_config(common.settings)
+    worker_config(common.settings, "llambo up")
     click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
 
 
@@ -90,6 +91,8 @@ class MeshCommands:
     gateway: list[str] | None = None
     #: Why there is no gateway, if the user did not ask for that.
     gateway_note: str = ""
+    #: The workers have the fake engine.
+    fake: bool = False
 
 
 def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands:
@@ -103,7 +106,8 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
     worker_flags = {
         name: value for name, value in flags.items() if BY_NAME[name] in of_roles("worker") and name != "broker"
     }  # fmt: skip
-    if not settings.number("threads") and engine_and_model(settings)[0] == "llama":
+    engine, _ = engine_and_model(settings)
+    if not settings.number("threads") and engine == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
         worker_flags["threads"] = max(1, physical_cores() // workers)
     gateway, note = _gateway(common, shared) if http else (None, "")
@@ -118,6 +122,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
                  for name in (f"{WORKERS}-{number}" for number in range(1, workers + 1))],
         gateway=gateway,
         gateway_note=note,
+        fake=engine == "fake",
     )  # fmt: skip
 
 
@@ -126,7 +131,7 @@ def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
     from importlib.util import find_spec
 
     if find_spec("litestar") is None or find_spec("uvicorn") is None:
-        return None, NO_HTTP
+        return None, f"no HTTP and no dashboard: {install_command('llambo[gateway]')} brings both"
     # A user who lets the broker take any port probably has another mesh running, whose gateway has the usual port.
     port = 0 if common.settings.number("port") == 0 and "http_port" not in common.flags else None
     default = {} if port is None else {"http_port": port}
@@ -296,9 +301,7 @@ class LocalMesh:
         )
         if url is None or None in names:
             return
-        show_first_commands(address, len(self._workers), url)
-        if self._commands.gateway_note:
-            report(self._commands.gateway_note)
+        show_first_commands(address, self._commands, url)
         await asyncio.wait(self._supervising)
 
     async def _start_worker(self, worker: Child) -> str | None:
@@ -326,7 +329,7 @@ class LocalMesh:
         if child.started.done():
             return child.started.result()
         code = supervising.result()
-        hint = "the reason is in its last lines above"
+        hint = "the reason is in its last lines above; `llambo doctor` looks for more"
         if child is self._gateway:
             hint += "; --http-port 0 takes any free port, --no-http does without it"
         self.failure = Failure(f"{child.name} {exit_text(code)} before it was ready", hint, max(code, Exit.ERROR))
@@ -349,7 +352,8 @@ class LocalMesh:
         return [*([self._gateway] if self._gateway else []), *self._workers, self._broker]
 
 
-def show_first_commands(address: str, workers: int, url: str) -> None:
+def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
+    workers = len(made.workers)
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
     report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
     for words in ('send "What is AI?"', "status", "workers"):
@@ -357,6 +361,10 @@ def show_first_commands(address: str, workers: int, url: str) -> None:
     if url:
         print_notice(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
         report(f"the dashboard is at {url}/")
+    if made.gateway_note:
+        report(made.gateway_note)
+    if made.fake:
+        report(FAKE)
     report("Ctrl-C stops everything")
 
 

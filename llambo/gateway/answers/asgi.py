@@ -30,6 +30,8 @@ HOLD_S = 1.0
 QUIET_S = 15.0
 #: The key of the ASGI scope for the code of the error that a request was answered with.
 CODE_KEY = "llambo.code"
+#: Of an answer that no model made.
+FAKE_HEADER = (b"x-llambo-engine", b"fake")
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -118,7 +120,8 @@ class Streaming(_Reader):
                     await self._wait()
 
     async def _stream(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        headers = [*_STREAM_HEADERS, *([FAKE_HEADER] if self._feed.fake else [])]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         rendering = self._rendering
         while True:
             # Cleared before looking: what comes while we send wakes us again.
@@ -159,7 +162,9 @@ class Whole(_Reader):
         if self._feed.error is not None:
             await reply_error(send, self._feed.error, scope)
         else:
-            await reply(send, 200, encode(self._rendering.body()))
+            name, value = FAKE_HEADER
+            headers = {name.decode(): value.decode()} if self._feed.fake else None
+            await reply(send, 200, encode(self._rendering.body()), headers)
 
     def _leave(self, scope: Scope) -> None:
         self._feeds.drop(self._feed, "the client closed its connection")

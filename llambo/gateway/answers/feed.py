@@ -153,6 +153,11 @@ class Feed:
         return None if None in places else max([place for place in places if place is not None], default=0)
 
     @property
+    def fake(self) -> bool:
+        """A fake engine makes it up. Known when it has begun."""
+        return any(stream.fake for stream in self._streams)
+
+    @property
     def begun(self) -> bool:
         return bool(self.tokens.pieces) or self.over
 

@@ -148,7 +148,9 @@ def usage(answers: list[Answer], prompts: int = 1) -> JsonObject:
 
 def llambo_fields(answers: list[Answer]) -> JsonObject:
     """What the mesh adds: which workers made the answers, how often they moved, and how long each phase took."""
+    fake = {"fake": True} if any(answer.fake for answer in answers) else {}
     return {
+        **fake,
         "requests": [answer.id for answer in answers],
         "workers": [answer.worker for answer in answers],
         "moves": sum(answer.moves for answer in answers),

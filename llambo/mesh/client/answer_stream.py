@@ -31,12 +31,13 @@ TOP_TOKEN_BYTES = 64
 class Piece:
     """Tokens that arrived together."""
 
-    #: It never ends within a character: the rest comes with the next piece.
+    #: Their text. It never ends within a character: the rest comes with the next piece.
     text: str
+    #: Their ids in the vocabulary of the model.
     ids: list[int]
     #: The index of the first of them in the answer.
     index: int
-    #: The log-probability of each of them, if requested.
+    #: With the option `logprobs`: the log-probability of each of them.
     logprobs: list[Logprob | None] = field(default_factory=list)
     #: The bytes of each token: a token may have none, and the last bytes may be part of the `text` of the next piece.
     pieces: list[bytes] = field(default_factory=list)
@@ -48,10 +49,12 @@ class Answer:
 
     #: All of it. With tools the calls are part of it, as the model wrote them.
     text: str
+    #: The ids of its tokens.
     ids: list[int]
     #: Why it ended: "stop" (the model ended it, or a stop string did), "length" (`max_tokens`, or the context is full),
     #: "cancelled" or "deadline". For "error" the client raises the error instead.
     reason: m.Reason
+    #: Tokens of the prompt, those of them that a cache had, and the time for the prompt and for the answer.
     usage: m.Usage
     #: The worker that finished it.
     worker: str
@@ -61,14 +64,17 @@ class Answer:
     id: str
     #: How long it waited for a worker.
     queued_ms: int
-    #: If requested, the log-probability of each token, and then its bytes as well.
+    #: With the option `logprobs`: the log-probability of each token.
     logprobs: list[Logprob | None] = field(default_factory=list)
+    #: With the option `logprobs`: the bytes of each token.
     pieces: list[bytes] = field(default_factory=list)
     #: With the reason "stop": the stop string that ended it, if one did.
     stop: str = ""
     #: The calls in it, if the request had tools. The arguments are JSON; if `reason` is not "stop", those of the last
     #: call may be cut off.
     tool_calls: list[ToolCall] = field(default_factory=list)
+    #: A fake engine made its words up. False as well if the broker did not report which model it was.
+    fake: bool = False
 
     @property
     def message(self) -> dict[str, Any]:
@@ -106,6 +112,8 @@ class _Transcript:
 
     def __init__(self, tools: bool) -> None:
         self._tools = tools
+        #: Its words are made up.
+        self.fake = False
         self.ids: list[int] = []
         self.logprobs: list[Logprob | None] = []
         self.pieces: list[bytes] = []
@@ -133,15 +141,15 @@ class _Transcript:
         return Answer(
             text=text, ids=self.ids, reason=end.reason, usage=end.usage, worker=end.worker, moves=end.moves, id=id,
             queued_ms=end.queued_ms, logprobs=self.logprobs, pieces=self.pieces, stop=end.stop,
-            tool_calls=split_calls(text, id)[1] if self._tools else [],
+            tool_calls=split_calls(text, id)[1] if self._tools else [], fake=self.fake,
         )  # fmt: skip
 
 
 class Stream:
     """An answer as it arrives. Iterate it; leaving the loop early cancels the request.
 
-    If it is not iterated to its end, close it with `async with` or `aclose`. Closing the stream of a request of another
-    client (`attach`) stops following it, and does not cancel it.
+    If it is not iterated to its end, close it with `async with` or `aclose`. Closing a stream of `attach` stops
+    following the request, and does not cancel it.
     """
 
     def __init__(self, id: bytes, handle: Callable[[e.Event], None], *, mine: bool, tools: bool = False) -> None:
@@ -153,7 +161,7 @@ class Stream:
         self.model: str = ""
         #: The whole answer, once its end has been read.
         self.answer: Answer | None = None
-        #: Called when `ahead` has changed. Must not block.
+        #: A function of yours, called when `ahead` has changed. It must not block.
         self.on_place: Callable[[], None] | None = None
         self._key = id
         self._handle = handle
@@ -176,7 +184,10 @@ class Stream:
             await self.aclose()
 
     async def next_piece(self) -> Piece | None:
-        """What has arrived since the last call; waits if that is nothing. None after the end."""
+        """What has arrived since the last call; waits if that is nothing. None after the end, then `answer` is there.
+
+        Raises the error that ended the request, after the last piece.
+        """
         while not self._buffer.pieces:
             if self.answer is not None or self._closed:
                 return None
@@ -189,11 +200,12 @@ class Stream:
         return self._take()
 
     async def result(self) -> Answer:
-        """Read to the end, and return the whole answer."""
+        """Read to the end, and return the whole answer, also what was read before."""
         while await self.next_piece() is not None:
             pass
         if self.answer is None:
-            raise asyncio.CancelledError(f"stream {self.id} was closed")
+            hint = "read a stream before its `with` block or its loop ends"
+            raise LlamboError(Code.CANCELLED, f"the stream of request {self.id} was closed before its end", hint=hint)
         return self.answer
 
     async def cancel(self) -> None:
@@ -217,11 +229,16 @@ class Stream:
     # --- what the client delivers ----------------------------------------------------------------------------------
 
     @property
+    def fake(self) -> bool:
+        """A fake engine makes its words up. Known at the latest when the first piece arrives."""
+        return self._read.fake
+
+    @property
     def over(self) -> bool:
-        """Nothing more will arrive. There may still be something to read."""
+        """True if nothing more will arrive. There may still be something to read."""
         return self._end is not None or self._error is not None
 
-    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
+    def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         if self._closed:
             return
         self._buffer.add(ids, pieces, logprobs)
@@ -230,16 +247,16 @@ class Stream:
             self._handle(e.ReaderBehind(self._key))
         self._wake()
 
-    def place(self, ahead: int, model: str) -> None:
-        self.ahead, self.model = ahead, model or self.model
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
+        self.ahead, self.model, self._read.fake = ahead, model or self.model, fake
         if self.on_place is not None:
             self.on_place()
 
-    def end(self, end: m.End) -> None:
+    def _set_end(self, end: m.End) -> None:
         self._end = end
         self._wake()
 
-    def fail(self, error: LlamboError) -> None:
+    def _set_error(self, error: LlamboError) -> None:
         self._error = error
         self._wake()
 
@@ -273,16 +290,19 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """Token ids, and the text of each as bytes, because a character may be split across tokens."""
+    """The tokens of a text."""
 
+    #: Their ids.
     ids: list[int]
+    #: The text of each, as bytes, because a character may be split across tokens.
     pieces: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """One vector for each text, in the same order."""
+    """Vectors of texts."""
 
+    #: One for each text, in the same order.
     vectors: list[list[float]]
     #: The number of tokens of each text.
     tokens: list[int]
@@ -297,21 +317,21 @@ class Collector:
         self.result: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._pieces: list[bytes] = []
 
-    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
+    def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         self._pieces += pieces
 
-    def place(self, ahead: int, model: str) -> None:
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
         """Its place in the queue is not shown."""
 
-    def end(self, end: m.End) -> None:
+    def _set_end(self, end: m.End) -> None:
         if end.reason == "stop":
             self._settle(lambda: self.result.set_result(b"".join(self._pieces)))
         elif end.error is not None:
-            self.fail(LlamboError.of(end.error))
+            self._set_error(LlamboError.of(end.error))
         else:
-            self.fail(LlamboError(Code.CANCELLED, f"request {end.id.hex()} was cancelled"))
+            self._set_error(LlamboError(Code.CANCELLED, f"request {end.id.hex()} was cancelled"))
 
-    def fail(self, error: LlamboError) -> None:
+    def _set_error(self, error: LlamboError) -> None:
         self._settle(lambda: self.result.set_exception(error))
 
     def _settle(self, settle: Callable[[], None]) -> None:
@@ -336,10 +356,10 @@ SUBMITTED, SUBMITTED_BYTES = 1_000, 16 * 2**20
 class RequestReader(Protocol):
     """The receiver of what arrives for a request: a stream, or the collector of a result."""
 
-    def deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
-    def place(self, ahead: int, model: str) -> None: ...
-    def end(self, end: m.End) -> None: ...
-    def fail(self, error: LlamboError) -> None: ...
+    def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
+    def _set_place(self, ahead: int, model: str, *, fake: bool) -> None: ...
+    def _set_end(self, end: m.End) -> None: ...
+    def _set_error(self, error: LlamboError) -> None: ...
 
 
 class Waiters:
@@ -369,14 +389,14 @@ class Waiters:
         match delivery:
             case e.DeliverTokens(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
-                    stream.deliver(ids, pieces, logprobs)
-            case e.ReportPlace(id, ahead, model):
+                    stream._deliver(ids, pieces, logprobs)
+            case e.ReportPlace(id, ahead, model, fake):
                 if (stream := self.streams.get(id)) is not None:
-                    stream.place(ahead, model)
+                    stream._set_place(ahead, model, fake=fake)
                 resolve(self.submits.get(id), None)
             case e.ReportEnd(id, end):
                 if (stream := self.streams.pop(id, None)) is not None:
-                    stream.end(end)
+                    stream._set_end(end)
                 resolve(self.submits.get(id), None)
                 resolve(self.cancels.pop(id, None), end)
             case e.ReportFailure(key, info):
@@ -389,7 +409,7 @@ class Waiters:
             reject(self.questions.get(key), error)
             return
         if (stream := self.streams.pop(key, None)) is not None:
-            stream.fail(error)
+            stream._set_error(error)
         reject(self.submits.get(key), error)
         reject(self.cancels.pop(key, None), error)
 

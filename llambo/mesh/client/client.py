@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 import msgspec
 import zmq
@@ -42,6 +42,9 @@ from llambo.mesh.client.client_core import ClientCore
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.client_shell import ClientShell
 from llambo.mesh.client.request_options import (
+    CLIENT_DEFAULTS,
+    ClientSettings,
+    Context,
     Messages,
     Options,
     TaskCall,
@@ -58,57 +61,36 @@ from llambo.mesh.security import keys
 from llambo.mesh.wire import limits, reports, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
-from llambo.mesh.wire.identity import PeerKey
 
 T = TypeVar("T")
 #: The hint if a broker does not know the hello of a client.
 WORKER_PORT = "this is a broker's port for workers; clients use its first port, which it prints when it starts"
+#: The hint if a client is used before it is connected, or after it was closed.
+NOT_CONNECTED = "use a client in its `with` block, or call connect() first; after close() create another one"
 
 log = logging.getLogger(__name__)
 
 DEFAULT_ADDRESS = f"tcp://127.0.0.1:{sockets.DEFAULT_PORT}"
-
-Context = zmq.Context[zmq.Socket[bytes]]
-
-
-class ClientSettings(TypedDict, total=False):
-    """Settings of a client. Each has a default."""
-
-    #: The name of this client in the log of the broker.
-    name: str
-    #: How long to wait for the first answer of a broker.
-    connect_ms: int
-    #: How long to wait for the answer to a query.
-    query_ms: int
-    #: How long requests wait for a new connection after the broker was lost.
-    lost_ms: int
-    #: Token frames queued while this process is busy; more are dropped, and repaired by replay.
-    token_hwm: int
-    #: A key, its line, or the path of its file. "": no key; None: LLAMBO_KEY, or systemd's credential.
-    key: PeerKey | str | None
-    #: Use this context instead of creating one.
-    context: Context | None
-
-
-_DEFAULTS: ClientSettings = {
-    "name": "",
-    "connect_ms": 5_000,
-    "query_ms": 10_000,
-    "lost_ms": 30_000,
-    "token_hwm": sockets.TOKEN_HWM,
-    "key": None,
-    "context": None,
-}
+ADDRESS_ENV = "LLAMBO_BROKER"
 
 
 class Client:
-    """A connection to a mesh. Use it with `async with`, or call `connect` and `close`."""
+    """A connection to a mesh, for asyncio. Use it with `async with`, or call `connect` and `close`.
+
+    Any number of requests may run on it at a time. It belongs to the event loop on which it was connected.
+    """
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
-        """Without an address: the one in the key, or that of a broker on this machine."""
-        self._settings: ClientSettings = {**_DEFAULTS, **settings}
+        """Without an address: `LLAMBO_BROKER`, or the one in the key, or that of a broker on this machine."""
+        unknown = sorted(settings.keys() - ClientSettings.__optional_keys__)
+        if unknown:
+            raise LlamboError(Code.BAD_SETTING, f"a client has no setting {unknown[0]!r}")
+        self._settings: ClientSettings = {**CLIENT_DEFAULTS, **settings}
         self._key = keys.wanted(self._settings["key"], os.environ)
-        self.address = address or (self._key.address if self._key else DEFAULT_ADDRESS)
+        #: The address of the broker, or of several, with commas between them.
+        self.address: str = (
+            address or os.environ.get(ADDRESS_ENV) or (self._key.address if self._key else DEFAULT_ADDRESS)
+        )
         sockets.split_all(self.address)
         name = self._settings["name"][: limits.NAME_CHARS]
         hello = m.ClientHello(name=name, incarnation=secrets.token_bytes(8))
@@ -118,14 +100,14 @@ class Client:
         self._welcomed: asyncio.Future[None] | None = None
         self._waiters = Waiters(self._error)
         self._numbers = count(1)
-        #: Called with the cause when the broker is lost, and with "" when a broker answers again.
+        #: A function of yours, called with the cause when the broker is lost, and with "" when one answers again.
         self.on_link: Callable[[str], None] | None = None
         self._lost = ""
 
     # --- connecting --------------------------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Returns when a broker has sent its welcome."""
+        """Connect to a broker. A client connects once; what is lost later is connected again without a call."""
         if self._welcomed is not None:
             raise LlamboError(Code.BAD_REQUEST, "a client connects only once; create another one")
         loop = asyncio.get_running_loop()
@@ -159,7 +141,7 @@ class Client:
             return
         shell.handle(e.LeaveAsked("the client was closed"))
         shell.close()
-        self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed"))
+        self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed", hint=NOT_CONNECTED))
         if self._context is not None and self._settings["context"] is None:
             # It waits until the last messages are sent, for LINGER_MS at most.
             await asyncio.get_running_loop().run_in_executor(None, self._context.term)
@@ -223,7 +205,8 @@ class Client:
     async def attach(self, id: str, *, tools: bool = False) -> Stream:
         """Follow a request that was submitted earlier, also by another client, from its first token.
 
-        A unique prefix of the id is enough. `tools`: it was submitted with tools, so its answer may have calls.
+        The first digits of the id are enough, at least four. `tools`: it was submitted with tools, so that its answer
+        may have calls.
         """
         key = await self._find(id)
         if key in self._waiters.streams:
@@ -233,7 +216,10 @@ class Client:
         return stream
 
     async def cancel(self, id: str) -> str:
-        """Stop a request of any client. Returns the reason of its end: `cancelled`, unless it had ended before."""
+        """Stop a request. Returns the reason of its end: `cancelled`, unless it had ended before.
+
+        With keys only an admin can stop those of other names.
+        """
         key = await self._find(id)
         cancels = self._waiters.cancels
         ended = cancels.get(key)
@@ -295,13 +281,19 @@ class Client:
             raise LlamboError(Code.BAD_MESSAGE, f"the result of embed cannot be read: {error}") from error
 
     async def model_info(self, **call: Unpack[TaskCall]) -> dict[str, Any]:
-        """Facts about a model, how it is served, and the sampling of requests that set none."""
+        """Facts about a model, how it is served, and the sampling of requests that set none.
+
+        The names are those of `llambo models NAME --json`.
+        """
         return await self._task("model_info", b"", 1, tasks.TaskOptions(), call, dict[str, Any])
 
     # --- queries and commands ----------------------------------------------------------------------------------
 
     async def query(self, what: str, argument: str = "") -> Any:
-        """The answer of the broker as it was sent, including fields that this version does not know."""
+        """The answer to a query as it was sent, including fields that this version does not know.
+
+        `what` is status, workers, models, requests, events, recent or why; for each there is a method with types.
+        """
         return await self._ask(what, argument, Any)
 
     async def status(self) -> reports.MeshStatus:
@@ -313,10 +305,11 @@ class Client:
         return await self._ask("workers", name, list[reports.WorkerRow])
 
     async def models(self) -> list[reports.ModelRow]:
+        """The models that can be asked for, by name."""
         return await self._ask("models", "", list[reports.ModelRow])
 
     async def requests(self) -> list[reports.RequestRow]:
-        """The requests that wait or run."""
+        """The requests that wait or run; with keys those of the own name, or for an admin all."""
         return await self._ask("requests", "", list[reports.RequestRow])
 
     async def events(self, since: int = 0) -> list[reports.EventRow]:
@@ -332,24 +325,27 @@ class Client:
         return (await self._ask("metrics", "", reports.MetricsPage)).page
 
     async def why(self, id: str) -> reports.RequestStory:
-        """The story of one request. A unique prefix of its id is enough."""
+        """The story of one request. The first digits of its id are enough, at least four."""
         return await self._ask("why", id, reports.RequestStory)
 
     async def drain(self, worker: str, undo: bool = False, *, move: bool = False) -> reports.DrainReply:
-        """Give a worker no new work, or with `undo` work again. `move`: its running requests move to other workers."""
+        """Give a worker no new work, or with `undo` work again. `move`: its running requests move to other workers.
+
+        With keys only an admin can do it.
+        """
         return await self._question(
             lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
         )
 
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
-        """Ask for a lease, which has one holder at a time. The client sets its `query`."""
+        """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`."""
         return await self._question(
             lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
         )
 
     @property
     def counters(self) -> Counters:
-        """Counters of frames, resends and repairs of this client."""
+        """What this client has received, sent again and repaired, since it was created."""
         return self._core.counters
 
     # --- inside: asking ----------------------------------------------------------------------------------------
@@ -412,7 +408,7 @@ class Client:
 
     def _handle(self, event: e.Event) -> None:
         if self._shell is None or self._shell.closed:
-            raise LlamboError(Code.NO_BROKER, "the client is not connected")
+            raise LlamboError(Code.NO_BROKER, "the client is not connected", hint=NOT_CONNECTED)
         self._shell.handle(event)
 
     def _handle_for_stream(self, event: e.Event) -> None:
@@ -461,9 +457,10 @@ class Client:
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
+        address = ",".join(sockets.endpoint(*each) for each in sockets.split_all(self.address))
         if self._core.link.cause is LinkProblem.NO_HANDSHAKE:
-            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {LinkProblem.NO_HANDSHAKE.value}")
-        text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {address}: {LinkProblem.NO_HANDSHAKE.value}")
+        text = f"no broker answers at {address}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 
 

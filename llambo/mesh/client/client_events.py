@@ -142,11 +142,12 @@ class DeliverTokens:
 
 @dataclass(frozen=True, slots=True)
 class ReportPlace:
-    """The request is accepted, for this model; `ahead` others wait before it."""
+    """The request is accepted, for this model; `ahead` others wait before it. `fake`: its words are made up."""
 
     id: bytes
     ahead: int
     model: str
+    fake: bool = False
 
 
 @dataclass(frozen=True, slots=True)

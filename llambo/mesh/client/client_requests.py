@@ -198,15 +198,25 @@ class Request:
 
 @dataclass(slots=True)
 class Counters:
-    """For tests, and for people who look for the cause of a delay."""
+    """What a client has received, sent again and repaired: for tests, and to find the cause of a delay."""
 
+    #: Frames of tokens and heartbeats that have arrived.
     frames: int = 0
+    #: Those of requests that have ended, or of a connection that was lost.
     stray_frames: int = 0
+    #: Those that were left out because the reader of the stream is behind.
     held_frames: int = 0
+    #: Those that could not be read.
     malformed: int = 0
+    #: Messages of a connection that was lost.
     stale_messages: int = 0
+    #: Messages that report an error, or could not be read.
     problems: int = 0
+    #: Requests and cancels that were sent again.
     resends: int = 0
+    #: Requests for missing tokens.
     replays: int = 0
+    #: Answers to them.
     pages: int = 0
+    #: Ends that were acknowledged.
     end_acks: int = 0

@@ -14,6 +14,7 @@ from llambo.mesh.link.link_core import LinkCore
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
+from llambo.mesh.wire.naming import is_fake
 from llambo.mesh.wire.stream import Reassembly
 from llambo.mesh.wire.timers import Timers
 
@@ -211,8 +212,8 @@ class Requests:
         if request is None or request.state is RequestState.WAITING:
             return
         request.place.model = accepted.model or request.place.model
-        request.place.fingerprint = accepted.fingerprint or request.place.fingerprint
-        self._place(request, accepted.ahead)
+        before, request.place.fingerprint = request.place.fingerprint, accepted.fingerprint or request.place.fingerprint
+        self._place(request, accepted.ahead, found=is_fake(request.place.fingerprint) != is_fake(before))
         if request.state is not RequestState.SUBMITTED:
             return
         if not request.reader.follow:
@@ -317,10 +318,12 @@ class Requests:
         self._link.send(m.Cancel(request.id))
         self._timers.set(request.id, now_ms + RESEND_MS[0])
 
-    def _place(self, request: Request, ahead: int) -> None:
-        if ahead != request.place.ahead:
-            request.place.ahead = ahead
-            self._out.append(e.ReportPlace(request.id, ahead, request.place.model))
+    def _place(self, request: Request, ahead: int, *, found: bool = False) -> None:
+        """`found`: it is known now whether the model is a fake one."""
+        place = request.place
+        if ahead != place.ahead or found:
+            place.ahead = ahead
+            self._out.append(e.ReportPlace(request.id, ahead, place.model, is_fake(place.fingerprint)))
 
     def _leave_out(self, request: Request, frame: bytes) -> None:
         self.counters.held_frames += 1

@@ -1,30 +1,67 @@
-"""Prompts, conversations and the options of requests and tasks, and the messages that are built from them.
+"""The settings of a client, prompts, conversations, options of requests and tasks, and the messages they become.
 
 A task (tokenize, detokenize, embed, model_info) is a request like any other, see `wire/tasks.py`.
 """
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import msgspec
+import zmq
 
+from llambo.mesh.link import sockets
 from llambo.mesh.wire import conversation, limits, tasks
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.conversation import BadConversation, EncodedChat, ToolChoice
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.identity import PeerKey
 
 _encode = msgspec.msgpack.Encoder().encode
 _checked = msgspec.msgpack.Decoder(m.InferenceRequest).decode
 _checked_sampling = msgspec.msgpack.Decoder(m.Sampling).decode
 #: Options of a request that are fields of its `sampling`.
-_SAMPLING_OPTIONS = ("temperature", "stop", "form", "system", "tool_choice")
+SAMPLING_OPTIONS = ("temperature", "stop", "form", "system", "tool_choice")
 _MODES = ("auto", "required", "none")
 _ROLES = ", ".join(conversation.ROLES)
 _TOOL_OPTIONS = ("tool_choice", "tool_names", "parallel_tool_calls")
 _EXAMPLE = '[{"role": "user", "content": "Hello"}]'
+
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+class ClientSettings(TypedDict, total=False):
+    """Settings of a client. Each has a default."""
+
+    #: The name of this client in the log of the broker.
+    name: str
+    #: How long `connect` waits for the first answer of a broker.
+    connect_ms: int
+    #: How long to wait for the answer to a query (`status`, `workers`, ..., also `cancel`).
+    query_ms: int
+    #: How long requests wait for a new connection after the broker was lost; then they fail. 0: no limit.
+    lost_ms: int
+    #: Token frames queued while this process is busy; more are dropped, and fetched again.
+    token_hwm: int
+    #: The path of a key's file, or the line in it. "": no key; None: `LLAMBO_KEY`, or the credential of systemd.
+    key: PeerKey | str | None
+    #: A pyzmq context to use instead of one of its own. It is not closed.
+    context: Context | None
+
+
+CLIENT_DEFAULTS: ClientSettings = {
+    "name": "",
+    "connect_ms": 5_000,
+    "query_ms": 10_000,
+    "lost_ms": 30_000,
+    "token_hwm": sockets.TOKEN_HWM,
+    "key": None,
+    "context": None,
+}
+
 
 #: The messages of a conversation, the oldest first, as in OpenAI's chat API: {"role": "user", "content": "Hello"}.
 Messages = Sequence[Mapping[str, Any]]
@@ -55,13 +92,13 @@ class Options(TypedDict, total=False):
     tool_choice: str | None
     #: Return the log-probability of each token, and of so many of the likeliest tokens with it: 0 to 20.
     logprobs: int | None
-    #: Other fields of `llambo.mesh.wire.messages.Sampling`: top_k, min_p, grammar, ...
+    #: Other options of the sampler: `top_k`, `min_p`, `grammar`, `json_schema`, ...
     sampling: dict[str, Any] | None
     #: The class in the queue: "interactive", "normal" (the default) or "batch".
     priority: m.Priority | None
     #: The request ends after this time, with the tokens it has by then. 0: no limit.
     deadline_ms: int | None
-    #: False: all tokens arrive together, at the end.
+    #: False: all tokens arrive together, at the end. That is the default of `generate` and `chat`.
     stream: bool | None
 
 
@@ -81,12 +118,11 @@ def build_request(
 ) -> tuple[m.InferenceRequest, bytes]:
     """The request and its prompt. They are checked here, so that a mistake raises an error at once."""
     given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(given.keys() - Options.__optional_keys__)
-    if unknown:
-        raise LlamboError(Code.BAD_REQUEST, f"there is no option {unknown[0]!r}")
+    for name in sorted(given.keys() - Options.__optional_keys__):
+        raise LlamboError(Code.BAD_REQUEST, f"there is no option {name!r}", hint=_hint_for(name, given[name]))
     tools = given.pop("tools", ())
     sampling: dict[str, Any] = {**_known_sampling(given.pop("sampling", {}))}
-    sampling |= {name: given.pop(name) for name in _SAMPLING_OPTIONS if name in given}
+    sampling |= {name: given.pop(name) for name in SAMPLING_OPTIONS if name in given}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
     if not isinstance(prompt, str):
@@ -116,9 +152,16 @@ def refuse_text(messages: object) -> None:
         raise LlamboError(Code.BAD_REQUEST, "chat takes a list of messages, not a text", hint="use generate for a text")
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, bytes | str)
+
+
 def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> EncodedChat:
     """The conversation as the prompt of a request. `sampling` may have options for tools."""
     options = sampling or {}
+    if not _is_list(messages):
+        text = f"a prompt is a text or a list of messages, not {type(messages).__name__}"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=f"messages are like {_EXAMPLE}")
     for name, hint in (("form", "leave it out"), ("system", "begin the list with a message of the role system")):
         if name in options:
             raise LlamboError(Code.BAD_REQUEST, f"{name} cannot be combined with a list of messages", hint=hint)
@@ -148,6 +191,14 @@ def checked_request(fields: dict[str, Any]) -> m.InferenceRequest:
 
 def _invalid(error: Exception) -> LlamboError:
     return LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}")
+
+
+def _hint_for(name: str, value: object) -> str:
+    """What is probably meant by an option that is not known. Empty: nothing similar is known."""
+    if name in m.Sampling.__struct_fields__:
+        return f"options of the sampler are passed as sampling={{{name!r}: {value!r}}}"
+    close = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _known_sampling(sampling: Any) -> dict[str, Any]:

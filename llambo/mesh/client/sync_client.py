@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream
-from llambo.mesh.client.client import Client, ClientSettings
+from llambo.mesh.client.client import NOT_CONNECTED, Client, ClientSettings
 from llambo.mesh.client.client_requests import Counters
 from llambo.mesh.client.request_options import Messages, Options
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 
 
 class SyncStream:
-    """An answer as it arrives. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
+    """A `Stream` without asyncio. Iterate it; leaving the loop early, also by Ctrl-C, cancels the request."""
 
     def __init__(self, stream: Stream, client: SyncClient) -> None:
         self._stream = stream
@@ -41,6 +41,10 @@ class SyncStream:
     def answer(self) -> Answer | None:
         return self._stream.answer
 
+    @property
+    def over(self) -> bool:
+        return self._stream.over
+
     def __iter__(self) -> Iterator[Piece]:
         try:
             while (piece := self.next_piece()) is not None:
@@ -58,6 +62,7 @@ class SyncStream:
         self._client.run(self._stream.cancel())
 
     def close(self) -> None:
+        """Stop reading, as `Stream.aclose`."""
         if self._client.connected:
             self._client.run(self._stream.aclose())
 
@@ -81,7 +86,10 @@ def _blocking(
 
 
 class SyncClient:
-    """A connection to a mesh. Use it with `with`, or call `connect` and `close`. Threads may share it."""
+    """A connection to a mesh, without asyncio. Use it with `with`, or call `connect` and `close`. Threads may share it.
+
+    It works in a notebook, or beside a running event loop, too: its own loop is on a thread of its own.
+    """
 
     def __init__(self, address: str = "", **settings: Unpack[ClientSettings]) -> None:
         self._client = Client(address, **settings)
@@ -94,7 +102,17 @@ class SyncClient:
 
     @property
     def connected(self) -> bool:
+        """True between `connect` and `close`, also while the broker is lost."""
         return self._loop is not None
+
+    @property
+    def on_link(self) -> Callable[[str], None] | None:
+        """As in `Client`. It is called on the thread of the client, and must not call the client."""
+        return self._client.on_link
+
+    @on_link.setter
+    def on_link(self, call: Callable[[str], None] | None) -> None:
+        self._client.on_link = call
 
     @property
     def counters(self) -> Counters:
@@ -103,7 +121,9 @@ class SyncClient:
     # --- connecting --------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
-        """Returns when a broker has sent its welcome."""
+        """Connect to a broker. A client connects once; what is lost later is connected again without a call."""
+        if self._loop is not None:
+            raise LlamboError(Code.BAD_REQUEST, "a client connects only once; create another one")
         self._loop = asyncio.new_event_loop()
         # A daemon, so that a program that does not call `close` can end.
         self._thread = threading.Thread(target=self._loop.run_forever, name="llambo-client", daemon=True)
@@ -142,10 +162,10 @@ class SyncClient:
         self.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it on the loop of the client. A Ctrl-C meanwhile cancels it there as well."""
+        """Run a coroutine on the loop of the client. A Ctrl-C meanwhile cancels it there as well."""
         if self._loop is None:
             work.close()
-            raise LlamboError(Code.NO_BROKER, "the client is not connected")
+            raise LlamboError(Code.NO_BROKER, "the client is not connected", hint=NOT_CONNECTED)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -155,7 +175,7 @@ class SyncClient:
     # --- requests ----------------------------------------------------------------------------------------------
 
     def stream(self, prompt: str | Messages, **options: Unpack[Options]) -> SyncStream:
-        """Submit a request now, and read its answer as it arrives."""
+        """As `Client.stream`."""
         return SyncStream(self.run(self._stream(prompt, options)), self)
 
     generate = _blocking(Client.generate)
@@ -164,6 +184,7 @@ class SyncClient:
     cancel = _blocking(Client.cancel)
 
     def attach(self, id: str, *, tools: bool = False) -> SyncStream:
+        """As `Client.attach`."""
         return SyncStream(self.run(self._client.attach(id, tools=tools)), self)
 
     async def _stream(self, prompt: str | Messages, options: Options) -> Stream:
@@ -185,6 +206,7 @@ class SyncClient:
     metrics = _blocking(Client.metrics)
     why = _blocking(Client.why)
     drain = _blocking(Client.drain)
+    lease = _blocking(Client.lease)
 
 
 async def _wind_up(loop: asyncio.AbstractEventLoop) -> None:

@@ -59,6 +59,18 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def cpu_quota(root: Path = _ROOT) -> float:
+    """How many cores control groups allow; 0 if they set no limit."""
+    quotas = []
+    for group in _control_groups(root):
+        try:
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        except OSError:  # the top group has no such file
+            continue
+        quotas += [int(quota) / int(period)] if quota != "max" else []
+    return min(quotas, default=0.0)
+
+
 # --- parents and children --------------------------------------------------------------------------------
 
 

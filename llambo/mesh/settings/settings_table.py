@@ -27,6 +27,7 @@ class Kind(Enum):
 
     TEXT = "TEXT"
     NUMBER = "NUMBER"
+    AUTO = "auto|NUMBER"
     REAL = "REAL"
     MS = "MS"
     BYTES = "BYTES"
@@ -101,6 +102,10 @@ def _whole(raw: Any, what: str = "a whole number") -> int:
     raise ValueError(f"expected {what}")
 
 
+def _auto(raw: Any) -> str | int:
+    return "auto" if raw == "auto" else _whole(raw, "auto or a whole number")
+
+
 def _real(raw: Any) -> float:
     try:
         if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) and math.isfinite(float(raw)):
@@ -136,6 +141,7 @@ def _show_bytes(value: int) -> str:
 _PARSERS: dict[Kind, Callable[[Any], Value]] = {
     Kind.TEXT: _text,
     Kind.NUMBER: _whole,
+    Kind.AUTO: _auto,
     Kind.REAL: _real,
     Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
     Kind.BYTES: _bytes,
@@ -240,15 +246,17 @@ _WORKER = (
     row("worker.name", Kind.TEXT, "", "name of this worker; empty: derived from the name of the host"),
     row("worker.slots", Kind.NUMBER, 4, "requests that run at a time", low=1, high=16_384),
     row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
-    row("worker.engine", Kind.TEXT, "auto", "llama, or fake; auto is llama if there is a model",
+    row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",
         choices=("auto", "llama", "fake")),
-    row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; the fake engine takes any name"),
+    row("worker.model", Kind.TEXT, "", "a GGUF file, or smollm2 if it is installed; empty: smollm2"),
     row("worker.ctx", Kind.NUMBER, 0, "tokens of the longest prompt and answer together; 0: the model's, at most 4096, "
         "halved until it fits the memory",
         high=16 * MIB),
     row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0: one for each physical core", high=1_024),
     row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
-    row("worker.gpu_layers", Kind.NUMBER, 0, "layers that a GPU computes; -1: all", low=-1, high=100_000),
+    row("worker.gpu_layers", Kind.AUTO, "auto", "layers that GPUs compute; auto: as many as fit; -1: all; 0: none",
+        low=-1, high=100_000),
+    row("worker.gpu_bytes", Kind.BYTES, 0, "most memory of each GPU to use; 0: what is free, but for a margin"),
     row("worker.kv_type", Kind.TEXT, "f16", "number format of the KV cache",
         choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
     row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),

@@ -22,7 +22,7 @@ class Fault(enum.Enum):
 
 
 class Code(enum.StrEnum):
-    """The error codes on the wire."""
+    """The kinds of errors."""
 
     @classmethod
     def _missing_(cls, value: object) -> Code:
@@ -119,12 +119,21 @@ class LlamboError(Exception):
     """Every error that llambo raises. `code` is its kind, `hint` what to do about it."""
 
     def __init__(self, code: Code, text: str, retry_after_ms: int = 0, *, hint: str = "") -> None:
-        super().__init__(text)
-        self.code = code
-        self.text = text
-        self.retry_after_ms = retry_after_ms
+        super().__init__(code, text, retry_after_ms)
+        #: The kind of error. It is a string as well: "busy".
+        self.code: Code = code
+        #: What happened.
+        self.text: str = text
+        #: When to try again, if the broker knows it; otherwise 0.
+        self.retry_after_ms: int = retry_after_ms
         #: Replaces the hint of the code where more is known. It is not sent.
         self._hint = hint
+        # In a traceback it follows the text.
+        if self.hint not in text:
+            self.add_note(self.hint)
+
+    def __str__(self) -> str:
+        return self.text
 
     @classmethod
     def of(cls, info: ErrorInfo) -> LlamboError:
@@ -136,10 +145,12 @@ class LlamboError(Exception):
 
     @property
     def hint(self) -> str:
+        """What to do about it."""
         return self._hint or self.trait.hint
 
     @property
     def retryable(self) -> bool:
+        """True if the same request may succeed later."""
         return self.trait.retryable
 
     def info(self) -> ErrorInfo:

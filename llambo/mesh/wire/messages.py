@@ -358,15 +358,19 @@ class Lease(Message, frozen=True):
     The answer is a map: `granted`, `by` (the holder), `left_ms`. The broker adds the texts in `events` to its events.
     """
 
+    #: The number of the query; a client sets it.
     query: Number
+    #: The name of the lease.
     name: Name
     #: Random, chosen by the sender: it identifies the sender, also at the next broker.
     holder: Annotated[bytes, Meta(min_length=8, max_length=64)]
+    #: How long it is wanted; 0 returns it.
     ms: Annotated[int, Meta(ge=0, le=limits.LEASE_MS)]
     #: The sender has the lease, as far as it knows: a broker that has just started grants it to no other yet.
     renewal: bool = False
     #: Models whose workers are started on demand: requests for them wait.
     promised: Annotated[list[Name], Meta(max_length=limits.PROMISED_MODELS)] = []
+    #: Texts for the events of the broker.
     events: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=64)] = []
 
 
@@ -386,9 +390,13 @@ class Accepted(Message, frozen=True):
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The cost of a request, in tokens and milliseconds."""
 
+    #: Tokens of the prompt, after the chat template.
     prompt_tokens: Count = 0
+    #: Those of them that did not have to be computed.
     cached_tokens: Count = 0
+    #: The time for the prompt.
     prefill_ms: float = 0.0
+    #: The time for the tokens of the answer.
     decode_ms: float = 0.0
 
 
@@ -445,7 +453,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     defaults, which apply to what a request leaves out. The fake engine knows `stop` only.
     """
 
+    #: 0: always the likeliest token.
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.8
+    #: The answer ends before any of these strings.
     stop: Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=limits.STOP_CHARS)]],
         Meta(max_length=limits.STOP_STRINGS),
@@ -458,23 +468,37 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     system: Annotated[str, Meta(max_length=limits.SYSTEM_CHARS)] = ""
     #: Sample from the k likeliest tokens; 0: from all.
     top_k: Annotated[int, Meta(ge=0, le=2**20)] = 40
+    #: Sample from the likeliest tokens that together have this probability; 1: from all.
     top_p: Share = 0.95
+    #: Leave out tokens that are less likely than this share of the likeliest.
     min_p: Share = 0.05
+    #: Sample from the tokens whose information is near the average; 1: off.
     typical_p: Share = 1.0
+    #: Above 1: tokens of the last `penalty_last_n` are less likely.
     repeat_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    #: Subtracted from the logits of tokens that were there.
     presence_penalty: Penalty = 0.0
+    #: Subtracted for each time that the token was there.
     frequency_penalty: Penalty = 0.0
+    #: How far back the penalties look.
     penalty_last_n: Window = 64
     #: 0: DRY is off.
     dry_multiplier: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    #: How fast the penalty of DRY grows with the length of a repetition.
     dry_base: Annotated[float, Meta(ge=1.0, le=100.0)] = 1.75
+    #: Repetitions that are shorter cost nothing.
     dry_allowed_length: Annotated[int, Meta(ge=1, le=4096)] = 2
+    #: How far back DRY looks.
     dry_penalty_last_n: Window = -1
+    #: How often XTC leaves out the likeliest tokens; 0: never.
     xtc_probability: Share = 0.0
+    #: XTC leaves out tokens that are likelier than this, except the last of them.
     xtc_threshold: Share = 0.1
     #: 2: mirostat version 2. Its state cannot be restored exactly when an answer moves.
     mirostat: Literal[0, 2] = 0
+    #: The surprise that mirostat aims at.
     mirostat_tau: Annotated[float, Meta(ge=0.0, le=100.0)] = 5.0
+    #: How fast mirostat adapts.
     mirostat_eta: Share = 0.1
     #: By token id, a number that is added to its logit.
     logit_bias: Annotated[
@@ -485,8 +509,9 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     ignore_eos: bool = False
     #: True: if the context has no room for `max_tokens` after the prompt, the answer ends where the context is full.
     fit: bool = False
-    #: A grammar in GBNF, or a JSON schema as JSON text: at most one of the two.
+    #: A grammar in GBNF, which the answer follows. Not together with `json_schema`.
     grammar: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
+    #: A JSON schema as JSON text, which the answer satisfies.
     json_schema: Annotated[str, Meta(max_length=limits.GRAMMAR_CHARS)] = ""
     #: With `chat`: whether the model calls tools, in the form of `llambo.mesh.wire.conversation`, with arguments that
     #: their schemas allow. `none`: calls are not enforced; `auto`: it may call; `required`: it must.

@@ -6,9 +6,20 @@ request with the longer name runs on a worker of that class. `@tiny` is any mode
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from llambo.mesh.wire import limits
 
 MARK = "@"
+
+
+#: The first part of the fingerprint of a fake engine, where that of a model has its architecture.
+FAKE = "fake"
+
+
+def is_fake(fingerprint: str) -> bool:
+    """The words of this model are made up: a fake engine serves it, for tests."""
+    return fingerprint.partition("-")[0] == FAKE
 
 
 def in_class(model: str, node_class: str) -> str:
@@ -20,6 +31,11 @@ def in_class(model: str, node_class: str) -> str:
 def plain(name: str) -> str:
     """The name of the model without a class."""
     return name.rpartition(MARK)[0] or name
+
+
+def is_in_class(name: str, names: Container[str]) -> bool:
+    """It is the longer name of a model that is among these by its plain one."""
+    return MARK in name and plain(name) in names
 
 
 def class_of(name: str) -> str:

@@ -16,95 +16,145 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True):
 class AccountRow(_Row, frozen=True, kw_only=True):
     """What one identity has in use on the broker, and its limits. A limit of 0 means that there is none."""
 
+    #: Its name.
     identity: str = ""
+    #: "client", "worker" or "admin".
     role: str = ""
+    #: Requests that are dispatched.
     in_flight: int = 0
+    #: Requests that wait.
     queued: int = 0
+    #: Memory of the broker for its prompts and answers.
     bytes: int = 0
+    #: Since the broker started, as are `ended`, `tokens` and `refused`.
     submitted: int = 0
+    #: Requests that have ended.
     ended: int = 0
+    #: Tokens of its answers.
     tokens: int = 0
+    #: Refused requests.
     refused: int = 0
     #: Refused requests by error code.
     refused_for: dict[str, int] = {}
+    #: The limit of `in_flight`; likewise `max_queued` and `max_bytes`.
     max_in_flight: int = 0
+    #: The limit of `queued`.
     max_queued: int = 0
+    #: The limit of `bytes`.
     max_bytes: int = 0
+    #: Requests that may be submitted in a minute.
     per_minute: int = 0
 
 
 class ModelRow(_Row, frozen=True, kw_only=True):
     """One model: the workers that serve it, those of them that load it, their slots, and the requests in its queue."""
 
+    #: Its name; `NAME@CLASS` is the same on the workers of a class.
     model: str = ""
+    #: Workers that serve it, or are loading it.
     workers: int = 0
+    #: Those of them that are loading it.
     loading: int = 0
+    #: Requests that they can run at a time.
     slots: int = 0
+    #: Requests in its queue.
     waiting: int = 0
+    #: A fake engine serves it: its words are made up.
+    fake: bool = False
 
 
 class MeshStatus(_Row, frozen=True, kw_only=True):
     """The answer to `status`. Clients, requests and counters are those of the broker that answers."""
 
+    #: The name of the broker.
     broker: str = ""
+    #: Workers that are connected.
     workers: int = 0
+    #: Time since the broker started.
     up_ms: int = 0
+    #: Workers that accept requests.
     ready: int = 0
     #: Names of the workers that are much slower than their peers.
     slow: list[str] = []
     #: Percent loaded, by name of the worker.
     loading: dict[str, int] = {}
+    #: Requests that all workers can run at a time.
     slots: int = 0
+    #: Slots taken by requests of this broker.
     busy: int = 0
     #: Slots taken by requests of other brokers.
     busy_elsewhere: int = 0
+    #: Clients that are connected.
     clients: int = 0
+    #: Requests that are dispatched.
     running: int = 0
+    #: Requests that wait.
     waiting: int = 0
+    #: The size of their prompts.
     waiting_bytes: int = 0
+    #: Tokens per second in the last seconds.
     tokens_per_s: float = 0.0
+    #: Requests that ended per second in the last seconds.
     requests_per_s: float = 0.0
+    #: Memory that is reserved for answers, or holds those that are not fetched yet.
     transcript_bytes: int = 0
+    #: Memory of stored results of detached requests.
     detached_bytes: int = 0
     #: Requests that have ended and can still be asked for.
     remembered: int = 0
+    #: How a worker is chosen.
     policy: str = ""
+    #: The models that are served.
     models: list[ModelRow] = []
+    #: With keys: what each identity has in use, for an admin; for others their own.
     identities: list[AccountRow] = []
     #: By name, since the broker started.
     counters: dict[str, int] = {}
 
     @property
     def busy_slots(self) -> int:
+        """Slots that are taken, by requests of any broker."""
         return self.busy + self.busy_elsewhere
 
 
 class WorkerRow(_Row, frozen=True, kw_only=True):
     """One worker."""
 
+    #: Its name.
     worker: str = ""
     #: As `llambo workers --help` lists them.
     state: str = ""
+    #: The class of its node; empty if it has none.
     node_class: str = msgspec.field(default="", name="class")
+    #: The host it runs on.
     host: str = ""
+    #: Its process there.
     pid: int = 0
+    #: The models it serves.
     models: list[str] = []
+    #: Requests that it can run at a time.
     slots: int = 0
+    #: Slots taken by requests of this broker.
     busy: int = 0
     #: Slots taken by requests of other brokers.
     busy_elsewhere: int = 0
+    #: Of all its requests in the last seconds.
     tokens_per_s: float = 0.0
     #: Tokens per second of one request.
     pace: float = 0.0
+    #: Less than 1 if it is slow: then it gets fewer requests.
     weight: float = 0.0
     #: Requests it has completed.
     done: int = 0
+    #: How often its engine was started again.
     engine_restarts: int = 0
     #: Time since its last message.
     heard_ms: int = 0
+    #: Time since it connected.
     up_ms: int = 0
     #: How much of the model its engine has loaded.
     percent: int = 0
+    #: What it says about its engine and model.
     note: str = ""
     #: Why it counts as slow; empty if it does not.
     slow: str = ""
@@ -113,26 +163,38 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
 
     @property
     def busy_slots(self) -> int:
+        """Slots that are taken, by requests of any broker."""
         return self.busy + self.busy_elsewhere
 
 
 class RequestRow(_Row, frozen=True, kw_only=True):
     """One request that waits or runs."""
 
+    #: Its id.
     id: str = ""
+    #: "waiting", "dispatched", "running" or "completing"; for `why` also "ended".
     state: str = ""
+    #: The model.
     model: str = ""
+    #: "generate", or another task.
     task: str = ""
+    #: "interactive", "normal" or "batch".
     priority: str = ""
     #: The worker that has it; empty while it waits.
     worker: str = ""
+    #: Tokens of the answer so far.
     tokens: int = 0
+    #: Tokens at most.
     max_tokens: int = 0
+    #: How often it moved to another worker.
     moves: int = 0
     #: Requests before it in its queue.
     ahead: int = 0
+    #: How long it waited for a worker.
     queued_ms: int = 0
+    #: Time since it was submitted.
     age_ms: int = 0
+    #: It runs on without its client.
     detached: bool = False
 
 
@@ -141,76 +203,115 @@ class StoryStep(_Row, frozen=True, kw_only=True):
 
     #: Time since the request was submitted.
     at_ms: int = 0
+    #: What happened: submitted, dispatched, accepted, ...
     what: str = ""
+    #: More about it, such as the worker.
     detail: str = ""
 
 
 class RequestStory(RequestRow, frozen=True, kw_only=True):
     """The answer to `why`. A request that has ended has the state `ended`, a reason, and fewer of the other fields."""
 
+    #: Why it ended; empty if it has not.
     reason: str = ""
+    #: The error that ended it, if one did.
     error: str = ""
     #: True if the broker still has its tokens.
     kept: bool = False
+    #: What happened to it, in order.
     story: list[StoryStep] = []
 
 
 class EventRow(_Row, frozen=True, kw_only=True):
     """One event of the broker."""
 
+    #: Its number since the broker started.
     number: int = 0
+    #: How long ago it was.
     age_ms: int = 0
+    #: The kind of event.
     kind: str = ""
+    #: What happened.
     text: str = ""
+    #: The worker it is about, if it is about one.
     worker: str = ""
     #: An operator should look at it. An older broker does not say so.
     warning: bool = True
+
+    @property
+    def matters(self) -> bool:
+        """A short pause of the broker does not: its leases allow for it."""
+        return self.warning or self.kind != "stood still"
 
 
 class SampleRow(_Row, frozen=True, kw_only=True):
     """Figures of the mesh at one moment. There is one sample a second."""
 
+    #: Its number since the broker started.
     number: int = 0
+    #: Tokens per second.
     tokens_per_s: float = 0.0
+    #: Requests that are dispatched.
     running: int = 0
+    #: Requests that wait.
     waiting: int = 0
     #: Slots in use, also by requests of other brokers.
     busy: int = 0
+    #: Slots of all workers.
     slots: int = 0
+    #: Workers that accept requests.
     ready: int = 0
+    #: Workers that are connected.
     workers: int = 0
     #: Since the broker started, as is `failed`.
     ended: int = 0
+    #: Requests that ended with an error.
     failed: int = 0
     #: The median time to the first token of the requests that ended since the sample before; 0 if there were none.
     first_ms: int = 0
+    #: How long ago it was taken.
     age_ms: int = 0
 
 
 class EndedRow(_Row, frozen=True, kw_only=True):
     """One request that has ended."""
 
+    #: Its id.
     id: str = ""
+    #: The model.
     model: str = ""
+    #: "generate", or another task.
     task: str = ""
+    #: The worker that finished it.
     worker: str = ""
+    #: Tokens of the answer.
     tokens: int = 0
+    #: Tokens of the prompt.
     prompt_tokens: int = 0
+    #: How often it moved to another worker.
     moves: int = 0
+    #: Why it ended.
     reason: str = ""
+    #: The error that ended it, if one did.
     error: str = ""
+    #: How long it waited for a worker.
     queued_ms: int = 0
     #: To its first token; -1 if it had none.
     first_ms: int = 0
+    #: The time for the tokens of the answer.
     decode_ms: int = 0
+    #: From submit to end.
     total_ms: int = 0
+    #: How long ago it ended.
     age_ms: int = 0
 
 
 class Recent(_Row, frozen=True, kw_only=True):
     """The answer to `recent`: samples, and the requests that ended in their time. The latest is last in both."""
 
+    #: One for each second.
     samples: list[SampleRow] = []
+    #: Requests that ended in that time.
     ended: list[EndedRow] = []
 
 
@@ -227,9 +328,11 @@ class MetricsPage(_Row, frozen=True, kw_only=True):
 
 
 class DrainReply(_Row, frozen=True, kw_only=True):
-    """The answer to `DrainWorker`: the state of the worker."""
+    """The answer to `drain`: the state of the worker."""
 
+    #: Its name.
     worker: str = ""
+    #: It gets no new work.
     draining: bool = False
     #: Its running requests are moved to other workers.
     moving: bool = False
@@ -238,8 +341,11 @@ class DrainReply(_Row, frozen=True, kw_only=True):
 
 
 class LeaseReply(_Row, frozen=True, kw_only=True):
-    """The answer to `Lease`: whether it was granted, and who holds it now."""
+    """The answer to `lease`."""
 
+    #: The lease is the caller's.
     granted: bool = False
+    #: The name of the client that holds it.
     by: str = ""
+    #: How long it is valid.
     left_ms: int = 0

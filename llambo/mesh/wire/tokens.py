@@ -48,17 +48,22 @@ LogNumber = Annotated[float, Meta(ge=LOWEST_LOGPROB, le=0.0)]
 
 
 class TopToken(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """An alternative token."""
+    """A token that was likely at a place of an answer."""
 
+    #: Its id.
     id: Token
+    #: Its bytes.
     piece: Annotated[bytes, Meta(max_length=limits.LOGPROB_PIECE_BYTES)]
+    #: Its log-probability.
     logprob: LogNumber
 
 
 class Logprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The logprob of a token of the answer, and alternative tokens, the likeliest first."""
+    """How likely a token of an answer was."""
 
+    #: The natural logarithm of the probability of the token.
     logprob: LogNumber
+    #: The likeliest tokens at this place, the likeliest first.
     top: Annotated[list[TopToken], Meta(max_length=limits.TOP_LOGPROBS)] = []
 
 

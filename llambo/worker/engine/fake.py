@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
+from llambo.mesh.wire.naming import FAKE
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import fake_model
@@ -68,7 +69,7 @@ class FakeEngine:
     def ready(self) -> Ready:
         # Two fake engines can continue each other's answers only if they would produce the same tokens.
         options = self._options
-        fingerprint = f"fake-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
+        fingerprint = f"{FAKE}-{options.style}-{options.answer_tokens}-{int(options.utf8_split)}"
         return Ready([ModelInfo(self._model, fingerprint, options.context_tokens)], options.slots, "fake engine")
 
     @property

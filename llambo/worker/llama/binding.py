@@ -28,7 +28,7 @@ import sys
 from ctypes import c_bool, c_float, c_int, c_int32, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -37,6 +37,7 @@ from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
     INTERFACES,
     MODEL_DEFAULTS,
+    DeviceProps,
     Interface,
     LlamaBatch,
     ModelParams,
@@ -70,8 +71,19 @@ PATTERNS = (0xAA, 0x55, 0x33, 0xCC)
 EXAMINE_S = 60.0
 
 
+#: Why there is no library to use, for programs: none is installed; the configured file is missing; it needs a shared
+#: library that is missing; it is not one for this machine; its interface is not known; it ended the process that loaded
+#: it; it took too long.
+Cause = Literal["", "not installed", "no file", "needs", "not loaded", "unknown", "ended", "slow"]
+
+
 class LibraryError(Exception):
-    """llama.cpp cannot be used; the text says why, and what to do."""
+    """llama.cpp cannot be used; the text says why, and what to do. `needs`: the shared library that is missing."""
+
+    def __init__(self, cause: Cause, reason: str, advice: str, needs: str = "") -> None:
+        super().__init__(f"{reason}: {advice}")
+        self.cause: Cause = cause
+        self.reason, self.needs = reason, needs
 
 
 # --- Which library. ---
@@ -97,12 +109,13 @@ def find(configured: str = "") -> LibraryFile:
     here = installed()
     if not configured:
         if not here:
-            raise LibraryError(f"llama.cpp is not installed: {INSTALL}")
+            raise LibraryError("not installed", "llama.cpp is not installed", INSTALL)
         return here[0]
     path = Path(configured).expanduser()
     path = path / "libllama.so" if path.is_dir() else path
     if not path.is_file():
-        raise LibraryError(f"--llama-lib: there is no file {path}; name the libllama.so of a build of llama.cpp")
+        text = f"--llama-lib: there is no file {path}"
+        raise LibraryError("no file", text, "name the libllama.so of a build of llama.cpp")
     real = os.path.realpath(path)
     return next((file for file in here if os.path.realpath(file.path) == real), LibraryFile(real))
 
@@ -153,9 +166,8 @@ def check(native: ctypes.CDLL, file: LibraryFile) -> Interface:
     if fitting:
         why = "this release is not known, and on this processor its structs cannot be checked"
     known = " or ".join(f"{package} {version}" for each in INTERFACES for package, version in sorted(each.releases))
-    raise LibraryError(
-        f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}: {INSTALL}"
-    )
+    text = f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}"
+    raise LibraryError("unknown", text, INSTALL)
 
 
 def _mismatch(native: ctypes.CDLL, interface: Interface) -> str:
@@ -276,6 +288,8 @@ class Device(msgspec.Struct, frozen=True):
     kind: str
     free_bytes: int
     total_bytes: int
+    #: On the PCI bus, if it is known: two backends may list the same card.
+    address: str = ""
 
 
 class Library:
@@ -302,7 +316,7 @@ class Library:
     @property
     def versions(self) -> str:
         parts = (self.llama_version(), b"ggml", self.ggml_version(), self.ggml_commit())
-        return b" ".join(parts).decode(errors="replace")
+        return b" ".join(part for part in parts if part != b"unknown").decode(errors="replace")
 
     @property
     def supports_gpu(self) -> bool:
@@ -325,7 +339,21 @@ class Library:
             DEVICE_KINDS.get(self.ggml_backend_dev_type(handle), "other"),
             free.value,
             total.value,
+            self._address(handle),
         )
+
+    def _address(self, handle: int) -> str:
+        """Of a library that is not known, the struct may have other fields."""
+        if (self.file.package, self.file.version) not in self.interface.releases:
+            return ""
+        props = DeviceProps()
+        self.ggml_backend_dev_get_props(handle, ctypes.byref(props))
+        return (props.device_id or b"").decode(errors="replace")
+
+    def backends(self) -> list[str]:
+        """What it was built for, also without a device: CUDA, ROCm, Vulkan, BLAS, CPU."""
+        handles = [self.ggml_backend_reg_get(at) for at in range(self.ggml_backend_reg_count())]
+        return [self.ggml_backend_reg_name(handle).decode(errors="replace") for handle in handles]
 
 
 def load(file: LibraryFile) -> Library:
@@ -333,26 +361,27 @@ def load(file: LibraryFile) -> Library:
     try:
         native = ctypes.CDLL(file.path)
     except OSError as error:
-        raise LibraryError(_why_not_loaded(file, str(error))) from error
+        raise _not_loaded(file, str(error)) from error
     return Library(native, file, check(native, file))
 
 
-def _why_not_loaded(file: LibraryFile, error: str) -> str:
+def _not_loaded(file: LibraryFile, error: str) -> LibraryError:
     missing = re.match(r"(\S+): cannot open shared object file", error)
     if missing and missing[1] != file.path:
         package = DEBIAN.get(missing[1])
         how = (
             f"apt install {package}" if package else "install what it belongs to, or put its folder in LD_LIBRARY_PATH"
         )
-        return f"{file} needs {missing[1]}, which this machine has not: {how}"
-    return f"{file} cannot be loaded as a library: {error}; --llama-lib names another, or: {INSTALL}"
+        return LibraryError("needs", f"{file} needs {missing[1]}, which this machine has not", how, missing[1])
+    text = f"{file} cannot be loaded as a library: {error}"
+    return LibraryError("not loaded", text, f"--llama-lib names another, or: {INSTALL}")
 
 
 # --- From any process. ---
 
 
 class LibraryReport(msgspec.Struct, frozen=True):
-    """What a child process found. With a `problem` only the fields before it are known, as far as they are set."""
+    """What a child process found. With a `problem` only the fields before it are known, and the last three."""
 
     path: str = ""
     package: str = ""
@@ -365,6 +394,15 @@ class LibraryReport(msgspec.Struct, frozen=True):
     supports_gpu: bool = False
     system_info: str = ""
     devices: list[Device] = []
+    #: Of the problem: its kind, its text without what to do, and the shared library that is missing.
+    cause: Cause = ""
+    reason: str = ""
+    needs: str = ""
+
+
+def _report_of(error: LibraryError, file: LibraryFile | None = None) -> LibraryReport:
+    place = (file.path, file.package, file.version) if file else ("", "", "")
+    return LibraryReport(*place, problem=str(error), cause=error.cause, reason=error.reason, needs=error.needs)
 
 
 def examine(configured: str = "") -> LibraryReport:
@@ -372,17 +410,19 @@ def examine(configured: str = "") -> LibraryReport:
     try:
         file = find(configured)
     except LibraryError as error:
-        return LibraryReport(problem=str(error))
+        return _report_of(error)
     command = [sys.executable, "-m", __name__, file.path]
+    cause: Cause = "ended"
     try:
         child = subprocess.run(command, capture_output=True, timeout=EXAMINE_S, check=False)
         return msgspec.json.decode(child.stdout, type=LibraryReport)
     except subprocess.TimeoutExpired:
-        problem = f"{_place(file)} was not loaded within {EXAMINE_S:g} s"
+        cause, reason = "slow", f"{_place(file)} was not loaded within {EXAMINE_S:g} s"
     except msgspec.DecodeError:
         last = child.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        problem = f"{_place(file)} ended the process that loaded it, which {exit_text(child.returncode)}: {last}"
-    return LibraryReport(file.path, file.package, file.version, f"{problem}; --llama-lib names another")
+        reason = f"{_place(file)} ended the process that loaded it, which {exit_text(child.returncode)}"
+        reason += f": {last}" if last else ""
+    return _report_of(LibraryError(cause, reason, "--llama-lib names another"), file)
 
 
 def _report(configured: str = "") -> LibraryReport:
@@ -390,7 +430,7 @@ def _report(configured: str = "") -> LibraryReport:
     try:
         library = load(file)
     except LibraryError as error:
-        return LibraryReport(file.path, file.package, file.version, str(error))
+        return _report_of(error, file)
     return LibraryReport(
         file.path,
         file.package,

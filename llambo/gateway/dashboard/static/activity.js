@@ -12,7 +12,9 @@ export function begin() {
 }
 
 export function show(mesh) {
-  const rows = folded(mesh.events.slice(-SHOWN).reverse());
+  // Short pauses of the broker are no news: its leases allow for them.
+  const events = mesh.events.filter((event) => event.warning || event.kind !== "stood still");
+  const rows = folded(events.slice(-SHOWN).reverse());
   keyed(list, rows, (event) => event.number, made);
   list.hidden = !rows.length;
   none.hidden = rows.length > 0;

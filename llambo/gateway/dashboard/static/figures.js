@@ -88,7 +88,7 @@ function showLead(mesh, now) {
   const [all, ready] = [numbers.workers ?? 0, numbers.ready ?? 0];
   let line = `${count(ready)} of ${many(all, "worker")} ${ready === 1 ? "is" : "are"} ready`;
   if (!all) line = "No worker has joined yet";
-  else if (ready === all) line = all === 1 ? "The one worker is ready" : `All ${count(all)} workers are ready`;
+  else if (ready === all) line = all === 1 ? "The one worker is ready" : all === 2 ? "Both workers are ready" : `All ${count(all)} workers are ready`;
   else if (!ready) line = all === 1 ? "The one worker is not ready" : `None of ${count(all)} workers is ready`;
   setText($("headline"), mesh.problem ? "The mesh does not answer" : line);
   setData($("headline"), "tone", mesh.problem || !ready ? "warn" : "calm");
@@ -107,5 +107,6 @@ function sentence(mesh, now) {
   const notes = others.length > 3 ? [`${count(others.length)} workers are not ready`] : others;
   const { ended = 0, failed = 0 } = numbers.counters ?? {};
   const done = ended ? `${many(ended, "request")} done${failed ? `, ${count(failed)} of them failed` : ""}` : "";
-  return [running, waiting, ...notes, done, `up for ${duration(now - numbers.since)}`].filter(Boolean).join(" · ");
+  const fake = (numbers.models ?? []).some((model) => model.fake) ? "the fake engine makes words up" : "";
+  return [fake, running, waiting, ...notes, done, `up for ${duration(now - numbers.since)}`].filter(Boolean).join(" · ");
 }
