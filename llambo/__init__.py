@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     )
     from llambo.mesh.wire.tokens import Logprob, TopToken
 
-    __version__: str
+#: pyproject.toml reads it from here. Asking the metadata of the installed package takes a worker a tenth of its start.
+__version__ = "0.1.0"
 
 #: The names of each file.
 _NAMES = {
@@ -62,19 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        value: Any = _version()
-    elif name in _HOME:
-        value = getattr(import_module(_HOME[name]), name)
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module 'llambo' has no attribute {name!r}")
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
     return value
-
-
-def _version() -> str:
-    metadata = import_module("importlib.metadata")  # late: it takes longer to import than all the rest of this
-    try:
-        return str(metadata.version("llambo"))
-    except metadata.PackageNotFoundError:
-        return "0+unknown"  # run from a checkout that was never installed

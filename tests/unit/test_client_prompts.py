@@ -63,6 +63,11 @@ class TestPrompts:
         assert m.Sampling().form == "text"
         assert tasks.TaskOptions().form == "text"
 
+    def test_an_option_that_is_not_known_has_a_hint(self) -> None:
+        assert refused("Hi", temprature=1).hint == "did you mean temperature?"
+        assert refused("Hi", top_k=5).hint == "options of the sampler are passed as sampling={'top_k': 5}"
+        assert refused("Hi", colour="red").hint == "correct the field that is named"
+
 
 class TestConversations:
     def test_messages_go_through_the_template(self) -> None:

