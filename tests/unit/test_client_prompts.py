@@ -63,6 +63,11 @@ class TestPrompts:
         assert m.Sampling().form == "text"
         assert tasks.TaskOptions().form == "text"
 
+    def test_an_option_that_is_not_known_has_a_hint(self) -> None:
+        assert refused("Hi", temprature=1).hint == "did you mean temperature?"
+        assert refused("Hi", top_k=5).hint == "options of the sampler are passed as sampling={'top_k': 5}"
+        assert refused("Hi", colour="red").hint == "correct the field that is named"
+
 
 class TestConversations:
     def test_messages_go_through_the_template(self) -> None:
@@ -150,7 +155,7 @@ class TestTools:
         text = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
         answer = await answered(text, tools=True)
         (call,) = answer.tool_calls
-        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Oslo"}')
+        assert (call.name, call.arguments) == ("weather", '{"city": "Oslo"}')
         assert answer.text == text
         assert answer.message["content"].strip() == "I look."
         # Both go back to the model as it wrote them

@@ -5,6 +5,7 @@ A task (tokenize, detokenize, embed, model_info) is a request like any other, se
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -117,9 +118,8 @@ def build_request(
 ) -> tuple[m.InferenceRequest, bytes]:
     """The request and its prompt. They are checked here, so that a mistake raises an error at once."""
     given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(given.keys() - Options.__optional_keys__)
-    if unknown:
-        raise LlamboError(Code.BAD_REQUEST, f"there is no option {unknown[0]!r}")
+    for name in sorted(given.keys() - Options.__optional_keys__):
+        raise LlamboError(Code.BAD_REQUEST, f"there is no option {name!r}", hint=_hint_for(name, given[name]))
     tools = given.pop("tools", ())
     sampling: dict[str, Any] = {**_known_sampling(given.pop("sampling", {}))}
     sampling |= {name: given.pop(name) for name in SAMPLING_OPTIONS if name in given}
@@ -191,6 +191,14 @@ def checked_request(fields: dict[str, Any]) -> m.InferenceRequest:
 
 def _invalid(error: Exception) -> LlamboError:
     return LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}")
+
+
+def _hint_for(name: str, value: object) -> str:
+    """What is probably meant by an option that is not known. Empty: nothing similar is known."""
+    if name in m.Sampling.__struct_fields__:
+        return f"options of the sampler are passed as sampling={{{name!r}: {value!r}}}"
+    close = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _known_sampling(sampling: Any) -> dict[str, Any]:

@@ -129,7 +129,8 @@ class LlamboError(Exception):
         #: Replaces the hint of the code where more is known. It is not sent.
         self._hint = hint
         # In a traceback it follows the text.
-        self.add_note(self.hint)
+        if self.hint not in text:
+            self.add_note(self.hint)
 
     def __str__(self) -> str:
         return self.text
