@@ -394,6 +394,8 @@ class LibraryReport(msgspec.Struct, frozen=True):
     supports_gpu: bool = False
     system_info: str = ""
     devices: list[Device] = []
+    #: What it was built for: CUDA, ROCm, Vulkan, BLAS, CPU.
+    backends: list[str] = []
     #: Of the problem: its kind, its text without what to do, and the shared library that is missing.
     cause: Cause = ""
     reason: str = ""
@@ -441,6 +443,7 @@ def _report(configured: str = "") -> LibraryReport:
         library.supports_gpu,
         library.system_info,
         library.devices(),
+        library.backends(),
     )
 
 

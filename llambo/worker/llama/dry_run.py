@@ -87,7 +87,7 @@ def prepare(
             slots, need = found.placement.slots, found.placement.host_bytes
             return replace(layout, slots=slots, context=found.context, need_bytes=need), found.placement, warning
     if wanted != 0 and not warning:
-        warning = gpus.advice(gpus.gpus(), library.backends())
+        warning = str(gpus.advice(gpus.gpus(), library.backends()) or "")
         if wanted != "auto":
             raise llama.LoadError(gpus.without_devices(wanted, gpus.gpus(), library.backends()))
     layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())

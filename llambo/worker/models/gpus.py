@@ -60,30 +60,40 @@ def gpus(root: Path = _ROOT, usable: Callable[[Path], bool] = may_use) -> list[G
     return found
 
 
-def command(vendor: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What is the matter with a GPU that stays unused, and the command that helps, if there is one."""
+
+    text: str
+    command: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}; compile it: {self.command} ({DOCS})" if self.command else f"{self.text} ({DOCS})"
+
+
+def command(vendor: str, pip: str = "pip install") -> str:
     """How to compile llama.cpp for these GPUs."""
-    return f"CMAKE_ARGS={BUILDS[vendor][0]} pip install --no-cache-dir --force-reinstall --no-deps {PACKAGE}"
+    return f"CMAKE_ARGS={BUILDS[vendor][0]} {pip} --no-cache-dir --force-reinstall --no-deps {PACKAGE}"
 
 
-def advice(found: Sequence[Gpu], backends: Sequence[str]) -> str:
-    """What to do about GPUs if the library lists no device; empty if there is nothing to do.
+def advice(found: Sequence[Gpu], backends: Sequence[str], pip: str = "pip install") -> Advice | None:
+    """What to do about GPUs if the library lists no device; None if there is nothing to do.
 
     `backends`: those in the library, such as CUDA, BLAS, CPU. Integrated GPUs are no reason for advice.
     """
     dedicated = [gpu for gpu in found if not gpu.integrated]
     if not dedicated:
-        return ""
+        return None
     gpu = next((gpu for gpu in dedicated if not gpu.problem), dedicated[0])
     names = " and ".join(dict.fromkeys(each.name for each in dedicated))
-    unused = f"{names} stays unused, and the model runs on the CPU" if len(dedicated) == 1 else f"{names} stay unused"
+    unused = f"{names} stays unused, and models run on the CPU" if len(dedicated) == 1 else f"{names} stay unused"
     if gpu.problem:
-        return f"{unused}: {gpu.problem} ({DOCS})"
+        return Advice(f"{unused}: {gpu.problem}")
     fitting = [name for name in backends if name in (BUILDS[gpu.vendor][1], "Vulkan")]
     if fitting:
         checks = " or ".join(f"`{CHECKS[name]}`" for name in fitting)
-        return f"{unused}: llama.cpp has {' and '.join(fitting)} and finds no device; see what {checks} says ({DOCS})"
-    backend = BUILDS[gpu.vendor][1]
-    return f"{unused}: this llama.cpp is built without {backend}. Compile it: {command(gpu.vendor)} ({DOCS})"
+        return Advice(f"{unused}: llama.cpp has {' and '.join(fitting)} and finds no device; see what {checks} says")
+    return Advice(f"{unused}: this llama.cpp is built without {BUILDS[gpu.vendor][1]}", command(gpu.vendor, pip))
 
 
 def without_devices(layers: int, found: Sequence[Gpu], backends: Sequence[str]) -> str:
