@@ -374,7 +374,7 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     keys.write_private(path, keys.to_line(key))
 
     seen = probes.look_at_keys(place(key=str(path), keys=str(folder.path)))
-    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and 2 peers", "keys"]
+    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and of 2 peers", "keys"]
     assert [each.level for each in findings("keys", keys=seen)] == [Level.NOTE, Level.OK]
     assert "expired: old" in findings("keys", keys=seen)[0].text
 

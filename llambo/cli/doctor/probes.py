@@ -41,6 +41,7 @@ from llambo.cli.doctor.facts import (
 )
 from llambo.cli.doctor.reach import look_at_brokers, look_at_ports
 from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.tables import plural
 from llambo.mesh.security import keys
 from llambo.mesh.service import host
 from llambo.mesh.settings import settings as settings_files
@@ -309,7 +310,7 @@ def _ring(folder: Any) -> Iterator[KeyFile]:
     folder.broker()
     entries = folder.ring().entries
     expired = sorted({each.identity.name for each in entries if not each.valid(time.time())})
-    yield KeyFile(str(folder.path), f"keys of a broker and {len(entries)} peers")
+    yield KeyFile(str(folder.path), f"keys of a broker and of {plural(len(entries), 'peer')}")
     if expired:
         yield KeyFile(str(folder.path), "keys", error=f"these keys have expired: {', '.join(expired)}")
 
