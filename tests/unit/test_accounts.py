@@ -299,9 +299,7 @@ def test_claimed_requests_get_at_most_twice_its_limit_of_bytes() -> None:
     assert mesh.refused().code is Code.OVER_LIMIT
 
 
-@pytest.mark.parametrize(
-    ("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "with this key as in --name w-2")]
-)
+@pytest.mark.parametrize(("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "with this key as in --name w-2")])
 def test_a_worker_is_told_which_names_its_key_allows(name: str, says: str) -> None:
     bench = Bench()
     bench.keys(GPU, Identity("alice", "client"))
