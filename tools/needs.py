@@ -155,7 +155,7 @@ def main() -> int:
         print(f"needs: there is no {need.name}, for {need.reason}", file=sys.stderr)
     print(f"needs: install it: {install_command(missing)}", file=sys.stderr)
     if {need.group for need in missing} == {"test"} and not given.strict:
-        print("needs: tests that need it are skipped", file=sys.stderr)
+        print("needs: tests that need them are skipped", file=sys.stderr)
         return 0
     return 1
 
