@@ -84,6 +84,8 @@ NEEDS = (
          ("netcat-openbsd", "netcat", "openbsd-netcat")),
     Need("chromium", "test", "tests of the dashboard", lambda: browser() is not None,
          ("chromium fonts-dejavu-core", "chromium dejavu-sans-fonts", "chromium ttf-dejavu")),
+    Need("libatomic", "test", "the driver of that browser", lambda: has_library("libatomic.so.1"),
+         ("libatomic1", "libatomic", "gcc-libs")),
 )  # fmt: skip
 BY_NAME = {need.name: need for need in NEEDS}
 
