@@ -32,7 +32,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help dev needs python check lint test sim soak chaos demo bare bench bench-peers wheel docs format clean
+.PHONY: help dev needs python check lint test sim soak chaos gpu-check demo bare bench bench-peers wheel docs format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 13
@@ -79,9 +79,13 @@ sim: $(DEV) ## 1,000 simulated runs with every fault there is
 
 soak: $(DEV) ## 100,000 simulated runs; takes a while
 	$(BIN)/python -m tests.sim --seeds 100000 --jobs 2 $(ARGS)
+	LONG=1 $(BIN)/python -m pytest -n 0 tests/integration/test_losses.py
 
 chaos: $(DEV) ## real processes, every fault, a checker: make chaos MINUTES=30 SEED=7
 	$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) --seed $(SEED) $(ARGS)
+
+gpu-check: $(DEV) ## workers on a software GPU; compiles llama.cpp with Vulkan first, for half an hour
+	$(BIN)/python -m tests.gpu.lavapipe $(ARGS)
 
 demo: $(RUN) ## a broker, two workers and a streamed answer
 	@$(BIN)/python examples/demo.py $(ARGS)

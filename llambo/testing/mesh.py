@@ -33,6 +33,7 @@ from llambo.broker.core import BrokerCore
 from llambo.broker.report import queries
 from llambo.broker.report.metrics_http import MetricsServer
 from llambo.broker.server import BrokerServer
+from llambo.mesh.client.request_options import Messages, chat_prompt
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.identity import Identity, PeerKey, Role
@@ -357,9 +358,10 @@ def key_of(folder: Folder, name: str, role: Role = "client") -> PeerKey:
     return folder.export(name)
 
 
-def truth(prompt: str, seed: int, count: int) -> list[int]:
-    """The ids of the only correct answer of a fake engine with default options."""
-    base = fake_model.plain_base(seed, prompt.encode())
+def truth(prompt: str | Messages, seed: int, count: int) -> list[int]:
+    """The ids of the only correct answer of a fake engine with default options, to a prompt or a conversation."""
+    text = prompt if isinstance(prompt, str) else chat_prompt(prompt).text
+    base = fake_model.plain_base(seed, text.encode())
     return [fake_model.plain_next(base, index) for index in range(count)]
 
 

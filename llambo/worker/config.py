@@ -79,13 +79,17 @@ class LlamaOptions:
     """How llama.cpp serves a model. 0 means: chosen to suit the machine."""
 
     slots: int = 4
+    #: Fewer slots may be used if memory is short: their number is a default, not the user's.
+    fewer_slots: bool = False
     #: Longest prompt + answer, in tokens, of each slot.
     context: int = 0
     threads: int = 0
     #: The most tokens in one step.
     batch: int = 512
-    #: Layers computed by a GPU; -1: all.
-    gpu_layers: int = 0
+    #: Layers computed by GPUs; -1: all; auto: as many as fit.
+    gpu_layers: int | Literal["auto"] = "auto"
+    #: The most memory of each GPU to use; 0: what is free.
+    gpu_bytes: int = 0
     kv_type: Literal["f16", "q8_0", "q4_0", "f32", "bf16"] = "f16"
     flash_attn: Literal["auto", "on", "off"] = "auto"
     #: The library of llama.cpp, or its folder; empty: that of an installed package.

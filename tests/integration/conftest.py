@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,15 @@ from llambo.testing.mesh import Mesh
 from llambo.testing.raw_peer import RawPeer
 from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library() -> None:
+    """The setting holds for engines in this process, too: test_llama_libraries.py runs some of these tests with it."""
+    if configured := os.environ.get("LLAMBO_LLAMA_LIB"):
+        from llambo.worker.llama import llama
+
+        llama.open_library(configured)
 
 
 @pytest.fixture(scope="module")

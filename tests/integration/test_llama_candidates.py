@@ -12,7 +12,7 @@ from llambo.worker.models import model_files
 
 @pytest.fixture(scope="module")
 def model() -> llama.Model:
-    return llama.Model(str(model_files.find("smollm2")), gpu_layers=0, safe=True, on_progress=lambda share: None)
+    return llama.Model(str(model_files.find("smollm2")), safe=True)
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])

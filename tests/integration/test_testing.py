@@ -20,10 +20,13 @@ def examples() -> dict[str, Callable[[], None]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["test_an_answer", "test_a_worker_that_dies", "test_the_status"])
+NAMES = ["test_an_answer", "test_a_conversation", "test_a_worker_that_dies", "test_the_status"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_example_works(name: str) -> None:
     examples()[name]()
 
 
 def test_each_example_is_run() -> None:
-    assert set(examples()) == {"test_an_answer", "test_a_worker_that_dies", "test_the_status"}
+    assert set(examples()) == set(NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.sim.runner import Tally, run_seed
 
-SEEDS = 250
+SEEDS = 100
 
 
 def test_the_whole_fault_model_loses_nothing() -> None:

@@ -621,6 +621,24 @@ def test_names_of_models_are_not_remembered_without_bound(monkeypatch: pytest.Mo
     assert sorted(bench.state.models.unserved_since) == ["m0", "m4", "m5"]
 
 
+def test_a_story_tells_when_the_first_token_came_and_what_prompt_and_answer_took() -> None:
+    bench, worker, client = small_mesh()
+    client.submit(1)
+    key = worker.dispatches[0]
+    worker.send(m.Accept(key.id, key.dispatch))
+    bench.pass_time(300)
+    worker.publish(worker.chunk(0, 5, 6))
+    usage = m.Usage(prompt_tokens=812, cached_tokens=12, prefill_ms=290.4, decode_ms=20)
+    worker.send(m.End(key.id, 2, "length", key.dispatch, usage=usage))
+    story = queries.why(bench.state, request_id(1).hex(), bench.now_ms, ANYONE)["story"]
+    assert [(step["what"], step["detail"]) for step in story[2:5]] == [
+        ("accepted", ""),
+        ("first token", "from w"),
+        ("worker done", "2 tokens, length; prompt of 812 tokens, 12 cached, prefill 0.290 s, decode 0.020 s"),
+    ]
+    assert story[3]["at_ms"] == 300
+
+
 def test_a_story_is_bounded_and_keeps_both_ends() -> None:
     bench, worker, client = small_mesh(engine_failures=10**6)
     client.submit(1)

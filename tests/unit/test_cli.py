@@ -57,7 +57,7 @@ def test_every_help_ends_in_examples_and_fits_the_terminal(context: click.Contex
 
 def test_the_group_lists_every_command_with_its_first_sentence() -> None:
     shown = llambo("--help").stdout
-    assert all(f"\n  {name} " in shown for name in (*main.COMMANDS, *main.LOCAL))
+    assert all(f"\n  {name} " in shown for name in main.PLACES)
     assert all(f"{code.value:>3}  {text}" in shown for code, text in MEANING.items())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import traceback
 from typing import Any, cast, get_args
 
 import msgspec
@@ -61,6 +63,11 @@ class TestPrompts:
         assert m.Sampling().form == "text"
         assert tasks.TaskOptions().form == "text"
 
+    def test_an_option_that_is_not_known_has_a_hint(self) -> None:
+        assert refused("Hi", temprature=1).hint == "did you mean temperature?"
+        assert refused("Hi", top_k=5).hint == "options of the sampler are passed as sampling={'top_k': 5}"
+        assert refused("Hi", colour="red").hint == "correct the field that is named"
+
 
 class TestConversations:
     def test_messages_go_through_the_template(self) -> None:
@@ -87,7 +94,7 @@ class TestConversations:
         ("messages", "named"),
         [
             ([], "messages: there are 0"),
-            ({"role": "user", "content": "Hi"}, "list of messages"),
+            ({"role": "user", "content": "Hi"}, "list of messages, not dict"),
             (["Hi"], "messages[0]"),
             ([{"content": "Hi"}], "`role`"),
             ([{"role": "user"}], "messages[0].content: is missing"),
@@ -96,8 +103,8 @@ class TestConversations:
             ([{"role": "user", "content": [{"type": "image_url"}]}], "image_url"),
             ([{"role": "user", "content": object()}], "cannot be written as JSON"),
             ([{"role": "user", "content": "\ud800"}], "cannot be written as JSON"),
-            (b"Hi", "list of messages"),
-            (None, "list of messages"),
+            (b"Hi", "list of messages, not bytes"),
+            (None, "list of messages, not NoneType"),
         ],
     )
     def test_what_is_no_conversation_is_refused_with_the_place(self, messages: Any, named: str) -> None:
@@ -148,7 +155,7 @@ class TestTools:
         text = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
         answer = await answered(text, tools=True)
         (call,) = answer.tool_calls
-        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Oslo"}')
+        assert (call.name, call.arguments) == ("weather", '{"city": "Oslo"}')
         assert answer.text == text
         assert answer.message["content"].strip() == "I look."
         # Both go back to the model as it wrote them
@@ -168,6 +175,23 @@ async def answered(text: str, *, tools: bool) -> Answer:
     stream._deliver([1], [text.encode()], ())
     stream._set_end(m.End(b"i" * 16, 1, "stop"))
     return await stream.result()
+
+
+async def test_a_stream_that_was_closed_has_no_answer() -> None:
+    stream = Stream(b"i" * 16, lambda event: None, mine=True)
+    await stream.aclose()
+    with pytest.raises(LlamboError, match="closed before its end") as closed:
+        await stream.result()
+    assert closed.value.code is Code.CANCELLED
+
+
+def test_an_error_shows_its_hint_in_a_traceback_and_passes_between_processes() -> None:
+    error = LlamboError(Code.BUSY, "the queue is full", 500, hint="wait")
+    assert traceback.format_exception_only(error) == [
+        "llambo.mesh.wire.errors.LlamboError: the queue is full\n", "wait\n",
+    ]  # fmt: skip
+    same = copy.copy(error)  # as `multiprocessing` does it
+    assert (same.code, str(same), same.retry_after_ms, same.hint) == (Code.BUSY, "the queue is full", 500, "wait")
 
 
 def test_forms_and_priorities_are_those_of_the_wire() -> None:

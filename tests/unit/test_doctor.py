@@ -44,6 +44,7 @@ from llambo.mesh.settings.settings import load
 from llambo.mesh.wire.identity import Identity
 from llambo.worker.llama.binding import Cause, Device, LibraryReport
 from llambo.worker.llama.c_api import INTERFACES
+from llambo.worker.models.gpus import Gpu
 
 pytestmark = pytest.mark.usefixtures("nothing_inherited")
 
@@ -180,6 +181,19 @@ def test_memory_of_a_device_is_bounded_by_that_of_the_control_group() -> None:
     library = msgspec.structs.replace(LIBRARY, devices=devices)
     (found,) = findings("devices", library=library)
     assert found.text == "CPU, 20 GiB free; CUDA0 (A card), 22 GiB free"
+
+
+def test_a_gpu_that_the_library_cannot_use_is_named_with_the_command() -> None:
+    card = Gpu("NVIDIA", "NVIDIA GeForce RTX 3090")
+    listed, unused = findings("devices", gpus=(card,))
+    assert (listed.level, unused.level) == (Level.OK, Level.NOTE)
+    assert "RTX 3090 stays unused" in unused.text
+    assert unused.command.startswith("CMAKE_ARGS=-DGGML_CUDA=on pip install ")
+    hidden = replace(card, problem="/dev/nvidiactl is hidden")
+    assert findings("devices", gpus=(hidden,))[1].command == ""
+    used = msgspec.structs.replace(LIBRARY, devices=[Device("CUDA0", "A card", "gpu", GIB, GIB)])
+    assert len(findings("devices", gpus=(card,), library=used)) == 1
+    assert len(findings("devices", gpus=(replace(card, integrated=True),))) == 1
 
 
 def test_a_processor_that_claims_what_its_hypervisor_forbids() -> None:
@@ -360,7 +374,7 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     keys.write_private(path, keys.to_line(key))
 
     seen = probes.look_at_keys(place(key=str(path), keys=str(folder.path)))
-    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and 2 peers", "keys"]
+    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and of 2 peers", "keys"]
     assert [each.level for each in findings("keys", keys=seen)] == [Level.NOTE, Level.OK]
     assert "expired: old" in findings("keys", keys=seen)[0].text
 

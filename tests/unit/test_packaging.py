@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import llambo
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "llambo"
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -64,7 +66,7 @@ def _build(what: str, source: Path, out: Path) -> None:
 
 
 def test_the_wheel_has_the_whole_package_and_the_documents(wheel: zipfile.ZipFile) -> None:
-    name = f"llambo-{PYPROJECT['project']['version']}"
+    name = f"llambo-{llambo.__version__}"
     pages = f"{name}.data/data/share/doc/llambo/"
     package = {
         str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts

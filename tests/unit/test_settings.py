@@ -218,8 +218,9 @@ def test_errors_of_the_environment_and_of_flags() -> None:
 def test_an_unknown_variable_is_only_a_warning() -> None:
     # Kubernetes, for one, sets LLAMBO_SERVICE_HOST for a service that is called llambo.
     found = load(env={"LLAMBO_SERVICE_HOST": "10.0.0.1", "LLAMBO_QUEUE_BYTE": "1", "LLAMBO_CONFIG": ""})
+    close = ("LLAMBO_QUEUE_BYTES", "LLAMBO_QUEUE_MS", "LLAMBO_GPU_BYTES")
     assert found.warnings == (
-        "environment LLAMBO_QUEUE_BYTE is not a setting; did you mean LLAMBO_QUEUE_BYTES or LLAMBO_QUEUE_MS?",
+        f"environment LLAMBO_QUEUE_BYTE is not a setting; did you mean {' or '.join(close)}?",
         "environment LLAMBO_SERVICE_HOST is not a setting",
     )
 

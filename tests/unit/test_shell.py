@@ -72,6 +72,9 @@ def session() -> Iterator[ShellSession]:
         (r"send one\;two", [CommandCall("send", ("one;two",), r"one\;two")]),
         (r"send 'a\'; nodes", [CommandCall("send", ("a\\",), r"'a\'"), CommandCall("nodes")]),
         ('send "a\\"; b"', [CommandCall("send", ('a"; b',), '"a\\"; b"')]),
+        ("llambo drain worker-1; nodes", [CommandCall("drain", ("worker-1",), "worker-1"), CommandCall("nodes")]),
+        ("llambo is a mesh", [ModelPrompt("llambo is a mesh")]),
+        ("cluster", [CommandCall("cluster")]),
         ("What is AI?; really?", [ModelPrompt("What is AI?; really?")]),
         ("status; don't panic; nodes", [CommandCall("status"), ModelPrompt("don't panic; nodes")]),
         ("> why is the sky blue?", [ModelPrompt("why is the sky blue?")]),
@@ -91,6 +94,7 @@ def test_a_line_is_commands_and_at_its_end_maybe_a_prompt(line: str, meant: list
         ("send a\\", "no escaped character"),
         ("statsu", "'statsu' is no command; 'status' is, and `> statsu` asks the model"),
         ("node", "'nodes' is"),
+        ("llambo top", "leave it with `exit`"),
     ],
 )
 def test_a_bad_line_says_why(line: str, problem: str) -> None:
@@ -104,7 +108,9 @@ def test_every_command_can_be_called_and_explains_itself() -> None:
         assert command_of(name).help
     assert set(WATCHED) < set(TABLE)
     listed = [name for name, command in TABLE.items() if command.about]
-    assert set(TABLE) - set(listed) == {"workers", "requests", "quit"}, "other names of commands that are listed"
+    assert set(TABLE) - set(listed) == {"cluster", "workers", "requests", "quit"}, (
+        "other names of commands that are listed"
+    )
     shown = shell("-c", "help").stdout
     assert all(f"\n{name} " in f"\n{shown}" for name in listed)
     assert max(map(len, shown.splitlines())) <= 80

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
@@ -225,7 +226,7 @@ def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
     assert done.exit_code == Exit.USAGE
     assert done.stderr == (
-        "llambo: Textual, which llambo top needs, is not installed\n  pip install 'llambo[top]'\n"
+        f"llambo: Textual, which llambo top needs, is not installed\n  {install_command('llambo[top]')}\n"
     )  # fmt: skip
 
 

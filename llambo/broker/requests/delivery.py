@@ -151,6 +151,8 @@ def _settle(state: State, request: Request, out: list[bytes], now_ms: int) -> No
         for later in transcript.released():
             _append(state, request, later, out)
         request.update_watched()
+    if request.measured.first_awaited and transcript.next_index:
+        request.note(now_ms, "first token", f"from {request.run.worker_name}")
     if request.measured.first_awaited or request.measured.timed_at >= 0:
         state.measured.meter.chunk_arrived(request, now_ms)
     if 0 <= request.suspicion.token < transcript.next_index:
@@ -160,6 +162,14 @@ def _settle(state: State, request: Request, out: list[bytes], now_ms: int) -> No
         ending.finish(state, request, "error", now_ms, ErrorInfo(Code.ENGINE_FAILED, text))
     elif request.run.end is not None and transcript.next_index >= request.run.end.count:
         ending.complete(state, request, request.run.end, now_ms)
+
+
+def _cost(usage: m.Usage) -> str:
+    """Where the time of the last run went. An engine that does not report it sends zeros."""
+    if not usage.prompt_tokens:
+        return ""
+    prompt = f"prompt of {usage.prompt_tokens} tokens, {usage.cached_tokens} cached"
+    return f"; {prompt}, prefill {usage.prefill_ms / 1000:.3f} s, decode {usage.decode_ms / 1000:.3f} s"
 
 
 # --- what is missing from a worker ---
@@ -230,7 +240,7 @@ def end_arrived(state: State, worker: WorkerEntry, end: m.End, blob: bytes, now_
         return
     if request.run.end is None:
         request.run.end, request.watched = end, True
-        request.note(now_ms, "worker done", f"{end.count} tokens, {end.reason}")
+        request.note(now_ms, "worker done", f"{end.count} tokens, {end.reason}{_cost(end.usage)}")
     if request.transcript.next_index >= end.count:
         ending.complete(state, request, end, now_ms)
         return

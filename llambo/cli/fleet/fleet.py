@@ -42,7 +42,8 @@ llambo fleet scale tiny=10
 llambo fleet scale tiny=0 medium=2
 """
 SPAWN_EXAMPLES = """
-llambo fleet spawn --count 100 --class tiny
+llambo fleet spawn tiny
+llambo fleet spawn tiny --count 100
 """
 DOWN_EXAMPLES = """
 llambo fleet down
@@ -123,10 +124,14 @@ def scale(here: Site, counts: tuple[str, ...], as_json: bool) -> None:
 
 @click.command(cls=Command, examples=SPAWN_EXAMPLES)
 @click.option("--count", metavar="NUMBER", type=click.IntRange(1), default=1, show_default=True, help="How many more.")
-@click.option("--class", "node_class", metavar="CLASS", required=True, help="Of which class.")
+@click.argument("named", required=False, metavar="[CLASS]")
+@click.option("--class", "node_class", metavar="CLASS", help="The same as CLASS.")
 @pass_site()
-def spawn(here: Site, count: int, node_class: str, as_json: bool) -> None:
-    """Start more workers of a class than there are."""
+def spawn(here: Site, count: int, named: str | None, node_class: str | None, as_json: bool) -> None:
+    """Start more workers of CLASS than there are."""
+    if bool(named) == bool(node_class):
+        raise click.UsageError(f"name one class; there is: {', '.join(here.fleet.classes)}")
+    node_class = named or node_class or ""
     here.node_class(node_class)
 
     def wanted() -> dict[str, int]:

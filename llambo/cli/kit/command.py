@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from typing import Any
@@ -12,6 +13,8 @@ from llambo.cli.kit.failure import MEANING, Exit, Failure
 from llambo.cli.kit.std_streams import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
 from llambo.mesh.wire.errors import LlamboError
 
+#: How similar to a command a word must be to count as a typing mistake.
+SIMILAR = 0.8
 EXIT_CODES = "\n".join(f"{code.value:>3}  {text}" for code, text in MEANING.items())
 
 
@@ -86,9 +89,15 @@ class Command(_Help):
 class Group(_Help, click.Group):
     """Its commands are imported when they are called, so that each of them starts fast."""
 
-    def __init__(self, *args: Any, lazy: dict[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lazy: dict[str, str], sections: dict[str, dict[str, str]] | None = None,
+        pointers: dict[str, str] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """`sections`: the commands under headings, and what each does. `pointers`: hints for names that others have."""
         super().__init__(*args, **kwargs)
         self._lazy = lazy
+        self.sections = sections or {}
+        self._pointers = pointers or {}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self._lazy)
@@ -97,6 +106,23 @@ class Group(_Help, click.Group):
         if cmd_name not in self._lazy:
             return None
         return load(self._lazy[cmd_name])
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if not self.sections:
+            super().format_commands(ctx, formatter)
+        for heading, rows in self.sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(list(rows.items()), col_spacing=2)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(args[0].lower(), self._lazy, 1, SIMILAR)
+            hint = self._pointers.get(args[0].lower()) or (f"did you mean {close[0]!r}?" if close else "")
+            raise click.UsageError(f"No such command {args[0]!r}. {hint[:1].upper()}{hint[1:]}".strip(), ctx) from error
 
 
 def load(place: str) -> click.Command:

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from importlib import metadata
 from pathlib import Path
 
 #: For work on llambo itself.
@@ -18,6 +17,8 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*;.*\bextra == [\"'](?P<extra>[
 
 def packages() -> dict[str, dict[str, bool]]:
     """The extras that the installed package of llambo declares, and whether each distribution of them is installed."""
+    from importlib import metadata  # takes longer to import than the rest of a command
+
     try:
         declared = metadata.requires("llambo") or []
     except metadata.PackageNotFoundError:  # it runs from a checkout that was never installed
@@ -30,6 +31,8 @@ def packages() -> dict[str, dict[str, bool]]:
 
 
 def _installed(distribution: str) -> bool:
+    from importlib import metadata
+
     try:
         metadata.version(distribution)
     except metadata.PackageNotFoundError:

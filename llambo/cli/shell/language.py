@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import click
 
-from llambo.cli.kit.command import load
+from llambo.cli.kit.command import SIMILAR, load
 from llambo.cli.main import PLACES
 
 # --- lines ---------------------------------------------------------------------------------------------
@@ -26,8 +26,6 @@ from llambo.cli.main import PLACES
 #: Begins a prompt to the model, whatever its first word is.
 TO_MODEL = ">"
 REMARK = "#"
-#: How similar to a command a single word must be to count as a typing mistake.
-SIMILAR = 0.8
 
 _FIRST_WORD = re.compile(r"[^\s;]+")
 
@@ -59,6 +57,7 @@ def parse(line: str, commands: Collection[str]) -> list[CommandCall | ModelPromp
             continue
         if rest.startswith(TO_MODEL):
             return [*found, ModelPrompt(rest[len(TO_MODEL) :].strip())]
+        rest = _without_llambo(rest, commands)
         first = _FIRST_WORD.match(rest)
         assert first is not None, "it begins neither with a space nor with a semicolon"
         if first[0] not in commands:
@@ -68,6 +67,19 @@ def parse(line: str, commands: Collection[str]) -> list[CommandCall | ModelPromp
         found.append(_call(rest[:end]))
         rest = rest[end:].lstrip()
     return found
+
+
+def _without_llambo(rest: str, commands: Collection[str]) -> str:
+    """`llambo status` is typed out of habit, and means `status`. (`llambo is nice` is a prompt.)"""
+    name, _, after = rest.partition(" ")
+    second = _FIRST_WORD.match(after.lstrip()) if name == "llambo" else None
+    if second is None:
+        return rest
+    if second[0] in PLACES and second[0] not in commands:
+        raise BadLine(
+            f"`llambo {second[0]}` is not a command of the shell; leave it with `exit`, or use another terminal"
+        )
+    return after.lstrip() if second[0] in commands else rest
 
 
 def end_of_command(text: str) -> int:
@@ -127,7 +139,7 @@ def _own(name: str, about: str = "") -> ShellCommand:
 
 TABLE: dict[str, ShellCommand] = {
     "help": _own("help", "This list, or what one command does."),
-    "status": _same("status", "The mesh in numbers."),
+    "status": _same("status", "The mesh in numbers; also called `cluster`."),
     "nodes": _same("workers", "The workers; also called `workers`."),
     "models": _same("models", "The models of this host and of the mesh, or one of them."),
     "queue": _same("requests", "What waits and runs; also called `requests`."),
@@ -137,18 +149,20 @@ TABLE: dict[str, ShellCommand] = {
     "cancel": _same("cancel", "Stop a request."),
     "drain": _same("drain", "Give a worker no new work."),
     "undrain": _same("drain", "Let it work again.", "--undo"),
+    "spawn": ShellCommand("llambo.cli.fleet.fleet:spawn", "Start a worker of a class of fleet.toml: spawn tiny."),
     "why": _same("why", "The story of a request."),
     "events": _same("events", "What happened in the mesh."),
     "watch": _own("watch", "Keep on screen what a command shows: watch status."),
     "set": _own("set", "Set an option of what is sent from here on; or show them all."),
     "unset": _own("unset", "Take that back."),
     "exit": _own("exit", "Leave."),
+    "cluster": _same("status"),
     "workers": _same("workers"),
     "requests": _same("requests"),
     "quit": _own("exit"),
 }
 #: What can be repeated: these commands change nothing.
-WATCHED = ("status", "nodes", "models", "queue", "why", "events", "workers", "requests")
+WATCHED = ("status", "cluster", "nodes", "models", "queue", "why", "events", "workers", "requests")
 #: Options of `send` that `set` does not have: they choose where the shell is connected, or make sense only once.
 NOT_SET = {"--help", "--json", "--broker", "--key", "--config", "--connect-ms", "--detach", "--logprobs"}
 

@@ -58,9 +58,9 @@ SENTENCE_WORDS = 3
 def shell(common: Common, text: str | None, keep_going: bool, as_json: bool) -> None:
     """Type commands and prompts, over one connection to the mesh.
 
-    At `llambo>`: help, status, nodes, models, queue, infer, send, attach, cancel, drain, undrain, why, events, watch,
-    set, unset, exit. They are the commands of `llambo`, with all their options; `help` says what each does. Anything
-    else is a prompt to the model.
+    At `llambo>`: help, status, nodes, models, queue, infer, send, attach, cancel, drain, undrain, spawn, why, events,
+    watch, set, unset, exit. They are the commands of `llambo`, with all their options; `help` says what each does.
+    Anything else is a prompt to the model.
 
     With -c, or when stdin is no terminal, it carries out the commands and leaves. The first failure ends it with its
     exit code. With --json each command prints its JSON, one after another.

@@ -141,7 +141,7 @@ class Client:
             return
         shell.handle(e.LeaveAsked("the client was closed"))
         shell.close()
-        self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed"))
+        self._waiters.fail_all(LlamboError(Code.NO_BROKER, "the client was closed", hint=NOT_CONNECTED))
         if self._context is not None and self._settings["context"] is None:
             # It waits until the last messages are sent, for LINGER_MS at most.
             await asyncio.get_running_loop().run_in_executor(None, self._context.term)
@@ -457,9 +457,10 @@ class Client:
         return self._no_broker() if info.code is Code.NO_BROKER else LlamboError.of(info)
 
     def _no_broker(self) -> LlamboError:
+        address = ",".join(sockets.endpoint(*each) for each in sockets.split_all(self.address))
         if self._core.link.cause is LinkProblem.NO_HANDSHAKE:
-            return LlamboError(Code.NO_BROKER, f"no broker answers at {self.address}: {LinkProblem.NO_HANDSHAKE.value}")
-        text = f"no broker answers at {self.address}; start one with `llambo-broker` or `llambo up`"
+            return LlamboError(Code.NO_BROKER, f"no broker answers at {address}: {LinkProblem.NO_HANDSHAKE.value}")
+        text = f"no broker answers at {address}; start one with `llambo-broker` or `llambo up`"
         return LlamboError(Code.NO_BROKER, text)
 
 

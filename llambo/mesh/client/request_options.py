@@ -5,6 +5,7 @@ A task (tokenize, detokenize, embed, model_info) is a request like any other, se
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
@@ -97,7 +98,7 @@ class Options(TypedDict, total=False):
     priority: m.Priority | None
     #: The request ends after this time, with the tokens it has by then. 0: no limit.
     deadline_ms: int | None
-    #: False: all tokens arrive together, at the end.
+    #: False: all tokens arrive together, at the end. That is the default of `generate` and `chat`.
     stream: bool | None
 
 
@@ -117,9 +118,8 @@ def build_request(
 ) -> tuple[m.InferenceRequest, bytes]:
     """The request and its prompt. They are checked here, so that a mistake raises an error at once."""
     given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(given.keys() - Options.__optional_keys__)
-    if unknown:
-        raise LlamboError(Code.BAD_REQUEST, f"there is no option {unknown[0]!r}")
+    for name in sorted(given.keys() - Options.__optional_keys__):
+        raise LlamboError(Code.BAD_REQUEST, f"there is no option {name!r}", hint=_hint_for(name, given[name]))
     tools = given.pop("tools", ())
     sampling: dict[str, Any] = {**_known_sampling(given.pop("sampling", {}))}
     sampling |= {name: given.pop(name) for name in SAMPLING_OPTIONS if name in given}
@@ -152,9 +152,16 @@ def refuse_text(messages: object) -> None:
         raise LlamboError(Code.BAD_REQUEST, "chat takes a list of messages, not a text", hint="use generate for a text")
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, bytes | str)
+
+
 def chat_prompt(messages: Messages, tools: Any = (), sampling: Mapping[str, Any] | None = None) -> EncodedChat:
     """The conversation as the prompt of a request. `sampling` may have options for tools."""
     options = sampling or {}
+    if not _is_list(messages):
+        text = f"a prompt is a text or a list of messages, not {type(messages).__name__}"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=f"messages are like {_EXAMPLE}")
     for name, hint in (("form", "leave it out"), ("system", "begin the list with a message of the role system")):
         if name in options:
             raise LlamboError(Code.BAD_REQUEST, f"{name} cannot be combined with a list of messages", hint=hint)
@@ -184,6 +191,14 @@ def checked_request(fields: dict[str, Any]) -> m.InferenceRequest:
 
 def _invalid(error: Exception) -> LlamboError:
     return LlamboError(Code.BAD_REQUEST, f"the request is not valid: {error}")
+
+
+def _hint_for(name: str, value: object) -> str:
+    """What is probably meant by an option that is not known. Empty: nothing similar is known."""
+    if name in m.Sampling.__struct_fields__:
+        return f"options of the sampler are passed as sampling={{{name!r}: {value!r}}}"
+    close = difflib.get_close_matches(name, Options.__optional_keys__, 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _known_sampling(sampling: Any) -> dict[str, Any]:

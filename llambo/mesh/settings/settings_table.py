@@ -27,6 +27,7 @@ class Kind(Enum):
 
     TEXT = "TEXT"
     NUMBER = "NUMBER"
+    AUTO = "auto|NUMBER"
     REAL = "REAL"
     MS = "MS"
     BYTES = "BYTES"
@@ -101,6 +102,10 @@ def _whole(raw: Any, what: str = "a whole number") -> int:
     raise ValueError(f"expected {what}")
 
 
+def _auto(raw: Any) -> str | int:
+    return "auto" if raw == "auto" else _whole(raw, "auto or a whole number")
+
+
 def _real(raw: Any) -> float:
     try:
         if isinstance(raw, (str, int, float)) and not isinstance(raw, bool) and math.isfinite(float(raw)):
@@ -136,6 +141,7 @@ def _show_bytes(value: int) -> str:
 _PARSERS: dict[Kind, Callable[[Any], Value]] = {
     Kind.TEXT: _text,
     Kind.NUMBER: _whole,
+    Kind.AUTO: _auto,
     Kind.REAL: _real,
     Kind.MS: lambda raw: _whole(raw, "a whole number of milliseconds"),
     Kind.BYTES: _bytes,
@@ -248,7 +254,9 @@ _WORKER = (
         high=16 * MIB),
     row("worker.threads", Kind.NUMBER, 0, "threads that compute; 0: one for each physical core", high=1_024),
     row("worker.batch", Kind.NUMBER, 512, "most tokens in one step", low=1, high=65_536),
-    row("worker.gpu_layers", Kind.NUMBER, 0, "layers that a GPU computes; -1: all", low=-1, high=100_000),
+    row("worker.gpu_layers", Kind.AUTO, "auto", "layers that GPUs compute; auto: as many as fit; -1: all; 0: none",
+        low=-1, high=100_000),
+    row("worker.gpu_bytes", Kind.BYTES, 0, "most memory of each GPU to use; 0: what is free, but for a margin"),
     row("worker.kv_type", Kind.TEXT, "f16", "number format of the KV cache",
         choices=("f16", "q8_0", "q4_0", "f32", "bf16")),
     row("worker.flash_attn", Kind.TEXT, "auto", "whether to use flash attention", choices=("auto", "on", "off")),

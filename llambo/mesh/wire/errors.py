@@ -119,7 +119,7 @@ class LlamboError(Exception):
     """Every error that llambo raises. `code` is its kind, `hint` what to do about it."""
 
     def __init__(self, code: Code, text: str, retry_after_ms: int = 0, *, hint: str = "") -> None:
-        super().__init__(text)
+        super().__init__(code, text, retry_after_ms)
         #: The kind of error. It is a string as well: "busy".
         self.code: Code = code
         #: What happened.
@@ -128,6 +128,12 @@ class LlamboError(Exception):
         self.retry_after_ms: int = retry_after_ms
         #: Replaces the hint of the code where more is known. It is not sent.
         self._hint = hint
+        # In a traceback it follows the text.
+        if self.hint not in text:
+            self.add_note(self.hint)
+
+    def __str__(self) -> str:
+        return self.text
 
     @classmethod
     def of(cls, info: ErrorInfo) -> LlamboError:

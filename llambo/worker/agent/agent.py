@@ -23,11 +23,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
 from typing import assert_never
 
 import zmq
 
+import llambo
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link import Link
 from llambo.mesh.link.link_core import CloseLink, LinkCore, OpenControl, OpenTokens, Publish, Send
@@ -140,9 +140,12 @@ class Agent:
     def __init__(
         self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
     ) -> None:
-        identity = ProcessIdentity(secrets.token_bytes(8), socket.gethostname(), os.getpid(), _software())
+        identity = ProcessIdentity(
+            secrets.token_bytes(8), socket.gethostname(), os.getpid(), f"llambo {llambo.__version__}"
+        )
         self.core = WorkerCore(config, identity)
         self.engine: EngineProcess | None = None
+        self._first = True
         self._config = config
         self._on_ready = on_ready
         self._notifier = notifier or Notifier()
@@ -282,8 +285,9 @@ class Agent:
             case e.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(
-                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe
+                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first
                 )
+                self._first = False
                 self.engine = EngineProcess(configure, config.name)
             case e.KillEngine():
                 if self.engine is not None:
@@ -312,13 +316,6 @@ class Agent:
         self._context.term()
         self._wake.close()
         self._waker.close()
-
-
-def _software() -> str:
-    try:
-        return f"llambo {metadata.version('llambo')}"
-    except metadata.PackageNotFoundError:
-        return "llambo"  # run from a checkout that was not installed
 
 
 def run_worker(

@@ -52,6 +52,8 @@ class Configure(EngineMessage, frozen=True):
     llama: LlamaOptions = LlamaOptions()
     #: An earlier engine died while it was loading: do not use what may not work on this machine.
     safe: bool = False
+    #: No engine was started before. What needs to be said once is said by the first.
+    first: bool = True
 
 
 class Start(EngineMessage, frozen=True):

@@ -37,6 +37,7 @@ from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
     INTERFACES,
     MODEL_DEFAULTS,
+    DeviceProps,
     Interface,
     LlamaBatch,
     ModelParams,
@@ -287,6 +288,8 @@ class Device(msgspec.Struct, frozen=True):
     kind: str
     free_bytes: int
     total_bytes: int
+    #: On the PCI bus, if it is known: two backends may list the same card.
+    address: str = ""
 
 
 class Library:
@@ -336,7 +339,21 @@ class Library:
             DEVICE_KINDS.get(self.ggml_backend_dev_type(handle), "other"),
             free.value,
             total.value,
+            self._address(handle),
         )
+
+    def _address(self, handle: int) -> str:
+        """Of a library that is not known, the struct may have other fields."""
+        if (self.file.package, self.file.version) not in self.interface.releases:
+            return ""
+        props = DeviceProps()
+        self.ggml_backend_dev_get_props(handle, ctypes.byref(props))
+        return (props.device_id or b"").decode(errors="replace")
+
+    def backends(self) -> list[str]:
+        """What it was built for, also without a device: CUDA, ROCm, Vulkan, BLAS, CPU."""
+        handles = [self.ggml_backend_reg_get(at) for at in range(self.ggml_backend_reg_count())]
+        return [self.ggml_backend_reg_name(handle).decode(errors="replace") for handle in handles]
 
 
 def load(file: LibraryFile) -> Library:
@@ -377,6 +394,8 @@ class LibraryReport(msgspec.Struct, frozen=True):
     supports_gpu: bool = False
     system_info: str = ""
     devices: list[Device] = []
+    #: What it was built for: CUDA, ROCm, Vulkan, BLAS, CPU.
+    backends: list[str] = []
     #: Of the problem: its kind, its text without what to do, and the shared library that is missing.
     cause: Cause = ""
     reason: str = ""
@@ -424,6 +443,7 @@ def _report(configured: str = "") -> LibraryReport:
         library.supports_gpu,
         library.system_info,
         library.devices(),
+        library.backends(),
     )
 
 

@@ -43,6 +43,23 @@ class ChainParams(ctypes.Structure):
     _fields_ = [("no_perf", c_bool)]
 
 
+class TensorOverride(ctypes.Structure):
+    _fields_ = [("pattern", c_char_p), ("buft", c_void_p)]
+
+
+class DeviceProps(ctypes.Structure):
+    _fields_ = [
+        ("name", c_char_p),
+        ("description", c_char_p),
+        ("memory_free", c_size_t),
+        ("memory_total", c_size_t),
+        ("type", c_int),
+        ("device_id", c_char_p),
+        # Abilities, which are not used here, and room for more.
+        ("rest", ctypes.c_ubyte * 256),
+    ]
+
+
 class ModelParams(ctypes.Structure):
     _fields_ = [
         ("devices", c_void_p),
@@ -152,6 +169,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_n_ctx_train": (c_int32, [_PTR]),
     "llama_model_n_embd_out": (c_int32, [_PTR]),
     "llama_model_n_layer": (c_int32, [_PTR]),
+    "llama_model_size": (ctypes.c_uint64, [_PTR]),
     "llama_model_n_params": (ctypes.c_uint64, [_PTR]),
     "llama_vocab_bos": (c_int32, [_PTR]),
     "llama_vocab_eos": (c_int32, [_PTR]),
@@ -174,12 +192,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_version": (c_char_p, []),
     "ggml_commit": (c_char_p, []),
     "ggml_backend_load_all_from_path": (None, [c_char_p]),
+    "ggml_backend_cpu_buffer_type": (_PTR, []),
     "ggml_backend_reg_count": (c_size_t, []),
+    "ggml_backend_reg_get": (_PTR, [c_size_t]),
+    "ggml_backend_reg_name": (c_char_p, [_PTR]),
     "ggml_backend_dev_count": (c_size_t, []),
     "ggml_backend_dev_get": (_PTR, [c_size_t]),
     "ggml_backend_dev_name": (c_char_p, [_PTR]),
     "ggml_backend_dev_description": (c_char_p, [_PTR]),
     "ggml_backend_dev_type": (c_int, [_PTR]),
+    "ggml_backend_dev_get_props": (None, [_PTR, POINTER(DeviceProps)]),
     "ggml_backend_dev_memory": (None, [_PTR, POINTER(c_size_t), POINTER(c_size_t)]),
 }
 

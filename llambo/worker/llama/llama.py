@@ -30,8 +30,11 @@ from numpy.typing import NDArray
 from llambo.mesh.wire import conversation
 from llambo.mesh.wire.messages import Sampling
 from llambo.worker.llama import binding, c_api
+from llambo.worker.llama.llama_log import LlamaLog
+from llambo.worker.llama.offload import Offload
 from llambo.worker.llama.sampling import Grammar, Ids, Logits
 from llambo.worker.models.model_files import Layout
+from llambo.worker.models.placement import CPU, Placement
 
 #: The functions of llama.cpp, once `open_library` has loaded it. A process has one library.
 lib: Any = None
@@ -48,8 +51,8 @@ LIKELIEST = (64, 1024)
 PIECE_BYTES = 4096
 #: Texts at a time, and tokens in a step, of a context for embeddings.
 EMBED_SEQUENCES, EMBED_ROWS = 16, 64
-#: From ggml.h.
-LOG_WARNING, LOG_ERROR = 3, 4
+#: From llama.h: neither mapped nor locked.
+LOAD_PLAIN = 0
 
 _TAGS = frozenset([conversation.CALL_BEGIN.encode(), conversation.CALL_END.encode()])
 
@@ -59,25 +62,6 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 
 class LoadError(Exception):
     """The model cannot be served; the text gives the reason, for people."""
-
-
-class _Log:
-    """The last warnings and errors of llama.cpp: they explain why a model did not load."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._level = 0
-        # This reference has to live as long as the process.
-        self._callback = c_api.LogCallback(self._on_line)
-        lib.llama_log_set(self._callback, ctypes.c_void_p(0))
-
-    def _on_line(self, level: int, text: bytes, _: Any) -> None:
-        self._level = level if level <= 4 else self._level  # 5 continues the line before
-        if self._level in (LOG_WARNING, LOG_ERROR):
-            self.lines = [*self.lines[-7:], text.decode(errors="replace").strip()]
-
-    def reason(self) -> str:
-        return "; ".join(line for line in self.lines if line) or "llama.cpp gave no reason"
 
 
 def open_library(configured: str = "") -> binding.Library:
@@ -92,34 +76,42 @@ def open_library(configured: str = "") -> binding.Library:
     return library
 
 
-_log: _Log | None = None
+_log: LlamaLog | None = None
+#: These references have to live as long as the process.
+_callbacks: list[Any] = []
 
 
-def _start_library() -> _Log:
+def start_library() -> LlamaLog:
     global _log  # noqa: PLW0603  # the library has one log per process as well
     open_library()
     if _log is None:
-        _log = _Log()
+        _log = LlamaLog()
+        _callbacks.append(c_api.LogCallback(_log.on_line))
+        lib.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
         lib.llama_backend_init()
     _log.lines.clear()
     return _log
 
 
-def _progress(on_progress: Callable[[float], None]) -> Callable[[float, Any], bool]:
-    def report(share: float, _: Any) -> bool:
-        on_progress(share)
-        return True  # go on
-
-    return report
-
-
 class Model:
-    def __init__(self, path: str, *, gpu_layers: int, safe: bool, on_progress: Callable[[float], None]) -> None:
-        log = _start_library()
+    """`dry`: nothing is allocated, and the model cannot compute."""
+
+    def __init__(
+        self, path: str, placement: Placement = CPU, *, safe: bool = False, dry: bool = False,
+        on_progress: Callable[[float], None] = lambda share: None,
+    ) -> None:  # fmt: skip
+        def go_on(share: float, _: Any) -> bool:
+            on_progress(share)
+            return True
+
+        log = start_library()
         params = lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
+        self._offload = Offload(lib, placement)
+        self._offload.set(params)
         params.use_extra_bufts = not safe
-        callback = c_api.ProgressCallback(_progress(on_progress))
+        if dry:
+            params.no_alloc, params.load_mode = True, LOAD_PLAIN
+        callback = c_api.ProgressCallback(go_on)
         params.progress_callback = callback
         self.handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         del callback
@@ -212,7 +204,7 @@ class _Context:
     """Sequences of tokens with their cells, and one batch for all steps. `params` are those of llama.cpp."""
 
     def __init__(self, model: Model, layout: Layout, what: str, batch: int, **params: Any) -> None:
-        log = _start_library()
+        log = start_library()
         settings = lib.llama_context_default_params()
         settings.n_batch = settings.n_ubatch = batch
         settings.n_threads = settings.n_threads_batch = layout.threads
@@ -337,7 +329,7 @@ class Gbnf:
     """A grammar with its state in one answer."""
 
     def __init__(self, model: Model, text: str) -> None:
-        log = _start_library()
+        log = start_library()
         self._handle = lib.llama_sampler_init_grammar(model.vocab, text.encode(), b"root")
         if not self._handle:
             raise ValueError(f"the grammar cannot be parsed: {log.reason()}")

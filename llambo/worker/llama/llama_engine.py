@@ -16,6 +16,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +32,7 @@ from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import mesh_name
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
-from llambo.worker.llama import binding, llama, sampling
+from llambo.worker.llama import binding, dry_run, llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
 from llambo.worker.llama.grammar import AnswerGrammar, GrammarError, grammar_of
 from llambo.worker.llama.guide import Guides
@@ -49,6 +50,7 @@ from llambo.worker.llama.sampling import (
 )
 from llambo.worker.llama.text_gate import TextGate
 from llambo.worker.models import gguf, model_files
+from llambo.worker.models.placement import CPU, Placement
 
 log = logging.getLogger("llambo.engine")
 
@@ -99,7 +101,9 @@ class Setup:
     name: str
     path: str
     layout: model_files.Layout
-    gpu_layers: int = 0
+    placement: Placement = CPU
+    #: What the note of the worker adds about devices.
+    device_note: str = ""
     #: Without what may not work on this machine.
     safe: bool = False
     fingerprint: str = ""
@@ -126,7 +130,7 @@ class LlamaEngine:
                 send(Progress(f"loading {name}: {percent} %", percent=percent))
 
         self._setup = setup
-        self._model = llama.Model(setup.path, gpu_layers=setup.gpu_layers, safe=setup.safe, on_progress=on_progress)
+        self._model = llama.Model(setup.path, setup.placement, safe=setup.safe, on_progress=on_progress)
         self._decoder = llama.Decoder(self._model, layout)
         self.batcher = Batcher(layout.slots, self._decoder.context, layout.batch)
         self._shared = llama.shared_candidates(self._model)
@@ -148,6 +152,7 @@ class LlamaEngine:
 
     def ready(self) -> Ready:
         note = f"{self._model.describe()}, {self._setup.layout.slots} x {self._decoder.context} tokens"
+        note += f", {self._setup.device_note}" if self._setup.device_note else ""
         note += ", safe settings" if self._setup.safe else ""
         info = ModelInfo(self._setup.name, self._setup.fingerprint, self._decoder.context)
         return Ready([info], self._setup.layout.slots, note, str(llama.open_library()))
@@ -246,6 +251,8 @@ class LlamaEngine:
             "architecture": model.metadata("general.architecture"),
             "parameters": model.parameters,
             "layers": model.layers,
+            "devices": str(self._setup.placement),
+            "placement": self._setup.placement.why,
             "vocabulary": model.tokens,
             "embedding_size": model.embedding_size,
             "trained_context": model.trained_context,
@@ -426,32 +433,39 @@ class ProgressBar:
 
 def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     options, path = configure.llama, str(model_files.find(configure.model))
-    log.info("llama.cpp is %s", llama.open_library(options.library))
+    library = llama.open_library(options.library)
+    log.info("llama.cpp is %s", library)
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    layout = model_files.layout(options, file, host.free_memory_bytes(), host.physical_cores())
     bar = ProgressBar(send)
-    fingerprint = model_files.fingerprint(
-        file,
-        layout.context,
-        options.kv_type,
-        lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
-    )
-    log.info("%s: %d layers on a GPU, %s", path, options.gpu_layers, layout)
-    defaults, unusable = sampling.recommended(file.meta)
-    if defaults:
-        log.info("%s", sampling.describe(defaults))
-    for text in unusable:
-        log.info("ignored in the model file: %s", text)
-    setup = Setup(
-        name=mesh_name(configure.model),
-        path=path,
-        layout=layout,
-        gpu_layers=options.gpu_layers,
-        safe=configure.safe,
-        fingerprint=fingerprint,
-        defaults=defaults,
-        embed_bytes=0 if options.gpu_layers else model_files.embed_need(options, file, layout.context),
-        pooling=POOLINGS.get(file.number("pooling_type"), "mean"),
-    )
-    return LlamaEngine(setup, bar)
+    # What is free on a GPU is true until the next worker of this machine allocates its model.
+    shares_gpu = options.gpu_layers != 0 and library.supports_gpu
+    with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
+        layout, placement, warning = dry_run.prepare(path, file, options, library)
+        if warning and configure.first:
+            log.warning("%s", warning)
+        fingerprint = model_files.fingerprint(
+            file,
+            layout.context,
+            options.kv_type,
+            lambda percent: bar(Progress(f"computing the fingerprint: {percent} %"), percent),
+        )
+        log.info("%s: %s%s; %s", path, placement, f" ({placement.why})" if placement.why else "", layout)
+        defaults, unusable = sampling.recommended(file.meta)
+        if defaults:
+            log.info("%s", sampling.describe(defaults))
+        for text in unusable:
+            log.info("ignored in the model file: %s", text)
+        setup = Setup(
+            name=mesh_name(configure.model),
+            path=path,
+            layout=layout,
+            placement=placement,
+            device_note="a GPU stays unused" if warning else str(placement) if shares_gpu else "",
+            safe=configure.safe,
+            fingerprint=fingerprint,
+            defaults=defaults,
+            embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
+            pooling=POOLINGS.get(file.number("pooling_type"), "mean"),
+        )
+        return LlamaEngine(setup, bar)

@@ -49,6 +49,8 @@ class ModelFile:
     size_bytes: int
     meta: dict[str, MetaValue]
     tensors: int
+    #: The name of each tensor in this file, and the bytes until the next one.
+    tensor_sizes: tuple[tuple[str, int], ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -106,16 +108,14 @@ class _Reader:
         for _ in range(entries):
             key = self._string(MAX_KEY_BYTES)
             meta[key] = self._value(self._u32(), 0)
-        end = self._tensors(tensors, meta)
-        if end > self._size:
-            raise BadModelFile(f"{self._path} is cut off: {self._size} bytes of at least {end}")
-        return ModelFile(self._path, self._size, meta, tensors)
+        return ModelFile(self._path, self._size, meta, tensors, self._tensors(tensors, meta))
 
-    def _tensors(self, count: int, meta: dict[str, MetaValue]) -> int:
-        """The least size that the file can have."""
+    def _tensors(self, count: int, meta: dict[str, MetaValue]) -> tuple[tuple[str, int], ...]:
+        """The name and the size of each."""
         end = 0
+        places: list[tuple[int, str]] = []
         for _ in range(count):
-            self._string(MAX_KEY_BYTES)
+            name = self._string(MAX_KEY_BYTES)
             dimensions = self._u32()
             if dimensions > 8:
                 raise BadModelFile(f"{self._path} is damaged: a tensor of {dimensions} dimensions")
@@ -125,11 +125,17 @@ class _Reader:
             kind, offset = self._u32(), self._u64()
             block, size = _BLOCKS.get(kind, (1, 0))
             end = max(end, offset + values // block * size)
+            places.append((offset, name))
         alignment = meta.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise BadModelFile(f"{self._path} is damaged: alignment {alignment!r}")
         start = -(-self._file.tell() // alignment) * alignment
-        return start + end if count else 0
+        if count and start + end > self._size:
+            raise BadModelFile(f"{self._path} is cut off: {self._size} bytes of at least {start + end}")
+        places.sort()
+        ends = [*(offset for offset, _ in places[1:]), max(self._size - start, 0)]
+        # Without tensors there is one end and no place.
+        return tuple((name, after - offset) for (offset, name), after in zip(places, ends, strict=False))
 
     def _value(self, kind: int, depth: int) -> MetaValue:
         if kind in _STRUCTS:

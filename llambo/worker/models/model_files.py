@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -110,13 +110,25 @@ class Layout:
 
 
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
-    """Chooses what is not configured to suit the machine. Raises BadModelFile if the model cannot fit."""
-    context = options.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+    """For a model on the CPU alone. Chooses what is not configured to suit the machine, and checks its memory.
+
+    Raises BadModelFile if the model cannot fit.
+    """
+    found = unchecked_layout(options, file, free_bytes, cores)
+    context = found.context
+    # Answers move between workers with other numbers of slots, but not between other contexts.
+    while options.fewer_slots and options.slots > 1 and _need(options, file, context) > free_bytes:
+        options = replace(options, slots=options.slots // 2)
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
-    need = _need(options, file, context)
-    if need > free_bytes and not options.gpu_layers:
+    if (need := _need(options, file, context)) > free_bytes:
         raise BadModelFile(_too_large(options, file, context, free_bytes))
+    return replace(found, slots=options.slots, context=context, need_bytes=need)
+
+
+def unchecked_layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
+    """As if there were memory for all of it."""
+    context = options.context or min(file.trained_context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     batch = max(options.batch, options.slots)
     return Layout(
         slots=options.slots,
@@ -125,7 +137,7 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
         threads=options.threads or cores,
         kv_type=options.kv_type,
         flash_attn=options.flash_attn,
-        need_bytes=need,
+        need_bytes=_need(options, file, context),
         free_bytes=free_bytes,
     )
 
@@ -259,7 +271,7 @@ def look_at(
     except BadModelFile as error:
         problem = problem or _without_path(str(error), str(path))
     return Found(
-        model, str(path), where, _all_parts(path, file), file.architecture,
+        model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
         quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem,
     )  # fmt: skip
 
@@ -274,12 +286,10 @@ def _quantisation(file: ModelFile) -> str:
     return QUANTISATIONS.get(number, f"type {number}") if isinstance(number, int) else ""
 
 
-def _all_parts(path: Path, file: ModelFile) -> int:
+def parts(path: Path) -> list[Path]:
+    """All files of a model, of which `path` is the only or the first one."""
     part = _PART.search(path.name)
-    if part is None:
-        return file.size_bytes
-    others = path.parent.glob(f"{path.name[: part.start()]}-*-of-{part[2]}.gguf")
-    return sum(other.stat().st_size for other in others)
+    return sorted(path.parent.glob(f"{path.name[: part.start()]}-*-of-{part[2]}.gguf")) if part else [path]
 
 
 def _candidates(folder: str) -> Iterator[tuple[str, Path, str]]:
