@@ -76,7 +76,9 @@ def test_a_path_that_is_wrong_is_refused_with_what_to_do(tmp_path: Path) -> None
     assert "there is no file" in binding.missing(str(tmp_path / "no.so"))
     assert "libllama.so" in binding.missing(str(tmp_path))
     text = put(tmp_path / "text.so", b"no library at all, but some text")
-    with pytest.raises(LibraryError, match=r"text.so cannot be loaded as a library \(.*\): name another with --llama-lib"):
+    with pytest.raises(
+        LibraryError, match=r"text.so cannot be loaded as a library \(.*\): name another with --llama-lib"
+    ):
         binding.load(binding.find(str(text)))
     assert "cannot be loaded as a library" in binding.examine(str(text)).problem
 
