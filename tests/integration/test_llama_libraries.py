@@ -92,15 +92,18 @@ from llambo.worker.llama import llama
 from llambo.worker.models.model_files import Layout
 model_path, library, result = sys.argv[1:]
 llama.open_library(library)
-model = llama.Model(model_path, gpu_layers=0, safe=True, on_progress=lambda share: None)
+model = llama.Model(model_path, safe=True)
 tokens = [(7 * at * at + 3 * at) % model.tokens for at in range(60)]
+def layout(kv_type, flash_attn):
+    return Layout(slots=2, context=256, batch=128, threads=1, kv_type=kv_type, flash_attn=flash_attn, need_bytes=0,
+        free_bytes=0)
 found = []
 for kv_type in ("f32", "f16"):
     for flash_attn in ("off", "on"):
-        decoder = llama.Decoder(model, Layout(2, 256, 128, 1, kv_type, flash_attn, 0, 0))
+        decoder = llama.Decoder(model, layout(kv_type, flash_attn))
         rows = [*range(60), *range(20)], [0] * 60 + [1] * 20
         found.append(decoder.decode(tokens + tokens[:20], *rows, [59, 79]).copy())
-embedder = llama.Embedder(model, Layout(2, 256, 128, 1, "f32", "off", 0, 0), 256)
+embedder = llama.Embedder(model, layout("f32", "off"), 256)
 found.append(embedder.embed(tokens, range(60), [0] * 60).copy())
 np.savez(result, *found)
 """

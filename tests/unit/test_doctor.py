@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -148,7 +149,7 @@ def test_a_library_named_by_a_variable() -> None:
 def test_the_fake_engine_needs_neither_library_nor_model() -> None:
     report = LibraryReport(problem="p", cause="not installed", reason="it is not installed")
     for engine, level in (("auto", Level.PROBLEM), ("fake", Level.NOTE)):
-        facts = replace(WELL, library=report, models=ModelFacts(engine))
+        facts = replace(WELL, library=report, models=ModelFacts(), settings=SettingsFacts(engine=engine))
         assert [each.level for each in judge(["library", "models"], facts)] == [level, level]
 
 
@@ -185,12 +186,13 @@ def test_memory_of_a_device_is_bounded_by_that_of_the_control_group() -> None:
 
 def test_a_gpu_that_the_library_cannot_use_is_named_with_the_command() -> None:
     card = Gpu("NVIDIA", "NVIDIA GeForce RTX 3090")
-    listed, unused = findings("devices", gpus=(card,))
-    assert (listed.level, unused.level) == (Level.OK, Level.NOTE)
-    assert "RTX 3090 stays unused" in unused.text
-    assert unused.command.startswith("CMAKE_ARGS=-DGGML_CUDA=on pip install ")
+    text, command = bad("devices", gpus=(card,))
+    assert "RTX 3090 stays unused" in text
+    assert command.startswith("CMAKE_ARGS=-DGGML_CUDA=on pip install ")
     hidden = replace(card, problem="/dev/nvidiactl is hidden")
-    assert findings("devices", gpus=(hidden,))[1].command == ""
+    assert bad("devices", gpus=(hidden,))[1] == "llambo help gpu"
+    for settings in (SettingsFacts(gpu_layers=0), SettingsFacts(engine="fake")):
+        assert findings("devices", gpus=(card,), settings=settings)[1].level is Level.NOTE
     used = msgspec.structs.replace(LIBRARY, devices=[Device("CUDA0", "A card", "gpu", GIB, GIB)])
     assert len(findings("devices", gpus=(card,), library=used)) == 1
     assert len(findings("devices", gpus=(replace(card, integrated=True),))) == 1
@@ -374,7 +376,7 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     keys.write_private(path, keys.to_line(key))
 
     seen = probes.look_at_keys(place(key=str(path), keys=str(folder.path)))
-    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and 2 peers", "keys"]
+    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and of 2 peers", "keys"]
     assert [each.level for each in findings("keys", keys=seen)] == [Level.NOTE, Level.OK]
     assert "expired: old" in findings("keys", keys=seen)[0].text
 
@@ -462,4 +464,4 @@ def test_the_extras_are_those_of_the_package() -> None:
     found = extras.packages()
     assert {"gateway", "llama", "otel", "top"} <= found.keys()
     assert not set(extras.DEVELOPMENT) & found.keys()
-    assert found["top"] == {"textual": True}
+    assert found["top"] == {"textual": importlib.util.find_spec("textual") is not None}

@@ -153,7 +153,7 @@ def _without(variable: str, facts: Facts) -> str:
 
 def _for_workers(facts: Facts, text: str, command: str) -> tuple[Level, str, str]:
     """A worker with the fake engine needs neither llama.cpp nor a model."""
-    if isinstance(facts.models, ModelFacts) and facts.models.engine == "fake":
+    if isinstance(facts.settings, SettingsFacts) and facts.settings.engine == "fake":
         return note(f"{text} (the setting worker.engine is fake)", command)
     return problem(text, command)
 
@@ -196,8 +196,10 @@ def of_devices(seen: LibraryReport, facts: Facts) -> Conclusions:
     found = facts.gpus if isinstance(facts.gpus, tuple) else ()
     if not any(each.kind in ("gpu", "igpu") for each in seen.devices):
         unused = gpus.advice(found, seen.backends, facts.host.pip)
-        if unused is not None:
-            yield note(unused.text, unused.command)
+        if unused is not None and isinstance(facts.settings, SettingsFacts) and facts.settings.gpu_layers == 0:
+            yield note(f"{unused.text} (the setting worker.gpu_layers is 0)", unused.command)
+        elif unused is not None:
+            yield _for_workers(facts, unused.text, unused.command or "llambo help gpu")
 
 
 def _free(device: Device, facts: Facts) -> int:
@@ -424,7 +426,7 @@ def of_disk(seen: tuple[DiskFacts, ...], facts: Facts) -> Conclusions:
 #: Each check, in the order in which they are shown, and what has to be looked at for it. The first is its own.
 NEEDS: dict[str, tuple[str, ...]] = {
     "settings": ("settings",),
-    "library": ("library", "models"),
+    "library": ("library",),
     "cpu": ("cpu",),
     "devices": ("library", "limits", "gpus"),
     "models": ("models", "library"),
@@ -435,7 +437,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "broker": ("brokers",),
     "clock": ("clock",),
     "systemd": ("systemd",),
-    "extras": ("extras", "models"),
+    "extras": ("extras",),
 }
 RULES: dict[str, Callable[[Any, Facts], Conclusions]] = {
     "settings": of_settings, "library": of_library, "cpu": of_cpu, "devices": of_devices, "models": of_models,

@@ -27,6 +27,9 @@ class SettingsFacts:
     variables: frozenset[str] = frozenset()
     #: Variables that are no settings.
     warnings: tuple[str, ...] = ()
+    #: `worker.engine` and `worker.gpu_layers`.
+    engine: str = "auto"
+    gpu_layers: str | int = "auto"
     #: Why they cannot be read, and what has to be corrected.
     error: str = ""
     command: str = ""
@@ -52,8 +55,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    #: The setting `worker.engine`, and why the model of `worker.model` was not found.
-    engine: str = "auto"
+    #: Why the model of the setting `worker.model` was not found.
     missing: str = ""
     files: tuple[ModelFile, ...] = ()
 
