@@ -223,10 +223,21 @@ def test_ports_in_a_row_are_one_range() -> None:
 
 
 def test_a_port_of_another_program() -> None:
-    port = PortFacts("gateway", "127.0.0.1", 7340, "is in use", "nginx (pid 12)", command="llambo up --http-port 0")
+    port = PortFacts(
+        "gateway", "127.0.0.1", 7340, "is in use", True, owner="nginx (pid 12)", command="llambo up --http-port 0"
+    )
     text, command = bad("ports", ports=(port,))
     assert text == "gateway 127.0.0.1:7340 is in use by nginx (pid 12)"
     assert command == "llambo up --http-port 0"
+
+
+def test_ports_with_one_problem_are_one_finding() -> None:
+    why = "cannot be used: why"
+    ports = tuple(PortFacts("broker", "10.9.9.9", 7330 + number, why, elsewhere=True) for number in range(4))
+    settings = SettingsFacts(variables=frozenset({"LLAMBO_BIND"}))
+    assert bad("ports", ports=ports, settings=settings) == (
+        "broker 10.9.9.9:7330-7333 cannot be used: why", "unset LLAMBO_BIND"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -243,8 +254,8 @@ def test_a_port_of_another_program() -> None:
 )
 def test_a_port_on_which_a_broker_answers(broker: dict[str, Any], owner_seen: bool, level: Level) -> None:
     fields = {"address": "tcp://127.0.0.1:7330", "configured": False, "on_this_host": True, **broker}
-    port = PortFacts("broker", "127.0.0.1", 7332, "is in use", "a process of the user llambo", owner_seen)
-    facts = replace(WELL, ports=(replace(port, command="x"),), brokers=(BrokerFacts(**fields),))
+    port = PortFacts("broker", "127.0.0.1", 7332, "is in use", True, owner_seen=owner_seen, command="x")
+    facts = replace(WELL, ports=(port,), brokers=(BrokerFacts(**fields),))
     assert [each.level for each in judge(["ports"], facts)] == [level]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -246,15 +246,23 @@ def _listed(files: Sequence[ModelFile]) -> str:
 
 def of_ports(seen: tuple[PortFacts, ...], facts: Facts) -> Conclusions:
     free = [each for each in seen if not each.problem]
-    used = [each for each in seen if each.problem and (each.ours or _answers(each, facts))]
+    used = [each for each in seen if each.in_use and (each.ours or _answers(each, facts))]
     if free:
         yield ok(f"free: {_ports(free)}")
     if used:
         yield ok(f"in use by llambo: {_ports(used)}")
+    alike: dict[PortFacts, list[PortFacts]] = {}
     for each in seen:
         if each not in free and each not in used:
-            by = f" by {each.owner}" if each.owner else ""
-            yield problem(f"{each.role} {each.host}:{each.port} {each.problem}{by}", each.command)
+            alike.setdefault(replace(each, port=0), []).append(each)
+    for first, ports in alike.items():
+        by = f" by {first.owner}" if first.owner else ""
+        command = _without(BIND[first.role], facts) if first.elsewhere and first.role in BIND else first.command
+        yield problem(f"{first.role} {first.host}:{_range(ports)} {first.problem}{by}", command)
+
+
+#: The variable with the address to listen on.
+BIND = {"broker": "LLAMBO_BIND", "gateway": "LLAMBO_HTTP_BIND"}
 
 
 def _answers(port: PortFacts, facts: Facts) -> bool:
@@ -280,13 +288,14 @@ def port_of(address: str) -> int:
 
 def _ports(seen: Sequence[PortFacts]) -> str:
     """7330-7333 (broker), 7340 (gateway)"""
-    shown = []
-    for role in dict.fromkeys(each.role for each in seen):
-        numbers = sorted(each.port for each in seen if each.role == role)
-        whole = len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1
-        text = f"{numbers[0]}-{numbers[-1]}" if whole else ", ".join(map(str, numbers))
-        shown.append(f"{text} ({role})")
-    return ", ".join(shown)
+    roles = dict.fromkeys(each.role for each in seen)
+    return ", ".join(f"{_range([each for each in seen if each.role == role])} ({role})" for role in roles)
+
+
+def _range(ports: Sequence[PortFacts]) -> str:
+    numbers = sorted(each.port for each in ports)
+    in_a_row = len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{numbers[0]}-{numbers[-1]}" if in_a_row else ", ".join(map(str, numbers))
 
 
 def of_keys(seen: tuple[KeyFile, ...], facts: Facts) -> Conclusions:

@@ -68,6 +68,9 @@ class PortFacts:
     port: int
     #: Why it cannot be bound; empty if it can.
     problem: str = ""
+    in_use: bool = False
+    #: The host is not an address of this machine.
+    elsewhere: bool = False
     #: Who listens there, as far as this user can see; empty if none does.
     owner: str = ""
     #: The process is visible to this user, and is one of llambo's.

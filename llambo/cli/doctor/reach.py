@@ -63,7 +63,7 @@ def _wanted(settings: Settings) -> Iterator[tuple[str, str, int, str]]:
 
 
 def _port(role: str, host: str, port: int, command: str, owners: _Owners) -> PortFacts:
-    problem, owner, pid, ours = "", "", 0, False
+    problem, in_use, elsewhere, owner, pid, ours = "", False, False, "", 0, False
     try:
         found = socket.getaddrinfo(host if host != "*" else None, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
@@ -72,11 +72,13 @@ def _port(role: str, host: str, port: int, command: str, owners: _Owners) -> Por
             # It does not listen, so it is in the way of no service that starts now.
             tried.bind(address)
     except OSError as error:
-        problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
-        if error.errno == errno.EADDRINUSE:
+        in_use = error.errno == errno.EADDRINUSE
+        problem = "is in use" if in_use else f"cannot be used: {error.strerror or error}"
+        elsewhere = error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
+        if in_use:
             owner, pid, ours = owners.of(port)
             ours = ours or (role == "gateway" and pid == 0 and is_gateway(host, port))
-    return PortFacts(role, host, port, problem, owner, pid > 0, ours, command)
+    return PortFacts(role, host, port, problem, in_use, elsewhere, owner, pid > 0, ours, command)
 
 
 #: The dashboard, which every gateway serves.
