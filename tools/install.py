@@ -29,7 +29,7 @@ BAR = re.compile(r"([\d.]+)/([\d.]+) ([kMG]?B) ")
 SIZE = re.compile(r"\(([\d.]+) ([kMG]?B)\)$")
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 NEW_LINE = re.compile(rb"[\r\n]+")
-CONTROL = re.compile(r"\x1b\[[\d;?]*[A-Za-z]")
+CONTROL = re.compile(r"\x1b\[[\d;?]*[A-Za-z]|.?\x08")
 #: What pip says when it fails, and what can be done about that. The first one counts.
 HINTS = {
     "No space left on device": "the disk is full; 1 GB has to be free here and in $TMPDIR",
@@ -56,12 +56,15 @@ class Pip:
         self._command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--no-input"]
 
     def install(self, text: str, *words: str) -> None:
-        with Step(text) as step, self._log.open("w", encoding="utf-8") as log:
+        with Step(text) as step:
             reading, writing = terminal()
             environ = {**os.environ, "TERM": "xterm", "COLUMNS": "200", "NO_COLOR": "1"}
-            with subprocess.Popen(
-                [*self._command, *words], stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, env=environ
-            ) as running:
+            with (
+                self._log.open("w", encoding="utf-8") as log,
+                subprocess.Popen(
+                    [*self._command, *words], stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, env=environ
+                ) as running,
+            ):
                 os.close(writing)
                 for line in lines(reading):
                     if not BAR.search(line):

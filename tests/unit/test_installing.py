@@ -64,6 +64,16 @@ def test_an_error_of_pip_comes_with_what_to_do(tmp_path: Path, said: str, hint: 
     assert said.splitlines()[-1] in text and hint in text and str(log) in text
 
 
+def test_a_pip_that_fails_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\necho \"pip $4: after connection broken by 'NewConnectionError'\"; exit 1\n")
+    python.chmod(0o755)
+    with pytest.raises(InstallError, match=r"--no-input: after connection(.|\n)*PIP_INDEX_URL(.|\n)*install.log"):
+        Pip(tmp_path).install("a step", "x")
+    assert capsys.readouterr().out == "a step ... failed\n"
+
+
 def test_a_line_that_is_drawn_again_is_a_line_of_its_own() -> None:
     reading, writing = terminal()
     os.write(writing, b"\x1b[33mone\x1b[0m\r\x1b[2Ktwo\r\nthree")
