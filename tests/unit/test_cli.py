@@ -270,6 +270,24 @@ def test_worker_settings_become_a_worker_config() -> None:
     assert (config.name, config.model, config.fake.slots, config.fake.burst) == ("tiny-01", "fake", 2, 8)
 
 
+@pytest.mark.parametrize(
+    ("given", "layers", "fewer"),
+    [({}, "auto", True), ({"gpu_layers": "-1", "slots": 4}, -1, False), ({"gpu_layers": 0}, 0, True)],
+)
+def test_slots_are_given_up_only_if_they_are_not_set(given: dict[str, Any], layers: int | str, fewer: bool) -> None:
+    from llambo.mesh.settings import settings
+
+    config = worker.worker_config(settings.load({"engine": "fake", **given}, environ={}, places=[]))
+    assert (config.llama.gpu_layers, config.llama.fewer_slots, config.llama.slots) == (layers, fewer, 4)
+
+
+@pytest.mark.parametrize("value", ["all", "1.5", "-2", "100001"])
+def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
+    result = CliRunner().invoke(worker.main, ["--gpu-layers", value])
+    assert result.exit_code == Exit.USAGE
+    assert "expected" in result.stderr
+
+
 def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:
     result = CliRunner().invoke(broker.main, ["--lease-ms", "100", "--port", "0"])
     assert result.exit_code == Exit.USAGE
