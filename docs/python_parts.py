@@ -270,7 +270,7 @@ def python_sampling() -> str:
     return "\n".join(table(["field", "type", "default", ""], rows))
 
 
-ANSWERS = ("Piece", "Answer", "Usage", "ToolCall", "CalledFunction", "Logprob", "TopToken", "Tokenized", "Embeddings")
+ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tokenized", "Embeddings")
 ROWS = (
     "MeshStatus", "ModelRow", "WorkerRow", "RequestRow", "RequestStory", "StoryStep", "EventRow", "Recent", "SampleRow",
     "EndedRow", "AccountRow", "DrainReply", "Lease", "LeaseReply", "Counters",

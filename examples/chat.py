@@ -17,8 +17,7 @@ def main(address: str = "") -> None:
             for piece in stream:
                 print(piece.text, end="", flush=True)
             print()
-            assert stream.answer is not None
-            messages.append(stream.answer.message)
+            messages.append(stream.result().message)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llambo import SyncClient
 PROMPT, SEED, TOKENS = "Tell me a short story about a llama.", 7, 80
 #: The worker is killed when so many bytes of the answer are here: about a third of it.
 KILL_AFTER_BYTES = 130
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 
 
 def main() -> int:

@@ -15,8 +15,8 @@ async def main(address: str = "tcp://127.0.0.1:7330", prompt: str = "What is AI?
         async for piece in stream:
             print(piece.text, end="", flush=True)
         print()
-        assert stream.answer is not None
-        print(f"{len(stream.answer.ids)} tokens from {stream.answer.worker}, ended for: {stream.answer.reason}")
+        answer = await stream.result()
+        print(f"{len(answer.ids)} tokens from {answer.worker}, ended for: {answer.reason}")
 
 
 if __name__ == "__main__":

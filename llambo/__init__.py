@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from llambo.mesh.client.client_requests import Counters
     from llambo.mesh.client.request_options import ClientSettings, Messages, Options, TaskCall
     from llambo.mesh.client.sync_client import SyncClient, SyncStream
-    from llambo.mesh.wire.conversation import CalledFunction, ToolCall
     from llambo.mesh.wire.errors import Code, LlamboError
     from llambo.mesh.wire.messages import Lease, Usage
     from llambo.mesh.wire.reports import (
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
         WorkerRow,
     )
     from llambo.mesh.wire.tokens import Logprob, TopToken
+    from llambo.mesh.wire.tool_calls import CalledTool
 
 #: pyproject.toml reads it from here. Asking the metadata of the installed package takes a worker a tenth of its start.
 __version__ = "0.1.0"
@@ -44,21 +44,21 @@ _NAMES = {
     "llambo.mesh.client.client_requests": "Counters",
     "llambo.mesh.client.request_options": "ClientSettings Messages Options TaskCall",
     "llambo.mesh.client.sync_client": "SyncClient SyncStream",
-    "llambo.mesh.wire.conversation": "CalledFunction ToolCall",
     "llambo.mesh.wire.errors": "Code LlamboError",
     "llambo.mesh.wire.messages": "Lease Usage",
     "llambo.mesh.wire.reports":
         "AccountRow DrainReply EndedRow EventRow LeaseReply MeshStatus ModelRow Recent RequestRow "
         "RequestStory SampleRow StoryStep WorkerRow",
     "llambo.mesh.wire.tokens": "Logprob TopToken",
+    "llambo.mesh.wire.tool_calls": "CalledTool",
 }  # fmt: skip
 _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "AccountRow", "Answer", "CalledFunction", "Client", "ClientSettings", "Code", "Counters", "DrainReply",
+    "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply",
     "Embeddings", "EndedRow", "EventRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MeshStatus", "Messages",
     "ModelRow", "Options", "Piece", "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream",
-    "SyncClient", "SyncStream", "TaskCall", "Tokenized", "ToolCall", "TopToken", "Usage", "WorkerRow", "__version__",
+    "SyncClient", "SyncStream", "TaskCall", "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from llambo.worker.llama import binding
 from tests.chaos.places import way_in
 from tests.integration.manager import hindrance
 from tools.needs import BY_NAME, install_command
@@ -31,8 +32,14 @@ def _native() -> str:
     return "" if find_spec("llama_cpp") else "the extra llama-native is not installed"
 
 
+def _two_libraries() -> str:
+    return "" if len(binding.installed()) > 1 else "the extras llama and llama-native are not both installed"
+
+
 #: What is no program: why it cannot be had; empty, it can.
-CONDITIONS: dict[str, Callable[[], str]] = {"llama-native": _native, "manager": hindrance, "networks": _networks}
+CONDITIONS: dict[str, Callable[[], str]] = {
+    "llama-native": _native, "manager": hindrance, "networks": _networks, "two-libraries": _two_libraries,
+}  # fmt: skip
 
 
 def skip_without(item: pytest.Item) -> None:

@@ -134,7 +134,7 @@ def use_mesh(programs: Path, environ: dict[str, str], cwd: Path, engine: tuple[s
         workers = json.loads(run(*llambo, "workers", "--json", environ=environ, cwd=cwd))
         files = dashboard(f"{http}/")
         models = json.loads(fetch(f"{http}/v1/models"))["data"]
-    return f"{len(workers)} worker, model {models[0]['id']}, dashboard with {len(files)} files: {answer.strip()!r}"
+    return f"workers: {len(workers)}, model {models[0]['id']}, dashboard with {len(files)} files: {answer.strip()!r}"
 
 
 def dashboard(url: str) -> set[str]:

@@ -84,6 +84,8 @@ NEEDS = (
          ("netcat-openbsd", "netcat", "openbsd-netcat")),
     Need("chromium", "test", "tests of the dashboard", lambda: browser() is not None,
          ("chromium fonts-dejavu-core", "chromium dejavu-sans-fonts", "chromium ttf-dejavu")),
+    Need("libatomic", "test", "the driver of that browser", lambda: has_library("libatomic.so.1"),
+         ("libatomic1", "libatomic", "gcc-libs")),
 )  # fmt: skip
 BY_NAME = {need.name: need for need in NEEDS}
 
@@ -155,7 +157,7 @@ def main() -> int:
         print(f"needs: there is no {need.name}, for {need.reason}", file=sys.stderr)
     print(f"needs: install it: {install_command(missing)}", file=sys.stderr)
     if {need.group for need in missing} == {"test"} and not given.strict:
-        print("needs: tests that need it are skipped", file=sys.stderr)
+        print("needs: tests that need them are skipped", file=sys.stderr)
         return 0
     return 1
 

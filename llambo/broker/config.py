@@ -66,6 +66,8 @@ class Faults:
     engine_failures: int = 10
     #: A worker so many times slower than its peers gets no new work for a while; 0: never.
     slow_factor: int = 8
+    #: A worker that has just joined or loaded is not compared for so long: its machine may be busy with its start.
+    settle_ms: int = 10_000
     #: Retries of a model's requests, after refusals and deaths of engines, that are free.
     retry_reserve: int = 100
     #: Each request that ends well pays for this much of another retry.

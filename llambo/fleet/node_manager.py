@@ -69,14 +69,21 @@ def environ(spec: NodeClass, *, broker: str) -> dict[str, str]:
     return {**variables, SECTIONS["worker"]["class"].env: spec.name, SECTIONS["mesh"]["broker"].env: broker}
 
 
-def command_of(spec: NodeClass, name: str, *, broker: str = "", key: str = "", keys: str = "") -> list[str]:
-    """For a process. `broker`, `key`: where a worker connects, and its key file; `keys`: a broker's folder of keys."""
+def command_of(
+    spec: NodeClass, name: str, *, broker: str = "", key: str = "", keys: str = "", port: int | None = None
+) -> list[str]:
+    """For a process.
+
+    `broker`, `key`: where a worker connects, and its key file; `keys`, `port`: a broker's folder of keys, and its port
+    if the file names none.
+    """
     command = [sys.executable, "-m", f"llambo.cli.services.{'broker' if spec.is_broker else 'worker'}"]
     for section, values in spec.settings.items():
         for setting, value in values.items():
             row = SECTIONS[section][setting]
             command += [row.flag, row.show(value)]
     if spec.is_broker:
+        command += [SECTIONS["broker"]["port"].flag, str(port)] if port is not None else []
         return [*command, *(["--keys", keys] if keys else [])]
     command += ["--name", name, "--class", spec.name]
     command += ["--broker", broker] if broker else []
@@ -188,7 +195,16 @@ class NodeManager:
         reported = next((one.address for one in self.providers.records() if one.node_class == BROKER), "")
         if reported or self.fleet.broker_address:
             return reported or self.fleet.broker_address
-        return self._address if self.fleet.broker is None else _broker_address(self.fleet.broker)
+        return self._address if self.fleet.broker is None else _broker_address(self.fleet.broker, self._port)
+
+    @property
+    def _port(self) -> int:
+        """Of the fleet's own broker, if its table names none: that of the address that the file or the settings name.
+
+        It is no part of the settings of the node: with another environment the same broker goes on.
+        """
+        named = sockets.split_all(self.fleet.broker_address or self._address)
+        return named[0][1] if len(named) == 1 else DEFAULT_PORT
 
     async def look(self) -> Snapshot:
         self.providers.set_hosts(self.fleet)
@@ -324,7 +340,7 @@ class NodeManager:
             memory_bytes=spec.memory_bytes, cores=spec.cores, begun_ms=clock.wall_ms(),
         )  # fmt: skip
         ready_line = await self.providers.spawn(record, self._launch(spec, step.name, step.host), START_S)
-        address = _broker_address(spec, int(ready_line)) if spec.is_broker else ""
+        address = _broker_address(spec, self._port, int(ready_line)) if spec.is_broker else ""
         self.providers.remember(msgspec.structs.replace(record, ready=True, address=address))
         self.report(f"{step.name} is ready after {time.monotonic() - began:.1f} s")
 
@@ -354,7 +370,8 @@ class NodeManager:
 
     def _launch(self, spec: NodeClass, name: str, host: str) -> Launch:
         if spec.is_broker:
-            return Launch(command_of(spec, name, keys=self.fleet.keys), {})
+            named = "port" in spec.settings.get("broker", {})
+            return Launch(command_of(spec, name, keys=self.fleet.keys, port=None if named else self._port), {})
         path = self._key(spec.name) if self.fleet.keys else None
         # The address in the file is valid everywhere; the one that a broker of this fleet reported, on this machine.
         address = self.fleet.broker_address or self.address
@@ -373,8 +390,8 @@ class NodeManager:
         return folder.path / ISSUED / f"{node_class}.key"
 
 
-def _broker_address(broker: NodeClass, port: int | None = None) -> str:
-    """Where a broker of this fleet is reached from this machine. `port`: the one it reported."""
+def _broker_address(broker: NodeClass, default: int, reported: int | None = None) -> str:
+    """Where a broker of this fleet is reached from this machine. `default`: its port, if the file names none."""
     settings = broker.settings.get("broker", {})
-    configured = int(settings.get("port", DEFAULT_PORT))
-    return local_endpoint(str(settings.get("bind", "127.0.0.1")), configured if port is None else port)
+    configured = int(settings.get("port", default))
+    return local_endpoint(str(settings.get("bind", "127.0.0.1")), configured if reported is None else reported)

@@ -288,7 +288,7 @@ async def count_tokens(request: BodyRequest, data: anthropic_messages.CountReque
 # Health and metrics
 
 
-@get("/healthz", summary="Whether the gateway runs")
+@get(["/healthz", "/health"], summary="Whether the gateway runs")
 async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 

@@ -34,7 +34,7 @@ ID_KEY, CALLER_KEY = "llambo.request_id", "llambo.caller"
 #: An id that the client sends is used, so that its log and ours can be compared.
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 #: Answered however many requests are open: a supervisor decides by them whether the gateway lives.
-_ALWAYS = ("/healthz", "/readyz", "/metrics")
+_ALWAYS = ("/healthz", "/health", "/readyz", "/metrics")
 ANY = "*"
 FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
 #: The gateway's own page, or no page: an address that was typed, or a bookmark.

@@ -96,9 +96,14 @@ class LlamaOptions:
     library: str = ""
 
 
-def default_name() -> str:
-    """Unique, and shows a person where the worker runs."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+def default_name(key: str = "") -> str:
+    """Unique, and shows a person where the worker runs.
+
+    With a key it begins with the name of that, as it must, and is the same after a restart: the same key may serve on
+    several machines.
+    """
+    host = socket.gethostname().partition(".")[0]
+    return f"{key}-{host}"[: limits.NAME_CHARS] if key else f"{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)

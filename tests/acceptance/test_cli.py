@@ -392,7 +392,7 @@ def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Pa
         with command(WORKER, *words, *size) as worker:
             assert worker.end() == Exit.ERROR
         output = " ".join(worker.err)
-        assert f"cannot serve {path}: {path} " in output
+        assert f"llambo: cannot serve {path}: {path} " in output
         if kind == "too large":
             assert "MiB of cache for 64 slots of 16777216 tokens" in output and "would fit" in output
         # The mesh has seen it come and go

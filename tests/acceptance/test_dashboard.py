@@ -21,7 +21,7 @@ from tests.acceptance import browser
 from tests.acceptance.browser import PHONE, Look
 from tests.integration.gateway_process import GatewayProcess
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = pytest.mark.needs("chromium", "libatomic")
 
 SMUGGLED = "<img src=x onerror=alert(1)>"
 FAKE = FakeOptions(slots=4, tokens_per_s=60)

@@ -34,6 +34,8 @@ set -eu
 rig=$1; shift
 mount -t proc proc /proc
 ip link set lo up
+# As systemd does when it boots: with the kernel's 10 a busy journal refuses entries.
+echo 512 > /proc/sys/net/unix/max_dgram_qlen
 mount -t tmpfs -o mode=755 tmpfs /mnt
 mkdir /mnt/rig /mnt/tmp
 chmod 1777 /mnt/tmp
@@ -50,7 +52,7 @@ chmod 0 /run/systemd/inaccessible/*
 mount --bind /mnt/rig /run/rig
 mount --rbind /mnt/tmp /tmp
 mount -t tmpfs -o mode=1777 tmpfs /var/tmp
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
+[ -e /sys/fs/cgroup/cgroup.procs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir "/sys/fs/cgroup/$GROUP"
 echo 0 > "/sys/fs/cgroup/$GROUP/cgroup.procs"
 exec unshare --cgroup -- sh -c 'umount /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"' sh $THEN

@@ -85,7 +85,7 @@ def test_embeddings_and_models(gateway: GatewayProcess) -> None:
     assert [model["id"] for model in gateway.get("/v1/models")["data"]] == ["fake"]
     assert gateway.get("/v1/models/fake")["id"] == "fake"
     assert gateway.ask("GET", "/v1/models/none")[0] == 404
-    assert gateway.get("/readyz") == gateway.get("/healthz") == {"status": "ok"}
+    assert gateway.get("/readyz") == gateway.get("/healthz") == gateway.get("/health") == {"status": "ok"}
 
 
 @pytest.mark.parametrize(

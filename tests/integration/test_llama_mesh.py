@@ -92,8 +92,7 @@ async def test_a_tool_is_called(mesh: Mesh) -> None:
     async with mesh.client() as client:
         answer = await client.chat(messages, tools=tools, tool_choice="weather", temperature=0.0, max_tokens=64)
         (call,) = answer.tool_calls
-        assert call.function.name == "weather"
-        assert isinstance(call.function.arguments, str) and set(json.loads(call.function.arguments)) == {"city"}
+        assert call.name == "weather" and set(json.loads(call.arguments)) == {"city"}
         result = {"role": "tool", "tool_call_id": call.id, "content": "Rain."}
         again = await client.chat([*messages, answer.message, result], tools=tools, tool_choice="none", max_tokens=8)
     assert again.text and again.tool_calls == []

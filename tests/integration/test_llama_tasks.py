@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -84,8 +83,6 @@ print(json.dumps([[llama.embed(text, normalize=normalize) for text in texts] for
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """By another binding, in a process of its own: it loads a library of its own."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("the extra llama-native is not installed: pip install '.[llama-native]'")
     given = json.dumps([str(model_files.find("smollm2")), TEXTS])
     child = subprocess.run(
         [sys.executable, "-c", REFERENCE], input=given, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
@@ -119,6 +116,7 @@ def test_a_prompt_in_its_template_has_as_many_tokens_as_its_answer_says(engine: 
     assert answer.usage.prompt_tokens == len(found.ids)
 
 
+@pytest.mark.needs("llama-native")
 def test_embeddings_are_those_of_llama_cpp(engine: LlamaEngine, reference: Any) -> None:
     found, (wanted, wanted_raw) = vectors(engine, TEXTS), reference
     assert found.shape == wanted.shape

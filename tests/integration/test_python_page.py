@@ -1,4 +1,4 @@
-"""The examples of docs/python.md, in their order and as they are written there, on a mesh with keys."""
+"""The Python of README.md and docs/python.md, in its order and as it is written there, on a mesh with keys."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from llambo.worker.config import FakeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "python.md"
-TEXT = re.sub(r"<!-- generated: .*?<!-- /generated -->", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8") + PAGE.read_text(encoding="utf-8")
+WRITTEN = re.sub(r"<!-- generated: .*?<!-- /generated -->", "", TEXT, flags=re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", WRITTEN, re.DOTALL)
 LOCAL = "tcp://127.0.0.1:7330"
 DEADLINE_S = 60
 

@@ -18,7 +18,7 @@ TOKENS = 20
 
 
 async def test_a_slow_worker_is_ejected_and_what_it_runs_is_finished() -> None:
-    with Mesh(workers=1, fake=FAST, config=BrokerConfig.of(heartbeat_ms=50), check=True) as mesh:
+    with Mesh(workers=1, fake=FAST, config=BrokerConfig.of(heartbeat_ms=50, settle_ms=0), check=True) as mesh:
         mesh.worker_config = replace(mesh.worker_config, fake=SLOW)
         mesh.spawn("slow").first_line()
         async with mesh.client() as client:

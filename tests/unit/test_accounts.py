@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from llambo.broker.events import ToWorker
 from llambo.broker.records.accounts import Account
 from llambo.broker.records.transcript import reservation
 from llambo.mesh.wire import messages as m
@@ -296,6 +297,16 @@ def test_claimed_requests_get_at_most_twice_its_limit_of_bytes() -> None:
         mesh.alice.submit(number, resume=True)
     assert mesh.account.bytes == 6 * SIZE
     assert mesh.refused().code is Code.OVER_LIMIT
+
+
+@pytest.mark.parametrize(("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "with this key as in --name w-2")])
+def test_a_worker_is_told_which_names_its_key_allows(name: str, says: str) -> None:
+    bench = Bench()
+    bench.keys(GPU, Identity("alice", "client"))
+    bench.worker("w-x", user=GPU.name)
+    bench.worker(name, incarnation=b"other", user=GPU.name)
+    problems = [action.message for action in bench.last if isinstance(action, ToWorker)]
+    assert [says in problem.error.text for problem in problems if isinstance(problem, m.Problem)] == [True]
 
 
 def test_a_claim_gives_no_rights() -> None:

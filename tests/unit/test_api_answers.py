@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from llambo.gateway.answers.api import Parsed, encode
+from llambo.gateway.answers.api_errors import StatusError, error_body
 from llambo.gateway.answers.feed import FeedTokens, Rendering
 from llambo.gateway.apis import anthropic_messages, openai_chat, openai_completions
 from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.errors import TRAITS, Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob, TopToken
 from tests.unit.gateway_bench import CALL, HEAD, read, ready
 
@@ -166,6 +167,18 @@ ANSWERS = answers()
 
 def digests(name: str) -> dict[str, str]:
     return {kind: hashlib.sha256(text.encode()).hexdigest()[:16] for kind, text in ANSWERS[name].items()}
+
+
+@pytest.mark.parametrize("code", sorted({*Code} - {Code.NAME_TAKEN}))  # which only a worker gets
+def test_a_hint_over_http_names_no_option_of_a_command(code: Code) -> None:
+    error = LlamboError(code, f"what happened; {TRAITS[code].hint}")
+    shown = error_body(error, "openai")["error"]
+    assert shown["message"] == "what happened"
+    assert "--" not in shown["hint"] and "start one with" not in shown["hint"]
+
+
+def test_a_path_that_does_not_exist_has_no_field_to_correct() -> None:
+    assert error_body(StatusError(404, "not found"), "openai")["error"]["hint"] == "GET /openapi.json lists the paths"
 
 
 def test_there_is_an_answer_for_each_recorded_one() -> None:

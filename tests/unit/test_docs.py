@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import struct
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import msgpack
 import pytest
 
 from docs import generate, protocol_parts
+from llambo.cli import docs as cli_docs
+from llambo.cli.commands import status, workers
+from llambo.cli.services import up
+from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.reports import MeshStatus
 from tests.sim.mutants import GUARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,6 +109,84 @@ def test_files_and_functions_that_are_named_are_there(name: str) -> None:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
         }
         assert not function or function in defined, f"{name} names {file}:{function}"
+
+
+def commands_in(text: str) -> list[str]:
+    """Lines of code that call one of our programs: indented ones, and in fenced blocks those behind a `$`."""
+    found: list[str] = []
+    fence = False
+    for line in text.replace("\\\n", " ").splitlines():
+        fence ^= line.startswith("```")
+        shown = re.match(r"\$ " if fence else r" {4}(?=\S)", line)
+        # An explanation follows behind some blanks.
+        command = re.split(r" {3,}", line[shown.end() :])[0] if shown else ""
+        if re.match(r"([A-Z_]+=\S+ |sudo |\(|.* && |.*\| )*llambo(-broker|-worker)? ([a-z-]+( |$)|-)", command):
+            found.append(command)
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "docs/cli.md"])
+def test_commands_that_are_shown_have_these_options(name: str) -> None:
+    for line in commands_in(text_of(name)):
+        for program, *rest in calls(line):
+            parse(cli_docs.COMMANDS[program], program, rest, f"{name}: {line}")
+
+
+def calls(line: str) -> Iterator[list[str]]:
+    """Each call of one of our programs in a line of shell."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+    lexer.whitespace_split = True
+    call: list[str] = []
+    for word in [*lexer, ";"]:
+        if set(word) <= set("|&;<>"):
+            if call:
+                yield call
+            call = []
+        elif call or word in cli_docs.COMMANDS:
+            call.append(word)
+
+
+def parse(command: click.Command, name: str, words: list[str], shown: str, parent: click.Context | None = None) -> None:
+    """Fails for a command or an option that there is not; values are not looked at."""
+    context = command.context_class(command, parent, info_name=name, **command.context_settings)
+    try:
+        _, rest, _ = command.make_parser(context).parse_args(list(words))
+    except click.UsageError as error:
+        pytest.fail(f"{shown}: {error.format_message()}")
+    if isinstance(command, click.Group) and rest:
+        found = command.get_command(context, rest[0])
+        assert found is not None, f"{shown}: there is no {rest[0]}"
+        parse(found, rest[0], rest[1:], shown, context)
+
+
+def test_a_wrong_option_would_be_noticed() -> None:
+    shown = commands_in("    sudo llambo keys add gpu --rôle worker\n    git diff | llambo chat --no 'x; y'   # it is")
+    assert [list(calls(line)) for line in shown] == [
+        [["llambo", "keys", "add", "gpu", "--rôle", "worker"]],
+        [["llambo", "chat", "--no", "x; y"]],
+    ]
+    for line in shown:
+        with pytest.raises(pytest.fail.Exception, match="No such option"):
+            parse(cli_docs.COMMANDS["llambo"], "llambo", next(calls(line))[1:], line)
+
+
+# --- the first hour --------------------------------------------------------------------------------------
+
+
+def test_the_first_hour_shows_what_is_printed_today(capsys: pytest.CaptureFixture[str]) -> None:
+    page = text_of("docs/first-hour.md")
+    up.show_first_commands(
+        endpoint("127.0.0.1", DEFAULT_PORT), up.MeshCommands("", [], [("worker-1", [])]), "http://127.0.0.1:7340"
+    )
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 7
+    assert printed in page
+
+    facts = page.split("$ llambo status\n")[1].partition("\n\n")[0].splitlines()
+    shown = [name for name, _ in status.mesh_facts(MeshStatus(), "tcp://x")]
+    assert [line.partition("  ")[0] for line in facts] == shown
+    for head in re.findall(r"\$ llambo workers\n(.*)", page):
+        assert [column.lower() for column in head.split()] == list(workers.COLUMNS)
 
 
 # --- the conversation in bytes ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -148,7 +149,7 @@ def test_a_library_named_by_a_variable() -> None:
 def test_the_fake_engine_needs_neither_library_nor_model() -> None:
     report = LibraryReport(problem="p", cause="not installed", reason="it is not installed")
     for engine, level in (("auto", Level.PROBLEM), ("fake", Level.NOTE)):
-        facts = replace(WELL, library=report, models=ModelFacts(engine))
+        facts = replace(WELL, library=report, models=ModelFacts(), settings=SettingsFacts(engine=engine))
         assert [each.level for each in judge(["library", "models"], facts)] == [level, level]
 
 
@@ -185,12 +186,13 @@ def test_memory_of_a_device_is_bounded_by_that_of_the_control_group() -> None:
 
 def test_a_gpu_that_the_library_cannot_use_is_named_with_the_command() -> None:
     card = Gpu("NVIDIA", "NVIDIA GeForce RTX 3090")
-    listed, unused = findings("devices", gpus=(card,))
-    assert (listed.level, unused.level) == (Level.OK, Level.NOTE)
-    assert "RTX 3090 stays unused" in unused.text
-    assert unused.command.startswith("CMAKE_ARGS=-DGGML_CUDA=on pip install ")
+    text, command = bad("devices", gpus=(card,))
+    assert "RTX 3090 stays unused" in text
+    assert command.startswith("CMAKE_ARGS=-DGGML_CUDA=on pip install ")
     hidden = replace(card, problem="/dev/nvidiactl is hidden")
-    assert findings("devices", gpus=(hidden,))[1].command == ""
+    assert bad("devices", gpus=(hidden,))[1] == "llambo help gpu"
+    for settings in (SettingsFacts(gpu_layers=0), SettingsFacts(engine="fake")):
+        assert findings("devices", gpus=(card,), settings=settings)[1].level is Level.NOTE
     used = msgspec.structs.replace(LIBRARY, devices=[Device("CUDA0", "A card", "gpu", GIB, GIB)])
     assert len(findings("devices", gpus=(card,), library=used)) == 1
     assert len(findings("devices", gpus=(replace(card, integrated=True),))) == 1
@@ -221,10 +223,21 @@ def test_ports_in_a_row_are_one_range() -> None:
 
 
 def test_a_port_of_another_program() -> None:
-    port = PortFacts("gateway", "127.0.0.1", 7340, "is in use", "nginx (pid 12)", command="llambo up --http-port 0")
+    port = PortFacts(
+        "gateway", "127.0.0.1", 7340, "is in use", True, owner="nginx (pid 12)", command="llambo up --http-port 0"
+    )
     text, command = bad("ports", ports=(port,))
     assert text == "gateway 127.0.0.1:7340 is in use by nginx (pid 12)"
     assert command == "llambo up --http-port 0"
+
+
+def test_ports_with_one_problem_are_one_finding() -> None:
+    why = "cannot be used: why"
+    ports = tuple(PortFacts("broker", "10.9.9.9", 7330 + number, why, elsewhere=True) for number in range(4))
+    settings = SettingsFacts(variables=frozenset({"LLAMBO_BIND"}))
+    assert bad("ports", ports=ports, settings=settings) == (
+        "broker 10.9.9.9:7330-7333 cannot be used: why", "unset LLAMBO_BIND"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -241,8 +254,8 @@ def test_a_port_of_another_program() -> None:
 )
 def test_a_port_on_which_a_broker_answers(broker: dict[str, Any], owner_seen: bool, level: Level) -> None:
     fields = {"address": "tcp://127.0.0.1:7330", "configured": False, "on_this_host": True, **broker}
-    port = PortFacts("broker", "127.0.0.1", 7332, "is in use", "a process of the user llambo", owner_seen)
-    facts = replace(WELL, ports=(replace(port, command="x"),), brokers=(BrokerFacts(**fields),))
+    port = PortFacts("broker", "127.0.0.1", 7332, "is in use", True, owner_seen=owner_seen, command="x")
+    facts = replace(WELL, ports=(port,), brokers=(BrokerFacts(**fields),))
     assert [each.level for each in judge(["ports"], facts)] == [level]
 
 
@@ -374,7 +387,7 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     keys.write_private(path, keys.to_line(key))
 
     seen = probes.look_at_keys(place(key=str(path), keys=str(folder.path)))
-    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and 2 peers", "keys"]
+    assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and of 2 peers", "keys"]
     assert [each.level for each in findings("keys", keys=seen)] == [Level.NOTE, Level.OK]
     assert "expired: old" in findings("keys", keys=seen)[0].text
 
@@ -462,4 +475,4 @@ def test_the_extras_are_those_of_the_package() -> None:
     found = extras.packages()
     assert {"gateway", "llama", "otel", "top"} <= found.keys()
     assert not set(extras.DEVELOPMENT) & found.keys()
-    assert found["top"] == {"textual": True}
+    assert found["top"] == {"textual": importlib.util.find_spec("textual") is not None}

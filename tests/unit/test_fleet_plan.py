@@ -66,6 +66,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     assert refused.why == "tiny needs 2.9 GiB and 2 cores; box has 2.1 GiB left of 8 GiB; shed has 2 GiB left of 2 GiB"
 
 
+def test_a_machine_with_few_cores_is_told_that_workers_may_share_them() -> None:
+    spec = a_class(cores=1.0, hosts=("box",))
+    room = Placement({"box": HostFacts(20 * GIB, 1.0)})
+    assert room.place(spec, 2, {}, {}) == ["box"]
+    assert room.why_not(spec, {}, {}).endswith("; if workers may share cores, set cores = 0.5 in [classes.tiny]")
+
+
 def test_cores_are_refused_as_memory_is_and_a_host_may_be_away() -> None:
     tiny = a_class(min=9, cores=3)
     plan = make(a_fleet(tiny), a_world(box=BOX, shed=replace(SHED, away="ssh: no route to host")))

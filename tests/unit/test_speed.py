@@ -30,7 +30,7 @@ def run(bench: Bench, paces: dict[Worker, float], seconds: float = 2.0) -> None:
 
 
 def mesh(*slots: int, **config: int) -> tuple[Bench, list[Worker], Client]:
-    bench = Bench(lease_ms=LONG, client_lease_ms=LONG, **config)
+    bench = Bench(lease_ms=LONG, client_lease_ms=LONG, **({"settle_ms": 0} | config))
     return bench, [bench.worker(f"w{number}", slots=n) for number, n in enumerate(slots)], bench.client()
 
 
@@ -116,6 +116,21 @@ def test_a_very_slow_worker_is_ejected_tried_and_taken_back() -> None:
     assert not entry(bench, slow).speed.trial
     assert share(bench, workers) == [2, 2, 2]
     assert "worker at pace" in [event.kind for event in bench.state.journal.entries]
+
+
+def test_a_worker_that_has_just_started_is_not_called_slow() -> None:
+    bench, (one, two), _ = mesh(2, 2, settle_ms=10_000)
+    run(bench, {one: 100.0, two: 90.0}, 11)
+    # Given one that is started again beside them, on a machine that is full
+    again = bench.worker("w2", state="starting")
+    again.beat(state="starting")
+    run(bench, {one: 100.0, two: 90.0}, 5)
+    again.beat(models=[m.ModelInfo("m", "f")], slots=2)
+    run(bench, {one: 100.0, two: 90.0, again: 9.0}, 9)
+    assert not entry(bench, again).speed.ejected
+    # When it stays so slow
+    run(bench, {one: 100.0, two: 90.0, again: 9.0}, 3)
+    assert entry(bench, again).speed.ejected
 
 
 def test_never_more_than_half_are_ejected() -> None:

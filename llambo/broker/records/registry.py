@@ -65,6 +65,7 @@ class Speed:
 
     __slots__ = (
         "ejected",
+        "fresh_until",
         "idle_load",
         "level",
         "measured_at",
@@ -84,6 +85,8 @@ class Speed:
         #: It is much slower than its peers: no new work `until` then; after that, one at a time while it is on trial.
         self.ejected = self.trial = False
         self.until = self.pauses = 0
+        #: It is not compared with others before.
+        self.fresh_until = 0
         self.note = ""
         self.weigh(0, slots)
 

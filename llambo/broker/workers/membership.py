@@ -45,7 +45,8 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
     elif not identity.may_be_called(hello.name):
         own = identity.name
-        problem = ErrorInfo(Code.FORBIDDEN, f"this key is for a worker called {own!r} or {own + '-...'!r}")
+        text = f"this key is for workers called {own!r} or {own + '-...'!r}, as in --name {own}-{hello.name}"
+        problem = ErrorInfo(Code.FORBIDDEN, text)
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:
         problem = ErrorInfo(Code.BUSY, f"{WORKER_SESSIONS} workers are connected", 1_000)
@@ -55,7 +56,10 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
             state.out.append(ToWorker(route, NO_SESSION, there.link.welcome))
             return
         if not same and _is_alive(state, there, now_ms):
-            problem = ErrorInfo(Code.NAME_TAKEN, f"another worker is called {hello.name!r}, from {there.hello.host}")
+            text = f"another worker is called {hello.name!r}, from {there.hello.host}"
+            own = identity.name if identity is not None and state.access.identities is not None else ""
+            form = f"; with this key as in --name {own}-2" if own else ""
+            problem = ErrorInfo(Code.NAME_TAKEN, f"{text}{form}")
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))
@@ -70,6 +74,7 @@ def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, ide
     config = state.config
     welcome = _welcome(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
     worker = WorkerEntry(hello, Session(route, welcome, now_ms, now_ms, user, identity))
+    worker.speed.fresh_until = now_ms + config.faults.settle_ms
     state.registry.add_worker(worker)
     _serves_models(state, worker)
     loading = ", still loading" if worker.state == "starting" else ""
@@ -95,11 +100,13 @@ def _is_alive(state: State, worker: WorkerEntry, now_ms: int) -> bool:
 
 def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, blob: bytes, now_ms: int) -> None:
     """What it claims is compared with what it was given; both kinds of difference are settled here."""
+    loaded = worker.state == "starting" != beat.state
     if beat.models and (beat.models, beat.slots) != (worker.serving.infos, worker.slots):
         _serves_others(state, worker, beat, now_ms)
     worker.last = beat
-    if worker.state == "starting" != beat.state:
+    if loaded:
         state.models.served.update(worker.serving.models)
+        worker.speed.fresh_until = now_ms + state.config.faults.settle_ms
     worker.state = beat.state
     worker.beats.beat = max(worker.beats.beat, beat.beat)
     worker.adopted &= worker.claims.keys()

@@ -8,7 +8,8 @@ given to the engine, so that slow prompts count as well. Once a second the worke
               when it is needed. Small differences do not count, or noise would decide.
     ejected   one that is many times slower than its peers (the same model, the same node class) gets no new work for
               a while. Then it is tried with one request at a time: at its pace again it is a worker like the others,
-              otherwise it goes for twice as long. Never more than half of those who serve a model are ejected.
+              otherwise it goes for twice as long. Never more than half of those who serve a model are ejected,
+              and none that has just started: on a full machine its start makes it slow, and others as well.
 
 Nothing here runs when a worker is chosen: the weight is a part of its load, and an ejected worker is in no pool.
 """
@@ -84,7 +85,8 @@ def _eject_slow(state: State, pool: list[WorkerEntry], now_ms: int) -> None:
         return
     classes: dict[str, list[WorkerEntry]] = defaultdict(list)
     for worker in pool:
-        if worker.speed.measurements >= ENOUGH and not worker.speed.ejected:
+        speed = worker.speed
+        if speed.measurements >= ENOUGH and not speed.ejected and now_ms >= speed.fresh_until:
             classes[worker.hello.node_class].append(worker)
     for peers in classes.values():
         usual = sorted(worker.speed.pace for worker in peers)[len(peers) // 2]

@@ -34,6 +34,9 @@ FILE_BYTES = 64 * 1024 * 1024
 #: Characters that a search shows on either side of a match.
 CONTEXT_CHARS = 30
 
+#: What helps where nothing can be saved.
+PRIVATE = "`llambo chat --private` saves nothing"
+
 #: Why an answer ended. `stopped`: by the user of this chat; `cancelled`: by another client.
 Ending = Literal["stop", "length", "stopped", "cancelled", "deadline", "failed"]
 MARKS = {"stop": "", "length": "cut", "deadline": "out of time"}
@@ -173,7 +176,7 @@ class Store:
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            raise LlamboError(Code.BAD_SETTING, f"{path} cannot be written: {error.strerror}") from error
+            raise LlamboError(Code.BAD_SETTING, f"{path} cannot be written: {error.strerror}", hint=PRIVATE) from error
         return path
 
     def delete(self, name: str) -> bool:
@@ -234,7 +237,9 @@ class Store:
         except OSError as error:
             if self._lock_file >= 0 and isinstance(error, (BlockingIOError, PermissionError)):
                 raise LlamboError(Code.BAD_SETTING, f"the session {name} is open in another `llambo chat`") from error
-            raise LlamboError(Code.BAD_SETTING, f"{self.folder} cannot be used: {error.strerror}") from error
+            raise LlamboError(
+                Code.BAD_SETTING, f"{self.folder} cannot be used: {error.strerror}", hint=PRIVATE
+            ) from error  # fmt: skip
 
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -116,12 +116,14 @@ def init(common: Common, address: str | None) -> None:
     from llambo.mesh.wire.identity import Identity
 
     address = address or f"tcp://{socket.gethostname()}:{DEFAULT_PORT}"
-    split_all(address)
+    ports = {port for _, port in split_all(address)}
     folder = _folder(common)
     folder.begin(address)
     folder.add(Identity("admin", "admin"), int(time.time()))
     click.echo(f"keys are in {folder.path}, for brokers at {address}")
-    click.echo(f"  llambo-broker --bind 0.0.0.0 --keys {folder.path}")
+    for port in sorted(ports):
+        more = "" if port == DEFAULT_PORT else f" --port {port}"
+        click.echo(f"  llambo-broker --bind 0.0.0.0 --keys {folder.path}{more}")
     where = _where(common)
     click.echo(f"  llambo keys add NAME --role worker{where}; llambo keys export NAME{where}")
 

@@ -75,7 +75,7 @@ def _row(row: WorkerRow) -> Row:
     return (
         row.worker,
         row.state,
-        ",".join(row.models),
+        ",".join(row.plain_models),
         number(busy_text(row)),
         number(row.tokens_per_s),
         number(row.done),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,7 @@ def _without(variable: str, facts: Facts) -> str:
 
 def _for_workers(facts: Facts, text: str, command: str) -> tuple[Level, str, str]:
     """A worker with the fake engine needs neither llama.cpp nor a model."""
-    if isinstance(facts.models, ModelFacts) and facts.models.engine == "fake":
+    if isinstance(facts.settings, SettingsFacts) and facts.settings.engine == "fake":
         return note(f"{text} (the setting worker.engine is fake)", command)
     return problem(text, command)
 
@@ -196,8 +196,10 @@ def of_devices(seen: LibraryReport, facts: Facts) -> Conclusions:
     found = facts.gpus if isinstance(facts.gpus, tuple) else ()
     if not any(each.kind in ("gpu", "igpu") for each in seen.devices):
         unused = gpus.advice(found, seen.backends, facts.host.pip)
-        if unused is not None:
-            yield note(unused.text, unused.command)
+        if unused is not None and isinstance(facts.settings, SettingsFacts) and facts.settings.gpu_layers == 0:
+            yield note(f"{unused.text} (the setting worker.gpu_layers is 0)", unused.command)
+        elif unused is not None:
+            yield _for_workers(facts, unused.text, unused.command or "llambo help gpu")
 
 
 def _free(device: Device, facts: Facts) -> int:
@@ -244,15 +246,23 @@ def _listed(files: Sequence[ModelFile]) -> str:
 
 def of_ports(seen: tuple[PortFacts, ...], facts: Facts) -> Conclusions:
     free = [each for each in seen if not each.problem]
-    used = [each for each in seen if each.problem and (each.ours or _answers(each, facts))]
+    used = [each for each in seen if each.in_use and (each.ours or _answers(each, facts))]
     if free:
         yield ok(f"free: {_ports(free)}")
     if used:
         yield ok(f"in use by llambo: {_ports(used)}")
+    alike: dict[PortFacts, list[PortFacts]] = {}
     for each in seen:
         if each not in free and each not in used:
-            by = f" by {each.owner}" if each.owner else ""
-            yield problem(f"{each.role} {each.host}:{each.port} {each.problem}{by}", each.command)
+            alike.setdefault(replace(each, port=0), []).append(each)
+    for first, ports in alike.items():
+        by = f" by {first.owner}" if first.owner else ""
+        command = _without(BIND[first.role], facts) if first.elsewhere and first.role in BIND else first.command
+        yield problem(f"{first.role} {first.host}:{_range(ports)} {first.problem}{by}", command)
+
+
+#: The variable with the address to listen on.
+BIND = {"broker": "LLAMBO_BIND", "gateway": "LLAMBO_HTTP_BIND"}
 
 
 def _answers(port: PortFacts, facts: Facts) -> bool:
@@ -278,13 +288,14 @@ def port_of(address: str) -> int:
 
 def _ports(seen: Sequence[PortFacts]) -> str:
     """7330-7333 (broker), 7340 (gateway)"""
-    shown = []
-    for role in dict.fromkeys(each.role for each in seen):
-        numbers = sorted(each.port for each in seen if each.role == role)
-        whole = len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1
-        text = f"{numbers[0]}-{numbers[-1]}" if whole else ", ".join(map(str, numbers))
-        shown.append(f"{text} ({role})")
-    return ", ".join(shown)
+    roles = dict.fromkeys(each.role for each in seen)
+    return ", ".join(f"{_range([each for each in seen if each.role == role])} ({role})" for role in roles)
+
+
+def _range(ports: Sequence[PortFacts]) -> str:
+    numbers = sorted(each.port for each in ports)
+    in_a_row = len(numbers) > 1 and numbers[-1] - numbers[0] == len(numbers) - 1
+    return f"{numbers[0]}-{numbers[-1]}" if in_a_row else ", ".join(map(str, numbers))
 
 
 def of_keys(seen: tuple[KeyFile, ...], facts: Facts) -> Conclusions:
@@ -424,7 +435,7 @@ def of_disk(seen: tuple[DiskFacts, ...], facts: Facts) -> Conclusions:
 #: Each check, in the order in which they are shown, and what has to be looked at for it. The first is its own.
 NEEDS: dict[str, tuple[str, ...]] = {
     "settings": ("settings",),
-    "library": ("library", "models"),
+    "library": ("library",),
     "cpu": ("cpu",),
     "devices": ("library", "limits", "gpus"),
     "models": ("models", "library"),
@@ -435,7 +446,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "broker": ("brokers",),
     "clock": ("clock",),
     "systemd": ("systemd",),
-    "extras": ("extras", "models"),
+    "extras": ("extras",),
 }
 RULES: dict[str, Callable[[Any, Facts], Conclusions]] = {
     "settings": of_settings, "library": of_library, "cpu": of_cpu, "devices": of_devices, "models": of_models,

@@ -27,6 +27,9 @@ class SettingsFacts:
     variables: frozenset[str] = frozenset()
     #: Variables that are no settings.
     warnings: tuple[str, ...] = ()
+    #: `worker.engine` and `worker.gpu_layers`.
+    engine: str = "auto"
+    gpu_layers: str | int = "auto"
     #: Why they cannot be read, and what has to be corrected.
     error: str = ""
     command: str = ""
@@ -52,8 +55,7 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    #: The setting `worker.engine`, and why the model of `worker.model` was not found.
-    engine: str = "auto"
+    #: Why the model of the setting `worker.model` was not found.
     missing: str = ""
     files: tuple[ModelFile, ...] = ()
 
@@ -66,6 +68,9 @@ class PortFacts:
     port: int
     #: Why it cannot be bound; empty if it can.
     problem: str = ""
+    in_use: bool = False
+    #: The host is not an address of this machine.
+    elsewhere: bool = False
     #: Who listens there, as far as this user can see; empty if none does.
     owner: str = ""
     #: The process is visible to this user, and is one of llambo's.

@@ -41,6 +41,7 @@ from llambo.cli.doctor.facts import (
 )
 from llambo.cli.doctor.reach import look_at_brokers, look_at_ports
 from llambo.cli.kit.failure import Failure
+from llambo.cli.kit.tables import plural
 from llambo.mesh.security import keys
 from llambo.mesh.service import host
 from llambo.mesh.settings import settings as settings_files
@@ -98,8 +99,15 @@ def look_at_settings(flags: Mapping[str, Any], config: str | None) -> tuple[Sett
         loaded = settings_files.load(flags, config=config)
     except LlamboError as error:
         return SettingsFacts(error=error.text, command=_correction(config)), settings_files.load(environ={}, places=[])
-    changed = sum(source != "default" for source in loaded.sources.values())
-    return SettingsFacts(str(loaded.file or ""), changed, frozenset(BY_ENV) & set(os.environ), loaded.warnings), loaded
+    seen = SettingsFacts(
+        str(loaded.file or ""),
+        sum(source != "default" for source in loaded.sources.values()),
+        frozenset(BY_ENV) & set(os.environ),
+        loaded.warnings,
+        loaded.text("engine"),
+        loaded["gpu_layers"],  # type: ignore[arg-type]  # as the table of settings has it
+    )
+    return seen, loaded
 
 
 def _correction(config: str | None) -> str:
@@ -160,14 +168,14 @@ def try_amx(command: Sequence[str] = (sys.executable, "-m", amx_child.__name__))
 def look_at_models(place: Place) -> ModelFacts:
     from llambo.worker.models import model_files
 
-    wanted, engine, missing = place.settings.text("model"), place.settings.text("engine"), ""
-    if wanted and engine != "fake":
+    wanted, missing = place.settings.text("model"), ""
+    if wanted and place.settings.text("engine") != "fake":
         try:
             model_files.find(wanted)
         except model_files.NoSuchModel as error:
             missing = str(error)
     found = model_files.on_this_host(place.settings.text("models_dir"))
-    return ModelFacts(engine, missing, tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found))
+    return ModelFacts(missing, tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found))
 
 
 # --- the machine ---------------------------------------------------------------------------------------
@@ -309,7 +317,7 @@ def _ring(folder: Any) -> Iterator[KeyFile]:
     folder.broker()
     entries = folder.ring().entries
     expired = sorted({each.identity.name for each in entries if not each.valid(time.time())})
-    yield KeyFile(str(folder.path), f"keys of a broker and {len(entries)} peers")
+    yield KeyFile(str(folder.path), f"keys of a broker and of {plural(len(entries), 'peer')}")
     if expired:
         yield KeyFile(str(folder.path), "keys", error=f"these keys have expired: {', '.join(expired)}")
 

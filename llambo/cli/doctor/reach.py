@@ -10,14 +10,17 @@ import pwd
 import shlex
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import zmq
 
 from llambo.cli.doctor.facts import BrokerFacts, PortFacts
-from llambo.cli.kit.common import address_of, key_of
+from llambo.cli.kit.common import address_of, key_of, user_name
 from llambo.mesh.client.client import Client
 from llambo.mesh.link import sockets
 from llambo.mesh.link.link import Link
@@ -25,6 +28,7 @@ from llambo.mesh.link.link_core import ConnectionChange, LinkProblem, OpenContro
 from llambo.mesh.security.keyring import ISSUED, default_folder
 from llambo.mesh.wire import codec
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.reports import MeshStatus
 
 if TYPE_CHECKING:
     from llambo.mesh.settings.settings import Settings
@@ -59,7 +63,7 @@ def _wanted(settings: Settings) -> Iterator[tuple[str, str, int, str]]:
 
 
 def _port(role: str, host: str, port: int, command: str, owners: _Owners) -> PortFacts:
-    problem, owner, pid, ours = "", "", 0, False
+    problem, in_use, elsewhere, owner, pid, ours = "", False, False, "", 0, False
     try:
         found = socket.getaddrinfo(host if host != "*" else None, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = found[0]
@@ -68,11 +72,13 @@ def _port(role: str, host: str, port: int, command: str, owners: _Owners) -> Por
             # It does not listen, so it is in the way of no service that starts now.
             tried.bind(address)
     except OSError as error:
-        problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror or error}"
-        if error.errno == errno.EADDRINUSE:
+        in_use = error.errno == errno.EADDRINUSE
+        problem = "is in use" if in_use else f"cannot be used: {error.strerror or error}"
+        elsewhere = error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
+        if in_use:
             owner, pid, ours = owners.of(port)
             ours = ours or (role == "gateway" and pid == 0 and is_gateway(host, port))
-    return PortFacts(role, host, port, problem, owner, pid > 0, ours, command)
+    return PortFacts(role, host, port, problem, in_use, elsewhere, owner, pid > 0, ours, command)
 
 
 #: The dashboard, which every gateway serves.
@@ -163,81 +169,108 @@ def _user(uid: int) -> str:
 # --- brokers -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """Who asks, and how."""
+
+    key: PeerKey | None
+    #: A setting or the key names the address.
+    configured: bool
+    #: Where a broker on this host has its keys.
+    folder: Path
+    wait_ms: int
+
+
 def look_at_brokers(settings: Settings, environ: Mapping[str, str]) -> tuple[BrokerFacts, ...]:
     """One of each address that clients and workers of this host use. None if their key cannot be used."""
     try:
         key = key_of(settings)
     except LlamboError:
         return ()  # the check of keys reports it
-    configured = settings.sources["broker"] != "default" or key is not None
-    return tuple(
-        _broker(host, port, key, configured, min(settings.number("connect_ms"), ANSWER_MS), environ)
-        for host, port in sockets.split_all(address_of(settings, key))
+    named = settings.text("keys")
+    asker = _Asker(
+        key,
+        configured=settings.sources["broker"] != "default" or key is not None,
+        folder=Path(named).expanduser() if named else default_folder(environ),
+        wait_ms=min(settings.number("connect_ms"), ANSWER_MS),
     )
+    return tuple(_broker(host, port, asker) for host, port in sockets.split_all(address_of(settings, key)))
 
 
-def _broker(
-    host: str, port: int, key: PeerKey | None, configured: bool, wait_ms: int, environ: Mapping[str, str]
-) -> BrokerFacts:
-    address, here = sockets.endpoint(host, port), sockets.is_loopback(host) or host == socket.gethostname()
-    name = key.name if key else ""
+def _broker(host: str, port: int, asker: _Asker) -> BrokerFacts:
+    found = BrokerFacts(
+        sockets.endpoint(host, port),
+        asker.configured,
+        sockets.is_loopback(host) or host == socket.gethostname(),
+        key=asker.key.name if asker.key else "",
+    )
     try:
         ip = sockets.resolve(host)[0]
     except LlamboError as error:
-        return BrokerFacts(
-            address, configured, here, False, error.code.value, error.text, "llambo config --changed", name
-        )
-    listens = _accepts(ip, port)
-    seen: dict[str, Any] = {}
-    try:
-        if not listens:
-            raise LlamboError(Code.NO_BROKER, f"no broker runs at {address}: {LinkProblem.NOT_LISTENING.value}")
-        if key is not None and key.role == "worker":
-            _shake_hands(sockets.endpoint(ip, port), key)
-        else:
-            seen = asyncio.run(_status(sockets.endpoint(ip, port), key, wait_ms))
-    except LlamboError as error:
-        text = error.text.removesuffix(f"; {error.hint}").replace(sockets.endpoint(ip, port), address)
-        command = _remedy(error.code, host, port, key, here, listens, environ)
-        return BrokerFacts(address, configured, here, listens, error.code.value, text, command, name)
+        return replace(found, listens=False, code=error.code, error=error.text, command="llambo config --changed")
+    if not _accepts(ip, port):
+        text = f"no broker runs at {found.address}: {LinkProblem.NOT_LISTENING.value}"
+        found = replace(found, listens=False, code=Code.NO_BROKER, error=text)
+        return replace(found, command=_start(host, port, found, asker))
+    serves = asker.key is not None and asker.key.role == "worker"
+    refused = _handshake(ip, port, sockets.WORKER_OFFSET if serves else 0, asker)
+    if refused is not None:
+        known = refused in _ANSWERS.values()
+        code = Code.UNAUTHORIZED if known else Code.NO_BROKER  # it may be another program
+        text = f"{found.address} does not accept the connection: {_reason(refused, asker.key)}"
+        return replace(found, code=code, error=text, command=_admission(refused, host, port, found, asker))
     closed = tuple(number for number in range(port + 1, port + 4) if not _accepts(ip, number))
-    return BrokerFacts(
-        address, configured, here, key=name, closed=closed,
-        command=f"sudo ufw allow {port}:{port + 3}/tcp" if here else f"ssh {host} sudo ufw allow {port}:{port + 3}/tcp",
-        workers=int(seen.get("workers", 0)), ready=int(seen.get("ready", 0)),
-        models=tuple(str(each.get("model", "")) for each in seen.get("models", ())),
-    )  # fmt: skip
+    there = "" if found.on_this_host else f"ssh {host} "
+    found = replace(found, closed=closed, command=f"{there}sudo ufw allow {port}:{port + 3}/tcp")
+    if serves:
+        return found  # a query is for clients
+    try:
+        seen = asyncio.run(_status(sockets.endpoint(ip, port), asker))
+    except LlamboError as error:
+        text = f"{found.address}: {error.text.removesuffix(f'; {error.hint}')}"
+        return replace(found, code=error.code, error=text, command=_start(host, port, found, asker))
+    models = tuple(row.model for row in seen.models)
+    return replace(found, workers=seen.workers, ready=seen.ready, models=models)
 
 
-async def _status(address: str, key: PeerKey | None, wait_ms: int) -> dict[str, Any]:
-    async with Client(address, name="llambo doctor", connect_ms=wait_ms, query_ms=wait_ms, key=key or "") as client:
-        found: dict[str, Any] = await client.query("status")
-        return found
+async def _status(address: str, asker: _Asker) -> MeshStatus:
+    wait_ms, key = asker.wait_ms, asker.key or ""
+    async with Client(address, name="llambo doctor", connect_ms=wait_ms, query_ms=wait_ms, key=key) as client:
+        return msgspec.convert(await client.query("status"), MeshStatus)
 
 
-def _shake_hands(address: str, key: PeerKey) -> None:
-    """A worker's key is accepted at the port for workers only. A hello would announce a worker, so none is sent."""
+def _handshake(ip: str, port: int, offset: int, asker: _Asker) -> LinkProblem | None:
+    """Why a connection is refused; None if it is not. Nothing is sent: the hello of a worker would announce it."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link = Link(context, address, token_kind=zmq.XPUB, offset=sockets.WORKER_OFFSET, decoder=codec.to_worker, key=key)
+    address = sockets.endpoint(ip, port)
+    link = Link(context, address, token_kind=zmq.SUB, offset=offset, decoder=codec.to_client, key=asker.key)
     try:
         link.perform(OpenControl(0))
         assert link.monitor is not None, "an IP address is connected to at once"
-        while link.monitor.poll(int(CONNECT_S * 1_000)):
+        refused, until = LinkProblem.NO_ANSWER, time.monotonic() + asker.wait_ms / 1_000
+        while link.monitor.poll(max(0, int((until - time.monotonic()) * 1_000))):
             for change in link.receive_changes():
-                if change is ConnectionChange.CONNECTED:
-                    return
-                if change is ConnectionChange.KEY_DENIED:
-                    raise LlamboError(Code.UNAUTHORIZED, LinkProblem.KEY_DENIED.value)
-                if change is ConnectionChange.KEY_MISMATCH:
-                    raise LlamboError(Code.UNAUTHORIZED, LinkProblem.KEY_MISMATCH.value)
-                why = LinkProblem.NOT_LISTENING
-                if change is ConnectionChange.HANDSHAKE_FAILED:
-                    why = LinkProblem.NO_HANDSHAKE
-                raise LlamboError(Code.NO_BROKER, f"no broker answers workers at {address}: {why.value}")
-        raise LlamboError(Code.NO_BROKER, f"no broker answers workers at {address}: {LinkProblem.NO_ANSWER.value}")
+                if change in _ANSWERS:
+                    return _ANSWERS[change]
+                # The socket tries again. Of two ends whose keys do not match, either may be the first to notice.
+                refused, until = LinkProblem.NO_HANDSHAKE, min(until, time.monotonic() + CONNECT_S)
+        return refused
     finally:
         link.close()
         context.destroy(linger=0)
+
+
+_ANSWERS = {
+    ConnectionChange.CONNECTED: None,
+    ConnectionChange.KEY_DENIED: LinkProblem.KEY_DENIED,
+    ConnectionChange.KEY_MISMATCH: LinkProblem.KEY_MISMATCH,
+}
+
+
+def _reason(refused: LinkProblem, key: PeerKey | None) -> str:
+    if refused is LinkProblem.KEY_MISMATCH:
+        return "it wants a key, and none was given" if key is None else "a key was given, and it has no keys"
+    return str(refused.value)
 
 
 def _accepts(ip: str, port: int) -> bool:
@@ -248,20 +281,25 @@ def _accepts(ip: str, port: int) -> bool:
         return False
 
 
-def _remedy(
-    code: Code, host: str, port: int, key: PeerKey | None, here: bool, listens: bool, environ: Mapping[str, str]
-) -> str:
-    """What helps against this error. A broker that wants a key may look like one that does not answer."""
-    there = "" if here else f"ssh {host} "
-    if code in (Code.UNAUTHORIZED, Code.FORBIDDEN) or listens:
-        admin = default_folder(environ) / ISSUED / "admin.key"
-        if key is None and here and os.access(admin, os.R_OK):
-            return f"export LLAMBO_KEY={shlex.quote(str(admin))}"
-        role, name = (key.role, key.name) if key else ("client", "NAME")
-        return f"{there}llambo keys add {name} --role {role}"
-    if not here:
-        return f"{there}llambo doctor ports"
+def _start(host: str, port: int, found: BrokerFacts, asker: _Asker) -> str:
+    """What makes a broker answer there."""
+    if not found.on_this_host:
+        return f"ssh {host} llambo doctor ports"
     if Path(BROKER_UNIT).exists():
-        return "sudo systemctl start llambo-broker"
-    folder = f" --keys {default_folder(environ)}" if key else ""
+        return "sudo systemctl restart llambo-broker"
+    folder = f" --keys {shlex.quote(str(asker.folder))}" if asker.key else ""
     return f"llambo-broker{f' --port {port}' if port != sockets.DEFAULT_PORT else ''}{folder}"
+
+
+def _admission(refused: LinkProblem, host: str, port: int, found: BrokerFacts, asker: _Asker) -> str:
+    """What makes the broker accept this peer. What else may listen there is for the check of ports."""
+    there = "" if found.on_this_host else f"ssh {host} "
+    if refused not in _ANSWERS.values():
+        return f"{there}llambo doctor ports"
+    if refused is LinkProblem.KEY_MISMATCH and asker.key is not None:
+        return _start(host, port, found, asker)
+    admin = asker.folder / ISSUED / "admin.key"
+    if asker.key is None and found.on_this_host and os.access(admin, os.R_OK):
+        return f"export LLAMBO_KEY={shlex.quote(str(admin))}"
+    role, name = (asker.key.role, asker.key.name) if asker.key else ("client", user_name())
+    return f"{there}llambo keys add {name} --role {role}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
-from llambo.cli.fleet.site import no_report, pass_site, report, run
+from llambo.cli.fleet.site import FILE_OPTION, no_report, pass_site, report, run
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.tables import show_json
@@ -24,10 +25,34 @@ if TYPE_CHECKING:
     from llambo.mesh.wire.reports import DrainReply
 
 EXAMPLES = """
+llambo fleet init                        a fleet.toml to start from
 llambo fleet plan                        what apply would do, and why
 llambo fleet apply                       make it so
 llambo fleet status
 llambo fleet scale tiny=10 medium=0
+"""
+INIT_EXAMPLES = """
+llambo fleet init
+llambo fleet init --file home.toml
+"""
+#: What `init` writes: it works as it is, on a machine with SmolLM2.
+TEMPLATE = """\
+# The workers that `llambo fleet apply` runs. docs/fleets.md has every key.
+
+[fleet]
+name = "fleet"
+
+[hosts.here]                  # this machine; others: provider = "systemd", address = "root@box"
+
+[broker]                      # without this table the broker is not managed
+
+[classes.small]
+model = "smollm2"             # or a GGUF file
+slots = 4                     # requests at a time, of one worker
+memory = "800MiB"             # of one worker
+cores = 0.5                   # so that workers may share cores
+min = 1
+max = 2
 """
 PLAN_EXAMPLES = """
 llambo fleet plan
@@ -69,7 +94,7 @@ llambo fleet run --file home.toml
 
 @click.group(
     cls=Group,
-    lazy={name: f"llambo.cli.fleet.fleet:{name}" for name in ("plan", "apply")}
+    lazy={name: f"llambo.cli.fleet.fleet:{name}" for name in ("init", "plan", "apply")}
     | {name: f"llambo.cli.fleet.fleet_status:{name}" for name in ("status", "logs")}
     | {name: f"llambo.cli.fleet.fleet:{name}" for name in ("scale", "spawn")}
     | {"rolling-restart": "llambo.cli.fleet.fleet:rolling_restart"}
@@ -79,6 +104,20 @@ llambo fleet run --file home.toml
 )
 def fleet() -> None:
     """Run as many workers as fleet.toml says, here and on other hosts."""
+
+
+@click.command(cls=Command, examples=INIT_EXAMPLES)
+@FILE_OPTION
+def init(file: Path) -> None:
+    """Write a fleet.toml to start from: a broker and a worker with SmolLM2 on this machine."""
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(TEMPLATE)
+    except FileExistsError as error:
+        raise Failure(f"{file} exists already", "`llambo fleet plan` shows what it asks for", Exit.USAGE) from error
+    except OSError as error:
+        raise Failure(f"{file} cannot be written: {error.strerror}") from error
+    report(f"{file} is written: edit it, then `llambo fleet plan` and `llambo fleet apply`")
 
 
 @click.command(cls=Command, examples=PLAN_EXAMPLES)
@@ -273,6 +312,8 @@ def make_it_so(here: Site, as_json: bool, counts: Callable[[], dict[str, int]] =
             report(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
         took = time.monotonic() - began
         report(f"{_summary(outcome.done) or 'nothing done'} in {took:.1f} s" if found else "nothing to do")
+        if here.fleet.classes and not outcome.failed:
+            report(f"the mesh is at {manager.address}; try: llambo{here.broker_flag(manager.address)} send hello")
     if outcome.failed or outcome.stopped or found.refusals:
         click.get_current_context().exit(Exit.ERROR)
 

@@ -32,7 +32,7 @@ LOGS_EXAMPLES = """
 llambo fleet logs tiny-0001
 llambo fleet logs tiny-0001 --lines 200
 """
-CLASS_COLUMNS = ("class", "there", "ready", "starting", "draining", "min", "max", "busy", "memory")
+CLASS_COLUMNS = ("class", "wanted", "there", "ready", "starting", "draining", "min", "max", "busy", "memory")
 #: How many events are shown.
 SHOWN = 10
 NODE_COLUMNS = ("node", "class", "host", "state", "busy", "pid", "up", "note")
@@ -57,6 +57,7 @@ class NodeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
     node_class: str = msgspec.field(name="class")
+    wanted: int = 0
     there: int
     ready: int
     starting: int
@@ -158,7 +159,7 @@ def _found(here: Site, manager: NodeManager, snapshot: Snapshot) -> FleetStatus:
     nodes += [
         NodeRow(
             node=record.name, node_class=record.node_class, host=record.host, state="ended", slots=record.slots,
-            begun_ms=record.begun_ms, note=_last_line(manager.providers.log_tail(record.name)),
+            begun_ms=record.begun_ms, note=_log_ends(manager.providers.log_tail(record.name)),
         )
         for record in snapshot.ended
     ]  # fmt: skip
@@ -169,7 +170,7 @@ def _found(here: Site, manager: NodeManager, snapshot: Snapshot) -> FleetStatus:
         state=str(here.state),
         orchestrator=read_state(here.state) if here.orchestrator() else None,
         updates=list(_updates(versions, fingerprints)),
-        classes=[_class(spec, nodes, snapshot) for spec in here.fleet.all_classes()],
+        classes=[_class(spec, here.counts(), nodes, snapshot) for spec in here.fleet.all_classes()],
         away=snapshot.away(),
         nodes=sorted(nodes, key=lambda row: row.node),
     )
@@ -203,12 +204,15 @@ def _show_orchestrator(state: OrchestratorState) -> None:
         click.echo(printable(line))
 
 
-def _class(spec: NodeClass, nodes: list[NodeRow], snapshot: Snapshot) -> ClassRow:
+def _class(spec: NodeClass, counts: dict[str, int], nodes: list[NodeRow], snapshot: Snapshot) -> ClassRow:
     own = [row for row in nodes if row.node_class == spec.name]
     states = Counter(row.state for row in own)
+    there = len(own) - states["ended"]
     return ClassRow(
         node_class=spec.name,
-        there=len(own) - states["ended"],
+        # Without a count of its own, `apply` keeps those that are there, within the bounds.
+        wanted=counts.get(spec.name, max(spec.min, min(there, spec.max))),
+        there=there,
         ready=states["ready"],
         starting=states["starting"],
         draining=states["draining"],
@@ -222,7 +226,7 @@ def _class(spec: NodeClass, nodes: list[NodeRow], snapshot: Snapshot) -> ClassRo
 
 
 def _class_cells(row: ClassRow) -> Row:
-    counts = (row.there, row.ready, row.starting, row.draining, row.min, row.max)
+    counts = (row.wanted, row.there, row.ready, row.starting, row.draining, row.min, row.max)
     return (row.node_class, *map(number, counts), _busy(row), number(size(row.memory_bytes)))
 
 
@@ -236,5 +240,7 @@ def _busy(row: ClassRow | NodeRow) -> NumberText:
     return number(f"{row.busy}/{row.slots}" if row.slots else "-")
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+def _log_ends(text: str) -> str:
+    """How a process ended that another one had started is not known; its last words may say it, or something else."""
+    last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return f"its log ends: {last}" if last else "its log is empty: it was probably killed"

@@ -85,6 +85,11 @@ class Site:
         address = address_of(self.common.settings, key_of(self.common.settings))
         return NodeManager(self.fleet, self.state, address, self.connect, report)
 
+    def broker_flag(self, address: str) -> str:
+        """What a command needs to reach the mesh there; empty if it goes there by itself."""
+        settings = self.common.settings
+        return "" if address == address_of(settings, key_of(settings)) else f" --broker {address}"
+
     def connect(self, address: str) -> Client:
         """As an admin, if the mesh has keys: with the key of the settings, or else with that in the fleet's folder."""
         from llambo.mesh.client.client import Client

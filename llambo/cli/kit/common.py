@@ -79,18 +79,22 @@ pass_common = click.make_pass_decorator(Common, ensure=True)
 
 def connect(common: Common) -> Client:
     """A client with the settings in force. Enter it with `async with`."""
-    import getpass
     import socket
 
     from llambo.mesh.client.client import Client
 
     address, key = where(common)
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's user may have no name
-        user = "unknown"
-    name = f"{user}@{socket.gethostname()}"
+    name = f"{user_name()}@{socket.gethostname()}"
     return Client(address, name=name, connect_ms=common.settings.number("connect_ms"), key=key or "")
+
+
+def user_name() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
+        return "unknown"
 
 
 def key_of(settings: Settings) -> PeerKey | None:

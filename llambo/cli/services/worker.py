@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +12,7 @@ from llambo.cli.kit.common import Common, address_of, key_of, pass_common
 from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
-from llambo.cli.kit.std_streams import ABOUT, print_notice
+from llambo.cli.kit.std_streams import ABOUT, NOTICE_SINKS, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
@@ -67,7 +68,11 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
         if not report_ready(notify_fd, config.name):
             print_notice(f"llambo-worker: {config.name} is ready, at {', '.join(config.brokers)}")
 
-    return run_worker(config, on_ready, notifier)
+    def on_failure(text: str) -> None:
+        # In the journal it is an entry of that level; a person reads it as the errors of all commands.
+        logging.getLogger("llambo.worker").error("%s", text) if NOTICE_SINKS else Failure(text).show()
+
+    return run_worker(config, on_ready, notifier, on_failure)
 
 
 def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerConfig:
@@ -79,7 +84,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
     return WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
         key=key,
-        name=check_name(settings.text("name"), "--name") or (key.name if key else default_name()),
+        name=check_name(settings.text("name"), "--name") or default_name(key.name if key else ""),
         engine=engine,
         model=model,
         # The table of settings has checked each value against its kind and its choices.

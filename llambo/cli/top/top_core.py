@@ -77,7 +77,7 @@ def worker_row(row: WorkerRow) -> TableRow:
         TableCell(busy_text(row), row.busy_slots),
         TableCell(f"{row.tokens_per_s:.1f}", row.tokens_per_s),
         TableCell(str(row.done), row.done),
-        _text_cell(",".join(row.models)),
+        _text_cell(",".join(row.plain_models)),
         TableCell(duration(row.up_ms), row.up_ms),
         TableCell(f"{duration(row.heard_ms)} ago", row.heard_ms),
         _text_cell(row.host),

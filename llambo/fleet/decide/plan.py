@@ -189,7 +189,7 @@ class _Planner:
             self._room.remove(node)
             if self._room.fits(spec, node.host):
                 self._room.add(node.host, spec.name, spec.memory_bytes, spec.cores)
-                why = "its settings have changed"
+                why = "a restart was asked for, or its settings, model or release have changed"
                 self._steps.append(
                     PlanStep(StepKind.REPLACE, node.name, spec.name, node.host, why, self._fingerprint(spec))
                 )
@@ -268,6 +268,8 @@ def imagine(world: World, steps: Iterable[PlanStep], fleet: Fleet) -> World:
 
 #: Cores are decimal fractions; their sums are compared with this tolerance.
 _SLACK = 1e-6
+#: What a message proposes where workers may share cores.
+HALF_A_CORE = 0.5
 
 
 @dataclass(slots=True)
@@ -294,6 +296,11 @@ class Room:
 
     def refusal(self, wanted: NodeClass, host: str) -> str:
         return f"{host} is away: {self.facts.away}" if self.facts.away else self._short(wanted, host)
+
+    def lacks_cores(self, wanted: NodeClass) -> bool:
+        """It has memory, and too few cores."""
+        memory = self.facts.memory_bytes - self.memory_bytes
+        return not self.facts.away and memory >= wanted.memory_bytes and bool(self._short(wanted, ""))
 
     def _short(self, wanted: NodeClass, host: str) -> str:
         """What it has too little of; empty: it has room."""
@@ -369,7 +376,12 @@ class Placement:
             else:
                 parts.append(f"nothing is known about {host}")
         shown = "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
-        return f"{wanted.name} needs {needs(wanted)}; {shown}"
+        share = ""
+        if HALF_A_CORE < wanted.cores <= 1 and any(
+            host in self._rooms and self._rooms[host].lacks_cores(wanted) for host in wanted.hosts
+        ):
+            share = f"; if workers may share cores, set cores = {HALF_A_CORE} in [classes.{wanted.name}]"
+        return f"{wanted.name} needs {needs(wanted)}; {shown}{share}"
 
 
 def needs(wanted: NodeClass) -> str:

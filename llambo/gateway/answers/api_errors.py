@@ -39,6 +39,20 @@ _ANTHROPIC = {
 _OPENAI_CODES = {Code.UNAUTHORIZED: "invalid_api_key", Code.UNKNOWN_MODEL: "model_not_found"}
 
 
+#: Hints for a program that speaks HTTP, where those of the code name commands and options.
+_HINTS = {
+    Code.UNAUTHORIZED: "send an API token as `Authorization: Bearer`; `llambo keys token NAME` makes one",
+    Code.FORBIDDEN: "use an API token with that right",
+    Code.UNKNOWN_MODEL: "GET /v1/models lists the models",
+    Code.MODEL_REQUIRED: "set `model`; GET /v1/models lists the models",
+    Code.UNKNOWN_REQUEST: "check the id",
+    Code.NO_WORKER: "try again later; the operator sees in `llambo workers` what is there",
+    Code.ENGINE_FAILED: "send it again; the operator sees in `llambo why ID` what happened",
+    Code.NO_BROKER: "try again later; the operator sees in `llambo status` what is there",
+    Code.CANCELLED: "send it again",
+}
+
+
 class FieldError(LlamboError):
     """A field of a request is wrong. `field` is its path, as in `messages[0].role`; empty: the body as a whole."""
 
@@ -77,6 +91,14 @@ def decode_error(error: Exception, within: str = "") -> FieldError:
     return FieldError(field, text[: found.start()] if field else f"the body: {text[: found.start()]}")
 
 
+def hint_of(error: LlamboError) -> str:
+    if isinstance(error, StatusError):
+        return "GET /openapi.json lists the paths" if error.status in (404, 405) else ""
+    if error.code is Code.BAD_REQUEST and not isinstance(error, FieldError):
+        return ""
+    return _HINTS.get(error.code, error.hint) if error.hint == error.trait.hint else error.hint
+
+
 def status_of(error: LlamboError) -> int:
     return error.status if isinstance(error, StatusError) else error.trait.http
 
@@ -92,14 +114,15 @@ def error_reply(error: LlamboError, shape: Shape) -> ErrorReply:
 
 
 def error_body(error: LlamboError, shape: Shape) -> JsonObject:
-    status, text = status_of(error), printable(error.text)
+    # Some texts end in the hint for a command line.
+    status, text = status_of(error), printable(error.text.removesuffix(f"; {error.trait.hint}"))
     if shape == "anthropic":
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": text}}
     kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
     code: str = _OPENAI_CODES.get(error.code, error.code.value)
     field = error.field if isinstance(error, FieldError) else "model" if error.code is Code.UNKNOWN_MODEL else ""
-    return {"error": {"message": text, "type": kind, "param": field or None, "code": code, "hint": error.hint}}
+    return {"error": {"message": text, "type": kind, "param": field or None, "code": code, "hint": hint_of(error)}}
 
 
 def as_llambo_error(error: Exception) -> LlamboError:

@@ -13,10 +13,9 @@ import msgspec
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.conversation import ToolCall
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.tokens import Logprob
-from llambo.mesh.wire.tool_calls import split_calls
+from llambo.mesh.wire.tool_calls import CalledTool, split_calls
 
 T = TypeVar("T")
 #: Tokens that wait for a slow reader. Beyond that no more are accepted: the broker has the transcript, and they are
@@ -70,9 +69,8 @@ class Answer:
     pieces: list[bytes] = field(default_factory=list)
     #: With the reason "stop": the stop string that ended it, if one did.
     stop: str = ""
-    #: The calls in it, if the request had tools. The arguments are JSON; if `reason` is not "stop", those of the last
-    #: call may be cut off.
-    tool_calls: list[ToolCall] = field(default_factory=list)
+    #: The calls in it, if the request had tools.
+    tool_calls: list[CalledTool] = field(default_factory=list)
     #: A fake engine made its words up. False as well if the broker did not report which model it was.
     fake: bool = False
 
@@ -82,7 +80,11 @@ class Answer:
         if not self.tool_calls:
             return {"role": "assistant", "content": self.text}
         content, _ = split_calls(self.text, self.id)
-        return {"role": "assistant", "content": content, "tool_calls": msgspec.to_builtins(self.tool_calls)}
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
 class _Buffer:

@@ -313,7 +313,7 @@ class Client:
         return await self._ask("requests", "", list[reports.RequestRow])
 
     async def events(self, since: int = 0) -> list[reports.EventRow]:
-        """What happened in the mesh after event number `since`."""
+        """What happened in the mesh after event number `since`. With keys only an admin can read it."""
         return await self._ask("events", str(since), list[reports.EventRow])
 
     async def recent(self, since: int = 0) -> reports.Recent:
@@ -338,7 +338,10 @@ class Client:
         )
 
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
-        """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`."""
+        """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`.
+
+        With keys only an admin can have it.
+        """
         return await self._question(
             lambda n: e.CommandAsked(msgspec.structs.replace(lease, query=n)), "lease", reports.LeaseReply
         )

@@ -38,6 +38,10 @@ class SyncStream:
         return self._stream.model
 
     @property
+    def fake(self) -> bool:
+        return self._stream.fake
+
+    @property
     def answer(self) -> Answer | None:
         return self._stream.answer
 

@@ -158,8 +158,9 @@ def resolve(host: str) -> list[str]:
     try:
         found = pysocket.getaddrinfo(host, None, type=pysocket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         hint = "check the name of the broker's host, and that this machine can look it up"
-        raise LlamboError(Code.NO_BROKER, f"{host!r} cannot be resolved: {error}", hint=hint) from error
+        raise LlamboError(Code.NO_BROKER, f"{host!r} cannot be resolved: {why}", hint=hint) from error
     return list(dict.fromkeys(str(entry[4][0]) for entry in found if entry[0] == found[0][0]))
 
 

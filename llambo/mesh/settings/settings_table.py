@@ -243,7 +243,7 @@ _BROKER = (
         high=10_000),
 )  # fmt: skip
 _WORKER = (
-    row("worker.name", Kind.TEXT, "", "name of this worker; empty: derived from the name of the host"),
+    row("worker.name", Kind.TEXT, "", "name of this worker; empty: HOST-PID, or with a key KEY-HOST"),
     row("worker.slots", Kind.NUMBER, 4, "requests that run at a time", low=1, high=16_384),
     row("worker.class", Kind.TEXT, "", "kind of machine, shown in lists", name="node_class", env="class"),
     row("worker.engine", Kind.TEXT, "auto", "llama; or fake, which has no model and makes words up; auto: llama",

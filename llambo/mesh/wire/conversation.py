@@ -53,22 +53,14 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
-    """The tool that a call names, and what it is called with."""
-
-    #: The name of the tool.
     name: str
     #: JSON text or the object itself. The text of an answer that was cut need not be valid JSON.
     arguments: str | dict[str, Any] = ""
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """One call of a tool."""
-
-    #: What is called.
     function: CalledFunction
-    #: For the `tool_call_id` of the message with the result.
     id: str = ""
-    #: For OpenAI's API.
     type: Literal["function"] = "function"
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from llambo.mesh.wire.naming import is_in_class
+
 
 class _Row(msgspec.Struct, frozen=True, kw_only=True):
     pass
@@ -160,6 +162,11 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     slow: str = ""
     #: The library of llama.cpp that computes, with its version.
     library: str = ""
+
+    @property
+    def plain_models(self) -> list[str]:
+        """Each model once, and not again under the name with the class."""
+        return [name for name in self.models if not is_in_class(name, self.models)]
 
     @property
     def busy_slots(self) -> int:

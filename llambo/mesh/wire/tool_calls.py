@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME, CalledFunction, ToolCall
+from llambo.mesh.wire.conversation import CALL_BEGIN, CALL_END, TOOL_NAME
 
 #: Longer text around name and arguments is not a frame.
 FRAME_CHARS = 1024
@@ -249,8 +249,20 @@ def parser_of(tools: bool, seed: str, prefix: str) -> Parser:
     return ToolCalls(seed, prefix=prefix) if tools else PlainText()
 
 
-def split_calls(text: str, seed: str) -> tuple[str, list[ToolCall]]:
-    """A whole answer: the text beside its calls, and the calls. The arguments of the last may have been cut."""
+@dataclass(frozen=True, slots=True)
+class CalledTool:
+    """One call of a tool in an answer."""
+
+    #: For the `tool_call_id` of the message with its result.
+    id: str
+    #: The name of the tool.
+    name: str
+    #: A JSON object, as text. It is cut off if the answer ended in the middle of it.
+    arguments: str
+
+
+def split_calls(text: str, seed: str) -> tuple[str, list[CalledTool]]:
+    """A whole answer: the text beside its calls, and the calls."""
     parser = ToolCalls(seed)
     content: list[str] = []
     calls: list[tuple[CallBegun, list[str]]] = []
@@ -262,5 +274,4 @@ def split_calls(text: str, seed: str) -> tuple[str, list[ToolCall]]:
                 calls.append((delta, []))
             case CallArguments(index, part):
                 calls[index][1].append(part)
-    found = [ToolCall(CalledFunction(begun.name, "".join(parts)), begun.id) for begun, parts in calls]
-    return "".join(content), found
+    return "".join(content), [CalledTool(begun.id, begun.name, "".join(parts)) for begun, parts in calls]

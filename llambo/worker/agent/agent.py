@@ -175,6 +175,11 @@ class Agent:
         """Each byte written here is a request to stop: the first after all runs have ended, the second at once."""
         return self._waker.fileno()
 
+    @property
+    def ended(self) -> str:
+        """Why it has ended."""
+        return self._exit
+
     def stop(self) -> None:
         self._waker.send(b"\0")
 
@@ -183,7 +188,8 @@ class Agent:
             self._handle(e.Ticked())
             while not self._exit:
                 self._turn()
-            log.log(logging.ERROR if self.status else logging.INFO, "%s", self._exit)
+            if not self.status:
+                log.info("%s", self._exit)
             self._tell_manager(self._exit if self.status else "")
         finally:
             self._close()
@@ -319,12 +325,17 @@ class Agent:
 
 
 def run_worker(
-    config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
+    config: WorkerConfig,
+    on_ready: Callable[[], None] = lambda: None,
+    notifier: Notifier | None = None,
+    on_failure: Callable[[str], None] = log.error,
 ) -> int:
-    """Run a worker process in the main thread. Returns the exit status."""
+    """Run a worker process in the main thread. Returns the exit status, and reports why it is not 0."""
     agent = Agent(config, on_ready, notifier)
     with stop_signals_wake(agent.waker_fd):
         agent.run()
+    if agent.status:
+        on_failure(agent.ended)
     return agent.status
 
 

@@ -50,6 +50,9 @@ from llambo.worker.llama.c_api import (
 log = logging.getLogger("llambo.engine")
 
 INSTALL = "pip install 'llambo[llama]' (in a checkout: pip install '.[llama]')"
+ANOTHER = f"name another with --llama-lib, or, without that setting, {INSTALL}"
+#: Names of functions that an error shows.
+SHOWN = 3
 #: Distribution, package, and where in it the library is. The first that is installed is used: a library that was
 #: compiled on this machine, perhaps for its GPU, comes before a prebuilt one.
 PACKAGES = (
@@ -163,17 +166,23 @@ def check(native: ctypes.CDLL, file: LibraryFile) -> Interface:
             log.info("%s: this release is not known; its structs are those of %s", file, fitting[0].name)
         return fitting[0]
     why = "; ".join(f"as {name}: {reason}" for name, reason in reasons.items() if reason)
+    if len(set(reasons.values())) == 1:
+        (why,) = set(reasons.values())
     if fitting:
         why = "this release is not known, and on this processor its structs cannot be checked"
-    known = " or ".join(f"{package} {version}" for each in INTERFACES for package, version in sorted(each.releases))
+    releases = [release for each in INTERFACES for release in sorted(each.releases)]
+    known = " or ".join(f"{package} {version}" for package, version in releases)
     text = f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}"
-    raise LibraryError("unknown", text, INSTALL)
+    # The wheel alone would not help: this library comes before it.
+    same = [f"pip install '{package}=={version}'" for package, version in releases if package == file.package]
+    raise LibraryError("unknown", text, same[-1] if same else ANOTHER)
 
 
 def _mismatch(native: ctypes.CDLL, interface: Interface) -> str:
     """Why the library does not have this interface; empty if it has. No struct is passed by value here."""
     if missing := [name for name in functions(interface) if not hasattr(native, name)]:
-        return f"it has no {', '.join(missing)}"
+        more = f" and {len(missing) - SHOWN} more functions" if len(missing) > SHOWN else ""
+        return f"it has no {', '.join(missing[:SHOWN])}{more}"
     return (
         _wrong_defaults(native, "llama_model_default_params", ModelParams, MODEL_DEFAULTS)
         or _wrong_defaults(native, "llama_context_default_params", interface.context_params, CONTEXT_DEFAULTS)
@@ -373,8 +382,8 @@ def _not_loaded(file: LibraryFile, error: str) -> LibraryError:
             f"apt install {package}" if package else "install what it belongs to, or put its folder in LD_LIBRARY_PATH"
         )
         return LibraryError("needs", f"{file} needs {missing[1]}, which this machine has not", how, missing[1])
-    text = f"{file} cannot be loaded as a library: {error}"
-    return LibraryError("not loaded", text, f"--llama-lib names another, or: {INSTALL}")
+    text = f"{file} cannot be loaded as a library ({error.removeprefix(f'{file.path}: ')})"
+    return LibraryError("not loaded", text, ANOTHER)
 
 
 # --- From any process. ---
