@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -13,8 +12,7 @@ from llambo.mesh.wire.identity import Identity
 # --- Events: into the core. ---
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """Control messages of one peer: its route, and the session it claims."""
 
     route: bytes
@@ -22,52 +20,45 @@ class Arrived:
     #: Each with its extra frame, or without.
     messages: list[tuple[m.Message, bytes]]
     #: What to answer for the parts that could not be read.
-    problems: list[m.Problem] = field(default_factory=list)
+    problems: list[m.Problem] = msgspec.field(default_factory=list)
     #: The public key that the connection has proved; empty without keys.
     user: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class ClientSaid(Arrived):
+class ClientSaid(Arrived, frozen=True):
     """From a client."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSaid(Arrived):
+class WorkerSaid(Arrived, frozen=True):
     """From a worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokensArrived:
+class TokensArrived(msgspec.Struct, frozen=True):
     """Frames from the token plane in order of arrival: all that was there when the socket was drained."""
 
     frames: list[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class RouteGone:
+class RouteGone(msgspec.Struct, frozen=True):
     """A message could not be sent: no peer is connected under this route now. It may come back."""
 
     route: bytes
     to_worker: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Subscribed:
+class Subscribed(msgspec.Struct, frozen=True):
     """A client's subscription to its session topic was granted."""
 
     topic: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class KeysChanged:
+class KeysChanged(msgspec.Struct, frozen=True):
     """From now on these public keys are valid, and no others."""
 
     identities: Mapping[str, Identity]
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
+class Counted(msgspec.Struct, frozen=True):
     """What the shell has counted since its start, for the metrics."""
 
     dropped_frames: int = 0
@@ -75,15 +66,13 @@ class Counted:
     subscriptions_refused: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StopAsked:
+class StopAsked(msgspec.Struct, frozen=True):
     """The broker is about to end."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Time has passed."""
 
 

@@ -18,7 +18,7 @@ from llambo.worker.config import FakeOptions
 from tests.integration.gateway_process import GatewayProcess
 
 #: Of each path and method, and of what follows from it.
-EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "4"))
 #: Each reply is no server error, has a status and a type of the document, and conforms to its schema.
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 #: The tour through what a document says of each field is long; a short run goes without it.

@@ -179,6 +179,7 @@ LIES: dict[str, tuple[Callable[[], Functions], str]] = {
     "batch: other order": (
         lambda: {"llama_batch_init": elf.returns_struct(batch(token=0, embd=1))}, "llama_batch has other fields"
     ),
+    "batch: embeddings": (lambda: {"llama_batch_init": elf.returns_struct(batch(embd=1))}, "_batch has other fields"),
     "candidates": (lambda: {"llama_sampler_apply": elf.RETURN}, "llama_token_data_array has other fields"),
 }  # fmt: skip
 

@@ -17,9 +17,13 @@ import pytest
 
 from docs import generate, protocol_parts
 from llambo.cli import docs as cli_docs
+from llambo.cli.commands import status, workers
+from llambo.cli.services import up
+from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.reports import MeshStatus
 from tests.sim.mutants import GUARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,6 +168,25 @@ def test_a_wrong_option_would_be_noticed() -> None:
     for line in shown:
         with pytest.raises(pytest.fail.Exception, match="No such option"):
             parse(cli_docs.COMMANDS["llambo"], "llambo", next(calls(line))[1:], line)
+
+
+# --- the first hour --------------------------------------------------------------------------------------
+
+
+def test_the_first_hour_shows_what_is_printed_today(capsys: pytest.CaptureFixture[str]) -> None:
+    page = text_of("docs/first-hour.md")
+    up.show_first_commands(
+        endpoint("127.0.0.1", DEFAULT_PORT), up.MeshCommands("", [], [("worker-1", [])]), "http://127.0.0.1:7340"
+    )
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) == 7
+    assert printed in page
+
+    facts = page.split("$ llambo status\n")[1].partition("\n\n")[0].splitlines()
+    shown = [name for name, _ in status.mesh_facts(MeshStatus(), "tcp://x")]
+    assert [line.partition("  ")[0] for line in facts] == shown
+    for head in re.findall(r"\$ llambo workers\n(.*)", page):
+        assert [column.lower() for column in head.split()] == list(workers.COLUMNS)
 
 
 # --- the conversation in bytes ---------------------------------------------------------------------------

@@ -33,7 +33,7 @@ _HTML = re.compile(r"^ *<.*>\n", re.MULTILINE)
 def pages() -> dict[str, Path]:
     """Where each page is, by its name in lower case."""
     checkout = Path(llambo.__file__).resolve().parents[1]
-    if (checkout / "docs").is_dir():
+    if (checkout / "pyproject.toml").is_file():
         found = [*(checkout / file for file in SHIPPED), *checkout.glob("docs/*.md")]
     else:
         files = importlib.metadata.files("llambo") or ()

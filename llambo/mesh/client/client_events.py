@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from llambo.mesh.link.link_core import ConnectionChange, LinkAction, LinkState
 from llambo.mesh.wire import messages as m
@@ -14,8 +15,7 @@ from llambo.mesh.wire.tokens import Logprob
 # --- calls of the user -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SubmitAsked:
+class SubmitAsked(msgspec.Struct, frozen=True):
     """Run this request. Without `follow` this client drops it as soon as it is accepted."""
 
     request: m.InferenceRequest
@@ -23,8 +23,7 @@ class SubmitAsked:
     follow: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class AttachAsked:
+class AttachAsked(msgspec.Struct, frozen=True):
     """Follow a request that was submitted earlier, from token index `have` on."""
 
     id: bytes
@@ -33,59 +32,51 @@ class AttachAsked:
     again: tuple[m.InferenceRequest, bytes] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
+class CancelAsked(msgspec.Struct, frozen=True):
     """Stop a request of this or another client. With `drop` its remaining tokens are not delivered."""
 
     id: bytes
     drop: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class QueryAsked:
+class QueryAsked(msgspec.Struct, frozen=True):
     query: int
     what: str
     argument: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandAsked:
+class CommandAsked(msgspec.Struct, frozen=True):
     """A command that is answered as a query is; its `query` is the number of the answer."""
 
     message: m.DrainWorker | m.Lease
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderLeft:
+class ReaderLeft(msgspec.Struct, frozen=True):
     """The caller no longer waits for this request or query. A request goes on without this client."""
 
     key: bytes | int
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderBehind:
+class ReaderBehind(msgspec.Struct, frozen=True):
     """The reader of this request is too far behind: leave out its tokens for now."""
 
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderCaughtUp:
+class ReaderCaughtUp(msgspec.Struct, frozen=True):
     """The reader has caught up: fetch what was left out, and go on."""
 
     id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LeaveAsked:
+class LeaveAsked(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
 # --- arrivals and time -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ControlArrived:
+class ControlArrived(msgspec.Struct, frozen=True):
     """One decoded control bundle (`codec.Bundle`)."""
 
     session: bytes
@@ -94,30 +85,26 @@ class ControlArrived:
     link: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TokensArrived:
+class TokensArrived(msgspec.Struct, frozen=True):
     """A drained batch of token-plane frames, without their topic."""
 
     frames: list[bytes]
     link: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionChanged:
+class ConnectionChanged(msgspec.Struct, frozen=True):
     """The control connection was made, was lost, or could not be made."""
 
     change: ConnectionChange
 
 
-@dataclass(frozen=True, slots=True)
-class BrokersFound:
+class BrokersFound(msgspec.Struct, frozen=True):
     """The names were looked up: the client can use so many brokers."""
 
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """The time of `next_wakeup_ms` has come."""
 
 
@@ -129,8 +116,7 @@ Event = UserEvent | LeaveAsked | ControlArrived | TokensArrived | ConnectionChan
 # --- deliveries to the user --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class DeliverTokens:
+class DeliverTokens(msgspec.Struct, frozen=True):
     """The next tokens of a request, in order, and the bytes of each."""
 
     id: bytes
@@ -140,8 +126,7 @@ class DeliverTokens:
     logprobs: Sequence[Logprob | None] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ReportPlace:
+class ReportPlace(msgspec.Struct, frozen=True):
     """The request is accepted, for this model; `ahead` others wait before it. `fake`: its words are made up."""
 
     id: bytes
@@ -150,32 +135,28 @@ class ReportPlace:
     fake: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ReportEnd:
+class ReportEnd(msgspec.Struct, frozen=True):
     """The request has ended, and all its tokens were delivered, unless they were not wanted."""
 
     id: bytes
     end: m.End
 
 
-@dataclass(frozen=True, slots=True)
-class ReportFailure:
+class ReportFailure(msgspec.Struct, frozen=True):
     """The request (bytes) or query (int) has failed."""
 
     key: bytes | int
     error: ErrorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class DeliverResult:
+class DeliverResult(msgspec.Struct, frozen=True):
     """The answer to a query: msgpack."""
 
     query: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReportLink:
+class ReportLink(msgspec.Struct, frozen=True):
     state: LinkState
     problem: ErrorInfo | None = None
     link: int = 0

@@ -28,6 +28,8 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens
 from llambo.mesh.wire.codec import NO_SESSION
@@ -36,16 +38,14 @@ from llambo.mesh.wire.timers import NEVER_MS
 # --- The actions of a link. ---
 
 
-@dataclass(frozen=True, slots=True)
-class OpenControl:
+class OpenControl(msgspec.Struct, frozen=True):
     """Close the sockets of this link, then connect a new control socket to broker number `target` of its address."""
 
     link: int
     target: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class OpenTokens:
+class OpenTokens(msgspec.Struct, frozen=True):
     """Connect a new token socket to this port of the same host, in place of the old one."""
 
     link: int
@@ -53,15 +53,13 @@ class OpenTokens:
     topic: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CloseLink:
+class CloseLink(msgspec.Struct, frozen=True):
     """Close both sockets. The last messages may still be sent."""
 
     link: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send on control, with this session id. The messages of one round form one bundle."""
 
     link: int
@@ -70,8 +68,7 @@ class Send:
     blob: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True):
     """Publish frames on the token plane."""
 
     link: int
@@ -165,8 +162,7 @@ _DENIALS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class SessionTerms:
+class SessionTerms(msgspec.Struct, frozen=True):
     """The fields of the welcome. They remain readable when the session is over."""
 
     broker: str = ""

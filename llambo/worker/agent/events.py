@@ -6,20 +6,18 @@ The actions of a link are in `mesh.link.link_core`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from llambo.mesh.link.link_core import ConnectionChange, LinkAction
 from llambo.mesh.wire import messages as m
 from llambo.worker.engine.protocol import Progress, Ready, Refused, Start, Step
 
 
-@dataclass(frozen=True, slots=True)
-class Ticked:
+class Ticked(msgspec.Struct, frozen=True):
     """Time has passed."""
 
 
-@dataclass(frozen=True, slots=True)
-class ControlArrived:
+class ControlArrived(msgspec.Struct, frozen=True):
     """One bundle from a broker: each message with its extra frame."""
 
     link: int
@@ -27,23 +25,20 @@ class ControlArrived:
     messages: list[tuple[m.Message, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Subscribed:
+class Subscribed(msgspec.Struct, frozen=True):
     """The broker's subscription has reached our token socket: what is published from now on arrives."""
 
     link: int
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionChanged:
+class ConnectionChanged(msgspec.Struct, frozen=True):
     """The control connection to a broker was made, has broken, or could not be made."""
 
     link: int
     change: ConnectionChange
 
 
-@dataclass(frozen=True, slots=True)
-class EngineDied:
+class EngineDied(msgspec.Struct, frozen=True):
     """The engine process is gone, by itself or because it was killed; `text` describes how.
 
     `outside`: by a signal that neither the engine nor this worker has sent.
@@ -53,8 +48,7 @@ class EngineDied:
     outside: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StopRequested:
+class StopRequested(msgspec.Struct, frozen=True):
     """An operator or supervisor has asked this worker to end: after its runs have ended, or (`urgent`) at once."""
 
     urgent: bool = False
@@ -64,39 +58,33 @@ EngineMessage = Progress | Ready | Step | Refused
 Event = Ticked | ControlArrived | Subscribed | ConnectionChanged | EngineMessage | EngineDied | StopRequested
 
 
-@dataclass(frozen=True, slots=True)
-class SpawnEngine:
+class SpawnEngine(msgspec.Struct, frozen=True):
     """Start an engine child. `Ready` or `EngineDied` will follow. `safe`: without what may not work on this machine."""
 
     safe: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class KillEngine:
+class KillEngine(msgspec.Struct, frozen=True):
     """Kill the engine child. `EngineDied` will follow."""
 
 
-@dataclass(frozen=True, slots=True)
-class StartRun:
+class StartRun(msgspec.Struct, frozen=True):
     """Give this sequence to the engine."""
 
     start: Start
 
 
-@dataclass(frozen=True, slots=True)
-class StopRun:
+class StopRun(msgspec.Struct, frozen=True):
     """Stop this sequence in the engine."""
 
     key: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class NotifyReady:
+class NotifyReady(msgspec.Struct, frozen=True):
     """Returned once: from now on a broker can dispatch to this worker."""
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     """Write a line to the log. `request`: the id of the request that it is about."""
 
     text: str
@@ -104,8 +92,7 @@ class Log:
     request: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(msgspec.Struct, frozen=True):
     """End the process; no action follows. A `status` other than 0: the worker could not do its work."""
 
     text: str

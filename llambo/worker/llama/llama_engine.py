@@ -434,7 +434,7 @@ class ProgressBar:
 def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
     options, path = configure.llama, str(model_files.find(configure.model))
     library = llama.open_library(options.library)
-    log.info("llama.cpp is %s", library)
+    log.info("library: %s", library)
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
     bar = ProgressBar(send)
