@@ -6,7 +6,7 @@ import { open } from "./story.js";
 
 const ROWS = 10;
 const ENDED = 4; // at least this many, if there are any
-const WAITING = 3; // of those that wait: whoever looks at a full mesh looks for them
+const WAITING = 3; // of those that wait, which are what matters when the mesh is full
 const TONES = { waiting: "wait", dispatched: "wait", running: "good", completing: "good" };
 const REASONS = { stop: "done", length: "done, at its limit", cancelled: "cancelled", deadline: "out of time", error: "failed" };
 
