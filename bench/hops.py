@@ -24,9 +24,6 @@ from llambo import Client
 from llambo.mesh.service.host import physical_cores
 from llambo.worker.config import LlamaOptions
 
-#: Requests before those that count.
-WARM = 20
-
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -39,17 +36,17 @@ class Passage:
         return sum(self.hops) - self.hops[trace.ENGINE - 1]
 
 
-async def ask(address: str, requests: int, tokens: int) -> list[tuple[int, int]]:
+async def ask(address: str, warm: int, requests: int, tokens: int) -> list[tuple[int, int]]:
     """When each was asked, and its first piece read."""
     asked: list[tuple[int, int]] = []
     options = {**CHANCE, "ignore_eos": True}
     async with Client(address) as client:
-        for turn in range(requests + WARM):
+        for turn in range(warm + requests):
             begun, read = time.monotonic_ns(), 0
             async for _ in client.stream(prompt(turn, 0), max_tokens=tokens, form="text", sampling=options, seed=turn):
                 read = read or time.monotonic_ns()
             asked.append((begun, read))
-    return asked[WARM:]
+    return asked[warm:]
 
 
 def passages(asked: list[tuple[int, int]], noted: list[tuple[int, int]]) -> list[Passage]:
@@ -88,6 +85,7 @@ def report(found: list[Passage]) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench hops", description=__doc__)
     parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--warm", type=int, default=20, help="requests before those that count")
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
     parser.add_argument("--threads", type=int, default=physical_cores())
     options = parser.parse_args(arguments)
@@ -97,7 +95,7 @@ def main(arguments: list[str]) -> int:
         os.environ[trace.FOLDER] = folder
         try:
             with mesh(engine_options, traced=True) as ours:
-                asked = asyncio.run(ask(ours.address, options.requests, options.tokens))
+                asked = asyncio.run(ask(ours.address, options.warm, options.requests, options.tokens))
         finally:
             del os.environ[trace.FOLDER]
             tracing.close()

@@ -27,8 +27,10 @@ SLOTS, CONTEXT = 8, 8192
 SENTENCE = "In year {n} the old llama carried {n} sacks of salt over the pass, and no one in the valley thanked it. "
 #: The length of the seven running answers: they take longer than the prompt.
 ENDLESS = 6_000
-#: Tokens of each of the seven before the prompt arrives; the first few are not counted.
-BEFORE, SETTLING = 100, 10
+#: Of the seven's tokens before the prompt arrives, the first few of each are not counted.
+SETTLING = 10
+#: Sentences whose tokens are counted to know how many make a prompt of a given length.
+COUNTED = 4
 #: How often is looked whether they are so far.
 POLL_S = 0.02
 
@@ -66,14 +68,14 @@ def sentences(count: int, seed: int) -> str:
 
 async def sized(client: Client, tokens: int, seed: int) -> str:
     """A text of about so many tokens and not more: found out by asking for the length of a short one."""
-    answer = await client.generate(sentences(20, seed + 1), max_tokens=1, form="text")
-    return sentences(int(tokens / (answer.usage.prompt_tokens / 20)), seed)
+    answer = await client.generate(sentences(COUNTED, seed + 1), max_tokens=1, form="text")
+    return sentences(int(tokens / (answer.usage.prompt_tokens / COUNTED)), seed)
 
 
 # --- the mesh ------------------------------------------------------------------------------------------
 
 
-async def in_mesh(client: Client, text: str, turn: int) -> Seen:
+async def in_mesh(client: Client, text: str, turn: int, before: int) -> Seen:
     running = [Timed() for _ in range(RUNNING)]
     tasks = [
         asyncio.create_task(mesh_stream(client, prompt(turn, n), ENDLESS, n + 1, timed))
@@ -81,7 +83,7 @@ async def in_mesh(client: Client, text: str, turn: int) -> Seen:
     ]
     try:
         # An event would put us into each of their steps.
-        while min(timed.tokens for timed in running) < BEFORE:  # noqa: ASYNC110
+        while min(timed.tokens for timed in running) < before:  # noqa: ASYNC110
             await asyncio.sleep(POLL_S)
         newcomer = Timed(time.perf_counter())
         stream = client.stream(text, max_tokens=1, form="text", sampling={**CHANCE, "ignore_eos": True}, seed=1)
@@ -99,11 +101,11 @@ async def in_mesh(client: Client, text: str, turn: int) -> Seen:
 # --- llama-server --------------------------------------------------------------------------------------
 
 
-def in_server(port: int, text: str, prompt_tokens: int, turn: int) -> Seen:
+def in_server(port: int, text: str, prompt_tokens: int, turn: int, before: int) -> Seen:
     reader = HttpStreams()
     asked = [llama_server_stream(port, prompt(turn, n), ENDLESS, n + 1) for n in range(RUNNING)]
     running = [reader.add(stream) for stream in asked]
-    while min(len(timed.arrivals) for timed in running) < BEFORE:
+    while min(len(timed.arrivals) for timed in running) < before:
         reader.turn()
     newcomer = reader.add(llama_server_stream(port, text, 1, 1))
     while not newcomer.arrivals:
@@ -121,14 +123,15 @@ async def compare(options: argparse.Namespace) -> dict[str, list[Seen]]:
             safe = await has_safe_settings(client)
             texts = [await sized(client, options.tokens, turn) for turn in range(options.rounds)]
             for turn, text in enumerate(texts):
-                found["mesh"].append(await in_mesh(client, text, turn))
+                found["mesh"].append(await in_mesh(client, text, turn, options.before))
     if options.alone:
         return found
     terms = Terms(model_files.find("smollm2"), SLOTS, CONTEXT, options.threads, safe, options.server_flags.split())
     with llama_server(terms) as server:
         for turn, text in enumerate(texts):
             tokens = found["mesh"][turn].prompt_tokens
-            found.setdefault("llama-server", []).append(in_server(server.port, text, tokens, turn))
+            seen_there = in_server(server.port, text, tokens, turn, options.before)
+            found.setdefault("llama-server", []).append(seen_there)
     return found
 
 
@@ -147,6 +150,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench newcomer", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=8_000, help="of the newcomer's prompt")
+    parser.add_argument("--before", type=int, default=100, help="tokens of each of the seven before it arrives")
     parser.add_argument("--threads", type=int, default=host.physical_cores())
     parser.add_argument("--alone", action="store_true", help="without llama-server")
     parser.add_argument("--server-flags", default="", help="more flags for llama-server, in one word")

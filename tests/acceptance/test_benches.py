@@ -14,11 +14,11 @@ SHORT = {
     "keys": ["--rounds", "1", "--seconds", "0.2", "--length", "20", "--requests", "10"],
     "overload": ["--seconds", "1", "--peak-seconds", "1"],
     "engine": ["--threads", "1", "--tokens", "8", "--streams", "1", "3"],
-    "hops": ["--threads", "1", "--requests", "5"],
-    "newcomer": ["--threads", "1", "--rounds", "1", "--tokens", "200", "--alone"],
-    "turns": ["--threads", "1", "--chats", "1", "--prompt-tokens", "200", "--tokens", "8"],
-    "gateway": ["--threads", "1", "--rounds", "1", "--tokens", "8", "--streams", "1", "--open", "20", "--alone"],
-    "beside": ["--threads", "1", "--rounds", "1", "--tokens", "8", "--streams", "1", "--beside", "--profile"],
+    "hops": ["--threads", "1", "--requests", "3", "--warm", "1"],
+    "newcomer": ["--threads", "1", "--rounds", "1", "--tokens", "100", "--before", "12", "--alone"],
+    "turns": ["--threads", "1", "--chats", "1", "--prompt-tokens", "60", "--tokens", "4"],
+    "gateway": ["--threads", "1", "--rounds", "1", "--tokens", "4", "--streams", "1", "--open", "20", "--alone"],
+    "beside": ["--threads", "1", "--rounds", "1", "--tokens", "4", "--streams", "1", "--beside", "--profile"],
 }
 
 

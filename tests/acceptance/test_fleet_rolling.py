@@ -35,7 +35,7 @@ min = 8
 fake.tokens_per_s = 100
 """
 #: So many requests are there at any time, and each has so many tokens.
-STREAMS, TOKENS = 6, 60
+STREAMS, TOKENS = 4, 60
 
 
 @pytest.fixture

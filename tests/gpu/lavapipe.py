@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from llambo.mesh.service import host
 from llambo.testing.commands import LLAMBO, ROOT, WORKER
 from llambo.testing.mesh import Mesh
@@ -38,8 +40,8 @@ DEBIAN = "cmake g++ glslc libvulkan-dev mesa-vulkan-drivers spirv-headers vulkan
 #: Vulkan's headers must be as new as this: llama.cpp uses VK_EXT_layer_settings.
 HEADERS = (1, 3, 272)
 #: A device that computes on CPU cores is slow to begin with.
-READY_S, ANSWER_S = 600.0, 600.0
-TOKENS = 24
+READY_S, ANSWER_S, STALL_MS = 600.0, 1200.0, "300000"
+TOKENS = 16
 SUBJECTS = (
     "gravity", "Rome", "bread", "the sea", "a violin", "snow", "iron", "the moon", "a bee", "paper", "tea", "a clock",
     "salt", "a bridge", "the wind", "glass", "a lion", "rice", "a mirror", "the sun",
@@ -103,14 +105,14 @@ class Bench:
     rates: dict[str, float] = field(default_factory=dict)
 
     def start(self, *words: str, name: str = "w") -> Process:
-        words = ("--engine", "llama", "--model", self.model, "--ctx", "512", "--name", name, *words)
-        return Process("-m", WORKER, "--broker", self.mesh.address, *words, name=name, env=self.environment)
+        words = ("--model", self.model, "--ctx", "512", "--batch", "64", "--stall-ms", STALL_MS, "--name", name, *words)
+        return Process("-m", WORKER, "--broker", self.mesh.address, *words, name=name, env=self.environment, cwd="/")
 
     @contextmanager
     def worker(self, *words: str, name: str = "w") -> Iterator[Process]:
         process = self.start(*words, name=name)
         try:
-            process.first_line(READY_S)
+            process.line(r": .* is ready, at ", READY_S)
             yield process
         finally:
             process.close()
@@ -118,7 +120,7 @@ class Bench:
     def llambo(self, *words: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", LLAMBO, *words], env={**self.environment, "LLAMBO_BROKER": self.mesh.address},
-            capture_output=True, text=True, timeout=ANSWER_S, check=False,
+            capture_output=True, text=True, timeout=ANSWER_S, check=False, cwd="/",
         )  # fmt: skip
         check(f"llambo {' '.join(words)}", done.returncode == 0, done.stderr.strip())
         return done.stdout
@@ -182,7 +184,7 @@ def try_placements(bench: Bench, prompts: Sequence[str]) -> None:
         found = re.match(r"\w+: (\d+)/(\d+) layers, .* CPU: \d+ layers \(no more layers fit", text)
         check("auto with little memory: some layers", found is not None and 0 < int(found[1]) < int(found[2]), text)
         compare(bench, "some layers", prompts[:2], truth)
-    with bench.worker("--gpu-bytes", "140MiB") as worker:
+    with bench.worker("--gpu-bytes", "130MiB") as worker:
         text = placement_of(worker)
         check("auto: slots that are not set are given up first", "slots instead of 4" in text, text)
 
@@ -211,7 +213,7 @@ def try_two(bench: Bench) -> None:
     two = [bench.start(name=f"two-{number}") for number in (1, 2)]
     try:
         for worker in two:
-            worker.first_line(READY_S)
+            worker.line(r": .* is ready, at ", READY_S)
         check("two workers on one device", True, " | ".join(placement_of(worker) for worker in two))
     finally:
         for worker in two:
@@ -221,20 +223,23 @@ def try_two(bench: Bench) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", help="libllama.so with the backend Vulkan")
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="the limits of memory that are tried are for smollm2")
     parser.add_argument("--prompts", type=int, default=4, help="how many answers are compared, up to 20")
     parser.add_argument("--card", action="store_true", help="use the cards that llama.cpp finds by itself")
     given = parser.parse_args()
     library = Path(given.library) if given.library else built_library()
     others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMBO_")}
-    environment = {**others, "PYTHONPATH": str(ROOT), "LLAMBO_LLAMA_LIB": str(library), "LLAMBO_CONFIG": os.devnull}
+    environment = {**others, "PYTHONPATH": str(ROOT), "LLAMBO_LLAMA_LIB": str(library.resolve())}
+    environment["XDG_CONFIG_HOME"] = "/nonexistent"
     if not given.card:
         environment["GGML_VK_VISIBLE_DEVICES"] = "0"
     report = subprocess.run(
         [sys.executable, "-m", "llambo.worker.llama.binding", str(library)], env=environment, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    check("the library lists a GPU", '"supports_gpu":true' in report.stdout, report.stdout or report.stderr)
+    devices = msgspec.json.decode(report.stdout)["devices"] if not report.returncode else []
+    cards = [f"{each['name']} ({each['description']})" for each in devices if each["kind"] in ("gpu", "igpu")]
+    check("the library lists a GPU", bool(cards), ", ".join(cards) or report.stderr)
     prompts = [f"What is {subject}?" for subject in SUBJECTS[: given.prompts]]
     with Mesh(0) as mesh:
         bench = Bench(mesh, environment, given.model)

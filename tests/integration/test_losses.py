@@ -30,13 +30,13 @@ HWM = 10
 KERNEL_BYTES = 64 * 2**10
 REQUESTS = 8
 #: After so many tokens the reader stalls until the mesh has made so many more.
-READ_TOKENS = 25_000 if LONG else 6_000
-STALL_TOKENS = 400_000 if LONG else 60_000
+READ_TOKENS = 25_000 if LONG else 2_000
+STALL_TOKENS = 400_000 if LONG else 120_000
 STALL_S = 30.0
 #: ... which a client's lease has to allow, since its whole loop is blocked.
 CONFIG = BrokerConfig.of(client_lease_ms=60_000)
 TIMEOUT_S = 180.0
-#: What the broker and the client may grow by while this goes through them: the answers themselves are 50 MB, or 8 MB.
+#: What the broker and the client may grow by while this goes through them: the answers themselves are 50 MB, or 13 MB.
 GROWTH_BYTES = (256 if LONG else 64) * 2**20
 
 
@@ -144,7 +144,7 @@ def test_many_tokens_most_of_them_dropped() -> None:
     fake = FakeOptions(slots=REQUESTS // 2, burst=2)
     with Mesh(workers=2, fake=fake, config=CONFIG, broker="process", token_hwm=HWM) as mesh:
         before = mesh.broker_rss_bytes(), rss_bytes(os.getpid())
-        watch, client = Watch(limits.MAX_TOKENS if LONG else limits.MAX_TOKENS // 6), mesh.client(token_hwm=HWM)
+        watch, client = Watch(limits.MAX_TOKENS if LONG else limits.MAX_TOKENS // 4), mesh.client(token_hwm=HWM)
         # When a reader stalls again and again
         with timed() as seconds:
             mesh.run(lossy(client, watch), TIMEOUT_S)

@@ -273,6 +273,24 @@ def test_worker_settings_become_a_worker_config() -> None:
     assert (config.name, config.model, config.fake.slots, config.fake.burst) == ("tiny-01", "fake", 2, 8)
 
 
+@pytest.mark.parametrize(
+    ("given", "layers", "fewer"),
+    [({}, "auto", True), ({"gpu_layers": "-1", "slots": 4}, -1, False), ({"gpu_layers": 0}, 0, True)],
+)
+def test_slots_are_given_up_only_if_they_are_not_set(given: dict[str, Any], layers: int | str, fewer: bool) -> None:
+    from llambo.mesh.settings import settings
+
+    config = worker.worker_config(settings.load({"engine": "fake", **given}, environ={}, places=[]))
+    assert (config.llama.gpu_layers, config.llama.fewer_slots, config.llama.slots) == (layers, fewer, 4)
+
+
+@pytest.mark.parametrize("value", ["all", "1.5", "-2", "100001"])
+def test_gpu_layers_are_auto_or_a_number(value: str) -> None:
+    result = CliRunner().invoke(worker.main, ["--gpu-layers", value])
+    assert result.exit_code == Exit.USAGE
+    assert "expected" in result.stderr
+
+
 @pytest.mark.parametrize(("words", "program"), [(["up"], "llambo up"), (["worker"], "llambo-worker")])
 def test_without_llama_cpp_or_a_model_nothing_is_made_up(
     monkeypatch: pytest.MonkeyPatch, words: list[str], program: str

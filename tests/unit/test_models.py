@@ -100,6 +100,15 @@ def test_what_is_left_open_suits_model_and_machine(model: Path) -> None:
     assert small.context == model_files.DEFAULT_CONTEXT // 2
 
 
+def test_slots_are_given_up_before_context(model: Path) -> None:
+    """Answers move between workers with other numbers of slots, but not between other contexts."""
+    file, free = gguf.read(str(model)), model_files.WORK_BYTES + 10 * MIB
+    layout = model_files.layout(LlamaOptions(fewer_slots=True), file, free, cores=6)
+    assert (layout.slots, layout.context) == (2, model_files.DEFAULT_CONTEXT)
+    least = model_files.layout(LlamaOptions(fewer_slots=True), file, free - 7 * MIB, cores=6)
+    assert (least.slots, least.context) == (1, model_files.DEFAULT_CONTEXT // 2)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers_and_the_flag(model: Path) -> None:
     file = gguf.read(str(model))
     with pytest.raises(BadModelFile) as refused:

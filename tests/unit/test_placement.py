@@ -75,7 +75,7 @@ def test_slots_that_the_user_has_set_stay() -> None:
     placement = place(card(12), wish=auto(fewer_slots=False))
     assert placement.slots == 4
     assert 0 < placement.layers < ALL
-    assert "11059 MiB of 12288 MiB that are free on CUDA0 may be used" in placement.why
+    assert "11059 of 12288 MiB that are free on CUDA0 may be used" in placement.why
     assert "--kv-type q8_0, on every worker of this model, makes room for" in placement.why
 
 
@@ -199,7 +199,7 @@ def test_a_number_that_is_too_large_is_refused_with_what_fits() -> None:
     fitting = place(card(4), wish=auto(fewer_slots=False)).layers
     assert f"20 of 33 layers need {300 + 410 + 19 * (140 + 4 * 64)} MiB: " in text
     assert f"{410 + 19 * 140} MiB of weights, {19 * 4 * 64} MiB of cache for 4 slots, 300 MiB to work in" in text
-    assert "3072 MiB of 4096 MiB that are free on CUDA0 may be used" in text
+    assert "3072 of 4096 MiB that are free on CUDA0 may be used" in text
     assert f"--gpu-layers {fitting} would fit, --gpu-layers auto chooses by itself" in text
     assert place(card(4), wish=auto(layers=fitting, fewer_slots=False)).layers == fitting
 
@@ -305,7 +305,8 @@ def test_the_cache_is_per_slot() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0"), (GIB, "1"), (int(1.25 * GIB), "1.2"), (24 * GIB, "24"), (int(23.6 * GIB), "23.6")]
+    ("size", "text"),
+    [(0, "0"), (GIB // 2, "0.50"), (GIB, "1"), (int(1.25 * GIB), "1.2"), (24 * GIB, "24"), (int(23.6 * GIB), "23.6")],
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert gib(size) == text

@@ -56,7 +56,9 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
 
     settings = common.settings
     missing = binding.missing(settings.text("llama_lib"))
-    host = model_files.on_this_host(settings.text("models_dir"), missing=missing)
+    host = model_files.on_this_host(
+        settings.text("models_dir"), missing=missing, device_bytes=_device_bytes(settings.text("llama_lib"))
+    )
     if not as_json:
         show_host(host)
         click.echo()
@@ -73,6 +75,16 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         click.echo(f"served: {problem}")
     else:
         show_models(rows_of(served, list[ModelRow]))
+
+
+def _device_bytes(library: str) -> int:
+    """The free memory of the cards that llama.cpp can use. On a machine without one it is not loaded."""
+    from llambo.worker.llama import binding
+    from llambo.worker.models import gpus
+
+    if all(gpu.integrated for gpu in gpus.gpus()):
+        return 0
+    return sum(device.free_bytes for device in binding.examine(library).devices if device.kind == "gpu")
 
 
 def show_host(found: list[Found]) -> None:

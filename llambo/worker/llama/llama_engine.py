@@ -252,7 +252,7 @@ class LlamaEngine:
             "parameters": model.parameters,
             "layers": model.layers,
             "devices": str(self._setup.placement),
-            "placement": self._setup.placement.why,
+            **({"placement": self._setup.placement.why} if self._setup.placement.why else {}),
             "vocabulary": model.tokens,
             "embedding_size": model.embedding_size,
             "trained_context": model.trained_context,

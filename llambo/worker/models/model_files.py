@@ -243,16 +243,23 @@ class Found:
     problem: str = ""
 
 
-def on_this_host(folder: str = "", options: LlamaOptions | None = None, missing: str = "") -> list[Found]:
-    """Each file once, even if it is reachable in several ways. `missing`: why none can be loaded, if that is so."""
+def on_this_host(
+    folder: str = "", options: LlamaOptions | None = None, missing: str = "", device_bytes: int = 0
+) -> list[Found]:
+    """Each file once, even if it is reachable in several ways.
+
+    `missing`: why none can be loaded, if that is so. `device_bytes`: the free memory of GPUs, which comes on top.
+    """
     seen: set[str] = set()
     found = []
-    free_bytes, cores = host.free_memory_bytes(), host.physical_cores()
+    free_bytes, cores = host.free_memory_bytes() + device_bytes, host.physical_cores()
     for model, path, where in _candidates(folder):
         real = os.path.realpath(path)
         if real not in seen and len(seen) < FILES:
             seen.add(real)
-            found.append(look_at(model, path, where, options or LlamaOptions(), free_bytes, cores, missing))
+            found.append(
+                look_at(model, path, where, options or LlamaOptions(fewer_slots=True), free_bytes, cores, missing)
+            )
     return found
 
 

@@ -176,8 +176,9 @@ CPU = Placement()
 
 
 def gib(size: int) -> str:
-    """In GiB, with one decimal where there is one."""
-    return f"{size / GIB:.1f}".removesuffix(".0")
+    """In GiB, with a decimal where there is one, and with two below 1."""
+    value = size / GIB
+    return f"{value:.2f}" if 0 < value < 1 else f"{value:.1f}".removesuffix(".0")
 
 
 # --- From the header of the file. ---
@@ -341,10 +342,10 @@ class _Chooser:
 
     def _room_text(self) -> str:
         texts = [
-            f"{_mib(room(device, self._wish))} of {_mib(device.free_bytes)} that are free on {device.name}"
+            f"{room(device, self._wish) // MIB} of {_mib(device.free_bytes)} that are free on {device.name}"
             for device in self._devices
         ]
-        limit = f", and gpu_bytes is {_mib(self._wish.device_limit)}" if self._wish.device_limit else ""
+        limit = f" (gpu_bytes is {_mib(self._wish.device_limit)})" if self._wish.device_limit else ""
         return f"{', '.join(texts)} may be used{limit}"
 
     def hint(self, placement: Placement) -> str:
