@@ -199,7 +199,8 @@ def try_refusals(bench: Bench) -> None:
         worker = bench.start("--gpu-layers", layers, "--gpu-bytes", limit, "--slots", "4")
         code = worker.end(READY_S)
         refusals = [line for line in worker.lines if re.search(r"layers need \d+ MiB: .*--gpu-layers \d+ would", line)]
-        check(f"{layers} layers in {limit} are refused, status {code}", code != 0 and bool(refusals), worker.log())
+        shown = refusals[-1] if refusals else worker.log()
+        check(f"{layers} layers in {limit} are refused, status {code}", code != 0 and bool(refusals), shown)
     plain = {**bench.environment, "GGML_DISABLE_VULKAN": "1"}
     plain.pop("GGML_VK_VISIBLE_DEVICES", None)
     worker = Bench(bench.mesh, plain, bench.model).start("--gpu-layers", "-1")
