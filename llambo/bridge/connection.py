@@ -280,6 +280,7 @@ class Connection(asyncio.Protocol):
             "moves": answer.moves,
             "queued_ms": answer.queued_ms,
         }
+        data |= {"fake": True} if answer.fake else {}
         return protocol.ok(answer.reason, data)
 
     # --- output --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 #: No wait takes longer, however busy the machine is.
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 #: How long a process may take to end after SIGTERM.
 STOP_S = 5.0
 

@@ -17,6 +17,7 @@ import pytest
 
 from llambo import SyncClient
 from llambo.cli.chat.store import SavedChat, Store, Turn
+from llambo.cli.kit.answer_views import FAKE
 from llambo.cli.kit.failure import Exit
 from llambo.testing.commands import BROKER, LLAMBO, WORKER, Commands, Done, command, environment, up
 from llambo.testing.processes import TIMEOUT_S
@@ -413,7 +414,7 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands, home: Home) -> Non
         assert asking.stdout.read(10)
         asking.stdout.close()
         assert asking.wait(TIMEOUT_S) == Exit.OK
-        assert asking.stderr.read() == b""
+        assert asking.stderr.read().decode() == f"llambo: {FAKE}\n"
 
     assert idle(mesh)
 

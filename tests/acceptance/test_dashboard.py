@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llambo import SyncClient
 from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.testing.mesh import Mesh, key_folder
@@ -116,6 +117,19 @@ def test_everybody_can_use_it(mesh: Mesh, chromium: Any, gateway: GatewayProcess
         look.page.locator(".act button:visible").first.click()
         look.page.locator("#confirm[open]").wait_for()
         assert look.violations() == []
+
+
+def test_those_that_wait_are_listed_and_all_of_them_on_demand(mesh: Mesh, look: Look) -> None:
+    with SyncClient(mesh.address) as client:
+        ids = [client.submit("a long story", max_tokens=4_000, detached=True) for _ in range(20)]
+        try:
+            look.page.locator("#requests-table tr", has_text="next in line").wait_for()
+            look.page.locator("#requests-table .more").click()
+            look.until("count => document.querySelectorAll('#requests-table tr[data-over=false]').length === count", 20)
+            assert look.page.locator("#requests-table tr", has_text="before it").count() == 7
+        finally:
+            for id in ids:
+                client.cancel(id)
 
 
 def test_the_theme_can_be_chosen_and_is_kept(look: Look) -> None:

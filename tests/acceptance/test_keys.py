@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from llambo.mesh.wire import codec, tokens
 from llambo.mesh.wire import messages as m
 
 T = TypeVar("T")
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 
 
 class DoubleBroker:

@@ -13,7 +13,7 @@ from llambo.testing.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TEST_CHAOS"
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 #: Per minute. Restarts of brokers are not among them: they have a test of their own.
 FAULTS = "kill=20,stop=8,hang=6,link=6,cut=8,hold=4,halfopen=4,delay=4,throttle=4,drain=4,client=4,poison=5"
 

@@ -21,7 +21,7 @@ from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.reports import DrainReply, MeshStatus
 from tests.integration.double_for_clients import DoubleBroker, Run, bind_both
 
-DEADLINE_S = 20
+DEADLINE_S = 60
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

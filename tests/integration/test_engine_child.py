@@ -21,7 +21,7 @@ from llambo.worker.config import FakeFaults, FakeOptions
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake_model import plain_token
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 30.0
 
 
 @contextmanager

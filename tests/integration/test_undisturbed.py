@@ -14,7 +14,7 @@ REQUESTS = 10_000
 #: Requests at a time: more than there are slots, so that the queue is part of it.
 CONCURRENT = 64
 TOKENS = 8
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 #: Of the requests, how many may have needed a repair anywhere.
 REPAIRED = 0.01
 

@@ -244,7 +244,7 @@ class Peer:
             for piece in (prompt[:1], prompt[1:]):
                 self.text(question, piece)
             answer = SimpleNamespace(text=prompt, reason="stop", id="i", ids=[1, 2], worker="w", moves=0, queued_ms=3,
-                                     usage=SimpleNamespace(prompt_tokens=1))  # fmt: skip
+                                     usage=SimpleNamespace(prompt_tokens=1), fake=False)  # fmt: skip
             self.do(lambda: question.pieces.put_nowait(answer))
         else:
             self.do(lambda: question.result.set_result(MODELS if question.what == "models" else STATUS))

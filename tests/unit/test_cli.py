@@ -20,7 +20,7 @@ from llambo.cli import docs, main
 from llambo.cli.commands import workers
 from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.kit import std_streams
-from llambo.cli.kit.answer_views import Clock, StdoutWriter, statistics_line
+from llambo.cli.kit.answer_views import Clock, StdoutWriter, WordWrap, statistics_line
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
@@ -340,6 +340,20 @@ def test_a_worker_with_a_key_is_called_after_key_and_host(monkeypatch: pytest.Mo
 def test_a_new_mesh_is_told_its_port(tmp_path: Path) -> None:
     words = ("keys", "init", "--keys", str(tmp_path / "keys"), "--address", "tcp://box:28330")
     assert f"llambo-broker --bind 0.0.0.0 --keys {tmp_path / 'keys'} --port 28330\n" in llambo(*words).stdout
+
+
+@pytest.mark.parametrize("step", [1, 3, 1_000])
+def test_on_a_terminal_an_answer_breaks_between_words(step: int) -> None:
+    text = "The quick brown fox jumps over it.\n\n```\ncode is not broken, however long\n```\n"
+    text += "漢字漢字漢字漢字漢字 a-word-that-is-too-long end"
+    words, shown = WordWrap(), ""
+    for at in range(0, len(text), step):
+        shown += words.feed(text[at : at + step], 20)
+    shown += words.rest(20)
+    assert [line.rstrip() for line in shown.splitlines()] == [
+        "The quick brown fox", "jumps over it.", "", "```", "code is not broken, however long", "```",
+        "漢字漢字漢字漢字漢字", "a-word-that-is-too-long", "end",
+    ]  # fmt: skip
 
 
 def test_an_answer_without_tokens_has_no_speed() -> None:

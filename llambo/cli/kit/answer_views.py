@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import select
 import sys
 import time
+import unicodedata
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 #: What is shorter says nothing about a rate.
 MEASURABLE_MS = 5.0
+#: Between words; a line end is a part of its own.
+_SPACES = re.compile(r"([ \t]+|\n)")
+#: Begins and ends lines of code in markdown.
+FENCE = "```"
 #: What a user reads with an answer that no model made.
 FAKE = "the fake engine answers: its words are made up"
 #: To the first column, and erase what is there.
@@ -81,6 +87,7 @@ class TextView(View):
         self._stream = stream
         self._last = "\n"
         self._waiting = self._begun = False
+        self._words = WordWrap()
 
     def placed(self) -> None:
         # A request that starts at once reports 0 as well; the place is shown only after a wait.
@@ -95,12 +102,16 @@ class TextView(View):
         if not self._begun and self._stream.fake:
             click.echo(f"llambo: {FAKE}", err=True)
         self._begun = True
-        if piece.text:
-            self._out.put(piece.text)
-            self._last = piece.text[-1]
+        self._put(self._words.feed(piece.text, self._out.columns) if self._out.columns else piece.text)
+
+    def _put(self, text: str) -> None:
+        if text:
+            self._out.put(text)
+            self._last = text[-1]
 
     def close(self) -> None:
         self._clear()
+        self._put(self._words.rest(self._out.columns))
         if self._last != "\n":
             self._out.put("\n")
             self._last = "\n"
@@ -109,6 +120,49 @@ class TextView(View):
         if self._waiting:
             click.echo(CLEAR_LINE, nl=False, err=True, color=True)
             self._waiting = False
+
+
+class WordWrap:
+    """Breaks lines between words, as text for a terminal arrives. A word is held until it is complete.
+
+    The text stays what the model wrote: markdown is drawn by `llambo chat`. Lines of code are left as they are.
+    """
+
+    def __init__(self) -> None:
+        self._word = ""
+        #: The line so far, of which only the width and the beginning matter.
+        self._columns = 0
+        self._begin = ""
+        self._code = False
+
+    def feed(self, text: str, columns: int) -> str:
+        *whole, self._word = _SPACES.split(self._word + text)
+        return "".join(self._place(part, columns) for part in whole)
+
+    def rest(self, columns: int) -> str:
+        word, self._word = self._word, ""
+        return self._place(word, columns) if word else ""
+
+    def _place(self, part: str, columns: int) -> str:
+        """`part`: a word, or a space or a line end."""
+        if part == "\n":
+            if self._begin.lstrip().startswith(FENCE):
+                self._code = not self._code
+            self._columns, self._begin = 0, ""
+            return part
+        wide = sum(_cells(letter) for letter in part)
+        breaks = not self._code and self._columns > 0 and self._columns + wide > columns
+        self._begin = (self._begin + part)[: 2 * len(FENCE)]
+        if breaks and part.isspace():
+            return ""  # the next word begins a line in any case
+        self._columns = wide if breaks else self._columns + wide
+        return f"\n{part}" if breaks else part
+
+
+def _cells(letter: str) -> int:
+    if unicodedata.combining(letter):
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 class JsonView(View):
@@ -231,6 +285,14 @@ class StdoutWriter:
         self._watching = False
         self._error: OSError | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def columns(self) -> int:
+        """The width of the terminal; 0: it is none, or reports no width."""
+        try:
+            return os.get_terminal_size(self._descriptor).columns if self._terminal else 0
+        except OSError:
+            return 0
 
     def put(self, text: str) -> None:
         # A file gets the text of the model unchanged. A terminal must not act on control characters in it.

@@ -211,7 +211,9 @@ def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
     return Picture(
         mesh=mesh,
         workers={row.worker: _worker(row, before.workers.get(row.worker), now_ms) for row in answers.workers},
-        requests={row.id: _request(row, before.requests.get(row.id), now_ms) for row in _first(answers.requests)},
+        requests={
+            row.id: _request(row, before.requests.get(row.id), now_ms) for row in first_requests(answers.requests)
+        },
         ended=ended,
         events=_latest(before.events, answers.events, lambda row: row.number, EVENTS_SHOWN, EventView, now_ms),
         samples=_latest(before.samples, recent.samples, lambda row: row.number, SAMPLES_SHOWN, SampleView, now_ms),
@@ -219,10 +221,13 @@ def picture(before: Picture, answers: Answers, now_ms: int) -> Picture:
     )
 
 
-def _first(requests: list[RequestRow]) -> list[RequestRow]:
-    """Those that run before those that wait, the oldest first."""
+def first_requests(requests: list[RequestRow]) -> list[RequestRow]:
+    """Those that run before those that wait, the oldest first. A quarter is for those that wait, if there are many."""
     listed = sorted(requests, key=lambda row: (row.state == "waiting", row.ahead, -row.age_ms))
-    return listed[:REQUESTS_SHOWN]
+    waiting = [row for row in listed if row.state == "waiting"]
+    running = listed[: len(listed) - len(waiting)]
+    held = min(len(waiting), max(REQUESTS_SHOWN // 4, REQUESTS_SHOWN - len(running)))
+    return [*running[: REQUESTS_SHOWN - held], *waiting[:held]]
 
 
 def _latest(

@@ -6,25 +6,49 @@ import { open } from "./story.js";
 
 const ROWS = 10;
 const ENDED = 4; // at least this many, if there are any
+const WAITING = 3; // of those that wait, which are what matters when the mesh is full
 const TONES = { waiting: "wait", dispatched: "wait", running: "good", completing: "good" };
 const REASONS = { stop: "done", length: "done, at its limit", cancelled: "cancelled", deadline: "out of time", error: "failed" };
 
+let everything = false;
+let last = null;
+
 const body = el("tbody");
+const more = el("button", { type: "button", class: "quiet more", hidden: true, on: { click: toggle } });
 const none = el("p", { class: "empty", hidden: true }, "There were no requests yet. Send one below, or with ", el("code", {}, "llambo send"), ".");
 
 export function begin() {
   const names = ["Request", "State", "Worker", "Tokens", "Tokens/s", "Waited", "Took"];
   const numeric = new Set(["Tokens", "Tokens/s", "Waited", "Took"]);
   const cells = names.map((name) => el("th", { scope: "col", class: numeric.has(name) ? "num" : undefined }, name));
-  $("requests-table").append(el("table", {}, el("thead", {}, el("tr", {}, cells)), body), none);
+  $("requests-table").append(el("table", {}, el("thead", {}, el("tr", {}, cells)), body), none, more);
+}
+
+function toggle() {
+  everything = !everything;
+  if (last) show(last);
+}
+
+/** Those that run, then those that wait, each the first to be served first; some of both, and some that ended. */
+function chosen(live, over) {
+  const running = live.filter((row) => row.state !== "waiting").sort((a, b) => a.at - b.at);
+  const waiting = live.filter((row) => row.state === "waiting").sort((a, b) => a.ahead - b.ahead || a.at - b.at);
+  if (everything) return [...running, ...waiting, ...over];
+  const places = ROWS - Math.min(ENDED, over.length);
+  const held = Math.min(waiting.length, Math.max(WAITING, places - running.length));
+  const rows = [...running.slice(0, places - held), ...waiting.slice(0, held)];
+  return [...rows, ...over.slice(0, ROWS - rows.length)];
 }
 
 export function show(mesh) {
   const live = [...mesh.requests.values()];
   const known = new Set(live.map((row) => row.id));
   const over = mesh.ended.filter((row) => !known.has(row.id)).reverse();
-  const rows = live.slice(0, ROWS - Math.min(ENDED, over.length));
-  rows.push(...over.slice(0, ROWS - rows.length));
+  last = mesh;
+  const rows = chosen(live, over);
+  const hidden = live.length + over.length - rows.length;
+  more.hidden = !everything && !hidden;
+  setText(more, everything ? "Show fewer" : `Show all ${count(live.length + over.length)}`);
   keyed(body, rows, (row) => row.id, (row) => made(row.id));
   const now = mesh.now();
   for (const node of body.children) node.time(now);
