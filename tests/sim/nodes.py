@@ -319,7 +319,6 @@ class WorkerNode(Peer):
         self.engine_deaths = 0
         #: The request of which its engine died or hung, and the runs it had then.
         self._died_with: tuple[bytes, list[bytes]] | None = None
-        self._hung_at = 0
         self._generation = 0
         self._step_at = 2**62
         self.left = False
@@ -351,8 +350,8 @@ class WorkerNode(Peer):
                 self.engine_dies("killed", 2)
             case w.StartRun(start):
                 if self.engine is not None:
-                    if self._died_with and self.now_ms <= self._hung_at + UNREAD_MS:
-                        self._died_with[1].append(start.key)  # for all the agent knows, it has read this
+                    if self._died_with and self.now_ms <= self.core.engine.last_alive_ms + UNREAD_MS:
+                        self._died_with[1].append(start.key)  # it hangs, but for all the agent knows it has read this
                     refused = self.engine.start(start, self.now_ms)
                     if refused is not None:
                         self._later(proto.Refused(refused.key, refused.error, refused.final))
@@ -420,7 +419,7 @@ class WorkerNode(Peer):
         self._step_at = 2**62
         outputs = self.engine.step(self.now_ms)
         if self.engine.fault and self._died_with is None:
-            self._died_with, self._hung_at = (self.engine.poisoned, self.engine.running_keys), self.now_ms
+            self._died_with = self.engine.poisoned, self.engine.running_keys
         self.happen(proto.Step(outputs))
         if self.engine is not None and self.engine.fault == "crash":
             # Its own count of tokens stands for what comes from outside; a request is not to blame for it.
