@@ -151,6 +151,8 @@ def _messages(prompt: str) -> Messages:
 class _Output:
     """Collects the output."""
 
+    columns = 0  # it is no terminal
+
     def __init__(self) -> None:
         self.text = ""
 
@@ -214,7 +216,9 @@ class User:
         self.mesh.counted, self.mesh.waits, self.error = 0, asyncio.Event(), None
         work = asyncio.create_task(self.signals.run(enter(self.chat, text)))
         if numbers is not None:
-            await self.mesh.waits.wait()
+            waits = asyncio.create_task(self.mesh.waits.wait())
+            await asyncio.wait((work, waits), return_when=asyncio.FIRST_COMPLETED)
+            assert waits.done(), f"it ended before it was interrupted: {work}"
             for number in numbers:
                 await asyncio.sleep(0)
                 self.signals.receive(number)
