@@ -52,7 +52,7 @@ chmod 0 /run/systemd/inaccessible/*
 mount --bind /mnt/rig /run/rig
 mount --rbind /mnt/tmp /tmp
 mount -t tmpfs -o mode=1777 tmpfs /var/tmp
-[ -e /sys/fs/cgroup/cgroup.procs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
+[ "$(stat --file-system --format %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir "/sys/fs/cgroup/$GROUP"
 echo 0 > "/sys/fs/cgroup/$GROUP/cgroup.procs"
 exec unshare --cgroup -- sh -c 'umount /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"' sh $THEN

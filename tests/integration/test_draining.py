@@ -43,6 +43,7 @@ async def test_what_is_not_done_when_its_time_is_over_goes_on_elsewhere() -> Non
         mesh.worker_config = replace(mesh.worker_config, drain_ms=100)
         hurried = mesh.spawn("hurried")
         hurried.first_line()
+        await mesh.aside(lambda core: core.state.registry.worker_names["hurried"].dispatchable, "hurried serves")
         async with mesh.client() as client:
 
             async def stop() -> None:

@@ -31,7 +31,7 @@ KERNEL_BYTES = 64 * 2**10
 REQUESTS = 8
 #: After so many tokens the reader stalls until the mesh has made so many more.
 READ_TOKENS = 25_000 if LONG else 2_000
-STALL_TOKENS = 400_000 if LONG else 120_000
+STALL_TOKENS = 400_000 if LONG else 200_000
 STALL_S = 30.0
 #: ... which a client's lease has to allow, since its whole loop is blocked.
 CONFIG = BrokerConfig.of(client_lease_ms=60_000)
