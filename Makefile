@@ -79,7 +79,6 @@ sim: $(DEV) ## 1,000 simulated runs with every fault there is
 
 soak: $(DEV) ## 100,000 simulated runs; takes a while
 	$(BIN)/python -m tests.sim --seeds 100000 --jobs 2 $(ARGS)
-	LONG=1 $(BIN)/python -m pytest -n 0 tests/integration/test_losses.py
 
 chaos: $(DEV) ## real processes, every fault, a checker: make chaos MINUTES=30 SEED=7
 	$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) --seed $(SEED) $(ARGS)

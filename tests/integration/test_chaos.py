@@ -29,7 +29,7 @@ def chaos(*arguments: str, mark: str = "") -> subprocess.CompletedProcess[str]:
 def test_nothing_is_lost_in_some_seconds_of_chaos(tmp_path: Path) -> None:
     mark = tmp_path.name
     folder = tmp_path / "history"
-    done = chaos("--faults", FAULTS, "--minutes", "0.13", "--lease-ms", "1000", "--keep", str(folder), mark=mark)
+    done = chaos("--faults", FAULTS, "--minutes", "0.2", "--lease-ms", "1000", "--keep", str(folder), mark=mark)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     assert "duplicated 0" in printed

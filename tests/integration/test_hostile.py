@@ -7,8 +7,8 @@ import pytest
 from llambo.testing.processes import TIMEOUT_S
 from tests.fuzz import bombs, live, sessions
 
-MESSAGES = 2_000
-SESSIONS, IDLE = 150, 30
+MESSAGES = 6_000
+SESSIONS, IDLE = 400, 60
 #: RLIMIT_AS of a broker that is thrown a bomb at: three times what it has in address space.
 LIMIT_BYTES = 768 * 2**20
 
