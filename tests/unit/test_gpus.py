@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llambo.worker.models.gpus import Gpu, advice, command, gpus, without_devices
+from llambo.worker.llama.c_api import INTERFACES
+from llambo.worker.models.gpus import PACKAGE, Gpu, advice, command, gpus, without_devices
 
 GIB = 1024**3
 
@@ -132,3 +133,7 @@ def test_layers_without_a_device_are_refused_with_the_command_that_helps() -> No
     assert command("Intel") in without_devices(20, [Gpu("Intel", "a part", integrated=True)], ["CPU"])
     card, part = Gpu("NVIDIA", "a card"), Gpu("Intel", "a part", integrated=True)
     assert command("NVIDIA") in without_devices(20, [part, card], ["CPU"])
+
+
+def test_the_release_that_is_advised_is_one_that_the_binding_knows() -> None:
+    assert tuple(PACKAGE.split("==")) in {release for each in INTERFACES for release in each.releases}

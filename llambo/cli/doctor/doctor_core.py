@@ -29,7 +29,7 @@ from llambo.cli.doctor.facts import (
     Unknown,
 )
 from llambo.cli.kit.tables import plural, size
-from llambo.worker.llama.c_api import INTERFACES
+from llambo.worker.llama.c_api import INTERFACES, SYSTEM_PACKAGES
 from llambo.worker.models import gpus
 
 if TYPE_CHECKING:
@@ -111,14 +111,6 @@ def of_library(seen: LibraryReport, facts: Facts) -> Conclusions:
         yield ok(f"{seen.name} (llama.cpp {seen.versions})")
 
 
-#: Shared libraries that llama.cpp may need, and the package of each, by the family of the distribution.
-PACKAGES = {
-    "libgomp.so.1": {"debian": "libgomp1", "fedora": "libgomp", "suse": "libgomp1", "arch": "gcc-libs"},
-    "libstdc++.so.6": {"debian": "libstdc++6", "fedora": "libstdc++", "suse": "libstdc++6", "arch": "gcc-libs"},
-    "libvulkan.so.1": {
-        "debian": "libvulkan1", "fedora": "vulkan-loader", "suse": "libvulkan1", "arch": "vulkan-icd-loader",
-    },
-}  # fmt: skip
 INSTALLERS = {
     "debian": "sudo apt-get install", "fedora": "sudo dnf install", "suse": "sudo zypper install",
     "arch": "sudo pacman -S",
@@ -129,7 +121,7 @@ def _library_command(seen: LibraryReport, facts: Facts) -> str:
     if seen.cause == "not installed":
         return f"{facts.host.pip} 'llambo[llama]'"
     if seen.cause == "needs":
-        package = PACKAGES.get(seen.needs, {}).get(facts.host.family)
+        package = SYSTEM_PACKAGES.get(seen.needs, {}).get(facts.host.family)
         return f"{INSTALLERS[facts.host.family]} {package}" if package else f"ldd {seen.path} | grep 'not found'"
     known = [each for interface in INTERFACES for each in sorted(interface.releases) if each[0] == seen.package]
     if seen.cause == "slow":

@@ -37,6 +37,7 @@ from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
     INTERFACES,
     MODEL_DEFAULTS,
+    SYSTEM_PACKAGES,
     DeviceProps,
     Interface,
     LlamaBatch,
@@ -59,8 +60,6 @@ PACKAGES = (
     ("llama-cpp-python", "llama_cpp", ("lib/libllama.so", "lib/libllama.dylib")),
     ("xllamacpp", "xllamacpp", ("xllamacpp*.so",)),
 )
-#: Debian packages of shared libraries that llama.cpp may need.
-DEBIAN = {"libgomp.so.1": "libgomp1", "libstdc++.so.6": "libstdc++6", "libvulkan.so.1": "libvulkan1"}
 #: From ggml-backend.h.
 DEVICE_KINDS = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel"}
 #: Room for a struct that a library returns. The largest has 168 bytes.
@@ -377,7 +376,7 @@ def load(file: LibraryFile) -> Library:
 def _not_loaded(file: LibraryFile, error: str) -> LibraryError:
     missing = re.match(r"(\S+): cannot open shared object file", error)
     if missing and missing[1] != file.path:
-        package = DEBIAN.get(missing[1])
+        package = SYSTEM_PACKAGES.get(missing[1], {}).get("debian")
         how = (
             f"apt install {package}" if package else "install what it belongs to, or put its folder in LD_LIBRARY_PATH"
         )

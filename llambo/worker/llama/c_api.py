@@ -218,3 +218,13 @@ def functions(interface: Interface) -> dict[str, tuple[Any, list[Any]]]:
         "llama_context_default_params": (params, []),
         "llama_init_from_model": (_PTR, [_PTR, params]),
     }
+
+
+#: Shared libraries that llama.cpp may need, and the package of each, by the family of the distribution.
+SYSTEM_PACKAGES = {
+    "libgomp.so.1": {"debian": "libgomp1", "fedora": "libgomp", "suse": "libgomp1", "arch": "gcc-libs"},
+    "libstdc++.so.6": {"debian": "libstdc++6", "fedora": "libstdc++", "suse": "libstdc++6", "arch": "gcc-libs"},
+    "libvulkan.so.1": {
+        "debian": "libvulkan1", "fedora": "vulkan-loader", "suse": "libvulkan1", "arch": "vulkan-icd-loader",
+    },
+}  # fmt: skip
