@@ -17,6 +17,7 @@ from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
     INTERFACES,
     MODEL_DEFAULTS,
+    SYSTEM_PACKAGES,
     Interface,
     LlamaBatch,
     ModelParams,
@@ -91,10 +92,10 @@ def test_a_library_that_needs_another_says_how_to_get_it(tmp_path: Path, monkeyp
     file = LibraryFile(str(put(tmp_path / "x.so", elf.shared_object(honest(OLD), ("libnosuch.so.1",)))), "p", "1")
     with pytest.raises(LibraryError, match=r"p 1 needs libnosuch.so.1, which this machine has not: .*LD_LIBRARY_PATH"):
         binding.load(file)
-    monkeypatch.setitem(binding.SYSTEM_PACKAGES, "libnosuch.so.1", {"debian": "libnosuch1"})
+    monkeypatch.setitem(SYSTEM_PACKAGES, "libnosuch.so.1", {"debian": "libnosuch1"})
     with pytest.raises(LibraryError, match="apt install libnosuch1"):
         binding.load(file)
-    assert binding.SYSTEM_PACKAGES["libgomp.so.1"]["debian"] == "libgomp1"
+    assert SYSTEM_PACKAGES["libgomp.so.1"]["debian"] == "libgomp1"
 
 
 # --- what is checked ------------------------------------------------------------------------------
