@@ -58,7 +58,9 @@ def issue(folder: Folder, name: str, now_s: int, expires: int = 0) -> str:
         raise LlamboError(Code.BAD_SETTING, text, hint="make another: llambo keys add NAME --role client")
     if not entry.valid(now_s):
         text = f"the key of {name} has expired"
-        raise LlamboError(Code.BAD_SETTING, text, hint=f"make another: llambo keys revoke {name}, llambo keys add {name}")
+        raise LlamboError(
+            Code.BAD_SETTING, text, hint=f"make another: llambo keys revoke {name}, llambo keys add {name}"
+        )
     token = PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     with folder.locked():
         valid = [each for each in read(folder) if each.valid(now_s)]
