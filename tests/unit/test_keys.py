@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from llambo.broker.access import zap_handler as zap
-from llambo.mesh.security import keys
+from llambo.mesh.security import api_tokens, keys
 from llambo.mesh.security.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder
 from llambo.mesh.wire.errors import LlamboError
-from llambo.mesh.wire.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey
+from llambo.mesh.wire.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey, Role
 
 NOW = 1_000_000
 
@@ -180,6 +180,17 @@ def test_the_stamp_shows_a_change_within_the_same_moment(folder: Folder, key: Pe
     folder.rotate("alice", NOW, 0)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert folder.stamp() != before
+
+
+@pytest.mark.parametrize(
+    ("role", "expires", "why"), [("worker", 0, "is for a worker"), ("client", NOW - 1, "has expired")]
+)
+def test_a_token_that_no_gateway_accepts_is_not_made(folder: Folder, role: Role, expires: int, why: str) -> None:
+    folder.add(Identity("gpu", role), NOW - 2, expires)
+    with pytest.raises(LlamboError, match=f"the key of gpu {why}") as raised:
+        api_tokens.issue(folder, "gpu", NOW)
+    assert "llambo keys add" in raised.value.hint
+    assert api_tokens.read(folder) == []
 
 
 # --- who may do what ---------------------------------------------------------------------------------------

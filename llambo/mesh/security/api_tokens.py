@@ -17,6 +17,7 @@ from msgspec import Meta
 from llambo.mesh.security import keyring, keys
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, LlamboError
 
 PREFIX = "sk-llambo-"
 FILE = "tokens.json"
@@ -49,8 +50,17 @@ def sha256_of(token: str) -> str:
 
 
 def issue(folder: Folder, name: str, now_s: int, expires: int = 0) -> str:
-    """A new token for a name that has a key."""
+    """A new token for a name that has a valid key of a client or an admin here."""
     folder.export(name)  # raises an error if the name has no key here
+    entry = folder.ring().named(name)[-1]
+    if not entry.identity.may_ask:
+        text = f"the key of {name} is for a worker, and the gateway admits clients and admins"
+        raise LlamboError(Code.BAD_SETTING, text, hint="make another: llambo keys add NAME --role client")
+    if not entry.valid(now_s):
+        text = f"the key of {name} has expired"
+        raise LlamboError(
+            Code.BAD_SETTING, text, hint=f"make another: llambo keys revoke {name}, llambo keys add {name}"
+        )
     token = PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     with folder.locked():
         valid = [each for each in read(folder) if each.valid(now_s)]
