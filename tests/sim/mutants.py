@@ -111,6 +111,10 @@ GUARDS: dict[str, Guard] = {
     "limits apply to new requests": Guard(
         "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
     ),
+    "only what was sealed is adopted": Guard(
+        "llambo.broker.requests.recovery", "if key and not seals.is_sealed(", "if key and False and seals.is_sealed("
+    ),
+    "a seal is for one worker": Guard("llambo.broker.records.seals", "+ time + worker.encode()", "+ time"),
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

@@ -46,6 +46,8 @@ NOTICED_BY = {
     "identities take turns": 193,
     "a moved request is charged once": 2,
     "limits apply to new requests": 152,
+    "only what was sealed is adopted": 1,
+    "a seal is for one worker": 201,
     "no partial result": 46,
 }
 

@@ -14,6 +14,7 @@ from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
+from tests.sim.hostile import HostileWorker
 from tests.sim.keys import Keys
 from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
@@ -56,6 +57,7 @@ class World:
             client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
+            marks_key=self.keys.marks,
         )
         self.brokers = [
             BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history, self.keys.now)
@@ -74,6 +76,9 @@ class World:
         self._plan_requests()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
+        if self.keys.hostile:
+            hostile = HostileWorker(self.clock, Random(f"evil in {self.seed}"), self.brokers, self.history)
+            hostile.begin(faults.FAULTS_END_MS)
         if self.keys.change_at:
             self.clock.at(self.keys.change_at, self._change_keys)
         wrong: list[str] = []
@@ -183,6 +188,7 @@ class World:
         if not client.alive:
             return
         self.history.expect(client.name, message.id)
+        self.history.owners[message.id] = self.keys.names[client.name]
         client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt))
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
@@ -201,6 +207,8 @@ class World:
             return  # a result goes only to the client that asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known:
+            return
+        if self.keys.hostile and self.keys.names[other.name] != self.keys.names[client.name]:
             return
         if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
@@ -271,7 +279,7 @@ class World:
     def _drain(self, name: str, length_ms: int, *, move: bool) -> None:
         """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
-        if operator is not None:
+        if operator is not None and not self.keys.hostile:  # (there no client may)
             drain = m.DrainWorker(len(self.log), name, move=move)
             operator.happen(c.CommandAsked(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
@@ -365,7 +373,8 @@ class World:
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
             if worker.alive and worker.core.drain.drained and any(c.alive for c in self.clients):
                 wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
-        if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
+        lost = 0 if self.keys.hostile else self._counted("workers_lost")  # (that one comes and goes)
+        if self.plan.calm and (self._counted("moved") or lost):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
         return wrong
 
