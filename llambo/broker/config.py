@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from llambo.broker.records.backlog import BACKLOG_BYTES
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Heartbeats a peer may miss within its lease. With fewer, one delayed packet would end a session.
@@ -54,6 +55,8 @@ class Bounds:
     detached_ms: int = 3_600_000
     #: Ends of finished requests remembered, to answer late questions.
     tombstones: int = 10_000
+    #: Bytes sent to one peer on control that it is not known to have read.
+    backlog_bytes: int = BACKLOG_BYTES
     #: Entries of the events feed.
     events: int = 1_000
     #: Samples of the state of the mesh, one a second.
