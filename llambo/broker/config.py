@@ -86,6 +86,8 @@ class BrokerConfig:
     #: Where workers publish tokens, and where clients subscribe. The shell fills them in once the sockets are bound.
     tokens_in_port: int = 0
     tokens_out_port: int = 0
+    #: The key of `records/seals.py`, which the shell derives; empty: the mesh has no keys.
+    marks_key: bytes = field(default=b"", repr=False)
     timing: Timing = field(default_factory=Timing)
     bounds: Bounds = field(default_factory=Bounds)
     faults: Faults = field(default_factory=Faults)

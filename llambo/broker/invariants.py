@@ -100,7 +100,8 @@ def _bytes(state: State) -> None:
     assert state.recovery.orphans.bytes == sum(orphan.size for orphan in state.recovery.orphans)
     for orphan in state.recovery.orphans:
         request = state.requests.get(orphan.work.id)
-        assert request is None or request.place.awaiting_run, "an orphan of a live request is still up for adoption"
+        known = request is not None and request.owner == orphan.work.owner and not request.place.awaiting_run
+        assert not known, "an orphan of a live request is still up for adoption"
         assert orphan.worker.session in state.registry.workers, "an orphan of a worker that is gone"
     live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
     assert state.reserved == live

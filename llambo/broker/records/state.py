@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import Action, ToClient, ToWorker
+from llambo.broker.records import seals
 from llambo.broker.records.accounts import Accounts
 from llambo.broker.records.archive import Archive
 from llambo.broker.records.backlog import MESSAGE_BYTES, size_of
@@ -152,6 +153,8 @@ class State:
         return sorted(model for model in known if self.is_held(model, now_ms) or Lane(model) in self.queue.lines)
 
     def admit(self, request: Request) -> None:
+        if self.config.marks_key:
+            request.receipt = seals.receipt_of(self.config.marks_key, request)
         self.requests[request.id] = request
         size = request.transcript.reserved + len(request.prompt)
         self.reserved += size

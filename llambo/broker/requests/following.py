@@ -32,7 +32,7 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, blob: bytes, now_
 
 def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
     """Follow a request from token `have` on, live or ended. What is `held` was checked."""
-    recovery.look_for(state, asked, now_ms)
+    recovery.look_for(state, client.identity, asked, now_ms)
     request = state.requests.get(asked.id)
     if request is not None:
         if asked.held and not recovery.agrees(request, asked.held):
