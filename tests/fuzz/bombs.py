@@ -30,9 +30,9 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
-from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.mesh.wire import codec
 from llambo.mesh.wire import messages as m
+from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S
 from llambo.testing.raw_peer import RawPeer, inference_request
 from llambo.worker.config import FakeOptions

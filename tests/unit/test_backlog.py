@@ -145,7 +145,7 @@ def test_ends_and_progress_are_not_repeated_to_who_does_not_read() -> None:
     for _ in range(150):
         bench.pass_time(500)
         client.send(m.ClientHeartbeat(1))
-        worker.beat(seq=2_000, claims={key: 1 for key in bench.state.running})
+        worker.beat(seq=2_000, claims=dict.fromkeys(bench.state.running, 1))
     assert sent_to(client) < BACKLOG_BYTES
     before = len(client.ends)
     bench.pass_time(1_000)

@@ -7,17 +7,17 @@ so a peer that reads later is served later.
 
 The receipt needs no message of its own. A client acknowledges the END of a request that it does not know, and a worker
 answers the cancel of a run that it does not have with an END. The id is random, so only a peer that has read it can
-name it. A client that gives no incarnation may be one of the simplest kind, which takes any END for its own. It is asked
-for nothing, and its heartbeats count as receipts for a little: then what bounds it in the end is the queue of its
-connection (`sockets.CLIENT_HWM`).
+name it. A client that gives no incarnation may be one of the simplest kind, which takes any END for its own. It is not
+asked, and its heartbeats count as receipts for a little: what bounds it in the end is the queue of its connection
+(`sockets.CLIENT_HWM`).
 """
 
 from __future__ import annotations
 
 from llambo.mesh.wire import messages as m
 
-#: A peer gets no more answers when so much was sent to it without a receipt. One answer may go beyond it: it has 4 MiB at
-#: most (limits.RESULT_BYTES).
+#: A peer gets no more answers when so much was sent to it without a receipt. One answer, of 4 MiB at most
+#: (limits.RESULT_BYTES), may go beyond it.
 BACKLOG_BYTES = 4 * 1024 * 1024
 #: It is asked for a receipt when a quarter of that was sent.
 RECEIPT_PARTS = 4

@@ -110,7 +110,7 @@ class State:
             self.ask_client(client)
 
     def ask_client(self, client: ClientEntry) -> None:
-        """For a receipt, or again for the same: it acknowledges an END of a request that it does not know (backlog.py)."""
+        """For a receipt, or again for the same: it acknowledges an END of an unknown request (backlog.py)."""
         receipt = client.backlog.receipt or client.backlog.ask(self.random_bytes(limits.REQUEST_ID_BYTES))
         self.out.append(ToClient(client.link.route, client.session, m.End(receipt, 0, "cancelled")))
 
