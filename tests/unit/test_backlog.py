@@ -87,7 +87,7 @@ def test_parts_that_cannot_be_read_are_bounded_as_well() -> None:
     # A stranger gets one answer to each of its messages, whatever is in it.
     for said in (ClientSaid, WorkerSaid):
         assert len(bench.handle(said(b"stranger", NO_SESSION, [], problems))) == 1
-    hellos = [(m.ClientHello(), b"")] * 256
+    hellos: list[tuple[m.Message, bytes]] = [(m.ClientHello(), b"")] * 256
     assert len(bench.handle(ClientSaid(b"other", NO_SESSION, hellos))) == 1
 
 
