@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from llambo.broker.records.backlog import BACKLOG_BYTES
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: Heartbeats a peer may miss within its lease. With fewer, one delayed packet would end a session.
@@ -56,7 +55,7 @@ class Bounds:
     #: Ends of finished requests remembered, to answer late questions.
     tombstones: int = 10_000
     #: Bytes sent to one peer on control that it is not known to have read.
-    backlog_bytes: int = BACKLOG_BYTES
+    backlog_bytes: int = 4 * 2**20
     #: Entries of the events feed.
     events: int = 1_000
     #: Samples of the state of the mesh, one a second.

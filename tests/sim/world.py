@@ -7,8 +7,7 @@ from random import Random
 
 import msgspec
 
-from llambo.broker.config import BrokerConfig
-from llambo.broker.records.backlog import BACKLOG_BYTES
+from llambo.broker.config import Bounds, BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
 from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
@@ -60,7 +59,7 @@ class World:
             client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
-            backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else BACKLOG_BYTES,
+            backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else Bounds().backlog_bytes,
         )
         self.brokers = [
             BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history, self.keys.now)

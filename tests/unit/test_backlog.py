@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from llambo.broker.config import Bounds
 from llambo.broker.events import ClientSaid, ToClient, ToWorker, WorkerSaid
-from llambo.broker.records.backlog import BACKLOG_BYTES, HEARTBEAT_BYTES
+from llambo.broker.records.backlog import HEARTBEAT_BYTES
 from llambo.mesh.wire import codec, limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from tests.unit.broker_bench import Bench, Client, Peer, Worker, request_id
 
+BACKLOG_BYTES = Bounds().backlog_bytes
 #: One answer may go beyond the bound. Heartbeats and requests for receipts go on.
 MOST_BYTES = BACKLOG_BYTES + limits.RESULT_BYTES + 256 * 1024
 ANSWER = request_id(1)

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 from llambo.mesh.wire import messages as m
 
-#: A peer gets no more answers when so much was sent to it without a receipt. One answer, of 4 MiB at most
-#: (limits.RESULT_BYTES), may go beyond it.
-BACKLOG_BYTES = 4 * 1024 * 1024
-#: It is asked for a receipt when a quarter of that was sent.
+#: A peer is asked for a receipt when so much of its limit was sent, one of so many parts. When all of it was sent it
+#: gets no more answers. The last one, of 4 MiB at most (limits.RESULT_BYTES), may go beyond the limit.
 RECEIPT_PARTS = 4
 #: What a heartbeat of a client that is asked for no receipts counts for.
 HEARTBEAT_BYTES = 64 * 1024
@@ -33,7 +31,7 @@ class Backlog:
 
     __slots__ = ("_asked_bytes", "_paid_at", "bytes", "limit", "receipt")
 
-    def __init__(self, limit: int = BACKLOG_BYTES) -> None:
+    def __init__(self, limit: int) -> None:
         self.bytes = 0
         self.limit = limit
         self.receipt = b""
