@@ -56,6 +56,10 @@ GUARDS: dict[str, Guard] = {
     "end acknowledgement": Guard(_ENDING, "    state.to_worker(worker, m.EndAck([key]))", "    pass"),
     "claimed-set requeue": Guard(_MEMBERSHIP, _CLAIMED, "if False]"),
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
+    "receipt is asked for again": Guard(
+        _MEMBERSHIP, "            if client.backlog.receipt:\n", "            if False:\n"
+    ),
+    "receipt counts": Guard("llambo.broker.records.backlog", "self.bytes -= self._asked_bytes", "pass"),
     "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission",

@@ -84,12 +84,16 @@ def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_
 
 def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, now_ms: int) -> None:
     for id in ack.ids:
+        if id and id == client.backlog.receipt and client.backlog.confirm():
+            state.ask_client(client)
         client.unacked.pop(id, None)
         state.archive.acknowledged(id, client.session)
 
 
 def send_late_ends(state: State, client: ClientEntry, now_ms: int) -> None:
     """Send again every END that has gone unacknowledged for too long, the oldest first."""
+    if client.backlog.full:
+        return
     late: list[bytes] = []
     for id, sent_at in client.unacked.items():
         if now_ms - sent_at < state.config.timing.resend_ms:
