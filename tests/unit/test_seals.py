@@ -256,3 +256,44 @@ def test_what_is_refused_for_its_sender_is_counted_under_the_name() -> None:
         *3 * [Code.UNKNOWN_REQUEST], Code.BAD_REQUEST, *2 * [Code.FORBIDDEN],
     ]  # fmt: skip
     assert refusals(bench) == {"mallory": {"forbidden": 6}, "evil": {"forbidden": 1}}
+
+
+# --- a model that never was -------------------------------------------------------------------------------------
+
+
+def models(client: Client) -> list[str]:
+    client.send(m.Query(3, "models"))
+    return [row["model"] for row in msgspec.msgpack.decode(client.received(m.Result)[-1].data)]
+
+
+@pytest.mark.parametrize("hold_ms", [500, 30_000])
+def test_a_name_that_no_worker_has_served_is_not_listed_and_not_waited_for_longer_than_others(hold_ms: int) -> None:
+    bench = Bench(marks_key=KEY, hold_ms=hold_ms)
+    bench.keys(*WORKERS, *OWNERS)
+    alice, mallory = bench.client(b"a", user="alice"), bench.client(b"m", user="mallory")
+    mallory.submit(1, model="write to mallory", resume=True)
+    assert len(mallory.received(m.Accepted)) == 1
+    assert models(alice) == []
+    worker = bench.worker("w", user="w")
+    bench.pass_time(1_500)
+    worker.beat()
+    mallory.submit(2, model="write to mallory", resume=True)
+    assert models(alice) == ["m"] and models(mallory) == ["m"]
+    alice.submit(3, model="what")
+    assert alice.problems[-1].error.text == "no worker serves 'what'; there is: m"
+    for _ in range(3 + hold_ms // 1_000):
+        bench.pass_time(1_000)
+        worker.beat()
+        mallory.send(m.ClientHeartbeat())
+    ends = {end.id: end.error.code for end in mallory.ends if end.error}
+    assert ends == dict.fromkeys((request_id(1), request_id(2)), Code.NO_WORKER)
+    bench.pass_time(1_000)
+    assert list(bench.state.models.unserved_since) == ["m"]
+
+
+def test_a_model_whose_worker_left_is_listed_while_requests_wait_for_it() -> None:
+    bench = broker()
+    worker, alice = bench.worker("w", user="w"), bench.client(b"a", user="alice")
+    worker.send(m.Goodbye())
+    alice.submit(1, model="m", resume=True)
+    assert models(alice) == ["m"]
