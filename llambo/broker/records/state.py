@@ -157,7 +157,8 @@ class State:
 
     def admit(self, request: Request) -> None:
         if self.config.marks_key:
-            request.receipt = seals.receipt_of(self.config.marks_key, request)
+            asked, owner = request.asked, request.owner
+            request.proof = seals.proof_of(self.config.marks_key, asked, request.model, owner, request.prompt)
         self.requests[request.id] = request
         size = request.transcript.reserved + len(request.prompt)
         self.reserved += size

@@ -264,7 +264,7 @@ def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> bool:
     # Of two brokers each may have let it have as much as it may have here.
     if account.in_flight >= ELSEWHERE * account.max_in_flight:
         return False
-    if refusals.limit_reached(state, account, asked, orphan.prompt, [], now_ms) is not None:
+    if refusals.limit_reached(state, account, asked, orphan.prompt, [], True, now_ms) is not None:
         return False
     request = Request(asked, work.model, orphan.prompt, now_ms, account)
     state.admit(request)
@@ -378,10 +378,11 @@ def _too_many(state: State, who: Identity, message: m.InferenceRequest | m.Attac
     deferred = state.recovery.deferred
     if len(deferred) >= state.config.bounds.queue_requests:
         return Code.BUSY
-    if not who.max_queued or message.resume or isinstance(message, m.Attach):
+    if not who.max_queued or isinstance(message, m.Attach):
         return None
+    # (One that can be proved names its model, and is not deferred.)
     own = [other.message for other in deferred.values() if other.client.identity.name == who.name]
-    waiting = sum(isinstance(other, m.InferenceRequest) and not other.resume for other in own)
+    waiting = sum(isinstance(other, m.InferenceRequest) for other in own)
     return Code.OVER_LIMIT if waiting >= who.max_queued else None
 
 

@@ -72,6 +72,8 @@ class QueuePlace:
     ahead: int = -1
     model: str = ""
     fingerprint: str = ""
+    #: For the next broker: that this one has admitted it.
+    proof: bytes = b""
 
     @property
     def admitted(self) -> bool:
@@ -185,6 +187,7 @@ class Request:
             resume=True,
             prompt_bytes=prompt_bytes,
             fingerprint=self.place.fingerprint,
+            proof=self.place.proof,
         )
         return message, blob
 
