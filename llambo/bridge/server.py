@@ -52,7 +52,7 @@ class Bridge:
         """Serve until `stop`. Answers under way may then finish, for a time; a second `stop` ends that time."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._hang_ups.fileno(), self._find_hang_ups)
-        server = await loop.create_server(self._accept, sock=self._listener.socket, backlog=BACKLOG)
+        server = await loop.create_server(lambda: _Arrival(self._protocol), sock=self._listener.socket, backlog=BACKLOG)
         try:
             on_listening()
             await self._stopped.wait()
@@ -90,7 +90,7 @@ class Bridge:
 
     # --- connections ---------------------------------------------------------------------------------------
 
-    def _accept(self) -> asyncio.Protocol:
+    def _protocol(self) -> asyncio.Protocol:
         if len(self._connections) >= self._limits.connections:
             return _Refusal(self._limits.connections)
         return Connection(self)
@@ -115,6 +115,21 @@ class Bridge:
         await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for each in waiting:
             each.cancel()
+
+
+class _Arrival(asyncio.Protocol):
+    """A connection that was accepted. Its protocol is chosen when it is made, which is when it is counted.
+
+    asyncio creates the protocols of all connections that wait in the backlog before it makes the first of them.
+    """
+
+    def __init__(self, choose: Callable[[], asyncio.Protocol]) -> None:
+        self._choose = choose
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        protocol = self._choose()
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
 
 
 class _Refusal(asyncio.Protocol):

@@ -54,6 +54,8 @@ class Bounds:
     detached_ms: int = 3_600_000
     #: Ends of finished requests remembered, to answer late questions.
     tombstones: int = 10_000
+    #: Bytes sent to one peer on control that it is not known to have read.
+    backlog_bytes: int = 4 * 2**20
     #: Entries of the events feed.
     events: int = 1_000
     #: Samples of the state of the mesh, one a second.
@@ -83,6 +85,8 @@ class BrokerConfig:
     #: Where workers publish tokens, and where clients subscribe. The shell fills them in once the sockets are bound.
     tokens_in_port: int = 0
     tokens_out_port: int = 0
+    #: The key of `records/seals.py`, which the shell derives; empty: the mesh has no keys.
+    marks_key: bytes = field(default=b"", repr=False)
     timing: Timing = field(default_factory=Timing)
     bounds: Bounds = field(default_factory=Bounds)
     faults: Faults = field(default_factory=Faults)

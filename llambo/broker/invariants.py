@@ -65,6 +65,7 @@ def _queue(state: State) -> None:
 def _workers(state: State) -> None:
     for session, worker in state.registry.workers.items():
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
+        assert not worker.backlog.wants_receipt, "much was sent, and no receipt asked for"
         given = worker.claims.keys() - worker.adopted
         assert len(given) <= worker.slots, "more given to a worker than it has slots"
         for lane, pool in state.pools.items():
@@ -89,6 +90,8 @@ def _emptying(state: State) -> None:
 def _clients(state: State) -> None:
     for client in state.registry.clients.values():
         assert state.registry.topics[client.topic] is client
+        backlog = client.backlog
+        assert not (backlog.wants_receipt and client.hello.incarnation), "much was sent, and no receipt asked for"
         for id in client.following:
             assert client.session in state.requests[id].followers
 
@@ -97,7 +100,8 @@ def _bytes(state: State) -> None:
     assert state.recovery.orphans.bytes == sum(orphan.size for orphan in state.recovery.orphans)
     for orphan in state.recovery.orphans:
         request = state.requests.get(orphan.work.id)
-        assert request is None or request.place.awaiting_run, "an orphan of a live request is still up for adoption"
+        known = request is not None and request.owner == orphan.work.owner and not request.place.awaiting_run
+        assert not known, "an orphan of a live request is still up for adoption"
         assert orphan.worker.session in state.registry.workers, "an orphan of a worker that is gone"
     live = sum(r.transcript.reserved + len(r.prompt) for r in state.requests.values())
     assert state.reserved == live

@@ -37,6 +37,7 @@ from llambo.broker.events import (
     WorkerSaid,
 )
 from llambo.broker.ports import SubscriptionGrants
+from llambo.broker.records import seals
 from llambo.broker.records.journal import LogLine
 from llambo.broker.records.state import State
 from llambo.broker.report import metrics_page
@@ -134,7 +135,8 @@ class BrokerServer:
             raise
         self._clients, self._workers, self._tokens_in, self._tokens_out = self._sockets
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
-        config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out)
+        marks_key = seals.key_from(self._zap.pair.secret) if self._zap else b""
+        config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out, marks_key=marks_key)
         self.core = BrokerCore(config, random_bytes())
         if self._zap:
             self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())

@@ -24,8 +24,9 @@ from llambo.mesh.settings.settings_table import SECTIONS, Value
 from llambo.mesh.wire.errors import Code, LlamboError
 
 FILE_NAME = "fleet.toml"
-#: Names of classes and hosts become part of the names of workers, files and units.
+#: Names of fleets, classes and hosts become part of the names of workers, folders and units.
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
+NAME_RULE = "at most 32 of a-z, 0-9 and inner dashes"
 TOP = ("fleet", "hosts", "broker", "classes", "scale")
 #: The only host of a file without hosts.
 HERE = "here"
@@ -57,6 +58,8 @@ class _Reader:
             if key not in TOP:
                 self._unknown((key,), TOP)
         values = self._values(content, ("fleet",), schema.FLEET)
+        if not NAME.fullmatch(values["name"]):
+            self._bad(("fleet", "name"), f"name is {values['name']!r}, expected {NAME_RULE}")
         hosts = {name: self._host(table, name) for name, table in self._tables(content, "hosts")}
         if "hosts" not in content:
             hosts = {HERE: Host(name=HERE)}
@@ -178,7 +181,7 @@ class _Reader:
             if not isinstance(table, dict):
                 self._bad((section, name), f"{name} in [{section}]: expected a table, as [{section}.{name}]")
             elif not NAME.fullmatch(name):
-                self._bad((section, name), f"{name!r} is not a valid name: at most 32 of a-z, 0-9 and inner dashes")
+                self._bad((section, name), f"{name!r} is not a valid name: {NAME_RULE}")
             else:
                 tables.append((name, table))
         return tables

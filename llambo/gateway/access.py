@@ -111,7 +111,7 @@ class Access:
         if caller is None or caller.key is None or caller.key.pair.public != public:
             if caller is not None:  # its key was changed
                 self._drop(caller)
-            caller = Caller(identity, self.address, folder.export(name), self._context)
+            caller = Caller(identity, self.address, folder.issued(name), self._context)
             self._make_room()
         caller.identity = identity
         caller.used_at = time.monotonic()

@@ -313,13 +313,22 @@ async def page_of_metrics(request: BodyRequest) -> Response[str]:
 
 @get("/openapi.json", include_in_schema=False)
 async def openapi(request: BodyRequest) -> Response[bytes]:
-    return Response(_document(request.app), media_type="application/json")
+    return Response(_document(tokens=gateway_of(request).access.requires_tokens), media_type="application/json")
 
 
 @cache
-def _document(app: Litestar) -> bytes:
-    gateway: Gateway = app.state.gateway
-    return encode(completed(app.openapi_schema.to_schema(), tokens=gateway.access.requires_tokens))
+def _document(*, tokens: bool) -> bytes:
+    """Of an application that serves nothing: the one that serves would add paths with pages that load scripts."""
+    described = Litestar(
+        [_v1(), *OWN],
+        openapi_config=OpenAPIConfig(
+            title="llambo",
+            version=llambo.__version__,
+            components=Components(security_schemes={"token": SecurityScheme(type="http", scheme="bearer")}),
+        ),
+        logging_config=None,
+    )
+    return encode(completed(described.openapi_schema.to_schema(), tokens=tokens))
 
 
 # The application
@@ -334,23 +343,22 @@ V1 = [
 OWN = [healthz, readyz, page_of_metrics, openapi]
 
 
+def _v1() -> Router:
+    return Router("/v1", route_handlers=V1, guards=[has_token], security=[{"token": []}])
+
+
 def make_app(gateway: Gateway) -> Middleware:
     config = gateway.config
     cors = CORSConfig(allow_origins=list(config.cors), expose_headers=["x-request-id", "retry-after"])
     pages = routes.routes(gateway.access, token_of, Watches(lambda: gateway.stopping))
     app = Litestar(
-        [Router("/v1", route_handlers=V1, guards=[has_token], security=[{"token": []}]), *OWN, *pages],
+        [_v1(), *OWN, *pages],
         request_class=BodyRequest,
         request_max_body_size=config.body_bytes,
         cors_config=cors if config.cors else None,
         exception_handlers={Exception: answer_error},
         on_shutdown=[gateway.close],
-        openapi_config=OpenAPIConfig(
-            title="llambo",
-            version=llambo.__version__,
-            render_plugins=[],
-            components=Components(security_schemes={"token": SecurityScheme(type="http", scheme="bearer")}),
-        ),
+        openapi_config=None,
         state=State({"gateway": gateway}),
         logging_config=None,
     )

@@ -1,4 +1,5 @@
-"""What happens to every request before and after anything else: its id, its line in the log, the limit on open ones.
+"""What happens to every request before and after anything else: its id, its line in the log, the limit on open ones,
+and the headers that tell a browser what it may do with the response.
 
 `Origins` decides whether a request may come from the page that a browser names. Without keys, anybody who
 reaches the gateway may use it. The page of another site, in a browser on this host, does reach it: by a form or a
@@ -37,6 +38,19 @@ _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _ALWAYS = ("/healthz", "/health", "/readyz", "/metrics")
 ANY = "*"
 FOREIGN = "pages of other origins are refused; http_cors lists those that are allowed"
+#: What a browser may do with a response: load nothing from elsewhere, run nothing inline, make no markup of text, show
+#: it in no frame. Every response has it, so no page of this origin can be without.
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    b"form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+HEADERS = [
+    (b"content-security-policy", POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
 #: The gateway's own page, or no page: an address that was typed, or a bookmark.
 _OWN = ("", "same-origin", "none")
 
@@ -44,7 +58,7 @@ _OWN = ("", "same-origin", "none")
 class Middleware:
     def __init__(self, app: ASGIApp, limit: int, metrics: GatewayMetrics, origins: Origins | None = None) -> None:
         """`limit`: of open requests, and of open WebSockets. `origins`: None where tokens are required."""
-        self._app, self._limit, self._metrics, self._origins = app, limit, metrics, origins
+        self.app, self._limit, self._metrics, self._origins = app, limit, metrics, origins
         self.open = 0
         metrics.limit = limit
 
@@ -61,7 +75,7 @@ class Middleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (HEADER, id)]
+                message["headers"] = [*message["headers"], *HEADERS, (HEADER, id)]
             await send(message)
 
         self._metrics.open = self.open = self.open + 1
@@ -71,7 +85,7 @@ class Middleware:
             elif self.open > self._limit and scope["path"] not in _ALWAYS:
                 await reply_error(send_with_id, self._full("requests"), scope)
             else:
-                await self._app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
         finally:
             self._metrics.open = self.open = self.open - 1
             took_ms = (time.monotonic() - began) * 1_000
@@ -93,7 +107,7 @@ class Middleware:
             if error is not None:  # before the handshake: the server answers with a 403
                 await send({"type": "websocket.close", "code": 1008, "reason": error.text})
             else:
-                await self._app(scope, receive, send)
+                await self.app(scope, receive, send)
         finally:
             self._metrics.sockets -= is_socket
 

@@ -82,9 +82,19 @@ class TimeoutProtocol(HttpToolsProtocol):
         self._start_timer(HEAD_S)
 
     def on_headers_complete(self) -> None:
+        if self._is_ambiguous():
+            raise ValueError("a head that two servers may read differently")  # uvicorn sends a 400, and closes
         self._head_bytes = 0
         self._start_timer(BODY_S)
         super().on_headers_complete()
+
+    def _is_ambiguous(self) -> bool:
+        """What the parser lets through: two hosts, other codings than `chunked`, and chunks before HTTP/1.1."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        return (
+            hosts > 1 or (codings not in ([], [b"chunked"])) or bool(codings and self.parser.get_http_version() < "1.1")
+        )
 
     def on_body(self, body: bytes) -> None:
         self._got_body = True

@@ -44,7 +44,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with Process("-m", BROKER, *words, env=environment(), cwd=str(home)) as broker:
         address = broker.line(r"listening at (tcp://\S+)")[1]
         for name in ("alice", "gpu", "gone"):
-            keys.write_private(home / f"{name}.key", keys.to_line(folder.export(name, address)))
+            keys.write(home / f"{name}.key", folder.export(name, address))
         folder.revoke("gone")
         yield Place(address, home, broker.pid)
 

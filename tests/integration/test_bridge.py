@@ -170,6 +170,23 @@ async def test_one_connection_too_many_gets_an_error(path: Path) -> None:
                 assert (await third.ask("PING"))["status"] == "ok"
 
 
+async def test_the_limit_of_connections_holds_against_a_burst(path: Path) -> None:
+    """All of them wait to be accepted before the bridge looks at the first."""
+    with Mesh(0) as mesh:
+        async with bridge(mesh, path, connections=3) as running:
+            burst = []
+            for _ in range(20):
+                burst.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                burst[-1].connect(str(path))  # the kernel completes it; this loop has not run meanwhile
+            peers = [Peer(*await asyncio.open_unix_connection(sock=each)) for each in burst]
+            replies = await asyncio.gather(*[peer.ask("PING") for peer in peers])
+            assert [reply["message"] for reply in replies].count("pong") == 3
+            assert sum(reply["data"].get("code") == "over_limit" for reply in replies) == 17
+            assert running.bridge.numbers()["connections"] == 3
+            for peer in peers:
+                peer.vanish()
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_who_goes_away_cancels_what_it_asked(mesh: Mesh, path: Path, streamed: bool) -> None:
     cancelled = mesh.counter("cancelled")

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
+from llambo.broker.access import zap_handler
+from llambo.broker.access.zap_handler import ZapHandler
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.security.keys import new_pair
 from llambo.mesh.wire.identity import CLIENT_DOMAIN, Identity, PeerKey
 from llambo.testing.mesh import Mesh, key_folder, key_of
+from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
 from tests.integration.healthy import Healthy
+from tests.unit.test_keys import fill
 
 #: What libzmq reports of a handshake.
 OUTCOMES = {
@@ -115,6 +121,39 @@ def test_who_is_let_in_where(mesh: Mesh, folder: Folder, key: Any, port: int, ex
     print(f"\n{expected} expected, seen: {', '.join(sorted(seen))}")
     assert seen <= ({expected} if expected == "let in" else {expected, "broken off"})
     assert expected in seen
+
+
+def test_ten_thousand_keys(tmp_path: Path) -> None:
+    folder = key_folder(tmp_path / "keys", alice="client", thief="client")
+    fill(folder, 10_000, int(time.time()))
+    alice, thief = folder.export("alice"), folder.export("thief")
+    with Mesh(0, broker="process", keys=folder) as mesh:
+        assert handshake(mesh.port, zmq.DEALER, thief) == "let in"
+        folder.revoke("thief")
+        deadline = time.monotonic() + TIMEOUT_S
+        while handshake(mesh.port, zmq.DEALER, thief) == "let in":
+            assert time.monotonic() < deadline, "a revoked key is admitted"
+        assert handshake(mesh.port, zmq.DEALER, folder.add(Identity("bob", "client"), int(time.time()))) == "let in"
+        mesh.restart_broker(signal.SIGKILL)
+        assert [handshake(mesh.port, zmq.DEALER, key) == "let in" for key in (alice, thief)] == [True, False]
+
+
+def test_a_key_expires_by_the_clock_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by one that is set back. The valid keys are chosen anew at these moments only."""
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://127.0.0.1:1")
+    for name, expires in (("always", 0), ("first", 1_010), ("second", 1_020)):
+        folder.add(Identity(name, "client"), 1_000, expires)
+    clock = 1_000.0
+    monkeypatch.setattr(time, "time", lambda: clock)
+    seen = []
+    with zmq.Context() as context:
+        handler = ZapHandler(folder, context)
+        for look, clock in enumerate((1_000.0, 1_009.9, 1_010.0, 1_015.0, 1_020.0, 1_005.0)):  # noqa: B007
+            valid = handler.look(look * zap_handler.LOOK_MS)
+            seen.append(sorted(identity.name for identity in valid.values()) if valid is not None else None)
+        handler.close()
+    assert seen == [None, None, ["always", "second"], None, ["always"], ["always", "first", "second"]]
 
 
 def test_a_password_is_no_key(mesh: Mesh) -> None:

@@ -8,18 +8,25 @@ import json
 import re
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import uvicorn
+from litestar import Litestar
+from litestar.routes import HTTPRoute
 from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
 
 from llambo.gateway import server as gateway_server
+from llambo.gateway.access import Access
+from llambo.gateway.app import Gateway, make_app
+from llambo.gateway.config import GatewayConfig
+from llambo.gateway.dashboard.routes import assets
 from llambo.gateway.server import TimeoutProtocol, listen, set_tcp_user_timeout
 from llambo.mesh.security import api_tokens
 from llambo.testing.mesh import Mesh, key_folder
@@ -96,6 +103,54 @@ def test_a_websocket_of_another_page_is_refused(gateway: GatewayProcess) -> None
             assert json.loads(socket.recv(TIMEOUT_S))["type"] == "error"
 
 
+# --- what a browser is given ------------------------------------------------------------------------------------
+
+#: The name of a language, which nothing fetches.
+NAMESPACE = b"http://www.w3.org/2000/svg"
+NOWHERE = ["/schema", "/schema/swagger", "/schema/redoc", "/schema/elements", "/schema/rapidoc", "/schema/openapi.json",
+           "/schema/openapi.yaml", "/schema/openapi.yml", "/docs", "/none"]  # fmt: skip
+
+
+def all_routes() -> list[tuple[str, str]]:
+    """Each method and path of the application, by its own table, with the files of the page; and some that it lacks."""
+    access = Access("tcp://127.0.0.1:1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Litestar's, about its release 3
+        app = make_app(Gateway(GatewayConfig(), access)).app
+    asyncio.run(access.close())
+    assert isinstance(app, Litestar)
+    table = [(method, route.path_format) for route in app.routes if isinstance(route, HTTPRoute)
+             for method in sorted(route.methods)]  # fmt: skip
+    files = [("GET", f"/board/{name}") for name in assets()]
+    return [*table, *files, *[("GET", path) for path in NOWHERE]]
+
+
+def check_what_a_browser_is_given(gateway: GatewayProcess) -> None:
+    found = {}
+    for method, path in all_routes():
+        with gateway.open(method, re.sub(r"\{.*?\}", "x", path), b"{}" if method == "POST" else None) as response:
+            kind = response.getheader("content-type", "").partition(";")[0]
+            body = b"" if kind == "text/event-stream" else response.read()
+            found[method, path] = response.status, kind
+            headers = {name.lower(): value for name, value in response.getheaders()}
+        where = (method, path, response.status, headers)
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy, where
+        assert "unsafe" not in policy and "*" not in policy and "http" not in policy, where
+        assert headers["cross-origin-opener-policy"] == "same-origin", where
+        assert headers["x-content-type-options"] == "nosniff", where
+        assert headers["referrer-policy"] == "no-referrer", where
+        assert len(headers) == len(response.getheaders()), "a header is sent twice"
+        assert kind != "text/html" or path in ("/", "/board/index.html"), where
+        assert re.findall(rb"//[\w-]+\.[\w.-]+", body.replace(NAMESPACE, b"")) == [], where
+    assert found["GET", "/"] == (200, "text/html") and found["GET", "/openapi.json"] == (200, "application/json")
+    assert {found["GET", path] for path in NOWHERE} == {(404, "application/json")}
+
+
+def test_nothing_from_elsewhere_on_any_path(gateway: GatewayProcess) -> None:
+    check_what_a_browser_is_given(gateway)
+
+
 # --- strangers, where there are keys ---------------------------------------------------------------------------
 
 #: What needs any token, and what needs an admin's. Besides these there are the page, and what probes read.
@@ -117,6 +172,7 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
+        check_what_a_browser_is_given(gateway)
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
         asked = {path.replace("/fake", "/{name}").replace("/resp_0", "/{id}") for _, path in FOR_CLIENTS}
         assert offered == asked, "a path was added: say here who may use it"
@@ -188,15 +244,23 @@ def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
         b"content-length: +4",
         b"content-length: 4\r\n folded: x",
         b"x: a\nb: c\rd: e",
-        b"host: localhost\r\nhost: attacker.example",
+        b"host: attacker.example",
+        b"host: localhost",
+        b"transfer-encoding: gzip, chunked",
+        b"transfer-encoding: gzip\r\ntransfer-encoding: chunked",
     ],
 )
 def test_what_two_servers_would_read_differently_is_refused(gateway: GatewayProcess, head: bytes) -> None:
     smuggled = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
+    request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n".encode()
     answer = reply_to(gateway, request + head + b"\r\n\r\n0\r\n\r\n" + smuggled)
     assert re.match(rb"HTTP/1.1 4\d\d ", answer), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1 and b'"object":"list"' not in answer
+
+
+def test_chunks_of_the_old_version_are_refused(gateway: GatewayProcess) -> None:
+    answer = reply_to(gateway, f"POST {CHAT} HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 400 ")
 
 
 @pytest.mark.parametrize("depth", [60, 300, 900, 1_100, 50_000])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.security.keys import to_line, write_private
+from llambo.mesh.security.keys import write
 from llambo.mesh.wire.identity import Identity
 from llambo.testing.processes import line_of
 from llambo.worker.engine_child import OOM_SCORE
@@ -318,7 +318,7 @@ def test_for_a_user_with_keys(tmp_path: Path) -> None:
     keys.begin("tcp://127.0.0.1:7330")
     for name, role in (("one", "worker"), ("me", "client")):
         key = keys.add(Identity(name, role), 0)  # type: ignore[arg-type]
-        write_private(settings / f"{name}.key", to_line(key))
+        write(settings / f"{name}.key", key)
     (settings / "broker.env").write_text("LLAMBO_KEYS=/run/rig/etc/llambo/keys\n")
     (settings / "worker.env").write_text(f"{FAKE}LLAMBO_KEY=/run/rig/etc/llambo/one.key\n")
     manager = Manager(tmp_path, "/run/rig/etc/systemd/user")
@@ -370,5 +370,5 @@ def test_the_users_and_folders_come_into_being(tmp_path: Path) -> None:
     assert keys.st_mode & 0o777 == 0o700
     assert keys.st_uid != 0
     # What root writes there is the broker's, too.
-    write_private(tmp_path / "etc/llambo/keys/x", "x")
-    assert (tmp_path / "etc/llambo/keys/x").stat().st_uid == keys.st_uid
+    Folder(tmp_path / "etc/llambo/keys").begin("tcp://127.0.0.1:7330")
+    assert (tmp_path / "etc/llambo/keys/broker.key").stat().st_uid == keys.st_uid

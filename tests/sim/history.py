@@ -6,7 +6,7 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,8 @@ class History:
         self.wanted: dict[bytes, Wanted] = {}
         self.heard: dict[tuple[str, bytes], Heard] = {}
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
+        #: Under which name each request was submitted.
+        self.owners: dict[bytes, str] = {}
         self.tokens = 0
         #: ENDs that a broker told a client which holds more tokens than they count.
         self.outdated: list[str] = []
@@ -97,6 +99,11 @@ class History:
 
     def dispatched(self, running: dict[bytes, Any], message: m.Dispatch) -> None:
         self.dispatches.setdefault(message.id, []).append(message)
+
+    def check_owners(self, owners: Iterable[tuple[bytes, str]]) -> None:
+        """Of all requests that a broker lists. None is there under a name that did not submit it."""
+        for id, owner in owners:
+            assert self.owners.get(id) == owner, f"{id.hex()[:8]} is listed for {owner!r}, who did not submit it"
 
     def delivered(
         self, client: str, id: bytes, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]

@@ -56,6 +56,10 @@ GUARDS: dict[str, Guard] = {
     "end acknowledgement": Guard(_ENDING, "    state.to_worker(worker, m.EndAck([key]))", "    pass"),
     "claimed-set requeue": Guard(_MEMBERSHIP, _CLAIMED, "if False]"),
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
+    "receipt is asked for again": Guard(
+        _MEMBERSHIP, "            if client.backlog.receipt:\n", "            if False:\n"
+    ),
+    "receipt counts": Guard("llambo.broker.records.backlog", "self.bytes -= self._asked_bytes", "pass"),
     "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission",
@@ -119,6 +123,10 @@ GUARDS: dict[str, Guard] = {
     "limits apply to new requests": Guard(
         "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
     ),
+    "only what was sealed is adopted": Guard(
+        "llambo.broker.requests.recovery", "if key and not seals.is_sealed(", "if key and False and seals.is_sealed("
+    ),
+    "a seal is for one worker": Guard("llambo.broker.records.seals", "+ time + worker.encode()", "+ time"),
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

@@ -186,6 +186,10 @@ class BrokerNode(Node):
         self._events += 1
         if self._events % self.check_every == 0:
             check(self.core)
+            if self._identities is not None:
+                state = self.core.state
+                self.history.check_owners((id, live.owner) for id, live in state.requests.items())
+                self.history.check_owners((id, ended.owner) for id, ended in state.archive.ended.items())
         if self._identities is not None:
             self.shares.judge(self.core.state, actions)
         return actions

@@ -45,9 +45,13 @@ class Shares:
             assert count <= self._most.get(name, 10**9), f"{name} has {count} with workers, more than it may"
         waiting = {_place(r) for r in state.requests.values() if _may_go(r)}
         for action in actions:
-            if isinstance(action, ToWorker) and isinstance(action.message, m.Dispatch):
+            if isinstance(action, ToWorker) and isinstance(action.message, m.Dispatch | m.Adopt):
                 request = state.requests.get(action.message.id)
-                if request is not None and request.run.key == request.id + action.message.dispatch and _new(request):
+                if request is None or request.run.key != request.id + action.message.dispatch:
+                    continue
+                if isinstance(action.message, m.Adopt):
+                    self._adopted(request)
+                elif _new(request):
                     self._served(request, waiting & self._waited)
         self._waited = waiting
         self._passed = {place: passed for place, passed in self._passed.items() if place in waiting}
@@ -60,6 +64,13 @@ class Shares:
                 passed = self._passed.setdefault(other, Counter())
                 passed[owner] += 1
                 assert passed[owner] <= TURNS, f"{owner} had {passed[owner]} turns while {other[2]} waited for one"
+
+    def _adopted(self, request: Request) -> None:
+        """It may have waited for its turn by then (`dispatch_instead`). Its run has a slot, so that was the turn. The
+        lane has its fingerprint only since the adoption.
+        """
+        for place in [p for p in self._passed if p[1:] == _place(request)[1:] and p[0].model == request.model]:
+            del self._passed[place]
 
 
 def _place(request: Request) -> Place:

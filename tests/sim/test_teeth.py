@@ -25,7 +25,9 @@ NOTICED_BY = {
     "end on control": 0,
     "end acknowledgement": 2,
     "claimed-set requeue": 41,
-    "control sequence": 55,
+    "control sequence": 43,
+    "receipt is asked for again": 7,
+    "receipt counts": 3,
     "lease": 30,
     "dedup of submits": 22,
     "transcript in the re-dispatch": 1,
@@ -47,6 +49,8 @@ NOTICED_BY = {
     "identities take turns": 193,
     "a moved request is charged once": 2,
     "limits apply to new requests": 152,
+    "only what was sealed is adopted": 1,
+    "a seal is for one worker": 201,
     "no partial result": 46,
 }
 

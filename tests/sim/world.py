@@ -7,16 +7,20 @@ from random import Random
 
 import msgspec
 
-from llambo.broker.config import BrokerConfig
+from llambo.broker.config import Bounds, BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
 from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
+from tests.sim.hostile import HostileWorker
 from tests.sim.keys import Keys
 from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
+
+#: A few messages: in a quarter of the worlds peers have to give receipts all the time.
+SMALL_BACKLOG_BYTES = 4_000
 
 
 @dataclass
@@ -56,6 +60,8 @@ class World:
             client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
+            marks_key=self.keys.marks,
+            backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else Bounds().backlog_bytes,
         )
         self.brokers = [
             BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history, self.keys.now)
@@ -75,6 +81,9 @@ class World:
         self._plan_followers()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
+        if self.keys.hostile:
+            hostile = HostileWorker(self.clock, Random(f"evil in {self.seed}"), self.brokers, self.history)
+            hostile.begin(faults.FAULTS_END_MS)
         if self.keys.change_at:
             self.clock.at(self.keys.change_at, self._change_keys)
         wrong: list[str] = []
@@ -200,6 +209,7 @@ class World:
         if not client.alive:
             return
         self.history.expect(client.name, message.id)
+        self.history.owners[message.id] = self.keys.names[client.name]
         client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt))
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
@@ -231,6 +241,8 @@ class World:
             return  # a result goes only to the client that asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
         if other is client or not other.alive or not known or (other.name, message.id) in self.history.heard:
+            return
+        if self.keys.hostile and self.keys.names[other.name] != self.keys.names[client.name]:
             return
         if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
@@ -301,7 +313,7 @@ class World:
     def _drain(self, name: str, length_ms: int, *, move: bool) -> None:
         """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
-        if operator is not None:
+        if operator is not None and not self.keys.hostile:  # (there no client may)
             drain = m.DrainWorker(len(self.log), name, move=move)
             operator.happen(c.CommandAsked(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
@@ -395,7 +407,8 @@ class World:
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
             if worker.alive and worker.core.drain.drained and any(c.alive for c in self.clients):
                 wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
-        if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
+        lost = 0 if self.keys.hostile else self._counted("workers_lost")  # (that one comes and goes)
+        if self.plan.calm and (self._counted("moved") or lost):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
         return wrong
 

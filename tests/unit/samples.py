@@ -39,7 +39,7 @@ MODELS = [m.ModelInfo("tiny", "f00d", 2_048)]
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
     ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed",
-    3, "laptop",
+    3, "laptop", b"sealed!",
 )  # fmt: skip
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.

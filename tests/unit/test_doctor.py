@@ -384,7 +384,7 @@ def test_keys_and_their_modes(tmp_path: Path) -> None:
     key = folder.add(Identity("bob", "client"), 0)
     folder.add(Identity("old", "client"), 0, expires=1)
     path = tmp_path / "bob.key"
-    keys.write_private(path, keys.to_line(key))
+    keys.write(path, key)
 
     seen = probes.look_at_keys(place(key=str(path), keys=str(folder.path)))
     assert [each.what for each in seen] == ["the key of bob, a client", "keys of a broker and of 2 peers", "keys"]

@@ -155,6 +155,8 @@ def test_defaults_of_the_tables_are_those_of_the_values() -> None:
         (SMALL + "[classes.broker]\nmemory = '1GiB'\n", "fleet.toml:4: [classes.broker]: that name is reserved"),
         (SMALL + "[broker]\nhost = 'bx'\n", "fleet.toml:5: there is no host 'bx'; there are here"),
         (SMALL + "[classes]\nbig = 3\n", "fleet.toml:5: big in [classes]: expected a table, as [classes.big]"),
+        *[("[fleet]\nname = " + json.dumps(name) + "\n" + SMALL, f"fleet.toml:2: name is {name!r}, expected at most 32")
+          for name in ("../../../x", "/x", "", ".", "a\nEnvironment=X=1", "A", "a b", "x" * 33)],
         ("[fleet]\n", "fleet.toml: it has no class of workers: begin with [classes.tiny]"),
         ("[class.tiny]\n", "fleet.toml:1: unknown key 'class'; did you mean classes?"),
         ("hosts = 3\n" + SMALL, "fleet.toml:1: hosts: expected tables, as [hosts.NAME]"),

@@ -6,13 +6,14 @@ import os
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from llambo.broker.access import zap_handler as zap
-from llambo.mesh.security import keys
-from llambo.mesh.security.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder
+from llambo.mesh.security import api_tokens, keyring, keys
+from llambo.mesh.security.keyring import BROKER_FILE, ISSUED, RING_FILE, Folder, KeyEntry
 from llambo.mesh.wire.errors import LlamboError
-from llambo.mesh.wire.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey
+from llambo.mesh.wire.identity import ANYONE, CLIENT_DOMAIN, WORKER_DOMAIN, Identity, PeerKey, Role
 
 NOW = 1_000_000
 
@@ -75,7 +76,7 @@ def test_halves_that_do_not_belong_together_are_no_key(key: PeerKey) -> None:
 
 def test_a_key_may_be_given_as_a_line_a_file_or_a_credential(key: PeerKey, tmp_path: Path) -> None:
     file = tmp_path / "credentials" / keys.CREDENTIAL
-    keys.write_private(file, keys.to_line(key) + "\n")
+    keys.write(file, key)
     assert keys.find(keys.to_line(key), {}) == key
     assert keys.find(str(file), {}) == key
     assert keys.find("", {keys.CREDENTIALS_ENV: str(file.parent)}) == key
@@ -180,6 +181,71 @@ def test_the_stamp_shows_a_change_within_the_same_moment(folder: Folder, key: Pe
     folder.rotate("alice", NOW, 0)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert folder.stamp() != before
+
+
+def fill(folder: Folder, count: int, now_s: int) -> list[KeyEntry]:
+    """Add keys with limits, and a token for each. Their secret halves do not exist."""
+    until, limits = now_s + 10**6, (2, 10, 10**9, 30, "normal", ("tiny*", "large-[ab]"))
+    names = [f"client-{number}" for number in range(count)]
+    made = [
+        KeyEntry(f"{number:0{keys.Z85_CHARS}}", Identity(name, "client", *limits), now_s, until)  # type: ignore[arg-type]
+        for number, name in enumerate(names)
+    ]
+    ring = folder.ring()
+    keyring.store(folder.path / RING_FILE, msgspec.structs.replace(ring, entries=[*ring.entries, *made]))
+    tokens = [api_tokens.ApiToken(f"{number:064}", name, now_s, until) for number, name in enumerate(names)]
+    keyring.store(folder.path / api_tokens.FILE, api_tokens.TokenFile(1, tokens))
+    return made
+
+
+def test_a_folder_of_ten_thousand_keys_and_tokens(folder: Folder, key: PeerKey) -> None:
+    """Written by the code that `llambo keys` uses, in one step each."""
+    limited = fill(folder, 10_000, NOW)
+    bob = folder.add(Identity("bob", "client"), NOW)
+    token = api_tokens.issue(folder, "bob", NOW)
+    assert folder.ring().entries[1:-1] == limited and folder.revoke("client-5000") == 1
+    assert api_tokens.withdraw(folder, "client-5000") == 1
+    valid = folder.ring().identities(NOW)
+    assert len(valid) == 10_001 and bob.pair.public in valid and limited[5_000].public not in valid
+    tokens = api_tokens.read(folder)
+    assert tokens[-1].sha256 == api_tokens.sha256_of(token) and len(tokens) == 10_000
+    with pytest.raises(LlamboError, match="no key has the name 'client-5000'") as raised:
+        folder.revoke("client-5000")
+    assert len(raised.value.text) < 500, "it lists every name"
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        Identity("bob", "client", per_minute=-1),
+        Identity("bob", "client", priority_max="best"),  # type: ignore[arg-type]
+        Identity("bob", "client", models=("\ud800",)),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(folder: Folder, key: PeerKey, who: Identity) -> None:
+    before = (folder.path / RING_FILE).read_bytes(), set(folder.path.iterdir())
+    with pytest.raises(LlamboError, match=r"keyring\.json.*was not changed"):
+        folder.add(who, NOW)
+    assert ((folder.path / RING_FILE).read_bytes(), set(folder.path.iterdir())) == before
+    assert folder.revoke("alice") == 1
+
+
+def test_what_a_dead_process_has_left_is_replaced(folder: Folder) -> None:
+    """In a container the next process may have the same number."""
+    (folder.path / f".{RING_FILE}.{os.getpid()}").write_text("half")
+    folder.add(Identity("bob", "client"), NOW)
+    assert [entry.identity.name for entry in folder.ring().entries] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("role", "expires", "why"), [("worker", 0, "is for a worker"), ("client", NOW - 1, "has expired")]
+)
+def test_a_token_that_no_gateway_accepts_is_not_made(folder: Folder, role: Role, expires: int, why: str) -> None:
+    folder.add(Identity("gpu", role), NOW - 2, expires)
+    with pytest.raises(LlamboError, match=f"the key of gpu {why}") as raised:
+        api_tokens.issue(folder, "gpu", NOW)
+    assert "llambo keys add" in raised.value.hint
+    assert api_tokens.read(folder) == []
 
 
 # --- who may do what ---------------------------------------------------------------------------------------

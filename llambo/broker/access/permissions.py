@@ -14,7 +14,9 @@ Without keys every peer is `ANYONE`.
 from __future__ import annotations
 
 from llambo.broker.records.accounts import Refusal
+from llambo.broker.records.archive import EndedRequest
 from llambo.broker.records.registry import ClientEntry
+from llambo.broker.records.request import Request
 from llambo.broker.records.state import State
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo
@@ -35,7 +37,7 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may read what happened to others")
         case m.Query(what="metrics") if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may read the metrics")
-        case m.InferenceRequest(id) if not _is_own(state, client, id):
+        case m.InferenceRequest(id) if (known := _known(state, id)) and not client.identity.owns(known.owner):
             return ErrorInfo(Code.BAD_REQUEST, f"the id {id.hex()} is taken; choose a random one")
         case m.Attach(id) | m.Cancel(id) | m.Replay(id) if not _is_own(state, client, id):
             return ErrorInfo(Code.UNKNOWN_REQUEST, f"no request {id.hex()} is known here")
@@ -44,10 +46,14 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
 
 
 def _is_own(state: State, client: ClientEntry, id: bytes) -> bool:
-    """Whether nothing is known of it that this client must not see."""
-    known = state.requests.get(id) or state.archive.get(id)
-    owners = [known.owner] if known is not None else state.recovery.orphans.owners(id)
-    return all(client.identity.owns(owner) for owner in owners)
+    """Whether what is known of it is this client's. What is not known at all is refused later, in the same words."""
+    known = _known(state, id)
+    owners = {known.owner} if known is not None else state.recovery.orphans.owners(id)
+    return not owners or any(client.identity.owns(owner) for owner in owners)
+
+
+def _known(state: State, id: bytes) -> Request | EndedRequest | None:
+    return state.requests.get(id) or state.archive.get(id)
 
 
 def not_allowed(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int) -> Refusal | None:
@@ -70,8 +76,14 @@ def models(state: State, who: Identity, now_ms: int) -> list[str]:
     return [model for model in there if not class_of(model)] or there
 
 
-def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:
+def count_forbidden(state: State, who: Identity) -> None:
+    """In the account as well: `llambo status` shows who tries what is not allowed."""
     state.counters.peers.forbidden += 1
+    state.access.accounts.of(who.name).refused[str(Code.FORBIDDEN)] += 1
+
+
+def refuse(state: State, client: ClientEntry, message: m.Message, error: ErrorInfo) -> None:
+    count_forbidden(state, client.identity)
     id = getattr(message, "id", b"")
     query = getattr(message, "query", 0)
     state.to_client(client, m.Problem(error, id, query))

@@ -9,6 +9,7 @@ no connection is let in: the sockets insist on one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,7 +65,10 @@ class ZapHandler:
         self._folder = folder
         self._stamp = folder.stamp()
         self._ring = folder.ring()
-        self.identities: Mapping[str, Identity] = self._ring.identities(time.time())
+        self.identities: Mapping[str, Identity] = {}
+        #: When `identities` was made, and the next time at which a key of it expires, in seconds since 1970.
+        self._made_at = self._expires_at = 0.0
+        self._choose_valid()
         self._reported: Mapping[str, Identity] = self.identities
         self._look_at, self._log_again_at = 0, 0.0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
@@ -100,7 +104,7 @@ class ZapHandler:
         if now_ms >= self._look_at:
             self._look_at = now_ms + LOOK_MS
             self._read()
-        if self.identities == self._reported:
+        if self.identities is self._reported:
             return None
         self._reported = self.identities
         return self.identities
@@ -110,12 +114,22 @@ class ZapHandler:
             stamp = self._folder.stamp()
             if stamp != self._stamp:
                 self._ring, self._stamp = self._folder.ring(), stamp
+                self._choose_valid()
                 log.info("the keyring was changed: %d keys", len(self._ring.entries))
         except (OSError, LlamboError) as error:
             if time.monotonic() >= self._log_again_at:
                 self._log_again_at = time.monotonic() + LOG_AGAIN_S
                 log.error("the keyring cannot be read, the last one stays in force: %s", error)
-        self.identities = self._ring.identities(time.time())
+        # Not at each look: that would cost some milliseconds with thousands of keys, also for each key that is unknown.
+        if not self._made_at <= time.time() < self._expires_at:  # (the clock may have been set back)
+            self._choose_valid()
+
+    def _choose_valid(self) -> None:
+        self._made_at = now = time.time()
+        self._expires_at = min((e.expires for e in self._ring.entries if e.expires > now), default=math.inf)
+        valid = self._ring.identities(now)
+        if valid != self.identities:
+            self.identities = valid
 
     def next_wakeup_ms(self) -> int:
         return self._look_at

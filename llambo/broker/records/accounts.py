@@ -170,6 +170,10 @@ class Accounts:
             if name in self.by_name:
                 self.by_name[name].allow(who)
 
+    def allowed(self, name: str) -> Identity | None:
+        """What the keyring allows this name now; None: it has no key."""
+        return self._rights.get(name)
+
     def sweep(self, now_ms: int) -> None:
         """Forget names without a key that have nothing here: workers may announce any number of them."""
         for name, account in list(self.by_name.items()):

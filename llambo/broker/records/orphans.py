@@ -38,7 +38,10 @@ class OrphanRun:
 
 
 class OrphanRuns:
-    """By request, and then by run: several workers may have had the same request, one after the other."""
+    """By request, and then by run: several workers may have had the same request, one after the other.
+
+    Two owners may have chosen the same id: then it stands for two requests.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -51,19 +54,20 @@ class OrphanRuns:
         for runs in self.by_request.values():
             yield from runs.values()
 
-    def owners(self, id: bytes) -> list[str]:
-        return [orphan.work.owner for orphan in self.by_request.get(id, {}).values()]
+    def owners(self, id: bytes) -> set[str]:
+        return {orphan.work.owner for orphan in self.by_request.get(id, {}).values()}
 
     def add(self, orphan: OrphanRun) -> None:
         self.remove(orphan.key)
         self.by_request.setdefault(orphan.work.id, {})[orphan.key] = orphan
         self.bytes += orphan.size
 
-    def take(self, id: bytes) -> list[OrphanRun]:
-        """All of this request, the latest attempt first."""
-        runs = self.by_request.pop(id, {})
-        self.bytes -= sum(orphan.size for orphan in runs.values())
-        return sorted(runs.values(), key=lambda orphan: orphan.attempt, reverse=True)
+    def take(self, id: bytes, owner: str) -> list[OrphanRun]:
+        """All of this request, the latest attempt first. Those of another owner are not of this request."""
+        runs = [orphan for orphan in self.by_request.get(id, {}).values() if orphan.work.owner == owner]
+        for orphan in runs:
+            self.remove(orphan.key)
+        return sorted(runs, key=lambda orphan: orphan.attempt, reverse=True)
 
     def remove(self, key: bytes) -> None:
         id = key[: limits.REQUEST_ID_BYTES]

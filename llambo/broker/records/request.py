@@ -190,6 +190,7 @@ class Request:
         "model",
         "place",
         "prompt",
+        "receipt",
         "repair",
         "run",
         "state",
@@ -219,6 +220,8 @@ class Request:
         self.submitted_at = submitted_at
         #: Of the identity that has submitted it.
         self.account = account
+        #: Proves that it was admitted (seals.py); empty without keys.
+        self.receipt = b""
         self.state = RequestState.WAITING
         #: Each of its chunks has a consequence: see `update_watched`.
         self.watched = False

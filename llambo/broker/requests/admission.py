@@ -59,7 +59,7 @@ def _admit(state: State, client: ClientEntry, request: Request, held: list[bytes
     request.note(now_ms, "submitted", f"model {request.model}, {what}, {asked.priority}")
     if asked.deadline_ms:
         state.set_alarm(request, "deadline", request.deadline_at)
-    if asked.resume or asked.id in state.recovery.orphans.by_request:
+    if asked.resume or request.owner in state.recovery.orphans.owners(asked.id):
         request.transcript.restore([tokens.CHUNK + asked.id + chunk[1 + limits.REQUEST_ID_BYTES :] for chunk in held])
         recovery.resume(state, request, now_ms)
     else:

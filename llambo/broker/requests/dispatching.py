@@ -9,6 +9,7 @@ Nothing bounds how often a request moves because workers are lost. Refusals and 
 
 from __future__ import annotations
 
+from llambo.broker.records import seals
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Lane, Repair, Request, RequestState
 from llambo.broker.records.state import State
@@ -90,6 +91,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     request.note(now_ms, "dispatched", f"to {name}, attempt {run.attempt}, from token {len(prefix)}")
     # The worker gets what exists with its text, so that it can give back all of it should this broker be gone.
     blob, prompt_bytes = transfer.pack(request.prompt, request.transcript.chunks) if prefix else (request.prompt, 0)
+    deadline_ms = max(1, request.deadline_at - now_ms) if asked.deadline_ms else 0
+    marks_key = state.config.marks_key
     # (Python passes more than 30 words in a dict of their own, which costs as much as the rest of this function.)
     message = m.Dispatch(
         id,
@@ -98,9 +101,9 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         request.model,
         asked.max_tokens,
         request.seed,
-        prefix=prefix,
-        prompt_bytes=prompt_bytes,
-        deadline_ms=max(1, request.deadline_at - now_ms) if asked.deadline_ms else 0,
+        prefix,
+        prompt_bytes,
+        deadline_ms,
         stream=request.stream,
         priority=asked.priority,
         detached=asked.detached,
@@ -109,6 +112,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         task=asked.task,
         suspect=suspect,
         owner=request.account.name,
+        seal=seals.seal_of(marks_key, request.receipt, dispatch, name, deadline_ms) if marks_key else b"",
     )
     state.to_worker(worker, message, blob)
 

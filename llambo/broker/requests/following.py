@@ -32,7 +32,7 @@ def attach(state: State, client: ClientEntry, asked: m.Attach, blob: bytes, now_
 
 def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int) -> None:
     """Follow a request from token `have` on, live or ended. What is `held` was checked."""
-    recovery.look_for(state, asked, now_ms)
+    recovery.look_for(state, client.identity, asked, now_ms)
     request = state.requests.get(asked.id)
     if request is not None:
         if asked.held and not recovery.agrees(request, asked.held):
@@ -88,12 +88,16 @@ def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_
 
 def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, now_ms: int) -> None:
     for id in ack.ids:
+        if id and id == client.backlog.receipt and client.backlog.confirm():
+            state.ask_client(client)
         client.unacked.pop(id, None)
         state.archive.acknowledged(id, client.session)
 
 
 def send_late_ends(state: State, client: ClientEntry, now_ms: int) -> None:
     """Send again every END that has gone unacknowledged for too long, the oldest first."""
+    if client.backlog.full:
+        return
     late: list[bytes] = []
     for id, sent_at in client.unacked.items():
         if now_ms - sent_at < state.config.timing.resend_ms:

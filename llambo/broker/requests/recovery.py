@@ -21,6 +21,9 @@ worker has the prompt and all tokens, and goes on making more. Both come to the 
 In either case what a client was given never changes. Of several runs that fit, the latest attempt is adopted. A run
 that was meant to go on without its client (detached) is adopted by itself, or when a client attaches to it.
 
+With keys a worker is believed only what a broker has sealed (records/seals.py): that this run, with this prompt and
+these options, was given to it for this owner. What it makes up, or took from another worker, is stopped.
+
 A worker that this broker had given up announces its runs in the same way when it is back. If the request still waits
 for a worker, its run is adopted under the key it had, which so gets into the fence again.
 
@@ -32,6 +35,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llambo.broker.access import permissions
+from llambo.broker.records import seals
+from llambo.broker.records.accounts import ELSEWHERE
 from llambo.broker.records.archive import EndedRequest
 from llambo.broker.records.orphans import Deferred, OrphanRun
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
@@ -53,13 +59,17 @@ def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: by
     work, orphans = orphaned.work, state.recovery.orphans
     try:
         prompt, chunks = transfer.unpack(blob, work.prompt_bytes)
+        _check(state, worker, work, prompt)
     except ValueError as error:
         state.journal.add(now_ms, "bad orphan", f"{worker.name}: {error}", warning=True, worker=worker.name)
         _stop(state, worker, work)
         return
+    request = state.requests.get(work.id)
+    known = request or state.archive.get(work.id)
+    if known is not None and known.owner != work.owner:
+        return  # not of the request that has this id here
     due = now_ms + state.config.timing.orphan_ms
     orphan = OrphanRun(worker, work, prompt, [_with_key(chunk, work) for chunk in chunks], due)
-    request = state.requests.get(work.id)
     if request is not None:
         if request.state is RequestState.WAITING and _continues(request, orphan):
             _adopt(state, request, orphan, now_ms)
@@ -67,16 +77,23 @@ def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: by
             _send_adopt(state, orphan)  # announced twice, and adopted the first time
         else:
             _stop(state, worker, work)
-    elif (
-        state.archive.get(work.id)
-        or state.held_bytes + orphans.bytes + orphan.size > state.config.bounds.transcript_bytes
-    ):
+    elif known or state.held_bytes + orphans.bytes + orphan.size > state.config.bounds.transcript_bytes:
         _stop(state, worker, work)
     else:
         orphans.add(orphan)
         waiting = _deferred_attach(state, work)
         if waiting is not None or orphaned.home:
-            look_for(state, waiting or m.Attach(work.id), now_ms)
+            _take_detached(state, work.owner, waiting or m.Attach(work.id), now_ms)
+
+
+def _check(state: State, worker: WorkerEntry, work: m.Dispatch, prompt: bytes) -> None:
+    """Whether this worker may run this. Raises ValueError."""
+    if work.model not in worker.serving.models:
+        raise ValueError(f"a run of the model {work.model!r}, which it does not serve")
+    key = state.config.marks_key
+    if key and not seals.is_sealed(key, work, prompt, worker.name):
+        permissions.count_forbidden(state, worker.link.identity)
+        raise ValueError("a run without the seal of a broker for it")
 
 
 def _deferred_attach(state: State, work: m.Dispatch) -> m.Attach | None:
@@ -96,33 +113,38 @@ def resume(state: State, request: Request, now_ms: int) -> None:
     if request.transcript.next_index:
         request.note(now_ms, "resumed", f"its client holds {request.transcript.next_index} tokens")
     if dispatching.finish_complete(state, request, now_ms):
-        _stop_others(state, request.id, b"")
+        _stop_others(state, request, b"")
         return
     if not _adopt_latest(state, request, now_ms):
         state.set_alarm(request, "adopt", now_ms + state.config.timing.adopt_ms)
 
 
-def look_for(state: State, asked: m.Attach, now_ms: int) -> None:
+def look_for(state: State, who: Identity, asked: m.Attach, now_ms: int) -> None:
     """A client wants to follow it. Adopt a detached run of it, which does not need its own client for that."""
+    for owner in state.recovery.orphans.owners(asked.id):
+        if who.owns(owner):
+            _take_detached(state, owner, asked, now_ms)
+
+
+def _take_detached(state: State, owner: str, asked: m.Attach, now_ms: int) -> None:
     orphans = state.recovery.orphans
-    if asked.id not in orphans.by_request or asked.id in state.requests or state.archive.get(asked.id):
+    if asked.id in state.requests or state.archive.get(asked.id):
         return
     given = tokens.ids_of(asked.held)
-    found = orphans.take(asked.id)
+    found = orphans.take(asked.id, owner)
     fitting = [o for o in found if o.work.detached and tokens.ids_of(o.chunks)[: len(given)] == given]
+    adopted = fitting[0] if fitting and _admit_detached(state, fitting[0], now_ms) else None
     for orphan in found:
-        if not fitting:
+        if adopted is None:
             orphans.add(orphan)
-        elif orphan is fitting[0]:
-            _admit_detached(state, orphan, now_ms)
-        else:
+        elif orphan is not adopted:
             _stop(state, orphan.worker, orphan.work)
 
 
 def dispatch_instead(state: State, request: Request, now_ms: int) -> None:
     """No worker has announced it in time. Another run goes on from here."""
     if request.place.awaiting_run and request.state is RequestState.WAITING:
-        _stop_others(state, request.id, b"")
+        _stop_others(state, request, b"")
         state.queue.left(request)
         request.place.awaiting_run = False
         request.place.queued_ms += now_ms - request.place.queued_at
@@ -145,7 +167,7 @@ def agrees(request: Request, held: list[bytes]) -> bool:
 
 def _adopt_latest(state: State, request: Request, now_ms: int) -> bool:
     found = False
-    for orphan in state.recovery.orphans.take(request.id):
+    for orphan in state.recovery.orphans.take(request.id, request.owner):
         if not found and _continues(request, orphan):
             found = True
             _adopt(state, request, orphan, now_ms)
@@ -166,9 +188,7 @@ def _has_fewer(request: Request, orphan: OrphanRun) -> bool:
 
 
 def _continues(request: Request, orphan: OrphanRun) -> bool:
-    """It has the same owner and model, and its tokens begin with those that were given out already."""
-    if orphan.work.owner != request.owner:
-        return False
+    """It has the same model, and its tokens begin with those that were given out already."""
     fingerprint = orphan.worker.serving.fingerprints.get(orphan.work.model, "")
     if request.model != orphan.work.model or request.run.fingerprint not in ("", fingerprint):
         return False
@@ -197,7 +217,7 @@ def _adopt(state: State, request: Request, orphan: OrphanRun, now_ms: int) -> No
         worker.suspect = key, request
     state.pools.refresh(worker)
     state.counters.requests.adopted += 1
-    _stop_others(state, request.id, key)
+    _stop_others(state, request, key)
     count = transfer.count(orphan.chunks)
     request.note(now_ms, "adopted", f"from {worker.name}, which has {count} tokens; {held} held")
     _send_adopt(state, orphan)
@@ -216,8 +236,11 @@ def _send_adopt(state: State, orphan: OrphanRun) -> None:
     state.to_worker(worker, m.Adopt(orphan.work.id, orphan.work.dispatch, worker.beats.seq))
 
 
-def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> None:
-    """Its own client may not come back for a long time, so the request is made from what the worker has."""
+def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> bool:
+    """Its own client may not come back for a long time, so the request is made from what the worker has.
+
+    False: its owner may not have that now. The run is then left to its worker, which stops it after `orphan_ms`.
+    """
     work = orphan.work
     asked = m.InferenceRequest(
         id=work.id,
@@ -227,20 +250,32 @@ def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> None:
         priority=work.priority,
         deadline_ms=work.deadline_ms,
         detached=True,
+        resume=True,
         seed=work.seed,
         sampling=work.sampling,
         logprobs=work.logprobs,
         task=work.task,
     )
-    request = Request(asked, work.model, orphan.prompt, now_ms, state.access.accounts.of(work.owner))
+    if state.access.identities is not None:
+        who = state.access.accounts.allowed(work.owner)
+        if who is None or permissions.not_allowed(state, who, asked, now_ms) is not None:
+            return False
+    account = state.access.accounts.of(work.owner)
+    # Of two brokers each may have let it have as much as it may have here.
+    if account.in_flight >= ELSEWHERE * account.max_in_flight:
+        return False
+    if refusals.limit_reached(state, account, asked, orphan.prompt, [], now_ms) is not None:
+        return False
+    request = Request(asked, work.model, orphan.prompt, now_ms, account)
     state.admit(request)
     request.place.awaiting_run = True
     state.queue.put(request, now_ms)
     _adopt(state, request, orphan, now_ms)
+    return True
 
 
-def _stop_others(state: State, id: bytes, key: bytes) -> None:
-    for orphan in state.recovery.orphans.take(id):
+def _stop_others(state: State, request: Request, key: bytes) -> None:
+    for orphan in state.recovery.orphans.take(request.id, request.owner):
         if orphan.key != key:
             _stop(state, orphan.worker, orphan.work)
 

@@ -221,16 +221,16 @@ def rotate(common: Common, name: str, grace: int) -> None:
 def export(common: Common, name: str, address: str | None, output: Path | None) -> None:
     """Print the key: one line, for --key, LLAMBO_KEY or a file. Every program that has it is admitted."""
     from llambo.mesh.link.sockets import split_all
-    from llambo.mesh.security.keys import to_line, write_private
+    from llambo.mesh.security.keys import to_line, write
 
     if address:
         split_all(address)
-    line = to_line(_folder(common).export(name, address or ""))
+    key = _folder(common).export(name, address or "")
     if output is None:
-        click.echo(line)
+        click.echo(to_line(key))
         return
     try:
-        write_private(output, line + "\n")
+        write(output, key)
     except OSError as error:
         raise Failure(f"{output} cannot be written: {error.strerror}", "", Exit.ERROR) from error
     click.echo(f"{output}: the key of {name}")

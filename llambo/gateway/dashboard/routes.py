@@ -1,8 +1,8 @@
 """The routes of the dashboard: its page, the stream that the page shows, and its actions.
 
-The page consists of the files in `static/` and loads nothing from elsewhere. A content security policy makes the
-browser enforce that, so neither runs nor loads anything that was injected. Where there are keys, everything but the
-files is for admins.
+The page consists of the files in `static/` and loads nothing from elsewhere. The policy that `middleware` sends makes
+the browser enforce that, so neither runs nor loads anything that was injected. Where there are keys, everything but
+the files is for admins.
 
 The queries are made once for all viewers. A `Watch` queries a broker several times a second, but only while it has
 viewers; viewers of one identity share it. Nothing is queued for a viewer: it is sent what has changed since what it saw
@@ -55,25 +55,12 @@ VIEWERS = 64
 STATIC = Path(__file__).resolve().parent / "static"
 PAGE = "index.html"
 TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
-#: Nothing from elsewhere, nothing inline, no markup made of text, no frame of another page.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-)
-HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    # The browser asks each time, and gets a 304 without a body if nothing has changed.
-    "cache-control": "no-cache",
-}
+#: The browser asks each time, and gets a 304 without a body if nothing has changed.
+CACHING = "no-cache"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store, no-transform"),
     (b"x-accel-buffering", b"no"),
-    (b"x-content-type-options", b"nosniff"),
 ]
 TokenOf = Callable[[Connection], str]
 Name = Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
@@ -285,7 +272,7 @@ def routes(access: Access, token_of: TokenOf, watches: Watches) -> list[Router]:
         asset = files.get(name)
         if asset is None:
             raise StatusError(404, f"there is no file {name[:80]!r}")
-        headers = {**HEADERS, "etag": asset.tag}
+        headers = {"cache-control": CACHING, "etag": asset.tag}
         if request.headers.get("if-none-match") == asset.tag:
             return Response(b"", status_code=304, headers=headers)
         return Response(asset.body, headers=headers, media_type=asset.type)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from llambo.mesh.security import keyring, keys
+from llambo.mesh.security import keyring
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire import limits
+from llambo.mesh.wire.errors import Code, LlamboError
 
 PREFIX = "sk-llambo-"
 FILE = "tokens.json"
@@ -38,7 +38,7 @@ class ApiToken(msgspec.Struct, frozen=True, omit_defaults=True):
         return not self.expires or now_s < self.expires
 
 
-class _File(msgspec.Struct, frozen=True):
+class TokenFile(msgspec.Struct, frozen=True):
     format: Annotated[int, Meta(ge=1, le=1)]
     tokens: list[ApiToken] = []
 
@@ -49,12 +49,21 @@ def sha256_of(token: str) -> str:
 
 
 def issue(folder: Folder, name: str, now_s: int, expires: int = 0) -> str:
-    """A new token for a name that has a key."""
-    folder.export(name)  # raises an error if the name has no key here
+    """A new token for a name that has a valid key of a client or an admin here."""
+    entry = folder.newest(name)
+    folder.issued(name)  # the gateway needs it; raises an error if it is not here
+    if not entry.identity.may_ask:
+        text = f"the key of {name} is for a worker, and the gateway admits clients and admins"
+        raise LlamboError(Code.BAD_SETTING, text, hint="make another: llambo keys add NAME --role client")
+    if not entry.valid(now_s):
+        text = f"the key of {name} has expired"
+        raise LlamboError(
+            Code.BAD_SETTING, text, hint=f"make another: llambo keys revoke {name}, llambo keys add {name}"
+        )
     token = PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     with folder.locked():
         valid = [each for each in read(folder) if each.valid(now_s)]
-        _write(folder.path, [*valid, ApiToken(sha256_of(token), name, now_s, expires)])
+        _write(folder, [*valid, ApiToken(sha256_of(token), name, now_s, expires)])
     return token
 
 
@@ -64,14 +73,14 @@ def withdraw(folder: Folder, name: str) -> int:
         found = read(folder)
         others = [each for each in found if each.name != name]
         if len(others) != len(found):
-            _write(folder.path, others)
+            _write(folder, others)
         return len(found) - len(others)
 
 
 def read(folder: Folder) -> list[ApiToken]:
     path = folder.path / FILE
-    return keyring.decoded(path, _File).tokens if path.exists() else []
+    return keyring.decoded(path, TokenFile).tokens if path.exists() else []
 
 
-def _write(path: Path, tokens: list[ApiToken]) -> None:
-    keys.write_private(path / FILE, keyring.pretty(_File(1, tokens)))
+def _write(folder: Folder, tokens: list[ApiToken]) -> None:
+    keyring.store(folder.path / FILE, TokenFile(1, tokens))

@@ -26,6 +26,8 @@ from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity, Pair, PeerKey
 
 BROKER_FILE, RING_FILE, ISSUED = "broker.key", "keyring.json", "issued"
+#: Names of keys that an error lists.
+SHOWN = 20
 T = TypeVar("T")
 #: Valid names of keys: they are names of files and of workers too.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
@@ -57,6 +59,12 @@ class Ring(msgspec.Struct, frozen=True):
 
     def named(self, name: str) -> list[KeyEntry]:
         return [entry for entry in self.entries if entry.identity.name == name]
+
+    def names(self) -> str:
+        """For an error: the names that there are, or the first of them and how many there are."""
+        names = list(dict.fromkeys(entry.identity.name for entry in self.entries))
+        some = f"the first of {len(names)} keys: " if len(names) > SHOWN else "existing keys: "
+        return some + (", ".join(names[:SHOWN]) or "none")
 
 
 class _BrokerFile(msgspec.Struct, frozen=True):
@@ -98,8 +106,8 @@ class Folder:
         if self.exists:
             raise LlamboError(Code.BAD_SETTING, f"{self.path} already has keys")
         pair = keys.new_pair()
-        keys.write_private(self.path / RING_FILE, pretty(Ring(1, address)))
-        keys.write_private(self.path / BROKER_FILE, pretty(_BrokerFile(pair.public, pair.secret)))
+        store(self.path / RING_FILE, Ring(1, address))
+        store(self.path / BROKER_FILE, _BrokerFile(pair.public, pair.secret))
 
     def add(self, identity: Identity, now_s: int, expires: int = 0) -> PeerKey:
         """A new key under a new name."""
@@ -136,8 +144,15 @@ class Folder:
     def export(self, name: str, address: str = "") -> PeerKey:
         """The key of this name, as it was issued; with `address` for brokers at another address."""
         self._named(self.ring(), name)
-        key = keys.read(self.path / ISSUED / f"{name}.key")
+        key = self.issued(name)
         return PeerKey(address or key.address, key.broker, key.name, key.role, key.pair)
+
+    def newest(self, name: str) -> KeyEntry:
+        return self._named(self.ring(), name)[-1]
+
+    def issued(self, name: str) -> PeerKey:
+        """The newest key of a name that is in the keyring, which is not read for it."""
+        return keys.read(self.path / ISSUED / f"{name}.key")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -155,19 +170,18 @@ class Folder:
             text = f"{identity.name!r} cannot be the name of a key: use letters, digits, and . _ @ - inside, 64 at most"
             raise LlamboError(Code.BAD_SETTING, text)
         key = PeerKey(ring.address, self.broker().public, identity.name, identity.role, keys.new_pair())
-        keys.write_private(self.path / ISSUED / f"{identity.name}.key", keys.to_line(key) + "\n")
+        keys.write(self.path / ISSUED / f"{identity.name}.key", key)
         self._write(ring, [*ring.entries, KeyEntry(key.pair.public, identity, now_s, expires)])
         return key
 
     def _named(self, ring: Ring, name: str) -> list[KeyEntry]:
         found = ring.named(name)
         if not found:
-            known = ", ".join(dict.fromkeys(entry.identity.name for entry in ring.entries)) or "none"
-            raise LlamboError(Code.BAD_SETTING, f"no key has the name {name!r}; existing keys: {known}")
+            raise LlamboError(Code.BAD_SETTING, f"no key has the name {name!r}; {ring.names()}")
         return found
 
     def _write(self, ring: Ring, entries: list[KeyEntry]) -> None:
-        keys.write_private(self.path / RING_FILE, pretty(msgspec.structs.replace(ring, entries=entries)))
+        store(self.path / RING_FILE, msgspec.structs.replace(ring, entries=entries))
 
 
 def decoded(path: Path, kind: type[T]) -> T:
@@ -177,5 +191,10 @@ def decoded(path: Path, kind: type[T]) -> T:
         raise LlamboError(Code.BAD_SETTING, f"{path} was not written by `llambo keys`: {error}") from error
 
 
-def pretty(value: msgspec.Struct) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+def store(path: Path, value: T) -> None:
+    """Replace one of the folder's files, if what is written can be read again."""
+    try:
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+    except UnicodeEncodeError as error:
+        raise LlamboError(Code.BAD_SETTING, f"{path} was not changed: {error.object!r} is no Unicode text") from error
+    keys.write_private(path, text + "\n", value, lambda draft: decoded(draft, type(value)))

@@ -13,9 +13,9 @@ import binascii
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import zmq
@@ -35,6 +35,7 @@ KEY_ENV = "LLAMBO_KEY"
 #: A longer text is not a key.
 _LONGEST = 4_096
 
+T = TypeVar("T")
 Z85 = Annotated[str, Meta(min_length=Z85_CHARS, max_length=Z85_CHARS)]
 
 
@@ -91,24 +92,42 @@ def read_private(path: Path) -> str:
             if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
                 text = f"others can read or change {path}: chmod 600 {path}"
                 raise LlamboError(Code.BAD_SETTING, text)
-            return file.read(1024 * 1024)
+            # A keyring may have any length. What is no file might have no end.
+            return file.read() if stat.S_ISREG(mode) else file.read(_LONGEST)
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not text"
         raise LlamboError(Code.BAD_SETTING, f"{path} cannot be read: {why}") from error
 
 
-def write_private(path: Path, text: str) -> None:
-    """Replace the file as a whole. It is never readable by others, not even for a moment."""
+def write(path: Path, key: PeerKey) -> None:
+    write_private(path, to_line(key) + "\n", key, read)
+
+
+def write_private(path: Path, text: str, value: T, read_back: Callable[[Path], T]) -> None:
+    """Replace the file as a whole. It is never readable by others, not even for a moment.
+
+    `value` is what `read_back` has to find in it. If that fails, the file stays as it is: a keyring that cannot be read
+    is one from which nothing can be revoked.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)  # of a process with this number that has died: in a container all may have the same
     owner = path.parent.stat()
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        if os.geteuid() == 0:
-            os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # root writes it for the user that the broker runs as
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            if os.geteuid() == 0:
+                os.fchown(file.fileno(), owner.st_uid, owner.st_gid)  # for the user that the broker runs as
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if read_back(draft) != value:
+            raise LlamboError(Code.BAD_SETTING, "something else is read than was written")
+        draft.replace(path)
+    except LlamboError as error:
+        text = f"{path} was not changed: what was to be written could not be read again: {error}"
+        raise LlamboError(Code.BAD_SETTING, text) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def find(setting: str, environ: Mapping[str, str]) -> PeerKey | None:

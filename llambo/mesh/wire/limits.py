@@ -44,6 +44,8 @@ RESULT_PIECES = RESULT_BYTES // RESULT_PIECE_BYTES
 #: Texts of one `embed` task.
 EMBED_INPUTS = 2_048
 
+#: A mark of a broker, which its peers hand back unread.
+MARK_BYTES = 64
 #: Names of workers, clients, models and classes.
 NAME_CHARS = 128
 #: The sampling options of a request, which the broker passes on unread.

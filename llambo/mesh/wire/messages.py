@@ -27,6 +27,8 @@ DispatchId = Annotated[bytes, Meta(min_length=limits.DISPATCH_ID_BYTES, max_leng
 NoDispatchId = Annotated[bytes, Meta(max_length=limits.DISPATCH_ID_BYTES)]
 #: A run of a worker: request id and dispatch id.
 RunKey = Annotated[bytes, Meta(min_length=limits.RUN_KEY_BYTES, max_length=limits.RUN_KEY_BYTES)]
+#: A proof that brokers make and check; empty: without keys, or by an older broker.
+Mark = Annotated[bytes, Meta(max_length=limits.MARK_BYTES)]
 SessionId = Annotated[bytes, Meta(min_length=limits.SESSION_ID_BYTES, max_length=limits.SESSION_ID_BYTES)]
 Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=limits.TOKEN_INDEX)]
@@ -172,6 +174,8 @@ class Dispatch(Message, frozen=True):
     suspect: Count | None = None
     #: The identity that has submitted it: no other may follow it, at this or the next broker.
     owner: Name = ""
+    #: Proves to the next broker that this run was given to this worker. A worker does not read it.
+    seal: Mark = b""
 
 
 class Adopt(Message, frozen=True):
