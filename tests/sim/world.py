@@ -196,14 +196,13 @@ class World:
         random = Random(f"{self.seed}/followers")
         if self.plan.brokers < 2 or self.plan.calm or len(self.clients) < 2 or self.seed % 4 != 2:
             return  # (an answer of an odd seed is short)
-        client, at = random.choice(self.clients), random.randint(600, 1_200)
-        message = m.InferenceRequest(
-            random.randbytes(16), "", random.choice((400, 1_200)), seed=random.getrandbits(62), deadline_ms=0
-        )
+        who, at = random.randrange(len(self.clients)), random.randint(600, 1_200)
+        client = self.clients[who]
+        message = m.InferenceRequest(random.randbytes(16), "", random.choice((400, 1_200)), seed=random.getrandbits(62))
         self.history.wanted[message.id] = Wanted(message, b"a long answer", 0)
         self.clock.at(at - random.randint(50, 250), lambda: self._submit(client, message))
         self.clock.at(at, lambda: self._leave_together(client, message))
-        self.clock.at(at + random.randint(4_200, 4_700), lambda: self._incident("client bereft", self.clients.index(client), 300))
+        self.clock.at(at + random.randint(4_200, 4_700), lambda: self._incident("client bereft", who, 300))
 
     def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
         if not client.alive:
