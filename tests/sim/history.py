@@ -86,7 +86,7 @@ class History:
         #: Under which name each request was submitted.
         self.owners: dict[bytes, str] = {}
         self.tokens = 0
-        #: ENDs that a broker told a client which holds more tokens than they count.
+        #: ENDs that arrived at a client which holds more tokens than they count.
         self.outdated: list[str] = []
         #: Runs that were in an engine's batch when it died or hung by itself.
         self.died_running: set[bytes] = set()

@@ -91,7 +91,7 @@ GUARDS: dict[str, Guard] = {
         "return ended.abandoned or have > ended.end.count",
         "return have > ended.end.count",
     ),
-    "an END that is out of date is for nobody": Guard(
+    "no END that is out of date": Guard(
         "llambo.broker.requests.following",
         "outdated = ended is not None and recovery.is_outdated(ended, asked.have)",
         "outdated = False",

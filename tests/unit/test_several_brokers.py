@@ -420,7 +420,7 @@ def test_an_end_that_is_out_of_date_is_not_the_end_of_who_attaches(cancelled: bo
     assert worker.dispatches[-1].prefix == ids
 
 
-def test_nobody_learns_of_an_end_that_is_out_of_date() -> None:
+def test_an_end_that_is_out_of_date_is_refused_to_all_who_attach() -> None:
     bench = Bench()
     worker, client = bench.worker(), back(bench, b"1")
     client.submit(1)
