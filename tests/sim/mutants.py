@@ -87,7 +87,15 @@ GUARDS: dict[str, Guard] = {
         "if known:",
     ),
     "abandoned is not ended": Guard(
-        "llambo.broker.requests.recovery", "    if ended.abandoned:\n        return False\n", ""
+        "llambo.broker.requests.recovery",
+        "return ended.abandoned or have > ended.end.count",
+        "return have > ended.end.count",
+    ),
+    "no END that is out of date": Guard(
+        "llambo.broker.requests.following",
+        "outdated = ended is not None and recovery.is_outdated(ended, asked.have)",
+        "outdated = False",
+        brokers=2,
     ),
     "poison is ended": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(

@@ -171,14 +171,14 @@ def _adopt_latest(state: State, request: Request, now_ms: int) -> bool:
         if not found and _continues(request, orphan):
             found = True
             _adopt(state, request, orphan, now_ms)
-        elif not found and _is_outdated(request, orphan):
+        elif not found and _has_fewer(request, orphan):
             state.recovery.orphans.add(orphan)
         else:
             _stop(state, orphan.worker, orphan.work)
     return found
 
 
-def _is_outdated(request: Request, orphan: OrphanRun) -> bool:
+def _has_fewer(request: Request, orphan: OrphanRun) -> bool:
     """The announcement has fewer tokens than its client got later, through another broker that adopted the run.
 
     So it is no orphan; or it is one again, and then its worker announces it again, with all it has. We wait for that.
@@ -310,7 +310,7 @@ def forget_outdated(
         if _no_other_client(state, client, request.followers):
             ending.forget(state, request, now_ms)
             return True
-    elif ended is not None and not _serves(ended, asked, held) and _no_other_client(state, client, ended.owed):
+    elif ended is not None and not _serves(ended, asked.have, held) and _no_other_client(state, client, ended.owed):
         state.archive.forget(asked.id)
         return True
     return False
@@ -324,11 +324,18 @@ def fits(ended: EndedRequest, held: list[bytes]) -> bool:
     return ours[: len(theirs)] == theirs
 
 
-def _serves(ended: EndedRequest, asked: m.InferenceRequest, held: list[bytes]) -> bool:
-    if ended.abandoned:
+def is_outdated(ended: EndedRequest, have: int) -> bool:
+    """Whether this END counts for nothing: for a client that holds `have` tokens of the answer.
+
+    It was cancelled for lack of a follower, which says nothing of how it went on elsewhere; or its client got further
+    elsewhere. Neither a submit nor an attach is answered with such an END.
+    """
+    return ended.abandoned or have > ended.end.count
+
+
+def _serves(ended: EndedRequest, have: int, held: list[bytes]) -> bool:
+    if is_outdated(ended, have):
         return False
-    if len(tokens.ids_of(held)) > ended.end.count:
-        return False  # it got further elsewhere, so this end counts for nothing
     if ended.transcript is None:
         # It cannot be found out any more whether this client has a part of that answer. (One that failed, or was
         # cancelled by a client, is not tried again.)
@@ -387,6 +394,7 @@ def _too_many(state: State, who: Identity, message: m.InferenceRequest | m.Attac
 
 
 def is_answerable(state: State, who: Identity, message: m.InferenceRequest | m.Attach, now_ms: int) -> bool:
-    if message.id in state.requests or state.archive.get(message.id):
+    ended = state.archive.get(message.id)
+    if message.id in state.requests or (ended is not None and not is_outdated(ended, message.have)):
         return True
     return isinstance(message, m.InferenceRequest) and model_names.resolve(state, who, message, now_ms)[1] is None
