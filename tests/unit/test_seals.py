@@ -129,6 +129,21 @@ def test_what_a_worker_has_changed_is_not(change: dict[str, Any]) -> None:
     assert bring(worker, work, [1])  # as it was, it is taken in all the same
 
 
+def test_what_is_taken_in_has_the_proof_that_its_client_had() -> None:
+    former, bench = broker(), broker()
+    before, worker = former.worker("w", user="w"), bench.worker("w", user="w")
+    proofs = []
+    for there in (former, bench):
+        alice = there.client(b"a", user="alice")
+        if there is former:
+            alice.submit(1, detached=True, logprobs=1)
+            assert bring(worker, before.dispatches[-1], [1])
+        else:
+            alice.send(m.Attach(request_id(1)))
+        proofs.append(alice.received(m.Accepted)[-1].proof)
+    assert proofs[0] and proofs[0] == proofs[1]
+
+
 def test_a_run_that_is_not_detached_does_not_become_it() -> None:
     bench, work = broker(), dispatched()
     assert not bring(bench.worker("w", user="w"), msgspec.structs.replace(work, detached=True))
@@ -202,6 +217,7 @@ def test_what_the_owner_may_not_have_now_is_left_to_its_worker(identity: Identit
     worker = bench.worker("w", user="w")
     assert not bring(worker, work, [1]) and bench.state.requests == {}
     assert worker.received(m.Cancel) == []
+    assert [event.kind for event in bench.state.journal.entries][-1] == "orphan left"
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": SIZE}, {"max_in_flight": 1}], ids=["bytes", "in flight"])
