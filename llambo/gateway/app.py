@@ -103,7 +103,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, access: Access) -> None:
         self.config, self.access = config, access
         self.metrics = GatewayMetrics()
-        self.feeds = Feeds(config.resume_ms, [self.metrics])
+        self.feeds = Feeds(config.resume_ms, [self.metrics], config.http_unread_bytes)
         self.responses = ResponseStore()
         self.readiness = Readiness(access.own.client)
         self.stopping = False

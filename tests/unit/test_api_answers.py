@@ -105,6 +105,9 @@ class ScriptedFeed:
     def all_answers(self) -> list[Answer]:
         return list(self.answers.values())
 
+    def taken(self, tokens: int) -> None:
+        pass
+
 
 def parsed(api: str, body: dict[str, Any]) -> Parsed:
     given = {"model": "tiny", **body}
