@@ -41,7 +41,7 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.queue.lines.items()):
         if lane == AWAITING_RUN or (not lane.fingerprint and state.is_promised(lane.model)):
             continue  # an orchestrator sees that a promised model is asked for, and starts its workers
-        since = state.models.unserved_since.get(lane.model, 0)
+        since = state.models.unserved_since.get(lane.model, 1)  # (a name that was forgotten meanwhile has no worker)
         if lane.fingerprint and not since:
             if any(_may_serve(worker, lane) for worker in state.registry.workers.values()):
                 continue

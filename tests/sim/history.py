@@ -86,6 +86,8 @@ class History:
         #: Under which name each request was submitted.
         self.owners: dict[bytes, str] = {}
         self.tokens = 0
+        #: ENDs that arrived at a client which holds more tokens than they count.
+        self.outdated: list[str] = []
         #: Runs that were in an engine's batch when it died or hung by itself.
         self.died_running: set[bytes] = set()
         #: Of those, the ones that were the cause.
@@ -113,6 +115,12 @@ class History:
         heard.pieces += pieces
         heard.logprobs += logprobs
         self.tokens += len(ids)
+
+    def end_arrived(self, client: str, end: m.End, held: int) -> None:
+        """An END for a request that its client has introduced on this link, with the tokens that it holds."""
+        if end.count < held and not self.wanted[end.id].cancelled:
+            text = f"lost: an END with {end.count} tokens arrived, {held} are held"
+            self.outdated.append(f"{text} [{client}, request {end.id.hex()[:8]}]")
 
     def placed(self, client: str, id: bytes) -> None:
         self._of(client, id).placed = True
@@ -162,7 +170,7 @@ class History:
 
     def judge(self, gone: set[str]) -> list[str]:
         """All that is wrong. `gone`: clients that vanished, to whom nothing is owed."""
-        wrong: list[str] = []
+        wrong = [*self.outdated]
         for (client, id), heard in self.heard.items():
             for problem in self._judge_one(client in gone, self.wanted[id], id, heard):
                 wrong.append(f"{problem} [{client}, request {id.hex()[:8]}]")
@@ -218,8 +226,7 @@ class History:
         if end is None:
             return [*wrong, *self._judge_failure(wanted, heard)]
         if end.reason == "cancelled":
-            asked_for = wanted.cancelled or wanted.abandoned
-            return wrong if asked_for else [*wrong, "failed: cancelled, though no client asked for it"]
+            return wrong if wanted.cancelled else [*wrong, "failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return wrong if wanted.message.deadline_ms else [*wrong, "failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
@@ -263,7 +270,7 @@ class History:
         if not wanted.cancelled and len(heard.ids) != end.count:
             return [f"lost: {len(heard.ids)} of {end.count} tokens were delivered"]
         if end.reason == "cancelled":
-            return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though no client asked for it"]
+            return [] if wanted.cancelled else ["failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return [] if wanted.message.deadline_ms else ["failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
@@ -292,7 +299,7 @@ class History:
             # An attach that came after it: what there is, is why it ended.
             return bool(wanted.message.deadline_ms)
         if error.code is Code.OVER_LIMIT:
-            # Limits are for what is new. What one broker has admitted another one does not refuse.
+            # Limits are for what is new. What a broker has accepted the next does not refuse: the client can prove it.
             return self.limits and not heard.placed
         return error.code is Code.BUSY
 

@@ -16,6 +16,7 @@ from llambo.broker.invariants import check
 from llambo.broker.records.measurements import Counters
 from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -480,6 +481,10 @@ class ClientNode(Peer):
             for message, _ in event.messages:
                 if isinstance(message, m.Page):
                     self._count_duplicates(message.chunks)
+                elif isinstance(message, m.End) and event.session == self.core.link.session:
+                    request = self.core.requests.live.get(message.id)
+                    if request is not None and request.sent and request.state is not RequestState.WAITING:
+                        self.history.end_arrived(self.name, message, request.tokens.next_index)
         return self.core.handle(event, self.now_ms)
 
     def wakeup(self) -> int:
@@ -496,7 +501,8 @@ class ClientNode(Peer):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
             case c.ReportFailure(key, error) if isinstance(key, bytes):
                 self.history.failed(self.name, key, error, self.clock.now_ms)
-            case c.ReportPlace(id, _, _):
+            case c.ReportPlace(id, _, model) if model:
+                # (From a heartbeat alone it would know its place, and have no proof for another broker.)
                 self.history.placed(self.name, id)
             case _:
                 pass

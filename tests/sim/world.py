@@ -78,6 +78,7 @@ class World:
         for client in self.clients:
             client.begin()
         self._plan_requests()
+        self._plan_followers()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
         if self.keys.hostile:
@@ -188,6 +189,21 @@ class World:
                 later = at + random.randint(100, 3_000)
                 self.clock.at(later, lambda n=client, o=other, q=message: self._attach(n, o, q))  # type: ignore[misc]
 
+    def _plan_followers(self) -> None:
+        """A client submits a long answer, leaves its broker, which is cut off from all, and comes back when the other
+        one dies; a client of the other one follows the answer meanwhile, and comes with it.
+        """
+        random = Random(f"{self.seed}/followers")
+        if self.plan.brokers < 2 or self.plan.calm or len(self.clients) < 2 or self.seed % 4 != 2:
+            return  # (an answer of an odd seed is short)
+        who, at = random.randrange(len(self.clients)), random.randint(600, 1_200)
+        client = self.clients[who]
+        message = m.InferenceRequest(random.randbytes(16), "", random.choice((400, 1_200)), seed=random.getrandbits(62))
+        self.history.wanted[message.id] = Wanted(message, b"a long answer", 0)
+        self.clock.at(at - random.randint(50, 250), lambda: self._submit(client, message))
+        self.clock.at(at, lambda: self._leave_together(client, message))
+        self.clock.at(at + random.randint(4_200, 4_700), lambda: self._incident("client bereft", who, 300))
+
     def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
         if not client.alive:
             return
@@ -204,13 +220,26 @@ class World:
                 self.history.wanted[message.id].cancelled = True
             client.happen(c.CancelAsked(message.id))
 
+    def _leave_together(self, client: ClientNode, message: m.InferenceRequest) -> None:
+        first = next(number for number, broker in enumerate(self.brokers) if broker.hub is client.wire.hub)
+        other = next((other for other in self.clients if other.wire.hub is not client.wire.hub), None)
+        self._incident("broker partition", first, 1_500)
+        if other is not None:
+            self._attach_when_known(client, other, message)
+
+    def _attach_when_known(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
+        """Its broker may learn of the request only when the client that submitted it comes there."""
+        self._attach(client, other, message)
+        if (other.name, message.id) not in self.history.heard and self.clock.now_ms < faults.FAULTS_END_MS:
+            self.clock.after(100, lambda: self._attach_when_known(client, other, message))
+
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
         state = next(broker for broker in self.brokers if broker.hub is other.wire.hub).core.state
         if message.task != "generate":
             return  # a result goes only to the client that asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
-        if other is client or not other.alive or not known:
+        if other is client or not other.alive or not known or (other.name, message.id) in self.history.heard:
             return
         if self.keys.hostile and self.keys.names[other.name] != self.keys.names[client.name]:
             return

@@ -235,7 +235,7 @@ class TestSubmitting:
     def test_a_lost_link_means_submitting_again_with_what_is_held_and_the_time_left(self, bench: Bench) -> None:
         # Given a stream with three tokens
         bench.up().submit(deadline_ms=60_000)
-        bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))
+        bench.receive(m.Accepted(ID, 0, "tiny", "f00d", b"proof"))
         bench.tokens(0, 3)
         bench.tokens(4, 1)
         bench.sent.clear()
@@ -250,7 +250,7 @@ class TestSubmitting:
         assert sent.session == SESSIONS[1]
         left = 60_000 - (bench.now - started)
         assert sent.message == m.InferenceRequest(
-            ID, "tiny", deadline_ms=left, have=3, resume=True, prompt_bytes=6, fingerprint="f00d"
+            ID, "tiny", deadline_ms=left, have=3, resume=True, prompt_bytes=6, fingerprint="f00d", proof=b"proof"
         )
         prompt, held = transfer.unpack(sent.blob or b"", 6)
         assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])

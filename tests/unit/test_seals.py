@@ -129,6 +129,21 @@ def test_what_a_worker_has_changed_is_not(change: dict[str, Any]) -> None:
     assert bring(worker, work, [1])  # as it was, it is taken in all the same
 
 
+def test_what_is_taken_in_has_the_proof_that_its_client_had() -> None:
+    former, bench = broker(), broker()
+    before, worker = former.worker("w", user="w"), bench.worker("w", user="w")
+    proofs = []
+    for there in (former, bench):
+        alice = there.client(b"a", user="alice")
+        if there is former:
+            alice.submit(1, detached=True, logprobs=1)
+            assert bring(worker, before.dispatches[-1], [1])
+        else:
+            alice.send(m.Attach(request_id(1)))
+        proofs.append(alice.received(m.Accepted)[-1].proof)
+    assert proofs[0] and proofs[0] == proofs[1]
+
+
 def test_a_run_that_is_not_detached_does_not_become_it() -> None:
     bench, work = broker(), dispatched()
     assert not bring(bench.worker("w", user="w"), msgspec.structs.replace(work, detached=True))
@@ -202,6 +217,7 @@ def test_what_the_owner_may_not_have_now_is_left_to_its_worker(identity: Identit
     worker = bench.worker("w", user="w")
     assert not bring(worker, work, [1]) and bench.state.requests == {}
     assert worker.received(m.Cancel) == []
+    assert [event.kind for event in bench.state.journal.entries][-1] == "orphan left"
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": SIZE}, {"max_in_flight": 1}], ids=["bytes", "in flight"])
@@ -256,3 +272,44 @@ def test_what_is_refused_for_its_sender_is_counted_under_the_name() -> None:
         *3 * [Code.UNKNOWN_REQUEST], Code.BAD_REQUEST, *2 * [Code.FORBIDDEN],
     ]  # fmt: skip
     assert refusals(bench) == {"mallory": {"forbidden": 6}, "evil": {"forbidden": 1}}
+
+
+# --- a model that never was -------------------------------------------------------------------------------------
+
+
+def models(client: Client) -> list[str]:
+    client.send(m.Query(3, "models"))
+    return [row["model"] for row in msgspec.msgpack.decode(client.received(m.Result)[-1].data)]
+
+
+@pytest.mark.parametrize("hold_ms", [500, 30_000])
+def test_a_name_that_no_worker_has_served_is_not_listed_and_not_waited_for_longer_than_others(hold_ms: int) -> None:
+    bench = Bench(marks_key=KEY, hold_ms=hold_ms)
+    bench.keys(*WORKERS, *OWNERS)
+    alice, mallory = bench.client(b"a", user="alice"), bench.client(b"m", user="mallory")
+    mallory.submit(1, model="write to mallory", resume=True)
+    assert len(mallory.received(m.Accepted)) == 1
+    assert models(alice) == []
+    worker = bench.worker("w", user="w")
+    bench.pass_time(1_500)
+    worker.beat()
+    mallory.submit(2, model="write to mallory", resume=True)
+    assert models(alice) == ["m"] and models(mallory) == ["m"]
+    alice.submit(3, model="what")
+    assert alice.problems[-1].error.text == "no worker serves 'what'; there is: m"
+    for _ in range(3 + hold_ms // 1_000):
+        bench.pass_time(1_000)
+        worker.beat()
+        mallory.send(m.ClientHeartbeat())
+    ends = {end.id: end.error.code for end in mallory.ends if end.error}
+    assert ends == dict.fromkeys((request_id(1), request_id(2)), Code.NO_WORKER)
+    bench.pass_time(1_000)
+    assert list(bench.state.models.unserved_since) == ["m"]
+
+
+def test_a_model_whose_worker_left_is_listed_while_requests_wait_for_it() -> None:
+    bench = broker()
+    worker, alice = bench.worker("w", user="w"), bench.client(b"a", user="alice")
+    worker.send(m.Goodbye())
+    alice.submit(1, model="m", resume=True)
+    assert models(alice) == ["m"]

@@ -112,7 +112,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         task=asked.task,
         suspect=suspect,
         owner=request.account.name,
-        seal=seals.seal_of(marks_key, request.receipt, dispatch, name, deadline_ms) if marks_key else b"",
+        seal=seals.seal_of(marks_key, request.proof, dispatch, name, deadline_ms) if marks_key else b"",
     )
     state.to_worker(worker, message, blob)
 

@@ -92,6 +92,7 @@ def _serves_models(state: State, worker: WorkerEntry) -> None:
     state.measured.meter.learn(worker)
     for model in worker.serving.models:
         state.models.unserved_since[model] = 0
+    state.models.claimed.difference_update(worker.serving.models)
     if worker.state != "starting":
         state.models.served.update(worker.serving.models)
 

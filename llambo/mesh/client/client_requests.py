@@ -74,6 +74,8 @@ class QueuePlace:
     ahead: int = -1
     model: str = ""
     fingerprint: str = ""
+    #: For the next broker: that this one has admitted it.
+    proof: bytes = b""
 
     @property
     def admitted(self) -> bool:
@@ -187,6 +189,7 @@ class Request:
             resume=True,
             prompt_bytes=prompt_bytes,
             fingerprint=self.place.fingerprint,
+            proof=self.place.proof,
         )
         return message, blob
 

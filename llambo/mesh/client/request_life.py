@@ -214,6 +214,7 @@ class Requests:
         if request is None or request.state is RequestState.WAITING:
             return
         request.place.model = accepted.model or request.place.model
+        request.place.proof = accepted.proof or request.place.proof
         before, request.place.fingerprint = request.place.fingerprint, accepted.fingerprint or request.place.fingerprint
         self._place(request, accepted.ahead, found=is_fake(request.place.fingerprint) != is_fake(before))
         if request.state is not RequestState.SUBMITTED:
