@@ -6,7 +6,7 @@ that it is cancelled. A feed stores tokens, not events. Each reader makes events
 same tokens make the same events, so a reader that comes back is given those after the last one it has seen.
 
 What readers have not taken yet is bounded over all feeds. Beyond that a feed whose readers are behind leaves its tokens
-in the mesh, until they have caught up (`Unread`).
+in the mesh, until they have caught up (`unread`).
 
 A `Rendering` makes the events; it neither waits nor sends. Every event has an id: the id of the feed, the time when it
 was created, and the number of the event. `Last-Event-ID` brings it back, and the reader is given the events after it.
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import AnswerHead, JsonObject, Renderer, StreamEvent, Submission, Token, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error
+from llambo.gateway.answers.unread import Lead, Unread
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream, limit_buffer
 from llambo.mesh.client.client import Client
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -40,8 +41,7 @@ FINISHED_FEEDS = 1_000
 FINISHED_BYTES, FEED_BYTES = 64 * 1024 * 1024, 128 * 1024 * 1024
 #: What is counted for a token beside its bytes, here and in the client, and for each log probability.
 _TOKEN_BYTES, _LOGPROB_BYTES = 300, 160
-#: A feed is always this far ahead of its readers, and its stream that far ahead of it.
-AHEAD_BYTES = 32 * 1024
+#: How far its streams are ahead of a feed that waits for its readers.
 STREAM_TOKENS, STREAM_BYTES = 256, 256 * 1024
 #: Characters of the prompts of one HTTP request, each counted as often as it is submitted.
 SUBMITTED_CHARS = 32 * 1024 * 1024
@@ -113,35 +113,6 @@ class FeedTokens:
         self.choices.append(choice)
 
 
-class Unread:
-    """What the readers of all feeds have not taken yet. While it is too much, each feed waits for its own readers."""
-
-    def __init__(self, limit: int) -> None:
-        self.bytes = 0
-        self._limit = limit
-        self._waiting: set[asyncio.Event] = set()
-
-    @property
-    def full(self) -> bool:
-        return self.bytes >= self._limit
-
-    def add(self, size: int) -> None:
-        """`size` is negative when something was taken."""
-        self.bytes += size
-        if not self.full:
-            for waiting in self._waiting:
-                waiting.set()
-
-    async def wait(self, room: asyncio.Event) -> None:
-        """Until there may be room: what its own readers take sets `room`, too."""
-        room.clear()
-        self._waiting.add(room)
-        try:
-            await room.wait()
-        finally:
-            self._waiting.discard(room)
-
-
 class Feed:
     """One HTTP request of one caller: an answer, or several choices of it."""
 
@@ -154,13 +125,11 @@ class Feed:
         self.tokens = FeedTokens()
         self.answers: dict[int, Answer] = {}
         self.error: LlamboError | None = None
-        self.over = self.forgotten = False
+        self.over = False
         self._requested_model = model
         self._streams, self._observers = streams, observers
         self._wakers: dict[object, Callable[[], None]] = {}
-        #: Tokens that a reader has taken, and the bytes of the others.
-        self._taken = self._unread_bytes = 0
-        self._unread, self._room = unread, asyncio.Event()
+        self.lead = Lead(unread)
         caller.open += 1
         for stream in streams:
             stream.on_place = self._wake
@@ -219,9 +188,8 @@ class Feed:
                 if self.tokens.bytes > FEED_BYTES:
                     raise LlamboError(Code.OVER_LIMIT, "the answer is larger than a gateway stores; ask for less")
                 self._wake()
-                self._count_unread()
-                while self._unread.full and self._unread_bytes > AHEAD_BYTES:
-                    await self._unread.wait(self._room)
+                self.lead.grew(len(self.tokens.pieces), self.tokens.bytes)
+                await self.lead.wait()
             assert stream.answer is not None, "it was read to its end"
             self.answers[choice] = stream.answer
             self.tokens.complete(choice)
@@ -234,24 +202,6 @@ class Feed:
         except Exception as error:
             log.exception("request %s failed in the gateway", stream.id)
             self._finish(as_llambo_error(error))
-
-    def taken(self, tokens: int) -> None:
-        """A reader has taken so many."""
-        if tokens > self._taken:
-            self._taken = tokens
-            self._count_unread()
-            self._room.set()
-
-    def _count_unread(self) -> None:
-        """By the average of its tokens. What no connection will read any more is none."""
-        count = len(self.tokens.pieces)
-        unread = 0 if self.forgotten else self.tokens.bytes * (count - self._taken) // max(1, count)
-        change, self._unread_bytes = unread - self._unread_bytes, unread
-        self._unread.add(change)
-
-    def forget(self) -> None:
-        self.forgotten = True
-        self._count_unread()
 
     def _finish(self, error: LlamboError | None) -> None:
         if self.over:
@@ -297,8 +247,8 @@ class Feed:
 class Feeds:
     """All feeds: those that run, and for a while those that have ended."""
 
-    def __init__(self, resume_ms: int, observers: Sequence[Observer], unread_bytes: int) -> None:
-        self.unread = Unread(unread_bytes)
+    def __init__(self, resume_ms: int, observers: Sequence[Observer], unread: Unread) -> None:
+        self.unread = unread
         #: Traces are added when the process starts.
         self.observers = list(observers)
         self._resume_s = resume_ms / 1_000
@@ -381,7 +331,7 @@ class Feeds:
     def _forget(self, feed: Feed) -> None:
         self._stop_timer(feed)
         self._by_id.pop(feed.id, None)
-        feed.forget()
+        feed.lead.end()
 
 
 def streams_of(client: Client, submission: Submission) -> list[Stream]:
@@ -452,7 +402,7 @@ class Rendering:
         while self._at < until:
             self._put(out, self._next(feed))
             self._at += 1
-        feed.taken(self._at)
+        feed.lead.taken(self._at)
         if feed.over and not self.behind and not self.finished:
             self.finished = True
             if feed.error is not None:
