@@ -49,6 +49,9 @@ from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
 
+#: So long after the start of a broker its workers are back, and their detached runs are taken in without a client.
+COMING_HOME_MS = 60_000
+
 # --- A worker announces a run without a broker. ---
 
 
@@ -82,8 +85,17 @@ def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: by
     else:
         orphans.add(orphan)
         waiting = _deferred_attach(state, work)
-        if waiting is not None or orphaned.home:
+        if waiting is not None or (orphaned.home and _may_be_home(state, now_ms)):
             _take_detached(state, work.owner, waiting or m.Attach(work.id), now_ms)
+
+
+def _may_be_home(state: State, now_ms: int) -> bool:
+    """Whether this broker may have dispatched it in a former life. A seal has no age, and `home` is the worker's word.
+
+    Without keys there is nothing to protect.
+    """
+    started_at = state.wakeups.started_at
+    return not state.config.marks_key or started_at < 0 or now_ms - started_at < COMING_HOME_MS
 
 
 def _check(state: State, worker: WorkerEntry, work: m.Dispatch, prompt: bytes) -> None:
