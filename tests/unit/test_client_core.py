@@ -557,6 +557,19 @@ class TestSlowReader:
         assert delivered(happened) == list(range(2, 10))
         assert isinstance(happened[-1], e.ReportEnd)
 
+    def test_fetches_as_much_at_a_time_as_the_reader_has_room_for(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.ReaderBehind(ID, 4))
+        bench.handle(e.TokensArrived([chunk(0, 10)]))
+        bench.handle(e.ReaderCaughtUp(ID))
+        assert bench.sent_since() == [m.Replay(ID, 0, 4)]
+        assert delivered(bench.receive(page(0, 4, 10))) == list(range(4))
+        bench.wait(20)
+        assert bench.sent_since() == [m.Replay(ID, 4, 8)]
+        assert delivered(bench.receive(page(4, 8, 10))) == list(range(4, 8))
+        bench.wait(20)
+        assert bench.sent_since() == [m.Replay(ID, 8, 10)]
+
     def test_goes_on_as_before_if_nothing_was_missed(self, bench: Bench) -> None:
         bench.run()
         bench.handle(e.ReaderBehind(ID))

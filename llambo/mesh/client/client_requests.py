@@ -63,6 +63,8 @@ class ReaderWishes:
     follow: bool = True
     #: The reader is too far behind: tokens are left out now, and fetched later.
     held: bool = False
+    #: Tokens that are fetched at a time, once the reader was behind.
+    at_a_time: int = limits.TOKEN_INDEX
 
 
 @dataclass(slots=True)
