@@ -57,7 +57,7 @@ _CONNECTIONS.setLevel(logging.ERROR)
 
 
 class Strangers:
-    """Connections that sent what is not HTTP: they are counted, and reported with their number."""
+    """Connections that sent what is not valid HTTP: they are counted, and reported with their number."""
 
     def __init__(self) -> None:
         self._more, self._quiet_until = 0, 0
@@ -69,7 +69,7 @@ class Strangers:
         more = f", as did {self._more} connections since the last such line" if self._more else ""
         # With this byte ZeroMQ begins a connection.
         zeromq = "; it is a peer of a mesh; a broker has another port, 7330 by default" if data[:1] == b"\xff" else ""
-        log.warning("%s has sent what is not HTTP%s%s", peer, more, zeromq)
+        log.warning("%s has sent what is not valid HTTP%s%s", peer, more, zeromq)
         self._more, self._quiet_until = 0, now_ms + STRANGERS_MS
 
 
@@ -155,6 +155,7 @@ class TimeoutProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if not self.transport.is_closing():  # refused already
+            self._strangers.report(self.client[0] if self.client else "a client", self._data, clock.now_ms())
             super().send_400_response(msg)
 
     def handle_websocket_upgrade(self) -> None:
@@ -175,10 +176,6 @@ class TimeoutProtocol(HttpToolsProtocol):
             self._start_timer(seconds)
             return
         self._refuse(408)
-
-    def send_400_response(self, msg: str) -> None:
-        self._strangers.report(self.client[0] if self.client else "a client", self._data, clock.now_ms())
-        super().send_400_response(msg)
 
     def _refuse(self, status: int) -> None:
         """While the application handles a request, it learns of the end as of any connection that the client closes."""

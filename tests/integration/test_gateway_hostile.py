@@ -241,14 +241,14 @@ def test_strangers_at_the_port_are_a_line_a_minute(mesh: Mesh, caplog: pytest.Lo
             assert reply_to(gateway, b"\xff\0\0\0\0\0\0\0\x01\x7f").startswith(b"HTTP/1.1 400")
         assert gateway.stop() == 0
         (line,) = [line for line in gateway.process.log().splitlines() if "HTTP" in line and "WARNING" in line]
-        assert "127.0.0.1 has sent what is not HTTP; it is a peer of a mesh" in line and "7330" in line
+        assert "127.0.0.1 has sent what is not valid HTTP; it is a peer of a mesh" in line and "7330" in line
 
     strangers = Strangers()
     for now_ms in (0, 1, 59_999, 60_000):
         strangers.report("peer", b"x", now_ms)
     assert caplog.messages == [
-        "peer has sent what is not HTTP",
-        "peer has sent what is not HTTP, as did 2 connections since the last such line",
+        "peer has sent what is not valid HTTP",
+        "peer has sent what is not valid HTTP, as did 2 connections since the last such line",
     ]
 
 
