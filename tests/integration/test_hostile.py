@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_a_broker_whose_descriptors_are_used_up_says_so_and_admits_peers_when_so
     with Mesh(1, fake=FakeOptions(slots=1), broker="process") as mesh:
         broker = mesh.process
         assert broker is not None
-        limit = 8 + max(map(int, os.listdir(f"/proc/{broker.pid}/fd")))
+        limit = 8 + max(int(each.name) for each in Path(f"/proc/{broker.pid}/fd").iterdir())
         resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (limit, limit))
         idle = [socket.create_connection((wire.HOST, mesh.port)) for _ in range(20)]
         broker.line(f"all {limit} descriptors are in use")

@@ -114,13 +114,9 @@ def raise_descriptor_limit() -> None:
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < LEAST_DESCRIPTORS:
-        hint = (
-            "raise it: LimitNOFILE= of its unit, --ulimit nofile= of its container, or ulimit -Hn before it is started"
-        )
-        text = (
-            f"only {hard} descriptors are allowed (ulimit -Hn); {LEAST_DESCRIPTORS} are needed, and two for each peer"
-        )
-        raise Failure(text, hint=hint)
+        needed = f"{LEAST_DESCRIPTORS} are needed, and two for each peer"
+        text = f"only {hard} descriptors are allowed (ulimit -Hn); {needed}"
+        raise Failure(text, hint="raise LimitNOFILE= of its unit, or --ulimit nofile= of its container")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
