@@ -84,7 +84,7 @@ def start_log(worker: str) -> None:
     if journal.is_journal(os.environ, sys.stderr.fileno()):
         handler = journal.JournalHandler("llambo-worker", sys.stderr, {"worker": worker})
         prefix = "engine"
-    handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    handler.setFormatter(journal.HumanFormatter(f"{prefix}: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Literal
 
 import click
 
+from llambo.cli.kit.std_streams import json_text, paint
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.reports import RequestRow, WorkerRow
 
@@ -16,10 +17,11 @@ Row = Sequence[object]
 
 #: A last column that is wider than this is folded before others are left out.
 FOLDED = 24
+_BREAK = re.compile(r" *[\n\t][ \n\t]*")
 
 
 def show_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value, indent=2))
 
 
 def table(
@@ -33,7 +35,7 @@ def table(
     if not rows:
         click.echo(nothing or "nothing to show", err=True)
         return
-    texts = [[printable(str(cell)) for cell in row] for row in rows]
+    texts = [[one_line(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, texts, rows, fixed, spare)
     else:
@@ -44,7 +46,12 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(printable(f"{name:<{width}}  {value}"))
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def one_line(text: str) -> str:
+    """A text that others chose, such as a name, as part of a line: without line breaks, and as wide as it is shown."""
+    return _BREAK.sub(" ", printable(text))
 
 
 def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:
@@ -77,7 +84,9 @@ def _rich_table(
         shown.add_column(columns[at], justify=justify, overflow="fold", no_wrap=at < fixed)
     for row in texts:
         shown.add_row(*[escape(row[at]) for at in chosen])
-    console.print(shown)
+    with console.capture() as drawn:
+        console.print(shown)
+    paint(drawn.get())
 
 
 def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str], width: int) -> list[int]:
