@@ -88,6 +88,8 @@ def start_log(worker: str) -> None:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    # An error may quote a prompt or a model file: a terminal gets it without control characters, as it gets the log.
+    sys.excepthook = lambda *error: log.critical("the engine has failed", exc_info=error)
 
 
 class Child:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -566,6 +567,17 @@ def test_what_is_painted_is_ours_and_for_terminals(
     assert capsys.readouterr().out == (
         "bold of a model: \x1b[2J\n\x1b[1mbold\x1b[0m of a model: \N{REPLACEMENT CHARACTER}[2J\n"
     )
+
+
+def test_who_writes_past_the_filter() -> None:
+    """What is painted, or written to a descriptor, has to be `printable` where others chose a part of it."""
+    past = re.compile(r"\bpaint\(|os\.write\(|\.buffer\.write|sys\.__std")
+    folder = ROOT / "llambo/cli"
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if past.search(file.read_text())}
+    assert found == {
+        "chat/screen.py", "commands/workers.py", "doctor/doctor.py", "kit/answer_views.py", "kit/follow.py",
+        "kit/std_streams.py", "kit/tables.py", "shell/own_commands.py",
+    }  # fmt: skip
 
 
 def test_a_stream_for_ascii_has_no_way_around_the_filter(monkeypatch: pytest.MonkeyPatch) -> None:
