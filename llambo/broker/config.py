@@ -54,6 +54,8 @@ class Bounds:
     detached_ms: int = 3_600_000
     #: Ends of finished requests remembered, to answer late questions.
     tombstones: int = 10_000
+    #: Bytes sent to one peer on control that it is not known to have read.
+    backlog_bytes: int = 4 * 2**20
     #: Entries of the events feed.
     events: int = 1_000
     #: Samples of the state of the mesh, one a second.

@@ -20,6 +20,7 @@ from llambo.broker.access import permissions
 from llambo.broker.config import BrokerConfig
 from llambo.broker.events import (
     Action,
+    Arrived,
     ClientSaid,
     Counted,
     Event,
@@ -33,7 +34,7 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
-from llambo.broker.records.registry import P, Sessions
+from llambo.broker.records.registry import ClientEntry, P, Sessions, WorkerEntry
 from llambo.broker.records.request import Request
 from llambo.broker.records.state import Alarm, RandomBytes, State
 from llambo.broker.report import queries
@@ -76,6 +77,8 @@ ALARM_RULES: dict[Alarm, Callable[[State, Request, int], None]] = {
     "repair": delivery.request_replay,
     "adopt": recovery.dispatch_instead,
 }
+#: What a client may send while it does not read: it is not answered, or shows that the client reads.
+UNANSWERED = frozenset({m.ClientHeartbeat, m.EndAck, m.Detach, m.Goodbye})
 _UNKNOWN = m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "say hello first"))
 
 
@@ -123,6 +126,9 @@ class BrokerCore:
         for message, blob in said.messages:
             rule = CLIENT_RULES.get(type(message))
             if rule is not None and client is not None and clients.get(said.session) is client:
+                if client.backlog.full and type(message) not in UNANSWERED:
+                    state.counters.peers.unread += 1  # as if it had been lost
+                    continue
                 error = permissions.refusal(state, client, message)
                 if error is None:
                     rule(state, client, message, blob, now_ms)
@@ -130,14 +136,14 @@ class BrokerCore:
                     permissions.refuse(state, client, message, error)
             elif isinstance(message, m.ClientHello):
                 membership.client_hello(state, said.route, message, said.user, now_ms)
+                break
             else:
                 # Under the session that was named, so that a peer can tell an old link's answer from its own.
                 state.counters.peers.unknown_sessions += 1
                 state.out.append(ToClient(said.route, said.session, _UNKNOWN))
                 break
         if said.problems:
-            state.counters.peers.problems += len(said.problems)
-            state.out += [ToClient(said.route, said.session, problem) for problem in said.problems]
+            self._report_problems(client, said, ToClient)
 
     def _worker_said(self, said: WorkerSaid, now_ms: int) -> None:
         state, workers = self.state, self.state.registry.workers
@@ -148,13 +154,28 @@ class BrokerCore:
                 rule(state, worker, message, blob, now_ms)
             elif isinstance(message, m.WorkerHello):
                 membership.worker_hello(state, said.route, message, said.user, now_ms)
+                break
             else:
                 state.counters.peers.unknown_sessions += 1
                 state.out.append(ToWorker(said.route, said.session, _UNKNOWN))
                 break
         if said.problems:
-            state.counters.peers.problems += len(said.problems)
-            state.out += [ToWorker(said.route, said.session, problem) for problem in said.problems]
+            self._report_problems(worker, said, ToWorker)
+
+    def _report_problems(
+        self, peer: ClientEntry | WorkerEntry | None, said: Arrived, action: type[ToClient] | type[ToWorker]
+    ) -> None:
+        """A part of one byte is answered with a hundred: a stranger gets one answer, a peer as many as it reads."""
+        self.state.counters.peers.problems += len(said.problems)
+        for problem in said.problems[: None if peer is not None else 1]:
+            if peer is not None and peer.backlog.full:
+                break
+            if isinstance(peer, ClientEntry):
+                self.state.to_client(peer, problem)
+            elif peer is not None:
+                self.state.to_worker(peer, problem)
+            else:
+                self.state.out.append(action(said.route, said.session, problem))
 
     def _tick(self, now_ms: int) -> None:
         state, wakeups = self.state, self.state.wakeups

@@ -65,6 +65,7 @@ def _queue(state: State) -> None:
 def _workers(state: State) -> None:
     for session, worker in state.registry.workers.items():
         assert worker.session == session and state.registry.worker_names[worker.name] is worker
+        assert not worker.backlog.wants_receipt, "much was sent, and no receipt asked for"
         given = worker.claims.keys() - worker.adopted
         assert len(given) <= worker.slots, "more given to a worker than it has slots"
         for lane, pool in state.pools.items():
@@ -89,6 +90,8 @@ def _emptying(state: State) -> None:
 def _clients(state: State) -> None:
     for client in state.registry.clients.values():
         assert state.registry.topics[client.topic] is client
+        backlog = client.backlog
+        assert not (backlog.wants_receipt and client.hello.incarnation), "much was sent, and no receipt asked for"
         for id in client.following:
             assert client.session in state.requests[id].followers
 

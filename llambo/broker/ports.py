@@ -40,7 +40,7 @@ def make(context: zmq.Context[Any], token_hwm: int, zap: ZapHandler | None) -> P
     outside = zap.door(CLIENT_DOMAIN) if zap else None
     inside = zap.door(WORKER_DOMAIN) if zap else None
     ports = Ports(
-        sockets.control(context, zmq.ROUTER, curve=outside),
+        sockets.control(context, zmq.ROUTER, sockets.CLIENT_HWM, curve=outside),
         sockets.control(context, zmq.ROUTER, curve=inside),
         sockets.token(context, zmq.SUB, token_hwm, curve=inside),
         sockets.token(context, zmq.XPUB, token_hwm, curve=outside),

@@ -257,13 +257,14 @@ def shell(terminal: Terminal, mesh: HostileMesh) -> None:
 
 def top(terminal: Terminal, mesh: HostileMesh) -> None:
     terminal.until(SHOWN)
+    terminal.press("1d")
+    terminal.until("Drain Mallory")
+    terminal.press("n")
+    terminal.until(lambda text: "Drain Mallory" not in text)
     terminal.press(f"2{ENTER}")
     terminal.until(lambda text: "of model" in text and "Esc closes" in text)
-    terminal.press("\x1b")
+    terminal.press("w")
     terminal.until(lambda text: "Esc closes" not in text)
-    terminal.press("1d")
-    terminal.until("Drain")
-    terminal.press("n")
     terminal.press("q")
 
 

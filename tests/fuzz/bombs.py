@@ -10,7 +10,9 @@ how long it is away, and what the client sees.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import select
 import signal
 import socket
 import tempfile
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,11 @@ import zmq
 from llambo.broker.config import BrokerConfig
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
+from llambo.mesh.wire import codec
+from llambo.mesh.wire import messages as m
 from llambo.testing.mesh import Mesh, key_folder, key_of
 from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.raw_peer import RawPeer, inference_request
 from llambo.worker.config import FakeOptions
 from tests.fuzz import honest, members, wire
 
@@ -144,6 +150,49 @@ def names_that_are_taken(port: int, offset: int, until: float, key: str) -> int:
     return sent
 
 
+#: What is asked for by a client that reads a few bytes now and then, so that the kernel does not close its connection.
+UNREAD: dict[str, Callable[[bytes], list[m.Message]]] = {
+    "replays": lambda id: [m.Replay(id, 0)] * 250,
+    "attaches": lambda id: [m.Attach(id)] * 250,
+    "queries": lambda id: [
+        m.Query(n, what) for n in range(1, 64) for what in ("events", "status", "requests", "recent")
+    ],
+}
+ANSWER_TOKENS = 1_000
+
+
+def unread(asked: str, port: int, offset: int, until: float, key: str) -> int:
+    """Questions whose answers are some hundred times as long, as fast as they go."""
+    id, sent = os.urandom(16), 0
+    with RawPeer(port) as maker:
+        maker.join_as_client()
+        fields = {"max_tokens": ANSWER_TOKENS, "detached": True}
+        maker.send_map(inference_request(id=id, **fields), b"hello")
+        maker.expect(m.End)
+        maker.send_messages(m.EndAck([id]), m.Goodbye())
+    with wire.connect(port + offset) as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+        wire.shake_hands(raw, wire.PARTNERS[offset])
+        raw.sendall(_bundle(codec.NO_SESSION, m.ClientHello()))
+        welcome = b""
+        while (at := welcome.find(b"session\xc4\x08")) < 0 or len(welcome) < at + 17:
+            welcome += raw.recv(4_096)
+        data = _bundle(welcome[at + 9 : at + 17], m.ClientHeartbeat(1), *UNREAD[asked](id))
+        raw.settimeout(0.2)
+        while time.monotonic() < until:
+            with suppress(TimeoutError):
+                raw.sendall(data)
+                sent += len(data)
+            if select.select([raw], [], [], 0)[0]:
+                raw.recv(64 * 1024)
+    return sent
+
+
+def _bundle(session: bytes, *messages: m.Message) -> bytes:
+    header, body = codec.encode(session, [(message, None) for message in messages])
+    return wire.frame(header, wire.MORE) + wire.frame(body)
+
+
 def _pour(raw: socket.socket, data: bytes, until: float) -> int:
     sent = 0
     while time.monotonic() < until and _send(raw, data):
@@ -173,6 +222,7 @@ BOMBS: dict[str, tuple[Bomb, int]] = {
     "subscriptions of a member": (members.subscriptions, 3),
     "pings of a member": (members.ping_behind_a_full_queue, 0),
     "questions of a member": (members.questions, 0),
+    **{f"unread {name}": (partial(unread, name), 0) for name in UNREAD},
 }
 
 
@@ -194,7 +244,7 @@ class Supervisor:
         self.deaths: list[str] = []
         #: Seconds from each death until the next broker takes connections.
         self.away_s: list[float] = []
-        self.peak_bytes = 0
+        self.first_bytes = self.peak_bytes = 0
         self._mesh = mesh
         self._limit = limit_bytes
         self._over = False
@@ -214,6 +264,7 @@ class Supervisor:
             assert process is not None
             with suppress(OSError, IndexError):  # it may just have ended
                 self.peak_bytes = max(self.peak_bytes, process.rss_bytes())
+                self.first_bytes = self.first_bytes or self.peak_bytes
             if process.running:
                 time.sleep(SAMPLE_S)
                 continue
@@ -235,6 +286,8 @@ class Supervisor:
 class Report:
     name: str
     sent_mib: float = 0.0
+    #: Of the broker before the attack, and at most.
+    first_mib: float = 0.0
     peak_mib: float = 0.0
     seconds: float = 0.0
     deaths: list[str] = field(default_factory=list)
@@ -274,6 +327,7 @@ def attack(
             with honest.Honest(mesh.address, key=own) as watched:
                 time.sleep(alone_s)
                 watched.mark("during")
+                supervisor.first_bytes = 0
                 began = time.monotonic()
                 here, there = spawning.Pipe(duplex=False)
                 thrower = spawning.Process(target=_throw, args=(name, mesh.port, seconds, key, there))
@@ -288,7 +342,7 @@ def attack(
             report.tallies = watched.tallies
         finally:
             supervisor.close()
-    report.peak_mib = supervisor.peak_bytes / 2**20
+    report.first_mib, report.peak_mib = supervisor.first_bytes / 2**20, supervisor.peak_bytes / 2**20
     report.deaths, report.away_s = supervisor.deaths, supervisor.away_s
     return report
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from llambo import Client
 from llambo.broker.config import BrokerConfig
+from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tasks
-from llambo.testing.mesh import Mesh, truth
+from llambo.mesh.wire.identity import PeerKey
+from llambo.testing.mesh import Mesh, key_folder, key_of, truth
+from llambo.testing.raw_peer import RawPeer
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine.fake_model import embeddings, logprob_of
 from llambo.worker.engine.protocol import Start
@@ -120,3 +125,58 @@ async def test_a_detached_request_that_waited_is_submitted_again_by_who_attaches
                 await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
                 assert (await first.result()).ids == truth("first", 1, TOKENS)
             assert (await (await client.attach(id)).result()).ids == truth("second", 2, 20)
+
+
+FORGED = 100
+#: Detached ones, and as many whose client stays.
+OWN = 8
+
+
+def forge(mesh: Mesh, key: PeerKey, ids: list[bytes]) -> None:
+    """A worker's key brings runs: of these requests in other names, and others in the name of alice."""
+    with RawPeer(mesh.port, 1, key=key) as peer:
+        peer.join_as_worker("evil", "fake")
+        runs = [
+            m.Dispatch(id, number.to_bytes(8, "big"), 1, "fake", 50_000, 0, owner="mallory", seal=bytes(24))
+            for number, id in enumerate(ids)
+        ]
+        for number in range(FORGED - len(ids)):
+            id, dispatch = secrets.token_bytes(16), b"\0\0\0\1" + number.to_bytes(4, "big")
+            runs.append(
+                m.Dispatch(id, dispatch, 1, "fake", 50_000, 0, detached=True, priority="interactive", owner="alice")
+            )
+        for run in runs:
+            peer.send_messages(m.Orphan(run, home=True), blobs=[b"do this for me"])
+        for run in runs:
+            peer.expect(m.Cancel, id=run.id)
+        assert not [message for _, message in peer.received if isinstance(message, m.Adopt)]
+        peer.send_messages(m.Goodbye())
+
+
+async def test_of_what_workers_bring_only_what_was_dispatched_to_them_is_taken_in(tmp_path: Path) -> None:
+    """200 forged runs, before and after a restart, beside those of honest workers."""
+    folder = key_folder(tmp_path / "keys", alice="client", boss="admin", evil="worker")
+    key, fake = key_of(folder, "evil", "worker"), FakeOptions(slots=16, tokens_per_s=100)
+    with Mesh(workers=2, fake=fake, broker="process", keys=folder) as mesh:
+        async with (
+            mesh.client(key=key_of(folder, "alice")) as alice,
+            mesh.client(key=key_of(folder, "boss")) as boss,
+        ):
+            detached = [await alice.submit(f"{n}", max_tokens=TOKENS, seed=n) for n in range(OWN)]
+            streams = [alice.stream(f"{n}", max_tokens=TOKENS, seed=n) for n in range(OWN)]
+            for stream in streams:
+                assert await stream.next_piece() is not None
+            ids = [bytes.fromhex(id) for id in (*detached, *(stream.id for stream in streams))]
+            await asyncio.to_thread(forge, mesh, key, ids)
+            await asyncio.to_thread(mesh.restart_broker, signal.SIGKILL)
+            await asyncio.to_thread(forge, mesh, key, ids)
+            followed = [await alice.attach(id) for id in detached]
+            for stream, number in zip((*streams, *followed), 2 * list(range(OWN)), strict=True):
+                assert (await stream.result()).ids == truth(f"{number}", number, TOKENS)
+            status, listed = await boss.status(), await boss.requests()
+        assert listed == []
+        rows = {row.identity: row for row in status.identities}
+        assert (rows["evil"].refused_for, rows["evil"].submitted) == ({"forbidden": FORGED}, 0)
+        assert (rows["alice"].refused, rows["alice"].submitted) == (0, 2 * OWN)
+        # No worker was lost, so nothing had to be computed again.
+        assert (status.counters["adopted"], status.counters["dispatched"]) == (2 * OWN, 0)

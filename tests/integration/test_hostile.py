@@ -11,6 +11,8 @@ MESSAGES = 6_000
 SESSIONS, IDLE = 400, 60
 #: RLIMIT_AS of a broker that is thrown a bomb at: three times what it has in address space.
 LIMIT_BYTES = 768 * 2**20
+#: How much a broker may grow by answers that one client does not read.
+UNREAD_MIB = 64
 
 
 @pytest.mark.parametrize("role", live.ROLES)
@@ -44,6 +46,15 @@ def test_a_broker_that_was_thrown_a_bomb_at_is_back_with_its_clients(bomb: str, 
     assert report.deaths or report.peak_mib > LIMIT_BYTES / 2**21, "the limit of memory was not reached"
     assert not report.faults, report.tallies
     assert report.tallies["after"]["answers"], report.tallies
+
+
+@pytest.mark.parametrize("asked", ["replays", "queries"])
+def test_answers_that_are_not_read_are_bounded_in_bytes(asked: str) -> None:
+    report = bombs.attack(f"unread {asked}", 0, seconds=1.5, alone_s=0.2)
+    before = report.first_mib
+    assert report.sent_mib > 1 and not report.deaths, report.row()
+    assert report.peak_mib - before < UNREAD_MIB, f"{before:.0f} MiB before, {report.row()}"
+    assert report.tallies["during"]["answers"] and not report.faults, report.tallies
 
 
 @pytest.mark.parametrize("bomb", ["ping behind a full queue, port +3", "names that are taken, port +0"])

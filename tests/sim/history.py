@@ -6,7 +6,7 @@ it can tell for every token whether it may follow its predecessor.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +83,11 @@ class History:
         self.wanted: dict[bytes, Wanted] = {}
         self.heard: dict[tuple[str, bytes], Heard] = {}
         self.dispatches: dict[bytes, list[m.Dispatch]] = {}
+        #: Under which name each request was submitted.
+        self.owners: dict[bytes, str] = {}
         self.tokens = 0
+        #: ENDs that arrived at a client which holds more tokens than they count.
+        self.outdated: list[str] = []
         #: Runs that were in an engine's batch when it died or hung by itself.
         self.died_running: set[bytes] = set()
         #: Of those, the ones that were the cause.
@@ -96,6 +100,11 @@ class History:
     def dispatched(self, running: dict[bytes, Any], message: m.Dispatch) -> None:
         self.dispatches.setdefault(message.id, []).append(message)
 
+    def check_owners(self, owners: Iterable[tuple[bytes, str]]) -> None:
+        """Of all requests that a broker lists. None is there under a name that did not submit it."""
+        for id, owner in owners:
+            assert self.owners.get(id) == owner, f"{id.hex()[:8]} is listed for {owner!r}, who did not submit it"
+
     def delivered(
         self, client: str, id: bytes, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]
     ) -> None:
@@ -106,6 +115,12 @@ class History:
         heard.pieces += pieces
         heard.logprobs += logprobs
         self.tokens += len(ids)
+
+    def end_arrived(self, client: str, end: m.End, held: int) -> None:
+        """An END for a request that its client has introduced on this link, with the tokens that it holds."""
+        if end.count < held and not self.wanted[end.id].cancelled:
+            text = f"lost: an END with {end.count} tokens arrived, {held} are held"
+            self.outdated.append(f"{text} [{client}, request {end.id.hex()[:8]}]")
 
     def placed(self, client: str, id: bytes) -> None:
         self._of(client, id).placed = True
@@ -155,7 +170,7 @@ class History:
 
     def judge(self, gone: set[str]) -> list[str]:
         """All that is wrong. `gone`: clients that vanished, to whom nothing is owed."""
-        wrong: list[str] = []
+        wrong = [*self.outdated]
         for (client, id), heard in self.heard.items():
             for problem in self._judge_one(client in gone, self.wanted[id], id, heard):
                 wrong.append(f"{problem} [{client}, request {id.hex()[:8]}]")
@@ -211,8 +226,7 @@ class History:
         if end is None:
             return [*wrong, *self._judge_failure(wanted, heard)]
         if end.reason == "cancelled":
-            asked_for = wanted.cancelled or wanted.abandoned
-            return wrong if asked_for else [*wrong, "failed: cancelled, though no client asked for it"]
+            return wrong if wanted.cancelled else [*wrong, "failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return wrong if wanted.message.deadline_ms else [*wrong, "failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
@@ -256,7 +270,7 @@ class History:
         if not wanted.cancelled and len(heard.ids) != end.count:
             return [f"lost: {len(heard.ids)} of {end.count} tokens were delivered"]
         if end.reason == "cancelled":
-            return [] if wanted.cancelled or wanted.abandoned else ["failed: cancelled, though no client asked for it"]
+            return [] if wanted.cancelled else ["failed: cancelled, though no client asked for it"]
         if end.reason == "deadline":
             return [] if wanted.message.deadline_ms else ["failed: deadline, though it has none"]
         if end.error is not None and end.error.code is Code.ENGINE_FAILED:
@@ -285,7 +299,7 @@ class History:
             # An attach that came after it: what there is, is why it ended.
             return bool(wanted.message.deadline_ms)
         if error.code is Code.OVER_LIMIT:
-            # Limits are for what is new. What one broker has admitted another one does not refuse.
+            # Limits are for what is new. What a broker has accepted the next does not refuse: the client can prove it.
             return self.limits and not heard.placed
         return error.code is Code.BUSY
 

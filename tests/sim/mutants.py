@@ -56,6 +56,10 @@ GUARDS: dict[str, Guard] = {
     "end acknowledgement": Guard(_ENDING, "    state.to_worker(worker, m.EndAck([key]))", "    pass"),
     "claimed-set requeue": Guard(_MEMBERSHIP, _CLAIMED, "if False]"),
     "control sequence": Guard(_MEMBERSHIP, _CLAIMED, "if key not in beat.claims]"),
+    "receipt is asked for again": Guard(
+        _MEMBERSHIP, "            if client.backlog.receipt:\n", "            if False:\n"
+    ),
+    "receipt counts": Guard("llambo.broker.records.backlog", "self.bytes -= self._asked_bytes", "pass"),
     "lease": Guard(_MEMBERSHIP, "if silent_ms >= timing.lease_ms:", "if False:"),
     "dedup of submits": Guard(
         "llambo.broker.requests.admission",
@@ -83,7 +87,15 @@ GUARDS: dict[str, Guard] = {
         "if known:",
     ),
     "abandoned is not ended": Guard(
-        "llambo.broker.requests.recovery", "    if ended.abandoned:\n        return False\n", ""
+        "llambo.broker.requests.recovery",
+        "return ended.abandoned or have > ended.end.count",
+        "return have > ended.end.count",
+    ),
+    "no END that is out of date": Guard(
+        "llambo.broker.requests.following",
+        "outdated = ended is not None and recovery.is_outdated(ended, asked.have)",
+        "outdated = False",
+        brokers=2,
     ),
     "poison is ended": Guard(_SUSPICION, "if charged and [request] == suspects:", "if False:"),
     "one suspect on an engine": Guard(
@@ -109,8 +121,12 @@ GUARDS: dict[str, Guard] = {
     "identities take turns": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
     "a moved request is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
     "limits apply to new requests": Guard(
-        "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
+        "llambo.broker.records.accounts", "        if admitted:\n            return None\n", ""
     ),
+    "only what was sealed is adopted": Guard(
+        "llambo.broker.requests.recovery", "if key and not seals.is_sealed(", "if key and False and seals.is_sealed("
+    ),
+    "a seal is for one worker": Guard("llambo.broker.records.seals", "+ time + worker.encode()", "+ time"),
     "no partial result": Guard(
         _ENDING, """    if request.task != "generate" and reason != "stop":\n""", "    if False:\n"
     ),

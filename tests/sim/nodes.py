@@ -16,6 +16,7 @@ from llambo.broker.invariants import check
 from llambo.broker.records.measurements import Counters
 from llambo.mesh.client import client_events as c
 from llambo.mesh.client.client_core import ClientCore
+from llambo.mesh.client.client_requests import RequestState
 from llambo.mesh.link import link_core as lc
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -185,6 +186,10 @@ class BrokerNode(Node):
         self._events += 1
         if self._events % self.check_every == 0:
             check(self.core)
+            if self._identities is not None:
+                state = self.core.state
+                self.history.check_owners((id, live.owner) for id, live in state.requests.items())
+                self.history.check_owners((id, ended.owner) for id, ended in state.archive.ended.items())
         if self._identities is not None:
             self.shares.judge(self.core.state, actions)
         return actions
@@ -476,6 +481,10 @@ class ClientNode(Peer):
             for message, _ in event.messages:
                 if isinstance(message, m.Page):
                     self._count_duplicates(message.chunks)
+                elif isinstance(message, m.End) and event.session == self.core.link.session:
+                    request = self.core.requests.live.get(message.id)
+                    if request is not None and request.sent and request.state is not RequestState.WAITING:
+                        self.history.end_arrived(self.name, message, request.tokens.next_index)
         return self.core.handle(event, self.now_ms)
 
     def wakeup(self) -> int:
@@ -492,7 +501,8 @@ class ClientNode(Peer):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
             case c.ReportFailure(key, error) if isinstance(key, bytes):
                 self.history.failed(self.name, key, error, self.clock.now_ms)
-            case c.ReportPlace(id, _, _):
+            case c.ReportPlace(id, _, model) if model:
+                # (From a heartbeat alone it would know its place, and have no proof for another broker.)
                 self.history.placed(self.name, id)
             case _:
                 pass

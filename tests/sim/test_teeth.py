@@ -25,7 +25,9 @@ NOTICED_BY = {
     "end on control": 0,
     "end acknowledgement": 2,
     "claimed-set requeue": 41,
-    "control sequence": 55,
+    "control sequence": 43,
+    "receipt is asked for again": 7,
+    "receipt counts": 3,
     "lease": 30,
     "dedup of submits": 22,
     "transcript in the re-dispatch": 1,
@@ -35,6 +37,7 @@ NOTICED_BY = {
     "whole results": 20,
     "newer state of the client": 92,
     "abandoned is not ended": 92,
+    "no END that is out of date": 6,
     "poison is ended": 20,
     "one suspect on an engine": 62,
     "one suspect of all brokers": 784,
@@ -46,6 +49,8 @@ NOTICED_BY = {
     "identities take turns": 193,
     "a moved request is charged once": 2,
     "limits apply to new requests": 152,
+    "only what was sealed is adopted": 1,
+    "a seal is for one worker": 201,
     "no partial result": 46,
 }
 

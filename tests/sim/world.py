@@ -7,16 +7,20 @@ from random import Random
 
 import msgspec
 
-from llambo.broker.config import BrokerConfig
+from llambo.broker.config import Bounds, BrokerConfig
 from llambo.mesh.client import client_events as c
 from llambo.mesh.wire import messages as m
 from llambo.worker.config import FakeFaults, FakeOptions, WorkerConfig
 from tests.sim import faults
 from tests.sim.clock import Clock
 from tests.sim.history import EMBEDDING_SIZE, POISON, History, Wanted
+from tests.sim.hostile import HostileWorker
 from tests.sim.keys import Keys
 from tests.sim.network import Hub, Network, Wire
 from tests.sim.nodes import BrokerNode, ClientNode, WorkerNode
+
+#: A few messages: in a quarter of the worlds peers have to give receipts all the time.
+SMALL_BACKLOG_BYTES = 4_000
 
 
 @dataclass
@@ -56,6 +60,8 @@ class World:
             client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
+            marks_key=self.keys.marks,
+            backlog_bytes=SMALL_BACKLOG_BYTES if seed % 4 == 3 else Bounds().backlog_bytes,
         )
         self.brokers = [
             BrokerNode(self.clock, self._skew(), config, self.random, self.network, Hub(), self.history, self.keys.now)
@@ -72,8 +78,12 @@ class World:
         for client in self.clients:
             client.begin()
         self._plan_requests()
+        self._plan_followers()
         for at, kind, who, length in self.plan.incidents:
             self.clock.at(at, lambda k=kind, n=who, t=length: self._incident(k, n, t))  # type: ignore[misc]
+        if self.keys.hostile:
+            hostile = HostileWorker(self.clock, Random(f"evil in {self.seed}"), self.brokers, self.history)
+            hostile.begin(faults.FAULTS_END_MS)
         if self.keys.change_at:
             self.clock.at(self.keys.change_at, self._change_keys)
         wrong: list[str] = []
@@ -179,10 +189,26 @@ class World:
                 later = at + random.randint(100, 3_000)
                 self.clock.at(later, lambda n=client, o=other, q=message: self._attach(n, o, q))  # type: ignore[misc]
 
+    def _plan_followers(self) -> None:
+        """A client submits a long answer, leaves its broker, which is cut off from all, and comes back when the other
+        one dies; a client of the other one follows the answer meanwhile, and comes with it.
+        """
+        random = Random(f"{self.seed}/followers")
+        if self.plan.brokers < 2 or self.plan.calm or len(self.clients) < 2 or self.seed % 4 != 2:
+            return  # (an answer of an odd seed is short)
+        who, at = random.randrange(len(self.clients)), random.randint(600, 1_200)
+        client = self.clients[who]
+        message = m.InferenceRequest(random.randbytes(16), "", random.choice((400, 1_200)), seed=random.getrandbits(62))
+        self.history.wanted[message.id] = Wanted(message, b"a long answer", 0)
+        self.clock.at(at - random.randint(50, 250), lambda: self._submit(client, message))
+        self.clock.at(at, lambda: self._leave_together(client, message))
+        self.clock.at(at + random.randint(4_200, 4_700), lambda: self._incident("client bereft", who, 300))
+
     def _submit(self, client: ClientNode, message: m.InferenceRequest) -> None:
         if not client.alive:
             return
         self.history.expect(client.name, message.id)
+        self.history.owners[message.id] = self.keys.names[client.name]
         client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt))
 
     def _cancel(self, client: ClientNode, message: m.InferenceRequest) -> None:
@@ -194,13 +220,28 @@ class World:
                 self.history.wanted[message.id].cancelled = True
             client.happen(c.CancelAsked(message.id))
 
+    def _leave_together(self, client: ClientNode, message: m.InferenceRequest) -> None:
+        first = next(number for number, broker in enumerate(self.brokers) if broker.hub is client.wire.hub)
+        other = next((other for other in self.clients if other.wire.hub is not client.wire.hub), None)
+        self._incident("broker partition", first, 1_500)
+        if other is not None:
+            self._attach_when_known(client, other, message)
+
+    def _attach_when_known(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
+        """Its broker may learn of the request only when the client that submitted it comes there."""
+        self._attach(client, other, message)
+        if (other.name, message.id) not in self.history.heard and self.clock.now_ms < faults.FAULTS_END_MS:
+            self.clock.after(100, lambda: self._attach_when_known(client, other, message))
+
     def _attach(self, client: ClientNode, other: ClientNode, message: m.InferenceRequest) -> None:
         """Another client follows the same request, if the broker knows it by now."""
         state = next(broker for broker in self.brokers if broker.hub is other.wire.hub).core.state
         if message.task != "generate":
             return  # a result goes only to the client that asked for it
         known = message.id in state.requests or (message.detached and state.archive.get(message.id))
-        if other is client or not other.alive or not known:
+        if other is client or not other.alive or not known or (other.name, message.id) in self.history.heard:
+            return
+        if self.keys.hostile and self.keys.names[other.name] != self.keys.names[client.name]:
             return
         if not message.detached or self.restarts or (self.plan.incidents and self.plan.brokers > 1):
             self.history.wanted[message.id].abandoned = True  # it may end before the attach gets there
@@ -271,7 +312,7 @@ class World:
     def _drain(self, name: str, length_ms: int, *, move: bool) -> None:
         """An operator drains a worker, or empties it, and puts it back to work later."""
         operator = next((client for client in self.clients if client.alive), None)
-        if operator is not None:
+        if operator is not None and not self.keys.hostile:  # (there no client may)
             drain = m.DrainWorker(len(self.log), name, move=move)
             operator.happen(c.CommandAsked(drain))
             self.clock.after(length_ms, lambda: self._undo(operator, drain))
@@ -365,7 +406,8 @@ class World:
                 wrong.append(f"stuck: {worker.config.name} still holds {len(worker.core.runs)} runs")
             if worker.alive and worker.core.drain.drained and any(c.alive for c in self.clients):
                 wrong.append(f"stuck: {worker.config.name} is still drained")  # each drain was taken back
-        if self.plan.calm and (self._counted("moved") or self._counted("workers_lost")):
+        lost = 0 if self.keys.hostile else self._counted("workers_lost")  # (that one comes and goes)
+        if self.plan.calm and (self._counted("moved") or lost):
             wrong.append(f"disturbed: {self._counted('moved')} moves although nothing went wrong")
         return wrong
 

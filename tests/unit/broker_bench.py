@@ -80,8 +80,8 @@ class Bench:
         hello = m.WorkerHello(name, incarnation, [m.ModelInfo(model, fingerprint)], slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
-    def client(self, route: bytes = b"c", user: str = "") -> Client:
-        return Client(self, route, user)
+    def client(self, route: bytes = b"c", user: str = "", incarnation: bytes = b"") -> Client:
+        return Client(self, route, user, incarnation)
 
 
 def small_mesh(slots: int = 2, **config: Any) -> tuple[Bench, Worker, Client]:
@@ -150,12 +150,12 @@ class Worker(Peer):
 
 
 class Client(Peer):
-    def __init__(self, bench: Bench, route: bytes, user: str = "") -> None:
+    def __init__(self, bench: Bench, route: bytes, user: str = "", incarnation: bytes = b"") -> None:
         self.bench = bench
         self.route = route
         self.user = user
         self.session = NO_SESSION
-        self.send(m.ClientHello())
+        self.send(m.ClientHello(incarnation=incarnation))
         self.welcome = self.received(m.Welcome)[-1]
         self.session = self.welcome.session
 

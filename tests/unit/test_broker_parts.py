@@ -8,6 +8,7 @@ import pytest
 
 from llambo.broker.ports import SubscriptionGrants
 from llambo.broker.records.accounts import Account
+from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.pools import Pool
 from llambo.broker.records.queue import RequestQueue
 from llambo.broker.records.registry import ClientEntry, Session, WorkerEntry
@@ -28,7 +29,7 @@ def a_request(number: int, now_ms: int = 0, account: Account | None = None, **fi
 
 def a_worker(name: str, slots: int) -> WorkerEntry:
     hello = m.WorkerHello(name, b"i", [m.ModelInfo("m")], slots)
-    worker = WorkerEntry(hello, Session(name.encode(), m.Welcome(name.encode(), 1), 0, 0))
+    worker = WorkerEntry(hello, Session(name.encode(), m.Welcome(name.encode(), 1), 0, 0), Backlog(4_000))
     worker.beats.echo = worker.beats.beat = 1
     return worker
 
@@ -222,7 +223,7 @@ def test_pages_are_bounded_and_together_they_are_everything() -> None:
 
 
 def client_of(topic: bytes, user: str = "") -> ClientEntry:
-    return ClientEntry(m.ClientHello(), Session(b"route", m.Welcome(b"session!", 1, topic), 0, 0, user))
+    return ClientEntry(m.ClientHello(), Session(b"route", m.Welcome(b"session!", 1, topic), 0, 0, user), Backlog(4_000))
 
 
 def test_a_topic_is_granted_to_the_key_of_its_session_only() -> None:

@@ -396,3 +396,39 @@ def test_an_end_before_the_tokens_that_a_client_holds_is_not_its_end() -> None:
     bench.pass_time(150)
     assert not again.ends and not again.problems
     assert worker.dispatches[-1].prefix == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("cancelled", "ids"), [(True, [1]), (True, [1, 2, 3]), (False, [1, 2, 3])])
+def test_an_end_that_is_out_of_date_is_not_the_end_of_who_attaches(cancelled: bool, ids: list[int]) -> None:
+    """It was cancelled here for lack of a follower; or it ended here before the tokens that the client holds."""
+    bench = Bench(adopt_ms=100, startup_grace_ms=1_000)
+    bench.pass_time(2_000)
+    worker, client = bench.worker(), back(bench, b"1")
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1))
+    if cancelled:
+        client.send(m.Goodbye())
+    worker.end(1, reason="cancelled" if cancelled else "stop")
+    client.send(m.EndAck([request_id(1)]))
+    follower = back(bench, b"2", b"another client")
+    chunk = tokens.encode_chunk(request_id(1) + b"\0\0\0\1old!", 0, ids, [b"x"] * len(ids))
+    follower.send(m.Attach(request_id(1), len(ids), [chunk], resume=True))
+    assert not follower.ends and not follower.problems  # the client that submitted it may come from there as well
+    comes_from_another(bench, b"3", ids)
+    assert follower.received(m.Accepted) and not follower.ends
+    bench.pass_time(150)
+    assert worker.dispatches[-1].prefix == ids
+
+
+def test_an_end_that_is_out_of_date_is_refused_to_all_who_attach() -> None:
+    bench = Bench()
+    worker, client = bench.worker(), back(bench, b"1")
+    client.submit(1)
+    worker.publish(worker.chunk(0, 1))
+    client.send(m.Goodbye())
+    worker.end(1, reason="cancelled")
+    follower = bench.client()
+    for asked in (m.Attach(request_id(1)), m.Attach(request_id(1), 2)):
+        follower.send(asked)
+        assert [problem.error.code for problem in follower.received_last(m.Problem)] == [Code.EXPIRED]
+    assert not follower.ends

@@ -33,8 +33,8 @@ class EndedRequest(msgspec.Struct):
     transcript: Transcript | None
     #: Sessions that have not acknowledged the END yet.
     owed: set[bytes] = msgspec.field(default_factory=set)
-    #: It was ended because its client was gone. If the client submits it again, it has not ended; an attach gets the
-    #: END, or EXPIRED.
+    #: It was ended because its client was gone. If the client submits it again, it has not ended; no client is given
+    #: this END (`recovery.is_outdated`).
     abandoned: bool = False
     owner: str = ""
     first_ms: int = -1

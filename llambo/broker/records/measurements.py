@@ -57,6 +57,8 @@ class PeerCounters:
     problems: int = 0
     unknown_sessions: int = 0
     forbidden: int = 0
+    #: Messages of clients that do not read their answers: they count as lost.
+    unread: int = 0
 
 
 @dataclass(slots=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
+from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.request import Lane, Request
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import ANYONE, Identity
 
 #: What `llambo workers` and the metrics call a worker's state.
 CONDITIONS = ("joining", "loading", "ready", "trial", "slow", "mending", "draining", "drained")
+#: Backlogs of sessions that are over, of each kind of peer.
+BACKLOGS = 10_000
 #: Token-plane beats that may be on their way.
 BEATS_AWAY = 3
 
@@ -118,6 +121,7 @@ class WorkerEntry:
 
     __slots__ = (
         "adopted",
+        "backlog",
         "beats",
         "claims",
         "done",
@@ -135,10 +139,11 @@ class WorkerEntry:
         "turn",
     )
 
-    def __init__(self, hello: m.WorkerHello, link: Session) -> None:
+    def __init__(self, hello: m.WorkerHello, link: Session, backlog: Backlog) -> None:
         self.hello = hello
         self.link = link
         self.session = link.welcome.session
+        self.backlog = backlog
         self.beats = Beats()
         self.serving = Serving(hello.models, hello.slots)
         self.speed = Speed(hello.slots)
@@ -210,6 +215,7 @@ class WorkerEntry:
             and self.state == "ready"
             and beats.echo > 0
             and beats.beat - beats.echo <= BEATS_AWAY
+            and self.backlog.bytes < self.backlog.limit
             and not (self.drain.drained or self.refusing or speed.ejected or (speed.trial and self.claims))
         )
 
@@ -217,13 +223,14 @@ class WorkerEntry:
 class ClientEntry:
     """A client's session: its topic, what it follows, and the ENDs it has not acknowledged."""
 
-    __slots__ = ("beats", "following", "hello", "link", "session", "topic", "unacked")
+    __slots__ = ("backlog", "beats", "following", "hello", "link", "session", "topic", "unacked")
 
-    def __init__(self, hello: m.ClientHello, link: Session) -> None:
+    def __init__(self, hello: m.ClientHello, link: Session, backlog: Backlog) -> None:
         self.hello = hello
         self.link = link
         self.session = link.welcome.session
         self.topic = link.welcome.topic
+        self.backlog = backlog
         self.beats = Beats()
         self.following: dict[bytes, None] = {}
         #: Request id to the time its END was sent last, oldest first.
@@ -243,6 +250,7 @@ class ClientEntry:
 class _Peer(Protocol):
     link: Session
     session: bytes
+    backlog: Backlog
 
 
 P = TypeVar("P", bound=_Peer)
@@ -254,14 +262,24 @@ class Sessions(dict[bytes, P]):
     def __init__(self) -> None:
         super().__init__()
         self.by_route: dict[bytes, P] = {}
+        #: By route, of sessions that are over: the same connection cannot begin another one with an empty backlog.
+        self._backlogs: dict[bytes, Backlog] = {}
 
     def add(self, peer: P) -> None:
+        peer.backlog = self._backlogs.pop(peer.link.route, peer.backlog)
         self[peer.session] = peer
         self.by_route[peer.link.route] = peer
 
     def remove(self, peer: P) -> None:
         del self[peer.session]
         self.by_route.pop(peer.link.route, None)
+        if peer.backlog.much:
+            self._backlogs[peer.link.route] = peer.backlog
+            if len(self._backlogs) > BACKLOGS:
+                del self._backlogs[next(iter(self._backlogs))]
+
+    def route_gone(self, route: bytes) -> None:
+        self._backlogs.pop(route, None)
 
     def move(self, peer: P, route: bytes) -> None:
         """The same session speaks from a new route: it has connected again."""

@@ -15,6 +15,7 @@ from llambo.broker.events import Action, ToClient, ToWorker
 from llambo.broker.records import seals
 from llambo.broker.records.accounts import Accounts
 from llambo.broker.records.archive import Archive
+from llambo.broker.records.backlog import MESSAGE_BYTES, size_of
 from llambo.broker.records.journal import Journal
 from llambo.broker.records.measurements import Counters, Measurements
 from llambo.broker.records.orphans import Recovery
@@ -24,6 +25,7 @@ from llambo.broker.records.registry import ClientEntry, Registry, WorkerEntry
 from llambo.broker.records.request import Lane, Request
 from llambo.broker.records.retry_budget import RetryBudgets
 from llambo.broker.records.schedule import POLICIES
+from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import ANYONE, Identity
 from llambo.mesh.wire.timers import Timers
@@ -57,11 +59,14 @@ class Models:
         self.unserved_since: dict[str, int] = {}
         #: Those that a worker was ready with. The name of a file that never loads is not among them.
         self.served: set[str] = set()
+        #: Those that a client says to have had at another broker, and of which no worker or orchestrator has said so.
+        self.claimed: set[str] = set()
         self.retries = retries
 
     def forget(self, model: str) -> None:
         del self.unserved_since[model]
         self.served.discard(model)
+        self.claimed.discard(model)
 
 
 class Wakeups:
@@ -103,9 +108,29 @@ class State:
 
     def to_client(self, client: ClientEntry, message: m.Message) -> None:
         self.out.append(ToClient(client.link.route, client.session, message))
+        client.backlog.bytes += size_of(message)
+        if client.backlog.wants_receipt and client.hello.incarnation:
+            self.ask_client(client)
+
+    def ask_client(self, client: ClientEntry) -> None:
+        """For a receipt, or again for the same: it acknowledges an END of an unknown request (backlog.py)."""
+        receipt = client.backlog.receipt or client.backlog.ask(self.random_bytes(limits.REQUEST_ID_BYTES))
+        self.out.append(ToClient(client.link.route, client.session, m.End(receipt, 0, "cancelled")))
 
     def to_worker(self, worker: WorkerEntry, message: m.Message, blob: bytes | None = None) -> None:
         self.out.append(ToWorker(worker.link.route, worker.session, message, blob))
+        backlog = worker.backlog
+        backlog.bytes += MESSAGE_BYTES if blob is None else MESSAGE_BYTES + len(blob)
+        if backlog.wants_receipt:
+            self.ask_worker(worker)
+        if backlog.full:
+            self.pools.refresh(worker)
+
+    def ask_worker(self, worker: WorkerEntry) -> None:
+        """For a receipt, or again for the same: it answers a cancel of a run that it does not have (backlog.py)."""
+        key = worker.backlog.receipt or worker.backlog.ask(self.random_bytes(limits.RUN_KEY_BYTES))
+        cancel = m.Cancel(key[: limits.REQUEST_ID_BYTES], key[limits.REQUEST_ID_BYTES :])
+        self.out.append(ToWorker(worker.link.route, worker.session, cancel))
 
     def may_push_to(self, client: ClientEntry) -> bool:
         """Whether answer data may be sent to this client now.
@@ -126,13 +151,14 @@ class State:
         return since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
 
     def models_shown(self, now_ms: int) -> list[str]:
-        """Without those that are gone, unless requests wait for them."""
-        known = self.models.unserved_since
+        """Without those that are gone, unless requests wait for them, and without names that only clients have said."""
+        known = self.models.unserved_since.keys() - self.models.claimed
         return sorted(model for model in known if self.is_held(model, now_ms) or Lane(model) in self.queue.lines)
 
     def admit(self, request: Request) -> None:
         if self.config.marks_key:
-            request.receipt = seals.receipt_of(self.config.marks_key, request)
+            asked, owner = request.asked, request.owner
+            request.proof = seals.proof_of(self.config.marks_key, asked, request.model, owner, request.prompt)
         self.requests[request.id] = request
         size = request.transcript.reserved + len(request.prompt)
         self.reserved += size

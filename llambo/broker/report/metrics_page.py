@@ -47,6 +47,7 @@ COUNTED = {
     "problems": _counter("problems", "Messages that could not be read, and hellos that were refused"),
     "unknown_sessions": _counter("unknown_sessions", "Messages under a session that is over, or never was"),
     "forbidden": _counter("forbidden", "Messages that the role of their sender does not allow"),
+    "unread": _counter("unread", "Messages of clients that do not read their answers, taken as lost"),
 }
 #: These the meter has.
 METERED = ("refused", "ended", "failed", "cancelled", "moved", "tokens")

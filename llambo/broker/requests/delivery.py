@@ -232,6 +232,11 @@ def end_arrived(state: State, worker: WorkerEntry, end: m.End, blob: bytes, now_
     An END under a key that is not in the fence is only acknowledged, so that the worker stops sending it.
     """
     key = end.id + end.dispatch
+    if key == worker.backlog.receipt:
+        if worker.backlog.confirm():
+            state.ask_worker(worker)
+        state.pools.touch(worker)
+        return
     request = state.running.get(key)
     if request is None or request.run.worker is not worker:
         worker.claims.pop(key, None)

@@ -45,10 +45,14 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
             _send_page(state, client, m.Replay(asked.id, asked.have))
         return
     ended = state.archive.get(asked.id)
-    if ended is None and recovery.defer(state, client, asked, b"", now_ms):
+    outdated = ended is not None and recovery.is_outdated(ended, asked.have)
+    if (ended is None or outdated) and recovery.defer(state, client, asked, b"", now_ms):
         return
     if ended is None:
         refusals.refuse(state, client, asked.id, Code.UNKNOWN_REQUEST, f"no request {asked.id.hex()} is known here")
+    elif outdated:
+        text = f"request {asked.id.hex()} has lost its clients, or goes on at another broker"
+        refusals.refuse(state, client, asked.id, Code.EXPIRED, text)
     elif not recovery.fits(ended, asked.held):
         refusals.refuse(state, client, asked.id, Code.EXPIRED, OTHER_TOKENS)
     elif ended.transcript is None and asked.have < ended.end.count and ended.end.error is not None:
@@ -62,7 +66,7 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
 
 def send_accepted(state: State, client: ClientEntry, request: Request) -> None:
     ahead = state.queue.ahead(request) if request.state is RequestState.WAITING else 0
-    state.to_client(client, m.Accepted(request.id, ahead, request.model, request.run.fingerprint))
+    state.to_client(client, m.Accepted(request.id, ahead, request.model, request.run.fingerprint, request.proof))
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_ms: int) -> None:
@@ -84,12 +88,16 @@ def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_
 
 def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, now_ms: int) -> None:
     for id in ack.ids:
+        if id and id == client.backlog.receipt and client.backlog.confirm():
+            state.ask_client(client)
         client.unacked.pop(id, None)
         state.archive.acknowledged(id, client.session)
 
 
 def send_late_ends(state: State, client: ClientEntry, now_ms: int) -> None:
     """Send again every END that has gone unacknowledged for too long, the oldest first."""
+    if client.backlog.full:
+        return
     late: list[bytes] = []
     for id, sent_at in client.unacked.items():
         if now_ms - sent_at < state.config.timing.resend_ms:

@@ -6,10 +6,11 @@ import enum
 from collections.abc import Mapping
 
 from llambo.broker.events import Publish, ToClient, ToWorker
+from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
 from llambo.broker.records.request import Lane, RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import admission, delivery, dispatching, following
+from llambo.broker.requests import admission, delivery, dispatching, following, same_model
 from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -73,13 +74,16 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
 def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, identity: Identity, now_ms: int) -> None:
     config = state.config
     welcome = _welcome(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
-    worker = WorkerEntry(hello, Session(route, welcome, now_ms, now_ms, user, identity))
+    worker = WorkerEntry(
+        hello, Session(route, welcome, now_ms, now_ms, user, identity), Backlog(config.bounds.backlog_bytes)
+    )
     worker.speed.fresh_until = now_ms + config.faults.settle_ms
     state.registry.add_worker(worker)
     _serves_models(state, worker)
     loading = ", still loading" if worker.state == "starting" else ""
     text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
     state.journal.add(now_ms, "worker joined", text, worker=worker.name)
+    same_model.note_different(state, worker, now_ms)
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     draining.joined(state, worker)
     admission.retry_deferred(state, now_ms)
@@ -89,6 +93,7 @@ def _serves_models(state: State, worker: WorkerEntry) -> None:
     state.measured.meter.learn(worker)
     for model in worker.serving.models:
         state.models.unserved_since[model] = 0
+    state.models.claimed.difference_update(worker.serving.models)
     if worker.state != "starting":
         state.models.served.update(worker.serving.models)
 
@@ -141,6 +146,8 @@ def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, n
     _note_unserved(state, before, now_ms)
     text = f"{worker.name}: {', '.join(worker.serving.models)}, {worker.slots} slots"
     state.journal.add(now_ms, "worker serves", text, worker=worker.name)
+    same_model.note_different(state, worker, now_ms)
+    same_model.note_waiting(state, (*before, *worker.serving.models), now_ms)
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
@@ -193,6 +200,7 @@ def lose_worker(state: State, worker: WorkerEntry, loss: Loss, now_ms: int, deta
     text = f"{worker.name}: {why} ({len(keys)} of its requests move)"
     state.journal.add(now_ms, "worker lost", text, warning=loss is not Loss.LEFT, worker=worker.name)
     _note_unserved(state, worker.serving.models, now_ms)
+    same_model.note_waiting(state, worker.serving.models, now_ms)
     for key in keys:
         request = state.running.get(key)
         if request is not None and request.run.worker is worker:
@@ -201,6 +209,7 @@ def lose_worker(state: State, worker: WorkerEntry, loss: Loss, now_ms: int, deta
 
 def route_gone(state: State, route: bytes, to_worker: bool, now_ms: int) -> None:
     """For a client this means nothing yet; a worker has a moment to come back."""
+    (state.registry.workers if to_worker else state.registry.clients).route_gone(route)
     worker = state.registry.workers.by_route.get(route) if to_worker else None
     if worker is not None and not worker.link.route_gone_at:
         worker.link.route_gone_at = now_ms
@@ -233,6 +242,8 @@ def worker_round(state: State, now_ms: int) -> None:
             lose_worker(state, worker, Loss.DISCONNECTED, now_ms)
         else:
             delivery.heartbeat_worker(state, worker)
+            if worker.backlog.receipt:
+                state.ask_worker(worker)
 
 
 # --- clients ---
@@ -261,12 +272,15 @@ def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, no
         return
     topic = state.random_bytes(limits.TOPIC_BYTES)
     welcome = _welcome(state, config.tokens_out_port, topic, config.timing.client_lease_ms, hello.versions)
-    registry.add_client(ClientEntry(hello, Session(route, welcome, now_ms, now_ms, user, identity)))
+    session = Session(route, welcome, now_ms, now_ms, user, identity)
+    registry.add_client(ClientEntry(hello, session, Backlog(config.bounds.backlog_bytes)))
     state.out.append(ToClient(route, NO_SESSION, welcome))
 
 
 def client_heartbeat(state: State, client: ClientEntry, beat: m.ClientHeartbeat, blob: bytes, now_ms: int) -> None:
     client.beats.echo = beat.echo
+    if not client.hello.incarnation:
+        client.backlog.heartbeat(client.beats.number)
 
 
 def subscribed(state: State, topic: bytes, now_ms: int) -> None:
@@ -282,7 +296,7 @@ def _heartbeat_client(state: State, client: ClientEntry) -> None:
     beats.number += 1
     progress: dict[bytes, int] = {}
     waiting: dict[bytes, int] = {}
-    for id in client.following:
+    for id in () if client.backlog.full else client.following:
         request = state.requests[id]
         if request.state is RequestState.WAITING:
             waiting[id] = state.queue.ahead(request)
@@ -309,6 +323,8 @@ def client_round(state: State, now_ms: int) -> None:
         else:
             following.send_late_ends(state, client, now_ms)
             _heartbeat_client(state, client)
+            if client.backlog.receipt:
+                state.ask_client(client)
 
 
 # --- both ---

@@ -20,6 +20,8 @@ from llambo.mesh.wire.identity import Pair, PeerKey
 
 #: Messages a socket queues for one peer, by plane.
 CONTROL_HWM = 10_000
+#: Those that a broker queues for a client, and from it. The client's own socket queues CONTROL_HWM before these.
+CLIENT_HWM = 1_000
 TOKEN_HWM = 100_000
 #: The kernel notices a cut cable: it probes a silent host after so many seconds, and closes a connection on which
 #: nothing is acknowledged for so long. That checks the host and not the process, which has a lease. ZeroMQ's own
