@@ -272,8 +272,8 @@ def python_sampling() -> str:
 
 ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tokenized", "Embeddings")
 ROWS = (
-    "MeshStatus", "ModelRow", "WorkerRow", "RequestRow", "RequestStory", "StoryStep", "EventRow", "Recent", "SampleRow",
-    "EndedRow", "AccountRow", "DrainReply", "Lease", "LeaseReply", "Counters",
+    "MeshStatus", "ModelRow", "ModelVariant", "WorkerRow", "RequestRow", "RequestStory", "StoryStep", "EventRow",
+    "Recent", "SampleRow", "EndedRow", "AccountRow", "DrainReply", "Lease", "LeaseReply", "Counters",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         LeaseReply,
         MeshStatus,
         ModelRow,
+        ModelVariant,
         Recent,
         RequestRow,
         RequestStory,
@@ -47,8 +48,8 @@ _NAMES = {
     "llambo.mesh.wire.errors": "Code LlamboError",
     "llambo.mesh.wire.messages": "Lease Usage",
     "llambo.mesh.wire.reports":
-        "AccountRow DrainReply EndedRow EventRow LeaseReply MeshStatus ModelRow Recent RequestRow "
-        "RequestStory SampleRow StoryStep WorkerRow",
+        "AccountRow DrainReply EndedRow EventRow LeaseReply MeshStatus ModelRow ModelVariant Recent "
+        "RequestRow RequestStory SampleRow StoryStep WorkerRow",
     "llambo.mesh.wire.tokens": "Logprob TopToken",
     "llambo.mesh.wire.tool_calls": "CalledTool",
 }  # fmt: skip
@@ -57,8 +58,8 @@ _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply",
     "Embeddings", "EndedRow", "EventRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MeshStatus", "Messages",
-    "ModelRow", "Options", "Piece", "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream",
-    "SyncClient", "SyncStream", "TaskCall", "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
+    "ModelRow", "ModelVariant", "Options", "Piece", "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep",
+    "Stream", "SyncClient", "SyncStream", "TaskCall", "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
 ]  # fmt: skip
 
 

@@ -363,7 +363,7 @@ def final(reply: Reply) -> Reply:
 
 def error_reply(info: ErrorInfo) -> Reply:
     more = {"retry_after_ms": info.retry_after_ms} if info.retry_after_ms else {}
-    return _error_reply(info.text, info.code, HINTS.get(info.code, TRAITS[info.code].hint), more)
+    return _error_reply(info.text, info.code, HINTS.get(info.code) or info.hint or TRAITS[info.code].hint, more)
 
 
 def mistake_reply(mistake: Mistake) -> Reply:

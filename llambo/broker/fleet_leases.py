@@ -57,6 +57,7 @@ def _grant(state: State, client: ClientEntry, lease: m.Lease, there: HeldLease |
         journal.add(now_ms, "lease", f"{lease.name}: {name} has it")
     leases[lease.name] = HeldLease(lease.holder, name, now_ms + lease.ms, frozenset(lease.promised), answered)
     known = state.models.unserved_since
+    state.models.claimed.difference_update(lease.promised)
     new = [model for model in lease.promised if model not in known]
     for model in new:
         known[model] = max(1, now_ms)

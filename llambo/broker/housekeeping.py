@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from llambo.broker import fleet_leases
-from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import AWAITING_RUN, Lane, Request
 from llambo.broker.records.state import State
 from llambo.broker.report import history
-from llambo.broker.requests import admission, ending
+from llambo.broker.requests import admission, ending, same_model
 from llambo.broker.workers import membership, speed
 from llambo.mesh.wire.errors import Code, ErrorInfo
 
@@ -41,9 +40,9 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.queue.lines.items()):
         if lane == AWAITING_RUN or (not lane.fingerprint and state.is_promised(lane.model)):
             continue  # an orchestrator sees that a promised model is asked for, and starts its workers
-        since = state.models.unserved_since.get(lane.model, 0)
+        since = state.models.unserved_since.get(lane.model, 1)  # (a name that was forgotten meanwhile has no worker)
         if lane.fingerprint and not since:
-            if any(_may_serve(worker, lane) for worker in state.registry.workers.values()):
+            if not same_model.is_missing(state, lane):
                 continue
             since = 1  # others have the model, but not the very same: what counts is how long the request waits
         for request in list(line) if since else ():
@@ -62,17 +61,10 @@ def _missing_since(request: Request, lane: Lane, since: int) -> int:
 
 
 def _give_up(state: State, request: Request, lane: Lane, waited_ms: int, now_ms: int) -> None:
-    which = "the very same model" if lane.fingerprint else "it"
-    text = f"no worker serves {lane.model!r}: {which} was missing for {waited_ms} ms"
-    ending.finish(state, request, "error", now_ms, ErrorInfo(Code.NO_WORKER, text, 1_000))
-
-
-def _may_serve(worker: WorkerEntry, lane: Lane) -> bool:
-    """It has this very model; or one of that name is being loaded, which may turn out to be the same."""
-    if Lane(lane.model, lane.fingerprint) in worker.serving.continuing:
-        return True
-    loading = worker.state == "starting"
-    return loading and any(info.name == lane.model and not info.fingerprint for info in worker.serving.infos)
+    text = f"no worker serves {lane.model!r}: it was missing for {waited_ms} ms"
+    missing = ErrorInfo(Code.NO_WORKER, text, 1_000)
+    error = same_model.missing_too_long(state, lane, waited_ms) if lane.fingerprint else missing
+    ending.finish(state, request, "error", now_ms, error)
 
 
 def _close_lanes(state: State) -> None:

@@ -40,6 +40,7 @@ from llambo.gateway.answers.api_errors import (
 )
 from llambo.gateway.answers.asgi import CODE_KEY, Connection, HttpRequest, Later, Streaming, Whole
 from llambo.gateway.answers.feed import Arrival, Feeds, parse_event_id
+from llambo.gateway.answers.unread import Unread
 from llambo.gateway.answers.websocket import PROTOCOL, Apis, SocketSession, offered_protocols, offered_token
 from llambo.gateway.apis import anthropic_messages, embeddings, openai_chat, openai_completions, responses
 from llambo.gateway.apis.response_store import ResponseStore
@@ -103,7 +104,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, access: Access) -> None:
         self.config, self.access = config, access
         self.metrics = GatewayMetrics()
-        self.feeds = Feeds(config.resume_ms, [self.metrics])
+        self.feeds = Feeds(config.resume_ms, [self.metrics], Unread(config.http_unread_bytes))
         self.responses = ResponseStore()
         self.readiness = Readiness(access.own.client)
         self.stopping = False

@@ -23,6 +23,7 @@ class GatewayConfig(msgspec.Struct, frozen=True):
     answer_tokens: int = 2_048
     resume_ms: int = 5_000
     http_requests: int = 4_096
+    http_unread_bytes: int = 64 * 1024 * 1024
     leave_ms: int = 30_000
 
     @classmethod

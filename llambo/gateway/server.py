@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 HEAD_BYTES = 64 * 1024
 #: From the start of a connection, or the first byte of a request, until its head is complete; and then to its end.
 HEAD_S, BODY_S = 20.0, 120.0
+#: What is still read of a body that was answered before its end, in bytes and seconds: a client that sends all of it
+#: before it reads would otherwise find its connection reset, and not the answer.
+DISCARDED_BYTES, DISCARD_S = 32 * 1024 * 1024, 5.0
 #: A connection that acknowledges nothing of what was sent to it for this long is closed.
 UNACKNOWLEDGED_S = 60.0
 BACKLOG = 2_048
@@ -48,7 +51,9 @@ class TimeoutProtocol(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     #: Bytes since the request began that belong to no body.
     _head_bytes = 0
-    _in_request = _got_body = False
+    _in_request = _in_body = _got_body = False
+    #: Bytes of a body that was answered already; None: there is no such body.
+    _discarded: int | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -84,7 +89,10 @@ class TimeoutProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self._is_ambiguous():
             raise ValueError("a head that two servers may read differently")  # uvicorn sends a 400, and closes
-        self._head_bytes = 0
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
+            self._refuse(431)  # it came in one piece
+            raise ValueError("a head that is too large")
+        self._head_bytes, self._in_body = 0, True
         self._start_timer(BODY_S)
         super().on_headers_complete()
 
@@ -99,11 +107,26 @@ class TimeoutProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._got_body = True
         super().on_body(body)
+        if self._discarded is not None:
+            self._discarded += len(body)
+            if self._discarded > DISCARDED_BYTES:
+                self.transport.close()
 
     def on_message_complete(self) -> None:
-        self._in_request = False
+        self._in_request = self._in_body = False
+        self._discarded = None
         self._stop_timer()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self._in_body and self.cycle.response_complete:  # otherwise it is the body of a later request
+            self._discarded = 0
+            self._start_timer(DISCARD_S)
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if not self.transport.is_closing():  # refused already
+            super().send_400_response(msg)
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_timer()
@@ -127,7 +150,9 @@ class TimeoutProtocol(HttpToolsProtocol):
     def _refuse(self, status: int) -> None:
         """While the application handles a request, it learns of the end as of any connection that the client closes."""
         self._stop_timer()
-        if self._idle:
+        if self._discarded is not None:
+            self.transport.close()
+        elif self._idle:
             head = STATUS_LINE[status] + b"content-length: 0\r\nconnection: close\r\n\r\n"
             self.transport.write(head)
             self.transport.close()

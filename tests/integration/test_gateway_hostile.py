@@ -234,6 +234,26 @@ def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
     assert gateway.get("/healthz") == {"status": "ok"}
 
 
+def test_a_head_that_comes_in_one_piece_is_no_longer_than_others(gateway: GatewayProcess) -> None:
+    for size, found in ((40_000, [b"200", b"404"]), (70_000, [b"431", b"431"])):
+        head = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nx: " + b"y" * size + b"\r\n\r\n"
+        path = b"GET /" + b"h" * size + b" HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        assert [reply_to(gateway, each)[9:12] for each in (head, path)] == found
+
+
+def test_a_body_that_is_too_large_is_read_far_enough_for_its_error(gateway: GatewayProcess) -> None:
+    # A client that sends all of it before it reads gets the error
+    status, reply, _ = gateway.ask("POST", CHAT, b" " * (20 * 2**20))
+    assert status == 413, reply
+    # and one that never comes to an end is disconnected, however it sends it.
+    for framing in ("transfer-encoding: chunked", f"content-length: {2**40}"):
+        with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as connection:
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{framing}\r\n\r\n".encode())
+            chunk = b"10000\r\n" + b"x" * 65_536 + b"\r\n"
+            with pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+                connection.sendall(chunk * (4 * gateway_server.DISCARDED_BYTES // len(chunk)))
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -303,6 +323,35 @@ def test_a_websocket_takes_no_longer_message_than_a_body(gateway: GatewayProcess
         with pytest.raises(ConnectionClosed) as closed:
             too_much(socket)
         assert closed.value.rcvd is None or closed.value.rcvd.code == 1009  # (none: the client still wrote)
+
+
+def test_what_a_websocket_does_not_read_stays_in_the_mesh_and_comes_when_it_reads() -> None:
+    count, length = 8, 1_500
+    # With log probabilities an event has some kilobytes
+    asked = chat(max_tokens=length, stream=True, seed=1, logprobs=True, top_logprobs=20)
+    with (
+        Mesh(workers=1, fake=FakeOptions(slots=count + 1)) as mesh,
+        GatewayProcess(mesh.address, "--http-unread-bytes", "1MiB") as gateway,
+        socket.socket() as narrow,
+    ):
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)  # otherwise the kernel stores all of it
+        narrow.connect(("127.0.0.1", gateway.port))
+        with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream", sock=narrow, max_queue=1) as reader:
+            for number in range(count):
+                reader.send(json.dumps({"type": "ask", "id": str(number), "body": asked}))
+            mesh.until(lambda core: core.state.counters.requests.ended == count, "all answers are made")
+            whole = gateway.post(CHAT, chat(max_tokens=length, seed=1))["choices"][0]["message"]["content"]
+            assert mesh.look(lambda core: core.state.archive.owed_bytes), "the gateway has fetched all of it"
+            texts: dict[str, str] = {}
+            open_now = count
+            while open_now:
+                message = json.loads(reader.recv(TIMEOUT_S))
+                assert message["type"] in ("event", "end", "waiting"), message
+                open_now -= message["type"] == "end"
+                if message["type"] == "event" and isinstance(message["data"], dict):
+                    delta = message["data"]["choices"][0]["delta"].get("content") or ""
+                    texts[message["id"]] = texts.get(message["id"], "") + delta
+    assert set(texts.values()) == {whole} and len(texts) == count
 
 
 def test_websockets_count_as_well(mesh: Mesh) -> None:

@@ -299,7 +299,7 @@ class History:
             # An attach that came after it: what there is, is why it ended.
             return bool(wanted.message.deadline_ms)
         if error.code is Code.OVER_LIMIT:
-            # Limits are for what is new. What one broker has admitted another one does not refuse.
+            # Limits are for what is new. What a broker has accepted the next does not refuse: the client can prove it.
             return self.limits and not heard.placed
         return error.code is Code.BUSY
 

@@ -121,7 +121,7 @@ GUARDS: dict[str, Guard] = {
     "identities take turns": Guard(_QUEUE, "self._open.move_to_end(owner)", "pass"),
     "a moved request is charged once": Guard(_STATE, "account.in_flight -= 1", "pass"),
     "limits apply to new requests": Guard(
-        "llambo.broker.records.accounts", "        if resumed:\n            return None\n", ""
+        "llambo.broker.records.accounts", "        if admitted:\n            return None\n", ""
     ),
     "only what was sealed is adopted": Guard(
         "llambo.broker.requests.recovery", "if key and not seals.is_sealed(", "if key and False and seals.is_sealed("

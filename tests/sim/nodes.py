@@ -501,7 +501,8 @@ class ClientNode(Peer):
                 self.history.ended(self.name, id, end, self.clock.now_ms)
             case c.ReportFailure(key, error) if isinstance(key, bytes):
                 self.history.failed(self.name, key, error, self.clock.now_ms)
-            case c.ReportPlace(id, _, _):
+            case c.ReportPlace(id, _, model) if model:
+                # (From a heartbeat alone it would know its place, and have no proof for another broker.)
                 self.history.placed(self.name, id)
             case _:
                 pass

@@ -41,15 +41,16 @@ DISPATCHED = m.Dispatch(
     ID, DISPATCH, 17, "tiny", 99, 2**62, [1, 2, 2**31], 5, 5_000, False, "batch", True, SAMPLING, 5, "embed",
     3, "laptop", b"sealed!",
 )  # fmt: skip
+REQUESTED = m.InferenceRequest(
+    ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed", b"proof!",
+)  # fmt: skip
 
 #: By direction, and then by name. No field of a sample has its default, so that each is seen on the wire.
 SAMPLES: dict[str, list[m.Message]] = {
     "client": [
         m.ClientHello((1, 2), "laptop", "llambo 0.1.0", b"incarnat"),
         m.ClientHeartbeat(41),
-        m.InferenceRequest(
-            ID, "tiny", 99, False, "batch", 60_000, True, 2**62, 7, True, 5, "sha256:1", SAMPLING, 5, "embed"
-        ),
+        REQUESTED,
         m.Attach(ID, 12, [CHUNK], True),
         m.Detach(ID),
         m.Cancel(ID, DISPATCH),
@@ -63,7 +64,7 @@ SAMPLES: dict[str, list[m.Message]] = {
     "to_client": [
         m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True),
         m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
-        m.Accepted(ID, 4, "tiny", "sha256:1"),
+        m.Accepted(ID, 4, "tiny", "sha256:1", b"proof!"),
         m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33, "###"),
         m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
         m.Result(5, 0, 1, msgpack.packb({"a": 1})),

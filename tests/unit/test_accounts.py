@@ -25,7 +25,7 @@ class Keyed:
     """A broker with keys: one worker and a client called alice."""
 
     def __init__(self, slots: int = 1, **limits: Any) -> None:
-        self.bench = Bench()
+        self.bench = Bench(marks_key=b"of all brokers")
         self.others: list[Identity] = [BOSS, GPU, Identity("bob", "client")]
         self.allow(**limits)
         self.worker = self.bench.worker(slots=slots, user="w")
@@ -52,6 +52,15 @@ class Keyed:
     def refused(self) -> ErrorInfo:
         """The error of the last event."""
         return self.alice.received_last(m.Problem)[-1].error
+
+
+def elsewhere(number: int) -> dict[str, Any]:
+    """The fields of a request that another broker has admitted, as its client says and proves."""
+    former = Keyed()
+    former.alice.submit(number)
+    accepted = former.alice.received(m.Accepted)[-1]
+    assert len(accepted.proof) == 16
+    return {"model": accepted.model, "resume": True, "proof": accepted.proof}
 
 
 def test_what_is_counted_from_admission_to_end() -> None:
@@ -276,7 +285,7 @@ def test_a_repeated_submit_is_no_new_request() -> None:
 def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
     mesh = Keyed(slots=1, max_queued=1, per_minute=2, max_in_flight=1)
     for number in range(5):
-        mesh.alice.submit(number, resume=True)
+        mesh.alice.submit(number, **elsewhere(number))
     assert mesh.alice.problems == []
     assert mesh.counts == (0, 5)
     mesh.bench.pass_time(1_000)  # they are not announced
@@ -290,13 +299,67 @@ def test_what_another_broker_had_admitted_is_counted_and_not_refused() -> None:
     assert mesh.refused().retry_after_ms <= 30_000
 
 
-def test_claimed_requests_get_at_most_twice_its_limit_of_bytes() -> None:
-    """A client that claims every request was on another broker gets at most twice its limits."""
+def test_requests_of_other_brokers_get_at_most_twice_its_limit_of_bytes() -> None:
     mesh = Keyed(slots=1, max_bytes=3 * SIZE)
     for number in range(10):
-        mesh.alice.submit(number, resume=True)
+        mesh.alice.submit(number, **elsewhere(number))
     assert mesh.account.bytes == 6 * SIZE
     assert mesh.refused().code is Code.OVER_LIMIT
+
+
+def test_a_claim_without_a_proof_is_a_new_request() -> None:
+    """As of a client that knows no proofs, or has none: it is served like any other."""
+    mesh = Keyed(slots=1, max_queued=1, max_bytes=3 * SIZE, per_minute=3)
+    mesh.alice.submit(1, resume=True)
+    assert mesh.alice.problems == [] and mesh.counts == (0, 1)
+    mesh.alice.submit(2, resume=True)
+    assert mesh.refused().text == "alice has 1 request waiting, at most 1 may"
+    mesh.allow(max_bytes=SIZE)
+    mesh.alice.submit(3, resume=True)
+    assert mesh.refused().text.startswith("prompts and answers of alice take")
+    mesh.allow(per_minute=1)
+    mesh.alice.submit(4, resume=True)
+    assert mesh.refused().text == "alice may begin 1 request in a minute"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"number": 2}, {"prompt": b"other"}, {"max_tokens": 11}, {"seed": 1}, {"priority": "interactive"},
+        {"detached": True}, {"stream": False}, {"logprobs": 3}, {"sampling": msgspec.Raw(b"\x81\xa1a\x01")},
+        {"model": "n"}, {"proof": bytes(16)}, {"proof": b""}, {"resume": False}, {"number": 1},
+    ],
+    ids=lambda change: "-".join(f"{name}={str(value)[:12]}" for name, value in change.items()),
+)  # fmt: skip
+def test_a_proof_is_for_one_request_as_it_was_admitted(change: dict[str, Any]) -> None:
+    mesh = Keyed(slots=1, per_minute=1)
+    mesh.bench.worker("w-2", model="n", slots=1, user="w")
+    mesh.alice.submit(9, model="m")  # that was its one in a minute
+    mesh.alice.submit(**{"number": 1, "model": "m", **elsewhere(1), **change})
+    refused = [problem.error.code for problem in mesh.alice.problems]
+    assert refused == ([] if change == {"number": 1} else [Code.OVER_LIMIT])
+
+
+def test_a_proof_is_of_no_use_to_others() -> None:
+    mesh = Keyed(slots=1)
+    mesh.bench.keys(Identity("bob", "client", per_minute=1), GPU)
+    bob = mesh.bench.client(b"b", user="bob")
+    bob.submit(9)
+    bob.submit(1, **elsewhere(1))
+    assert [problem.error.code for problem in bob.problems] == [Code.OVER_LIMIT]
+
+
+def test_a_full_queue_is_no_reason_to_refuse_what_is_proved() -> None:
+    bench = Bench(marks_key=b"of all brokers", queue_requests=1)
+    bench.keys(Identity("alice", "client"), GPU)
+    bench.worker(slots=1, user="w")
+    alice = bench.client(b"a", user="alice")
+    for number in (7, 8):
+        alice.submit(number)
+    alice.submit(1, resume=True)
+    assert [problem.error.code for problem in alice.problems] == [Code.BUSY]
+    alice.submit(1, **elsewhere(1))
+    assert len(alice.problems) == 1 and len(alice.received(m.Accepted)) == 3
 
 
 @pytest.mark.parametrize(("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "with this key as in --name w-2")])
@@ -317,15 +380,11 @@ def test_a_claim_gives_no_rights() -> None:
     assert mesh.refused().code is Code.FORBIDDEN
 
 
-def orphan(id: bytes, owner: str, *, detached: bool) -> m.Orphan:
-    work = m.Dispatch(id, bytes([0, 0, 0, 1, *id[-4:]]), 1, "m", 10, 0, owner=owner, detached=detached)
-    return m.Orphan(work, home=True)
-
-
 def test_a_run_that_comes_home_is_charged_to_its_owner() -> None:
-    mesh = Keyed(slots=2, max_queued=1, max_bytes=SIZE, per_minute=1, max_in_flight=1)
+    mesh, former = Keyed(slots=2, max_queued=1, max_bytes=SIZE, per_minute=1, max_in_flight=1), Keyed(slots=2)
     for number in (1, 2):
-        mesh.worker.send(orphan(request_id(number), "alice", detached=True), blob=b"hello")
+        former.alice.submit(number, detached=True)
+        mesh.worker.send(m.Orphan(former.worker.dispatches[-1], home=True), blob=b"hello")
     assert mesh.counts == (2, 0)  # one more than may run
     assert mesh.account.bytes == 2 * SIZE
     mesh.alice.submit(3, max_tokens=1)

@@ -18,6 +18,7 @@ from llambo.gateway.answers.api import Parsed, encode
 from llambo.gateway.answers.api_errors import StatusError, error_body
 from llambo.gateway.answers.feed import FeedTokens
 from llambo.gateway.answers.rendering import Rendering
+from llambo.gateway.answers.unread import Lead, Unread
 from llambo.gateway.apis import anthropic_messages, openai_chat, openai_completions
 from llambo.mesh.client.answer_stream import Answer, Piece
 from llambo.mesh.wire import messages as m
@@ -90,6 +91,7 @@ class ScriptedFeed:
         self.begun = self.over = True
         self.requests = ["" for _ in choices]
         self.tokens = FeedTokens()
+        self.lead = Lead(Unread(0))
         self.answers: dict[int, Answer] = {}
         for choice, pieces in enumerate(choices):
             likely: list[Logprob | None] = []

@@ -235,7 +235,7 @@ class TestSubmitting:
     def test_a_lost_link_means_submitting_again_with_what_is_held_and_the_time_left(self, bench: Bench) -> None:
         # Given a stream with three tokens
         bench.up().submit(deadline_ms=60_000)
-        bench.receive(m.Accepted(ID, 0, "tiny", "f00d"))
+        bench.receive(m.Accepted(ID, 0, "tiny", "f00d", b"proof"))
         bench.tokens(0, 3)
         bench.tokens(4, 1)
         bench.sent.clear()
@@ -250,7 +250,7 @@ class TestSubmitting:
         assert sent.session == SESSIONS[1]
         left = 60_000 - (bench.now - started)
         assert sent.message == m.InferenceRequest(
-            ID, "tiny", deadline_ms=left, have=3, resume=True, prompt_bytes=6, fingerprint="f00d"
+            ID, "tiny", deadline_ms=left, have=3, resume=True, prompt_bytes=6, fingerprint="f00d", proof=b"proof"
         )
         prompt, held = transfer.unpack(sent.blob or b"", 6)
         assert (prompt, tokens.ids_of(held)) == (b"prompt", [0, 1, 2])
@@ -556,6 +556,19 @@ class TestSlowReader:
         happened = bench.receive(page(2, 10, 10))
         assert delivered(happened) == list(range(2, 10))
         assert isinstance(happened[-1], e.ReportEnd)
+
+    def test_fetches_as_much_at_a_time_as_the_reader_has_room_for(self, bench: Bench) -> None:
+        bench.run()
+        bench.handle(e.ReaderBehind(ID, 4))
+        bench.handle(e.TokensArrived([chunk(0, 10)]))
+        bench.handle(e.ReaderCaughtUp(ID))
+        assert bench.sent_since() == [m.Replay(ID, 0, 4)]
+        assert delivered(bench.receive(page(0, 4, 10))) == list(range(4))
+        bench.wait(20)
+        assert bench.sent_since() == [m.Replay(ID, 4, 8)]
+        assert delivered(bench.receive(page(4, 8, 10))) == list(range(4, 8))
+        bench.wait(20)
+        assert bench.sent_since() == [m.Replay(ID, 8, 10)]
 
     def test_goes_on_as_before_if_nothing_was_missed(self, bench: Bench) -> None:
         bench.run()

@@ -43,6 +43,8 @@ from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import host
 from llambo.mesh.settings.settings import load
 from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.naming import fingerprint
+from llambo.mesh.wire.reports import ModelVariant
 from llambo.worker.llama.binding import Cause, Device, LibraryReport
 from llambo.worker.llama.c_api import INTERFACES
 from llambo.worker.models.gpus import Gpu
@@ -64,7 +66,7 @@ WELL = Facts(
     keys=(),
     clock=ClockFacts(2026, True, 12.0),
     limits=LimitFacts(65_536, 32 * GIB, 20 * GIB, 32 * GIB, cores=8),
-    brokers=(BrokerFacts("tcp://127.0.0.1:7330", configured=False, on_this_host=True, workers=2, ready=1),),
+    brokers=(BrokerFacts("tcp://127.0.0.1:7330", configured=False, on_this_host=True, asked=True, workers=2, ready=1),),
     extras=(Extra("llama"), Extra("gateway")),
     systemd=(),
     disk=(DiskFacts("/home", 100 * GIB, 200 * GIB),),
@@ -271,6 +273,26 @@ def test_a_broker_behind_a_firewall() -> None:
     broker = BrokerFacts("tcp://box:7330", True, False, closed=(7332,), command="ssh box sudo ufw allow 7330:7333/tcp")
     text, command = bad("broker", brokers=(broker,))
     assert "7332" in text and command.startswith("ssh box")
+
+
+def test_a_broker_without_a_worker_is_no_mesh_yet() -> None:
+    (broker,) = WELL.brokers if isinstance(WELL.brokers, tuple) else ()
+    answers, found = findings("broker", brokers=(replace(broker, workers=0, ready=0),))
+    assert (answers.level, found.level, found.command) == (Level.OK, Level.NOTE, "llambo-worker")
+    assert found.text == "no worker is connected to tcp://127.0.0.1:7330: it cannot answer a request"
+    _, found = findings("broker", brokers=(replace(broker, ready=0, configured=True),))
+    assert (found.level, found.command) == (Level.NOTE, "llambo --broker tcp://127.0.0.1:7330 workers")
+
+
+def test_workers_that_cannot_continue_each_others_answers() -> None:
+    (broker,) = WELL.brokers if isinstance(WELL.brokers, tuple) else ()
+    prints = [fingerprint("llama", 7, ctx, "f16", "ab" * 16, "cd" * 4) for ctx in (4096, 2048)]
+    variants = [ModelVariant(fingerprint=each, workers=[name]) for name, each in zip("ab", prints, strict=True)]
+    _, found = findings("broker", brokers=(replace(broker, variants={"x": variants}),))
+    assert (found.level, found.command) == (Level.NOTE, "llambo workers")
+    assert found.text == (
+        "answers of x cannot move between a (ctx 4096) and b (ctx 2048): start all of them with --ctx 2048"
+    )
 
 
 # --- the machine ---------------------------------------------------------------------------------------

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from llambo.broker.config import BrokerConfig
+from llambo.broker.records import seals
 from llambo.broker.records.transcript import reservation
+from llambo.broker.requests import recovery
+from llambo.mesh.security import keys
+from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.errors import Code
-from llambo.mesh.wire.identity import Identity
+from llambo.mesh.wire.identity import Identity, Role
 from tests.unit.broker_bench import Bench, Client, Worker, request_id
 
 #: Of the marks of this mesh.
 KEY = b"only brokers have this"
 WORKERS = (Identity("w", "worker"), Identity("evil", "worker"))
 OWNERS = (Identity("alice", "client"), Identity("mallory", "client"))
+ROLES: tuple[tuple[str, Role], ...] = (("alice", "client"), ("w", "worker"))
 #: The size of a request of the bench: ten tokens, and a prompt of five bytes.
 SIZE = reservation(10) + 5
 
@@ -129,6 +137,21 @@ def test_what_a_worker_has_changed_is_not(change: dict[str, Any]) -> None:
     assert bring(worker, work, [1])  # as it was, it is taken in all the same
 
 
+def test_what_is_taken_in_has_the_proof_that_its_client_had() -> None:
+    former, bench = broker(), broker()
+    before, worker = former.worker("w", user="w"), bench.worker("w", user="w")
+    proofs = []
+    for there in (former, bench):
+        alice = there.client(b"a", user="alice")
+        if there is former:
+            alice.submit(1, detached=True, logprobs=1)
+            assert bring(worker, before.dispatches[-1], [1])
+        else:
+            alice.send(m.Attach(request_id(1)))
+        proofs.append(alice.received(m.Accepted)[-1].proof)
+    assert proofs[0] and proofs[0] == proofs[1]
+
+
 def test_a_run_that_is_not_detached_does_not_become_it() -> None:
     bench, work = broker(), dispatched()
     assert not bring(bench.worker("w", user="w"), msgspec.structs.replace(work, detached=True))
@@ -202,6 +225,7 @@ def test_what_the_owner_may_not_have_now_is_left_to_its_worker(identity: Identit
     worker = bench.worker("w", user="w")
     assert not bring(worker, work, [1]) and bench.state.requests == {}
     assert worker.received(m.Cancel) == []
+    assert [event.kind for event in bench.state.journal.entries][-1] == "orphan left"
 
 
 @pytest.mark.parametrize("limits", [{"max_bytes": SIZE}, {"max_in_flight": 1}], ids=["bytes", "in flight"])
@@ -212,6 +236,17 @@ def test_of_all_brokers_it_gets_at_most_twice_its_limits(limits: Any) -> None:
     for number in range(5):
         alice.submit(number, detached=True)
     assert [bring(worker, work) for work in before.dispatches] == [True, True, False, False, False]
+
+
+def test_long_after_its_start_a_broker_takes_in_nothing_without_its_client() -> None:
+    """What it dispatched it knows then. A worker could bring what has ended long ago, or lives at another broker."""
+    bench, work = broker(), dispatched(detached=True)
+    bench.pass_time(recovery.COMING_HOME_MS)
+    worker = bench.worker("w", user="w")
+    assert not bring(worker, work, [1, 2])
+    assert bench.state.requests == {} and worker.received(m.Cancel) == []
+    bench.client(b"a", user="alice").send(m.Attach(work.id))
+    assert len(worker.received(m.Adopt)) == 1
 
 
 # --- two owners and one id -----------------------------------------------------------------------------------
@@ -256,3 +291,60 @@ def test_what_is_refused_for_its_sender_is_counted_under_the_name() -> None:
         *3 * [Code.UNKNOWN_REQUEST], Code.BAD_REQUEST, *2 * [Code.FORBIDDEN],
     ]  # fmt: skip
     assert refusals(bench) == {"mallory": {"forbidden": 6}, "evil": {"forbidden": 1}}
+
+
+# --- a model that never was -------------------------------------------------------------------------------------
+
+
+def models(client: Client) -> list[str]:
+    client.send(m.Query(3, "models"))
+    return [row["model"] for row in msgspec.msgpack.decode(client.received(m.Result)[-1].data)]
+
+
+@pytest.mark.parametrize("hold_ms", [500, 30_000])
+def test_a_name_that_no_worker_has_served_is_not_listed_and_not_waited_for_longer_than_others(hold_ms: int) -> None:
+    bench = Bench(marks_key=KEY, hold_ms=hold_ms)
+    bench.keys(*WORKERS, *OWNERS)
+    alice, mallory = bench.client(b"a", user="alice"), bench.client(b"m", user="mallory")
+    mallory.submit(1, model="write to mallory", resume=True)
+    assert len(mallory.received(m.Accepted)) == 1
+    assert models(alice) == []
+    worker = bench.worker("w", user="w")
+    bench.pass_time(1_500)
+    worker.beat()
+    mallory.submit(2, model="write to mallory", resume=True)
+    assert models(alice) == ["m"] and models(mallory) == ["m"]
+    alice.submit(3, model="what")
+    assert alice.problems[-1].error.text == "no worker serves 'what'; there is: m"
+    for _ in range(3 + hold_ms // 1_000):
+        bench.pass_time(1_000)
+        worker.beat()
+        mallory.send(m.ClientHeartbeat())
+    ends = {end.id: end.error.code for end in mallory.ends if end.error}
+    assert ends == dict.fromkeys((request_id(1), request_id(2)), Code.NO_WORKER)
+    bench.pass_time(1_000)
+    assert list(bench.state.models.unserved_since) == ["m"]
+
+
+def test_a_model_whose_worker_left_is_listed_while_requests_wait_for_it() -> None:
+    bench = broker()
+    worker, alice = bench.worker("w", user="w"), bench.client(b"a", user="alice")
+    worker.send(m.Goodbye())
+    alice.submit(1, model="m", resume=True)
+    assert models(alice) == ["m"]
+
+
+# --- the key of the marks ---------------------------------------------------------------------------------------
+
+
+def test_all_brokers_of_a_mesh_derive_one_key_and_no_other_peer_has_what_it_is_made_of(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "keys")
+    folder.begin("tcp://a:7330,tcp://b:7330")
+    peers = [folder.add(Identity(name, role), 1) for name, role in ROLES]
+    shutil.copytree(tmp_path / "keys", tmp_path / "copy")
+    ours = seals.key_from(folder.broker().secret)
+    assert ours == seals.key_from(Folder(tmp_path / "copy").broker().secret)
+    assert all(folder.broker().secret not in keys.to_line(peer) + peer.broker for peer in peers)
+    known = [text for peer in peers for text in (peer.broker, peer.pair.public, peer.pair.secret)]
+    assert ours not in [seals.key_from(text) for text in known]
+    assert repr(ours) not in repr(BrokerConfig(marks_key=ours))

@@ -146,7 +146,7 @@ def test_another_broker_is_not_taken_for_the_same() -> None:
 
 
 def test_what_is_kept_is_bounded_and_those_that_run_come_first() -> None:
-    bench = Bench(client_lease_ms=10**9)
+    bench = Bench(client_lease_ms=10**9, backlog_bytes=2**30)
     bench.worker(slots=1)
     client = bench.client()
     for number in range(REQUESTS_SHOWN + 20):

@@ -7,10 +7,10 @@ sessions. What is counted follows a request on its whole way, so it holds whatev
     in flight    it is with a worker
     bytes        its prompt and the room set aside for its answer, from its admission to its end
 
-Limits refuse what is new. What this broker has admitted is counted and not refused when it moves. What comes from
-another broker, or from before a restart, is refused only for bytes: a client's resumed request over `max_bytes` (see
-ELSEWHERE), and anything for which this broker has no room. `max_in_flight` refuses nothing at all: requests above it
-are passed over (fair_share.py).
+Limits refuse what is new. What this broker has admitted is counted and not refused when it moves. What another broker
+has admitted, or this one before a restart, is refused only for bytes: over `max_bytes` (see ELSEWHERE), and where this
+broker has no room. Its client or worker has to prove it (seals.py); otherwise it is new. `max_in_flight` refuses
+nothing at all: requests above it are passed over (fair_share.py).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NO_LIMIT = 2**62
 MINUTE_MS = 60_000
 #: Between these is the wait of a refused client, where it is an estimate.
 RETRY_AFTER_MS = (100, 30_000)
-#: What a client claims to have had with another broker may come to so many times its `max_bytes`. The claim cannot be
-#: checked, so a false one must not get far; and two brokers may each have admitted what the limit allows.
+#: With what another broker has admitted an identity may come to so many times its limits: two brokers may each have
+#: admitted what they allow.
 ELSEWHERE = 2
 #: A refusal: which of the limits, and the error for the client.
 Refusal = tuple[str, ErrorInfo]
@@ -110,18 +110,18 @@ class Account:
             paid = max(self.paid_until, now_ms) + MINUTE_MS / self.who.per_minute
             self.paid_until = min(paid, now_ms + MINUTE_MS)
 
-    def refusal(self, prompt_bytes: int, wanted: int, resumed: bool, now_ms: int) -> Refusal | None:
-        """Why a request of so many bytes is too much for it now."""
+    def refusal(self, prompt_bytes: int, wanted: int, admitted: bool, now_ms: int) -> Refusal | None:
+        """Why a request of so many bytes is too much for it now. `admitted`: by another broker."""
         who = self.who
         if who.max_bytes and wanted > who.max_bytes:
             text = f"a prompt of {prompt_bytes} bytes and room for its answer are {wanted} bytes, {self.name}"
             return "max_bytes", ErrorInfo(Code.TOO_LONG, f"{text} may have {who.max_bytes}: lower max_tokens")
-        over = self.bytes + wanted - who.max_bytes * (ELSEWHERE if resumed else 1)
+        over = self.bytes + wanted - who.max_bytes * (ELSEWHERE if admitted else 1)
         if who.max_bytes and over > 0:
             text = f"prompts and answers of {self.name} take {self.bytes} bytes, this one {wanted} more;"
             wait_ms = self._until(over / (self.bytes / max(1, self.queued + self.in_flight)))
             return "max_bytes", ErrorInfo(Code.OVER_LIMIT, f"{text} {who.max_bytes} are allowed", wait_ms)
-        if resumed:
+        if admitted:
             return None
         if who.max_queued and self.queued >= who.max_queued:
             text = f"{self.name} has {_requests(self.queued)} waiting, at most {who.max_queued} may"

@@ -178,6 +178,16 @@ class Measured:
     timed_at: int = -1
 
 
+def streams(asked: m.InferenceRequest) -> bool:
+    """A result is whole or nothing; it comes with the END."""
+    return asked.stream and asked.task == "generate"
+
+
+def seed_of(asked: m.InferenceRequest) -> int:
+    """Fixed by the submit, so that the chance at index i is the same on any worker that gets there."""
+    return asked.seed if asked.seed is not None else int.from_bytes(asked.id[:7], "big")
+
+
 class Request:
     """Everything about a live request. Its transcript outlives it in the archive."""
 
@@ -190,7 +200,7 @@ class Request:
         "model",
         "place",
         "prompt",
-        "receipt",
+        "proof",
         "repair",
         "run",
         "state",
@@ -212,16 +222,15 @@ class Request:
         self.asked = asked
         self.id = asked.id
         self.task = asked.task
-        #: A result is whole or nothing; it comes with the END.
-        self.stream = asked.stream and asked.task == "generate"
+        self.stream = streams(asked)
         #: The model that is meant by the name that was asked for.
         self.model = model
         self.prompt = prompt
         self.submitted_at = submitted_at
         #: Of the identity that has submitted it.
         self.account = account
-        #: Proves that it was admitted (seals.py); empty without keys.
-        self.receipt = b""
+        #: Shows other brokers that it was admitted (seals.py); empty without keys.
+        self.proof = b""
         self.state = RequestState.WAITING
         #: Each of its chunks has a consequence: see `update_watched`.
         self.watched = False
@@ -244,8 +253,7 @@ class Request:
 
     @property
     def seed(self) -> int:
-        # Fixed by the submit, so that the chance at index i is the same on any worker that gets there.
-        return self.asked.seed if self.asked.seed is not None else int.from_bytes(self.id[:7], "big")
+        return seed_of(self.asked)
 
     @property
     def lane(self) -> Lane:

@@ -59,11 +59,14 @@ class Models:
         self.unserved_since: dict[str, int] = {}
         #: Those that a worker was ready with. The name of a file that never loads is not among them.
         self.served: set[str] = set()
+        #: Those that a client says to have had at another broker, and of which no worker or orchestrator has said so.
+        self.claimed: set[str] = set()
         self.retries = retries
 
     def forget(self, model: str) -> None:
         del self.unserved_since[model]
         self.served.discard(model)
+        self.claimed.discard(model)
 
 
 class Wakeups:
@@ -148,13 +151,14 @@ class State:
         return since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
 
     def models_shown(self, now_ms: int) -> list[str]:
-        """Without those that are gone, unless requests wait for them."""
-        known = self.models.unserved_since
+        """Without those that are gone, unless requests wait for them, and without names that only clients have said."""
+        known = self.models.unserved_since.keys() - self.models.claimed
         return sorted(model for model in known if self.is_held(model, now_ms) or Lane(model) in self.queue.lines)
 
     def admit(self, request: Request) -> None:
         if self.config.marks_key:
-            request.receipt = seals.receipt_of(self.config.marks_key, request)
+            asked, owner = request.asked, request.owner
+            request.proof = seals.proof_of(self.config.marks_key, asked, request.model, owner, request.prompt)
         self.requests[request.id] = request
         size = request.transcript.reserved + len(request.prompt)
         self.reserved += size

@@ -9,6 +9,7 @@ recent N   samples of each second, and what has ended, after sample N
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
@@ -18,9 +19,10 @@ import msgspec
 from llambo.broker.records.accounts import Account
 from llambo.broker.records.archive import EndedRequest
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
-from llambo.broker.records.request import Lane, Request, RequestState
+from llambo.broker.records.request import AWAITING_RUN, Request, RequestState
 from llambo.broker.records.state import State
 from llambo.broker.report import history, metrics_page
+from llambo.broker.requests import same_model
 from llambo.mesh.wire import limits, reports
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
@@ -31,6 +33,8 @@ from llambo.mesh.wire.naming import is_fake
 RESULT_PAGE_BYTES = 512 * 1024
 #: Entries of a listing; more could not be read anyway.
 LISTED = 1_000
+#: Variants of a model in a listing, and workers of each.
+VARIANTS, VARIANT_NAMES = 8, 8
 
 
 def answer(state: State, client: ClientEntry, asked: m.Query, blob: bytes, now_ms: int) -> None:
@@ -119,20 +123,44 @@ def _identity(account: Account) -> reports.AccountRow:
 
 def models(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.ModelRow]:
     listed = []
+    waiting = _waiting(state)
     for model in list(filter(who.may_use, state.models_shown(now_ms)))[:LISTED]:
         serving = [worker for worker in state.registry.workers.values() if model in worker.serving.models]
-        line = state.queue.lines.get(Lane(model))
         listed.append(
             reports.ModelRow(
                 model=model,
                 workers=len(serving),
                 loading=sum(worker.state == "starting" for worker in serving),
                 slots=sum(worker.slots for worker in serving),
-                waiting=line.count if line else 0,
+                waiting=waiting[model],
                 fake=any(is_fake(worker.serving.fingerprints.get(model, "")) for worker in serving),
+                variants=_variants(model, serving),
             )
         )
     return listed
+
+
+def _waiting(state: State) -> Counter[str]:
+    """In all lanes, by model."""
+    waiting: Counter[str] = Counter()
+    for lane, line in state.queue.lines.items():
+        if lane == AWAITING_RUN:
+            waiting.update(request.model for request in line)
+        else:
+            waiting[lane.model] += line.count
+    return waiting
+
+
+def _variants(model: str, serving: list[WorkerEntry]) -> list[reports.ModelVariant]:
+    """None if all are alike."""
+    alike: dict[str, list[str]] = {}
+    for worker in serving:
+        if model in worker.serving.fingerprints:
+            alike.setdefault(worker.serving.fingerprints[model], []).append(worker.name)
+    if len(alike) < 2:
+        return []
+    found = sorted((sorted(names)[:VARIANT_NAMES], fingerprint) for fingerprint, names in alike.items())
+    return [reports.ModelVariant(fingerprint=fingerprint, workers=names) for names, fingerprint in found[:VARIANTS]]
 
 
 def workers(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.WorkerRow]:
@@ -164,6 +192,9 @@ def _worker(worker: WorkerEntry, now_ms: int, who: Identity) -> reports.WorkerRo
         note=worker.last.note,
         slow=worker.speed.note,
         library=worker.last.library or worker.hello.library,
+        fingerprints={
+            model: fingerprint for model, fingerprint in worker.serving.fingerprints.items() if who.may_use(model)
+        },
     )
 
 
@@ -190,6 +221,7 @@ def _request(state: State, request: Request, now_ms: int) -> reports.RequestRow:
         queued_ms=request.place.queued_ms,
         age_ms=now_ms - request.submitted_at,
         detached=request.asked.detached,
+        waits_for=same_model.waits_for(state, request) if waits else "",
     )
 
 

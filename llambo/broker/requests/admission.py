@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from llambo.broker.access import permissions
+from llambo.broker.records import seals
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
 from llambo.broker.records.request import Request
 from llambo.broker.records.state import State
@@ -39,8 +40,11 @@ def submit(state: State, client: ClientEntry, asked: m.InferenceRequest, blob: b
     if error is not None and recovery.defer(state, client, asked, blob, now_ms):
         return
     account = state.access.accounts.of(identity.name)
+    admitted = seals.is_proved(state.config.marks_key, asked, model, identity.name, prompt)
     refused = (
-        refusals.limit_reached(state, account, asked, prompt, held, now_ms) if error is None else (error.code, error)
+        refusals.limit_reached(state, account, asked, prompt, held, admitted, now_ms)
+        if error is None
+        else (error.code, error)
     )
     if refused is not None:
         refusals.turn_down(state, client, asked.id, *refused)

@@ -13,7 +13,7 @@ from llambo.broker.records import seals
 from llambo.broker.records.registry import WorkerEntry
 from llambo.broker.records.request import Lane, Repair, Request, RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import ending
+from llambo.broker.requests import ending, same_model
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
 
@@ -38,6 +38,8 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
             return
     state.queue.put(request, now_ms)
     pump(state, lane, now_ms)
+    if request.state is RequestState.WAITING and same_model.is_missing(state, lane):
+        same_model.note_wait(state, request, lane, now_ms)
 
 
 def pump(state: State, lane: Lane, now_ms: int) -> None:
@@ -112,7 +114,7 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
         task=asked.task,
         suspect=suspect,
         owner=request.account.name,
-        seal=seals.seal_of(marks_key, request.receipt, dispatch, name, deadline_ms) if marks_key else b"",
+        seal=seals.seal_of(marks_key, request.proof, dispatch, name, deadline_ms) if marks_key else b"",
     )
     state.to_worker(worker, message, blob)
 

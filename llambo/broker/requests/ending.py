@@ -56,7 +56,7 @@ def _deadline_error(request: Request, now_ms: int) -> ErrorInfo:
 def announce_model(state: State, request: Request) -> None:
     """Its followers learn which model it is from: they have to know it should this broker be gone."""
     for client in _followers(state, request):
-        state.to_client(client, m.Accepted(request.id, 0, request.model, request.run.fingerprint))
+        state.to_client(client, m.Accepted(request.id, 0, request.model, request.run.fingerprint, request.proof))
 
 
 def acknowledge(state: State, worker: WorkerEntry, key: bytes) -> None:

@@ -66,7 +66,7 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
 
 def send_accepted(state: State, client: ClientEntry, request: Request) -> None:
     ahead = state.queue.ahead(request) if request.state is RequestState.WAITING else 0
-    state.to_client(client, m.Accepted(request.id, ahead, request.model, request.run.fingerprint))
+    state.to_client(client, m.Accepted(request.id, ahead, request.model, request.run.fingerprint, request.proof))
 
 
 def cancel(state: State, client: ClientEntry, asked: m.Cancel, blob: bytes, now_ms: int) -> None:

@@ -22,8 +22,9 @@ def resolve(state: State, who: Identity, asked: m.InferenceRequest, now_ms: int)
     model, known = asked.model, state.models.unserved_since
     if asked.resume and model:
         # It was served before: its workers are on their way, or it will wait for them in vain.
-        known.setdefault(model, max(1, now_ms))
-        state.models.served.add(model)
+        if model not in known:
+            known[model] = max(1, now_ms)
+            state.models.claimed.add(model)
         return model, None
     if state.is_held(model, now_ms):
         return model, None

@@ -49,6 +49,9 @@ from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.identity import Identity
 
+#: So long after the start of a broker its workers are back, and their detached runs are taken in without a client.
+COMING_HOME_MS = 60_000
+
 # --- A worker announces a run without a broker. ---
 
 
@@ -82,8 +85,17 @@ def place_orphan(state: State, worker: WorkerEntry, orphaned: m.Orphan, blob: by
     else:
         orphans.add(orphan)
         waiting = _deferred_attach(state, work)
-        if waiting is not None or orphaned.home:
+        if waiting is not None or (orphaned.home and _may_be_home(state, now_ms)):
             _take_detached(state, work.owner, waiting or m.Attach(work.id), now_ms)
+
+
+def _may_be_home(state: State, now_ms: int) -> bool:
+    """Whether this broker may have dispatched it in a former life. A seal has no age, and `home` is the worker's word.
+
+    Without keys there is nothing to protect.
+    """
+    started_at = state.wakeups.started_at
+    return not state.config.marks_key or started_at < 0 or now_ms - started_at < COMING_HOME_MS
 
 
 def _check(state: State, worker: WorkerEntry, work: m.Dispatch, prompt: bytes) -> None:
@@ -256,22 +268,33 @@ def _admit_detached(state: State, orphan: OrphanRun, now_ms: int) -> bool:
         logprobs=work.logprobs,
         task=work.task,
     )
-    if state.access.identities is not None:
-        who = state.access.accounts.allowed(work.owner)
-        if who is None or permissions.not_allowed(state, who, asked, now_ms) is not None:
-            return False
-    account = state.access.accounts.of(work.owner)
-    # Of two brokers each may have let it have as much as it may have here.
-    if account.in_flight >= ELSEWHERE * account.max_in_flight:
+    if why := _why_not(state, asked, orphan, now_ms):
+        text = f"{orphan.worker.name}, a detached run of {work.owner}: {why}"
+        state.journal.add(now_ms, "orphan left", text, warning=True, request=work.id, worker=orphan.worker.name)
         return False
-    if refusals.limit_reached(state, account, asked, orphan.prompt, [], now_ms) is not None:
-        return False
-    request = Request(asked, work.model, orphan.prompt, now_ms, account)
+    request = Request(asked, work.model, orphan.prompt, now_ms, state.access.accounts.of(work.owner))
     state.admit(request)
     request.place.awaiting_run = True
     state.queue.put(request, now_ms)
     _adopt(state, request, orphan, now_ms)
     return True
+
+
+def _why_not(state: State, asked: m.InferenceRequest, orphan: OrphanRun, now_ms: int) -> str:
+    """Why its owner may not have it now; empty: it may."""
+    owner = orphan.work.owner
+    if state.access.identities is not None:
+        who = state.access.accounts.allowed(owner)
+        if who is None:
+            return "there is no key of that name"
+        if (forbidden := permissions.not_allowed(state, who, asked, now_ms)) is not None:
+            return forbidden[1].text
+    account = state.access.accounts.of(owner)
+    # Of two brokers each may have let it have as much as it may have here.
+    if account.in_flight >= ELSEWHERE * account.max_in_flight:
+        return f"{account.in_flight} of its requests are with workers already"
+    refused = refusals.limit_reached(state, account, asked, orphan.prompt, [], True, now_ms)
+    return refused[1].text if refused is not None else ""
 
 
 def _stop_others(state: State, request: Request, key: bytes) -> None:
@@ -385,10 +408,11 @@ def _too_many(state: State, who: Identity, message: m.InferenceRequest | m.Attac
     deferred = state.recovery.deferred
     if len(deferred) >= state.config.bounds.queue_requests:
         return Code.BUSY
-    if not who.max_queued or message.resume or isinstance(message, m.Attach):
+    if not who.max_queued or isinstance(message, m.Attach):
         return None
+    # (One that can be proved names its model, and is not deferred.)
     own = [other.message for other in deferred.values() if other.client.identity.name == who.name]
-    waiting = sum(isinstance(other, m.InferenceRequest) and not other.resume for other in own)
+    waiting = sum(isinstance(other, m.InferenceRequest) for other in own)
     return Code.OVER_LIMIT if waiting >= who.max_queued else None
 
 

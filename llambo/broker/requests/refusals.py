@@ -12,9 +12,18 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 
 
 def limit_reached(
-    state: State, account: Account, asked: m.InferenceRequest, prompt: bytes, held: list[bytes], now_ms: int
+    state: State,
+    account: Account,
+    asked: m.InferenceRequest,
+    prompt: bytes,
+    held: list[bytes],
+    admitted: bool,
+    now_ms: int,
 ) -> Refusal | None:
-    """What is wrong with it; or it is too much for its identity, or for this broker."""
+    """What is wrong with it; or it is too much for its identity, or for this broker.
+
+    `admitted`: another broker has admitted it, or this one before a restart.
+    """
     bounds = state.config.bounds
     wanted = reservation(asked.max_tokens, asked.logprobs, asked.task) + len(prompt)
     if (held or asked.have) and asked.have != (count := transfer.count(held)):
@@ -36,9 +45,9 @@ def limit_reached(
         return _no(Code.TOO_LONG, text)
     if wanted > bounds.transcript_bytes:
         return _no(Code.TOO_LONG, f"max_tokens {asked.max_tokens} is more than this broker can hold")
-    if account.limited and (over := account.refusal(len(prompt), wanted, asked.resume, now_ms)) is not None:
+    if account.limited and (over := account.refusal(len(prompt), wanted, admitted, now_ms)) is not None:
         return over
-    if state.queue.full(len(prompt)) and not asked.resume:
+    if state.queue.full(len(prompt)) and not admitted:
         return _no(Code.BUSY, f"the queue is full: {state.queue.count} requests wait", retry_after(state))
     if state.held_bytes + wanted > bounds.transcript_bytes:
         return _no(Code.BUSY, "no room for another answer", retry_after(state))

@@ -10,7 +10,7 @@ from llambo.broker.records.backlog import Backlog
 from llambo.broker.records.registry import ClientEntry, Serving, Session, WorkerEntry
 from llambo.broker.records.request import Lane, RequestState
 from llambo.broker.records.state import State
-from llambo.broker.requests import admission, delivery, dispatching, following
+from llambo.broker.requests import admission, delivery, dispatching, following, same_model
 from llambo.broker.workers import draining, speed
 from llambo.mesh.wire import limits, tokens
 from llambo.mesh.wire import messages as m
@@ -83,6 +83,7 @@ def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, ide
     loading = ", still loading" if worker.state == "starting" else ""
     text = f"{worker.name} on {hello.host}: {worker.slots} slots{loading}"
     state.journal.add(now_ms, "worker joined", text, worker=worker.name)
+    same_model.note_different(state, worker, now_ms)
     state.out.append(ToWorker(route, NO_SESSION, welcome))
     draining.joined(state, worker)
     admission.retry_deferred(state, now_ms)
@@ -92,6 +93,7 @@ def _serves_models(state: State, worker: WorkerEntry) -> None:
     state.measured.meter.learn(worker)
     for model in worker.serving.models:
         state.models.unserved_since[model] = 0
+    state.models.claimed.difference_update(worker.serving.models)
     if worker.state != "starting":
         state.models.served.update(worker.serving.models)
 
@@ -144,6 +146,8 @@ def _serves_others(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat, n
     _note_unserved(state, before, now_ms)
     text = f"{worker.name}: {', '.join(worker.serving.models)}, {worker.slots} slots"
     state.journal.add(now_ms, "worker serves", text, worker=worker.name)
+    same_model.note_different(state, worker, now_ms)
+    same_model.note_waiting(state, (*before, *worker.serving.models), now_ms)
 
 
 def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
@@ -196,6 +200,7 @@ def lose_worker(state: State, worker: WorkerEntry, loss: Loss, now_ms: int, deta
     text = f"{worker.name}: {why} ({len(keys)} of its requests move)"
     state.journal.add(now_ms, "worker lost", text, warning=loss is not Loss.LEFT, worker=worker.name)
     _note_unserved(state, worker.serving.models, now_ms)
+    same_model.note_waiting(state, worker.serving.models, now_ms)
     for key in keys:
         request = state.running.get(key)
         if request is not None and request.run.worker is worker:

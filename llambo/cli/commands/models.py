@@ -12,7 +12,7 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.flags import client_options, json_option, settings_options
-from llambo.cli.kit.tables import facts, number, show_json, size, table
+from llambo.cli.kit.tables import facts, number, show_json, size, table, warn_of_variants
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import ModelRow
 
@@ -123,3 +123,4 @@ def show_models(found: Sequence[ModelRow]) -> None:
         for name, row in zip(names, found, strict=True)
     ]
     table(["served", "workers", "slots", "waiting"], rows, nothing="no model is served: start a `llambo-worker`")
+    warn_of_variants({row.model: row.variants for row in found})

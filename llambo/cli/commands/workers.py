@@ -14,7 +14,17 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.tables import Row, busy_text, duration, number, show_json, table, worker_note
+from llambo.cli.kit.tables import (
+    Row,
+    busy_text,
+    duration,
+    number,
+    show_json,
+    table,
+    variants_of,
+    warn_of_variants,
+    worker_note,
+)
 from llambo.mesh.wire.reports import DrainReply, WorkerRow
 
 if TYPE_CHECKING:
@@ -61,14 +71,18 @@ def workers(common: Common, as_json: bool) -> None:
 
     `3+2/8` busy: of 8 slots 3 are taken by requests of this broker and 2 by those of others (or by requests whose
     broker is gone, until one takes them over).
+
+    A line on stderr names workers that serve the same model with another file, --ctx or --kv-type: answers cannot
+    move between them.
     """
     answer = query(common, "workers")
     if as_json:
         show_json(answer)
         return
     nothing = "no worker has joined: start one with `llambo-worker` or `llambo up`"
-    rows = [_row(row) for row in rows_of(answer, list[WorkerRow])]
-    table(COLUMNS, rows, nothing=nothing, fixed=2, spare=SPARE)
+    found = rows_of(answer, list[WorkerRow])
+    table(COLUMNS, [_row(row) for row in found], nothing=nothing, fixed=2, spare=SPARE)
+    warn_of_variants(variants_of(found))
 
 
 def _row(row: WorkerRow) -> Row:

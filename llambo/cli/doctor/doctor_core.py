@@ -28,7 +28,7 @@ from llambo.cli.doctor.facts import (
     UnitFacts,
     Unknown,
 )
-from llambo.cli.kit.tables import plural, size
+from llambo.cli.kit.tables import cannot_move, plural, same_command, size
 from llambo.worker.llama.c_api import INTERFACES, SYSTEM_PACKAGES
 from llambo.worker.models import gpus
 
@@ -363,10 +363,21 @@ def of_broker(seen: tuple[BrokerFacts, ...], facts: Facts) -> Conclusions:
                 ports = ", ".join(map(str, each.closed))
                 text = f"of {each.address} these ports do not accept a connection: {ports}; a firewall may be there"
                 yield problem(text, each.command)
+            yield from _of_workers(each)
         elif each.code in NO_ANSWER and not each.configured and not each.listens:
             yield note(f"no broker runs at {each.address}", "llambo up")
         else:
             yield problem(each.error, each.command)
+
+
+def _of_workers(seen: BrokerFacts) -> Conclusions:
+    named = f" --broker {seen.address}" if seen.configured else ""
+    if seen.asked and not seen.workers:
+        yield note(f"no worker is connected to {seen.address}: it cannot answer a request", f"llambo-worker{named}")
+    elif seen.asked and not seen.ready:
+        yield note(f"no worker of {seen.address} is ready", f"llambo{named} workers")
+    for model, variants in seen.variants.items():
+        yield note(f"{cannot_move(model, variants)}: {same_command(variants)}", f"llambo{named} workers")
 
 
 #: What each extra is for.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from llambo.mesh.wire.reports import ModelVariant
 
 if TYPE_CHECKING:
     from llambo.worker.llama.binding import LibraryReport
@@ -131,9 +133,13 @@ class BrokerFacts:
     key: str = ""
     #: Its ports that do not accept a connection, beside the one that was asked.
     closed: tuple[int, ...] = ()
+    #: Its status was asked for: it is known what follows.
+    asked: bool = False
     workers: int = 0
     ready: int = 0
     models: tuple[str, ...] = ()
+    #: By model, workers that cannot continue each other's answers.
+    variants: dict[str, list[ModelVariant]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

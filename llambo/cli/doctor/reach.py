@@ -28,6 +28,7 @@ from llambo.mesh.link.link_core import ConnectionChange, LinkProblem, OpenContro
 from llambo.mesh.security.keyring import ISSUED, default_folder
 from llambo.mesh.wire import codec
 from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.mesh.wire.naming import is_in_class
 from llambo.mesh.wire.reports import MeshStatus
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def _broker(host: str, port: int, asker: _Asker) -> BrokerFacts:
         text = f"{found.address}: {error.text.removesuffix(f'; {error.hint}')}"
         return replace(found, code=error.code, error=text, command=_start(host, port, found, asker))
     models = tuple(row.model for row in seen.models)
-    return replace(found, workers=seen.workers, ready=seen.ready, models=models)
+    variants = {row.model: row.variants for row in seen.models if row.variants and not is_in_class(row.model, models)}
+    return replace(found, asked=True, workers=seen.workers, ready=seen.ready, models=models, variants=variants)
 
 
 async def _status(address: str, asker: _Asker) -> MeshStatus:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import click
 
 from llambo.mesh.wire.errors import printable
-from llambo.mesh.wire.reports import RequestRow, WorkerRow
+from llambo.mesh.wire.naming import how_to_match, is_in_class, what_differs
+from llambo.mesh.wire.reports import ModelVariant, RequestRow, WorkerRow
 
 Row = Sequence[object]
 
@@ -146,5 +147,38 @@ def worker_note(row: WorkerRow) -> str:
 
 
 def request_note(row: RequestRow) -> str:
-    notes = [f"{row.ahead} ahead" if row.state == "waiting" else "", "detached" if row.detached else ""]
-    return ", ".join(filter(None, notes))
+    place = f"waits for {row.waits_for}" if row.waits_for else f"{row.ahead} ahead" if row.state == "waiting" else ""
+    return ", ".join(filter(None, (place, "detached" if row.detached else "")))
+
+
+def warn_of_variants(models: Mapping[str, Sequence[ModelVariant]]) -> None:
+    """On stderr: between which workers answers cannot move, though they serve a model of the same name."""
+    for model, variants in models.items():
+        if variants and not is_in_class(model, models):
+            click.echo(printable(f"llambo: {cannot_move(model, variants)}"), err=True)
+            click.echo(f"  {same_command(variants)}", err=True)
+
+
+def cannot_move(model: str, variants: Sequence[ModelVariant]) -> str:
+    has = what_differs([each.fingerprint for each in variants])
+    groups = [f"{', '.join(each.workers)} ({what})" for each, what in zip(variants, has, strict=True)]
+    return f"answers of {model} cannot move between {' and '.join(groups)}"
+
+
+def same_command(variants: Sequence[ModelVariant]) -> str:
+    """What lets them move."""
+    return f"start all of them with {how_to_match([each.fingerprint for each in variants])}"
+
+
+def variants_of(rows: Sequence[WorkerRow]) -> dict[str, list[ModelVariant]]:
+    """By model, as `ModelRow.variants`."""
+    alike: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for model in row.plain_models:
+            if model in row.fingerprints:
+                alike.setdefault(model, {}).setdefault(row.fingerprints[model], []).append(row.worker)
+    return {
+        model: [ModelVariant(fingerprint=fingerprint, workers=names) for fingerprint, names in found.items()]
+        for model, found in alike.items()
+        if len(found) > 1
+    }

@@ -5,6 +5,9 @@ breaks, the feed goes on for `resume_ms`, so that its reader can come back with 
 that it is cancelled. A feed stores tokens, not events. Each reader makes events of them, from the first token on: the
 same tokens make the same events, so a reader that comes back is given those after the last one it has seen.
 
+What readers have not taken yet is bounded over all feeds. Beyond that a feed whose readers are behind leaves its tokens
+in the mesh, until they have caught up (`unread`).
+
 Rendering (rendering.py) makes events of the tokens, and gives each an id, which `Last-Event-ID` brings back.
 
 Another gateway takes a feed over. It has the body of the request again and makes the same requests of it: their ids
@@ -29,7 +32,8 @@ from dataclasses import dataclass, field
 from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import AnswerHead, Submission
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error
-from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.gateway.answers.unread import Lead, Unread
+from llambo.mesh.client.answer_stream import Answer, Piece, Stream, limit_buffer
 from llambo.mesh.client.request_options import Options
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -42,8 +46,10 @@ FINISHED_S = 30.0
 FINISHED_FEEDS = 1_000
 #: Approximate bytes that finished feeds may hold together, and that one feed may hold before it is ended.
 FINISHED_BYTES, FEED_BYTES = 64 * 1024 * 1024, 128 * 1024 * 1024
-#: What is counted for a token beside its bytes, and for each log probability.
-_TOKEN_BYTES, _LOGPROB_BYTES = 64, 160
+#: What is counted for a token beside its bytes, here and in the client, and for each log probability.
+_TOKEN_BYTES, _LOGPROB_BYTES = 300, 160
+#: How far its streams are ahead of a feed that waits for its readers.
+STREAM_TOKENS, STREAM_BYTES = 256, 256 * 1024
 #: Characters of the prompts of one HTTP request, each counted as often as it is submitted.
 SUBMITTED_CHARS = 32 * 1024 * 1024
 #: Choices of one HTTP request, over all of its prompts.
@@ -140,8 +146,8 @@ class Feed:
     """One HTTP request of one caller: an answer, or several choices of it."""
 
     def __init__(
-        self, caller: Caller, streams: list[Stream], observers: Sequence[Observer], *, model: str, digest: bytes,
-        created: int,
+        self, caller: Caller, streams: list[Stream], observers: Sequence[Observer], unread: Unread, *, model: str,
+        digest: bytes, created: int,
     ) -> None:  # fmt: skip
         """`streams` were just submitted: the loop has not run since."""
         self.caller, self.digest, self.created = caller, digest, created
@@ -152,9 +158,11 @@ class Feed:
         self._requested_model = model
         self._streams, self._observers = streams, observers
         self._wakers: dict[object, Callable[[], None]] = {}
+        self.lead = Lead(unread)
         caller.open += 1
         for stream in streams:
             stream.on_place = self._wake
+            limit_buffer(stream, STREAM_TOKENS, STREAM_BYTES)
         self._tasks = [asyncio.create_task(self._read(choice, stream)) for choice, stream in enumerate(streams)]
 
     @property
@@ -209,6 +217,8 @@ class Feed:
                 if self.tokens.bytes > FEED_BYTES:
                     raise LlamboError(Code.OVER_LIMIT, "the answer is larger than a gateway stores; ask for less")
                 self._wake()
+                self.lead.grew(len(self.tokens.pieces), self.tokens.bytes)
+                await self.lead.wait()
             assert stream.answer is not None, "it was read to its end"
             if stream.answer.reason == "cancelled":
                 # No API has a reason for this; "length" would make it look whole.
@@ -270,7 +280,8 @@ class Feed:
 class Feeds:
     """All feeds: those that run, and for a while those that have ended."""
 
-    def __init__(self, resume_ms: int, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, resume_ms: int, observers: Sequence[Observer], unread: Unread) -> None:
+        self.unread = unread
         #: Traces are added when the process starts.
         self.observers = list(observers)
         self._resume_s = resume_ms / 1_000
@@ -290,7 +301,7 @@ class Feeds:
     def _add(
         self, caller: Caller, streams: list[Stream], arrival: Arrival | None, *, model: str, digest: bytes, created: int
     ) -> Feed:
-        feed = Feed(caller, streams, self.observers, model=model, digest=digest, created=created)
+        feed = Feed(caller, streams, self.observers, self.unread, model=model, digest=digest, created=created)
         self._by_id[feed.id] = feed
         for observer in self.observers:
             observer.began(feed, arrival)
@@ -359,6 +370,7 @@ class Feeds:
     def _forget(self, feed: Feed) -> None:
         self._stop_timer(feed)
         self._by_id.pop(feed.id, None)
+        feed.lead.end()
 
 
 def prompts_of(submission: Submission, id: str, created: int = 0) -> list[tuple[str, Options]]:

@@ -88,6 +88,7 @@ class Rendering:
             lane = self._of_choice[feed.tokens.choices[self._at]]
             self._put(out, self._next(feed, lane), lane)
             self._at += 1
+        feed.lead.taken(self._at)
         if feed.over and not self.behind and not self.finished and self.error is None:
             self._finish(out)
         if self.error is not None and not self.finished:

@@ -90,7 +90,8 @@ class Answer:
 class _Buffer:
     """Tokens that have arrived and have not been read yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = BUFFER_TOKENS, size: int = BUFFER_BYTES) -> None:
+        self.limits = tokens, size
         self.ids: list[int] = []
         self.pieces: list[bytes] = []
         self.logprobs: list[Logprob | None] = []
@@ -98,7 +99,7 @@ class _Buffer:
 
     @property
     def full(self) -> bool:
-        return len(self.pieces) >= BUFFER_TOKENS or self.size >= BUFFER_BYTES
+        return len(self.pieces) >= self.limits[0] or self.size >= self.limits[1]
 
     def add(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None:
         self.ids += ids
@@ -247,7 +248,7 @@ class Stream:
         self._buffer.add(ids, pieces, logprobs)
         if self._buffer.full and not self._behind:
             self._behind = True
-            self._handle(e.ReaderBehind(self._key))
+            self._handle(e.ReaderBehind(self._key, self._buffer.limits[0]))
         self._wake()
 
     def _set_place(self, ahead: int, model: str, *, fake: bool) -> None:
@@ -276,7 +277,7 @@ class Stream:
             self._waiter.set_result(None)
 
     def _take(self) -> Piece:
-        buffer, self._buffer = self._buffer, _Buffer()
+        buffer, self._buffer = self._buffer, _Buffer(*self._buffer.limits)
         piece = self._read.read(buffer)
         if self._behind:
             self._behind = False
@@ -292,6 +293,11 @@ class Stream:
             self._error = LlamboError.of(end.error)
             raise self._error
         return Piece(rest, [], len(read.ids)) if rest else None
+
+
+def limit_buffer(stream: Stream, tokens: int, size: int) -> None:
+    """For a reader with memory of its own, which reads the stream at once or not at all."""
+    stream._buffer.limits = tokens, size
 
 
 # --- results of tasks ----------------------------------------------------------------------------------------

@@ -214,8 +214,8 @@ class ClientCore:
                 self.requests.forget(id)
             case e.ReaderLeft(int() as query):
                 self._queries.forget(query)
-            case e.ReaderBehind(id):
-                self.requests.hold(id)
+            case e.ReaderBehind(id, at_a_time):
+                self.requests.hold(id, at_a_time)
             case e.ReaderCaughtUp(id):
                 self.requests.release(id, now_ms)
             case _:

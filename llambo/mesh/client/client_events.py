@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from llambo.mesh.link.link_core import ConnectionChange, LinkAction, LinkState
+from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import ErrorInfo
 from llambo.mesh.wire.tokens import Logprob
@@ -65,6 +66,8 @@ class ReaderBehind(msgspec.Struct, frozen=True):
     """The reader of this request is too far behind: leave out its tokens for now."""
 
     id: bytes
+    #: How many to fetch at a time once it has caught up.
+    at_a_time: int = limits.TOKEN_INDEX
 
 
 class ReaderCaughtUp(msgspec.Struct, frozen=True):

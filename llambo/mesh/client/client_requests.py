@@ -63,6 +63,8 @@ class ReaderWishes:
     follow: bool = True
     #: The reader is too far behind: tokens are left out now, and fetched later.
     held: bool = False
+    #: Tokens that are fetched at a time, once the reader was behind.
+    at_a_time: int = limits.TOKEN_INDEX
 
 
 @dataclass(slots=True)
@@ -74,6 +76,8 @@ class QueuePlace:
     fingerprint: str = ""
     #: It was admitted when another client submitted it.
     before: bool = False
+    #: For the next broker: that this one has admitted it.
+    proof: bytes = b""
 
     @property
     def admitted(self) -> bool:
@@ -187,6 +191,7 @@ class Request:
             resume=True,
             prompt_bytes=prompt_bytes,
             fingerprint=self.place.fingerprint,
+            proof=self.place.proof,
         )
         return message, blob
 

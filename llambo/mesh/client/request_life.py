@@ -55,8 +55,10 @@ class Repair:
         if not request.repairable or not request.missing_until:
             return
         self._counters.replays += 1
-        self._link.send(m.Replay(request.id, request.tokens.next_index, request.missing_until))
-        self.wait_for_replay(request, request.missing_until, now_ms)
+        first = request.tokens.next_index
+        until = min(request.missing_until, first + request.reader.at_a_time)
+        self._link.send(m.Replay(request.id, first, until))
+        self.wait_for_replay(request, until, now_ms)
 
     def on_alarm(self, request: Request, now_ms: int) -> None:
         late = request.tokens.next_index < request.repair.target
@@ -181,9 +183,9 @@ class Requests:
         if (request := self.live.get(id)) is not None:
             self._detach(request)
 
-    def hold(self, id: bytes) -> None:
+    def hold(self, id: bytes, at_a_time: int) -> None:
         if (request := self.live.get(id)) is not None:
-            request.reader.held = True
+            request.reader.held, request.reader.at_a_time = True, at_a_time
             request.repair.forget()
 
     def release(self, id: bytes, now_ms: int) -> None:
@@ -214,6 +216,7 @@ class Requests:
         if request is None or request.state is RequestState.WAITING:
             return
         request.place.model = accepted.model or request.place.model
+        request.place.proof = accepted.proof or request.place.proof
         before, request.place.fingerprint = request.place.fingerprint, accepted.fingerprint or request.place.fingerprint
         self._place(request, accepted.ahead, found=is_fake(request.place.fingerprint) != is_fake(before))
         if request.state is not RequestState.SUBMITTED:

@@ -321,6 +321,7 @@ _GATEWAY = (
     row("gateway.resume_ms", Kind.MS, 5_000, "how long a stream waits for a client to reconnect",
         high=_LONGEST_MS),
     row("gateway.http_requests", Kind.NUMBER, 4_096, "most open requests; more are refused", low=1),
+    row("gateway.http_unread_bytes", Kind.BYTES, 64 * MIB, "memory for what clients have not read yet", low=MIB),
     row("gateway.leave_ms", Kind.MS, 30_000, "how long open requests get to finish at exit", high=_LONGEST_MS),
 )  # fmt: skip
 _BRIDGE = (

@@ -96,6 +96,7 @@ TRAITS: dict[Code, Trait] = {
 
 #: Characters of an error text. Stories and events contain error texts.
 TEXT_CHARS = 2_000
+HINT_CHARS = 500
 
 
 #: Characters that move a cursor, colour a terminal, or reverse the direction of text, but not line breaks and tabs.
@@ -113,6 +114,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     code: Code
     text: Annotated[str, Meta(max_length=TEXT_CHARS)]
     retry_after_ms: int = 0
+    #: What to do about it, where the sender knows more than the code says.
+    hint: Annotated[str, Meta(max_length=HINT_CHARS)] = ""
 
 
 class LlamboError(Exception):
@@ -126,7 +129,7 @@ class LlamboError(Exception):
         self.text: str = text
         #: When to try again, if the broker knows it; otherwise 0.
         self.retry_after_ms: int = retry_after_ms
-        #: Replaces the hint of the code where more is known. It is not sent.
+        #: Replaces the hint of the code where more is known.
         self._hint = hint
         # In a traceback it follows the text.
         if self.hint not in text:
@@ -137,7 +140,7 @@ class LlamboError(Exception):
 
     @classmethod
     def of(cls, info: ErrorInfo) -> LlamboError:
-        return cls(info.code, printable(info.text), info.retry_after_ms)
+        return cls(info.code, printable(info.text), info.retry_after_ms, hint=printable(info.hint))
 
     @property
     def trait(self) -> Trait:
@@ -154,4 +157,4 @@ class LlamboError(Exception):
         return self.trait.retryable
 
     def info(self) -> ErrorInfo:
-        return ErrorInfo(self.code, self.text[:TEXT_CHARS], self.retry_after_ms)
+        return ErrorInfo(self.code, self.text[:TEXT_CHARS], self.retry_after_ms, self._hint[:HINT_CHARS])

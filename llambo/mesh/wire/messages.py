@@ -296,6 +296,8 @@ class InferenceRequest(Message, frozen=True):
     logprobs: Logprobs = None
     #: For all tasks but `generate`, `max_tokens` limits the pieces of the result, and `sampling` is a `TaskOptions`.
     task: Task = "generate"
+    #: With `resume`: as it came in `Accepted`. Without it the request counts as a new one.
+    proof: Mark = b""
 
 
 class Attach(Message, frozen=True):
@@ -389,6 +391,8 @@ class Accepted(Message, frozen=True):
     model: Name = ""
     #: The fingerprint of the model that runs it, once it is known.
     fingerprint: Name = ""
+    #: Proves to the next broker that this one has admitted the request. A client does not read it.
+    proof: Mark = b""
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

@@ -1,12 +1,15 @@
-"""Names of models that include a class of workers: `smollm2@tiny` is smollm2 on workers of the class tiny.
+"""Names of models, with and without a class of workers, and the fingerprints that tell models of one name apart.
 
-A worker of a class announces each of its models under both names, and to a broker the two are different models. A
-request with the longer name runs on a worker of that class. `@tiny` is any model of that class.
+`smollm2@tiny` is smollm2 on workers of the class tiny. A worker of a class announces each of its models under both
+names, and to a broker the two are different models. A request with the longer name runs on a worker of that class.
+`@tiny` is any model of that class.
+
+A broker compares fingerprints as they are. What is in one is read only to tell people what differs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
 from llambo.mesh.wire import limits
 
@@ -41,3 +44,65 @@ def is_in_class(name: str, names: Container[str]) -> bool:
 def class_of(name: str) -> str:
     """The class in a name; empty for a plain name."""
     return name.rpartition(MARK)[2] if MARK in name else ""
+
+
+# --- fingerprints ---
+
+#: Characters of the digest of a file that people are shown.
+_DIGEST_SHOWN = 8
+#: The flags of a worker that decide whether its answers can go on elsewhere, by the part of a fingerprint.
+_FLAGS = {"ctx": "--ctx", "kv_type": "--kv-type"}
+
+
+def fingerprint(architecture: str, quantisation: object, ctx: int, kv_type: str, weights: str, template: str) -> str:
+    """Equal only for workers that can continue each other's answers: same weights, template, context and cache.
+
+    `weights` and `template` are digests.
+    """
+    return f"{architecture}-{quantisation}-{ctx}-{kv_type}-{weights}-{template}"[: limits.NAME_CHARS]
+
+
+def what_differs(fingerprints: Sequence[str]) -> list[str]:
+    """Of each of them the parts that are not the same in all, for people: `ctx 2048`."""
+    parts = _differing(fingerprints)
+    return [", ".join(f"{name} {value}" for name, value in each.items()) for each in parts]
+
+
+def what_it_is(fingerprint: str) -> str:
+    """The settings in it, for people: `ctx 2048, kv_type f16`."""
+    parts = _parts(fingerprint)
+    return ", ".join(f"{name} {parts[name]}" for name in _FLAGS if name in parts) or "the same settings"
+
+
+def how_to_match(fingerprints: Sequence[str]) -> str:
+    """What to start workers with so that they have one of these fingerprints: the one that needs the least memory."""
+    parts = _differing(fingerprints)
+    if any(name not in _FLAGS for name in parts[0]):
+        return "the same model file" if "file" in parts[0] else "the same settings"
+    chosen = min(parts, key=lambda each: int(each.get("ctx", 0)))
+    return " ".join(f"{_FLAGS[name]} {value}" for name, value in chosen.items())
+
+
+def flags_of(fingerprint: str) -> str:
+    """For a worker that is to have this fingerprint; empty if it has no such settings."""
+    parts = _parts(fingerprint)
+    return " ".join(f"{flag} {parts[name]}" for name, flag in _FLAGS.items() if name in parts)
+
+
+def _differing(fingerprints: Sequence[str]) -> list[dict[str, str]]:
+    all_parts = [_parts(each) for each in fingerprints]
+    if any(each.keys() != all_parts[0].keys() for each in all_parts):
+        return [{"model": each} for each in fingerprints]
+    names = [name for name in all_parts[0] if len({each[name] for each in all_parts}) > 1]
+    if "file" in names:  # then its template may differ as well
+        names = [name for name in names if name != "template"]
+    return [{name: each[name] for name in names} for each in all_parts]
+
+
+def _parts(fingerprint: str) -> dict[str, str]:
+    """What people know by a name. The fingerprint of a fake engine, or of a worker of another make, is one part."""
+    words = fingerprint.rsplit("-", 4)
+    if is_fake(fingerprint) or len(words) != 5 or not words[1].isdigit():
+        return {"model": fingerprint}
+    _, ctx, kv_type, weights, template = words
+    return {"file": weights[:_DIGEST_SHOWN], "ctx": ctx, "kv_type": kv_type, "template": template}

@@ -48,6 +48,15 @@ class AccountRow(_Row, frozen=True, kw_only=True):
     per_minute: int = 0
 
 
+class ModelVariant(_Row, frozen=True, kw_only=True):
+    """Workers that serve a model alike, so that answers can move between them."""
+
+    #: What they have in common: model file, context and type of the KV cache.
+    fingerprint: str = ""
+    #: Their names; of many the first ones.
+    workers: list[str] = []
+
+
 class ModelRow(_Row, frozen=True, kw_only=True):
     """One model: the workers that serve it, those of them that load it, their slots, and the requests in its queue."""
 
@@ -59,10 +68,12 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     loading: int = 0
     #: Requests that they can run at a time.
     slots: int = 0
-    #: Requests in its queue.
+    #: Requests in its queue, and requests that wait to go on at a worker that can continue them.
     waiting: int = 0
     #: A fake engine serves it: its words are made up.
     fake: bool = False
+    #: If its workers do not all serve the very same model: who can continue whose answers.
+    variants: list[ModelVariant] = []
 
 
 class MeshStatus(_Row, frozen=True, kw_only=True):
@@ -162,6 +173,8 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
     slow: str = ""
     #: The library of llama.cpp that computes, with its version.
     library: str = ""
+    #: By the name of a model, what tells it from others of that name: `ModelVariant.fingerprint`.
+    fingerprints: dict[str, str] = {}
 
     @property
     def plain_models(self) -> list[str]:
@@ -203,6 +216,8 @@ class RequestRow(_Row, frozen=True, kw_only=True):
     age_ms: int = 0
     #: It runs on without its client.
     detached: bool = False
+    #: While it waits: the worker that it waits for, if none that is there can take it.
+    waits_for: str = ""
 
 
 class StoryStep(_Row, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from llambo.mesh.service import host
-from llambo.mesh.wire import limits
+from llambo.mesh.wire import naming
 from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.config import LlamaOptions
 from llambo.worker.models import gguf
@@ -171,10 +171,10 @@ def _too_large(options: LlamaOptions, file: ModelFile, context: int, free_bytes:
 def fingerprint(
     file: ModelFile, context: int, kv_type: str, on_progress: Callable[[int], None] = lambda percent: None
 ) -> str:
-    """Equal only for workers that can continue each other's answers: same weights, template and context."""
+    """That of the model as this worker has it: `naming.fingerprint`."""
     template = hashlib.sha256(file.template.encode()).hexdigest()[:8]
-    quant, weights = file.meta.get("general.file_type", "?"), digest(file.path, on_progress=on_progress)[:32]
-    return f"{file.architecture}-{quant}-{context}-{kv_type}-{weights}-{template}"[: limits.NAME_CHARS]
+    quantisation, weights = file.meta.get("general.file_type", "?"), digest(file.path, on_progress=on_progress)[:32]
+    return naming.fingerprint(file.architecture, quantisation, context, kv_type, weights, template)
 
 
 def digest(path: str, cache: Path | None = None, on_progress: Callable[[int], None] = lambda percent: None) -> str:
