@@ -88,6 +88,9 @@ def report_ready(descriptor: int | None, text: str) -> bool:
 
 # --- Limits of the process. ---
 
+#: With fewer, a service for connections does not start.
+LEAST_DESCRIPTORS = 128
+
 
 def prepare_process(parent: int | None, *, connections: bool = False) -> None:
     """`parent`: end with it. `connections`: one that serves many connections."""
@@ -110,6 +113,10 @@ def raise_descriptor_limit() -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < LEAST_DESCRIPTORS:
+        needed = f"{LEAST_DESCRIPTORS} are needed, and two for each peer"
+        text = f"only {hard} descriptors are allowed (ulimit -Hn); {needed}"
+        raise Failure(text, hint="raise LimitNOFILE= of its unit, or --ulimit nofile= of its container")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
