@@ -9,7 +9,8 @@ import zmq
 
 from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import StreamEvent
-from llambo.gateway.answers.feed import STREAM_TOKENS, Feed, Feeds, Rendering
+from llambo.gateway.answers.feed import STREAM_TOKENS, Feed, Feeds
+from llambo.gateway.answers.rendering import Rendering
 from llambo.gateway.answers.unread import AHEAD_BYTES, Unread
 from llambo.mesh.client import client_events as e
 from llambo.mesh.client.answer_stream import Stream
@@ -80,7 +81,7 @@ def begin(feeds: Feeds, count: int) -> tuple[list[Answering], list[Feed]]:
 async def test_what_is_not_taken_is_bounded_and_comes_when_it_is() -> None:
     feeds = Feeds(1_000, [], Unread(LIMIT_BYTES))
     answers, begun = begin(feeds, 8)
-    readers = [Rendering(feed, Plain()) for feed in begun]  # type: ignore[arg-type]
+    readers = [Rendering(feed, Plain()) for feed in begun]
     await until_idle(answers)
     # Without a reader the rest of each answer stays in the mesh
     held = sum(feed.tokens.bytes for feed in begun)
