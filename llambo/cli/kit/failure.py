@@ -107,9 +107,9 @@ class Failure(click.ClickException):
 
 def missing(what: str, extra: str, more: str = "") -> Failure:
     """A part of llambo that is not installed. A service does not start again by itself: that would not help."""
-    from llambo.cli.kit.extras import install_command
+    from llambo.mesh.service.extras import extra_command
 
-    return Failure(f"{what} is not installed", f"{install_command(f'llambo[{extra}]')}{more}", Exit.USAGE)
+    return Failure(f"{what} is not installed", f"{extra_command(extra)}{more}", Exit.USAGE)
 
 
 def check_name(name: str, flag: str) -> str:

@@ -9,11 +9,11 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, NOTICE_SINKS, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
+from llambo.mesh.service.extras import install_command
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 

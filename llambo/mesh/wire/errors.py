@@ -89,7 +89,7 @@ TRAITS: dict[Code, Trait] = {
     Code.NO_BROKER: Trait(Fault.MESH, 503, True, "start one with `llambo-broker` or `llambo up`"),
     Code.TIMEOUT: Trait(Fault.MESH, 504, True, "try again"),
     Code.CANCELLED: Trait(Fault.CALLER, 409, True, "send it again; `llambo why ID` shows who cancelled it"),
-    Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "correct the setting that is named"),
+    Code.BAD_SETTING: Trait(Fault.CALLER, 400, False, "correct what the message names"),
     Code.INTERNAL: Trait(Fault.MESH, 500, False, "this is a bug in llambo; please report it"),
 }
 
