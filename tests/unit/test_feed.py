@@ -81,7 +81,7 @@ def begin(feeds: Feeds, count: int) -> tuple[list[Answering], list[Feed]]:
 async def test_what_is_not_taken_is_bounded_and_comes_when_it_is() -> None:
     feeds = Feeds(1_000, [], Unread(LIMIT_BYTES))
     answers, begun = begin(feeds, 8)
-    readers = [Rendering(feed, Plain()) for feed in begun]
+    readers = [Rendering(feed, Plain()) for feed in begun]  # type: ignore[arg-type]
     await until_idle(answers)
     # Without a reader the rest of each answer stays in the mesh
     held = sum(feed.tokens.bytes for feed in begun)
