@@ -180,8 +180,8 @@ def test_a_stream_is_not_for_another_body(gateway: GatewayProcess) -> None:
         status, problem, _ = gateway.ask("POST", CHAT, {**asked, "seed": 12}, last_event_id=id_of(received[-1]))
         assert status == 400 and "another request body" in problem["error"]["message"]
     assert gateway.ask("POST", CHAT, asked, last_event_id="nonsense")[1]["error"]["param"] == "Last-Event-ID"
-    unknown = "0" * 32 + "-0-1"
-    assert gateway.ask("POST", CHAT, asked, last_event_id=unknown)[0] == 404
+    of_an_older_gateway = "0" * 32 + "-0-1"
+    assert gateway.ask("POST", CHAT, asked, last_event_id=of_an_older_gateway)[0] == 409
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,7 +6,6 @@ The JSON lines are a promise to scripts: fields may be added, none changes its m
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import select
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llambo.cli.kit.std_streams import json_text, paint
 from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
 
@@ -118,7 +118,7 @@ class TextView(View):
 
     def _clear(self) -> None:
         if self._waiting:
-            click.echo(CLEAR_LINE, nl=False, err=True, color=True)
+            paint(CLEAR_LINE, err=True)
             self._waiting = False
 
 
@@ -196,7 +196,7 @@ class JsonView(View):
             self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
     def _put(self, line: dict[str, object]) -> None:
-        self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+        self._out.put(json_text(line) + "\n")
 
 
 async def show(stream: Stream, view: View, out: StdoutWriter, texts: list[str] | None = None) -> tuple[Answer, Clock]:

@@ -11,7 +11,14 @@ import click
 
 from llambo.cli.kit.common import Common, key_hint
 from llambo.cli.kit.failure import MEANING, Exit, Failure
-from llambo.cli.kit.std_streams import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
+from llambo.cli.kit.std_streams import (
+    NO_ROOM,
+    cannot_write,
+    fill_closed_streams,
+    filter_streams,
+    flush_or_silence,
+    silence,
+)
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: How similar to a command a word must be to count as a typing mistake.
@@ -30,6 +37,7 @@ class _Help(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """The whole process. Closed standard streams are opened first; if a disk is full, one line says so."""
         fill_closed_streams()
+        filter_streams()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:

@@ -21,6 +21,7 @@ from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, StdoutWrite
 from llambo.cli.kit.command import silence_stdout
 from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.std_streams import paint
 from llambo.mesh.wire.errors import Code, LlamboError
 
 if TYPE_CHECKING:
@@ -131,9 +132,12 @@ async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> 
 
 def report_link(lost: str) -> None:
     """Explain why the answer does not go on."""
-    before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
+    if sys.stdout.isatty():
+        click.echo(err=True)
+    elif sys.stderr.isatty():
+        paint(CLEAR_LINE, err=True)
     text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
-    click.echo(f"{before}llambo: {text}", err=True)
+    click.echo(f"llambo: {text}", err=True)
 
 
 async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
