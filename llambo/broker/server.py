@@ -44,7 +44,7 @@ from llambo.broker.report import metrics_page
 from llambo.mesh.link import sockets
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.service import clock
-from llambo.mesh.service.host import process_metrics_page
+from llambo.mesh.service.host import descriptor_limit_reached, process_metrics_page
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Inherited, Notifier
 from llambo.mesh.wire import codec
@@ -67,6 +67,8 @@ MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
 #: For how long goodbyes are sent to peers that are still connected, and how often.
 GOODBYE_MS = 500
 GOODBYE_PAUSE_MS = 20
+#: How often is looked whether a connection can be accepted, and again after a warning.
+DESCRIPTORS_MS, DESCRIPTORS_AGAIN_MS = 1_000, 60_000
 #: The longest the loop sleeps, so that a signal is noticed in any case.
 SLEEP_MS = 1_000
 
@@ -133,7 +135,7 @@ class BrokerServer:
             if self._owns_context:
                 self._context.term()
             raise
-        self._clients, self._workers, self._tokens_in, self._tokens_out = self._sockets
+        _, _, self._tokens_in, self._tokens_out = self._sockets
         tokens_in, tokens_out = self.port + sockets.TOKENS_IN_OFFSET, self.port + sockets.TOKENS_OUT_OFFSET
         marks_key = seals.key_from(self._zap.pair.secret) if self._zap else b""
         config = replace(config, tokens_in_port=tokens_in, tokens_out_port=tokens_out, marks_key=marks_key)
@@ -142,6 +144,7 @@ class BrokerServer:
             self.core.handle(KeysChanged(self._zap.identities), clock.now_ms())
         self._grants = SubscriptionGrants(self.core.state.registry.topics)
         self.dropped = 0
+        self._descriptors_at = 0
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -193,16 +196,17 @@ class BrokerServer:
             if frames:
                 self._perform(handle(TokensArrived(frames), now))
         actions: list[Action] = []
-        if self._workers in readable:
-            for route, user, bundle in self._drain_control(self._workers, codec.from_worker):
+        if self._sockets.workers in readable:
+            for route, user, bundle in self._drain_control(self._sockets.workers, codec.from_worker):
                 actions += handle(WorkerSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
-        if self._clients in readable:
-            for route, user, bundle in self._drain_control(self._clients, codec.from_client):
+        if self._sockets.clients in readable:
+            for route, user, bundle in self._drain_control(self._sockets.clients, codec.from_client):
                 actions += handle(ClientSaid(route, bundle.session, bundle.messages, bundle.problems, user), now)
         if self._tokens_out in readable:
             actions += self._drain_subscriptions(now)
         if now >= self.core.next_wakeup_ms():
             self._count(now)
+            self._check_descriptors(now)
             actions += handle(Tick(), now)
         self._perform(actions)
         while self.core.state.journal.log:
@@ -218,6 +222,16 @@ class BrokerServer:
         counted = Counted(self.dropped, self._zap.refused if self._zap else 0, self._grants.refused)
         if counted != self.core.state.measured.shell:
             self._perform(self.core.handle(counted, now))
+
+    def _check_descriptors(self, now: int) -> None:
+        """libzmq is silent about connections that it cannot accept, and tries again and again."""
+        if now < self._descriptors_at:
+            return
+        self._descriptors_at = now + DESCRIPTORS_MS
+        limit = descriptor_limit_reached()
+        if limit:
+            self._descriptors_at = now + DESCRIPTORS_AGAIN_MS
+            log.warning("all %d descriptors are in use: no new peer is admitted; raise the limit (ulimit -Hn)", limit)
 
     def _log(self, line: LogLine) -> None:
         about = {"worker": line.worker, "request": line.request.hex()}
@@ -318,8 +332,8 @@ class BrokerServer:
                 workers.setdefault((action.route, action.session), []).append((action.message, action.blob))  # type: ignore[union-attr]
             else:
                 self._publish(action.frames)  # type: ignore[union-attr]
-        gone = [RouteGone(route, True) for route in self._send(self._workers, workers)]
-        return gone + [RouteGone(route, False) for route in self._send(self._clients, clients)]
+        gone = [RouteGone(route, True) for route in self._send(self._sockets.workers, workers)]
+        return gone + [RouteGone(route, False) for route in self._send(self._sockets.clients, clients)]
 
     def _publish(self, frames: list[bytes]) -> None:
         send = self._tokens_out.send

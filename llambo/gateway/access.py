@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
+import msgspec
 import zmq
 
 from llambo.mesh.client.client import Client
@@ -20,6 +23,7 @@ from llambo.mesh.security import api_tokens
 from llambo.mesh.security.keyring import Folder
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import ANYONE, Identity, PeerKey
+from llambo.mesh.wire.reports import FoundRequest
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 CALLERS = 256
 #: How long to wait for the first answer of a broker.
 CONNECT_MS = 2_000
+#: The same, where a broker is asked only whether it has a request; and how long its answer may take.
+ELSEWHERE_MS = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +48,11 @@ class Caller:
     used_at: float = 0.0
     _client: Client | None = None
     _connecting: asyncio.Future[Client] | None = None
+    #: Clients for requests that another gateway has submitted, by the broker they were connected to; and those that
+    #: have left that broker since.
+    _elsewhere: dict[str, Client] = field(default_factory=dict)
+    _moved: list[Client] = field(default_factory=list)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def name(self) -> str:
@@ -58,19 +69,63 @@ class Caller:
 
     async def _connect(self) -> Client:
         try:
-            name = f"gateway/{self.name}" if self.name else "gateway"
-            client = Client(self.address, key=self.key or "", context=self.context, name=name, connect_ms=CONNECT_MS)
-            await client.connect()
-            self._client = client
-            return client
+            self._client = await self._connected()
+            return self._client
         finally:
             self._connecting = None
+
+    async def client_with(self, requests: Sequence[str]) -> Client:
+        """A client at the broker that has one of these requests; the usual one if no broker has any.
+
+        With several brokers that may be another one than the usual client is at: another gateway has submitted them.
+        """
+        client = await self.client()
+        places = await asyncio.get_running_loop().run_in_executor(None, sockets.resolve_all, self.address)
+        if len(places) < 2 or await _has(client, requests):
+            return client
+        others = [place for place in (sockets.endpoint(*each) for each in places) if place != client.broker]
+        asked = await asyncio.gather(*(self._client_at(place, requests) for place in others))
+        return next((found for found in asked if found is not None), client)
+
+    async def _client_at(self, place: str, requests: Sequence[str]) -> Client | None:
+        """A client that is at this broker, if that has one of the requests. It leaves a broker that is lost."""
+        async with self._lock:
+            found = self._elsewhere.pop(place, None)
+            if found is None or found.broker != place:
+                self._moved += [found] if found is not None else []
+                idle = [other for other in self._moved if not other.busy]
+                self._moved = [other for other in self._moved if other.busy]
+                await asyncio.gather(*(other.close() for other in idle))
+                try:
+                    found = await self._connected(first=place, connect_ms=ELSEWHERE_MS)
+                except LlamboError:
+                    return None
+            self._elsewhere[place] = found
+        return found if found.broker == place and await _has(found, requests) else None
+
+    async def _connected(self, *, first: str = "", connect_ms: int = CONNECT_MS) -> Client:
+        name = f"gateway/{self.name}" if self.name else "gateway"
+        client = Client(
+            self.address, key=self.key or "", context=self.context, name=name, connect_ms=connect_ms, first=first
+        )
+        await client.connect()
+        return client
 
     async def close(self) -> None:
         if self._connecting is not None:
             self._connecting.cancel()
-        if self._client is not None:
-            await self._client.close()
+        clients = [*self._elsewhere.values(), *self._moved, *([self._client] if self._client is not None else [])]
+        await asyncio.gather(*(client.close() for client in clients))
+
+
+async def _has(client: Client, requests: Sequence[str]) -> bool:
+    """Whether the broker of this client has one of these requests."""
+    for id in requests:
+        with suppress(LlamboError, TimeoutError, msgspec.ValidationError):
+            async with asyncio.timeout(ELSEWHERE_MS / 1_000):
+                if msgspec.convert(await client.query("find", id), FoundRequest).stored:
+                    return True
+    return False
 
 
 class Access:

@@ -124,10 +124,9 @@ class Gateway:
             arrival = Arrival(f"POST {route}", route, request.headers)
             feed = await self.feeds.begin(caller, submission, arrival, digest if parsed.stream else b"")
             return (Streaming if parsed.stream else Whole)(self.feeds, feed, parsed.renderer)
-        if submission.choices > 1 or submission.more:
-            raise FieldError("Last-Event-ID", "a stream of several answers cannot be resumed")
-        id, created, skip = parse_event_id(seen)
-        return Streaming(self.feeds, await self.feeds.resume(caller, id, created, digest), parsed.renderer, skip)
+        place = parse_event_id(seen)
+        feed = await self.feeds.resume(caller, place, submission, digest)
+        return Streaming(self.feeds, feed, parsed.renderer, place)
 
     async def close(self, app: Litestar) -> None:
         self.feeds.close()
@@ -372,7 +371,9 @@ def answer_error(request: HttpRequest, error: Exception) -> Response[bytes]:
     if isinstance(error, ValidationException):  # no route has parameters that could be invalid, so it is the body
         error = FieldError("", "the body is empty")
     elif isinstance(error, HTTPException):
-        error = StatusError(error.status_code, error.detail, error.headers)
+        ollama = error.status_code == 404 and request.scope["path"].startswith("/api/")
+        text = "this is a path of Ollama's own API; here it is OpenAI's, at /v1" if ollama else error.detail
+        error = StatusError(error.status_code, text, error.headers)
     elif not isinstance(error, LlamboError):
         log.error("a request to %s failed", request.scope["path"], exc_info=error)
     found = as_llambo_error(error)
@@ -393,6 +394,7 @@ def _fields(*optional: str, **properties: JsonObject) -> JsonObject:
 _TEXT = {"type": "string"}
 _OBJECT = {"type": "object"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
+_RETRYABLE = {"type": "boolean", "description": "The same request may succeed later"}
 _OPENAI_ERROR = _fields(
     "hint",
     message=_TEXT,
@@ -400,12 +402,13 @@ _OPENAI_ERROR = _fields(
     param={**_MAYBE_TEXT, "description": "The field that is wrong"},
     code=_MAYBE_TEXT,
     hint={**_TEXT, "description": "What to do about it"},
+    retryable=_RETRYABLE,
 )
 ERRORS: dict[Shape, JsonObject] = {
     "openai": {"title": "An error in the shape of OpenAI's API", **_fields(error=_OPENAI_ERROR)},
     "anthropic": {
         "title": "An error in the shape of Anthropic's API",
-        **_fields(type={"const": "error"}, error=_fields(type=_TEXT, message=_TEXT)),
+        **_fields(type={"const": "error"}, error=_fields(type=_TEXT, message=_TEXT, retryable=_RETRYABLE)),
     },
 }
 _SOME = {"type": "array", "minItems": 1, "maxItems": 128}

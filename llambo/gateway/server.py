@@ -8,6 +8,7 @@ of that, because no token has been checked by then.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
 from llambo.mesh.service import clock
+from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire.errors import Code, LlamboError
@@ -47,7 +49,33 @@ BACKLOG = 2_048
 IDLE_S = 75
 
 
+#: At most one line about connections that do not speak HTTP in this time: anybody can open as many as they like.
+STRANGERS_MS = 60_000
+#: The logger of connections. uvicorn's warnings to it, one for each request that is wrong, are not shown.
+_CONNECTIONS = logging.getLogger("uvicorn.error.connections")
+_CONNECTIONS.setLevel(logging.ERROR)
+
+
+class Strangers:
+    """Connections that sent what is not valid HTTP: they are counted, and reported with their number."""
+
+    def __init__(self) -> None:
+        self._more, self._quiet_until = 0, 0
+
+    def report(self, peer: str, data: bytes, now_ms: int) -> None:
+        if now_ms < self._quiet_until:
+            self._more += 1
+            return
+        more = f", as did {self._more} connections since the last such line" if self._more else ""
+        # With this byte ZeroMQ begins a connection.
+        zeromq = "; it is a peer of a mesh; a broker has another port, 7330 by default" if data[:1] == b"\xff" else ""
+        log.warning("%s has sent what is not valid HTTP%s%s", peer, more, zeromq)
+        self._more, self._quiet_until = 0, now_ms + STRANGERS_MS
+
+
 class TimeoutProtocol(HttpToolsProtocol):
+    _strangers = Strangers()
+    _data = b""
     _timer: asyncio.TimerHandle | None = None
     #: Bytes since the request began that belong to no body.
     _head_bytes = 0
@@ -57,6 +85,7 @@ class TimeoutProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.logger = _CONNECTIONS
         self._start_timer(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -64,7 +93,7 @@ class TimeoutProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._got_body = False
+        self._got_body, self._data = False, data[:1]
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -126,6 +155,7 @@ class TimeoutProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         if not self.transport.is_closing():  # refused already
+            self._strangers.report(self.client[0] if self.client else "a client", self._data, clock.now_ms())
             super().send_400_response(msg)
 
     def handle_websocket_upgrade(self) -> None:
@@ -208,7 +238,12 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}") from error
+        hint = "--http-port NUMBER takes another port, --http-port 0 any free one" if _is_taken(error) else ""
+        raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}", hint=hint) from error
+
+
+def _is_taken(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 def check_tls(cert: str, key: str) -> None:
@@ -240,7 +275,7 @@ def traces_of(environ: Mapping[str, str]) -> OtelTraces | None:
         from llambo.gateway import tracing  # noqa: PLC0415  # an optional dependency
     except ImportError as error:
         text = f"traces are requested (OTEL_...), but the package {error.name} is missing"
-        raise LlamboError(Code.BAD_SETTING, f"{text}; pip install 'llambo[otel]'") from error
+        raise LlamboError(Code.BAD_SETTING, f"{text}", hint=extra_command("otel")) from error
     log.info("traces are sent to %s", where or "the collector on this host")
     is_named = "OTEL_SERVICE_NAME" in environ or "service.name" in environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     return tracing.sender(is_named)

@@ -151,12 +151,13 @@ def test_a_lost_broker_and_its_return_are_printed() -> None:
             assert sum("lost the broker" in line for line in sending.err) == 1
 
 
-def test_a_worker_says_once_that_its_name_is_taken() -> None:
+def test_a_worker_whose_name_is_taken_says_so_also_when_its_engine_is_ready() -> None:
     with (
         by_hand(["--name", "tiny"]) as (mesh, _, _),
         command(WORKER, "--name", "tiny", "--broker", mesh.address) as second,
     ):
-        second.line("another worker is called 'tiny'.*choose another --name; trying again")
+        second.line("the name 'tiny' is taken by a worker on .*; start this one with --name tiny-2; trying again")
+        second.line("the engine is ready, but this worker gets no requests: .*--name tiny-2")
 
 
 def test_a_worker_without_a_broker_says_so() -> None:
@@ -408,6 +409,16 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
         "tiny.gguf": "",
         "junk.gguf": "it is not a GGUF file",
     }
+
+
+def test_a_file_is_described_without_a_broker(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
+    nowhere = Commands("tcp://127.0.0.1:1")
+    shown = nowhere.ok("models", str(tmp_path / "tiny.gguf"))
+    assert "trained context  512" in shown.out and f"yes: llambo up --model {tmp_path}/tiny.gguf" in shown.out
+    assert nowhere.ok("models", str(tmp_path / "tiny.gguf"), "--json").json()["problem"] == ""
+    missing = nowhere.llambo("models", "/nowhere/x.gguf")
+    assert missing.code == Exit.ERROR and "there is no file /nowhere/x.gguf" in missing.err
 
 
 @pytest.mark.parametrize("kind", ["junk", "cut", "too large"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llambo.testing.commands import up
+
 BIN = Path(sys.executable).parent
 TIMEOUT_S = 60.0
 
@@ -37,6 +39,35 @@ def test_off_loopback_a_broker_wants_keys_and_says_how(host: str, tmp_path: Path
     assert "without keys a broker listens on loopback only" in done.stderr
     assert "llambo keys init" in done.stderr
     assert f"llambo-broker --bind {host} --keys " in done.stderr
+
+
+def test_up_off_loopback_names_itself(tmp_path: Path) -> None:
+    done = run("up", "--bind", "0.0.0.0", "--engine", "fake", HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "llambo keys init --address tcp://" in done.stderr and "llambo up --bind 0.0.0.0 --keys " in done.stderr
+
+
+def test_a_folder_that_has_keys_stays_and_other_addresses_are_explained(place: str) -> None:
+    done = run("keys", "init", "--address", "tcp://other:7330", "--keys", place)
+    assert done.returncode == 2
+    assert f"llambo keys export NAME --address tcp://HOST:7330 --keys {place}" in done.stderr
+
+
+def test_with_keys_the_lines_that_up_prints_work(place: str) -> None:
+    with up("--bind", "127.0.0.1", "--keys", place, "--engine", "fake", "--http-port", "0") as (mesh, running):
+        shown = [line.strip() for line in running.out if line.startswith("    ")]
+        assert [line.split()[0] for line in shown] == ["export", "llambo", "llambo", "llambo", "curl"]
+        curl = shown[-1].replace("curl http", "curl -sS http")
+        script = "\n".join(["set -e", shown[0], *shown[2:4], curl])
+        path = f"{BIN}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-c", script], check=False, capture_output=True, text=True, timeout=TIMEOUT_S,
+            env={**os.environ, "PATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0 and '"object":"chat.completion"' in done.stdout, done.stdout + done.stderr
+        refused = run("status", "--broker", mesh.address, LLAMBO_KEYS=place)
+        assert refused.returncode == 9
+        assert f"an admin's key is here: --key {place}/issued/admin.key" in refused.stderr
 
 
 def test_a_folder_without_keys_is_named_with_what_makes_them(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_embeddings_and_models(gateway: GatewayProcess) -> None:
     assert [model["id"] for model in gateway.get("/v1/models")["data"]] == ["fake"]
     assert gateway.get("/v1/models/fake")["id"] == "fake"
     assert gateway.ask("GET", "/v1/models/none")[0] == 404
+    status, reply, _ = gateway.ask("GET", "/api/tags")
+    assert status == 404 and "Ollama's own API" in reply["error"]["message"], reply
     assert gateway.get("/readyz") == gateway.get("/healthz") == gateway.get("/health") == {"status": "ok"}
 
 
@@ -178,8 +180,8 @@ def test_a_stream_is_not_for_another_body(gateway: GatewayProcess) -> None:
         status, problem, _ = gateway.ask("POST", CHAT, {**asked, "seed": 12}, last_event_id=id_of(received[-1]))
         assert status == 400 and "another request body" in problem["error"]["message"]
     assert gateway.ask("POST", CHAT, asked, last_event_id="nonsense")[1]["error"]["param"] == "Last-Event-ID"
-    unknown = "0" * 32 + "-0-1"
-    assert gateway.ask("POST", CHAT, asked, last_event_id=unknown)[0] == 404
+    of_an_older_gateway = "0" * 32 + "-0-1"
+    assert gateway.ask("POST", CHAT, asked, last_event_id=of_an_older_gateway)[0] == 409
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -249,6 +251,7 @@ def test_without_tls_it_stays_on_this_machine() -> None:
     with command(LLAMBO, "gateway", "--http-bind", "0.0.0.0") as refused:
         assert refused.end() == 2
         assert "without keys a gateway listens on loopback only" in refused.story("")
+        assert "--tls-cert box.pem --tls-key box-key.pem" in refused.story(""), "the next refusal"
 
 
 @pytest.mark.needs("openssl")

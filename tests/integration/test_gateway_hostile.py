@@ -27,8 +27,9 @@ from llambo.gateway.access import Access
 from llambo.gateway.app import Gateway, make_app
 from llambo.gateway.config import GatewayConfig
 from llambo.gateway.dashboard.routes import assets
-from llambo.gateway.server import TimeoutProtocol, listen, set_tcp_user_timeout
+from llambo.gateway.server import Strangers, TimeoutProtocol, listen, set_tcp_user_timeout
 from llambo.mesh.security import api_tokens
+from llambo.mesh.wire.errors import LlamboError
 from llambo.testing.mesh import Mesh, key_folder
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import FakeOptions
@@ -232,6 +233,29 @@ def test_a_head_without_an_end_is_cut(gateway: GatewayProcess) -> None:
     reply_to(gateway, chunked, *[b"y" * 60_000] * 500)
     assert gateway.process.rss_bytes() - before < 16 * 2**20, "30 MB were sent four times"
     assert gateway.get("/healthz") == {"status": "ok"}
+
+
+def test_strangers_at_the_port_are_a_line_a_minute(mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
+    with GatewayProcess(mesh.address) as gateway:
+        for _ in range(3):
+            assert reply_to(gateway, b"\xff\0\0\0\0\0\0\0\x01\x7f").startswith(b"HTTP/1.1 400")
+        assert gateway.stop() == 0
+        (line,) = [line for line in gateway.process.log().splitlines() if "HTTP" in line and "WARNING" in line]
+        assert "127.0.0.1 has sent what is not valid HTTP; it is a peer of a mesh" in line and "7330" in line
+
+    strangers = Strangers()
+    for now_ms in (0, 1, 59_999, 60_000):
+        strangers.report("peer", b"x", now_ms)
+    assert caplog.messages == [
+        "peer has sent what is not valid HTTP",
+        "peer has sent what is not valid HTTP, as did 2 connections since the last such line",
+    ]
+
+
+def test_a_port_that_is_taken_names_the_option() -> None:
+    with listen("127.0.0.1", 0) as listener, pytest.raises(LlamboError, match="cannot listen on") as refused:
+        listen(*listener.getsockname())
+    assert "--http-port 0" in refused.value.hint
 
 
 def test_a_head_that_comes_in_one_piece_is_no_longer_than_others(gateway: GatewayProcess) -> None:

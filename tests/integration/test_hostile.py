@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+import socket
+from pathlib import Path
+
 import pytest
 
+from llambo import SyncClient
+from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
-from tests.fuzz import bombs, live, sessions
+from llambo.worker.config import FakeOptions
+from tests.fuzz import bombs, live, sessions, wire
 
 MESSAGES = 6_000
 SESSIONS, IDLE = 400, 60
@@ -61,3 +68,17 @@ def test_answers_that_are_not_read_are_bounded_in_bytes(asked: str) -> None:
 def test_what_would_abort_libzmq_aborts_no_broker(bomb: str) -> None:
     report = bombs.attack(bomb, 0, seconds=2.0, alone_s=0.5)
     assert not report.deaths and not report.faults, (report.deaths, report.tallies)
+
+
+def test_a_broker_whose_descriptors_are_used_up_says_so_and_admits_peers_when_some_are_free() -> None:
+    with Mesh(1, fake=FakeOptions(slots=1), broker="process") as mesh:
+        broker = mesh.process
+        assert broker is not None
+        limit = 8 + max(int(each.name) for each in Path(f"/proc/{broker.pid}/fd").iterdir())
+        resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        idle = [socket.create_connection((wire.HOST, mesh.port)) for _ in range(20)]
+        broker.line(f"all {limit} descriptors are in use")
+        for each in idle:
+            each.close()
+        with SyncClient(mesh.address) as client:
+            assert client.stream("hello", max_tokens=3).result().ids

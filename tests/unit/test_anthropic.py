@@ -268,7 +268,7 @@ def test_an_empty_answer_has_no_block() -> None:
         ("stop", "##", 5, ("stop_sequence", "##")),
         ("length", "", 9, ("max_tokens", None)),
         ("length", "", 5, ("model_context_window_exceeded", None)),
-        ("deadline", "", 5, ("max_tokens", None)),
+        ("deadline", "", 5, ("deadline", None)),
     ],
 )
 def test_why_it_ended(reason: Any, stop: str, tokens: int, wanted: tuple[str, str | None]) -> None:
@@ -288,7 +288,7 @@ def test_an_error_in_the_middle_is_the_last_event() -> None:
     error = LlamboError(Code.ENGINE_FAILED, "it died")
     found = payloads([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])
     assert found[-1] == error_body(error, "anthropic") == {
-        "type": "error", "error": {"type": "api_error", "message": "it died"}
+        "type": "error", "error": {"type": "api_error", "message": "it died", "retryable": False}
     }  # fmt: skip
 
 

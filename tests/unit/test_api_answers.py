@@ -16,7 +16,8 @@ import pytest
 
 from llambo.gateway.answers.api import Parsed, encode
 from llambo.gateway.answers.api_errors import StatusError, error_body
-from llambo.gateway.answers.feed import FeedTokens, Rendering
+from llambo.gateway.answers.feed import FeedTokens
+from llambo.gateway.answers.rendering import Rendering
 from llambo.gateway.answers.unread import Lead, Unread
 from llambo.gateway.apis import anthropic_messages, openai_chat, openai_completions
 from llambo.mesh.client.answer_stream import Answer, Piece
@@ -88,6 +89,7 @@ class ScriptedFeed:
         self.error: LlamboError | None = None
         self.failed_before_begin = None
         self.begun = self.over = True
+        self.requests = ["" for _ in choices]
         self.tokens = FeedTokens()
         self.lead = Lead(Unread(0))
         self.answers: dict[int, Answer] = {}

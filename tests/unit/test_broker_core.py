@@ -442,7 +442,8 @@ def test_a_name_belongs_to_the_living() -> None:
     bench = Bench(lease_ms=10**6)
     worker = bench.worker("w", incarnation=b"1")
     thief = bench.worker("w", incarnation=b"2")
-    assert thief.received(m.Problem)[0].error.code is Code.NAME_TAKEN
+    error = thief.received(m.Problem)[0].error
+    assert error.code is Code.NAME_TAKEN and error.text.endswith("start this one with --name w-2")
     # The same process on fresh sockets is welcome, and so is its successor once it is gone.
     again = bench.worker("w", incarnation=b"1", route=b"fresh")
     assert again.session not in (NO_SESSION, worker.session)

@@ -36,11 +36,10 @@ from llambo.cli.doctor.facts import (
     UnitFacts,
     Unknown,
 )
-from llambo.cli.kit import extras
 from llambo.cli.kit.failure import Exit
 from llambo.mesh.security import keys
 from llambo.mesh.security.keyring import Folder
-from llambo.mesh.service import host
+from llambo.mesh.service import extras, host
 from llambo.mesh.settings.settings import load
 from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.naming import fingerprint
@@ -117,12 +116,12 @@ def test_root_needs_no_sudo() -> None:
 @pytest.mark.parametrize(
     ("package", "cause", "needs", "command"),
     [
-        ("", "not installed", "", "pip install 'llambo[llama]'"),
+        ("", "not installed", "", "pip install 'CLONE[llama]'"),
         ("xllamacpp", "needs", "libgomp.so.1", "sudo apt-get install libgomp1"),
         ("xllamacpp", "needs", "libodd.so.1", "ldd /x/libllama.so | grep 'not found'"),
         ("xllamacpp", "unknown", "", "pip install 'xllamacpp=="),
         ("llama-cpp-python", "unknown", "", "pip install 'llama-cpp-python=="),
-        ("xllamacpp", "ended", "", "pip install 'llambo[llama-native]'"),
+        ("xllamacpp", "ended", "", "pip install 'CLONE[llama-native]'"),
         ("llama-cpp-python", "ended", "", "pip install --no-cache-dir --no-deps --force-reinstall 'llama-cpp-python=="),
         ("xllamacpp", "slow", "", "llambo doctor library"),
         ("", "ended", "", "llambo config --changed"),
@@ -343,9 +342,9 @@ def test_extras_that_are_missing_are_one_command() -> None:
     seen = (Extra("gateway", ("uvicorn",)), Extra("top"), Extra("otel", ("opentelemetry-sdk",)))
     good, absent = findings("extras", extras=seen)
     assert good.text == "top"
-    assert (absent.level, absent.command) == (Level.NOTE, "pip install 'llambo[gateway,otel]'")
+    assert (absent.level, absent.command) == (Level.NOTE, "pip install 'CLONE[gateway,otel]'")
     text, command = bad("extras", extras=(Extra("llama", ("numpy",)),))
-    assert "numpy" in text and command == "pip install 'llambo[llama]'"
+    assert "numpy" in text and command == "pip install 'CLONE[llama]'"
 
 
 # --- what the probes see -------------------------------------------------------------------------------
@@ -487,10 +486,31 @@ def test_an_unknown_check_is_refused() -> None:
 
 
 def test_how_packages_are_installed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert extras.install_command("llambo[top]").endswith("pip install 'llambo[top]'")
+    assert extras.install_command("llama-cpp").endswith("pip install llama-cpp")
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "pipx_metadata.json").write_text("{}")
-    assert extras.install_command("llambo[top]") == "pipx runpip llambo install 'llambo[top]'"
+    assert extras.install_command("llama-cpp") == "pipx runpip llambo install llama-cpp"
+
+
+@pytest.mark.parametrize(
+    ("origin", "words"),
+    [
+        ({}, "'/nowhere/clone[top]'"),
+        ({"url": "file:///nowhere/gone"}, "'/nowhere/clone[top]'"),
+        ({"url": "https://x.example/llambo.whl", "archive_info": {}}, "'llambo[top] @ https://x.example/llambo.whl'"),
+        (
+            {"url": "https://x.example/llambo", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "'llambo[top] @ git+https://x.example/llambo@abc'",
+        ),
+    ],
+    ids=["unknown", "gone", "archive", "git"],
+)
+def test_an_extra_comes_from_where_llambo_was_installed(origin: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").touch()
+    assert extras.requirement_of(origin, tmp_path, "top") == words.replace("/nowhere/clone", str(tmp_path))
+    assert extras.requirement_of({}, Path("/nowhere"), "top") == "'FOLDER-OF-THE-CLONE[top]'"
+    here = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+    assert extras.requirement_of(here, Path("/nowhere"), "top") == f"--editable '{tmp_path}[top]'"
 
 
 def test_the_extras_are_those_of_the_package() -> None:

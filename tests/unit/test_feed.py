@@ -9,7 +9,8 @@ import zmq
 
 from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import StreamEvent
-from llambo.gateway.answers.feed import STREAM_TOKENS, Feed, Feeds, Rendering
+from llambo.gateway.answers.feed import STREAM_TOKENS, Feed, Feeds
+from llambo.gateway.answers.rendering import Rendering
 from llambo.gateway.answers.unread import AHEAD_BYTES, Unread
 from llambo.mesh.client import client_events as e
 from llambo.mesh.client.answer_stream import Stream

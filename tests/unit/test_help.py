@@ -102,6 +102,36 @@ def test_a_second_install_adds_no_second_line(shell: str, package: bool, tmp_pat
         assert lines == [*(["setopt x"] if shell == "zsh" else []), places.line + completion.MARK]
 
 
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_uninstall_removes_the_files_and_the_line_and_nothing_else(shell: str, tmp_path: Path) -> None:
+    places = completion.places(shell, {"HOME": str(tmp_path)}, bash_completion=False)
+    startup = places.startup or tmp_path / "other"
+    startup.write_text("alias x=y\n")
+    startup.chmod(0o640)
+    completion.install_at(places, shell)
+    other = places.folder / "another"
+    other.touch()
+
+    result = llambo("completion", "--uninstall", HOME=str(tmp_path), XDG_DATA_HOME="", XDG_CONFIG_HOME="", ZDOTDIR="")
+
+    assert result.exit_code == 0 and result.stdout.count("removed") == 3 + (places.startup is not None), result.output
+    assert list(places.folder.iterdir()) == [other]
+    assert startup.read_text() == "alias x=y\n" and startup.stat().st_mode & 0o777 == 0o640
+    assert llambo("completion", "--uninstall", HOME=str(tmp_path)).stdout == ""
+
+
+def test_a_bash_whose_completions_were_deleted_starts_without_an_error(tmp_path: Path) -> None:
+    line = completion.places("bash", {"HOME": str(tmp_path)}, bash_completion=False).line
+    done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+
+
+def test_without_the_variable_the_login_shell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llambo.cli.commands.completion.login_shell", lambda: "/usr/bin/fish")
+    assert "fish" in llambo("completion", SHELL="").stdout
+    assert isinstance(completion.login_shell(), str)
+
+
 def test_a_shell_that_is_not_known_is_refused() -> None:
     result = llambo("completion", SHELL="/bin/dash")
     assert result.exit_code == Exit.USAGE

@@ -64,7 +64,12 @@ print(json.dumps([resource.getrlimit(resource.RLIMIT_CORE), resource.getrlimit(r
 """
 
 
-@pytest.mark.parametrize("hard", [64, 200])
+def test_without_descriptors_for_connections_no_service_starts() -> None:
+    out = subprocess.run([sys.executable, "-c", PREPARED.format(hard=64)], capture_output=True, text=True, check=False)
+    assert "only 64 descriptors are allowed (ulimit -Hn); 128 are needed" in out.stderr
+
+
+@pytest.mark.parametrize("hard", [128, 200])
 def test_no_cores_and_as_many_connections_as_there_may_be(hard: int) -> None:
     out = subprocess.run([sys.executable, "-c", PREPARED.format(hard=hard)], capture_output=True, check=True)
     assert json.loads(out.stdout) == [[0, 0], [hard, hard]]

@@ -243,7 +243,7 @@ def test_the_events_of_text_and_calls() -> None:
 @pytest.mark.parametrize(
     ("reason", "status", "why"),
     [("stop", "completed", None), ("length", "incomplete", {"reason": "max_output_tokens"}),
-     ("deadline", "incomplete", {"reason": "max_output_tokens"}), ("cancelled", "incomplete", {"reason": None})],
+     ("deadline", "incomplete", {"reason": "deadline"}), ("cancelled", "incomplete", {"reason": "cancelled"})],
 )  # fmt: skip
 def test_how_it_ended(reason: Any, status: str, why: Any) -> None:
     body = whole_body(ready(), answer("x", reason))
@@ -272,7 +272,7 @@ def test_an_error_in_the_middle_is_the_last_event(code: Code, known_as: str) -> 
     last = payloads([*renderer.begin(HEAD), *renderer.token(tokens_of("x")[0]), *renderer.failed(error)])[-1]
     assert (last["type"], last["sequence_number"]) == ("response.failed", 5)
     assert last["response"]["status"] == "failed"
-    assert last["response"]["error"] == {"code": known_as, "message": "it died"}
+    assert last["response"]["error"] == {"code": known_as, "message": "it died", "retryable": error.retryable}
     assert len(store) == 0
 
 

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from llambo.cli import main
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.tables import one_line
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
     BARS,
@@ -24,12 +24,12 @@ from llambo.cli.top.top_core import (
     arranged,
     curve,
     headings,
-    one_line,
     request_row,
     shown_event,
     summary_line,
     worker_row,
 )
+from llambo.mesh.service.extras import extra_command
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.reports import EventRow, MeshStatus, Recent, RequestRow, SampleRow, WorkerRow
 from tests.unit.broker_bench import Bench
@@ -226,7 +226,7 @@ def test_without_textual_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, 
     done = CliRunner().invoke(main.main, ["top"], prog_name="llambo")
     assert done.exit_code == Exit.USAGE
     assert done.stderr == (
-        f"llambo: Textual, which llambo top needs, is not installed\n  {install_command('llambo[top]')}\n"
+        f"llambo: Textual, which llambo top needs, is not installed\n  {extra_command('top')}\n"
     )  # fmt: skip
 
 

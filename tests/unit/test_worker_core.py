@@ -660,6 +660,24 @@ def test_a_refused_hello_is_logged_and_tried_again() -> None:
     assert len(rig.wait(300).sent(m.WorkerHello)) == 1
 
 
+def test_a_refusal_is_repeated_when_the_engine_is_ready_and_every_minute() -> None:
+    rig = Rig().on(e.Ticked()).wait(200).clear()
+    taken = m.Problem(ErrorInfo(Code.NAME_TAKEN, "the name 'w' is taken"))
+    assert [log.text for log in rig.receive(taken, session=NO_SESSION).take(e.Log)] == [
+        "tcp://127.0.0.1:7330: the name 'w' is taken; trying again"
+    ]
+    rig.on(proto.Ready(MODELS, 4))
+    warnings = [log.text for log in rig.take(e.Log) if log.warning]
+    refused = "tcp://127.0.0.1:7330: the name 'w' is taken; trying again"
+    assert warnings == [f"the engine is ready, but this worker gets no requests: {refused}"]
+    logged: list[str] = []
+    for _ in range(1_500):
+        if any(isinstance(action, Send) for action in rig.wait(100).actions):
+            rig.receive(taken, session=NO_SESSION)
+        logged += [log.text for log in rig.take(e.Log) if log.warning]
+    assert logged == [refused] * 2, "in two and a half minutes"
+
+
 def test_two_brokers_have_two_links_and_their_own_claims() -> None:
     rig = loaded(brokers=("tcp://a:1", "tcp://b:1"))
     for link, session in ((0, SESSION), (1, LATER)):

@@ -262,7 +262,10 @@ def story(state: State, id: bytes) -> list[tuple[int, str, str]]:
 
 
 def find(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, Any]:
-    return {"id": _found(state, argument, who).hex()}
+    id = _found(state, argument, who)
+    ended = state.archive.get(id)
+    stored = id in state.requests or (ended is not None and ended.transcript is not None and not ended.abandoned)
+    return {"id": id.hex(), "stored": stored}
 
 
 def _found(state: State, argument: str, who: Identity) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
+from itertools import count
 
 from llambo.broker.events import Publish, ToClient, ToWorker
 from llambo.broker.records.backlog import Backlog
@@ -57,10 +58,9 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
             state.out.append(ToWorker(route, NO_SESSION, there.link.welcome))
             return
         if not same and _is_alive(state, there, now_ms):
-            text = f"another worker is called {hello.name!r}, from {there.hello.host}"
-            own = identity.name if identity is not None and state.access.identities is not None else ""
-            form = f"; with this key as in --name {own}-2" if own else ""
-            problem = ErrorInfo(Code.NAME_TAKEN, f"{text}{form}")
+            free = next(name for n in count(2) if (name := f"{hello.name}-{n}") not in state.registry.worker_names)
+            text = f"the name {hello.name!r} is taken by a worker on {there.hello.host or 'another host'}"
+            problem = ErrorInfo(Code.NAME_TAKEN, f"{text}; start this one with --name {free}")
     if problem is not None:
         state.counters.peers.problems += 1
         state.out.append(ToWorker(route, NO_SESSION, m.Problem(problem)))

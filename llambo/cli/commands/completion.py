@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,8 @@ from llambo.cli.kit.failure import Exit, Failure
 
 EXAMPLES = """
 llambo completion bash --install         then begin a new shell
-llambo completion --install              for the shell in $SHELL
+llambo completion --install              for the shell that you log in with
+llambo completion --uninstall            all that --install has written
 source <(llambo completion bash)         only for this shell
 """
 PROGRAMS = {
@@ -43,15 +46,28 @@ class Places(NamedTuple):
 @click.command(cls=Command, examples=EXAMPLES)
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 @click.option("--install", is_flag=True, help="Write it to where the shell looks for it.")
-def completion(shell: str | None, install: bool) -> None:
+@click.option("--uninstall", is_flag=True, help="Remove what --install has written, for every shell.")
+def completion(shell: str | None, install: bool, uninstall: bool) -> None:
     """Print what makes a shell complete commands, options and values, or install it for this user."""
-    shell = shell or Path(os.environ.get("SHELL", "")).name
+    if uninstall:
+        for each in [shell] if shell else SHELLS:
+            uninstall_from(places(each, os.environ, bash_completion=False))
+        return
+    shell = shell or Path(os.environ.get("SHELL") or login_shell()).name
     if shell not in SHELLS:
         raise Failure(f"name a shell: {', '.join(SHELLS)}", "llambo completion bash --install", Exit.USAGE)
     if install:
         install_at(places(shell, os.environ, bash_completion=any(map(os.path.isfile, BASH_COMPLETION))), shell)
     else:
         click.echo("\n".join(source(shell, program) for program in PROGRAMS), nl=False)
+
+
+def login_shell() -> str:
+    """That of the user database: cron, ssh with a command, and containers set no $SHELL."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_shell
+    except KeyError:  # a container's user may have no entry
+        return ""
 
 
 def source(shell: str, program: str) -> str:
@@ -73,7 +89,8 @@ def places(shell: str, environ: Mapping[str, str], *, bash_completion: bool) -> 
     folder = data / "bash-completion/completions"
     if bash_completion:
         return Places(folder, "{}")
-    return Places(folder, "{}", home / ".bashrc", f"for it in '{folder}'/llambo*; do . \"$it\"; done")
+    each = '[ ! -r "$it" ] || . "$it"'  # no error if the files were deleted
+    return Places(folder, "{}", home / ".bashrc", f"for it in '{folder}'/llambo*; do {each}; done")
 
 
 def install_at(to: Places, shell: str) -> None:
@@ -94,3 +111,25 @@ def install_at(to: Places, shell: str) -> None:
     except OSError as error:
         raise Failure(f"{at} cannot be written: {error.strerror}", f"llambo completion {shell} > FILE") from error
     click.echo(f"Begin a new {shell}, and try: llambo <Tab>")
+
+
+def uninstall_from(where: Places) -> None:
+    at = where.folder
+    try:
+        for program in PROGRAMS:
+            at = where.folder / where.file.format(program)
+            if at.exists():
+                at.unlink()
+                click.echo(f"removed  {at}")
+        if where.startup is not None and where.startup.exists():
+            at = where.startup.resolve()  # it may be a link into a folder of dotfiles
+            before = at.read_text(encoding="utf-8").splitlines(keepends=True)
+            after = [line for line in before if not line.rstrip().endswith(MARK)]
+            if after != before:
+                draft = at.with_name(f"{at.name}.llambo")
+                draft.write_text("".join(after), encoding="utf-8")
+                shutil.copymode(at, draft)
+                draft.replace(at)
+                click.echo(f"removed  a line of {at}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{at} cannot be changed: {error}", "remove it by hand") from error

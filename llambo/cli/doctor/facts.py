@@ -175,9 +175,14 @@ class HostFacts:
 
     #: How packages are installed into the environment that llambo runs in.
     pip: str = "pip install"
+    #: The words for pip that install an extra of llambo; `{}` stands for the extra.
+    package: str = "'CLONE[{}]'"
     #: The family of the distribution: debian, fedora, suse or arch; empty for others.
     family: str = ""
     root: bool = False
+
+    def install_extra(self, extra: str) -> str:
+        return f"{self.pip} {self.package.replace('{}', extra)}"
 
 
 @dataclass(frozen=True, slots=True)

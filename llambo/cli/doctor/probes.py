@@ -344,7 +344,7 @@ def _certificate(place: Place) -> Iterator[KeyFile]:
 
 def look_at_extras(place: Place) -> tuple[Extra, ...]:
     """What the installed package declares. Extras with a library of llama.cpp are one, and belong to the library."""
-    from llambo.cli.kit import extras
+    from llambo.mesh.service import extras
     from llambo.worker.llama import binding
 
     libraries, found = {distribution for distribution, *_ in binding.PACKAGES}, []

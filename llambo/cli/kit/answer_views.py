@@ -6,7 +6,6 @@ The JSON lines are a promise to scripts: fields may be added, none changes its m
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import select
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llambo.cli.kit.std_streams import json_text, paint
 from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
 
@@ -97,7 +97,7 @@ class Clock:
 
 
 def link_text(lost: str) -> str:
-    return f"lost the broker ({printable(lost)}); trying again" if lost else "the broker is back; going on"
+    return f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
 
 
 class TextView(View):
@@ -169,20 +169,20 @@ class TextView(View):
         if self._out.columns and self._last != "\n":
             self._put(self._words.rest(self._out.columns) + "\n")
             self._words = WordWrap()
-        click.echo(f"llambo: {printable(text)}", err=True)
+        click.echo(f"llambo: {text}", err=True)
 
     def _rewrite(self, text: str) -> None:
         if not self._status:
             self._status = True
             self._below = bool(self._out.columns) and self._last != "\n"
-            click.echo(TO_LINE_BELOW if self._below else "", nl=False, err=True, color=True)
+            paint(TO_LINE_BELOW if self._below else "", err=True)
         width = shutil.get_terminal_size().columns - 1
-        click.echo(f"{CLEAR_LINE}{printable(text)[:width]}", nl=False, err=True, color=True)
+        paint(f"{CLEAR_LINE}{' '.join(printable(text).split())[:width]}", err=True)
 
     def _clear(self) -> None:
         if self._status:
             self._status = False
-            click.echo(f"{CLEAR_LINE}{TO_TEXT if self._below else ''}", nl=False, err=True, color=True)
+            paint(f"{CLEAR_LINE}{TO_TEXT if self._below else ''}", err=True)
 
 
 class WordWrap:
@@ -242,7 +242,7 @@ class JsonView(View):
 
     def stalled(self, reason: str, quiet_s: float) -> None:
         if reason != self._reason:
-            click.echo(f"llambo: {printable(reason)}", err=True)
+            click.echo(f"llambo: {reason}", err=True)
         self._reason = reason
 
     def linked(self, lost: str) -> None:
@@ -274,7 +274,7 @@ class JsonView(View):
             self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
     def _put(self, line: dict[str, object]) -> None:
-        self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+        self._out.put(json_text(line) + "\n")
 
 
 async def show(

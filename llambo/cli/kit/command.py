@@ -9,9 +9,17 @@ from typing import Any
 
 import click
 
+from llambo.cli.kit.common import Common, key_hint
 from llambo.cli.kit.failure import MEANING, Exit, Failure
-from llambo.cli.kit.std_streams import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
-from llambo.mesh.wire.errors import LlamboError
+from llambo.cli.kit.std_streams import (
+    NO_ROOM,
+    cannot_write,
+    fill_closed_streams,
+    filter_streams,
+    flush_or_silence,
+    silence,
+)
+from llambo.mesh.wire.errors import Code, LlamboError
 
 #: How similar to a command a word must be to count as a typing mistake.
 SIMILAR = 0.8
@@ -29,6 +37,7 @@ class _Help(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """The whole process. Closed standard streams are opened first; if a disk is full, one line says so."""
         fill_closed_streams()
+        filter_streams()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -77,6 +86,9 @@ class Command(_Help):
         try:
             return super().invoke(ctx)
         except LlamboError as error:
+            common = ctx.find_object(Common) if error.code is Code.UNAUTHORIZED else None
+            if common is not None and (hint := key_hint(common)):
+                error = LlamboError(error.code, error.text, hint=hint)
             raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)

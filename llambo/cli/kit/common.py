@@ -111,6 +111,17 @@ def address_of(settings: Settings, key: PeerKey | None) -> str:
     return settings.text("broker")
 
 
+def key_hint(common: Common) -> str:
+    """The hint for who was refused without a key, and is the operator: the admin's key of this machine, or empty."""
+    from llambo.mesh.security.keyring import ISSUED, default_folder
+
+    if common.settings.text("key"):
+        return ""
+    folders = [Path(common.settings.text("keys") or default_folder(os.environ)), Path("keys")]
+    found = next((key for folder in folders if os.path.isfile(key := folder / ISSUED / "admin.key")), None)
+    return f"an admin's key is here: --key {found}" if found else ""
+
+
 def where(common: Common) -> tuple[str, PeerKey | None]:
     """The broker's address and the key to use there."""
     key = key_of(common.settings)

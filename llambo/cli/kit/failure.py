@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from enum import IntEnum
 from typing import IO, Any
 
 import click
 
+from llambo.cli.kit.std_streams import json_text
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -99,7 +99,7 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         if self.as_json is not None:
-            click.echo(json.dumps(self.as_json, ensure_ascii=False))
+            click.echo(json_text(self.as_json))
         click.echo(f"llambo: {self.message}", err=True)
         if self.hint:
             click.echo(f"  {self.hint}", err=True)
@@ -107,9 +107,9 @@ class Failure(click.ClickException):
 
 def missing(what: str, extra: str, more: str = "") -> Failure:
     """A part of llambo that is not installed. A service does not start again by itself: that would not help."""
-    from llambo.cli.kit.extras import install_command
+    from llambo.mesh.service.extras import extra_command
 
-    return Failure(f"{what} is not installed", f"{install_command(f'llambo[{extra}]')}{more}", Exit.USAGE)
+    return Failure(f"{what} is not installed", f"{extra_command(extra)}{more}", Exit.USAGE)
 
 
 def check_name(name: str, flag: str) -> str:

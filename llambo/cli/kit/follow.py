@@ -31,6 +31,7 @@ from llambo.cli.kit.answer_views import (
 from llambo.cli.kit.command import silence_stdout
 from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import plural
 from llambo.mesh.wire.errors import Code, Fault, LlamboError
 
@@ -157,8 +158,11 @@ async def _followed(common: Common, opener: Opener, as_json: bool, interrupts: I
 
 def report_link(lost: str) -> None:
     """Explain on a line of its own why nothing goes on, where no view does."""
-    before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
-    click.echo(f"{before}llambo: {link_text(lost)}", err=True)
+    if sys.stdout.isatty():
+        click.echo(err=True)
+    elif sys.stderr.isatty():
+        paint(CLEAR_LINE, err=True)
+    click.echo(f"llambo: {link_text(lost)}", err=True)
 
 
 async def _show(client: Client, stream: Stream, as_json: bool, explains: bool, alone: bool) -> tuple[Answer, Clock]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo gateway                                    for this machine, port 7340
 llambo gateway --http-keys /etc/llambo/keys --http-bind 0.0.0.0 \\
-    --tls-cert box.pem --tls-key box.key          for the network
+    --tls-cert box.pem --tls-key box-key.pem          for the network
 curl http://127.0.0.1:7340/v1/models
 """
 

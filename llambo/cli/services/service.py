@@ -88,6 +88,9 @@ def report_ready(descriptor: int | None, text: str) -> bool:
 
 # --- Limits of the process. ---
 
+#: With fewer, a service for connections does not start.
+LEAST_DESCRIPTORS = 128
+
 
 def prepare_process(parent: int | None, *, connections: bool = False) -> None:
     """`parent`: end with it. `connections`: one that serves many connections."""
@@ -110,6 +113,10 @@ def raise_descriptor_limit() -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < LEAST_DESCRIPTORS:
+        needed = f"{LEAST_DESCRIPTORS} are needed, and two for each peer"
+        text = f"only {hard} descriptors are allowed (ulimit -Hn); {needed}"
+        raise Failure(text, hint="raise LimitNOFILE= of its unit, or --ulimit nofile= of its container")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -223,20 +230,19 @@ WORKERS = "worker"
 GATEWAY = "gateway"
 
 
-def folder_of(settings: Settings, host: str) -> Folder | None:
-    """The broker's keys. Without keys it may only listen on loopback."""
+def folder_of(settings: Settings, host: str, program: str = "llambo-broker") -> Folder | None:
+    """The broker's keys. Without keys it may only listen on loopback. `program`: the command for the hint."""
     from llambo.mesh.link.sockets import is_loopback
-    from llambo.mesh.security.keyring import Folder, default_folder
+    from llambo.mesh.security.keyring import default_folder
 
     if path := settings.text("keys"):
         return _existing_folder(path)
     if is_loopback(host):
         return None
     there = default_folder(os.environ)
-    begin = "" if Folder(there).exists else "llambo keys init --address tcp://THIS-HOST:7330\n  "
     raise Failure(
         f"without keys a broker listens on loopback only, and {host} is not a loopback address",
-        f"{begin}llambo-broker --bind {host} --keys {there}",
+        f"{_begin(there)}{program} --bind {host} --keys {there}",
         Exit.USAGE,
     )
 
@@ -249,15 +255,29 @@ def gateway_folder(settings: Settings) -> Folder | None:
     host, path = settings.text("http_bind"), settings.text("http_keys")
     if not is_loopback(host):
         if not path:
+            there = default_folder(os.environ)
+            command = f"llambo gateway --http-bind {host} --http-keys {there}{_tls_words(settings)}"
             text = f"without keys a gateway listens on loopback only, and {host} is not a loopback address"
-            raise Failure(
-                text, f"llambo gateway --http-bind {host} --http-keys {default_folder(os.environ)}", Exit.USAGE
-            )
-        if not settings.text("tls_cert") and not settings.switch("http_plain"):
+            raise Failure(text, f"{_begin(there)}{command}", Exit.USAGE)
+        if tls := _tls_words(settings):
             text = f"on {host} API tokens and answers would be sent unencrypted"
-            hint = "--tls-cert FILE --tls-key FILE, or --http-plain yes if a proxy in front of it has TLS"
-            raise Failure(text, hint, Exit.USAGE)
+            hint = f"{tls.strip()}   (`llambo help gateway` shows how to make them)"
+            raise Failure(text, f"{hint}\n  --http-plain yes   if a proxy in front of it has TLS", Exit.USAGE)
     return _existing_folder(path) if path else None
+
+
+def _begin(folder: Path) -> str:
+    """The line of a hint that makes the folder of keys, if there is none."""
+    from llambo.mesh.security.keyring import Folder
+
+    address = f"tcp://{socket.gethostname()}:7330"
+    return "" if Folder(folder).exists else f"llambo keys init --address {address}   as others reach this machine\n  "
+
+
+def _tls_words(settings: Settings) -> str:
+    """The options that the gateway still needs beyond loopback."""
+    given = settings.text("tls_cert") or settings.switch("http_plain")
+    return "" if given else " --tls-cert box.pem --tls-key box-key.pem"
 
 
 def _existing_folder(path: str) -> Folder:

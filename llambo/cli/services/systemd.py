@@ -17,6 +17,7 @@ import click
 
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.failure import Exit, Failure
+from llambo.mesh.service.extras import requirement
 from llambo.mesh.wire.errors import LlamboError
 from llambo.systemd import units
 
@@ -106,7 +107,7 @@ def place_of(user: bool) -> Place:
             raise Failure(
                 f"there is no {name} beside {sys.executable}",
                 "install llambo into an environment of its own: python3 -m venv /opt/llambo; /opt/llambo/bin/pip "
-                "install 'llambo[llama]'",
+                f"install {requirement('llama')}",
             )
     if not user:
         return units.Place(str(programs), visible=_folders_of_programs())

@@ -18,13 +18,13 @@ from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.follow import end_signals
@@ -32,6 +32,8 @@ from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import WORKERS, folder_of, worker_key
 from llambo.cli.services.worker import engine_and_model, worker_config
 from llambo.mesh.link.sockets import DEFAULT_PORT, endpoint, local_endpoint
+from llambo.mesh.security.keyring import ISSUED
+from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.host import exit_text, ready_line
 from llambo.mesh.settings.settings_table import BY_NAME, of_roles
 from llambo.mesh.wire.timers import backoff_ms
@@ -41,6 +43,7 @@ llambo up                                with SmolLM2, if it is installed
 llambo up --model ~/models/x.gguf
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
+llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
 """
 
 BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
@@ -62,17 +65,20 @@ CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
     "--workers", type=click.IntRange(1, 64), metavar="NUMBER", default=1, show_default=True,
     help="How many workers. Each has the model in memory.",
 )  # fmt: skip
+@click.argument("named", metavar="[MODEL]", required=False)
 @settings_options([*WORKER_SETTINGS, *BROKER_SETTINGS, "http_port"])
 @click.option("--no-http", is_flag=True, help="Without the gateway.")
 @fake_options
 @config_option()
 @verbosity("Log to stderr; twice for more.")
 @pass_common
-def up(common: Common, workers: int, no_http: bool) -> None:
-    """Run a broker, workers and a gateway on this machine, until Ctrl-C.
+def up(common: Common, named: str | None, workers: int, no_http: bool) -> None:
+    """Run a broker, workers and a gateway on this machine, until Ctrl-C. MODEL is the same as --model MODEL.
 
     A process that dies is restarted. Ctrl-C gives the workers a moment to finish; a second one kills everything.
     """
+    if named is not None and common.flags.setdefault("model", named) != named:
+        raise click.UsageError(f"two models are named, {named} and {common.flags['model']}; `llambo up` serves one")
     # A wrong setting is reported here once, and not by each child.
     worker_config(common.settings, "llambo up")
     click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
@@ -93,6 +99,8 @@ class MeshCommands:
     gateway_note: str = ""
     #: The workers have the fake engine.
     fake: bool = False
+    #: The folder of keys; None: clients need none.
+    keys: Path | None = None
 
 
 def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands:
@@ -111,7 +119,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
         worker_flags["threads"] = max(1, physical_cores() // workers)
     gateway, note = _gateway(common, shared) if http else (None, "")
-    folder = folder_of(settings, settings.text("bind"))
+    folder = folder_of(settings, settings.text("bind"), "llambo up")
     if folder is not None:
         worker_flags["key"] = str(worker_key(folder))
         gateway = [*gateway, "--http-keys", str(folder.path)] if gateway else None
@@ -123,6 +131,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
         gateway=gateway,
         gateway_note=note,
         fake=engine == "fake",
+        keys=folder.path.absolute() if folder is not None else None,
     )  # fmt: skip
 
 
@@ -131,7 +140,7 @@ def _gateway(common: Common, shared: list[str]) -> tuple[list[str] | None, str]:
     from importlib.util import find_spec
 
     if find_spec("litestar") is None or find_spec("uvicorn") is None:
-        return None, f"no HTTP and no dashboard: {install_command('llambo[gateway]')} brings both"
+        return None, f"no HTTP and no dashboard: {extra_command('gateway')} brings both"
     # A user who lets the broker take any port probably has another mesh running, whose gateway has the usual port.
     port = 0 if common.settings.number("port") == 0 and "http_port" not in common.flags else None
     default = {} if port is None else {"http_port": port}
@@ -356,10 +365,15 @@ def show_first_commands(address: str, made: MeshCommands, url: str) -> None:
     workers = len(made.workers)
     flag = "" if address == endpoint("127.0.0.1", DEFAULT_PORT) else f" --broker {address}"
     report(f"{workers} worker{'s are' if workers != 1 else ' is'} ready; in another terminal try:")
+    token = ""
+    if made.keys is not None:
+        # The address in the key is for other machines; this one may not be able to resolve it.
+        print_notice(f"    export LLAMBO_KEY={made.keys / ISSUED / 'admin.key'} LLAMBO_BROKER={address}", err=False)
+        flag, token = "", f' -H "Authorization: Bearer $(llambo keys token admin --keys {made.keys})"'
     for words in ('send "What is AI?"', "status", "workers"):
         print_notice(f"    llambo{flag} {words}", err=False)
     if url:
-        print_notice(f"    curl {url}/v1/chat/completions -d '{CHAT}'", err=False)
+        print_notice(f"    curl {url}/v1/chat/completions{token} -d '{CHAT}'", err=False)
         report(f"the dashboard is at {url}/")
     if made.gateway_note:
         report(made.gateway_note)

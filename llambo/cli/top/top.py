@@ -43,7 +43,7 @@ def top(common: Common, every_ms: int) -> None:
     p            pause
     ?, q         all keys; leave
 
-    A key that changes something asks first. Needs the extra: pip install 'llambo[top]'.
+    A key that changes something asks first. Needs the extra `top`.
     """
     if importlib.util.find_spec("textual") is None:
         raise missing("Textual, which llambo top needs,", "top")

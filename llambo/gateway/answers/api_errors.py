@@ -22,6 +22,7 @@ _OPENAI = {
     401: "authentication_error",
     403: "permission_error",
     404: "invalid_request_error",
+    409: "server_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
 }
@@ -30,6 +31,7 @@ _ANTHROPIC = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    409: "api_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -106,6 +108,8 @@ def status_of(error: LlamboError) -> int:
 def error_reply(error: LlamboError, shape: Shape) -> ErrorReply:
     status = status_of(error)
     headers = dict(error.headers) if isinstance(error, StatusError) else {}
+    # The clients of OpenAI and Anthropic follow it; without it they decide by the status.
+    headers["x-should-retry"] = "true" if error.retryable else "false"
     if status in (429, 503):
         headers["retry-after"] = str(max(RETRY_S, -(-error.retry_after_ms // 1_000)))
     if status == 401:
@@ -118,11 +122,12 @@ def error_body(error: LlamboError, shape: Shape) -> JsonObject:
     status, text = status_of(error), printable(error.text.removesuffix(f"; {error.trait.hint}"))
     if shape == "anthropic":
         kind = _ANTHROPIC.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": text}}
+        return {"type": "error", "error": {"type": kind, "message": text, "retryable": error.retryable}}
     kind = _OPENAI.get(status, "server_error" if status >= 500 else "invalid_request_error")
     code: str = _OPENAI_CODES.get(error.code, error.code.value)
     field = error.field if isinstance(error, FieldError) else "model" if error.code is Code.UNKNOWN_MODEL else ""
-    return {"error": {"message": text, "type": kind, "param": field or None, "code": code, "hint": hint_of(error)}}
+    about = {"param": field or None, "code": code, "hint": hint_of(error), "retryable": error.retryable}
+    return {"error": {"message": text, "type": kind, **about}}
 
 
 def as_llambo_error(error: Exception) -> LlamboError:

@@ -17,7 +17,8 @@ from litestar.types import Receive, Scope, Send
 
 from llambo.gateway.answers.api import Renderer, encode
 from llambo.gateway.answers.api_errors import error_reply, shape_of
-from llambo.gateway.answers.feed import Feed, Feeds, Rendering, comment
+from llambo.gateway.answers.feed import Feed, Feeds, Place
+from llambo.gateway.answers.rendering import Rendering, comment
 from llambo.mesh.wire.errors import LlamboError
 
 T = TypeVar("T")
@@ -46,9 +47,9 @@ class Disconnected(Exception):
 class _Reader:
     """A connection that reads a feed to its end."""
 
-    def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, skip: int = 0) -> None:
+    def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, place: Place | None = None) -> None:
         self._feeds, self._feed = feeds, feed
-        self._rendering = Rendering(feed, renderer, skip)
+        self._rendering = Rendering(feed, renderer, place)
         self._news = asyncio.Event()
         self._disconnected = False
 
@@ -94,9 +95,9 @@ class _Reader:
 class Streaming(_Reader):
     """A feed as events. Errors before the first token have a status of their own; later ones are events."""
 
-    def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, skip: int = 0) -> None:
-        super().__init__(feeds, feed, renderer, skip)
-        self._resumed = skip > 0
+    def __init__(self, feeds: Feeds, feed: Feed, renderer: Renderer, place: Place | None = None) -> None:
+        super().__init__(feeds, feed, renderer, place)
+        self._resumed = place is not None
         self._sent_ahead: int | None = None
 
     async def _serve(self, scope: Scope, send: Send) -> None:
@@ -108,8 +109,8 @@ class Streaming(_Reader):
 
     def _leave(self, scope: Scope) -> None:
         finished = self._rendering.finished
-        if self._feed.error is not None and finished:
-            scope[CODE_KEY] = self._feed.error.code.value  # type: ignore[literal-required]
+        if (error := self._rendering.error) is not None and finished:
+            scope[CODE_KEY] = error.code.value  # type: ignore[literal-required]
         self._feeds.reader_left(self._feed, finished=finished and not self._disconnected)
 
     async def _hold(self) -> None:

@@ -8,27 +8,34 @@ same tokens make the same events, so a reader that comes back is given those aft
 What readers have not taken yet is bounded over all feeds. Beyond that a feed whose readers are behind leaves its tokens
 in the mesh, until they have caught up (`unread`).
 
-A `Rendering` makes the events; it neither waits nor sends. Every event has an id: the id of the feed, the time when it
-was created, and the number of the event. `Last-Event-ID` brings it back, and the reader is given the events after it.
+Rendering (rendering.py) makes events of the tokens, and gives each an id, which `Last-Event-ID` brings back.
+
+Another gateway takes a feed over. It has the body of the request again and makes the same requests of it: their ids
+follow from that of the feed, their seeds from the ids. It submits them as a client does that comes from another broker,
+but without the tokens, which only the first gateway had. It gets them from the broker that has the request, or from the
+worker; or they are made again. In the last case, and if the answer had moved meanwhile, they may differ from those that
+the reader was given. So the checksum is compared before the reader is given more.
 """
 
 from __future__ import annotations
 
 import asyncio
-import codecs
+import hashlib
 import logging
 import re
+import secrets
 import time
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llambo.gateway.access import Caller
-from llambo.gateway.answers.api import AnswerHead, JsonObject, Renderer, StreamEvent, Submission, Token, encode
+from llambo.gateway.answers.api import AnswerHead, Submission
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error
 from llambo.gateway.answers.unread import Lead, Unread
 from llambo.mesh.client.answer_stream import Answer, Piece, Stream, limit_buffer
-from llambo.mesh.client.client import Client
+from llambo.mesh.client.request_options import Options
+from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import Logprob
 
@@ -49,11 +56,10 @@ SUBMITTED_CHARS = 32 * 1024 * 1024
 CHOICES = 128
 #: Tasks that close streams; asyncio itself references tasks only weakly.
 _CLOSING: set[asyncio.Task[None]] = set()
-#: Tokens that are rendered at once. Without this limit a slow reader of a long answer would make the gateway hold all
-#: of its events in memory, and delay every other reader while they are made.
-AT_ONCE = 256
-_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9})")
-_decoder = codecs.getincrementaldecoder("utf-8")
+_ID = re.compile(r"([0-9a-f]{32})-([0-9a-f]{1,10})-(\d{1,9}(?:\.\d{1,9}){0,128})(?:-([0-9a-f]{8}))?")
+INTERRUPTED = "the answer was interrupted and cannot be continued; send the request again without Last-Event-ID"
+#: Codes of the mesh that mean this. To a caller over HTTP another try is a new request, which may succeed.
+_LOST = (Code.EXPIRED, Code.UNKNOWN_REQUEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,29 @@ class Arrival:
     name: str
     route: str
     headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a reader has come, as an event id says it.
+
+    `seen` is the number of events. If there are several choices, it is first the number of those that belong to no
+    choice, and then that of each choice, because choices overtake each other. `checksum`: None in an id of an older
+    gateway.
+    """
+
+    feed: str
+    created: int
+    seen: tuple[int, ...] = ()
+    checksum: int | None = None
+
+
+def parse_event_id(last_event_id: str) -> Place:
+    found = _ID.fullmatch(last_event_id.strip())
+    if found is None:
+        raise FieldError("Last-Event-ID", f"{last_event_id[:80]!r} is not an event id of this gateway")
+    checksum = int(found[4], 16) if found[4] else None
+    return Place(found[1], int(found[2], 16), tuple(map(int, found[3].split("."))), checksum)
 
 
 class Observer:
@@ -191,6 +220,9 @@ class Feed:
                 self.lead.grew(len(self.tokens.pieces), self.tokens.bytes)
                 await self.lead.wait()
             assert stream.answer is not None, "it was read to its end"
+            if stream.answer.reason == "cancelled":
+                # No API has a reason for this; "length" would make it look whole.
+                raise LlamboError(Code.CANCELLED, f"request {stream.id} was cancelled")
             self.answers[choice] = stream.answer
             self.tokens.complete(choice)
             if len(self.answers) == len(self._streams):
@@ -198,7 +230,7 @@ class Feed:
             else:
                 self._wake()
         except LlamboError as error:
-            self._finish(error)
+            self._finish(LlamboError(Code.CANCELLED, INTERRUPTED) if error.code in _LOST else error)
         except Exception as error:
             log.exception("request %s failed in the gateway", stream.id)
             self._finish(as_llambo_error(error))
@@ -219,7 +251,8 @@ class Feed:
             if task is not asyncio.current_task():
                 task.cancel()
         for stream in self._streams:
-            closing = asyncio.get_running_loop().create_task(stream.aclose())
+            # Not cancelled: another gateway may have taken it over. Without a follower the broker cancels it.
+            closing = asyncio.get_running_loop().create_task(stream.detach())
             _CLOSING.add(closing)
             closing.add_done_callback(_CLOSING.discard)
 
@@ -260,7 +293,8 @@ class Feeds:
 
     async def begin(self, caller: Caller, submission: Submission, arrival: Arrival, digest: bytes = b"") -> Feed:
         """Submit it. Whether the mesh accepts it is learned from the feed."""
-        streams = streams_of(await caller.client(), submission)
+        client, prompts = await caller.client(), prompts_of(submission, secrets.token_hex(limits.REQUEST_ID_BYTES))
+        streams = [client.stream(prompt, **options) for prompt, options in prompts]
         model = str(submission.options.get("model") or "")
         return self._add(caller, streams, arrival, model=model, digest=digest, created=int(time.time()))
 
@@ -273,18 +307,23 @@ class Feeds:
             observer.began(feed, arrival)
         return feed
 
-    async def resume(self, caller: Caller, id: str, created: int, digest: bytes) -> Feed:
+    async def resume(self, caller: Caller, place: Place, submission: Submission, digest: bytes) -> Feed:
         """The feed that was begun earlier: here, at another gateway, or at this one before it was restarted."""
+        id = place.feed
         feed = self._by_id.get(id)
+        count = submission.choices * (1 + len(submission.more))
+        if len(place.seen) != (1 + count if count > 1 else 1):
+            raise FieldError("Last-Event-ID", "belongs to a stream with another number of answers")
         if feed is None:
-            client = await caller.client()
-            try:
-                stream = await client.attach(id)
-            except LlamboError:
-                if id in self._by_id:  # two readers came back at once, and this is the second
-                    return await self.resume(caller, id, created, digest)
-                raise
-            feed = self._add(caller, [stream], None, model="", digest=digest, created=created)
+            prompts = prompts_of(submission, id, place.created)
+            client = await caller.client_with([str(options.get("id")) for _, options in prompts])
+            if id in self._by_id:  # two readers came back at once, and this is the second
+                return await self.resume(caller, place, submission, digest)
+            if place.checksum is None:
+                raise LlamboError(Code.CANCELLED, INTERRUPTED)
+            streams = [client.resume(prompt, **options) for prompt, options in prompts]
+            model = str(submission.options.get("model") or "")
+            feed = self._add(caller, streams, None, model=model, digest=digest, created=place.created)
         elif feed.caller.name != caller.name:
             raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {id} is known here")
         elif feed.digest != digest:
@@ -334,8 +373,11 @@ class Feeds:
         feed.lead.end()
 
 
-def streams_of(client: Client, submission: Submission) -> list[Stream]:
-    """One stream for each choice of each prompt. A seed is counted up, so that choices differ and are repeatable."""
+def prompts_of(submission: Submission, id: str, created: int = 0) -> list[tuple[str, Options]]:
+    """Each choice of each prompt, as it is submitted. A seed is counted up, so that choices differ and are repeatable.
+
+    The id of the first request is that of the feed. `created`: when it was, if it was not just now.
+    """
     prompts = (submission.prompt, *submission.more)
     choices = submission.choices
     if len(prompts) * choices > CHOICES:
@@ -343,99 +385,18 @@ def streams_of(client: Client, submission: Submission) -> list[Stream]:
         raise LlamboError(Code.BAD_REQUEST, text)
     if sum(map(len, prompts)) * choices > SUBMITTED_CHARS:
         raise LlamboError(Code.BAD_REQUEST, f"the prompt is too long for {choices} answers at once")
-    seed = submission.options.get("seed")
-    streams = []
-    for prompt in prompts:
-        for choice in range(choices):
-            options = submission.options.copy()
-            if seed is not None:
-                options["seed"] = (seed + choice) % 2**63
-            streams.append(client.stream(prompt, **options))
-    return streams
+    seed, deadline_ms = submission.options.get("seed"), submission.options.get("deadline_ms")
+    found = []
+    for number in range(len(prompts) * choices):
+        options = submission.options.copy()
+        options["id"] = id if not number else _digest(b"%s %d" % (id.encode(), number), limits.REQUEST_ID_BYTES).hex()
+        if seed is not None:
+            options["seed"] = (seed + number % choices) % 2**63
+        if deadline_ms and created:
+            options["deadline_ms"] = max(1, deadline_ms - max(0, int(time.time()) - created) * 1_000)
+        found.append((prompts[number // choices], options))
+    return found
 
 
-def parse_event_id(last_event_id: str) -> tuple[str, int, int]:
-    """The feed, when it was created, and how many events the reader has seen."""
-    found = _ID.fullmatch(last_event_id.strip())
-    if found is None:
-        raise FieldError("Last-Event-ID", f"{last_event_id[:80]!r} is not an event id of this gateway")
-    return found[1], int(found[2], 16), int(found[3])
-
-
-class Rendering:
-    """One reader's way through a feed. `skip`: how many events it has seen already."""
-
-    def __init__(self, feed: Feed, renderer: Renderer, skip: int = 0) -> None:
-        self._feed, self._renderer, self._skip = feed, renderer, skip
-        #: The next token, and the number of events so far.
-        self._at = 0
-        self._number = 0
-        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
-        self._begun = False
-        self._prefix = f"{feed.id}-{feed.created:x}-"
-        #: All events were made, and no more will follow.
-        self.finished = False
-
-    @property
-    def behind(self) -> bool:
-        """More events can be made at once."""
-        return self._begun and self._at < len(self._feed.tokens.pieces)
-
-    def server_sent_events(self) -> bytes:
-        """The events since the last call, as they go over HTTP."""
-        out = bytearray()
-        for id, event in self.events():
-            if event.name:
-                out += b"event: %s\n" % event.name.encode()
-            data = event.data.encode() if isinstance(event.data, str) else encode(event.data)
-            out += b"id: %s\ndata: %s\n\n" % (id.encode(), data)
-        return bytes(out)
-
-    def events(self) -> list[tuple[str, StreamEvent]]:
-        """The events since the last call, with their ids."""
-        feed = self._feed
-        out: list[tuple[str, StreamEvent]] = []
-        if not self._begun and feed.begun and feed.failed_before_begin is None:
-            self._begun = True
-            self._put(out, self._renderer.begin(feed.head))
-        until = min(len(feed.tokens.pieces), self._at + AT_ONCE)
-        while self._at < until:
-            self._put(out, self._next(feed))
-            self._at += 1
-        feed.lead.taken(self._at)
-        if feed.over and not self.behind and not self.finished:
-            self.finished = True
-            if feed.error is not None:
-                self._put(out, self._renderer.failed(feed.error))
-            else:
-                self._put(out, self._renderer.done(feed.all_answers()))
-        return out
-
-    def body(self) -> JsonObject:
-        """The whole answer, after the last event."""
-        return self._renderer.body(self._feed.all_answers())
-
-    def _next(self, feed: Feed) -> Iterable[StreamEvent]:
-        at, tokens = self._at, feed.tokens
-        choice, piece = tokens.choices[at], tokens.pieces[at]
-        decoder = self._decoders.get(choice)
-        if decoder is None:
-            decoder = self._decoders[choice] = _decoder("replace")
-        if piece is not None:
-            return self._renderer.token(
-                Token(choice, decoder.decode(piece), tokens.ids[at], piece, tokens.logprobs.get(at))
-            )
-        rest = decoder.decode(b"", final=True)
-        last = self._renderer.token(Token(choice, rest, -1)) if rest else ()
-        return [*last, *self._renderer.end(choice, feed.answers[choice])]
-
-    def _put(self, out: list[tuple[str, StreamEvent]], events: Iterable[StreamEvent]) -> None:
-        for event in events:
-            self._number += 1
-            if self._number > self._skip:
-                out.append((f"{self._prefix}{self._number}", event))
-
-
-def comment(text: str) -> bytes:
-    """Readers of events ignore it; proxies see that the connection is in use."""
-    return f": {text}\n\n".encode()
+def _digest(data: bytes, size: int) -> bytes:
+    return hashlib.blake2b(data, digest_size=size).digest()

@@ -7,8 +7,9 @@
     <- {"type": "end", "id": "1"}
     <- {"type": "error", "id": "1", "error": {...}}
 
-An id is chosen by the caller. The events are those of the stream over HTTP, and are resumed in the same way. A browser
-cannot set headers here; it sends its API token as a second subprotocol beside `llambo`.
+An id is chosen by the caller. The events are those of the stream over HTTP, and are resumed in the same way. `end`
+means that the answer is whole. A browser cannot set headers here; it sends its API token as a second subprotocol beside
+`llambo`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from llambo.gateway.access import Caller
 from llambo.gateway.answers.api import JsonObject, Parsed, encode
 from llambo.gateway.answers.api_errors import FieldError, as_llambo_error, error_body
 from llambo.gateway.answers.asgi import Connection
-from llambo.gateway.answers.feed import Arrival, Feed, Feeds, Rendering, parse_event_id
+from llambo.gateway.answers.feed import Arrival, Feed, Feeds, parse_event_id
+from llambo.gateway.answers.rendering import Rendering
 from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.tokens import UNDECODABLE
 
@@ -42,7 +44,7 @@ class SocketMessage(msgspec.Struct):
     id: Annotated[str, Meta(max_length=64)] = ""
     api: str = "chat"
     body: msgspec.Raw = msgspec.Raw(b"{}")
-    last_event_id: Annotated[str, Meta(max_length=128)] = ""
+    last_event_id: Annotated[str, Meta(max_length=2_048)] = ""
 
 
 _decode = msgspec.json.Decoder(SocketMessage).decode
@@ -106,14 +108,14 @@ class SocketSession:
         try:
             caller, parsed = self._caller(), api(bytes(message.body))
             digest = hashlib.blake2b(message.api.encode() + b"\n" + bytes(message.body), digest_size=16).digest()
-            skip = 0
+            place = None
             if message.last_event_id:
-                id, created, skip = parse_event_id(message.last_event_id)
-                feed = await self._feeds.resume(caller, id, created, digest)
+                place = parse_event_id(message.last_event_id)
+                feed = await self._feeds.resume(caller, place, parsed.submission, digest)
             else:
                 arrival = Arrival(f"WebSocket {message.api}", "/v1/stream", self._socket.headers)
                 feed = await self._feeds.begin(caller, parsed.submission, arrival, digest)
-            await self._stream(message.id, feed, Rendering(feed, parsed.renderer, skip))
+            await self._stream(message.id, feed, Rendering(feed, parsed.renderer, place))
         except (LlamboError, *UNDECODABLE) as error:
             await self._send_error(message.id, error)
 
@@ -136,7 +138,10 @@ class SocketSession:
                     await asyncio.sleep(0)  # others have to be served, too
                 elif not rendering.finished:
                     await news.wait()
-            await self._send({"type": "end", "id": id})
+            if rendering.error is not None:
+                await self._send_error(id, rendering.error)
+            else:
+                await self._send({"type": "end", "id": id})
         except asyncio.CancelledError as error:
             if error.args:  # cancelled by its caller. Without a reason the connection is gone, and may come back
                 self._feeds.drop(feed, "the client cancelled it")

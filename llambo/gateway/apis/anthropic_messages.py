@@ -295,7 +295,7 @@ class MessagesRenderer:
         return [_event("content_block_stop", index=len(self._blocks) - 1)]
 
     def _ending(self, answer: Answer) -> JsonObject:
-        """This API has no deadlines: an answer that ran out of time was cut like one that ran out of tokens."""
+        """This API has no deadlines; an answer that ran out of time says "deadline"."""
         if answer.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop}
         if answer.reason == "stop":
@@ -304,7 +304,7 @@ class MessagesRenderer:
         elif answer.reason == "length" and len(answer.ids) < self._max_tokens:
             reason = "model_context_window_exceeded"
         else:
-            reason = "max_tokens"
+            reason = "max_tokens" if answer.reason == "length" else answer.reason
         return {"stop_reason": reason, "stop_sequence": None}
 
 

@@ -123,8 +123,8 @@ def texts_or_ids(given: str | list[Any], field: str, limit: int) -> list[str | l
 
 
 def finish_reason(answer: Answer) -> str:
-    """OpenAI has no deadlines: an answer that ran out of time was cut like one that ran out of tokens."""
-    return "stop" if answer.reason == "stop" else "length"
+    """As in the mesh. OpenAI has no deadlines; an answer that ran out of time says "deadline"."""
+    return answer.reason
 
 
 def totals(answers: list[Answer], prompts: int = 1) -> JsonObject:

@@ -462,9 +462,9 @@ def _usage(answer: Answer) -> JsonObject:
     }
 
 
-def _why(answer: Answer) -> str | None:
-    """OpenAI has no deadlines, and no reason for a context that is full before the maximum: both count as it."""
-    return "max_output_tokens" if answer.reason in ("length", "deadline") else None
+def _why(answer: Answer) -> str:
+    """OpenAI has no reason for a context that is full before the maximum, which counts as it; and no deadlines."""
+    return "max_output_tokens" if answer.reason == "length" else answer.reason
 
 
 def _part(text: str, logprobs: list[JsonObject]) -> JsonObject:
@@ -472,4 +472,5 @@ def _part(text: str, logprobs: list[JsonObject]) -> JsonObject:
 
 
 def _error(error: LlamboError) -> JsonObject:
-    return {"code": _FAILED_AS.get(error.code, "server_error"), "message": error.text}
+    code = _FAILED_AS.get(error.code, "server_error")
+    return {"code": code, "message": error.text, "retryable": error.retryable}

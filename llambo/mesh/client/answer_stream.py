@@ -218,10 +218,11 @@ class Stream:
 
     async def aclose(self) -> None:
         """Stop reading. Cancels the request, unless this stream only follows it."""
-        if not self.over and not self._closed:
-            self._handle(e.CancelAsked(self._key, drop=True) if self._mine else e.ReaderLeft(self._key))
-        self._closed = True
-        self._wake()
+        self._close(e.CancelAsked(self._key, drop=True) if self._mine else e.ReaderLeft(self._key))
+
+    async def detach(self) -> None:
+        """Stop reading. The broker cancels the request if no other client follows it, and it is not detached."""
+        self._close(e.ReaderLeft(self._key))
 
     async def __aenter__(self) -> Stream:
         return self
@@ -264,6 +265,12 @@ class Stream:
         self._wake()
 
     # --- inside --------------------------------------------------------------------------------------------------
+
+    def _close(self, event: e.Event) -> None:
+        if not self.over and not self._closed:
+            self._handle(event)
+        self._closed = True
+        self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -52,6 +52,7 @@ from llambo.mesh.client.request_options import (
     chat_prompt,
     encode_prompt,
     refuse_text,
+    request_id,
     task_input,
     task_request,
 )
@@ -119,6 +120,7 @@ class Client:
             self.address,
             self._context,
             token_hwm=self._settings["token_hwm"],
+            first=self._settings["first"],
             key=self._key,
             deliver=self._deliver,
             broken=self._on_broken,
@@ -161,10 +163,15 @@ class Client:
         A text is the message of a user, put into the chat template of the model as `llambo send` does; with
         `form="text"` the model continues it as it is. A list of messages is a conversation, as for `chat`.
         """
-        request, encoded = self._build(prompt, False, options)
-        stream = self._follow(request.id, mine=True, tools=bool(options.get("tools")))
-        self._handle(e.SubmitAsked(request, encoded))
-        return stream
+        return self._submit(prompt, options, resume=False)
+
+    def resume(self, prompt: str | Messages, **options: Unpack[Options]) -> Stream:
+        """Submit a request again, with its `id`, prompt and options, because the client that submitted it is gone.
+
+        Its answer comes from the first token. If no broker and no worker has it, it is made again with the same seed,
+        which need not give the same tokens.
+        """
+        return self._submit(prompt, options, resume=True)
 
     async def generate(self, prompt: str | Messages, **options: Unpack[Options]) -> Answer:
         """Submit a request as `stream` does, and return its whole answer. If the caller is cancelled, so is it."""
@@ -347,6 +354,17 @@ class Client:
         )
 
     @property
+    def broker(self) -> str:
+        """The address of the broker that this client uses now; empty while it has none."""
+        place = self._shell.broker if self._shell is not None and self._core.link.welcomed else None
+        return sockets.endpoint(*place) if place else ""
+
+    @property
+    def busy(self) -> bool:
+        """True while a stream of this client is open."""
+        return bool(self._waiters.streams)
+
+    @property
     def counters(self) -> Counters:
         """What this client has received, sent again and repaired, since it was created."""
         return self._core.counters
@@ -401,9 +419,18 @@ class Client:
         except ValueError as error:
             raise LlamboError(Code.BAD_MESSAGE, f"the broker answered a query for {id!r} with {found.id!r}") from error
 
+    def _submit(self, prompt: str | Messages, options: Options, *, resume: bool) -> Stream:
+        request, encoded = self._build(prompt, False, options)
+        if request.id in self._waiters.streams:
+            raise LlamboError(Code.BAD_REQUEST, f"this client already follows request {request.id.hex()}")
+        stream = self._follow(request.id, mine=True, tools=bool(options.get("tools")))
+        self._handle(e.SubmitAsked(request, encoded, resume=resume))
+        return stream
+
     def _build(self, prompt: str | Messages, detached: bool, options: Options) -> tuple[m.InferenceRequest, bytes]:
-        id = secrets.token_bytes(limits.REQUEST_ID_BYTES)
-        return build_request(id, secrets.randbits(63), prompt, detached, options)
+        """The seed comes from the id if none is given, so that another client can submit the same request again."""
+        id = request_id(options.get("id"))
+        return build_request(id, int.from_bytes(id[:7], "big"), prompt, detached, options)
 
     def _follow(self, id: bytes, *, mine: bool, tools: bool = False) -> Stream:
         stream = self._waiters.streams[id] = Stream(id, self._handle_for_stream, mine=mine, tools=tools)

@@ -18,7 +18,7 @@ from itertools import takewhile
 from typing import assert_never
 
 from llambo.mesh.client import client_events as e
-from llambo.mesh.client.client_requests import ReaderWishes, Request
+from llambo.mesh.client.client_requests import QueuePlace, ReaderWishes, Request
 from llambo.mesh.client.request_life import Requests
 from llambo.mesh.link.link_core import LinkCore, LinkState
 from llambo.mesh.wire import limits, tokens
@@ -197,10 +197,11 @@ class ClientCore:
 
     def _on_user(self, event: e.UserEvent, now_ms: int) -> None:
         match event:
-            case e.SubmitAsked(message, prompt, follow):
+            case e.SubmitAsked(message, prompt, follow, resume):
                 deadline_at = now_ms + message.deadline_ms if message.deadline_ms else 0
                 reader = ReaderWishes(wanted=follow, follow=follow)
-                self.requests.begin(Request(message.id, message, prompt, deadline_at, reader))
+                place = QueuePlace(before=resume)
+                self.requests.begin(Request(message.id, message, prompt, deadline_at, reader, place=place))
             case e.AttachAsked(id, have, again):
                 self.requests.begin(Request(id, m.Attach(id), tokens=Reassembly(have), again=again))
             case e.CancelAsked(id, drop):

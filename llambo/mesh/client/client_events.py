@@ -17,11 +17,15 @@ from llambo.mesh.wire.tokens import Logprob
 
 
 class SubmitAsked(msgspec.Struct, frozen=True):
-    """Run this request. Without `follow` this client drops it as soon as it is accepted."""
+    """Run this request. Without `follow` this client drops it as soon as it is accepted.
+
+    `resume`: another client submitted it, and is gone. A broker or a worker may have it.
+    """
 
     request: m.InferenceRequest
     prompt: bytes
     follow: bool = True
+    resume: bool = False
 
 
 class AttachAsked(msgspec.Struct, frozen=True):

@@ -74,13 +74,15 @@ class QueuePlace:
     ahead: int = -1
     model: str = ""
     fingerprint: str = ""
+    #: It was admitted when another client submitted it.
+    before: bool = False
     #: For the next broker: that this one has admitted it.
     proof: bytes = b""
 
     @property
     def admitted(self) -> bool:
         """A broker has admitted it. A heartbeat may say so before the answer to the submit does."""
-        return self.ahead >= 0
+        return self.before or self.ahead >= 0
 
 
 @dataclass(slots=True)

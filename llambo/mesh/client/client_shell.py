@@ -33,6 +33,7 @@ class ClientShell:
         context: zmq.Context[zmq.Socket[bytes]],
         *,
         token_hwm: int,
+        first: str,
         key: PeerKey | None,
         deliver: Callable[[e.Delivery | e.ReportLink], None],
         broken: Callable[[Exception], None],
@@ -46,6 +47,7 @@ class ClientShell:
             decoder=codec.to_client,
             token_hwm=token_hwm,
             spread=True,
+            first=first,
             key=key,
         )
         self._deliver = deliver
@@ -82,6 +84,11 @@ class ClientShell:
         """Connect to one of these."""
         self._link.brokers.take(found)
         self.handle(e.BrokersFound(len(found)))
+
+    @property
+    def broker(self) -> tuple[str, int] | None:
+        """The host and port of the broker that the link is for."""
+        return self._link.brokers.current if self._link.brokers.found else None
 
     def close(self) -> None:
         """After `LeaveAsked`: close the sockets. Nothing is delivered from then on."""

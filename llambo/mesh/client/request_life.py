@@ -203,7 +203,9 @@ class Requests:
 
     def on_heartbeat(self, beat: m.BrokerHeartbeat, now_ms: int) -> None:
         for id, next_index in beat.progress.items():
-            if (request := self.live.get(id)) is not None and next_index > request.tokens.next_index:
+            if (request := self.live.get(id)) is None:
+                self._link.send(m.Detach(id))  # the first one was lost; without it the request might run for no client
+            elif next_index > request.tokens.next_index:
                 self._repair.wait_for(request, next_index, now_ms)
         for id, ahead in beat.waiting.items():
             if (request := self.live.get(id)) is not None:

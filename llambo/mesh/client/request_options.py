@@ -48,6 +48,8 @@ class ClientSettings(TypedDict, total=False):
     token_hwm: int
     #: The path of a key's file, or the line in it. "": no key; None: `LLAMBO_KEY`, or the credential of systemd.
     key: PeerKey | str | None
+    #: Which of several brokers to use first, as an address with an IP and a port. "": one of them at random.
+    first: str
     #: A pyzmq context to use instead of one of its own. It is not closed.
     context: Context | None
 
@@ -59,6 +61,7 @@ CLIENT_DEFAULTS: ClientSettings = {
     "lost_ms": 30_000,
     "token_hwm": sockets.TOKEN_HWM,
     "key": None,
+    "first": "",
     "context": None,
 }
 
@@ -100,6 +103,8 @@ class Options(TypedDict, total=False):
     deadline_ms: int | None
     #: False: all tokens arrive together, at the end. That is the default of `generate` and `chat`.
     stream: bool | None
+    #: The id of the request: 32 hex digits. Left out: random ones. It has to be unique, and not to be guessed.
+    id: str | None
 
 
 class TaskCall(TypedDict, total=False):
@@ -117,7 +122,7 @@ def build_request(
     id: bytes, seed: int, prompt: str | Messages, detached: bool, options: Options
 ) -> tuple[m.InferenceRequest, bytes]:
     """The request and its prompt. They are checked here, so that a mistake raises an error at once."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and name != "id"}
     for name in sorted(given.keys() - Options.__optional_keys__):
         raise LlamboError(Code.BAD_REQUEST, f"there is no option {name!r}", hint=_hint_for(name, given[name]))
     tools = given.pop("tools", ())
@@ -145,6 +150,18 @@ def build_request(
             Code.BAD_REQUEST, f"{len(body)} bytes of sampling options, {limits.SAMPLING_BYTES} are allowed"
         )
     return request, encode_prompt(prompt)
+
+
+def request_id(given: str | None) -> bytes:
+    if given is None:
+        return secrets.token_bytes(limits.REQUEST_ID_BYTES)
+    try:
+        id = bytes.fromhex(given)
+    except (TypeError, ValueError):
+        id = b""
+    if len(id) != limits.REQUEST_ID_BYTES:
+        raise LlamboError(Code.BAD_REQUEST, f"the id of a request has {2 * limits.REQUEST_ID_BYTES} hex digits")
+    return id
 
 
 def refuse_text(messages: object) -> None:

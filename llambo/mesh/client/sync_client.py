@@ -70,6 +70,9 @@ class SyncStream:
         if self._client.connected:
             self._client.run(self._stream.aclose())
 
+    def detach(self) -> None:
+        self._client.run(self._stream.detach())
+
     def __enter__(self) -> SyncStream:
         return self
 
@@ -108,6 +111,14 @@ class SyncClient:
     def connected(self) -> bool:
         """True between `connect` and `close`, also while the broker is lost."""
         return self._loop is not None
+
+    @property
+    def broker(self) -> str:
+        return self._client.broker
+
+    @property
+    def busy(self) -> bool:
+        return self._client.busy
 
     @property
     def on_link(self) -> Callable[[str], None] | None:
@@ -191,8 +202,15 @@ class SyncClient:
         """As `Client.attach`."""
         return SyncStream(self.run(self._client.attach(id, tools=tools)), self)
 
+    def resume(self, prompt: str | Messages, **options: Unpack[Options]) -> SyncStream:
+        """As `Client.resume`."""
+        return SyncStream(self.run(self._resume(prompt, options)), self)
+
     async def _stream(self, prompt: str | Messages, options: Options) -> Stream:
         return self._client.stream(prompt, **options)
+
+    async def _resume(self, prompt: str | Messages, options: Options) -> Stream:
+        return self._client.resume(prompt, **options)
 
     # --- tasks, queries and commands ---------------------------------------------------------------------------
 

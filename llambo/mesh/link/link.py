@@ -72,17 +72,17 @@ class Brokers:
     """The brokers of an address, in the order in which this peer tries them.
 
     With `spread` each peer has a random order, so that the peers are spread over the brokers; without it only the first
-    broker is used.
+    broker is used. `first`: the address of the one to begin with.
     """
 
-    def __init__(self, address: str, *, spread: bool) -> None:
+    def __init__(self, address: str, *, spread: bool, first: str = "") -> None:
         self.address = address
         self.found: list[tuple[str, int]] = []
         #: The number of the current broker, modulo the number of brokers.
         self.target = 0
         #: True if there is no name to look up.
         self.literal = all(sockets.literal(host) for host, _ in sockets.split_all(address))
-        self._spread = spread
+        self._spread, self._first = spread, first
         self._shares: dict[tuple[str, int], float] = {}
 
     def take(self, found: list[tuple[str, int]]) -> None:
@@ -91,7 +91,7 @@ class Brokers:
             self.found = found[:1]
             return
         for place in found:
-            self._shares.setdefault(place, random.random())
+            self._shares.setdefault(place, -1.0 if sockets.endpoint(*place) == self._first else random.random())
         self.found = sorted(found, key=lambda place: self._shares[place])
 
     @property
@@ -143,6 +143,7 @@ class Link:
         decoder: codec.Codec[Any],
         token_hwm: int = sockets.TOKEN_HWM,
         spread: bool = False,
+        first: str = "",
         key: PeerKey | None = None,
     ) -> None:
         self.control: zmq.Socket[bytes] | None = None
@@ -151,7 +152,7 @@ class Link:
         self.monitor: zmq.Socket[bytes] | None = None
         #: A lookup in progress. When it is done, call `answered`.
         self.lookup: Lookup | None = None
-        self.brokers = Brokers(address, spread=spread)
+        self.brokers = Brokers(address, spread=spread, first=first)
         self.dropped_frames = 0
         self._context = context
         self._offset = offset

@@ -130,6 +130,9 @@ def split(address: str) -> tuple[str, int]:
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise LlamboError(Code.BAD_SETTING, f"{address!r} is not an address: {error}") from error
+    if parts.scheme in ("http", "https") and host:
+        text = f"{address!r} is an address of HTTP, so of a gateway; a broker has another one"
+        raise LlamboError(Code.BAD_SETTING, text, hint=f"--broker {endpoint(host, DEFAULT_PORT)}, or LLAMBO_BROKER")
     if parts.scheme != "tcp" or not host or parts.path or parts.query:
         raise LlamboError(Code.BAD_SETTING, f"{address!r} is not an address like tcp://host:{DEFAULT_PORT}")
     return host, DEFAULT_PORT if port is None else port

@@ -104,7 +104,11 @@ class Folder:
 
     def begin(self, address: str) -> None:
         if self.exists:
-            raise LlamboError(Code.BAD_SETTING, f"{self.path} already has keys")
+            hint = (
+                f"a key for another address: llambo keys export NAME --address tcp://HOST:7330 --keys {self.path}\n"
+                f"  to begin anew, which makes every key of it invalid, move {self.path} away"
+            )
+            raise LlamboError(Code.BAD_SETTING, f"{self.path} already has keys", hint=hint)
         pair = keys.new_pair()
         store(self.path / RING_FILE, Ring(1, address))
         store(self.path / BROKER_FILE, _BrokerFile(pair.public, pair.secret))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -133,6 +134,17 @@ PROCESS_METRICS = (
     Metric("process_start_time_seconds", "gauge", "When this process was started, in seconds since 1970"),
     Metric("process_open_fds", "gauge", "Open files, pipes and sockets of this process"),
 )
+
+
+def descriptor_limit_reached() -> int:
+    """The limit of descriptors, if not one more can be opened now; else 0."""
+    import resource  # noqa: PLC0415  # not on every system
+
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if error.errno == errno.EMFILE else 0
+    return 0
 
 
 def process_metrics_page() -> str:

@@ -341,6 +341,8 @@ class FoundRequest(_Row, frozen=True, kw_only=True):
     """The answer to `find`: the full id of the only request whose id has the given beginning."""
 
     id: str
+    #: It is live, or has ended and its tokens are stored. False as well from an older broker.
+    stored: bool = False
 
 
 class MetricsPage(_Row, frozen=True, kw_only=True):

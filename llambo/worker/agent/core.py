@@ -24,7 +24,7 @@ from typing import assert_never
 from llambo.mesh.link.link_core import LinkCore, LinkProblem, LinkState
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import transfer
-from llambo.mesh.wire.errors import TRAITS, Code, ErrorInfo
+from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import UNDECODABLE
 from llambo.worker.agent import events as e
@@ -39,6 +39,9 @@ from llambo.worker.engine.protocol import Progress, Ready, Refused, Start, Step,
 
 #: The longest reason in a goodbye.
 GOODBYE_CHARS = 256
+#: How often the reason is logged why a broker does not admit this worker.
+REPEAT_MS = 60_000
+_LASTING = (LinkProblem.REFUSED, LinkProblem.KEY_DENIED, LinkProblem.KEY_MISMATCH, LinkProblem.NO_HANDSHAKE)
 
 
 @dataclass(slots=True)
@@ -142,6 +145,8 @@ class WorkerCore:
         for link in self.links.values():
             link.beats.now()
         self._notify_ready()
+        if not any(link.welcomed for link in self.links.values()):
+            self._link_log.write_again("the engine is ready, but this worker gets no requests: ")
 
     def _on_engine_refused(self, key: bytes, error: ErrorInfo, final: bool) -> None:
         run = self.runs.get(key)
@@ -259,8 +264,7 @@ class WorkerCore:
     def _on_problem(self, number: int, problem: m.Problem, now_ms: int) -> None:
         link, error = self.links[number], problem.error
         if link.state is LinkState.GREETING or error.code in (Code.UNKNOWN_SESSION, Code.UNAUTHORIZED):
-            taken = error.code is Code.NAME_TAKEN
-            self._on_link_refused(number, f"{error.text}; {TRAITS[error.code].hint}" if taken else error.text, now_ms)
+            self._on_link_refused(number, error.text, now_ms)
         else:
             self._out.append(Log(f"the broker reports a problem: {error.code}: {error.text}", warning=True))
 
@@ -345,7 +349,7 @@ class WorkerCore:
     def _on_link_changed(self, link: LinkCore, now_ms: int) -> None:
         if not link.welcomed:
             self.orphans.on_link_lost(link.link, now_ms)
-        self._link_log.write(link)
+        self._link_log.write(link, now_ms)
         if link.up:
             self._notify_ready()
 
@@ -360,34 +364,46 @@ class WorkerCore:
 
 
 class _LinkLog:
-    """Log lines about links: one for each change of state, and one for each new reason why there is no broker."""
+    """Log lines about links: one for each change of state, and one for each new reason why there is no broker.
+
+    A reason that lasts until a person acts is repeated: the first line is soon hidden by those of the engine.
+    """
 
     def __init__(self, brokers: tuple[str, ...], out: list[Action]) -> None:
         self._brokers = brokers
         self._out = out
         self._states: dict[int, LinkState] = {}
-        self._problems: dict[int, str] = {}
+        #: The reason why a link is down, its line, and when it was logged.
+        self._problems: dict[int, tuple[str, str, int]] = {}
 
     def changed(self, link: LinkCore) -> bool:
         """True if the link's state differs from that of the last call."""
         before, self._states[link.link] = self._states.get(link.link), link.state
         return before is not link.state
 
-    def write(self, link: LinkCore) -> None:
+    def write(self, link: LinkCore, now_ms: int) -> None:
         number = link.link
         if link.state is LinkState.DOWN and link.problem:
-            # Each attempt fails for the same reason; it is logged once.
-            if self._problems.get(number) != link.problem:
-                self._problems[number] = link.problem
+            reason, _, logged_at = self._problems.get(number, ("", "", 0))
+            due = link.cause in _LASTING and now_ms - logged_at >= REPEAT_MS
+            if reason != link.problem or due:
                 address = self._brokers[number]
                 silent = link.cause is LinkProblem.NO_ANSWER
                 text = f"no broker answers at {address}" if silent else f"{address}: {link.problem}"
-                self._out.append(Log(f"{text}; trying again", warning=True))
+                self._problems[number] = link.problem, f"{text}; trying again", now_ms
+                self._warn(number)
         elif link.state is LinkState.MENDING:
             self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
             self._problems.pop(number, None)
             self._out.append(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
+
+    def write_again(self, intro: str) -> None:
+        for number in self._problems:
+            self._warn(number, intro)
+
+    def _warn(self, number: int, intro: str = "") -> None:
+        self._out.append(Log(f"{intro}{self._problems[number][1]}", warning=True))
 
 
 def check_invariants(core: WorkerCore) -> None:

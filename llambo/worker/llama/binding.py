@@ -32,6 +32,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.host import exit_text
 from llambo.worker.llama.c_api import (
     CONTEXT_DEFAULTS,
@@ -50,8 +51,6 @@ from llambo.worker.llama.c_api import (
 
 log = logging.getLogger("llambo.engine")
 
-INSTALL = "pip install 'llambo[llama]' (in a checkout: pip install '.[llama]')"
-ANOTHER = f"name another with --llama-lib, or, without that setting, {INSTALL}"
 #: Names of functions that an error shows.
 SHOWN = 3
 #: Distribution, package, and where in it the library is. The first that is installed is used: a library that was
@@ -111,7 +110,7 @@ def find(configured: str = "") -> LibraryFile:
     here = installed()
     if not configured:
         if not here:
-            raise LibraryError("not installed", "llama.cpp is not installed", INSTALL)
+            raise LibraryError("not installed", "llama.cpp is not installed", extra_command("llama"))
         return here[0]
     path = Path(configured).expanduser()
     path = path / "libllama.so" if path.is_dir() else path
@@ -174,7 +173,7 @@ def check(native: ctypes.CDLL, file: LibraryFile) -> Interface:
     text = f"{_place(file)} has an interface that llambo does not know ({why}); llambo knows {known}"
     # The wheel alone would not help: this library comes before it.
     same = [f"pip install '{package}=={version}'" for package, version in releases if package == file.package]
-    raise LibraryError("unknown", text, same[-1] if same else ANOTHER)
+    raise LibraryError("unknown", text, same[-1] if same else _another())
 
 
 def _mismatch(native: ctypes.CDLL, interface: Interface) -> str:
@@ -364,6 +363,10 @@ class Library:
         return [self.ggml_backend_reg_name(handle).decode(errors="replace") for handle in handles]
 
 
+def _another() -> str:
+    return f"name another with --llama-lib, or, without that setting, {extra_command('llama')}"
+
+
 def load(file: LibraryFile) -> Library:
     """Only in a process that may abort. Raises LibraryError."""
     try:
@@ -382,7 +385,7 @@ def _not_loaded(file: LibraryFile, error: str) -> LibraryError:
         )
         return LibraryError("needs", f"{file} needs {missing[1]}, which this machine has not", how, missing[1])
     text = f"{file} cannot be loaded as a library ({error.removeprefix(f'{file.path}: ')})"
-    return LibraryError("not loaded", text, ANOTHER)
+    return LibraryError("not loaded", text, _another())
 
 
 # --- From any process. ---

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import llambo
 
 #: For work on llambo itself.
 DEVELOPMENT = ("dev", "fuzz")
@@ -17,7 +22,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*;.*\bextra == [\"'](?P<extra>[
 
 def packages() -> dict[str, dict[str, bool]]:
     """The extras that the installed package of llambo declares, and whether each distribution of them is installed."""
-    from importlib import metadata  # takes longer to import than the rest of a command
+    from importlib import metadata  # noqa: PLC0415  # takes longer to import than the rest of a command
 
     try:
         declared = metadata.requires("llambo") or []
@@ -31,7 +36,7 @@ def packages() -> dict[str, dict[str, bool]]:
 
 
 def _installed(distribution: str) -> bool:
-    from importlib import metadata
+    from importlib import metadata  # noqa: PLC0415
 
     try:
         metadata.version(distribution)
@@ -43,6 +48,42 @@ def _installed(distribution: str) -> bool:
 def install_command(*requirements: str) -> str:
     """What installs into the environment that this process runs in. A `pip` in the path may belong to another one."""
     return " ".join([_installer(), *map(shlex.quote, requirements)])
+
+
+def extra_command(extra: str) -> str:
+    """What installs an extra of llambo. The name alone would not do: llambo is not on PyPI."""
+    return f"{install_command()} {requirement(extra)}"
+
+
+def requirement(extra: str) -> str:
+    """llambo with this extra, as words for pip: from where this llambo was installed."""
+    return requirement_of(_origin(), Path(llambo.__file__).parents[1], extra)
+
+
+def requirement_of(origin: dict[str, Any], checkout: Path, extra: str) -> str:
+    """`origin`: what the installer has written into direct_url.json; empty: nothing."""
+    url, vcs = str(origin.get("url", "")), origin.get("vcs_info", {})
+    if vcs:
+        revision = vcs.get("requested_revision") or vcs.get("commit_id", "")
+        return shlex.quote(f"llambo[{extra}] @ {vcs.get('vcs', 'git')}+{url}{f'@{revision}' if revision else ''}")
+    path = unquote(urlsplit(url).path) if url.startswith("file:") else ""
+    if path and Path(path).exists():
+        editable = "--editable " if origin.get("dir_info", {}).get("editable") else ""
+        return editable + shlex.quote(f"{path}[{extra}]")
+    if url and not path:
+        return shlex.quote(f"llambo[{extra}] @ {url}")
+    return shlex.quote(f"{checkout if (checkout / 'pyproject.toml').is_file() else 'FOLDER-OF-THE-CLONE'}[{extra}]")
+
+
+def _origin() -> dict[str, Any]:
+    from importlib import metadata  # noqa: PLC0415
+
+    try:
+        text = metadata.distribution("llambo").read_text("direct_url.json")
+        found = json.loads(text or "{}")
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _installer() -> str:
