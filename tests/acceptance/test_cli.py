@@ -383,6 +383,16 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_is_described_without_a_broker(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
+    nowhere = Commands("tcp://127.0.0.1:1")
+    shown = nowhere.ok("models", str(tmp_path / "tiny.gguf"))
+    assert "trained context  512" in shown.out and f"yes: llambo up --model {tmp_path}/tiny.gguf" in shown.out
+    assert nowhere.ok("models", str(tmp_path / "tiny.gguf"), "--json").json()["problem"] == ""
+    missing = nowhere.llambo("models", "/nowhere/x.gguf")
+    assert missing.code == Exit.ERROR and "there is no file /nowhere/x.gguf" in missing.err
+
+
 @pytest.mark.parametrize("kind", ["junk", "cut", "too large"])
 def test_a_worker_whose_model_cannot_be_loaded_ends_with_the_reason(tmp_path: Path, kind: str) -> None:
     path, content = tmp_path / "x.gguf", tiny_model.whole()

