@@ -271,11 +271,9 @@ def top(terminal: Terminal, mesh: HostileMesh) -> None:
 def up(terminal: Terminal, mesh: HostileMesh) -> None:
     port = int(terminal.expect(r"broker at tcp://127\.0\.0\.1:(\d+)")[1])
     terminal.expect("Ctrl-C stops everything")
-    with RawPeer(port) as peer:
-        peer.send_messages(m.ClientHello(name=EVIL), session=codec.NO_SESSION)
-        peer.joined()
-        peer.send_messages(m.Query(1, EVIL))
-        peer.expect(m.Problem)
+    with RawPeer(port, 1) as peer:
+        peer.join_as_worker(EVIL, EVIL)
+        terminal.expect(f"worker joined.*{SHOWN}|{SHOWN}.*joined")
     terminal.press(CTRL_C)
 
 
@@ -353,7 +351,7 @@ def test_commands_that_go_on(mesh: HostileMesh, tmp_path: Path) -> None:
     shown["llambo-broker"] = check(mesh.terminal.raw, "llambo-broker")
     print("\n", shown)
     quiet = {path for path, count in shown.items() if not count}
-    assert quiet <= {"llambo bridge", "llambo fleet run", "llambo worker", "llambo up"}
+    assert quiet <= {"llambo bridge", "llambo fleet run", "llambo worker"}
 
 
 def test_no_command_is_left_out(tmp_path: Path) -> None:

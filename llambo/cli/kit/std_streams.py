@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -76,6 +77,8 @@ def filter_streams() -> None:
         if codecs.lookup(stream.encoding or "ascii").name == "ascii" and hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8")  # otherwise click does it, with a stream of its own over the bytes
         setattr(sys, name, cast(TextIO, FilteredText(stream)))
+    # From Python 3.13 on its own hook writes colours, which would be replaced, too; this function does not.
+    sys.excepthook = traceback.print_exception
 
 
 def paint(drawn: str, *, err: bool = False) -> None:
