@@ -333,8 +333,8 @@ HINTS = {
     Code.MODEL_REQUIRED: "choose one with LOAD; STATUS lists them",
     Code.UNKNOWN_MODEL: "STATUS lists the models there are",
 }
-#: DEL, C1 and direction marks in UTF-8. A terminal acts on them, and `nc` shows what it receives.
-_CONTROLS = re.compile(b"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xaa-\xae]|\xe2\x81[\xa6-\xa9]")
+#: DEL, C1, separators and direction marks in UTF-8. A terminal acts on them, and `nc` shows what it receives.
+_CONTROLS = re.compile(b"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]")
 
 encode_object: Encode = msgspec.msgpack.Encoder().encode
 _encode_json = msgspec.json.Encoder().encode

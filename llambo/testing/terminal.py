@@ -56,7 +56,8 @@ class Terminal:
         self._ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self._screen, self._feed = self._emulator()
-        wanted = {**environment(), "TERM": "xterm-256color", **(env or {})}
+        # COLUMNS and LINES would count more than the size of this terminal.
+        wanted = {**environment(), "TERM": "xterm-256color", "COLUMNS": None, "LINES": None, **(env or {})}
         self.process = subprocess.Popen(
             [sys.executable, "-c", START, module, *words],
             stdin=subprocess.DEVNULL if only_stderr else theirs,

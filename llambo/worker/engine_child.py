@@ -84,10 +84,12 @@ def start_log(worker: str) -> None:
     if journal.is_journal(os.environ, sys.stderr.fileno()):
         handler = journal.JournalHandler("llambo-worker", sys.stderr, {"worker": worker})
         prefix = "engine"
-    handler.setFormatter(logging.Formatter(f"{prefix}: %(message)s"))
+    handler.setFormatter(journal.HumanFormatter(f"{prefix}: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    # An error may quote a prompt or a model file: a terminal gets it without control characters, as it gets the log.
+    sys.excepthook = lambda *error: log.critical("the engine has failed", exc_info=error)
 
 
 class Child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -252,6 +253,28 @@ def test_on_a_terminal_the_place_in_the_queue_is_shown() -> None:
         assert len(shown.out.split()) == 2
 
 
+def test_an_answer_that_stalls_says_on_a_terminal_what_it_waits_for() -> None:
+    flags, words = ["--name", "tiny", "--fake-tokens-per-s", "50"], ["--seed", "7", "--max-tokens", "120", "hello"]
+    with by_hand(flags) as (mesh, _, [worker]):
+        truth = mesh.ok("send", *words).out.split()
+        with (
+            Terminal("--broker", mesh.address, "send", *words, columns=120) as shown,
+            mesh.start("send", "-v", *words) as piped,
+        ):
+            shown.until(lambda text: len(text.split()) > 30)
+            worker.kill()
+            # Below the text, which is shown up to the last token that has come; in a pipe on a line of its own
+            shown.until("waiting for a worker with the very same model; no worker serves fake; lost: worker tiny")
+            piped.line("llambo: waiting for a worker with the very same model")
+            with command(WORKER, "--broker", mesh.address, *flags) as again:
+                again.line("is ready")
+                # ... and nothing of it is left when the answer goes on
+                assert (shown.end(), piped.end()) == (Exit.OK, Exit.OK)
+        said = SAID_FAKE.split()
+        assert shown.text.split() == said + truth
+        assert "\n".join(piped.out).split() == truth
+
+
 # --- stopping ------------------------------------------------------------------------------------------
 
 
@@ -302,10 +325,15 @@ def test_a_reader_that_leaves_ends_it_quietly(mesh: Commands) -> None:
 
 
 def test_a_deadline_ends_it_and_keeps_what_there_is(mesh: Commands) -> None:
-    done = mesh.llambo("send", "--deadline", "300ms", *ENDLESS, "hello")
+    done = mesh.llambo("send", "-v", "--deadline", "300ms", *ENDLESS, "hello")
 
     assert done.code == Exit.TIMEOUT, done.story
     assert "the deadline has passed after" in done.err
+    # ... and it says how to look at what happened
+    found = re.search(r"^id (\w+)$", done.err, re.MULTILINE)
+    assert found, done.story
+    assert f"`llambo why {found[1][:8]}` shows what happened" in done.err
+    assert mesh.ok("why", found[1][:8]).out.startswith(f"request {found[1]}: ended (deadline)")
     assert len(done.out.split()) > 5
 
 
@@ -381,6 +409,16 @@ def test_models_of_the_host_are_listed_without_a_broker(tmp_path: Path) -> None:
         "tiny.gguf": "",
         "junk.gguf": "it is not a GGUF file",
     }
+
+
+def test_a_file_is_described_without_a_broker(tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(tiny_model.whole())
+    nowhere = Commands("tcp://127.0.0.1:1")
+    shown = nowhere.ok("models", str(tmp_path / "tiny.gguf"))
+    assert "trained context  512" in shown.out and f"yes: llambo up --model {tmp_path}/tiny.gguf" in shown.out
+    assert nowhere.ok("models", str(tmp_path / "tiny.gguf"), "--json").json()["problem"] == ""
+    missing = nowhere.llambo("models", "/nowhere/x.gguf")
+    assert missing.code == Exit.ERROR and "there is no file /nowhere/x.gguf" in missing.err
 
 
 @pytest.mark.parametrize("kind", ["junk", "cut", "too large"])

@@ -126,7 +126,8 @@ def all_routes() -> list[tuple[str, str]]:
     return [*table, *files, *[("GET", path) for path in NOWHERE]]
 
 
-def check_what_a_browser_is_given(gateway: GatewayProcess) -> None:
+def check_what_a_browser_is_given(gateway: GatewayProcess) -> set[str]:
+    """Without a token. The paths that were answered."""
     found = {}
     for method, path in all_routes():
         with gateway.open(method, re.sub(r"\{.*?\}", "x", path), b"{}" if method == "POST" else None) as response:
@@ -146,6 +147,7 @@ def check_what_a_browser_is_given(gateway: GatewayProcess) -> None:
         assert re.findall(rb"//[\w-]+\.[\w.-]+", body.replace(NAMESPACE, b"")) == [], where
     assert found["GET", "/"] == (200, "text/html") and found["GET", "/openapi.json"] == (200, "application/json")
     assert {found["GET", path] for path in NOWHERE} == {(404, "application/json")}
+    return {path for (_, path), (status, _) in found.items() if status == 200}
 
 
 def test_nothing_from_elsewhere_on_any_path(gateway: GatewayProcess) -> None:
@@ -173,7 +175,8 @@ def test_every_door_wants_its_token(tmp_path: Any) -> None:
         Mesh(workers=1, fake=FakeOptions(slots=4, tokens_per_s=100), keys=folder) as mesh,
         GatewayProcess(mesh.address, "-vv", "--http-keys", str(folder.path)) as gateway,
     ):
-        check_what_a_browser_is_given(gateway)
+        page = {"/", *(f"/board/{name}" for name in assets())}
+        assert check_what_a_browser_is_given(gateway) == page | {"/openapi.json", "/healthz", "/health", "/readyz"}
         offered = {path for path in gateway.get("/openapi.json")["paths"] if path.startswith("/v1/")}
         asked = {path.replace("/fake", "/{name}").replace("/resp_0", "/{id}") for _, path in FOR_CLIENTS}
         assert offered == asked, "a path was added: say here who may use it"

@@ -539,7 +539,7 @@ def test_there_is_nothing_to_retry_in_a_new_chat(begin: Chats) -> None:
     assert "nothing was asked yet" in begin(SavedChat("mine", turns=turns(2), context_from=2)).types("/retry").notices
 
 
-@pytest.mark.parametrize("typed", ["/exit", "/quit", "/EXIT"])
+@pytest.mark.parametrize("typed", ["/exit", "/quit", "/bye", "/EXIT"])
 def test_exit_leaves(begin: Chats, typed: str) -> None:
     assert begin().types(typed).stays is False
 

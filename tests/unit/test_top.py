@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from llambo.cli import main
 from llambo.cli.kit.failure import Exit
+from llambo.cli.kit.tables import one_line
 from llambo.cli.top.top_app import Gatherer
 from llambo.cli.top.top_core import (
     BARS,
@@ -23,7 +24,6 @@ from llambo.cli.top.top_core import (
     arranged,
     curve,
     headings,
-    one_line,
     request_row,
     shown_event,
     summary_line,

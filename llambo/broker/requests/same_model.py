@@ -74,8 +74,7 @@ def waits_for(state: State, request: Request) -> str:
 
 def missing_too_long(state: State, lane: Lane, waited_ms: int) -> ErrorInfo:
     text = (
-        f"no worker can continue this answer of {lane.model!r}: it waited for {_wanted(state, lane)}, "
-        f"for {waited_ms} ms"
+        f"no worker can continue this answer of {lane.model!r}: for {waited_ms} ms it waited for {_wanted(state, lane)}"
     )
     flags = flags_of(lane.fingerprint)
     hint = f"start one that has the same model file: `llambo-worker {flags}`" if flags else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from prompt_toolkit.filters import has_focus
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.output import ColorDepth, Output
+from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.styles import Style
+
+from llambo.mesh.wire.errors import printable
 
 Names = Callable[[], Iterable[str]]
 
@@ -102,12 +106,28 @@ def _keys() -> KeyBindings:
     return keys
 
 
+class _FilteredOutput(Vt100_Output):
+    """Texts have no control characters in them; the library writes its own with `write_raw`, and carriage returns."""
+
+    def write(self, data: str) -> None:
+        super().write("\r".join(map(printable, data.split("\r"))))
+
+
+def terminal_output() -> Output | None:
+    """Of a prompt: stdout, or stderr if that is the terminal. None: there is no terminal, and the library decides."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            return _FilteredOutput.from_pty(stream, term=os.environ.get("TERM"))
+    return None
+
+
 class ChatPrompt:
     def __init__(self, history: History, completer: Completer, aside: Callable[[], str], *, colours: bool) -> None:
         """`aside`: a notice at the right of the line."""
         self._session: PromptSession[str] = PromptSession(
             history=history,
             completer=completer,
+            output=terminal_output(),
             complete_while_typing=True,
             key_bindings=_keys(),
             multiline=True,

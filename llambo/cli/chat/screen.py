@@ -17,7 +17,8 @@ import click
 
 from llambo.cli.chat.store import Turn
 from llambo.cli.kit.answer_views import FAKE, Clock, JsonView, StdoutWriter, TextView, View, pace_of
-from llambo.cli.kit.tables import plural
+from llambo.cli.kit.std_streams import paint
+from llambo.cli.kit.tables import one_line, plural
 from llambo.mesh.wire.errors import LlamboError, printable
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ class Screen:
         self._as_json = as_json
 
     def print(self, text: str, tone: Tone = "plain") -> None:
-        text = printable(text)
         if self._to_stderr:
             click.echo(f"llambo: {text}", err=True)
             return
@@ -79,11 +79,14 @@ class Screen:
             # Plain text keeps its lines; a sentence is broken between its words.
             text = "\n".join(textwrap.fill(line, text_columns(), subsequent_indent="  ") for line in text.split("\n"))
         style = _STYLES[tone] if self._colours or tone == "quiet" else {}
-        click.echo(click.style(text, **style) if style else text)
+        paint(click.style(printable(text), **style) + "\n")
 
     def show_turn(self, number: int, turn: Turn) -> None:
         self.print(f"{number}  you: {turn.question}", "quiet")
-        click.echo("\n".join(_drawn(self._console, turn.answer)) if self._console else printable(turn.answer))
+        if self._console:
+            paint("\n".join(_drawn(self._console, turn.answer)) + "\n")
+        else:
+            click.echo(turn.answer)
         if turn.mark:
             self.print(f"({turn.mark})", "quiet")
 
@@ -262,14 +265,14 @@ def _drawn(console: Console, text: str) -> list[str]:
 def pace(answer: Answer, clock: Clock) -> str:
     parts = pace_of(answer, clock)
     if answer.moves:
-        parts.append(f"moved {plural(answer.moves, 'time')}, now {printable(answer.worker)}")
+        parts.append(f"moved {plural(answer.moves, 'time')}, now {answer.worker}")
     if answer.fake:
         parts.append(FAKE)
     return ", ".join(parts)
 
 
 def _dim(text: str) -> str:
-    return f"\x1b[2m{text}\x1b[0m"
+    return f"\x1b[2m{one_line(text)}\x1b[0m"
 
 
 def text_columns() -> int:

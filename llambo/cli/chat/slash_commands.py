@@ -175,4 +175,4 @@ COMMANDS = (
     SlashCommand("retry", "", "ask the last question again, in place of its answer", _retry),
     SlashCommand("exit", "", "leave, as Ctrl-D does", None),
 )
-BY_NAME = {command.name: command for command in COMMANDS} | {"quit": COMMANDS[-1]}
+BY_NAME = {command.name: command for command in COMMANDS} | dict.fromkeys(("quit", "bye"), COMMANDS[-1])

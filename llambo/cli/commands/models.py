@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
+from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.flags import client_options, json_option, settings_options
 from llambo.cli.kit.tables import facts, number, show_json, size, table, warn_of_variants
 from llambo.mesh.service.extras import install_command
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo models
 llambo models smollm2              what it is, and how it is served
+llambo models ~/models/x.gguf      what this file is; no broker is needed
 llambo models --models-dir /srv/models
 llambo models --json | jq -r '.host[] | select(.problem == "") | .model'
 llambo send --model tiny "What is AI?"
@@ -40,12 +43,15 @@ NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 @settings_options(["models_dir", "connect_ms"])
 @client_options
 def models(common: Common, name: str | None, as_json: bool) -> None:
-    """List the models found on this host, and those that are served; or tell what the served model NAME is.
+    """List the models found on this host, and those that are served; or tell what the served model or file NAME is.
 
-    On this host: those of installed packages, and GGUF files in --models-dir, in the working folder and in the caches
-    of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those that are
-    served, a request need not name one if there is only one.
+    On this host: those of installed packages, and GGUF files in --models-dir, in ~/models, in the working folder and in
+    the caches of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those
+    that are served, a request need not name one if there is only one.
     """
+    if name is not None and name.lower().endswith(".gguf"):
+        show_file(common, name, as_json=as_json)
+        return
     if name is not None:
         info = ask(common, lambda client: client.model_info(model=name))
         show_json(info) if as_json else show_model(info)
@@ -75,6 +81,34 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
         click.echo(f"served: {problem}")
     else:
         show_models(rows_of(served, list[ModelRow]))
+
+
+def show_file(common: Common, name: str, *, as_json: bool) -> None:
+    from llambo.mesh.service import host
+    from llambo.worker.config import LlamaOptions
+    from llambo.worker.llama import binding
+    from llambo.worker.models import model_files
+
+    library = common.settings.text("llama_lib")
+    try:
+        path = model_files.find(name)
+    except model_files.NoSuchModel as error:
+        raise Failure(str(error), error.hint or "llambo models   lists the models of this host") from error
+    options, free_bytes = LlamaOptions(fewer_slots=True), host.free_memory_bytes() + _device_bytes(library)
+    found = model_files.look_at(
+        name, path, "", options, free_bytes, host.physical_cores(), missing=binding.missing(library)
+    )
+    if as_json:
+        show_json(asdict(found))
+        return
+    facts([
+        ("file", found.path),
+        ("size", size(found.size_bytes)),
+        ("architecture", found.architecture),
+        ("quantisation", found.quantisation),
+        ("trained context", number(found.trained_context or "")),
+        ("loads", f"no: {found.problem}" if found.problem else f"yes: llambo up --model {shlex.quote(name)}"),
+    ])  # fmt: skip
 
 
 def _device_bytes(library: str) -> int:

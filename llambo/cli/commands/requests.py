@@ -10,7 +10,7 @@ import click
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.flags import client_options, json_option
-from llambo.cli.kit.tables import Row, duration, number, plural, request_note, show_json, table
+from llambo.cli.kit.tables import Row, duration, number, one_line, plural, request_note, show_json, table
 from llambo.mesh.wire.reports import RequestRow, RequestStory, StoryStep
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def summary(found: RequestStory) -> str:
         parts.append(f"on {found.worker}")
     if found.moves:
         parts.append(f"after {plural(found.moves, 'move')}")
-    return " ".join(parts) + (f"\nerror: {found.error}" if found.error else "")
+    return one_line(" ".join(parts)) + (f"\nerror: {one_line(found.error)}" if found.error else "")
 
 
 def timeline(story: Sequence[StoryStep]) -> list[str]:
@@ -104,7 +104,7 @@ def timeline(story: Sequence[StoryStep]) -> list[str]:
     times = [f"{step.at_ms / 1000:.3f} s" for step in story]
     time_width, what_width = max(map(len, times)), max(len(step.what) for step in story)
     return [
-        f"  {time:>{time_width}}  {step.what:<{what_width}}  {step.detail}".rstrip()
+        one_line(f"  {time:>{time_width}}  {step.what:<{what_width}}  {step.detail}").rstrip()
         for time, step in zip(times, story, strict=True)
     ]
 

@@ -12,6 +12,7 @@ from llambo.cli.commands.send import prompt_of
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask
 from llambo.cli.kit.flags import client_options, json_option, settings_options
+from llambo.cli.kit.std_streams import print_output
 from llambo.cli.kit.tables import number, show_json, table
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -51,7 +52,7 @@ def tokens(
     if back:
         ids = _ids(prompt_of(text))
         found = ask(common, lambda client: client.detokenize(ids, special=special, model=model))
-        show_json({"text": found}) if as_json else click.echo(found)
+        show_json({"text": found}) if as_json else print_output(found)
         return
     prompt, form = prompt_of(text), "user" if chat else "text"
     result = ask(common, lambda client: client.tokenize(prompt, special=special, form=form, model=model))  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, ask, query, rows_of
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import client_options, json_option
+from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import (
     Row,
     busy_text,
@@ -186,8 +187,10 @@ class _DrainProgress:
         if not self._hidden and running != self._printed and late:
             self._printed, self._printed_at = running, now
             text = _still(self._worker, running)
-            click.echo(f"{CLEAR_LINE}{text}" if self._terminal else text, nl=not self._terminal, err=True)
+            if self._terminal:
+                paint(CLEAR_LINE, err=True)
+            click.echo(text, nl=not self._terminal, err=True)
 
     def end(self) -> None:
         if self._terminal and self._printed >= 0:
-            click.echo(CLEAR_LINE, nl=False, err=True)
+            paint(CLEAR_LINE, err=True)

@@ -19,6 +19,7 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
 from llambo.cli.kit.failure import Exit
 from llambo.cli.kit.flags import config_option, json_option, settings_options
+from llambo.cli.kit.std_streams import paint
 from llambo.cli.kit.tables import plural, show_json
 from llambo.mesh.service.extras import install_command, requirement
 from llambo.mesh.wire.errors import printable
@@ -114,9 +115,9 @@ def show(findings: list[Finding], problems: int) -> None:
         level = click.style(
             f"{finding.level:<9}", fg=COLOURS[finding.level], bold=finding.level is Level.PROBLEM or None
         )
-        click.echo(f"{level}{name:<{INDENT - 9}}" + f"\n{margin}".join(lines))
+        paint(f"{level}{name:<{INDENT - 9}}" + f"\n{margin}".join(lines) + "\n")
         if finding.command:
             # In one line, so that it can be copied.
-            click.echo(f"{margin}  {click.style(printable(finding.command), bold=True)}")
+            paint(f"{margin}  {click.style(printable(finding.command), bold=True)}\n")
     notes = sum(finding.level is Level.NOTE for finding in findings)
     click.echo(f"\n{plural(problems, 'problem') if problems else 'no problem'}, {plural(notes, 'note')}")

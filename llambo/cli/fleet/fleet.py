@@ -15,7 +15,6 @@ from llambo.cli.fleet.site import FILE_OPTION, no_report, pass_site, report, run
 from llambo.cli.kit.command import Command, Group
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.tables import show_json
-from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.site import Site
@@ -133,7 +132,7 @@ def plan(here: Site, as_json: bool) -> None:
         return
     _show(found)
     for name, why in away.items():
-        click.echo(printable(f"{name} is away: {why}"))
+        click.echo(f"{name} is away: {why}")
 
 
 @click.command(cls=Command, examples=APPLY_EXAMPLES)
@@ -360,9 +359,9 @@ def _classes(here: Site, one: str | None) -> list[str]:
 def _show(found: Plan) -> None:
     widths = [max((len(text) for text in texts), default=0) for texts in zip(*_rows(found), strict=True)]
     for row in _rows(found):
-        click.echo(printable("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()))
+        click.echo("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
     for refusal in found.refusals:
-        click.echo(printable(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}"))
+        click.echo(f"{refusal.count} of {refusal.node_class} cannot be: {refusal.why}")
     if not found.steps:
         click.echo("nothing to do")
 

@@ -15,7 +15,6 @@ from llambo.cli.kit.command import Command
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.tables import NumberText, Row, duration, number, show_json, size, table
 from llambo.mesh.service import clock
-from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.cli.fleet.site import Site
@@ -113,9 +112,9 @@ def status(here: Site, as_json: bool) -> None:
     nothing = "nothing runs: `llambo fleet apply` starts it"
     table(NODE_COLUMNS, [_node_cells(row) for row in found.nodes], nothing=nothing, fixed=2)
     for row in found.updates:
-        click.echo(printable(f"\n{row.node_class}: {row.note}"))
+        click.echo(f"\n{row.node_class}: {row.note}")
     for name, why in found.away.items():
-        click.echo(printable(f"{name} is away: {why}"))
+        click.echo(f"{name} is away: {why}")
     if found.orchestrator is not None:
         _show_orchestrator(found.orchestrator)
 
@@ -130,7 +129,7 @@ def logs(here: Site, node: str, lines: int) -> None:
     if text is None:
         raise Failure(f"there is no log of {node!r}", "`llambo fleet status` lists the nodes", Exit.ERROR)
     for line in text.splitlines()[-lines:]:
-        click.echo(printable(line))
+        click.echo(line)
 
 
 async def _log_of(manager: NodeManager, node: str) -> str | None:
@@ -201,7 +200,7 @@ def _show_orchestrator(state: OrchestratorState) -> None:
         lines.append(f"{duration(max(0, now_ms - event.at_ms)):>8} ago  {event.text}")
     click.echo()
     for line in lines:
-        click.echo(printable(line))
+        click.echo(line)
 
 
 def _class(spec: NodeClass, counts: dict[str, int], nodes: list[NodeRow], snapshot: Snapshot) -> ClassRow:

@@ -21,7 +21,6 @@ from llambo.cli.kit.common import Common, address_of, key_of, state_folder
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import Function, client_options, json_option
 from llambo.cli.kit.std_streams import print_notice
-from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.fleet.decide.plan import Wanted
@@ -63,7 +62,7 @@ def pass_site(*, with_json: bool = True) -> Callable[[Function], Function]:
 
 
 def report(text: str) -> None:
-    print_notice(f"fleet: {printable(text)}", err=False)
+    print_notice(f"fleet: {text}", err=False)
 
 
 def no_report(text: str) -> None:

@@ -6,10 +6,10 @@ The JSON lines are a promise to scripts: fields may be added, none changes its m
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import select
+import shutil
 import sys
 import time
 import unicodedata
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llambo.cli.kit.std_streams import json_text, paint
 from llambo.cli.kit.tables import duration, plural
 from llambo.mesh.wire.errors import printable
 
@@ -34,6 +35,10 @@ FENCE = "```"
 FAKE = "the fake engine answers: its words are made up"
 #: To the first column, and erase what is there.
 CLEAR_LINE = "\r\x1b[K"
+#: Make room for a line below, remember the place in the text, and go to that line; and back to the text.
+TO_LINE_BELOW, TO_TEXT = "\x1bD\x1b[A\x1b7\r\n", "\x1b8"
+#: How long a word is held that may not be complete.
+HOLD_S = 0.5
 
 
 class View:
@@ -41,6 +46,12 @@ class View:
 
     def placed(self) -> None:
         """The place in the queue has changed."""
+
+    def stalled(self, reason: str, quiet_s: float) -> None:
+        """No token has come for so long."""
+
+    def linked(self, lost: str) -> None:
+        """The broker is lost, for this reason; or (empty) one answers again."""
 
     def piece(self, piece: Piece) -> None: ...
 
@@ -56,12 +67,18 @@ class Clock:
     """What a user waited for, in milliseconds since the request was sent."""
 
     def __init__(self) -> None:
-        self._start = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._first_tokens = 0
         self.first_ms = 0.0
         self.total_ms = 0.0
 
+    @property
+    def quiet_s(self) -> float:
+        """How long no token has come."""
+        return time.monotonic() - self._last
+
     def on_piece(self, tokens: int) -> None:
+        self._last = time.monotonic()
         if not self._first_tokens:
             self._first_tokens, self.first_ms = tokens, self._now()
 
@@ -79,51 +96,97 @@ class Clock:
         return (time.monotonic() - self._start) * 1_000
 
 
-class TextView(View):
-    """The answer on stdout. While the request waits, its place in the queue is shown on a terminal."""
+def link_text(lost: str) -> str:
+    return f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
 
-    def __init__(self, out: StdoutWriter, stream: Stream) -> None:
+
+class TextView(View):
+    """The answer on stdout. On a terminal a line below it says what it waits for, until it goes on."""
+
+    def __init__(self, out: StdoutWriter, stream: Stream, *, in_place: bool = True) -> None:
+        """`in_place`: no other text comes to this terminal meanwhile, so the line below can be rewritten."""
         self._out = out
         self._stream = stream
+        self._in_place = in_place and sys.stderr.isatty()
         self._last = "\n"
-        self._waiting = self._begun = False
+        self._begun = False
         self._words = WordWrap()
+        #: When a word that is held is shown, in the time of the loop.
+        self._show_at = 0.0
+        #: The line below is there; and it is below text, which goes on where it ended.
+        self._status = self._below = False
+        self._reason = ""
 
     def placed(self) -> None:
         # A request that starts at once reports 0 as well; the place is shown only after a wait.
         ahead = self._stream.ahead
-        if sys.stderr.isatty() and self._last == "\n" and (ahead or self._waiting):
-            self._clear()
-            click.echo(f"waiting, {ahead} ahead" if ahead else "waiting, next in line", nl=False, err=True)
-            self._waiting = True
+        if self._in_place and not self._begun and (ahead or self._status):
+            self._rewrite(f"waiting, {ahead} ahead" if ahead else "waiting, next in line")
+
+    def stalled(self, reason: str, quiet_s: float) -> None:
+        if self._in_place:
+            self._rewrite(f"{quiet_s:.0f} s without a token: {reason}")
+        elif reason != self._reason:
+            self._say(reason)
+        self._reason = reason
+
+    def linked(self, lost: str) -> None:
+        self._say(link_text(lost))
 
     def piece(self, piece: Piece) -> None:
         self._clear()
+        self._reason = ""
         if not self._begun and self._stream.fake:
             click.echo(f"llambo: {FAKE}", err=True)
         self._begun = True
+        self._show_at = asyncio.get_running_loop().time() + HOLD_S
         self._put(self._words.feed(piece.text, self._out.columns) if self._out.columns else piece.text)
+
+    def frame(self) -> float | None:
+        """The rest of a word may come much later: what is here of it is shown after a moment."""
+        if not self._words.held:
+            return None
+        if asyncio.get_running_loop().time() < self._show_at:
+            return self._show_at
+        self._clear()
+        self._put(self._words.rest(self._out.columns))
+        return None
+
+    def close(self) -> None:
+        self._clear()
+        self._put(self._words.rest(self._out.columns))
+        if self._last != "\n":
+            self._put("\n")
 
     def _put(self, text: str) -> None:
         if text:
             self._out.put(text)
             self._last = text[-1]
 
-    def close(self) -> None:
+    def _say(self, text: str) -> None:
+        """A line of its own, for good. On a terminal the answer goes on below it."""
         self._clear()
-        self._put(self._words.rest(self._out.columns))
-        if self._last != "\n":
-            self._out.put("\n")
-            self._last = "\n"
+        if self._out.columns and self._last != "\n":
+            self._put(self._words.rest(self._out.columns) + "\n")
+            self._words = WordWrap()
+        click.echo(f"llambo: {text}", err=True)
+
+    def _rewrite(self, text: str) -> None:
+        if not self._status:
+            self._status = True
+            self._below = bool(self._out.columns) and self._last != "\n"
+            paint(TO_LINE_BELOW if self._below else "", err=True)
+        width = shutil.get_terminal_size().columns - 1
+        paint(f"{CLEAR_LINE}{' '.join(printable(text).split())[:width]}", err=True)
 
     def _clear(self) -> None:
-        if self._waiting:
-            click.echo(CLEAR_LINE, nl=False, err=True, color=True)
-            self._waiting = False
+        if self._status:
+            self._status = False
+            paint(f"{CLEAR_LINE}{TO_TEXT if self._below else ''}", err=True)
 
 
 class WordWrap:
-    """Breaks lines between words, as text for a terminal arrives. A word is held until it is complete.
+    """Breaks lines between words, as text for a terminal arrives. A word is held until it is complete, or asked for.
 
     The text stays what the model wrote: markdown is drawn by `llambo chat`. Lines of code are left as they are.
     """
@@ -135,11 +198,16 @@ class WordWrap:
         self._begin = ""
         self._code = False
 
+    @property
+    def held(self) -> bool:
+        return bool(self._word)
+
     def feed(self, text: str, columns: int) -> str:
         *whole, self._word = _SPACES.split(self._word + text)
         return "".join(self._place(part, columns) for part in whole)
 
     def rest(self, columns: int) -> str:
+        """What is held. The word may go on after it."""
         word, self._word = self._word, ""
         return self._place(word, columns) if word else ""
 
@@ -170,6 +238,15 @@ class JsonView(View):
         self._out = out
         self._stream = stream
         self._accepted = False
+        self._reason = ""
+
+    def stalled(self, reason: str, quiet_s: float) -> None:
+        if reason != self._reason:
+            click.echo(f"llambo: {reason}", err=True)
+        self._reason = reason
+
+    def linked(self, lost: str) -> None:
+        click.echo(f"llambo: {link_text(lost)}", err=True)
 
     def placed(self) -> None:
         if self._accepted:
@@ -179,6 +256,7 @@ class JsonView(View):
 
     def piece(self, piece: Piece) -> None:
         self._accept()
+        self._reason = ""
         line: dict[str, object] = {"type": "token", "index": piece.index, "ids": piece.ids, "text": piece.text}
         if piece.logprobs:
             line["logprobs"] = [each and _logprob(each) for each in piece.logprobs]
@@ -196,12 +274,14 @@ class JsonView(View):
             self._put({"type": "accepted", "id": stream.id, "model": stream.model, "ahead": stream.ahead or 0})
 
     def _put(self, line: dict[str, object]) -> None:
-        self._out.put(json.dumps(line, ensure_ascii=False) + "\n")
+        self._out.put(json_text(line) + "\n")
 
 
-async def show(stream: Stream, view: View, out: StdoutWriter, texts: list[str] | None = None) -> tuple[Answer, Clock]:
+async def show(
+    stream: Stream, view: View, out: StdoutWriter, texts: list[str] | None = None, clock: Clock | None = None
+) -> tuple[Answer, Clock]:
     """Show the stream to its end. Each piece of text is appended to `texts` before it is shown."""
-    clock = Clock()
+    clock = clock or Clock()
     while True:
         try:
             async with asyncio.timeout_at(view.frame()):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
-from llambo.cli.kit.common import Common, key_hint
+from llambo.cli.kit.common import Common, key_hint, user_name
 from llambo.cli.kit.failure import MEANING, Exit, Failure
-from llambo.cli.kit.std_streams import NO_ROOM, cannot_write, fill_closed_streams, flush_or_silence, silence
+from llambo.cli.kit.std_streams import (
+    NO_ROOM,
+    cannot_write,
+    fill_closed_streams,
+    filter_streams,
+    flush_or_silence,
+    silence,
+)
 from llambo.mesh.wire.errors import Code, LlamboError
 
 #: How similar to a command a word must be to count as a typing mistake.
@@ -30,6 +38,7 @@ class _Help(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """The whole process. Closed standard streams are opened first; if a disk is full, one line says so."""
         fill_closed_streams()
+        filter_streams()
         try:
             return super().main(*args, **kwargs)
         except OSError as error:
@@ -82,6 +91,11 @@ class Command(_Help):
             if common is not None and (hint := key_hint(common)):
                 error = LlamboError(error.code, error.text, hint=hint)
             raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            what = f"{error.filename}: {os.strerror(error.errno or 0)}; this is the user {user_name()}"
+            raise Failure(what, "run it as the owner of that file (sudo -u), or name another file") from error
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
         except BrokenPipeError:

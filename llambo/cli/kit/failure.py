@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from enum import IntEnum
 from typing import IO, Any
 
 import click
 
+from llambo.cli.kit.std_streams import json_text
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
@@ -99,7 +99,7 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         if self.as_json is not None:
-            click.echo(json.dumps(self.as_json, ensure_ascii=False))
+            click.echo(json_text(self.as_json))
         click.echo(f"llambo: {self.message}", err=True)
         if self.hint:
             click.echo(f"  {self.hint}", err=True)

@@ -12,25 +12,42 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from llambo.cli.kit.answer_views import CLEAR_LINE, Clock, JsonView, StdoutWriter, TextView, View, show, statistics_line
+from llambo.cli.kit.answer_views import (
+    CLEAR_LINE,
+    Clock,
+    JsonView,
+    StdoutWriter,
+    TextView,
+    View,
+    link_text,
+    show,
+    statistics_line,
+)
 from llambo.cli.kit.command import silence_stdout
 from llambo.cli.kit.common import Common, connected, run
 from llambo.cli.kit.failure import Exit
-from llambo.mesh.wire.errors import Code, LlamboError
+from llambo.cli.kit.std_streams import paint
+from llambo.cli.kit.tables import plural
+from llambo.mesh.wire.errors import Code, Fault, LlamboError
 
 if TYPE_CHECKING:
     from llambo.mesh.client.answer_stream import Answer, Stream
     from llambo.mesh.client.client import Client
+    from llambo.mesh.wire.reports import RequestStory
 
 Opener = Callable[["Client"], Awaitable["Stream"]]
 
 #: How long an interrupted command waits for the end of its request.
 END_WAIT_S = 2.0
+#: After so long without a token the reason is looked for, again and again; and how long a broker may take to answer.
+STALL_S, ASK_S, ANSWER_S = 3.0, 1.0, 2.0
+#: Digits of an id that are enough to find it.
+ID_SHOWN = 8
 
 
 def end_signals() -> list[int]:
@@ -108,41 +125,56 @@ def follow(common: Common, opener: Opener, *, as_json: bool, mine: bool) -> int:
 
 
 async def _follow(common: Common, opener: Opener, as_json: bool, mine: bool) -> int:
-    timeout_ms = common.settings.number("timeout_ms")
     with Interrupts(cancels=mine, session=common.session).installed() as interrupts:
         try:
-            async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
-                if common.session is None and (common.verbose or sys.stderr.isatty()):
-                    client.on_link = report_link
-                interrupts.stream = await opener(client)
-                if common.session is not None:
-                    common.session.sent.append(interrupts.stream.id)
-                answer, clock = await _show(interrupts.stream, as_json)
-        except TimeoutError as error:
-            raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
+            return await _followed(common, opener, as_json, interrupts)
         except asyncio.CancelledError:
             if not interrupts.signal:
                 raise
             return _interrupted(interrupts, mine)
+        except LlamboError as error:
+            if (stream := interrupts.stream) is None:
+                raise
+            if common.verbose:
+                click.echo(f"id {stream.id}", err=True)
+            raise _with_story(error, stream) from error
+
+
+async def _followed(common: Common, opener: Opener, as_json: bool, interrupts: Interrupts) -> int:
+    timeout_ms = common.settings.number("timeout_ms")
+    try:
+        async with asyncio.timeout(timeout_ms / 1_000 or None), connected(common) as client:
+            interrupts.stream = await opener(client)
+            if common.session is not None:
+                common.session.sent.append(interrupts.stream.id)
+            explains = bool(common.verbose) or sys.stderr.isatty()
+            answer, clock = await _show(client, interrupts.stream, as_json, explains, common.session is None)
+    except TimeoutError as error:
+        raise LlamboError(Code.TIMEOUT, f"no whole answer within {timeout_ms} ms; it was cancelled") from error
     if common.verbose:
         click.echo(statistics_line(answer, clock), err=True)
     return _exit_code(answer, interrupts)
 
 
 def report_link(lost: str) -> None:
-    """Explain why the answer does not go on."""
-    before = "\n" if sys.stdout.isatty() else CLEAR_LINE if sys.stderr.isatty() else ""
-    text = f"lost the broker ({lost}); trying again" if lost else "the broker is back; going on"
-    click.echo(f"{before}llambo: {text}", err=True)
+    """Explain on a line of its own why nothing goes on, where no view does."""
+    if sys.stdout.isatty():
+        click.echo(err=True)
+    elif sys.stderr.isatty():
+        paint(CLEAR_LINE, err=True)
+    click.echo(f"llambo: {link_text(lost)}", err=True)
 
 
-async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
+async def _show(client: Client, stream: Stream, as_json: bool, explains: bool, alone: bool) -> tuple[Answer, Clock]:
+    """`explains`: why the answer does not go on is reported on stderr. `alone`: no shell reports the link itself."""
     with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
-        view: View = JsonView(out, stream) if as_json else TextView(out, stream)
-        stream.on_place = view.placed
-        async with stream:
+        view: View = JsonView(out, stream) if as_json else TextView(out, stream, in_place=alone)
+        stream.on_place, clock = view.placed, Clock()
+        if alone and explains:
+            client.on_link = view.linked
+        async with stream, _explaining(client, stream, view, clock) if explains else contextlib.nullcontext():
             try:
-                shown = await show(stream, view, out)
+                shown = await show(stream, view, out, clock=clock)
             except LlamboError:  # the text so far is printed before the error
                 view.close()
                 await out.flush()
@@ -150,6 +182,70 @@ async def _show(stream: Stream, as_json: bool) -> tuple[Answer, Clock]:
             view.close()
             await out.flush()
             return shown
+
+
+def _with_story(error: LlamboError, stream: Stream) -> LlamboError:
+    """Where the story of the request explains the error, the hint has the command that shows it."""
+    story, hint = f"`llambo why {stream.id[:ID_SHOWN]}`", error.hint
+    if "`llambo why ID`" in hint:
+        hint = hint.replace("`llambo why ID`", story)
+    elif stream.ahead is not None and error.trait.fault is Fault.MESH and error.code is not Code.NO_BROKER:
+        hint = f"{hint}; {story} shows what happened"
+    return LlamboError(error.code, error.text, error.retry_after_ms, hint=hint)
+
+
+# --- why no token comes ---
+
+
+@contextlib.asynccontextmanager
+async def _explaining(client: Client, stream: Stream, view: View, clock: Clock) -> AsyncIterator[None]:
+    task = asyncio.create_task(_explain(client, stream, view, clock))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _explain(client: Client, stream: Stream, view: View, clock: Clock) -> None:
+    """While no token comes, show what the broker knows about the request."""
+    while not stream.over:
+        if clock.quiet_s < STALL_S:
+            await asyncio.sleep(STALL_S - clock.quiet_s)
+            continue
+        reason = await _reason(client, stream.id)
+        if clock.quiet_s >= STALL_S and not stream.over:
+            view.stalled(reason, clock.quiet_s)
+        await asyncio.sleep(ASK_S)
+
+
+async def _reason(client: Client, id: str) -> str:
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return stall_text(await client.why(id))
+    except TimeoutError:
+        return "waiting: the broker does not answer"
+    except LlamboError as error:
+        return f"waiting: {error.text}"
+
+
+def stall_text(found: RequestStory) -> str:
+    """Why its next token has not come."""
+    match found.state:
+        case "waiting":
+            place = f"{found.ahead} ahead" if found.ahead else "next in line"
+            text = f"waiting for {found.waits_for}" if found.waits_for else f"waiting for a free worker, {place}"
+            lost = [step for step in found.story if step.what != "waits"][-1:] if found.moves else []
+            return text + "".join(f"; {step.what}: {step.detail}" for step in lost)
+        case "dispatched":
+            return f"waiting for {found.worker}, which has not accepted it yet"
+        case "running":
+            return f"waiting for {found.worker}, which has made {plural(found.tokens, 'token')}"
+        case "completing":
+            return f"waiting for the last tokens from {found.worker}, which were lost on their way"
+        case _:
+            return "waiting for the end of the answer"
 
 
 def _exit_code(answer: Answer, interrupts: Interrupts) -> int:

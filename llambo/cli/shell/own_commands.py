@@ -6,13 +6,14 @@ import asyncio
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common
 from llambo.cli.kit.flags import Duration, SettingOption, json_option
+from llambo.cli.kit.std_streams import FilteredText, paint
 from llambo.cli.kit.tables import show_json, table
 from llambo.cli.shell.language import TABLE, TO_MODEL, WATCHED, command_of, settable
 from llambo.cli.shell.shell import LeaveShell, Shell
@@ -133,13 +134,14 @@ def watch_(shell: Shell, every_ms: int, times: int | None, name: str, words: tup
         raise click.UsageError(f"{name!r} cannot be watched; this can: {', '.join(WATCHED)}")
     shown, screen = 0, sys.stdout.isatty()
     if screen:
-        click.echo(CLEAR_SCREEN, nl=False, color=True)
+        paint(CLEAR_SCREEN)
     while True:
         # Errors, too: on a screen that is painted anew they would be gone at once.
         written = _Captured(screen)
-        with redirect_stdout(written), redirect_stderr(written):
+        filtered = cast(TextIO, FilteredText(written))
+        with redirect_stdout(filtered), redirect_stderr(filtered):
             code = shell.do(name, words)
-        click.echo(_over_the_screen(written.getvalue()) if screen else written.getvalue(), nl=False, color=True)
+        paint(_over_the_screen(written.getvalue()) if screen else written.getvalue())
         shown += 1
         if shell.session.interrupted:
             raise KeyboardInterrupt

@@ -13,10 +13,9 @@ from prompt_toolkit.application import run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import History
-from prompt_toolkit.output import create_output
 
 import llambo
-from llambo.cli.chat.prompt import open_history
+from llambo.cli.chat.prompt import open_history, terminal_output
 from llambo.cli.kit.common import state_folder
 from llambo.cli.kit.failure import Failure
 from llambo.cli.kit.follow import report_link
@@ -41,16 +40,16 @@ def converse(shell: Shell) -> None:
         complete_while_typing=False,
         complete_in_thread=True,
         enable_suspend=True,
-        output=create_output(always_prefer_tty=True),
+        output=terminal_output(),
     )
 
     def on_link(lost: str) -> None:
         """On another thread. Above the prompt, if a line is edited."""
         app = prompt.app
         if app.is_running and app.loop is not None:
-            app.loop.call_soon_threadsafe(run_in_terminal, lambda: report_link(printable(lost)), context=app.context)
+            app.loop.call_soon_threadsafe(run_in_terminal, lambda: report_link(lost), context=app.context)
         else:
-            report_link(printable(lost))
+            report_link(lost)
 
     shell.session.on_link = on_link
     _greet(shell.session)

@@ -6,17 +6,21 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from rich.segment import Segment
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
+from textual.color import Color
 from textual.containers import Container
 from textual.events import Resize
+from textual.filter import LineFilter
 from textual.geometry import Size
 from textual.widgets import Footer, Input, Static
 
+from llambo.cli.kit.tables import one_line
 from llambo.cli.top import top_core as core
 from llambo.cli.top.top_widgets import CSS, KEYS, ConfirmScreen, EventList, Pane, StoryScreen, TextScreen
 from llambo.mesh.wire.errors import Code, LlamboError, printable
@@ -81,6 +85,13 @@ class Gatherer:
             return []
 
 
+class _Filter(LineFilter):
+    """The last step of drawing: no text of a widget has control characters in it."""
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [Segment(printable(text), style, control) for text, style, control in segments]
+
+
 class Top(App[None]):
     TITLE = "llambo top"
     CSS = CSS
@@ -103,6 +114,9 @@ class Top(App[None]):
         Binding("escape", "show_all", "all", show=False),
         Binding("q,ctrl+c", "quit", "leave", key_display="q", priority=False),
     ]
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        return [*super().get_line_filters(), _Filter()]
 
     def __init__(self, client: Client, *, every_s: float = 0.5) -> None:
         # With NO_COLOR use the terminal's own colours, not a theme turned to grey.
@@ -172,7 +186,7 @@ class Top(App[None]):
                     self.exit()
                     return
                 if not self.lost:  # then the head says so already
-                    self.notify(core.one_line(error.text), severity="warning", markup=False)
+                    self.notify(one_line(error.text), severity="warning", markup=False)
             else:
                 self._take(snapshot)
             self._asked_at = 0.0
@@ -200,12 +214,12 @@ class Top(App[None]):
         if not self._not_paused.is_set():
             head.append("paused, p goes on  ", "bold yellow")
         if self.lost:
-            head.append(f"the broker is lost ({core.one_line(self.lost)}); trying again", "bold red")
+            head.append(f"the broker is lost ({one_line(self.lost)}); trying again", "bold red")
         elif silent_s := self._silent_s():
             head.append(f"the broker has not answered for {silent_s:.0f} s", "bold red")
         elif self.snapshot is not None:
-            head.append(core.one_line(self.snapshot.status.broker), "bold")
-            head.append(f"  {core.summary_line(self.snapshot.status)}; at {core.one_line(self._client.address)}")
+            head.append(one_line(self.snapshot.status.broker), "bold")
+            head.append(f"  {core.summary_line(self.snapshot.status)}; at {one_line(self._client.address)}")
         else:
             head.append("asking ...")
         if not self.query("#head"):
@@ -307,7 +321,7 @@ class Top(App[None]):
                 ("m", "drain it, and move its running requests elsewhere"),
             ]
             self._confirm(
-                f"Drain {core.one_line(worker)}? It gets no new work.",
+                f"Drain {one_line(worker)}? It gets no new work.",
                 choices[::-1] if move else choices,
                 lambda key: self._client.drain(worker, move=key == "m"),
                 _drain_text,
@@ -316,7 +330,7 @@ class Top(App[None]):
     def action_undrain(self) -> None:
         worker = self._chosen(self.workers_pane, "worker")
         if worker is not None:
-            question = f"Let {core.one_line(worker)} work again?"
+            question = f"Let {one_line(worker)} work again?"
             self._confirm(question, [("y", "yes")], lambda _: self._client.drain(worker, undo=True), _drain_text)
 
     def action_cancel(self) -> None:
@@ -357,7 +371,7 @@ class Top(App[None]):
                 text, failed = result_text(await act(key)), False
             except LlamboError as error:
                 text, failed = f"{error.text}; {error.hint}", True
-            self.notify(printable(text), severity="error" if failed else "information", markup=False)
+            self.notify(text, severity="error" if failed else "information", markup=False)
 
         def answered(key: str | None) -> None:
             if key:

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llambo.cli.kit.tables import busy_text, duration, request_note, worker_note
-from llambo.mesh.wire.errors import printable
+from llambo.cli.kit.tables import busy_text, duration, one_line, request_note, worker_note
 from llambo.mesh.wire.reports import EventRow, MeshStatus, RequestRow, SampleRow, WorkerRow
 
 #: Samples in a curve. A broker takes one a second, and remembers five minutes of them.
@@ -63,11 +62,6 @@ _COLOURS = {
     **dict.fromkeys(("loading", "joining", "trial", "waiting", "draining", "drained"), "yellow"),
     **dict.fromkeys(("mending", "slow"), "red"),
 }
-
-
-def one_line(text: str) -> str:
-    """Text from another process, without line breaks and control characters."""
-    return " ".join(printable(text).split())
 
 
 def worker_row(row: WorkerRow) -> TableRow:

@@ -18,7 +18,7 @@ from textual.widgets import DataTable, Static
 
 from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.top.top_core import ShownEvent, SortOrder, TableCell, TableRow, arranged, headings
-from llambo.mesh.wire.errors import LlamboError, printable
+from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.reports import RequestStory
 
 #: How often an open story is read again.
@@ -235,6 +235,6 @@ class StoryScreen(TextScreen):
         try:
             found = await self._read()
         except LlamboError as error:
-            self.update(f"{printable(error.text)}\n{error.hint}")
+            self.update(f"{error.text}\n{error.hint}")
             return
-        self.update(printable("\n".join([summary(found), "", *timeline(found.story)])))
+        self.update("\n".join([summary(found), "", *timeline(found.story)]))

@@ -69,7 +69,7 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            text, number = self.format(record)[:LINE_CHARS], priority(record.levelno)
+            text, number = printable(self.format(record))[:LINE_CHARS], priority(record.levelno)
             fields = {"MESSAGE": text, "PRIORITY": str(number), "SYSLOG_IDENTIFIER": self._program}
             fields |= {FIELDS[name]: value for name, value in about(record, self._about).items()}
             try:
@@ -92,8 +92,8 @@ class JournalHandler(logging.Handler):
 class HumanFormatter(logging.Formatter):
     """One line, and the ids that it refers to without naming them."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, line: str = "%(asctime)s %(levelname)s %(name)s: %(message)s") -> None:
+        super().__init__(line)
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(with_ids(super().format(record), about(record, {})))

