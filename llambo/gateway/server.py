@@ -237,7 +237,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
         hint = "--http-port NUMBER takes another port, --http-port 0 any free one" if _is_taken(error) else ""
         raise LlamboError(Code.BAD_SETTING, f"cannot listen on {host}:{port}: {why}", hint=hint) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import logging
@@ -160,6 +161,18 @@ def test_an_error_says_what_and_what_to_do_once() -> None:
     assert failure.as_json is not None
     assert failure.as_json["code"] == "no_broker"
     assert failure.as_json["exit"] == Exit.NO_BROKER
+
+
+def test_a_file_of_another_user_is_an_error_of_two_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exists(self: object) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", "/root/keys/broker.key")
+
+    monkeypatch.setattr("llambo.mesh.security.keyring.Folder.exists", property(exists))
+    for words in (["keys", "init", "--keys", "/root/keys"], ["up", "--engine", "fake", "--keys", "/root/keys"]):
+        result = llambo(*words)
+        assert result.exit_code == Exit.ERROR
+        assert result.stderr.startswith("llambo: /root/keys/broker.key: Permission denied; this is the user ")
+        assert "sudo -u" in result.stderr
 
 
 def test_an_error_says_when_to_try_again() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
-from llambo.cli.kit.common import Common, key_hint
+from llambo.cli.kit.common import Common, key_hint, user_name
 from llambo.cli.kit.failure import MEANING, Exit, Failure
 from llambo.cli.kit.std_streams import (
     NO_ROOM,
@@ -90,6 +91,11 @@ class Command(_Help):
             if common is not None and (hint := key_hint(common)):
                 error = LlamboError(error.code, error.text, hint=hint)
             raise Failure.of(error, as_json=bool(ctx.params.get("as_json"))) from error
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            what = f"{error.filename}: {os.strerror(error.errno or 0)}; this is the user {user_name()}"
+            raise Failure(what, "run it as the owner of that file (sudo -u), or name another file") from error
         except KeyboardInterrupt:
             ctx.exit(Exit.INTERRUPTED)
         except BrokenPipeError:

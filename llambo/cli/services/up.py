@@ -340,7 +340,7 @@ class LocalMesh:
         code = supervising.result()
         hint = "the reason is in its last lines above; `llambo doctor` looks for more"
         if child is self._gateway:
-            hint += "; --http-port 0 takes any free port, --no-http does without it"
+            hint += "; --no-http does without HTTP"
         self.failure = Failure(f"{child.name} {exit_text(code)} before it was ready", hint, max(code, Exit.ERROR))
         return None
 
