@@ -479,6 +479,8 @@ def test_why_tells_the_steps_of_a_request(mesh: Commands) -> None:
     steps = [line.split()[2] for line in shown.splitlines()[1:]]
     assert steps[0] == "submitted"
     assert steps[-1] == "ended"
+    # Without an id it is the one that was sent last
+    assert mesh.ok("why").out == shown == mesh.ok("why", "last").out
 
 
 def test_a_drained_worker_gets_nothing_until_that_is_undone(mesh: Commands) -> None:

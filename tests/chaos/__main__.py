@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import places, report
-from tests.chaos.plan import PRESETS, RATES, TARGETS, Plan, parse_faults, schedule
+from tests.chaos.plan import GATEWAY_RATES, PRESETS, RATES, TARGETS, Plan, parse_faults, schedule
 from tests.chaos.run import append_totals, disturb, examine
 
 #: Of one sort of finding, as many are shown.
@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=None, help="how long faults go on")
     made.add_argument("--faults", metavar="KIND[=PER-MINUTE],...", help="only these")
     made.add_argument("--without", metavar="KIND,...", default="", help="not these")
-    for name in ("brokers", "workers", "clients", "streams", "slots", "lease_ms", "stall_ms", "drain_ms"):
+    for name in ("brokers", "gateways", "workers", "clients", "streams", "slots", "lease_ms", "stall_ms",
+                 "drain_ms"):  # fmt: skip
         made.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
     made.add_argument("--tokens-per-s", type=float, default=None)
     made.add_argument("--engine", choices=("fake", "llama"), default=None)
@@ -62,8 +63,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     chosen: dict[str, Any] = dict(PRESETS[options.preset or "mixed"])
     if options.preset is None:
         chosen["minutes"] = 1.0
-    for name in ("seed", "minutes", "brokers", "workers", "clients", "streams", "slots", "lease_ms", "stall_ms",
-                 "drain_ms", "tokens_per_s", "engine", "style"):  # fmt: skip
+    for name in ("seed", "minutes", "brokers", "gateways", "workers", "clients", "streams", "slots", "lease_ms",
+                 "stall_ms", "drain_ms", "tokens_per_s", "engine", "style"):  # fmt: skip
         if getattr(options, name) is not None:
             chosen[name] = getattr(options, name)
     if options.faults is not None:
@@ -76,7 +77,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.list:
-        print("faults, how often a minute, whom: " + "; ".join(f"{k} {RATES[k]:g} {TARGETS[k]}" for k in TARGETS))
+        rates = {**RATES, **GATEWAY_RATES}
+        print("faults, how often a minute, whom: " + "; ".join(f"{k} {rates[k]:g} {TARGETS[k]}" for k in TARGETS))
         print("\n".join(f"--preset {name}: {what}" for name, what in PRESETS.items()))
         return 0
     if options.sum:

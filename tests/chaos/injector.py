@@ -18,7 +18,7 @@ from tests.chaos import nodes
 from tests.chaos.history import now_ms
 from tests.chaos.nodes import Node
 from tests.chaos.plan import TARGETS, Fault
-from tests.chaos.world import WORKER_PLANES, World, gone
+from tests.chaos.world import CLIENT_PLANES, WORKER_PLANES, World, gone
 
 #: How long workers may take to be back, and a drained one to be empty, before that is given up and reported.
 BACK_S, EMPTY_S = 15.0, 60.0
@@ -59,6 +59,17 @@ class Injector:
                 await self._rolling(fault)
             case "poison":
                 await self._poison(fault)
+            case "broker-stop":
+                await self._suspend(fault, self._world.brokers[fault.victim])
+            case "gateway-stop":
+                await self._suspend(fault, self._world.gateways[fault.victim])
+            case "gateway":
+                await self._gateway(fault, self._world.gateways[fault.victim])
+            case "gateway-cut":
+                self._begin(fault, self._world.gateways[fault.victim].name)
+                planes = [plane for plane in CLIENT_PLANES if fault.what == "both" or plane.endswith(fault.what)]
+                self._world.gateway_proxies[fault.victim].inject_fault("cut", planes)
+                self._say("healed", fault)
             case _:
                 await self._of_worker(fault)
 
@@ -203,6 +214,31 @@ class Injector:
             return
         self._say("healed", fault)
         await self._all_back(fault.victim, broker)
+
+    async def _gateway(self, fault: Fault, gateway: Node) -> None:
+        if not gateway.ready.is_set():
+            self._say("skipped", fault, why="it is not there")
+            return
+        self._begin(fault, gateway.name)
+        starts = gateway.starts
+        gateway.pause_s = fault.length_ms / 1000
+        gateway.send(signal.SIGTERM if fault.what == "term" else signal.SIGKILL)
+        if not await gateway.restarted(starts):
+            self._world.journal.write("broken", whom=gateway.name, text="it did not come back")
+            return
+        self._say("healed", fault)
+
+    async def _suspend(self, fault: Fault, node: Node) -> None:
+        if not node.ready.is_set():
+            self._say("skipped", fault, why="it is not there")
+            return
+        process = node.process
+        self._begin(fault, node.name)
+        node.send(signal.SIGSTOP)
+        await asyncio.sleep(fault.length_ms / 1000)
+        if node.process is process:
+            node.send(signal.SIGCONT)
+        self._say("healed", fault)
 
     async def _all_back(self, number: int, broker: Node) -> None:
         """How long it takes until every worker without a fault of its own is ready at the new broker."""

@@ -17,6 +17,7 @@ from tests.chaos.history import Journal
 #: How long a process may take to say that it is ready.
 READY_S = 60.0
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_LLAMBO = [sys.executable, "-c", "from llambo.cli.main import main; main()"]
 
 
 class Node:
@@ -149,9 +150,16 @@ def client_command(options: dict[str, object]) -> list[str]:
     return [sys.executable, "-m", "tests.chaos.load", json.dumps(options)]
 
 
+def reader_command(options: dict[str, object]) -> list[str]:
+    return [sys.executable, "-m", "tests.chaos.http_load", json.dumps(options)]
+
+
+def gateway_command(address: str, port: int, flags: dict[str, object]) -> list[str]:
+    return [*_LLAMBO, "--broker", address, "gateway", "--http-port", str(port), *_words(flags)]
+
+
 def drain_command(address: str, worker: str, *flags: str) -> list[str]:
-    llambo = [sys.executable, "-c", "from llambo.cli.main import main; main()"]
-    return [*llambo, "--broker", address, "drain", worker, *flags]
+    return [*_LLAMBO, "--broker", address, "drain", worker, *flags]
 
 
 def _words(flags: dict[str, object]) -> list[str]:

@@ -28,14 +28,20 @@ TARGETS: dict[str, str] = {
     "rolling": "fleet",  # SIGTERM of each worker in turn, the next one when the new one has joined
     "client": "client",  # kill -9 of a client, and another one in its place
     "poison": "fleet",  # a request that kills whatever engine runs it, among others that do not
+    "broker-stop": "broker",  # SIGSTOP of a broker for a while, then SIGCONT
+    "gateway": "gateway",  # SIGTERM or kill -9 of a gateway, and the same port again
+    "gateway-stop": "gateway",  # SIGSTOP of a gateway for a while, then SIGCONT
+    "gateway-cut": "gateway",  # its connections to brokers are reset
 }
 #: How often a minute, unless set.
 RATES: dict[str, float] = {
     "kill": 6, "stop": 3, "hang": 2, "link": 2, "cut": 2, "hold": 1, "halfopen": 1, "delay": 1, "throttle": 1,
     "broker": 1, "drain": 1, "move": 1, "rolling": 0.25, "client": 1, "poison": 0.5,
 }  # fmt: skip
+#: The same for faults of a mesh with gateways.
+GATEWAY_RATES: dict[str, float] = {"broker-stop": 1, "gateway": 4, "gateway-stop": 2, "gateway-cut": 2}
 #: What one more fault on the same victim has to wait for after the last one is over.
-RECOVERY_MS: dict[str, int] = {"worker": 4_000, "broker": 5_000, "client": 1_000, "fleet": 2_000}
+RECOVERY_MS: dict[str, int] = {"worker": 4_000, "broker": 5_000, "client": 1_000, "fleet": 2_000, "gateway": 3_000}
 #: No fault begins before all workers have work, and none in the last moments.
 QUIET_MS = 2_000
 KINDS = ("agent", "engine", "both")
@@ -63,6 +69,8 @@ class Plan:
     #: Kind to how often a minute.
     faults: dict[str, float] = field(default_factory=dict)
     brokers: int = 1
+    #: With gateways clients are readers over HTTP (`http_load.py`).
+    gateways: int = 0
     workers: int = 4
     clients: int = 2
     #: Streams that each client keeps going.
@@ -133,6 +141,8 @@ class _Calendar:
                 return [f"broker {broker}" for broker in range(plan.brokers) if broker != plan.spared_broker]
             case "client":
                 return [f"client {client}" for client in range(plan.clients)]
+            case "gateway":
+                return [f"gateway {gateway}" for gateway in range(plan.gateways)]
             case _:
                 return ["fleet 0"]
 
@@ -194,6 +204,14 @@ def _draw(random: Random, plan: Plan, kind: str, at_ms: int) -> Fault:
             return replace(fault, length_ms=random.randint(2_000, 6_000), amount=random.choice((5_000, 20_000)))
         case "broker":
             return replace(fault, what=random.choice(plan.broker_ends), length_ms=random.choice((0, 0, 500, 2_000)))
+        case "broker-stop" | "gateway-stop":
+            return replace(fault, length_ms=random.choice((500, 2_500, 6_000, 14_000)))
+        case "gateway":
+            return replace(
+                fault, what=random.choice(("kill", "kill", "term")), length_ms=random.choice((0, 500, 3_000))
+            )
+        case "gateway-cut":
+            return replace(fault, what=random.choice(("both", "control", "tokens")))
         case "drain" | "move":
             return replace(fault, length_ms=4_000)
         case "rolling":
@@ -217,6 +235,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "move": {"minutes": 9.0, "faults": {"move": 3.0}},
     "poison": {"minutes": 1.0, "faults": {"poison": 6.0}},
     "mixed": {"minutes": 30.0, "faults": dict(RATES)},
+    "http": {"minutes": 30.0, "gateways": 2, "workers": 4, "clients": 2, "streams": 24, "tokens": (40, 160),
+             "tokens_per_s": 40.0, "slots": 32,
+             "faults": {"kill": 6.0, "stop": 2.0, "cut": 2.0, "broker": 2.0, **GATEWAY_RATES}},
     "llama": {"minutes": 10.0, "engine": "llama", "workers": 2, "clients": 2, "streams": 3, "slots": 8,
               "tokens": (20, 60), "stall_ms": 5_000,
               "faults": {"kill": 2.0, "stop": 1.0, "hang": 1.0, "cut": 1.0, "drain": 0.5, "client": 0.5}},
@@ -230,5 +251,5 @@ def parse_faults(text: str) -> dict[str, float]:
         name, _, rate = word.partition("=")
         if name not in TARGETS:
             raise ValueError(f"there is no fault {name!r}; there is: {', '.join(TARGETS)}")
-        faults[name] = float(rate) if rate else RATES[name]
+        faults[name] = float(rate) if rate else {**RATES, **GATEWAY_RATES}[name]
     return faults

@@ -11,6 +11,7 @@ from typing import Any
 from tests.chaos import checker, promises
 from tests.chaos.checker import SORTS, Streams, Wrong
 from tests.chaos.history import Line
+from tests.chaos.http_check import ERROR, FINDINGS, WHOLE, HttpStreams
 from tests.chaos.plan import Plan
 from tests.chaos.promises import Times
 
@@ -52,6 +53,18 @@ def totals(plan: Plan, streams: Streams, times: Times, seconds: float) -> Totals
     }
 
 
+def http_totals(found: HttpStreams) -> Totals:
+    """Empty where there is no gateway."""
+    if not found.outcomes:
+        return {}
+    outcomes = {outcome: found.outcomes[outcome] for outcome in (WHOLE, ERROR, *FINDINGS)}
+    return {
+        **{f"http {outcome}": count for outcome, count in outcomes.items()},
+        **{f"retryable {code}": count for code, count in sorted(found.errors.items())},
+        **{f"stream {kind}": count for kind, count in sorted(found.kinds.items())},
+    }
+
+
 def add(runs: Iterable[Totals]) -> Totals:
     total: Totals = {}
     for run in runs:
@@ -88,6 +101,10 @@ def summary(total: Totals) -> list[str]:
         lines.append("  allowed: " + _pairs(allowed))
     if groups["poison"]:
         lines.append("  requests that killed so many engines: " + _pairs(groups["poison"]))
+    if groups["http"]:
+        lines.append(f"over HTTP: {sum(groups['http'].values())} streams: " + _pairs(groups["http"]))
+        lines.append("  errors, named as retryable: " + (_pairs(groups["retryable"]) or "none"))
+        lines.append("  " + _pairs(groups["stream"]))
     counters = {name: groups["broker"][name] for name in FAULT_COUNTERS if name in groups["broker"]}
     lines.append("brokers: " + _pairs(counters))
     if len(groups["share"]) > 1:

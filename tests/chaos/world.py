@@ -32,6 +32,8 @@ SETTLE_S = 60.0
 LEAVE_S = 20.0
 #: What a worker connects to.
 WORKER_PLANES: list[Plane] = ["worker control", "worker tokens"]
+#: What a gateway connects to.
+CLIENT_PLANES: list[Plane] = ["client control", "client tokens"]
 
 
 def free_port(start: int) -> int:
@@ -61,6 +63,12 @@ class World:
         self.namespaces: dict[int, places.Namespace] = {}
         self.proxies: dict[int, Proxy] = {}
         self.brokers = [self._broker(number) for number in range(plan.brokers)]
+        self.gateway_proxies = [Proxy(f"127.0.2.{n + 1}", self.host, self.ports, CLIENT_PLANES)
+                                for n in range(plan.gateways)]  # fmt: skip
+        self.gateway_ports: list[int] = []
+        for _ in range(plan.gateways):
+            self.gateway_ports.append(free_port(max([*self.ports, *self.gateway_ports]) + APART))
+        self.gateways = [self._gateway(number) for number in range(plan.gateways)]
         self.workers: list[nodes.Node] = []
         self.clients = [self._client(number) for number in range(plan.clients)]
         #: Workers under a fault now, and how many: no promise holds for them.
@@ -125,18 +133,25 @@ class World:
 
         def command(start: int) -> list[str]:
             name = f"c{number}.{start}"
-            return nodes.client_command({
-                "name": name, "address": self.addresses(first=number), "history": str(self.folder / f"{name}.jsonl"),
-                "parent": os.getpid(), "seed": plan.seed, "streams": plan.streams, "tokens": plan.tokens,
-            })  # fmt: skip
+            options = {"name": name, "history": str(self.folder / f"{name}.jsonl"), "parent": os.getpid(),
+                       "seed": plan.seed, "streams": plan.streams, "tokens": plan.tokens}  # fmt: skip
+            if plan.gateways:
+                return nodes.reader_command({**options, "ports": self.gateway_ports})
+            return nodes.client_command({**options, "address": self.addresses(first=number)})
 
         return nodes.Node(f"c{number}", command, self.folder, self.journal, says=False)
+
+    def _gateway(self, number: int) -> nodes.Node:
+        address = self.addresses(self.gateway_proxies[number].host, number)
+        # Beyond that time a gateway that is stopped leaves its readers to the other one.
+        command = nodes.gateway_command(address, self.gateway_ports[number], {"leave-ms": 1_000})
+        return nodes.Node(f"g{number}", lambda _: command, self.folder, self.journal)
 
     def client_name(self, number: int) -> str:
         return f"c{number}.{self.clients[number].starts}"
 
     def everybody(self) -> list[nodes.Node]:
-        return [*self.brokers, *self.workers, *self.clients]
+        return [*self.brokers, *self.workers, *self.gateways, *self.clients]
 
     # --- coming and going ----------------------------------------------------------------------------
 
@@ -151,9 +166,11 @@ class World:
             raise RuntimeError(f"not ready: {', '.join(missing)}; see {self.folder}")
         for worker in self.workers:
             self._supervised(worker)
-        for client in self.clients:
-            await client.start()
-            self._supervised(client)
+        for proxy in self.gateway_proxies:
+            await proxy.start()
+        for node in (*self.gateways, *self.clients):
+            await node.start()
+            self._supervised(node)
         for number in range(self.plan.brokers):
             self._looking.append(asyncio.create_task(self._watch(number)))
         self._looking.append(asyncio.create_task(self._measure_sizes()))
@@ -205,7 +222,7 @@ class World:
         """Stop all processes, with SIGTERM first. A process that outlives its parent is recorded."""
         for task in self._looking:
             task.cancel()
-        for group in (self.clients, self.workers, self.brokers):
+        for group in (self.clients, self.gateways, self.workers, self.brokers):
             for node in group:
                 node.wanted = False
                 node.send(signal.SIGCONT)
@@ -214,7 +231,7 @@ class World:
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._looking, *self._keeping, return_exceptions=True)
-        for proxy in self.proxies.values():
+        for proxy in (*self.proxies.values(), *self.gateway_proxies):
             await proxy.close()
         for namespace in self.namespaces.values():
             namespace.close()

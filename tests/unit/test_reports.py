@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from llambo.broker.report import queries
 from llambo.cli.commands.status import show_identities
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import reports
+from llambo.mesh.wire.errors import Code, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.reports import MeshStatus
 from tests.unit.broker_bench import Bench, Client, request_id, small_mesh
@@ -55,6 +57,40 @@ def test_a_story_of_a_live_request_and_of_one_that_has_ended() -> None:
     story = msgspec.msgpack.decode(ended, type=reports.RequestStory)
     assert (story.state, story.tokens, story.reason) == ("ended", 2, "length")
     assert "age_ms" not in msgspec.msgpack.decode(ended)
+
+
+def test_the_last_request_of_an_identity() -> None:
+    # Given two identities, and a request of each that has ended, and a later one
+    bench = Bench()
+    bench.keys(Identity("w", "worker"), Identity("alice", "client"), Identity("boss", "admin"))
+    worker = bench.worker(user="w", slots=8)
+    alice, boss = bench.client(b"a", "alice"), bench.client(b"b", "boss")
+
+    def last(client: Client) -> bytes:
+        return bytes.fromhex(msgspec.msgpack.decode(answer(client, "why", "last"), type=reports.RequestStory).id)
+
+    for client in (alice, boss):
+        client.send(m.Query(1, "why", "last"))
+        assert client.problems[-1].error.code is Code.UNKNOWN_REQUEST
+    alice.submit(1)
+    bench.pass_time(10)
+    alice.submit(2)
+    bench.pass_time(10)
+    boss.submit(3)
+    # Then each gets its own, whether it runs or has ended, in the order in which they were sent
+    assert (last(alice), last(boss)) == (request_id(2), request_id(3))
+    alice.send(m.Cancel(request_id(2)))
+    bench.pass_time(10)
+    alice.send(m.Cancel(request_id(1)))
+    assert (last(alice), last(boss)) == (request_id(2), request_id(3))
+    worker.send(m.Goodbye())
+
+
+def test_what_is_no_id_has_a_hint_that_fits() -> None:
+    client = busy_mesh()
+    client.send(m.Query(1, "why", "what"))
+    error = LlamboError.of(client.problems[-1].error)
+    assert (error.code, error.hint) == (Code.BAD_REQUEST, queries.FIND_HINT)
 
 
 def test_fields_of_other_versions() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import msgspec
@@ -33,6 +33,9 @@ from llambo.mesh.wire.naming import is_fake
 RESULT_PAGE_BYTES = 512 * 1024
 #: Entries of a listing; more could not be read anyway.
 LISTED = 1_000
+#: In place of an id.
+LAST = "last"
+FIND_HINT = "`llambo requests` lists the live ones, and `llambo why` shows the last one that was sent"
 #: Variants of a model in a listing, and workers of each.
 VARIANTS, VARIANT_NAMES = 8, 8
 
@@ -270,8 +273,11 @@ def find(state: State, argument: str, now_ms: int, who: Identity) -> dict[str, A
 
 def _found(state: State, argument: str, who: Identity) -> bytes:
     prefix = argument.strip().lower()
+    if prefix == LAST:
+        return _latest(state, who)
     if len(prefix) < 4 or any(digit not in "0123456789abcdef" for digit in prefix):
-        raise LlamboError(Code.BAD_REQUEST, f"{argument!r} is not an id: at least four hex digits are needed")
+        text = f"{argument!r} is not an id: at least four hex digits are needed"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=FIND_HINT)
     if len(prefix) == 2 * limits.REQUEST_ID_BYTES:
         id = bytes.fromhex(prefix)
         known = state.requests.get(id) or state.archive.get(id)
@@ -284,8 +290,23 @@ def _found(state: State, argument: str, who: Identity) -> bytes:
     if not found:
         raise LlamboError(Code.UNKNOWN_REQUEST, f"no request {argument} is known here")
     if len(found) > 1:
-        raise LlamboError(Code.BAD_REQUEST, f"{len(found)} requests begin with {argument}; give more digits")
+        text = f"{len(found)} requests begin with {argument}"
+        raise LlamboError(Code.BAD_REQUEST, text, hint=f"give more digits; {FIND_HINT}")
     return found[0]
+
+
+def _latest(state: State, who: Identity) -> bytes:
+    """The request of this identity that was submitted last, live or remembered. Without keys all have one identity."""
+    live = ((one.submitted_at, id) for id, one in state.requests.items() if one.owner == who.name)
+    ended = (
+        (one.story[0][0] if one.story else one.ended_at, id)
+        for id, one in state.archive.ended.items()
+        if one.owner == who.name
+    )
+    _, id = max(chain(live, ended), default=(0, b""))
+    if not id:
+        raise LlamboError(Code.UNKNOWN_REQUEST, "no request of yours is known here", hint=FIND_HINT)
+    return id
 
 
 def events(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.EventRow]:

@@ -20,6 +20,7 @@ llambo requests
 llambo cancel "$(llambo requests --json | jq -r '.[0].id')"
 """
 WHY_EXAMPLES = """
+llambo why                                                 the request that was sent last
 llambo why 3f2a
 llambo why "$(llambo send --detach 'Tell me a story')"
 """
@@ -71,11 +72,14 @@ def _row(row: RequestRow) -> Row:
 
 
 @click.command(cls=Command, examples=WHY_EXAMPLES)
-@click.argument("id", metavar="ID")
+@click.argument("id", metavar="[ID]", default="last")
 @json_option
 @client_options
 def why(common: Common, id: str, as_json: bool) -> None:
-    """Show the story of the request ID: each step with its time and reason. The beginning of the id is enough."""
+    """Show the story of the request ID: each step with its time and reason. The beginning of the id is enough.
+
+    Without an ID, or with `last`, it is the request that was sent last with this key; without keys, by any client.
+    """
     answer = query(common, "why", id)
     if as_json:
         show_json(answer)
