@@ -95,7 +95,7 @@ class TimeoutProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._got_body, self._data = False, data[:1]
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # it is a WebSocket now
             return
         if self._timer is None and not self._idle:
             return
