@@ -79,7 +79,9 @@ ALARM_RULES: dict[Alarm, Callable[[State, Request, int], None]] = {
 }
 #: What a client may send while it does not read: it is not answered, or shows that the client reads.
 UNANSWERED = frozenset({m.ClientHeartbeat, m.EndAck, m.Detach, m.Goodbye})
-_UNKNOWN = m.Problem(ErrorInfo(Code.UNKNOWN_SESSION, "say hello first"))
+_UNKNOWN = m.Problem(
+    ErrorInfo(Code.UNKNOWN_SESSION, "this broker does not know the session: it, or the connection, is new")
+)
 
 
 class BrokerCore:

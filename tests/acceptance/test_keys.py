@@ -109,6 +109,22 @@ def test_a_key_is_never_shown_by_the_settings(place: str) -> None:
     assert line not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--key", "admin.key"], "the key 'admin' has the role admin"),
+        (["--key", "gpu.key", "--name", "box"], "the key 'gpu' is for workers called gpu or gpu-..., not 'box'"),
+    ],
+)
+def test_a_worker_with_another_ones_key_ends_before_its_model_is_loaded(
+    words: list[str], said: str, place: str
+) -> None:
+    run("keys", "add", "gpu", "--role", "worker", "--keys", place)
+    key = f"{place}/issued/{words[1]}"
+    done = run("llambo-worker", "--engine", "fake", "--key", key, *words[2:])
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
 def test_what_is_no_key_is_refused_without_repeating_it() -> None:
     done = run("status", "--key", "llambo-key-1.c2VjcmV0")
     assert done.returncode == 2

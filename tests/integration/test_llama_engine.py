@@ -278,6 +278,7 @@ def test_a_continued_answer_goes_on_where_it_was(engine: LlamaEngine, kind: str)
     (whole,) = run(engine, ask(tokens=32, sampling=sampling))
     for cut, tokens in ((1, 9), (5, 13), (len(whole.ids) - 1, 32)):
         (rest,) = run(engine, ask(tokens=tokens, sampling=sampling, prefix=whole.ids[:cut]))
+        assert rest.usage is not None and rest.usage.cached_tokens <= rest.usage.prompt_tokens
         assert whole.ids[:cut] + rest.ids == whole.ids[:tokens]
         assert b"".join(whole.pieces[:tokens]).startswith(b"".join(whole.pieces[:cut] + rest.pieces))
     assert (rest.end, b"".join(whole.pieces[:cut] + rest.pieces)) == (whole.end, b"".join(whole.pieces))

@@ -213,6 +213,7 @@ def test_what_a_model_is(engine: LlamaEngine) -> None:
     assert (info["model"], info["architecture"], info["vocabulary"]) == ("smollm2", "llama", 49_152)
     assert (info["embedding_size"], info["layers"], info["context_tokens"]) == (576, 30, CONTEXT)
     assert info["parameters"] > 10**8
+    assert info["description"] == "llama 135M Q4_1"
     assert info["sampling"]["temperature"] == 0.8
     assert info["sampling_from_model"] == []
     assert "<|im_start|>" in info["chat_template"]

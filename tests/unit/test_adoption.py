@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from llambo.broker.report import queries
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire import tokens, transfer
 from llambo.mesh.wire.errors import Code
+from llambo.mesh.wire.identity import ANYONE
 from tests.unit.broker_bench import Bench, Client, Worker, request_id, small_mesh
 
 ADOPT_MS = 1_000
@@ -57,7 +59,7 @@ def test_a_run_goes_on_whether_client_or_worker_comes_first(worker_first: bool) 
         resume(client, 1, [1, 2])
         announce(worker, 1, [1, 2, 3])
     assert adopted(worker) == [key_of(1)] and worker.dispatches == []
-    assert bench.state.counters.requests.adopted == 1
+    assert bench.state.counters.requests.adopted == 1 and bench.state.counters.requests.moved == 0
     # The client gets the tokens it does not have, and the new ones
     worker.publish(chunk(1, [4], 3))
     assert client.streamed()[-2:] == [3, 4]
@@ -75,6 +77,8 @@ def test_without_its_worker_it_goes_on_elsewhere_after_a_moment() -> None:
     bench.pass_time(60)
     (dispatched,) = worker.dispatches
     assert dispatched.prefix == [1, 2]
+    # It has moved: another worker made those tokens
+    assert queries.requests(bench.state, "", bench.now_ms, ANYONE)[0].moves == bench.state.counters.requests.moved == 1
     # A worker that comes later is ordered to stop.
     late = bench.worker("late")
     announce(late, 1, [1, 2, 3])

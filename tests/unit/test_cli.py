@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llambo.cli import docs, main
-from llambo.cli.commands import workers
+from llambo.cli.commands import models, workers
 from llambo.cli.commands.requests import summary, timeline
 from llambo.cli.kit import std_streams
 from llambo.cli.kit.answer_views import Clock, StdoutWriter, WordWrap, statistics_line
@@ -110,7 +110,7 @@ def test_a_command_does_not_import_what_it_does_not_use(needed: str, others: set
         (["send", "--seed", "9223372036854775808", "hello"], "expected a whole number, 0 to"),
         (["send", "--stop", "", "hello"], "expected 1 to 256 characters"),
         (["send", "-", "hello"], "stands for the whole prompt"),
-        (["why"], "Missing argument 'ID'"),
+        (["cancel"], "Missing argument 'ID'"),
         (["up", "--workers", "0"], "--workers"),
         (["up", "a.gguf", "--model", "b.gguf"], "two models are named"),
         (["up", "--engine", "steam"], "expected one of auto, llama, fake"),
@@ -338,7 +338,13 @@ def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "points_to"),
-    [("serve", "`llambo up`"), ("pull", "`llambo up --model`"), ("ps", "`llambo workers`"), ("statsu", "'status'")],
+    [
+        ("serve", "`llambo up`"),
+        ("uninstall", "under Uninstall"),
+        ("pull", "`llambo up --model`"),
+        ("ps", "`llambo workers`"),
+        ("statsu", "'status'"),
+    ],
 )
 def test_names_of_other_programs_and_typing_mistakes_point_to_a_command(typed: str, points_to: str) -> None:
     done = llambo(typed)
@@ -374,6 +380,15 @@ def test_on_a_terminal_an_answer_breaks_between_words(step: int) -> None:
         "The quick brown fox", "jumps over it.", "", "```", "code is not broken, however long", "```",
         "漢字漢字漢字漢字漢字", "a-word-that-is-too-long", "end",
     ]  # fmt: skip
+
+
+def test_what_a_model_is_without_what_it_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    info = {"model": "x", "safe": False, "eos": 2, "sampling": {"top_k": 40, "fit": False}, "chat_template": "long"}
+    models.show_model(info)
+    models.show_model({"model": "x", "safe": True})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["model", "x"], ["eos", "2"], ["chat", "template", "yes"], ["top-k", "40"],
+                     ["model", "x"], ["safe", "yes"]]  # fmt: skip
 
 
 def test_an_answer_without_tokens_has_no_speed() -> None:

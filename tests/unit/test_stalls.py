@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from llambo.cli.kit import answer_views
-from llambo.cli.kit.answer_views import StdoutWriter, TextView
+from llambo.cli.kit.answer_views import Clock, StdoutWriter, TextView, statistics_line
 from llambo.cli.kit.follow import stall_text
-from llambo.mesh.client.answer_stream import Piece, Stream
+from llambo.mesh.client.answer_stream import Answer, Piece, Stream
+from llambo.mesh.wire.messages import Usage
 from llambo.mesh.wire.reports import RequestStory, StoryStep
 
 
@@ -46,6 +47,18 @@ def test_a_word_that_is_not_complete_is_held_for_a_moment_only(monkeypatch: pyte
     asyncio.run(run())
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("moves", "losses", "text"),
+    [(0, 0, "never moved"), (2, 0, "moved 2 times"), (0, 1, "lost the broker 1 time"),
+     (1, 2, "moved 1 time, lost the broker 2 times")],
+)  # fmt: skip
+def test_after_a_lost_broker_it_is_not_known_that_an_answer_never_moved(moves: int, losses: int, text: str) -> None:
+    answer = Answer("", [], "stop", Usage(), "w", moves, "ab" * 16, 3)
+    clock = Clock()
+    clock.broker_losses = losses
+    assert f", worker w, {text}, stop, id " in statistics_line(answer, clock)
 
 
 @pytest.mark.parametrize(

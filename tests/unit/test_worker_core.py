@@ -678,6 +678,21 @@ def test_a_refusal_is_repeated_when_the_engine_is_ready_and_every_minute() -> No
     assert logged == [refused] * 2, "in two and a half minutes"
 
 
+def test_the_end_of_a_warning_about_a_link_is_logged_as_well() -> None:
+    def warnings() -> list[str]:
+        return [log.text for log in rig.take(e.Log) if log.warning]
+
+    # Given a worker that was connected from the start
+    rig = joined()
+    assert warnings() == []
+    # When its broker leaves, and is there again
+    rig.clear().receive(m.Goodbye("restart"))
+    (lost,) = warnings()
+    assert lost.startswith("tcp://127.0.0.1:7330: ") and lost.endswith("; trying again")
+    back(rig).on(e.Subscribed(0)).receive(m.BrokerHeartbeat(1, echo=2))
+    assert warnings() == ["connected again to tcp://127.0.0.1:7330"]
+
+
 def test_two_brokers_have_two_links_and_their_own_claims() -> None:
     rig = loaded(brokers=("tcp://a:1", "tcp://b:1"))
     for link, session in ((0, SESSION), (1, LATER)):

@@ -78,6 +78,8 @@ def _dispatch(state: State, request: Request, worker: WorkerEntry, now_ms: int) 
     dispatch = run.attempt.to_bytes(4, "big") + state.random_bytes(4)
     run.key = id + dispatch
     run.worker, run.worker_name = worker, name
+    if prefix and run.attempt == 1:  # its tokens are from another broker, and the worker that made them has not come
+        _count_move(state, request)
     if not prefix:  # otherwise it is the one its tokens are from, and stays
         run.fingerprint = worker.serving.fingerprints.get(request.model, "")
     state.mark_running(request)
@@ -139,11 +141,15 @@ def requeue(state: State, request: Request, why: str, now_ms: int, *, what: str)
     elif finish_complete(state, request, now_ms):
         return
     if what != "refused":  # a refusal loses no work
-        state.counters.requests.moved += 1
-        state.measured.meter.moved(request)
-        run.moves += 1
+        _count_move(state, request)
     request.step(RequestState.WAITING)
     enqueue(state, request, now_ms)
+
+
+def _count_move(state: State, request: Request) -> None:
+    state.counters.requests.moved += 1
+    state.measured.meter.moved(request)
+    request.run.moves += 1
 
 
 def finish_complete(state: State, request: Request, now_ms: int) -> bool:

@@ -47,7 +47,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
     elif not identity.may_be_called(hello.name):
         own = identity.name
-        text = f"this key is for workers called {own!r} or {own + '-...'!r}, as in --name {own}-{hello.name}"
+        text = f"the key {own!r} is for workers called {own!r} or {own + '-...'!r}, as in --name {own}-{hello.name}"
         problem = ErrorInfo(Code.FORBIDDEN, text)
     there = state.registry.worker_names.get(hello.name)
     if problem is None and there is None and len(state.registry.workers) >= WORKER_SESSIONS:

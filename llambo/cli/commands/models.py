@@ -140,9 +140,11 @@ def show_host(found: list[Found]) -> None:
 
 
 def show_model(info: dict[str, Any]) -> None:
-    """All but the template, which is pages long; --json has it."""
-    sampling, ours = info.get("sampling", {}), set(info.get("sampling_from_model", []))
-    shown = {name: value for name, value in info.items() if isinstance(value, str | int) and name != "chat_template"}
+    """All but the template, which is pages long, and what is not so (`safe`, `fit`); --json has that as well."""
+    sampling = {name: value for name, value in info.get("sampling", {}).items() if not isinstance(value, bool)}
+    ours = set(info.get("sampling_from_model", []))
+    shown = {name: "yes" if value is True else value for name, value in info.items()
+             if isinstance(value, str | int) and value is not False and name != "chat_template"}  # fmt: skip
     pairs = [(name.replace("_", " "), value) for name, value in shown.items()]
     pairs += [("chat template", "yes" if info["chat_template"] else "no")] if "chat_template" in info else []
     pairs += [(name.replace("_", "-"), f"{value}{' (from the model)' if name in ours else ''}") for name, value in

@@ -20,7 +20,7 @@ llambo requests
 llambo cancel "$(llambo requests --json | jq -r '.[0].id')"
 """
 WHY_EXAMPLES = """
-llambo why                                                 the request that was sent last
+llambo why          the request that was sent last
 llambo why 3f2a
 llambo why "$(llambo send --detach 'Tell me a story')"
 """

@@ -71,6 +71,8 @@ class Clock:
         self._first_tokens = 0
         self.first_ms = 0.0
         self.total_ms = 0.0
+        #: How often the broker was lost, which alone knew how often the request had moved before.
+        self.broker_losses = 0
 
     @property
     def quiet_s(self) -> float:
@@ -323,10 +325,12 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
 
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
-    moves = f"moved {plural(answer.moves, 'time')}" if answer.moves else "never moved"
+    moves = [f"moved {plural(answer.moves, 'time')}"] if answer.moves else []
+    moves += [f"lost the broker {plural(clock.broker_losses, 'time')}"] if clock.broker_losses else []
     pace = ", ".join(pace_of(answer, clock, f" in {duration(clock.total_ms)}"))
     return (
-        f"{pace}, queued {duration(answer.queued_ms)}, worker {answer.worker or '?'}, {moves}, {answer.reason}, "
+        f"{pace}, queued {duration(answer.queued_ms)}, worker {answer.worker or '?'}, "
+        f"{', '.join(moves) or 'never moved'}, {answer.reason}, "
         f"id {answer.id}"
     )
 

@@ -170,8 +170,13 @@ async def _show(client: Client, stream: Stream, as_json: bool, explains: bool, a
     with contextlib.closing(StdoutWriter(sys.stdout.fileno())) as out:
         view: View = JsonView(out, stream) if as_json else TextView(out, stream, in_place=alone)
         stream.on_place, clock = view.placed, Clock()
+
+        def linked(lost: str) -> None:
+            clock.broker_losses += bool(lost)
+            view.linked(lost)
+
         if alone and explains:
-            client.on_link = view.linked
+            client.on_link = linked
         async with stream, _explaining(client, stream, view, clock) if explains else contextlib.nullcontext():
             try:
                 shown = await show(stream, view, out, clock=clock)

@@ -16,6 +16,7 @@ from llambo.cli.services.service import child_options, prepare_process, report_r
 from llambo.mesh.service.extras import install_command
 from llambo.mesh.settings.settings_table import SECTIONS
 from llambo.mesh.wire.errors import LlamboError
+from llambo.mesh.wire.identity import Identity
 
 if TYPE_CHECKING:
     from llambo.mesh.service.service_manager import Notifier
@@ -62,6 +63,7 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
     from llambo.worker.agent.agent import run_worker
 
     config = worker_config(settings)
+    check_key(config)
     ABOUT["worker"] = config.name
 
     def on_ready() -> None:
@@ -73,6 +75,19 @@ def _serve(settings: Settings, notify_fd: int | None, notifier: Notifier) -> int
         logging.getLogger("llambo.worker").error("%s", text) if NOTICE_SINKS else Failure(text).show()
 
     return run_worker(config, on_ready, notifier, on_failure)
+
+
+def check_key(config: WorkerConfig) -> None:
+    """What every broker would refuse is refused before the model is loaded."""
+    if config.key is None:
+        return
+    holder = Identity(config.key.name, config.key.role)
+    if not holder.may_serve:
+        text = f"the key {holder.name!r} has the role {holder.role}, and a worker needs one with the role worker"
+        raise Failure(text, "llambo keys add NAME --role worker; llambo keys export NAME", Exit.USAGE)
+    if not holder.may_be_called(config.name):
+        text = f"the key {holder.name!r} is for workers called {holder.name} or {holder.name}-..., not {config.name!r}"
+        raise Failure(text, f"--name {holder.name}-{config.name}, or no --name", Exit.USAGE)
 
 
 def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerConfig:

@@ -375,6 +375,9 @@ class _LinkLog:
         self._states: dict[int, LinkState] = {}
         #: The reason why a link is down, its line, and when it was logged.
         self._problems: dict[int, tuple[str, str, int]] = {}
+        #: Links that were up, and those of which a warning was logged since then: that it is over is logged as well.
+        self._were_up: set[int] = set()
+        self._warned: set[int] = set()
 
     def changed(self, link: LinkCore) -> bool:
         """True if the link's state differs from that of the last call."""
@@ -393,16 +396,23 @@ class _LinkLog:
                 self._problems[number] = link.problem, f"{text}; trying again", now_ms
                 self._warn(number)
         elif link.state is LinkState.MENDING:
+            self._warned.add(number)
             self._out.append(Log(f"link {number}: the token plane is down, rebuilding it", warning=True))
         elif link.up:
             self._problems.pop(number, None)
             self._out.append(Log(f"link {number}: up, broker {link.terms.broker or 'without a name'}"))
+            if number in self._warned:
+                again = "connected again to" if number in self._were_up else "connected to"
+                self._out.append(Log(f"{again} {self._brokers[number]}", warning=True))
+            self._were_up.add(number)
+            self._warned.discard(number)
 
     def write_again(self, intro: str) -> None:
         for number in self._problems:
             self._warn(number, intro)
 
     def _warn(self, number: int, intro: str = "") -> None:
+        self._warned.add(number)
         self._out.append(Log(f"{intro}{self._problems[number][1]}", warning=True))
 
 

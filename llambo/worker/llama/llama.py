@@ -149,9 +149,12 @@ class Model:
             size = length + 1
 
     def describe(self) -> str:
+        """`llama 135M Q4_1`. llama.cpp guesses the size, its second word, from the layers."""
         buffer = ctypes.create_string_buffer(256)
         lib.llama_model_desc(self.handle, buffer, 256)
-        return buffer.value.decode(errors="replace")
+        architecture, _, quantisation = (*buffer.value.decode(errors="replace").split(" ", 2), "", "")[:3]
+        number, unit = (self.parameters / 1e9, "B") if self.parameters >= 1e9 else (self.parameters / 1e6, "M")
+        return f"{architecture} {number:.3g}{unit} {quantisation}".rstrip()
 
     def tokenize(self, text: bytes, *, special: bool) -> list[int]:
         """`special`: names of control tokens in the text become those tokens, which a chat template needs."""

@@ -364,7 +364,8 @@ class LlamaEngine:
         self.batcher.finish(stream.key)
         now = time.perf_counter()
         first = stream.first or now
-        usage = Usage(stream.prompt_tokens, stream.cached_tokens, (first - stream.started) * 1000, (now - first) * 1000)
+        cached = min(stream.cached_tokens, stream.prompt_tokens)  # of an answer that goes on, tokens of it are as well
+        usage = Usage(stream.prompt_tokens, cached, (first - stream.started) * 1000, (now - first) * 1000)
         return Output(
             stream.key,
             ids,
