@@ -155,7 +155,7 @@ def reader_command(options: dict[str, object]) -> list[str]:
 
 
 def gateway_command(address: str, port: int, flags: dict[str, object]) -> list[str]:
-    return [*_LLAMBO, "--broker", address, "gateway", "--http-port", str(port), *_words(flags)]
+    return [*_LLAMBO, "--broker", address, "gateway", "-v", "--http-port", str(port), *_words(flags)]
 
 
 def drain_command(address: str, worker: str, *flags: str) -> list[str]:

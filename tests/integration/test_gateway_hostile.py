@@ -18,6 +18,7 @@ import uvicorn
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 from uvicorn.server import ServerState
+from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Origin, Subprotocol
@@ -428,6 +429,28 @@ async def test_who_never_comes_to_the_point_is_cut(
             found += await reader.read()
         writer.close()
     assert found.split(b" ", 2)[1:2] == ([status] if status else []), found
+
+
+async def test_a_websocket_has_no_time_limit() -> None:
+    """Its connection was one of HTTP, whose next request would have to come within a time."""
+    made: list[TimeoutProtocol] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, ws="websockets-sansio")
+
+    def protocol() -> TimeoutProtocol:
+        made.append(TimeoutProtocol(config, ServerState(), {}))
+        return made[-1]
+
+    server = await asyncio.get_running_loop().create_server(protocol, "127.0.0.1", 0)
+    async with server, asyncio.timeout(TIMEOUT_S):
+        port = server.sockets[0].getsockname()[1]
+        async with connect_async(f"ws://127.0.0.1:{port}/"):
+            assert [each._timer for each in made] == [None]
 
 
 def test_who_takes_nothing_is_cut_by_the_kernel() -> None:

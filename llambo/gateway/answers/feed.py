@@ -230,7 +230,10 @@ class Feed:
             else:
                 self._wake()
         except LlamboError as error:
-            self._finish(LlamboError(Code.CANCELLED, INTERRUPTED) if error.code in _LOST else error)
+            if error.code in _LOST:
+                log.info("request %s cannot be continued: %s", stream.id, error.text)
+                error = LlamboError(Code.CANCELLED, INTERRUPTED)
+            self._finish(error)
         except Exception as error:
             log.exception("request %s failed in the gateway", stream.id)
             self._finish(as_llambo_error(error))
