@@ -66,6 +66,7 @@ POINTERS = {
     "ps": "`llambo workers` lists what serves, `llambo requests` what runs",
     "nodes": "`llambo workers` lists them",
     "queue": "`llambo requests` lists what waits and runs",
+    "uninstall": "`llambo help operations` says how, under Uninstall",
     "stop": "`llambo drain NAME` empties a worker, `llambo cancel ID` stops a request",
 }
 

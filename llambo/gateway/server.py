@@ -275,7 +275,9 @@ def check_tls(cert: str, key: str) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key or None)
     except (OSError, ssl.SSLError) as error:
         files = f"{cert} and {key}" if key else cert
-        raise LlamboError(Code.BAD_SETTING, f"{files} cannot be used for TLS: {error.strerror or error}") from error
+        text = f"{files} cannot be used for TLS: {error.strerror or error}"
+        hint = "`llambo help gateway` shows how such files are made"
+        raise LlamboError(Code.BAD_SETTING, text, hint=hint) from error
 
 
 def traces_of(environ: Mapping[str, str]) -> OtelTraces | None:

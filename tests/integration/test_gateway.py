@@ -272,6 +272,7 @@ def test_with_tls_there_is_no_plaintext(mesh: Mesh, tmp_path: Path) -> None:
     with command(LLAMBO, "gateway", "--http-port", "0", "--tls-cert", str(key)) as refused:
         assert refused.end() != 0
         assert "cannot be used for TLS" in refused.story("")
+        assert "`llambo help gateway` shows how such files are made" in refused.story("")
 
 
 def test_a_gateway_of_another_user_is_recognised(gateway: GatewayProcess) -> None:

@@ -338,7 +338,13 @@ def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "points_to"),
-    [("serve", "`llambo up`"), ("pull", "`llambo up --model`"), ("ps", "`llambo workers`"), ("statsu", "'status'")],
+    [
+        ("serve", "`llambo up`"),
+        ("uninstall", "under Uninstall"),
+        ("pull", "`llambo up --model`"),
+        ("ps", "`llambo workers`"),
+        ("statsu", "'status'"),
+    ],
 )
 def test_names_of_other_programs_and_typing_mistakes_point_to_a_command(typed: str, points_to: str) -> None:
     done = llambo(typed)

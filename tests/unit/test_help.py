@@ -61,6 +61,10 @@ def test_what_is_neither_page_nor_command_is_refused() -> None:
     )
 
 
+def test_a_topic_of_another_name_points_to_its_page() -> None:
+    assert "`llambo help operations`" in llambo("help", "uninstall").stderr
+
+
 # --- completion ----------------------------------------------------------------------------------------
 
 

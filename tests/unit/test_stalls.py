@@ -51,8 +51,8 @@ def test_a_word_that_is_not_complete_is_held_for_a_moment_only(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("moves", "losses", "text"),
-    [(0, 0, "never moved"), (2, 0, "moved 2 times"), (0, 1, "lost the broker 1 time"),
-     (1, 2, "moved 1 time, lost the broker 2 times")],
+    [(0, 0, "never moved"), (2, 0, "moved 2 times"), (0, 1, "broker lost 1 time"),
+     (1, 2, "moved 1 time, broker lost 2 times")],
 )  # fmt: skip
 def test_after_a_lost_broker_it_is_not_known_that_an_answer_never_moved(moves: int, losses: int, text: str) -> None:
     answer = Answer("", [], "stop", Usage(), "w", moves, "ab" * 16, 3)

@@ -29,11 +29,12 @@ ENTRY_BYTES = 24
 class Backlog:
     """`receipt`: the id that the peer was asked to name; empty: none."""
 
-    __slots__ = ("_asked_bytes", "_paid_at", "bytes", "limit", "receipt")
+    __slots__ = ("_asked_bytes", "_paid_at", "bytes", "limit", "much_bytes", "receipt")
 
     def __init__(self, limit: int) -> None:
         self.bytes = 0
         self.limit = limit
+        self.much_bytes = limit // RECEIPT_PARTS
         self.receipt = b""
         self._asked_bytes = 0
         self._paid_at = 0
@@ -44,7 +45,7 @@ class Backlog:
 
     @property
     def much(self) -> bool:
-        return self.bytes * RECEIPT_PARTS >= self.limit
+        return self.bytes >= self.much_bytes
 
     @property
     def wants_receipt(self) -> bool:
@@ -66,6 +67,10 @@ class Backlog:
         if number > self._paid_at:
             self._paid_at = number
             self.bytes = max(0, self.bytes - HEARTBEAT_BYTES)
+
+
+#: Messages whose size varies: `size_of`. Any other counts for MESSAGE_BYTES.
+SIZED = frozenset({m.Page, m.Result, m.BrokerHeartbeat, m.Problem})
 
 
 def size_of(message: m.Message) -> int:

@@ -15,7 +15,7 @@ from llambo.broker.events import Action, ToClient, ToWorker
 from llambo.broker.records import seals
 from llambo.broker.records.accounts import Accounts
 from llambo.broker.records.archive import Archive
-from llambo.broker.records.backlog import MESSAGE_BYTES, size_of
+from llambo.broker.records.backlog import MESSAGE_BYTES, SIZED, size_of
 from llambo.broker.records.journal import Journal
 from llambo.broker.records.measurements import Counters, Measurements
 from llambo.broker.records.orphans import Recovery
@@ -108,8 +108,9 @@ class State:
 
     def to_client(self, client: ClientEntry, message: m.Message) -> None:
         self.out.append(ToClient(client.link.route, client.session, message))
-        client.backlog.bytes += size_of(message)
-        if client.backlog.wants_receipt and client.hello.incarnation:
+        backlog = client.backlog
+        backlog.bytes += size_of(message) if type(message) in SIZED else MESSAGE_BYTES
+        if backlog.bytes >= backlog.much_bytes and backlog.wants_receipt and client.hello.incarnation:
             self.ask_client(client)
 
     def ask_client(self, client: ClientEntry) -> None:
@@ -121,10 +122,11 @@ class State:
         self.out.append(ToWorker(worker.link.route, worker.session, message, blob))
         backlog = worker.backlog
         backlog.bytes += MESSAGE_BYTES if blob is None else MESSAGE_BYTES + len(blob)
-        if backlog.wants_receipt:
-            self.ask_worker(worker)
-        if backlog.full:
-            self.pools.refresh(worker)
+        if backlog.bytes >= backlog.much_bytes:
+            if not backlog.receipt:
+                self.ask_worker(worker)
+            if backlog.full:
+                self.pools.refresh(worker)
 
     def ask_worker(self, worker: WorkerEntry) -> None:
         """For a receipt, or again for the same: it answers a cancel of a run that it does not have (backlog.py)."""

@@ -90,12 +90,15 @@ def _about(text: str) -> str:
 
 def _help_of(topic: tuple[str, ...], context: click.Context) -> str:
     """The help of a command, or of a command of a group, as `keys add`."""
+    from llambo.cli.main import POINTERS
+
     at = context.find_root()
     for word in topic:
         command = at.command.get_command(at, word) if isinstance(at.command, click.Group) else None
         if command is None:
             words = " ".join(topic)
-            raise Failure(f"there is no page and no command {words!r}", "`llambo help` lists the pages", Exit.USAGE)
+            hint = POINTERS.get(words, "`llambo help` lists the pages")
+            raise Failure(f"there is no page and no command {words!r}", hint, Exit.USAGE)
         at = command.context_class(command, at, info_name=word, **command.context_settings)
     return at.get_help()
 
