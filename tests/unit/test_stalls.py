@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import select
 import struct
 import termios
 from typing import Any
@@ -29,6 +30,7 @@ def test_a_word_that_is_not_complete_is_held_for_a_moment_only(monkeypatch: pyte
         """The kernel may pass on in parts what was written."""
         got = b""
         while len(got) < len(text):
+            assert select.select([read], [], [], 30.0)[0], got
             got += os.read(read, len(text) - len(got))
         return got == text
 
