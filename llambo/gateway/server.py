@@ -47,6 +47,8 @@ UNACKNOWLEDGED_S = 60.0
 #: Bytes of a connection that the kernel stores and has not sent.
 UNSENT_BYTES = 128 * 1024
 BACKLOG = 2_048
+#: How long the application may take to notice that its connections were closed.
+CLOSE_S = 2
 #: How long a connection without a request stays open.
 IDLE_S = 75
 
@@ -236,8 +238,27 @@ class _Server(uvicorn.Server):
 
     def _stop(self) -> None:
         """The first signal lets open requests finish; the second stops at once."""
-        self.force_exit = self.should_exit
+        loop = asyncio.get_running_loop()
+        if self.should_exit:
+            self._close_all()
+            loop.call_later(CLOSE_S, setattr, self, "force_exit", True)
+        else:
+            loop.call_later(max(1.0, self._gateway.config.leave_ms / 1_000), self._close_all)
         self.should_exit = self._gateway.stopping = True
+
+    def _close_all(self) -> None:
+        """As if the clients had closed their connections. A reader of a stream sees that it is not whole, and goes on
+        at another gateway. (uvicorn cancels what is left later, with a traceback for each.)
+        """
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """A filter for the log of uvicorn, which closes a WebSocket for invalid UTF-8, and logs that as an error."""
+    if record.exc_info and isinstance(record.exc_info[1], UnicodeDecodeError):
+        record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+    return True
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -302,6 +323,7 @@ def run_gateway(
     port = int(listener.getsockname()[1])
     # Its debug messages contain the headers of WebSockets, and those contain tokens.
     logging.getLogger("uvicorn.error").setLevel(max(logging.INFO, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").addFilter(without_traceback)
     gateway = Gateway(config, access)
     gateway.add_traces(traces_of(os.environ))
     settings = uvicorn.Config(
@@ -317,7 +339,7 @@ def run_gateway(
         access_log=False,
         server_header=False,
         timeout_keep_alive=IDLE_S,
-        timeout_graceful_shutdown=max(1, config.leave_ms // 1_000),
+        timeout_graceful_shutdown=max(1, config.leave_ms // 1_000) + CLOSE_S,
         ssl_certfile=config.tls_cert or None,
         ssl_keyfile=config.tls_key or None,
     )

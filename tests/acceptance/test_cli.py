@@ -464,7 +464,10 @@ def test_lists_are_plain_text_in_a_pipe_and_json_when_asked(mesh: Commands) -> N
     assert mesh.ok("status", "--json").json()["ready"] == 2
     assert [row["worker"] for row in mesh.ok("workers", "--json").json()] == ["worker-1", "worker-2"]
     listed = mesh.ok("models", "--json").json()
-    assert listed["mesh"] == [{"model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0, "fake": True}]
+    (model,) = listed["mesh"]
+    assert model == {
+        "model": "fake", "workers": 2, "loading": 0, "slots": 8, "waiting": 0, "fake": True, "variants": [],
+    }  # fmt: skip
     assert listed["problem"] == ""
     last = mesh.ok("events", "--json").json()[-1]["number"]
     assert mesh.ok("events", "--since", str(last), "--json").json() == []

@@ -241,6 +241,9 @@ def test_tokens_stand_for_names_and_their_limits(folder: Folder) -> None:
         status, problem, more = gateway.ask("POST", CHAT, chat(max_tokens=1), **mine)
         assert (status, problem["error"]["code"]) == (429, "over_limit")
         assert int(more["retry-after"]) >= 1
+        # Nor does one that claims to come from another gateway get more.
+        place, asked = f"{'a' * 32}-{int(time.time()):x}-0-00000000", chat(max_tokens=1, stream=True)
+        assert gateway.ask("POST", CHAT, asked, last_event_id=place, **mine)[0] == 429
         gateway.post(CHAT, chat(max_tokens=1), **his)
         assert gateway.get("/readyz") == {"status": "ok"}
         api_tokens.withdraw(folder, "bob")

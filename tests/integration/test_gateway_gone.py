@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from websockets.exceptions import ConnectionClosedError
 from websockets.sync.client import connect
 
 from llambo.testing.mesh import Mesh
@@ -102,7 +103,13 @@ def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProces
 
 
 def test_it_leaves_although_others_hold_on(mesh: Mesh) -> None:
+    """And what clients do is no error of the gateway: there is no traceback in its log."""
     with GatewayProcess(mesh.address, "--leave-ms", "1000") as gateway:
+        with connect(f"ws://127.0.0.1:{gateway.port}/v1/stream") as wrong:
+            wrong.send(b"\xff", text=True)
+            with pytest.raises(ConnectionClosedError) as closed:
+                wrong.recv(TIMEOUT_S)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1007  # invalid data
         idle = [socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) for _ in range(50)]
         idle[0].sendall(b"GET / HT")
         with (
@@ -114,7 +121,12 @@ def test_it_leaves_although_others_hold_on(mesh: Mesh) -> None:
             asking.recv(TIMEOUT_S)
             events(endless, 2)
             live.readline()
-            assert gateway.stop() == 0
+            with socket.create_connection(("127.0.0.1", gateway.port), TIMEOUT_S) as waiting:  # for a whole answer
+                body = json.dumps(chat(max_tokens=100_000)).encode()
+                waiting.sendall(b"POST %s HTTP/1.1\r\ncontent-length: %d\r\n\r\n%s" % (CHAT.encode(), len(body), body))
+                mesh.until(lambda core: len(core.state.requests) == 3, "it is there")
+                assert gateway.stop() == 0
         for connection in idle:
             connection.close()
+        assert "Traceback" not in "\n".join(gateway.process.lines)
     mesh.until(lambda core: not core.state.requests, "what was asked through it is cancelled")

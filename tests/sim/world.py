@@ -277,6 +277,7 @@ class World:
                     if name == client.name and not heard.ends:
                         self.history.wanted[id].abandoned = True
                 client.die(noticed=length_ms > 500)
+                self._take_over(client)
             case "stall":
                 self._stall(client, length_ms)
             case "lost":
@@ -288,6 +289,24 @@ class World:
                 )
             case _:
                 self._link_incident(kind, client, length_ms)
+
+    def _take_over(self, gone: ClientNode) -> None:
+        """Another client submits its requests again, without their tokens, as a gateway does for readers of another."""
+        random = Random(f"{self.seed}/takeover")
+        if self.seed % 4 != 3 or self.keys.there:
+            return
+        for name, id in [(name, id) for name, id in self.history.heard if name == gone.name]:
+            message, others = self.history.wanted[id].message, [client for client in self.clients if client.alive]
+            if self.history.heard[name, id].ends or message.task != "generate" or not others:
+                continue
+            other = random.choice(others)
+            if (other.name, id) not in self.history.heard:
+                self.history.expect(other.name, id)
+                self.clock.after(random.choice((0, 200, 3_000)), lambda n=other, q=message: self._resume(n, q))  # type: ignore[misc]
+
+    def _resume(self, client: ClientNode, message: m.InferenceRequest) -> None:
+        if client.alive and message.id not in client.core.requests.live:
+            client.happen(c.SubmitAsked(message, self.history.wanted[message.id].prompt, resume=True))
 
     def _worker_incident(self, kind: str, who: int, length_ms: int) -> None:
         worker = self.workers[who]

@@ -362,7 +362,9 @@ def test_a_full_queue_is_no_reason_to_refuse_what_is_proved() -> None:
     assert len(alice.problems) == 1 and len(alice.received(m.Accepted)) == 3
 
 
-@pytest.mark.parametrize(("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "with this key as in --name w-2")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("box2", "as in --name w-box2"), ("w-x", "start this one with --name w-x-2")]
+)
 def test_a_worker_is_told_which_names_its_key_allows(name: str, says: str) -> None:
     bench = Bench()
     bench.keys(GPU, Identity("alice", "client"))

@@ -326,7 +326,7 @@ def statistics(answer: Answer, clock: Clock) -> dict[str, object]:
 
 def statistics_line(answer: Answer, clock: Clock) -> str:
     moves = [f"moved {plural(answer.moves, 'time')}"] if answer.moves else []
-    moves += [f"lost the broker {plural(clock.broker_losses, 'time')}"] if clock.broker_losses else []
+    moves += [f"broker lost {plural(clock.broker_losses, 'time')}"] if clock.broker_losses else []
     pace = ", ".join(pace_of(answer, clock, f" in {duration(clock.total_ms)}"))
     return (
         f"{pace}, queued {duration(answer.queued_ms)}, worker {answer.worker or '?'}, "

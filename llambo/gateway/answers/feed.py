@@ -199,6 +199,11 @@ class Feed:
         return bool(self.tokens.pieces) or self.over
 
     @property
+    def failed_for_now(self) -> bool:
+        """Another try may give the rest, and no connection waits for the error."""
+        return self.error is not None and self.error.retryable and not self._wakers
+
+    @property
     def failed_before_begin(self) -> LlamboError | None:
         return self.error if not self.tokens.pieces else None
 
@@ -317,6 +322,9 @@ class Feeds:
         count = submission.choices * (1 + len(submission.more))
         if len(place.seen) != (1 + count if count > 1 else 1):
             raise FieldError("Last-Event-ID", "belongs to a stream with another number of answers")
+        if feed is not None and feed.caller.name == caller.name and feed.failed_for_now:
+            self._forget(feed)
+            feed = None
         if feed is None:
             prompts = prompts_of(submission, id, place.created)
             client = await caller.client_with([str(options.get("id")) for _, options in prompts])

@@ -107,6 +107,8 @@ function phrase(event, lost) {
         : { verb: "left", tone: "calm", detail: rest.replace(/^left: /, "") };
     case "worker serves":
       return { verb: "has loaded", tone: "good", detail: rest };
+    case "worker differs":
+      return { verb: "differs", tone: "warn", detail: event.text };
     case "worker slow":
       return { verb: "is slow", tone: "warn", detail: rest };
     case "worker on trial":
