@@ -44,6 +44,8 @@ HEAD_S, BODY_S = 20.0, 120.0
 DISCARDED_BYTES, DISCARD_S = 32 * 1024 * 1024, 5.0
 #: A connection that acknowledges nothing of what was sent to it for this long is closed.
 UNACKNOWLEDGED_S = 60.0
+#: Bytes of a connection that the kernel stores and has not sent.
+UNSENT_BYTES = 128 * 1024
 BACKLOG = 2_048
 #: How long the application may take to notice that its connections were closed.
 CLOSE_S = 2
@@ -192,6 +194,12 @@ class TimeoutProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
+def set_tcp_unsent_limit(listener: socket.socket) -> None:
+    """The kernel takes no more than this ahead of what it has sent: for a client that does not read, that is little."""
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+
 def set_tcp_user_timeout(listener: socket.socket, seconds: float = UNACKNOWLEDGED_S) -> None:
     """The kernel closes connections that acknowledge nothing. They inherit the option from the listening socket."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -311,6 +319,7 @@ def run_gateway(
     check_tls(config.tls_cert, config.tls_key)
     listener = listen(config.host, config.port)
     set_tcp_user_timeout(listener)
+    set_tcp_unsent_limit(listener)
     port = int(listener.getsockname()[1])
     # Its debug messages contain the headers of WebSockets, and those contain tokens.
     logging.getLogger("uvicorn.error").setLevel(max(logging.INFO, logging.getLogger().level))
