@@ -224,8 +224,10 @@ class BrokerNode(Node):
                 self.clock.after(1, lambda r=route, t=to_worker: self.happen(b.RouteGone(r, t)))  # type: ignore[misc]
 
     def _publish(self, frame: bytes) -> None:
-        wire = self.hub.topics.get(frame[: limits.TOPIC_BYTES])
-        if wire is not None and wire.tokens_open and not wire.tokens_dead:
+        topic = frame[: limits.TOPIC_BYTES]
+        wire = self.hub.topics.get(topic)
+        # (The socket of an earlier session, with its subscription, is closed.)
+        if wire is not None and wire.topic == topic and wire.tokens_open and not wire.tokens_dead:
             self.network.token(wire, frame[limits.TOPIC_BYTES :], up=False)
 
     def subscribe(self, wire: Wire) -> None:

@@ -57,7 +57,7 @@ class World:
             engine_failures=10**6,
             hold_ms=10**6,
             startup_grace_ms=60_000 if self.plan.brokers == 1 else 20_000,
-            client_lease_ms=4_000 if self.plan.brokers == 1 else 2_500,
+            client_lease_ms=4_000 if self.plan.brokers == 1 else 6_000 if self._comes_back_early else 2_500,
             lease_ms=1_500,
             queue_requests=self.plan.queue,
             marks_key=self.keys.marks,
@@ -220,9 +220,17 @@ class World:
                 self.history.wanted[message.id].cancelled = True
             client.happen(c.CancelAsked(message.id))
 
+    @property
+    def _comes_back_early(self) -> bool:
+        """While its broker still has the request, for the sessions that both had before."""
+        return self.seed % 8 == 2
+
     def _leave_together(self, client: ClientNode, message: m.InferenceRequest) -> None:
         first = next(number for number, broker in enumerate(self.brokers) if broker.hub is client.wire.hub)
-        other = next((other for other in self.clients if other.wire.hub is not client.wire.hub), None)
+        others = [other for other in self.clients if (other.wire.hub is client.wire.hub) is self._comes_back_early]
+        other = next((other for other in others if other is not client), None)
+        if other is not None and self._comes_back_early:
+            self._attach(client, other, message)
         self._incident("broker partition", first, 1_500)
         if other is not None:
             self._attach_when_known(client, other, message)

@@ -432,3 +432,30 @@ def test_an_end_that_is_out_of_date_is_refused_to_all_who_attach() -> None:
         follower.send(asked)
         assert [problem.error.code for problem in follower.received_last(m.Problem)] == [Code.EXPIRED]
     assert not follower.ends
+
+
+def test_who_got_further_elsewhere_goes_on_beside_those_who_follow_it_here() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    worker.publish(worker.chunk(0, 1, 2, 3))
+    again = comes_from_another(bench, b"3", [1, 2, 3, 4, 5])
+    assert not again.problems and again.received(m.Accepted)
+    assert [cancel.dispatch for cancel in worker.received(m.Cancel)] == [worker.dispatches[0].dispatch]
+    assert worker.dispatches[-1].prefix == [1, 2, 3, 4, 5]
+    other.send(m.Replay(request_id(1), 3))
+    assert [page.total for page in other.received_last(m.Page)] == [5]
+    # Stale tokens of the run that was cancelled do not count, those of the next one do.
+    worker.publish(worker.chunk(3, 9, 9, 9, number=0), worker.chunk(5, 6, number=1))
+    assert bench.state.requests[request_id(1)].transcript.ids() == [1, 2, 3, 4, 5, 6]
+
+
+def test_who_brings_the_last_token_ends_it_for_all() -> None:
+    bench = Bench()
+    worker, client, other = bench.worker(), back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    worker.publish(worker.chunk(0, 1))
+    again = comes_from_another(bench, b"3", list(range(1, 11)))
+    assert [(end.count, end.reason) for peer in (other, again) for end in peer.ends] == [(10, "length")] * 2

@@ -32,13 +32,13 @@ def complete(state: State, request: Request, end: m.End, now_ms: int) -> None:
 
 def finish(state: State, request: Request, reason: m.Reason, now_ms: int, error: ErrorInfo | None = None) -> None:
     """The broker ends it by itself. A worker that runs it is to stop; its slot counts until it has."""
-    _cancel_run(state, request)
+    cancel_run(state, request)
     _close(state, request, reason, now_ms, error=error)
 
 
 def forget(state: State, request: Request, now_ms: int) -> None:
     """As if it had never been here: only the worker gets a message."""
-    _cancel_run(state, request)
+    cancel_run(state, request)
     _remove(state, request, now_ms)
     for client in _followers(state, request):
         client.following.pop(request.id, None)
@@ -69,7 +69,7 @@ def _followers(state: State, request: Request) -> list[ClientEntry]:
     return [client for session in request.followers if (client := clients.get(session)) is not None]
 
 
-def _cancel_run(state: State, request: Request) -> None:
+def cancel_run(state: State, request: Request) -> None:
     worker, run = request.run.worker, request.run
     if worker is not None and run.key in worker.claims:
         state.to_worker(worker, m.Cancel(request.id, run.dispatch))

@@ -34,11 +34,12 @@ def follow_from(state: State, client: ClientEntry, asked: m.Attach, now_ms: int)
     """Follow a request from token `have` on, live or ended. What is `held` was checked."""
     recovery.look_for(state, client.identity, asked, now_ms)
     request = state.requests.get(asked.id)
+    if request is not None and asked.held and not recovery.accepts(state, request, asked.held, now_ms):
+        # What a client was given never changes, so it is given no continuation of something else.
+        refusals.refuse(state, client, request.id, Code.EXPIRED, OTHER_TOKENS)
+        return
+    request = state.requests.get(asked.id)  # the client may have brought the last token
     if request is not None:
-        if asked.held and not recovery.agrees(request, asked.held):
-            # What a client was given never changes, so it is given no continuation of something else.
-            refusals.refuse(state, client, request.id, Code.EXPIRED, OTHER_TOKENS)
-            return
         follow(request, client)
         send_accepted(state, client, request)
         if request.stream and asked.have < request.transcript.next_index:

@@ -177,6 +177,33 @@ def agrees(request: Request, held: list[bytes]) -> bool:
     return ours[: len(theirs)] == theirs
 
 
+def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> bool:
+    """Whether this client may follow it with the tokens it holds.
+
+    If it got further at another broker, the request goes on here after its tokens: of those that other clients have
+    none changes.
+    """
+    if agrees(request, held):
+        return True
+    ours = request.transcript.ids()
+    if request.task != "generate" or tokens.ids_of(held)[: len(ours)] != ours:
+        return False
+    state.measured.meter.count(request)
+    if request.state is RequestState.WAITING:
+        state.queue.left(request)
+        request.place.queued_ms += now_ms - request.place.queued_at
+        request.transcript.restore(held)
+        request.measured.counted = request.transcript.next_index
+        if not dispatching.finish_complete(state, request, now_ms):
+            dispatching.enqueue(state, request, now_ms)
+    else:
+        ending.cancel_run(state, request)
+        request.transcript.restore(held)
+        request.measured.counted = request.transcript.next_index
+        dispatching.requeue(state, request, "a client got further at another broker", now_ms, what="moved")
+    return True
+
+
 def _adopt_latest(state: State, request: Request, now_ms: int) -> bool:
     found = False
     for orphan in state.recovery.orphans.take(request.id, request.owner):
