@@ -138,13 +138,16 @@ class Gateway:
 class BodyRequest(Request[Any, Any, State]):
     """Decodes a body as the type that its route declares, without conversions: "1" is not a number."""
 
+    async def body(self) -> bytes:
+        try:
+            return await super().body()
+        except InternalServerException as error:  # Litestar's only one here; it would be logged as our error
+            raise StatusError(400, "the client disconnected before its body was complete") from error
+
     async def json(self) -> Any:
         field = self.route_handler.parsed_data_field
         assert field is not None, "only asked for where the route has data"
-        try:
-            body = await self.body()
-        except InternalServerException as error:  # Litestar's only one here; it would be logged as our error
-            raise StatusError(400, "the client disconnected before its body was complete") from error
+        body = await self.body()
         try:
             return _decoder(field.annotation)(body)
         except UNDECODABLE as error:

@@ -78,6 +78,7 @@ def test_after_any_disconnect_nothing_is_left(mesh: Mesh, gateway: GatewayProces
     with live as response:
         response.readline()
     nothing_is_left(mesh, gateway)
+    assert b'"5xx"' not in gateway.get("/metrics"), "what clients do is no error of the gateway"
 
 
 def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProcess, mesh: Mesh) -> None:
