@@ -78,7 +78,7 @@ class Strangers:
 
 
 class _ResponseTransport:
-    """What the response to one request needs of its connection, which may be closed later than the response asks for."""
+    """What one response needs of its connection, which may be closed later than the response asks for."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
         self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
