@@ -77,6 +77,13 @@ class Strangers:
         self._more, self._quiet_until = 0, now_ms + STRANGERS_MS
 
 
+class _ResponseTransport:
+    """What one response needs of its connection, which may be closed later than the response asks for."""
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+
+
 class TimeoutProtocol(HttpToolsProtocol):
     _strangers = Strangers()
     _data = b""
@@ -86,6 +93,7 @@ class TimeoutProtocol(HttpToolsProtocol):
     _in_request = _in_body = _got_body = False
     #: Bytes of a body that was answered already; None: there is no such body.
     _discarded: int | None = None
+    _close_after_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -127,7 +135,10 @@ class TimeoutProtocol(HttpToolsProtocol):
             raise ValueError("a head that is too large")
         self._head_bytes, self._in_body = 0, True
         self._start_timer(BODY_S)
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:  # it is no WebSocket
+            self.cycle.transport = _ResponseTransport(self.transport, self._close)  # type: ignore[assignment]
 
     def _is_ambiguous(self) -> bool:
         """What the parser lets through: two hosts, other codings than `chunked`, and chunks before HTTP/1.1."""
@@ -150,6 +161,15 @@ class TimeoutProtocol(HttpToolsProtocol):
         self._discarded = None
         self._stop_timer()
         super().on_message_complete()
+        if self._close_after_body:
+            self.transport.close()
+
+    def _close(self) -> None:
+        """The response is complete, and its connection is not to be used again."""
+        if self._in_body and self.cycle.response_complete:
+            self._close_after_body = True
+        else:
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         if self._in_body and self.cycle.response_complete:  # otherwise it is the body of a later request

@@ -158,6 +158,7 @@ UNREAD: dict[str, Callable[[bytes], list[m.Message]]] = {
         m.Query(n, what) for n in range(1, 64) for what in ("events", "status", "requests", "recent")
     ],
 }
+UNREAD["replays and queries"] = lambda id: [*UNREAD["replays"](id)[::2], *UNREAD["queries"](id)[::2]]
 ANSWER_TOKENS = 1_000
 
 
