@@ -106,6 +106,22 @@ class FakeWorker(Peer):
         while not self.expect(m.BrokerHeartbeat).echo:
             pass
 
+    def receive(self) -> list[tuple[Any, bytes]]:
+        received = super().receive()
+        self._confirm([message for message, _ in received])
+        return received
+
+    def _receive(self) -> None:
+        super()._receive()
+        self._confirm(self._unread)
+        self._unread = [message for message in self._unread if type(message) is not m.Cancel]
+
+    def _confirm(self, messages: list[m.Message]) -> None:
+        """The broker cancels runs that never were, to learn what was read; without an answer it dispatches no more."""
+        cancelled = [message for message in messages if type(message) is m.Cancel]
+        if cancelled:
+            self.send_all([(m.End(cancel.id, 0, "cancelled", cancel.dispatch), None) for cancel in cancelled])
+
     def heartbeat(self) -> None:
         self.beat += 1
         self.tokens.send(tokens.encode_beat(self.beat, self.session))

@@ -23,6 +23,8 @@ from llambo.mesh.wire import messages as m
 #: Requests in one control message.
 BUNDLE = 64
 PROMPT = b"What is the capital of the county of Nowhere?"
+#: After the last submit.
+LATE_S = 30.0
 
 
 T = TypeVar("T")
@@ -46,6 +48,8 @@ def mesh_round(
     while done < begun or chunks < done:
         readable = dict(poller.poll())
         now = time.perf_counter()
+        if now > stop_at + LATE_S:
+            raise RuntimeError(f"{begun - done} of {begun} requests have no END")
         if now >= beat_at:
             worker.heartbeat()
             client.send_all([(m.ClientHeartbeat(), None)])

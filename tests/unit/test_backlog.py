@@ -6,7 +6,7 @@ import pytest
 
 from llambo.broker.config import Bounds
 from llambo.broker.events import ClientSaid, ToClient, ToWorker, WorkerSaid
-from llambo.broker.records.backlog import HEARTBEAT_BYTES
+from llambo.broker.records.backlog import HEARTBEAT_BYTES, MESSAGE_BYTES
 from llambo.mesh.wire import codec, limits, tokens
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.codec import NO_SESSION
@@ -134,6 +134,17 @@ def test_a_client_without_an_incarnation_is_asked_for_nothing_and_served_by_its_
         bench.pass_time(200)
     assert not receipts_asked(client), "it may take any END for its own"
     assert len(client.received(m.Page)) > 100 * HEARTBEAT_BYTES // limits.PAGE_BYTES
+
+
+def test_a_client_without_an_incarnation_may_ask_faster_than_its_heartbeats_count() -> None:
+    bench = Bench(backlog_bytes=20 * MESSAGE_BYTES)
+    worker, client = bench.worker(), bench.client()
+    for number in range(1, 101):
+        client.submit(number)
+        worker.end(0)
+        assert client.ends[-1].id == request_id(number), "it was not served"
+        client.send(m.EndAck([request_id(number)]))
+        worker.send(*[m.End(cancel.id, 0, "cancelled", cancel.dispatch) for cancel in worker.received(m.Cancel)[-1:]])
 
 
 def test_ends_and_progress_are_not_repeated_to_who_does_not_read() -> None:

@@ -8,8 +8,8 @@ so a peer that reads later is served later.
 The receipt needs no message of its own. A client acknowledges the END of a request that it does not know, and a worker
 answers the cancel of a run that it does not have with an END. The id is random, so only a peer that has read it can
 name it. A client that gives no incarnation may be one of the simplest kind, which takes any END for its own. It is not
-asked, and its heartbeats count as receipts for a little: what bounds it in the end is the queue of its connection
-(`sockets.CLIENT_HWM`).
+asked. Its acknowledgement counts as the receipt for one END, and a heartbeat as one for a little: what bounds it in the
+end is the queue of its connection (`sockets.CLIENT_HWM`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ class Backlog:
         self.receipt = b""
         return self.much
 
+    def acknowledged(self) -> None:
+        """An END, by a client that is asked for no receipts."""
+        self.bytes = max(0, self.bytes - MESSAGE_BYTES)
+
     def heartbeat(self, number: int) -> None:
         """Once for each of our own heartbeats, however many the peer sends."""
         if number > self._paid_at:
@@ -70,12 +74,14 @@ class Backlog:
 
 
 #: Messages whose size varies: `size_of`. Any other counts for MESSAGE_BYTES.
-SIZED = frozenset({m.Page, m.Result, m.BrokerHeartbeat, m.Problem})
+SIZED = frozenset({m.Accepted, m.Page, m.Result, m.BrokerHeartbeat, m.Problem})
 
 
 def size_of(message: m.Message) -> int:
     """About its bytes on the wire. Exact where it may be large."""
     match message:
+        case m.Accepted():
+            return 0  # no larger than its request
         case m.Page():
             return MESSAGE_BYTES + sum(map(len, message.chunks))
         case m.Result():

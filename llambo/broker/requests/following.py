@@ -91,7 +91,8 @@ def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, n
     for id in ack.ids:
         if id and id == client.backlog.receipt and client.backlog.confirm():
             state.ask_client(client)
-        client.unacked.pop(id, None)
+        if client.unacked.pop(id, 0) and not client.hello.incarnation:
+            client.backlog.acknowledged()
         state.archive.acknowledged(id, client.session)
 
 
