@@ -459,3 +459,14 @@ def test_who_brings_the_last_token_ends_it_for_all() -> None:
     worker.publish(worker.chunk(0, 1))
     again = comes_from_another(bench, b"3", list(range(1, 11)))
     assert [(end.count, end.reason) for peer in (other, again) for end in peer.ends] == [(10, "length")] * 2
+
+
+def test_who_brings_the_last_token_of_one_that_waits_ends_it_and_it_leaves_the_queue() -> None:
+    bench = Bench()
+    _, client, other = bench.worker(slots=1), back(bench, b"1"), back(bench, b"2", b"another client")
+    client.submit(9)
+    client.submit(1)
+    other.send(m.Attach(request_id(1)))
+    again = comes_from_another(bench, b"3", list(range(1, 11)))
+    assert [(end.count, end.reason) for peer in (other, again) for end in peer.ends] == [(10, "length")] * 2
+    assert bench.state.queue.count == 0

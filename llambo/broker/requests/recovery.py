@@ -189,17 +189,14 @@ def accepts(state: State, request: Request, held: list[bytes], now_ms: int) -> b
     if request.task != "generate" or tokens.ids_of(held)[: len(ours)] != ours:
         return False
     state.measured.meter.count(request)
-    if request.state is RequestState.WAITING:
-        state.queue.left(request)
-        request.place.queued_ms += now_ms - request.place.queued_at
-        request.transcript.restore(held)
-        request.measured.counted = request.transcript.next_index
-        if not dispatching.finish_complete(state, request, now_ms):
-            dispatching.enqueue(state, request, now_ms)
-    else:
+    waits = request.state is RequestState.WAITING
+    if not waits:
         ending.cancel_run(state, request)
-        request.transcript.restore(held)
-        request.measured.counted = request.transcript.next_index
+    request.transcript.restore(held)
+    request.measured.counted = request.transcript.next_index
+    if waits:
+        dispatching.finish_complete(state, request, now_ms)
+    else:
         dispatching.requeue(state, request, "a client got further at another broker", now_ms, what="moved")
     return True
 
