@@ -147,6 +147,15 @@ def test_a_client_without_an_incarnation_may_ask_faster_than_its_heartbeats_coun
         worker.send(*[m.End(cancel.id, 0, "cancelled", cancel.dispatch) for cancel in worker.received(m.Cancel)[-1:]])
 
 
+def test_an_end_that_is_asked_for_again_and_again_is_paid_once() -> None:
+    bench = Bench(backlog_bytes=20 * MESSAGE_BYTES)
+    with_answer(bench, bench.client(b"other"))
+    client = bench.client()
+    for _ in range(30):
+        client.send(m.Attach(ANSWER, len(PIECES)), m.EndAck([ANSWER]))
+    assert bench.state.registry.clients[client.session].backlog.full
+
+
 def test_ends_and_progress_are_not_repeated_to_who_does_not_read() -> None:
     bench = Bench(transcript_bytes=2**30)
     worker, client = bench.worker(slots=1_000), bench.client(incarnation=b"i")

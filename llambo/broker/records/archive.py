@@ -38,6 +38,8 @@ class EndedRequest(msgspec.Struct):
     abandoned: bool = False
     owner: str = ""
     first_ms: int = -1
+    #: An acknowledgement of its END has counted as a receipt (backlog.py). Once: an attach has the END sent again.
+    paid: bool = False
 
 
 class Archive:

@@ -8,7 +8,7 @@ so a peer that reads later is served later.
 The receipt needs no message of its own. A client acknowledges the END of a request that it does not know, and a worker
 answers the cancel of a run that it does not have with an END. The id is random, so only a peer that has read it can
 name it. A client that gives no incarnation may be one of the simplest kind, which takes any END for its own. It is not
-asked. Its acknowledgement counts as the receipt for one END, and a heartbeat as one for a little: what bounds it in the
+asked. Its first acknowledgement of an END is a receipt for it, and a heartbeat one for a little: what bounds it in the
 end is the queue of its connection (`sockets.CLIENT_HWM`).
 """
 

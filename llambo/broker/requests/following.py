@@ -92,7 +92,10 @@ def acknowledge(state: State, client: ClientEntry, ack: m.EndAck, blob: bytes, n
         if id and id == client.backlog.receipt and client.backlog.confirm():
             state.ask_client(client)
         if client.unacked.pop(id, 0) and not client.hello.incarnation:
-            client.backlog.acknowledged()
+            ended = state.archive.get(id)
+            if ended is not None and not ended.paid:
+                ended.paid = True
+                client.backlog.acknowledged()
         state.archive.acknowledged(id, client.session)
 
 
