@@ -15,11 +15,12 @@ import pytest
 import zmq
 
 from llambo import Client, LlamboError, Stream, SyncClient
-from llambo.mesh.client import answer_stream
+from llambo.mesh.client.answer_stream import BUFFER_BYTES, limit_buffer
+from llambo.mesh.link.link import DRAIN_MESSAGES
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.reports import DrainReply, MeshStatus
-from tests.integration.double_for_clients import DoubleBroker, Run, bind_both
+from tests.integration.double_for_clients import LONG_FRAME, DoubleBroker, Run, bind_both
 
 DEADLINE_S = 60
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -114,13 +115,11 @@ class TestLoss:
         requests = [message for message in broker.received if isinstance(message, m.InferenceRequest)]
         assert [request.have for request in requests] in ([0, 1], [0])
 
-    async def test_a_reader_that_stalls_costs_no_memory_and_loses_nothing(
-        self, broker: DoubleBroker, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_reader_that_stalls_costs_no_memory_and_loses_nothing(self, broker: DoubleBroker) -> None:
         # Given a small buffer and a long answer
-        monkeypatch.setattr(answer_stream, "BUFFER_TOKENS", 2_000)
         async with Client(broker.address) as client:
             stream = client.stream("count: 200000")
+            limit_buffer(stream, 2_000, BUFFER_BYTES)
             ids: list[int] = []
             most = 0
             # When the reader lets everything else have a turn again and again before it reads on
@@ -130,7 +129,7 @@ class TestLoss:
                 await client.status()
         # Then it had everything, and never much at a time
         assert ids == list(range(200_000))
-        assert most <= 2_000 + 1_000 * 100
+        assert most < 2_000 + DRAIN_MESSAGES * LONG_FRAME
 
 
 class TestCancelling:
