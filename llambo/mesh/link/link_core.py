@@ -5,6 +5,7 @@ planes, and their echoes show which of them works.
 
     worker   publishes beat n on the token plane; the broker echoes the last one it received, on control
     client   receives beat n on control and on the token plane, and echoes the latter on control
+    host     has no token plane
 
 The first beat that passed the token plane makes the link UP. When three are missing it is MENDING: the token socket is
 replaced, and until that helps all tokens are sent by replay over control. With a silent control plane or an unknown
@@ -96,7 +97,7 @@ LINK_STEPS: dict[LinkState, dict[LinkState, str]] = {
         LinkState.CLOSED: "left",
     },
     LinkState.JOINING: {
-        LinkState.UP: "first token-plane proof",
+        LinkState.UP: "first token-plane proof, or without a token plane",
         LinkState.MENDING: "no proof in time",
         LinkState.DOWN: "lease out or unknown session",
         LinkState.CLOSED: "left",
@@ -254,9 +255,18 @@ class LinkCore:
     """One link. Its owner passes arrivals to it and calls `tick`; actions are passed to `emit`."""
 
     def __init__(
-        self, link: int, hello: Callable[[], m.Message], emit: Callable[[LinkAction], None], *, redundant: bool = False
+        self,
+        link: int,
+        hello: Callable[[], m.Message],
+        emit: Callable[[LinkAction], None],
+        *,
+        redundant: bool = False,
+        streams: bool = True,
     ) -> None:
-        """`redundant`: notice the loss of the broker at once, because the owner can use other brokers."""
+        """`redundant`: notice the loss of the broker at once, because the owner can use other brokers.
+
+        `streams`: it has a token plane. Without one the link is UP with the welcome.
+        """
         self.link = link
         self.state = LinkState.DOWN
         self.session = NO_SESSION
@@ -273,6 +283,7 @@ class LinkCore:
         self._hello = hello
         self._emit = emit
         self._redundant = redundant
+        self._streams = streams
         self._lost_at = NEVER_MS
         self._since = 0
 
@@ -327,7 +338,10 @@ class LinkCore:
         self.attempts.succeed()
         self._lost_at = NEVER_MS
         self.beats.begin(now_ms)
-        self._open_tokens()
+        if self._streams:
+            self._open_tokens()
+        else:
+            self._step(LinkState.UP, now_ms)
         return True
 
     def on_control(self, session: bytes, now_ms: int) -> bool:
