@@ -35,7 +35,7 @@ class FakeFaults:
     #: The process dies while it loads: `always`, or `careless`: unless it was started with safe settings. The latter
     #: is what happens on a machine without the instructions that a fast engine uses.
     load_crash: LoadCrash = "never"
-    #: Loading fails unless this file exists; empty: no file is needed.
+    #: Loading fails unless this file exists; empty: no file is needed. `{model}` in it is the name of the model.
     load_file: str = ""
     #: A prompt that contains this text kills the process, always at the same token; empty: no prompt does.
     poison: str = ""
@@ -67,6 +67,8 @@ class FakeOptions:
     embedding_size: int = 8
     #: How long the model takes to load.
     load_ms: int = 0
+    #: The memory that it takes when it is loaded.
+    memory_bytes: int = 0
     faults: FakeFaults = FakeFaults()
 
 
@@ -117,6 +119,10 @@ class WorkerConfig:
     engine: str = "fake"
     #: A file, or the name of a model that is installed.
     model: str = "fake"
+    #: What it is called in the mesh; empty: as its file.
+    served_as: str = ""
+    #: It runs beside others in the process of a host: its log lines have its name.
+    hosted: bool = False
     fake: FakeOptions = field(default_factory=FakeOptions)
     llama: LlamaOptions = field(default_factory=LlamaOptions)
     #: A label for groups of equal machines.
@@ -138,7 +144,7 @@ class WorkerConfig:
     @property
     def model_name(self) -> str:
         """What the model is called in the mesh."""
-        return mesh_name(self.model)
+        return self.served_as or mesh_name(self.model)
 
     @property
     def slots(self) -> int:

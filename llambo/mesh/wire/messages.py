@@ -237,6 +237,8 @@ class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
     bytes: Bytes
     #: What those that are loaded, or being loaded, take.
     used: Bytes = 0
+    #: What embed and rerank models may take of it without being evicted for models that generate.
+    helpers: Bytes = 0
 
 
 class HostHello(Message, frozen=True):

@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
@@ -60,6 +61,8 @@ SECRETS = (KEY_ENV, CREDENTIALS_ENV)
 #: The longest sleep: zmq takes milliseconds as an int.
 POLL_MS = 60_000
 POLL_BOTH = int(zmq.POLLIN | zmq.POLLOUT)
+#: Written to the waker: stop unless busy. All other bytes, which are numbers of signals, mean stop.
+UNLESS_BUSY = 255
 #: The first byte of an XPUB frame that is a subscription.
 SUBSCRIBE = b"\x01"
 
@@ -68,13 +71,17 @@ class EngineProcess:
     """One engine child, from its start until it is reaped."""
 
     def __init__(self, configure: proto.Configure, worker: str = "") -> None:
-        """`worker`: the name of the worker, for the log of the engine."""
+        """`worker`: the name of the worker, for the log of the engine.
+
+        The kernel kills the engine when the thread that has started it ends.
+        """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         command = [sys.executable, "-m", MODULE]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker],
+                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker,
+                 *(["--hosted"] if configure.hosted else [])],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # A hostile model that takes over the engine must not find our key in its environment.
@@ -135,11 +142,16 @@ class EngineProcess:
 
 
 class Agent:
-    """One worker. `run` returns when it has left the mesh; `stop` may be called from any thread."""
+    """One worker. `run` returns when it has left the mesh. `stop` and `unload` may be called from any thread."""
 
     def __init__(
-        self, config: WorkerConfig, on_ready: Callable[[], None] = lambda: None, notifier: Notifier | None = None
+        self,
+        config: WorkerConfig,
+        on_ready: Callable[[], None] = lambda: None,
+        notifier: Notifier | None = None,
+        watch: Callable[[WorkerCore], None] | None = None,
     ) -> None:
+        """`watch` is called after each turn of the loop, in the thread of the loop."""
         identity = ProcessIdentity(
             secrets.token_bytes(8), socket.gethostname(), os.getpid(), f"llambo {llambo.__version__}"
         )
@@ -149,6 +161,9 @@ class Agent:
         self._config = config
         self._on_ready = on_ready
         self._notifier = notifier or Notifier()
+        self._watch = watch
+        #: Of log lines, if there are other workers in this process.
+        self._log_name = config.name if config.hosted else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -165,6 +180,8 @@ class Agent:
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
+        #: Held while another thread uses the waker, so that it is not closed meanwhile.
+        self._waking = threading.Lock()
         self._poller = zmq.Poller()
         self._exit = ""
         #: The exit status of the process.
@@ -181,7 +198,17 @@ class Agent:
         return self._exit
 
     def stop(self) -> None:
-        self._waker.send(b"\0")
+        self._wake_with(0)
+
+    def unload(self) -> None:
+        """Stop, unless it has runs: `WorkerCore.refusals` then rises."""
+        self._wake_with(UNLESS_BUSY)
+
+    def _wake_with(self, byte: int) -> None:
+        """Nothing happens if it has ended."""
+        with self._waking:
+            if self._waker.fileno() >= 0:
+                self._waker.send(bytes([byte]))
 
     def run(self) -> None:
         try:
@@ -189,7 +216,7 @@ class Agent:
             while not self._exit:
                 self._turn()
             if not self.status:
-                log.info("%s", self._exit)
+                log.info("%s", self._exit, extra={"worker": self._log_name})
             self._tell_manager(self._exit if self.status else "")
         finally:
             self._close()
@@ -199,8 +226,8 @@ class Agent:
         due_ms = min(self.core.next_wakeup_ms(), self._notifier.next_wakeup_ms())
         ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
         if self._wake.fileno() in ready:
-            for _ in self._wake.recv(64):
-                self._handle(e.StopRequested())
+            for byte in self._wake.recv(64):
+                self._handle(e.StopRequested(unless_busy=byte == UNLESS_BUSY))
             self._notifier.update_soon()
         for number, link in self._links.items():
             if link.lookup is not None and link.lookup.done:
@@ -218,6 +245,8 @@ class Agent:
             self._handle(e.Ticked())
         if clock.now_ms() >= self._notifier.next_wakeup_ms():
             self._tell_manager()
+        if self._watch is not None:
+            self._watch(self.core)
 
     def _tell_manager(self, why: str = "") -> None:
         now = clock.now_ms()
@@ -254,7 +283,7 @@ class Agent:
     def _receive_control(self, number: int, link: Link) -> None:
         for bundle in link.receive_control():
             for problem in bundle.problems:
-                log.warning("from the broker: %s", problem.error.text)
+                log.warning("from the broker: %s", problem.error.text, extra={"worker": self._log_name})
             if bundle.messages:
                 self._handle(e.ControlArrived(number, bundle.session, bundle.messages))
 
@@ -266,8 +295,8 @@ class Agent:
             log.warning("%s", error)
             messages, garbled = None, True
         if messages is None:
-            self.engine = None
             text, outside = engine.reap()
+            self.engine = None
             self._handle(e.EngineDied(text, outside and not garbled))
             return
         for message in messages:
@@ -291,8 +320,9 @@ class Agent:
             case e.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(
-                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first
-                )
+                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first,
+                    name=config.served_as, hosted=config.hosted,
+                )  # fmt: skip
                 self._first = False
                 self.engine = EngineProcess(configure, config.name)
             case e.KillEngine():
@@ -303,7 +333,8 @@ class Agent:
                 self._on_ready()
             case e.Log(text, warning, request):
                 level = logging.WARNING if warning else logging.INFO
-                log.log(level, "%s", text, extra={"request": request.hex()} if request else None)
+                about = {"request": request.hex() if request else "", "worker": self._log_name}
+                log.log(level, "%s", text, extra=about)
             case e.Exit(text, status):
                 self._exit, self.status = text, status
             case _:
@@ -314,14 +345,17 @@ class Agent:
             self.engine.order(message)
 
     def _close(self) -> None:
-        if self.engine is not None:
-            self.engine.reap()
-            self.engine = None
-        for link in self._links.values():
-            link.close()
-        self._context.term()
-        self._wake.close()
-        self._waker.close()
+        try:
+            if self.engine is not None:
+                self.engine.reap()
+                self.engine = None
+        finally:
+            for link in self._links.values():
+                link.close()
+            self._context.term()
+            with self._waking:
+                self._wake.close()
+                self._waker.close()
 
 
 def run_worker(

@@ -60,6 +60,9 @@ class EngineLife:
         self._spawns = 0
         #: Why the engine cannot load, as it has reported.
         self._problem = ""
+        #: The last engine that ended while it was loading did so for want of memory, as far as is known: it has said so,
+        #: or was killed from outside, as the kernel does then.
+        self.out_of_memory = False
         self._stalled = False
         #: An engine died while it was loading: all later ones are started with safe settings.
         self._safe = False
@@ -92,6 +95,7 @@ class EngineLife:
         self.last_alive_ms = now_ms
         if self.state is EngineState.LOADING:
             self.note, self._problem = progress.note, progress.problem
+            self.out_of_memory = progress.out_of_memory
             self.percent = min(progress.percent, 100) if progress.percent >= 0 else self.percent
 
     def on_ready(self, ready: Ready, now_ms: int) -> bool:
@@ -103,7 +107,7 @@ class EngineLife:
         self.last_alive_ms = self._ready_ms = now_ms
         return True
 
-    def on_died(self, text: str, now_ms: int) -> str:
+    def on_died(self, text: str, now_ms: int, *, outside: bool = False) -> str:
         """Why starting another engine is useless; mostly empty: a new one is started."""
         if self.state is EngineState.DOWN:
             return ""
@@ -111,6 +115,7 @@ class EngineLife:
             self._backoff = min(BACKOFF_MS, self._config.backoff_ms)
         stalled = self.state is EngineState.DYING and self._stalled
         loading = self.state is EngineState.LOADING
+        self.out_of_memory = loading and (self.out_of_memory or outside)
         self._step(EngineState.DOWN)
         if loading and not self._problem and not self._safe:
             # It reported no reason: it may have used an instruction that this machine does not have.

@@ -21,7 +21,7 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import Dispatch, Logprobs, ModelInfo, Reason, Sampling, Task, Usage
 from llambo.mesh.wire.tasks import TaskOptions
 from llambo.mesh.wire.tokens import UNDECODABLE, Logprob
-from llambo.worker.config import FakeOptions, LlamaOptions
+from llambo.worker.config import FakeOptions, LlamaOptions, mesh_name
 
 #: One message: the longest prompt and the longest prefix fit.
 FRAME_BYTES = 16 * 1024 * 1024
@@ -54,6 +54,14 @@ class Configure(EngineMessage, frozen=True):
     safe: bool = False
     #: No engine was started before. What needs to be said once is said by the first.
     first: bool = True
+    #: What the model is called in the mesh; empty: as its file.
+    name: str = ""
+    #: Other engines of this host load at the same time: there is no progress bar.
+    hosted: bool = False
+
+    @property
+    def model_name(self) -> str:
+        return self.name or mesh_name(self.model)
 
 
 class Start(EngineMessage, frozen=True):
@@ -96,6 +104,8 @@ class Progress(EngineMessage, frozen=True):
     problem: str = ""
     #: How much of what `note` describes is done; below 0: unknown.
     percent: int = -1
+    #: The problem is that there is not enough memory.
+    out_of_memory: bool = False
 
 
 class Ready(EngineMessage, frozen=True):

@@ -359,8 +359,7 @@ class Loading:
         if not helper.is_helper or model.is_helper:
             return False
         used = self._used(model for model in self.loaded if model.is_helper)
-        return all(size * 100 <= self.config.budget.get(name, 0) * self.config.helper_percent
-                   for name, size in used.items())  # fmt: skip
+        return all(size <= self._share(name) for name, size in used.items())
 
     def _unload_idle(self, now_ms: int) -> None:
         """What nobody has used for its ttl, and what an operator wants to be gone."""
@@ -427,12 +426,19 @@ class Loading:
             load_ms=history.took_ms,
             loads=history.loads,
             note=(refusal or history.problem)[:256],
-            retry_ms=max(0, history.retry_at - now_ms) if state == "failed" and not refusal else 0,
+            # 0 would mean that it can never be loaded.
+            retry_ms=max(1, history.retry_at - now_ms) if state == "failed" and not refusal else 0,
         )
 
     def memory(self) -> dict[str, m.Memory]:
         used = self._used(self.loaded)
-        return {name: m.Memory(size, used.get(name, 0)) for name, size in self.config.budget.items()}
+        return {
+            name: m.Memory(size, used.get(name, 0), self._share(name)) for name, size in self.config.budget.items()
+        }
+
+    def _share(self, name: str) -> int:
+        """What helpers have for themselves of this kind of memory."""
+        return self.config.budget.get(name, 0) * self.config.helper_percent // 100
 
     def refusal(self, model: Model) -> str:
         """Why it can never be loaded here; empty if it can."""

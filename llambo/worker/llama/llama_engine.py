@@ -30,7 +30,6 @@ from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.messages import ModelInfo, Reason, Usage
 from llambo.mesh.wire.timers import NEVER_MS
 from llambo.mesh.wire.tokens import Logprob
-from llambo.worker.config import mesh_name
 from llambo.worker.engine.protocol import CANNOT_LOAD, Configure, Fault, Output, Progress, Ready, Refused, Start
 from llambo.worker.llama import binding, dry_run, llama, sampling
 from llambo.worker.llama.batching import Batcher, Plan
@@ -407,21 +406,22 @@ def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
         BadPrompt,
         OSError,
     ) as error:
-        send(Progress(problem=str(error)[:1000]))
+        send(Progress(problem=str(error)[:1000], out_of_memory=isinstance(error, (llama.NoMemory, model_files.TooLarge))))
         sys.exit(CANNOT_LOAD)
 
 
 class ProgressBar:
     """Sends progress to the agent, and draws it if stderr is a terminal."""
 
-    def __init__(self, send: Callable[[Progress], None]) -> None:
+    def __init__(self, send: Callable[[Progress], None], *, drawn: bool = True) -> None:
         self._send = send
+        self._may_draw = drawn and sys.stderr.isatty()
         self._drawn = False
 
     def __call__(self, progress: Progress, percent: int = -1) -> None:
         """`percent`: how much is done of something that is not the loading of the model."""
         self._send(progress)
-        if sys.stderr.isatty():
+        if self._may_draw:
             percent = max(percent, progress.percent)
             if percent >= 0:
                 done = percent * WIDTH // 100
@@ -438,7 +438,7 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     log.info("library: %s", library)
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    bar = ProgressBar(send)
+    bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
@@ -458,7 +458,7 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
         for text in unusable:
             log.info("ignored in the model file: %s", text)
         setup = Setup(
-            name=mesh_name(configure.model),
+            name=configure.model_name,
             path=path,
             layout=layout,
             placement=placement,

@@ -58,6 +58,10 @@ HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an ad
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
+class TooLarge(BadModelFile):
+    """There is not enough memory for it."""
+
+
 class NoSuchModel(Exception):
     """There is no such file and no such installed model, or this user cannot read it. `hint`: what to do."""
 
@@ -132,7 +136,7 @@ class Layout:
 def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) -> Layout:
     """For a model on the CPU alone. Chooses what is not configured to suit the machine, and checks its memory.
 
-    Raises BadModelFile if the model cannot fit.
+    Raises TooLarge if the model cannot fit.
     """
     found = unchecked_layout(options, file, free_bytes, cores)
     context = found.context
@@ -142,7 +146,7 @@ def layout(options: LlamaOptions, file: ModelFile, free_bytes: int, cores: int) 
     while not options.context and context > MIN_CONTEXT and _need(options, file, context) > free_bytes:
         context //= 2
     if (need := _need(options, file, context)) > free_bytes:
-        raise BadModelFile(_too_large(options, file, context, free_bytes))
+        raise TooLarge(_too_large(options, file, context, free_bytes))
     return replace(found, slots=options.slots, context=context, need_bytes=need)
 
 
@@ -292,7 +296,7 @@ def look_at(
         file = gguf.read(str(path))
     except (BadModelFile, OSError) as error:
         return Found(model, str(path), where, size, problem=_without_path(str(error), str(path)))
-    problem = missing or HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
+    problem = missing or part_of_another(file)
     try:
         layout(options, file, free_bytes, cores)
     except BadModelFile as error:
@@ -301,6 +305,11 @@ def look_at(
         model, str(path), where, sum(part.stat().st_size for part in parts(path)), file.architecture,
         quantisation=_quantisation(file), trained_context=file.trained_context, problem=problem,
     )  # fmt: skip
+
+
+def part_of_another(file: ModelFile) -> str:
+    """What it is, if it accompanies a model; empty if it is one."""
+    return HELPERS.get(str(file.meta.get("general.type", ""))) or HELPERS.get(file.architecture) or ""
 
 
 def _without_path(text: str, path: str) -> str:
@@ -325,10 +334,16 @@ def _candidates(folder: str) -> Iterator[tuple[str, Path, str]]:
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
-        for path in _files(top, depth):
-            part = _PART.search(path.name)
-            if part is None or part[1] == "00001":
-                yield str(path), path, where
+        for path in below(top, depth):
+            yield str(path), path, where
+
+
+def below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The models below a folder. Of one in several files: the first."""
+    for path in _files(folder, depth):
+        part = _PART.search(path.name)
+        if part is None or part[1] == "00001":
+            yield path
 
 
 def _folders(folder: str) -> list[tuple[Path, str, int]]:
