@@ -57,8 +57,9 @@ def main(common: Common, parent: int | None, notify_fd: int | None) -> None:
 
     SIGTERM and Ctrl-C let it finish its runs, for at most --drain-ms; a second one ends it at once.
     """
-    prepare_process(parent)
     settings = common.settings
+    # Each model of a host has connections of its own to each broker.
+    prepare_process(parent, connections=bool(hosted_names(settings)))
     click.get_current_context().exit(serve(lambda notifier: _serve(settings, notify_fd, notifier)))
 
 

@@ -18,7 +18,8 @@ follows them in turn, as far as these rules allow:
                   |                                            a failed one is loaded again after a pause, which doubles
                   +--> failed --> loading
 
-A load that runs out of memory is tried once more when everything that may be unloaded is gone.
+A load that runs out of memory is tried once more when everything that may be unloaded is gone. Until then brokers see
+it as loading, and its requests wait.
 """
 
 from __future__ import annotations
@@ -255,11 +256,11 @@ class Loading:
         history.problem = ended.problem or "its worker has ended"
         history.failures += 1
         # Once in a row of failures: a model that needs more than it says must not unload the others each time.
-        history.make_room = ended.out_of_memory and history.failures == 1
+        first = ended.out_of_memory and history.failures == 1
+        history.make_room = first and (bool(self._idle_for(model)) or self._unloading)
         pause_ms = min(RETRY_MS[0] << min(history.failures - 1, 16), RETRY_MS[1])
-        at_once = history.make_room and any(other.idle for other in self.loaded)
-        history.retry_at = now_ms if at_once else now_ms + pause_ms
-        again = "when idle models are unloaded" if at_once else f"in {pause_ms // 1000} s, if it is wanted"
+        history.retry_at = now_ms if history.make_room else now_ms + pause_ms
+        again = "when idle models are unloaded" if history.make_room else f"in {pause_ms // 1000} s, if it is wanted"
         self._out.append(Log(f"{model.name} was not loaded: {history.problem}; tried again {again}", warning=True))
         self._step(model, "failed")
 
@@ -292,9 +293,9 @@ class Loading:
             needs = _with_place(model.stored.needs)
             wait = False
             if model.history.make_room:
-                idle = [other for other in self.loaded if other.idle and not self._protected(other, model)]
+                idle = self._idle_for(model)
                 victims = [other for other in idle if self._is_old(other, now_ms)]
-                wait = bool(idle) or any(other.state == "unloading" for other in self.loaded)
+                wait = bool(idle) or self._unloading
             else:
                 victims = self._victims(model, needs, soon, now_ms)
             for victim in victims:
@@ -308,14 +309,19 @@ class Loading:
                 self._load(model, needs, now_ms)
 
     def _wanted(self, now_ms: int) -> list[Model]:
-        """Models to load, the first one first: what brokers want, each its first wish before any second one; then what
-        is held."""
+        """Models to load, the first one first.
+
+        These are the ones that have run out of memory and for which room is made; what brokers want, the first wish of
+        each before any second one; what is held.
+        """
         ranks: dict[str, int] = {}
         for wish in self._wishes.values():
             for rank, name in enumerate(wish.load):
                 ranks[name] = min(rank, ranks.get(name, rank))
         for model in self.models.values():
-            if model.holders:
+            if model.history.make_room:
+                ranks[model.name] = -1
+            elif model.holders:
                 ranks.setdefault(model.name, limits.MODELS_PER_HOST)
         self._since = {name: self._since.get(name, now_ms) for name in ranks}
         wanted = []
@@ -347,6 +353,14 @@ class Loading:
                 for victim in wish.evict:
                     if victim in self.models and victim != name:
                         yield self.models[victim]
+
+    def _idle_for(self, model: Model) -> list[Model]:
+        """What may be unloaded for it, now or when it is not young any more."""
+        return [other for other in self.loaded if other.idle and not self._protected(other, model)]
+
+    @property
+    def _unloading(self) -> bool:
+        return any(model.state == "unloading" for model in self.loaded)
 
     def _is_old(self, model: Model, now_ms: int) -> bool:
         old_at = model.history.ready_at + self.config.min_loaded_ms
@@ -410,7 +424,7 @@ class Loading:
     def _hosted(self, model: Model, now_ms: int) -> m.HostedModel:
         history, refusal = model.history, self.refusal(model)
         state: m.HostedState = model.state
-        if state == "ready" and not model.up:
+        if (state == "ready" and not model.up) or (state == "failed" and history.make_room):
             state = "loading"
         elif state == "stored" and refusal:
             state = "failed"
