@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any, TypeVar
 
 import pytest
@@ -106,6 +107,10 @@ class Rig:
     def clear(self) -> Rig:
         self.actions = []
         return self
+
+    def clear_after(self) -> list[HostAction]:
+        actions, self.actions = self.actions, []
+        return actions
 
     def take(self, kind: type[T]) -> list[T]:
         """The actions of one kind so far; all others are dropped."""
@@ -522,3 +527,100 @@ def test_every_step_of_a_model_has_a_reason() -> None:
     states = set(loading_core.MODEL_STEPS)
     for steps in loading_core.MODEL_STEPS.values():
         assert set(steps) <= states and all(steps.values())
+
+
+# --- Anything at any time. ---
+
+
+class Workers:
+    """Workers that take time to load and to end, are busy now and then, and fail. The truth is here, not in the core."""
+
+    def __init__(self, rig: Rig, chance: random.Random) -> None:
+        self.rig = rig
+        self.chance = chance
+        #: Of each worker: its state, when that changes, how many runs it has, and its refusals.
+        self.alive: dict[str, list[Any]] = {}
+        self.ready_at: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+
+    def follow(self) -> None:
+        """Do what the core has ordered, and check that it may be ordered."""
+        rig, now = self.rig, self.rig.now
+        for action in rig.clear_after():
+            if isinstance(action, StartWorker):
+                assert action.model not in self.alive, f"{action.model} is loaded twice"
+                self.alive[action.model] = ["loading", now + self.chance.randrange(20_000), 0, 0]
+                taken = sum(self.sizes[name] for name in self.alive)
+                assert taken <= 100, f"{taken} of 100 bytes are taken"
+            elif isinstance(action, UnloadWorker):
+                worker = self.alive[action.model]
+                held = rig.core.loading.models[action.model].holders
+                assert not held, f"{action.model} is held by {held} and unloaded"
+                assert now >= self.ready_at[action.model] + YOUNG_MS, f"{action.model} is unloaded too soon"
+                if worker[2]:
+                    worker[3] += 1
+                    self.tell(action.model)
+                else:
+                    worker[:2] = "ending", now + self.chance.randrange(5_000)
+
+    def tell(self, model: str) -> None:
+        state, _, active, refusals = self.alive[model]
+        self.rig.on(WorkerChanged(model, state == "ready", active, 50, refusals))
+
+    def live(self, *, faults: bool) -> None:
+        """One step of each worker. Some of what happens is reported a moment later."""
+        for model, worker in list(self.alive.items()):
+            state, at, active, _ = worker
+            if state == "loading" and self.rig.now >= at:
+                if faults and self.chance.random() < 0.3:
+                    del self.alive[model]
+                    self.rig.on(WorkerEnded(model, "it failed", out_of_memory=self.chance.random() < 0.5))
+                else:
+                    worker[0] = "ready"
+                    self.ready_at[model] = self.rig.now
+                    self.tell(model)
+            elif state == "ending" and self.rig.now >= at:
+                del self.alive[model]
+                self.rig.on(WorkerEnded(model))
+            elif state == "ready":
+                worker[2] = self.chance.choice([active, 0, 1]) if faults else 0
+                if self.chance.random() < 0.7 or not faults:
+                    self.tell(model)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_the_rules_hold_and_in_the_end_what_is_wanted_is_loaded(seed: int) -> None:
+    chance = random.Random(seed)
+    sizes = {name: chance.choice([10, 30, 50, 90]) for name in "abcdef"}
+    rig = Rig(sizes, brokers=2)
+    workers = Workers(rig, chance)
+    workers.sizes = sizes
+    names = list(sizes)
+    for _ in range(300):
+        what = chance.random()
+        if what < 0.4:
+            load, evict = chance.sample(names, chance.randrange(3)), chance.sample(names, chance.randrange(6))
+            rig.place(*load, evict=tuple(evict), broker=chance.randrange(2))
+        elif what < 0.5:
+            pin, undo = chance.random() < 0.3, chance.random() < 0.6
+            rig.hold(chance.choice(names), chance.choice("xy"), ttl_ms=chance.choice([0, 20_000]), pin=pin, undo=undo)
+        workers.follow()
+        workers.live(faults=True)
+        workers.follow()
+        rig.wait(chance.randrange(4_000))
+        workers.follow()
+    # Then faults stop, all holders give back, and one broker wants one model.
+    for name in names:
+        for holder in "xy":
+            rig.hold(name, holder, undo=True)
+    rig.place(broker=1)
+    wanted = chance.choice(names)
+    for _ in range(500):
+        rig.place(wanted, evict=tuple(names))
+        workers.follow()
+        workers.live(faults=False)
+        workers.follow()
+        rig.wait(1_000)
+        if rig.states()[wanted] == "ready":
+            return
+    raise AssertionError(f"{wanted} was not loaded: {rig.states()}")
