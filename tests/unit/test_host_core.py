@@ -219,6 +219,11 @@ def test_nothing_is_evicted_if_the_model_would_not_fit_then() -> None:
     assert rig.ready("b").unloaded == ["a", "b"]
 
 
+def test_a_model_that_two_brokers_name_counts_once() -> None:
+    rig = Rig({"a": 30, "b": 30, "d": 90}, brokers=2).load("a", "b").busy("b")
+    assert rig.place("d", evict=("a",)).place("d", evict=("a",), broker=1).unloaded == []
+
+
 def test_what_no_broker_names_is_not_evicted() -> None:
     rig = Rig(ABC).load("a", "b")
     assert rig.place("c").unloaded == [] and rig.wait(1_000).unloaded == []

@@ -347,16 +347,19 @@ class Loading:
         return victims if fits(needs, room) else []
 
     def _evictable(self, name: str) -> Iterator[Model]:
-        """In the order of the brokers that want this model."""
+        """Each once, in the order of the brokers that want this model."""
+        seen = {name}
         for wish in self._wishes.values():
-            if name in wish.load:
-                for victim in wish.evict:
-                    if victim in self.models and victim != name:
-                        yield self.models[victim]
+            for victim in wish.evict if name in wish.load else ():
+                if victim in self.models and victim not in seen:
+                    seen.add(victim)
+                    yield self.models[victim]
 
     def _idle_for(self, model: Model) -> list[Model]:
         """What may be unloaded for it, now or when it is not young any more."""
-        return [other for other in self.loaded if other.idle and not self._protected(other, model)]
+        return [
+            other for other in self.loaded if other is not model and other.idle and not self._protected(other, model)
+        ]
 
     @property
     def _unloading(self) -> bool:
@@ -424,10 +427,10 @@ class Loading:
     def _hosted(self, model: Model, now_ms: int) -> m.HostedModel:
         history, refusal = model.history, self.refusal(model)
         state: m.HostedState = model.state
-        if (state == "ready" and not model.up) or (state == "failed" and history.make_room):
-            state = "loading"
-        elif state == "stored" and refusal:
+        if refusal and not model.loaded:
             state = "failed"
+        elif (state == "ready" and not model.up) or (state == "failed" and history.make_room):
+            state = "loading"
         return m.HostedModel(
             name=model.name,
             kind=model.stored.kind,
