@@ -169,7 +169,8 @@ class Mesh:
         """
         key = ("--key", str(self._key_file(name))) if self._keys else ()
         process = Process(
-            "-m", "llambo.cli.services.worker", "--name", name, "--broker", ",".join(addresses or (self.address,)), *key,
+            "-m", "llambo.cli.services.worker", "--name", name,
+            "--broker", ",".join(addresses or (self.address,)), *key,
             "--engine", "fake", "--models", models, "-v", *words, name=name, env={**os.environ, MARK: self.mark},
         )  # fmt: skip
         self.workers.append(process)

@@ -28,6 +28,9 @@ from llambo.worker.engine.fake import FakeEngine
 log = logging.getLogger("llambo.engine")
 
 READ_BYTES = 64 * 1024
+#: Our end of the pipe. It is closed by the end of the process and not before: an agent that sees it closed kills what
+#: is left of the process, and would report that instead of its exit status.
+_PIPES: list[socket.socket] = []
 #: How often a thread of llama.cpp checks whether the others have arrived before it sleeps. The default of libgomp is
 #: 300 times that. On idle cores an engine is as fast either way (166 tokens/s for 8 streams on two cores, 206 for 16).
 #: With the default, when another process uses a core, each step waits for the scheduler (27 tokens/s instead of 79 for
@@ -198,8 +201,8 @@ def main(arguments: list[str]) -> None:
     # A core file would contain prompts.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     prefer_to_be_killed()
-    with socket.socket(fileno=fd) as pipe:
-        Child(pipe).run()
+    _PIPES.append(socket.socket(fileno=fd))
+    Child(_PIPES[0]).run()
 
 
 if __name__ == "__main__":

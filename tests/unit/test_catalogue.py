@@ -39,7 +39,7 @@ def test_a_folder_a_file_and_a_link_to_one_of_them(tmp_path: Path) -> None:
     found = scan(tmp_path / "c.gguf", tmp_path / "all")
     assert set(found) == {"a", "b", "c"}
     assert found["b"].config.model == str(tmp_path / "all/deep/b.gguf")
-    assert found["b"].config.model_name == "b" and found["b"].config.hosted
+    assert found["b"].config.model_name == "b" == found["b"].config.hosted_as
 
 
 def test_of_two_files_with_one_name_the_second_has_its_folder_in_its_name(tmp_path: Path) -> None:
@@ -93,7 +93,12 @@ def test_a_file_is_looked_at_again_when_it_has_changed(tmp_path: Path, monkeypat
     path = folder(tmp_path, "a.gguf", "b.gguf")
     looked: list[str] = []
     read = gguf.read
-    monkeypatch.setattr(gguf, "read", lambda path: looked.append(Path(path).name) or read(path))
+
+    def watched(path: str) -> gguf.ModelFile:
+        looked.append(Path(path).name)
+        return read(path)
+
+    monkeypatch.setattr(gguf, "read", watched)
     lists = Catalogue((str(path),), LLAMA, Capacity({RAM: GIB}, {}))
     first = lists.scan()
     assert lists.scan() == first and looked == ["a.gguf", "b.gguf"]
@@ -145,8 +150,11 @@ def test_without_a_budget_it_is_what_is_free_but_for_a_margin(monkeypatch: pytes
 def test_fake_models_have_a_size_a_kind_and_a_load_time() -> None:
     template = replace(FAKE, fake=replace(FAKE.fake, load_ms=7))
     found = scan("a:40", "b:10:embed:500ms", "c", template=template)
-    assert [(each.stored.name, each.stored.kind, each.stored.needs[RAM] // MIB, each.config.fake.load_ms)
-            for each in found.values()] == [("a", "generate", 40, 7), ("b", "embed", 10, 500), ("c", "generate", 0, 7)]  # fmt: skip
+    seen = {
+        each.stored.name: (each.stored.kind, each.stored.needs[RAM] // MIB, each.config.fake.load_ms)
+        for each in found.values()
+    }
+    assert seen == {"a": ("generate", 40, 7), "b": ("embed", 10, 500), "c": ("generate", 0, 7)}
     assert found["a"].config.fake.memory_bytes == 40 * MIB and found["a"].config.model_name == "a"
     for text in ("a:b:c", ":4", "a:4:fast"):
         with pytest.raises(BadName, match="NAME:MIB"):

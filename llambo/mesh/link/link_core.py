@@ -228,6 +228,8 @@ class Attempts:
 class Beats:
     """Beats of one session, on both planes."""
 
+    #: False: there is no token plane.
+    on_tokens: bool = True
     #: In a worker the last number it published, in a client the last one it received.
     number: int = 0
     #: Only a later beat proves that the token socket works: earlier ones passed the previous socket.
@@ -274,7 +276,7 @@ class LinkCore:
         self.sessions = 0
         self.terms = SessionTerms()
         self.attempts = Attempts()
-        self.beats = Beats()
+        self.beats = Beats(streams)
         #: When the last control message of this session arrived.
         self.heard_ms = 0
         #: Why the link is down, or was down last: for programs, and as text.
@@ -283,7 +285,6 @@ class LinkCore:
         self._hello = hello
         self._emit = emit
         self._redundant = redundant
-        self._streams = streams
         self._lost_at = NEVER_MS
         self._since = 0
 
@@ -338,7 +339,7 @@ class LinkCore:
         self.attempts.succeed()
         self._lost_at = NEVER_MS
         self.beats.begin(now_ms)
-        if self._streams:
+        if self.beats.on_tokens:
             self._open_tokens()
         else:
             self._step(LinkState.UP, now_ms)

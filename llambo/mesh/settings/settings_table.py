@@ -301,10 +301,11 @@ _FAKE = (
     row("fake.slow_at", Kind.NUMBER, 0, "slow down after so many tokens; 0: never"),
     row("fake.slow_factor", Kind.REAL, 10.0, "how many times slower than before", low=1),
     row("fake.load_ms", Kind.MS, 0, "how long loading takes", high=_LONGEST_MS),
+    row("fake.memory_bytes", Kind.BYTES, 0, "memory that it takes when it is loaded"),
     row("fake.load_crash", Kind.TEXT, "never",
         "crash while loading: never, always, or careless: unless safe settings are used",
         choices=("never", "careless", "always")),
-    row("fake.load_file", Kind.TEXT, "", "load only if this file exists"),
+    row("fake.load_file", Kind.TEXT, "", "load only if this file exists; {model} in it is the name of the model"),
     row("fake.poison", Kind.TEXT, "", "a prompt that contains this text crashes the engine that runs it"),
 )  # fmt: skip
 

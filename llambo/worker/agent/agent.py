@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import assert_never
 
@@ -80,8 +81,16 @@ class EngineProcess:
         command = [sys.executable, "-m", MODULE]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), "--worker", worker,
-                 *(["--hosted"] if configure.hosted else [])],
+                [
+                    *command,
+                    "--fd",
+                    str(theirs.fileno()),
+                    "--parent",
+                    str(os.getpid()),
+                    "--worker",
+                    worker,
+                    *(["--hosted"] if configure.hosted_as else []),
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 # A hostile model that takes over the engine must not find our key in its environment.
@@ -141,6 +150,42 @@ class EngineProcess:
         return f"the engine was ended by {signal.Signals(-code).name}", -code in SIGNALS_FROM_OUTSIDE
 
 
+class Waker:
+    """Bytes for a loop that polls, from signal handlers and other threads. After `close` they are dropped."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = socket.socketpair()
+        self._reading.setblocking(False)
+        self._writing.setblocking(False)
+        #: Of threads that write, so that the descriptor is not closed and taken by another file meanwhile.
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """To poll."""
+        return self._reading.fileno()
+
+    @property
+    def writing_fd(self) -> int:
+        return self._writing.fileno()
+
+    def send(self, byte: int) -> None:
+        # If it is full, the loop is awake.
+        with self._lock, suppress(BlockingIOError):
+            if self._writing.fileno() >= 0:
+                self._writing.send(bytes([byte]))
+
+    def receive(self) -> bytes:
+        try:
+            return self._reading.recv(4096)
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        with self._lock:
+            self._reading.close()
+            self._writing.close()
+
+
 class Agent:
     """One worker. `run` returns when it has left the mesh. `stop` and `unload` may be called from any thread."""
 
@@ -163,7 +208,7 @@ class Agent:
         self._notifier = notifier or Notifier()
         self._watch = watch
         #: Of log lines, if there are other workers in this process.
-        self._log_name = config.name if config.hosted else None
+        self._log_name = config.name if config.hosted_as else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -177,11 +222,7 @@ class Agent:
             )
             for number, address in enumerate(config.brokers)
         }
-        self._wake, self._waker = socket.socketpair()
-        self._wake.setblocking(False)
-        self._waker.setblocking(False)
-        #: Held while another thread uses the waker, so that it is not closed meanwhile.
-        self._waking = threading.Lock()
+        self._waker = Waker()
         self._poller = zmq.Poller()
         self._exit = ""
         #: The exit status of the process.
@@ -190,7 +231,7 @@ class Agent:
     @property
     def waker_fd(self) -> int:
         """Each byte written here is a request to stop: the first after all runs have ended, the second at once."""
-        return self._waker.fileno()
+        return self._waker.writing_fd
 
     @property
     def ended(self) -> str:
@@ -198,17 +239,11 @@ class Agent:
         return self._exit
 
     def stop(self) -> None:
-        self._wake_with(0)
+        self._waker.send(0)
 
     def unload(self) -> None:
-        """Stop, unless it has runs: `WorkerCore.refusals` then rises."""
-        self._wake_with(UNLESS_BUSY)
-
-    def _wake_with(self, byte: int) -> None:
-        """Nothing happens if it has ended."""
-        with self._waking:
-            if self._waker.fileno() >= 0:
-                self._waker.send(bytes([byte]))
+        """Stop, unless it has runs: `DrainState.refusals` then rises."""
+        self._waker.send(UNLESS_BUSY)
 
     def run(self) -> None:
         try:
@@ -225,8 +260,8 @@ class Agent:
         self._flush()
         due_ms = min(self.core.next_wakeup_ms(), self._notifier.next_wakeup_ms())
         ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
-        if self._wake.fileno() in ready:
-            for byte in self._wake.recv(64):
+        if self._waker.fileno() in ready:
+            for byte in self._waker.receive():
                 self._handle(e.StopRequested(unless_busy=byte == UNLESS_BUSY))
             self._notifier.update_soon()
         for number, link in self._links.items():
@@ -255,7 +290,7 @@ class Agent:
 
     def _watched(self) -> zmq.Poller:
         """The poller is made again only if the sockets have changed, which is rare between two tokens."""
-        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._wake.fileno(), zmq.POLLIN)]
+        polled: list[tuple[zmq.Socket[bytes] | int, int]] = [(self._waker.fileno(), zmq.POLLIN)]
         for link in self._links.values():
             if link.control is not None:
                 polled.append((link.control, POLL_BOTH if link.wants_to_write else zmq.POLLIN))
@@ -321,7 +356,7 @@ class Agent:
                 config = self._config
                 configure = proto.Configure(
                     config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first,
-                    name=config.served_as, hosted=config.hosted,
+                    hosted_as=config.hosted_as,
                 )  # fmt: skip
                 self._first = False
                 self.engine = EngineProcess(configure, config.name)
@@ -353,9 +388,7 @@ class Agent:
             for link in self._links.values():
                 link.close()
             self._context.term()
-            with self._waking:
-                self._wake.close()
-                self._waker.close()
+            self._waker.close()
 
 
 def run_worker(

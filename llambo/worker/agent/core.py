@@ -76,8 +76,6 @@ class WorkerCore:
         self._link_log = LinkLog(config.brokers, self._out.append)
         self._sessions = {number: _Session() for number in self.links}
         self._active = 0
-        #: How often it was asked to stop unless it is busy, and was.
-        self.refusals = 0
         self.ready_notified = False
         self.drain = DrainState(config.drain_ms)
 
@@ -114,7 +112,7 @@ class WorkerCore:
                     self._leave(f"cannot serve {self._config.model}: {fatal}", now_ms, status=1)
             case e.StopRequested(urgent, unless_busy):
                 if unless_busy and self.runs.active:
-                    self.refusals += 1
+                    self.drain.refusals += 1
                 else:
                     self._announce_change(self.drain.stop(urgent, now_ms))
             case e.Ticked():

@@ -58,11 +58,10 @@ class EngineLife:
         self._config = config
         self._out = out
         self._spawns = 0
-        #: Why the engine cannot load, as it has reported.
-        self._problem = ""
-        #: The last engine that ended while it was loading did so for want of memory, as far as is known: it has said so,
-        #: or was killed from outside, as the kernel does then.
-        self.out_of_memory = False
+        #: What the engine has reported about its loading, last; without a note: nothing.
+        self._said = Progress()
+        #: It was killed from outside while it was loading.
+        self._killed = False
         self._stalled = False
         #: An engine died while it was loading: all later ones are started with safe settings.
         self._safe = False
@@ -75,6 +74,12 @@ class EngineLife:
     @property
     def is_ready(self) -> bool:
         return self.state is EngineState.READY
+
+    @property
+    def out_of_memory(self) -> bool:
+        """The last engine ended while it was loading, and had too little memory, as far as is known: it has said so, or
+        it was killed from outside without a word, as the kernel does then."""
+        return self._said.out_of_memory or (self._killed and not self._said.problem)
 
     def is_responsive(self, now_ms: int, busy: bool) -> bool:
         """False: it is stalled, or it was killed and is not gone yet."""
@@ -94,8 +99,7 @@ class EngineLife:
     def on_progress(self, progress: Progress, now_ms: int) -> None:
         self.last_alive_ms = now_ms
         if self.state is EngineState.LOADING:
-            self.note, self._problem = progress.note, progress.problem
-            self.out_of_memory = progress.out_of_memory
+            self.note, self._said = progress.note, progress
             self.percent = min(progress.percent, 100) if progress.percent >= 0 else self.percent
 
     def on_ready(self, ready: Ready, now_ms: int) -> bool:
@@ -115,9 +119,9 @@ class EngineLife:
             self._backoff = min(BACKOFF_MS, self._config.backoff_ms)
         stalled = self.state is EngineState.DYING and self._stalled
         loading = self.state is EngineState.LOADING
-        self.out_of_memory = loading and (self.out_of_memory or outside)
+        self._killed = loading and outside
         self._step(EngineState.DOWN)
-        if loading and not self._problem and not self._safe:
+        if loading and not self._said.problem and not self._safe:
             # It reported no reason: it may have used an instruction that this machine does not have.
             self._safe = True
             self._spawn_at = now_ms
@@ -127,10 +131,10 @@ class EngineLife:
         if self.ready is None:
             # It was never ready, and neither time nor safe settings change the model file.
             where = " while loading, with safe settings too" if loading else ""
-            return self._problem or (self.note if stalled else f"{text}{where}")
+            return self._said.problem or (self.note if stalled else f"{text}{where}")
         self._spawn_at = now_ms + self._backoff
         where = " while loading" if loading else ""
-        self.note = f"{self._problem or text + where}; a new engine in {self._backoff} ms"
+        self.note = f"{self._said.problem or text + where}; a new engine in {self._backoff} ms"
         self._out.append(Log(f"engine: {self.note}", warning=True))
         self._backoff = min(self._backoff * 2, self._config.backoff_ms)
         return ""
@@ -148,7 +152,7 @@ class EngineLife:
             self._step(EngineState.LOADING)
             self.last_alive_ms = now_ms
             self.restarts, self._spawns = self._spawns, self._spawns + 1
-            self._problem, self._stalled, self.percent = "", False, 0
+            self._said, self._stalled, self.percent = Progress(), False, 0
             settings = ", with safe settings" if self._safe else ""
             self._out.append(Log(f"engine: starting{settings}"))
             self._out.append(SpawnEngine(self._safe))

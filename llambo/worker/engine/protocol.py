@@ -54,14 +54,12 @@ class Configure(EngineMessage, frozen=True):
     safe: bool = False
     #: No engine was started before. What needs to be said once is said by the first.
     first: bool = True
-    #: What the model is called in the mesh; empty: as its file.
-    name: str = ""
-    #: Other engines of this host load at the same time: there is no progress bar.
-    hosted: bool = False
+    #: As in `WorkerConfig`. Engines beside it may load at the same time, so there is no progress bar.
+    hosted_as: str = ""
 
     @property
     def model_name(self) -> str:
-        return self.name or mesh_name(self.model)
+        return self.hosted_as or mesh_name(self.model)
 
 
 class Start(EngineMessage, frozen=True):

@@ -6,8 +6,8 @@ two files with the same name the second one has the name of its folder before it
 
 The number of slots and the context are chosen here, as for a model that has the whole budget, and the engine gets them
 as they are. So a model takes the same memory whatever is loaded beside it, and its answers can move between hosts with
-the same budget. Where there is a GPU llama.cpp measures it (`llama/dry_run.py`), elsewhere the header of the file tells.
-A file is looked at again when it has changed.
+the same budget. Where there is a GPU llama.cpp measures it (`llama/dry_run.py`), elsewhere the header of the file has
+the sizes. A file is looked at again when it has changed.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def capacity(template: WorkerConfig, memory_bytes: int) -> Capacity:
     devices = dry_run.find_placement("", template.llama).devices
     wish = placement.Wish(None, 1, device_limit=template.llama.gpu_bytes)
     budget = {each.name: placement.room(each, wish) for each in devices if not each.integrated}
-    free = {each.name: each.free_bytes for each in devices}
-    return Capacity({RAM: memory_bytes} | budget, {RAM: memory_bytes} | free, bool(devices))
+    there = {each.name: each.free_bytes for each in devices}
+    return Capacity({RAM: memory_bytes} | budget, {RAM: memory_bytes} | there, bool(devices))
 
 
 class Catalogue:
@@ -134,7 +134,7 @@ class Catalogue:
 
     def _look_at(self, path: Path) -> Servable | None:
         """None: it is no model of its own."""
-        config = replace(self._template, model=str(path), hosted=True)
+        config = replace(self._template, model=str(path))
         try:
             file = gguf.read(str(path))
             if model_files.part_of_another(file):
@@ -168,9 +168,7 @@ class Catalogue:
         needs = {RAM: chosen.host_bytes}
         needs |= {share.name: share.used_bytes for share in chosen.shares if share.name in budget}
         layers = config.llama.gpu_layers if chosen.host_experts else chosen.layers
-        fixed = replace(
-            config.llama, slots=chosen.slots, context=answer.context, fewer_slots=False, gpu_layers=layers
-        )
+        fixed = replace(config.llama, slots=chosen.slots, context=answer.context, fewer_slots=False, gpu_layers=layers)
         return Servable(StoredModel("", kind_of(file), needs), replace(config, llama=fixed))
 
 
@@ -182,7 +180,7 @@ def fake_model(text: str, template: WorkerConfig) -> Servable:
     size = int(parts["mib"] or 0) * MIB
     kinds: dict[str, Kind] = {"generate": "generate", "embed": "embed", "rerank": "rerank"}
     fake = replace(template.fake, memory_bytes=size, load_ms=int(parts["ms"] or template.fake.load_ms))
-    config = replace(template, model=parts["name"], fake=fake, hosted=True)
+    config = replace(template, model=parts["name"], fake=fake)
     stored = StoredModel("", kinds[parts["kind"] or "generate"], {RAM: size})
     return _called(Servable(stored, config), mesh_name(parts["name"]))
 
@@ -204,5 +202,5 @@ def kind_of(file: gguf.ModelFile) -> Kind:
 def _called(servable: Servable, name: str) -> Servable:
     stored = servable.stored
     return Servable(
-        StoredModel(name, stored.kind, stored.needs, stored.refusal[:256]), replace(servable.config, served_as=name)
+        StoredModel(name, stored.kind, stored.needs, stored.refusal[:256]), replace(servable.config, hosted_as=name)
     )

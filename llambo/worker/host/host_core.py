@@ -2,8 +2,8 @@
 
 A host has a session with each broker, on the control plane of workers, and none of it is about requests: it reports
 which models it has, which of them are loaded and how much memory they take, and brokers send what they want to be
-loaded (`Place`) and who holds what (`Hold`). Requests go to its workers, which have sessions of their own. What is done
-about it is decided in `loading_core`.
+loaded (`PlaceModels`) and who holds what (`Hold`). Requests go to its workers, which have sessions of their own. What
+is done about it is decided in `loading_core`.
 
     the report  is sent with heartbeats until the broker has echoed its revision
     a wish      of a broker counts until the next one, until it was not repeated for `WISH_BEATS`, or until the broker
@@ -118,7 +118,7 @@ class HostCore:
             case m.BrokerHeartbeat():
                 self._on_sequence(number, message.seq)
                 self._echoed[number] = message.echo
-            case m.Place():
+            case m.PlaceModels():
                 self._on_sequence(number, message.seq)
                 lasts_ms = WISH_BEATS * self.links[number].terms.heartbeat_ms
                 self.loading.on_place(number, message, now_ms + lasts_ms)

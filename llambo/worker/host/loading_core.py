@@ -14,10 +14,6 @@ follows them in turn, as far as these rules allow:
                 their share of the budget
     no waste    a model is evicted only if the one that is wanted fits then
 
-    stored --> loading --> ready --> unloading --> stored
-                  |                                            a failed one is loaded again after a pause, which doubles
-                  +--> failed --> loading
-
 A load that runs out of memory is tried once more when everything that may be unloaded is gone. Until then brokers see
 it as loading, and its requests wait.
 """
@@ -26,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
@@ -42,32 +38,13 @@ from llambo.worker.host.host_events import (
     WorkerChanged,
     WorkerEnded,
 )
+from llambo.worker.host.hosted_model import Holder, Model, Sizes, add, fits, in_mib
 
-#: Every legal step, and its reason.
-MODEL_STEPS: dict[m.HostedState, dict[m.HostedState, str]] = {
-    "stored": {"loading": "wanted or held, and it fits"},
-    "loading": {"ready": "loaded", "failed": "its worker ended", "unloading": "the host stops"},
-    "ready": {"unloading": "evicted, idle for its ttl, or the host stops", "failed": "its worker ended"},
-    "unloading": {"stored": "the engine process is gone", "ready": "it was busy"},
-    "failed": {"loading": "wanted or held, the pause is over, and it fits"},
-}
 #: The pause after a load that failed doubles from the first to the last.
 RETRY_MS = (5_000, 300_000)
 #: The number of loaded models is limited like a kind of memory of this name, of which each takes one.
 _PLACES = ""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._@-]+")
-MIB = 1024 * 1024
-
-Sizes = dict[str, int]
-
-
-def fits(needs: Sizes, free: Sizes) -> bool:
-    return all(free.get(name, 0) >= size for name, size in needs.items())
-
-
-def _add(free: Sizes, needs: Sizes, sign: int = 1) -> None:
-    for name, size in needs.items():
-        free[name] = free.get(name, 0) + sign * size
 
 
 @dataclass(slots=True)
@@ -77,73 +54,6 @@ class Wish:
     load: tuple[str, ...]
     evict: tuple[str, ...]
     until_ms: int
-
-
-@dataclass(slots=True)
-class Holder:
-    until_ms: int
-    pin: bool
-
-
-@dataclass(slots=True)
-class LoadHistory:
-    """When a model was loaded, and how it went."""
-
-    loads: int = 0
-    #: How long the last one took.
-    took_ms: int = 0
-    started_at: int = 0
-    ready_at: int = 0
-    #: Failures in a row, the reason of the last one, and when the model may be tried again.
-    failures: int = 0
-    problem: str = ""
-    retry_at: int = 0
-    #: Memory ran out: everything that may be unloaded has to go before it is tried again.
-    make_room: bool = False
-
-
-@dataclass(slots=True)
-class Model:
-    stored: StoredModel
-    worker: str
-    state: m.HostedState = "stored"
-    #: Its engine is ready. In the state `ready` it may have died and be starting again.
-    up: bool = False
-    percent: int = 0
-    active: int = 0
-    #: When it was busy last, or became ready.
-    used_at: int = 0
-    #: What it takes while it is loaded. The catalogue may say something else since then.
-    takes: Sizes = field(default_factory=dict)
-    #: The refusals of its worker that are known.
-    refusals: int = 0
-    holders: dict[str, Holder] = field(default_factory=dict)
-    history: LoadHistory = field(default_factory=LoadHistory)
-    #: An operator wants it to be unloaded.
-    unwanted: bool = False
-    #: It is not in the catalogue any more.
-    removed: bool = False
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
-
-    @property
-    def pinned(self) -> bool:
-        return any(holder.pin for holder in self.holders.values())
-
-    @property
-    def loaded(self) -> bool:
-        """It has memory, or its process may still have some."""
-        return self.state in ("loading", "ready", "unloading")
-
-    @property
-    def is_helper(self) -> bool:
-        return self.stored.kind != "generate"
-
-    @property
-    def idle(self) -> bool:
-        return self.state == "ready" and self.active == 0 and not self.holders
 
 
 class Loading:
@@ -159,7 +69,7 @@ class Loading:
         self.config = config
         self._out = out
         self._wishes: dict[int, Wish] = {}
-        #: Since when each model is wanted: of two brokers the one that has waited longer comes first.
+        #: Since when each model waits: of two brokers the one that has waited longer comes first.
         self._since: dict[str, int] = {}
 
     # --- what has happened -------------------------------------------------------------------------
@@ -179,7 +89,7 @@ class Loading:
                 self._forget(model)
         self._report()
 
-    def on_place(self, broker: int, place: m.Place, until_ms: int) -> None:
+    def on_place(self, broker: int, place: m.PlaceModels, until_ms: int) -> None:
         self._wishes[broker] = Wish(tuple(place.load), tuple(place.evict), until_ms)
 
     def on_broker_lost(self, broker: int) -> None:
@@ -300,12 +210,12 @@ class Loading:
                 victims = self._victims(model, needs, soon, now_ms)
             for victim in victims:
                 self._unload(victim, f"for {model.name}")
-                _add(soon, victim.takes)
+                add(soon, victim.takes)
             if not fits(needs, soon):
                 continue
-            _add(soon, needs, -1)
+            add(soon, needs, -1)
             if not wait and fits(needs, free):
-                _add(free, needs, -1)
+                add(free, needs, -1)
                 self._load(model, needs, now_ms)
 
     def _wanted(self, now_ms: int) -> list[Model]:
@@ -323,11 +233,13 @@ class Loading:
                 ranks[model.name] = -1
             elif model.holders:
                 ranks.setdefault(model.name, limits.MODELS_PER_HOST)
-        self._since = {name: self._since.get(name, now_ms) for name in ranks}
+        # One that is loaded does not wait: when it is evicted, the one that it is evicted for has waited longer.
+        waiting = [name for name in ranks if name in self.models and not self.models[name].loaded]
+        self._since = {name: self._since.get(name, now_ms) for name in waiting}
         wanted = []
-        for name in sorted(ranks, key=lambda name: (ranks[name], self._since[name])):
-            model = self.models.get(name)
-            if model is None or model.loaded or model.removed or self.refusal(model):
+        for name in sorted(waiting, key=lambda name: (ranks[name], self._since[name])):
+            model = self.models[name]
+            if model.removed or self.refusal(model):
                 continue
             if now_ms < model.history.retry_at:
                 self._wake(model.history.retry_at)
@@ -343,7 +255,7 @@ class Loading:
                 break
             if victim.idle and not self._protected(victim, model) and self._is_old(victim, now_ms):
                 victims.append(victim)
-                _add(room, victim.takes)
+                add(room, victim.takes)
         return victims if fits(needs, room) else []
 
     def _evictable(self, name: str) -> Iterator[Model]:
@@ -411,7 +323,7 @@ class Loading:
     def _load(self, model: Model, takes: Sizes, now_ms: int) -> None:
         self._step(model, "loading")
         model.takes, model.history.started_at = takes, now_ms
-        self._out.append(Log(f"{model.name}: loading, {_sizes(model.stored.needs)}"))
+        self._out.append(Log(f"{model.name}: loading, {in_mib(model.stored.needs)}"))
         self._out.append(StartWorker(model.name, model.worker))
 
     def _unload(self, model: Model, why: str) -> None:
@@ -422,36 +334,11 @@ class Loading:
     # --- what brokers are sent -----------------------------------------------------------------------
 
     def hosted(self, now_ms: int) -> list[m.HostedModel]:
-        return [self._hosted(model, now_ms) for model in self.models.values()]
-
-    def _hosted(self, model: Model, now_ms: int) -> m.HostedModel:
-        history, refusal = model.history, self.refusal(model)
-        state: m.HostedState = model.state
-        if refusal and not model.loaded:
-            state = "failed"
-        elif (state == "ready" and not model.up) or (state == "failed" and history.make_room):
-            state = "loading"
-        return m.HostedModel(
-            name=model.name,
-            kind=model.stored.kind,
-            state=state,
-            percent=model.percent if state == "loading" else 0,
-            needs=model.stored.needs,
-            worker=model.worker if model.loaded else "",
-            pinned=model.pinned,
-            holders=list(model.holders),
-            load_ms=history.took_ms,
-            loads=history.loads,
-            note=(refusal or history.problem)[:256],
-            # 0 would mean that it can never be loaded.
-            retry_ms=max(1, history.retry_at - now_ms) if state == "failed" and not refusal else 0,
-        )
+        return [model.report(self.refusal(model), now_ms) for model in self.models.values()]
 
     def memory(self) -> dict[str, m.Memory]:
         used = self._used(self.loaded)
-        return {
-            name: m.Memory(size, used.get(name, 0), self._share(name)) for name, size in self.config.budget.items()
-        }
+        return {name: m.Memory(size, used.get(name, 0), self._share(name)) for name, size in self.config.budget.items()}
 
     def _share(self, name: str) -> int:
         """What helpers have for themselves of this kind of memory."""
@@ -462,21 +349,21 @@ class Loading:
         needs, budget = model.stored.needs, self.config.budget
         if model.stored.refusal or fits(needs, budget):
             return model.stored.refusal
-        return f"it needs {_sizes(needs)}, and the budget is {_sizes(budget)}"
+        return f"it needs {in_mib(needs)}, and the budget is {in_mib(budget)}"
 
     # --- inside --------------------------------------------------------------------------------------
 
     def _used(self, models: Iterable[Model]) -> Sizes:
         used: Sizes = {}
         for model in models:
-            _add(used, model.takes)
+            add(used, model.takes)
         used.pop(_PLACES, None)
         return used
 
     def _free(self, taking: Iterable[Model]) -> Sizes:
         free = self.config.budget | {_PLACES: limits.LOADED_PER_HOST}
         for model in taking:
-            _add(free, model.takes, -1)
+            add(free, model.takes, -1)
         return free
 
     def _worker_name(self, model: str) -> str:
@@ -497,17 +384,12 @@ class Loading:
         self.changed = self.changed_now = True
 
     def _step(self, model: Model, state: m.HostedState) -> None:
-        assert state in MODEL_STEPS[model.state], f"{model.name} cannot go from {model.state} to {state}"
-        model.state = state
+        model.step(state)
         self._report()
 
 
 def _with_place(needs: Sizes) -> Sizes:
     return {**needs, _PLACES: 1}
-
-
-def _sizes(sizes: Sizes) -> str:
-    return ", ".join(f"{size // MIB} MiB of {name}" for name, size in sizes.items()) or "nothing"
 
 
 def check_loading(loading: Loading) -> None:

@@ -33,7 +33,7 @@ from llambo.mesh.service.host import stop_signals_wake
 from llambo.mesh.service.notify_core import Condition
 from llambo.mesh.service.service_manager import Notifier
 from llambo.mesh.wire import codec
-from llambo.worker.agent.agent import POLL_BOTH, POLL_MS, Agent
+from llambo.worker.agent.agent import POLL_BOTH, POLL_MS, Agent, Waker
 from llambo.worker.agent.announcement import ProcessIdentity
 from llambo.worker.agent.core import WorkerCore
 from llambo.worker.agent.events import ConnectionChanged, ControlArrived, Exit, Log, NotifyReady, StopRequested, Ticked
@@ -90,15 +90,13 @@ class ModelHost:
         }
         self._inbox = Inbox()
         self._looker = Looker(catalogue, self._inbox)
-        self._wake, self._waker = socket.socketpair()
-        self._wake.setblocking(False)
-        self._waker.setblocking(False)
+        self._waker = Waker()
         self._exit = ""
 
     @property
     def waker_fd(self) -> int:
         """Each byte written here is a request to stop: the first after all runs have ended, the second at once."""
-        return self._waker.fileno()
+        return self._waker.writing_fd
 
     def run(self) -> None:
         try:
@@ -116,8 +114,8 @@ class ModelHost:
             link.flush()
         due_ms = min(self.core.next_wakeup_ms(), self._notifier.next_wakeup_ms())
         ready = dict(self._watched().poll(min(max(due_ms - clock.now_ms(), 0), POLL_MS)))
-        if self._wake.fileno() in ready:
-            for _ in self._wake.recv(64):
+        if self._waker.fileno() in ready:
+            for _ in self._waker.receive():
                 self._handle(StopRequested())
             self._notifier.update_soon()
         for event in self._inbox.take():
@@ -137,7 +135,7 @@ class ModelHost:
 
     def _watched(self) -> zmq.Poller:
         poller = zmq.Poller()
-        poller.register(self._wake.fileno(), zmq.POLLIN)
+        poller.register(self._waker.fileno(), zmq.POLLIN)
         poller.register(self._inbox.fileno(), zmq.POLLIN)
         for link in self._links.values():
             if link.control is not None:
@@ -216,47 +214,34 @@ class ModelHost:
         for link in self._links.values():
             link.close()
         self._context.term()
-        self._wake.close()
         self._waker.close()
         self._inbox.close()
 
 
 class Inbox:
-    """Events of other threads for the main thread, and a descriptor that is readable when there are some."""
+    """Events of other threads for the main thread, which polls it."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[dict[str, Servable] | HostEvent] = queue.SimpleQueue()
-        self._reading, self._writing = socket.socketpair()
-        self._reading.setblocking(False)
-        self._writing.setblocking(False)
-        self._lock = threading.Lock()
+        self._waker = Waker()
 
     def fileno(self) -> int:
-        return self._reading.fileno()
+        return self._waker.fileno()
 
     def post(self, event: dict[str, Servable] | HostEvent) -> None:
         self._queue.put(event)
-        # If the pipe is full, it is readable already.
-        with self._lock, suppress(BlockingIOError):
-            if self._writing.fileno() >= 0:
-                self._writing.send(b"\0")
+        self._waker.send(0)
 
     def take(self) -> list[dict[str, Servable] | HostEvent]:
-        try:
-            self._reading.recv(4096)
-        except BlockingIOError:
-            return []
         events = []
-        while True:
-            try:
-                events.append(self._queue.get_nowait())
-            except queue.Empty:
-                return events
+        if self._waker.receive():
+            with suppress(queue.Empty):
+                while True:
+                    events.append(self._queue.get_nowait())
+        return events
 
     def close(self) -> None:
-        with self._lock:
-            self._reading.close()
-            self._writing.close()
+        self._waker.close()
 
 
 class HostedWorker:
@@ -284,7 +269,7 @@ class HostedWorker:
 
     def _watch(self, core: WorkerCore) -> None:
         now = WorkerChanged(
-            self._model, core.engine.is_ready, core.runs.active, core.engine.percent, core.refusals
+            self._model, core.engine.is_ready, core.runs.active, core.engine.percent, core.drain.refusals
         )
         if now != self._last:
             self._last = now
@@ -299,12 +284,12 @@ class HostedWorker:
             log.exception("the worker of %s has failed", self._model)
             problem = f"its worker has failed: {error!r}"
         # A process in an uninterruptible sleep of the kernel goes on to hold its memory.
-        while agent.engine is not None:
+        while (engine := agent.engine) is not None:
             try:
-                agent.engine.reap()
+                engine.reap()
                 agent.engine = None
             except subprocess.TimeoutExpired:
-                log.warning("the engine of %s, process %d, was killed and is not gone", self._model, agent.engine.pid)
+                log.warning("the engine of %s, process %d, was killed and is not gone", self._model, engine.pid)
         self._inbox.post(WorkerEnded(self._model, problem, agent.core.engine.out_of_memory))
 
 

@@ -406,7 +406,8 @@ def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine:
         BadPrompt,
         OSError,
     ) as error:
-        send(Progress(problem=str(error)[:1000], out_of_memory=isinstance(error, (llama.NoMemory, model_files.TooLarge))))
+        too_large = isinstance(error, (llama.NoMemory, model_files.TooLarge))
+        send(Progress(problem=str(error)[:1000], out_of_memory=too_large))
         sys.exit(CANNOT_LOAD)
 
 
@@ -438,7 +439,7 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     log.info("library: %s", library)
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    bar = ProgressBar(send, drawn=not configure.hosted)
+    bar = ProgressBar(send, drawn=not configure.hosted_as)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
