@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from llambo.worker.store.caches import Removal
 
 EXAMPLES_PULL = """
-llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF            Q4_K_M, or else Q8_0
+llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF      Q4_K_M, or else Q8_0
 llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
-llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF/qwen2.5-1.5b-instruct-q2_k.gguf
+llambo pull hf:ORG/REPO/FOLDER/FILE.gguf
 llambo pull ollama:llama3.2:1b
-llambo pull https://example.org/x.gguf#sha256=8b1a...     checked against it
+llambo pull https://example.org/x.gguf#sha256=SUM   checked against it
 """
 EXAMPLES_RM = """
 llambo rm hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
 llambo rm --yes ollama:llama3.2:1b
-llambo rm --yes ~/models/x.gguf                           a file that is in no cache
+llambo rm --yes ~/models/x.gguf                     a file that is in no cache
 """
 FORMS = "hf:ORG/REPO, hf:ORG/REPO:QUANT, hf:ORG/REPO/FILE.gguf, ollama:NAME:TAG, https://HOST/FILE.gguf"
 

@@ -42,7 +42,7 @@ from llambo.mesh.wire.timers import backoff_ms
 EXAMPLES = """
 llambo up                                with SmolLM2, if it is installed
 llambo up --model ~/models/x.gguf
-llambo up --model hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF     on a terminal: downloads it first
+llambo up --model hf:ORG/REPO            on a terminal: downloads it first
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
 llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
