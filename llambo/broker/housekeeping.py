@@ -40,6 +40,8 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.queue.lines.items()):
         if lane == AWAITING_RUN or (not lane.fingerprint and state.is_promised(lane.model)):
             continue  # an orchestrator sees that a promised model is asked for, and starts its workers
+        if (wait := state.hosts.waits.get(lane.model)) is not None and not wait.joins:
+            continue  # a host is to load it; if none can, its requests have ended (placement/wishes.py)
         since = state.models.unserved_since.get(lane.model, 1)  # (a name that was forgotten meanwhile has no worker)
         if lane.fingerprint and not since:
             if not same_model.is_missing(state, lane):

@@ -103,6 +103,8 @@ class RequestQueue:
         self.lines: dict[Lane, Line] = {}
         #: Accounts that may have another request running than before this event.
         self.eased: dict[str, Account] = {}
+        #: Requests have begun, or ceased, to wait in a lane since placement was decided.
+        self.turned = False
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._max_age_ms = max_age_ms
@@ -123,6 +125,7 @@ class RequestQueue:
         line = self.lines.get(lane)
         if line is None:
             line = self.lines[lane] = Line()
+            self.turned = True
         line.put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
@@ -135,6 +138,7 @@ class RequestQueue:
         line.left(request)
         if not line.count:
             del self.lines[lane]
+            self.turned = True
 
     def first(self, lane: Lane) -> Request | None:
         line = self.lines.get(lane)

@@ -237,6 +237,8 @@ class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
     bytes: Bytes
     #: What those that are loaded, or being loaded, take.
     used: Bytes = 0
+    #: What embed and rerank models may take of it without being evicted for models that generate.
+    helpers: Bytes = 0
 
 
 class HostHello(Message, frozen=True):
@@ -328,7 +330,7 @@ class BrokerHeartbeat(Message, frozen=True):
     """The broker lives. To clients it also reports the progress of their requests."""
 
     number: Number
-    #: To workers: the last beat of theirs that arrived on the token plane. To hosts: the last revision of what they have.
+    #: To workers: the last beat of theirs that arrived on the token plane. To hosts: the last revision of their report.
     echo: Number = 0
     #: To clients: the next token index of each request that has new tokens. To workers: empty.
     progress: dict[RequestId, Count] = {}
