@@ -199,13 +199,13 @@ class Host(Peer):
     @property
     def seq(self) -> int:
         """The highest that it was sent."""
-        sent = [*self.received(m.BrokerHeartbeat), *self.received(m.Place), *self.received(m.Hold)]
+        sent = [*self.received(m.BrokerHeartbeat), *self.received(m.PlaceModels), *self.received(m.Hold)]
         return max((message.seq for message in sent), default=0)
 
     @property
     def wishes(self) -> tuple[list[str], list[str]]:
         """What it was sent last."""
-        places = self.received(m.Place)
+        places = self.received(m.PlaceModels)
         return (places[-1].load, places[-1].evict) if places else ([], [])
 
 

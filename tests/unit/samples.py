@@ -94,7 +94,7 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.HostHeartbeat(17, 3, [HOSTED], {"ram": m.Memory(2**34, 2**30, 2**31)}),
     ],
     "to_host": [
-        m.Place(18, ["tiny"], ["large"]),
+        m.PlaceModels(18, ["tiny"], ["large"]),
         m.Hold(19, "tiny", "alice/editor", 60_000, True, True),
     ],
 }

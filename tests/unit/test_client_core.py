@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import msgpack
-import msgspec
 import pytest
 
 from llambo.mesh.client import client_events as e
@@ -220,9 +219,8 @@ class TestSubmitting:
         bench.receive(m.Accepted(ID, 0, "tiny"))
         loading = m.BrokerHeartbeat(2, waiting={ID: 0}, notes={ID: "loading tiny on box, 41 %"})
         assert bench.receive(loading) == [e.ReportNote(ID, "loading tiny on box, 41 %")]
-        assert bench.receive(msgspec.structs.replace(loading, number=3)) == []
-        assert bench.receive(m.BrokerHeartbeat(4)) == [e.ReportNote(ID, "")]
-        assert bench.receive(m.BrokerHeartbeat(5, notes={b"?" * 16: "of another"})) == []
+        assert bench.receive(loading) == []
+        assert bench.receive(m.BrokerHeartbeat(3, notes={b"?" * 16: "of another"})) == [e.ReportNote(ID, "")]
 
     def test_a_request_that_a_heartbeat_lists_was_admitted_and_is_resumed_elsewhere(self, bench: Bench) -> None:
         # Given a request whose acceptance is lost with the link, after a heartbeat has listed it

@@ -209,24 +209,28 @@ class _Decider:
             if could_have(model, room.host.memory) and model.name not in room.host.failed
         ]
         ways = [(way, room, model) for room, model in able if (way := self._way(room, model, asked)) is not None]
+        best: _Way | None = None
         if ways:
-            way, room, model = min(ways, key=lambda each: each[0])
-            room.take(model, way)
-            decision.places[asked] = way.host
-            if way.grade == 3:
-                busy = [victim for victim in way.victims if victim in room.host.in_use]
-                decision.yields.setdefault(way.host, []).extend(busy)
+            best, room, model = min(ways, key=lambda each: each[0])
+            self._take(asked, best, room, model)
         if asked.served:
             return
-        if ways and way.victims:
-            decision.waits[name] = Wait(f"until {', '.join(way.victims)} is unloaded on {way.host} for {name}")
-        elif ways:
-            decision.waits[name] = Wait(f"{way.host} is about to load {name}")
+        if best is not None and best.victims:
+            decision.waits[name] = Wait(f"until {', '.join(best.victims)} is unloaded on {best.host} for {name}")
+        elif best is not None:
+            decision.waits[name] = Wait(f"{best.host} is about to load {name}")
         elif able:
             where = ", ".join(sorted(room.host.name for room, _ in able))
             decision.waits[name] = Wait(f"for memory on {where}: what is loaded there is in use or held")
         else:
             decision.hopeless.append(asked)
+
+    def _take(self, asked: Asked, way: _Way, room: _Room, model: m.HostedModel) -> None:
+        room.take(model, way)
+        self.decision.places[asked] = way.host
+        if way.grade == 3:
+            in_use = [victim for victim in way.victims if victim in room.host.in_use]
+            self.decision.yields.setdefault(way.host, []).extend(in_use)
 
     def _way(self, room: _Room, model: m.HostedModel, asked: Asked) -> _Way | None:
         """The best way to load it at this host; None: there is none now."""

@@ -172,13 +172,15 @@ def _send_wishes(state: State, host: HostEntry) -> None:
         return  # it does not read; its next heartbeat shows when it does
     host.beats.seq += 1
     host.sent, host.sent_seq, host.sent_route = host.wishes, host.beats.seq, host.link.route
-    state.to_host(host, m.Place(host.beats.seq, list(host.wishes.load), list(host.wishes.evict)))
+    state.to_host(host, m.PlaceModels(host.beats.seq, list(host.wishes.load), list(host.wishes.evict)))
 
 
 def confirmed(state: State, host: HostEntry, seq: int) -> None:
     """A heartbeat of it: it has read everything up to `seq`. What it does not report yet is sent again."""
-    unread = seq < host.sent_seq and host.sent_route == host.link.route
-    if host.wishes != host.sent or (host.wishes.load and not unread) or host.sent_route not in (b"", host.link.route):
+    moved = host.sent_route not in (b"", host.link.route)
+    read = seq >= host.sent_seq or moved
+    unmet = any(host.models[name].state not in ("loading", "ready") for name in host.wishes.load if name in host.models)
+    if host.wishes != host.sent or moved or (unmet and read):
         _send_wishes(state, host)
     for hold in [hold for hold in state.hosts.holds if hold.host == host.name and seq >= hold.seq]:
         if _is_done(state, host, hold):

@@ -90,7 +90,7 @@ def size_of(message: m.Message) -> int:
         case m.BrokerHeartbeat():
             notes = sum(map(len, message.notes.values()))
             return MESSAGE_BYTES + notes + ENTRY_BYTES * (len(message.progress) + len(message.waiting))
-        case m.Place():
+        case m.PlaceModels():
             return MESSAGE_BYTES + sum(map(len, message.load)) + sum(map(len, message.evict))
         case m.Problem():
             return MESSAGE_BYTES + len(message.error.text)

@@ -267,7 +267,7 @@ class HostHeartbeat(Message, frozen=True):
     memory: Annotated[dict[Name, Memory], Meta(max_length=limits.DEVICES_PER_HOST)] = {}
 
 
-class Place(Message, frozen=True):
+class PlaceModels(Message, frozen=True):
     """What the broker wants to be loaded here, in this order, and what may be evicted for it, in this order.
 
     All of it each time, and again with each heartbeat until the host reports it as loaded, so it does not matter which
@@ -672,7 +672,7 @@ ClientToBroker = (
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
 HostToBroker = HostHello | HostHeartbeat | Goodbye
 WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Orphan | Goodbye
-BrokerToHost = Welcome | BrokerHeartbeat | Place | Hold | Problem | Goodbye
+BrokerToHost = Welcome | BrokerHeartbeat | PlaceModels | Hold | Problem | Goodbye
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that have an extra frame.
