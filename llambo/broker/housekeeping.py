@@ -1,6 +1,6 @@
 """Once a second: requests that have waited too long, results that expire, models that are gone, rates, a sample.
 
-`queue_ms` and `hold_ms` take effect here.
+Requests that have waited `queue_ms` (queue.py finds them) or `hold_ms` end here.
 """
 
 from __future__ import annotations
