@@ -199,8 +199,9 @@ class Host(Peer):
     @property
     def seq(self) -> int:
         """The highest that it was sent."""
-        sent = [*self.received(m.BrokerHeartbeat), *self.received(m.PlaceModels), *self.received(m.Hold)]
-        return max((message.seq for message in sent), default=0)
+        numbered = (m.BrokerHeartbeat, m.PlaceModels, m.Hold)
+        sent = (a.message for a in self.bench.actions if isinstance(a, ToWorker) and a.route == self.route)
+        return max((message.seq for message in sent if isinstance(message, numbered)), default=0)
 
     @property
     def wishes(self) -> tuple[list[str], list[str]]:
