@@ -119,9 +119,8 @@ class WorkerConfig:
     engine: str = "fake"
     #: A file, or the name of a model that is installed.
     model: str = "fake"
-    #: What its model is called in the mesh, if it runs beside others in the process of a host: its log lines then have
-    #: its name. Empty: the model is called as its file.
-    hosted_as: str = ""
+    #: Its name in the mesh; empty: `mesh_name`.
+    served_as: str = ""
     fake: FakeOptions = field(default_factory=FakeOptions)
     llama: LlamaOptions = field(default_factory=LlamaOptions)
     #: A label for groups of equal machines.
@@ -143,7 +142,7 @@ class WorkerConfig:
     @property
     def model_name(self) -> str:
         """What the model is called in the mesh."""
-        return self.hosted_as or mesh_name(self.model)
+        return self.served_as or mesh_name(self.model)
 
     @property
     def slots(self) -> int:

@@ -39,7 +39,7 @@ def test_a_folder_a_file_and_a_link_to_one_of_them(tmp_path: Path) -> None:
     found = scan(tmp_path / "c.gguf", tmp_path / "all")
     assert set(found) == {"a", "b", "c"}
     assert found["b"].config.model == str(tmp_path / "all/deep/b.gguf")
-    assert found["b"].config.model_name == "b" == found["b"].config.hosted_as
+    assert found["b"].config.model_name == "b" == found["b"].config.served_as
 
 
 def test_of_two_files_with_one_name_the_second_has_its_folder_in_its_name(tmp_path: Path) -> None:

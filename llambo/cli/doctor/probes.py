@@ -173,10 +173,10 @@ def look_at_models(place: Place) -> ModelFacts:
     for wanted in map(str.strip, named) if place.settings.text("engine") != "fake" else ():
         try:
             if wanted and not Path(wanted).expanduser().is_dir():
-                model_files.find(wanted)
+                model_files.resolve(wanted, place.settings.aliases)
         except model_files.NoSuchModel as error:
             missing = missing or str(error)
-    found = model_files.on_this_host(place.settings.text("models_dir"))
+    found = model_files.on_this_host(place.settings.text("models_dir"), aliases=place.settings.aliases)
     return ModelFacts(missing, tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found))
 
 

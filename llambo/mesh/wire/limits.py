@@ -86,6 +86,8 @@ LOADED_PER_HOST = 32
 HOLDERS_PER_MODEL = 64
 #: What a client calls one of its holders; the broker adds its identity.
 HOLDER_CHARS = 48
+#: A holder that is no admin counts for so long at most; renewed, for longer.
+HOLD_MS = 3_600_000
 #: Kinds of memory of one host.
 DEVICES_PER_HOST = 32
 #: Slots of one worker: its claims have to fit into one heartbeat.

@@ -89,7 +89,7 @@ class EngineProcess:
                     str(os.getpid()),
                     "--worker",
                     worker,
-                    *(["--hosted"] if configure.hosted_as else []),
+                    *(["--hosted"] if configure.hosted else []),
                 ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -208,7 +208,7 @@ class Agent:
         self._notifier = notifier or Notifier()
         self._watch = watch
         #: Of log lines, if there are other workers in this process.
-        self._log_name = config.name if config.hosted_as else None
+        self._log_name = config.name if watch is not None else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._links = {
             number: Link(
@@ -356,7 +356,7 @@ class Agent:
                 config = self._config
                 configure = proto.Configure(
                     config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first,
-                    hosted_as=config.hosted_as,
+                    served_as=config.served_as, hosted=self._log_name is not None,
                 )  # fmt: skip
                 self._first = False
                 self.engine = EngineProcess(configure, config.name)

@@ -58,10 +58,8 @@ class EngineLife:
         self._config = config
         self._out = out
         self._spawns = 0
-        #: What the engine has reported about its loading, last; without a note: nothing.
+        #: What the engine has reported about its loading, last.
         self._said = Progress()
-        #: It was killed from outside while it was loading.
-        self._killed = False
         self._stalled = False
         #: An engine died while it was loading: all later ones are started with safe settings.
         self._safe = False
@@ -79,7 +77,7 @@ class EngineLife:
     def out_of_memory(self) -> bool:
         """The last engine ended while it was loading, and had too little memory, as far as is known: it has said so, or
         it was killed from outside without a word, as the kernel does then."""
-        return self._said.out_of_memory or (self._killed and not self._said.problem)
+        return self._said.out_of_memory
 
     def is_responsive(self, now_ms: int, busy: bool) -> bool:
         """False: it is stalled, or it was killed and is not gone yet."""
@@ -119,7 +117,8 @@ class EngineLife:
             self._backoff = min(BACKOFF_MS, self._config.backoff_ms)
         stalled = self.state is EngineState.DYING and self._stalled
         loading = self.state is EngineState.LOADING
-        self._killed = loading and outside
+        if loading and outside and not self._said.problem:
+            self._said = Progress(out_of_memory=True)
         self._step(EngineState.DOWN)
         if loading and not self._said.problem and not self._safe:
             # It reported no reason: it may have used an instruction that this machine does not have.

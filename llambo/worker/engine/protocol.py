@@ -54,12 +54,14 @@ class Configure(EngineMessage, frozen=True):
     safe: bool = False
     #: No engine was started before. What needs to be said once is said by the first.
     first: bool = True
-    #: As in `WorkerConfig`. Engines beside it may load at the same time, so there is no progress bar.
-    hosted_as: str = ""
+    #: The name of the model in the mesh; empty: that of its file.
+    served_as: str = ""
+    #: Engines beside it, of other workers, may load at the same time, so there is no progress bar.
+    hosted: bool = False
 
     @property
     def model_name(self) -> str:
-        return self.hosted_as or mesh_name(self.model)
+        return self.served_as or mesh_name(self.model)
 
 
 class Start(EngineMessage, frozen=True):

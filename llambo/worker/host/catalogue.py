@@ -1,8 +1,8 @@
 """Which models a host can load, and the memory that each takes.
 
-What is named in `--models` is a folder, a file, or the name of a model that is installed; with the fake engine
-`NAME[:MIB][:KIND][:MSms]`, a model without a file. A model is called what its file is called, without `.gguf`. Of
-two files with the same name the second one has the name of its folder before its own.
+What is named in `--models` is a folder, or whatever `--model` takes: a file, a name of llambo.toml, `hf:`, a package;
+with the fake engine `NAME[:MIB][:KIND][:MSms]`, a model without a file. A file of a folder is called what the file is
+called, without `.gguf`. Of two files with the same name the second one has the name of its folder before its own.
 
 The number of slots and the context are chosen here, as for a model that has the whole budget, and the engine gets them
 as they are. So a model takes the same memory whatever is loaded beside it, and its answers can move between hosts with
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from llambo.worker.config import RAM, WorkerConfig, mesh_name
 from llambo.worker.host.host_events import StoredModel
 from llambo.worker.llama import dry_run
 from llambo.worker.models import gguf, model_files, placement
+from llambo.worker.store import refs
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,15 @@ def capacity(template: WorkerConfig, memory_bytes: int) -> Capacity:
 class Catalogue:
     """`named`: as in `--models`. `scan` may take seconds, and is called by one thread."""
 
-    def __init__(self, named: tuple[str, ...], template: WorkerConfig, room: Capacity) -> None:
+    def __init__(
+        self,
+        named: tuple[str, ...],
+        template: WorkerConfig,
+        room: Capacity,
+        aliases: Mapping[str, str] = model_files.NO_ALIASES,
+    ) -> None:
         self._named = named
+        self._aliases = aliases
         self._template = template
         self._room = room
         #: What was not found in the last scan: it is logged once.
@@ -117,20 +125,28 @@ class Catalogue:
         """Each file once, in the order of the names."""
         seen = set()
         for named in self._named:
-            folder = Path(named).expanduser()
-            packaged = named in model_files.PACKAGED
             try:
-                paths = model_files.below(folder) if folder.is_dir() and not packaged else [model_files.find(named)]
+                models = list(self._named_by(named))
             except model_files.NoSuchModel as error:
                 if named not in self._missing:
                     log.warning("%s", error)
                     self._missing.add(named)
                 continue
             self._missing.discard(named)
-            for path in paths:
+            for name, path in models:
                 if (real := os.path.realpath(path)) not in seen:
                     seen.add(real)
-                    yield named if packaged else mesh_name(str(path)), path
+                    yield name, path
+
+    def _named_by(self, named: str) -> Iterator[tuple[str, Path]]:
+        """Raises NoSuchModel."""
+        if is_folder(named, self._aliases):
+            for path in model_files.below(Path(named).expanduser()):
+                if refs.is_model(path.name):
+                    yield mesh_name(str(path)), path
+        else:
+            found = model_files.resolve(named, self._aliases)
+            yield found.served_as, found.path
 
     def _look_at(self, path: Path) -> Servable | None:
         """None: it is no model of its own."""
@@ -185,13 +201,19 @@ def fake_model(text: str, template: WorkerConfig) -> Servable:
     return _called(Servable(stored, config), mesh_name(parts["name"]))
 
 
-def check_names(names: tuple[str, ...], template: WorkerConfig) -> None:
+def is_folder(named: str, aliases: Mapping[str, str]) -> bool:
+    return named not in aliases and named not in model_files.PACKAGED and Path(named).expanduser().is_dir()
+
+
+def check_names(
+    names: tuple[str, ...], template: WorkerConfig, aliases: Mapping[str, str] = model_files.NO_ALIASES
+) -> None:
     """What is wrong at the start is a mistake. Raises BadName and NoSuchModel."""
     for name in names:
         if template.engine == "fake":
             fake_model(name, template)
-        elif name in model_files.PACKAGED or not Path(name).expanduser().is_dir():
-            model_files.find(name)
+        elif not is_folder(name, aliases):
+            model_files.resolve(name, aliases)
 
 
 def kind_of(file: gguf.ModelFile) -> Kind:
@@ -202,5 +224,5 @@ def kind_of(file: gguf.ModelFile) -> Kind:
 def _called(servable: Servable, name: str) -> Servable:
     stored = servable.stored
     return Servable(
-        StoredModel(name, stored.kind, stored.needs, stored.refusal[:256]), replace(servable.config, hosted_as=name)
+        StoredModel(name, stored.kind, stored.needs, stored.refusal[:256]), replace(servable.config, served_as=name)
     )

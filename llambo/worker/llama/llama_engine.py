@@ -439,7 +439,7 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
     log.info("library: %s", library)
     send(Progress(f"looking at {path}"))
     file = gguf.read(path)
-    bar = ProgressBar(send, drawn=not configure.hosted_as)
+    bar = ProgressBar(send, drawn=not configure.hosted)
     # What is free on a GPU is true until the next worker of this machine allocates its model.
     shares_gpu = options.gpu_layers != 0 and library.supports_gpu
     with dry_run.taking_turns(bar) if shares_gpu else nullcontext():
