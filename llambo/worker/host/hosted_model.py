@@ -62,7 +62,7 @@ class LoadHistory:
 
 
 @dataclass(slots=True)
-class Model:
+class ModelAtHost:
     stored: StoredModel
     worker: str
     state: m.HostedState = "stored"

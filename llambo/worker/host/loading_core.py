@@ -1,6 +1,6 @@
 """Which models of a host are loaded: the rules that hold whatever brokers want.
 
-Brokers decide what is loaded where. Each sends what it wants here, and what may be evicted for that (`Wish`). This core
+Brokers decide what is loaded where. Each sends what it wants here, and what may be evicted for that (`BrokerWish`). This core
 follows them in turn, as far as these rules allow:
 
     budget      what is loaded, being loaded or being unloaded fits the budget of each kind of memory, and is at most
@@ -38,7 +38,7 @@ from llambo.worker.host.host_events import (
     WorkerChanged,
     WorkerEnded,
 )
-from llambo.worker.host.hosted_model import Holder, Model, Sizes, add, fits, in_mib
+from llambo.worker.host.hosted_model import Holder, ModelAtHost, Sizes, add, fits, in_mib
 
 #: The pause after a load that failed doubles from the first to the last.
 RETRY_MS = (5_000, 300_000)
@@ -48,7 +48,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._@-]+")
 
 
 @dataclass(slots=True)
-class Wish:
+class BrokerWish:
     """What one broker wants, until it says otherwise or has not repeated it for a while."""
 
     load: tuple[str, ...]
@@ -60,7 +60,7 @@ class Loading:
     """The models of one host. Its owner passes on what happens, then calls `settle`; actions are appended to `out`."""
 
     def __init__(self, config: HostConfig, out: list[HostAction]) -> None:
-        self.models: dict[str, Model] = {}
+        self.models: dict[str, ModelAtHost] = {}
         self.stopping = False
         #: Something that brokers should know has changed: `now`, or with the next heartbeat.
         self.changed = False
@@ -68,7 +68,7 @@ class Loading:
         self.next_wakeup_ms = NEVER_MS
         self.config = config
         self._out = out
-        self._wishes: dict[int, Wish] = {}
+        self._wishes: dict[int, BrokerWish] = {}
         #: Since when each model waits: of two brokers the one that has waited longer comes first.
         self._since: dict[str, int] = {}
 
@@ -80,7 +80,7 @@ class Loading:
             names.add(stored.name)
             model = self.models.get(stored.name)
             if model is None:
-                self.models[stored.name] = Model(stored, self._worker_name(stored.name))
+                self.models[stored.name] = ModelAtHost(stored, self._worker_name(stored.name))
             else:
                 model.stored, model.removed = stored, False
         for name, model in list(self.models.items()):
@@ -90,7 +90,7 @@ class Loading:
         self._report()
 
     def on_place(self, broker: int, place: m.PlaceModels, until_ms: int) -> None:
-        self._wishes[broker] = Wish(tuple(place.load), tuple(place.evict), until_ms)
+        self._wishes[broker] = BrokerWish(tuple(place.load), tuple(place.evict), until_ms)
 
     def on_broker_lost(self, broker: int) -> None:
         """Holders remain: they belong to clients, which may ask another broker."""
@@ -138,7 +138,7 @@ class Loading:
             if model.state == "unloading" and not self.stopping:
                 self._step(model, "ready")
 
-    def _on_ready(self, model: Model, now_ms: int) -> None:
+    def _on_ready(self, model: ModelAtHost, now_ms: int) -> None:
         history = model.history
         model.up = True
         model.used_at = history.ready_at = now_ms
@@ -161,7 +161,7 @@ class Loading:
             self._on_failed(model, ended, now_ms)
         self._forget(model)
 
-    def _on_failed(self, model: Model, ended: WorkerEnded, now_ms: int) -> None:
+    def _on_failed(self, model: ModelAtHost, ended: WorkerEnded, now_ms: int) -> None:
         history = model.history
         history.problem = ended.problem or "its worker has ended"
         history.failures += 1
@@ -184,7 +184,7 @@ class Loading:
                 self._out.append(StopWorker(model.name))
 
     @property
-    def loaded(self) -> list[Model]:
+    def loaded(self) -> list[ModelAtHost]:
         return [model for model in self.models.values() if model.loaded]
 
     # --- what follows ------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Loading:
                 add(free, needs, -1)
                 self._load(model, needs, now_ms)
 
-    def _wanted(self, now_ms: int) -> list[Model]:
+    def _wanted(self, now_ms: int) -> list[ModelAtHost]:
         """Models to load, the first one first.
 
         These are the ones that have run out of memory and for which room is made; what brokers want, the first wish of
@@ -247,7 +247,7 @@ class Loading:
             wanted.append(model)
         return wanted
 
-    def _victims(self, model: Model, needs: Sizes, soon: Sizes, now_ms: int) -> list[Model]:
+    def _victims(self, model: ModelAtHost, needs: Sizes, soon: Sizes, now_ms: int) -> list[ModelAtHost]:
         """The first of those that may be evicted for it, as many as are needed; none if all of them are not enough."""
         room, victims = dict(soon), []
         for victim in self._evictable(model.name):
@@ -258,7 +258,7 @@ class Loading:
                 add(room, victim.takes)
         return victims if fits(needs, room) else []
 
-    def _evictable(self, name: str) -> Iterator[Model]:
+    def _evictable(self, name: str) -> Iterator[ModelAtHost]:
         """Each once, in the order of the brokers that want this model."""
         seen = {name}
         for wish in self._wishes.values():
@@ -267,7 +267,7 @@ class Loading:
                     seen.add(victim)
                     yield self.models[victim]
 
-    def _idle_for(self, model: Model) -> list[Model]:
+    def _idle_for(self, model: ModelAtHost) -> list[ModelAtHost]:
         """What may be unloaded for it, now or when it is not young any more."""
         return [
             other for other in self.loaded if other is not model and other.idle and not self._protected(other, model)
@@ -277,13 +277,13 @@ class Loading:
     def _unloading(self) -> bool:
         return any(model.state == "unloading" for model in self.loaded)
 
-    def _is_old(self, model: Model, now_ms: int) -> bool:
+    def _is_old(self, model: ModelAtHost, now_ms: int) -> bool:
         old_at = model.history.ready_at + self.config.min_loaded_ms
         if now_ms < old_at:
             self._wake(old_at)
         return now_ms >= old_at
 
-    def _protected(self, helper: Model, model: Model) -> bool:
+    def _protected(self, helper: ModelAtHost, model: ModelAtHost) -> bool:
         """A helper is not evicted for a model that generates while all helpers are within their share."""
         if not helper.is_helper or model.is_helper:
             return False
@@ -320,13 +320,13 @@ class Loading:
                 else:
                     self._wake(holder.until_ms)
 
-    def _load(self, model: Model, takes: Sizes, now_ms: int) -> None:
+    def _load(self, model: ModelAtHost, takes: Sizes, now_ms: int) -> None:
         self._step(model, "loading")
         model.takes, model.history.started_at = takes, now_ms
         self._out.append(Log(f"{model.name}: loading, {in_mib(model.stored.needs)}"))
         self._out.append(StartWorker(model.name, model.worker))
 
-    def _unload(self, model: Model, why: str) -> None:
+    def _unload(self, model: ModelAtHost, why: str) -> None:
         self._step(model, "unloading")
         self._out.append(Log(f"{model.name}: unloading, {why}"))
         self._out.append(UnloadWorker(model.name))
@@ -344,7 +344,7 @@ class Loading:
         """What helpers have for themselves of this kind of memory."""
         return self.config.budget.get(name, 0) * self.config.helper_percent // 100
 
-    def refusal(self, model: Model) -> str:
+    def refusal(self, model: ModelAtHost) -> str:
         """Why it can never be loaded here; empty if it can."""
         needs, budget = model.stored.needs, self.config.budget
         if model.stored.refusal or fits(needs, budget):
@@ -353,14 +353,14 @@ class Loading:
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _used(self, models: Iterable[Model]) -> Sizes:
+    def _used(self, models: Iterable[ModelAtHost]) -> Sizes:
         used: Sizes = {}
         for model in models:
             add(used, model.takes)
         used.pop(_PLACES, None)
         return used
 
-    def _free(self, taking: Iterable[Model]) -> Sizes:
+    def _free(self, taking: Iterable[ModelAtHost]) -> Sizes:
         free = self.config.budget | {_PLACES: limits.LOADED_PER_HOST}
         for model in taking:
             add(free, model.takes, -1)
@@ -372,7 +372,7 @@ class Loading:
         taken = {other.worker for other in self.models.values()}
         return next(name for n in range(len(taken) + 1) if (name := f"{word}-{n + 1}" if n else word) not in taken)
 
-    def _forget(self, model: Model) -> None:
+    def _forget(self, model: ModelAtHost) -> None:
         if model.removed and not model.loaded:
             del self.models[model.name]
             self._report()
@@ -383,7 +383,7 @@ class Loading:
     def _report(self) -> None:
         self.changed = self.changed_now = True
 
-    def _step(self, model: Model, state: m.HostedState) -> None:
+    def _step(self, model: ModelAtHost, state: m.HostedState) -> None:
         model.step(state)
         self._report()
 
