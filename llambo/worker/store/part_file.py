@@ -79,6 +79,9 @@ _ELSEWHERE = "HF_HUB_CACHE, OLLAMA_MODELS or XDG_CACHE_HOME name another folder 
 
 def fetch(blob: Blob, web: Web, watcher: Watcher) -> None:
     """Download it, unless it is here. Another process that does so is waited for; if it ends, this one goes on."""
+    if blob.is_here():  # the folder may be one that cannot be written
+        watcher.moved(blob.size)
+        return
     try:
         with locked(blob.lock, lambda: watcher.note(f"another process downloads {blob.name}; waiting for it")):
             if blob.is_here():
