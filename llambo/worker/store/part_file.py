@@ -61,10 +61,15 @@ class Blob:
     def is_here(self) -> bool:
         return os.path.isfile(self.path) and self.path.stat().st_size == self.size
 
+    @property
+    def missing(self) -> int:
+        """Bytes that are to be downloaded, if what is there is right."""
+        return 0 if self.is_here() else max(0, self.size - _size(self.part))
+
 
 def check_room(blobs: list[Blob], folder: Path) -> None:
     """Raises StoreError if the disk cannot hold what is missing."""
-    missing = sum(each.size - _size(each.part) for each in blobs if not each.is_here())
+    missing = sum(each.missing for each in blobs)
     place = next(each for each in (folder, *folder.parents) if each.is_dir())
     free = shutil.disk_usage(place).free
     if missing and missing + SPARE_BYTES > free:

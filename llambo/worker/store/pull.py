@@ -40,8 +40,8 @@ class Download:
         return sum(blob.size for blob in self.blobs)
 
     @property
-    def missing(self) -> list[Blob]:
-        return [blob for blob in self.blobs if not blob.is_here()]
+    def missing(self) -> int:
+        return sum(blob.missing for blob in self.blobs)
 
 
 def plan(ref: Ref, watcher: Watcher) -> Download:
