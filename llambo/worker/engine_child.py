@@ -58,7 +58,7 @@ def make_engine(configure: proto.Configure, send: Callable[[proto.Progress], Non
     if configure.engine == "llama":
         # libgomp reads it when it is loaded, so it has to be set before.
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-        from llambo.worker.llama.llama_engine import load  # noqa: PLC0415  # a fake engine does not need llama.cpp
+        from llambo.worker.llama.loading import load  # noqa: PLC0415  # a fake engine does not need llama.cpp
 
         return load(configure, send)
     raise SystemExit(f"there is no engine {configure.engine!r}; there are fake and llama")

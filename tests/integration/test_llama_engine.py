@@ -18,7 +18,8 @@ from llambo.mesh.wire.tokens import Logprob
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
 from llambo.worker.llama import binding
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.loading import load
 from llambo.worker.models import model_files
 
 CONTEXT, SLOTS = 1024, 4

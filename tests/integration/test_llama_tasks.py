@@ -18,7 +18,8 @@ from llambo.mesh.wire.messages import Task
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Output, Refused, Start
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.loading import load
 from llambo.worker.models import model_files
 from tests.integration.test_llama_engine import CONTEXT, SLOTS, ask, engine, loaded, reported, run
 

@@ -24,7 +24,8 @@ from llambo.testing.mesh import Mesh
 from llambo.testing.processes import TIMEOUT_S
 from llambo.worker.config import LlamaOptions, WorkerConfig
 from llambo.worker.engine.protocol import Configure, Start
-from llambo.worker.llama.llama_engine import LlamaEngine, load
+from llambo.worker.llama.llama_engine import LlamaEngine
+from llambo.worker.llama.loading import load
 from tests.integration import hermes
 from tests.integration.test_llama_engine import Generated, engine, loaded, refusal, reported, run
 from tests.unit.gateway_bench import Call, collect, read

@@ -48,6 +48,7 @@ LARGER = {
     "gateway/apis/openai_common.py:OpenAIRequest": "the fields are those of OpenAI's API and llama.cpp's server",
     "gateway/apis/responses.py:ResponsesRequest": "the fields are those of OpenAI's API",
     "gateway/dashboard/watch_core.py:WorkerView": "one map on the wire, whose fields the page reads by name",
+    "mesh/client/client.py": "what a program can ask of a mesh, in one class",
     "mesh/wire/messages.py": "the protocol: every message is in one file",
     "mesh/wire/messages.py:InferenceRequest": "one message on the wire, whose fields are promised by name",
     "mesh/wire/messages.py:Dispatch": "one message on the wire, whose fields are promised by name",

@@ -137,6 +137,7 @@ def models(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
                 slots=sum(worker.slots for worker in serving),
                 waiting=waiting[model],
                 fake=any(is_fake(worker.serving.fingerprints.get(model, "")) for worker in serving),
+                kind=state.models.kinds.get(model, ""),
                 variants=_variants(model, serving),
             )
         )

@@ -72,6 +72,8 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     waiting: int = 0
     #: A fake engine serves it: its words are made up.
     fake: bool = False
+    #: What it is for: `generate`, `embed` or `rerank`; empty: it is being loaded, and that is not known yet.
+    kind: str = ""
     #: If its workers do not all serve the very same model: who can continue whose answers.
     variants: list[ModelVariant] = []
 
