@@ -16,9 +16,12 @@ from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
 from llambo.worker.config import LlamaOptions
 from llambo.worker.engine.protocol import Configure, Progress, Refused, Start
+from llambo.worker.llama import llama
+from llambo.worker.llama.embedder import Embedder
 from llambo.worker.llama.loading import load
 from llambo.worker.llama.pooled_engine import PooledEngine
-from llambo.worker.models.purpose import RERANK_TEMPLATE
+from llambo.worker.models import gguf, model_files
+from llambo.worker.models.purpose import RERANK_TEMPLATE, purpose_of
 from tests import bert
 from tests.integration.test_llama_tasks import outputs_of
 
@@ -143,6 +146,17 @@ def test_a_text_of_the_whole_context_fits_and_a_longer_one_is_refused_with_both_
     code, said = refused(engine, task("embed", ["x", text + "a"]))
     assert code is Code.TOO_LONG and f"text 1 has {CONTEXT + 1} tokens; the context has {CONTEXT}" in said
     assert refused(engine, task("embed", ["x", ""])) == (Code.BAD_REQUEST, "text 1 is empty")
+
+
+def test_a_long_step_shows_that_it_goes_on(folder: Path, weights: bert.Weights) -> None:
+    path = folder / "slow.gguf"
+    path.write_bytes(bert.file_of(weights, pooling=1))
+    options, calls = LlamaOptions(slots=SLOTS, threads=1), []
+    layout = model_files.layout(options, gguf.read(str(path)), 2**40, 1)
+    purpose = purpose_of(gguf.read(str(path)))
+    embedder = Embedder(llama.Model(str(path), safe=True), layout, CONTEXT, purpose, lambda: calls.append(1))
+    found = embedder.embed([bert.CLS, 9, bert.SEP], range(3), [0] * 3)
+    assert found.shape == (1, bert.TINY.width) and len(calls) > 10
 
 
 def test_it_pools_as_its_file_says_and_not_otherwise(engine: PooledEngine) -> None:

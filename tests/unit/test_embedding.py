@@ -113,17 +113,31 @@ def test_short_texts_share_a_step() -> None:
     queue.add(job(2, [7, 8]))
     plan = queue.plan(64)
     assert plan is not None
-    assert plan.tokens == [1, 2, 3, 4, 5, 6, 7, 8]
+    # Each job in its turn
+    assert plan.tokens == [1, 2, 7, 8, 3, 4, 5, 6]
     assert len(set(plan.sequences)) == 4
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_small_job_does_not_wait_for_a_large_one(whole: bool) -> None:
+    queue = EmbedQueue(cells=40, sequences=4, whole=whole)
+    queue.add(job(1, *[[1] * 30] * 100))
+    queue.add(job(2, [2] * 20, [3] * 20))
+    done: list[bytes] = []
+    for _ in range(12):
+        plan = queue.plan(16)
+        assert plan is not None
+        done += [one.key for one in queue.done(plan, rows_of(plan))[0]]
+    assert done == [bytes([2])]
 
 
 def test_a_dropped_job_gives_back_its_sequences_and_leaves_the_others() -> None:
     queue = EmbedQueue(cells=10, sequences=2)
     queue.add(job(1, [1] * 6, [2] * 4))
-    queue.add(job(2, [3] * 5))
     plan = queue.plan(7)
     assert plan is not None
     queue.done(plan, rows_of(plan))
+    queue.add(job(2, [3] * 5))
     assert len(queue.drop(bytes([1]))) == 1, "the first text was whole, the second had begun"
     assert queue.drop(bytes([1])) == []
     plan = queue.plan(64)

@@ -58,7 +58,9 @@ def test_what_every_model_can_do_is_not_refused(model: str, task: m.Task) -> Non
     assert [given.task for given in workers[model].dispatches] == [task]
 
 
-@pytest.mark.parametrize(("task", "model"), [("generate", "talk"), ("embed", "vec"), ("rerank", "rank")])
+@pytest.mark.parametrize(
+    ("task", "model"), [("generate", "talk"), ("embed", "vec"), ("rerank", "rank"), ("tokenize", "talk")]
+)
 def test_without_a_name_the_one_model_is_meant_that_is_made_for_it(task: m.Task, model: str) -> None:
     _, workers, client = mixed()
     client.submit(1, task=task, **RESULT)

@@ -65,12 +65,15 @@ def _in_class(state: State, who: Identity, asked: m.InferenceRequest, now_ms: in
 
 
 def _only_one(state: State, found: list[str], task: m.Task, several: str) -> tuple[str, ErrorInfo | None]:
-    """Of these models the one that can do the task. One that is made for it goes before one that also can."""
-    models = state.models
+    """Of these models the one that can do the task. One that is made for it goes before one that also can.
+
+    What is about texts and tokens alone is asked of the model that generates.
+    """
+    models, kind = state.models, task if task in ("embed", "rerank") else "generate"
     able = [model for model in found if models.can(model, task)]
     if not able:
         return "", _none(task, found)
-    made_for_it = [model for model in able if models.kinds.get(model) == task]
+    made_for_it = [model for model in able if models.kinds.get(model, kind) == kind]
     for choice in (made_for_it, able):
         if len(choice) == 1:
             return choice[0], None

@@ -16,7 +16,7 @@ from typing import Any
 LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 ProgressCallback = ctypes.CFUNCTYPE(c_bool, c_float, c_void_p)
 _EvalCallback = ctypes.CFUNCTYPE(c_bool, c_void_p, c_bool, c_void_p)
-_AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
+AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
 
 
 class TokenData(ctypes.Structure):
@@ -99,7 +99,7 @@ _CONTEXT: tuple[tuple[str, Any], ...] = (
     ("type_v", c_int),
 )
 _CONTEXT_END: tuple[tuple[str, Any], ...] = (
-    ("abort_callback", _AbortCallback),
+    ("abort_callback", AbortCallback),
     ("abort_callback_data", c_void_p),
     *((name, c_bool) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
     ("samplers", c_void_p),

@@ -6,17 +6,19 @@
                 dense layers, a classifier
 
 A model is `whole` if a text has to be computed in one step: in an encoder each token sees those behind it, and a mean
-needs all of them. Then the context has room for one text of its full length, and short texts share a step.
+needs all of them. Then the context has room for one text of its full length, and short texts share a step. A long text
+takes seconds on a slow machine. So that its engine is not taken for one that hangs, llama.cpp calls `on_progress` after
+each of the hundreds of parts of a step (those that the CPU computes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llambo.worker.llama import llama
+from llambo.worker.llama import c_api, llama
 from llambo.worker.llama.llama import LlamaContext, Model
 from llambo.worker.models.model_files import Layout
 from llambo.worker.models.purpose import Purpose
@@ -32,14 +34,25 @@ _NO_POOLING, _MEAN, _FROM_FILE = 0, 1, -1
 class Embedder(LlamaContext):
     """All texts share `context` cells. `rows`: tokens of a step; a text of a `whole` model may have more."""
 
-    def __init__(self, model: Model, layout: Layout, context: int, purpose: Purpose) -> None:
+    def __init__(
+        self, model: Model, layout: Layout, context: int, purpose: Purpose,
+        on_progress: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        def go_on(_: object) -> bool:
+            assert on_progress is not None
+            on_progress()
+            return False  # do not abort
+
         self.whole, self.pooled, self.pooling = purpose.whole, purpose.kind != "generate", purpose.pooling
         self.sequences = WHOLE_SEQUENCES if self.whole else SEQUENCES
         self.rows = min(layout.batch, context) if self.whole else ROWS
         pooling = _NO_POOLING if not self.pooled else _FROM_FILE if purpose.is_pooled else _MEAN
+        #: Collected, the next call of it would be a segmentation fault.
+        self._callback = c_api.AbortCallback(go_on) if on_progress is not None else c_api.AbortCallback()
         super().__init__(
             model, layout, f"{context} tokens for embeddings", context if self.whole else self.rows,
             n_ctx=context, n_seq_max=self.sequences, kv_unified=True, embeddings=True, pooling_type=pooling,
+            abort_callback=self._callback,
         )  # fmt: skip
         #: Numbers of a row.
         self.size = int(llama.lib.llama_model_n_cls_out(model.handle)) if purpose.kind == "rerank" else (

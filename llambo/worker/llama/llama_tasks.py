@@ -3,9 +3,9 @@
 A task ends like an answer, with an output that says `stop`. The pieces of that output are its whole result.
 
 `EmbedQueue` decides which texts go into the next step, and knows no model. Embeddings have a context of their own,
-separate from that of the answers and its cached prefixes. Texts wait in order. As many as fit share a step, each as a
-sequence of its own, and a long text is split across steps if the model allows it (`embedder`). So a step stays short,
-and running answers wait for one at most.
+separate from that of the answers and its cached prefixes. Tasks take turns, text by text. As many texts as fit share a
+step, each as a sequence of its own, and a long text is split across steps if the model allows it (`embedder`). So a
+step stays short, and running answers wait for one at most.
 
 A reranker reads each document in one text with the query. Its score is the vector of that text.
 """
@@ -131,15 +131,18 @@ class EmbedQueue:
         plan = EmbedPlan()
         for text in self._open:
             self._share(plan, text, rows)
-        for job in self.jobs.values():
-            while job.begun < len(job.texts) and self._fits(plan, len(job.texts[job.begun]), rows):
-                text = OpenText(job, job.begun, self._free.pop())
-                job.begun += 1
-                self._open.append(text)
-                self._share(plan, text, rows)
-            if job.begun < len(job.texts):
-                break  # first come, first served
+        while (job := self._next_job()) is not None and self._fits(plan, len(job.texts[job.begun]), rows):
+            text = OpenText(job, job.begun, self._free.pop())
+            job.begun += 1
+            self._open.append(text)
+            self._share(plan, text, rows)
+            # It is at the end of the line now: a job of two texts does not wait for one of a thousand.
+            self.jobs[job.key] = self.jobs.pop(job.key)
         return plan if plan.tokens else None
+
+    def _next_job(self) -> Job | None:
+        """The one whose turn it is. If its text does not fit, it is first in the next step, so none waits for ever."""
+        return next((job for job in self.jobs.values() if job.begun < len(job.texts)), None)
 
     def done(self, plan: EmbedPlan, rows: Rows) -> tuple[list[Job], list[int]]:
         """Takes the rows of a step. Returns the complete jobs, and the sequences whose cells have to be freed."""

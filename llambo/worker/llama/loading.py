@@ -26,10 +26,12 @@ UNUSABLE = (
 WIDTH = 30
 
 
-def load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine | PooledEngine:
-    """If the model cannot be loaded, the reason is sent and the process exits."""
+def load(
+    configure: Configure, send: Callable[[Progress], None], alive: Callable[[], None] = lambda: None
+) -> LlamaEngine | PooledEngine:
+    """If the model cannot be loaded, the reason is sent and the process exits. `alive`: to call in a long step."""
     try:
-        return _load(configure, send)
+        return _load(configure, send, alive)
     except UNUSABLE as error:
         send(Progress(problem=str(error)[:1000]))
         sys.exit(CANNOT_LOAD)
@@ -56,7 +58,9 @@ class ProgressBar:
             sys.stderr.flush()
 
 
-def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine | PooledEngine:
+def _load(
+    configure: Configure, send: Callable[[Progress], None], alive: Callable[[], None]
+) -> LlamaEngine | PooledEngine:
     options, path = configure.llama, str(model_files.find(configure.model))
     library = llama.open_library(options.library)
     log.info("library: %s", library)
@@ -96,4 +100,4 @@ def _load(configure: Configure, send: Callable[[Progress], None]) -> LlamaEngine
             embed_bytes=0 if placement.layers else model_files.embed_need(options, file, layout.context),
             purpose=purpose,
         )
-        return LlamaEngine(setup, bar) if purpose.kind == "generate" else PooledEngine(setup, bar)
+        return LlamaEngine(setup, bar) if purpose.kind == "generate" else PooledEngine(setup, bar, alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, ErrorInfo
 from llambo.mesh.wire.tasks import TASKS_OF, RerankInput
 from llambo.mesh.wire.timers import NEVER_MS
-from llambo.worker.engine.protocol import Fault, Output, Progress, Ready, Refused, Start
+from llambo.worker.engine.protocol import ALIVE_MS, Fault, Output, Progress, Ready, Refused, Start
 from llambo.worker.llama import llama
 from llambo.worker.llama.embedder import Embedder
 from llambo.worker.llama.llama_engine import Setup, not_for
@@ -23,15 +24,21 @@ SELF_TEST = "The quick brown fox jumps over the lazy dog."
 
 
 class PooledEngine:
-    """Loads and tests the model when it is created. `send` gets progress meanwhile."""
+    """Loads and tests the model when it is created. `send` gets progress meanwhile, `alive` is called in long steps."""
 
     fault: Fault | None = None
 
-    def __init__(self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None) -> None:
+    def __init__(
+        self, setup: Setup, send: Callable[[Progress], None] = lambda progress: None,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._setup = setup
+        self._alive, self._alive_at = alive, time.monotonic()
         self._model = setup.load(send)
         self._pair = PairPrompt(self._model, setup.purpose) if setup.purpose.kind == "rerank" else None
-        self._embedder = Embedder(self._model, setup.layout, setup.layout.context, setup.purpose)
+        self._embedder = Embedder(
+            self._model, setup.layout, setup.layout.context, setup.purpose, self._show_life
+        )  # fmt: skip
         self._tasks = Tasks(
             self._model,
             None,
@@ -60,7 +67,14 @@ class PooledEngine:
         return 0 if self._tasks.pending else NEVER_MS
 
     def step(self, now_ms: int) -> list[Output]:
+        self._alive_at = time.monotonic()
         return self._tasks.step(now_ms, 0.0)
+
+    def _show_life(self) -> None:
+        now = time.monotonic()
+        if 1_000 * (now - self._alive_at) >= ALIVE_MS:
+            self._alive_at = now
+            self._alive()
 
     def _info(self) -> dict[str, Any]:
         return {**self._setup.facts(self._model, self._embedder.context), "pooling": self._embedder.pooling}
