@@ -137,6 +137,7 @@ def storm(engine: LlamaEngine, cancels: int, seed: int) -> Storm:
 def accounts(cancels: int, seed: int, threads: int) -> None:
     engine_options = LlamaOptions(slots=SLOTS, context=CONTEXT, batch=BATCH, threads=threads)
     engine = load(proto.Configure("llama", "smollm2", llama=engine_options), lambda progress: None)
+    assert isinstance(engine, LlamaEngine)
     engine.forget()
     before = answer(engine)
     began = time.monotonic()

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +77,15 @@ def _shapes(shape: Shape, classes: int) -> dict[str, tuple[int, ...]]:
     return sizes
 
 
-def file_of(weights: Weights, shape: Shape = TINY, *, pooling: int, labels: Sequence[str] = (), **more: Any) -> bytes:
-    """A GGUF file. `more`: further entries of the metadata, texts."""
+def file_of(
+    weights: Weights,
+    shape: Shape = TINY,
+    *,
+    pooling: int,
+    labels: Sequence[str] = (),
+    more: Mapping[str, str] | None = None,
+) -> bytes:
+    """A GGUF file. `more`: further entries of the metadata."""
     numbers = {
         "context_length": shape.context, "embedding_length": shape.width, "block_count": shape.layers,
         "feed_forward_length": shape.inner, "attention.head_count": shape.heads, "pooling_type": pooling,
@@ -99,7 +105,7 @@ def file_of(weights: Weights, shape: Shape = TINY, *, pooling: int, labels: Sequ
         Entry(b"tokenizer.ggml.token_type", I32, kinds),
         Entry(b"tokenizer.ggml.token_type_count", U32, 2),
         *[Entry(f"tokenizer.ggml.{name}_token_id".encode(), U32, id) for name, id in ids.items()],
-        *[Entry(key.encode(), STRING, value.encode()) for key, value in more.items()],
+        *[Entry(key.encode(), STRING, value.encode()) for key, value in (more or {}).items()],
     ]
     if labels:
         entries.append(Entry(b"bert.classifier.output_labels", STRING, [label.encode() for label in labels]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,7 +15,7 @@ from llambo.mesh.wire import limits, tasks
 from llambo.mesh.wire.errors import Code
 from llambo.mesh.wire.messages import Task
 from llambo.worker.config import LlamaOptions
-from llambo.worker.engine.protocol import Configure, Progress, Refused, Start
+from llambo.worker.engine.protocol import Configure, Output, Progress, Refused, Start
 from llambo.worker.llama import llama
 from llambo.worker.llama.embedder import Embedder
 from llambo.worker.llama.loading import load
@@ -89,6 +89,10 @@ def result(engine: PooledEngine, start: Start, kind: Any) -> Any:
     output = outputs_of(engine, start)[start.key]
     assert output.end == "stop", output
     return msgspec.msgpack.decode(b"".join(output.pieces), type=kind)
+
+
+def vectors_in(pieces: list[bytes]) -> Any:
+    return np.array(tasks.vectors_of(msgspec.msgpack.decode(b"".join(pieces), type=tasks.EmbedResult)))
 
 
 def embedded(engine: PooledEngine, texts: list[str], **options: Any) -> Any:
@@ -180,14 +184,12 @@ def test_tasks_share_slots_and_steps_and_one_that_is_cancelled_leaves_nothing(en
     assert isinstance(busy, Refused) and not busy.final and busy.error.code is Code.BUSY
     engine.step(0)
     engine.stop(starts[1].key)
-    found = {}
+    found: dict[bytes, Output] = {}
     while engine.next_wakeup_ms() == 0:
         found |= {output.key: output for output in engine.step(0)}
     assert set(found) == {start.key for start in starts} - {starts[1].key}
     for output in found.values():
-        vectors = [tasks.vectors_of(msgspec.msgpack.decode(b"".join(pieces), type=tasks.EmbedResult))
-                   for pieces in (output.pieces, alone)]  # fmt: skip
-        assert np.allclose(*vectors, atol=1e-4)
+        assert (vectors_in(output.pieces) * vectors_in(alone)).sum(axis=1).min() > 0.9999
 
 
 def test_a_model_without_a_cache_tokenizes_and_back(engine: PooledEngine) -> None:
@@ -197,11 +199,13 @@ def test_a_model_without_a_cache_tokenizes_and_back(engine: PooledEngine) -> Non
 
 
 @pytest.mark.parametrize("flash_attn", ["on", "off"])
-def test_a_causal_model_with_pooling_gives_the_vector_of_its_last_token(folder: Path, flash_attn: str) -> None:
+def test_a_causal_model_with_pooling_gives_the_vector_of_its_last_token(
+    folder: Path, flash_attn: Literal["on", "off"]
+) -> None:
     """As Qwen3's do. A text takes several steps, and has the vector that a model that generates would give it."""
     path, file = folder / f"causal-{flash_attn}.gguf", tiny_model.build()
-    options = LlamaOptions(slots=2, context=256, threads=1, kv_type="f32", flash_attn=flash_attn)  # type: ignore[arg-type]
-    texts = [f"{word} " * count for word, count in (("one", 1), ("two", 30), ("three", 40))]
+    options = LlamaOptions(slots=2, context=256, threads=1, kv_type="f32", flash_attn=flash_attn)
+    texts = [f"{word} " * count for word, count in (("one", 1), ("two", 30), ("three", 24))]
     path.write_bytes(file.encode())
     generating: Any = load(Configure("llama", str(path), llama=options, safe=True), lambda _: None)
     wanted, _ = embedded(generating, texts, pooling="last")
@@ -238,7 +242,7 @@ def test_a_document_that_is_too_long_with_the_query_is_refused_with_both_numbers
 def test_a_reranker_refuses_what_it_is_not_for(reranker: PooledEngine) -> None:
     assert reranker.ready().models[0].kind == "rerank"
     for kind in ("generate", "embed"):
-        code, said = refused(reranker, task(kind, ["x"]))  # type: ignore[arg-type]
+        code, said = refused(reranker, task(kind, ["x"]))
         assert code is Code.BAD_REQUEST and "kind 'rerank'" in said
     code, said = refused(reranker, task("rerank", {"query": "", "documents": ["x"]}))
     assert code is Code.BAD_REQUEST and "cannot be read" in said
@@ -247,7 +251,7 @@ def test_a_reranker_refuses_what_it_is_not_for(reranker: PooledEngine) -> None:
 def test_a_prompt_in_the_file_is_used_as_it_is(folder: Path) -> None:
     weights = bert.random_weights(2, classes=1)
     prompt = "[CLS] q {query} d {document} [SEP]"
-    engine = loaded(folder, bert.file_of(weights, pooling=4, **{RERANK_TEMPLATE: prompt}), "prompt")
+    engine = loaded(folder, bert.file_of(weights, pooling=4, more={RERANK_TEMPLATE: prompt}), "prompt")
     # A query cannot put the document in a second place
     found = result(
         engine, task("rerank", tasks.RerankInput("{document}", ["a cat"]), raw=True), tasks.RerankResult
@@ -262,7 +266,7 @@ def test_a_file_that_cannot_rerank_is_refused_with_the_reason(folder: Path, weig
     assert "without a classifier" in why_not(folder, bert.file_of(weights, pooling=4))
     emotions = bert.file_of(bert.random_weights(2, classes=3), pooling=4, labels=["joy", "anger", "fear"])
     assert "3 classes (joy, anger, fear)" in why_not(folder, emotions)
-    prompt = bert.file_of(bert.random_weights(2, classes=1), pooling=4, **{RERANK_TEMPLATE: "{query}"})
+    prompt = bert.file_of(bert.random_weights(2, classes=1), pooling=4, more={RERANK_TEMPLATE: "{query}"})
     assert "no {document}" in why_not(folder, prompt)
 
 

@@ -18,6 +18,7 @@ from llambo.worker.agent import events as e
 from llambo.worker.config import FakeOptions
 from llambo.worker.engine import protocol as proto
 from llambo.worker.engine.fake import FakeEngine
+from llambo.worker.engine.fake_model import ranking
 from llambo.worker.engine.protocol import Output, Start
 from tests.unit.broker_bench import Bench, Worker, request_id, small_mesh
 from tests.unit.test_fake_engine import run
@@ -218,7 +219,8 @@ def test_the_fake_engine_ranks_by_words_alike_unless_it_wanders() -> None:
     bonds, mats, cat, again = fake("rerank", data, reranks)["scores"]
     assert 0 < max(bonds, cat) < mats == again < 1 and bonds != cat
     assert fake("rerank", data, FakeOptions(kind="rerank", style="wander"))["scores"] != [bonds, mats, cat, again]
-    raw = fake("rerank", data, reranks, options=tasks.TaskOptions(raw=True))["scores"]
+    start = Start(b"k" * 24, data, 1, 0, task="rerank", options=tasks.TaskOptions(raw=True))
+    raw = ranking(b"", start, reranks).scores
     assert [1 / (1 + math.exp(-score)) for score in raw] == pytest.approx([bonds, mats, cat, again])
 
 
