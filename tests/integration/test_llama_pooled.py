@@ -118,9 +118,9 @@ def refused(engine: PooledEngine, start: Start) -> tuple[Code, str]:
 @pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "cls"), (0, "mean")])
 def test_vectors_are_those_of_the_model(folder: Path, weights: bert.Weights, number: int, pooling: str) -> None:
     engine = loaded(folder, bert.file_of(weights, pooling=number), f"pooling-{number}")
-    found, told = embedded(engine, TEXTS * 20)
-    assert (told.pooling, told.size, told.normalized) == (pooling, bert.TINY.width, True)
-    assert told.tokens == [len(bert.framed(bert.ids_of(text))) for text in TEXTS] * 20
+    found, reply = embedded(engine, TEXTS * 20)
+    assert (reply.pooling, reply.size, reply.normalized) == (pooling, bert.TINY.width, True)
+    assert reply.tokens == [len(bert.framed(bert.ids_of(text))) for text in TEXTS] * 20
     for at, text in enumerate(TEXTS):
         wanted = bert.pooled(bert.forward(weights, bert.TINY, bert.framed(bert.ids_of(text))), pooling)
         # In whatever company: some share a step, some have one for themselves
@@ -143,8 +143,8 @@ def test_a_text_of_the_whole_context_fits_and_a_longer_one_is_refused_with_both_
     engine: PooledEngine, weights: bert.Weights
 ) -> None:
     text = "a " * (CONTEXT - 2)
-    found, told = embedded(engine, ["x", text, "y"])
-    assert told.tokens == [3, CONTEXT, 3]
+    found, reply = embedded(engine, ["x", text, "y"])
+    assert reply.tokens == [3, CONTEXT, 3]
     wanted = bert.pooled(bert.forward(weights, bert.TINY, bert.framed(bert.ids_of(text))), "mean")
     assert found[1] @ wanted > 0.999
     code, said = refused(engine, task("embed", ["x", text + "a"]))
@@ -213,8 +213,8 @@ def test_a_causal_model_with_pooling_gives_the_vector_of_its_last_token(
     path.write_bytes(file.encode())
     pooled = load(Configure("llama", str(path), llama=options, safe=True), lambda _: None)
     assert isinstance(pooled, PooledEngine)
-    found, told = embedded(pooled, texts)
-    assert told.pooling == "last" and max(told.tokens) > 128
+    found, reply = embedded(pooled, texts)
+    assert reply.pooling == "last" and max(reply.tokens) > 128
     assert ((found * wanted).sum(axis=1) > 0.999).all()
 
 

@@ -133,7 +133,7 @@ def test_an_older_worker_that_has_loaded_its_model_is_given_no_task_that_it_does
     assert worker.dispatches == []
 
 
-def test_no_name_is_told_that_an_identity_may_not_use() -> None:
+def test_no_name_is_listed_that_an_identity_may_not_use() -> None:
     bench = Bench()
     bench.keys(Identity("w", "worker"), Identity("alice", "client", models=("vec",)))
     bench.worker("w-1", model="talk", kind="generate", user="w")

@@ -22,7 +22,7 @@ from llambo.mesh.wire.tokens import Logprob
 JsonObject = dict[str, Any]
 
 
-class Body(NamedTuple):
+class WholeBody(NamedTuple):
     """The body of a reply that is no stream. `fake`: what is in it is made up."""
 
     content: object

@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.types import Receive, Scope, Send
 
-from llambo.gateway.answers.api import Body, Renderer, encode
+from llambo.gateway.answers.api import Renderer, WholeBody, encode
 from llambo.gateway.answers.api_errors import error_reply, shape_of
 from llambo.gateway.answers.feed import Feed, Feeds, Place
 from llambo.gateway.answers.rendering import Rendering, comment
@@ -173,7 +173,7 @@ class Whole(_Reader):
 class Later:
     """Work whose result is the body: embeddings, scores, counts. Cancelled when the client closes its connection."""
 
-    def __init__(self, work: Coroutine[Any, Any, Body]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, WholeBody]) -> None:
         self._work = work
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import Body
+from llambo.gateway.answers.api import WholeBody
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.gateway.apis.openai_common import texts_or_ids
 from llambo.mesh.client.client import Client
@@ -24,7 +24,7 @@ class EmbeddingRequest(msgspec.Struct):
     user: str | None = None
 
 
-async def answer(client: Client, body: EmbeddingRequest) -> Body:
+async def answer(client: Client, body: EmbeddingRequest) -> WholeBody:
     texts = [await _text(client, body.model, each) for each in texts_or_ids(body.input, "input", limits.EMBED_INPUTS)]
     found = await client.embed(texts, model=body.model or None)
     vectors, size = found.vectors, len(found.vectors[0])
@@ -44,7 +44,7 @@ async def answer(client: Client, body: EmbeddingRequest) -> Body:
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
         **({"llambo": {"fake": True}} if found.fake else {}),
     }
-    return Body(content, found.fake)
+    return WholeBody(content, found.fake)
 
 
 async def _text(client: Client, model: str, given: str | list[int]) -> str:

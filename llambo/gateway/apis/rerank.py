@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from llambo.gateway.answers.api import Body, JsonObject
+from llambo.gateway.answers.api import JsonObject, WholeBody
 from llambo.gateway.answers.api_errors import FieldError
 from llambo.mesh.client.client import Client
 from llambo.mesh.client.task_results import RankedDocument, Ranking
@@ -37,12 +37,12 @@ class RerankRequest(msgspec.Struct):
     raw_scores: bool | None = None
 
 
-async def answer(client: Client, body: RerankRequest) -> Body:
+async def answer(client: Client, body: RerankRequest) -> WholeBody:
     texts = _texts(body)
     found = await client.rerank(
         body.query, texts, top_n=body.top_n, raw=bool(body.raw_scores), model=body.model or None
     )  # fmt: skip
-    return Body(_scores(found, body) if body.documents is None else _results(found, body), found.fake)
+    return WholeBody(_scores(found, body) if body.documents is None else _results(found, body), found.fake)
 
 
 def _texts(body: RerankRequest) -> list[str]:
