@@ -38,8 +38,9 @@ from llambo.testing.processes import Process
 from llambo.worker.config import LlamaOptions, WorkerConfig
 
 OPTIONS = LlamaOptions(slots=2, context=256, threads=1, batch=64)
-#: An engine that is silent for so long is killed by its agent, while it loads and while it decodes.
-LOAD_MS, STALL_MS = 20_000, 8_000
+#: An engine that is silent for so long is killed by its agent, while it loads and while it decodes. Longer than a busy
+#: machine needs, so that only an engine that hangs is killed.
+LOAD_MS, STALL_MS = 40_000, 30_000
 #: A new engine is started at once: there are many to try.
 BACKOFF_MS = 20
 #: If an attempt takes longer the agent hangs.

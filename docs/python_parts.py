@@ -30,7 +30,7 @@ WHEN = {
     Code.NAME_TAKEN: "never raised in a client: two workers have one name",
     Code.BAD_REQUEST: "a prompt, a conversation or an option is not valid, or the beginning of an id is not unique",
     Code.BUSY: "the queue is full, or there is no memory for another answer, or there are too many clients",
-    Code.ENGINE_FAILED: "the engines of several workers died while they ran it",
+    Code.ENGINE_FAILED: "the engines of several workers died while they ran it, or no host could load the model",
     Code.NO_BROKER: "no broker answers within `connect_ms`, or again within `lost_ms`; or the client is not connected",
     Code.TIMEOUT: "a query has no answer within `query_ms`",
     Code.CANCELLED: "a task was cancelled; an answer that was cancelled ends with that reason instead",
@@ -273,8 +273,9 @@ def python_sampling() -> str:
 ANSWERS = ("Piece", "Answer", "Usage", "CalledTool", "Logprob", "TopToken", "Tokenized", "Embeddings",
            "Ranking", "RankedDocument")  # fmt: skip
 ROWS = (
-    "MeshStatus", "ModelRow", "ModelVariant", "WorkerRow", "RequestRow", "RequestStory", "StoryStep", "EventRow",
-    "Recent", "SampleRow", "EndedRow", "AccountRow", "DrainReply", "Lease", "LeaseReply", "Counters",
+    "MeshStatus", "ModelRow", "ModelHost", "ModelVariant", "HostRow", "MemoryRow", "WorkerRow", "RequestRow",
+    "RequestStory", "StoryStep", "EventRow", "Recent", "SampleRow", "EndedRow", "AccountRow", "DrainReply", "HoldReply",
+    "Lease", "LeaseReply", "Counters",
 )  # fmt: skip
 
 

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
         DrainReply,
         EndedRow,
         EventRow,
+        HoldReply,
+        HostRow,
         LeaseReply,
+        MemoryRow,
         MeshStatus,
+        ModelHost,
         ModelRow,
         ModelVariant,
         Recent,
@@ -50,19 +54,19 @@ _NAMES = {
     "llambo.mesh.wire.errors": "Code LlamboError",
     "llambo.mesh.wire.messages": "Lease Usage",
     "llambo.mesh.wire.reports":
-        "AccountRow DrainReply EndedRow EventRow LeaseReply MeshStatus ModelRow ModelVariant Recent "
-        "RequestRow RequestStory SampleRow StoryStep WorkerRow",
+        "AccountRow DrainReply EndedRow EventRow HoldReply HostRow LeaseReply MemoryRow MeshStatus ModelHost ModelRow "
+        "ModelVariant Recent RequestRow RequestStory SampleRow StoryStep WorkerRow",
     "llambo.mesh.wire.tokens": "Logprob TopToken",
     "llambo.mesh.wire.tool_calls": "CalledTool",
 }  # fmt: skip
 _HOME = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply",
-    "Embeddings", "EndedRow", "EventRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MeshStatus", "Messages",
-    "ModelRow", "ModelVariant", "Options", "Piece", "RankedDocument", "Ranking", "Recent", "RequestRow", "RequestStory",
-    "SampleRow", "StoryStep", "Stream", "SyncClient", "SyncStream", "TaskCall", "Tokenized", "TopToken", "Usage",
-    "WorkerRow", "__version__",
+    "AccountRow", "Answer", "CalledTool", "Client", "ClientSettings", "Code", "Counters", "DrainReply", "Embeddings",
+    "EndedRow", "EventRow", "HoldReply", "HostRow", "Lease", "LeaseReply", "LlamboError", "Logprob", "MemoryRow",
+    "MeshStatus", "Messages", "ModelHost", "ModelRow", "ModelVariant", "Options", "Piece", "RankedDocument", "Ranking",
+    "Recent", "RequestRow", "RequestStory", "SampleRow", "StoryStep", "Stream", "SyncClient", "SyncStream", "TaskCall",
+    "Tokenized", "TopToken", "Usage", "WorkerRow", "__version__",
 ]  # fmt: skip
 
 

@@ -34,6 +34,8 @@ from llambo.broker.events import (
     ToWorker,
     WorkerSaid,
 )
+from llambo.broker.placement import holding, host_sessions, wishes
+from llambo.broker.records.hosts import HostEntry
 from llambo.broker.records.registry import ClientEntry, P, Sessions, WorkerEntry
 from llambo.broker.records.request import Request
 from llambo.broker.records.state import Alarm, RandomBytes, State
@@ -56,6 +58,7 @@ CLIENT_RULES: dict[type[m.Message], Rule] = {
     m.EndAck: following.acknowledge,
     m.Query: queries.answer,
     m.DrainWorker: draining.asked,
+    m.HoldModel: holding.asked,
     m.Lease: fleet_leases.asked,
     m.Goodbye: membership.client_left,
 }
@@ -69,6 +72,11 @@ WORKER_RULES: dict[type[m.Message], Rule] = {
     m.Page: delivery.page_arrived,
     m.Orphan: admission.orphan_announced,
     m.Goodbye: membership.worker_left,
+}
+
+HOST_RULES: dict[type[m.Message], Rule] = {
+    m.HostHeartbeat: host_sessions.reported,
+    m.Goodbye: host_sessions.left,
 }
 
 #: What a request asked to be looked at for.
@@ -104,16 +112,23 @@ class BrokerCore:
                 membership.subscribed(state, topic, now_ms)
             case RouteGone(route, to_worker):
                 membership.route_gone(state, route, to_worker, now_ms)
+                host_sessions.route_gone(state, route, now_ms)
             case KeysChanged(identities):
                 membership.keys_changed(state, identities, now_ms)
+                host_sessions.keys_changed(state, identities, now_ms)
             case Counted():
                 state.measured.shell = event
             case StopAsked(reason):
                 membership.say_goodbye(state, reason)
+                host_sessions.say_goodbye(state, reason)
             case _:
                 assert_never(event)
         draining.empty(state, now_ms)
         dispatching.settle(state, now_ms)
+        if state.hosts.sessions or state.hosts.changed:
+            wishes.settle(state, now_ms)
+            if state.pools.touched:
+                dispatching.settle(state, now_ms)
         return state.out
 
     def next_wakeup_ms(self) -> int:
@@ -150,12 +165,22 @@ class BrokerCore:
     def _worker_said(self, said: WorkerSaid, now_ms: int) -> None:
         state, workers = self.state, self.state.registry.workers
         worker = _sender(workers, said, now_ms)
+        if (
+            worker is None
+            and state.hosts.sessions
+            and (host := _sender(state.hosts.sessions, said, now_ms)) is not None
+        ):
+            self._host_said(host, said, now_ms)
+            return
         for message, blob in said.messages:
             rule = WORKER_RULES.get(type(message))
             if rule is not None and worker is not None and workers.get(said.session) is worker:
                 rule(state, worker, message, blob, now_ms)
             elif isinstance(message, m.WorkerHello):
                 membership.worker_hello(state, said.route, message, said.user, now_ms)
+                break
+            elif isinstance(message, m.HostHello):
+                host_sessions.joined(state, said.route, message, said.user, now_ms)
                 break
             else:
                 state.counters.peers.unknown_sessions += 1
@@ -164,8 +189,20 @@ class BrokerCore:
         if said.problems:
             self._report_problems(worker, said, ToWorker)
 
+    def _host_said(self, host: HostEntry, said: WorkerSaid, now_ms: int) -> None:
+        state = self.state
+        for message, blob in said.messages:
+            rule = HOST_RULES.get(type(message))
+            if rule is None or state.hosts.sessions.get(said.session) is not host:
+                state.counters.peers.unknown_sessions += 1
+                state.out.append(ToWorker(said.route, said.session, _UNKNOWN))
+                break
+            rule(state, host, message, blob, now_ms)
+        if said.problems:
+            self._report_problems(host, said, ToWorker)
+
     def _report_problems(
-        self, peer: ClientEntry | WorkerEntry | None, said: Arrived, action: type[ToClient] | type[ToWorker]
+        self, peer: ClientEntry | WorkerEntry | HostEntry | None, said: Arrived, action: type[ToClient] | type[ToWorker]
     ) -> None:
         """A part of one byte is answered with a hundred: a stranger gets one answer, a peer as many as it reads."""
         self.state.counters.peers.problems += len(said.problems)
@@ -174,6 +211,8 @@ class BrokerCore:
                 break
             if isinstance(peer, ClientEntry):
                 self.state.to_client(peer, problem)
+            elif isinstance(peer, HostEntry):
+                self.state.to_host(peer, problem)
             elif peer is not None:
                 self.state.to_worker(peer, problem)
             else:
@@ -191,6 +230,7 @@ class BrokerCore:
             membership.extend_leases(state, now_ms - wakeups.worker_round_at, now_ms)
             wakeups.worker_round_at = now_ms + state.config.timing.ping_ms
             membership.worker_round(state, now_ms)
+            host_sessions.heartbeat_round(state, now_ms)
         if now_ms >= wakeups.client_round_at:
             wakeups.client_round_at = now_ms + state.config.timing.heartbeat_ms
             membership.client_round(state, now_ms)

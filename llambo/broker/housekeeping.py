@@ -1,6 +1,6 @@
 """Once a second: requests that have waited too long, results that expire, models that are gone, rates, a sample.
 
-`queue_ms` and `hold_ms` take effect here.
+Requests that have waited `queue_ms` (queue.py finds them) or `hold_ms` end here.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def _give_up_on_lanes(state: State, now_ms: int) -> None:
     for lane, line in list(state.queue.lines.items()):
         if lane == AWAITING_RUN or (not lane.fingerprint and state.is_promised(lane.model)):
             continue  # an orchestrator sees that a promised model is asked for, and starts its workers
+        if (wait := state.hosts.waits.get(lane.model)) is not None and not wait.joins:
+            continue  # a host is to load it; if none can, its requests have ended (placement/wishes.py)
         since = state.models.unserved_since.get(lane.model, 1)  # (a name that was forgotten meanwhile has no worker)
         if lane.fingerprint and not since:
             if not same_model.is_missing(state, lane):

@@ -16,6 +16,7 @@ def check(core: BrokerCore) -> None:
     _queue(state)
     _workers(state)
     _emptying(state)
+    _hosts(state)
     _clients(state)
     _bytes(state)
     _accounts(state)
@@ -88,6 +89,20 @@ def _emptying(state: State) -> None:
             if request.run.worker is worker and request.state in (RequestState.DISPATCHED, RequestState.RUNNING):
                 pool = state.pools.get(request.lane)
                 assert not (pool and pool.free), "a request stays where it is to go from although a slot is free"
+
+
+def _hosts(state: State) -> None:
+    hosts = state.hosts
+    assert {host.name: host for host in hosts.sessions.values()} == hosts.by_name
+    for name, there in hosts.having.items():
+        assert there, f"no host has {name}, and it is listed"
+        assert name in state.models.unserved_since, f"{name} can be loaded, and is not known"
+        assert all(model in hosts.by_name[host].models for host, model in there.items())
+    for host in hosts.sessions.values():
+        assert host.models.keys() <= host.usage.keys()
+        assert all(name in hosts.having for name in host.models)
+    for session, worker in state.registry.workers.items():
+        assert worker.yields == (session in hosts.yielding), "a worker yields for no model"
 
 
 def _clients(state: State) -> None:

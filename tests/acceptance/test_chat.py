@@ -310,7 +310,8 @@ def test_a_broker_that_goes_away_is_shown_and_the_answer_goes_on(home: Home) -> 
             worker.line("is ready")
             # A client with two addresses tries the second as soon as the first is gone; no broker is at the second.
             both = Commands(f"{mesh.address},tcp://127.0.0.1:1")
-            with home.chat(both, "--session", "mine", "--seed", "3", "--max-tokens", "60") as chat:
+            # The answer takes five seconds, so that it is not over before the broker is killed.
+            with home.chat(both, "--session", "mine", "--seed", "3", "--max-tokens", "200") as chat:
                 chat.until("\n>")
                 chat.ask("hello", lambda text: len(text.split()) > 5, after="> hello")
                 broker.send(signal.SIGKILL)
@@ -322,7 +323,7 @@ def test_a_broker_that_goes_away_is_shown_and_the_answer_goes_on(home: Home) -> 
                     assert "lost the broker" not in screen, "the line is gone with its reason"
                     chat.until("\n>", after="tokens/s")
                     answer = home.session("mine")["turns"][0]["answer"]
-                    assert answer == truth(mesh, [("user", "hello")], 3, 60)
+                    assert answer == truth(mesh, [("user", "hello")], 3, 200)
                     again.send(signal.SIGKILL)
                     again.end()
                     chat.until("no broker answers")

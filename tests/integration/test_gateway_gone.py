@@ -94,7 +94,8 @@ def test_who_takes_nothing_does_not_make_the_gateway_grow(gateway: GatewayProces
         connections.append(connection)
     mesh.until(lambda core: core.state.running, "they run")
     mesh.until(lambda core: not core.state.requests, "they are answered, although no client reads it")
-    # A reader that continues later gets all of it.
+    # A reader that continues later gets all of it. (Through the small buffer that would take a minute.)
+    connections[0].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
     reply = http.client.HTTPResponse(connections[0])
     reply.begin()
     assert events(reply)[-1].endswith(b"data: [DONE]\n")

@@ -403,7 +403,7 @@ class WorkerNode(Peer):
     def _spawn(self, generation: int) -> None:
         if not self.alive or generation != self._generation:
             return
-        self.engine, self._loading = FakeEngine(self.config.fake), False
+        self.engine, self._loading = FakeEngine(self.config.fake, self.config.model), False
         self._step_at = 2**62
         self.happen(self.engine.ready())
 

@@ -36,6 +36,10 @@ class Report:
     stale: int = 0
     repaired: int = 0
     poisoned: int = 0
+    #: In worlds with hosts: models that were loaded and unloaded, and requests that ended because one could not be.
+    loads: int = 0
+    unloads: int = 0
+    refused: int = 0
     story: list[str] = field(default_factory=list)
 
 
@@ -50,7 +54,7 @@ class World:
         apart = self.plan.brokers > 1 and bool(self.plan.incidents)
         self.keys = Keys(seed, self.plan)
         hangs = self.plan.engine_hangs or apart
-        self.history = History(self.plan.style, hangs=hangs, apart=apart, limits=self.keys.there)
+        self.history = self._new_history(hangs=hangs, apart=apart, limits=self.keys.there)
         self.gone: set[str] = set()
         self.log: list[str] = []
         config = BrokerConfig.of(
@@ -71,6 +75,9 @@ class World:
             broker.check_every = check_every
         self.workers = [self._worker(i) for i in range(self.plan.workers)]
         self.clients = [self._client(i) for i in range(self.plan.clients)]
+
+    def _new_history(self, **known: bool) -> History:
+        return History(self.plan.style, **known)
 
     def run(self) -> Report:
         for node in (*self.brokers, *self.workers):

@@ -82,6 +82,22 @@ class Bench:
         hello = m.WorkerHello(name, incarnation, infos, slots, state=state)
         return Worker(self, route or name.encode() + incarnation, hello, user)
 
+    def host(
+        self,
+        name: str = "box",
+        *models: m.HostedModel,
+        ram: int = 100,
+        node_class: str = "",
+        user: str = "",
+        incarnation: bytes = b"i",
+    ) -> Host:
+        """With its first report, if it has models."""
+        hello = m.HostHello(name, incarnation, node_class=node_class, host="machine")
+        host = Host(self, name.encode() + incarnation, hello, user, ram)
+        if models:
+            host.report(*models)
+        return host
+
     def client(self, route: bytes = b"c", user: str = "", incarnation: bytes = b"") -> Client:
         return Client(self, route, user, incarnation)
 
@@ -149,6 +165,51 @@ class Worker(Peer):
     def end(self, count: int, number: int = -1, reason: m.Reason = "length", stop: str = "") -> None:
         dispatch = self.dispatches[number]
         self.send(m.End(dispatch.id, count, reason, dispatch.dispatch, stop=stop))
+
+
+class Host(Peer):
+    """It says what a test wants it to, and loads nothing."""
+
+    def __init__(self, bench: Bench, route: bytes, hello: m.HostHello, user: str, ram: int) -> None:
+        self.bench = bench
+        self.route = route
+        self.user = user
+        self.name = hello.name
+        self.ram = ram
+        self.revision = 0
+        self.session = NO_SESSION
+        self.send(hello)
+        welcomes = self.received(m.Welcome)
+        if welcomes:
+            self.session = welcomes[-1].session
+
+    def send(self, *messages: m.Message) -> None:
+        bundle = [(message, b"") for message in messages]
+        self.bench.handle(WorkerSaid(self.route, self.session, bundle, user=self.user))
+
+    def report(self, *models: m.HostedModel, seq: int | None = None, helpers: int = 0) -> None:
+        """It has read everything, unless `seq` says otherwise. Then time passes until placement is decided."""
+        self.revision += 1
+        used = sum(model.needs.get("ram", 0) for model in models if model.state in ("loading", "ready", "unloading"))
+        memory = {"ram": m.Memory(self.ram, used, helpers)}
+        self.send(m.HostHeartbeat(self.seq if seq is None else seq, self.revision, list(models), memory))
+        self.bench.pass_time(20)
+
+    def beat(self, seq: int | None = None) -> None:
+        self.send(m.HostHeartbeat(self.seq if seq is None else seq, self.revision))
+
+    @property
+    def seq(self) -> int:
+        """The highest that it was sent."""
+        numbered = (m.BrokerHeartbeat, m.PlaceModels, m.Hold)
+        sent = (a.message for a in self.bench.actions if isinstance(a, ToWorker) and a.route == self.route)
+        return max((message.seq for message in sent if isinstance(message, numbered)), default=0)
+
+    @property
+    def wishes(self) -> tuple[list[str], list[str]]:
+        """What it was sent last."""
+        places = self.received(m.PlaceModels)
+        return (places[-1].load, places[-1].evict) if places else ([], [])
 
 
 class Client(Peer):

@@ -35,6 +35,9 @@ CHUNK_WITH_LOGPROBS = tokens.encode_chunk(KEY, 7, [11, 2**31], [b"Hi", b"!"], 0,
 BEAT = tokens.encode_beat(2**33, SESSION)
 ERROR = ErrorInfo(Code.BUSY, "the queue is full", 250)
 MODELS = [m.ModelInfo("tiny", "f00d", 2_048, "embed")]
+HOSTED = m.HostedModel(
+    "tiny", "embed", "failed", 41, {"ram": 2**30}, "box-1-tiny", True, ["alice/x"], 4_000, 3, "out of memory", 5_000,
+)  # fmt: skip
 #: {"temperature": 0.5, "stop": ["\n"]}
 SAMPLING = msgspec.Raw(msgspec.msgpack.encode({"temperature": 0.5, "stop": ["\n"]}))
 DISPATCHED = m.Dispatch(
@@ -58,12 +61,13 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.EndAck([ID, KEY]),
         m.Query(5, "why", "0001"),
         m.DrainWorker(6, "w-1", True, True),
+        m.HoldModel(8, "tiny", "box-1", "editor", 60_000, True, True),
         m.Lease(7, "fleet", bytes(range(8)), 3_000, True, ["llama@tiny"], ["spawned 2 tiny"]),
         m.Goodbye("done"),
     ],
     "to_client": [
         m.Welcome(SESSION, 7333, TOPIC, 2, "b-1", 300, 3_000, True),
-        m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17),
+        m.BrokerHeartbeat(42, 41, {ID: 9}, {ID: 3}, 17, {ID: "loading tiny on box-1, 41 %"}),
         m.Accepted(ID, 4, "tiny", "sha256:1", b"proof!"),
         m.End(ID, 99, "length", DISPATCH, m.Usage(10, 4, 1.5, 2.5), ERROR, "w-1", 2, 33, "###"),
         m.Page(ID, 7, 9, 12, [CHUNK], DISPATCH),
@@ -85,13 +89,22 @@ SAMPLES: dict[str, list[m.Message]] = {
         m.Adopt(ID, DISPATCH, 18),
         m.Drain(True, True),
     ],
+    "host": [
+        m.HostHello("box-1", b"incarnat", (1, 2), "0.1.0", "gpu", "host-1", 77),
+        m.HostHeartbeat(17, 3, [HOSTED], {"ram": m.Memory(2**34, 2**30, 2**31)}),
+    ],
+    "to_host": [
+        m.PlaceModels(18, ["tiny"], ["large"]),
+        m.Hold(19, "tiny", "alice/editor", 60_000, True, True),
+    ],
 }
 
 CODECS: dict[str, tuple[codec.Codec[Any], Any]] = {
     "client": (codec.from_client, m.ClientToBroker),
     "to_client": (codec.to_client, m.BrokerToClient),
-    "worker": (codec.from_worker, m.WorkerToBroker),
+    "worker": (codec.from_worker, m.WorkerToBroker | m.HostToBroker),
     "to_worker": (codec.to_worker, m.BrokerToWorker),
+    "to_host": (codec.to_host, m.BrokerToHost),
 }
 
 ALL: list[m.Message] = [sample for samples in SAMPLES.values() for sample in samples]

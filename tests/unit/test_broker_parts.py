@@ -47,7 +47,7 @@ def serve(room: RequestQueue) -> Request:
 
 
 def test_the_most_urgent_goes_first_and_none_starves() -> None:
-    room = RequestQueue(100, 10**6, max_age_ms=1_000)
+    room = RequestQueue(100, 10**6, queue_ms=1_000)
     room.put(a_request(1), 0)
     room.put(a_request(2, deadline_ms=500), 0)
     room.put(a_request(3, deadline_ms=400), 700)  # due at 400 after its submit at 0, but comes later

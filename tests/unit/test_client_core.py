@@ -214,6 +214,14 @@ class TestSubmitting:
         assert bench.receive(m.BrokerHeartbeat(2, waiting={ID: 3})) == []
         assert bench.receive(m.BrokerHeartbeat(3, waiting={ID: 1})) == [e.ReportPlace(ID, 1, "tiny")]
 
+    def test_why_it_waits_is_reported_when_it_changes(self, bench: Bench) -> None:
+        bench.up().submit()
+        bench.receive(m.Accepted(ID, 0, "tiny"))
+        loading = m.BrokerHeartbeat(2, waiting={ID: 0}, notes={ID: "loading tiny on box, 41 %"})
+        assert bench.receive(loading) == [e.ReportNote(ID, "loading tiny on box, 41 %")]
+        assert bench.receive(loading) == []
+        assert bench.receive(m.BrokerHeartbeat(3, notes={b"?" * 16: "of another"})) == [e.ReportNote(ID, "")]
+
     def test_a_request_that_a_heartbeat_lists_was_admitted_and_is_resumed_elsewhere(self, bench: Bench) -> None:
         # Given a request whose acceptance is lost with the link, after a heartbeat has listed it
         bench.up().submit()
@@ -604,6 +612,16 @@ class TestQuestions:
         assert bench.sent_since() == [drain, other]
         bench.wait(ASK_AGAIN_MS)
         assert bench.sent_since() == [drain, other]
+        bench.receive(m.Result(1, 0, 1, b""))
+        assert bench.sent_since() == [undo]
+
+    def test_orders_of_one_holder_for_a_model_arrive_in_the_order_they_were_given(self, bench: Bench) -> None:
+        bench.up()
+        hold, undo = m.HoldModel(1, "a", holder="x"), m.HoldModel(2, "a", holder="x", undo=True)
+        others = m.HoldModel(3, "a", holder="y"), m.HoldModel(4, "b", holder="x")
+        for order in (hold, undo, *others):
+            bench.handle(e.CommandAsked(order))
+        assert bench.sent_since() == [hold, *others]
         bench.receive(m.Result(1, 0, 1, b""))
         assert bench.sent_since() == [undo]
 

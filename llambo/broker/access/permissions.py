@@ -31,6 +31,10 @@ def refusal(state: State, client: ClientEntry, message: m.Message) -> ErrorInfo 
     match message:
         case m.DrainWorker() if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may drain workers")
+        case m.HoldModel(model=model) if not client.identity.may_use(model):
+            return ErrorInfo(Code.FORBIDDEN, f"{client.identity.name} may not use the model {model!r}")
+        case m.HoldModel(pin=True) if not client.identity.may_manage:
+            return ErrorInfo(Code.FORBIDDEN, "only an admin key may pin models")
         case m.Lease() if not client.identity.may_manage:
             return ErrorInfo(Code.FORBIDDEN, "only an admin key may have a lease")
         case m.Query(what="events") if not client.identity.may_manage:
@@ -69,9 +73,11 @@ def not_allowed(state: State, who: Identity, asked: m.InferenceRequest, now_ms: 
 
 
 def models(state: State, who: Identity, now_ms: int) -> list[str]:
-    """Those it may use and choose from: those with a worker; without any, those that get one or had one until now."""
+    """Those it may use and choose from: those with a worker, and those that a host has. If there are none, those that
+    get a worker or had one until now.
+    """
     known = [model for model in state.models_shown(now_ms) if who.may_use(model)]
-    there = [model for model in known if not state.models.unserved_since[model]] or known
+    there = [model for model in known if not state.models.unserved_since[model] or model in state.hosts.having] or known
     # The same models again, under the names of their classes, are for requests that name a class.
     return [model for model in there if not class_of(model)] or there
 

@@ -9,7 +9,8 @@ The receipt needs no message of its own. A client acknowledges the END of a requ
 answers the cancel of a run that it does not have with an END. The id is random, so only a peer that has read it can
 name it. A client that gives no incarnation may be one of the simplest kind, which takes any END for its own. It is not
 asked. Its first acknowledgement of an END is a receipt for it, and a heartbeat one for a little: what bounds it in the
-end is the queue of its connection (`sockets.CLIENT_HWM`).
+end is the queue of its connection (`sockets.CLIENT_HWM`). Nor is a host asked, which is sent little: each of its
+heartbeats names the last message that it has read.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ def size_of(message: m.Message) -> int:
         case m.Result():
             return MESSAGE_BYTES + len(message.data)
         case m.BrokerHeartbeat():
-            return MESSAGE_BYTES + ENTRY_BYTES * (len(message.progress) + len(message.waiting))
+            notes = sum(map(len, message.notes.values()))
+            return MESSAGE_BYTES + notes + ENTRY_BYTES * (len(message.progress) + len(message.waiting))
+        case m.PlaceModels():
+            return MESSAGE_BYTES + sum(map(len, message.load)) + sum(map(len, message.evict))
         case m.Problem():
             return MESSAGE_BYTES + len(message.error.text)
         case _:

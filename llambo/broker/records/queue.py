@@ -3,7 +3,7 @@
 Between classes turns are shared by weight, so that a flood of interactive requests slows batch work down but does not
 stop it. Within a class the identities that wait take turns (fair_share.py), so that the first request of one does not
 wait for the thousandth of another. Within an identity the most urgent goes first: a request without a deadline of its
-own has the one that the queue's age limit gives it, so nothing starves.
+own has the one that `queue_ms`, the queue's age limit, gives it, so nothing starves.
 
 An identity with as many running requests as it may have is passed over until one of them is done. A request that was
 dispatched before (its worker was lost, or refused it) goes before all others of its lane and is exempt from the bounds:
@@ -96,16 +96,18 @@ class Line:
 class RequestQueue:
     """All lines together, with their bounds."""
 
-    def __init__(self, max_requests: int, max_bytes: int, max_age_ms: int) -> None:
+    def __init__(self, max_requests: int, max_bytes: int, queue_ms: int) -> None:
         self.count = 0
         self.bytes = 0
         #: One for each lane that is waited for.
         self.lines: dict[Lane, Line] = {}
         #: Accounts that may have another request running than before this event.
         self.eased: dict[str, Account] = {}
+        #: Requests have begun, or ceased, to wait in a lane since placement was decided.
+        self.turned = False
         self._max_requests = max_requests
         self._max_bytes = max_bytes
-        self._max_age_ms = max_age_ms
+        self._queue_ms = queue_ms
         self._tickets = 0
 
     def full(self, prompt_bytes: int) -> bool:
@@ -118,11 +120,12 @@ class RequestQueue:
         request.account.queued += 1
         self.count += 1
         self.bytes += len(request.prompt)
-        due = now_ms + self._max_age_ms
+        due = now_ms + self._queue_ms
         lane = request.lane
         line = self.lines.get(lane)
         if line is None:
             line = self.lines[lane] = Line()
+            self.turned = True
         line.put(request, min(due, request.deadline_at or due))
 
     def left(self, request: Request) -> None:
@@ -135,6 +138,7 @@ class RequestQueue:
         line.left(request)
         if not line.count:
             del self.lines[lane]
+            self.turned = True
 
     def first(self, lane: Lane) -> Request | None:
         line = self.lines.get(lane)
@@ -155,5 +159,5 @@ class RequestQueue:
 
     def expired(self, now_ms: int) -> list[Request]:
         """Those that have waited for too long this time. A request that loses its worker begins a new wait."""
-        limit = now_ms - self._max_age_ms
+        limit = now_ms - self._queue_ms
         return [r for line in self.lines.values() for r in line if r.place.queued_at <= limit]

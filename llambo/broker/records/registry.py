@@ -137,6 +137,7 @@ class WorkerEntry:
         "state",
         "suspect",
         "turn",
+        "yields",
     )
 
     def __init__(self, hello: m.WorkerHello, link: Session, backlog: Backlog) -> None:
@@ -157,6 +158,8 @@ class WorkerEntry:
         self.suspect: tuple[bytes, Request] | None = None
         #: It refused something: nothing more until its next heartbeat.
         self.refusing = False
+        #: Another model is to have its memory: it refuses from one heartbeat to the next (placement/wishes.py).
+        self.yields = False
         self.last = m.WorkerHeartbeat()
         self.done = 0
         #: Its index in `Pool.free` of each pool that has it: pools.py.

@@ -16,6 +16,7 @@ from llambo.broker.records import seals
 from llambo.broker.records.accounts import Accounts
 from llambo.broker.records.archive import Archive
 from llambo.broker.records.backlog import MESSAGE_BYTES, SIZED, size_of
+from llambo.broker.records.hosts import HostEntry, Hosts
 from llambo.broker.records.journal import Journal
 from llambo.broker.records.measurements import Counters, Measurements
 from llambo.broker.records.orphans import Recovery
@@ -29,7 +30,7 @@ from llambo.mesh.wire import limits
 from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.identity import ANYONE, Identity
 from llambo.mesh.wire.tasks import TASKS_OF
-from llambo.mesh.wire.timers import Timers
+from llambo.mesh.wire.timers import NEVER_MS, Timers
 
 #: `random_bytes(n)`: the shell passes the system's, the simulator seeded ones.
 RandomBytes = Callable[[int], bytes]
@@ -84,10 +85,13 @@ class Wakeups:
     def __init__(self) -> None:
         self.started_at = -1
         self.worker_round_at = self.client_round_at = self.sweep_at = 0
+        #: While a model is asked for that no worker has.
+        self.placement_at = NEVER_MS
         self.alarms: Timers[tuple[Alarm, bytes]] = Timers()
 
     def next_wakeup_ms(self) -> int:
-        return min(self.worker_round_at, self.client_round_at, self.sweep_at, self.alarms.next_wakeup_ms())
+        rounds = self.worker_round_at, self.client_round_at, self.sweep_at, self.placement_at
+        return min(*rounds, self.alarms.next_wakeup_ms())
 
 
 class State:
@@ -99,6 +103,7 @@ class State:
         self.out: list[Action] = []
         self.access = Access()
         self.registry = Registry()
+        self.hosts = Hosts()
         self.queue = RequestQueue(bounds.queue_requests, bounds.queue_bytes, bounds.queue_ms)
         self.pools = Pools()
         self.models = Models(RetryBudgets(faults.retry_reserve, faults.retry_percent))
@@ -137,6 +142,11 @@ class State:
             if backlog.full:
                 self.pools.refresh(worker)
 
+    def to_host(self, host: HostEntry, message: m.Message) -> None:
+        """On the control plane of workers."""
+        self.out.append(ToWorker(host.link.route, host.session, message))
+        host.backlog.bytes += size_of(message)
+
     def ask_worker(self, worker: WorkerEntry) -> None:
         """For a receipt, or again for the same: it answers a cancel of a run that it does not have (backlog.py)."""
         key = worker.backlog.receipt or worker.backlog.ask(self.random_bytes(limits.RUN_KEY_BYTES))
@@ -159,7 +169,9 @@ class State:
     def is_held(self, model: str, now_ms: int) -> bool:
         """A request for it may wait: it has a worker, had one a moment ago, or gets one when it is asked for."""
         since = self.models.unserved_since.get(model, -1)
-        return since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms) or self.is_promised(model)
+        if since == 0 or (since > 0 and now_ms - since < self.config.bounds.hold_ms):
+            return True
+        return model in self.hosts.having or self.is_promised(model)
 
     def models_shown(self, now_ms: int) -> list[str]:
         """Without those that are gone, unless requests wait for them, and without names that only clients have said."""

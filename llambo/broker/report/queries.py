@@ -1,7 +1,8 @@
 """Questions about the mesh, answered from the state as msgpack maps.
 
 status     the whole picture in numbers           workers   one entry each
-models     name, workers, slots, waiting          requests  the live ones
+models     name, workers, slots, waiting, hosts   requests  the live ones
+hosts      those that load models on demand
 why ID     the story of one request               find ID   full ids for a unique prefix
 events N   what happened after number N           metrics   the page for Prometheus
 recent N   samples of each second, and what has ended, after sample N
@@ -18,6 +19,7 @@ import msgspec
 
 from llambo.broker.records.accounts import Account
 from llambo.broker.records.archive import EndedRequest
+from llambo.broker.records.hosts import HostEntry
 from llambo.broker.records.registry import ClientEntry, WorkerEntry
 from llambo.broker.records.request import AWAITING_RUN, Request, RequestState
 from llambo.broker.records.state import State
@@ -28,6 +30,7 @@ from llambo.mesh.wire import messages as m
 from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
 from llambo.mesh.wire.identity import Identity
 from llambo.mesh.wire.naming import is_fake
+from llambo.mesh.wire.timers import NEVER_MS
 
 #: Bytes of an answer in one message.
 RESULT_PAGE_BYTES = 512 * 1024
@@ -137,11 +140,60 @@ def models(state: State, argument: str, now_ms: int, who: Identity) -> list[repo
                 slots=sum(worker.slots for worker in serving),
                 waiting=waiting[model],
                 fake=any(is_fake(worker.serving.fingerprints.get(model, "")) for worker in serving),
-                kind=state.models.kinds.get(model, ""),
                 variants=_variants(model, serving),
+                kind=state.models.kinds.get(model, ""),
+                hosts=[_model_at(host, there, now_ms, who) for host, there in state.hosts.at(model)][:LISTED],
+                note=state.hosts.note(model),
             )
         )
     return listed
+
+
+def _model_at(host: HostEntry, model: m.HostedModel, now_ms: int, who: Identity) -> reports.ModelHost:
+    usage = host.usage.get(model.name)
+    own = [each for each in model.holders if who.owns(each.partition("/")[0])]
+    loaded = model.state == "ready" and usage is not None
+    return reports.ModelHost(
+        host=host.name,
+        state=model.state,
+        percent=model.percent,
+        bytes=sum(model.needs.values()),
+        needs=model.needs,
+        pinned=model.pinned,
+        holders=own,
+        held=len(model.holders),
+        worker=model.worker,
+        note=model.note,
+        retry_ms=max(0, usage.retry_at - now_ms) if usage is not None and usage.retry_at < NEVER_MS else 0,
+        loads=model.loads,
+        load_ms=model.load_ms,
+        idle_ms=now_ms - usage.used_at if usage is not None and loaded else -1,
+    )
+
+
+def hosts(state: State, argument: str, now_ms: int, who: Identity) -> list[reports.HostRow]:
+    found = sorted(state.hosts.sessions.values(), key=lambda host: host.name)
+    return [_host(host, now_ms, who) for host in found if argument in ("", host.name)][:LISTED]
+
+
+def _host(host: HostEntry, now_ms: int, who: Identity) -> reports.HostRow:
+    return reports.HostRow(
+        host=host.name,
+        machine=host.hello.host,
+        pid=host.hello.pid,
+        node_class=host.hello.node_class,
+        memory={
+            name: reports.MemoryRow(budget=memory.bytes, used=memory.used, helpers=memory.helpers)
+            for name, memory in host.memory.items()
+        },
+        models=len(host.models),
+        loaded=[name for name, model in host.models.items() if model.state == "ready" and who.may_use(name)],
+        load=list(filter(who.may_use, host.wishes.load)),
+        evict=list(filter(who.may_use, host.wishes.evict)),
+        heard_ms=now_ms - host.link.heard_at,
+        up_ms=now_ms - host.link.joined_at,
+        software=host.hello.software,
+    )
 
 
 def _waiting(state: State) -> Counter[str]:
@@ -330,6 +382,7 @@ QUERIES: dict[str, Callable[[State, str, int, Identity], Any]] = {
     "status": status,
     "workers": workers,
     "models": models,
+    "hosts": hosts,
     "requests": requests,
     "why": why,
     "find": find,

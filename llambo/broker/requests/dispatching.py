@@ -38,8 +38,11 @@ def enqueue(state: State, request: Request, now_ms: int) -> None:
             return
     state.queue.put(request, now_ms)
     pump(state, lane, now_ms)
-    if request.state is RequestState.WAITING and same_model.is_missing(state, lane):
-        same_model.note_wait(state, request, lane, now_ms)
+    if request.state is RequestState.WAITING:
+        if same_model.is_missing(state, lane):
+            same_model.note_wait(state, request, lane, now_ms)
+        if lane.model in state.hosts.waits:
+            request.note(now_ms, "waits", state.hosts.waits[lane.model].text)
 
 
 def pump(state: State, lane: Lane, now_ms: int) -> None:

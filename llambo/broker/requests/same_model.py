@@ -67,6 +67,8 @@ def waits_for(state: State, request: Request) -> str:
     lane = request.lane
     if lane == AWAITING_RUN:
         return "the worker that may still run it"
+    if note := state.hosts.note(lane.model):
+        return note
     if lane.fingerprint:
         return _wanted(state, lane) if is_missing(state, lane) else ""
     return f"a worker that serves {lane.model}" if state.models.unserved_since.get(lane.model, 1) else ""

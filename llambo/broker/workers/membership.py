@@ -23,7 +23,9 @@ from llambo.mesh.wire.identity import Identity
 CLIENT_SESSIONS = 10_000
 #: Workers at a time; more are refused as busy.
 WORKER_SESSIONS = 20_000
-_REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
+#: Notes in one heartbeat to a client.
+NOTES = 256
+REVOKED = ErrorInfo(Code.UNAUTHORIZED, "this key is not valid any more")
 
 
 class Loss(enum.Enum):
@@ -42,7 +44,7 @@ class Loss(enum.Enum):
 def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, now_ms: int) -> None:
     """The newest session of a process replaces its older one. The name of another process that is alive is taken."""
     identity = state.access.identity(user)
-    problem = _version_problem(hello.versions)
+    problem = version_problem(hello.versions)
     if identity is None or not identity.may_serve:
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a worker")
     elif not identity.may_be_called(hello.name):
@@ -73,7 +75,7 @@ def worker_hello(state: State, route: bytes, hello: m.WorkerHello, user: str, no
 
 def _add_worker(state: State, hello: m.WorkerHello, route: bytes, user: str, identity: Identity, now_ms: int) -> None:
     config = state.config
-    welcome = _welcome(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
+    welcome = welcome_to(state, config.tokens_in_port, b"", config.timing.lease_ms, hello.versions)
     worker = WorkerEntry(
         hello, Session(route, welcome, now_ms, now_ms, user, identity), Backlog(config.bounds.backlog_bytes)
     )
@@ -118,7 +120,7 @@ def worker_heartbeat(state: State, worker: WorkerEntry, beat: m.WorkerHeartbeat,
         model_names.learn_kinds(state, worker, now_ms)
     worker.beats.beat = max(worker.beats.beat, beat.beat)
     worker.adopted &= worker.claims.keys()
-    worker.refusing = False
+    worker.refusing = worker.yields
     if beat.pace:
         speed.measured(worker, beat.pace, now_ms)
     draining.confirmed(state, worker, beat, now_ms)
@@ -163,9 +165,9 @@ def _note_unserved(state: State, models: tuple[str, ...], now_ms: int) -> None:
 
 
 def is_forgettable(state: State, model: str) -> bool:
-    """No worker serves it, no request waits for it, and no orchestrator has promised workers."""
+    """No worker serves it, no host has it, no request waits for it, and no orchestrator has promised workers."""
     there = not state.models.unserved_since[model] or Lane(model) in state.queue.lines
-    return not there and not state.is_promised(model)
+    return not there and not state.is_promised(model) and model not in state.hosts.having
 
 
 def forget_model(state: State, model: str) -> None:
@@ -228,6 +230,7 @@ def extend_leases(state: State, late_ms: int, now_ms: int) -> None:
     registry = state.registry
     links = [worker.link for worker in registry.workers.values()]
     links += [client.link for client in registry.clients.values()]
+    links += [host.link for host in state.hosts.sessions.values()]
     for link in links:
         link.heard_at = min(now_ms, link.heard_at + late_ms)
         if link.route_gone_at:
@@ -255,7 +258,7 @@ def worker_round(state: State, now_ms: int) -> None:
 def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, now_ms: int) -> None:
     config, registry = state.config, state.registry
     identity = state.access.identity(user)
-    problem = _version_problem(hello.versions)
+    problem = version_problem(hello.versions)
     if identity is None or not identity.may_ask:
         problem = ErrorInfo(Code.UNAUTHORIZED, "this key is not one of a client")
     if problem is None and len(registry.clients) >= CLIENT_SESSIONS:
@@ -274,7 +277,7 @@ def client_hello(state: State, route: bytes, hello: m.ClientHello, user: str, no
         state.out.append(ToClient(route, NO_SESSION, there.link.welcome))
         return
     topic = state.random_bytes(limits.TOPIC_BYTES)
-    welcome = _welcome(state, config.tokens_out_port, topic, config.timing.client_lease_ms, hello.versions)
+    welcome = welcome_to(state, config.tokens_out_port, topic, config.timing.client_lease_ms, hello.versions)
     session = Session(route, welcome, now_ms, now_ms, user, identity)
     registry.add_client(ClientEntry(hello, session, Backlog(config.bounds.backlog_bytes)))
     state.out.append(ToClient(route, NO_SESSION, welcome))
@@ -299,14 +302,17 @@ def _heartbeat_client(state: State, client: ClientEntry) -> None:
     beats.number += 1
     progress: dict[bytes, int] = {}
     waiting: dict[bytes, int] = {}
+    notes: dict[bytes, str] = {}
     for id in () if client.backlog.full else client.following:
         request = state.requests[id]
         if request.state is RequestState.WAITING:
             waiting[id] = state.queue.ahead(request)
+            if state.hosts.waits and len(notes) < NOTES and (note := state.hosts.note(request.model)):
+                notes[id] = note
         elif request.stream:
             progress[id] = request.transcript.next_index
     state.out.append(Publish([client.topic + tokens.encode_beat(beats.number, client.session)]))
-    state.to_client(client, m.BrokerHeartbeat(beats.number, beats.echo, progress, waiting))
+    state.to_client(client, m.BrokerHeartbeat(beats.number, beats.echo, progress, waiting, notes=notes))
 
 
 def client_left(state: State, client: ClientEntry, goodbye: m.Goodbye, blob: bytes, now_ms: int) -> None:
@@ -342,7 +348,7 @@ def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) 
     for client in list(state.registry.clients.values()):
         identity = identities.get(client.link.user)
         if identity is None or not identity.may_ask or identity.name != client.identity.name:
-            state.to_client(client, m.Problem(_REVOKED))
+            state.to_client(client, m.Problem(REVOKED))
             state.journal.add(now_ms, "key revoked", f"client {client.identity.name} has to leave")
             lose_client(state, client, now_ms)
         else:
@@ -350,13 +356,13 @@ def keys_changed(state: State, identities: Mapping[str, Identity], now_ms: int) 
     for worker in list(state.registry.workers.values()):
         identity = identities.get(worker.link.user)
         if identity is None or not (identity.may_serve and identity.may_be_called(worker.name)):
-            state.to_worker(worker, m.Problem(_REVOKED))
+            state.to_worker(worker, m.Problem(REVOKED))
             lose_worker(state, worker, Loss.REVOKED, now_ms)
         else:
             worker.link.identity = identity
 
 
-def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
+def welcome_to(state: State, port: int, topic: bytes, lease_ms: int, versions: tuple[int, int]) -> m.Welcome:
     return m.Welcome(
         session=state.random_bytes(limits.SESSION_ID_BYTES),
         token_port=port,
@@ -369,7 +375,7 @@ def _welcome(state: State, port: int, topic: bytes, lease_ms: int, versions: tup
     )
 
 
-def _version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
+def version_problem(versions: tuple[int, int]) -> ErrorInfo | None:
     low, high = m.VERSIONS
     if versions[0] <= high and versions[1] >= low:
         return None

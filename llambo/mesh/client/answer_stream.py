@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from llambo.mesh.client import client_events as e
 from llambo.mesh.wire import messages as m
-from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError
+from llambo.mesh.wire.errors import Code, ErrorInfo, LlamboError, printable
 from llambo.mesh.wire.tokens import Logprob
 from llambo.mesh.wire.tool_calls import CalledTool, split_calls
 
@@ -162,7 +162,9 @@ class Stream:
         self.model: str = ""
         #: The whole answer, once its end has been read.
         self.answer: Answer | None = None
-        #: A function of yours, called when `ahead` has changed. It must not block.
+        #: Why it waits, if there is more to say than its place: "loading qwen3 on box2, 41 %". Empty if there is not.
+        self.note: str = ""
+        #: A function of yours, called when `ahead` or `note` has changed. It must not block.
         self.on_place: Callable[[], None] | None = None
         self._key = id
         self._handle = handle
@@ -254,8 +256,13 @@ class Stream:
         if self.on_place is not None:
             self.on_place()
 
+    def _set_note(self, note: str) -> None:
+        self.note = printable(note)
+        if self.on_place is not None:
+            self.on_place()
+
     def _set_end(self, end: m.End) -> None:
-        self._end = end
+        self._end, self.note = end, ""
         self._wake()
 
     def _set_error(self, error: LlamboError) -> None:
@@ -309,6 +316,7 @@ class RequestReader(Protocol):
 
     def _deliver(self, ids: list[int], pieces: list[bytes], logprobs: Sequence[Logprob | None]) -> None: ...
     def _set_place(self, ahead: int, model: str, *, fake: bool) -> None: ...
+    def _set_note(self, note: str) -> None: ...
     def _set_end(self, end: m.End) -> None: ...
     def _set_error(self, error: LlamboError) -> None: ...
 
@@ -334,9 +342,7 @@ class Waiters:
             _, (_, oldest) = self.submitted.popitem(last=False)
             self._submitted_bytes -= len(oldest)
 
-    def deliver(
-        self, delivery: e.DeliverTokens | e.ReportPlace | e.ReportEnd | e.ReportFailure | e.DeliverResult
-    ) -> None:
+    def deliver(self, delivery: e.Delivery) -> None:
         match delivery:
             case e.DeliverTokens(id, ids, pieces, logprobs):
                 if (stream := self.streams.get(id)) is not None:
@@ -345,6 +351,9 @@ class Waiters:
                 if (stream := self.streams.get(id)) is not None:
                     stream._set_place(ahead, model, fake=fake)
                 resolve(self.submits.get(id), None)
+            case e.ReportNote(id, note):
+                if (stream := self.streams.get(id)) is not None:
+                    stream._set_note(note)
             case e.ReportEnd(id, end):
                 if (stream := self.streams.pop(id, None)) is not None:
                     stream._set_end(end)

@@ -367,6 +367,31 @@ class Client:
             lambda n: e.CommandAsked(m.DrainWorker(n, worker, undo, move)), "drain", reports.DrainReply
         )
 
+    async def hosts(self) -> list[reports.HostRow]:
+        """The hosts that load models on demand, with their memory."""
+        return await self._ask("hosts", "", list[reports.HostRow])
+
+    async def hold_model(
+        self, model: str, *, host: str = "", holder: str = "", ttl_ms: int = 0, pin: bool = False
+    ) -> reports.HoldReply:
+        """Load a model, on this host or where it fits best, and keep it loaded. The answer does not wait for the load.
+
+        `holder` tells several uses of one key apart; each is given back alone. It counts for `ttl_ms`, or until it is
+        given back; a call with the same holder renews it. With keys only an admin holds a model for longer than an hour
+        at a time, or pins it: a pinned model is never unloaded for another one.
+        """
+        return await self._hold(m.HoldModel(0, model, host, holder, ttl_ms, pin))
+
+    async def release_model(self, model: str, *, host: str = "", holder: str = "") -> reports.HoldReply:
+        """Give back what `hold_model` holds. Without a holder an admin gives back all of them, and it is unloaded."""
+        return await self._hold(m.HoldModel(0, model, host, holder, undo=True))
+
+    async def _hold(self, order: m.HoldModel) -> reports.HoldReply:
+        what = "release_model" if order.undo else "hold_model"
+        return await self._question(
+            lambda n: e.CommandAsked(msgspec.structs.replace(order, query=n)), what, reports.HoldReply
+        )
+
     async def lease(self, lease: m.Lease) -> reports.LeaseReply:
         """Ask for a lease, which has one holder at a time, as an orchestrator does. The client sets its `query`.
 

@@ -37,7 +37,7 @@ ASK_AGAIN_MS = 1_000
 class OpenQuery:
     """A query, which is sent again until all pages of one answer have arrived in order."""
 
-    message: m.Query | m.DrainWorker | m.Lease
+    message: m.Query | m.DrainWorker | m.HoldModel | m.Lease
     parts: list[bytes] = field(default_factory=list)
     size: int = 0
 
@@ -56,7 +56,7 @@ class OpenQuery:
 
 
 class Queries:
-    """An order for a worker waits for the answer to the one before it, which may have to be sent again.
+    """An order for a worker or a model waits for the answer to the one before it, which may have to be sent again.
 
     Otherwise a drain that was lost once would arrive after the order that ends it.
     """
@@ -71,7 +71,7 @@ class Queries:
     def __len__(self) -> int:
         return len(self._open)
 
-    def ask(self, message: m.Query | m.DrainWorker | m.Lease, welcomed: bool, now_ms: int) -> None:
+    def ask(self, message: m.Query | m.DrainWorker | m.HoldModel | m.Lease, welcomed: bool, now_ms: int) -> None:
         self._open[message.query] = OpenQuery(message)
         if welcomed:
             self._send_or_hold(message.query, now_ms)
@@ -121,15 +121,24 @@ class Queries:
             self._send_query(query, now_ms)
 
     def _comes_after_another(self, query: int) -> bool:
-        order = self._open[query].message
-        if not isinstance(order, m.DrainWorker):
-            return False
-        earlier = (self._open[other].message for other in takewhile(lambda other: other != query, self._open))
-        return any(isinstance(other, m.DrainWorker) and other.worker == order.worker for other in earlier)
+        subject = _subject(self._open[query].message)
+        earlier = takewhile(lambda other: other != query, self._open)
+        return subject is not None and any(_subject(self._open[other].message) == subject for other in earlier)
 
     def _send_query(self, query: int, now_ms: int) -> None:
         self._send(self._open[query].message)
         self._timers.set(query, now_ms + ASK_AGAIN_MS)
+
+
+def _subject(message: m.Message) -> tuple[str, ...] | None:
+    """What an order is about. None: it is a question, and may be asked at any time."""
+    match message:
+        case m.DrainWorker():
+            return "worker", message.worker
+        case m.HoldModel():
+            return "model", message.model, message.holder
+        case _:
+            return None
 
 
 #: How long requests wait for the token plane once the control plane works. Then they are sent without it, and served by

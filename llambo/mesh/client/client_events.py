@@ -53,7 +53,7 @@ class QueryAsked(msgspec.Struct, frozen=True):
 class CommandAsked(msgspec.Struct, frozen=True):
     """A command that is answered as a query is; its `query` is the number of the answer."""
 
-    message: m.DrainWorker | m.Lease
+    message: m.DrainWorker | m.HoldModel | m.Lease
 
 
 class ReaderLeft(msgspec.Struct, frozen=True):
@@ -142,6 +142,13 @@ class ReportPlace(msgspec.Struct, frozen=True):
     fake: bool = False
 
 
+class ReportNote(msgspec.Struct, frozen=True):
+    """Why the request waits, if there is more to say than its place; empty: there is no more."""
+
+    id: bytes
+    note: str
+
+
 class ReportEnd(msgspec.Struct, frozen=True):
     """The request has ended, and all its tokens were delivered, unless they were not wanted."""
 
@@ -170,5 +177,5 @@ class ReportLink(msgspec.Struct, frozen=True):
 
 
 #: Deliveries for one request or query.
-Delivery = DeliverTokens | ReportPlace | ReportEnd | ReportFailure | DeliverResult
+Delivery = DeliverTokens | ReportPlace | ReportNote | ReportEnd | ReportFailure | DeliverResult
 Action = LinkAction | Delivery | ReportLink

@@ -78,6 +78,8 @@ class QueuePlace:
     before: bool = False
     #: For the next broker: that this one has admitted it.
     proof: bytes = b""
+    #: Why it waits, for people.
+    note: str = ""
 
     @property
     def admitted(self) -> bool:

@@ -103,6 +103,8 @@ class Requests:
         self._link = link
         self._out = out
         self._acks: list[bytes] = []
+        #: The requests that the last heartbeat had a note for.
+        self._noted: set[bytes] = set()
         self._timers: Timers[bytes] = Timers()
         self._repair = Repair(link, self._timers, self.counters)
 
@@ -210,6 +212,17 @@ class Requests:
         for id, ahead in beat.waiting.items():
             if (request := self.live.get(id)) is not None:
                 self._place(request, ahead)
+        if beat.notes or self._noted:
+            self._report_notes(beat.notes)
+
+    def _report_notes(self, notes: dict[bytes, str]) -> None:
+        """Each change; a request without a note has no more to say than its place, or does not wait any more."""
+        for id in {*notes, *self._noted}:
+            request, note = self.live.get(id), notes.get(id, "")
+            if request is not None and note != request.place.note:
+                request.place.note = note
+                self._out.append(e.ReportNote(id, note))
+        self._noted = set(notes)
 
     def on_accepted(self, accepted: m.Accepted, now_ms: int) -> None:
         request = self.live.get(accepted.id)

@@ -34,6 +34,10 @@ class SyncStream:
         return self._stream.ahead
 
     @property
+    def note(self) -> str:
+        return self._stream.note
+
+    @property
     def model(self) -> str:
         return self._stream.model
 
@@ -228,7 +232,10 @@ class SyncClient:
     recent = _blocking(Client.recent)
     metrics = _blocking(Client.metrics)
     why = _blocking(Client.why)
+    hosts = _blocking(Client.hosts)
     drain = _blocking(Client.drain)
+    hold_model = _blocking(Client.hold_model)
+    release_model = _blocking(Client.release_model)
     lease = _blocking(Client.lease)
 
 

@@ -85,6 +85,9 @@ class Collector:
         """Its place in the queue is not shown."""
         self.model, self.fake = model, fake
 
+    def _set_note(self, note: str) -> None:
+        """Nor is why it waits."""
+
     def _set_end(self, end: m.End) -> None:
         if end.reason == "stop":
             self._settle(lambda: self.result.set_result(b"".join(self._pieces)))

@@ -159,5 +159,7 @@ def _with_blobs(session: bytes, messages: list[T], frames: Sequence[bytes], prob
 
 from_client: Codec[Any] = Codec(m.ClientToBroker)
 to_client: Codec[Any] = Codec(m.BrokerToClient)
-from_worker: Codec[Any] = Codec(m.WorkerToBroker)
+#: On the control plane of workers, where hosts join as well.
+from_worker: Codec[Any] = Codec(m.WorkerToBroker | m.HostToBroker)
+to_host: Codec[Any] = Codec(m.BrokerToHost)
 to_worker: Codec[Any] = Codec(m.BrokerToWorker)

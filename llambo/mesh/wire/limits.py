@@ -80,6 +80,18 @@ TOKEN_INDEX = 2**31
 BEAT_NUMBER = 2**53
 #: Models of one worker.
 MODELS_PER_WORKER = 32
+#: Models that one host can have, stored or loaded.
+MODELS_PER_HOST = 512
+#: Models that one host has loaded.
+LOADED_PER_HOST = 32
+#: Who holds one model at one host.
+HOLDERS_PER_MODEL = 64
+#: What a client calls one of its holders; the broker adds its identity.
+HOLDER_CHARS = 48
+#: A holder that is no admin counts for so long at most; renewed, for longer.
+HOLD_MS = 3_600_000
+#: Kinds of memory of one host.
+DEVICES_PER_HOST = 32
 #: Slots of one worker: its claims have to fit into one heartbeat.
 SLOTS_PER_WORKER = 16_384
 #: Chunks of one stream that are stored out of order while a gap before them is repaired.

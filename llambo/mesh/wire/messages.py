@@ -34,6 +34,7 @@ Name = Annotated[str, Meta(max_length=limits.NAME_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=limits.TOKEN_INDEX)]
 Number = Annotated[int, Meta(ge=0, le=limits.BEAT_NUMBER)]
 Milliseconds = Annotated[int, Meta(ge=0, le=10**12)]
+Bytes = Annotated[int, Meta(ge=0, le=2**53)]
 Port = Annotated[int, Meta(ge=1, le=65_535)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Priority = Literal["interactive", "normal", "batch"]
@@ -197,6 +198,105 @@ class Drain(Message, frozen=True):
     move: bool = False
 
 
+# --- host to broker, and back -----------------------------------------------------------------------------
+# A host is a process that runs workers on demand, one for each loaded model. Those join as workers with sessions of
+# their own; the session of the host is about which models it has, which are loaded, and which should be.
+
+#: A model at a host. `failed`: the last load did not succeed; it is tried again after `retry_ms`.
+HostedState = Literal["stored", "loading", "ready", "unloading", "failed"]
+
+
+class HostedModel(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that a host has: loaded, or stored and loaded when it is wanted."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    kind: Kind = "generate"
+    state: HostedState = "stored"
+    #: How much of it is loaded, in the state `loading`.
+    percent: Annotated[int, Meta(ge=0, le=100)] = 0
+    #: Bytes that it takes of each kind of memory when it is loaded, as measured or estimated.
+    needs: dict[Name, Bytes] = {}
+    #: The worker that serves it while it is loaded.
+    worker: Name = ""
+    #: It is never evicted.
+    pinned: bool = False
+    #: Who wants it to be loaded, apart from requests.
+    holders: Annotated[list[Name], Meta(max_length=limits.HOLDERS_PER_MODEL)] = []
+    #: How long its last load took; 0: it was not loaded yet.
+    load_ms: Milliseconds = 0
+    #: How often it was loaded.
+    loads: Count = 0
+    #: Why it failed, or cannot be loaded at all, for people.
+    note: Annotated[str, Meta(max_length=256)] = ""
+    #: The time until a failed model is tried again; 0: when it is asked for.
+    retry_ms: Milliseconds = 0
+
+
+class Memory(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A kind of memory of a host that models are loaded into."""
+
+    #: The budget: what all loaded models may take together.
+    bytes: Bytes
+    #: What those that are loaded, or being loaded, take.
+    used: Bytes = 0
+    #: What embed and rerank models may take of it without being evicted for models that generate.
+    helpers: Bytes = 0
+
+
+class HostHello(Message, frozen=True):
+    """A host joins. Its first heartbeat says what it has."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    #: Random, chosen when the process starts: with another incarnation the same host has restarted.
+    incarnation: Annotated[bytes, Meta(max_length=64)]
+    versions: tuple[int, int] = VERSIONS
+    software: Name = ""
+    node_class: Name = ""
+    host: Name = ""
+    pid: Count = 0
+
+
+class HostHeartbeat(Message, frozen=True):
+    """What the host has, if the broker does not have this revision of it yet (`BrokerHeartbeat.echo`)."""
+
+    #: The highest control sequence number that it has received.
+    seq: Number = 0
+    #: Rises with each change of `models` or `memory`.
+    revision: Number = 0
+    #: All of them; empty: as in the revision that the broker has.
+    models: Annotated[list[HostedModel], Meta(max_length=limits.MODELS_PER_HOST)] = []
+    #: By name: `ram`, and the devices of llama.cpp.
+    memory: Annotated[dict[Name, Memory], Meta(max_length=limits.DEVICES_PER_HOST)] = {}
+
+
+class PlaceModels(Message, frozen=True):
+    """What the broker wants to be loaded here, in this order, and what may be evicted for it, in this order.
+
+    All of it each time, and again with each heartbeat until the host reports it as loaded, so it does not matter which
+    one is lost. The host decides: it keeps to its budget, and evicts no model that is busy, pinned or held, or was
+    loaded a moment ago.
+    """
+
+    seq: Number
+    load: Annotated[list[Name], Meta(max_length=limits.MODELS_PER_HOST)] = []
+    evict: Annotated[list[Name], Meta(max_length=limits.MODELS_PER_HOST)] = []
+
+
+class Hold(Message, frozen=True):
+    """Load this model and keep it, on behalf of a holder; with `undo` the holder gives it back.
+
+    Sent again with each heartbeat until the host reports the holder.
+    """
+
+    seq: Number
+    model: Name
+    holder: Name
+    #: The holder counts for so long; 0: until it gives the model back.
+    ttl_ms: Milliseconds = 0
+    pin: bool = False
+    undo: bool = False
+
+
 # --- worker to broker: orphans -------------------------------------------------------------------------
 
 
@@ -232,14 +332,16 @@ class BrokerHeartbeat(Message, frozen=True):
     """The broker lives. To clients it also reports the progress of their requests."""
 
     number: Number
-    #: To workers: the last beat of theirs that arrived on the token plane.
+    #: To workers: the last beat of theirs that arrived on the token plane. To hosts: the last revision of their report.
     echo: Number = 0
     #: To clients: the next token index of each request that has new tokens. To workers: empty.
     progress: dict[RequestId, Count] = {}
     #: To clients: how many requests wait before each of theirs in the queue.
     waiting: dict[RequestId, Count] = {}
-    #: To workers: the control sequence number of this message.
+    #: To workers and hosts: the control sequence number of this message.
     seq: Number = 0
+    #: To clients: why a request of theirs waits, if there is more to say than its place; for people.
+    notes: dict[RequestId, Annotated[str, Meta(max_length=256)]] = {}
 
 
 class Problem(Message, frozen=True):
@@ -360,6 +462,25 @@ class DrainWorker(Message, frozen=True):
     worker: Name
     undo: bool = False
     move: bool = False
+
+
+class HoldModel(Message, frozen=True):
+    """Load a model somewhere, or on one host, and keep it loaded; with `undo` give it back. Asking again renews it.
+
+    The answer is a `HoldReply`.
+    """
+
+    query: Number
+    model: Annotated[str, Meta(min_length=1, max_length=limits.NAME_CHARS)]
+    #: Empty: where the broker finds it best.
+    host: Name = ""
+    #: Chosen by the sender. The broker prefixes it with the identity of the sender.
+    holder: Annotated[str, Meta(max_length=limits.HOLDER_CHARS)] = ""
+    #: The holder counts for so long; 0: until it gives the model back.
+    ttl_ms: Milliseconds = 0
+    #: It is never evicted, until it is given back. For admins.
+    pin: bool = False
+    undo: bool = False
 
 
 class Lease(Message, frozen=True):
@@ -546,11 +667,14 @@ ClientToBroker = (
     | EndAck
     | Query
     | DrainWorker
+    | HoldModel
     | Lease
     | Goodbye
 )
 BrokerToClient = Welcome | BrokerHeartbeat | Accepted | End | Page | Result | Problem | Goodbye
+HostToBroker = HostHello | HostHeartbeat | Goodbye
 WorkerToBroker = WorkerHello | WorkerHeartbeat | Accept | Reject | End | EngineLost | Page | Orphan | Goodbye
+BrokerToHost = Welcome | BrokerHeartbeat | PlaceModels | Hold | Problem | Goodbye
 BrokerToWorker = Welcome | BrokerHeartbeat | Dispatch | Adopt | Cancel | Replay | EndAck | Drain | Problem | Goodbye
 
 #: The messages that have an extra frame.

@@ -57,6 +57,39 @@ class ModelVariant(_Row, frozen=True, kw_only=True):
     workers: list[str] = []
 
 
+class ModelHost(_Row, frozen=True, kw_only=True):
+    """A model at one of the hosts that have it."""
+
+    #: The name of the host.
+    host: str = ""
+    #: "stored", "loading", "ready", "unloading" or "failed".
+    state: str = ""
+    #: How much of it is loaded, in the state "loading".
+    percent: int = 0
+    #: What it takes when it is loaded, of all memory together.
+    bytes: int = 0
+    #: The same by kind of memory.
+    needs: dict[str, int] = {}
+    #: It is never evicted.
+    pinned: bool = False
+    #: Who has loaded it: the name of a key, and what its client calls this use. Without an admin key only the own ones.
+    holders: list[str] = []
+    #: How many there are, including those of others.
+    held: int = 0
+    #: The worker that serves it while it is loaded.
+    worker: str = ""
+    #: Why it failed, or cannot be loaded at all.
+    note: str = ""
+    #: The time until a failed model may be tried again.
+    retry_ms: int = 0
+    #: How often it was loaded.
+    loads: int = 0
+    #: How long its last load took; 0: it was not loaded yet.
+    load_ms: int = 0
+    #: The time since its last use; 0: it is in use; -1: it is not loaded.
+    idle_ms: int = -1
+
+
 class ModelRow(_Row, frozen=True, kw_only=True):
     """One model: the workers that serve it, those of them that load it, their slots, and the requests in its queue."""
 
@@ -72,10 +105,14 @@ class ModelRow(_Row, frozen=True, kw_only=True):
     waiting: int = 0
     #: A fake engine serves it: its words are made up.
     fake: bool = False
-    #: What it is for: `generate`, `embed` or `rerank`; empty: it is being loaded, and that is not known yet.
-    kind: str = ""
     #: If its workers do not all serve the very same model: who can continue whose answers.
     variants: list[ModelVariant] = []
+    #: What it is for: "generate", "embed" or "rerank"; empty: a worker is loading it, and that is not known yet.
+    kind: str = ""
+    #: The hosts that have it, loaded or not.
+    hosts: list[ModelHost] = []
+    #: What its requests wait for, if not only for a free slot.
+    note: str = ""
 
 
 class MeshStatus(_Row, frozen=True, kw_only=True):
@@ -189,6 +226,46 @@ class WorkerRow(_Row, frozen=True, kw_only=True):
         return self.busy + self.busy_elsewhere
 
 
+class MemoryRow(_Row, frozen=True, kw_only=True):
+    """A kind of memory of a host that models are loaded into."""
+
+    #: What all loaded models may take together.
+    budget: int = 0
+    #: What those take that are loaded, or being loaded.
+    used: int = 0
+    #: What embed and rerank models may take of it without being evicted for models that generate.
+    helpers: int = 0
+
+
+class HostRow(_Row, frozen=True, kw_only=True):
+    """One host that loads models on demand."""
+
+    #: Its name.
+    host: str = ""
+    #: The machine it runs on.
+    machine: str = ""
+    #: Its process there.
+    pid: int = 0
+    #: The class of its node; empty if it has none.
+    node_class: str = msgspec.field(default="", name="class")
+    #: By name: "ram", and the devices of llama.cpp.
+    memory: dict[str, MemoryRow] = {}
+    #: Models that it has.
+    models: int = 0
+    #: Those that are loaded.
+    loaded: list[str] = []
+    #: Those that this broker wants to be loaded there, in this order.
+    load: list[str] = []
+    #: Those that may be unloaded for it, in this order.
+    evict: list[str] = []
+    #: Time since its last message.
+    heard_ms: int = 0
+    #: Time since it connected.
+    up_ms: int = 0
+    #: The release of llambo that it runs.
+    software: str = ""
+
+
 class RequestRow(_Row, frozen=True, kw_only=True):
     """One request that waits or runs."""
 
@@ -218,7 +295,7 @@ class RequestRow(_Row, frozen=True, kw_only=True):
     age_ms: int = 0
     #: It runs on without its client.
     detached: bool = False
-    #: While it waits: the worker that it waits for, if none that is there can take it.
+    #: While it waits: the worker that it waits for, if none that is there can take it; or what is loaded for it.
     waits_for: str = ""
 
 
@@ -364,6 +441,25 @@ class DrainReply(_Row, frozen=True, kw_only=True):
     moving: bool = False
     #: Requests that still run on it, including those of other brokers.
     running: int = 0
+
+
+class HoldReply(_Row, frozen=True, kw_only=True):
+    """The answer to `hold_model` and `release_model`: the model as it is now, and where."""
+
+    #: Its name.
+    model: str = ""
+    #: The host; empty: none is chosen yet, or it is given back at several.
+    host: str = ""
+    #: As `ModelHost.state`; "ready" also if only workers without a host serve it.
+    state: str = ""
+    #: How much of it is loaded, in the state "loading".
+    percent: int = 0
+    #: The name of the holder: the name of the key, and what its client calls this use.
+    holder: str = ""
+    #: The holder counts for so long; 0: until the model is given back.
+    ttl_ms: int = 0
+    #: What it waits for, or why it failed.
+    note: str = ""
 
 
 class LeaseReply(_Row, frozen=True, kw_only=True):
