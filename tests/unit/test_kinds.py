@@ -133,6 +133,20 @@ def test_an_older_worker_that_has_loaded_its_model_is_given_no_task_that_it_does
     assert worker.dispatches == []
 
 
+def test_of_a_model_that_a_host_has_the_kind_is_known_before_it_is_loaded() -> None:
+    bench = Bench()
+    bench.host("box", m.HostedModel("vec", "embed"), m.HostedModel("rank", "rerank"))
+    talk, client = bench.worker("a", model="talk", kind="generate"), bench.client()
+    client.submit(1, model="vec")
+    assert "'vec' embeds texts" in refused(client).error.text and "models that do: talk" in refused(client).error.text
+    client.submit(2, model="talk", task="rerank", **RESULT)
+    assert "models that do: rank" in refused(client).error.text
+    client.submit(3, task="embed", **RESULT)
+    client.submit(4, task="rerank", **RESULT)
+    assert len(client.problems) == 2 and talk.dispatches == []
+    assert [request.model for request in bench.state.requests.values()] == ["vec", "rank"]
+
+
 def test_no_name_is_listed_that_an_identity_may_not_use() -> None:
     bench = Bench()
     bench.keys(Identity("w", "worker"), Identity("alice", "client", models=("vec",)))
