@@ -32,13 +32,18 @@ def _native() -> str:
     return "" if find_spec("llama_cpp") else "the extra llama-native is not installed"
 
 
+def _hub() -> str:
+    return "" if find_spec("huggingface_hub") else "huggingface_hub is not installed: make dev"
+
+
 def _two_libraries() -> str:
     return "" if len(binding.installed()) > 1 else "the extras llama and llama-native are not both installed"
 
 
 #: What is no program: why it cannot be had; empty, it can.
 CONDITIONS: dict[str, Callable[[], str]] = {
-    "llama-native": _native, "manager": hindrance, "networks": _networks, "two-libraries": _two_libraries,
+    "huggingface_hub": _hub, "llama-native": _native, "manager": hindrance, "networks": _networks,
+    "two-libraries": _two_libraries,
 }  # fmt: skip
 
 

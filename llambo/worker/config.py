@@ -117,6 +117,8 @@ class WorkerConfig:
     engine: str = "fake"
     #: A file, or the name of a model that is installed.
     model: str = "fake"
+    #: Its name in the mesh; empty: `mesh_name`.
+    served_as: str = ""
     fake: FakeOptions = field(default_factory=FakeOptions)
     llama: LlamaOptions = field(default_factory=LlamaOptions)
     #: A label for groups of equal machines.
@@ -138,7 +140,7 @@ class WorkerConfig:
     @property
     def model_name(self) -> str:
         """What the model is called in the mesh."""
-        return mesh_name(self.model)
+        return self.served_as or mesh_name(self.model)
 
     @property
     def slots(self) -> int:

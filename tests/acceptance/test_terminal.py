@@ -176,6 +176,8 @@ def cases(mesh: HostileMesh, folder: Path) -> dict[str, list[list[str]]]:
         "llambo status": [asked("status"), asked("status", "--json")],
         "llambo workers": [asked("workers"), asked("workers", "--json")],
         "llambo models": [asked("models"), asked("models", EVIL), asked("models", "--json")],
+        "llambo pull": [["pull", EVIL], ["pull", f"hf:{EVIL}"]],
+        "llambo rm": [["rm", "--yes", EVIL]],
         "llambo requests": [asked("requests"), asked("requests", "--json")],
         "llambo why": [asked("why", id) for id in mesh.ids.values()] + [asked("why", "--json", failed)],
         "llambo events": [asked("events"), asked("events", "--json")],

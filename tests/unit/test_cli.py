@@ -341,7 +341,7 @@ def test_the_options_of_the_fake_engine_are_not_in_the_way() -> None:
     [
         ("serve", "`llambo up`"),
         ("uninstall", "under Uninstall"),
-        ("pull", "`llambo up --model`"),
+        ("download", "`llambo pull "),
         ("ps", "`llambo workers`"),
         ("statsu", "'status'"),
     ],

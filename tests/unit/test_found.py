@@ -20,7 +20,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("home", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE"):
+    for name in ("XDG_CACHE_HOME", "LLAMA_CACHE", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "OLLAMA_MODELS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(model_files, "packaged", lambda name: None)
@@ -54,7 +54,8 @@ def test_every_usual_place_is_looked_at(host: Path) -> None:
         ("b.gguf", "llama.cpp cache"),
         ("c.gguf", "Hugging Face cache"),
     ]
-    assert all(Path(each.model).is_file() for each in seen), "what --model takes"
+    assert all(model_files.find(each.model).samefile(each.path) for each in seen), "what --model takes"
+    assert seen[-1].model == "hf:x/y/c.gguf"
 
 
 def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +63,8 @@ def test_caches_may_be_elsewhere(host: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HF_HUB_CACHE", str(host / "two"))
     put(host / "one/a.gguf")
     put(host / "two/b.gguf")
-    assert set(listed()) == {"a.gguf", "b.gguf"}
+    put(host / "two/models--x--y/snapshots/abc/c.gguf")
+    assert set(listed()) == {"a.gguf", "b.gguf", "c.gguf"}
 
 
 def test_a_file_is_listed_once_with_its_size_and_context(host: Path) -> None:

@@ -25,6 +25,7 @@ EXAMPLES = """
 llambo models
 llambo models smollm2              what it is, and how it is served
 llambo models ~/models/x.gguf      what this file is; no broker is needed
+llambo models hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF
 llambo models --models-dir /srv/models
 llambo models --json | jq -r '.host[] | select(.problem == "") | .model'
 llambo send --model tiny "What is AI?"
@@ -45,11 +46,13 @@ NO_MESH = (Code.NO_BROKER, Code.TIMEOUT)
 def models(common: Common, name: str | None, as_json: bool) -> None:
     """List the models found on this host, and those that are served; or tell what the served model or file NAME is.
 
-    On this host: those of installed packages, and GGUF files in --models-dir, in ~/models, in the working folder and in
-    the caches of llama.cpp and Hugging Face. The name, or the path, is what `llambo-worker --model` takes. Of those
-    that are served, a request need not name one if there is only one.
+    On this host: those of installed packages, names in llambo.toml, and GGUF files in --models-dir, in ~/models, in the
+    working folder and in the caches of llama.cpp, Hugging Face and Ollama. The name, or the path, is what
+    `llambo-worker --model` takes. Of those that are served, a request need not name one if there is only one.
     """
-    if name is not None and name.lower().endswith(".gguf"):
+    from llambo.worker.store import refs
+
+    if name is not None and (name.lower().endswith(".gguf") or refs.is_ref(name)):
         show_file(common, name, as_json=as_json)
         return
     if name is not None:
@@ -63,8 +66,9 @@ def models(common: Common, name: str | None, as_json: bool) -> None:
     settings = common.settings
     missing = binding.missing(settings.text("llama_lib"))
     host = model_files.on_this_host(
-        settings.text("models_dir"), missing=missing, device_bytes=_device_bytes(settings.text("llama_lib"))
-    )
+        settings.text("models_dir"), missing=missing, device_bytes=_device_bytes(settings.text("llama_lib")),
+        aliases=settings.aliases,
+    )  # fmt: skip
     if not as_json:
         show_host(host)
         click.echo()
@@ -91,7 +95,7 @@ def show_file(common: Common, name: str, *, as_json: bool) -> None:
 
     library = common.settings.text("llama_lib")
     try:
-        path = model_files.find(name)
+        path = model_files.resolve(name, common.settings.aliases).path
     except model_files.NoSuchModel as error:
         raise Failure(str(error), error.hint or "llambo models   lists the models of this host") from error
     options, free_bytes = LlamaOptions(fewer_slots=True), host.free_memory_bytes() + _device_bytes(library)

@@ -171,10 +171,10 @@ def look_at_models(place: Place) -> ModelFacts:
     wanted, missing = place.settings.text("model"), ""
     if wanted and place.settings.text("engine") != "fake":
         try:
-            model_files.find(wanted)
+            model_files.resolve(wanted, place.settings.aliases)
         except model_files.NoSuchModel as error:
             missing = str(error)
-    found = model_files.on_this_host(place.settings.text("models_dir"))
+    found = model_files.on_this_host(place.settings.text("models_dir"), aliases=place.settings.aliases)
     return ModelFacts(missing, tuple(ModelFile(each.model, each.size_bytes, each.problem) for each in found))
 
 

@@ -89,6 +89,12 @@ def paint(drawn: str, *, err: bool = False) -> None:
     stream.flush()
 
 
+def drawing() -> TextIO:
+    """stderr for what draws itself, and filters what others chose itself."""
+    stream = sys.stderr
+    return stream._stream if isinstance(stream, FilteredText) else stream
+
+
 def print_output(text: str) -> None:
     """Write a line that a model wrote. A file or a pipe gets it as it is."""
     stream = sys.stdout

@@ -25,6 +25,7 @@ import click
 
 from llambo.cli.kit.command import Command
 from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.download_view import download_missing
 from llambo.cli.kit.failure import Exit, Failure
 from llambo.cli.kit.flags import config_option, fake_options, settings_options, verbosity
 from llambo.cli.kit.follow import end_signals
@@ -43,6 +44,7 @@ from llambo.mesh.wire.timers import backoff_ms
 EXAMPLES = """
 llambo up                                with SmolLM2, if it is installed
 llambo up --model ~/models/x.gguf
+llambo up --model hf:ORG/REPO            on a terminal: downloads it first
 llambo up --workers 3 --engine fake      without a model: words are made up
 llambo up --port 0                       on any free ports
 llambo up --bind 0.0.0.0 --keys keys     for other machines too: `llambo keys`
@@ -88,6 +90,8 @@ def up(common: Common, named: str | None, workers: int, no_http: bool) -> None:
     """
     if named is not None and common.flags.setdefault("model", named) != named:
         raise click.UsageError(f"two models are named, {named} and {common.flags['model']}; `llambo up` serves one")
+    if common.settings.text("engine") != "fake" and sys.stderr.isatty():
+        download_missing(common.settings)
     # A wrong setting is reported here once, and not by each child.
     worker_config(common.settings, "llambo up")
     click.get_current_context().exit(asyncio.run(run(commands(common, workers, http=not no_http))))
@@ -124,7 +128,7 @@ def commands(common: Common, workers: int, *, http: bool = True) -> MeshCommands
     worker_flags = {
         name: value for name, value in flags.items() if BY_NAME[name] in of_roles("worker") and name != "broker"
     }  # fmt: skip
-    engine, model = engine_and_model(settings)
+    engine, model, _ = engine_and_model(settings)
     if not settings.number("threads") and engine == "llama":
         # Threads of one engine wait for each other by spinning: more of them than cores would slow all down.
         worker_flags["threads"] = max(1, physical_cores() // workers)

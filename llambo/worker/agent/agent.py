@@ -291,8 +291,9 @@ class Agent:
             case e.SpawnEngine(safe):
                 config = self._config
                 configure = proto.Configure(
-                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first
-                )
+                    config.engine, config.model, fake=config.fake, llama=config.llama, safe=safe, first=self._first,
+                    served_as=config.served_as,
+                )  # fmt: skip
                 self._first = False
                 self.engine = EngineProcess(configure, config.name)
             case e.KillEngine():

@@ -54,6 +54,8 @@ class Configure(EngineMessage, frozen=True):
     safe: bool = False
     #: No engine was started before. What needs to be said once is said by the first.
     first: bool = True
+    #: The name of the model in the mesh; empty: that of its file.
+    served_as: str = ""
 
 
 class Start(EngineMessage, frozen=True):

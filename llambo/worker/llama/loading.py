@@ -89,7 +89,7 @@ def _load(
         for text in unusable:
             log.info("ignored in the model file: %s", text)
         setup = Setup(
-            name=mesh_name(configure.model),
+            name=configure.served_as or mesh_name(configure.model),
             path=path,
             layout=layout,
             placement=placement,

@@ -12,8 +12,7 @@ import importlib.util
 import logging
 import os
 import pwd
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,10 +21,12 @@ import msgspec
 from llambo.mesh.service import host
 from llambo.mesh.wire import naming
 from llambo.mesh.wire.tokens import UNDECODABLE
-from llambo.worker.config import LlamaOptions
+from llambo.worker.config import LlamaOptions, mesh_name
 from llambo.worker.models import gguf
 from llambo.worker.models.gguf import BadModelFile, ModelFile
 from llambo.worker.models.purpose import purpose_of
+from llambo.worker.store import caches, refs
+from llambo.worker.store.refs import PART, OllamaRef, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ MIB = 1024 * 1024
 READ_BYTES = 64 * MIB
 #: Files that are read at most: a folder with more is not a folder of models.
 FILES = 500
-#: How deep a folder of models is searched. In a Hugging Face cache, files are four levels down.
+#: How deep a folder of models is searched.
 DEPTH = 6
+#: Names in llambo.toml, and what they stand for.
+NO_ALIASES: Mapping[str, str] = {}
 #: Names of `general.file_type`, as in llama.cpp.
 QUANTISATIONS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
@@ -57,20 +60,41 @@ QUANTISATIONS = {
 }  # fmt: skip
 #: Architectures of files that accompany a model and do not generate text.
 HELPERS = {"clip": "a picture encoder, part of another model", "adapter": "an adapter, part of another model"}
-#: A model in several files is loaded by the name of the first.
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
-class NoSuchModel(Exception):
+class NoSuchModel(StoreError):
     """There is no such file and no such installed model, or this user cannot read it. `hint`: what to do."""
 
-    def __init__(self, text: str, hint: str = "") -> None:
-        super().__init__(text)
-        self.hint = hint
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a name stands for. `model`: for a worker's configuration. `served_as`: the name in the mesh."""
+
+    model: str
+    path: Path
+    served_as: str
+
+
+def resolve(model: str, aliases: Mapping[str, str] = NO_ALIASES) -> Named:
+    """`aliases`: names in llambo.toml, and what they stand for. Raises NoSuchModel."""
+    target = aliases.get(model, model)
+    path, ref = find(target), refs.parse(target)
+    worker_model = str(path) if ref else target
+    name = ref.served_as if isinstance(ref, OllamaRef) else mesh_name(worker_model)
+    return Named(worker_model, path, model if model in aliases else name)
 
 
 def find(model: str) -> Path:
     """The file of a model. Raises NoSuchModel."""
+    try:
+        ref = refs.parse(model)
+    except StoreError as error:
+        raise NoSuchModel(str(error), error.hint) from error
+    if ref is not None:
+        found = caches.find(ref)
+        if found is None:
+            raise NoSuchModel(f"the model {model} is not on this host", f"llambo pull {model}   downloads it")
+        return found
     if model in PACKAGED:
         found = packaged(model)
         if found is None:
@@ -84,7 +108,8 @@ def find(model: str) -> Path:
     for folder in reversed(path.absolute().parents):
         if folder.is_dir() and not os.access(folder, os.X_OK, effective_ids=True):
             raise _unreadable(path, f"its folder {folder}")
-    raise NoSuchModel(f"there is no file {model}, and no model of that name; names are: {', '.join(PACKAGED)}")
+    names = f"{', '.join(PACKAGED)}, hf:ORG/REPO, ollama:NAME, https://..., and those in [models] of llambo.toml"
+    raise NoSuchModel(f"there is no file {model}, and no model of that name; names are: {names}")
 
 
 def _unreadable(path: Path, what: str) -> NoSuchModel:
@@ -285,8 +310,9 @@ class Found:
 
 
 def on_this_host(
-    folder: str = "", options: LlamaOptions | None = None, missing: str = "", device_bytes: int = 0
-) -> list[Found]:
+    folder: str = "", options: LlamaOptions | None = None, missing: str = "", device_bytes: int = 0,
+    aliases: Mapping[str, str] = NO_ALIASES,
+) -> list[Found]:  # fmt: skip
     """Each file once, even if it is reachable in several ways.
 
     `missing`: why none can be loaded, if that is so. `device_bytes`: the free memory of GPUs, which comes on top.
@@ -294,7 +320,7 @@ def on_this_host(
     seen: set[str] = set()
     found = []
     free_bytes, cores = host.free_memory_bytes() + device_bytes, host.physical_cores()
-    for model, path, where in _candidates(folder):
+    for model, path, where in _candidates(folder, aliases):
         real = os.path.realpath(path)
         if real not in seen and len(seen) < FILES:
             seen.add(real)
@@ -338,35 +364,44 @@ def _quantisation(file: ModelFile) -> str:
 
 def parts(path: Path) -> list[Path]:
     """All files of a model, of which `path` is the only or the first one."""
-    part = _PART.search(path.name)
+    part = PART.search(path.name)
     return sorted(path.parent.glob(f"{path.name[: part.start()]}-*-of-{part[2]}.gguf")) if part else [path]
 
 
-def _candidates(folder: str) -> Iterator[tuple[str, Path, str]]:
+def _candidates(folder: str, aliases: Mapping[str, str]) -> Iterator[tuple[str, Path, str]]:
+    for name, target in aliases.items():
+        with contextlib.suppress(NoSuchModel):
+            yield name, find(target), "llambo.toml"
     for name in PACKAGED:
         path = packaged(name)
         if path is not None:
             yield name, path, "package"
     for top, where, depth in _folders(folder):
-        for path in _files(top, depth):
-            part = _PART.search(path.name)
-            if part is None or part[1] == "00001":
-                yield str(path), path, where
+        yield from ((str(path), path, where) for path in _files(top, depth) if _is_first(path))
+    for ref, path, where in caches.listed():
+        if _is_first(path):
+            # A name stands for the newest state of a file; an older one has its path only.
+            current = caches.find(ref)
+            yield str(ref) if current and current.samefile(path) else str(path), path, where
+
+
+def _is_first(path: Path) -> bool:
+    part = PART.search(path.name)
+    return part is None or int(part[1]) == 1
 
 
 def _folders(folder: str) -> list[tuple[Path, str, int]]:
     """Folders, their names for people, and how deep they are searched."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     llama_cpp = Path(os.environ.get("LLAMA_CACHE") or cache / "llama.cpp").expanduser()
-    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser() / "hub"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or hub).expanduser()
     named = [(Path(folder).expanduser(), "models folder", DEPTH)] if folder else []
     return [
         *named,
         (Path(), "working folder", 1),
         (Path("~/models").expanduser(), "~/models", DEPTH),
         (llama_cpp, "llama.cpp cache", 2),
-        (hub, "Hugging Face cache", DEPTH),
+        # Files that lie there without a repository.
+        (caches.hub_folder(), "Hugging Face cache", 1),
     ]
 
 

@@ -1,0 +1,118 @@
+"""`llambo pull` and `llambo rm`: models from elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from llambo.cli.commands.models import show_file
+from llambo.cli.kit.command import Command
+from llambo.cli.kit.common import Common, pass_common
+from llambo.cli.kit.download_view import download, failure_of
+from llambo.cli.kit.failure import Exit, Failure
+from llambo.cli.kit.flags import config_option, json_option, settings_options, verbosity
+from llambo.cli.kit.tables import size
+
+if TYPE_CHECKING:
+    from llambo.worker.store.caches import Removal
+
+EXAMPLES_PULL = """
+llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF      Q4_K_M, or else Q8_0
+llambo pull hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
+llambo pull hf:ORG/REPO/FOLDER/FILE.gguf
+llambo pull ollama:llama3.2:1b
+llambo pull https://example.org/x.gguf#sha256=SUM   checked against it
+"""
+EXAMPLES_RM = """
+llambo rm hf:Qwen/Qwen2.5-1.5B-Instruct-GGUF:Q5_K_M
+llambo rm --yes ollama:llama3.2:1b
+llambo rm --yes ~/models/x.gguf                     a file that is in no cache
+"""
+FORMS = "hf:ORG/REPO, hf:ORG/REPO:QUANT, hf:ORG/REPO/FILE.gguf, ollama:NAME:TAG, https://HOST/FILE.gguf"
+
+
+@click.command(cls=Command, examples=EXAMPLES_PULL)
+@click.argument("name", metavar="REF")
+@json_option
+@settings_options(["llama_lib"])
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def pull(common: Common, name: str, as_json: bool) -> None:
+    """Download a model, into the cache that programs of its source use as well: Hugging Face's, or Ollama's.
+
+    A download that was interrupted goes on where it stopped, and what is here already is not downloaded again. The
+    bytes are checked against the sha256 that the source has for them. Models that are private, or have terms, need a
+    token: HF_TOKEN, or `hf auth login`. HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and OLLAMA_MODELS count here
+    as well.
+    """
+    from llambo.worker.store import refs
+
+    try:
+        ref = refs.parse(common.settings.aliases.get(name, name))
+    except refs.StoreError as error:
+        raise failure_of(error) from error
+    if ref is None:
+        raise Failure(f"{name} is not the name of a model that can be downloaded", FORMS, Exit.USAGE)
+    download(ref)
+    show_file(common, name, as_json=as_json)
+
+
+@click.command(cls=Command, examples=EXAMPLES_RM)
+@click.argument("name", metavar="NAME")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@config_option()
+@verbosity("Log to stderr; twice for more.")
+@pass_common
+def rm(common: Common, name: str, yes: bool) -> None:
+    """Remove a model that was downloaded, in all its states. Files that another model has as well stay.
+
+    NAME is a name as in `llambo models`, or a path. A file that is in no cache is removed with --yes only. A worker
+    that runs the model is not disturbed.
+    """
+    from llambo.worker.store import caches
+    from llambo.worker.store.refs import StoreError
+
+    try:
+        found = _what_to_remove(common.settings.aliases.get(name, name), yes=yes)
+    except StoreError as error:
+        raise failure_of(error) from error
+    for path in found.files:
+        click.echo(f"{size(path.lstat().st_size):>10}  {path}")
+    total = f"{len(found.files)} file{'s' if len(found.files) != 1 else ''}, {size(found.size)}"
+    if not yes and not sys.stdin.isatty():
+        raise Failure(f"{name} is not removed without a confirmation", f"llambo rm --yes {name}", Exit.USAGE)
+    if not yes:
+        click.confirm(f"Remove {name}: {total}?", abort=True, err=True)
+    caches.remove(found)
+    click.echo(f"removed {name}: {total}")
+    if found.shared:
+        click.echo(f"{len(found.shared)} more stay, because another model has them as well")
+
+
+def _what_to_remove(target: str, *, yes: bool) -> Removal:
+    from llambo.worker.models import model_files
+    from llambo.worker.store import caches, refs
+
+    ref = refs.parse(target)
+    path = Path(target).expanduser()
+    if ref is None and target in model_files.PACKAGED:
+        raise Failure(f"{target} is a Python package", f"pip uninstall {model_files.package_of(target)}", Exit.USAGE)
+    if ref is None and os.path.isfile(path):
+        ref = caches.ref_of(path)
+        if ref is None and path.suffix.lower() != ".gguf":
+            raise Failure(f"{target} is not a GGUF file, and `llambo rm` removes models only", "", Exit.USAGE)
+        if ref is None and not yes:
+            raise Failure(f"{target} is in no cache of models", f"llambo rm --yes {target}   removes it", Exit.USAGE)
+        if ref is None:
+            return caches.Removal(files=model_files.parts(path))
+    found = caches.removal(ref) if ref else caches.Removal()
+    if not found.names and not found.files:
+        if ref and caches.find(ref):
+            raise Failure(f"{ref} belongs to the service of Ollama", f"ollama rm {str(ref).removeprefix('ollama:')}")
+        raise Failure(f"{target} is not on this host", "llambo models   lists the models of this host")
+    return found

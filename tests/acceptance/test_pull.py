@@ -1,0 +1,104 @@
+"""`llambo pull`, `rm` and `up` with the name of a download, as a person and as a script see them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import tiny_model
+from llambo.cli.kit.failure import Exit
+from llambo.testing.commands import LLAMBO, Done, environment
+from llambo.testing.processes import TIMEOUT_S
+from llambo.testing.terminal import CTRL_C, Terminal
+from llambo.worker.llama import binding
+from tests.integration.hub import Hub, serving
+
+REPO, FILE, TOKEN = "org/tiny-GGUF", "tiny-Q4_K_M.gguf", "hf_secret"
+LARGE = "large-Q8_0.gguf"
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    large = b"GGUF" + random.Random(1).randbytes(9 * 2**20)
+    with serving(Hub(repos={REPO: {FILE: tiny_model.whole(), LARGE: large}}, token=TOKEN)) as hub:
+        yield hub
+
+
+@pytest.fixture
+def env(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "llambo").mkdir()
+    (tmp_path / "llambo/llambo.toml").write_text(f'[models]\nsmall = "hf:{REPO}"\n')
+    return {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+
+
+def llambo(env: dict[str, str], *words: str) -> Done:
+    finished = subprocess.run(
+        [sys.executable, "-m", LLAMBO, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**environment(), **env}, cwd="/", timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    return Done(words, finished)
+
+
+def test_a_script_pulls_lists_and_removes(env: dict[str, str], hub: Hub) -> None:
+    done = llambo(env, "-v", "pull", f"hf:{REPO}:Q8_0")
+    assert done.code == Exit.OK, done.story
+    assert "llambo: downloading 9 MiB to " in done.err and "llambo: 100 %, 9 MiB of 9 MiB" in done.err
+    assert LARGE in done.out and re.search(r"loads +no: it is ", done.out), done.story
+
+    found = llambo(env, "pull", "--json", "small")
+    assert (found.code, found.json()["model"]) == (Exit.OK, "small"), found.story
+    listed = {each["model"] for each in llambo(env, "models", "--json", "--connect-ms", "50").json()["host"]}
+    assert listed >= {"small", f"hf:{REPO}/{LARGE}"}
+    removed = llambo(env, "rm", "--yes", f"hf:{REPO}:Q8_0")
+    assert removed.code == Exit.OK and "1 file, 9 MiB" in removed.out, removed.story
+
+    denied = llambo({**env, "HF_TOKEN": "hf_wrong"}, "pull", f"hf:{REPO}:Q8_0")
+    assert denied.code == Exit.DENIED and "the token is not accepted" in denied.err, denied.story
+    for each in (done, found, removed, denied):
+        assert "hf_" not in each.story.replace("HF_TOKEN", "")
+
+
+def test_a_bar_on_a_terminal_and_ctrl_c(env: dict[str, str], hub: Hub) -> None:
+    release, cuts = threading.Event(), [2 * 2**20, 3 * 2**20]
+    hub.cut = lambda: cuts.pop(0) if cuts else None
+    hub.on_cut = lambda: cuts or release.wait(TIMEOUT_S)
+    try:
+        with Terminal("pull", f"hf:{REPO}:Q8_0", env=env) as terminal:
+            terminal.expect("the connection was cut; another try")
+            terminal.expect(r"5[56]%.*5\.0/9\.0 MiB")
+            terminal.press(CTRL_C)
+            terminal.expect("interrupted: the same command goes on from here")
+            assert terminal.end() == Exit.INTERRUPTED, terminal.story("Ctrl-C")
+        with Terminal("pull", f"hf:{REPO}:Q8_0", env=env) as terminal:
+            terminal.expect("checking the 5 MiB that are here")
+            assert terminal.end() == 0, terminal.story("it failed")
+            assert "100%" in terminal.text and TOKEN not in terminal.raw
+        with Terminal("rm", f"hf:{REPO}:Q8_0", env=env) as terminal:
+            terminal.until("1 file, 9 MiB? [y/N]")
+            terminal.enter("y")
+            assert terminal.end() == 0 and "removed" in terminal.text, terminal.story("it failed")
+    finally:
+        release.set()
+        hub.cut, hub.on_cut = lambda: None, lambda: None
+
+
+@pytest.mark.skipif(bool(binding.missing()), reason="llama.cpp is not installed")
+def test_up_downloads_the_model_that_it_serves(env: dict[str, str], hub: Hub) -> None:
+    words = ("up", "--port", "0", "--no-http", "--ctx", "64", "--model", "small")
+    with Terminal(*words, env={**env, "LLAMBO_ENGINE": "llama"}) as terminal:
+        terminal.expect(r"downloading [\d.]+ KiB to ")
+        address = terminal.expect(r"broker at (tcp://\S+),")[1]
+        terminal.expect("1 worker is ready")
+        served = json.loads(llambo(env, "--broker", address, "models", "--json").out)["mesh"]
+        assert [each["model"] for each in served] == ["small"]
+        terminal.send(signal.SIGINT)
+        terminal.end()
