@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llambo.mesh.wire import limits
 from llambo.mesh.wire.identity import PeerKey
+from llambo.mesh.wire.messages import Kind
 
 Style = Literal["plain", "wander"]
 LoadCrash = Literal["never", "careless", "always"]
@@ -62,6 +63,8 @@ class FakeOptions:
     context_tokens: int = 0
     #: Numbers in an embedding.
     embedding_size: int = 8
+    #: What its model is for.
+    kind: Kind = "generate"
     #: How long the model takes to load.
     load_ms: int = 0
     faults: FakeFaults = FakeFaults()
